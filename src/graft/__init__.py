@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""graft: parameter-efficient adapters for pretrained PyTorch models, with PEFT's API and checkpoints.
+
+Public names are imported when they are first used; `import graft` itself imports torch and nothing heavier.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from graft.methods import METHODS
+
+__version__ = "0.1.0"
+
+_NAMES: dict[str, str] = {
+    name: module
+    for module, names in {
+        "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError BaseModelMismatchError "
+        "CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
+        "UnsupportedLayerError",
+        "graft.core.layer": "AdapterLayer",
+        "graft.core.method": "Method",
+        "graft.config.base": "PeftConfig",
+        "graft.config.enums": "TaskType",
+        "graft.methods": "PeftType method_of",
+        "graft.methods.lora": "LoraRuntimeConfig",
+        "graft.inject.plan": "plan",
+        "graft.inject.report": "InjectReport",
+        "graft.inject.saved": "ModulesToSaveWrapper",
+        "graft.model.api": "get_peft_config get_peft_model",
+        "graft.model.tuner": "Tuner inject_adapter_in_model",
+        "graft.model.peft_model": "PeftModel",
+        "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
+        "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+        "PeftModelForTokenClassification",
+        "graft.model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+        "AutoPeftModelForTokenClassification",
+        "graft.model.status": "get_layer_status get_model_status",
+        "graft.model.mappings": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
+        "graft.checkpoint.files": "load_peft_weights",
+        "graft.checkpoint.state": "LoadReport get_base_model_state_dict get_peft_model_state_dict "
+        "set_base_model_state_dict set_peft_model_state_dict",
+    }.items()
+    for name in names.split()
+}
+_CONFIGS = {row.config: peft_type for peft_type, row in METHODS.items()}
+_TUNERS = {row.tuner: peft_type for peft_type, row in METHODS.items()}
+
+__all__ = ["__version__", *sorted((*_NAMES, *_CONFIGS, *_TUNERS))]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(import_module(_NAMES[name]), name)
+    elif name in _CONFIGS:
+        value = import_module("graft.methods").config_of(_CONFIGS[name])
+    elif name in _TUNERS:
+        value = import_module("graft.model.tuner").tuner_of(_TUNERS[name])
+    else:
+        raise AttributeError(f"module 'graft' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

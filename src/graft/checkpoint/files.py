@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing an adapter's files. Writes are atomic and local."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.checkpoint.fingerprint import KEY
+from graft.config.hub import fetch
+from graft.core.errors import CheckpointError
+
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+
+@dataclass
+class Loaded:
+    """What a weights file holds."""
+
+    tensors: dict[str, Tensor]
+    path: str
+    fingerprint: dict | None = None  # of the base model, if graft wrote the file
+
+
+def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
+    """Write weights and config. Each file appears whole or not at all, the weights first."""
+    os.makedirs(folder, exist_ok=True)
+    name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safetensors else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
+    path = os.path.join(folder, name)
+    temporary = f"{path}.tmp"
+    try:
+        if safetensors:
+            from safetensors.torch import save_file
+
+            save_file(separate(tensors), temporary, metadata={"format": "pt", KEY: json.dumps(fingerprint)})
+        else:
+            torch.save({k: v.detach().cpu() for k, v in tensors.items()}, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    config.save_pretrained(folder)
+    stale = os.path.join(folder, other)  # would hold older values under the other format's name
+    if os.path.exists(stale):
+        os.remove(stale)
+    sync(folder)
+
+
+def sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU, and no two on one storage, as safetensors wants them."""
+    seen: set[int] = set()
+    out = {}
+    for key, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        storage = t.untyped_storage().data_ptr()
+        if storage in seen and t.numel():
+            t = t.clone()
+        seen.add(storage)
+        out[key] = t
+    return out
+
+
+def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded:
+    """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
+
+    Raises:
+        CheckpointError: there is no weights file, or it is damaged.
+    """
+    path = fetch(where, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+    if path is not None:
+        return read_safetensors(path)
+    path = fetch(where, WEIGHTS_NAME, subfolder=subfolder, **hub)
+    if path is None:
+        place = os.path.join(where, subfolder) if subfolder else where
+        raise CheckpointError(
+            f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there or on the hub."
+        )
+    try:
+        return Loaded(torch.load(path, map_location="cpu", weights_only=True), path)
+    except Exception as e:
+        raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
+
+
+def read_safetensors(path: str) -> Loaded:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as f:
+            metadata = f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
+    stored = metadata.get(KEY)
+    return Loaded(tensors, path, json.loads(stored) if stored else None)
+
+
+def load_peft_weights(
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """An adapter's tensors by file key. `device`: where to put them; the CPU if None."""
+    from graft.checkpoint.state import renamed
+
+    tensors = load_weights(os.fspath(model_id), **hub).tensors
+    if device is not None:
+        tensors = {k: v.to(device) for k, v in tensors.items()}
+    return renamed(tensors, key_mapping)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One structural map between an adapter's tensors, their names in memory and their names in a file.
+
+Names are built from where a tensor stands, never by looking for an adapter's name inside a key: an adapter may be
+called "0" or "mlp".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.inject.inject import Parts
+
+
+@dataclass
+class Entry:
+    """One tensor of an adapter."""
+
+    memory: str  # its name in the model's state dict
+    file: str  # its name in a checkpoint
+    also: tuple[str, ...]  # other file names it may have: PEFT leaves the adapter's name in deep ones
+    owner: nn.Module
+    attribute: str
+    tensor: Tensor
+    device: torch.device | None  # where it belongs, if it is on meta now
+    stem: str = ""  # path of its container
+
+    def assign(self, value: Tensor) -> None:
+        """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
+        if not self.tensor.is_meta:
+            with torch.no_grad():
+                self.tensor.copy_(value)
+            return
+        value = value.to(device=self.device, dtype=self.tensor.dtype)
+        if self.attribute in self.owner._parameters:
+            value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
+            self.owner._parameters[self.attribute] = value
+        else:
+            self.owner._buffers[self.attribute] = value
+        self.tensor = value
+
+
+def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
+    """All tensors of `adapter` that a checkpoint holds. `prefix`: "base_model.model.", or "" without a wrapper."""
+    for key, layer in parts.layers.items():
+        device = layer.store.where(layer.base_layer)[0]
+        for container, path, owner, attribute, tensor in layer.tensors(adapter):
+            stem = f"{prefix}{key}.{container}"
+            below = f".{path}" if path else ""
+            memory, plain = f"{stem}.{adapter}{below}", f"{stem}{below}"
+            deep = "." in path
+            file, also = (memory, (plain,)) if deep else (plain, ())
+            yield Entry(memory, file, also, owner, attribute, tensor, device, stem)
+    for key, wrapper in parts.wrappers.items():
+        for container, path, owner, attribute, tensor in wrapper.tensors(adapter):
+            memory = f"{prefix}{key}.{container}.{adapter}.{path}"
+            yield Entry(memory, f"{prefix}{key}.{path}", (), owner, attribute, tensor, None)
+    for name, shared in parts.shared.items():
+        if shared.persistent:
+            memory, file = f"base_model.{name}.{adapter}", f"base_model.{name}"
+            yield Entry(memory, file, (), shared, adapter, shared[adapter], None)
+
+
+def find(entry: Entry, names: set[str]) -> str | None:
+    """The name under which a file holds an entry."""
+    for name in (entry.file, *entry.also):
+        if name in names:
+            return name
+    for plain in entry.also:  # PEFT left the name of the adapter it saved, whatever that was, before the deep path
+        stem, below = entry.stem, plain[len(entry.stem) :]
+        named = [n for n in names if n.startswith(f"{stem}.") and n.endswith(below)]
+        if len(named) == 1 and "." not in named[0][len(stem) + 1 : -len(below)]:
+            return named[0]
+    return None
+
+
+def without_wrappers(key: str) -> str:
+    """A state dict key without what FSDP and torch.compile put into it."""
+    return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter configurations and their JSON files."""
+
+from graft.config.base import PeftConfig
+from graft.config.enums import TaskType
+
+__all__ = ["PeftConfig", "TaskType"]

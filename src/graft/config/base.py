@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PeftConfig ⇄ adapter_config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import types
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, ClassVar
+
+from graft.config.enums import TaskType
+from graft.config.hub import fetch
+from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError
+
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """What every adapter's configuration holds; each method adds its own fields.
+
+    Raises:
+        ConfigTypeError: a field has a value of the wrong type.
+        ConfigError: a field has a value outside its range.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | None = None
+    auto_mapping: dict | None = None  # class and library of the base model, written where there is no task type
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None  # of the base model
+    inference_mode: bool = False
+
+    # peft_type → config class; filled in by the table of methods
+    resolve: ClassVar[Callable[[str], type[PeftConfig]]]
+    peft_types: ClassVar[type[Enum]]
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+    patterns: ClassVar[dict[str, str]] = {}  # field of overrides by layer → field they override
+    runtime_fields: ClassVar[tuple[str, ...]] = ()  # never saved
+
+    def __post_init__(self) -> None:
+        if self.peft_version is None:
+            self.peft_version = FORMAT_VERSION
+        check_types(self)
+        if self.peft_type is not None:
+            self.peft_type = self.peft_types(self.peft_type)
+        if self.task_type is not None:
+            names = [t.value for t in TaskType]
+            if self.task_type not in names:
+                raise ConfigError(
+                    f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(names)}."
+                )
+            self.task_type = TaskType(self.task_type)
+
+    # one layer's view
+
+    def at(self, key: str) -> PeftConfig:
+        """This config with the overrides that its patterns have for layer `key`."""
+        changes = {}
+        for pattern_field, name in self.patterns.items():
+            for pattern, value in (getattr(self, pattern_field) or {}).items():
+                if matches_end(pattern, key):
+                    changes[name] = value
+                    break
+        if not changes:
+            return self
+        here = copy.copy(self)
+        for name, value in changes.items():
+            setattr(here, name, value)
+        return here
+
+    # dicts and files
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain data: sets as lists, enums as their values."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+    def saved_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in self.to_dict().items() if k not in self.runtime_fields}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: Any
+    ) -> None:
+        """Write adapter_config.json into a folder, which is made if need be."""
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        os.makedirs(save_directory, exist_ok=True)
+        values = self.saved_dict()
+        if auto_mapping_dict is not None:
+            values["auto_mapping"] = auto_mapping_dict
+        text = json.dumps(values, indent=2, sort_keys=True)
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(f"{path}.tmp", "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        from graft.config.hub import push
+
+        return push(self.save_pretrained, repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read adapter_config.json from a folder or a hub repository.
+
+        Keys of newer versions that this one does not know are reported and left out. Values in the file come before
+        those in `kwargs`.
+
+        Raises:
+            CheckpointError: there is no such file, or it is not valid JSON.
+            ConfigError: its peft_type is unknown.
+        """
+        hub = {k: kwargs.pop(k) for k in list(kwargs) if k in HUB_KEYWORDS}
+        path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        if path is None:
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
+        loaded = cls.from_json_file(path)
+        known = {f.name for f in fields(PeftConfig)}
+        if (
+            "peft_type" not in loaded
+            and cls is not PeftConfig
+            and not set(loaded) <= {f.name for f in fields(cls)} | known
+        ):
+            raise TypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            )
+        return cls.from_peft_type(**{**kwargs, **loaded})
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The config of the class that `peft_type` names, from plain data."""
+        target = cls
+        if kwargs.get("peft_type"):
+            target = PeftConfig.resolve(kwargs["peft_type"])
+        return target.tolerant(target.check_kwargs(**kwargs))
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Hook for configs that must examine what a file holds before it is used."""
+        return kwargs
+
+    @classmethod
+    def tolerant(cls, values: dict[str, Any]) -> PeftConfig:
+        known = {f.name for f in fields(cls)}
+        for name in cls.runtime_fields:
+            if name in values:
+                warnings.warn(
+                    f"'{name}' describes a machine, not an adapter: the stored value is ignored.", stacklevel=4
+                )
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
+                "This probably means that the file was written by a newer version, which knows more settings.",
+                stacklevel=4,
+            )
+        return cls(**{k: v for k, v in values.items() if k in known and k not in cls.runtime_fields})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
+        try:
+            with open(path_json_file) as f:
+                loaded = json.load(f)
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise CheckpointError(
+                f"{path_json_file} is not valid JSON ({e}): it is truncated or was edited by hand."
+            ) from e
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{path_json_file} holds a {type(loaded).__name__}, not the fields of an adapter.")
+        return loaded
+
+
+HUB_KEYWORDS = {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
+
+
+def matches_end(pattern: str, key: str) -> bool:
+    """Whether a layer path ends with `pattern`, a regular expression, at a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", key) is not None
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it."""
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
+
+
+# types of fields
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def check_types(config: PeftConfig) -> None:
+    """Raise ConfigTypeError for the first field whose value its annotation does not allow."""
+    hints = _hints(type(config))
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if not fits(value, hints[f.name]):
+            allowed = str(f.type).replace("NoneType", "None")
+            raise ConfigTypeError(
+                f"{type(config).__name__}.{f.name} must be {allowed}, got {value!r} of type {type(value).__name__}."
+            )
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type that an annotation names. Containers are checked through."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is list:  # any sequence of distinct things will do
+        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, args[0]) for v in value)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    return isinstance(value, hint)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields that most methods share, and the checks that go with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
+
+
+def as_set(names):
+    """A list of names becomes a set; a regular expression stays one string."""
+    return set(names) if isinstance(names, (list, tuple)) else names
+
+
+@dataclass(kw_only=True)
+class Targeted(PeftConfig):
+    target_modules: list[str] | str | None = None  # names, suffixes, one regex, "all-linear", or None: by architecture
+    exclude_modules: list[str] | str | None = None  # names, suffixes or one regex
+    modules_to_save: list[str] | None = None  # trained whole and saved beside the adapter
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = as_set(self.target_modules)
+        self.exclude_modules = as_set(self.exclude_modules)
+
+
+@dataclass(kw_only=True)
+class LayerRange(PeftConfig):
+    layers_to_transform: list[int] | int | None = None  # indices of the layers to adapt; None: all
+    layers_pattern: list[str] | str | None = None  # name of the list that those indices count, such as "layers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(getattr(self, "target_modules", None), str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+@dataclass(kw_only=True)
+class RankPatterns(PeftConfig):
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)  # rank by layer name or regex
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+
+def require_positive_rank(r: int) -> None:
+    if r <= 0:
+        raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Default target_modules by architecture (`config.model_type`): data."""
+
+from __future__ import annotations
+
+
+def _table(*rows: tuple[str, list[str] | str]) -> dict[str, list[str] | str]:
+    return {model_type: targets for model_types, targets in rows for model_type in model_types.split()}
+
+
+LORA = _table(
+    ("t5 mt5", ["q", "v"]),
+    (
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+        ["q_proj", "v_proj"],
+    ),
+    ("gpt2 gpt_bigcode", ["c_attn"]),
+    ("bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon", ["query_key_value"]),
+    ("blip-2", ["q", "v", "q_proj", "v_proj"]),
+    ("bert roberta xlm-roberta electra layoutlm", ["query", "value"]),
+    ("deberta-v2", ["query_proj", "value_proj"]),
+    ("deberta", ["in_proj"]),
+    ("mpt", ["Wqkv"]),
+    ("btlm", ["c_proj", "c_attn"]),
+    ("codegen", ["qkv_proj"]),
+    ("phi", ["q_proj", "v_proj", "fc1", "fc2"]),
+    ("gemma4", ".*language_model\\..*\\.(q_proj|v_proj)"),
+    ("nemotron_h", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ("rwkv", ["key", "value", "receptance", "output"]),
+    ("rwkv7", ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"]),
+)
+
+IA3 = _table(
+    ("t5", ["k", "v", "wo"]),
+    ("mt5", ["k", "v", "wi_1"]),
+    ("gpt2 gpt_bigcode", ["c_attn", "mlp.c_proj"]),
+    ("bloom", ["query_key_value", "mlp.dense_4h_to_h"]),
+    ("roberta bert", ["key", "value", "output.dense"]),
+    ("opt", ["q_proj", "k_proj", "fc2"]),
+    ("gptj", ["q_proj", "v_proj", "fc_out"]),
+    ("gpt_neox RefinedWebModel RefinedWeb falcon", ["query_key_value", "dense_4h_to_h"]),
+    ("gpt_neo", ["q_proj", "v_proj", "c_proj"]),
+    ("bart phi", ["q_proj", "v_proj", "fc2"]),
+    ("llama mistral", ["k_proj", "v_proj", "down_proj"]),
+    ("llama4 gemma gemma2 gemma3_text qwen2 qwen3", ["q_proj", "v_proj", "down_proj"]),
+    ("mixtral", ["k_proj", "v_proj", "w2"]),
+    ("deberta-v2", ["key_proj", "value_proj", "output.dense"]),
+    ("deberta", ["in_proj", "output.dense"]),
+)
+
+IA3_FEEDFORWARD = _table(
+    ("t5", ["wo"]),
+    ("mt5", []),
+    ("gpt2 gpt_bigcode", ["mlp.c_proj"]),
+    ("bloom", ["mlp.dense_4h_to_h"]),
+    ("roberta bert deberta-v2 deberta", ["output.dense"]),
+    ("opt bart phi", ["fc2"]),
+    ("gptj", ["fc_out"]),
+    ("gpt_neox RefinedWeb RefinedWebModel falcon", ["dense_4h_to_h"]),
+    ("gpt_neo", ["c_proj"]),
+    ("llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3", ["down_proj"]),
+    ("mixtral", ["w2"]),
+)
+
+LN_TUNING = _table(
+    ("llama mistral gemma", ["input_layernorm", "post_attention_layernorm", "norm"]),
+    ("bloom falcon", ["input_layernorm", "post_attention_layernorm", "ln_f"]),
+    (
+        "llava",
+        ["multi_modal_projector", "input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head"],
+    ),
+    ("t5 mt5", ["layer_norm", "final_layer_norm"]),
+    ("bart", ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"]),
+    ("gpt2", ["ln_1", "ln_2", "ln_f"]),
+    ("blip-2", ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"]),
+    ("gptj", ["ln_1", "ln_f"]),
+    ("phi", ["input_layernorm", "final_layernorm"]),
+    (
+        "gemma2 gemma3_text",
+        [
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "norm",
+        ],
+    ),
+    ("qwen2 qwen3", ["post_attention_layernorm"]),
+)
+
+PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
+
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")

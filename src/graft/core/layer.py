@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdapterLayer: a base layer and the adapters on it. The only place where Method, Op and Store meet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import AdapterNotFoundError, PeftWarning
+from graft.core.method import Method
+from graft.core.params import BufferDict, Transient, container_for, parameters_of, tensors_of
+from graft.core.place import place
+from graft.core.routing import Routing
+from graft.core.site import Site
+
+
+class AdapterLayer(nn.Module):
+    """Runs `base_layer` with the active adapters.
+
+    Containers such as `lora_A` are keyed by adapter, so that names in memory are PEFT's:
+    `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
+    """
+
+    def __init__(self, site: Site, method: type[Method], routing: Routing):
+        super().__init__()
+        self.base_layer = site.module
+        self.site, self.op, self.store = site, site.op, site.store
+        self.method, self.order = method, method.acts(site)
+        self.routing = routing
+        self.methods: dict[str, Method] = {}
+        self.lead: dict[str, tuple[nn.Module, str]] = {}  # adapter → (owner, attribute) of its first tensor
+        self.in_features, self.out_features, self.fan_in = site.in_features, site.out_features, site.fan_in
+        self.containers: list[str] = []
+        self.attached: set[str] = set()  # containers that belong to the model, not to this layer
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self._scaling_at_start: dict[str, float] = {}
+        self._original: Any = None  # the base weight before an injection that is still under way
+        self._undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
+        self._live: tuple[Method, ...] = ()
+        self._folded, self._replaced = method.through_weight(site), method.replaces
+        self._rewrites_input, self._adds_output = method.rewrites_input, method.adds_output
+
+    # adapters
+
+    def add(self, adapter: str, values: dict[str, Any]) -> Method:
+        """Take in what `Method.build` declared for `adapter`."""
+        for key, value in values.items():
+            if isinstance(value, BufferDict):  # shared by the model: the container itself stands here
+                if key not in self._modules:
+                    self.add_module(key, value)
+                    self.attached.add(key)
+                continue
+            container = getattr(self, key, None)
+            if container is None:
+                container = container_for(value)
+                setattr(self, key, container)
+                self.containers.append(key)
+            container[adapter] = value.tensor if isinstance(value, Transient) else value
+        self.methods[adapter] = self.method(self, adapter)
+        first = next(self.tensors(adapter), None)
+        if first is not None:
+            self.lead[adapter] = (first[2], first[3])
+        if "scaling" in values:
+            self._scaling_at_start[adapter] = values["scaling"]
+        return self.methods[adapter]
+
+    def place(self, adapter: str, upcast: bool = True) -> None:
+        """Move the adapter to the base weight's device and dtype, half precision to float32 if `upcast`."""
+        device, dtype = self.store.where(self.base_layer)
+        for key in self.adapter_layer_names:
+            container = getattr(self, key)
+            if adapter in container:
+                place(container, adapter, device, dtype, upcast and self.method.upcast)
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget `adapter` and its tensors; an adapter that is merged must be unmerged before."""
+        if adapter in self.merged_adapters:
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
+            )
+        for key in self.containers:
+            container = getattr(self, key)
+            if adapter in container:
+                del container[adapter]
+        self.methods.pop(adapter, None)
+        self.lead.pop(adapter, None)
+        self._scaling_at_start.pop(adapter, None)
+        if adapter in self.active_adapters:
+            self.active_adapters = [a for a in self.active_adapters if a != adapter]
+        self.replan()
+
+    def tensors(self, adapter: str) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
+        """(container, path below the adapter's name, owner, attribute, tensor) of all that a checkpoint holds."""
+        for key in self.containers:
+            for path, owner, attribute, tensor in tensors_of(getattr(self, key), adapter):
+                yield key, path, owner, attribute, tensor
+
+    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
+        for key in self.containers:
+            yield from parameters_of(getattr(self, key), adapter)
+
+    def require_grad(self, adapter: str, requires_grad: bool) -> None:
+        frozen = self.methods[adapter].frozen() if adapter in self.methods else ()
+        for p in self.parameters_of(adapter):
+            p.requires_grad_(requires_grad and not any(p is f for f in frozen))
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raise if these adapters cannot be active together here."""
+        here = [n for n in names if n in self.methods]
+        if self.method.replaces and len(here) > 1:
+            raise ValueError(
+                f"Trying to activate {len(here)} {self.method.__name__} adapters {here} at once on layer "
+                f"'{self.site.key}', but each replaces the whole layer: activate one."
+            )
+
+    def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        self.check_active(names)
+        if self.merged_adapters and names != self.active_adapters:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge()
+        for name in self.methods:
+            if name not in names:
+                self.require_grad(name, False)
+        for name in names:
+            if name in self.methods:
+                self.require_grad(name, not inference_mode)
+        self.active_adapters = names
+        self.replan()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off. Switching off while merged unmerges."""
+        if not enabled and self.merged_adapters:
+            self.unmerge()
+        self.disable_adapters = not enabled
+        self.replan()
+
+    def replan(self) -> None:
+        """Decide, once per change, what `forward` does."""
+        if self.disable_adapters or self.merged_adapters:
+            self._live = ()
+        else:
+            self._live = tuple(self.methods[a] for a in self.active_adapters if a in self.methods)
+
+    # the base weight, changed by an initialisation
+
+    def rewrite_base(self, W: Tensor) -> None:
+        """Replace the base weight (canonical), so that `rollback` can put it back until `settle`."""
+        base, name = self.base_layer, self.site.parameter
+        if self._original is None:
+            self._original = self.store.snapshot(base, name, False)
+        self.store.write(base, name, self.op.uncanon(W), False)
+
+    def rollback(self) -> None:
+        if self._original is not None:
+            self.store.restore(self.base_layer, self.site.parameter, self._original)
+        self._original = None
+
+    def settle(self) -> None:
+        self._original = None
+
+    # forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.rows is not None:
+            return self._forward_rows(x, *args, **kwargs)
+        if not self._live:
+            return self.base_layer(x, *args, **kwargs)
+        return self._run(self._live, x, *args, **kwargs)
+
+    def _run(self, live: tuple[Method, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._replaced:
+            return live[0].replacement()(x, *args, **kwargs)
+        if self._folded:
+            return self._run_folded(live, x)
+        if self._rewrites_input:
+            for m in live if self.order == "in" else reversed(live):
+                x = m.pre(m.cast(x)).to(x.dtype)
+        if not self._adds_output:
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        y = self.store.protect(y)
+        for m in live:
+            y = m.post(m.cast(x), y)
+        return y.to(dtype)
+
+    def _run_folded(self, live: tuple[Method, ...], x: Tensor) -> Tensor:
+        W = self.op.canon(self.store.read(self.base_layer, self.site.parameter))
+        b = getattr(self.base_layer, "bias", None)
+        out = W.dtype if self.op.takes_ids else x.dtype
+        for m in live if self.order == "out" else reversed(live):
+            W, b = m.fold(W.to(m.dtype), None if b is None else b.to(m.dtype))
+            x = m.cast(x)
+        return self.op.call(self.base_layer, x, W, b).to(out)
+
+    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        rows = self.routing.current()
+        x = rows.take(x, self.site.key)
+        if self.method.additive:
+            y = self.store.protect(self.base_layer(x, *args, **kwargs))
+            for adapter, index in rows.segments:
+                m = self.methods.get(adapter)  # type: ignore[arg-type]
+                if m is not None:
+                    y = y.index_add_(0, index, m.branch(m.cast(x.index_select(0, index))).to(y.dtype))
+            return y
+        parts = []
+        for adapter, index in rows.segments:
+            m = self.methods.get(adapter)  # type: ignore[arg-type]
+            part = x.index_select(0, index)
+            if m is None:
+                parts.append(self.base_layer(part, *args, **kwargs))
+            else:
+                parts.append(self._run((m,), part, *args, **kwargs))
+        return torch.cat(parts).index_select(0, rows.inverse)
+
+    # merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, undoable: bool = True) -> None:
+        """Write the adapters into the base weight, which then does their work alone.
+
+        Args:
+            safe_merge: check that the result is finite before anything is written.
+            adapter_names: which ones; the active ones if None.
+            undoable: keep what `unmerge` needs.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite.
+            NotImplementedError: the method, or the way the weight is stored, has no merged form.
+        """
+        names = self._to_merge(adapter_names)
+        if not names:
+            return
+        if not self.method.mergeable:
+            raise NotImplementedError(self._cannot_merge(names, f"{self.method.__name__} has no merged form"))
+        if not (self.method.replaces or (self.store.reads and self.store.writes)):
+            raise NotImplementedError(self._cannot_merge(names, f"{self.store.name} weights cannot be rewritten"))
+        if self.method.replaces:
+            self._swap(names)
+        else:
+            self._fold(names, safe_merge, undoable)
+        self.replan()
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(
+                f"adapter_names should be a list of strings, got {adapter_names!r}: write ['{adapter_names}']."
+            )
+        names = self.active_adapters if adapter_names is None else adapter_names
+        left = [n for n in names if n not in self.merged_adapters]
+        if self.merged_adapters and names:
+            done = ",".join(self.merged_adapters)
+            if left:
+                more = ",".join(left)
+                warnings.warn(
+                    f"Already following adapters were merged {done}. You are now additionally merging {more}.",
+                    stacklevel=4,
+                )
+            else:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+        return [n for n in left if n in self.methods]
+
+    def _cannot_merge(self, names: list[str], why: str) -> str:
+        return f"Cannot merge adapter(s) {names} into layer '{self.site.key}': {why}. Keep them unmerged, or unload()."
+
+    @torch.no_grad()
+    def _fold(self, names: list[str], safe_merge: bool, undoable: bool) -> None:
+        base, name, shared = self.base_layer, self.site.parameter, self.site.shared
+        subtract = self.method.low_rank and self.method.additive and self.store.exact and not shared
+        again = not self.method.additive and self.order == "in" and bool(self.merged_adapters)
+        if again:  # folds of inputs nest: the new ones go inside those already there
+            names = [*self.merged_adapters, *names]
+            self.unmerge()
+        W = self.op.canon(self.store.read(base, name))
+        b = getattr(base, "bias", None)
+        dtype, bias_dtype = W.dtype, None if b is None else b.dtype
+        W = W.to(torch.promote_types(dtype, torch.float32))
+        bias = b if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
+        for m in self._fold_order(names):
+            W, bias = m.fold(W, bias)
+        if safe_merge and not (W.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
+                f"(layer '{self.site.key}'); the base weight was left as it is."
+            )
+        shifted = bias is not None and b is not None and bias is not b
+        if undoable:
+            old_bias = b.detach().clone() if shifted else None  # type: ignore[union-attr]
+            if subtract:
+                factors = [tuple(f.detach().clone() for f in self.methods[n].factors()) for n in names]
+                self._undo.append(("subtract", factors, old_bias))
+            else:  # the first snapshot undoes all later merges too
+                first = not any(kind == "restore" for kind, _, _ in self._undo)
+                state = self.store.snapshot(base, name, shared) if first else None
+                self._undo.append(("restore", state, old_bias))
+        replaced = self.store.write(base, name, self.op.uncanon(W.to(dtype)), shared)
+        if replaced is not None:
+            self.base_layer = replaced
+        if shifted:
+            self.base_layer.bias.data.copy_(bias.to(bias_dtype))  # type: ignore[union-attr]
+        self.merged_adapters += names
+
+    def _fold_order(self, names: list[str]) -> list[Method]:
+        methods = [self.methods[n] for n in names]
+        return methods[::-1] if self.order == "in" else methods
+
+    def _swap(self, names: list[str]) -> None:
+        if len(names) > 1:
+            raise ValueError(
+                f"Trying to merge {len(names)} adapters {names} on layer '{self.site.key}', but "
+                f"{self.method.__name__} replaces the whole layer: merge one."
+            )
+        if self.merged_adapters:
+            warnings.warn(f"Unmerging {self.merged_adapters} first: only one can stand in for the layer.", stacklevel=4)
+            self.unmerge()
+        self.replaced_base = self.base_layer  # stays a child, so that it moves with the model
+        self.base_layer = self.methods[names[0]].replacement()
+        self.merged_adapters = names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take merged adapters out again: by subtraction where that is exact enough, else from a snapshot."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.method.replaces:
+            self.base_layer = self.replaced_base
+            del self.replaced_base
+        for kind, state, bias in reversed(self._undo):
+            if kind == "restore":
+                if state is not None:
+                    self.store.restore(self.base_layer, self.site.parameter, state)
+            else:
+                W = self.op.canon(self.store.read(self.base_layer, self.site.parameter))
+                wide = W.to(torch.promote_types(W.dtype, torch.float32))
+                for A, B in reversed(state):
+                    wide = wide - (B.to(wide.dtype) @ A.to(wide.dtype)).view(self.site.shape)
+                self.store.write(self.base_layer, self.site.parameter, self.op.uncanon(wide.to(W.dtype)), False)
+            if bias is not None:
+                self.base_layer.bias.data.copy_(bias)  # type: ignore[union-attr]
+        self._undo.clear()
+        self.merged_adapters = []
+        self.replan()
+
+    # scaling
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the configured scaling of `adapter` by `scale`."""
+        if adapter in self._scaling_at_start:
+            self.scaling[adapter] = scale * self._scaling_at_start[adapter]
+        elif adapter in self.methods:
+            self._no_scaling()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the current scaling of the active adapters by `scale`."""
+        self._rescale(lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the current scaling of the active adapters by `scale`, or reset it."""
+        start = self._scaling_at_start
+        self._rescale(lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
+
+    def _rescale(self, new: Any, changes: bool) -> None:
+        for adapter in self.active_adapters:
+            if adapter in self._scaling_at_start:
+                self.scaling[adapter] = new(adapter)
+            elif adapter in self.methods and changes:
+                self._no_scaling()
+
+    def _no_scaling(self) -> None:
+        warnings.warn(
+            f"Scaling has no meaning for {self.method.__name__} adapters (layer '{self.site.key}'): ignored.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+    # PEFT's names
+
+    @property
+    def weight(self) -> Tensor:
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.get_base_layer().bias  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        return tuple(k for k in self.containers if isinstance(getattr(self, k), nn.Module))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        return tuple(k for k in self.containers if not isinstance(getattr(self, k), nn.Module))
+
+    def get_base_layer(self) -> nn.Module:
+        base = self.base_layer
+        while isinstance(base, AdapterLayer):
+            base = base.base_layer
+        return base
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of `adapter` in the orientation that the base layer stores."""
+        if adapter not in self.methods:
+            raise AdapterNotFoundError(f"Adapter {adapter} not found on layer '{self.site.key}'.")
+        return self.op.uncanon(self.methods[adapter].delta())
+
+    def _get_name(self) -> str:
+        return f"{self.method.__module__.split('.')[2]}.{self.type_name}"
+
+    @property
+    def type_name(self) -> str:
+        """PEFT's class name for this kind of layer."""
+        return "Linear" if self.site.type_name == "Conv1D" else self.site.type_name
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self.methods)}, active={self.active_adapters}"

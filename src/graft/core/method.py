@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of one adapter on one layer. A subclass says the cheapest thing it can; the rest is derived."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.site import Site
+
+if TYPE_CHECKING:
+    from graft.core.layer import AdapterLayer
+
+
+class Method:
+    """A bound view: the tensors live on the layer, `self.lora_A` reads `layer.lora_A[self.name]`.
+
+    Declare with `build` (and `share`, `init`); act with the first of these that the formula allows:
+
+    - `factors`: ΔW = B A. Forward, merging, mixed batches and conversion follow, on every layer type.
+    - `delta`: ΔW. The forward pass calls the layer's own function with it; `branch` can be cheaper.
+    - `pre` / `post`: rewrite the input or the output; `fold` then says what merging means.
+    - `fold`: W becomes f(W). The forward pass folds and calls the layer's own function.
+    - `replacement`: a module that runs in place of the base layer.
+    """
+
+    config: ClassVar[type]  # its PeftConfig
+    prefix: ClassVar[str]  # what its containers' names begin with, as in checkpoints
+    order: ClassVar[Literal["in", "out"]] = "out"  # acts before or after the weight: decides the fold order
+    upcast: ClassVar[bool] = True  # half-precision adapters are trained in float32
+    shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
+    targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
+    compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
+
+    # derived from the hooks a subclass overrides
+    additive: ClassVar[bool]  # y = base(x) + branch(x)
+    mergeable: ClassVar[bool]
+    folds: ClassVar[bool]  # the forward pass needs the dense weight
+    replaces: ClassVar[bool]
+    low_rank: ClassVar[bool]
+    rewrites_input: ClassVar[bool]
+    adds_output: ClassVar[bool]
+
+    layer: AdapterLayer
+    name: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def has(*hooks: str) -> bool:
+            return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)
+
+        cls.low_rank = has("factors")
+        cls.replaces = has("replacement")
+        cls.rewrites_input = has("pre")
+        cls.adds_output = has("factors", "delta", "branch", "post")
+        cls.additive = has("factors", "delta", "branch") and not has("fold", "pre")
+        cls.mergeable = has("factors", "delta", "fold", "replacement")
+        cls.folds = has("fold") and not has("factors", "delta", "branch", "pre", "post")
+
+    def __init__(self, layer: AdapterLayer, name: str):
+        self.layer, self.name = layer, name
+
+    def __getattr__(self, key: str) -> Any:
+        # dunder names and `layer` must fail here, or copy and pickle recurse without end
+        if key.startswith("__") or key in ("layer", "name"):
+            raise AttributeError(key)
+        return getattr(self.layer, key)[self.name]
+
+    # declare
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        """Complete and check the config against the model, before anything is matched."""
+
+    @classmethod
+    def check(cls, site: Site, cfg: Any) -> str | None:
+        """Why this site cannot be adapted, or None."""
+        if site.op is None and not cls.replaces:
+            return f"layers of type {site.type_name} are not supported"
+        return None
+
+    @classmethod
+    def share(cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+        """Tensors of the whole model by name. `existing` holds what other adapters share, `others` their configs."""
+        return {}
+
+    @classmethod
+    def build(cls, site: Site, cfg: Any, shared: dict[str, Any]) -> dict[str, Any]:
+        """What the adapter adds to a layer: parameters, modules, tensors (buffers) and plain facts, by name."""
+        raise NotImplementedError
+
+    def init(self, cfg: Any) -> None:
+        """Fill in the values; skipped when they are about to be loaded."""
+
+    @classmethod
+    def inits_from_weight(cls, cfg: Any) -> bool:
+        """Whether `init` reads or changes the base weight, so that it must run before values are loaded, too."""
+        return False
+
+    # act
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ΔW = B A. A (r, fan_in), B (out, r), scaling included."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """ΔW, canonical: (out, in, *kernel)."""
+        A, B = self.factors()
+        if A.dtype in (torch.float16, torch.bfloat16):
+            A, B = A.float(), B.float()
+        return (B @ A).view(self.layer.site.shape)
+
+    def delta_bias(self) -> Tensor | None:
+        """Δb, if the adapter shifts the bias as well."""
+        return None
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the base output, from x in the adapter's dtype."""
+        op, base = self.layer.op, self.layer.base_layer
+        if self.low_rank and op.factorable(base):
+            A, B = self.factors()
+            return op.up(base, op.down(base, x, A), B)
+        return op.call(base, x, self.delta(), None)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.branch(x)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (canonical) and bias of a plain layer that acts as base and adapter together."""
+        shift = self.delta_bias()
+        return W + self.delta().to(W.dtype), b if shift is None else b + shift.to(b.dtype)  # type: ignore[union-attr]
+
+    def replacement(self) -> nn.Module:
+        raise NotImplementedError
+
+    # facts
+
+    @classmethod
+    def acts(cls, site: Site) -> Literal["in", "out"]:
+        """`order`, where it depends on the layer type."""
+        return cls.order
+
+    @classmethod
+    def through_weight(cls, site: Site) -> bool:
+        """Whether the forward pass on this site folds the weight (instead of `pre` and `post`)."""
+        return cls.folds
+
+    def frozen(self) -> Sequence[nn.Parameter]:
+        """Parameters that never train."""
+        return ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in: that of its first tensor."""
+        owner, attribute = self.layer.lead[self.name]
+        return getattr(owner, attribute).dtype
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x if self.layer.op.takes_ids else x.to(self.dtype)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each layer type uses its weight. The only place that knows orientations and calls `F.linear` and its like.
+
+Everywhere else a weight is canonical: `(out, in, *kernel)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graft.core.table import TypeTable
+
+
+class Op:
+    """One layer type. A new one overrides what differs from `nn.Linear`."""
+
+    transposed = False  # the module stores (in, out)
+    takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
+
+    def dims(self, m: Any) -> tuple[int, int]:
+        """(out, in): features or channels."""
+        return m.out_features, m.in_features
+
+    def shape(self, m: Any) -> tuple[int, ...]:
+        """Shape of the canonical weight, known even where the weight itself is packed or on meta."""
+        return self.dims(m)
+
+    def canon(self, W: Tensor) -> Tensor:
+        return W
+
+    def uncanon(self, W: Tensor) -> Tensor:
+        return W
+
+    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The layer's own function with another (canonical) weight and bias."""
+        return F.linear(x, W, b)
+
+    def factorable(self, m: Any) -> bool:
+        """Whether `down` and `up` together can do what a low-rank weight does."""
+        return True
+
+    def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
+        """From the input to r channels. A (r, in·kernel)."""
+        return F.linear(x, A)
+
+    def up(self, m: Any, z: Tensor, B: Tensor) -> Tensor:
+        """From r channels to the output. B (out, r)."""
+        return F.linear(z, B)
+
+    def channels(self, v: Tensor) -> Tensor:
+        """A vector over features or channels, shaped to broadcast over this layer's activations."""
+        return v
+
+    def factor_modules(self, m: Any, r: int, bias: bool) -> tuple[nn.Module, nn.Module] | None:
+        """Two modules whose composition is a rank-r update of this layer; None where there are none."""
+        out_features, in_features = self.dims(m)
+        return nn.Linear(in_features, r, bias=False), nn.Linear(r, out_features, bias=bias)
+
+
+class Linear(Op):
+    pass
+
+
+class Conv1D(Op):
+    """transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
+
+    transposed = True
+
+    def dims(self, m):
+        in_features, out_features = m.weight.shape
+        return out_features, in_features
+
+    def canon(self, W):
+        return W.T
+
+    def uncanon(self, W):
+        return W.T
+
+
+class Embedding(Op):
+    """A linear layer on one-hot inputs: in = vocabulary, out = embedding dim; the module stores (in, out)."""
+
+    transposed = True
+    takes_ids = True
+
+    def dims(self, m):
+        return m.embedding_dim, m.num_embeddings
+
+    def canon(self, W):
+        return W.T
+
+    def uncanon(self, W):
+        return W.T
+
+    def call(self, m, x, W, b):
+        return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+
+    def down(self, m, x, A):
+        return self.call(m, x, A, None)
+
+    def factor_modules(self, m, r, bias):
+        return None
+
+
+class ScaledEmbedding(Embedding):
+    """An embedding that multiplies its output by `embed_scale` (Gemma)."""
+
+    def call(self, m, x, W, b):
+        return super().call(m, x, W, b) * m.embed_scale
+
+
+class Conv(Op):
+    def __init__(self, conv: Callable[..., Tensor], module: type[nn.Module], spatial: int):
+        self.conv, self.module, self.spatial = conv, module, spatial
+
+    def dims(self, m):
+        return m.out_channels, m.in_channels
+
+    def shape(self, m):
+        return m.out_channels, m.in_channels // m.groups, *m.kernel_size
+
+    def _convolve(self, m, x, W, b, groups):
+        padding = m.padding
+        if m.padding_mode != "zeros":
+            x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
+            padding = 0
+        return self.conv(x, W, b, m.stride, padding, m.dilation, groups)
+
+    def call(self, m, x, W, b):
+        return self._convolve(m, x, W, b, m.groups)
+
+    def factorable(self, m):
+        return m.groups == 1
+
+    def down(self, m, x, A):
+        return self._convolve(m, x, A.view(A.shape[0], m.in_channels, *m.kernel_size), None, 1)
+
+    def up(self, m, z, B):
+        return self.conv(z, B.view(*B.shape, *[1] * self.spatial))
+
+    def channels(self, v):
+        return v.view(-1, *[1] * self.spatial)
+
+    def factor_modules(self, m, r, bias):
+        down = self.module(
+            m.in_channels,
+            r,
+            m.kernel_size,
+            stride=m.stride,
+            padding=m.padding,
+            dilation=m.dilation,
+            padding_mode=m.padding_mode,
+            bias=False,
+        )
+        up = self.module(r, m.out_channels, 1, groups=m.groups, bias=bias)
+        return down, up
+
+
+OPS: TypeTable[Op] = TypeTable(
+    {
+        "torch.nn.modules.linear.Linear": Linear(),
+        "transformers.pytorch_utils.Conv1D": Conv1D(),
+        "torch.nn.modules.sparse.Embedding": Embedding(),
+        "torch.nn.modules.conv.Conv1d": Conv(F.conv1d, nn.Conv1d, 1),
+        "torch.nn.modules.conv.Conv2d": Conv(F.conv2d, nn.Conv2d, 2),
+        "torch.nn.modules.conv.Conv3d": Conv(F.conv3d, nn.Conv3d, 3),
+    }
+)
+SCALED_EMBEDDING = ScaledEmbedding()
+
+
+def find_op(module: nn.Module) -> Op | None:
+    """The Op of a module, or None if no table row covers its type."""
+    op = OPS.find(type(module))
+    scale = getattr(module, "embed_scale", None) if isinstance(op, Embedding) else None
+    if isinstance(scale, (int, float)) or (isinstance(scale, torch.Tensor) and scale.numel() == 1):
+        return SCALED_EMBEDDING
+    return op

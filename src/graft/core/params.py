@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Containers keyed by adapter name, and which of them a declared value belongs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class BufferDict(nn.Module):
+    """Buffers by name: what `nn.ParameterDict` is for parameters."""
+
+    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
+        super().__init__()
+        self.persistent = persistent
+        for name, value in (buffers or {}).items():
+            self[name] = value
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name]  # type: ignore[return-value]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=self.persistent)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def keys(self):
+        return self._buffers.keys()
+
+    def values(self):
+        return self._buffers.values()
+
+    def items(self):
+        return self._buffers.items()
+
+    def pop(self, name: str) -> Tensor:
+        return self._buffers.pop(name)  # type: ignore[return-value]
+
+
+class Transient:
+    """A tensor that is not part of a checkpoint: recomputed or seeded again on load."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def container_for(value: Any) -> Any:
+    """An empty container of the kind that holds `value` for each adapter."""
+    if isinstance(value, nn.Module):
+        return nn.ModuleDict()
+    if isinstance(value, nn.Parameter):
+        return nn.ParameterDict()
+    if isinstance(value, Transient):
+        return BufferDict(persistent=False)
+    if isinstance(value, Tensor):
+        return BufferDict(persistent=True)
+    return {}
+
+
+def tensors_of(container: Any, adapter: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(path below the adapter's name, owner, attribute, tensor) of each persistent tensor of `adapter`."""
+    if isinstance(container, nn.ModuleDict):
+        if adapter not in container:
+            return
+        root = container[adapter]
+        for prefix, module in root.named_modules(remove_duplicate=False):
+            dot = f"{prefix}." if prefix else ""
+            for name, p in module._parameters.items():
+                if p is not None:
+                    yield f"{dot}{name}", module, name, p
+            for name, b in module._buffers.items():
+                if b is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{dot}{name}", module, name, b
+    elif isinstance(container, nn.ParameterDict):
+        if adapter in container:
+            yield "", container, adapter, container[adapter]
+    elif isinstance(container, BufferDict) and container.persistent and adapter in container:
+        yield "", container, adapter, container[adapter]
+
+
+def parameters_of(container: Any, adapter: str) -> Iterator[nn.Parameter]:
+    """The parameters of `adapter` in a container."""
+    if isinstance(container, nn.ModuleDict):
+        if adapter in container:
+            yield from container[adapter].parameters()
+    elif isinstance(container, nn.ParameterDict) and adapter in container:
+        yield container[adapter]

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device and dtype of what an adapter adds: the base weight's, then float32 where training needs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.params import BufferDict
+
+_FLOAT8 = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+)
+UPCAST = (torch.float16, torch.bfloat16, *_FLOAT8)  # trained in float32 unless the user says otherwise
+
+
+def moved(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> Tensor:
+    """`t` on `device`; floats rounded to `dtype` (as PEFT's values are) and then widened if `upcast`."""
+    if t.is_floating_point() or t.is_complex():
+        if t.is_floating_point() and dtype is not None:
+            t = t.to(dtype)
+        if upcast and t.dtype in UPCAST:
+            t = t.to(torch.float32)
+    return t if device is None or t.device == device or t.is_meta else t.to(device)
+
+
+def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
+    for module in m.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                place_parameter(module, name, p, device, dtype, upcast)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = moved(b, device, dtype, upcast)
+
+
+def place_parameter(owner: nn.Module, name: str, p: nn.Parameter, device, dtype, upcast) -> None:
+    data = moved(p.data, device, dtype, upcast)
+    if data is not p.data:
+        owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
+
+
+def place(container, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
+    """Move and cast what `container` holds for `adapter`. Integer tensors keep their dtype."""
+    if isinstance(container, nn.ModuleDict):
+        place_module(container[adapter], device, dtype, upcast)
+    elif isinstance(container, nn.ParameterDict):
+        place_parameter(container, adapter, container[adapter], device, dtype, upcast)
+    elif isinstance(container, BufferDict):
+        container._buffers[adapter] = moved(container[adapter], device, dtype, upcast)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Site is one place to adapt; a Store is where its weight lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.ops import Op
+
+
+class Store(Protocol):
+    """How the weight of a module is held: dense, 4-bit, sharded, …"""
+
+    name: str
+    reads: bool  # a dense weight can be had
+    writes: bool  # and put back
+    exact: bool  # writing and reading back loses nothing, so an update can be subtracted again
+
+    def read(self, m: nn.Module, name: str) -> Tensor: ...
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None: ...
+    def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any: ...
+    def restore(self, m: nn.Module, name: str, state: Any) -> None: ...
+    def where(self, m: nn.Module) -> tuple[torch.device, torch.dtype | None]: ...
+    def protect(self, y: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Site:
+    """One module (and one of its parameters) that an adapter can be put on, and the facts a method may ask for."""
+
+    key: str  # path in the model
+    module: nn.Module
+    op: Op | None  # None: a type no Op covers; only methods that replace whole modules take it
+    store: Store
+    parameter: str = "weight"
+    shared: bool = False  # the weight is tied to another module
+
+    @cached_property
+    def dims(self) -> tuple[int, int]:
+        return self.op.dims(self.module) if self.op is not None else (0, 0)
+
+    @property
+    def out_features(self) -> int:
+        return self.dims[0]
+
+    @property
+    def in_features(self) -> int:
+        """Input features or channels; `fan_in` counts the kernel as well."""
+        return self.dims[1]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Canonical: (out, in / groups, *kernel)."""
+        return tuple(self.op.shape(self.module)) if self.op is not None else ()
+
+    @property
+    def fan_in(self) -> int:
+        return prod(self.shape[1:])
+
+    @property
+    def type_name(self) -> str:
+        return type(self.module).__name__

@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put an adapter on a model, or say what that would do. One walk of the module tree; all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.config.base import matches_end
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.ops import find_op
+from graft.core.params import BufferDict, Transient
+from graft.core.place import place
+from graft.core.routing import Routing
+from graft.core.site import Site
+from graft.inject import saved
+from graft.inject.match import Matcher, Verdict, hint, unmatched
+from graft.inject.report import InjectReport, Matched, Skipped
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.targets import DUMMY, resolve_targets
+from graft.storage import find_store
+
+Place = tuple[nn.Module, str]  # (parent, attribute)
+
+
+@dataclass
+class Tree:
+    """What one walk of a model finds."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers and wrappers are leaves
+    places: dict[str, Place] = field(default_factory=dict)
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    wrappers: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
+    owners: Counter[int] = field(default_factory=Counter)  # how many modules hold a parameter, by id
+    parameters: int = 0
+
+
+def survey(model: nn.Module) -> Tree:
+    """Walk `model` once. What adapters added is not looked into."""
+    tree = Tree()
+    seen: set[int] = set()
+
+    def count(module: nn.Module) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                if id(p) not in tree.owners:
+                    tree.parameters += p.numel()
+                tree.owners[id(p)] += 1
+
+    def visit(module: nn.Module, path: str) -> None:
+        count(module)
+        if isinstance(module, AdapterLayer):
+            tree.layers[path] = module
+            return
+        if isinstance(module, ModulesToSaveWrapper):
+            tree.wrappers[path] = module
+            return
+        for name, child in module._modules.items():
+            if child is None or id(child) in seen:
+                if child is not None:
+                    count(child)
+                continue
+            seen.add(id(child))
+            key = f"{path}.{name}" if path else name
+            tree.modules[key] = child
+            tree.places[key] = (module, name)
+            visit(child, key)
+
+    visit(model, "")
+    return tree
+
+
+@dataclass
+class Parts:
+    """What carries one adapter: the layers and wrappers by path, the tensors that all layers share by name."""
+
+    layers: dict[str, AdapterLayer]
+    wrappers: dict[str, ModulesToSaveWrapper]
+    shared: dict[str, BufferDict] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """What an injection is about to do."""
+
+    tree: Tree
+    cfg: Any  # resolved: a copy of the user's config with targets and the like filled in
+    sites: dict[str, Site]
+    saved: list[str]  # paths of modules_to_save
+    report: InjectReport
+
+
+def survey_and_match(
+    model: nn.Module, config: Any, method: type[Method], adapter: str, keys: Iterable[str] | None = None
+) -> Plan:
+    """Everything about an injection that can be known, and go wrong, before the model is touched."""
+    tree = survey(model)
+    cfg = copy.copy(config)
+    method.prepare(cfg, model)
+    if keys is None:
+        resolve_targets(cfg, method, model, tree.modules)
+    report = InjectReport(adapter, method.config.peft_type, base_parameters=tree.parameters)
+    outcomes: dict[str, Verdict] = {}
+    chosen = set(keys) if keys is not None else None
+    matcher = Matcher(cfg)
+    sites: dict[str, Site] = {}
+    for key, module in tree.modules.items():
+        if chosen is None:
+            verdict = matcher(key)
+        else:
+            verdict = Verdict("matched" if key in chosen else "untargeted", key)
+        outcomes[key] = verdict
+        if verdict.outcome == "matched":
+            sites[key] = site_of(key, module, tree)
+        elif verdict.entry is not None:
+            report.skipped.append(Skipped(key, kind_of(module), verdict.why))
+        elif not module._modules:
+            report.untargeted[kind_of(module)] += 1
+    if chosen is None:
+        account(cfg, outcomes, report)
+    for key, site in sites.items():
+        why = method.check(site, cfg)
+        existing = tree.layers.get(key)
+        if existing is not None and existing.method is not method:
+            why = f"it already carries {existing.method.__name__} adapters"
+        if isinstance(site.module, ModulesToSaveWrapper):
+            why = "it is already trained whole, through modules_to_save of another adapter"
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"Target module {key} ({site.type_name}) is not supported by {method.__name__} (adapter '{adapter}'): "
+                f"{why}. Take it out with exclude_modules, or name other target_modules."
+            )
+    names = getattr(cfg, "modules_to_save", None) or ()
+    wanted = []
+    for key, module in tree.modules.items():
+        if names and saved.matches(key, names) is not None:
+            saved.refuse(key, module)
+            wanted.append(key)
+    missing = [n for n in names if not any(key.endswith(n) for key in wanted)]
+    if missing and not getattr(cfg, "_heads_are_defaults", False):
+        report.unmatched_targets.update(
+            {f"modules_to_save: {k}": v for k, v in unmatched(missing, set(), tree.modules).items()}
+        )
+    return Plan(tree, cfg, sites, wanted, report)
+
+
+def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
+    if isinstance(module, AdapterLayer):
+        return module.site
+    weight = module._parameters.get("weight")
+    shared = weight is not None and tree.owners[id(weight)] > 1
+    return Site(key, module, find_op(module), find_store(module), shared=shared)
+
+
+def kind_of(module: nn.Module) -> str:
+    return module.site.type_name if isinstance(module, AdapterLayer) else type(module).__name__
+
+
+def account(cfg: Any, outcomes: dict[str, Verdict], report: InjectReport) -> None:
+    """Say what matched nothing: raise if that is everything, else warn and note it in the report."""
+    verdicts = outcomes.values()
+    found = {v.outcome for v in verdicts}
+    targets = cfg.target_modules
+    excluded = bool(found & {"excluded", "saved"})
+    if "matched" not in found and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,)):
+        raise NoMatchingPeftModuleError(nothing_matched(cfg, outcomes, excluded))
+    if getattr(cfg, "exclude_modules", None) and not excluded:
+        warnings.warn(
+            f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
+            "Names are whole paths or their last parts.",
+            stacklevel=6,
+        )
+    if isinstance(targets, (set, list)) and DUMMY not in targets:
+        used = {v.entry for v in verdicts if v.entry is not None}
+        # an entry may be hidden behind a longer one that names the same modules
+        left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
+        report.unmatched_targets = unmatched(left, used, outcomes)
+        for entry, similar in report.unmatched_targets.items():
+            warnings.warn(f"target_modules entry '{entry}' matched nothing{hint(similar)}", PeftWarning, stacklevel=6)
+    for name in getattr(cfg, "patterns", {}):
+        matched = [k for k, v in outcomes.items() if v.outcome == "matched"]
+        idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k) for k in matched))
+        if idle:
+            text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+
+def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
+    targets = cfg.target_modules
+    left = any(v.outcome in ("untargeted", "layer") for v in outcomes.values())
+    if excluded and not left:
+        return (
+            "All modules were excluded. This is likely unintended. "
+            "Check your `target_modules`, `exclude_modules` and `modules_to_save` configuration."
+        )
+    if excluded:
+        return (
+            "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` that "
+            f"name nothing else and `exclude_modules` or `modules_to_save` that take out the rest. Targets: {targets}."
+        )
+    if not targets:
+        return (
+            "No `target_modules` passed but also no `target_parameters` found. "
+            "Please check the values for these arguments."
+        )
+    text = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+    if not isinstance(targets, str):
+        for entry, similar in unmatched(targets, set(), outcomes).items():
+            if similar:
+                text += f" '{entry}' matched nothing{hint(similar)}"
+    if getattr(cfg, "layers_to_transform", None) is not None:
+        text += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
+        if cfg.layers_pattern is not None:
+            text += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
+        text += " Make sure the indices exist, and that the layers are numbered directly below that name."
+    return text
+
+
+def inject(
+    model: nn.Module,
+    config: Any,
+    method: type[Method],
+    adapter: str,
+    *,
+    routing: Routing | None = None,
+    shared: dict[str, BufferDict] | None = None,
+    others: dict[str, Any] | None = None,
+    upcast: bool = True,
+    on_meta: bool = False,
+    fill: Callable[[Parts], None] | None = None,
+    keys: Iterable[str] | None = None,
+    heads: dict[str, nn.Module] | None = None,
+) -> tuple[InjectReport, Parts]:
+    """Put `adapter` on `model`, in place, inactive and frozen.
+
+    Args:
+        shared: containers of tensors that all layers share; filled in by methods that have such.
+        others: configs of the adapters already there.
+        upcast: train half-precision adapters in float32.
+        on_meta: leave the adapter's tensors on the meta device.
+        fill: loads the values, in place of initial ones. If it raises, nothing has happened.
+        keys: adapt exactly these paths, whatever the config targets.
+        heads: modules to use (instead of copies of the base's) for `modules_to_save`, by name.
+
+    Returns:
+        The account of what was done, and what now carries the adapter.
+
+    Raises:
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
+    """
+    plan = survey_and_match(model, config, method, adapter, keys)
+    tree, cfg, report = plan.tree, plan.cfg, plan.report
+    chosen = choose_heads(plan, heads)
+    if routing is None:
+        existing = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
+        routing = existing.routing if existing is not None else Routing()
+    shared = {} if shared is None else shared
+    before = {key: list(container) for key, container in shared.items()}
+    layers: dict[str, AdapterLayer] = {}
+    orient(cfg, plan.sites.values())
+    try:
+        declare_shared(method, list(plan.sites.values()), cfg, adapter, shared, others or {}, upcast)
+        skip_init = (on_meta or fill is not None) and not method.inits_from_weight(cfg)
+        for key, site in plan.sites.items():
+            layer = tree.layers.get(key) or AdapterLayer(site, method, routing)
+            layers[key] = layer
+            add_adapter(layer, adapter, cfg.at(key), shared, on_meta=skip_init, upcast=upcast)
+            trained = list(layer.parameters_of(adapter))
+            report.matched.append(Matched(key, site.type_name, sum(p.numel() for p in trained)))
+        wrappers = {
+            key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, routing) for key in plan.saved
+        }
+        for key, wrapper in wrappers.items():
+            wrapper.add(adapter, chosen.get(key))
+            size = sum(p.numel() for p in wrapper.parameters_of(adapter))
+            report.modules_to_save.append(Matched(key, type(wrapper.modules_to_save[adapter]).__name__, size))
+        parts = Parts(layers, wrappers, shared)
+        if fill is not None:
+            fill(parts)
+    except BaseException:
+        for layer in layers.values():
+            layer.rollback()
+            layer.delete_adapter(adapter)
+        for key in plan.saved:
+            if key in tree.wrappers:
+                tree.wrappers[key].delete_adapter(adapter)
+        for key, container in shared.items():
+            for name in set(container) - set(before.get(key, ())):
+                del container[name]
+        for key in set(shared) - set(before):
+            del shared[key]
+        raise
+    commit(plan, adapter, layers, wrappers, model)
+    config.__dict__.update(cfg.__dict__)
+    return report, parts
+
+
+def add_adapter(
+    layer: AdapterLayer, adapter: str, cfg: Any, shared: dict[str, Any], *, on_meta: bool, upcast: bool
+) -> None:
+    with torch.device("meta") if on_meta else nullcontext():
+        values = layer.method.build(layer.site, cfg, shared)
+    method = layer.add(adapter, values)
+    if not on_meta:
+        method.init(cfg)
+    layer.place(adapter, upcast)
+    layer.require_grad(adapter, False)
+
+
+def declare_shared(
+    method: type[Method],
+    sites: list[Site],
+    cfg: Any,
+    adapter: str,
+    shared: dict[str, BufferDict],
+    others: dict[str, Any],
+    upcast: bool,
+) -> None:
+    if not method.shares:
+        return
+    for name, value in method.share(sites, cfg, dict(shared), others).items():
+        transient = isinstance(value, Transient)
+        container = shared.setdefault(name, BufferDict(persistent=not transient))
+        container[adapter] = value.tensor if transient else value
+        device, dtype = sites[0].store.where(sites[0].module)
+        place(container, adapter, device, dtype, upcast and method.upcast)
+
+
+def orient(cfg: Any, sites: Iterable[Site]) -> None:
+    """Correct `fan_in_fan_out`, which only restates what the layer type says."""
+    if not hasattr(cfg, "fan_in_fan_out"):
+        return
+    for site in sites:
+        if site.op is None or site.op.takes_ids or len(site.shape) != 2 or cfg.fan_in_fan_out == site.op.transposed:
+            continue
+        kind = "Conv1D" if site.op.transposed else "torch.nn.Linear"
+        warnings.warn(
+            f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is `{kind}`. "
+            f"Setting fan_in_fan_out to {site.op.transposed}.",
+            stacklevel=5,
+        )
+        cfg.fan_in_fan_out = site.op.transposed
+
+
+def choose_heads(plan: Plan, heads: dict[str, nn.Module] | None) -> dict[str, nn.Module]:
+    """`heads` by full path."""
+    chosen: dict[str, nn.Module] = {}
+    for name, module in (heads or {}).items():
+        paths = [key for key in plan.saved if key == name or key.endswith(f".{name}")]
+        if len(paths) != 1:
+            raise ConfigError(
+                f"heads['{name}'] must name one of the modules in modules_to_save, which are {plan.saved or 'none'}."
+            )
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
+        chosen[paths[0]] = module
+    return chosen
+
+
+def commit(
+    plan: Plan,
+    adapter: str,
+    layers: dict[str, AdapterLayer],
+    wrappers: dict[str, ModulesToSaveWrapper],
+    model: nn.Module,
+) -> None:
+    """Attach what was made; nothing here can fail."""
+    tree = plan.tree
+    first = not tree.layers and not tree.wrappers
+    if first:
+        for p in model.parameters():
+            p.requires_grad_(False)
+    for key, layer in layers.items():
+        layer.settle()
+        layer.train(layer.base_layer.training)
+        if key not in tree.layers:
+            attach(tree.places[key], layer)
+    for key, wrapper in wrappers.items():
+        if key not in tree.wrappers:
+            wrapper.train(tree.modules[key].training)
+            attach(tree.places[key], wrapper)
+    train_biases(plan.cfg, model, layers, plan.report)
+
+
+def attach(place: Place, module: nn.Module) -> None:
+    parent, name = place
+    parent._modules[name] = module  # setattr would only look the old one up again
+
+
+def train_biases(cfg: Any, model: nn.Module, layers: dict[str, AdapterLayer], report: InjectReport) -> None:
+    bias = getattr(cfg, "bias", "none")
+    if bias == "none":
+        return
+    if bias == "all":
+        trained = [p for name, p in model.named_parameters() if "bias" in name]
+    else:  # "<method>_only": those of the adapted layers
+        trained = [b for layer in layers.values() if (b := getattr(layer.base_layer, "bias", None)) is not None]
+    for p in trained:
+        p.requires_grad_(True)
+    report.other_trainable += sum(p.numel() for p in trained)
+
+
+def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:
+    """Raise if the config's `bias` is unknown, or a second adapter wants to train biases."""
+    bias = getattr(cfg, "bias", "none")
+    if bias not in ("none", "all") and not bias.endswith("_only"):
+        raise NotImplementedError(f"Requested bias: {bias}, is not implemented.")
+    others = list(others)  # type: ignore[assignment]
+    if others and any(getattr(c, "bias", "none") != "none" for c in (cfg, *others)):
+        raise ValueError(
+            f"{method.__name__} supports only 1 adapter with bias. "
+            "When using multiple adapters, set bias to 'none' for all adapters."
+        )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which module names a config selects. Pure functions on names; one matcher, compiled once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Outcome = Literal["matched", "excluded", "saved", "layer", "untargeted"]
+LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+WHY = {
+    "excluded": "named by exclude_modules",
+    "saved": "trained whole, through modules_to_save",
+    "layer": "its layer index is not in layers_to_transform",
+    "untargeted": "not named by target_modules",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    entry: str | None = None  # the entry of target_modules that named it
+
+    @property
+    def why(self) -> str:
+        return WHY.get(self.outcome, "")
+
+
+class Names:
+    """A set of names, each matching a path that equals it or ends with it after a dot; or one regex on whole paths."""
+
+    def __init__(self, names: Iterable[str] | str | None):
+        self.regex = re.compile(names) if isinstance(names, str) else None
+        self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
+
+    def find(self, path: str) -> str | None:
+        """The entry that matches `path`: the path itself first, then its longest suffix."""
+        if self.regex is not None:
+            return self.regex.pattern if self.regex.fullmatch(path) else None
+        if path in self.names:
+            return path
+        return next((s for s in suffixes(path) if s in self.names), None)
+
+
+def suffixes(path: str) -> Iterator[str]:
+    """The parts of a dotted path after each dot, longest first."""
+    dot = path.find(".")
+    while dot >= 0:
+        yield path[dot + 1 :]
+        dot = path.find(".", dot + 1)
+
+
+class Matcher:
+    """Decides on one module path after another."""
+
+    def __init__(self, cfg: Any):
+        self.targets = Names(cfg.target_modules)
+        self.excluded = Names(getattr(cfg, "exclude_modules", None))
+        saved = getattr(cfg, "modules_to_save", None) or ()
+        self.saved = re.compile("|".join(rf"(^|.*\.){m}($|\..*)" for m in saved)) if saved else None
+        indices = getattr(cfg, "layers_to_transform", None)
+        self.indices = {indices} if isinstance(indices, int) else set(indices or ())
+        pattern = getattr(cfg, "layers_pattern", None) or ()
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+        self.index_patterns = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns] or [LAYER_INDEX]
+
+    def __call__(self, path: str) -> Verdict:
+        if self.excluded.find(path) is not None:
+            return Verdict("excluded", self.targets.find(path))
+        if self.saved is not None and self.saved.match(path):
+            return Verdict("saved", self.targets.find(path))
+        entry = self.targets.find(path)
+        if entry is None:
+            return Verdict("untargeted")
+        if self.indices and entry != path and not self._in_layers(path):
+            return Verdict("layer", entry)
+        return Verdict("matched", entry)
+
+    def _in_layers(self, path: str) -> bool:
+        for pattern in self.index_patterns:
+            if match := pattern.match(path):
+                return int(match[1]) in self.indices
+        return False
+
+
+def unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
+    """Entries that named nothing, each with the names like it that the model does have, and how often."""
+    missing = sorted(e for e in entries if e not in used)
+    if not missing:
+        return {}
+    have = Counter(path.rpartition(".")[2] for path in paths)
+    close = {e: difflib.get_close_matches(e.rpartition(".")[2], have, n=2, cutoff=0.6) for e in missing}
+    return {entry: [(name, have[name]) for name in names] for entry, names in close.items()}
+
+
+def hint(similar: list[tuple[str, int]]) -> str:
+    """'; did you mean …?' or nothing."""
+    if not similar:
+        return ""
+    names = " or ".join(f"'{name}' ({n} module{'s' * (n != 1)})" for name, n in similar)
+    return f"; did you mean {names}?"
+
+
+def minimal_names(targets: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The fewest, shortest suffixes that select all of `targets` and none of `others`.
+
+    Raises:
+        ValueError: a name is empty, or stands in both.
+    """
+    if isinstance(targets, (str, bytes)) or not targets:
+        raise ValueError("target_modules should be a list or set of strings.")
+    targets, others = set(targets), set(others)
+    if "" in targets:
+        raise ValueError("target_modules should not contain an empty string.")
+    if common := targets & others:
+        raise ValueError(
+            "target_modules and other_module_names contain common elements, this should not happen, "
+            f"please open an issue with the code that led to it: {sorted(common)[:3]}."
+        )
+    taken = {s for path in others for s in (path, *suffixes(path))}
+    chosen: set[str] = set()
+    for path in sorted(targets):
+        candidates = [*suffixes(path)][::-1] + [path]  # shortest first
+        if chosen.isdisjoint(candidates):
+            chosen.add(next((s for s in candidates if s not in taken), path))
+    return chosen

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The account of an injection: what was matched, skipped and why, what trains. Also what `plan` returns."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+
+from graft.inject.match import hint
+
+
+@dataclass(frozen=True)
+class Matched:
+    name: str
+    type: str
+    parameters: int  # that train
+    shapes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    name: str
+    type: str
+    why: str
+
+
+@dataclass
+class InjectReport:
+    """What injecting one adapter did, or would do.
+
+    `skipped` lists modules that a target names but that were left out; `untargeted` counts the others by type.
+    """
+
+    adapter: str
+    peft_type: str
+    matched: list[Matched] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    untargeted: Counter[str] = field(default_factory=Counter)
+    unmatched_targets: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # entry → similar names
+    modules_to_save: list[Matched] = field(default_factory=list)
+    other_trainable: int = 0  # biases, tensors shared by the model
+    base_parameters: int = 0
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(m.parameters for m in (*self.matched, *self.modules_to_save)) + self.other_trainable
+
+    def table(self):
+        """As a rich Table."""
+        from rich.table import Table
+
+        percent = 100 * self.trainable_parameters / max(1, self.trainable_parameters + self.base_parameters)
+        title = (
+            f"{self.peft_type} '{self.adapter}': {len(self.matched)} layers, "
+            f"{self.trainable_parameters:,} trainable parameters ({percent:.2f} %)"
+        )
+        table = Table(title=title, title_justify="left")
+        for name, justify in (
+            ("module", "left"),
+            ("type", "left"),
+            ("n", "right"),
+            ("trainable", "right"),
+            ("", "left"),
+        ):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        groups: dict[tuple[str, str, str], list[int]] = {}
+        for m in self.matched:
+            groups.setdefault((generic(m.name), m.type, "adapted"), []).append(m.parameters)
+        for m in self.modules_to_save:
+            groups.setdefault((generic(m.name), m.type, "trained whole"), []).append(m.parameters)
+        for s in self.skipped:
+            groups.setdefault((generic(s.name), s.type, f"skipped: {s.why}"), []).append(0)
+        for (name, kind, what), counts in groups.items():
+            table.add_row(name, kind, str(len(counts)), f"{sum(counts):,}" if sum(counts) else "", what)
+        for entry, similar in self.unmatched_targets.items():
+            table.add_row(entry, "", "0", "", f"matched nothing{hint(similar)}")
+        for kind, n in self.untargeted.most_common():
+            table.add_row("…", kind, str(n), "", "not targeted")
+        return table
+
+    def __rich__(self):
+        return self.table()
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=110).print(self.table())
+        return out.getvalue()
+
+
+def generic(name: str) -> str:
+    """A path with its layer indices starred, so that alike modules share a line."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

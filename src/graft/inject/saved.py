@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that are trained whole and saved with an adapter (`modules_to_save`): one copy per adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.layer import AdapterLayer
+from graft.core.params import tensors_of
+from graft.core.routing import Routing
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """Runs the active adapter's own copy of a module; without one, the original.
+
+    Copies may differ in shape from the original and from each other: a 5-label head beside one of 2.
+    """
+
+    def __init__(self, original: nn.Module, key: str, routing: Routing):
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.key, self.routing = key, routing
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+
+    def add(self, adapter: str, module: nn.Module | None = None) -> None:
+        """Give `adapter` its copy: of `module` if passed, else of the original."""
+        own = copy.deepcopy(self.original_module) if module is None else module
+        if module is not None:
+            p = next(self.original_module.parameters(), None)
+            if p is not None:
+                own.to(device=p.device, dtype=p.dtype)
+            own.train(self.original_module.training)
+        own.requires_grad_(False)
+        self.modules_to_save[adapter] = own
+
+    def delete_adapter(self, adapter: str) -> None:
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+        self.active_adapters = [a for a in self.active_adapters if a != adapter]
+
+    def check_active(self, names: Sequence[str]) -> None:
+        own = [n for n in names if n in self.modules_to_save]
+        if len(own) > 1:
+            raise ValueError(
+                f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {own}: each has its own copy of "
+                f"'{self.key}'. Activate one of them."
+            )
+
+    def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        self.check_active(names)
+        for name in self.modules_to_save:
+            self.require_grad(name, name in names and not inference_mode)
+        self.active_adapters = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.disable_adapters = not enabled
+
+    def require_grad(self, adapter: str, requires_grad: bool) -> None:
+        if adapter in self.modules_to_save:
+            self.modules_to_save[adapter].requires_grad_(requires_grad)
+
+    def tensors(self, adapter: str) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
+        for path, owner, attribute, tensor in tensors_of(self.modules_to_save, adapter):
+            yield "modules_to_save", path, owner, attribute, tensor
+
+    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
+        if adapter in self.modules_to_save:
+            yield from self.modules_to_save[adapter].parameters()
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.modules_to_save)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def active(self) -> nn.Module:
+        """The module that runs now."""
+        if not self.disable_adapters:
+            for name in self.active_adapters:
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "modules_to_save" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.active, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.rows is not None and not self.disable_adapters:
+            return self._forward_rows(*args, **kwargs)
+        return self.active(*args, **kwargs)
+
+    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = self.routing.current()
+        x = rows.take(x, self.key)
+        parts = []
+        for adapter, index in rows.segments:
+            own = self.modules_to_save[adapter] if adapter in self.modules_to_save else self.original_module
+            part = own(x.index_select(0, index), *args, **kwargs)
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"Mixed batches need a tensor from '{self.key}', which returns a {type(part).__name__}: "
+                    "run one adapter at a time."
+                )
+            parts.append(part)
+        return torch.cat(widened(parts)).index_select(0, rows.inverse)
+
+
+def widened(parts: list[Tensor]) -> list[Tensor]:
+    """Rows of narrower heads padded with -inf: no probability for labels that the row's adapter does not have."""
+    width = max(p.shape[-1] for p in parts)
+    return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in parts]
+
+
+def matches(key: str, names: Sequence[str]) -> str | None:
+    """The entry of modules_to_save that names a module: a plain end of its path, as in PEFT."""
+    return next((n for n in names if key.endswith(n)), None)
+
+
+def refuse(key: str, module: nn.Module) -> None:
+    """Raise if the module cannot be trained whole."""
+    if isinstance(module, CONTAINERS) or isinstance(module, AdapterLayer):
+        raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}').")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `target_modules` means for a given model: defaults by architecture, "all-linear", compression of long lists."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from torch import nn
+
+from graft.core.errors import ConfigError
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.ops import Conv1D, Linear, find_op
+from graft.inject.match import minimal_names
+
+ALL_LINEAR = "all-linear"
+DUMMY = "dummy-target-modules"  # inject nothing
+COMPRESS_FROM = 20  # as many names are replaced by the suffixes that tell them apart
+HEAD_NAMES = ("score", "classifier")
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The model's own config as a dict; `{"model_type": "custom"}` if it has none."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()  # type: ignore[union-attr]
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    return config if isinstance(config, dict) else {"model_type": "custom"}
+
+
+def model_type(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    return kind if kind is not None else model_config(model).get("model_type", "custom")
+
+
+def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Complete `cfg.target_modules` in place."""
+    if cfg.target_modules is None:
+        defaults = method.targets.get(model_type(model))
+        if defaults is None:
+            what = (
+                "`target_modules` or `target_parameters`in"
+                if hasattr(cfg, "target_parameters")
+                else "`target_modules` in"
+            )
+            raise ConfigError(
+                f"Please specify {what} `peft_config`: there are no defaults for model_type '{model_type(model)}'."
+            )
+        cfg.target_modules = defaults if isinstance(defaults, str) else set(defaults)
+    if isinstance(cfg.target_modules, str):
+        if cfg.target_modules.lower() == ALL_LINEAR:
+            cfg.target_modules = all_linear(cfg, model, modules)
+        else:
+            return
+    if len(cfg.target_modules) >= COMPRESS_FROM and method.compresses_targets:
+        cfg.target_modules = minimal_names(cfg.target_modules, [k for k in modules if k not in cfg.target_modules])
+
+
+def all_linear(cfg: Any, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """Names of all linear layers but the output head."""
+    head: nn.Module | None = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+        if head is None and cfg.task_type == "SEQ_CLS":
+            head = next((getattr(model, n) for n in HEAD_NAMES if isinstance(getattr(model, n, None), nn.Module)), None)
+    return {key for key, m in modules.items() if is_linear(m) and not is_or_wraps(m, head)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    op = module.op if isinstance(module, AdapterLayer) else find_op(module)
+    return isinstance(op, (Linear, Conv1D))
+
+
+def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
+    return other is not None and (module is other or any(m is other for m in module.modules()))

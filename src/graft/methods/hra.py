@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HRA: Bridging the Gap between Low-rank and Orthogonal Adaptation via Householder Reflection, arXiv 2405.17484."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.method import Method
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class HRAConfig(Targeted, LayerRange):
+    """HRA: W H, H = Π (I - 2 û_k û_kᵀ) over r Householder reflections of the input."""
+
+    peft_type: str | None = "HRA"
+    r: int = 8  # number of reflections; even ones start as pairs that cancel
+    apply_GS: bool = False  # make the vectors orthogonal first (Gram-Schmidt)
+    init_weights: bool = True
+    bias: str = "none"  # which base biases train: none, all, hra_only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class HRA(Method):
+    config = HRAConfig
+    prefix = "hra_"
+    order = "out"  # several adapters give W H_1 H_2 …, so the last one sees the input first
+    targets = LORA
+
+    hra_u: nn.Parameter  # (fan_in, r)
+    hra_apply_GS: bool
+
+    @classmethod
+    def through_weight(cls, site: Site) -> bool:
+        return len(site.shape) > 2 or site.op.takes_ids  # reflect the input where it is a plain vector
+
+    @classmethod
+    def build(cls, site: Site, cfg: HRAConfig, shared):
+        return dict(hra_u=nn.Parameter(torch.empty(site.fan_in, cfg.r)), hra_r=cfg.r, hra_apply_GS=cfg.apply_GS)
+
+    def init(self, cfg: HRAConfig) -> None:
+        if cfg.init_weights and cfg.r % 2 == 0:
+            half = torch.empty(self.hra_u.shape[0], cfg.r // 2)
+            nn.init.kaiming_uniform_(half, a=math.sqrt(5))
+            self.hra_u.data.copy_(half.repeat_interleave(2, dim=1))
+            return
+        if cfg.init_weights:
+            warnings.warn(f"r={cfg.r} is odd: the adapter does not start as the identity.", stacklevel=2)
+        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
+
+    def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(U, T) with H = I - U T Uᵀ (compact WY form). U (fan_in, r), T (r, r)."""
+        u = self.hra_u.to(torch.promote_types(dtype, torch.float32))
+        if self.hra_apply_GS:
+            U, T = gram_schmidt(u), 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+        else:
+            U = u / u.norm(dim=0)
+            half = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
+            # T⁻¹ = ½ I + striu(UᵀU) for H_1 H_2 … H_r
+            T = torch.linalg.solve_triangular((U.T @ U).triu(1) + half, 4 * half * half, upper=True)
+        return U.to(dtype), T.to(dtype)
+
+    def pre(self, x: Tensor) -> Tensor:
+        U, T = self.compact(x.dtype)
+        return x - (x @ U) @ T.T @ U.T
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        U, T = self.compact(W.dtype)
+        flat = W.flatten(1)  # (out, fan_in)
+        return (flat - (flat @ U) @ T @ U.T).view(W.shape), b
+
+
+def gram_schmidt(u: Tensor) -> Tensor:
+    """The columns of u made orthonormal one after another."""
+    columns: list[Tensor] = []
+    for v in u.unbind(1):
+        for q in columns:
+            v = v - (q @ v) * q
+        columns.append(v / v.norm())
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IA3: Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targeted, as_set
+from graft.config.targets import IA3 as TARGETS
+from graft.config.targets import IA3_FEEDFORWARD
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class IA3Config(Targeted):
+    """IA3: a learned factor per output channel, y ⊙ l, or per input channel of feed-forward layers, W (x ⊙ l)."""
+
+    peft_type: str | None = "IA3"
+    feedforward_modules: list[str] | str | None = None  # of target_modules, those whose input is scaled
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    init_ia3_weights: bool = True  # ones; else N(0, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.feedforward_modules = as_set(self.feedforward_modules)
+        targets, inner = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(inner, set) and not inner <= targets:
+            raise ConfigError(
+                f"`feedforward_modules` should be a subset of `target_modules`, but {sorted(inner - targets)} are not in it."
+            )
+
+
+class IA3(Method):
+    config = IA3Config
+    prefix = "ia3_"
+    targets = TARGETS
+    compresses_targets = False  # feedforward_modules would no longer be among them
+
+    ia3_l: nn.Parameter  # (out, 1); feed-forward (1, in); convolutions (1, channels, 1, …)
+    is_feedforward: bool
+
+    @classmethod
+    def prepare(cls, cfg: IA3Config, model: nn.Module) -> None:
+        if cfg.feedforward_modules is None:
+            kind = getattr(getattr(model, "config", None), "model_type", "custom")
+            if kind not in IA3_FEEDFORWARD:
+                raise ConfigError(
+                    f"Please specify `feedforward_modules` in `peft_config`: no defaults for model_type '{kind}'. "
+                    "An empty list means that there are none."
+                )
+            cfg.feedforward_modules = set(IA3_FEEDFORWARD[kind])
+
+    @classmethod
+    def check(cls, site: Site, cfg: IA3Config) -> str | None:
+        if site.op is not None and site.op.takes_ids and _is_feedforward(site.key, cfg):
+            return "an embedding's input cannot be scaled, so it cannot be a feed-forward module"
+        return super().check(site, cfg)
+
+    @classmethod
+    def build(cls, site: Site, cfg: IA3Config, shared):
+        inner = _is_feedforward(site.key, cfg)
+        n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2
+        shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)
+        return dict(ia3_l=nn.Parameter(torch.randn(shape)), is_feedforward=inner)
+
+    def init(self, cfg: IA3Config) -> None:
+        if cfg.init_ia3_weights:
+            nn.init.ones_(self.ia3_l)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.layer.op.channels(self.ia3_l.flatten())
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * self.scale if self.is_feedforward else x
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.is_feedforward else y * self.scale
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        l = self.ia3_l.flatten().to(W.dtype)
+        if not self.is_feedforward:
+            return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)
+        groups = getattr(self.layer.base_layer, "groups", 1)
+        per_group = l.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
+        return W * per_group.view(*per_group.shape, *[1] * (W.dim() - 2)), b
+
+
+def _is_feedforward(key: str, cfg: IA3Config) -> bool:
+    if isinstance(cfg.feedforward_modules, str):
+        return re.fullmatch(cfg.feedforward_modules, key) is not None
+    return any(key.endswith(name) for name in cfg.feedforward_modules or ())

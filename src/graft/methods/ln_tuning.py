@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LN tuning: Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, arXiv 2312.11420."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from graft.config.fields import Targeted
+from graft.config.targets import LN_TUNING
+from graft.core.method import Method
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class LNTuningConfig(Targeted):
+    """LN tuning: a trainable copy of each layer (made for norms, works on any module) runs in its place."""
+
+    peft_type: str | None = "LN_TUNING"
+
+
+class LNTuning(Method):
+    config = LNTuningConfig
+    prefix = "ln_tuning_"
+    targets = LN_TUNING
+    upcast = False  # the copy computes as the layer did
+
+    ln_tuning_layers: nn.Module
+
+    @classmethod
+    def build(cls, site: Site, cfg: LNTuningConfig, shared):
+        return dict(ln_tuning_layers=copy.deepcopy(site.module))
+
+    def replacement(self) -> nn.Module:
+        return self.ln_tuning_layers

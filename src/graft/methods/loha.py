@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoHa: low-rank Hadamard product. FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.method import Method
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class LoHaConfig(Targeted, LayerRange, RankPatterns):
+    """LoHa: ΔW = alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r²."""
+
+    peft_type: str | None = "LOHA"
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0  # drops output rows of ΔW in training
+    module_dropout: float = 0.0  # drops all of ΔW in training
+    use_effective_conv2d: bool = False  # factor convolution kernels as well (FedPara, proposition 3)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class LoHa(Method):
+    config = LoHaConfig
+    prefix = "hada_"
+    targets = LORA
+
+    hada_w1_a: nn.Parameter  # (out, r); with t (r, out)
+    hada_w1_b: nn.Parameter  # (r, fan_in); with t (r, in / groups)
+    hada_w2_a: nn.Parameter
+    hada_w2_b: nn.Parameter
+    hada_t1: nn.Parameter  # (r, r, *kernel), padded to two kernel dims
+    hada_t2: nn.Parameter
+    scaling: float
+    rank_dropout: float
+    module_dropout: float
+
+    @classmethod
+    def build(cls, site: Site, cfg: LoHaConfig, shared):
+        r, out_features = cfg.r, site.out_features
+        require_positive_rank(r)
+        kernel = site.shape[2:]
+        values = dict(
+            r=r,
+            alpha=cfg.alpha,
+            scaling=cfg.alpha / r,
+            rank_dropout=cfg.rank_dropout,
+            module_dropout=cfg.module_dropout,
+        )
+        if cfg.use_effective_conv2d and math.prod(kernel) > 1:
+            t = (r, r, *kernel, *[1] * (2 - len(kernel)))
+            shapes = dict(t1=t, w1_a=(r, out_features), w1_b=(r, site.shape[1]))
+            shapes |= dict(t2=t, w2_a=(r, out_features), w2_b=(r, site.shape[1]))
+        else:
+            shapes = dict(w1_a=(out_features, r), w1_b=(r, site.fan_in), w2_a=(out_features, r), w2_b=(r, site.fan_in))
+        return values | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+
+    def init(self, cfg: LoHaConfig) -> None:
+        names = ["w1_a", "w1_b", "w2_a", "w2_b"]
+        if self.cp:
+            names += ["t1", "t2"]
+        for name in names:
+            if name == "w2_b" and cfg.init_weights:
+                nn.init.zeros_(self.hada_w2_b)
+            else:
+                nn.init.kaiming_uniform_(getattr(self, f"hada_{name}"), a=math.sqrt(5))
+
+    @property
+    def cp(self) -> bool:
+        """Whether the kernel is factored, too."""
+        return self.name in getattr(self.layer, "hada_t1", ())
+
+    def delta(self) -> Tensor:
+        w1a, w1b, w2a, w2b = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+        if self.cp:
+            product = _kernel(self.hada_t1, w1a, w1b) * _kernel(self.hada_t2, w2a, w2b)
+        else:
+            product = HadamardOfProducts.apply(w1a, w1b, w2a, w2b)
+        return self.scaling * product.reshape(self.layer.site.shape)
+
+    def branch(self, x: Tensor) -> Tensor:
+        W, training = self.delta(), self.layer.training
+        if training and self.rank_dropout:
+            kept = (torch.rand(W.shape[0], device=W.device) > self.rank_dropout).to(W.dtype)
+            W = W * (kept / kept.mean()).view(-1, *[1] * (W.dim() - 1))
+        if training and self.module_dropout:
+            W = W * (torch.rand(1, device=W.device) > self.module_dropout)
+        return self.layer.op.call(self.layer.base_layer, x, W, None)
+
+
+def _kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Σ_ij t[i, j] a[i] b[j]: (out, in / groups, *kernel)."""
+    return torch.einsum("ijxy,jq,ip->pqxy", t, b, a)
+
+
+class HadamardOfProducts(torch.autograd.Function):
+    """(a b) ⊙ (c d), keeping only the factors for backward: the products are as large as the weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, c, d):
+        return (a @ b) * (c @ d)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, c, d = ctx.saved_tensors
+        left = grad * (c @ d)
+        right = grad * (a @ b)
+        return left @ b.T, a.T @ left, right @ d.T, c.T @ right

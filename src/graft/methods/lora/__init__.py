@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: its config, its maths, its initialisations."""
+
+from graft.methods.lora.config import LoraConfig, LoraRuntimeConfig
+from graft.methods.lora.lora import LoRA
+
+__all__ = ["LoRA", "LoraConfig", "LoraRuntimeConfig"]

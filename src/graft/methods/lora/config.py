@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoraConfig: every field of PEFT 0.21.2."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.core.errors import ConfigError
+
+# fields whose mechanism graft does not have yet, and the value that leaves it off
+NOT_YET = {
+    "use_dora": False,
+    "target_parameters": None,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "use_qalora": False,
+    "megatron_config": None,
+}
+INITS_NOT_YET = ("eva", "corda", "lora_ga", "loftq", "mica")
+CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that change the base weight
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Choices about this machine; never saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass(kw_only=True)
+class LoraConfig(Targeted, LayerRange, RankPatterns):
+    """LoRA (arXiv 2106.09685): W x + scaling · B A x, scaling = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732).
+
+    Raises:
+        ConfigError: a value out of range, or a combination that has no meaning.
+        ConfigTypeError: a value of the wrong type.
+        NotImplementedError: a variant or initialisation of PEFT that graft does not have yet.
+    """
+
+    peft_type: str | None = "LORA"
+    r: int = 8  # rank
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0  # on the input of A
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, lora_only
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
+    loftq_config: dict = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None  # stack these ranges of layers, sharing weights
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False  # B has a bias
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False  # adapt tied embeddings together
+
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for rank in (self.rank_pattern or {}).values():
+            require_positive_rank(rank)
+        if not 0 <= self.lora_dropout <= 1:
+            raise ConfigError(f"`lora_dropout` must be a probability, got {self.lora_dropout}.")
+        for name, off in NOT_YET.items():
+            if getattr(self, name) != off:
+                raise NotImplementedError(f"LoraConfig.{name} is not in graft yet: leave it at {off!r}.")
+        self._check_init()
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        if init in INITS_NOT_YET:
+            raise NotImplementedError(f"init_lora_weights={init!r} is not in graft yet.")
+        for name in ("eva", "corda"):
+            if getattr(self, f"{name}_config") is not None:
+                text = f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'."
+                warnings.warn(text, stacklevel=4)
+        if self.loftq_config:
+            warnings.warn(
+                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", stacklevel=4
+            )
+            self.loftq_config = {}
+        if self.lora_bias and not isinstance(init, bool):
+            raise ConfigError(
+                "The argument lora_bias=True is only supported with init_lora_weights=True or False, "
+                f"got init_lora_weights={init!r} instead."
+            )
+        patterned = self.rank_pattern or self.alpha_pattern
+        if self.use_rslora and patterned and isinstance(init, str) and init.startswith(CONVERTED):
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of "
+                "modified base weights: the saved adapter cannot be converted to plain LoRA.",
+                stacklevel=4,
+            )

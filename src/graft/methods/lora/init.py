@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How LoRA starts: kaiming (2106.09685), gaussian, orthogonal, OLoRA (2406.01775), PiSSA (2404.02948).
+
+A function here fills A (r, in) and B (out, r); those that start from the base weight W take their part out of it,
+so that W + scaling · B A stays what it was.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import ConfigError, PeftWarning
+
+if TYPE_CHECKING:
+    from graft.methods.lora.lora import LoRA
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def changes_base(how: bool | str) -> bool:
+    return isinstance(how, str) and (how == "olora" or how.startswith("pissa"))
+
+
+@torch.no_grad()
+def initialise(lora: LoRA, how: bool | str) -> None:
+    A, B = lora.pair
+    op = lora.layer.op
+    if lora.lora_bias and how is not False:
+        nn.init.zeros_(lora.lora_B.bias)  # type: ignore[arg-type]
+    if op.takes_ids:
+        if isinstance(how, str):
+            text = f"init_lora_weights={how!r} has no meaning for the embedding '{lora.layer.site.key}': default used."
+            warnings.warn(text, PeftWarning, stacklevel=2)
+        if how is not False:
+            nn.init.zeros_(A)
+            nn.init.normal_(B)
+    elif how is True:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
+    elif how is False:
+        pass  # as the modules of A and B initialise themselves
+    elif how.lower() == "gaussian":
+        nn.init.normal_(A, std=1 / A.shape[0])
+        nn.init.zeros_(B)
+    elif A.dim() > 2 or not (how in ("orthogonal", "olora") or how.startswith("pissa")):
+        raise ConfigError(f"Unknown initialization init_lora_weights='{how}' for layer '{lora.layer.site.key}'.")
+    elif how == "orthogonal":
+        _orthogonal(A, B)
+    else:
+        _from_weight(lora, how, A, B)
+
+
+def _orthogonal(A: Tensor, B: Tensor) -> None:
+    """A's rows and B's columns are built on orthogonal halves of one random basis, so that B A = 0."""
+    r = A.shape[0]
+    if r % 2:
+        raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+    Q, _ = torch.linalg.qr(torch.randn(r, r))
+    odd, even = Q[0::2], Q[1::2]  # (r/2, r) each
+    A.copy_((torch.randn(A.shape[1], r // 2) @ odd).T / 10)
+    B.copy_((torch.randn(r // 2, B.shape[0]).T @ even) / 10)
+
+
+def _from_weight(lora: LoRA, how: str, A: Tensor, B: Tensor) -> None:
+    layer, r, s = lora.layer, A.shape[0], lora.scaling
+    W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter))
+    if W.dtype not in FLOATS:
+        name = "OLoRA" if how == "olora" else "PiSSA"
+        raise TypeError(
+            f"Please initialize {name} under float32, float16, or bfloat16 (layer '{layer.site.key}' is {W.dtype}). "
+            "A quantized base can be quantized again afterwards."
+        )
+    wide = W.float()
+    new_A, new_B = _olora(wide, r) if how == "olora" else _pissa(wide, r, s, how)
+    A.copy_(new_A)
+    B.copy_(new_B)
+    layer.rewrite_base((wide - s * (new_B @ new_A)).to(W.dtype))
+
+
+def _olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    Q, R = torch.linalg.qr(W)
+    return R[:r], Q[:, :r]
+
+
+def _pissa(W: Tensor, r: int, s: float, how: str) -> tuple[Tensor, Tensor]:
+    """The r largest singular triples of W, shared out evenly between A and B."""
+    if how == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
+        U, S, V = torch.svd_lowrank(W, r, niter=int(match[1]))
+        Vh = V.T
+    else:
+        raise ConfigError(
+            f"init_lora_weights should be 'pissa' or 'pissa_niter_[number of iters]', got '{how}' instead."
+        )
+    root = (S / s).sqrt()
+    return root[:, None] * Vh, U * root

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OFT: Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; OFTv2, arXiv 2506.19847."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted
+from graft.config.targets import LORA
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class OFTConfig(Targeted, LayerRange):
+    """OFT: W (x R), R = blockdiag(R_1, …) of orthogonal blocks. Give either the block size or the number of blocks."""
+
+    peft_type: str | None = "OFT"
+    r: int = 0  # number of blocks
+    oft_block_size: int = 32
+    module_dropout: float = 0.0  # replaces blocks by the identity in training
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, oft_only
+    init_weights: bool = True
+    coft: bool = False  # constrained: Q stays within eps of 0
+    eps: float = 6e-5
+    block_share: bool = False  # one block, used throughout
+    use_cayley_neumann: bool = True  # a power series in place of the exact Cayley transform
+    num_cayley_neumann_terms: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.r == 0) == (self.oft_block_size == 0) or self.r < 0 or self.oft_block_size < 0:
+            raise ConfigError(
+                f"Either `r` or `oft_block_size` must be non-zero, and not both: r={self.r}, "
+                f"oft_block_size={self.oft_block_size}. Set the one that does not apply to 0."
+            )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs):
+        if "oft_block_size" not in kwargs:
+            raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
+        version = tuple(int(p) for p in str(kwargs.get("peft_version") or "0").split(".")[:2] if p.isdigit())
+        if kwargs.get("use_cayley_neumann") and version < (0, 18):
+            warnings.warn(
+                "The Cayley-Neumann series changed in PEFT 0.18.0: outputs will differ from training.", stacklevel=4
+            )
+        return kwargs
+
+
+class Rotation(nn.Module):
+    """Skew-symmetric blocks Q, each as its strict upper triangle."""
+
+    def __init__(self, blocks: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
+
+
+class OFT(Method):
+    config = OFTConfig
+    prefix = "oft_"
+    order = "in"
+    targets = LORA
+
+    oft_R: Rotation  # weight (blocks, b (b - 1) / 2)
+    oft_embedding_R: Rotation
+    block_size: int
+    blocks: int  # that R has; more than there are in the weight if they are shared
+
+    @classmethod
+    def acts(cls, site: Site):
+        return "out" if site.op is not None and site.op.takes_ids else "in"
+
+    @classmethod
+    def through_weight(cls, site: Site) -> bool:
+        return len(site.shape) > 2  # a kernel sees overlapping patches: rotate the weight
+
+    @classmethod
+    def build(cls, site: Site, cfg: OFTConfig, shared):
+        n = site.out_features if site.op.takes_ids else site.fan_in
+        size = _divisor(n, n // cfg.r if cfg.r and n % cfg.r == 0 else cfg.oft_block_size or None, cfg.r, site.key)
+        blocks = n // size
+        rotation = Rotation(1 if cfg.block_share else blocks, size)
+        return {
+            "oft_embedding_R" if site.op.takes_ids else "oft_R": rotation,
+            "block_size": size,
+            "blocks": blocks,
+            "eps": cfg.eps if cfg.coft else None,
+            "terms": cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None,
+            "module_dropout": cfg.module_dropout,
+        }
+
+    def init(self, cfg: OFTConfig) -> None:
+        if cfg.init_weights:
+            nn.init.zeros_(self.rotation.weight)
+        else:
+            nn.init.normal_(self.rotation.weight, mean=0.0, std=0.1)
+
+    @property
+    def rotation(self) -> Rotation:
+        return self.oft_embedding_R if self.layer.op.takes_ids else self.oft_R
+
+    def R(self) -> Tensor:
+        """(blocks, b, b); one block if they are shared."""
+        v = self.rotation.weight
+        if self.eps is not None:
+            v = constrain(v, self.eps)
+            if self.layer.training:  # projected descent: the next update starts from the constrained point
+                with torch.no_grad():
+                    self.rotation.weight.copy_(v)
+                v = self.rotation.weight
+        R = cayley(skew(v, self.block_size), self.terms)
+        if self.module_dropout and self.layer.training:
+            dropped = torch.rand(R.shape[0], 1, 1, device=R.device) < self.module_dropout
+            R = torch.where(dropped, torch.eye(self.block_size, device=R.device, dtype=R.dtype), R)
+        return R
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x if self.layer.op.takes_ids else self.rotate(x)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.rotate(y.to(self.dtype)) if self.layer.op.takes_ids else y
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x R, block by block. x (…, n)."""
+        blocks = x.unflatten(-1, (self.blocks, self.block_size)).unsqueeze(-2)  # (…, blocks, 1, b)
+        return (blocks @ self.R().to(x.dtype)).flatten(-3)
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        R = self.R().to(W.dtype)
+        if self.layer.op.takes_ids:  # the output is rotated: Rᵀ W
+            blocks = W.reshape(self.blocks, self.block_size, -1)
+            return (R.mT @ blocks).reshape(W.shape), b
+        blocks = W.reshape(W.shape[0], self.blocks, self.block_size, 1)
+        return (R @ blocks).reshape(W.shape), b
+
+
+def skew(v: Tensor, size: int) -> Tensor:
+    """(blocks, size, size) skew-symmetric, from strict upper triangles row by row."""
+    rows, cols = torch.triu_indices(size, size, 1, device=v.device)
+    Q = v.new_zeros(v.shape[0], size, size).index_put(
+        (torch.arange(v.shape[0], device=v.device)[:, None], rows, cols), v
+    )
+    return Q - Q.mT
+
+
+def constrain(v: Tensor, eps: float) -> Tensor:
+    """Scale each block so that its Frobenius norm is at most eps / √blocks."""
+    limit = eps / math.sqrt(v.shape[0])
+    norm = v.norm(dim=1, keepdim=True) * math.sqrt(2)  # of Q, which holds every entry twice
+    return v * (limit / norm).clamp(max=1)
+
+
+def cayley(Q: Tensor, terms: int | None) -> Tensor:
+    """(I - Q)(I + Q)⁻¹; or the truncated series of its inverse, I + 2Q + 2Q² + … + Qⁿ⁻¹ (as PEFT has it)."""
+    I = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
+    if terms is None:
+        return torch.linalg.solve(I + Q, I - Q, left=False)
+    if terms == 1:
+        return I.expand_as(Q)
+    if terms == 2:
+        return I + 2 * Q
+    R, power = I + 2 * Q, Q
+    for _ in range(2, max(terms, 4) - 1):
+        power = power @ Q
+        R = R + 2 * power
+    return R + power @ Q
+
+
+def _divisor(n: int, size: int | None, r: int, key: str) -> int:
+    """The block size to use for n features: `size`, or that of r blocks, moved to the nearest divisor of n."""
+    wanted, what = (size, "oft_block_size") if size is not None else (r, "r")
+    if n % wanted == 0:
+        return wanted if what == "oft_block_size" else n // wanted
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    nearest = min(divisors, key=lambda d: (abs(d - wanted), d)) if wanted < n else n
+    warnings.warn(
+        f"Invalid `{what}` ({wanted}) for layer '{key}' with {n} features: adjusted to ({nearest}).", stacklevel=4
+    )
+    return nearest if what == "oft_block_size" else n // nearest

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""get_peft_model and its like: from a model and a config to a PeftModel."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from graft.config.base import PeftConfig
+from graft.core.layer import AdapterLayer
+from graft.methods import method_of
+from graft.model.peft_model import PeftModel
+from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    heads: dict[str, nn.Module] | None = None,
+) -> PeftModel:
+    """Inject an adapter into `model`, in place, and wrap it in the PeftModel class of the config's task type.
+
+    Args:
+        autocast_adapter_dtype: train half-precision adapters in float32.
+        revision: of the base model, to be recorded.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
+        heads: modules for the config's `modules_to_save`, instead of copies of the base's, by name.
+
+    Raises:
+        NoMatchingPeftModuleError: the config targets nothing in this model.
+        UnsupportedLayerError: it targets a layer type that the method cannot adapt.
+        ConfigError: it does not fit this model otherwise. In each case nothing has changed.
+    """
+    if mixed:
+        raise NotImplementedError("mixed=True (adapters of several methods on one model) is not in graft yet.")
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
+    if any(isinstance(m, AdapterLayer) for m in model.modules()):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            stacklevel=2,
+        )
+    hint_at_name(adapter_name, peft_config)
+    record_origin(model, peft_config, revision)
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    return cls(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        heads=heads,
+    )
+
+
+def hint_at_name(adapter_name: str, config: Any) -> None:
+    prefix = method_of(config.peft_type).prefix
+    if adapter_name and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. graft keeps them apart, "
+            "but PEFT may not find all keys of a checkpoint that it loads under that name.",
+            stacklevel=3,
+        )
+
+
+def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
+    """Note in the config which base model this is."""
+    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    if old is not None and old != new:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=3,
+        )
+    config.base_model_name_or_path = new
+    if revision is not None:
+        if config.revision is not None and config.revision != revision:
+            warnings.warn(
+                f"peft config has already set base model revision to {config.revision}, overwriting with revision {revision}",
+                stacklevel=3,
+            )
+        config.revision = revision
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config of the class that `config_dict["peft_type"]` names."""
+    return PeftConfig.from_peft_type(**config_dict)

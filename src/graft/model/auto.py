@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoPeftModel: base model and adapter from the adapter's folder alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, ClassVar
+
+from graft.config.base import HUB_KEYWORDS, PeftConfig
+from graft.model.peft_model import PeftModel
+from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+ALLOWED_LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
+
+
+class AutoPeftModel:
+    """Loads the base model that an adapter's config names, then the adapter."""
+
+    task: ClassVar[str | None] = None
+    auto_class: ClassVar[str | None] = None  # of transformers
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        name = type(self).__name__
+        raise OSError(f"{name} is designed to be instantiated using the `{name}.from_pretrained(folder)` method.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        import_allowlist: list[str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load the base model at the revision the config records, and the adapter on it.
+
+        Args:
+            import_allowlist: libraries that the stored `auto_mapping` may name a base model class of.
+            kwargs: passed on to the base model's from_pretrained.
+
+        Raises:
+            ValueError: the adapter is for another task, or its base model cannot be told.
+        """
+        hub = {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
+        if revision is not None:
+            hub["revision"] = revision
+        stored = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if stored.base_model_name_or_path is None:
+            raise ValueError(
+                f"The config at '{pretrained_model_name_or_path}' does not name its base model: load that yourself."
+            )
+        base_class = cls._base_class(stored, import_allowlist)
+        base = base_class.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
+        cls._fit_vocabulary(base, pretrained_model_name_or_path)
+        target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
+        return target.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **hub
+        )
+
+    @classmethod
+    def _base_class(cls, config: PeftConfig, allowlist: list[str] | None) -> Any:
+        if cls.auto_class is not None:
+            expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type)
+            mine = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task]
+            if expected is not mine:
+                wanted = expected.__name__ if expected else "PeftModel"
+                raise ValueError(
+                    f"Expected target PEFT class: {wanted}, but you have asked for: {mine.__name__}. Make sure that "
+                    "you are loading the correct model for your task type."
+                )
+            import transformers
+
+            return getattr(transformers, cls.auto_class)
+        if config.task_type is not None:
+            raise ValueError(
+                f"The adapter is for {config.task_type}: use AutoPeftModelFor… of that task, or PeftModel."
+            )
+        mapping = config.auto_mapping
+        if not mapping:
+            raise ValueError(
+                "Cannot tell the base model's class: the config has neither a task type nor an auto_mapping."
+            )
+        library = mapping["parent_library"]
+        allowed = allowlist if allowlist is not None else list(ALLOWED_LIBRARIES)
+        if not any(library == a or library.startswith(f"{a}.") for a in allowed):
+            raise ValueError(
+                f"The base model class is to be imported from '{library}', which is not in the import allowlist {allowed}. "
+                "If you trust it, pass import_allowlist."
+            )
+        return getattr(importlib.import_module(library), mapping["base_model_class"])
+
+    @staticmethod
+    def _fit_vocabulary(base: Any, where: str) -> None:
+        """Resize the embeddings if the adapter's folder holds a larger tokenizer."""
+        if not os.path.isfile(os.path.join(where, "tokenizer_config.json")):
+            return
+        from transformers import AutoTokenizer
+
+        size = len(AutoTokenizer.from_pretrained(where))
+        if size > base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(size)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    task, auto_class = "CAUSAL_LM", "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    task, auto_class = "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    task, auto_class = "SEQ_CLS", "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    task, auto_class = "TOKEN_CLS", "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    task, auto_class = "QUESTION_ANS", "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    task, auto_class = "FEATURE_EXTRACTION", "AutoModel"

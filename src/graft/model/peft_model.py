@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PeftModel: the wrapper users hold. Building, adapters, forward, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.checkpoint import files, state
+from graft.checkpoint.state import LoadReport
+from graft.config.base import HUB_KEYWORDS, PeftConfig
+from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError
+from graft.core.layer import AdapterLayer
+from graft.core.routing import BASE, Rows
+from graft.model.tuner import Tuner, check_adapter_name, tuner_of
+
+OFFLOAD_KEYWORDS = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. `base_model` is the tuner, `base_model.model` the model that was passed in.
+
+    Args:
+        model: any nn.Module; modified in place.
+        peft_config: what to inject.
+        adapter_name: name of the first adapter, which becomes active.
+        autocast_adapter_dtype: train half-precision adapters in float32.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
+
+    Raises:
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
+    """
+
+    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        check_adapter_name(adapter_name)
+        self.modules_to_save = None
+        self.extend_config(peft_config)
+        self.base_model: Tuner = tuner_of(peft_config.peft_type)(  # type: ignore[arg-type]
+            model,
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            **options,
+        )
+        self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = set(type(self).special_peft_forward_args)
+        self._note_modules_to_save(peft_config)
+        self.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
+        config = getattr(model, "config", None)
+        if hasattr(config, "pretraining_tp"):
+            config.pretraining_tp = 1  # its split matrix products would bypass the adapters
+        self.train(model.training)
+
+    def extend_config(self, config: PeftConfig) -> None:
+        """Hook for task classes whose models have heads that must be trained."""
+
+    def _note_modules_to_save(self, config: Any) -> None:
+        names = getattr(config, "modules_to_save", None)
+        if names:
+            self.modules_to_save = {*(self.modules_to_save or ()), *names}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name.startswith("__"):
+                raise
+            return getattr(self.base_model, name)
+
+    # what is there
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names  # type: ignore[return-value]
+
+    @property
+    def active_peft_config(self) -> Any:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.active_adapters) and any(not p.disable_adapters for p in self.base_model.parts())
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
+        trainable = total = 0
+        for p in self.parameters():
+            n = p.numel() or getattr(p, "ds_numel", 0)
+            if type(p).__name__ == "Params4bit":
+                storage = getattr(p, "quant_storage", torch.uint8)
+                n *= 2 * torch.empty((), dtype=storage).element_size()
+            total += n
+            trainable += n if p.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list:
+        from graft.model.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        from graft.model.status import get_model_status
+
+        return get_model_status(self)
+
+    # adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        heads: dict[str, nn.Module] | None = None,
+        **options: Any,
+    ) -> None:
+        """Add an adapter, inactive and frozen.
+
+        Args:
+            heads: modules to use for the config's `modules_to_save` instead of copies of the base's, by name. They
+                may have other shapes: `heads={"classifier": nn.Linear(384, 5)}` beside a base with 2 labels.
+
+        Raises:
+            ValueError: the name is taken, or the config is of another method.
+            NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
+        """
+        self.base_model.check_new(adapter_name, peft_config)
+        self.extend_config(peft_config)
+        self.base_model.add_adapter(
+            adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
+        )
+        self._note_modules_to_save(peft_config)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter the active and (unless for inference) trainable one.
+
+        Several at once: `model.base_model.set_adapter([...])`.
+
+        Raises:
+            ValueError: it is not loaded.
+        """
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): use "
+                "model.base_model.set_adapter([...]) to activate several."
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the active one, the first of the others (by name) becomes active.
+
+        Raises:
+            ValueError: it is not loaded, or it is merged.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, within the block. Merged adapters are unmerged and stay so."""
+        before = [(part, part.disable_adapters) for part in self.base_model.parts()]
+        if len({was for _, was in before}) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. "
+                "This is most likely unintentional. They are put back as they were after the block.",
+                stacklevel=3,
+            )
+        self.base_model.disable_adapter_layers()
+        self._heads_changed()
+        try:
+            yield
+        finally:
+            for part, was in before:
+                part.enable_adapters(not was)
+            self._heads_changed()
+
+    def _heads_changed(self) -> None:
+        """Hook for task classes whose loss depends on the size of the active head."""
+
+    # forward
+
+    def _rows(self, names: Sequence[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
+        """The rows of a mixed batch, checked."""
+        if names is None:
+            return None
+        unknown = sorted({n for n in names if n != BASE and n not in self.peft_config})
+        if unknown:
+            raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        merged = self.base_model.merged_adapters
+        if merged:
+            raise RoutingError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged: {merged}."
+            )
+        first = next((t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)), None)
+        batch = len(first) if first is not None and first.dim() else len(names)
+        if batch != len(names):
+            raise RoutingError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {batch} respectively."
+            )
+        return Rows.of(names, first.device if first is not None else None)
+
+    def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a function of the base model with the arguments that are ours taken out and put to work."""
+        names = kwargs.pop("adapter_names", None)
+        for name in self.special_peft_forward_args:
+            kwargs.pop(name, None)
+        rows = self._rows(names, inputs, kwargs)
+        if rows is None:
+            return function(*inputs, **kwargs)
+        with self.base_model.routing.using(rows), self._heads_of(names):
+            output = function(*inputs, **kwargs)
+        if torch.is_grad_enabled():
+            self.base_model.routing.keep_for_backward(output, rows)
+        return output
+
+    def _heads_of(self, names: Sequence[str]) -> AbstractContextManager:
+        """Hook for task classes: the heads of a mixed batch."""
+        return nullcontext()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter.
+
+        Raises:
+            RoutingError: a name is not loaded, the number of names is wrong, or adapters are merged.
+        """
+        return self._call(self.get_base_model(), args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate, with `adapter_names` as in `forward`."""
+        names, beams = kwargs.get("adapter_names"), self._beams(kwargs)
+        if names is None or beams == 1:
+            return self._call(self.get_base_model().generate, args, kwargs)
+        return self._generate_beams(names, beams, args, kwargs)
+
+    def _beams(self, kwargs: dict[str, Any]) -> int:
+        config = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
+        return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+
+    def _generate_beams(self, names: Sequence[str], beams: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Beam search repeats each row; an encoder still sees the rows as they came."""
+        model, routing = self.get_base_model(), self.base_model.routing
+        kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        rows = self._rows(names, args, kwargs)
+        assert rows is not None
+        device = rows.segments[0][1].device
+        spread = Rows.of([n for n in names for _ in range(beams)], device)
+        handles = []
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder = model.get_encoder()
+
+            def narrow(*_: Any) -> None:
+                routing.rows = rows
+
+            def widen(*_: Any) -> None:
+                routing.rows = spread
+
+            handles = [encoder.register_forward_pre_hook(narrow), encoder.register_forward_hook(widen)]
+        try:
+            with routing.using(spread):
+                return model.generate(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def prepare_model_for_gradient_checkpointing(model: nn.Module, only_if_on: bool = False) -> None:
+        """Let the inputs of the first block require gradients: reentrant checkpointing drops them otherwise."""
+        if only_if_on and not getattr(model, "is_gradient_checkpointing", True):
+            return
+        quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
+        if quantized:
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+
+    # saving
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
+
+        A failed or interrupted save leaves the files that were there.
+
+        Args:
+            safe_serialization: safetensors; else a torch file, adapter_model.bin.
+            selected_adapters: names; all if None.
+            save_embedding_layers: True, False, or "auto": when they are targeted or were resized.
+            is_main_process: only this process writes.
+            path_initial_model_for_weight_conversion: folder of the adapter as it was before training; a PiSSA or
+                OLoRA adapter is then saved as plain LoRA for the unchanged base.
+
+        Raises:
+            ValueError: the path is a file, or a selected adapter is not loaded.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {unknown}."
+            )
+        if not is_main_process:
+            return
+        for name in names:
+            tensors = state.get_peft_model_state_dict(
+                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
+            )
+            config = copy.copy(self.peft_config[name])
+            if path_initial_model_for_weight_conversion is not None:
+                from graft.methods.lora.convert import subtract_initial
+
+                tensors, config = subtract_initial(path_initial_model_for_weight_conversion, tensors, config)
+            self._describe_base(config)
+            config.inference_mode = True
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            files.save_adapter(folder, tensors, config, safe_serialization, state.base_fingerprint(self, name))
+        self.create_or_update_model_card(save_directory)
+
+    def _describe_base(self, config: Any) -> None:
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+        if config.task_type is None:
+            cls = type(base)
+            config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        from graft.checkpoint.card import write_card
+
+        write_card(self, output_dir)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save to a temporary folder and upload that to a hub repository."""
+        from graft.config.hub import push
+
+        return push(self.save_pretrained, repo_id, **kwargs)
+
+    # loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Inject a saved adapter into `model` and load its values.
+
+        Args:
+            model_id: folder or hub repository.
+            is_trainable: leave it in training mode with trainable adapter parameters; else everything is set to eval.
+            config: use this instead of the stored config.
+            key_mapping: {regex: replacement} for the checkpoint's keys; by default the model's own conversions.
+            strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
+
+        Raises:
+            AdapterKeyError: tensors are missing or left over (only if strict), or have other shapes.
+            BaseModelMismatchError: the checkpoint was made for another architecture (only if strict).
+            CheckpointError: the folder holds no adapter, or its files are damaged.
+        """
+        from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        hub = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs}
+        if config is None:
+            config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
+        elif not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        config.inference_mode = not is_trainable
+        loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
+        load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs))
+        target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
+        made = target(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            fill=load.fill,
+            heads=load.heads(),
+        )
+        made._loaded(adapter_name, is_trainable)
+        return made
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Load a saved adapter beside those there are, inactive. A name that is taken only gets the new values.
+
+        Returns:
+            What was loaded, missing and left over.
+
+        Raises:
+            as `from_pretrained`; the model is then as it was.
+        """
+        if all(k in kwargs for k in ("offload_folder", "offload_dir")):
+            raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
+        hub = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs}
+        config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
+        config.inference_mode = not is_trainable
+        loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
+        load = state.Load(
+            self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs)
+        )
+        if adapter_name not in self.peft_config:
+            self.add_adapter(
+                adapter_name,
+                config,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                fill=load.fill,
+                heads=load.heads(),
+            )
+        elif config.peft_type != self.peft_config[adapter_name].peft_type:
+            raise ConfigError(
+                f"Adapter '{adapter_name}' is {self.peft_config[adapter_name].peft_type}, but the checkpoint holds "
+                f"{config.peft_type}: load it under another name into another model."
+            )
+        else:
+            load.fill(self.base_model.parts_of(adapter_name))
+        self._loaded(adapter_name, is_trainable)
+        return load.report
+
+    def _loaded(self, adapter_name: str, is_trainable: bool) -> None:
+        self.base_model.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+        if not is_trainable:
+            self.eval()
+        self._heads_changed()
+
+    # dunder protocol
+
+    def __contains__(self, adapter_name: str) -> bool:
+        return adapter_name in self.peft_config
+
+    def layers_of(self, adapter_name: str) -> list[AdapterLayer]:
+        """The adapter layers that carry an adapter."""
+        if adapter_name not in self.peft_config:
+            raise AdapterNotFoundError(f"Adapter {adapter_name} not found.")
+        return [layer for layer in self.base_model.layers.values() if adapter_name in layer.methods]
+
+
+def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", False)}

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What state the adapters of a model are in: per layer and overall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from graft.core.layer import AdapterLayer
+from graft.inject.inject import survey
+
+Irregular = Literal["irregular"]
+
+
+@dataclass
+class TunerLayerStatus:
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """ "irregular" where layers differ."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+def same(values: list) -> Any:
+    """The one value that all have, or "irregular"."""
+    return values[0] if all(v == values[0] for v in values) else "irregular"
+
+
+def _layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    tuner = model._modules.get("base_model")
+    if tuner is not None and hasattr(tuner, "parts_of"):
+        return {f"model.{key}": layer for key, layer in survey(tuner.model).layers.items()}  # type: ignore[arg-type]
+    return survey(model).layers
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """One entry per adapter layer.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    model = getattr(model, "_orig_mod", model)
+    out = []
+    for key, layer in _layers(model).items():
+        adapters = sorted(layer.methods)
+        grads: dict[str, Any] = {}
+        devices = {}
+        for adapter in adapters:
+            flags = [p.requires_grad for p in layer.parameters_of(adapter)]
+            grads[adapter] = same(flags) if flags else False
+            devices[adapter] = sorted({p.device.type for p in layer.parameters_of(adapter)})
+        out.append(
+            TunerLayerStatus(
+                name=key,
+                module_type=layer._get_name(),
+                enabled=not layer.disable_adapters,
+                active_adapters=list(layer.active_adapters),
+                merged_adapters=list(layer.merged_adapters),
+                requires_grad=grads,
+                available_adapters=adapters,
+                devices=devices,
+                quantization_backend=None if layer.store.name == "dense" else layer.store.name,
+            )
+        )
+    if not out:
+        raise ValueError(
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
+            "injected in the model."
+        )
+    return out
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The layers' states put together.
+
+    Raises:
+        ValueError: the model has no adapter layers.
+    """
+    model = getattr(model, "_orig_mod", model)
+    layers = get_layer_status(model)
+    tuner = model._modules.get("base_model")
+    wrapped = tuner is not None and hasattr(tuner, "parts_of")
+    base: Any = tuner.model if wrapped else model  # type: ignore[union-attr]
+    configs = getattr(model, "peft_config", None) or {}
+    adapters = sorted({a for s in layers for a in s.available_adapters})
+    merged = [s.merged_adapters for s in layers]
+    params = list(model.parameters())
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(tuner).__name__ if wrapped else "None",
+        peft_types={name: c.peft_type.value for name, c in configs.items()} if wrapped else {},
+        trainable_params=sum(p.numel() for p in params if p.requires_grad),
+        total_params=sum(p.numel() for p in params),
+        num_adapter_layers=len(layers),
+        enabled=same([s.enabled for s in layers]),
+        active_adapters=same([s.active_adapters for s in layers]),
+        merged_adapters=_merged(layers, merged),
+        requires_grad={a: same([s.requires_grad[a] for s in layers if a in s.requires_grad]) for a in adapters},
+        available_adapters=adapters,
+        devices={a: sorted({d for s in layers for d in s.devices.get(a, ())}) for a in adapters},
+        quantization_backend=same([s.quantization_backend for s in layers]),
+    )
+
+
+def _merged(layers: list[TunerLayerStatus], merged: list[list[str]]) -> Any:
+    """Merged adapters in order; irregular if a layer has one of them unmerged."""
+    names = list(dict.fromkeys(n for m in merged for n in m))
+    for s in layers:
+        if any(n in s.available_adapters and n not in s.merged_adapters for n in names):
+            return "irregular"
+    return names

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PeftModel class for each task type: named arguments for the base model, and heads that train with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.model.peft_model import PeftModel
+
+HEADS: dict[str, list[str]] = {  # modules that a task's model has fresh, so that they train and are saved
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
+
+class _WithHead(PeftModel):
+    """A model with a task head, which each adapter has of its own."""
+
+    task: str
+
+    def extend_config(self, config: Any) -> None:
+        if hasattr(config, "modules_to_save"):
+            names = list(config.modules_to_save or [])
+            config.modules_to_save = names + [n for n in HEADS[self.task] if n not in names]
+            config._heads_are_defaults = True
+
+    @property
+    def cls_layer_name(self) -> str | None:
+        names = HEADS[self.task]
+        return next((n for n, _ in self.get_base_model().named_children() if any(h in n for h in names)), None)
+
+
+class _Classification(_WithHead):
+    """The base model's loss takes the number of labels from its config: keep that in step with the active head."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self_labels = _labels(args[0] if args else kwargs["model"])
+        super().__init__(*args, **kwargs)
+        self._base_labels = self_labels
+        self._heads_changed()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        self._heads_changed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._heads_changed()
+
+    def _heads_changed(self) -> None:
+        self._set_labels(self._width(self._head()))
+
+    @contextmanager
+    def _heads_of(self, names: Sequence[str]) -> Iterator[None]:
+        """In a mixed batch the logits are as wide as the widest head."""
+        head = self._head()
+        copies = getattr(head, "modules_to_save", {})
+        widths = [self._width(copies[n] if n in copies else getattr(head, "original_module", head)) for n in set(names)]
+        known = [w for w in widths if w is not None]
+        self._set_labels(max(known) if known else None)
+        try:
+            yield
+        finally:
+            self._heads_changed()
+
+    def _head(self) -> nn.Module | None:
+        model = self.get_base_model()
+        return next((m for n in HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
+
+    def _width(self, head: nn.Module | None) -> int | None:
+        """Number of labels of a head: the rows of its last weight."""
+        if head is None:
+            return None
+        head = getattr(head, "active", head)
+        weights = [p for p in head.parameters() if p.dim() == 2]
+        return weights[-1].shape[0] if weights else None
+
+    def _set_labels(self, n: int | None) -> None:
+        model, before = self.get_base_model(), self._base_labels
+        if n is None or before is None or _labels(model) is None:
+            return
+        now = _labels(model)
+        assert now is not None
+        if n == now[0]:
+            return
+        config: Any = model.config
+        config.num_labels = n
+        if n == before[0]:
+            config.id2label, config.label2id = before[1], before[2]
+        if hasattr(model, "num_labels"):
+            model.num_labels = n  # type: ignore[assignment]
+
+
+def _labels(model: nn.Module) -> tuple[int, Any, Any] | None:
+    config = getattr(model, "config", None)
+    n = getattr(config, "num_labels", None)
+    return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))
+
+
+class PeftModelForSequenceClassification(_Classification):
+    """SEQ_CLS. `classifier` or `score` trains with the adapter."""
+
+    task = "SEQ_CLS"
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+
+
+class PeftModelForTokenClassification(_Classification):
+    """TOKEN_CLS. `classifier` or `score` trains with the adapter."""
+
+    task = "TOKEN_CLS"
+    forward = PeftModelForSequenceClassification.forward
+
+
+class PeftModelForCausalLM(PeftModel):
+    """CAUSAL_LM."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """SEQ_2_SEQ_LM."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForQuestionAnswering(_WithHead):
+    """QUESTION_ANS. `qa_outputs` trains with the adapter."""
+
+    task = "QUESTION_ANS"
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """FEATURE_EXTRACTION."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+
+
+_OURS = ("self", "kwargs", "task_ids", "__class__")
+
+
+def _given(kwargs: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that were passed: a base model need not know those that were not."""
+    return {**{k: v for k, v in named.items() if v is not None and k not in _OURS}, **kwargs}
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight held as a plain tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Dense:
+    name = "dense"
+    reads = writes = exact = True
+
+    def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        return getattr(m, name)
+
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+        """In place, unless the weight is tied to another module: then this one gets a weight of its own."""
+        p = getattr(m, name)
+        if shared:
+            setattr(m, name, nn.Parameter(W.contiguous(), requires_grad=p.requires_grad))
+        else:
+            p.data.copy_(W)
+        return None
+
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False):
+        p = getattr(m, name)
+        return p if shared else p.detach().clone()
+
+    def restore(self, m: nn.Module, name: str, state) -> None:
+        if isinstance(state, nn.Parameter):  # tie again
+            setattr(m, name, state)
+        else:
+            getattr(m, name).data.copy_(state)
+
+    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        p = getattr(m, "weight", None)
+        if p is None:
+            p = next(m.parameters(), None)
+        if p is None:
+            return None, None
+        return p.device, p.dtype if p.is_floating_point() else None
+
+    def protect(self, y: Tensor) -> Tensor:
+        return y

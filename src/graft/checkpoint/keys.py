@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.inject.inject import Parts
+from graft.inject.tokens import TrainableTokensWrapper
 
 
 @dataclass
@@ -46,7 +47,9 @@ class Entry:
 
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     """All tensors of `adapter` that a checkpoint holds. `prefix`: "base_model.model.", or "" without a wrapper."""
-    for key, layer in parts.layers.items():
+    tokens = {f"{k}.token_adapter": w for k, w in parts.wrappers.items() if isinstance(w, TrainableTokensWrapper)}
+    rows = {key: w.token_adapter for key, w in tokens.items() if not w.tied}
+    for key, layer in {**parts.layers, **rows}.items():
         device = layer.store.where(layer.base_layer)[0]
         for container, path, owner, attribute, tensor in layer.tensors(adapter):
             stem = f"{prefix}{key}.{container}"
@@ -56,6 +59,8 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             file, also = (memory, (plain,)) if deep else (plain, ())
             yield Entry(memory, file, also, owner, attribute, tensor, device, stem)
     for key, wrapper in parts.wrappers.items():
+        if isinstance(wrapper, TrainableTokensWrapper):
+            continue
         for container, path, owner, attribute, tensor in wrapper.tensors(adapter):
             memory = f"{prefix}{key}.{container}.{adapter}.{path}"
             yield Entry(memory, f"{prefix}{key}.{path}", (), owner, attribute, tensor, None)

@@ -17,8 +17,9 @@ from graft.checkpoint.keys import Entry, entries, find, without_wrappers
 from graft.config.targets import EMBEDDING_NAMES
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, BaseModelMismatchError, PeftWarning
 from graft.core.layer import AdapterLayer
-from graft.inject.inject import Parts, add_adapter, survey
-from graft.inject.saved import matches
+from graft.inject.inject import Parts, add_adapter
+from graft.inject.survey import survey
+from graft.inject.saved import ModulesToSaveWrapper, matches
 
 WRAPPED = "base_model.model."
 
@@ -51,7 +52,7 @@ def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module]:
         return model.parts_of(adapter), "model.", model.model  # type: ignore[operator,return-value]
     tree = survey(model)
     layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
-    wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.modules_to_save}
+    wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
     if not layers and not wrappers:
         raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
     return Parts(layers, wrappers), "", model
@@ -429,7 +430,7 @@ def is_added(base: nn.Module, key: str) -> bool:
         if isinstance(module, AdapterLayer):
             if part != "base_layer":
                 return True
-        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module") and part != "original_module":
+        elif isinstance(module, ModulesToSaveWrapper) and part != "original_module":
             return True
         if i == len(parts) - 1:
             return False
@@ -440,4 +441,4 @@ def is_added(base: nn.Module, key: str) -> bool:
 
 
 def original(key: str) -> str:
-    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", key)

@@ -112,12 +112,7 @@ class AdapterLayer(nn.Module):
 
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
-        here = [n for n in names if n in self.methods]
-        if self.method.replaces and len(here) > 1:
-            raise ValueError(
-                f"Trying to activate {len(here)} {self.method.__name__} adapters {here} at once on layer "
-                f"'{self.site.key}', but each replaces the whole layer: activate one."
-            )
+        self.method.check_together([self.methods[n] for n in names if n in self.methods])
 
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
@@ -240,6 +235,7 @@ class AdapterLayer(nn.Module):
         names = self._to_merge(adapter_names)
         if not names:
             return
+        self.check_active([*self.merged_adapters, *names])
         if not self.method.mergeable:
             raise NotImplementedError(self._cannot_merge(names, f"{self.method.__name__} has no merged form"))
         if not (self.method.replaces or (self.store.reads and self.store.writes)):

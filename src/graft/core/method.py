@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -33,6 +33,7 @@ class Method:
     upcast: ClassVar[bool] = True  # half-precision adapters are trained in float32
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
+    always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding are adapted along with it
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 
     # derived from the hooks a subclass overrides
@@ -77,6 +78,11 @@ class Method:
         """Complete and check the config against the model, before anything is matched."""
 
     @classmethod
+    def restructure(cls, cfg: Any, model: nn.Module) -> Callable[[], None] | None:
+        """Change the model itself, before anything is matched; returns what undoes it."""
+        return None
+
+    @classmethod
     def check(cls, site: Site, cfg: Any) -> str | None:
         """Why this site cannot be adapted, or None."""
         if site.op is None and not cls.replaces:
@@ -100,6 +106,22 @@ class Method:
     def inits_from_weight(cls, cfg: Any) -> bool:
         """Whether `init` reads or changes the base weight, so that it must run before values are loaded, too."""
         return False
+
+    @classmethod
+    def check_together(cls, methods: Sequence[Any]) -> None:
+        """Raise if these adapters of one layer cannot be active at once."""
+        if cls.replaces and len(methods) > 1:
+            names = [m.name for m in methods]
+            raise ValueError(
+                f"Trying to activate {len(names)} {cls.__name__} adapters {names} at once on layer "
+                f"'{methods[0].layer.site.key}', but each replaces the whole layer: activate one."
+            )
+
+    def tie(self, source: Method) -> None:
+        """Use the tensors of `source`, the same adapter on the embedding that this layer's weight is tied to."""
+        raise NotImplementedError(
+            f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.layer.site.key}'."
+        )
 
     # act
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from graft.config.base import matches_end
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.ops import find_op
 from graft.core.params import BufferDict, Transient
 from graft.core.place import place
 from graft.core.routing import Routing
@@ -27,57 +25,11 @@ from graft.inject import saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Matched, Skipped
 from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.survey import Place, Tree, Wrapper, kind_of, site_of, survey
 from graft.inject.targets import DUMMY, resolve_targets
-from graft.storage import find_store
-
-Place = tuple[nn.Module, str]  # (parent, attribute)
-
-
-@dataclass
-class Tree:
-    """What one walk of a model finds."""
-
-    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers and wrappers are leaves
-    places: dict[str, Place] = field(default_factory=dict)
-    layers: dict[str, AdapterLayer] = field(default_factory=dict)
-    wrappers: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
-    owners: Counter[int] = field(default_factory=Counter)  # how many modules hold a parameter, by id
-    parameters: int = 0
-
-
-def survey(model: nn.Module) -> Tree:
-    """Walk `model` once. What adapters added is not looked into."""
-    tree = Tree()
-    seen: set[int] = set()
-
-    def count(module: nn.Module) -> None:
-        for p in module._parameters.values():
-            if p is not None:
-                if id(p) not in tree.owners:
-                    tree.parameters += p.numel()
-                tree.owners[id(p)] += 1
-
-    def visit(module: nn.Module, path: str) -> None:
-        count(module)
-        if isinstance(module, AdapterLayer):
-            tree.layers[path] = module
-            return
-        if isinstance(module, ModulesToSaveWrapper):
-            tree.wrappers[path] = module
-            return
-        for name, child in module._modules.items():
-            if child is None or id(child) in seen:
-                if child is not None:
-                    count(child)
-                continue
-            seen.add(id(child))
-            key = f"{path}.{name}" if path else name
-            tree.modules[key] = child
-            tree.places[key] = (module, name)
-            visit(child, key)
-
-    visit(model, "")
-    return tree
+from graft.inject.tied import expand, tied_to_embedding
+from graft.inject.tokens import TrainableTokensWrapper, token_targets
+from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
 @dataclass
@@ -85,7 +37,7 @@ class Parts:
     """What carries one adapter: the layers and wrappers by path, the tensors that all layers share by name."""
 
     layers: dict[str, AdapterLayer]
-    wrappers: dict[str, ModulesToSaveWrapper]
+    wrappers: dict[str, Wrapper]
     shared: dict[str, BufferDict] = field(default_factory=dict)
 
 
@@ -98,6 +50,8 @@ class Plan:
     sites: dict[str, Site]
     saved: list[str]  # paths of modules_to_save
     report: InjectReport
+    tokens: dict[str, list[int]]  # embeddings some of whose rows train
+    followers: dict[str, str]  # modules on the embedding's weight that do as it does, and its path
 
 
 def survey_and_match(
@@ -109,6 +63,7 @@ def survey_and_match(
     method.prepare(cfg, model)
     if keys is None:
         resolve_targets(cfg, method, model, tree.modules)
+    followers = expand(cfg, method, model, tree.modules) if keys is None else {}
     report = InjectReport(adapter, method.config.peft_type, base_parameters=tree.parameters)
     outcomes: dict[str, Verdict] = {}
     chosen = set(keys) if keys is not None else None
@@ -119,6 +74,8 @@ def survey_and_match(
             verdict = matcher(key)
         else:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)
+        if key in followers and verdict.outcome == "matched":  # by a regex: it comes after its embedding
+            verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
             sites[key] = site_of(key, module, tree)
@@ -151,19 +108,26 @@ def survey_and_match(
         report.unmatched_targets.update(
             {f"modules_to_save: {k}": v for k, v in unmatched(missing, set(), tree.modules).items()}
         )
-    return Plan(tree, cfg, sites, wanted, report)
+    tokens = token_targets(cfg, model, tree.modules)
+    check_tokens(tokens, sites, wanted, tree)
+    return Plan(tree, cfg, sites, wanted, report, tokens, followers)
 
 
-def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
-    if isinstance(module, AdapterLayer):
-        return module.site
-    weight = module._parameters.get("weight")
-    shared = weight is not None and tree.owners[id(weight)] > 1
-    return Site(key, module, find_op(module), find_store(module), shared=shared)
-
-
-def kind_of(module: nn.Module) -> str:
-    return module.site.type_name if isinstance(module, AdapterLayer) else type(module).__name__
+def check_tokens(tokens: dict[str, list[int]], sites: dict[str, Site], saved_paths: list[str], tree: Tree) -> None:
+    for key, indices in tokens.items():
+        if key in saved_paths:
+            raise ValueError(
+                f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` or "
+                f"`modules_to_save` for '{key}', not both."
+            )
+        if key in sites or key in tree.layers:
+            raise TypeError(
+                f"trainable_token_indices cannot be applied to modules of type {type(tree.modules[key])}: '{key}' is in "
+                "target_modules as well."
+            )
+        why = TrainableTokens.check(site_of(key, tree.modules[key], tree), TrainableTokensConfig(token_indices=indices))
+        if why is not None:
+            raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
 
 def account(cfg: Any, outcomes: dict[str, Verdict], report: InjectReport) -> None:
@@ -258,18 +222,44 @@ def inject(
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
     """
+    undo = method.restructure(config, model)
+    try:
+        return _inject(
+            model, config, method, adapter, routing=routing, shared={} if shared is None else shared, others=others or {},
+            upcast=upcast, on_meta=on_meta, fill=fill, keys=keys, heads=heads,
+        )  # fmt: skip
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
+
+
+def _inject(
+    model: nn.Module,
+    config: Any,
+    method: type[Method],
+    adapter: str,
+    *,
+    routing: Routing | None,
+    shared: dict[str, BufferDict],
+    others: dict[str, Any],
+    upcast: bool,
+    on_meta: bool,
+    fill: Callable[[Parts], None] | None,
+    keys: Iterable[str] | None,
+    heads: dict[str, nn.Module] | None,
+) -> tuple[InjectReport, Parts]:
     plan = survey_and_match(model, config, method, adapter, keys)
     tree, cfg, report = plan.tree, plan.cfg, plan.report
     chosen = choose_heads(plan, heads)
     if routing is None:
         existing = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
         routing = existing.routing if existing is not None else Routing()
-    shared = {} if shared is None else shared
     before = {key: list(container) for key, container in shared.items()}
     layers: dict[str, AdapterLayer] = {}
     orient(cfg, plan.sites.values())
     try:
-        declare_shared(method, list(plan.sites.values()), cfg, adapter, shared, others or {}, upcast)
+        declare_shared(method, list(plan.sites.values()), cfg, adapter, shared, others, upcast)
         skip_init = (on_meta or fill is not None) and not method.inits_from_weight(cfg)
         for key, site in plan.sites.items():
             layer = tree.layers.get(key) or AdapterLayer(site, method, routing)
@@ -277,23 +267,26 @@ def inject(
             add_adapter(layer, adapter, cfg.at(key), shared, on_meta=skip_init, upcast=upcast)
             trained = list(layer.parameters_of(adapter))
             report.matched.append(Matched(key, site.type_name, sum(p.numel() for p in trained)))
-        wrappers = {
+        wrappers: dict[str, Wrapper] = {
             key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, routing) for key in plan.saved
         }
         for key, wrapper in wrappers.items():
             wrapper.add(adapter, chosen.get(key))
             size = sum(p.numel() for p in wrapper.parameters_of(adapter))
             report.modules_to_save.append(Matched(key, type(wrapper.modules_to_save[adapter]).__name__, size))
+        wrappers |= add_tokens(plan, model, adapter, routing, upcast)
+        ties = follow(plan, adapter, layers, wrappers, routing, method, shared, upcast)
         parts = Parts(layers, wrappers, shared)
         if fill is not None:
             fill(parts)
+        for tied, source in ties:
+            tied.tie(source)
     except BaseException:
         for layer in layers.values():
             layer.rollback()
             layer.delete_adapter(adapter)
-        for key in plan.saved:
-            if key in tree.wrappers:
-                tree.wrappers[key].delete_adapter(adapter)
+        for wrapper in tree.wrappers.values():
+            wrapper.delete_adapter(adapter)
         for key, container in shared.items():
             for name in set(container) - set(before.get(key, ())):
                 del container[name]
@@ -315,6 +308,67 @@ def add_adapter(
         method.init(cfg)
     layer.place(adapter, upcast)
     layer.require_grad(adapter, False)
+
+
+def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
+    """Wrap the embeddings of which single rows train, and the heads on their weight."""
+    made: dict[str, Wrapper] = {}
+    embedding, tied = tied_to_embedding(model, plan.tree.modules) if plan.tokens else (None, [])
+    wanted = dict(plan.tokens)
+    own = plan.tokens.get(embedding or "")
+    following = [k for k in tied if own is not None and wanted.get(k) in (None, own)]
+    other = [k for k in tied if k in wanted and k not in following]
+    if other and getattr(plan.cfg, "ensure_weight_tying", False):
+        raise ValueError(
+            "Cannot ensure weight tying when different token indices are specified for tied layers. "
+            f"Conflicting layers: {[embedding, *other]}."
+        )
+    for key in [*(k for k in wanted if k not in following), *following]:
+        wrapper = plan.tree.wrappers.get(key)
+        if wrapper is None:
+            layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), TrainableTokens, routing)
+            wrapper = TrainableTokensWrapper(layer, key, tied=key in following)
+        elif not isinstance(wrapper, TrainableTokensWrapper):
+            raise UnsupportedLayerError(
+                f"'{key}' is already trained whole, through modules_to_save of another adapter."
+            )
+        indices = own if key in following else wanted[key]
+        cfg = TrainableTokensConfig(token_indices=indices)
+        add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
+        if key in following:
+            wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])  # type: ignore[index]
+        else:
+            size = sum(p.numel() for p in wrapper.parameters_of(adapter))
+            plan.report.modules_to_save.append(Matched(key, f"{len(wanted[key])} tokens", size))
+        made[key] = wrapper
+    return made
+
+
+def follow(
+    plan: Plan,
+    adapter: str,
+    layers: dict[str, AdapterLayer],
+    wrappers: dict[str, Wrapper],
+    routing: Routing,
+    method: type[Method],
+    shared: dict[str, BufferDict],
+    upcast: bool,
+) -> list[tuple[Method, Method]]:
+    """Adapt the modules that share the embedding's weight. Returns the pairs to tie once values are there."""
+    pairs = []
+    for key, source in plan.followers.items():
+        if source in layers:
+            site = site_of(key, plan.tree.modules[key], plan.tree)
+            layer = plan.tree.layers.get(key) or AdapterLayer(site, method, routing)
+            add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
+            layers[key] = layer
+            pairs.append((layer.methods[adapter], layers[source].methods[adapter]))
+        if source in wrappers:
+            wrapper = plan.tree.wrappers.get(key) or ModulesToSaveWrapper(plan.tree.modules[key], key, routing)
+            wrapper.add(adapter)
+            wrapper.modules_to_save[adapter].weight = wrappers[source].modules_to_save[adapter].weight
+            wrappers[key] = wrapper
+    return pairs
 
 
 def declare_shared(
@@ -371,7 +425,7 @@ def commit(
     plan: Plan,
     adapter: str,
     layers: dict[str, AdapterLayer],
-    wrappers: dict[str, ModulesToSaveWrapper],
+    wrappers: dict[str, Wrapper],
     model: nn.Module,
 ) -> None:
     """Attach what was made; nothing here can fail."""

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Outcome = Literal["matched", "excluded", "saved", "layer", "untargeted"]
+Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "untargeted"]
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 WHY = {
     "excluded": "named by exclude_modules",
     "saved": "trained whole, through modules_to_save",
     "layer": "its layer index is not in layers_to_transform",
+    "tied": "adapted along with the embedding whose weight it shares",
     "untargeted": "not named by target_modules",
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.method import Method
 from graft.inject.inject import survey_and_match
 from graft.inject.report import InjectReport, Matched
 from graft.methods import method_of
@@ -23,6 +24,15 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
     """
     method = method_of(config.peft_type)
+    undo = method.restructure(config, model)
+    try:
+        return _plan(model, config, method, adapter_name)
+    finally:
+        if undo is not None:
+            undo()
+
+
+def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str) -> InjectReport:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says the same, in one place
         made = survey_and_match(model, config, method, adapter_name)

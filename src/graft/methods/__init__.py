@@ -26,6 +26,7 @@ METHODS: dict[str, Row] = {
     "LOHA": Row("loha:LoHa", "LoHaConfig", "LoHaModel"),
     "OFT": Row("oft:OFT", "OFTConfig", "OFTModel"),
     "HRA": Row("hra:HRA", "HRAConfig", "HRAModel"),
+    "TRAINABLE_TOKENS": Row("trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"),
     "LN_TUNING": Row("ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
 }
 

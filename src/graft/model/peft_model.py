@@ -310,7 +310,9 @@ class PeftModel(nn.Module):
     @staticmethod
     def prepare_model_for_gradient_checkpointing(model: nn.Module, only_if_on: bool = False) -> None:
         """Let the inputs of the first block require gradients: reentrant checkpointing drops them otherwise."""
-        if only_if_on and not getattr(model, "is_gradient_checkpointing", True):
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
+        flag = next((n for n in names if hasattr(type(model), n)), names[1])
+        if only_if_on and not getattr(model, flag, True):
             return
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:
@@ -366,7 +368,9 @@ class PeftModel(nn.Module):
             if path_initial_model_for_weight_conversion is not None:
                 from graft.methods.lora.convert import subtract_initial
 
-                tensors, config = subtract_initial(path_initial_model_for_weight_conversion, tensors, config)
+                initial = files.load_weights(path_initial_model_for_weight_conversion).tensors
+                before = PeftConfig.from_pretrained(path_initial_model_for_weight_conversion)
+                tensors, config = subtract_initial(initial, before, tensors, config)
             self._describe_base(config)
             config.inference_mode = True
             folder = save_directory if name == "default" else os.path.join(save_directory, name)

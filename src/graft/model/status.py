@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from graft.core.layer import AdapterLayer
-from graft.inject.inject import survey
+from graft.inject.survey import survey
 
 Irregular = Literal["irregular"]
 

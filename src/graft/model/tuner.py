@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.routing import Routing
-from graft.inject.inject import Parts, check_bias, inject, survey
+from graft.inject.inject import Parts, check_bias, inject
+from graft.inject.survey import Wrapper, survey
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
-from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 
 TIED_NAMES = ("embed_tokens", "lm_head")
@@ -64,7 +66,7 @@ class Tuner(nn.Module):
         self.model = model
         found = survey(model)
         self.layers: dict[str, AdapterLayer] = found.layers
-        self.wrappers: dict[str, ModulesToSaveWrapper] = found.wrappers
+        self.wrappers: dict[str, Wrapper] = found.wrappers
         known = [*found.layers.values(), *found.wrappers.values()]
         self.routing: Routing = known[0].routing if known else Routing()
         self.shared: list[str] = []  # names of containers of tensors that all layers share
@@ -133,7 +135,7 @@ class Tuner(nn.Module):
         """What carries an adapter."""
         return Parts(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
-            {key: w for key, w in self.wrappers.items() if adapter_name in w.modules_to_save},
+            {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
             {name: c for name in self.shared if adapter_name in (c := self._modules[name])},  # type: ignore[misc,operator]
         )
 
@@ -146,7 +148,7 @@ class Tuner(nn.Module):
             )
         check_bias(config, self.method, iter(self.peft_config.values()))
 
-    def parts(self) -> Iterator[AdapterLayer | ModulesToSaveWrapper]:
+    def parts(self) -> Iterator[AdapterLayer | Wrapper]:
         yield from self.layers.values()
         yield from self.wrappers.values()
 
@@ -242,7 +244,11 @@ class Tuner(nn.Module):
     @property
     def merged_adapters(self) -> list[str]:
         """Adapters that are merged into some layer."""
-        return list(dict.fromkeys(name for layer in self.layers.values() for name in layer.merged_adapters))
+        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
+
+    def mergeable_layers(self) -> list[AdapterLayer]:
+        rows = [w.token_adapter for w in self.wrappers.values() if isinstance(w, TrainableTokensWrapper)]
+        return [*self.layers.values(), *rows]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (the active ones if None) into the base weights; `unmerge_adapter` takes them out again.
@@ -277,7 +283,7 @@ class Tuner(nn.Module):
             warnings.warn(
                 f"Active adapters {left} are not merged: they have no effect until unmerge_adapter().", stacklevel=3
             )
-        layers: Any = self.layers.values()
+        layers: Any = self.mergeable_layers()
         if progress:
             from tqdm import tqdm
 
@@ -300,7 +306,7 @@ class Tuner(nn.Module):
         """Take all merged adapters out of the base weights again."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        for layer in self.layers.values():
+        for layer in self.mergeable_layers():
             if layer.merged_adapters:
                 layer.unmerge()
 
@@ -317,13 +323,13 @@ class Tuner(nn.Module):
         self.layers, self.wrappers = {}, {}
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
-        untie_config(self.model)
+        retie(self.model)
         return self.model
 
     def _restore(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         if isinstance(child, AdapterLayer):
             parent._modules[name] = child.base_layer
-        elif isinstance(child, ModulesToSaveWrapper):
+        elif isinstance(child, Wrapper):
             parent._modules[name] = child.active
 
     # facts
@@ -350,7 +356,7 @@ def survey_places(model: nn.Module, act: Any) -> None:
             if child is None:
                 continue
             act(module, name, child)
-            if id(child) in seen or isinstance(child, AdapterLayer | ModulesToSaveWrapper):
+            if id(child) in seen or isinstance(child, AdapterLayer | Wrapper):
                 continue
             seen.add(id(child))
             visit(child)
@@ -358,18 +364,16 @@ def survey_places(model: nn.Module, act: Any) -> None:
     visit(model)
 
 
-def untie_config(model: nn.Module) -> None:
-    """Where merging gave tied embeddings weights of their own, say so in the model's config."""
+def retie(model: nn.Module) -> None:
+    """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if (
-        outputs is None
-        or inputs is None
-        or inputs.weight.data_ptr() == outputs.weight.data_ptr()
-        or inputs.weight.is_meta
-    ):
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
+        return
+    if torch.equal(inputs.weight, outputs.weight):
+        outputs.weight = inputs.weight
         return
     warnings.warn(
         "Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.",

@@ -16,6 +16,11 @@ from graft.core.method import Method
 from graft.core.site import Site
 from graft.methods.lora import init
 from graft.methods.lora.config import LoraConfig
+from graft.methods.lora.replicate import replicate
+
+
+MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
 
 
 class LoRA(Method):
@@ -30,6 +35,21 @@ class LoRA(Method):
     lora_dropout: nn.Module
     scaling: float
     lora_bias: bool
+
+    @classmethod
+    def restructure(cls, cfg: LoraConfig, model: nn.Module):
+        return replicate(model, cfg.layer_replication) if cfg.layer_replication else None
+
+    @classmethod
+    def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        targets = cfg.target_modules
+        hit = sorted(MAMBA_UNTARGETABLE & targets) if kind in MAMBA and isinstance(targets, set) else []
+        if hit:
+            raise ConfigError(
+                f"Module {hit} is incompatible with Mamba-based models ({kind}): its kernels read the weight, not the layer. "
+                "Take it out of target_modules."
+            )
 
     @classmethod
     def build(cls, site: Site, cfg: LoraConfig, shared):
@@ -65,6 +85,11 @@ class LoRA(Method):
     @classmethod
     def inits_from_weight(cls, cfg: LoraConfig) -> bool:
         return init.changes_base(cfg.init_lora_weights)
+
+    def tie(self, source: Method) -> None:
+        """Of a head tied to an embedding: (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""
+        A, B = source.pair
+        self.lora_A.weight.data, self.lora_B.weight.data = B.data.T, A.data.T
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:

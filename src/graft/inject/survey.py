@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One walk of a model: its modules by path, and what adapters have put there already."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from graft.core.layer import AdapterLayer
+from graft.core.ops import find_op
+from graft.core.site import Site
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.tokens import TrainableTokensWrapper
+from graft.storage import find_store
+
+Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
+Place = tuple[nn.Module, str]  # (parent, attribute)
+
+
+@dataclass
+class Tree:
+    """What one walk of a model finds."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers and wrappers are leaves
+    places: dict[str, Place] = field(default_factory=dict)
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    wrappers: dict[str, Wrapper] = field(default_factory=dict)
+    owners: Counter[int] = field(default_factory=Counter)  # how many modules hold a parameter, by id
+    parameters: int = 0
+
+
+def survey(model: nn.Module) -> Tree:
+    """Walk `model` once. What adapters added is not looked into."""
+    tree = Tree()
+    seen: set[int] = set()
+
+    def count(module: nn.Module) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                if id(p) not in tree.owners:
+                    tree.parameters += p.numel()
+                tree.owners[id(p)] += 1
+
+    def visit(module: nn.Module, path: str) -> None:
+        count(module)
+        if isinstance(module, AdapterLayer):
+            tree.layers[path] = module
+            return
+        if isinstance(module, Wrapper):
+            tree.wrappers[path] = module
+            return
+        for name, child in module._modules.items():
+            if child is None or id(child) in seen:
+                if child is not None:
+                    count(child)
+                continue
+            seen.add(id(child))
+            key = f"{path}.{name}" if path else name
+            tree.modules[key] = child
+            tree.places[key] = (module, name)
+            visit(child, key)
+
+    visit(model, "")
+    return tree
+
+
+def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    if isinstance(module, AdapterLayer):
+        return module.site
+    weight = module._parameters.get("weight")
+    shared = weight is not None and tree.owners[id(weight)] > 1
+    return Site(key, module, find_op(module), find_store(module), shared=shared)
+
+
+def kind_of(module: nn.Module) -> str:
+    return module.site.type_name if isinstance(module, AdapterLayer) else type(module).__name__

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings and heads on one weight: which modules are tied, and what a config wants to happen to them together."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from graft.core.method import Method
+from graft.inject.match import Names
+from graft.inject.saved import matches
+from graft.methods.trainable_tokens import input_embedding
+
+
+def weight_of(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a module, also below adapter layers and wrappers."""
+    for name in ("token_adapter", "original_module", "base_layer"):
+        inner = module._modules.get(name)
+        if inner is not None:
+            return weight_of(inner)
+    return module._parameters.get("weight")
+
+
+def tied_to_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
+    """Path of the input embedding and of the modules that hold its weight, too."""
+    path = input_embedding(model)
+    embedding = modules.get(path) if path else None
+    weight = weight_of(embedding) if embedding is not None else None
+    if weight is None:
+        return path, []
+    return path, [k for k, m in modules.items() if k != path and weight_of(m) is weight]
+
+
+def expand(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Rewrite a config so that it names the embedding itself; returns what follows it: {path: embedding's path}.
+
+    Tied modules are taken out of target_modules and modules_to_save: they follow the embedding.
+    """
+    ensure = getattr(cfg, "ensure_weight_tying", False)
+    embedding, tied = tied_to_embedding(model, modules)
+    if not tied or embedding is None:
+        if ensure:
+            warnings.warn(
+                "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=6
+            )
+        return {}
+    group = [embedding, *tied]
+    targets = Names(cfg.target_modules)
+    targeted = any(targets.find(k) is not None for k in group)
+    names = list(getattr(cfg, "modules_to_save", None) or ())
+    saved = any(matches(k, names) is not None for k in group)
+    if not ensure and not (method.always_tied and targets.find(embedding) is not None):
+        if targeted or saved:
+            warnings.warn(
+                "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+                "`ensure_weight_tying` is not set to True. Merging will give the tied layers different weights.",
+                stacklevel=6,
+            )
+        return {}
+    if not (targeted or saved):
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+            "`target_modules`",
+            stacklevel=6,
+        )
+        return {}
+    if saved:
+        kept = [n for n in names if not any(k.endswith(n) for k in tied)]
+        cfg.modules_to_save = kept + [embedding] * (embedding not in kept)
+    if targeted:
+        if isinstance(cfg.target_modules, str):
+            cfg.target_modules = (
+                f"(?:{cfg.target_modules}|^{embedding}$)" if targets.find(embedding) is None else cfg.target_modules
+            )
+        else:
+            kept_targets = {t for t in cfg.target_modules if not any(k == t or k.endswith(f".{t}") for k in tied)}
+            cfg.target_modules = kept_targets | {embedding}
+    return {k: embedding for k in tied}

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save a PiSSA or OLoRA adapter as plain LoRA for the base model as it was: ΔW = s (B A - B₀ A₀)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import ConfigError
+from graft.methods.lora.config import CONVERTED
+
+
+def subtract_initial(
+    initial: dict[str, Tensor], initial_config: Any, tensors: dict[str, Tensor], config: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and config of the converted adapter, of twice the rank.
+
+    Args:
+        initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
+
+    Raises:
+        ConfigError: the initial adapter's own initialisation would shift the base again, or alpha / √r cannot be kept.
+    """
+    if not hasattr(config, "init_lora_weights"):
+        raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
+    if isinstance(initial_config.init_lora_weights, str) and initial_config.init_lora_weights.startswith(CONVERTED):
+        raise ConfigError(
+            "The `init_lora_weights` parameter of the initial adapter should be set to `True`. Otherwise, it would change "
+            "the base weights again when it is loaded."
+        )
+    how = config.init_lora_weights
+    if how is not True and not (isinstance(how, str) and how.startswith(CONVERTED)):
+        warnings.warn(
+            "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA adapter to "
+            "a LoRA adapter",
+            stacklevel=3,
+        )
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ConfigError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported with rsLoRA and "
+            "rank_pattern or alpha_pattern: the scaling of those layers cannot be kept."
+        )
+    out = {}
+    for key, now in tensors.items():
+        before = initial[key].to(now) if key in initial else None
+        if "lora_A" in key:
+            out[key] = torch.cat([now, before], dim=0)  # type: ignore[list-item]
+        elif "lora_B" in key:
+            out[key] = torch.cat([now, -before], dim=1)  # type: ignore[list-item,operator]
+    made = copy.deepcopy(config)
+    made.init_lora_weights = True
+    made.r *= 2
+    made.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    made.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
+    made.alpha_pattern = {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
+    return out, made

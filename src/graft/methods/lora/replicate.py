@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer replication: a deeper model out of ranges of a model's layers, sharing their weights, each with its own LoRA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from graft.core.errors import ConfigError
+
+LISTS = ("layers", "layer", "h")  # what transformers calls the list of layers
+
+
+def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:
+    """Replace the model's list of layers by the layers of these (start, end) ranges. Returns what undoes it.
+
+    Raises:
+        ConfigError: there is no such list, a range is outside it, or other ranges were replicated before.
+    """
+    done = model.__dict__.get("_graft_replicated")
+    if done is not None:
+        if done != [tuple(r) for r in ranges]:
+            raise ConfigError(
+                f"layer_replication={ranges} cannot follow {done}: load the adapters into separate models."
+            )
+        return lambda: None
+    owner, name, layers = _layers(model)
+    if not all(0 <= start < end <= len(layers) for start, end in ranges):
+        raise ConfigError(f"layer_replication={ranges} names layers outside the model's {len(layers)}.")
+    new, used = nn.ModuleList(), set()
+    for index in chain.from_iterable(range(start, end) for start, end in ranges):
+        layer = layers[index]
+        if index in used:  # a copy of the modules, on the same parameters and buffers
+            shared = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
+            layer = copy.deepcopy(layer, shared)
+        used.add(index)
+        new.append(layer)
+    config: Any = getattr(model, "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+
+    def put(stack: nn.ModuleList, depth: int | None) -> None:
+        owner._modules[name] = stack
+        if depth is not None:
+            config.num_hidden_layers = depth
+        for i, layer in enumerate(stack):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = i
+
+    def undo() -> None:
+        put(layers, depth)
+        del model._graft_replicated
+
+    put(new, None if depth is None else len(new))
+    model._graft_replicated = [tuple(r) for r in ranges]  # type: ignore[assignment]
+    return undo
+
+
+def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, nn.ModuleList) and name in LISTS:
+            return model.get_submodule(parent), name, module
+    raise ConfigError("Could not locate the layers attribute in the model: layer_replication needs a list of layers.")

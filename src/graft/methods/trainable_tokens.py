@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainable tokens: train some rows of an embedding (and of a head tied to it). A feature of PEFT, without a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.params import Transient
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class TrainableTokensConfig(PeftConfig):
+    """Trains the embedding rows of `token_indices`; all others stay as they are."""
+
+    peft_type: str | None = "TRAINABLE_TOKENS"
+    token_indices: list[int] = field(default_factory=list)
+    target_modules: list[str] | str | None = None  # None: the model's input embedding
+    init_weights: bool = True  # start from the rows there are; else N(0, 1)
+
+
+class TrainableTokens(Method):
+    config = TrainableTokensConfig
+    prefix = "trainable_tokens_"
+    always_tied = True
+
+    trainable_tokens_delta: nn.Parameter  # (k, d): the rows themselves, not a difference
+    sorted_tokens: Tensor  # (k,) int, ascending
+    order_of_tokens: Tensor  # (k,) int: row of `trainable_tokens_delta` for each of `sorted_tokens`
+    token_indices: list[int]
+
+    @classmethod
+    def prepare(cls, cfg: TrainableTokensConfig, model: nn.Module) -> None:
+        if cfg.target_modules is None:
+            cfg.target_modules = {input_embedding(model) or "embed_tokens"}
+
+    @classmethod
+    def check(cls, site: Site, cfg: TrainableTokensConfig) -> str | None:
+        if site.op is None or len(site.shape) != 2:
+            return "only embeddings and linear layers have a row for each token"
+        rows = site.in_features if site.op.takes_ids else site.out_features
+        outside = [i for i in cfg.token_indices if not 0 <= i < rows]
+        return f"token indices {outside} are outside its {rows} rows" if outside else None
+
+    @classmethod
+    def check_together(cls, methods: Sequence[TrainableTokens]) -> None:
+        seen: set[int] = set()
+        for m in methods:
+            if seen & set(m.token_indices):
+                raise ValueError(
+                    f"Token indices of adapter {m.name} are already defined and would result in undefined merging "
+                    "behavior. Only disjunct token indices are currently supported."
+                )
+            seen |= set(m.token_indices)
+
+    @classmethod
+    def inits_from_weight(cls, cfg: TrainableTokensConfig) -> bool:
+        return cfg.init_weights
+
+    @classmethod
+    def build(cls, site: Site, cfg: TrainableTokensConfig, shared):
+        if not cfg.token_indices:
+            raise ConfigError(f"token_indices is empty: name the tokens of '{site.key}' to train.")
+        width = site.out_features if site.op.takes_ids else site.in_features
+        tokens, order = torch.tensor(cfg.token_indices).sort()
+        return dict(
+            trainable_tokens_delta=nn.Parameter(torch.randn(len(cfg.token_indices), width)),
+            sorted_tokens=Transient(tokens),
+            order_of_tokens=Transient(order),
+            token_indices=list(cfg.token_indices),
+        )
+
+    def init(self, cfg: TrainableTokensConfig) -> None:
+        if cfg.init_weights:
+            layer = self.layer
+            W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter)).detach()
+            rows = W.T if layer.op.takes_ids else W  # (tokens, d)
+            self.trainable_tokens_delta.data = rows[self.token_indices].clone()
+
+    def tie(self, source: Method) -> None:
+        self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        layer, rows = self.layer, self.trainable_tokens_delta
+        if not layer.op.takes_ids:
+            b = layer.base_layer.bias
+            logits = layer.op.call(layer.base_layer, x, rows, None if b is None else b[self.token_indices])
+            return y.index_copy(-1, self.order_to_token(), logits.to(y.dtype))
+        place = torch.searchsorted(self.sorted_tokens, x).clamp_(max=len(self.token_indices) - 1)
+        hit = self.sorted_tokens[place] == x
+        # looked up through the layer's own call, so that scaled embeddings scale these rows, too
+        own = layer.op.call(layer.base_layer, self.order_of_tokens[place], rows.T, None)
+        return torch.where(hit.unsqueeze(-1), own.to(y.dtype), y)
+
+    def order_to_token(self) -> Tensor:
+        """(k,) token of each row."""
+        return self.sorted_tokens[self.order_of_tokens.argsort()]
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        rows, tokens = self.trainable_tokens_delta.to(W.dtype), self.order_to_token()
+        if self.layer.op.takes_ids:
+            return W.index_copy(1, tokens, rows.T), b
+        return W.index_copy(0, tokens, rows), b
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """Path of a model's input embedding, if it tells."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return next((name for name, m in model.named_modules() if m is embedding), None)

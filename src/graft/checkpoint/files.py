@@ -88,7 +88,8 @@ def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded
     if path is None:
         place = os.path.join(where, subfolder) if subfolder else where
         raise CheckpointError(
-            f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there or on the hub."
+            f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
+            "the hub."
         )
     try:
         return Loaded(torch.load(path, map_location="cpu", weights_only=True), path)

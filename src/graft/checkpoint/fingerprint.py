@@ -29,7 +29,7 @@ def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> di
 
 def sample(layer: AdapterLayer) -> bytes | None:
     """Evenly spaced values, rounded to bfloat16 so that a base loaded in half precision counts as the same."""
-    if not layer.store.exact or layer.merged_adapters or layer.site.op is None:
+    if not layer.store.exact or layer.merged_adapters or not layer.site.op.known:
         return None
     W = layer.store.read(layer.get_base_layer(), layer.site.parameter).detach()
     if W.is_meta:

@@ -18,8 +18,8 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, BaseModelMismatchError, PeftWarning
 from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts, add_adapter
-from graft.inject.survey import survey
 from graft.inject.saved import ModulesToSaveWrapper, matches
+from graft.inject.survey import survey
 
 WRAPPED = "base_model.model."
 
@@ -41,15 +41,15 @@ class LoadReport:
 # from a model
 
 
-def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module]:
+def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
     """What carries an adapter, the prefix of its keys, and the base model."""
     model = getattr(model, "_orig_mod", model)
-    tuner = model._modules.get("base_model")
+    tuner: Any = model._modules.get("base_model")
     if tuner is not None and hasattr(tuner, "parts_of"):
         tuner.check_known([adapter])
         return tuner.parts_of(adapter), WRAPPED, tuner.model
     if hasattr(model, "parts_of"):  # a tuner itself
-        return model.parts_of(adapter), "model.", model.model  # type: ignore[operator,return-value]
+        return model.parts_of(adapter), "model.", model.model
     tree = survey(model)
     layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
     wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
@@ -132,8 +132,9 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=5
         )
         return {}
-    layers = [m for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
-    out = {}
+    model: Any = base
+    layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    out: dict[str, Tensor] = {}
     for key, module in base.named_modules():
         if isinstance(module, AdapterLayer):
             if any(module is m or module.base_layer is m for m in layers):
@@ -264,7 +265,7 @@ class Load:
         """Those of `names` that are parameters of the base model."""
         if not names:
             return {}
-        held = {}
+        held: dict[str, Tensor] = {}
         for path, p in self.model.named_parameters():
             held[prefix + path] = p
             if ".base_layer." not in path:  # the layer may be about to be wrapped
@@ -305,13 +306,13 @@ class Load:
             ]
             if not self.ignore_mismatched_sizes:
                 raise AdapterKeyError(
-                    f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {some(lines)}. Use the config it was "
-                    "saved with, or pass ignore_mismatched_sizes=True to leave these out."
+                    f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {some(lines)}. Use the config it "
+                    "was saved with, or pass ignore_mismatched_sizes=True to leave these out."
                 )
             report.mismatched_keys = [n for n, _, _ in mismatched]
             warnings.warn(
-                f"Some weights of adapter '{self.adapter}' were not initialized from the model checkpoint and are being "
-                f"ignored because you passed `ignore_mismatched_sizes=True`: {some(lines)}",
+                f"Some weights of adapter '{self.adapter}' were not initialized from the model checkpoint and are "
+                f"being ignored because you passed `ignore_mismatched_sizes=True`: {some(lines)}",
                 stacklevel=7,
             )
         parts = []
@@ -350,25 +351,15 @@ def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
 def complete(parts: Parts, adapter: str, config: Any) -> None:
     """Give initial values to what a checkpoint did not fill: tensors that are never saved, or were missing."""
     for key, layer in parts.layers.items():
-        left = [m for m in layer.children() if m is not layer.base_layer]
-        if not any(t.is_meta for m in left for t in (*m.parameters(), *m.buffers())):
+        device = layer.store.where(layer.base_layer)[0]
+        empty = [t for t in layer.tensors(adapter, transient=True) if t[-1].is_meta]
+        if not empty or device is None or device.type == "meta":
             continue
-        if layer.store.where(layer.base_layer)[0].type == "meta":
-            continue
-        filled = {(c, path): t for c, path, _, _, t in layer.tensors(adapter) if not t.is_meta}
-        attached = {name: layer._modules[name] for name in layer.attached}
-        trained = {p.requires_grad for p in layer.parameters_of(adapter)}
-        active = layer.active_adapters
-        layer.delete_adapter(adapter)
-        add_adapter(layer, adapter, config.at(key), parts.shared | attached, on_meta=False, upcast=True)
-        for c, path, owner, attribute, tensor in list(layer.tensors(adapter)):
-            value = filled.get((c, path))
-            if value is not None:
-                target = owner._parameters if attribute in owner._parameters else owner._buffers
-                target[attribute] = value if tensor is not None else None
-        layer.require_grad(adapter, trained == {True})
-        layer.active_adapters = active
-        layer.replan()
+        spare = AdapterLayer(layer.site, layer.method, layer.routing)
+        add_adapter(spare, adapter, config.at(key), parts.shared, on_meta=False, upcast=True)
+        values = {(container, path): t for container, path, _, _, t in spare.tensors(adapter, transient=True)}
+        for container, path, owner, attribute, tensor in empty:
+            Entry("", "", (), owner, attribute, tensor, device).assign(values[container, path])
 
 
 def set_peft_model_state_dict(

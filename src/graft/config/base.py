@@ -34,7 +34,7 @@ class PeftConfig:
     """
 
     task_type: str | TaskType | None = None
-    peft_type: str | None = None
+    peft_type: Any = None  # a PeftType
     auto_mapping: dict | None = None  # class and library of the base model, written where there is no task type
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -59,7 +59,8 @@ class PeftConfig:
             names = [t.value for t in TaskType]
             if self.task_type not in names:
                 raise ConfigError(
-                    f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(names)}."
+                    f"Invalid task type: '{self.task_type}'. "
+                    f"Must be one of the following task types: {', '.join(names)}."
                 )
             self.task_type = TaskType(self.task_type)
 
@@ -212,13 +213,13 @@ def plain(value: Any) -> Any:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
 def check_types(config: PeftConfig) -> None:
     """Raise ConfigTypeError for the first field whose value its annotation does not allow."""
-    hints = _hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):
         value = getattr(config, f.name)
         if not fits(value, hints[f.name]):
@@ -241,7 +242,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if origin is list:  # any sequence of distinct things will do
+    if origin in (list, set):  # any sequence of distinct things will do
         return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, args[0]) for v in value)
     if origin is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))

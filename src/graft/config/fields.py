@@ -17,8 +17,10 @@ def as_set(names):
 
 @dataclass(kw_only=True)
 class Targeted(PeftConfig):
-    target_modules: list[str] | str | None = None  # names, suffixes, one regex, "all-linear", or None: by architecture
-    exclude_modules: list[str] | str | None = None  # names, suffixes or one regex
+    target_modules: list[str] | set[str] | str | None = (
+        None  # names, suffixes, one regex, "all-linear", or None: by architecture
+    )
+    exclude_modules: list[str] | set[str] | str | None = None  # names, suffixes or one regex
     modules_to_save: list[str] | None = None  # trained whole and saved beside the adapter
 
     def __post_init__(self) -> None:

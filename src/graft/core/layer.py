@@ -25,6 +25,9 @@ class AdapterLayer(nn.Module):
     `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
     """
 
+    base_layer: Any
+    scaling: dict[str, float]  # of methods that have one
+
     def __init__(self, site: Site, method: type[Method], routing: Routing):
         super().__init__()
         self.base_layer = site.module
@@ -95,10 +98,13 @@ class AdapterLayer(nn.Module):
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
         self.replan()
 
-    def tensors(self, adapter: str) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
-        """(container, path below the adapter's name, owner, attribute, tensor) of all that a checkpoint holds."""
+    def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
+        """(container, path below the adapter's name, owner, attribute, tensor) of all that a checkpoint holds.
+
+        `transient`: also of buffers that it does not hold.
+        """
         for key in self.containers:
-            for path, owner, attribute, tensor in tensors_of(getattr(self, key), adapter):
+            for path, owner, attribute, tensor in tensors_of(getattr(self, key), adapter, transient):
                 yield key, path, owner, attribute, tensor
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
@@ -277,7 +283,7 @@ class AdapterLayer(nn.Module):
             names = [*self.merged_adapters, *names]
             self.unmerge()
         W = self.op.canon(self.store.read(base, name))
-        b = getattr(base, "bias", None)
+        b: Any = getattr(base, "bias", None)
         dtype, bias_dtype = W.dtype, None if b is None else b.dtype
         W = W.to(torch.promote_types(dtype, torch.float32))
         bias = b if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
@@ -290,7 +296,7 @@ class AdapterLayer(nn.Module):
             )
         shifted = bias is not None and b is not None and bias is not b
         if undoable:
-            old_bias = b.detach().clone() if shifted else None  # type: ignore[union-attr]
+            old_bias = b.detach().clone() if shifted else None
             if subtract:
                 factors = [tuple(f.detach().clone() for f in self.methods[n].factors()) for n in names]
                 self._undo.append(("subtract", factors, old_bias))
@@ -302,7 +308,8 @@ class AdapterLayer(nn.Module):
         if replaced is not None:
             self.base_layer = replaced
         if shifted:
-            self.base_layer.bias.data.copy_(bias.to(bias_dtype))  # type: ignore[union-attr]
+            assert bias is not None
+            self.base_layer.bias.data.copy_(bias.to(bias_dtype))
         self.merged_adapters += names
 
     def _fold_order(self, names: list[str]) -> list[Method]:
@@ -342,7 +349,7 @@ class AdapterLayer(nn.Module):
                     wide = wide - (B.to(wide.dtype) @ A.to(wide.dtype)).view(self.site.shape)
                 self.store.write(self.base_layer, self.site.parameter, self.op.uncanon(wide.to(W.dtype)), False)
             if bias is not None:
-                self.base_layer.bias.data.copy_(bias)  # type: ignore[union-attr]
+                self.base_layer.bias.data.copy_(bias)
         self._undo.clear()
         self.merged_adapters = []
         self.replan()

@@ -27,7 +27,7 @@ class Method:
     - `replacement`: a module that runs in place of the base layer.
     """
 
-    config: ClassVar[type]  # its PeftConfig
+    config: ClassVar[Any]  # its PeftConfig class
     prefix: ClassVar[str]  # what its containers' names begin with, as in checkpoints
     order: ClassVar[Literal["in", "out"]] = "out"  # acts before or after the weight: decides the fold order
     upcast: ClassVar[bool] = True  # half-precision adapters are trained in float32
@@ -45,7 +45,7 @@ class Method:
     rewrites_input: ClassVar[bool]
     adds_output: ClassVar[bool]
 
-    layer: AdapterLayer
+    layer: Any  # an AdapterLayer, with the containers that the method declared
     name: str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class Method:
     @classmethod
     def check(cls, site: Site, cfg: Any) -> str | None:
         """Why this site cannot be adapted, or None."""
-        if site.op is None and not cls.replaces:
+        if not site.op.known and not cls.replaces:
             return f"layers of type {site.type_name} are not supported"
         return None
 
@@ -157,7 +157,9 @@ class Method:
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (canonical) and bias of a plain layer that acts as base and adapter together."""
         shift = self.delta_bias()
-        return W + self.delta().to(W.dtype), b if shift is None else b + shift.to(b.dtype)  # type: ignore[union-attr]
+        if shift is not None and b is not None:
+            b = b + shift.to(b.dtype)
+        return W + self.delta().to(W.dtype), b
 
     def replacement(self) -> nn.Module:
         raise NotImplementedError

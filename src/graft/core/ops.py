@@ -19,6 +19,7 @@ from graft.core.table import TypeTable
 class Op:
     """One layer type. A new one overrides what differs from `nn.Linear`."""
 
+    known = True
     transposed = False  # the module stores (in, out)
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
 
@@ -60,6 +61,18 @@ class Op:
         """Two modules whose composition is a rank-r update of this layer; None where there are none."""
         out_features, in_features = self.dims(m)
         return nn.Linear(in_features, r, bias=False), nn.Linear(r, out_features, bias=bias)
+
+
+class Unknown(Op):
+    """A layer type that no row of the table covers: only methods that replace whole modules take it."""
+
+    known = False
+
+    def dims(self, m):
+        return 0, 0
+
+    def shape(self, m):
+        return ()
 
 
 class Linear(Op):
@@ -174,9 +187,12 @@ OPS: TypeTable[Op] = TypeTable(
 SCALED_EMBEDDING = ScaledEmbedding()
 
 
-def find_op(module: nn.Module) -> Op | None:
-    """The Op of a module, or None if no table row covers its type."""
-    op = OPS.find(type(module))
+UNKNOWN = Unknown()
+
+
+def find_op(module: nn.Module) -> Op:
+    """The Op of a module; `UNKNOWN` if no table row covers its type."""
+    op = OPS.find(type(module)) or UNKNOWN
     scale = getattr(module, "embed_scale", None) if isinstance(op, Embedding) else None
     if isinstance(scale, (int, float)) or (isinstance(scale, torch.Tensor) and scale.numel() == 1):
         return SCALED_EMBEDDING

@@ -69,8 +69,8 @@ def container_for(value: Any) -> Any:
     return {}
 
 
-def tensors_of(container: Any, adapter: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(path below the adapter's name, owner, attribute, tensor) of each persistent tensor of `adapter`."""
+def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(path below the adapter's name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
     if isinstance(container, nn.ModuleDict):
         if adapter not in container:
             return
@@ -81,12 +81,12 @@ def tensors_of(container: Any, adapter: str) -> Iterator[tuple[str, nn.Module, s
                 if p is not None:
                     yield f"{dot}{name}", module, name, p
             for name, b in module._buffers.items():
-                if b is not None and name not in module._non_persistent_buffers_set:
+                if b is not None and (transient or name not in module._non_persistent_buffers_set):
                     yield f"{dot}{name}", module, name, b
     elif isinstance(container, nn.ParameterDict):
         if adapter in container:
             yield "", container, adapter, container[adapter]
-    elif isinstance(container, BufferDict) and container.persistent and adapter in container:
+    elif isinstance(container, BufferDict) and (transient or container.persistent) and adapter in container:
         yield "", container, adapter, container[adapter]
 
 

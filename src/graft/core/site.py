@@ -26,7 +26,7 @@ class Store(Protocol):
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None: ...
     def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any: ...
     def restore(self, m: nn.Module, name: str, state: Any) -> None: ...
-    def where(self, m: nn.Module) -> tuple[torch.device, torch.dtype | None]: ...
+    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]: ...
     def protect(self, y: Tensor) -> Tensor: ...
 
 
@@ -36,14 +36,14 @@ class Site:
 
     key: str  # path in the model
     module: nn.Module
-    op: Op | None  # None: a type no Op covers; only methods that replace whole modules take it
+    op: Op
     store: Store
     parameter: str = "weight"
     shared: bool = False  # the weight is tied to another module
 
     @cached_property
     def dims(self) -> tuple[int, int]:
-        return self.op.dims(self.module) if self.op is not None else (0, 0)
+        return self.op.dims(self.module)
 
     @property
     def out_features(self) -> int:
@@ -57,7 +57,7 @@ class Site:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Canonical: (out, in / groups, *kernel)."""
-        return tuple(self.op.shape(self.module)) if self.op is not None else ()
+        return tuple(self.op.shape(self.module))
 
     @property
     def fan_in(self) -> int:

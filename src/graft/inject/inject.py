@@ -117,13 +117,13 @@ def check_tokens(tokens: dict[str, list[int]], sites: dict[str, Site], saved_pat
     for key, indices in tokens.items():
         if key in saved_paths:
             raise ValueError(
-                f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` or "
-                f"`modules_to_save` for '{key}', not both."
+                f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` "
+                f"or `modules_to_save` for '{key}', not both."
             )
         if key in sites or key in tree.layers:
             raise TypeError(
-                f"trainable_token_indices cannot be applied to modules of type {type(tree.modules[key])}: '{key}' is in "
-                "target_modules as well."
+                f"trainable_token_indices cannot be applied to modules of type {type(tree.modules[key])}: '{key}' is "
+                "in target_modules as well."
             )
         why = TrainableTokens.check(site_of(key, tree.modules[key], tree), TrainableTokensConfig(token_indices=indices))
         if why is not None:
@@ -225,9 +225,19 @@ def inject(
     undo = method.restructure(config, model)
     try:
         return _inject(
-            model, config, method, adapter, routing=routing, shared={} if shared is None else shared, others=others or {},
-            upcast=upcast, on_meta=on_meta, fill=fill, keys=keys, heads=heads,
-        )  # fmt: skip
+            model,
+            config,
+            method,
+            adapter,
+            routing=routing,
+            shared={} if shared is None else shared,
+            others=others or {},
+            upcast=upcast,
+            on_meta=on_meta,
+            fill=fill,
+            keys=keys,
+            heads=heads,
+        )
     except BaseException:
         if undo is not None:
             undo()
@@ -332,8 +342,7 @@ def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upc
             raise UnsupportedLayerError(
                 f"'{key}' is already trained whole, through modules_to_save of another adapter."
             )
-        indices = own if key in following else wanted[key]
-        cfg = TrainableTokensConfig(token_indices=indices)
+        cfg = TrainableTokensConfig(token_indices=wanted.get(key) or own or [])
         add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
         if key in following:
             wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])  # type: ignore[index]
@@ -395,7 +404,7 @@ def orient(cfg: Any, sites: Iterable[Site]) -> None:
     if not hasattr(cfg, "fan_in_fan_out"):
         return
     for site in sites:
-        if site.op is None or site.op.takes_ids or len(site.shape) != 2 or cfg.fan_in_fan_out == site.op.transposed:
+        if not site.op.known or site.op.takes_ids or len(site.shape) != 2 or cfg.fan_in_fan_out == site.op.transposed:
             continue
         kind = "Conv1D" if site.op.transposed else "torch.nn.Linear"
         warnings.warn(

@@ -125,7 +125,7 @@ def minimal_names(targets: Iterable[str], others: Iterable[str]) -> set[str]:
     taken = {s for path in others for s in (path, *suffixes(path))}
     chosen: set[str] = set()
     for path in sorted(targets):
-        candidates = [*suffixes(path)][::-1] + [path]  # shortest first
+        candidates = [*reversed([*suffixes(path)]), path]  # shortest first
         if chosen.isdisjoint(candidates):
             chosen.add(next((s for s in candidates if s not in taken), path))
     return chosen

@@ -112,7 +112,8 @@ class ModulesToSaveWrapper(nn.Module):
         x = rows.take(x, self.key)
         parts = []
         for adapter, index in rows.segments:
-            own = self.modules_to_save[adapter] if adapter in self.modules_to_save else self.original_module
+            has_own = adapter is not None and adapter in self.modules_to_save
+            own = self.modules_to_save[adapter] if has_own else self.original_module  # type: ignore[index]
             part = own(x.index_select(0, index), *args, **kwargs)
             if not isinstance(part, Tensor):
                 raise TypeError(
@@ -136,5 +137,5 @@ def matches(key: str, names: Sequence[str]) -> str | None:
 
 def refuse(key: str, module: nn.Module) -> None:
     """Raise if the module cannot be trained whole."""
-    if isinstance(module, CONTAINERS) or isinstance(module, AdapterLayer):
+    if isinstance(module, (*CONTAINERS, AdapterLayer)):
         raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}').")

@@ -59,7 +59,7 @@ def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: d
         cfg.target_modules = minimal_names(cfg.target_modules, [k for k in modules if k not in cfg.target_modules])
 
 
-def all_linear(cfg: Any, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:
     """Names of all linear layers but the output head."""
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):

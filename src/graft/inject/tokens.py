@@ -84,7 +84,7 @@ def token_targets(cfg: Any, model: nn.Module, modules: dict[str, nn.Module]) -> 
     if not wanted:
         return {}
     named = wanted if isinstance(wanted, dict) else {input_embedding(model) or "embed_tokens": wanted}
-    out = {}
+    out: dict[str, list[int]] = {}
     for name, indices in named.items():
         paths = [k for k in modules if k == name or k.endswith(f".{name}")]
         if not paths:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from graft.core.site import Site
 class HRAConfig(Targeted, LayerRange):
     """HRA: W H, H = Π (I - 2 û_k û_kᵀ) over r Householder reflections of the input."""
 
-    peft_type: str | None = "HRA"
+    peft_type: Any = "HRA"
     r: int = 8  # number of reflections; even ones start as pairs that cancel
     apply_GS: bool = False  # make the vectors orthogonal first (Gram-Schmidt)
     init_weights: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from graft.core.site import Site
 class IA3Config(Targeted):
     """IA3: a learned factor per output channel, y ⊙ l, or per input channel of feed-forward layers, W (x ⊙ l)."""
 
-    peft_type: str | None = "IA3"
-    feedforward_modules: list[str] | str | None = None  # of target_modules, those whose input is scaled
+    peft_type: Any = "IA3"
+    feedforward_modules: list[str] | set[str] | str | None = None  # of target_modules, those whose input is scaled
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_ia3_weights: bool = True  # ones; else N(0, 1)
 
@@ -32,7 +33,7 @@ class IA3Config(Targeted):
         targets, inner = self.target_modules, self.feedforward_modules
         if isinstance(targets, set) and isinstance(inner, set) and not inner <= targets:
             raise ConfigError(
-                f"`feedforward_modules` should be a subset of `target_modules`, but {sorted(inner - targets)} are not in it."
+                f"`feedforward_modules` should be a subset of `target_modules`, but has {sorted(inner - targets)} too."
             )
 
 
@@ -54,11 +55,11 @@ class IA3(Method):
                     f"Please specify `feedforward_modules` in `peft_config`: no defaults for model_type '{kind}'. "
                     "An empty list means that there are none."
                 )
-            cfg.feedforward_modules = set(IA3_FEEDFORWARD[kind])
+            cfg.feedforward_modules = as_set(IA3_FEEDFORWARD[kind])
 
     @classmethod
     def check(cls, site: Site, cfg: IA3Config) -> str | None:
-        if site.op is not None and site.op.takes_ids and _is_feedforward(site.key, cfg):
+        if site.op.takes_ids and _is_feedforward(site.key, cfg):
             return "an embedding's input cannot be scaled, so it cannot be a feed-forward module"
         return super().check(site, cfg)
 

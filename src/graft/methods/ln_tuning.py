@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from graft.core.site import Site
 class LNTuningConfig(Targeted):
     """LN tuning: a trainable copy of each layer (made for norms, works on any module) runs in its place."""
 
-    peft_type: str | None = "LN_TUNING"
+    peft_type: Any = "LN_TUNING"
 
 
 class LNTuning(Method):

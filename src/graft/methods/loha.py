@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from graft.core.site import Site
 class LoHaConfig(Targeted, LayerRange, RankPatterns):
     """LoHa: ΔW = alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r²."""
 
-    peft_type: str | None = "LOHA"
+    peft_type: Any = "LOHA"
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0  # drops output rows of ΔW in training

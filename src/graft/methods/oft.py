@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from graft.core.site import Site
 class OFTConfig(Targeted, LayerRange):
     """OFT: W (x R), R = blockdiag(R_1, …) of orthogonal blocks. Give either the block size or the number of blocks."""
 
-    peft_type: str | None = "OFT"
+    peft_type: Any = "OFT"
     r: int = 0  # number of blocks
     oft_block_size: int = 32
     module_dropout: float = 0.0  # replaces blocks by the identity in training
@@ -75,7 +76,7 @@ class OFT(Method):
 
     @classmethod
     def acts(cls, site: Site):
-        return "out" if site.op is not None and site.op.takes_ids else "in"
+        return "out" if site.op.takes_ids else "in"
 
     @classmethod
     def through_weight(cls, site: Site) -> bool:
@@ -108,7 +109,7 @@ class OFT(Method):
 
     def R(self) -> Tensor:
         """(blocks, b, b); one block if they are shared."""
-        v = self.rotation.weight
+        v: Tensor = self.rotation.weight
         if self.eps is not None:
             v = constrain(v, self.eps)
             if self.layer.training:  # projected descent: the next update starts from the constrained point

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from graft.core.site import Site
 class TrainableTokensConfig(PeftConfig):
     """Trains the embedding rows of `token_indices`; all others stay as they are."""
 
-    peft_type: str | None = "TRAINABLE_TOKENS"
+    peft_type: Any = "TRAINABLE_TOKENS"
     token_indices: list[int] = field(default_factory=list)
-    target_modules: list[str] | str | None = None  # None: the model's input embedding
+    target_modules: list[str] | set[str] | str | None = None  # None: the model's input embedding
     init_weights: bool = True  # start from the rows there are; else N(0, 1)
 
 
@@ -43,7 +44,7 @@ class TrainableTokens(Method):
 
     @classmethod
     def check(cls, site: Site, cfg: TrainableTokensConfig) -> str | None:
-        if site.op is None or len(site.shape) != 2:
+        if not site.op.known or len(site.shape) != 2:
             return "only embeddings and linear layers have a row for each token"
         rows = site.in_features if site.op.takes_ids else site.out_features
         outside = [i for i in cfg.token_indices if not 0 <= i < rows]
@@ -110,7 +111,7 @@ class TrainableTokens(Method):
         return W.index_copy(0, tokens, rows), b
 
 
-def input_embedding(model: nn.Module) -> str | None:
+def input_embedding(model: Any) -> str | None:
     """Path of a model's input embedding, if it tells."""
     if not hasattr(model, "get_input_embeddings"):
         return None

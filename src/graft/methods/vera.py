@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from graft.core.site import Site
 class VeraConfig(Targeted, LayerRange):
     """VeRA: ΔW = diag(λ_b) B diag(λ_d) A, with random A and B that all layers share and that never train."""
 
-    peft_type: str | None = "VERA"
+    peft_type: Any = "VERA"
     r: int = 256
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # store A and B too, so that a checkpoint does not depend on the generator
@@ -38,8 +39,8 @@ class VeraConfig(Targeted, LayerRange):
         require_positive_rank(self.r)
         if not self.save_projection:
             warnings.warn(
-                "Specified to not save vera_A and vera_B: they are drawn again from `projection_prng_key` on load, which "
-                "gives the same values only if torch's generator is the same.",
+                "Specified to not save vera_A and vera_B: they are drawn again from `projection_prng_key` on load, "
+                "which gives the same values only if torch's generator is the same.",
                 stacklevel=3,
             )
 
@@ -71,7 +72,8 @@ class VeRA(Method):
             for name, size, needed in (("vera_A", A.shape[1], wide_in), ("vera_B", B.shape[0], wide_out)):
                 if size < needed:
                     raise ConfigError(
-                        f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the widest layers first."
+                        f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the "
+                        "widest layers first."
                     )
         else:
             generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)

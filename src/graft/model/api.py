@@ -84,7 +84,8 @@ def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
     if revision is not None:
         if config.revision is not None and config.revision != revision:
             warnings.warn(
-                f"peft config has already set base model revision to {config.revision}, overwriting with revision {revision}",
+                f"peft config has already set base model revision to {config.revision}, overwriting with revision "
+                f"{revision}",
                 stacklevel=3,
             )
         config.revision = revision

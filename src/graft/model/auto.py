@@ -87,8 +87,8 @@ class AutoPeftModel:
         allowed = allowlist if allowlist is not None else list(ALLOWED_LIBRARIES)
         if not any(library == a or library.startswith(f"{a}.") for a in allowed):
             raise ValueError(
-                f"The base model class is to be imported from '{library}', which is not in the import allowlist {allowed}. "
-                "If you trust it, pass import_allowlist."
+                f"The base model class is to be imported from '{library}', which is not in the import allowlist "
+                f"{allowed}. If you trust it, pass import_allowlist."
             )
         return getattr(importlib.import_module(library), mapping["base_model_class"])
 

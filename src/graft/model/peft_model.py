@@ -38,7 +38,7 @@ class PeftModel(nn.Module):
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
     """
 
-    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})
+    special_peft_forward_args: frozenset[str] = frozenset({"adapter_names", "alora_offsets"})
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class PeftModel(nn.Module):
     ):
         super().__init__()
         check_adapter_name(adapter_name)
-        self.modules_to_save = None
+        self.modules_to_save: set[str] | None = None
         self.extend_config(peft_config)
         self.base_model: Tuner = tuner_of(peft_config.peft_type)(  # type: ignore[arg-type]
             model,
@@ -62,10 +62,9 @@ class PeftModel(nn.Module):
             **options,
         )
         self.peft_type = peft_config.peft_type
-        self.special_peft_forward_args = set(type(self).special_peft_forward_args)
         self._note_modules_to_save(peft_config)
         self.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # its split matrix products would bypass the adapters
         self.train(model.training)
@@ -283,7 +282,8 @@ class PeftModel(nn.Module):
 
     def _generate_beams(self, names: Sequence[str], beams: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Beam search repeats each row; an encoder still sees the rows as they came."""
-        model, routing = self.get_base_model(), self.base_model.routing
+        model: Any = self.get_base_model()
+        routing = self.base_model.routing
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         rows = self._rows(names, args, kwargs)
         assert rows is not None
@@ -308,7 +308,7 @@ class PeftModel(nn.Module):
                 handle.remove()
 
     @staticmethod
-    def prepare_model_for_gradient_checkpointing(model: nn.Module, only_if_on: bool = False) -> None:
+    def prepare_model_for_gradient_checkpointing(model: Any, only_if_on: bool = False) -> None:
         """Let the inputs of the first block require gradients: reentrant checkpointing drops them otherwise."""
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
         flag = next((n for n in names if hasattr(type(model), n)), names[1])

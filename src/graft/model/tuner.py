@@ -16,9 +16,9 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.routing import Routing
 from graft.inject.inject import Parts, check_bias, inject
-from graft.inject.survey import Wrapper, survey
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
+from graft.inject.survey import Wrapper, survey
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 
@@ -200,9 +200,9 @@ class Tuner(nn.Module):
         for part in self.parts():
             part.delete_adapter(adapter_name)
         for name in self.shared:
-            container = self._modules[name]
-            if adapter_name in container:  # type: ignore[operator]
-                del container[adapter_name]  # type: ignore[attr-defined]
+            container: Any = self._modules[name]
+            if adapter_name in container:
+                del container[adapter_name]
         if adapter_name in self.active_adapters:
             left = [n for n in self.active_adapters if n != adapter_name]
             if not left and self.peft_config:
@@ -364,12 +364,12 @@ def survey_places(model: nn.Module, act: Any) -> None:
     visit(model)
 
 
-def retie(model: nn.Module) -> None:
+def retie(model: Any) -> None:
     """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
         return
     if torch.equal(inputs.weight, outputs.weight):
@@ -379,13 +379,16 @@ def retie(model: nn.Module) -> None:
         "Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.",
         stacklevel=4,
     )
-    config.tie_word_embeddings = False  # type: ignore[union-attr]
+    config.tie_word_embeddings = False
+
+
+def tuner_of(peft_type: str) -> type[Tuner]:
+    """The Tuner subclass of a peft_type, under PEFT's name for it."""
+    return _tuner_class(getattr(peft_type, "value", peft_type))
 
 
 @cache
-def tuner_of(peft_type: str) -> type[Tuner]:
-    """The Tuner subclass of a peft_type, under PEFT's name for it."""
-    name = getattr(peft_type, "value", peft_type)
+def _tuner_class(name: str) -> type[Tuner]:
     method = method_of(name)
     return type(METHODS[name].tuner, (Tuner,), {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__})
 
@@ -422,7 +425,7 @@ def inject_adapter_in_model(
     tuner = cls(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
     if state_dict is not None:
         compare_targets(tuner, peft_config, adapter_name)
-    model.peft_config = tuner.peft_config
+    model.peft_config = tuner.peft_config  # type: ignore[assignment]
     return model
 
 

@@ -5,7 +5,7 @@ from graft.core.site import Store
 from graft.core.table import TypeTable
 from graft.storage.dense import Dense
 
-DENSE = Dense()
+DENSE: Store = Dense()
 STORES: TypeTable[Store] = TypeTable({})
 
 

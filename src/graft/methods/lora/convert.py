@@ -30,14 +30,14 @@ def subtract_initial(
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
     if isinstance(initial_config.init_lora_weights, str) and initial_config.init_lora_weights.startswith(CONVERTED):
         raise ConfigError(
-            "The `init_lora_weights` parameter of the initial adapter should be set to `True`. Otherwise, it would change "
-            "the base weights again when it is loaded."
+            "The `init_lora_weights` parameter of the initial adapter should be set to `True`. Otherwise, it would "
+            "change the base weights again when it is loaded."
         )
     how = config.init_lora_weights
     if how is not True and not (isinstance(how, str) and how.startswith(CONVERTED)):
         warnings.warn(
-            "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA adapter to "
-            "a LoRA adapter",
+            "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA adapter "
+            "to a LoRA adapter",
             stacklevel=3,
         )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):

@@ -18,7 +18,6 @@ from graft.methods.lora import init
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
 
-
 MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
 
@@ -44,11 +43,11 @@ class LoRA(Method):
     def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         targets = cfg.target_modules
-        hit = sorted(MAMBA_UNTARGETABLE & targets) if kind in MAMBA and isinstance(targets, set) else []
+        hit: set[str] = MAMBA_UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
         if hit:
             raise ConfigError(
-                f"Module {hit} is incompatible with Mamba-based models ({kind}): its kernels read the weight, not the layer. "
-                "Take it out of target_modules."
+                f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): its kernels read the weight "
+                "itself. Take it out of target_modules."
             )
 
     @classmethod
@@ -67,16 +66,17 @@ class LoRA(Method):
         if site.op.takes_ids:
             if cfg.lora_bias:
                 raise ConfigError(f"lora_bias=True is not supported for Embedding (layer '{site.key}').")
-            A = nn.Parameter(torch.randn(r, site.in_features))
-            B = nn.Parameter(torch.randn(site.out_features, r))
-            return values | dict(lora_embedding_A=A, lora_embedding_B=B)
+            return values | dict(
+                lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features)),
+                lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r)),
+            )
         if cfg.lora_bias and getattr(site.module, "bias", None) is None:
             text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
             warnings.warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning, stacklevel=2)
         groups = getattr(site.module, "groups", 1)
         if groups > 1:
             _check_groups(site, r, groups)
-        A, B = site.op.factor_modules(site.module, r, cfg.lora_bias)
+        A, B = site.op.factor_modules(site.module, r, cfg.lora_bias)  # type: ignore[misc]
         return values | dict(lora_A=A, lora_B=B)
 
     def init(self, cfg: LoraConfig) -> None:

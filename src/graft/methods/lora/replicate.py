@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer replication: a deeper model out of ranges of a model's layers, sharing their weights, each with its own LoRA."""
+"""Layer replication: a deeper model from ranges of a model's layers, which share weights but not adapters."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
         if depth is not None:
             config.num_hidden_layers = depth
         for i, layer in enumerate(stack):
+            module: Any
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = i

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterNotFoundError, PeftWarning
 from graft.core.method import Method
+from graft.core.ops import Op
 from graft.core.params import BufferDict, Transient, container_for, parameters_of, tensors_of
 from graft.core.place import place
 from graft.core.routing import Routing
-from graft.core.site import Site
+from graft.core.site import Site, Store
 
 
 class AdapterLayer(nn.Module):
@@ -26,28 +27,62 @@ class AdapterLayer(nn.Module):
     """
 
     base_layer: Any
+    site: Site
+    op: Op
+    store: Store
+    method: type[Method]
+    order: Literal["in", "out"]  # in which the method acts on this layer type
+    routing: Routing
+    methods: dict[str, Method]  # by adapter
+    lead: dict[str, tuple[nn.Module, str]]  # (owner, attribute) of each adapter's first tensor
+    in_features: int
+    out_features: int
+    fan_in: int
     scaling: dict[str, float]  # of methods that have one
+    containers: list[str]
+    attached: set[str]  # names of containers that belong to the model, not to this layer
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    disable_adapters: bool
+    _scaling_at_start: dict[str, float]
+    _original: Any  # the base weight before an injection that is still under way
+    _undo: list[tuple[str, Any, Any]]  # (kind, state of the weight, of the bias) of each merge
+    _live: tuple[Method, ...]  # the methods that `forward` runs
+    _folded: bool
+    _replaced: bool
+    _rewrites_input: bool
+    _adds_output: bool
 
     def __init__(self, site: Site, method: type[Method], routing: Routing):
         super().__init__()
-        self.base_layer = site.module
-        self.site, self.op, self.store = site, site.op, site.store
-        self.method, self.order = method, method.acts(site)
-        self.routing = routing
-        self.methods: dict[str, Method] = {}
-        self.lead: dict[str, tuple[nn.Module, str]] = {}  # adapter → (owner, attribute) of its first tensor
-        self.in_features, self.out_features, self.fan_in = site.in_features, site.out_features, site.fan_in
-        self.containers: list[str] = []
-        self.attached: set[str] = set()  # containers that belong to the model, not to this layer
-        self.active_adapters: list[str] = []
-        self.merged_adapters: list[str] = []
-        self.disable_adapters = False
-        self._scaling_at_start: dict[str, float] = {}
-        self._original: Any = None  # the base weight before an injection that is still under way
-        self._undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
-        self._live: tuple[Method, ...] = ()
-        self._folded, self._replaced = method.through_weight(site), method.replaces
-        self._rewrites_input, self._adds_output = method.rewrites_input, method.adds_output
+        # past nn.Module.__setattr__, which would look for a parameter in each
+        self.__dict__.update(
+            site=site,
+            op=site.op,
+            store=site.store,
+            method=method,
+            order=method.acts(site),
+            routing=routing,
+            methods={},
+            lead={},
+            in_features=site.in_features,
+            out_features=site.out_features,
+            fan_in=site.fan_in,
+            containers=[],
+            attached=set(),
+            active_adapters=[],
+            merged_adapters=[],
+            disable_adapters=False,
+            _scaling_at_start={},
+            _original=None,
+            _undo=[],
+            _live=(),
+            _folded=method.through_weight(site),
+            _replaced=method.replaces,
+            _rewrites_input=method.rewrites_input,
+            _adds_output=method.adds_output,
+        )
+        self._modules["base_layer"] = site.module
 
     # adapters
 
@@ -59,10 +94,11 @@ class AdapterLayer(nn.Module):
                     self.add_module(key, value)
                     self.attached.add(key)
                 continue
-            container = getattr(self, key, None)
+            container: Any = self._modules.get(key, self.__dict__.get(key))
             if container is None:
                 container = container_for(value)
-                setattr(self, key, container)
+                owned = self._modules if isinstance(container, nn.Module) else self.__dict__
+                owned[key] = container
                 self.containers.append(key)
             container[adapter] = value.tensor if isinstance(value, Transient) else value
         self.methods[adapter] = self.method(self, adapter)

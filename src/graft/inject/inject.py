@@ -445,7 +445,8 @@ def commit(
             p.requires_grad_(False)
     for key, layer in layers.items():
         layer.settle()
-        layer.train(layer.base_layer.training)
+        if not layer.base_layer.training:
+            layer.eval()
         if key not in tree.layers:
             attach(tree.places[key], layer)
     for key, wrapper in wrappers.items():

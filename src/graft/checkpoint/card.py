@@ -36,7 +36,7 @@ def write_card(model: Any, folder: str) -> None:
         )
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
     tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])
-    if hasattr(base, "_checkpoint_conversion_mapping") or hasattr(base, "is_gradient_checkpointing"):
+    if hasattr(base, "_checkpoint_conversion_mapping") or hasattr(type(base), "is_gradient_checkpointing"):
         tags.add("transformers")
     if kind == "LORA":
         tags.add("lora")

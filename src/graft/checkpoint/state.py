@@ -266,7 +266,7 @@ class Load:
         if not names:
             return {}
         held: dict[str, Tensor] = {}
-        for path, p in self.model.named_parameters():
+        for path, p in self.model.named_parameters(remove_duplicate=False):
             held[prefix + path] = p
             if ".base_layer." not in path:  # the layer may be about to be wrapped
                 stem, _, leaf = path.rpartition(".")

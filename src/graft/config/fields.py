@@ -16,16 +16,23 @@ def as_set(names):
 
 
 @dataclass(kw_only=True)
-class Targeted(PeftConfig):
+class Targets(PeftConfig):
     target_modules: list[str] | set[str] | str | None = (
         None  # names, suffixes, one regex, "all-linear", or None: by architecture
     )
-    exclude_modules: list[str] | set[str] | str | None = None  # names, suffixes or one regex
     modules_to_save: list[str] | None = None  # trained whole and saved beside the adapter
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_modules = as_set(self.target_modules)
+
+
+@dataclass(kw_only=True)
+class Targeted(Targets):
+    exclude_modules: list[str] | set[str] | str | None = None  # names, suffixes or one regex
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.exclude_modules = as_set(self.exclude_modules)
 
 
@@ -50,7 +57,12 @@ class RankPatterns(PeftConfig):
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pattern, r in (self.rank_pattern or {}).items():
+            require_positive_rank(r, f" in rank_pattern['{pattern}']")
 
-def require_positive_rank(r: int) -> None:
+
+def require_positive_rank(r: int, where: str = "") -> None:
     if r <= 0:
-        raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}")
+        raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}{where}")

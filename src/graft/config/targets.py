@@ -91,3 +91,9 @@ LN_TUNING = _table(
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+TASK_HEADS: dict[str, list[str]] = {  # modules that a task's model has fresh, so that they train and are saved
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}

@@ -36,6 +36,10 @@ class AdapterNameError(PeftError, KeyError, ValueError):
     __str__ = Exception.__str__  # KeyError would show the text in quotes
 
 
+class AlreadyInjectedError(PeftError, ValueError):
+    """The model has adapters already."""
+
+
 class RoutingError(PeftError, ValueError):
     """The rows of a batch cannot be given to the adapters that were asked for."""
 

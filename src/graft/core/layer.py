@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from graft.core import merging
 from graft.core.errors import AdapterNotFoundError, PeftWarning
 from graft.core.method import Method
 from graft.core.ops import Op
 from graft.core.params import BufferDict, Transient, container_for, parameters_of, tensors_of
 from graft.core.place import place
-from graft.core.routing import Routing
+from graft.core.routing import Routing, Rows
 from graft.core.site import Site, Store
 
 
@@ -140,12 +141,18 @@ class AdapterLayer(nn.Module):
         `transient`: also of buffers that it does not hold.
         """
         for key in self.containers:
-            for path, owner, attribute, tensor in tensors_of(getattr(self, key), adapter, transient):
+            for path, owner, attribute, tensor in tensors_of(self._held(key, adapter), adapter, transient):
                 yield key, path, owner, attribute, tensor
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
         for key in self.containers:
-            yield from parameters_of(getattr(self, key), adapter)
+            yield from parameters_of(self._held(key, adapter), adapter)
+
+    def _held(self, key: str, adapter: str) -> Any:
+        """The container, as if nothing were merged: a merged replacement stands in the base layer's place."""
+        if self.method.replaces and adapter in self.merged_adapters:
+            return {adapter: self.base_layer}
+        return getattr(self, key)
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         frozen = self.methods[adapter].frozen() if adapter in self.methods else ()
@@ -206,8 +213,8 @@ class AdapterLayer(nn.Module):
     # forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.routing.rows is not None:
-            return self._forward_rows(x, *args, **kwargs)
+        if self.routing.rows is not None and (rows := self.routing.current()) is not None:
+            return self._forward_rows(rows, x, *args, **kwargs)
         if not self._live:
             return self.base_layer(x, *args, **kwargs)
         return self._run(self._live, x, *args, **kwargs)
@@ -229,6 +236,16 @@ class AdapterLayer(nn.Module):
             y = m.post(m.cast(x), y)
         return y.to(dtype)
 
+    def effective_weight(self) -> Tensor:
+        """The weight with the live adapters folded in, as the base layer stores it; gradients flow."""
+        W = self.store.read(self.base_layer, self.site.parameter)
+        if not self._live:
+            return W
+        W, b = self.op.canon(W), getattr(self.base_layer, "bias", None)
+        for m in self._live if self.order == "out" else reversed(self._live):
+            W, b = m.fold(W, b)
+        return self.op.uncanon(W)
+
     def _run_folded(self, live: tuple[Method, ...], x: Tensor) -> Tensor:
         W = self.op.canon(self.store.read(self.base_layer, self.site.parameter))
         b = getattr(self.base_layer, "bias", None)
@@ -238,17 +255,18 @@ class AdapterLayer(nn.Module):
             x = m.cast(x)
         return self.op.call(self.base_layer, x, W, b).to(out)
 
-    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        rows = self.routing.current()
-        x = rows.take(x, self.site.key)
+        x = rows.take(x, self.site.key, self.op.takes_ids)
         if self.method.additive:
             y = self.store.protect(self.base_layer(x, *args, **kwargs))
+            if torch.is_grad_enabled():
+                y = y.clone()  # somebody may hold it, or it may be a leaf
             for adapter, index in rows.segments:
                 m = self.methods.get(adapter)  # type: ignore[arg-type]
                 if m is not None:
-                    y = y.index_add_(0, index, m.branch(m.cast(x.index_select(0, index))).to(y.dtype))
+                    y.index_add_(0, index, m.branch(m.cast(x.index_select(0, index))).to(y.dtype))
             return y
         parts = []
         for adapter, index in rows.segments:
@@ -274,120 +292,18 @@ class AdapterLayer(nn.Module):
             ValueError: `safe_merge` found a value that is not finite.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
         """
-        names = self._to_merge(adapter_names)
-        if not names:
-            return
-        self.check_active([*self.merged_adapters, *names])
-        if not self.method.mergeable:
-            raise NotImplementedError(self._cannot_merge(names, f"{self.method.__name__} has no merged form"))
-        if not (self.method.replaces or (self.store.reads and self.store.writes)):
-            raise NotImplementedError(self._cannot_merge(names, f"{self.store.name} weights cannot be rewritten"))
-        if self.method.replaces:
-            self._swap(names)
-        else:
-            self._fold(names, safe_merge, undoable)
-        self.replan()
+        names = [n for n in merging.not_merged(self, adapter_names) if n in self.methods]
+        if names:
+            merging.check(self, names, safe_merge)
+            merging.merge(self, names, undoable)
+            self.replan()
 
-    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(
-                f"adapter_names should be a list of strings, got {adapter_names!r}: write ['{adapter_names}']."
-            )
-        names = self.active_adapters if adapter_names is None else adapter_names
-        left = [n for n in names if n not in self.merged_adapters]
-        if self.merged_adapters and names:
-            done = ",".join(self.merged_adapters)
-            if left:
-                more = ",".join(left)
-                warnings.warn(
-                    f"Already following adapters were merged {done}. You are now additionally merging {more}.",
-                    stacklevel=4,
-                )
-            else:
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
-        return [n for n in left if n in self.methods]
-
-    def _cannot_merge(self, names: list[str], why: str) -> str:
-        return f"Cannot merge adapter(s) {names} into layer '{self.site.key}': {why}. Keep them unmerged, or unload()."
-
-    @torch.no_grad()
-    def _fold(self, names: list[str], safe_merge: bool, undoable: bool) -> None:
-        base, name, shared = self.base_layer, self.site.parameter, self.site.shared
-        subtract = self.method.low_rank and self.method.additive and self.store.exact and not shared
-        again = not self.method.additive and self.order == "in" and bool(self.merged_adapters)
-        if again:  # folds of inputs nest: the new ones go inside those already there
-            names = [*self.merged_adapters, *names]
-            self.unmerge()
-        W = self.op.canon(self.store.read(base, name))
-        b: Any = getattr(base, "bias", None)
-        dtype, bias_dtype = W.dtype, None if b is None else b.dtype
-        W = W.to(torch.promote_types(dtype, torch.float32))
-        bias = b if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
-        for m in self._fold_order(names):
-            W, bias = m.fold(W, bias)
-        if safe_merge and not (W.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
-                f"(layer '{self.site.key}'); the base weight was left as it is."
-            )
-        shifted = bias is not None and b is not None and bias is not b
-        if undoable:
-            old_bias = b.detach().clone() if shifted else None
-            if subtract:
-                factors = [tuple(f.detach().clone() for f in self.methods[n].factors()) for n in names]
-                self._undo.append(("subtract", factors, old_bias))
-            else:  # the first snapshot undoes all later merges too
-                first = not any(kind == "restore" for kind, _, _ in self._undo)
-                state = self.store.snapshot(base, name, shared) if first else None
-                self._undo.append(("restore", state, old_bias))
-        replaced = self.store.write(base, name, self.op.uncanon(W.to(dtype)), shared)
-        if replaced is not None:
-            self.base_layer = replaced
-        if shifted:
-            assert bias is not None
-            self.base_layer.bias.data.copy_(bias.to(bias_dtype))
-        self.merged_adapters += names
-
-    def _fold_order(self, names: list[str]) -> list[Method]:
-        methods = [self.methods[n] for n in names]
-        return methods[::-1] if self.order == "in" else methods
-
-    def _swap(self, names: list[str]) -> None:
-        if len(names) > 1:
-            raise ValueError(
-                f"Trying to merge {len(names)} adapters {names} on layer '{self.site.key}', but "
-                f"{self.method.__name__} replaces the whole layer: merge one."
-            )
-        if self.merged_adapters:
-            warnings.warn(f"Unmerging {self.merged_adapters} first: only one can stand in for the layer.", stacklevel=4)
-            self.unmerge()
-        self.replaced_base = self.base_layer  # stays a child, so that it moves with the model
-        self.base_layer = self.methods[names[0]].replacement()
-        self.merged_adapters = names
-
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Take merged adapters out again: by subtraction where that is exact enough, else from a snapshot."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self.method.replaces:
-            self.base_layer = self.replaced_base
-            del self.replaced_base
-        for kind, state, bias in reversed(self._undo):
-            if kind == "restore":
-                if state is not None:
-                    self.store.restore(self.base_layer, self.site.parameter, state)
-            else:
-                W = self.op.canon(self.store.read(self.base_layer, self.site.parameter))
-                wide = W.to(torch.promote_types(W.dtype, torch.float32))
-                for A, B in reversed(state):
-                    wide = wide - (B.to(wide.dtype) @ A.to(wide.dtype)).view(self.site.shape)
-                self.store.write(self.base_layer, self.site.parameter, self.op.uncanon(wide.to(W.dtype)), False)
-            if bias is not None:
-                self.base_layer.bias.data.copy_(bias)
-        self._undo.clear()
-        self.merged_adapters = []
+        merging.unmerge(self)
         self.replan()
 
     # scaling
@@ -431,6 +347,11 @@ class AdapterLayer(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.get_base_layer().bias  # type: ignore[return-value]
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer stores (in, out)."""
+        return self.op.transposed and not self.op.takes_ids
 
     @property
     def merged(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graft.core.ops import OPS
 from graft.core.site import Site
 
 if TYPE_CHECKING:
@@ -74,8 +75,13 @@ class Method:
     # declare
 
     @classmethod
+    def default_targets(cls, model: Any) -> list[str] | str | None:
+        """target_modules for a config that names none."""
+        return cls.targets.get(getattr(getattr(model, "config", None), "model_type", "custom"))
+
+    @classmethod
     def prepare(cls, cfg: Any, model: nn.Module) -> None:
-        """Complete and check the config against the model, before anything is matched."""
+        """Complete and check the config, whose targets are known by now, against the model."""
 
     @classmethod
     def restructure(cls, cfg: Any, model: nn.Module) -> Callable[[], None] | None:
@@ -86,7 +92,11 @@ class Method:
     def check(cls, site: Site, cfg: Any) -> str | None:
         """Why this site cannot be adapted, or None."""
         if not site.op.known and not cls.replaces:
-            return f"layers of type {site.type_name} are not supported"
+            return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
+        kind: Any = type(site.module)
+        known: Any = OPS.origin(kind)
+        if cls.through_weight(site) and known is not None and kind.forward is not known.forward:
+            return f"Its forward is not that of {known.__name__}, and {cls.__name__} would call the latter"
         return None
 
     @classmethod
@@ -113,7 +123,7 @@ class Method:
         if cls.replaces and len(methods) > 1:
             names = [m.name for m in methods]
             raise ValueError(
-                f"Trying to activate {len(names)} {cls.__name__} adapters {names} at once on layer "
+                f"Trying to use more than one {cls.__name__} adapter {names} at once on layer "
                 f"'{methods[0].layer.site.key}', but each replaces the whole layer: activate one."
             )
 
@@ -146,7 +156,7 @@ class Method:
         if self.low_rank and op.factorable(base):
             A, B = self.factors()
             return op.up(base, op.down(base, x, A), B)
-        return op.call(base, x, self.delta(), None)
+        return op.call(base, x, self.delta().to(self.dtype), None)
 
     def pre(self, x: Tensor) -> Tensor:
         return x

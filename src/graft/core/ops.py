@@ -111,7 +111,7 @@ class Embedding(Op):
         return W.T
 
     def call(self, m, x, W, b):
-        return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
     def down(self, m, x, A):
         return self.call(m, x, A, None)
@@ -119,12 +119,20 @@ class Embedding(Op):
     def factor_modules(self, m, r, bias):
         return None
 
+    def lookup(self, m, places, rows):
+        """Rows of another table, as the module would output them. rows (n, embedding_dim)."""
+        rows = rows if m.max_norm is None else rows.clone()  # which torch renormalises in place
+        return F.embedding(places, rows, None, m.max_norm, m.norm_type)
+
 
 class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
     def call(self, m, x, W, b):
         return super().call(m, x, W, b) * m.embed_scale
+
+    def lookup(self, m, places, rows):
+        return super().lookup(m, places, rows) * m.embed_scale
 
 
 class Conv(Op):

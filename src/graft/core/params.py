@@ -69,12 +69,18 @@ def container_for(value: Any) -> Any:
     return {}
 
 
+def module_of(container: Any, adapter: str) -> nn.Module | None:
+    """The module that a container holds for `adapter`, if it holds modules."""
+    if isinstance(container, (nn.ModuleDict, dict)) and adapter in container:
+        value = container[adapter]
+        return value if isinstance(value, nn.Module) else None
+    return None
+
+
 def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """(path below the adapter's name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
-    if isinstance(container, nn.ModuleDict):
-        if adapter not in container:
-            return
-        root = container[adapter]
+    root = module_of(container, adapter)
+    if root is not None:
         for prefix, module in root.named_modules(remove_duplicate=False):
             dot = f"{prefix}." if prefix else ""
             for name, p in module._parameters.items():
@@ -92,8 +98,8 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
 
 def parameters_of(container: Any, adapter: str) -> Iterator[nn.Parameter]:
     """The parameters of `adapter` in a container."""
-    if isinstance(container, nn.ModuleDict):
-        if adapter in container:
-            yield from container[adapter].parameters()
+    root = module_of(container, adapter)
+    if root is not None:
+        yield from root.parameters()
     elif isinstance(container, nn.ParameterDict) and adapter in container:
         yield container[adapter]

@@ -37,8 +37,9 @@ def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype |
 
 
 def place_parameter(owner: nn.Module, name: str, p: nn.Parameter, device, dtype, upcast) -> None:
-    data = moved(p.data, device, dtype, upcast)
-    if data is not p.data:
+    before = p.data
+    data = moved(before, device, dtype, upcast)
+    if data is not before:
         owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
 
 

@@ -36,11 +36,11 @@ class Rows:
         """Puts the concatenated segments back into the order of the batch."""
         return torch.argsort(torch.cat([index for _, index in self.segments]))
 
-    def take(self, x: Tensor, layer: str) -> Tensor:
-        """`x` with one row per sample; one row for all is repeated, anything else cannot be routed."""
+    def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
+        """`x` with one row per sample. Ids that all samples share, such as positions, are repeated."""
         if x.shape[0] == self.batch:
             return x
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and ids:
             return x.expand(self.batch, *x.shape[1:])
         raise RoutingError(
             f"layer '{layer}' received {x.shape[0]} rows in a mixed batch of {self.batch} samples: its input is not "
@@ -54,24 +54,25 @@ class Routing:
 
     def __init__(self) -> None:
         self.rows: Rows | None = None
-        self._task: tuple[int, Rows] | None = None  # the backward pass that `rows` was last put back for
+        self._task: tuple[int, Rows | None] | None = None  # the backward pass that `rows` was last put back for
         self._ambiguous = False
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
+        self._drop_stale()
         before, self.rows = self.rows, rows
         try:
             yield
         finally:
             self.rows = before
 
-    def keep_for_backward(self, output: Any, rows: Rows) -> None:
+    def keep_for_backward(self, output: Any, rows: Rows | None) -> None:
         """Gradient checkpointing runs layers again in the backward pass: have `rows` stand there again."""
         for t in _tensors(output):
             if t.requires_grad:
                 t.register_hook(lambda _grad: self._restore(rows))
 
-    def _restore(self, rows: Rows) -> None:
+    def _restore(self, rows: Rows | None) -> None:
         task = torch._C._current_graph_task_id()
         if self._task is None or self._task[0] != task:
             self._task, self.rows = (task, rows), rows
@@ -83,13 +84,18 @@ class Routing:
         self._task = self.rows = None
         self._ambiguous = False
 
-    def current(self) -> Rows:
+    def _drop_stale(self) -> None:
+        """A backward pass that failed never came to its end, and left its rows."""
+        if self._task is not None and torch._C._current_graph_task_id() == -1:
+            self._end()
+
+    def current(self) -> Rows | None:
+        self._drop_stale()
         if self._ambiguous:
             raise RoutingError(
                 "one backward pass covers two mixed-batch forward passes under gradient checkpointing, so the rows "
                 "of a recomputed layer are ambiguous. Call backward() after each forward, or turn checkpointing off."
             )
-        assert self.rows is not None
         return self.rows
 
 

@@ -21,6 +21,13 @@ class TypeTable(Generic[T]):
         self._rows[qualified_name] = entry
         self._found.clear()
 
+    def origin(self, cls: type) -> type | None:
+        """The class of the MRO that has an entry."""
+        return next((base for base in cls.__mro__ if f"{base.__module__}.{base.__qualname__}" in self._rows), None)
+
+    def names(self) -> list[str]:
+        return list(self._rows)
+
     def find(self, cls: type) -> T | None:
         if cls not in self._found:
             names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)

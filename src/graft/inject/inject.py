@@ -60,9 +60,9 @@ def survey_and_match(
     """Everything about an injection that can be known, and go wrong, before the model is touched."""
     tree = survey(model)
     cfg = copy.copy(config)
-    method.prepare(cfg, model)
     if keys is None:
         resolve_targets(cfg, method, model, tree.modules)
+    method.prepare(cfg, model)
     followers = expand(cfg, method, model, tree.modules) if keys is None else {}
     report = InjectReport(adapter, method.config.peft_type, base_parameters=tree.parameters)
     outcomes: dict[str, Verdict] = {}
@@ -88,14 +88,16 @@ def survey_and_match(
     for key, site in sites.items():
         why = method.check(site, cfg)
         existing = tree.layers.get(key)
-        if existing is not None and existing.method is not method:
-            why = f"it already carries {existing.method.__name__} adapters"
+        if existing is not None and adapter in existing.methods:
+            why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
+        elif existing is not None and existing.method is not method:
+            why = f"It already carries {existing.method.__name__} adapters"
         if isinstance(site.module, ModulesToSaveWrapper):
-            why = "it is already trained whole, through modules_to_save of another adapter"
+            why = "It is already trained whole, through modules_to_save of another adapter"
         if why is not None:
             raise UnsupportedLayerError(
-                f"Target module {key} ({site.type_name}) is not supported by {method.__name__} (adapter '{adapter}'): "
-                f"{why}. Take it out with exclude_modules, or name other target_modules."
+                f"Target module {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
+                f"({method.__name__}): take the module out with exclude_modules, or name other target_modules."
             )
     names = getattr(cfg, "modules_to_save", None) or ()
     wanted = []
@@ -371,6 +373,8 @@ def follow(
             layer = plan.tree.layers.get(key) or AdapterLayer(site, method, routing)
             add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
             layers[key] = layer
+            size = sum(p.numel() for p in layer.parameters_of(adapter))
+            plan.report.matched.append(Matched(key, site.type_name, size))
             pairs.append((layer.methods[adapter], layers[source].methods[adapter]))
         if source in wrappers:
             wrapper = plan.tree.wrappers.get(key) or ModulesToSaveWrapper(plan.tree.modules[key], key, routing)
@@ -391,6 +395,10 @@ def declare_shared(
 ) -> None:
     if not method.shares:
         return
+    if not sites:
+        raise ConfigError(
+            f"No layers types compatible with {method.__name__} were found: it needs some to size what they share."
+        )
     for name, value in method.share(sites, cfg, dict(shared), others).items():
         transient = isinstance(value, Transient)
         container = shared.setdefault(name, BufferDict(persistent=not transient))
@@ -478,7 +486,9 @@ def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:
     """Raise if the config's `bias` is unknown, or a second adapter wants to train biases."""
     bias = getattr(cfg, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):
-        raise NotImplementedError(f"Requested bias: {bias}, is not implemented.")
+        raise NotImplementedError(
+            f"Requested bias: {bias}, is not implemented. Use none, all, or {method.__name__.lower()}_only."
+        )
     others = list(others)  # type: ignore[assignment]
     if others and any(getattr(c, "bias", "none") != "none" for c in (cfg, *others)):
         raise ValueError(

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from graft.core.errors import ConfigError
+
 Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "untargeted"]
 LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 WHY = {
@@ -35,7 +37,7 @@ class Names:
     """A set of names, each matching a path that equals it or ends with it after a dot; or one regex on whole paths."""
 
     def __init__(self, names: Iterable[str] | str | None):
-        self.regex = re.compile(names) if isinstance(names, str) else None
+        self.regex = compiled(names) if isinstance(names, str) else None
         self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
 
     def find(self, path: str) -> str | None:
@@ -45,6 +47,13 @@ class Names:
         if path in self.names:
             return path
         return next((s for s in suffixes(path) if s in self.names), None)
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {e}. Give a list to name modules plainly.") from e
 
 
 def suffixes(path: str) -> Iterator[str]:

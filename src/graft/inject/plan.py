@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from graft.core.method import Method
 from graft.inject.inject import survey_and_match
 from graft.inject.report import InjectReport, Matched
+from graft.inject.saved import add_task_heads
+from graft.inject.survey import kind_of
 from graft.methods import method_of
 
 
@@ -24,6 +27,8 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
     """
     method = method_of(config.peft_type)
+    config = copy.copy(config)
+    add_task_heads(config)
     undo = method.restructure(config, model)
     try:
         return _plan(model, config, method, adapter_name)
@@ -43,6 +48,11 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
                 sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
                 shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
                 made.report.matched.append(Matched(key, site.type_name, sum(p.numel() for _, p in sized), shapes))
+        report = {m.name: m for m in made.report.matched}
+        for key, source in made.followers.items():
+            if source in report:
+                twin = report[source]
+                made.report.matched.append(Matched(key, kind_of(made.tree.modules[key]), twin.parameters))
     for key in made.saved:
         module = made.tree.modules[key]
         size = sum(p.numel() for p in module.parameters())

@@ -63,7 +63,7 @@ class InjectReport:
             ("trainable", "right"),
             ("", "left"),
         ):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         groups: dict[tuple[str, str, str], list[int]] = {}
         for m in self.matched:
             groups.setdefault((generic(m.name), m.type, "adapted"), []).append(m.parameters)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.targets import TASK_HEADS
 from graft.core.layer import AdapterLayer
 from graft.core.params import tensors_of
-from graft.core.routing import Routing
+from graft.core.routing import Routing, Rows
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -103,12 +104,11 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(self.active, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.routing.rows is not None and not self.disable_adapters:
-            return self._forward_rows(*args, **kwargs)
+        if self.routing.rows is not None and (rows := self.routing.current()) is not None and not self.disable_adapters:
+            return self._forward_rows(rows, *args, **kwargs)
         return self.active(*args, **kwargs)
 
-    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rows = self.routing.current()
+    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         x = rows.take(x, self.key)
         parts = []
         for adapter, index in rows.segments:
@@ -133,6 +133,14 @@ def widened(parts: list[Tensor]) -> list[Tensor]:
 def matches(key: str, names: Sequence[str]) -> str | None:
     """The entry of modules_to_save that names a module: a plain end of its path, as in PEFT."""
     return next((n for n in names if key.endswith(n)), None)
+
+
+def add_task_heads(config: Any) -> None:
+    """Have the heads of the config's task trained whole, in place."""
+    if hasattr(config, "modules_to_save") and config.task_type in TASK_HEADS:
+        names = list(config.modules_to_save or [])
+        config.modules_to_save = names + [n for n in TASK_HEADS[config.task_type] if n not in names]
+        config._heads_are_defaults = True  # a name that matches nothing is no mistake of the user's
 
 
 def refuse(key: str, module: nn.Module) -> None:

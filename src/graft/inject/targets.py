@@ -39,7 +39,7 @@ def model_type(model: nn.Module) -> str:
 def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Complete `cfg.target_modules` in place."""
     if cfg.target_modules is None:
-        defaults = method.targets.get(model_type(model))
+        defaults = method.default_targets(model)
         if defaults is None:
             what = (
                 "`target_modules` or `target_parameters`in"

@@ -31,6 +31,11 @@ class TrainableTokensWrapper(nn.Module):
         return self.token_adapter.base_layer
 
     @property
+    def weight(self) -> Tensor:
+        """For models that use an embedding's weight without calling it."""
+        return self.token_adapter.effective_weight()
+
+    @property
     def adapters(self) -> list[str]:
         return list(self.token_adapter.methods)
 

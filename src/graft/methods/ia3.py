@@ -60,7 +60,7 @@ class IA3(Method):
     @classmethod
     def check(cls, site: Site, cfg: IA3Config) -> str | None:
         if site.op.takes_ids and _is_feedforward(site.key, cfg):
-            return "an embedding's input cannot be scaled, so it cannot be a feed-forward module"
+            return "An embedding's input cannot be scaled, so it cannot be a feed-forward module"
         return super().check(site, cfg)
 
     @classmethod

@@ -61,11 +61,12 @@ class LoHa(Method):
             module_dropout=cfg.module_dropout,
         )
         if cfg.use_effective_conv2d and math.prod(kernel) > 1:
+            a, b = (r, out_features), (r, site.shape[1])
             t = (r, r, *kernel, *[1] * (2 - len(kernel)))
-            shapes = dict(t1=t, w1_a=(r, out_features), w1_b=(r, site.shape[1]))
-            shapes |= dict(t2=t, w2_a=(r, out_features), w2_b=(r, site.shape[1]))
+            shapes = dict(w1_a=a, w1_b=b, w2_a=a, w2_b=b, t1=t, t2=t)
         else:
-            shapes = dict(w1_a=(out_features, r), w1_b=(r, site.fan_in), w2_a=(out_features, r), w2_b=(r, site.fan_in))
+            a, b = (out_features, r), (r, site.fan_in)
+            shapes = dict(w1_a=a, w1_b=b, w2_a=a, w2_b=b)
         return values | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
     def init(self, cfg: LoHaConfig) -> None:
@@ -95,15 +96,15 @@ class LoHa(Method):
         W, training = self.delta(), self.layer.training
         if training and self.rank_dropout:
             kept = (torch.rand(W.shape[0], device=W.device) > self.rank_dropout).to(W.dtype)
-            W = W * (kept / kept.mean()).view(-1, *[1] * (W.dim() - 1))
+            W = W * (kept / kept.mean().clamp(min=1e-6)).view(-1, *[1] * (W.dim() - 1))
         if training and self.module_dropout:
             W = W * (torch.rand(1, device=W.device) > self.module_dropout)
         return self.layer.op.call(self.layer.base_layer, x, W, None)
 
 
 def _kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ_ij t[i, j] a[i] b[j]: (out, in / groups, *kernel)."""
-    return torch.einsum("ijxy,jq,ip->pqxy", t, b, a)
+    """Σ_ij t[i, j] a[i] b[j]: (out, in / groups, kernel size)."""
+    return torch.einsum("ijk,jq,ip->pqk", t.flatten(2), b, a)
 
 
 class HadamardOfProducts(torch.autograd.Function):

@@ -116,6 +116,7 @@ class OFT(Method):
                 with torch.no_grad():
                     self.rotation.weight.copy_(v)
                 v = self.rotation.weight
+        v = v.to(torch.promote_types(v.dtype, torch.float32))  # solvers have no half precision
         R = cayley(skew(v, self.block_size), self.terms)
         if self.module_dropout and self.layer.training:
             dropped = torch.rand(R.shape[0], 1, 1, device=R.device) < self.module_dropout

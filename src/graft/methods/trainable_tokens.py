@@ -38,17 +38,16 @@ class TrainableTokens(Method):
     token_indices: list[int]
 
     @classmethod
-    def prepare(cls, cfg: TrainableTokensConfig, model: nn.Module) -> None:
-        if cfg.target_modules is None:
-            cfg.target_modules = {input_embedding(model) or "embed_tokens"}
+    def default_targets(cls, model: nn.Module):
+        return [input_embedding(model) or "embed_tokens"]
 
     @classmethod
     def check(cls, site: Site, cfg: TrainableTokensConfig) -> str | None:
         if not site.op.known or len(site.shape) != 2:
-            return "only embeddings and linear layers have a row for each token"
+            return "Only embeddings and linear layers have a row for each token"
         rows = site.in_features if site.op.takes_ids else site.out_features
         outside = [i for i in cfg.token_indices if not 0 <= i < rows]
-        return f"token indices {outside} are outside its {rows} rows" if outside else None
+        return f"Token indices {outside} are outside its {rows} rows" if outside else None
 
     @classmethod
     def check_together(cls, methods: Sequence[TrainableTokens]) -> None:
@@ -72,18 +71,20 @@ class TrainableTokens(Method):
         width = site.out_features if site.op.takes_ids else site.in_features
         tokens, order = torch.tensor(cfg.token_indices).sort()
         return dict(
-            trainable_tokens_delta=nn.Parameter(torch.randn(len(cfg.token_indices), width)),
+            trainable_tokens_delta=nn.Parameter(torch.empty(len(cfg.token_indices), width)),
             sorted_tokens=Transient(tokens),
             order_of_tokens=Transient(order),
             token_indices=list(cfg.token_indices),
         )
 
     def init(self, cfg: TrainableTokensConfig) -> None:
-        if cfg.init_weights:
+        if not cfg.init_weights:
+            nn.init.normal_(self.trainable_tokens_delta)
+        else:
             layer = self.layer
             W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter)).detach()
             rows = W.T if layer.op.takes_ids else W  # (tokens, d)
-            self.trainable_tokens_delta.data = rows[self.token_indices].clone()
+            layer.trainable_tokens_delta[self.name] = nn.Parameter(rows[self.token_indices].clone())
 
     def tie(self, source: Method) -> None:
         self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta
@@ -92,12 +93,11 @@ class TrainableTokens(Method):
         layer, rows = self.layer, self.trainable_tokens_delta
         if not layer.op.takes_ids:
             b = layer.base_layer.bias
-            logits = layer.op.call(layer.base_layer, x, rows, None if b is None else b[self.token_indices])
+            logits = layer.op.call(layer.base_layer, x, rows, None if b is None else b[self.token_indices].to(x.dtype))
             return y.index_copy(-1, self.order_to_token(), logits.to(y.dtype))
         place = torch.searchsorted(self.sorted_tokens, x).clamp_(max=len(self.token_indices) - 1)
         hit = self.sorted_tokens[place] == x
-        # looked up through the layer's own call, so that scaled embeddings scale these rows, too
-        own = layer.op.call(layer.base_layer, self.order_of_tokens[place], rows.T, None)
+        own = layer.op.lookup(layer.base_layer, self.order_of_tokens[place], rows)
         return torch.where(hit.unsqueeze(-1), own.to(y.dtype), y)
 
     def order_to_token(self) -> Tensor:

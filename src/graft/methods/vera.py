@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import PHI_ATTENTION
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -21,7 +21,7 @@ from graft.core.site import Site
 
 
 @dataclass(kw_only=True)
-class VeraConfig(Targeted, LayerRange):
+class VeraConfig(Targets, LayerRange):
     """VeRA: ΔW = diag(λ_b) B diag(λ_d) A, with random A and B that all layers share and that never train."""
 
     peft_type: Any = "VERA"
@@ -64,8 +64,8 @@ class VeRA(Method):
             for field in ("projection_prng_key", "save_projection", "r"):
                 if getattr(other, field) != getattr(cfg, field):
                     raise ConfigError(
-                        f"VeRA adapters of one model share their projections, so {field} must be the same: it is "
-                        f"{getattr(cfg, field)}, but adapter '{name}' has {getattr(other, field)}."
+                        "VeRA projections are shared: they must be saved for all adapters or none, and drawn alike. "
+                        f"{field} is {getattr(cfg, field)}, but adapter '{name}' has {getattr(other, field)}."
                     )
         if existing and others:
             A, B = (existing[f"vera_{x}"][next(iter(others))] for x in "AB")

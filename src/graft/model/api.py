@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.core.errors import AlreadyInjectedError
 from graft.core.layer import AdapterLayer
 from graft.methods import method_of
 from graft.model.peft_model import PeftModel
@@ -35,6 +36,7 @@ def get_peft_model(
 
     Raises:
         NoMatchingPeftModuleError: the config targets nothing in this model.
+        AlreadyInjectedError: the model has adapters.
         UnsupportedLayerError: it targets a layer type that the method cannot adapt.
         ConfigError: it does not fit this model otherwise. In each case nothing has changed.
     """
@@ -43,10 +45,10 @@ def get_peft_model(
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
     if any(isinstance(m, AdapterLayer) for m in model.modules()):
-        warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure to call `.unload()` before.",
-            stacklevel=2,
+        raise AlreadyInjectedError(
+            "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, call "
+            "add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure to call "
+            "`.unload()` before."
         )
     hint_at_name(adapter_name, peft_config)
     record_origin(model, peft_config, revision)
@@ -93,4 +95,4 @@ def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """The config of the class that `config_dict["peft_type"]` names."""
-    return PeftConfig.from_peft_type(**config_dict)
+    return PeftConfig.resolve(config_dict["peft_type"])(**config_dict)

@@ -227,7 +227,8 @@ class PeftModel(nn.Module):
             return None
         unknown = sorted({n for n in names if n != BASE and n not in self.peft_config})
         if unknown:
-            raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+            loaded = ", ".join(self.peft_config)
+            raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {loaded}.")
         merged = self.base_model.merged_adapters
         if merged:
             raise RoutingError(
@@ -249,15 +250,13 @@ class PeftModel(nn.Module):
         for name in self.special_peft_forward_args:
             kwargs.pop(name, None)
         rows = self._rows(names, inputs, kwargs)
-        if rows is None:
-            return function(*inputs, **kwargs)
         with self.base_model.routing.using(rows), self._heads_of(names):
             output = function(*inputs, **kwargs)
-        if torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.base_model.routing.keep_for_backward(output, rows)
         return output
 
-    def _heads_of(self, names: Sequence[str]) -> AbstractContextManager:
+    def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
         """Hook for task classes: the heads of a mixed batch."""
         return nullcontext()
 
@@ -380,7 +379,7 @@ class PeftModel(nn.Module):
     def _describe_base(self, config: Any) -> None:
         base = self.get_base_model()
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path")
+            config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
         if config.task_type is None:
             cls = type(base)
             config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from graft.core.layer import AdapterLayer
+from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import survey
 
 Irregular = Literal["irregular"]
@@ -110,13 +111,14 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     adapters = sorted({a for s in layers for a in s.available_adapters})
     merged = [s.merged_adapters for s in layers]
     params = list(model.parameters())
+    wrappers = survey(base).wrappers.values()  # trained whole: they count as adapter layers, as in PEFT
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(tuner).__name__ if wrapped else "None",
         peft_types={name: c.peft_type.value for name, c in configs.items()} if wrapped else {},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),
-        num_adapter_layers=len(layers),
+        num_adapter_layers=len(layers) + sum(isinstance(w, ModulesToSaveWrapper) for w in wrappers),
         enabled=same([s.enabled for s in layers]),
         active_adapters=same([s.active_adapters for s in layers]),
         merged_adapters=_merged(layers, merged),

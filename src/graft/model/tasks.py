@@ -9,13 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.config.targets import TASK_HEADS
+from graft.inject.saved import add_task_heads
 from graft.model.peft_model import PeftModel
-
-HEADS: dict[str, list[str]] = {  # modules that a task's model has fresh, so that they train and are saved
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
 
 
 class _WithHead(PeftModel):
@@ -24,14 +20,11 @@ class _WithHead(PeftModel):
     task: str
 
     def extend_config(self, config: Any) -> None:
-        if hasattr(config, "modules_to_save"):
-            names = list(config.modules_to_save or [])
-            config.modules_to_save = names + [n for n in HEADS[self.task] if n not in names]
-            config._heads_are_defaults = True
+        add_task_heads(config)
 
     @property
     def cls_layer_name(self) -> str | None:
-        names = HEADS[self.task]
+        names = TASK_HEADS[self.task]
         return next((n for n, _ in self.get_base_model().named_children() if any(h in n for h in names)), None)
 
 
@@ -56,8 +49,11 @@ class _Classification(_WithHead):
         self._set_labels(self._width(self._head()))
 
     @contextmanager
-    def _heads_of(self, names: Sequence[str]) -> Iterator[None]:
+    def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
         """In a mixed batch the logits are as wide as the widest head."""
+        if names is None:
+            yield
+            return
         head = self._head()
         copies = getattr(head, "modules_to_save", {})
         widths = [self._width(copies[n] if n in copies else getattr(head, "original_module", head)) for n in set(names)]
@@ -70,7 +66,7 @@ class _Classification(_WithHead):
 
     def _head(self) -> nn.Module | None:
         model = self.get_base_model()
-        return next((m for n in HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
+        return next((m for n in TASK_HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
 
     def _width(self, head: nn.Module | None) -> int | None:
         """Number of labels of a head: the rows of its last weight."""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core import merging
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.routing import Routing
+from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
@@ -34,13 +35,18 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
         raise AdapterNameError(
             f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
         )
+    if "/" in name or "\\" in name or name == BASE:
+        raise AdapterNameError(
+            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' stands for the base model."
+        )
     if name in _TAKEN:
         raise AdapterNameError(
             f"attribute '{name}' already exists on torch's containers: give the adapter another name."
         )
     if name in taken:
-        raise ValueError(
-            f"Adapter with name '{name}' already exists. Choose another name, or delete_adapter() it first."
+        raise AdapterNameError(
+            f"Adapter with name '{name}' already exists. Choose another name (add_adapter() puts it beside that "
+            "one), or delete_adapter() it first."
         )
 
 
@@ -79,7 +85,7 @@ class Tuner(nn.Module):
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype, **options)
-        self.set_adapter(adapter_name)
+        self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -268,39 +274,26 @@ class Tuner(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self.check_known(names)
         done = self.merged_adapters
-        names = [n for n in names if n not in done]
-        if done and adapter_names != []:
-            if names:
-                already, more = ",".join(done), ",".join(names)
-                warnings.warn(
-                    f"Already following adapters were merged {already}. You are now additionally merging {more}.",
-                    stacklevel=3,
-                )
-            else:
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        wanted, names = names, [n for n in names if n not in done]
+        merging.say_merged(done, wanted, names, self.method.replaces)
         left = [n for n in self.active_adapters if n not in names and n not in done]
         if names and left:
             warnings.warn(
                 f"Active adapters {left} are not merged: they have no effect until unmerge_adapter().", stacklevel=3
             )
+        if not names:
+            return
         layers: Any = self.mergeable_layers()
+        for layer in layers:
+            merging.check(layer, names, safe_merge)
         if progress:
             from tqdm import tqdm
 
             layers = tqdm(layers, desc="Merging", unit="layer")
-        merged: list[AdapterLayer] = []
-        try:
-            for layer in layers if names else ():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # said above, once
-                    layer.merge(safe_merge, names, undoable or safe_merge)
-                merged.append(layer)
-        except Exception:
-            if undoable or safe_merge:
-                for layer in merged:
-                    if not done and layer.merged_adapters:
-                        layer.unmerge()
-            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said above, once
+            for layer in layers:
+                layer.merge(False, names, undoable)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""

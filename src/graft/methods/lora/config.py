@@ -82,8 +82,6 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
             raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
         require_positive_rank(self.r)
-        for rank in (self.rank_pattern or {}).values():
-            require_positive_rank(rank)
         if not 0 <= self.lora_dropout <= 1:
             raise ConfigError(f"`lora_dropout` must be a probability, got {self.lora_dropout}.")
         for name, off in NOT_YET.items():

@@ -49,7 +49,10 @@ def initialise(lora: LoRA, how: bool | str) -> None:
         nn.init.normal_(A, std=1 / A.shape[0])
         nn.init.zeros_(B)
     elif A.dim() > 2 or not (how in ("orthogonal", "olora") or how.startswith("pissa")):
-        raise ConfigError(f"Unknown initialization init_lora_weights='{how}' for layer '{lora.layer.site.key}'.")
+        raise ConfigError(
+            f"Unknown initialization init_lora_weights='{how}' for layer '{lora.layer.site.key}'. Known ones: True, "
+            "False, gaussian and, for linear layers, orthogonal, olora, pissa, pissa_niter_[number]."
+        )
     elif how == "orthogonal":
         _orthogonal(A, B)
     else:
@@ -80,7 +83,7 @@ def _from_weight(lora: LoRA, how: str, A: Tensor, B: Tensor) -> None:
     new_A, new_B = _olora(wide, r) if how == "olora" else _pissa(wide, r, s, how)
     A.copy_(new_A)
     B.copy_(new_B)
-    layer.rewrite_base((wide - s * (new_B @ new_A)).to(W.dtype))
+    layer.rewrite_base((wide - (s * new_B) @ new_A).to(W.dtype))
 
 
 def _olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,7 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
 def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
-        if isinstance(module, nn.ModuleList) and name in LISTS:
+        outermost = not any(part.isdigit() for part in parent.split("."))
+        if isinstance(module, nn.ModuleList) and name in LISTS and outermost:
             return model.get_submodule(parent), name, module
     raise ConfigError("Could not locate the layers attribute in the model: layer_replication needs a list of layers.")

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's layer classes, for isinstance: graft's layers are all AdapterLayer, told apart by what they hold."""
+
+from __future__ import annotations
+
+from abc import ABC
+from functools import cache
+from typing import Any
+
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.ops import OPS
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.tokens import TrainableTokensWrapper
+from graft.methods import METHODS, method_of
+
+SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
+KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (name.rpartition(".")[2] for name in OPS.names())))
+
+
+class _LayerType(type):
+    """isinstance looks at the layer's method and at the type of its base layer."""
+
+    method: type[Method]
+    kind: str | None  # of the base layer; None: any
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
+        if "method" not in namespace:
+            raise TypeError(
+                f"{bases[0].__name__} only tells graft's layers apart and cannot be derived from ('{name}'): "
+                "write a graft.Method for new mathematics, an Op for a new layer type."
+            )
+        return super().__new__(mcs, name, bases, namespace)
+
+    def __instancecheck__(cls, obj: Any) -> bool:
+        if not isinstance(obj, AdapterLayer) or not issubclass(obj.method, cls.method):
+            return False
+        return cls.kind is None or cls.kind == kind_of(obj)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{cls.__name__} is only for isinstance: graft makes its layers when a config is injected.")
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if not name.startswith("__"):
+            raise AttributeError(
+                f"setting {cls.__name__}.{name} would change nothing: graft's layers are AdapterLayer, and their "
+                f"mathematics is {cls.method.__name__}."
+            )
+        super().__setattr__(name, value)
+
+
+def kind_of(layer: AdapterLayer) -> str:
+    """PEFT's class name for a layer type; a quantized layer has a class of its own there."""
+    base = type(layer.get_base_layer())
+    names = [SAME.get(c.__name__, c.__name__) for c in base.__mro__]
+    if layer.store.name == "dense":
+        return next((n for n in names if n in KINDS), names[0])
+    return names[0]
+
+
+def stem(peft_type: str) -> str:
+    """What the class names of a method begin with: "HRA" of HRAConfig."""
+    return METHODS[peft_type].config.removesuffix("Config")
+
+
+def layer_names(peft_type: str) -> list[str]:
+    """Names of a method's layer classes. PEFT puts the method's name before some, so all have that form as well."""
+    own = stem(peft_type)
+    return [f"{own}Layer", *KINDS, *(f"{own}{kind}" for kind in KINDS)]
+
+
+@cache
+def layer_class(peft_type: str, name: str) -> type | None:
+    """The class of that name, if there is one: `LoraLayer` is any layer of LoRA, `Linear` one on a linear layer."""
+    own = stem(peft_type)
+    if name == f"{own}Layer":
+        bases: tuple[type, ...] = (AdapterLayer,)
+        kind = None
+    else:
+        kind = name.removeprefix(own)
+        if kind not in KINDS:
+            return None
+        bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
+    return _LayerType(name, bases, {"method": method_of(peft_type), "kind": kind, "__module__": __name__})
+
+
+class AuxiliaryTrainingWrapper(ABC):  # noqa: B024
+    """What stands for a module that trains beside the adapter layers."""
+
+
+AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
+AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

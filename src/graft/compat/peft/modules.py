@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules called peft, peft.tuners.lora, … that hand out graft's objects, and the finder that makes them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from graft.compat.peft.layers import layer_class, layer_names
+from graft.compat.peft.names import MAPPINGS, MODULES, OF_METHODS, WHERE
+from graft.methods import METHODS, method_of
+
+ROOT = "peft"
+VERSION = "0.22.0"  # the least that transformers 5.24 accepts; what graft speaks is 0.21.2
+
+
+def face() -> Any:
+    """graft's public names. Looked up at run time: they stand above this package."""
+    return import_module("graft")
+
+
+def known(module: str) -> bool:
+    return below(module) in MODULES or below(module) in OF_METHODS
+
+
+def below(module: str) -> str:
+    return module.removeprefix(ROOT).removeprefix(".")
+
+
+def names_in(module: str) -> list[str]:
+    """What a module has: names from the tables and modules inside it."""
+    path = below(module)
+    if path in OF_METHODS:
+        own = method_names(*OF_METHODS[path])
+    else:
+        own = [*MODULES[path].split(), *(face().__all__ if path == "" else ())]
+    start = f"{path}." if path else ""
+    inner = {p[len(start) :].partition(".")[0] for p in (*MODULES, *OF_METHODS) if p and p.startswith(start)}
+    return sorted({*own, *inner})
+
+
+def method_names(peft_type: str, suffix: str) -> list[str]:
+    row = METHODS[peft_type]
+    parts = {
+        ".config": [row.config, *(["LoraRuntimeConfig"] if peft_type == "LORA" else [])],
+        ".layer": layer_names(peft_type),
+        ".model": [row.tuner],
+    }
+    if suffix:
+        return [*parts[suffix], *([n for n, t in MAPPINGS.items() if t == peft_type] if suffix == ".model" else [])]
+    return [name for part in parts.values() for name in part]
+
+
+def resolve(module: str, name: str) -> Any:
+    """The object that `module` has under `name`.
+
+    Raises:
+        AttributeError: graft has nothing to put there.
+    """
+    if known(f"{module}.{name}"):
+        return import_module(f"{module}.{name}")
+    path = below(module)
+    if path in OF_METHODS and name in layer_names(OF_METHODS[path][0]):
+        return layer_class(OF_METHODS[path][0], name)
+    if path == "import_utils":
+        from graft.compat.peft.shims import import_check
+
+        check = import_check(name)
+        if check is not None:
+            return check
+    if name in names_in(module):
+        if name in MAPPINGS:
+            return method_of(MAPPINGS[name]).targets
+        if name in WHERE:
+            holder, ours = WHERE[name]
+            return getattr(import_module(holder), ours)
+        return getattr(face(), name)
+    raise AttributeError(absent(module, name))
+
+
+def absent(module: str, name: str) -> str:
+    close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if known(module) else []
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{module}.{name} is not in graft yet{hint}: graft stands for peft here, see graft.compat.peft."
+
+
+class AliasModule(ModuleType):
+    """Looks names up when they are first used, as `graft` itself does."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__version__" and self.__name__ == ROOT:
+            return FINDER.version
+        if name == "__all__":
+            return names_in(self.__name__)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = resolve(self.__name__, name)
+        self.__dict__[name] = value
+        return value
+
+    def __dir__(self) -> list[str]:
+        return names_in(self.__name__)
+
+
+class _Distribution(importlib.metadata.Distribution):
+    """Answers `importlib.metadata.version("peft")`, by which libraries tell whether PEFT is installed."""
+
+    def __init__(self, version: str):
+        self._texts = {
+            "METADATA": f"Metadata-Version: 2.1\nName: {ROOT}\nVersion: {version}\nSummary: graft in PEFT's place\n",
+            "top_level.txt": ROOT,
+        }
+
+    def read_text(self, filename: str) -> str | None:  # type: ignore[override]
+        return self._texts.get(filename)
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Any:
+        return os.path.join(os.path.dirname(face().__file__), path)
+
+
+class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
+    """A meta path finder for `peft` and all below it, and for its metadata."""
+
+    version = VERSION
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name != ROOT and not name.startswith(f"{ROOT}."):
+            return None
+        if not known(name):
+            # named after its parent: `from peft import X` would hide an error that is named peft.X
+            parent, _, last = name.rpartition(".")
+            raise ModuleNotFoundError(absent(parent, last), name=parent)
+        spec = importlib.machinery.ModuleSpec(name, self, origin="graft.compat.peft")
+        spec.submodule_search_locations = []  # a package, so that a missing name is looked for, and reported, here
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return AliasModule(spec.name, f"graft in the place of {spec.name}")
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+    def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
+        name = getattr(context, "name", None)
+        if name is None or name.lower() == ROOT:
+            yield _Distribution(self.version)
+
+
+FINDER: Any = Finder()
+
+
+def ours(modules: Iterable[str]) -> list[str]:
+    """Those of `modules` that are called peft, or below it."""
+    return [m for m in modules if m == ROOT or m.startswith(f"{ROOT}.")]
+
+
+def real_peft() -> dict[str, ModuleType]:
+    """The modules of an installed PEFT that are imported already."""
+    return {m: sys.modules[m] for m in ours(sys.modules) if not isinstance(sys.modules[m], AliasModule)}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands where in PEFT 0.21.2, as data. Whatever concerns a method is derived from the table of methods."""
+
+from __future__ import annotations
+
+from graft.methods import METHODS
+
+# names that PEFT has and graft's public face has not, by the module that holds them: "theirs=ours" or the one name
+HELD: dict[str, str] = {
+    "graft.core.layer": "BaseTunerLayer=AdapterLayer",
+    "graft.core.params": "BufferDict",
+    "graft.core.place": "UPCAST_DTYPES=UPCAST",
+    "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
+    "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
+    "graft.checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
+    "graft.inject.match": "_find_minimal_target_modules=minimal_names",
+    "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
+    "graft.inject.tokens": "TrainableTokensWrapper",
+    "graft.model.auto": "_BaseAutoPeftModel=AutoPeftModel",
+    "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter inspect_matched_modules "
+    "rescale_adapter_scale set_adapter set_requires_grad",
+    "graft.model.signature": "update_forward_signature update_generate_signature update_signature",
+    "graft.model.status": "TunerLayerStatus TunerModelStatus",
+    "graft.model.tuner": "BaseTuner=Tuner",
+    "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
+    "_get_no_split_modules=no_split_modules",
+    "graft.train.kbit": "prepare_model_for_kbit_training",
+    "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
+    "graft.compat.peft.loading": "build_peft_weight_mapping",
+    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
+    "PeftMixedModel PromptLearningConfig TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
+    "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
+    "check_target_module_exists get_pattern_key id_tensor_storage init_empty_weights match_target_against_key "
+    "transpose",
+}
+WHERE: dict[str, tuple[str, str]] = {
+    (pair := item.partition("="))[0]: (module, pair[2] or pair[0])
+    for module, items in HELD.items()
+    for item in items.split()
+}
+
+_TASKS = (
+    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
+)
+_AUTO = (
+    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+)
+_PREFIXES = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING"
+_MAPPINGS = f"{_PREFIXES} PEFT_TYPE_TO_TUNER_MAPPING"
+_WEIGHTS = "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"
+_FILES = f"CONFIG_NAME {_WEIGHTS}"
+_STATE = (
+    "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict "
+    "set_peft_model_state_dict"
+)
+_DISCOVERY = "EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND"
+_WRAPPERS = "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper"
+_TRAINING = "cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right"
+_SUBMODULES = "_get_submodules get_pattern_key transpose"
+
+
+def mapping_name(config: str) -> str:
+    """PEFT's name of the default targets of a method: of LNTuningConfig, TRANSFORMERS_MODELS_TO_LNTUNING_…"""
+    return f"TRANSFORMERS_MODELS_TO_{config.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
+
+
+WITHOUT_TARGETS = ("TRAINABLE_TOKENS",)  # methods that have no default targets by architecture
+MAPPINGS: dict[str, str] = {  # → peft_type
+    mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
+}
+_TARGETS = f"TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING {' '.join(MAPPINGS)}"
+
+# module below `peft` → names in it; "peft" itself holds graft's whole public face besides
+MODULES: dict[str, str] = {
+    "": "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel PromptLearningConfig",
+    "auto": f"{_AUTO} {_TASKS} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig TOKENIZER_CONFIG_NAME _BaseAutoPeftModel",
+    "config": "CONFIG_NAME PeftConfig PeftConfigMixin PeftType PromptLearningConfig TaskType",
+    "functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
+    "set_peft_model_state_dict set_requires_grad",
+    "helpers": "PeftConfig PeftModel check_if_peft_model rescale_adapter_scale update_forward_signature "
+    "update_generate_signature update_signature",
+    "import_utils": "",  # derived from the name asked for: see shims.import_check
+    "mapping": f"{_MAPPINGS} PEFT_TYPE_TO_MIXED_MODEL_MAPPING get_peft_config inject_adapter_in_model",
+    "mapping_func": f"{_PREFIXES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model",
+    "mixed_model": "PeftConfig PeftMixedModel",
+    "peft_model": f"{_TASKS} {_MAPPINGS} {_WEIGHTS} PeftConfig PeftType TaskType BaseTuner "
+    "BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper TunerLayerStatus TunerModelStatus "
+    "DUMMY_MODEL_CONFIG get_layer_status get_model_status get_peft_model_state_dict id_tensor_storage infer_device "
+    "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
+    "tuners": "LoraRuntimeConfig " + " ".join(f"{row.config} {row.tuner}" for row in METHODS.values()),
+    "tuners._buffer_dict": "BufferDict",
+    "tuners.tuners_utils": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
+    "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES "
+    f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "
+    "_maybe_include_all_linear_layers cast_adapter_dtype check_target_module_exists delete_adapter "
+    "inspect_matched_modules set_adapter set_requires_grad",
+    "utils": f"{_FILES} {_STATE} {_TRAINING} {_TARGETS} {_WRAPPERS} ALLOWED_COMPUTE_DTYPES "
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType UPCAST_DTYPES "
+    "_get_submodules transpose",
+    "utils.constants": f"{_FILES} {_DISCOVERY} {_TARGETS} ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
+    "DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME UPCAST_DTYPES",
+    "utils.error": "NoMatchingPeftModuleError PeftError",
+    "utils.integrations": "init_empty_weights",
+    "utils.other": f"{_FILES} {_DISCOVERY} {_TARGETS} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
+    "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "
+    "id_tensor_storage match_target_against_key",
+    "utils.peft_types": "PeftType TaskType",
+    "utils.save_and_load": f"{_STATE} {_WEIGHTS} {_DISCOVERY} PEFT_TYPE_TO_TUNER_MAPPING PeftType",
+    "utils.transformers_weight_conversion": "build_peft_weight_mapping",
+    "utils.warning": "PeftWarning",
+}
+
+
+def folder(peft_type: str) -> str:
+    """The folder of a method below peft.tuners, which has the same name as graft's."""
+    return METHODS[peft_type].method.partition(":")[0]
+
+
+# module below `peft` that a method owns → (peft_type, which of its names are there)
+OF_METHODS: dict[str, tuple[str, str]] = {
+    f"tuners.{folder(peft_type)}{suffix}": (peft_type, suffix)
+    for peft_type in METHODS
+    for suffix in ("", ".config", ".layer", ".model")
+}

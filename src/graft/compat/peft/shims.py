@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small things that others import from PEFT and that graft itself does not need under these names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.inject.match import Matcher
+from graft.inject.survey import survey
+from graft.inject.targets import ALL_LINEAR, all_linear
+from graft.inject.tied import tied_to_embedding
+from graft.methods.trainable_tokens import input_embedding
+
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, Any] = {}
+
+
+# classes that graft does not have yet, but that others ask isinstance of
+
+
+class _Absent(type):
+    def __instancecheck__(cls, obj: Any) -> bool:
+        return False
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"peft.{cls.__name__} is not in graft yet.")
+
+
+class PeftMixedModel(metaclass=_Absent):
+    """Nothing is one: adapters of several methods on one model are not in graft yet."""
+
+
+class PromptLearningConfig(metaclass=_Absent):
+    """Nothing is one: prompt learning is not in graft yet."""
+
+
+# targets
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Whether a config targets the module at path `key`."""
+    return Matcher(config)(key).outcome == "matched"
+
+
+def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
+    return re.fullmatch(target_pattern, key)
+
+
+def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
+    """The first pattern that `key_to_match` ends with at a dot, else `key_to_match` itself."""
+    return next((p for p in pattern_keys if re.match(rf"(.*\.)?({p})$", key_to_match)), key_to_match)
+
+
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """Replace target_modules="all-linear" by the names of the linear layers."""
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        peft_config.target_modules = all_linear(peft_config, model, survey(model).modules)
+    return peft_config
+
+
+# a model's modules
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, name in its parent) of the module at path `key`."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+    return input_embedding(model) or default
+
+
+def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return tied_to_embedding(base, survey(base).modules)[1]
+
+
+# tensors
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    return weight.T if fan_in_fan_out else weight
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What two tensors on the same memory have in common: (device, address, bytes)."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager:
+    """Build modules on the meta device in this block."""
+    return torch.device("meta")
+
+
+# which packages are there
+
+PACKAGES = {
+    "bnb": "bitsandbytes",
+    "bnb_4bit": "bitsandbytes",
+    "inc": "neural_compressor",
+    "te": "transformer_engine",
+    "torch_tpu": "torch_xla",
+}
+
+
+@cache
+def import_check(name: str) -> Callable[[], bool] | bool | None:
+    """`is_bnb_available` (a function) or `is_transformers_ge_v5_6_0` (a value) by its name; None for any other."""
+    if name == "is_xpu_available":
+        return torch.xpu.is_available
+    if match := re.fullmatch(r"is_(\w+)_available", name):
+        package = PACKAGES.get(match[1], match[1])
+        return lambda *_, **__: importlib.util.find_spec(package) is not None
+    if match := re.fullmatch(r"is_([a-z]+)_ge_v(\d+(?:_\d+)*)", name):
+        return _release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
+    return None
+
+
+def _release(package: str) -> tuple[int, ...]:
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(n) for n in numbers[0].split(".")) if numbers else ()

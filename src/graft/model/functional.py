@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of any model, with or without a PeftModel around it, as functions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from graft.config.base import PeftConfig
+from graft.core.errors import AdapterNotFoundError, PeftError
+from graft.core.layer import AdapterLayer
+from graft.core.place import place
+from graft.inject.match import Matcher
+from graft.inject.survey import Wrapper, survey
+from graft.model.tuner import Tuner
+
+
+def tuner_in(model: Any) -> Tuner | None:
+    """The tuner that keeps account of a model's adapters, if there is one."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, Tuner) else next((m for m in model.children() if isinstance(m, Tuner)), None)
+
+
+def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:
+    tree = survey(model)
+    return [*tree.layers.values(), *tree.wrappers.values()]
+
+
+def adapters_of(part: AdapterLayer | Wrapper) -> list[str]:
+    return list(part.methods) if isinstance(part, AdapterLayer) else part.adapters
+
+
+def check_there(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
+    have = dict.fromkeys(name for part in parts for name in adapters_of(part))
+    unknown = [n for n in names if n not in have]
+    if unknown:
+        raise AdapterNotFoundError(
+            f"Adapter {', '.join(unknown)} not found. The model has: {', '.join(have) or 'none'}."
+        )
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make these adapters active, in this order, and trainable unless for inference.
+
+    Raises:
+        AdapterNotFoundError: no layer carries one of them.
+        ValueError: two of them cannot be active together.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    tuner = tuner_in(model)
+    if tuner is not None:
+        tuner.set_adapter(names, inference_mode)
+        return
+    parts = parts_in(model)
+    check_there(parts, names)
+    for part in parts:
+        part.check_active(names)
+    for part in parts:
+        part.set_adapter(names, inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
+    """Remove an adapter; returns those active now: if none is left, the first of the others (by name) becomes so.
+
+    Args:
+        prefix: of the method; accepted for PEFT's callers, the layers know it.
+
+    Raises:
+        AdapterNotFoundError: no layer carries it.
+        ValueError: it is merged.
+    """
+    tuner = tuner_in(model)
+    if tuner is not None:
+        tuner.delete_adapter(adapter_name)
+        return list(tuner.active_adapters)
+    parts = parts_in(model)
+    check_there(parts, [adapter_name])
+    if any(adapter_name in layer.merged_adapters for layer in parts if isinstance(layer, AdapterLayer)):
+        raise ValueError(
+            f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+        )
+    active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
+    for part in parts:
+        part.delete_adapter(adapter_name)
+    left = [n for n in active if n != adapter_name]
+    others = sorted({name for part in parts for name in adapters_of(part)})
+    if active and not left and others:
+        left = others[:1]
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+            stacklevel=2,
+        )
+        set_adapter(model, left)
+    return left
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the parameters of any adapters, active or not, train or not.
+
+    Raises:
+        AdapterNotFoundError: no layer carries one of them.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    parts = parts_in(model)
+    check_there(parts, names)
+    for part in parts:
+        for name in names:
+            if name in adapters_of(part):
+                part.require_grad(name, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
+    if not autocast_adapter_dtype:
+        return
+    for layer in survey(model).layers.values():
+        if not layer.method.upcast:
+            continue
+        for key in layer.adapter_layer_names:
+            container = getattr(layer, key)
+            if adapter_name in container:
+                place(container, adapter_name, None, None, upcast=True)
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the scaling of all adapters by `multiplier` within the block.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: no adapter of the model has a scaling.
+    """
+    if not isinstance(multiplier, (int, float)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = [layer for layer in survey(model).layers.values() if getattr(layer, "scaling", None)]
+    if not layers:
+        raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none.")
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: value * multiplier for name, value in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before):
+            layer.scaling.update(scaling)
+
+
+def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Paths of the modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
+    matcher = Matcher(tuner.peft_config[adapter_name])
+    paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for key in survey(tuner.model).modules:
+        paths["matched" if matcher(key).outcome == "matched" else "unmatched"].append(key)
+    return paths
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder or hub repository holds an adapter."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (PeftError, OSError, TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a whole model says that its weights are quantized, in transformers' words."""
+
+from __future__ import annotations
+
+from torch import nn
+
+FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
+FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # methods whose other weights must keep their dtype, too
+PACKED = ("Params4bit",)  # parameters whose dtype is only that of their storage
+
+
+def is_packed(p: nn.Parameter) -> bool:
+    return type(p).__name__ in PACKED
+
+
+def dtype_is_fixed(model: nn.Module) -> bool:
+    method = getattr(model, "quantization_method", None)
+    return getattr(method, "value", method) in FIXED
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in FLAGS)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, dtypes, labels and FSDP: small things that training scripts ask for."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED_LABEL = -100  # of torch's cross entropy
+PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
+
+
+def infer_device() -> str:
+    """The best device type there is: cuda, mps, mlu, xpu, npu or cpu."""
+    for name in ("cuda", "mps", "mlu", "xpu", "npu"):
+        backend = getattr(torch, name, None)
+        if backend is not None and backend.is_available():
+            return name
+    return "cpu"
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters to `dtype`, trainable ones to float32; in place."""
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """Decoder inputs (batch, length) from labels: the start token, then all but the last; -100 becomes padding.
+
+    Raises:
+        ValueError: pad_token_id is None.
+    """
+    if pad_token_id is None:
+        raise ValueError("self.model.config.pad_token_id has to be defined: it takes the place of ignored labels.")
+    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED_LABEL, pad_token_id)
+
+
+# FSDP
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
+    """FSDP's auto_wrap_policy: trainable leaves by themselves, transformer layers whole.
+
+    The layers are named by the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP, else by the model.
+
+    Raises:
+        TypeError: the model has no layer of a class that the variable names.
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    layers = transformer_layers(model)
+    return partial(
+        _or_policy,
+        policies=[
+            partial(lambda_auto_wrap_policy, lambda_fn=is_trainable_leaf),
+            partial(transformer_auto_wrap_policy, transformer_layer_cls=layers),
+        ],
+    )
+
+
+def is_trainable_leaf(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not module._modules and isinstance(weight, Tensor) and weight.requires_grad
+
+
+def transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
+    asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    names = set(asked.split(",")) if asked else no_split_modules(model)
+    found = {type(m).__name__: type(m) for m in model.modules()}
+    if missing := sorted(names - set(found)):
+        raise TypeError(
+            f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}. Set "
+            "FSDP_TRANSFORMER_CLS_TO_WRAP to the names of its layer classes."
+        )
+    return {found[n] for n in names | (set(PROMPT_ENCODERS) & set(found))}
+
+
+def no_split_modules(model: nn.Module) -> set[str]:
+    """Names of the classes that must stay on one device, as the transformers models in `model` say."""
+    return {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}

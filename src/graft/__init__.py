@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 _NAMES: dict[str, str] = {
     name: module
     for module, names in {
-        "graft.core.errors": "AdapterKeyError AdapterNameError AlreadyInjectedError AdapterNotFoundError BaseModelMismatchError "
-        "CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
+        "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
+        "BaseModelMismatchError CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
         "UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",

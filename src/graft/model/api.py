@@ -46,9 +46,9 @@ def get_peft_model(
         raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
     if any(isinstance(m, AdapterLayer) for m in model.modules()):
         raise AlreadyInjectedError(
-            "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, call "
-            "add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure to call "
-            "`.unload()` before."
+            "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, "
+            "call add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure "
+            "to call `.unload()` before."
         )
     hint_at_name(adapter_name, peft_config)
     record_origin(model, peft_config, revision)

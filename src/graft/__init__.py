@@ -17,8 +17,8 @@ _NAMES: dict[str, str] = {
     name: module
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
-        "BaseModelMismatchError CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
-        "UnsupportedLayerError",
+        "BaseModelMismatchError CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError "
+        "PeftWarning RoutingError UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",
         "graft.config.base": "PeftConfig",

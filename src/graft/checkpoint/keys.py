@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts
 from graft.inject.tokens import TrainableTokensWrapper
 
@@ -29,6 +30,8 @@ class Entry:
     tensor: Tensor
     device: torch.device | None  # where it belongs, if it is on meta now
     stem: str = ""  # path of its container
+    layer: AdapterLayer | None = None
+    container: str = ""
 
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
@@ -57,7 +60,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             memory, plain = f"{stem}.{adapter}{below}", f"{stem}{below}"
             deep = "." in path
             file, also = (memory, (plain,)) if deep else (plain, ())
-            yield Entry(memory, file, also, owner, attribute, tensor, device, stem)
+            yield Entry(memory, file, also, owner, attribute, tensor, device, stem, layer, container)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):
             continue

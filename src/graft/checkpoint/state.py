@@ -81,12 +81,15 @@ def get_peft_model_state_dict(
     """
     parts, prefix, base = parts_of(model, adapter_name)
     given = None if state_dict is None else {without_wrappers(k): v for k, v in state_dict.items()}
+    config = config_of(getattr(model, "_orig_mod", model), adapter_name)
     out: dict[str, Tensor] = {}
     for entry in entries(parts, adapter_name, prefix):
         if given is not None and entry.memory not in given:
             raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter_name}'.")
-        out[entry.file] = entry.tensor if given is None else given[entry.memory]
-    config = config_of(getattr(model, "_orig_mod", model), adapter_name)
+        value = entry.tensor if given is None else given[entry.memory]
+        if entry.layer is not None:
+            value = entry.layer.method.exported(entry.layer, entry.container, value, config)
+        out[entry.file] = value
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
         out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)
     return out

@@ -59,6 +59,9 @@ class RankPatterns(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
         for pattern, r in (self.rank_pattern or {}).items():
             require_positive_rank(r, f" in rank_pattern['{pattern}']")
 

@@ -88,6 +88,21 @@ LN_TUNING = _table(
     ("qwen2 qwen3", ["post_attention_layernorm"]),
 )
 
+ADALORA = _table(
+    ("t5", ["q", "k", "v", "o", "wi", "wo"]),
+    ("mt5", ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]),
+    ("bart opt", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    ("gpt2 gpt_bigcode", ["c_attn"]),
+    ("bloom gpt_neox", ["query_key_value"]),
+    ("gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3", ["q_proj", "v_proj"]),
+    ("bert", ["query", "value"]),
+    ("roberta", ["query", "key", "value", "dense"]),
+    ("deberta-v2", ["query_proj", "key_proj", "value_proj", "dense"]),
+    ("deberta", ["in_proj"]),
+    ("gemma4", ".*language_model\\..*\\.(q_proj|v_proj)"),
+    ("nemotron_h", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+)
+
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

@@ -96,12 +96,15 @@ class AdapterLayer(nn.Module):
                     self.attached.add(key)
                 continue
             container: Any = self._modules.get(key, self.__dict__.get(key))
-            if container is None:
+            if container is None or key not in self.containers:
                 container = container_for(value)
                 owned = self._modules if isinstance(container, nn.Module) else self.__dict__
                 owned[key] = container
                 self.containers.append(key)
             container[adapter] = value.tensor if isinstance(value, Transient) else value
+        for key, container in self.method.empty.items():
+            if key not in self._modules:
+                self.__dict__[key] = container
         self.methods[adapter] = self.method(self, adapter)
         first = next(self.tensors(adapter), None)
         if first is not None:
@@ -352,6 +355,14 @@ class AdapterLayer(nn.Module):
     def fan_in_fan_out(self) -> bool:
         """Whether the base layer stores (in, out)."""
         return self.op.transposed and not self.op.takes_ids
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.methods)
+
+    @property
+    def quantization_backend(self) -> str | None:
+        return None if self.store.name == "dense" else self.store.name
 
     @property
     def merged(self) -> bool:

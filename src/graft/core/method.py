@@ -34,6 +34,9 @@ class Method:
     upcast: ClassVar[bool] = True  # half-precision adapters are trained in float32
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
+    single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
+    empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
+    tuner_methods: ClassVar[dict[str, Any]] = {}  # what it adds to the model class: functions of (tuner, …)
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding are adapted along with it
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 
@@ -132,6 +135,16 @@ class Method:
         raise NotImplementedError(
             f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.layer.site.key}'."
         )
+
+    @classmethod
+    def exported(cls, layer: Any, container: str, tensor: Tensor, cfg: Any) -> Tensor:
+        """What a checkpoint holds of one of the adapter's tensors."""
+        return tensor
+
+    @classmethod
+    def after_forward(cls, tuner: Any, output: Any) -> Any:
+        """Change the output of the whole model, such as its loss."""
+        return output
 
     # act
 

@@ -50,10 +50,14 @@ class BufferDict(nn.Module):
 
 
 class Transient:
-    """A tensor that is not part of a checkpoint: recomputed or seeded again on load."""
+    """A tensor or parameter that is not part of a checkpoint: recomputed or seeded again on load."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
+
+
+class TransientParameterDict(nn.ParameterDict):
+    """Parameters that are not part of a checkpoint."""
 
 
 def container_for(value: Any) -> Any:
@@ -62,6 +66,8 @@ def container_for(value: Any) -> Any:
         return nn.ModuleDict()
     if isinstance(value, nn.Parameter):
         return nn.ParameterDict()
+    if isinstance(value, Transient) and isinstance(value.tensor, nn.Parameter):
+        return TransientParameterDict()
     if isinstance(value, Transient):
         return BufferDict(persistent=False)
     if isinstance(value, Tensor):
@@ -90,7 +96,7 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
                 if b is not None and (transient or name not in module._non_persistent_buffers_set):
                     yield f"{dot}{name}", module, name, b
     elif isinstance(container, nn.ParameterDict):
-        if adapter in container:
+        if adapter in container and (transient or not isinstance(container, TransientParameterDict)):
             yield "", container, adapter, container[adapter]
     elif isinstance(container, BufferDict) and (transient or container.persistent) and adapter in container:
         yield "", container, adapter, container[adapter]

@@ -79,6 +79,12 @@ class ModulesToSaveWrapper(nn.Module):
             yield from self.modules_to_save[adapter].parameters()
 
     @property
+    def merged_adapters(self) -> list[str]:
+        return []
+
+    quantization_backend = None
+
+    @property
     def adapters(self) -> list[str]:
         return list(self.modules_to_save)
 

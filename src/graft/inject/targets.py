@@ -12,7 +12,7 @@ from graft.core.errors import ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.ops import Conv1D, Linear, find_op
-from graft.inject.match import minimal_names
+from graft.inject.match import Names, minimal_names
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject nothing
@@ -56,7 +56,10 @@ def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: d
         else:
             return
     if len(cfg.target_modules) >= COMPRESS_FROM and method.compresses_targets:
-        cfg.target_modules = minimal_names(cfg.target_modules, [k for k in modules if k not in cfg.target_modules])
+        ends = Names(cfg.target_modules)
+        shorter = minimal_names(cfg.target_modules, [k for k in modules if ends.find(k) is None])
+        if len(shorter) < len(cfg.target_modules):
+            cfg.target_modules = shorter
 
 
 def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:

@@ -23,13 +23,16 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
-def tied_to_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
+def tied_to_embedding(model: Any, modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
     """Path of the input embedding and of the modules that hold its weight, too."""
     path = input_embedding(model)
     embedding = modules.get(path) if path else None
     weight = weight_of(embedding) if embedding is not None else None
     if weight is None:
         return path, []
+    if weight.is_meta and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        head = model.get_output_embeddings()  # moving to meta unties the weights that a real model would share
+        return path, [k for k, m in modules.items() if k != path and (m is head or weight_of(m) is weight)]
     return path, [k for k, m in modules.items() if k != path and weight_of(m) is weight]
 
 

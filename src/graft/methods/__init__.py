@@ -21,6 +21,7 @@ class Row(NamedTuple):
 
 METHODS: dict[str, Row] = {
     "LORA": Row("lora:LoRA", "LoraConfig", "LoraModel"),
+    "ADALORA": Row("adalora:AdaLoRA", "AdaLoraConfig", "AdaLoraModel"),
     "IA3": Row("ia3:IA3", "IA3Config", "IA3Model"),
     "VERA": Row("vera:VeRA", "VeraConfig", "VeraModel"),
     "LOHA": Row("loha:LoHa", "LoHaConfig", "LoHaModel"),

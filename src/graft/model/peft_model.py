@@ -252,9 +252,9 @@ class PeftModel(nn.Module):
         rows = self._rows(names, inputs, kwargs)
         with self.base_model.routing.using(rows), self._heads_of(names):
             output = function(*inputs, **kwargs)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.base_model.routing.keep_for_backward(output, rows)
-        return output
+        return self.base_model.method.after_forward(self.base_model, output)
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
         """Hook for task classes: the heads of a mixed batch."""

@@ -52,11 +52,13 @@ def same(values: list) -> Any:
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
 
-def _layers(model: nn.Module) -> dict[str, AdapterLayer]:
+def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
+    """Adapter layers and modules trained whole, in the order of the model, which is PEFT's."""
     tuner = model._modules.get("base_model")
-    if tuner is not None and hasattr(tuner, "parts_of"):
-        return {f"model.{key}": layer for key, layer in survey(tuner.model).layers.items()}  # type: ignore[arg-type]
-    return survey(model).layers
+    wrapped = tuner is not None and hasattr(tuner, "parts_of")
+    modules = survey(tuner.model if wrapped else model).modules
+    prefix = "model." if wrapped else ""
+    return {f"{prefix}{k}": m for k, m in modules.items() if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))}
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -68,7 +70,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     model = getattr(model, "_orig_mod", model)
     out = []
     for key, layer in _layers(model).items():
-        adapters = sorted(layer.methods)
+        adapters = sorted(layer.adapters)
         grads: dict[str, Any] = {}
         devices = {}
         for adapter in adapters:
@@ -85,7 +87,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 requires_grad=grads,
                 available_adapters=adapters,
                 devices=devices,
-                quantization_backend=None if layer.store.name == "dense" else layer.store.name,
+                quantization_backend=layer.quantization_backend,
             )
         )
     if not out:
@@ -111,14 +113,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     adapters = sorted({a for s in layers for a in s.available_adapters})
     merged = [s.merged_adapters for s in layers]
     params = list(model.parameters())
-    wrappers = survey(base).wrappers.values()  # trained whole: they count as adapter layers, as in PEFT
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(tuner).__name__ if wrapped else "None",
         peft_types={name: c.peft_type.value for name, c in configs.items()} if wrapped else {},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),
-        num_adapter_layers=len(layers) + sum(isinstance(w, ModulesToSaveWrapper) for w in wrappers),
+        num_adapter_layers=len(layers),
         enabled=same([s.enabled for s in layers]),
         active_adapters=same([s.active_adapters for s in layers]),
         merged_adapters=_merged(layers, merged),

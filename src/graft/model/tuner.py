@@ -152,6 +152,13 @@ class Tuner(nn.Module):
             raise ConfigError(
                 f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type}."
             )
+        if self.method.single_trainable and not config.inference_mode:
+            others = [name for name, c in self.peft_config.items() if not c.inference_mode]
+            if others:
+                raise ConfigError(
+                    f"{type(self).__name__} supports only 1 trainable adapter. When using multiple adapters, set "
+                    f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
+                )
         check_bias(config, self.method, iter(self.peft_config.values()))
 
     def parts(self) -> Iterator[AdapterLayer | Wrapper]:
@@ -383,7 +390,8 @@ def tuner_of(peft_type: str) -> type[Tuner]:
 @cache
 def _tuner_class(name: str) -> type[Tuner]:
     method = method_of(name)
-    return type(METHODS[name].tuner, (Tuner,), {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__})
+    members = {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__, **method.tuner_methods}
+    return type(METHODS[name].tuner, (Tuner,), members)
 
 
 def __getattr__(name: str) -> Any:  # `pickle` finds the generated classes here

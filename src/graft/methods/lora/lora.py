@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class LoRA(Method):
     config = LoraConfig
     prefix = "lora_"
     targets = LORA
+    empty: ClassVar[dict[str, Any]] = {
+        **{f"lora_{x}": nn.ModuleDict() for x in ("A", "B", "magnitude_vector")},
+        **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
+    }
 
     lora_A: nn.Module  # weight (r, in), for convolutions (r, in, *kernel)
     lora_B: nn.Module  # weight (out, r), for convolutions (out, r / groups, 1, …)

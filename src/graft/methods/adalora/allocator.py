@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaLoRA's allocator: how important each singular value is, and how many may stay (arXiv 2303.10512, section 3)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import PeftWarning
+
+
+def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
+    """(number of singular values that may stay, whether to prune now) at a step: cubic from `start` to `target`."""
+    first, last = cfg.tinit, cfg.total_step - cfg.tfinal
+    if step <= first:
+        return start, False
+    if step > last:
+        return target, True
+    left = 1 - (step - first) / (last - first)
+    return int((start - target) * left**3 + target), step % cfg.deltaT == 0
+
+
+class Importance:
+    """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty."""
+
+    def __init__(self, beta1: float, beta2: float):
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean: dict[str, Tensor] = {}
+        self.spread: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, name: str, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        now = (p * p.grad).abs()
+        mean = self.mean.setdefault(name, torch.zeros_like(p))
+        spread = self.spread.setdefault(name, torch.zeros_like(p))
+        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
+
+    def score(self, name: str) -> Tensor:
+        return self.mean[name] * self.spread[name]
+
+
+class Allocator:
+    """State of the allocation between two steps."""
+
+    def __init__(self, cfg: Any):
+        self.importance = Importance(cfg.beta1, cfg.beta2)
+        self.called = False
+
+    @torch.no_grad()
+    def allocate(self, methods: dict[str, Any], keep: int) -> dict[str, list[bool]]:
+        """Set all but the `keep` most important singular values to 0. Returns what stays, by layer."""
+        scores = {key: self.triplet_scores(key) for key in methods}
+        values = torch.cat(list(scores.values()))
+        drop = len(values) - keep
+        threshold = values.kthvalue(drop).values if drop > 0 else values.new_tensor(float("-inf"))
+        masks = {}
+        for key, m in methods.items():
+            stays = scores[key] > threshold
+            m.lora_E.masked_fill_(~stays[:, None], 0.0)
+            masks[key] = stays.tolist()
+        return masks
+
+    def triplet_scores(self, key: str) -> Tensor:
+        """(r,) of each singular value with its two vectors."""
+        A, B, E = (self.importance.score(f"{key}.lora_{x}") for x in "ABE")
+        return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
+
+
+def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
+    """The adapter that trains, and its methods by layer."""
+    for name in tuner.active_adapters:
+        if not tuner.peft_config[name].inference_mode:
+            return name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
+    return None
+
+
+def allocator_of(tuner: Any, name: str) -> Allocator:
+    states = tuner.__dict__.setdefault("_allocators", {})
+    if name not in states:
+        states[name] = Allocator(tuner.peft_config[name])
+    return states[name]
+
+
+def update_and_allocate(tuner: Any, global_step: int) -> None:
+    """Measure importance and prune. Call after each optimizer step, while the gradients are there.
+
+    Args:
+        global_step: number of the step, counted from 0 to `total_step`.
+
+    Raises:
+        ValueError: no adapter trains.
+    """
+    found = trainable(tuner)
+    if found is None:
+        raise ValueError("update_and_allocate: none of the active adapters trains (inference_mode is set).")
+    name, methods = found
+    cfg, state = tuner.peft_config[name], allocator_of(tuner, name)
+    state.called = True
+    last = cfg.total_step - cfg.tfinal
+    if global_step > last:
+        if cfg.rank_pattern:
+            reapply(methods, cfg)
+        return
+    for key, m in methods.items():
+        for x in "ABE":
+            state.importance.update(f"{key}.lora_{x}", getattr(m, f"lora_{x}"))
+    keep, prune = budget(global_step, len(methods) * cfg.init_r, len(methods) * cfg.target_r, cfg)
+    if (prune or global_step == last) and state.importance.mean:
+        if global_step == last:
+            keep = len(methods) * cfg.target_r
+        masks = state.allocate(methods, keep)
+        cfg.rank_pattern = {f"{key}.lora_E.{name}": mask for key, mask in masks.items()}
+    if global_step == last:
+        state.importance = Importance(cfg.beta1, cfg.beta2)
+
+
+@torch.no_grad()
+def reapply(methods: dict[str, Any], cfg: Any) -> None:
+    """Keep at 0 what the optimizer has moved away from it."""
+    for key, m in methods.items():
+        mask = cfg.kept(key)
+        if mask is not None:
+            m.lora_E.masked_fill_(~torch.tensor(mask, device=m.lora_E.device)[:, None], 0.0)
+
+
+def orthogonal_loss(tuner: Any) -> Tensor | float:
+    """orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains."""
+    found = trainable(tuner)
+    if found is None:
+        return 0.0
+    name, methods = found
+    weight = tuner.peft_config[name].orth_reg_weight
+    if weight <= 0:
+        return 0.0
+    products = [P for m in methods.values() for P in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B)]
+    off = [torch.linalg.norm(P - torch.eye(len(P), device=P.device, dtype=P.dtype)) for P in products]
+    return weight * torch.stack(off).mean()
+
+
+def warn_if_forgotten(tuner: Any) -> None:
+    """Say so if an optimizer step has changed the adapter and nobody has allocated."""
+    found = trainable(tuner)
+    if found is None or not found[1]:
+        return
+    state = allocator_of(tuner, found[0])
+    version = next(iter(found[1].values())).lora_A._version
+    before = state.__dict__.setdefault("version", version)
+    if version != before and not state.called and not state.__dict__.get("warned"):
+        state.warned = True  # type: ignore[attr-defined]
+        warnings.warn(
+            f"AdaLoRA adapter '{found[0]}' took an optimizer step without update_and_allocate(): its ranks will never "
+            "adapt. Call model.base_model.update_and_allocate(step) after each step, or use "
+            "graft.train.adalora_callback (Trainer) or graft.train.allocate_on_step (any optimizer).",
+            PeftWarning,
+            stacklevel=5,
+        )

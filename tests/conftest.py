@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GRAFT_TESTS_SUBJECT=peft pytest tests/parity` runs PEFT against itself and so checks the tests."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SUBJECT = os.environ.get("GRAFT_TESTS_SUBJECT", "graft")
+if SUBJECT != "graft":
+    sys.modules["graft"] = __import__(SUBJECT)
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "graft_only: what graft does and PEFT does not; left out when PEFT is the subject"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if SUBJECT != "graft":
+        dropped = [item for item in items if item.get_closest_marker("graft_only")]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+    for item in items:  # thousands of injections warn; tests that care about a warning record it themselves
+        item.add_marker(pytest.mark.filterwarnings("ignore"))

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations: the same fields, defaults, files and registries as PEFT's."""
+
+import json
+from dataclasses import MISSING, fields
+
+import pytest
+
+from tests.pair import LIBS, json_of, outcome
+from tests.samples import METHODS, SAMPLES
+
+METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+def cls(lib, method):
+    return lib.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+
+
+def default(f):
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+@METHOD
+def test_fields_and_defaults(method):
+    """All of PEFT's fields; graft may add its own."""
+    ours, theirs = ({f.name: default(f) for f in fields(cls(lib, method)) if f.init} for lib in LIBS)
+    for name in theirs.keys() - {"peft_type", "peft_version"}:
+        assert str(ours[name]) == str(theirs[name]), name
+
+
+@METHOD
+def test_names(method):
+    ours, theirs = (cls(lib, method) for lib in LIBS)
+    assert ours.__name__ == theirs.__name__
+    assert getattr(LIBS[0], ours.__name__) is ours
+    assert LIBS[0].PEFT_TYPE_TO_TUNER_MAPPING[method].__name__ == LIBS[1].PEFT_TYPE_TO_TUNER_MAPPING[method].__name__
+    assert ours().peft_type == LIBS[0].PeftType[method] == method
+    assert LIBS[0].PeftType[method].value == LIBS[1].PeftType[method].value
+
+
+def test_enums():
+    assert {t.value for t in LIBS[0].TaskType} == {t.value for t in LIBS[1].TaskType}
+    assert {k: v.__name__ for k, v in LIBS[0].MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()} == {
+        k: v.__name__ for k, v in LIBS[1].MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()
+    }
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_files_of_configurations(sample, tmp_path):
+    sample.config(LIBS[0]).save_pretrained(tmp_path / "ours")
+    sample.config(LIBS[1]).save_pretrained(tmp_path / "theirs")
+    assert json_of(tmp_path / "ours") == json_of(tmp_path / "theirs")
+    text = (tmp_path / "ours" / "adapter_config.json").read_text()
+    assert text.rstrip() == json.dumps(json.loads(text), indent=2, sort_keys=True)
+    loaded = [lib.PeftConfig.from_pretrained(tmp_path / "ours") for lib in LIBS]
+    assert type(loaded[0]).__name__ == type(loaded[1]).__name__
+    ours, theirs = map(plain, loaded)
+    assert {k: ours[k] for k in theirs} == theirs
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_to_dict(sample):
+    ours, theirs = (plain(sample.config(lib)) for lib in LIBS)
+    assert {k: ours[k] for k in theirs} == theirs  # graft may have fields of its own
+
+
+def plain(config):
+    """As a dictionary of plain values, sets as sorted lists, without the version."""
+    values = json.loads(json.dumps(config.to_dict(), default=sorted))
+    return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items() if k != "peft_version"}
+
+
+@METHOD
+def test_from_a_dict(method):
+    values = {"peft_type": method, "target_modules": ["a", "b"]}
+    ours, theirs = (lib.get_peft_config(dict(values)) for lib in LIBS)
+    assert type(ours).__name__ == type(theirs).__name__
+    assert set(ours.target_modules) == set(theirs.target_modules)
+
+
+def test_file_beats_keyword(tmp_path):
+    LIBS[1].LoraConfig(r=5).save_pretrained(tmp_path)
+    for lib in LIBS:
+        assert lib.LoraConfig.from_pretrained(tmp_path, r=9).r == 5
+
+
+def test_sub_folder(tmp_path):
+    LIBS[1].LoraConfig(r=5).save_pretrained(tmp_path / "sub")
+    for lib in LIBS:
+        assert lib.PeftConfig.from_pretrained(str(tmp_path), subfolder="sub").r == 5
+
+
+def test_unknown_keys(tmp_path):
+    LIBS[1].LoraConfig(r=5).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "zeta": 1, "alpha_new": {"x": 2}}))
+    for lib in LIBS:
+        result = outcome(lambda lib=lib: lib.PeftConfig.from_pretrained(tmp_path))
+        assert result.value.r == 5
+        assert result.warned("['alpha_new', 'zeta']")
+
+
+@pytest.mark.parametrize("method", ["LORA", "IA3", "OFT"])
+def test_file_without_a_type(method, tmp_path):
+    """The class that reads it knows its own type."""
+    config = cls(LIBS[1], method)(**({"feedforward_modules": []} if method == "IA3" else {}))
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "peft_type"}))
+    for lib in LIBS:
+        assert cls(lib, method).from_pretrained(tmp_path).peft_type == method
+    path.write_text(json.dumps({**json.loads(path.read_text()), "zeta": 1}))
+    for lib in LIBS:
+        with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
+            cls(lib, method).from_pretrained(tmp_path)
+
+
+def test_old_oft_files(tmp_path):
+    LIBS[1].OFTConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if k != "oft_block_size"}))
+    for lib in LIBS:
+        with pytest.raises(ValueError, match="OFT"):
+            lib.OFTConfig.from_pretrained(tmp_path)
+
+
+def test_runtime_settings_stay_out_of_files(tmp_path):
+    for lib in LIBS:
+        config = lib.LoraConfig(runtime_config=lib.LoraRuntimeConfig(ephemeral_gpu_offload=True))
+        config.save_pretrained(tmp_path)
+        assert "runtime_config" not in json.loads((tmp_path / "adapter_config.json").read_text())

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on a half precision base: kept in float32 unless told otherwise; the output keeps the base's dtype."""
+
+import pytest
+import torch
+
+from tests import models
+from tests.pair import LIBS, adapt, close, close_dicts, gradients, output, randomize, shapes
+from tests.samples import SAMPLES, alike, each
+
+HALF = [
+    s
+    for s in alike("forward")
+    if s.name in ("plain", "head", "bias_all", "tokens", "gaussian", "pissa", "unsaved", "random")
+]
+
+
+def low(sample, dtype=torch.bfloat16):
+    return models.make(sample.model).to(dtype)
+
+
+def batch(sample, dtype=torch.bfloat16):
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in models.inputs(sample.model).items()}
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("sample", HALF, ids=str)
+def test_dtypes_and_values(sample, autocast):
+    """Initial values too: some are drawn in float32 and rounded."""
+    ours, theirs = (adapt(lib, sample, base=low(sample), autocast_adapter_dtype=autocast) for lib in LIBS)
+    assert shapes(ours) == shapes(theirs)
+    close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("sample", HALF, ids=str)
+def test_outputs(sample, autocast):
+    ours, theirs = (
+        randomize(adapt(lib, sample, base=low(sample), autocast_adapter_dtype=autocast), sample).eval() for lib in LIBS
+    )
+    a, b = (models.output(m, batch(sample)) for m in (ours, theirs))
+    assert a.dtype == b.dtype
+    close(a.float(), b.float(), 0.06)  # three steps of bfloat16: the order of the casts may differ
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+def test_other_dtypes(sample, dtype):
+    ours, theirs = (randomize(adapt(lib, sample, base=low(sample, dtype)), sample).eval() for lib in LIBS)
+    assert shapes(ours) == shapes(theirs)
+    a, b = (models.output(m, batch(sample, dtype)) for m in (ours, theirs))
+    assert a.dtype == b.dtype
+    close(a.float(), b.float(), 1e-5 if dtype is torch.float64 else 1e-2)
+
+
+@pytest.mark.parametrize("sample", each(), ids=str)
+def test_merge_keeps_the_dtype(sample):
+    ours, theirs = (randomize(adapt(lib, sample, base=low(sample)), sample).merge_and_unload() for lib in LIBS)
+    assert shapes(ours) == shapes(theirs)
+    a, b = ({k: v.float() for k, v in m.state_dict().items()} for m in (ours, theirs))
+    close_dicts(a, b, 0.02)
+
+
+@pytest.mark.parametrize("sample", each(), ids=str)
+def test_loading_into_a_half_precision_base(sample, tmp_path):
+    adapt(LIBS[1], sample, base=low(sample)).save_pretrained(tmp_path)
+    for options in ({}, {"autocast_adapter_dtype": False}):
+        ours, theirs = (lib.PeftModel.from_pretrained(low(sample), tmp_path, **options) for lib in LIBS)
+        assert shapes(ours) == shapes(theirs)
+        close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
+
+
+@pytest.mark.parametrize("sample", each(), ids=str)
+def test_autocast(sample):
+    """Float32 weights under bfloat16 autocast."""
+    results = []
+    for lib in LIBS:
+        model = randomize(adapt(lib, sample), sample).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append((output(model, sample), gradients(model, sample)))
+    assert results[0][0].dtype == results[1][0].dtype
+    close(results[0][0].float(), results[1][0].float(), 0.1)
+    assert results[0][1].keys() == results[1][1].keys()
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.name == "plain" and s.model == "llama"], ids=str)
+def test_moving_the_model_afterwards(sample):
+    """`.to(dtype)` reaches adapters as well; nothing holds on to the old tensors."""
+    ours, theirs = (randomize(adapt(lib, sample), sample).to(torch.float64).eval() for lib in LIBS)
+    assert shapes(ours) == shapes(theirs)
+    close(output(ours, sample), output(theirs, sample))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs and gradients are PEFT's, fresh and with arbitrary adapter values."""
+
+import pytest
+import torch
+
+from tests import models
+from tests.pair import both, close, close_dicts, gradients, output, randomize
+from tests.samples import SAMPLES, alike
+
+DROPOUT = [s for s in SAMPLES if any("dropout" in key for key in s.kwargs)]
+# the others draw for each layer and call even when nothing is dropped, or never drop: test_differences.py
+SAME_MASKS = [s for s in DROPOUT if s.method in ("LORA", "VERA")]
+
+
+@pytest.mark.parametrize("sample", alike("forward"), ids=str)
+def test_outputs_and_gradients(sample):
+    ours, theirs = (m.eval() for m in both(sample))
+    fresh = output(theirs, sample)
+    if fresh.isfinite().all():  # PEFT's Gram-Schmidt of HRA's doubled initial columns divides by zero
+        close(output(ours, sample), fresh)
+
+    randomize(ours, sample), randomize(theirs, sample)
+    changed = output(theirs, sample)
+    assert not torch.allclose(fresh, changed, atol=1e-3)  # or the next line would say nothing
+    close(output(ours, sample), changed)
+    if sample.kwargs.get("inference_mode") or "gradients" in sample.unlike:
+        return
+    if sample not in DROPOUT:
+        ours.train(), theirs.train()
+    close_dicts(gradients(ours, sample), gradients(theirs, sample))
+
+
+@pytest.mark.parametrize("sample", SAME_MASKS, ids=str)
+def test_dropout_under_a_seed(sample):
+    """Training mode draws the same masks in the same order."""
+    results = []
+    for model in both(sample):
+        randomize(model, sample).train()
+        models.seed(5)
+        results.append((output(model, sample), gradients(model, sample)))
+    close(results[0][0], results[1][0])
+    close_dicts(results[0][1], results[1][1])

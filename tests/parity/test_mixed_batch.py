@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One batch, another adapter per row."""
+
+import pytest
+import torch
+
+from tests import models
+from tests.pair import LIBS, adapt, close, close_dicts, outcome, output, randomize
+from tests.samples import SAMPLES, each, first
+
+NAMES = ["b", "__base__", "default"]
+# PEFT implements mixed batches for LoRA; on the other methods it runs the wrong adapter in silence
+LORA = [
+    s
+    for s in SAMPLES
+    if s.method == "LORA"
+    and s.name in ("plain", "dropout", "lora_bias", "rslora", "tokens", "embed", "tasks", "lm_head")
+    and s.model not in ("conv3d", "bert", "deberta", "opt")
+]
+HEADS = [first("LORA", "mlp", "head"), first("LORA", "bert-seq", "classify")]
+
+
+def two_adapters(lib, sample):
+    model = adapt(lib, sample)
+    model.add_adapter("b", sample.config(lib))
+    return randomize(model, sample).eval()
+
+
+@pytest.mark.parametrize("sample", LORA + HEADS, ids=str)
+def test_mixed_batch(sample):
+    ours, theirs = (output(two_adapters(lib, sample), sample, adapter_names=NAMES) for lib in LIBS)
+    close(ours, theirs)
+
+
+def row_by_row(model, sample, names):
+    """The slow truth: each row alone, with its adapter active."""
+    rows = []
+    batch = models.inputs(sample.model, len(names))
+    for i, name in enumerate(names):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                rows.append(models.output(model, one))
+        else:
+            model.set_adapter(name)
+            model.set_requires_grad(["default", "b"])
+            rows.append(models.output(model, one))
+    return torch.cat(rows, dim=1 if sample.model == "bert-qa" else 0)
+
+
+EVERY = [
+    s for s in SAMPLES if s.name in ("plain", "kernel", "dilated", "grouped") and s.model not in ("opt", "deberta")
+]
+
+
+@pytest.mark.graft_only
+@pytest.mark.parametrize("names", [NAMES, ["default"] * 4, ["b", "b", "__base__", "default", "b"]], ids="-".join)
+@pytest.mark.parametrize("sample", EVERY + HEADS, ids=str)
+def test_equals_row_by_row(sample, names):
+    model = two_adapters(LIBS[0], sample)
+    expected = row_by_row(model, sample, names)
+    mixed = models.output(model, {**models.inputs(sample.model, len(names)), "adapter_names": names})
+    close(mixed, expected)
+
+
+@pytest.mark.graft_only
+@pytest.mark.parametrize("model_name", ["opt", "deberta"])
+def test_layers_that_do_not_see_rows(model_name):
+    """OPT flattens rows and tokens before fc1, DeBERTa projects positions: right or refused, never wrong."""
+    sample = first("LORA", model_name)
+    model = two_adapters(LIBS[0], sample)
+    mixed = outcome(lambda: output(model, sample, adapter_names=NAMES))
+    if mixed.error:
+        assert mixed.kind is ValueError and ("fc2" in str(mixed.error) or "query_proj" in str(mixed.error))
+    else:
+        close(mixed.value, row_by_row(model, sample, NAMES))
+
+
+@pytest.mark.graft_only
+@pytest.mark.parametrize("sample", each(models="mlp llama") + HEADS, ids=str)
+def test_trains_several_adapters_at_once(sample):
+    """Each adapter's gradient comes from its own rows and no others. PEFT refuses mixed batches in training."""
+    model = two_adapters(LIBS[0], sample).train()
+    model.set_requires_grad(["default", "b"])
+    gradients = []
+    for y in (output(model, sample, adapter_names=NAMES), row_by_row(model, sample, NAMES)):
+        model.zero_grad()
+        model.set_requires_grad(["default", "b"])  # switching froze one of them
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        (y * weights).mean().backward()
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        )
+    assert {"default", "b"} <= {part for name in gradients[0] for part in name.split(".")}
+    close_dicts(*gradients)

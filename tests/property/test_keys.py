@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any adapter name saves and reloads every tensor. PEFT searches keys for names and loses weights here."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import graft
+from tests import models
+from tests.pair import adapt, close, close_dicts, output, randomize
+from tests.samples import Sample, each, first
+
+pytestmark = pytest.mark.graft_only
+
+# parts of module paths, of parameter names, of file names; and anything else without a dot or a slash
+TRAPS = [
+    "0", "1", "mlp", "self_attn", "layers", "layer", "model", "base_model", "base_layer", "lora_A", "lora_B", "weight",
+    "bias", "default", "modules_to_save", "original_module", "lora", "vera_A", "q_proj", "fc1", "lin0", "norm", "head",
+    "token_adapter", "a b", "ünï", "A" * 40, "-", "adapter_model",
+]  # fmt: skip
+plain = st.text(
+    st.characters(codec="utf-8", exclude_characters="./\\\0", exclude_categories=["C", "Z"]), min_size=1, max_size=12
+)
+names = st.lists(st.sampled_from(TRAPS) | plain, min_size=2, max_size=3, unique_by=str.casefold)
+SAMPLES = [
+    first("LORA", "llama"), first("LORA", "mlp", "head"), first("LORA", "gpt2", "tokens"), first("VERA"), first("IA3"),
+    first("OFT"), first("LOHA", "conv2d"), first("HRA"), first("LN_TUNING", "llama"), first("LORA", "embedding"),
+    Sample("LN_TUNING", "container", "mlp", {"target_modules": ["layers.1", "lin0"]}),
+]  # fmt: skip
+
+
+@given(st.sampled_from(SAMPLES), names)
+@example(SAMPLES[0], ["0", "mlp", "weight"])
+@example(SAMPLES[0], ["lora_A", "self_attn"])
+@example(SAMPLES[1], ["default", "head"])
+@example(SAMPLES[8], ["ln_tuning_layers", "1"])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_any_names(sample, adapters):
+    model = adapt(graft, sample, adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, sample.config(graft))
+    randomize(model, sample).eval()
+    outputs = {}
+    for name in adapters:
+        model.set_adapter(name)
+        outputs[name] = output(model, sample)
+    alone = set(graft.get_peft_model_state_dict(adapt(graft, sample)))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for name in adapters:
+            place = Path(folder) / (name if name != "default" else "")
+            saved = set(load_file(place / "adapter_model.safetensors"))
+            # PEFT's keys of copied containers hold the adapter's name, so only their number is the same
+            assert saved == alone if sample.name != "container" else len(saved) == len(alone)
+            loaded = graft.PeftModel.from_pretrained(models.make(sample.model), place, adapter_name=name[::-1])
+            close(output(loaded, sample), outputs[name])
+
+
+@pytest.mark.parametrize("sample", each("plain head", "mlp llama conv2d"), ids=str)
+def test_file_keys_do_not_depend_on_the_name(sample):
+    one, other = (
+        graft.get_peft_model_state_dict(adapt(graft, sample, name), adapter_name=name) for name in ("default", "weight")
+    )
+    close_dicts(one, other, 0)
+
+
+@pytest.mark.parametrize("sample", each("plain head", "mlp llama"), ids=str)
+def test_every_tensor_of_an_adapter_is_saved(sample):
+    """What is trainable is in the file, once."""
+    model = randomize(adapt(graft, sample), sample)
+    saved = list(graft.get_peft_model_state_dict(model).values())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert sum(t.data_ptr() == p.data_ptr() for t in saved) == 1, name

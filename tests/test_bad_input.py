@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: a specific exception that names adapter, layer and remedy, and a model left as it was."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import graft
+from tests import models
+from tests.pair import adapt, output, randomize
+from tests.samples import each, first
+
+pytestmark = pytest.mark.graft_only
+
+LORA, HEAD = first("LORA"), first("LORA", "mlp", "head")
+MLP = each(models="mlp")
+
+
+def snapshot(model, run):
+    return {
+        "tensors": {k: v.clone() for k, v in model.state_dict().items()},
+        "identity": {n: id(p) for n, p in model.named_parameters()},
+        "trainable": {n: p.requires_grad for n, p in model.named_parameters()},
+        "modules": {n: (type(m), m.training) for n, m in model.named_modules()},
+        "adapters": (list(getattr(model, "peft_config", {})), list(getattr(model, "active_adapters", []) or [])),
+        "output": run(model),
+    }
+
+
+@contextmanager
+def refused(model, error, *words, run=lambda m: output(m, LORA)):
+    """The block raises `error`, its text holds all the words, and the model is as before."""
+    before = snapshot(model, run)
+    with pytest.raises(error) as raised:
+        yield
+    text = str(raised.value)
+    for word in words:
+        assert word in text, text
+    after = snapshot(model, run)
+    assert torch.equal(after.pop("output"), before.pop("output"))
+    tensors = before.pop("tensors")
+    assert all(torch.equal(t, tensors[k]) for k, t in after.pop("tensors").items())
+    assert after == before
+
+
+def lora(**config):
+    return graft.LoraConfig(**{"target_modules": ["fc1"], "r": 3, **config})
+
+
+# targets
+
+INJECTIONS = {
+    "wrong_target": (dict(target_modules=["fc3"]), graft.NoMatchingPeftModuleError, ["fc3", "fc1"]),
+    "wrong_regex": (dict(target_modules="fc9.*"), graft.NoMatchingPeftModuleError, ["fc9.*"]),
+    "wrong_layer": (dict(layers_to_transform=[99], layers_pattern="layers"), graft.NoMatchingPeftModuleError, ["99"]),
+    "empty_targets": (dict(target_modules=[]), graft.NoMatchingPeftModuleError, ["target_modules"]),
+    "no_targets": (dict(target_modules=None), ValueError, ["target_modules"]),
+    "broken_regex": (dict(target_modules="fc(1"), graft.ConfigError, ["fc(1"]),
+    "norm": (
+        dict(target_modules=["fc1", "norm"]),
+        graft.UnsupportedLayerError,
+        ["default", "layers.0.norm", "LayerNorm"],
+    ),
+    "container": (dict(target_modules=["layers"]), graft.UnsupportedLayerError, ["default", "layers", "ModuleList"]),
+    "saved_container": (dict(target_modules=["lin0"], modules_to_save=["layers"]), TypeError, ["layers", "ModuleList"]),
+    "all_excluded": (dict(exclude_modules=r".*"), graft.NoMatchingPeftModuleError, ["exclude_modules"]),
+    "zero_rank": (dict(r=0), graft.ConfigError, ["`r`", "0", "positive"]),
+    "negative_rank": (dict(r=-4), graft.ConfigError, ["`r`", "-4", "positive"]),
+    "zero_rank_of_one_layer": (dict(rank_pattern={"layers.2.fc1": 0}), graft.ConfigError, ["`r`", "0", "layers.2.fc1"]),
+    "unknown_init": (dict(init_lora_weights="xavier"), graft.ConfigError, ["xavier", "gaussian"]),
+    "odd_orthogonal": (dict(init_lora_weights="orthogonal"), graft.ConfigError, ["even", "3"]),
+    "unknown_bias": (dict(bias="some"), NotImplementedError, ["some", "none"]),
+    "tokens_of_nothing": (dict(trainable_token_indices={"wte": [1]}), ValueError, ["wte"]),
+}
+
+
+@pytest.mark.parametrize("case", INJECTIONS)
+def test_injection(case):
+    config, error, words = INJECTIONS[case]
+    model = models.make("mlp")
+    with refused(model, error, *words):
+        graft.get_peft_model(model, lora(**config))
+    with refused(model, error, *words):
+        graft.inject_adapter_in_model(lora(**config), model)
+    adapted = adapt(graft, LORA, base=model)
+    with refused(adapted, error, *(w.replace("default", "second") for w in words)):
+        adapted.add_adapter("second", lora(**config))
+
+
+OTHER_RANKS = {
+    "VeraConfig": dict(r=0), "LoHaConfig": dict(r=0), "HRAConfig": dict(r=-1), "OFTConfig": dict(r=0, oft_block_size=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_RANKS)
+def test_ranks_of_other_methods(name):
+    model = models.make("mlp")
+    with refused(model, graft.ConfigError, "r"):
+        graft.get_peft_model(model, getattr(graft, name)(target_modules=["fc1"], **OTHER_RANKS[name]))
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+def test_wrong_target_of_every_method(sample):
+    model = models.make("mlp")
+    extra = {"feedforward_modules": []} if sample.method == "IA3" else {}
+    with refused(model, graft.NoMatchingPeftModuleError, "lin1", "lin0"):
+        graft.get_peft_model(model, sample.config(graft, target_modules=["lin1"], **extra))
+
+
+# configurations
+
+WRONG_TYPES = {
+    "r": "8",
+    "lora_alpha": "x",
+    "lora_dropout": "0.1",
+    "target_modules": 3,
+    "use_rslora": "yes",
+    "rank_pattern": ["fc1"],
+    "layers_to_transform": "1",
+    "modules_to_save": 5,
+}
+
+
+@pytest.mark.parametrize("field", WRONG_TYPES)
+def test_field_of_the_wrong_type(field):
+    model = models.make("mlp")
+    with refused(model, graft.ConfigTypeError, field):
+        graft.get_peft_model(model, lora(**{field: WRONG_TYPES[field]}))
+
+
+def test_dropout_out_of_range():
+    model = models.make("mlp")
+    with refused(model, ValueError, "dropout", "1.5"):
+        graft.get_peft_model(model, lora(lora_dropout=1.5))
+
+
+def test_unknown_field_and_types():
+    with pytest.raises(TypeError, match="rnak"):
+        lora(rnak=3)
+    with pytest.raises(ValueError, match=r"XX.*SEQ_CLS"):
+        lora(task_type="XX")
+    with pytest.raises((ValueError, KeyError), match=r"WHAT.*LORA"):
+        graft.get_peft_config({"peft_type": "WHAT"})
+
+
+def test_unknown_peft_type_in_a_file(tmp_path):
+    adapt(graft, LORA).save_pretrained(tmp_path)
+    rewrite(tmp_path, peft_type="WHAT")
+    model = models.make("mlp")
+    with refused(model, (ValueError, KeyError), "WHAT", "LORA"):
+        graft.PeftModel.from_pretrained(model, tmp_path)
+
+
+def rewrite(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# names
+
+
+@pytest.mark.parametrize("name", ["a.b", "", ".", "a.", "../up", "keys", "training"])
+def test_impossible_adapter_names(name):
+    model = models.make("mlp")
+    with refused(model, graft.AdapterNameError, "name"):
+        graft.get_peft_model(model, lora(), name)
+    adapted = adapt(graft, LORA, base=model)
+    with refused(adapted, graft.AdapterNameError, "name"):
+        adapted.add_adapter(name, lora())
+
+
+def test_name_that_means_no_adapter():
+    """`__base__` stands for the base in mixed batches."""
+    model = models.make("mlp")
+    with refused(model, graft.AdapterNameError, "__base__"):
+        graft.get_peft_model(model, lora(), "__base__")
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+def test_taken_adapter_name(sample):
+    model = randomize(adapt(graft, sample), sample).eval()
+    with refused(model, graft.AdapterNameError, "default", "already exists"):
+        model.add_adapter("default", sample.config(graft))
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+@pytest.mark.parametrize("call", ["set_adapter", "delete_adapter"])
+def test_unknown_adapter(sample, call):
+    model = randomize(adapt(graft, sample), sample).eval()
+    with refused(model, graft.AdapterNotFoundError, "nope", "default"):
+        getattr(model, call)("nope")
+
+
+def test_unknown_adapter_elsewhere(tmp_path):
+    model = randomize(adapt(graft, LORA), LORA).eval()
+    for call in (
+        lambda: model.merge_adapter(adapter_names=["nope"]),
+        lambda: model.save_pretrained(tmp_path, selected_adapters=["nope"]),
+        lambda: model.set_requires_grad("nope"),
+        lambda: model.base_model.set_adapter(["default", "nope"]),
+        lambda: graft.get_peft_model_state_dict(model, adapter_name="nope"),
+    ):
+        with refused(model, ValueError, "nope"):
+            call()
+
+
+def test_other_method():
+    model = randomize(adapt(graft, LORA), LORA).eval()
+    with refused(model, ValueError, "LORA", "VERA"):
+        model.add_adapter("b", first("VERA").config(graft))
+
+
+# twice
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+def test_second_injection(sample):
+    model = randomize(adapt(graft, sample), sample).eval()
+    for name, remedy in (("default", "delete_adapter"), ("second", "add_adapter")):
+        with refused(model, (ValueError, RuntimeError), remedy):
+            graft.get_peft_model(model, sample.config(graft), name)
+        with refused(model, (ValueError, RuntimeError), remedy):
+            graft.get_peft_model(model.base_model.model, sample.config(graft), name)
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+def test_merging_twice(sample):
+    """A second merge must not add the update again."""
+    model = randomize(adapt(graft, sample), sample).eval()
+    model.merge_adapter()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+def test_delete_while_merged(sample):
+    model = randomize(adapt(graft, sample), sample).eval()
+    model.merge_adapter()
+    with refused(model, ValueError, "default", "unmerge"):
+        model.delete_adapter("default")
+
+
+def test_merge_that_cannot_be():
+    """One layer of several refuses: none is merged."""
+    sample = first("LORA", "conv2d", "grouped")
+    model = models.make("conv2d")
+    model = graft.get_peft_model(model, graft.LoraConfig(r=4, target_modules=["conv", "grouped", "lin"]))
+    randomize(model, sample).eval()
+    with refused(model, NotImplementedError, "grouped", run=lambda m: output(m, sample)):
+        model.merge_adapter()
+
+
+# mixed batches
+
+ROWS = {
+    "unknown": (["default", "nope", "b"], graft.RoutingError, ["nope", "default", "b"]),
+    "too_few": (["default", "b"], graft.RoutingError, ["2", "3"]),
+    "too_many": (["default"] * 4, graft.RoutingError, ["4", "3"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("sample", [*MLP, HEAD], ids=str)
+def test_mixed_batches(sample, case):
+    names, error, words = ROWS[case]
+    model = adapt(graft, sample)
+    model.add_adapter("b", sample.config(graft))
+    randomize(model, sample).eval()
+    with refused(model, error, *words):
+        output(model, sample, adapter_names=names)
+
+
+@pytest.mark.parametrize("sample", MLP, ids=str)
+def test_mixed_batch_while_merged(sample):
+    model = randomize(adapt(graft, sample), sample).eval()
+    model.merge_adapter()
+    with refused(model, graft.RoutingError, "unmerge_adapter"):
+        output(model, sample, adapter_names=["default", "__base__", "default"])
+
+
+def test_error_inside_a_mixed_batch_leaves_no_routing_behind():
+    model = adapt(graft, LORA)
+    model.add_adapter("b", LORA.config(graft))
+    randomize(model, LORA).eval()
+    with refused(model, RuntimeError):
+        model(x=torch.ones(3, 4, 11), adapter_names=["default", "b", "b"])
+
+
+# files
+
+
+@pytest.fixture
+def saved(tmp_path):
+    randomize(adapt(graft, LORA), LORA).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def corrupt(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+def empty(folder):
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+def no_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def no_config(folder):
+    (folder / "adapter_config.json").unlink()
+
+
+def bad_json(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", ')
+
+
+def bad_bin(folder):
+    """A pickle that would run code is not run."""
+    (folder / "adapter_model.safetensors").unlink()
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(folder / "owned"), "w"))
+
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
+
+
+def narrow(folder):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.layers.1.fc1.lora_A.weight"
+    save_file({**tensors, key: tensors[key][:, 1:].contiguous()}, path)
+
+
+def other_method(folder):
+    adapt(graft, first("LOHA")).save_pretrained(folder / "other")
+    (folder / "other" / "adapter_model.safetensors").replace(folder / "adapter_model.safetensors")
+
+
+def other_rank(folder):
+    rewrite(folder, r=7)
+
+
+FILES = {
+    cut: (graft.CheckpointError, ["adapter_model.safetensors"]),
+    corrupt: (graft.CheckpointError, ["adapter_model.safetensors"]),
+    empty: (graft.CheckpointError, ["adapter_model.safetensors"]),
+    no_weights: (ValueError, ["adapter_model.safetensors"]),
+    no_config: (ValueError, ["adapter_config.json"]),
+    bad_json: (ValueError, ["adapter_config.json"]),
+    bad_bin: (ValueError, ["adapter_model.bin"]),
+    narrow: (RuntimeError, ["layers.1.fc1", "lora_A", "(3, 11)", "(3, 12)"]),
+    other_method: (graft.AdapterKeyError, ["hada_", "lora_"]),
+    other_rank: (RuntimeError, ["lora_A", "(3, ", "(7, "]),
+}
+
+
+@pytest.mark.parametrize("spoil", FILES, ids=lambda f: f.__name__)
+def test_files(spoil, saved):
+    error, words = FILES[spoil]
+    spoil(saved)
+    model = models.make("mlp")
+    with refused(model, error, *words):
+        graft.PeftModel.from_pretrained(model, saved)
+    adapted = randomize(adapt(graft, LORA), LORA).eval()
+    with refused(adapted, error, *words):
+        adapted.load_adapter(saved, "second")
+    assert not (saved / "owned").exists()
+
+
+@pytest.mark.parametrize("place", ["nowhere", "nowhere/at all"])
+def test_missing_folder(place, tmp_path):
+    model = models.make("mlp")
+    with refused(model, ValueError, "adapter_config.json", place):
+        graft.PeftModel.from_pretrained(model, tmp_path / place)
+
+
+def test_load_over_an_adapter_of_another_shape(saved):
+    """Loading into a name that is taken replaces its values, or nothing."""
+    model = graft.get_peft_model(models.make("mlp"), lora(r=5, target_modules=LORA.kwargs["target_modules"]))
+    randomize(model, LORA).eval()
+    with refused(model, RuntimeError, "lora_A", "default"):
+        model.load_adapter(saved, "default")
+
+
+def test_checkpoint_of_another_method_beside_an_adapter(tmp_path):
+    adapt(graft, first("LOHA")).save_pretrained(tmp_path)
+    model = randomize(adapt(graft, LORA), LORA).eval()
+    with refused(model, ValueError, "LORA", "LOHA"):
+        model.load_adapter(tmp_path, "b")
+
+
+def test_wrong_base(saved):
+    """Layers of another width, layers under other names, no such layers."""
+    wide = models.make("mlp")
+    wide.layers[2].fc1, wide.layers[2].fc2 = nn.Linear(12, 30), nn.Linear(30, 12)
+    with refused(wide, (graft.BaseModelMismatchError, graft.AdapterKeyError), "layers.2.fc1"):
+        graft.PeftModel.from_pretrained(wide, saved)
+    short = models.make("mlp")
+    short.layers = short.layers[:2]
+    with refused(short, (graft.BaseModelMismatchError, graft.AdapterKeyError), "layers.2.fc1"):
+        graft.PeftModel.from_pretrained(short, saved)
+    other = models.make("conv1d")
+    run = lambda m: models.output(m, models.inputs("conv1d"))
+    with refused(other, ValueError, "fc1", run=run):
+        graft.PeftModel.from_pretrained(other, saved)
+
+
+def test_saving_to_a_file(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    model = adapt(graft, LORA).eval()
+    with refused(model, (ValueError, AssertionError), "directory"):
+        model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from graft.config.atomic import write_all, write_text
 from graft.config.base import FORMAT_VERSION
 
 VERSIONS = "### Framework versions"
@@ -53,7 +54,4 @@ def write_card(model: Any, folder: str) -> None:
     elif line not in card.text:
         card.text = card.text.replace(f"{VERSIONS}\n", f"{VERSIONS}\n\n{line}\n", 1)
     os.makedirs(folder, exist_ok=True)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(str(card))
-    os.replace(temporary, path)
+    write_all({path: write_text(str(card))})

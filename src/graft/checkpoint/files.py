@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from graft.checkpoint.fingerprint import KEY
+from graft.config.atomic import write_all, write_text
+from graft.config.base import CONFIG_NAME
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError
 
@@ -29,36 +31,21 @@ class Loaded:
 
 
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
-    """Write weights and config. Each file appears whole or not at all, the weights first."""
+    """Write weights and config: both are new afterwards, or both are as they were."""
     os.makedirs(folder, exist_ok=True)
     name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safetensors else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
-    path = os.path.join(folder, name)
-    temporary = f"{path}.tmp"
-    try:
+
+    def write_weights(path: str) -> None:
         if safetensors:
             from safetensors.torch import save_file
 
-            save_file(separate(tensors), temporary, metadata={"format": "pt", KEY: json.dumps(fingerprint)})
+            save_file(separate(tensors), path, metadata={"format": "pt", KEY: json.dumps(fingerprint)})
         else:
-            torch.save({k: v.detach().cpu() for k, v in tensors.items()}, temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    config.save_pretrained(folder)
+            torch.save({k: v.detach().cpu() for k, v in tensors.items()}, path)
+
+    files = {name: write_weights, CONFIG_NAME: write_text(config.to_json())}
     stale = os.path.join(folder, other)  # would hold older values under the other format's name
-    if os.path.exists(stale):
-        os.remove(stale)
-    sync(folder)
-
-
-def sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_all({os.path.join(folder, f): write for f, write in files.items()}, remove=(stale,))
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,9 +79,14 @@ def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded
             "the hub."
         )
     try:
-        return Loaded(torch.load(path, map_location="cpu", weights_only=True), path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
+    ):
+        raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
+    return Loaded(tensors, path)
 
 
 def read_safetensors(path: str) -> Loaded:
@@ -106,8 +98,11 @@ def read_safetensors(path: str) -> Loaded:
             tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
-    stored = metadata.get(KEY)
-    return Loaded(tensors, path, json.loads(stored) if stored else None)
+    try:
+        stored = json.loads(metadata.get(KEY) or "null")
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{path} has a damaged note on its base model ({e}): save or download it again.") from e
+    return Loaded(tensors, path, stored)
 
 
 def load_peft_weights(

@@ -6,29 +6,28 @@ from __future__ import annotations
 import hashlib
 import json
 
-import torch
-
 from graft.core.layer import AdapterLayer
 
 KEY = "graft_base"  # in the safetensors metadata
 MAX_NAMED = 1024  # beyond that many layers, only a digest of names and shapes is kept
-SAMPLED_LAYERS, SAMPLES = 32, 16
+SAMPLED_LAYERS, SAMPLES = 16, 4
+TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
 def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> dict:
-    """Names and shapes of the adapted weights and, where the values are the base's own, a hash of some of them."""
+    """Names and shapes of the adapted weights and, where they are the base's own, a few of their values."""
     shapes = {key: list(layer.site.shape) for key, layer in layers.items()}
     made: dict = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
     if len(shapes) <= MAX_NAMED:
         made["weights"] = shapes
     if with_values and layers:
-        step = max(1, len(layers) // SAMPLED_LAYERS)
-        made["sample"] = digest(b"".join(filter(None, (sample(layers[k]) for k in sorted(layers)[::step]))))
+        chosen = sorted(layers)[:: max(1, len(layers) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+        made["sample"] = {key: values for key in chosen if (values := sample(layers[key])) is not None}
     return made
 
 
-def sample(layer: AdapterLayer) -> bytes | None:
-    """Evenly spaced values, rounded to bfloat16 so that a base loaded in half precision counts as the same."""
+def sample(layer: AdapterLayer) -> list[float] | None:
+    """Evenly spaced values; None where the weight is quantized, merged into, or not there."""
     if not layer.store.exact or layer.merged_adapters or not layer.site.op.known:
         return None
     W = layer.store.read(layer.get_base_layer(), layer.site.parameter).detach()
@@ -36,7 +35,16 @@ def sample(layer: AdapterLayer) -> bytes | None:
         return None
     flat = W.reshape(-1)
     picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-    return picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return [float(f"{v:.5g}") for v in picked.float().tolist()]
+
+
+def same_values(stored: dict, now: dict) -> bool:
+    """Whether two fingerprints could be of the same weights."""
+    old, new = stored.get("sample"), now.get("sample")
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return True
+    pairs = [pair for key in old.keys() & new.keys() for pair in zip(old[key], new[key])]
+    return all(abs(a - b) <= TOLERANCE * max(abs(a), abs(b), 1e-4) for a, b in pairs)
 
 
 def digest(data: str | bytes) -> str:

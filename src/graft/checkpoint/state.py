@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.checkpoint.files import Loaded
-from graft.checkpoint.fingerprint import difference, fingerprint
+from graft.checkpoint.fingerprint import difference, fingerprint, same_values
 from graft.checkpoint.keys import Entry, entries, find, without_wrappers
 from graft.config.targets import EMBEDDING_NAMES
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, BaseModelMismatchError, PeftWarning
 from graft.core.layer import AdapterLayer
+from graft.core.merging import unmerged
 from graft.inject.inject import Parts, add_adapter
 from graft.inject.saved import ModulesToSaveWrapper, matches
 from graft.inject.survey import survey
@@ -101,11 +102,16 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
     bias = getattr(config, "bias", "none")
     if bias == "all":
         out |= {name: p for name, p in base.named_parameters() if "bias" in name and not _is_added(name, parts)}
+        out |= {name: b for name, b in _biases(parts).items() if name in out}
     elif bias != "none":
-        for key, layer in parts.layers.items():
-            if getattr(layer.base_layer, "bias", None) is not None:
-                out[f"{key}.base_layer.bias"] = layer.base_layer.bias  # type: ignore[assignment]
+        out |= _biases(parts)
     return out | embeddings(base, config, save_embedding_layers)
+
+
+def _biases(parts: Parts) -> dict[str, Tensor]:
+    """Biases of the adapted layers, as they are without what is merged."""
+    biases = {f"{key}.base_layer.bias": unmerged(layer)[1] for key, layer in parts.layers.items()}
+    return {name: b for name, b in biases.items() if b is not None}
 
 
 def _is_added(name: str, parts: Parts) -> bool:
@@ -142,6 +148,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
         if isinstance(module, AdapterLayer):
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in module.base_layer.named_parameters()}
+                out[f"{key}.base_layer.weight"] = unmerged(module)[0]
         elif not targeted and any(module is m for m in layers):
             out |= {f"{key}.{n}": p for n, p in module.named_parameters()}
     return out
@@ -292,7 +299,7 @@ class Load:
             if self.strict:
                 raise BaseModelMismatchError(text)
             warnings.warn(text, PeftWarning, stacklevel=7)
-        elif "sample" in self.fingerprint and "sample" in now and self.fingerprint["sample"] != now["sample"]:
+        elif not same_values(self.fingerprint, now):
             warnings.warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "
                 "with other weights: expect other outputs than in training.",

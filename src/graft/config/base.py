@@ -16,6 +16,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, ClassVar
 
+from graft.config.atomic import write_all, write_text
 from graft.config.enums import TaskType
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError
@@ -97,16 +98,15 @@ class PeftConfig:
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
+        path = os.path.join(save_directory, CONFIG_NAME)
+        write_all({path: write_text(self.to_json(auto_mapping_dict))})
+
+    def to_json(self, auto_mapping_dict: dict | None = None) -> str:
+        """The text of adapter_config.json."""
         values = self.saved_dict()
         if auto_mapping_dict is not None:
             values["auto_mapping"] = auto_mapping_dict
-        text = json.dumps(values, indent=2, sort_keys=True)
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(f"{path}.tmp", "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
+        return json.dumps(values, indent=2, sort_keys=True)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         from graft.config.hub import push

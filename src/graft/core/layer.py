@@ -264,8 +264,8 @@ class AdapterLayer(nn.Module):
         x = rows.take(x, self.site.key, self.op.takes_ids)
         if self.method.additive:
             y = self.store.protect(self.base_layer(x, *args, **kwargs))
-            if torch.is_grad_enabled():
-                y = y.clone()  # somebody may hold it, or it may be a leaf
+            if y.is_leaf and y.requires_grad:
+                y = y.clone()  # a hook made it so; it cannot be added to in place
             for adapter, index in rows.segments:
                 m = self.methods.get(adapter)  # type: ignore[arg-type]
                 if m is not None:

@@ -55,6 +55,8 @@ def check(layer: AdapterLayer, names: Sequence[str], safe: bool) -> None:
         )
     if method.replaces:  # one stands in for another
         method.check_together(methods)
+        if safe and not all(p.isfinite().all() for m in methods for p in m.replacement().parameters()):
+            raise ValueError(_broken(names, key))
         return
     method.check_together([layer.methods[n] for n in layer.merged_adapters] + methods)
     for m in methods:  # cheap, and they know whether this layer can be merged
@@ -64,10 +66,14 @@ def check(layer: AdapterLayer, names: Sequence[str], safe: bool) -> None:
     if safe:
         W, b = folded(layer, methods)
         if not (W.isfinite().all() and (b is None or b.isfinite().all())):
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
-                f"(layer '{key}'); the base weight was left as it is."
-            )
+            raise ValueError(_broken(names, key))
+
+
+def _broken(names: Sequence[str], key: str) -> str:
+    return (
+        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (layer '{key}'); the "
+        "base weight was left as it is."
+    )
 
 
 def merge(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
@@ -148,10 +154,28 @@ def unmerge(layer: AdapterLayer) -> None:
     layer.merged_adapters = []
 
 
-def _subtract(layer: AdapterLayer, factors: list[tuple[Tensor, Tensor]]) -> None:
-    name = layer.site.parameter
-    W = layer.op.canon(layer.store.read(layer.base_layer, name))
+@torch.no_grad()
+def unmerged(layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
+    """Weight (as stored) and bias as they are without what is merged."""
+    W = layer.store.read(layer.base_layer, layer.site.parameter)
+    bias = getattr(layer.base_layer, "bias", None)
+    for kind, state, old in reversed(layer._undo):
+        if kind == "subtract":
+            W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
+        elif state is not None:
+            W = state
+        bias = bias if old is None else old
+    return W, bias
+
+
+def _without(layer: AdapterLayer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in reversed(factors):
         wide = wide - (B.to(wide.dtype) @ A.to(wide.dtype)).view(layer.site.shape)
-    layer.store.write(layer.base_layer, name, layer.op.uncanon(wide.to(W.dtype)), False)
+    return wide.to(W.dtype)
+
+
+def _subtract(layer: AdapterLayer, factors: list[tuple[Tensor, Tensor]]) -> None:
+    name = layer.site.parameter
+    W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)
+    layer.store.write(layer.base_layer, name, layer.op.uncanon(W), False)

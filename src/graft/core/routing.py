@@ -79,6 +79,7 @@ class Routing:
             torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
         elif self._task[1] is not rows:
             self._ambiguous = True
+            self.rows = self.rows or rows  # so that layers ask, and are told
 
     def _end(self) -> None:
         self._task = self.rows = None

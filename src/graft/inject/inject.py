@@ -25,7 +25,7 @@ from graft.inject import saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Matched, Skipped
 from graft.inject.saved import ModulesToSaveWrapper
-from graft.inject.survey import Place, Tree, Wrapper, kind_of, site_of, survey
+from graft.inject.survey import Place, Tree, Wrapper, kind_of, never_called, site_of, survey
 from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import expand, tied_to_embedding
 from graft.inject.tokens import TrainableTokensWrapper, token_targets
@@ -86,7 +86,7 @@ def survey_and_match(
     if chosen is None:
         account(cfg, outcomes, report)
     for key, site in sites.items():
-        why = method.check(site, cfg)
+        why = method.check(site, cfg) or never_called(key, tree)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -466,6 +466,8 @@ def commit(
 
 def attach(place: Place, module: nn.Module) -> None:
     parent, name = place
+    if hasattr(parent, "activation_relu_or_gelu"):
+        parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
     parent._modules[name] = module  # setattr would only look the old one up again
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import find_op
 from graft.core.site import Site
+from graft.core.table import TypeTable
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store
@@ -74,6 +75,19 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners[id(weight)] > 1
     return Site(key, module, find_op(module), find_store(module), shared=shared)
+
+
+# modules that read their children's weights and do not call them
+READERS: TypeTable[str] = TypeTable(
+    {"torch.nn.modules.activation.MultiheadAttention": "reads its weight without calling it"}
+)
+
+
+def never_called(key: str, tree: Tree) -> str | None:
+    """Why an adapter on this module would have no effect, if so."""
+    parent = tree.places[key][0]
+    why = READERS.find(type(parent))
+    return None if why is None else f"Its parent, a {type(parent).__name__}, {why}"
 
 
 def kind_of(module: nn.Module) -> str:

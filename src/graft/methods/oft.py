@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from graft.config.targets import LORA
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.site import Site
+from graft.kernels.orthogonal import cayley, constrain, skew
 
 
 @dataclass(kw_only=True)
@@ -85,13 +85,16 @@ class OFT(Method):
     @classmethod
     def build(cls, site: Site, cfg: OFTConfig, shared):
         n = site.out_features if site.op.takes_ids else site.fan_in
-        size = _divisor(n, n // cfg.r if cfg.r and n % cfg.r == 0 else cfg.oft_block_size or None, cfg.r, site.key)
-        blocks = n // size
-        rotation = Rotation(1 if cfg.block_share else blocks, size)
+        what = "r" if cfg.r else "oft_block_size"
+        wanted = getattr(cfg, what)
+        fitting = nearest_divisor(n, wanted)
+        if fitting != wanted:
+            warnings.warn(f"Invalid `{what}` ({wanted}) for '{site.key}': adjusted to ({fitting}).", stacklevel=4)
+        size = n // fitting if cfg.r else fitting
         return {
-            "oft_embedding_R" if site.op.takes_ids else "oft_R": rotation,
+            "oft_embedding_R" if site.op.takes_ids else "oft_R": Rotation(1 if cfg.block_share else n // size, size),
             "block_size": size,
-            "blocks": blocks,
+            "blocks": n // size,
             "eps": cfg.eps if cfg.coft else None,
             "terms": cfg.num_cayley_neumann_terms if cfg.use_cayley_neumann else None,
             "module_dropout": cfg.module_dropout,
@@ -113,11 +116,10 @@ class OFT(Method):
         if self.eps is not None:
             v = constrain(v, self.eps)
             if self.layer.training:  # projected descent: the next update starts from the constrained point
-                with torch.no_grad():
-                    self.rotation.weight.copy_(v)
+                self.rotation.weight.data.copy_(v.detach())
                 v = self.rotation.weight
-        v = v.to(torch.promote_types(v.dtype, torch.float32))  # solvers have no half precision
-        R = cayley(skew(v, self.block_size), self.terms)
+        Q = skew(v.to(torch.promote_types(v.dtype, torch.float32)), self.block_size)  # solvers have no half precision
+        R = cayley(Q, self.terms)
         if self.module_dropout and self.layer.training:
             dropped = torch.rand(R.shape[0], 1, 1, device=R.device) < self.module_dropout
             R = torch.where(dropped, torch.eye(self.block_size, device=R.device, dtype=R.dtype), R)
@@ -131,8 +133,8 @@ class OFT(Method):
 
     def rotate(self, x: Tensor) -> Tensor:
         """x R, block by block. x (…, n)."""
-        blocks = x.unflatten(-1, (self.blocks, self.block_size)).unsqueeze(-2)  # (…, blocks, 1, b)
-        return (blocks @ self.R().to(x.dtype)).flatten(-3)
+        R = self.R().to(x.dtype).expand(self.blocks, -1, -1)
+        return torch.einsum("...kb,kbc->...kc", x.unflatten(-1, R.shape[:2]), R).flatten(-2)
 
     def fold(self, W: Tensor, b: Tensor | None):
         R = self.R().to(W.dtype)
@@ -143,46 +145,6 @@ class OFT(Method):
         return (R @ blocks).reshape(W.shape), b
 
 
-def skew(v: Tensor, size: int) -> Tensor:
-    """(blocks, size, size) skew-symmetric, from strict upper triangles row by row."""
-    rows, cols = torch.triu_indices(size, size, 1, device=v.device)
-    Q = v.new_zeros(v.shape[0], size, size).index_put(
-        (torch.arange(v.shape[0], device=v.device)[:, None], rows, cols), v
-    )
-    return Q - Q.mT
-
-
-def constrain(v: Tensor, eps: float) -> Tensor:
-    """Scale each block so that its Frobenius norm is at most eps / √blocks."""
-    limit = eps / math.sqrt(v.shape[0])
-    norm = v.norm(dim=1, keepdim=True) * math.sqrt(2)  # of Q, which holds every entry twice
-    return v * (limit / norm).clamp(max=1)
-
-
-def cayley(Q: Tensor, terms: int | None) -> Tensor:
-    """(I - Q)(I + Q)⁻¹; or the truncated series of its inverse, I + 2Q + 2Q² + … + Qⁿ⁻¹ (as PEFT has it)."""
-    I = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
-    if terms is None:
-        return torch.linalg.solve(I + Q, I - Q, left=False)
-    if terms == 1:
-        return I.expand_as(Q)
-    if terms == 2:
-        return I + 2 * Q
-    R, power = I + 2 * Q, Q
-    for _ in range(2, max(terms, 4) - 1):
-        power = power @ Q
-        R = R + 2 * power
-    return R + power @ Q
-
-
-def _divisor(n: int, size: int | None, r: int, key: str) -> int:
-    """The block size to use for n features: `size`, or that of r blocks, moved to the nearest divisor of n."""
-    wanted, what = (size, "oft_block_size") if size is not None else (r, "r")
-    if n % wanted == 0:
-        return wanted if what == "oft_block_size" else n // wanted
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    nearest = min(divisors, key=lambda d: (abs(d - wanted), d)) if wanted < n else n
-    warnings.warn(
-        f"Invalid `{what}` ({wanted}) for layer '{key}' with {n} features: adjusted to ({nearest}).", stacklevel=4
-    )
-    return nearest if what == "oft_block_size" else n // nearest
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n nearest to `wanted`, the smaller of two; n itself if that is less."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d)) if wanted < n else n

@@ -20,6 +20,7 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError
 from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows
 from graft.model.tuner import Tuner, check_adapter_name, tuner_of
+from graft.storage import numel
 
 OFFLOAD_KEYWORDS = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 
@@ -61,6 +62,7 @@ class PeftModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             **options,
         )
+        self.base_model.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
         self._note_modules_to_save(peft_config)
         self.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
@@ -119,10 +121,7 @@ class PeftModel(nn.Module):
         """(trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
         trainable = total = 0
         for p in self.parameters():
-            n = p.numel() or getattr(p, "ds_numel", 0)
-            if type(p).__name__ == "Params4bit":
-                storage = getattr(p, "quant_storage", torch.uint8)
-                n *= 2 * torch.empty((), dtype=storage).element_size()
+            n = numel(p)
             total += n
             trainable += n if p.requires_grad else 0
         return trainable, total
@@ -208,7 +207,6 @@ class PeftModel(nn.Module):
                 stacklevel=3,
             )
         self.base_model.disable_adapter_layers()
-        self._heads_changed()
         try:
             yield
         finally:
@@ -270,24 +268,26 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, with `adapter_names` as in `forward`."""
-        names, beams = kwargs.get("adapter_names"), self._beams(kwargs)
-        if names is None or beams == 1:
+        names, copies = kwargs.get("adapter_names"), self._copies(kwargs)
+        if names is None or copies == 1:
             return self._call(self.get_base_model().generate, args, kwargs)
-        return self._generate_beams(names, beams, args, kwargs)
+        return self._generate_copies(names, copies, args, kwargs)
 
-    def _beams(self, kwargs: dict[str, Any]) -> int:
+    def _copies(self, kwargs: dict[str, Any]) -> int:
+        """How often `generate` repeats each row: for beams, or for several samples."""
         config = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
-        return kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        settings = ("num_beams", "num_return_sequences")
+        return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
 
-    def _generate_beams(self, names: Sequence[str], beams: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Beam search repeats each row; an encoder still sees the rows as they came."""
+    def _generate_copies(self, names: Sequence[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Each row is repeated; an encoder still sees the rows as they came."""
         model: Any = self.get_base_model()
         routing = self.base_model.routing
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         rows = self._rows(names, args, kwargs)
         assert rows is not None
         device = rows.segments[0][1].device
-        spread = Rows.of([n for n in names for _ in range(beams)], device)
+        spread = Rows.of([n for n in names for _ in range(copies)], device)
         handles = []
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder = model.get_encoder()

@@ -32,17 +32,10 @@ class _Classification(_WithHead):
     """The base model's loss takes the number of labels from its config: keep that in step with the active head."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self_labels = _labels(args[0] if args else kwargs["model"])
+        model = args[0] if args else kwargs["model"]
+        labels = _labels(model), getattr(getattr(model, "config", None), "problem_type", None)
         super().__init__(*args, **kwargs)
-        self._base_labels = self_labels
-        self._heads_changed()
-
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
-        self._heads_changed()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+        self._base_labels, self._problem_type = labels
         self._heads_changed()
 
     def _heads_changed(self) -> None:
@@ -86,6 +79,7 @@ class _Classification(_WithHead):
             return
         config: Any = model.config
         config.num_labels = n
+        config.problem_type = self._problem_type  # transformers notes what it inferred from the labels of another head
         if n == before[0]:
             config.id2label, config.label2id = before[1], before[2]
         if hasattr(model, "num_labels"):

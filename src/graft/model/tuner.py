@@ -15,6 +15,7 @@ from graft.core import merging
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
+from graft.core.params import BufferDict
 from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
@@ -24,7 +25,7 @@ from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 
 TIED_NAMES = ("embed_tokens", "lm_head")
-_TAKEN = set(dir(nn.ModuleDict())) | set(dir(nn.ParameterDict()))
+_TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
@@ -79,7 +80,7 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, Any] = dict(getattr(model, "peft_config", None) or {})
         self.reports: dict[str, InjectReport] = {}
         self.active_adapters: list[str] = []
-        self.trainable: set[str] = set()
+        self.on_change: Callable[[], None] | None = None  # told when other adapters run
         if state_dict is not None:
             options["keys"] = self._keys_in(state_dict, peft_config)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -188,6 +189,11 @@ class Tuner(nn.Module):
         for part in self.parts():
             part.set_adapter(names, inference_mode)
         self.active_adapters = names
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -239,6 +245,7 @@ class Tuner(nn.Module):
     def enable_adapter_layers(self) -> None:
         for part in self.parts():
             part.enable_adapters(True)
+        self._changed()
 
     def disable_adapter_layers(self) -> None:
         for config in (self.peft_config.get(name) for name in self.active_adapters):
@@ -251,6 +258,7 @@ class Tuner(nn.Module):
                 )
         for part in self.parts():
             part.enable_adapters(False)
+        self._changed()
 
     # merging
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How weights are held. Only files in this folder look inside a module for its weight."""
 
+from typing import Any
+
+import torch
+
 from graft.core.site import Store
 from graft.core.table import TypeTable
 from graft.storage.dense import Dense
@@ -14,4 +18,12 @@ def find_store(module) -> Store:
     return STORES.find(type(module)) or DENSE
 
 
-__all__ = ["DENSE", "STORES", "Dense", "find_store"]
+def numel(p: Any) -> int:
+    """How many numbers a parameter holds: packed 4-bit weights two in a byte, DeepSpeed's shards those of the whole."""
+    n = p.numel() or getattr(p, "ds_numel", 0)
+    if type(p).__name__ == "Params4bit":
+        n *= 2 * torch.empty((), dtype=getattr(p, "quant_storage", torch.uint8)).element_size()
+    return n
+
+
+__all__ = ["DENSE", "STORES", "Dense", "find_store", "numel"]

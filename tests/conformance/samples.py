@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three axes of the matrix as tables: methods (`SAMPLES`), layers (`LAYERS`), weight storage (`STORES`).
+
+A new method adds a line to `SAMPLES`, a new layer type one to `LAYERS`, a new store one to `STORES`; every law of
+test_matrix.py then holds for it. What a method cannot do stands in `REFUSED` and `UNMERGEABLE` with the reason, and is
+tested to fail in that way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graft
+from graft.core.errors import ConfigError, UnsupportedLayerError
+from tests.models import seeded
+
+ADAPTERS = ("default", "other")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A method and a configuration that shows one of its ways to act."""
+
+    method: str
+    label: str = ""
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    other: dict[str, Any] = field(default_factory=dict, hash=False)  # where a second adapter must differ
+    subtracts: bool = False  # unmerging subtracts the update, so the weight comes back rounded
+    identity: bool = True  # a fresh adapter changes nothing
+    together: bool = True  # two adapters can be active at once
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.label}" if self.label else self.method
+
+    def make(self, adapter: str = "default"):
+        values = {**self.config, **(self.other if adapter == "other" else {})}
+        return graft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](target_modules=["layer"], **copy.deepcopy(values))
+
+
+SAMPLES = [
+    Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
+    Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
+    Sample("IA3", config=dict(feedforward_modules=[])),
+    Sample("IA3", "feedforward", dict(feedforward_modules=["layer"])),
+    Sample("VERA", config=dict(r=3), subtracts=True),
+    Sample("LOHA", config=dict(r=3, alpha=5)),
+    Sample("LOHA", "effective", dict(r=3, alpha=5, use_effective_conv2d=True)),
+    Sample("OFT", config=dict(oft_block_size=3)),
+    Sample("OFT", "exact", dict(oft_block_size=3, use_cayley_neumann=False)),
+    Sample("OFT", "shared", dict(oft_block_size=3, block_share=True)),
+    Sample("HRA", config=dict(r=4)),
+    Sample("HRA", "orthogonal", dict(r=2, apply_GS=True), identity=False),
+    Sample(
+        "ADALORA",
+        config=dict(init_r=4, target_r=2, lora_alpha=6, total_step=9),
+        other=dict(inference_mode=True),  # one trains at a time
+        subtracts=True,
+    ),
+    Sample("TRAINABLE_TOKENS", config=dict(token_indices=[4, 1, 3]), other=dict(token_indices=[0, 5])),
+    Sample("LN_TUNING", together=False),
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to adapt, what one row of its input looks like, and the traits that decide who can adapt it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    traits: str = ""
+    ids: int = 0  # the input holds ids below this
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def hf_conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(6, 10)
+    nn.init.normal_(layer.weight, std=0.4)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+LAYERS = [
+    Layer("linear", lambda: nn.Linear(10, 6), (4, 10)),
+    Layer("linear-no-bias", lambda: nn.Linear(10, 6, bias=False), (10,), "no-bias"),
+    Layer("Conv1D", hf_conv1d, (4, 10)),
+    Layer("embedding", lambda: nn.Embedding(11, 6, padding_idx=2), (5,), "embedding", ids=11),
+    Layer("conv1d", lambda: nn.Conv1d(6, 9, 3, stride=2, padding=1), (6, 11), "conv"),
+    Layer(
+        "conv1d-circular",
+        lambda: nn.Conv1d(6, 4, 3, padding=2, padding_mode="circular", bias=False),
+        (6, 7),
+        "conv no-bias",
+    ),
+    Layer("conv2d", lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 7, 5), "conv"),
+    Layer("conv2d-point", lambda: nn.Conv2d(4, 6, 1), (4, 3, 5), "conv"),
+    Layer(
+        "conv2d-stride",
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), bias=False),
+        (4, 7, 5),
+        "conv no-bias",
+    ),
+    Layer("conv2d-dilated", lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), (4, 7, 5), "conv"),
+    Layer("conv2d-same", lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), (4, 7, 5), "conv"),
+    Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 7, 5), "conv grouped"),
+    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5), "conv grouped"),
+    Layer("conv3d", lambda: nn.Conv3d(4, 6, 2, stride=(1, 2, 1), padding=1), (4, 3, 4, 2), "conv"),
+    Layer("conv3d-grouped", lambda: nn.Conv3d(4, 6, 2, groups=2), (4, 3, 4, 2), "conv grouped"),
+    Layer("norm", lambda: nn.LayerNorm(10), (4, 10), "norm"),
+]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weight of the layer is held."""
+
+    name: str
+    hold: Callable[[nn.Module], nn.Module] = lambda layer: layer
+    exact: bool = True  # writing and reading back loses nothing
+    tolerance: float = 1e-5
+
+    def __str__(self) -> str:
+        return self.name
+
+
+STORES = [Storage("dense")]
+
+
+class Net(nn.Module):
+    """One layer between two frozen factors."""
+
+    def __init__(self, layer: nn.Module, ids: bool):
+        super().__init__()
+        self.layer, self.ids = layer, ids
+        self.before, self.after = nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if self.ids else x * self.before) * self.after
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the matrix."""
+
+    sample: Sample
+    layer: Layer
+    store: Storage
+
+    def __str__(self) -> str:
+        return f"{self.sample}-{self.layer}-{self.store}"
+
+    def base(self) -> Net:
+        """A fresh base model, the same every time, with every parameter away from its trivial value."""
+        with seeded(0):
+            net = Net(self.layer.make(), bool(self.layer.ids))
+            if isinstance(net.layer, nn.LayerNorm):
+                net.layer.weight.data.normal_()
+                net.layer.bias.data.normal_()
+            net.layer = self.store.hold(net.layer)
+        return net.eval()
+
+    def fresh(self, adapters: Iterable[str] = ("default",), base: nn.Module | None = None, **options):
+        """A model with adapters as they start."""
+        with seeded(1):
+            first, *others = adapters
+            model = graft.get_peft_model(
+                self.base() if base is None else base, self.sample.make(first), first, **options
+            )
+            for name in others:
+                model.add_adapter(name, self.sample.make(name), **options)
+        return model.eval()
+
+    def trained(self, adapters: Iterable[str] = ("default",), **options):
+        """A model with adapters that do something."""
+        return disturb(self.fresh(adapters, **options))
+
+    def inputs(self, rows: int = 5) -> Tensor:
+        with seeded(2):
+            shape = (rows, *self.layer.shape)
+            return torch.randint(0, self.layer.ids, shape) if self.layer.ids else torch.randn(shape)
+
+    @property
+    def unmergeable(self) -> tuple[type[Exception], str] | None:
+        return find(UNMERGEABLE, self.sample, self.layer)
+
+
+def trainable(layer: graft.AdapterLayer, adapter: str) -> list[nn.Parameter]:
+    """The parameters of an adapter that are not frozen for good."""
+    frozen = {id(p) for p in layer.methods[adapter].frozen()}
+    return [p for p in layer.parameters_of(adapter) if id(p) not in frozen]
+
+
+@torch.no_grad()
+def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Move every adapter parameter that can train away from where it is."""
+    with seeded(3):
+        for name in model.peft_config:
+            for layer in model.layers_of(name):
+                for p in trainable(layer, name):
+                    p.add_((torch.randn(p.shape) * scale).to(p.dtype))
+    return model
+
+
+# methods or samples, a trait of the layer → what is raised, and why
+
+REFUSED = [
+    ("LORA IA3 VERA LOHA OFT HRA ADALORA", "norm", UnsupportedLayerError, "LayerNorm.* not supported"),
+    ("IA3-feedforward", "embedding", UnsupportedLayerError, "embedding's input cannot be scaled"),
+    ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
+    ("TRAINABLE_TOKENS", "conv", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),
+    ("TRAINABLE_TOKENS", "norm", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),
+]
+UNMERGEABLE = [
+    ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot
+    ("LORA-bias", "no-bias", RuntimeError, "the base layer has no bias"),
+]
+
+
+def find(reasons: list[tuple], sample: Sample, layer: Layer) -> tuple[type[Exception], str] | None:
+    """What is raised for this pair, and a part of the text."""
+    for names, trait, error, text in reasons:
+        if {sample.method, str(sample)} & set(names.split()) and trait in layer.traits.split():
+            return error, text
+    return None
+
+
+PAIRS = [(sample, layer) for sample in SAMPLES for layer in LAYERS]
+CELLS = [Cell(*pair, store) for pair in PAIRS if find(REFUSED, *pair) is None for store in STORES]
+REFUSALS = [(*pair, *found) for pair in PAIRS if (found := find(REFUSED, *pair)) is not None]

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws that hold for every method on every layer type in every store."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from tests.conformance.samples import ADAPTERS, CELLS, REFUSALS, SAMPLES, Cell, Net, disturb, trainable
+from tests.models import seeded
+
+NAMES = ["other", "__base__", "default", "other", "default"]  # a mixed batch
+
+every = pytest.mark.parametrize("cell", CELLS, ids=str)
+mergeable = pytest.mark.parametrize("cell", [c for c in CELLS if c.unmergeable is None], ids=str)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base model's tensors as they are now, by their original names."""
+    return {name: t.clone() for name, t in graft.get_base_model_state_dict(model).items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    now = weights(model)
+    assert now.keys() == before.keys()
+    for name, t in before.items():
+        assert_close(now[name], t, rtol=tolerance, atol=tolerance)
+
+
+def equal(ours: torch.Tensor, theirs: torch.Tensor, cell: Cell, tolerance: float | None = None) -> None:
+    tolerance = cell.store.tolerance if tolerance is None else tolerance
+    assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_every_method_is_in_the_matrix():
+    assert {s.method for s in SAMPLES} == set(graft.methods.METHODS)
+
+
+@pytest.mark.parametrize("sample, layer, error, reason", REFUSALS, ids=[f"{s}-{layer}" for s, layer, _, _ in REFUSALS])
+def test_a_refusal_says_why_and_changes_nothing(sample, layer, error, reason):
+    cell = Cell(sample, layer, None)
+    base = Net(layer.make(), bool(layer.ids))
+    before = {name: (p.clone(), p.requires_grad) for name, p in base.named_parameters()}
+    with pytest.raises(error, match=reason) as raised:
+        graft.get_peft_model(base, cell.sample.make())
+    assert "layer" in str(raised.value), "names the layer"
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == {n: r for n, (_, r) in before.items()}
+    assert type(base.layer) is type(layer.make())
+
+
+# the identity
+
+
+@every
+def test_a_fresh_adapter_is_the_identity(cell):
+    x = cell.inputs()
+    fresh, base = cell.fresh()(x), cell.base()(x)
+    if cell.sample.identity:
+        equal(fresh, base, cell)
+    else:
+        assert fresh.isfinite().all() and (fresh - base).abs().max() > 1e-3, "a sample says otherwise without need"
+
+
+@every
+def test_an_adapter_does_something(cell):
+    x = cell.inputs()
+    assert (cell.trained()(x) - cell.base()(x)).abs().max() > 1e-3
+
+
+@every
+def test_disabled_adapters_leave_the_base(cell):
+    x, model = cell.inputs(), cell.trained(ADAPTERS)
+    expected = model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), cell.base()(x))
+    assert torch.equal(model(x), expected)
+
+
+# merging
+
+
+@mergeable
+def test_merging_moves_the_adapter_into_the_weight(cell):
+    x, model = cell.inputs(), cell.trained()
+    expected = model(x)
+    model.merge_adapter()
+    layer = model.base_model.layers["layer"]
+    assert layer.merged_adapters == ["default"]
+    equal(model(x), expected, cell)
+    assert torch.equal(model(x), layer.base_layer(x if cell.layer.ids else x * 1.3) * 0.7), "the weight alone does it"
+
+
+@mergeable
+def test_unmerging_restores(cell):
+    x, model = cell.inputs(), cell.trained()
+    before, expected = weights(model), model(x)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    unchanged(model, before, 1e-6 if cell.sample.subtracts else 0)
+    equal(model(x), expected, cell, 1e-5 if cell.sample.subtracts else 0)
+    assert model.base_model.merged_adapters == []
+
+
+@mergeable
+def test_a_safe_merge_refuses_values_that_are_not_finite(cell):
+    x, model = cell.inputs(), cell.trained()
+    before = weights(model)
+    with torch.no_grad():
+        trainable(model.base_model.layers["layer"], "default")[0].view(-1)[-1] = torch.nan
+    with pytest.raises(ValueError, match=r"NaNs detected.*default"):
+        model.merge_adapter(safe_merge=True)
+    unchanged(model, before)
+    assert model.base_model.merged_adapters == []
+    with model.disable_adapter():
+        assert torch.equal(model(x), cell.base()(x))
+
+
+@mergeable
+def test_a_safe_merge_of_sound_values_is_a_merge(cell):
+    x, model, other = cell.inputs(), cell.trained(), cell.trained()
+    model.merge_adapter(safe_merge=True)
+    other.merge_adapter()
+    assert torch.equal(model(x), other(x))
+
+
+@mergeable
+def test_merging_and_unloading_leaves_a_plain_model(cell):
+    x, model = cell.inputs(), cell.trained()
+    expected = model(x)
+    plain = model.merge_and_unload()
+    assert type(plain) is Net and not any(isinstance(m, graft.AdapterLayer) for m in plain.modules())
+    assert plain.state_dict().keys() == cell.base().state_dict().keys()
+    equal(plain(x), expected, cell)
+
+
+@mergeable
+def test_two_active_adapters_fold_into_one_weight(cell):
+    x, model = cell.inputs(), cell.trained(ADAPTERS)
+    if not cell.sample.together:
+        with pytest.raises(ValueError, match="activate one"):
+            model.base_model.set_adapter(list(ADAPTERS))
+        return
+    model.base_model.set_adapter(list(ADAPTERS))
+    both = model(x)
+    for name in ADAPTERS:
+        model.base_model.set_adapter(name)
+        assert (model(x) - both).abs().max() > 1e-3, "each has its part"
+    model.base_model.set_adapter(list(ADAPTERS))
+    equal(model.merge_and_unload()(x), both, cell)
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.unmergeable], ids=str)
+def test_what_cannot_be_merged_says_why(cell):
+    x, model = cell.inputs(), cell.trained()
+    before, expected = weights(model), model(x)
+    error, reason = cell.unmergeable
+    with pytest.raises(error, match=reason):
+        model.merge_adapter()
+    unchanged(model, before)
+    assert model.base_model.merged_adapters == []
+    assert torch.equal(model(x), expected)
+
+
+# files
+
+
+@every
+def test_a_saved_adapter_computes_the_same_on_a_fresh_base(cell, tmp_path):
+    x, model = cell.inputs(), cell.trained(ADAPTERS)
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(cell.base(), tmp_path)
+    report = loaded.load_adapter(tmp_path / "other", "other")
+    assert not report.missing_keys and not report.unexpected_keys
+    for name in ADAPTERS:
+        model.set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(x), model(x))
+    assert weights(loaded).keys() == weights(model).keys()
+
+
+@mergeable
+def test_merging_leaves_what_a_checkpoint_holds(cell):
+    model = cell.trained()
+    before = {key: t.clone() for key, t in graft.get_peft_model_state_dict(model).items()}
+    model.merge_adapter()
+    after = graft.get_peft_model_state_dict(model)
+    assert before.keys() == after.keys() and before
+    assert all(torch.equal(after[key], t) for key, t in before.items())
+
+
+@every
+def test_a_state_dict_loads_into_a_twin(cell):
+    x, model, twin = cell.inputs(), cell.trained(ADAPTERS), cell.fresh(ADAPTERS)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(x), model(x))
+
+
+# mixed batches
+
+
+def one_by_one(model, x, names):
+    """Rows of `x` in turn, each with its adapter alone."""
+    for i, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                yield i, model(x[i : i + 1])
+        else:
+            model.set_adapter(name)
+            yield i, model(x[i : i + 1])
+
+
+@every
+def test_a_mixed_batch_is_its_rows_one_by_one(cell):
+    x, model = cell.inputs(), cell.trained(ADAPTERS)
+    mixed = model(x, adapter_names=NAMES)
+    equal(mixed, torch.cat([y for _, y in one_by_one(model, x, NAMES)]), cell)
+    with model.disable_adapter():
+        assert torch.equal(model(x, adapter_names=NAMES), cell.base()(x))
+
+
+@every
+def test_training_on_a_mixed_batch_gives_the_gradients_of_its_rows(cell):
+    x, model = cell.inputs(), cell.trained(ADAPTERS).train()
+    if not cell.layer.ids:
+        x.requires_grad_()
+    with seeded(4):
+        weight = torch.randn_like(model(x))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if not cell.layer.ids:
+            found["input"], x.grad = x.grad, None
+        model.zero_grad()
+        return found
+
+    model.set_requires_grad(ADAPTERS)
+    (model(x, adapter_names=NAMES) * weight).sum().backward()
+    mixed = gradients()
+    for i, y in one_by_one(model, x, NAMES):
+        if y.requires_grad:
+            (y * weight[i : i + 1]).sum().backward()
+    apart = gradients()
+    assert mixed.keys() == apart.keys() and len(mixed) > 1
+    for name in apart:
+        equal(mixed[name], apart[name], cell, 1e-4)
+
+
+# training
+
+
+@every
+def test_gradients_reach_the_active_adapter_and_nothing_else(cell):
+    x, model = cell.inputs(), cell.trained(ADAPTERS).train()
+    own = set(trainable(model.base_model.layers["layer"], "default"))
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (p in own), name
+        if p in own:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+        else:
+            assert p.grad is None, name
+
+
+# numbers
+
+
+@every
+def test_half_precision_stays_close_to_double(cell):
+    x = cell.inputs()
+    x = x if cell.layer.ids else x.bfloat16()
+    model = disturb(cell.fresh(base=cell.base().bfloat16()))
+    exact = copy.deepcopy(model).double()
+    expected = exact(x if cell.layer.ids else x.double())
+    scale = expected.abs().max()
+
+    def close(y):
+        assert y.dtype == torch.bfloat16
+        assert (y.double() - expected).abs().max() / scale < 0.03
+
+    close(model(x))
+    if cell.unmergeable is None:
+        dtypes = {name: t.dtype for name, t in weights(model).items()}
+        model.merge_adapter()
+        assert {name: t.dtype for name, t in weights(model).items()} == dtypes
+        close(model(x))
+
+
+@every
+def test_adapters_of_a_half_precision_base(cell):
+    x = cell.inputs()
+    x = x if cell.layer.ids else x.bfloat16()
+    upcast = cell.sample.method != "LN_TUNING"  # its copy computes as the layer did
+    for autocast in (True, False):
+        model = disturb(cell.fresh(base=cell.base().bfloat16(), autocast_adapter_dtype=autocast))
+        layer = model.base_model.layers["layer"]
+        wanted = torch.float32 if autocast and upcast else torch.bfloat16
+        assert {p.dtype for p in layer.parameters_of("default")} == {wanted}
+        assert model(x).dtype == torch.bfloat16
+
+
+# copies, meta
+
+
+@every
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_equal_and_independent(cell, how):
+    x, model = cell.inputs(), cell.trained(ADAPTERS)
+    expected = model(x)
+    other = how(model)
+    assert torch.equal(other(x), expected)
+    mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert not {p.data_ptr() for p in mine.values()} & {p.data_ptr() for p in theirs.values()}
+    disturb(other)
+    other.set_adapter("other")
+    assert torch.equal(model(x), expected)
+    assert model.active_adapters == ["default"]
+    mixed = other(x, adapter_names=["other"] * len(x))
+    equal(mixed, other(x), cell)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple]:
+    return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+
+
+@every
+def test_injection_on_the_meta_device_gives_the_same_names_and_shapes(cell):
+    expected = cell.fresh()
+    with torch.device("meta"):
+        base = cell.base()
+    assert shapes(cell.fresh(base=base)) == shapes(expected)
+    light = cell.fresh(low_cpu_mem_usage=True)
+    assert shapes(light) == shapes(expected)
+    plan = graft.plan(cell.base(), cell.sample.make())
+    assert plan.trainable_parameters == expected.get_nb_trainable_parameters()[0]
+    assert [m.name for m in plan.matched] == ["layer"]
+
+
+# compiled
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.layer.name in ("linear", "norm")], ids=str)
+def test_compiles_without_a_break(cell):
+    torch._dynamo.reset()
+    x, model = cell.inputs(), cell.trained(ADAPTERS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = model(x)
+    equal(compiled(x), first, cell)
+    model.set_adapter("other")
+    second = model(x)
+    assert (first - second).abs().max() > 1e-3
+    equal(compiled(x), second, cell)
+    with model.disable_adapter():
+        equal(compiled(x), cell.base()(x), cell)
+    equal(compiled(x), second, cell)

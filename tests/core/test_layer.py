@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdapterLayer: activation, scaling, and merging beyond the laws of the matrix."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from tests.conformance.samples import SAMPLES, disturb
+from tests.models import seeded
+
+X = torch.linspace(-1, 1, 30).view(5, 6)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+CONFIGS = {
+    "LORA": dict(r=2, lora_alpha=6),
+    "LOHA": dict(r=2, alpha=3),
+    "IA3": dict(feedforward_modules=["two"]),
+    "OFT": dict(oft_block_size=2),
+    "HRA": dict(r=2),
+}
+
+
+def config(method="LORA", targets=("one", "two"), **options):
+    options = {**CONFIGS.get(method, {}), **options}
+    return graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=list(targets), **options)
+
+
+def adapted(*adapters, method="LORA", base=None, **options):
+    """A net with disturbed adapters of these names."""
+    with seeded(0):
+        model = graft.get_peft_model(Net().eval() if base is None else base, config(method, **options), adapters[0])
+        for name in adapters[1:]:
+            model.add_adapter(name, config(method, **options))
+    return disturb(model).eval()
+
+
+def weights(model):
+    return {name: t.clone() for name, t in graft.get_base_model_state_dict(model).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# activation
+
+
+def test_activating_decides_who_runs_and_who_trains():
+    model = adapted("a", "b")
+    layer = model.base_model.layers["one"]
+    assert model.active_adapters == layer.active_adapters == ["a"] and layer.active_adapter == "a"
+    model.set_adapter("b")
+    assert all(p.requires_grad for p in layer.parameters_of("b"))
+    assert not any(p.requires_grad for p in layer.parameters_of("a"))
+    model.base_model.set_adapter(["b", "a"])
+    assert layer.active_adapter == ["b", "a"] and all(p.requires_grad for p in layer.parameters_of("a"))
+    model.set_adapter("a", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_without_the_active_adapter_is_the_base():
+    model = adapted("a")
+    with seeded(1):
+        model.add_adapter("b", config(targets=["two"]))
+    disturb(model)
+    model.set_adapter("b")
+    one, two = model.base_model.layers.values()
+    h = torch.tanh(one.base_layer(X))
+    assert torch.equal(torch.tanh(one(X)), h)
+    assert not torch.equal(two(h), two.base_layer(h))
+
+
+def test_an_unknown_adapter_is_refused_and_nothing_changes():
+    model = adapted("a")
+    for call in (model.set_adapter, model.delete_adapter, model.set_requires_grad):
+        with pytest.raises(graft.AdapterNotFoundError, match=r"zz.*Loaded adapters: a"):
+            call("zz")
+    assert model.active_adapters == ["a"]
+
+
+@pytest.mark.parametrize("method", ["OFT", "HRA"])
+def test_the_order_of_activation_is_the_order_of_action(method):
+    options = dict(oft_block_size=3) if method == "OFT" else {}  # plane rotations would commute
+    model = adapted("a", "b", method=method, targets=["one"], **options)
+    model.base_model.set_adapter(["a", "b"])
+    ab = model(X)
+    model.base_model.set_adapter(["b", "a"])
+    ba = model(X)
+    assert (ab - ba).abs().max() > 1e-4
+    model.merge_adapter()
+    assert_close(model(X), ba, rtol=1e-5, atol=1e-5)
+
+
+# scaling
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA"])
+def test_scaling(method):
+    model = adapted("a", "b", method=method)
+    layer = model.base_model.layers["one"]
+    start = layer.scaling["a"]
+    layer.set_scale("a", 2)
+    layer.set_scale("a", 3)
+    assert layer.scaling == {"a": 3 * start, "b": start}, "relative to the configured scaling"
+    layer.scale_layer(0.5)
+    layer.scale_layer(4)
+    assert layer.scaling == {"a": pytest.approx(6 * start), "b": start}, "of the active ones, relative to now"
+    layer.unscale_layer(4)
+    assert layer.scaling["a"] == pytest.approx(1.5 * start)
+    layer.unscale_layer()
+    assert layer.scaling["a"] == start
+
+
+def test_a_scaled_adapter_adds_as_much_more():
+    model = adapted("a", targets=["two"])
+    layer = model.base_model.layers["two"]
+    x = torch.randn(2, 8)
+    update = layer(x) - layer.base_layer(x)
+    layer.set_scale("a", 2)
+    assert_close(layer(x) - layer.base_layer(x), 2 * update, rtol=1e-4, atol=1e-6)
+    layer.set_scale("a", 0)
+    assert_close(layer(x), layer.base_layer(x))
+    layer.unscale_layer()
+    layer.merge()
+    W = layer.base_layer.weight.clone()
+    layer.unmerge()
+    layer.set_scale("a", 2)
+    layer.merge()
+    assert_close(layer.base_layer.weight - W, W - adapted("a", targets=["two"]).base_model.layers["two"].weight)
+
+
+def test_scaling_of_an_unknown_adapter_does_nothing():
+    layer = adapted("a").base_model.layers["one"]
+    layer.set_scale("zz", 2)
+    assert set(layer.scaling) == {"a"}
+
+
+@pytest.mark.parametrize("method", ["IA3", "OFT", "HRA"])
+def test_what_has_no_scaling_says_so(method):
+    model = adapted("a", method=method)
+    layer, before = model.base_model.layers["one"], model(X)
+    for call in (lambda: layer.set_scale("a", 2), lambda: layer.scale_layer(2), lambda: layer.unscale_layer(2)):
+        with pytest.warns(graft.PeftWarning, match=r"Scaling has no meaning.*one"):
+            call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.scale_layer(1)
+        layer.unscale_layer()
+    assert torch.equal(model(X), before)
+
+
+# merging some of several
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("steps", [[["a"], ["b"]], [["b"], ["a"]], [["a", "b"]], [["b"]], [[]]], ids=str)
+def test_merging_in_steps(method, steps):
+    model = adapted("a", "b", method=method)
+    before = weights(model)
+    merged = [name for step in steps for name in step]
+    model.base_model.set_adapter(merged)
+    expected = model(X)
+    for step in steps:
+        model.merge_adapter(step)
+    assert model.base_model.merged_adapters == merged
+    assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+    if not merged:
+        return
+    model.unmerge_adapter()
+    assert model.base_model.merged_adapters == []
+    for name, t in weights(model).items():
+        assert_close(t, before[name], rtol=1e-6, atol=1e-6)
+    assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_twice_says_so_and_does_nothing():
+    model = adapted("a", "b")
+    model.merge_adapter()
+    once = weights(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"Already following adapters were merged a. .*additionally merging b"):
+        model.merge_adapter(["a", "b"])
+    assert not same(weights(model), once) and model.base_model.merged_adapters == ["a", "b"]
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_merging_takes_a_list_of_known_names():
+    model = adapted("a")
+    with pytest.raises(TypeError, match=r"list of strings.*\['a'\]"):
+        model.merge_adapter("a")
+    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
+        model.merge_adapter(["a", "zz"])
+    assert model.base_model.merged_adapters == []
+
+
+def test_unmerging_takes_out_what_was_merged_though_it_has_been_trained_since():
+    model = adapted("a")
+    before = weights(model)
+    model.merge_adapter()
+    disturb(model)
+    model.base_model.layers["one"].set_scale("a", 5)
+    model.unmerge_adapter()
+    for name, t in weights(model).items():
+        assert_close(t, before[name], rtol=1e-6, atol=1e-6)
+
+
+def test_switching_or_disabling_while_merged_unmerges_at_once():
+    model = adapted("a", "b")
+    before, a = weights(model), model(X)
+    model.set_adapter("b")
+    b = model(X)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("a")
+    assert model.base_model.merged_adapters == []
+    assert_close(model(X), a)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert model.base_model.merged_adapters == []
+        assert_close(model(X), Net.forward(model.get_base_model(), X))
+    assert_close(model(X), a)
+    assert (a - b).abs().max() > 1e-3
+    for name, t in weights(model).items():
+        assert_close(t, before[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_merged_adapter_cannot_be_deleted():
+    model = adapted("a", "b")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"Cannot delete adapter.*'a'.*merged"):
+        model.delete_adapter("a")
+    assert "a" in model.peft_config
+    model.delete_adapter("b")
+    model.unmerge_adapter()
+    model.delete_adapter("a")
+    assert model.peft_config == {} and torch.equal(model(X), Net.forward(model.get_base_model(), X))
+
+
+def spoil(model, adapter, layer="two"):
+    p = next(model.base_model.layers[layer].parameters_of(adapter))
+    with torch.no_grad():
+        p.view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_merge_that_fails_half_way_leaves_nothing_merged(method):
+    model = adapted("a", method=method)
+    spoil(model, "a")  # the second of two layers
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"NaNs detected.*'two'"):
+        model.merge_adapter(safe_merge=True)
+    assert model.base_model.merged_adapters == []
+    now = weights(model)
+    for name, t in before.items():
+        assert_close(now[name], t, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_second_merge_that_fails_leaves_the_first(method):
+    model = adapted("a", "b", method=method)
+    spoil(model, "b")
+    model.merge_adapter(["a"])
+    expected = model(X)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["b"], safe_merge=True)
+    assert model.base_model.merged_adapters == ["a"]
+    assert all(layer.merged_adapters == ["a"] for layer in model.base_model.layers.values())
+    assert_close(model(X), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_failed_merge_and_unload_leaves_the_model():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 8), nn.Conv1d(8, 4, 1, groups=2)
+
+        def forward(self, x):
+            return self.two(self.one(x)[..., None])
+
+    model = adapted("a", base=Grouped())
+    expected = model(X)
+    with pytest.raises(NotImplementedError, match=r"groups > 1.*'two'"):
+        model.merge_and_unload()
+    assert_close(model(X), expected)
+    assert model.base_model.merged_adapters == []
+
+
+def test_unloading_gives_the_base_back():
+    base = Net().eval()
+    expected, names = base(X), base.state_dict().keys()
+    model = adapted("a", base=base)
+    assert model.unload() is base
+    assert torch.equal(base(X), expected) and base.state_dict().keys() == names
+    again = adapted("a", base=base)
+    assert (again(X) - expected).abs().max() > 1e-3, "it can be adapted anew"
+
+
+# replaced layers
+
+
+def normed(**options):
+    net = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
+    with seeded(0):
+        net[0].weight.data.normal_()
+        model = graft.get_peft_model(net, graft.LNTuningConfig(target_modules=["0"], **options), "a")
+        model.add_adapter("b", graft.LNTuningConfig(target_modules=["0"]))
+    return disturb(model).eval()
+
+
+def test_a_replacement_is_swapped_in_and_out():
+    model = normed()
+    layer = model.base_model.layers["0"]
+    base, own, expected = layer.base_layer, dict(layer.ln_tuning_layers), model(X)
+    model.merge_adapter()
+    assert layer.base_layer is own["a"] and torch.equal(model(X), expected)
+    with pytest.warns(UserWarning, match=r"Unmerging \['a'\] first"):
+        model.merge_adapter(["b"])
+    assert layer.base_layer is own["b"] and layer.merged_adapters == ["b"]
+    model.unmerge_adapter()
+    assert layer.base_layer is base and dict(layer.ln_tuning_layers) == own and torch.equal(model(X), expected)
+
+
+def test_two_replacements_cannot_stand_in_for_one_layer():
+    model = normed()
+    with pytest.raises(ValueError, match="activate one"):
+        model.base_model.set_adapter(["a", "b"])
+    with pytest.raises(ValueError, match=r"merge one|activate one"):
+        model.merge_adapter(["a", "b"])
+    assert model.active_adapters == ["a"] and model.base_model.merged_adapters == []
+
+
+def test_a_merged_replacement_moves_and_trains_with_the_model():
+    model = normed()
+    model.merge_adapter()
+    model.double()
+    model.unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(X.double()).dtype == torch.float64
+
+
+def test_a_merged_and_unloaded_replacement_is_the_layer():
+    model = normed()
+    expected, own = model(X), model.base_model.layers["0"].ln_tuning_layers["a"]
+    plain = model.merge_and_unload()
+    assert plain[0] is own and torch.equal(plain(X), expected)
+
+
+# what is easily overlooked
+
+
+def test_a_merge_rounds_once():
+    """In half precision the sum is made in float32."""
+    for method in ("LORA", "LOHA"):
+        model = adapted("a", method=method, base=Net().bfloat16().eval())
+        layer = model.base_model.layers["one"]
+        expected = (layer.weight.float() + layer.get_delta_weight("a").float()).bfloat16()
+        model.merge_adapter()
+        assert torch.equal(layer.weight, expected)
+
+
+def test_adding_an_adapter_leaves_what_trains():
+    model = adapted("a")
+    model.get_base_model().two.base_layer.bias.requires_grad_(True)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.add_adapter("b", config())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+    assert any(name.endswith("two.base_layer.bias") for name in before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_are_in_the_mode_of_the_model(training):
+    model = adapted("a", lora_dropout=0.5, base=Net().train(training)).train(training)
+    model.add_adapter("b", config(lora_dropout=0.5))
+    assert {m.training for m in model.base_model.model.modules()} == {training}
+
+
+def test_a_model_can_be_adapted_in_inference_mode():
+    model = adapted("a")
+    expected = model(X)
+    with torch.inference_mode():
+        assert_close(model(X), expected)
+        model.merge_adapter()
+        assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+    assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
+
+
+class Standardized(nn.Conv2d):
+    """A subclass with a forward of its own, as in timm."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.mha(x, x, x)[0]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_layer_with_a_forward_of_its_own_keeps_it_or_is_refused(method):
+    base, x = nn.Sequential(Standardized(2, 3, 3)).eval(), torch.linspace(-1, 1, 50).view(1, 2, 5, 5)
+    expected = base(x)
+    try:
+        model = graft.get_peft_model(
+            base, config(method, ["0"], **({"feedforward_modules": []} if method == "IA3" else {}))
+        )
+    except graft.UnsupportedLayerError as error:
+        assert "Standardized" in str(error)
+    else:
+        assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+BYPASSING = {
+    "attention": (Attention, "out_proj"),
+    "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), "linear1"),
+}
+
+
+@pytest.mark.parametrize("kind", BYPASSING)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_whose_parent_reads_its_weight_is_adapted_or_refused(kind, training):
+    """torch's attention and, in eval mode, its encoder layer never call these children."""
+    make, target = BYPASSING[kind]
+    x = X.view(1, 5, 6)
+    with seeded(0):
+        base = make().train(training)
+    try:
+        model = disturb(graft.get_peft_model(base, config(targets=[target])))
+    except graft.UnsupportedLayerError as error:
+        assert target in str(error)
+    else:
+        with seeded(1):
+            adapted_to = model(x)
+        with model.disable_adapter(), seeded(1):
+            assert (model(x) - adapted_to).abs().max() > 1e-4
+
+
+# what other libraries look at
+
+
+def test_the_attributes_of_a_layer():
+    layer = adapted("a", "b").base_model.layers["one"]
+    assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
+    assert (layer.in_features, layer.out_features) == (6, 8)
+    assert layer.get_base_layer() is layer.base_layer and not layer.merged
+    assert set(layer.adapter_layer_names) == {"lora_dropout", "lora_A", "lora_B"}
+    assert {"r", "lora_alpha", "scaling"} <= set(layer.other_param_names)
+    assert "lora" in repr(layer) and "active=['a']" in repr(layer)
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.method in ("LORA", "VERA", "LOHA")], ids=str)
+def test_the_delta_weight_is_what_merging_adds(sample):
+    from tests.conformance.samples import LAYERS, STORES, Cell
+
+    for place in LAYERS:
+        cell = Cell(sample, place, STORES[0])
+        if place.name not in ("linear", "Conv1D", "conv2d") or cell.unmergeable:
+            continue
+        model = cell.trained()
+        layer = model.base_model.layers["layer"]
+        before, delta = layer.weight.clone(), layer.get_delta_weight("default")
+        model.merge_adapter()
+        assert_close(layer.weight - before, delta, rtol=1e-4, atol=1e-5)
+    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
+        layer.get_delta_weight("zz")
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.method not in ("TRAINABLE_TOKENS", "LN_TUNING")], ids=str)
+def test_under_autocast(sample):
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    with seeded(0):
+        options = {**sample.config, "feedforward_modules": ["2"]} if sample.method == "IA3" else sample.config
+        model = graft.get_peft_model(
+            net, graft.PEFT_TYPE_TO_CONFIG_MAPPING[sample.method](target_modules=["0", "2"], **options)
+        )
+    disturb(model)
+    expected = model(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(X)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).abs().max() / expected.abs().max() < 0.05
+    y.float().square().sum().backward()
+    for p in model.parameters():
+        assert (p.grad is not None) == p.requires_grad
+        assert p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all())

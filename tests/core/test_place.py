@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device and dtype of what an adapter adds."""
+
+import pytest
+import torch
+from torch import nn
+
+from graft.core.params import BufferDict
+from graft.core.place import moved, place
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_is_trained_in_float32_with_the_rounded_values(dtype):
+    t = torch.tensor([1.2345678])
+    assert moved(t, CPU, dtype, upcast=True).dtype == torch.float32
+    assert torch.equal(moved(t, CPU, dtype, upcast=True), t.to(dtype).float())
+    assert moved(t, CPU, dtype, upcast=False).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_other_floats_follow_the_base(dtype):
+    for upcast in (True, False):
+        assert moved(torch.ones(1, dtype=torch.float32), CPU, dtype, upcast).dtype == dtype
+
+
+def test_float8_bases_are_trained_in_float32():
+    t = moved(torch.ones(1), CPU, torch.float8_e4m3fn, upcast=True)
+    assert t.dtype == torch.float32
+
+
+def test_a_base_without_a_float_dtype_leaves_the_adapters():
+    assert moved(torch.ones(1), CPU, None, upcast=True).dtype == torch.float32
+    assert moved(torch.ones(1, dtype=torch.bfloat16), CPU, None, upcast=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_what_is_no_real_float_keeps_its_dtype(dtype):
+    t = torch.ones(2, dtype=dtype)
+    assert moved(t, CPU, torch.bfloat16, upcast=True) is t
+
+
+def test_nothing_is_copied_without_need():
+    t = torch.ones(2)
+    assert moved(t, CPU, torch.float32, upcast=True) is t and moved(t, None, None, upcast=True) is t
+
+
+def test_meta_stays_meta_until_it_is_loaded():
+    assert moved(torch.ones(2, device=META), CPU, torch.bfloat16, upcast=False).is_meta
+    assert moved(torch.ones(2), META, torch.float32, upcast=False).is_meta
+
+
+def test_every_kind_of_container():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    modules = nn.ModuleDict({"a": module, "b": nn.Linear(1, 1)})
+    parameters = nn.ParameterDict({"a": nn.Parameter(torch.ones(2), requires_grad=False)})
+    buffers = BufferDict({"a": torch.ones(2), "ids": torch.arange(2)})
+    facts = {"a": 3.0}
+    for container in (modules, parameters, buffers, facts):
+        place(container, "a", CPU, torch.bfloat16, upcast=False)
+    place(buffers, "ids", CPU, torch.bfloat16, upcast=False)
+    assert {p.dtype for p in modules["a"].parameters()} == {torch.bfloat16}
+    assert modules["a"][1].running_mean.dtype == torch.bfloat16
+    assert modules["a"][1].num_batches_tracked.dtype == torch.int64
+    assert modules["b"].weight.dtype == torch.float32, "only the one asked for"
+    assert parameters["a"].dtype == torch.bfloat16 and not parameters["a"].requires_grad
+    assert isinstance(parameters["a"], nn.Parameter)
+    assert buffers["a"].dtype == torch.bfloat16 and buffers["ids"].dtype == torch.int64
+    assert facts == {"a": 3.0}
+
+
+def test_a_parameter_already_in_place_is_the_same_object():
+    parameters = nn.ParameterDict({"a": nn.Parameter(torch.ones(2))})
+    before = parameters["a"]
+    place(parameters, "a", CPU, torch.float32, upcast=True)
+    assert parameters["a"] is before

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows and adapters: grouping, what cannot be routed, and what a backward pass recomputes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.core.routing import BASE, Routing, Rows
+from tests import models
+from tests.conformance.samples import disturb
+from tests.models import seeded
+
+FIRST, SECOND = ["default", "b", BASE, "b"], ["b", "b", "default", BASE]
+
+
+# grouping
+
+
+def test_rows_are_grouped_by_adapter_in_order_of_appearance():
+    rows = Rows.of(["b", "a", BASE, "b", "a"])
+    assert [(name, index.tolist()) for name, index in rows.segments] == [("b", [0, 3]), ("a", [1, 4]), (None, [2])]
+    grouped = torch.cat([index for _, index in rows.segments])
+    assert grouped[rows.inverse].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ids_that_all_samples_share_are_repeated():
+    rows, ids = Rows.of(["a", "b", "a"]), torch.arange(4)[None]
+    assert torch.equal(rows.take(ids, "positions", ids=True), ids.expand(3, 4))
+    whole = torch.randn(3, 4)
+    assert rows.take(whole, "layer") is whole
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_other_numbers_of_rows_cannot_be_routed(size):
+    text = rf"'down' received {size} rows in a mixed batch of 3.*exclude_modules"
+    with pytest.raises(graft.RoutingError, match=text):
+        Rows.of(["a", "b", "a"]).take(torch.randn(size, 4), "down")
+
+
+def test_using_puts_back_what_was_there_also_after_an_error():
+    routing, outer, inner = Routing(), Rows.of(["a"]), Rows.of(["b"])
+    with routing.using(outer):
+        with pytest.raises(KeyError), routing.using(inner):
+            assert routing.current() is inner
+            raise KeyError
+        assert routing.current() is outer
+    assert routing.rows is None
+
+
+def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.flat(x.flatten(0, 1))
+
+    model = adapter_pair(Pooled(), "LORA", ["flat"], r=2)
+    x = torch.randn(4, 5, 3)
+    with pytest.raises(graft.RoutingError, match="'flat' received 20 rows"):
+        model(x, adapter_names=FIRST)
+    assert model.base_model.routing.rows is None
+    model(x)
+
+
+def test_one_position_embedding_for_the_whole_batch():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(9, 3), nn.Embedding(5, 3)
+
+        def forward(self, ids):
+            return self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])
+
+    ids = torch.randint(0, 9, (4, 5))
+    for method, options in (("LORA", dict(r=2)), ("HRA", dict(r=2))):
+        model = adapter_pair(Positions(), method, ["tokens", "positions"], **options)
+        assert_close(model(ids, adapter_names=FIRST), alone(model, ids, FIRST), rtol=1e-5, atol=1e-5)
+
+
+# errors of a call
+
+
+def adapter_pair(base, method, targets, **options):
+    with seeded(1):
+        config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=list(targets), **options)
+        model = graft.get_peft_model(base, config)
+        model.add_adapter("b", copy.deepcopy(config))
+    disturb(model)
+    model.set_requires_grad(["default", "b"])
+    return model
+
+
+def alone(model, x, names):
+    rows = []
+    for i, name in enumerate(names):
+        if name == BASE:
+            with model.disable_adapter():
+                rows.append(model(x[i : i + 1]))
+        else:
+            model.set_adapter(name)
+            rows.append(model(x[i : i + 1]))
+    return torch.cat(rows)
+
+
+def test_names_are_checked_before_anything_runs():
+    model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
+    x = torch.randn(2, 3)
+    with pytest.raises(graft.RoutingError, match=r"non-existing adapter.*: x, y"):
+        model(x, adapter_names=["y", "x"])
+    for names in (["b"], ["b"] * 3, []):
+        with pytest.raises(graft.RoutingError, match=f"same as the number of inputs.*{len(names)} and 2"):
+            model(x, adapter_names=names)
+    model.merge_adapter()
+    with pytest.raises(graft.RoutingError, match=r"merged adapters.*unmerge_adapter.*default"):
+        model(x, adapter_names=["b", "b"])
+    model.unmerge_adapter()
+    assert model.base_model.routing.rows is None
+    model(x, adapter_names=["b", BASE])
+
+
+def test_an_error_inside_the_model_leaves_no_rows_behind():
+    model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
+    x = torch.randn(2, 3)
+    expected = model(x)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 7), adapter_names=["b", "b"])
+    assert torch.equal(model(x), expected)
+
+
+def test_no_adapter_can_be_named_as_the_base_is():
+    model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
+    with pytest.raises(graft.AdapterNameError, match=BASE):
+        model.add_adapter(BASE, graft.LoraConfig(target_modules=["0"]))
+
+
+# gradients, with and without recomputing
+
+
+TARGETS = ["q_proj", "down_proj"]
+CHECKPOINTING = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+
+
+def llama(method="LORA", targets=TARGETS, checkpointing=None, prepare=lambda base: None, **options):
+    base = models.make("llama")
+    prepare(base)
+    options = options or {"LORA": dict(r=2), "HRA": dict(r=2), "LN_TUNING": {}}[method]
+    model = adapter_pair(base, method, targets, task_type="CAUSAL_LM", **options).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    return model
+
+
+def loss(model, names=None, number=1):
+    batch = models.inputs("llama", 4)
+    y = models.output(model, {**batch, **({} if names is None else {"adapter_names": names})})
+    with seeded(number):
+        return (y * torch.randn(y.shape)).sum()
+
+
+def gradients(model):
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def backward(model, *args):
+    loss(model, *args).backward()
+    return gradients(model)
+
+
+def equal(ours, *theirs):
+    """`ours` is the sum of `theirs`."""
+    total: dict = {}
+    for g in theirs:
+        for name, t in g.items():
+            total[name] = total[name] + t if name in total else t
+    assert ours.keys() == total.keys()
+    for name, t in total.items():
+        assert_close(ours[name], t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Gradients without checkpointing: of both mixed batches, and of a batch of the active adapter."""
+    model = llama()
+    return backward(model, FIRST, 1), backward(model, SECOND, 2), backward(model, None, 3)
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("method, targets", [("LORA", TARGETS), ("HRA", TARGETS), ("LN_TUNING", ["input_layernorm"])])
+def test_recomputed_layers_see_their_rows(method, targets, reentrant):
+    expected = backward(llama(method, targets), FIRST)
+    model = llama(method, targets, reentrant)
+    for _ in range(2):
+        equal(backward(model, FIRST), expected)
+        assert model.base_model.routing.rows is None
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("backwards", [False, True], ids=["in order", "in reverse"])
+def test_two_forwards_with_separate_backwards(plain, reentrant, backwards):
+    model = llama(checkpointing=reentrant)
+    losses = [loss(model, FIRST, 1), loss(model, SECOND, 2), loss(model, None, 3)]
+    for i in reversed(range(3)) if backwards else range(3):
+        losses[i].backward()
+        equal(gradients(model), plain[i])
+
+
+def test_two_forwards_and_one_backward_without_checkpointing(plain):
+    model = llama()
+    (loss(model, FIRST, 1) + loss(model, SECOND, 2) + loss(model, None, 3)).backward()
+    equal(gradients(model), *plain)
+
+
+@CHECKPOINTING
+def test_two_forwards_and_one_backward_with_checkpointing_are_refused(plain, reentrant):
+    model = llama(checkpointing=reentrant)
+    with pytest.raises(graft.RoutingError, match=r"two mixed-batch forward passes.*backward\(\) after each"):
+        (loss(model, FIRST, 1) + loss(model, SECOND, 2)).backward()
+    model.zero_grad()
+    equal(backward(model, FIRST, 1), plain[0])
+    equal(backward(model, None, 3), plain[2])
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("order", [(FIRST, None), (None, FIRST)], ids=["mixed first", "plain first"])
+def test_a_mixed_and_a_plain_forward_and_one_backward_are_right_or_refused(plain, reentrant, order):
+    model = llama(checkpointing=reentrant)
+    numbers = {False: 1, True: 3}
+    total = sum(loss(model, names, numbers[names is None]) for names in order)
+    try:
+        total.backward()
+    except graft.RoutingError:
+        model.zero_grad()
+        equal(backward(model, FIRST, 1), plain[0])
+    else:
+        equal(gradients(model), plain[0], plain[2])
+
+
+@CHECKPOINTING
+def test_a_backward_pass_that_fails_leaves_no_rows_behind(plain, reentrant):
+    def fail(_):
+        raise KeyError("out of memory, say")
+
+    model = llama(checkpointing=reentrant)
+    expected = loss(model, None, 3)
+    p = model.base_model.layers["model.layers.0.self_attn.q_proj"].lora_A["default"].weight
+    hook = p.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss(model, FIRST, 1).backward()
+    hook.remove()
+    model.zero_grad()
+    assert torch.equal(loss(model, None, 3), expected)
+    equal(backward(model, SECOND, 2), plain[1])
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("method", ["LORA", "HRA"])
+def test_an_adapted_embedding_whose_output_is_made_to_require_gradients(method, reentrant):
+    targets = ["embed_tokens", "q_proj"]
+    expected = backward(llama(method, targets), FIRST)
+    model = llama(method, targets, reentrant, prepare=lambda base: base.enable_input_require_grads())
+    equal(backward(model, FIRST), expected)
+
+
+@CHECKPOINTING
+def test_it_is_the_mode_of_the_layers_that_counts(plain, reentrant):
+    model = llama(checkpointing=reentrant).eval()
+    model.get_base_model().train()
+    equal(backward(model, FIRST, 1), plain[0])
+
+
+@CHECKPOINTING
+def test_gradients_of_an_intermediate_output_alone(plain, reentrant):
+    def middle(model):
+        batch = models.inputs("llama", 4)
+        return model(**batch, adapter_names=FIRST, output_hidden_states=True).hidden_states[1].square().sum()
+
+    first, model = llama(), llama(checkpointing=reentrant)
+    middle(first).backward()
+    middle(model).backward()
+    equal(gradients(model), gradients(first))
+
+
+def test_higher_derivatives_and_retained_graphs():
+    model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
+    x = torch.randn(4, 3, requires_grad=True)
+    y = model(x, adapter_names=FIRST).square().sum()
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    g.square().sum().backward(retain_graph=True)
+    y.backward()
+    assert model.base_model.routing.rows is None and all(
+        p.grad is not None for p in model.parameters() if p.requires_grad
+    )

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the package: who may import whom, what an import costs, what adding a method costs."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import graft
+from graft.methods import METHODS
+
+SOURCE = Path(graft.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# package → what it may import besides itself, torch, the standard library and other distributions
+CORE = {"core"}
+TOOLS = CORE | {"storage", "config", "kernels"}
+METHOD = TOOLS | {"methods"}
+MODEL = METHOD | {"inject", "merge"}
+ALL = MODEL | {"checkpoint", "model"}
+MAY_IMPORT = {
+    "core": set(),
+    **dict.fromkeys(("storage", "config", "kernels"), CORE),
+    "methods": TOOLS,
+    **dict.fromkeys(("inject", "merge"), METHOD),
+    "checkpoint": MODEL,
+    "model": MODEL | {"checkpoint"},
+    **dict.fromkeys(("optim", "train"), ALL),
+    **dict.fromkeys(("cli", "compat"), ALL | {"optim", "train", None}),  # None: the public names
+}
+HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(path: Path, nested: bool) -> Iterator[str]:
+    """Modules that a file imports: at its top level, or anywhere if `nested`. Not those for type checkers."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        elif nested or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text()))
+
+
+def own(path: Path, nested: bool = False) -> set[str]:
+    """Modules of graft that a file imports."""
+    return {name for name in imports(path, nested) if name.split(".")[0] == "graft"}
+
+
+def package(module: str) -> str | None:
+    """The part of the library that a module belongs to; None for `graft` itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+# layering
+
+
+def test_every_package_has_its_place():
+    assert {package(m) for m in MODULES} - {None} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if package(m)])
+def test_a_package_imports_only_what_is_below_it(module):
+    allowed = MAY_IMPORT[package(module)] | {package(module)}
+    wrong = {name for name in own(MODULES[module]) if package(name) not in allowed}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_core_knows_torch_and_nothing_else():
+    for module, path in MODULES.items():
+        if package(module) == "core":
+            others = {name.split(".")[0] for name in imports(path, nested=True)} - {"graft", "torch"}
+            assert others <= set(sys.stdlib_module_names), f"{module} imports {others}"
+            assert {package(m) for m in own(path, nested=True)} <= {"core"}, module
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: own(path) - {module} for module, path in MODULES.items()}
+    # importing a.b runs a/__init__ first; that a package's own modules do so is not a circle
+    done: set[str] = set()
+
+    def visit(module: str, above: list[str]) -> None:
+        assert module not in above, " → ".join([*above[above.index(module) :], module])
+        if module in done:
+            return
+        for name in sorted(graph.get(module, ())):
+            visit(name, [*above, module])
+        done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+def test_optional_packages_are_imported_inside_functions():
+    for module, path in MODULES.items():
+        top = {name.split(".")[0] for name in imports(path, nested=False)}
+        assert not top & {*HEAVY, "tqdm"}, f"{module} imports {sorted(top)}"
+
+
+def test_the_oracle_is_never_imported():
+    for module, path in MODULES.items():
+        if package(module) != "compat":
+            assert "peft" not in {name.split(".")[0] for name in imports(path, nested=True)}, module
+
+
+def run(code: str, *arguments: str, path: Path | None = None) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_import_loads_torch_and_nothing_heavier():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import graft
+print(*[name for name in sys.argv[1:] if name in sys.modules and name not in before])
+print(*sorted({m.split(".")[0] for m in set(sys.modules) - before} - {"graft"} - set(sys.stdlib_module_names)))
+print(*sorted(m for m in sys.modules if m.startswith("graft.methods.")))
+"""
+    heavy, third, methods = run(code, *HEAVY).splitlines()
+    assert heavy == "" and third == "", "besides torch"
+    assert methods == "", "a method's file is imported when it is first used"
+
+
+def test_using_it_on_a_plain_model_needs_nothing_heavier():
+    code = """
+import sys, warnings, torch, graft
+before = set(sys.modules)
+net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+model = graft.get_peft_model(net, graft.LoraConfig(target_modules=["0"]))
+model(torch.ones(1, 4)).sum().backward()
+model.merge_and_unload()
+print(*[name for name in sys.argv[1:] if name in sys.modules])
+"""
+    assert run(code, *HEAVY).strip() == ""
+
+
+# the table of methods
+
+
+@pytest.mark.parametrize("peft_type", METHODS)
+def test_a_row_of_the_table(peft_type):
+    row = METHODS[peft_type]
+    method = graft.method_of(peft_type)
+    assert getattr(graft, row.config) is method.config is graft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+    assert method.config.__name__ == row.config and method.config.peft_type == peft_type
+    tuner = getattr(graft, row.tuner)
+    assert tuner is graft.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] and tuner.__name__ == row.tuner
+    assert tuner.method is method and graft.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] == method.prefix
+    assert graft.PeftType(peft_type).value == peft_type
+    assert {row.config, row.tuner} <= set(graft.__all__) & set(dir(graft))
+
+
+@pytest.mark.parametrize("name", graft.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(graft, name) is getattr(graft, name)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="module 'graft' has no attribute 'LoraConfg'"):
+        graft.LoraConfg  # noqa: B018
+    with pytest.raises(graft.ConfigError, match=r"Unknown peft_type 'NOPE'. Known ones: LORA"):
+        graft.method_of("NOPE")
+    assert "NOPE" not in graft.PEFT_TYPE_TO_TUNER_MAPPING
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "methods").glob("*.py")), ids=lambda p: p.name)
+def test_the_file_of_a_method_is_short(path):
+    assert len(path.read_text().splitlines()) <= 150
+
+
+TOY = '''# SPDX-License-Identifier: Apache-2.0
+"""TOY: a learned multiple of the identity, as far as it goes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graft.config.fields import Targeted
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class ToyConfig(Targeted):
+    peft_type: str | None = "TOY"
+    start: float = 0.0
+
+
+class Toy(Method):
+    config = ToyConfig
+    prefix = "toy_"
+
+    toy_t: nn.Parameter  # (1,)
+
+    @classmethod
+    def build(cls, site, cfg, shared):
+        return dict(toy_t=nn.Parameter(torch.empty(1)))
+
+    def init(self, cfg):
+        nn.init.constant_(self.toy_t, cfg.start)
+
+    def delta(self):
+        shape = self.layer.site.shape
+        return self.toy_t * torch.eye(shape[0], self.layer.fan_in).view(shape)
+'''
+
+USE = """
+import copy, sys
+import graft, torch
+from torch import nn
+
+base = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+x = torch.randn(5, 4)
+before = base(x)
+model = graft.get_peft_model(copy.deepcopy(base), graft.ToyConfig(target_modules=["0", "2"], start=0.5))
+model.add_adapter("other", graft.ToyConfig(target_modules=["0"], start=-1.0))
+assert type(model.base_model) is graft.ToyModel and graft.PeftType.TOY == model.peft_type
+y = model(x)
+assert not torch.allclose(y, before)
+mixed = model(x, adapter_names=["default", "__base__", "other", "default", "__base__"])
+torch.testing.assert_close(mixed[[0, 3]], y[[0, 3]])
+torch.testing.assert_close(mixed[[1, 4]], before[[1, 4]])
+y.sum().backward()
+assert [n for n, p in model.named_parameters() if p.grad is not None] == [
+    f"base_model.model.{i}.toy_t.default" for i in (0, 2)
+]
+model.save_pretrained(sys.argv[1])
+loaded = graft.PeftModel.from_pretrained(copy.deepcopy(base), sys.argv[1])
+torch.testing.assert_close(loaded(x), y)
+model.merge_adapter()
+torch.testing.assert_close(model(x), y)
+model.unmerge_adapter()
+torch.testing.assert_close(model.merge_and_unload()(x), y)
+assert "toy" in repr(loaded)
+print(sorted(graft.load_peft_weights(sys.argv[1])))
+"""
+
+
+def test_adding_a_method_is_one_file_and_one_line(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "graft", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "graft" / "methods" / "toy.py").write_text(TOY)
+    table = tmp_path / "graft" / "methods" / "__init__.py"
+    line = '    "TOY": Row("toy:Toy", "ToyConfig", "ToyModel"),\n'
+    text, n = re.subn(r"(METHODS: dict\[str, Row\] = \{\n)", lambda m: m[1] + line, table.read_text())
+    assert n == 1
+    table.write_text(text)
+    printed = run(USE, str(tmp_path / "saved"), path=tmp_path)
+    assert printed.strip() == str([f"base_model.model.{i}.toy_t" for i in (0, 2)])
+
+
+# one place each
+
+
+QUANTIZED = re.compile(
+    r"Linear4bit|Linear8bit|Params4bit|Int8Params|bitsandbytes|bnb_|HQQLinear|QuantLinear|quant_state"
+)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if package(m) not in (None, "storage", "compat")])
+def test_storage_is_a_matter_of_storage(module):
+    for number, line in enumerate(MODULES[module].read_text().splitlines(), 1):
+        assert not QUANTIZED.search(line), f"{module}:{number} {line.strip()}"
+
+
+def calls(path: Path) -> Iterator[str]:
+    """Dotted names of what a file calls."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+def test_only_ops_run_a_layer_with_another_weight():
+    running = re.compile(r"(^|\.)(linear|embedding|conv[123]d)$")
+    for module, path in MODULES.items():
+        if package(module) in ("core", "methods", "inject", "model", "checkpoint") and module != "graft.core.ops":
+            wrong = [name for name in calls(path) if running.search(name) and name.startswith(("F.", "torch.", "nn.f"))]
+            assert not wrong, f"{module} calls {wrong}"
+
+
+def test_the_forward_pass_decides_nothing():
+    """`forward` and what it calls hold no isinstance, hasattr or warning."""
+    tree = ast.parse(MODULES["graft.core.layer"].read_text())
+    hot = {"forward", "_run", "_run_folded", "_forward_rows"}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in hot]
+    assert {node.name for node in found} == hot
+    for function in found:
+        names = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+        assert not names & {"isinstance", "hasattr", "warnings.warn", "type"}, function.name
+
+
+def test_every_file_names_its_licence_once():
+    for path in FILES:
+        assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n"), path

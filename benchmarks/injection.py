@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting adapters on a model: the first, the second, on real memory and on meta, few modules and many."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import graft
+from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
+from benchmarks.models import WIDTH, Stack, lora, smollm, stack_config
+
+
+def first(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Callable[[Any], Turns]:
+    def turns(lib: Any) -> Turns:
+        while True:
+            yield partial(lib.get_peft_model, build(), config(lib))
+
+    return turns
+
+
+def second(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Callable[[Any], Turns]:
+    def turns(lib: Any) -> Turns:
+        while True:
+            yield partial(lib.get_peft_model(build(), config(lib)).add_adapter, "second", config(lib))
+
+    return turns
+
+
+def two_parameters(n: int, device: str = "cpu") -> Callable[[], Turns]:
+    """What no injection can do without: two tensors for each layer."""
+
+    def make() -> list:
+        with torch.device(device):
+            pair = lambda: (nn.Parameter(torch.rand(16, WIDTH)), nn.Parameter(torch.zeros(WIDTH, 16)))
+            return [pair() for _ in range(n)]
+
+    def turns() -> Turns:
+        while True:
+            yield make
+
+    return turns
+
+
+def blocks(n: int, device: str = "cpu") -> Callable[[], nn.Module]:
+    return lambda: smollm(n, device, values=False)
+
+
+@dataclass
+class Growth:
+    """How the CPU time of graft grows with the number of modules, relative to that number: 1 is linear."""
+
+    what: str
+    make: Callable[..., Callable[[Any], Turns]]
+    goal: Goal = field(default_factory=lambda: Goal(over_floor=1.3))
+
+    def run(self, effort: Effort) -> Row:
+        few, many = 1_000, 3_000 if effort.quick else 10_000
+        turns = {str(n): self.make(lambda n=n: Stack(n), stack_config)(graft) for n in (few, many)}
+        values = take_turns(turns, effort)
+        growth = statistics.median(values[str(many)]) / statistics.median(values[str(few)]) / (many / few)
+        return Row(self.what, {"graft": [growth], "floor": [1.0]}, self.goal, unit="×")
+
+
+BENCHES = [
+    Bench("inject, 224 linears", first(blocks(32), lora), Goal(faster=10), two_parameters(224)),
+    Bench("inject, 560 linears", first(blocks(80), lora), Goal(faster=10), two_parameters(560)),
+    Bench("inject, 560 linears, meta", first(blocks(80, "meta"), lora), Goal(faster=20), two_parameters(560, "meta")),
+    Bench("inject, 1k modules", first(lambda: Stack(1_000), stack_config), Goal(faster=10)),
+    Bench("inject, 10k modules", first(lambda: Stack(10_000), stack_config), Goal(faster=25), long=True, once=True),
+    Growth("inject, growth with the model", first),
+    Bench("second adapter, 224 linears", second(blocks(32), lora), Goal(faster=20), two_parameters(224)),
+    Bench("second adapter, 1k modules", second(lambda: Stack(1_000), stack_config), Goal(faster=50)),
+    Bench(
+        "second adapter, 10k modules",
+        second(lambda: Stack(10_000), stack_config),
+        Goal(faster=300),
+        long=True,
+        once=True,
+    ),
+    Growth("second adapter, growth with the model", second),
+]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several adapters on one model: switch, disable, read, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import cycle
+from typing import Any
+
+from benchmarks.measure import Bench, Goal, Turns
+from benchmarks.models import lora, smollm
+
+
+@cache
+def loaded(lib: Any, n: int) -> Any:
+    """A model with adapters "default", "a1", … Shared by the rows, which leave it as it was."""
+    model = lib.get_peft_model(smollm(values=False), lora(lib, r=2))
+    for i in range(1, n):
+        model.add_adapter(f"a{i}", lora(lib, r=2))
+    return model
+
+
+def switch(n: int) -> Callable[[Any], Turns]:
+    def turns(lib: Any) -> Turns:
+        model = loaded(lib, n)
+        for name in cycle([f"a{n - 1}", "default"]):
+            yield lambda name=name: model.set_adapter(name)
+
+    return turns
+
+
+def disable(n: int) -> Callable[[Any], Turns]:
+    def turns(lib: Any) -> Turns:
+        model = loaded(lib, n)
+
+        def block() -> None:
+            with model.disable_adapter():
+                pass
+
+        while True:
+            yield block
+
+    return turns
+
+
+def state_dict(n: int) -> Callable[[Any], Turns]:
+    def turns(lib: Any) -> Turns:
+        model = loaded(lib, n)
+        while True:
+            yield lambda: lib.get_peft_model_state_dict(model)
+
+    return turns
+
+
+def delete(n: int) -> Callable[[Any], Turns]:
+    def turns(lib: Any) -> Turns:
+        model = loaded(lib, n)
+        while True:
+            yield lambda: model.delete_adapter(f"a{n - 1}")
+            model.add_adapter(f"a{n - 1}", lora(lib, r=2))
+
+    return turns
+
+
+# PEFT takes half a minute to load 50 adapters
+BENCHES = [
+    Bench("set_adapter, 2 loaded", switch(2), Goal(faster=50)),
+    Bench("disable_adapter, 2 loaded", disable(2), Goal(faster=100)),
+    Bench("get_peft_model_state_dict, 2 loaded", state_dict(2), Goal(faster=50)),
+    Bench("delete_adapter, 2 loaded", delete(2), Goal(faster=50)),
+    Bench("set_adapter, 50 loaded", switch(50), Goal(faster=500), long=True),
+    Bench("disable_adapter, 50 loaded", disable(50), Goal(faster=1000), long=True),
+    Bench("get_peft_model_state_dict, 50 loaded", state_dict(50), Goal(faster=50), long=True),
+    Bench("delete_adapter, 50 loaded", delete(50), Goal(faster=50), long=True),
+]

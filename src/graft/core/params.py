@@ -87,7 +87,7 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
     """(path below the adapter's name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
     root = module_of(container, adapter)
     if root is not None:
-        for prefix, module in root.named_modules(remove_duplicate=False):
+        for prefix, module in root.named_modules(remove_duplicate=False) if root._modules else (("", root),):
             dot = f"{prefix}." if prefix else ""
             for name, p in module._parameters.items():
                 if p is not None:
@@ -106,6 +106,6 @@ def parameters_of(container: Any, adapter: str) -> Iterator[nn.Parameter]:
     """The parameters of `adapter` in a container."""
     root = module_of(container, adapter)
     if root is not None:
-        yield from root.parameters()
+        yield from root.parameters() if root._modules else [p for p in root._parameters.values() if p is not None]
     elif isinstance(container, nn.ParameterDict) and adapter in container:
         yield container[adapter]

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,24 +227,37 @@ def inject(
     """
     undo = method.restructure(config, model)
     try:
-        return _inject(
-            model,
-            config,
-            method,
-            adapter,
-            routing=routing,
-            shared={} if shared is None else shared,
-            others=others or {},
-            upcast=upcast,
-            on_meta=on_meta,
-            fill=fill,
-            keys=keys,
-            heads=heads,
-        )
+        with collector_paused():
+            return _inject(
+                model,
+                config,
+                method,
+                adapter,
+                routing=routing,
+                shared={} if shared is None else shared,
+                others=others or {},
+                upcast=upcast,
+                on_meta=on_meta,
+                fill=fill,
+                keys=keys,
+                heads=heads,
+            )
     except BaseException:
         if undo is not None:
             undo()
         raise
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Nothing that an injection makes is garbage: looking for some takes longer than the injection itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _inject(
@@ -277,8 +291,8 @@ def _inject(
             layer = tree.layers.get(key) or AdapterLayer(site, method, routing)
             layers[key] = layer
             add_adapter(layer, adapter, cfg.at(key), shared, on_meta=skip_init, upcast=upcast)
-            trained = list(layer.parameters_of(adapter))
-            report.matched.append(Matched(key, site.type_name, sum(p.numel() for p in trained)))
+            layer.require_grad(adapter, False)
+            report.matched.append(Matched(key, site.type_name, sum(p.numel() for p in layer.parameters_of(adapter))))
         wrappers: dict[str, Wrapper] = {
             key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, routing) for key in plan.saved
         }
@@ -319,7 +333,7 @@ def add_adapter(
     if not on_meta:
         method.init(cfg)
     layer.place(adapter, upcast)
-    layer.require_grad(adapter, False)
+    layer.trainable.add(adapter)  # as parameters are when they are made
 
 
 def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
@@ -346,6 +360,7 @@ def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upc
             )
         cfg = TrainableTokensConfig(token_indices=wanted.get(key) or own or [])
         add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
+        wrapper.require_grad(adapter, False)
         if key in following:
             wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])  # type: ignore[index]
         else:
@@ -372,6 +387,7 @@ def follow(
             site = site_of(key, plan.tree.modules[key], plan.tree)
             layer = plan.tree.layers.get(key) or AdapterLayer(site, method, routing)
             add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
+            layer.require_grad(adapter, False)
             layers[key] = layer
             size = sum(p.numel() for p in layer.parameters_of(adapter))
             plan.report.matched.append(Matched(key, site.type_name, size))
@@ -453,8 +469,6 @@ def commit(
             p.requires_grad_(False)
     for key, layer in layers.items():
         layer.settle()
-        if not layer.base_layer.training:
-            layer.eval()
         if key not in tree.layers:
             attach(tree.places[key], layer)
     for key, wrapper in wrappers.items():

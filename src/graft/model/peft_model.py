@@ -498,7 +498,7 @@ class PeftModel(nn.Module):
 
     def _loaded(self, adapter_name: str, is_trainable: bool) -> None:
         self.base_model.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
-        if not is_trainable:
+        if not is_trainable and self.training:  # else the adapter has come in the base's mode
             self.eval()
         self._heads_changed()
 

@@ -92,49 +92,42 @@ def _labels(model: nn.Module) -> tuple[int, Any, Any] | None:
     return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))
 
 
+def _forward(
+    self: PeftModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
+    return_dict: bool | None = None,
+    task_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The base model's forward. The names tell transformers' Trainer which columns of a data set to keep."""
+    return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+
+
 class PeftModelForSequenceClassification(_Classification):
     """SEQ_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "SEQ_CLS"
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+    forward = _forward
 
 
 class PeftModelForTokenClassification(_Classification):
     """TOKEN_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "TOKEN_CLS"
-    forward = PeftModelForSequenceClassification.forward
+    forward = _forward
 
 
 class PeftModelForCausalLM(PeftModel):
     """CAUSAL_LM."""
 
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+    forward = _forward
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
@@ -199,6 +192,8 @@ class PeftModelForFeatureExtraction(PeftModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         task_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         return self._call(self.get_base_model(), (), _given(kwargs, locals()))

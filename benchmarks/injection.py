@@ -70,7 +70,7 @@ class Growth:
 
 BENCHES = [
     Bench("inject, 224 linears", first(blocks(32), lora), Goal(faster=10), two_parameters(224)),
-    Bench("inject, 560 linears", first(blocks(80), lora), Goal(faster=10), two_parameters(560)),
+    Bench("inject, 560 linears", first(blocks(80), lora), Goal(faster=10), two_parameters(560), long=True),
     Bench("inject, 560 linears, meta", first(blocks(80, "meta"), lora), Goal(faster=20), two_parameters(560, "meta")),
     Bench("inject, 1k modules", first(lambda: Stack(1_000), stack_config), Goal(faster=10)),
     Bench("inject, 10k modules", first(lambda: Stack(10_000), stack_config), Goal(faster=25), long=True, once=True),

@@ -7,6 +7,7 @@ Counted in function calls, which do not depend on the machine: a look at all mod
 from __future__ import annotations
 
 import cProfile
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,12 @@ def calls(function: Callable[[], Any]) -> int:
     profile = cProfile.Profile()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        profile.runcall(function)
+        gc.collect()  # what earlier tests left would be counted when it goes
+        gc.disable()
+        try:
+            profile.runcall(function)
+        finally:
+            gc.enable()
     return sum(entry.callcount for entry in profile.getstats())
 
 

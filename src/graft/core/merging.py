@@ -101,10 +101,33 @@ def folded(layer: AdapterLayer, methods: list[Method]) -> tuple[Tensor, Tensor |
     return W.to(dtype), b if bias is wide or bias is None else bias.to(b.dtype)
 
 
+def in_place(layer: AdapterLayer) -> Tensor | None:
+    """The base weight as a matrix (out, fan_in) that low-rank updates can be added to in place, or None."""
+    if not (layer.method.low_rank and layer.method.additive and layer.store.live) or layer.site.shared:
+        return None
+    W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
+    return W if W.dim() == 2 and W.dtype in (torch.float32, torch.float64) else None
+
+
+def _add_in_place(layer: AdapterLayer, W: Tensor, names: list[str], undoable: bool) -> None:
+    kept = []
+    for m in (layer.methods[n] for n in names):
+        A, B = (f.detach() for f in m.factors())
+        W.addmm_(B.to(W.dtype), A.to(W.dtype))
+        kept.append((A.clone(), B.clone()) if undoable else (A, B))
+    if undoable:
+        layer._undo.append(("subtract", kept, None))
+    layer.merged_adapters += names
+
+
 @torch.no_grad()
 def _write(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
     base, name, shared = layer.base_layer, layer.site.parameter, layer.site.shared
     methods = [layer.methods[n] for n in names]
+    matrix = in_place(layer)
+    if matrix is not None and all(m.delta_bias() is None for m in methods):
+        _add_in_place(layer, matrix, names, undoable)
+        return
     W, bias = folded(layer, methods)
     old: Any = getattr(base, "bias", None)
     shifted = bias is not None and bias is not old
@@ -176,6 +199,11 @@ def _without(layer: AdapterLayer, W: Tensor, factors: list[tuple[Tensor, Tensor]
 
 
 def _subtract(layer: AdapterLayer, factors: list[tuple[Tensor, Tensor]]) -> None:
+    matrix = in_place(layer)
+    if matrix is not None:
+        for A, B in reversed(factors):
+            matrix.addmm_(B.to(matrix.dtype), A.to(matrix.dtype), alpha=-1)
+        return
     name = layer.site.parameter
     W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)
     layer.store.write(layer.base_layer, name, layer.op.uncanon(W), False)

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from graft.core.layer import AdapterLayer
 
 
+PLAIN = ("float", "int", "bool", "str", "list", "dict")  # what is kept in dicts, not in torch's containers
+
+
+def _reader(name: str, plain: bool) -> property:
+    """Reads a declared value from the layer; quicker than `__getattr__`, which would find it, too."""
+    if plain:
+        return property(lambda self: self.layer.__dict__[name][self.name])
+    return property(lambda self: self.layer._modules[name][self.name])
+
+
 class Method:
     """A bound view: the tensors live on the layer, `self.lora_A` reads `layer.lora_A[self.name]`.
 
@@ -54,6 +64,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name, annotation in vars(cls).get("__annotations__", {}).items():
+            if not str(annotation).startswith("ClassVar"):
+                setattr(cls, name, _reader(name, plain=str(annotation).split("[")[0] in PLAIN))
 
         def has(*hooks: str) -> bool:
             return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)

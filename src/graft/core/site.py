@@ -20,6 +20,7 @@ class Store(Protocol):
     name: str
     reads: bool  # a dense weight can be had
     writes: bool  # and put back
+    live: bool  # `read` gives the tensor itself, which may be added to in place
     exact: bool  # writing and reading back loses nothing, so an update can be subtracted again
 
     def read(self, m: nn.Module, name: str) -> Tensor: ...

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 class Dense:
     name = "dense"
-    reads = writes = exact = True
+    reads = writes = exact = live = True
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         return getattr(m, name)

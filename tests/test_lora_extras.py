@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA's side doors, against PEFT: conversion of PiSSA and OLoRA on saving, layer replication, AutoPeftModel."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import graft
+
+IDS = torch.arange(3, 15)[None]
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def nudge(model):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for _, p in sorted(model.named_parameters()):
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_converted_adapter_is_plain_lora_for_the_original_base(how, rslora, tmp_path):
+    saved = {}
+    for lib in (graft, peft):
+        folder = tmp_path / lib.__name__
+        config = lib.LoraConfig(
+            r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=how, use_rslora=rslora
+        )
+        model = lib.get_peft_model(llama(), config)
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(folder / "start")
+        model.peft_config["default"].init_lora_weights = how
+        expected = logits(nudge(model))
+        model.save_pretrained(folder / "end", path_initial_model_for_weight_conversion=str(folder / "start"))
+        saved[lib] = expected, load_file(folder / "end" / "adapter_model.safetensors")
+        written = json.loads((folder / "end" / "adapter_config.json").read_text())
+        assert written["init_lora_weights"] is True and written["r"] == 6
+        for loader in (graft, peft):
+            assert_close(
+                logits(loader.PeftModel.from_pretrained(llama(), folder / "end")), expected, atol=2e-5, rtol=1e-4
+            )
+    assert_close(*(saved[lib][0] for lib in (graft, peft)), atol=2e-5, rtol=1e-4)
+    assert {k: v.shape for k, v in saved[graft][1].items()} == {k: v.shape for k, v in saved[peft][1].items()}
+
+
+def test_a_conversion_that_would_shift_the_base_again_is_refused(tmp_path):
+    model = graft.get_peft_model(llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="should be set to `True`"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert not (tmp_path / "end" / "adapter_config.json").exists()
+
+
+def test_replicated_layers_share_weights_but_not_adapters(tmp_path):
+    models = {}
+    for lib in (graft, peft):
+        torch.manual_seed(1)
+        config = lib.LoraConfig(
+            r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], layer_replication=[(0, 2), (1, 3)]
+        )
+        models[lib] = nudge(lib.get_peft_model(llama(), config))
+    ours, theirs = models[graft], models[peft]
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert ours.config.num_hidden_layers == 4
+    layers = ours.get_base_model().model.layers
+    assert layers[1].mlp.up_proj.weight is layers[2].mlp.up_proj.weight
+    assert (
+        layers[1].self_attn.q_proj.lora_A["default"].weight is not layers[2].self_attn.q_proj.lora_A["default"].weight
+    )
+    ours.save_pretrained(tmp_path)
+    assert_close(logits(graft.PeftModel.from_pretrained(llama(), tmp_path)), logits(ours), atol=1e-6, rtol=1e-6)
+    expected = logits(ours)
+    assert_close(logits(ours.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)  # each copy gets its own update
+
+
+def test_replication_that_fails_leaves_the_model(tmp_path):
+    base = llama()
+    before, names = logits(base), [n for n, _ in base.named_modules()]
+    with pytest.raises(graft.NoMatchingPeftModuleError):
+        graft.get_peft_model(base, graft.LoraConfig(target_modules=["nope"], layer_replication=[(0, 2), (1, 3)]))
+    with pytest.raises(ValueError, match="outside the model's 3"):
+        graft.get_peft_model(base, graft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 9)]))
+    assert [n for n, _ in base.named_modules()] == names and torch.equal(logits(base), before)
+    assert base.config.num_hidden_layers == 3
+
+
+def test_an_auto_class_loads_base_and_adapter_from_the_adapters_folder(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = graft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=["q_proj"])
+    model = nudge(graft.get_peft_model(base, config))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = graft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(loaded) is graft.PeftModelForCausalLM
+    assert_close(logits(loaded), logits(model), atol=1e-6, rtol=1e-6)
+    assert_close(
+        logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model), atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="Expected target PEFT class: PeftModelForCausalLM"):
+        graft.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="from_pretrained"):
+        graft.AutoPeftModel()
+
+
+def test_without_a_task_the_base_class_comes_from_the_stored_mapping(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = nudge(graft.get_peft_model(base, graft.LoraConfig(r=3, target_modules=["q_proj"])))
+    model.save_pretrained(tmp_path / "adapter")
+    assert_close(logits(graft.AutoPeftModel.from_pretrained(tmp_path / "adapter")), logits(model), atol=1e-6, rtol=1e-6)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    stored["auto_mapping"]["parent_library"] = "os"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="not in the import allowlist"):
+        graft.AutoPeftModel.from_pretrained(tmp_path / "adapter")

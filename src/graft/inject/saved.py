@@ -78,6 +78,10 @@ class ModulesToSaveWrapper(nn.Module):
         if adapter in self.modules_to_save:
             yield from self.modules_to_save[adapter].parameters()
 
+    def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
+        """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
+        return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in tensors_of(self.modules_to_save, adapter)}
+
     @property
     def merged_adapters(self) -> list[str]:
         return []

@@ -35,6 +35,11 @@ class TrainableTokensWrapper(nn.Module):
         """For models that use an embedding's weight without calling it."""
         return self.token_adapter.effective_weight()
 
+    def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
+        """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
+        name = "token_adapter.trainable_tokens_delta"
+        return {} if self.tied else {name: f"{name}.{adapter}"}
+
     @property
     def adapters(self) -> list[str]:
         return list(self.token_adapter.methods)

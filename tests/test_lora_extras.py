@@ -73,7 +73,7 @@ def test_a_converted_adapter_is_plain_lora_for_the_original_base(how, rslora, tm
 def test_a_conversion_that_would_shift_the_base_again_is_refused(tmp_path):
     model = graft.get_peft_model(llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"))
     model.save_pretrained(tmp_path / "start")
-    with pytest.raises(ValueError, match="should be set to `True`"):
+    with pytest.raises(ValueError, match="Set its `init_lora_weights` to `True`"):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert not (tmp_path / "end" / "adapter_config.json").exists()
 

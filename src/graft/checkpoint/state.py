@@ -169,7 +169,7 @@ def resized_vocabulary(base: nn.Module, config: Any) -> bool:
     if before is None or before == size:
         return False
     warnings.warn(
-        "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
+        "Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.",
         stacklevel=6,
     )
     return True

@@ -79,7 +79,7 @@ def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
     if old is not None and old != new:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
-            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            "The checkpoint will name the latter as its base model.",
             stacklevel=3,
         )
     config.base_model_name_or_path = new

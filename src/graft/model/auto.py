@@ -68,8 +68,8 @@ class AutoPeftModel:
             if expected is not mine:
                 wanted = expected.__name__ if expected else "PeftModel"
                 raise ValueError(
-                    f"Expected target PEFT class: {wanted}, but you have asked for: {mine.__name__}. Make sure that "
-                    "you are loading the correct model for your task type."
+                    f"Expected target PEFT class: {wanted}, which is what the adapter's task asks for, not "
+                    f"{mine.__name__}: use the AutoPeftModel class of that task."
                 )
             import transformers
 

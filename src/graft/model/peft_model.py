@@ -354,8 +354,7 @@ class PeftModel(nn.Module):
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(
-                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {unknown}."
+                f"You passed an invalid `selected_adapters` arguments, {unknown}: loaded are {list(self.peft_config)}."
             )
         if not is_main_process:
             return

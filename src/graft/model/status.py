@@ -92,8 +92,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         )
     if not out:
         raise ValueError(
-            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
-            "injected in the model."
+            "No adapter layers found in the model, please ensure that one was injected (get_peft_model, "
+            "inject_adapter_in_model) and not unloaded."
         )
     return out
 

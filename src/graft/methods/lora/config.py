@@ -104,8 +104,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
             self.loftq_config = {}
         if self.lora_bias and not isinstance(init, bool):
             raise ConfigError(
-                "The argument lora_bias=True is only supported with init_lora_weights=True or False, "
-                f"got init_lora_weights={init!r} instead."
+                "The argument lora_bias=True is only supported with the plain initialisations, True and False, not "
+                f"with init_lora_weights={init!r}."
             )
         patterned = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterned and isinstance(init, str) and init.startswith(CONVERTED):

@@ -30,8 +30,8 @@ def subtract_initial(
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
     if isinstance(initial_config.init_lora_weights, str) and initial_config.init_lora_weights.startswith(CONVERTED):
         raise ConfigError(
-            "The `init_lora_weights` parameter of the initial adapter should be set to `True`. Otherwise, it would "
-            "change the base weights again when it is loaded."
+            "The initial adapter was saved with an init_lora_weights that changes the base weights: loading it would "
+            "do that again. Set its `init_lora_weights` to `True` before saving it."
         )
     how = config.init_lora_weights
     if how is not True and not (isinstance(how, str) and how.startswith(CONVERTED)):

@@ -39,6 +39,7 @@ class Op:
     """One layer type. A new one overrides what differs from `nn.Linear`."""
 
     known = True
+    linear = False  # what target_modules="all-linear" means
     transposed = False  # the module stores (in, out)
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
 
@@ -95,12 +96,13 @@ class Unknown(Op):
 
 
 class Linear(Op):
-    pass
+    linear = True
 
 
 class Conv1D(Op):
     """transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
 
+    linear = True
     transposed = True
 
     def dims(self, m):

@@ -11,7 +11,7 @@ from torch import nn
 from graft.core.errors import ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.ops import Conv1D, Linear, find_op
+from graft.core.ops import find_op
 from graft.inject.match import Names, minimal_names
 
 ALL_LINEAR = "all-linear"
@@ -74,7 +74,7 @@ def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:
 
 def is_linear(module: nn.Module) -> bool:
     op = module.op if isinstance(module, AdapterLayer) else find_op(module)
-    return isinstance(op, (Linear, Conv1D))
+    return op.linear
 
 
 def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:

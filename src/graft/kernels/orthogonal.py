@@ -39,3 +39,8 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
         power = power @ Q
         R = R + 2 * power
     return R + power @ Q
+
+
+def gram_distance(P: Tensor) -> Tensor:
+    """‖P Pᵀ - I‖_F: how far the rows of P are from orthonormal."""
+    return torch.linalg.norm(P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype))

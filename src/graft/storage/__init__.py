@@ -8,6 +8,7 @@ import torch
 from graft.core.site import Store
 from graft.core.table import TypeTable
 from graft.storage.dense import Dense
+from graft.storage.packed import is_packed
 
 DENSE: Store = Dense()
 STORES: TypeTable[Store] = TypeTable({})
@@ -21,7 +22,7 @@ def find_store(module) -> Store:
 def numel(p: Any) -> int:
     """How many numbers a parameter holds: packed 4-bit weights two in a byte, DeepSpeed's shards those of the whole."""
     n = p.numel() or getattr(p, "ds_numel", 0)
-    if type(p).__name__ == "Params4bit":
+    if is_packed(p):
         n *= 2 * torch.empty((), dtype=getattr(p, "quant_storage", torch.uint8)).element_size()
     return n
 

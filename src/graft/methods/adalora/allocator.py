@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import PeftWarning
+from graft.kernels.orthogonal import gram_distance
 
 
 def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
@@ -50,7 +51,8 @@ class Allocator:
 
     def __init__(self, cfg: Any):
         self.importance = Importance(cfg.beta1, cfg.beta2)
-        self.called = False
+        self.called = self.warned = False
+        self.version: int | None = None  # of a parameter, when it was first seen
 
     @torch.no_grad()
     def allocate(self, methods: dict[str, Any], keep: int) -> dict[str, list[bool]]:
@@ -107,13 +109,12 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
         if cfg.rank_pattern:
             reapply(methods, cfg)
         return
-    for key, m in methods.items():
-        for x in "ABE":
-            state.importance.update(f"{key}.lora_{x}", getattr(m, f"lora_{x}"))
+    if global_step < last:
+        for key, m in methods.items():
+            for x in "ABE":
+                state.importance.update(f"{key}.lora_{x}", getattr(m, f"lora_{x}"))
     keep, prune = budget(global_step, len(methods) * cfg.init_r, len(methods) * cfg.target_r, cfg)
     if (prune or global_step == last) and state.importance.mean:
-        if global_step == last:
-            keep = len(methods) * cfg.target_r
         masks = state.allocate(methods, keep)
         cfg.rank_pattern = {f"{key}.lora_E.{name}": mask for key, mask in masks.items()}
     if global_step == last:
@@ -132,15 +133,10 @@ def reapply(methods: dict[str, Any], cfg: Any) -> None:
 def orthogonal_loss(tuner: Any) -> Tensor | float:
     """orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains."""
     found = trainable(tuner)
-    if found is None:
+    weight = tuner.peft_config[found[0]].orth_reg_weight if found else 0.0
+    if found is None or weight <= 0:
         return 0.0
-    name, methods = found
-    weight = tuner.peft_config[name].orth_reg_weight
-    if weight <= 0:
-        return 0.0
-    products = [P for m in methods.values() for P in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B)]
-    off = [torch.linalg.norm(P - torch.eye(len(P), device=P.device, dtype=P.dtype)) for P in products]
-    return weight * torch.stack(off).mean()
+    return weight * torch.stack([gram_distance(P) for m in found[1].values() for P in (m.lora_A, m.lora_B.T)]).mean()
 
 
 def warn_if_forgotten(tuner: Any) -> None:
@@ -150,9 +146,9 @@ def warn_if_forgotten(tuner: Any) -> None:
         return
     state = allocator_of(tuner, found[0])
     version = next(iter(found[1].values())).lora_A._version
-    before = state.__dict__.setdefault("version", version)
-    if version != before and not state.called and not state.__dict__.get("warned"):
-        state.warned = True  # type: ignore[attr-defined]
+    state.version = version if state.version is None else state.version
+    if version != state.version and not (state.called or state.warned):
+        state.warned = True
         warnings.warn(
             f"AdaLoRA adapter '{found[0]}' took an optimizer step without update_and_allocate(): its ranks will never "
             "adapt. Call model.base_model.update_and_allocate(step) after each step, or use "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from graft.methods import METHODS
+from graft.methods import ROWS
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,10 @@ _NAMES: dict[str, str] = {
         "graft.config.enums": "TaskType",
         "graft.methods": "PeftType method_of",
         "graft.methods.lora": "LoraRuntimeConfig",
+        "graft.methods.prompt_tuning": "PromptTuningInit",
+        "graft.methods.p_tuning": "PromptEncoderReparameterizationType",
+        "graft.methods.multitask_prompt_tuning": "MultitaskPromptTuningInit",
+        "graft.config.prompt": "PromptLearningConfig",
         "graft.inject.plan": "plan",
         "graft.inject.report": "InjectReport",
         "graft.inject.saved": "ModulesToSaveWrapper",
@@ -47,8 +51,8 @@ _NAMES: dict[str, str] = {
     }.items()
     for name in names.split()
 }
-_CONFIGS = {row.config: peft_type for peft_type, row in METHODS.items()}
-_TUNERS = {row.tuner: peft_type for peft_type, row in METHODS.items()}
+_CONFIGS = {row.config: peft_type for peft_type, row in ROWS.items()}
+_TUNERS = {row.tuner: peft_type for peft_type, row in ROWS.items()}
 
 __all__ = ["__version__", *sorted((*_NAMES, *_CONFIGS, *_TUNERS))]
 

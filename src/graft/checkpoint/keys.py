@@ -48,8 +48,18 @@ class Entry:
         self.tensor = value
 
 
+class PromptEntry(Entry):
+    """What a prompt method computes, or one of its parameters: see `Prompt.stored`."""
+
+    def assign(self, value: Tensor) -> None:
+        self.owner.restore(self.attribute, value)  # type: ignore[operator]
+
+
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
-    """All tensors of `adapter` that a checkpoint holds. `prefix`: "base_model.model.", or "" without a wrapper."""
+    """All tensors of `adapter` that a checkpoint holds. `prefix`: that of `parts`, or "" without a wrapper."""
+    if parts.prompt is not None:
+        for name, tensor in parts.prompt.stored().items():
+            yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor, None)
     tokens = {f"{k}.token_adapter": w for k, w in parts.wrappers.items() if isinstance(w, TrainableTokensWrapper)}
     rows = {key: w.token_adapter for key, w in tokens.items() if not w.tied}
     for key, layer in {**parts.layers, **rows}.items():

@@ -22,7 +22,7 @@ from graft.inject.inject import Parts, add_adapter
 from graft.inject.saved import ModulesToSaveWrapper, matches
 from graft.inject.survey import survey
 
-WRAPPED = "base_model.model."
+WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
 
 
 @dataclass
@@ -42,13 +42,19 @@ class LoadReport:
 # from a model
 
 
+def account_of(model: Any) -> Any:
+    """What keeps account of the adapters of a PeftModel; None of another model."""
+    return model.__dict__.get("tuner")
+
+
 def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
     """What carries an adapter, the prefix of its keys, and the base model."""
     model = getattr(model, "_orig_mod", model)
-    tuner: Any = model._modules.get("base_model")
-    if tuner is not None and hasattr(tuner, "parts_of"):
+    tuner = account_of(model)
+    if tuner is not None:
         tuner.check_known([adapter])
-        return tuner.parts_of(adapter), WRAPPED, tuner.model
+        parts = tuner.parts_of(adapter)
+        return parts, parts.prefix, tuner.model
     if hasattr(model, "parts_of"):  # a tuner itself
         return model.parts_of(adapter), "model.", model.model
     tree = survey(model)
@@ -83,6 +89,8 @@ def get_peft_model_state_dict(
     parts, prefix, base = parts_of(model, adapter_name)
     given = None if state_dict is None else {without_wrappers(k): v for k, v in state_dict.items()}
     config = config_of(getattr(model, "_orig_mod", model), adapter_name)
+    if given is not None and parts.prompt is not None:
+        parts, given = with_values(parts, given, adapter_name), None
     out: dict[str, Tensor] = {}
     for entry in entries(parts, adapter_name, prefix):
         if given is not None and entry.memory not in given:
@@ -94,6 +102,21 @@ def get_peft_model_state_dict(
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
         out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)
     return out
+
+
+def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
+    """The prompt and modules to save of an adapter with the values that a state dict has for them."""
+    here = copy.deepcopy(parts)
+    owners: dict[str, nn.Module] = {f"{here.prompt.prefix}.{adapter}": here.prompt}  # type: ignore[union-attr,dict-item]
+    owners |= {f"{here.prefix}{key}": w for key, w in here.wrappers.items()}
+    for path, owner in owners.items():
+        for name, tensor in owner.state_dict(keep_vars=True).items():
+            key = f"{path}.{name}"
+            if key in given:
+                tensor.data = given[key].detach()
+            elif f".{adapter}." in f"{key}.":
+                raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
+    return here
 
 
 def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_layers: str | bool) -> dict[str, Tensor]:
@@ -193,7 +216,7 @@ def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[
         return tensors
     out = {}
     for key, tensor in tensors.items():
-        prefix = next((p for p in (WRAPPED, "base_model.") if key.startswith(p)), "")
+        prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")
         rest = key[len(prefix) :]
         for pattern, replacement in mapping.items():
             new, n = re.subn(pattern, replacement, rest)
@@ -234,12 +257,13 @@ class Load:
         if not names:
             return {}
         made: dict[str, nn.Module] = {}
+        prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         for key, module in self.model.named_modules():
             if matches(key, names) is None or ".modules_to_save." in f".{key}.":
                 continue
             original = getattr(module, "original_module", module)
             shapes = {n: p.shape for n, p in original.named_parameters()}
-            stored = {n: self.tensors[k].shape for n in shapes if (k := f"{WRAPPED}{key}.{n}") in self.tensors}
+            stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
             other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
             if other:
                 made[key] = resized(original, other)
@@ -251,7 +275,7 @@ class Load:
         bare = not any(n.startswith("base_model.") for n in names)
         found: list[tuple[Entry, str]] = []
         mismatched = []
-        for entry in entries(parts, self.adapter, "" if bare else WRAPPED):
+        for entry in entries(parts, self.adapter, "" if bare else parts.prefix):
             name = find(entry, names)
             if name is None:
                 self.report.missing_keys.append(entry.file)
@@ -260,7 +284,7 @@ class Load:
             else:
                 found.append((entry, name))
         used = {name for _, name in found} | {name for name, _, _ in mismatched}
-        base = self._base_tensors(names - used, "" if bare else WRAPPED, mismatched)
+        base = self._base_tensors(names - used, "" if bare else parts.prefix, mismatched)
         self.report.unexpected_keys = sorted(names - used - set(base))
         self._complain(mismatched)
         for entry, name in found:
@@ -419,8 +443,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
 
 def _base(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
-    tuner = model._modules.get("base_model")
-    return tuner.model if tuner is not None and hasattr(tuner, "parts_of") else model  # type: ignore[return-value]
+    tuner = account_of(model)
+    return tuner.model if tuner is not None else model
 
 
 def is_added(base: nn.Module, key: str) -> bool:

@@ -20,6 +20,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.params import BufferDict, Transient
 from graft.core.place import place
+from graft.core.prompt import Prompt
 from graft.core.routing import Routing
 from graft.core.site import Site
 from graft.inject import saved
@@ -35,11 +36,17 @@ from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfi
 
 @dataclass
 class Parts:
-    """What carries one adapter: the layers and wrappers by path, the tensors that all layers share by name."""
+    """What carries one adapter: layers and wrappers by path, the tensors that all layers share by name, a prompt."""
 
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
     shared: dict[str, BufferDict] = field(default_factory=dict)
+    prompt: Prompt | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What keys of a PeftModel begin with: prompts are put into the model as it is, without a tuner around it."""
+        return "base_model.model." if self.prompt is None else "base_model."
 
 
 @dataclass
@@ -65,16 +72,16 @@ def survey_and_match(
         resolve_targets(cfg, method, model, tree.modules)
     method.prepare(cfg, model)
     followers = expand(cfg, method, model, tree.modules) if keys is None else {}
-    report = InjectReport(adapter, method.config.peft_type, base_parameters=tree.parameters)
+    report = InjectReport(adapter, cfg.peft_type, base_parameters=tree.parameters)
     outcomes: dict[str, Verdict] = {}
     chosen = set(keys) if keys is not None else None
-    matcher = Matcher(cfg)
+    matcher = Matcher(cfg) if chosen is None else None
     sites: dict[str, Site] = {}
     for key, module in tree.modules.items():
-        if chosen is None:
+        if matcher is not None:
             verdict = matcher(key)
         else:
-            verdict = Verdict("matched" if key in chosen else "untargeted", key)
+            verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
         if key in followers and verdict.outcome == "matched":  # by a regex: it comes after its embedding
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict

@@ -6,17 +6,16 @@ from __future__ import annotations
 from enum import Enum
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
-from graft.core.method import Method
 
 
 class Row(NamedTuple):
     method: str  # "module:Class" below graft.methods
     config: str  # public name of its config
-    tuner: str  # public name of the model class that holds it
+    tuner: str  # public name of the model class that holds it; of a prompt, its encoder
 
 
 METHODS: dict[str, Row] = {
@@ -30,22 +29,33 @@ METHODS: dict[str, Row] = {
     "TRAINABLE_TOKENS": Row("trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"),
     "LN_TUNING": Row("ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
 }
+PROMPTS: dict[str, Row] = {
+    "PROMPT_TUNING": Row("prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),
+    "P_TUNING": Row("p_tuning:PromptEncoder", "PromptEncoderConfig", "PromptEncoder"),
+    "PREFIX_TUNING": Row("prefix_tuning:PrefixEncoder", "PrefixTuningConfig", "PrefixEncoder"),
+    "MULTITASK_PROMPT_TUNING": Row(
+        "multitask_prompt_tuning:MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptEmbedding"
+    ),
+    "CPT": Row("cpt:CPTEmbedding", "CPTConfig", "CPTEmbedding"),
+    "CARTRIDGE": Row("cartridge:CartridgeEncoder", "CartridgeConfig", "CartridgeEncoder"),
+}
+ROWS = METHODS | PROMPTS
 
-PeftType = Enum("PeftType", {name: name for name in METHODS}, type=str, module=__name__)  # type: ignore[misc]
+PeftType = Enum("PeftType", {name: name for name in ROWS}, type=str, module=__name__)  # type: ignore[misc]
 PeftType.__doc__ = "The methods, by the name that adapter_config.json uses."
 
 
 @cache
-def method_of(peft_type: str) -> type[Method]:
-    """The Method class of a peft_type; imports its file.
+def method_of(peft_type: str) -> Any:
+    """The Method class of a peft_type, or the Prompt class; imports its file.
 
     Raises:
         ConfigError: there is no such method.
     """
     name = getattr(peft_type, "value", peft_type)
-    if name not in METHODS:
-        raise ConfigError(f"Unknown peft_type {name!r}. Known ones: {', '.join(METHODS)}.")
-    module, cls = METHODS[name].method.split(":")
+    if name not in ROWS:
+        raise ConfigError(f"Unknown peft_type {name!r}. Known ones: {', '.join(ROWS)}.")
+    module, cls = ROWS[name].method.split(":")
     return getattr(import_module(f"graft.methods.{module}"), cls)
 
 

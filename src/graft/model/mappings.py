@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from graft.methods import METHODS, PeftType, config_of, method_of
+from graft.methods import ROWS, PeftType, config_of, method_of
 from graft.model.tuner import tuner_of
 
 
@@ -15,7 +15,7 @@ class _View(Mapping[Any, Any]):
         self._of = of
 
     def __getitem__(self, peft_type: Any) -> Any:
-        if getattr(peft_type, "value", peft_type) not in METHODS:
+        if getattr(peft_type, "value", peft_type) not in ROWS:
             raise KeyError(peft_type)
         return self._of(peft_type)
 
@@ -23,7 +23,7 @@ class _View(Mapping[Any, Any]):
         return iter(PeftType)
 
     def __len__(self) -> int:
-        return len(METHODS)
+        return len(ROWS)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING = _View(config_of)

@@ -19,7 +19,9 @@ from graft.config.base import HUB_KEYWORDS, PeftConfig
 from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError
 from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows
-from graft.model.tuner import Tuner, check_adapter_name, tuner_of
+from graft.model.adapters import check_adapter_name
+from graft.model.prompt import Prompts
+from graft.model.tuner import tuner_of
 from graft.storage import numel
 
 OFFLOAD_KEYWORDS = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
@@ -27,6 +29,8 @@ OFFLOAD_KEYWORDS = ("device_map", "max_memory", "offload_folder", "offload_dir",
 
 class PeftModel(nn.Module):
     """A base model with adapters. `base_model` is the tuner, `base_model.model` the model that was passed in.
+
+    With a prompt method `base_model` is the model itself: nothing in it is replaced.
 
     Args:
         model: any nn.Module; modified in place.
@@ -54,7 +58,8 @@ class PeftModel(nn.Module):
         check_adapter_name(adapter_name)
         self.modules_to_save: set[str] | None = None
         self.extend_config(peft_config)
-        self.base_model: Tuner = tuner_of(peft_config.peft_type)(  # type: ignore[arg-type]
+        holder = Prompts if peft_config.is_prompt_learning else tuner_of(peft_config.peft_type)
+        tuner: Any = holder(
             model,
             peft_config,
             adapter_name,
@@ -62,14 +67,17 @@ class PeftModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             **options,
         )
-        self.base_model.on_change = self._heads_changed
+        for name, module in tuner.shown().items():
+            setattr(self, name, module)
+        self.__dict__["tuner"] = tuner
+        tuner.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
         self._note_modules_to_save(peft_config)
         self.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # its split matrix products would bypass the adapters
-        self.training = self.base_model.training = model.training
+        self.training = tuner.training = model.training
 
     def extend_config(self, config: PeftConfig) -> None:
         """Hook for task classes whose models have heads that must be trained."""
@@ -91,11 +99,11 @@ class PeftModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        return self.tuner.active_adapters
 
     @property
     def active_adapter(self) -> str:
@@ -108,14 +116,14 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.active_adapters) and any(not p.disable_adapters for p in self.base_model.parts())
+        return bool(self.active_adapters) and any(not p.disable_adapters for p in self.tuner.parts())
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
-        return self.base_model.model
+        return self.tuner.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
@@ -163,9 +171,9 @@ class PeftModel(nn.Module):
             ValueError: the name is taken, or the config is of another method.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
         """
-        self.base_model.check_new(adapter_name, peft_config)
+        self.tuner.check_new(adapter_name, peft_config)
         self.extend_config(peft_config)
-        self.base_model.add_adapter(
+        self.tuner.add_adapter(
             adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
         )
         self._note_modules_to_save(peft_config)
@@ -183,7 +191,7 @@ class PeftModel(nn.Module):
                 f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): use "
                 "model.base_model.set_adapter([...]) to activate several."
             )
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others (by name) becomes active.
@@ -191,22 +199,22 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: it is not loaded, or it is merged.
         """
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, within the block. Merged adapters are unmerged and stay so."""
-        before = [(part, part.disable_adapters) for part in self.base_model.parts()]
+        before = [(part, part.disable_adapters) for part in self.tuner.parts()]
         if len({was for _, was in before}) > 1:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. "
                 "This is most likely unintentional. They are put back as they were after the block.",
                 stacklevel=3,
             )
-        self.base_model.disable_adapter_layers()
+        self.tuner.disable_adapter_layers()
         try:
             yield
         finally:
@@ -227,7 +235,7 @@ class PeftModel(nn.Module):
         if unknown:
             loaded = ", ".join(self.peft_config)
             raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {loaded}.")
-        merged = self.base_model.merged_adapters
+        merged = self.tuner.merged_adapters
         if merged:
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
@@ -248,11 +256,12 @@ class PeftModel(nn.Module):
         for name in self.special_peft_forward_args:
             kwargs.pop(name, None)
         rows = self._rows(names, inputs, kwargs)
-        with self.base_model.routing.using(rows), self._heads_of(names):
-            output = function(*inputs, **kwargs)
+        with self.tuner.routing.using(rows), self._heads_of(names), self.tuner.acting(kwargs) as finish:
+            kwargs.pop("task_ids", None)  # whom it concerns has taken it
+            output = finish(function(*inputs, **kwargs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.base_model.routing.keep_for_backward(output, rows)
-        return self.base_model.method.after_forward(self.base_model, output)
+            self.tuner.routing.keep_for_backward(output, rows)
+        return output
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
         """Hook for task classes: the heads of a mixed batch."""
@@ -282,7 +291,7 @@ class PeftModel(nn.Module):
     def _generate_copies(self, names: Sequence[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each row is repeated; an encoder still sees the rows as they came."""
         model: Any = self.get_base_model()
-        routing = self.base_model.routing
+        routing = self.tuner.routing
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         rows = self._rows(names, args, kwargs)
         assert rows is not None
@@ -432,7 +441,7 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
-        config.inference_mode = not is_trainable
+        _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs))
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
@@ -472,7 +481,7 @@ class PeftModel(nn.Module):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         hub = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs}
         config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-        config.inference_mode = not is_trainable
+        _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         load = state.Load(
             self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs)
@@ -491,12 +500,12 @@ class PeftModel(nn.Module):
                 f"{config.peft_type}: load it under another name into another model."
             )
         else:
-            load.fill(self.base_model.parts_of(adapter_name))
+            load.fill(self.tuner.parts_of(adapter_name))
         self._loaded(adapter_name, is_trainable)
         return load.report
 
     def _loaded(self, adapter_name: str, is_trainable: bool) -> None:
-        self.base_model.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+        self.tuner.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
         if not is_trainable and self.training:  # else the adapter has come in the base's mode
             self.eval()
         self._heads_changed()
@@ -510,7 +519,16 @@ class PeftModel(nn.Module):
         """The adapter layers that carry an adapter."""
         if adapter_name not in self.peft_config:
             raise AdapterNotFoundError(f"Adapter {adapter_name} not found.")
-        return [layer for layer in self.base_model.layers.values() if adapter_name in layer.methods]
+        return [layer for layer in self.tuner.layers.values() if adapter_name in layer.methods]
+
+
+def _for_loading(config: Any, is_trainable: bool) -> None:
+    if config.is_prompt_learning and is_trainable:
+        raise ValueError(
+            "Cannot set a prompt learning adapter to trainable when loading pretrained adapter. The file holds the "
+            "prompt, not the encoder that it was trained with."
+        )
+    config.inference_mode = not is_trainable
 
 
 def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:

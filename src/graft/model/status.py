@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from graft.checkpoint.state import account_of
 from graft.core.layer import AdapterLayer
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import survey
@@ -54,11 +55,20 @@ def same(values: list) -> Any:
 
 def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Adapter layers and modules trained whole, in the order of the model, which is PEFT's."""
-    tuner = model._modules.get("base_model")
-    wrapped = tuner is not None and hasattr(tuner, "parts_of")
-    modules = survey(tuner.model if wrapped else model).modules
-    prefix = "model." if wrapped else ""
+    tuner = account_of(model)
+    modules = survey(model if tuner is None else tuner.model).modules
+    prefix = "" if tuner is None else "model."
     return {f"{prefix}{k}": m for k, m in modules.items() if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))}
+
+
+def with_layers(model: Any, caller: str) -> Any:
+    model = getattr(model, "_orig_mod", model)
+    if getattr(account_of(model), "prompt_encoder", None) is not None:
+        raise TypeError(
+            f"{caller}() got an invalid PeftModel instance; prompt methods put no adapters on layers: see "
+            "model.peft_config and model.prompt_encoder."
+        )
+    return model
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -66,8 +76,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
     Raises:
         ValueError: the model has none.
+        TypeError: its adapters are prompts, and not on layers.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = with_layers(model, "get_layer_status")
     out = []
     for key, layer in _layers(model).items():
         adapters = sorted(layer.adapters)
@@ -103,12 +114,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
     Raises:
         ValueError: the model has no adapter layers.
+        TypeError: its adapters are prompts, and not on layers.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = with_layers(model, "get_model_status")
     layers = get_layer_status(model)
-    tuner = model._modules.get("base_model")
-    wrapped = tuner is not None and hasattr(tuner, "parts_of")
-    base: Any = tuner.model if wrapped else model  # type: ignore[union-attr]
+    tuner = account_of(model)
+    wrapped = tuner is not None
+    base: Any = tuner.model if wrapped else model
     configs = getattr(model, "peft_config", None) or {}
     adapters = sorted({a for s in layers for a in s.available_adapters})
     merged = [s.merged_adapters for s in layers]

@@ -199,7 +199,7 @@ class PeftModelForFeatureExtraction(PeftModel):
         return self._call(self.get_base_model(), (), _given(kwargs, locals()))
 
 
-_OURS = ("self", "kwargs", "task_ids", "__class__")
+_OURS = ("self", "kwargs", "__class__")
 
 
 def _given(kwargs: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:

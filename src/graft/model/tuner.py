@@ -4,54 +4,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError
+from graft.core.errors import ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.params import BufferDict
-from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
 from graft.inject.survey import Wrapper, survey
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.methods import METHODS, method_of
+from graft.methods import METHODS, PROMPTS, method_of
+from graft.model.adapters import Adapters
 
 TIED_NAMES = ("embed_tokens", "lm_head")
-_TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
 
-def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
-    """Raise unless `name` can name a new adapter."""
-    if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {name!r}.")
-    if "." in name:
-        raise AdapterNameError(
-            f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
-        )
-    if "/" in name or "\\" in name or name == BASE:
-        raise AdapterNameError(
-            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' stands for the base model."
-        )
-    if name in _TAKEN:
-        raise AdapterNameError(
-            f"attribute '{name}' already exists on torch's containers: give the adapter another name."
-        )
-    if name in taken:
-        raise AdapterNameError(
-            f"Adapter with name '{name}' already exists. Choose another name (add_adapter() puts it beside that "
-            "one), or delete_adapter() it first."
-        )
-
-
-class Tuner(nn.Module):
+class Tuner(Adapters, nn.Module):
     """Holds the user's model as `.model`; attributes that it does not have itself are the model's.
 
     The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`.
@@ -70,17 +46,9 @@ class Tuner(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.model = model
-        found = survey(model)
-        self.layers: dict[str, AdapterLayer] = found.layers
-        self.wrappers: dict[str, Wrapper] = found.wrappers
-        known = [*found.layers.values(), *found.wrappers.values()]
-        self.routing: Routing = known[0].routing if known else Routing()
+        self.open_account(model)
         self.shared: list[str] = []  # names of containers of tensors that all layers share
-        self.peft_config: dict[str, Any] = dict(getattr(model, "peft_config", None) or {})
-        self.reports: dict[str, InjectReport] = {}
-        self.active_adapters: list[str] = []
-        self.on_change: Callable[[], None] | None = None  # told when other adapters run
+        self.peft_config |= getattr(model, "peft_config", None) or {}
         if state_dict is not None:
             options["keys"] = self._keys_in(state_dict, peft_config)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -139,20 +107,18 @@ class Tuner(nn.Module):
         return report
 
     def parts_of(self, adapter_name: str) -> Parts:
-        """What carries an adapter."""
-        return Parts(
-            {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
-            {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
-            {name: c for name in self.shared if adapter_name in (c := self._modules[name])},  # type: ignore[misc,operator]
-        )
+        parts = super().parts_of(adapter_name)
+        parts.shared = {name: c for name in self.shared if adapter_name in (c := self._modules[name])}  # type: ignore[misc,operator]
+        return parts
+
+    def shown(self) -> dict[str, nn.Module]:
+        return {"base_model": self}
+
+    def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
+        return nullcontext(partial(self.method.after_forward, self))
 
     def check_new(self, adapter_name: str, config: Any) -> None:
-        check_adapter_name(adapter_name, list(self.peft_config))
-        if config.peft_type != self.method.config.peft_type:
-            mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
-            raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type}."
-            )
+        super().check_new(adapter_name, config)
         if self.method.single_trainable and not config.inference_mode:
             others = [name for name, c in self.peft_config.items() if not c.inference_mode]
             if others:
@@ -162,108 +128,17 @@ class Tuner(nn.Module):
                 )
         check_bias(config, self.method, iter(self.peft_config.values()))
 
-    def parts(self) -> Iterator[AdapterLayer | Wrapper]:
-        yield from self.layers.values()
-        yield from self.wrappers.values()
-
-    def check_known(self, names: Sequence[str]) -> None:
-        unknown = sorted(n for n in names if n not in self.peft_config)
-        if unknown:
-            loaded = ", ".join(self.peft_config) or "none"
-            raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found. Loaded adapters: {loaded}.")
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, in this order, and trainable unless for inference.
-
-        Raises:
-            AdapterNotFoundError: one of them is not loaded.
-            ValueError: two of them cannot be active together.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.check_known(names)
-        for part in self.parts():
-            part.check_active(names)
-        if self.merged_adapters and names != self.active_adapters:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-            self.unmerge_adapter()
-        for part in self.parts():
-            part.set_adapter(names, inference_mode)
-        self.active_adapters = names
-        self._changed()
-
-    def _changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change()
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
-
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors.
-
-        Raises:
-            AdapterNotFoundError: it is not loaded.
-            ValueError: it is merged.
-        """
-        if adapter_name not in self.peft_config:
-            raise AdapterNotFoundError(
-                f"Adapter {adapter_name} does not exist. Loaded adapters: {', '.join(self.peft_config)}."
-            )
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
-            )
-        del self.peft_config[adapter_name]
-        self.reports.pop(adapter_name, None)
-        for part in self.parts():
-            part.delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
         for name in self.shared:
             container: Any = self._modules[name]
             if adapter_name in container:
                 del container[adapter_name]
-        if adapter_name in self.active_adapters:
-            left = [n for n in self.active_adapters if n != adapter_name]
-            if not left and self.peft_config:
-                left = sorted(self.peft_config)[:1]
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                    stacklevel=2,
-                )
-            self.set_adapter(left)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the parameters of any adapters, active or not, train or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_known(names)
-        for part in self.parts():
-            for name in names:
-                part.require_grad(name, requires_grad)
-
-    # on and off
-
-    def enable_adapter_layers(self) -> None:
-        for part in self.parts():
-            part.enable_adapters(True)
-        self._changed()
-
-    def disable_adapter_layers(self) -> None:
-        for config in (self.peft_config.get(name) for name in self.active_adapters):
-            bias = getattr(config, "bias", "none")
-            if bias != "none":
-                warnings.warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
-                    "output as the base model would without adaption.",
-                    stacklevel=2,
-                )
-        for part in self.parts():
-            part.enable_adapters(False)
-        self._changed()
 
     # merging
 
     @property
-    def merged_adapters(self) -> list[str]:
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """Adapters that are merged into some layer."""
         return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
 
@@ -390,9 +265,10 @@ def retie(model: Any) -> None:
     config.tie_word_embeddings = False
 
 
-def tuner_of(peft_type: str) -> type[Tuner]:
-    """The Tuner subclass of a peft_type, under PEFT's name for it."""
-    return _tuner_class(getattr(peft_type, "value", peft_type))
+def tuner_of(peft_type: str) -> Any:
+    """The Tuner subclass of a peft_type, under PEFT's name for it; of a prompt method, the encoder's class."""
+    name = getattr(peft_type, "value", peft_type)
+    return method_of(name) if name in PROMPTS else _tuner_class(name)
 
 
 @cache

@@ -68,6 +68,8 @@ def stem(peft_type: str) -> str:
 
 def layer_names(peft_type: str) -> list[str]:
     """Names of a method's layer classes. PEFT puts the method's name before some, so all have that form as well."""
+    if peft_type not in METHODS:  # a prompt is on no layer
+        return []
     own = stem(peft_type)
     return [f"{own}Layer", *KINDS, *(f"{PREFIXES.get(peft_type, own)}{kind}" for kind in KINDS)]
 

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from graft.compat.peft.layers import layer_class, layer_names
-from graft.compat.peft.names import MAPPINGS, MODULES, OF_METHODS, WHERE
-from graft.methods import METHODS, method_of
+from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, WHERE
+from graft.methods import ROWS, method_of
 
 ROOT = "peft"
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; what graft speaks is 0.21.2
@@ -48,9 +48,9 @@ def names_in(module: str) -> list[str]:
 
 
 def method_names(peft_type: str, suffix: str) -> list[str]:
-    row = METHODS[peft_type]
+    row = ROWS[peft_type]
     parts = {
-        ".config": [row.config, *(["LoraRuntimeConfig"] if peft_type == "LORA" else [])],
+        ".config": [row.config, *BESIDE.get(peft_type, ())],
         ".layer": layer_names(peft_type),
         ".model": [row.tuner],
     }

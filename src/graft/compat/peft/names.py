@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from graft.methods import METHODS
+from graft.methods import METHODS, ROWS
 
 # names that PEFT has and graft's public face has not, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
@@ -30,7 +30,7 @@ HELD: dict[str, str] = {
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
     "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
-    "PeftMixedModel PromptLearningConfig TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
+    "PeftMixedModel TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
     "check_target_module_exists get_pattern_key id_tensor_storage init_empty_weights match_target_against_key "
     "transpose",
@@ -76,7 +76,7 @@ _TARGETS = f"TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING {' '.join(MA
 
 # module below `peft` → names in it; "peft" itself holds graft's whole public face besides
 MODULES: dict[str, str] = {
-    "": "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel PromptLearningConfig",
+    "": "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
     "auto": f"{_AUTO} {_TASKS} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig TOKENIZER_CONFIG_NAME _BaseAutoPeftModel",
     "config": "CONFIG_NAME PeftConfig PeftConfigMixin PeftType PromptLearningConfig TaskType",
     "functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
@@ -91,7 +91,7 @@ MODULES: dict[str, str] = {
     "BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper TunerLayerStatus TunerModelStatus "
     "DUMMY_MODEL_CONFIG get_layer_status get_model_status get_peft_model_state_dict id_tensor_storage infer_device "
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
-    "tuners": "LoraRuntimeConfig " + " ".join(f"{row.config} {row.tuner}" for row in METHODS.values()),
+    "tuners": "LoraRuntimeConfig " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
     "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES "
@@ -115,14 +115,23 @@ MODULES: dict[str, str] = {
 }
 
 
+# what a method has beside its config
+BESIDE: dict[str, tuple[str, ...]] = {
+    "LORA": ("LoraRuntimeConfig",),
+    "PROMPT_TUNING": ("PromptTuningInit",),
+    "P_TUNING": ("PromptEncoderReparameterizationType",),
+    "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningInit",),
+}
+
+
 def folder(peft_type: str) -> str:
     """The folder of a method below peft.tuners, which has the same name as graft's."""
-    return METHODS[peft_type].method.partition(":")[0]
+    return ROWS[peft_type].method.partition(":")[0]
 
 
 # module below `peft` that a method owns → (peft_type, which of its names are there)
 OF_METHODS: dict[str, tuple[str, str]] = {
     f"tuners.{folder(peft_type)}{suffix}": (peft_type, suffix)
-    for peft_type in METHODS
-    for suffix in ("", ".config", ".layer", ".model")
+    for peft_type in ROWS
+    for suffix in ("", ".config", ".model", *((".layer",) if peft_type in METHODS else ()))
 }

@@ -41,10 +41,6 @@ class PeftMixedModel(metaclass=_Absent):
     """Nothing is one: adapters of several methods on one model are not in graft yet."""
 
 
-class PromptLearningConfig(metaclass=_Absent):
-    """Nothing is one: prompt learning is not in graft yet."""
-
-
 # targets
 
 

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of the methods that learn a prompt, and how they follow from the base model's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
+
+# what each field may be called in the configs of base models
+NAMES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+@dataclass(kw_only=True)
+class PromptLearningConfig(PeftConfig):
+    """Sizes that are None are taken from the base model's config.
+
+    Raises:
+        ConfigError: `num_virtual_tokens` is not positive.
+    """
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None  # of an embedding; or of one layer's keys, where the prompt is keys and values
+    num_transformer_submodules: int | None = None  # 2 for an encoder and a decoder, else 1
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None  # trained whole and saved beside the prompt
+
+    is_prompt_learning: ClassVar[bool] = True
+    holds_keys: ClassVar[bool] = False  # the prompt is keys and values of each layer, not embeddings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is not None and self.num_virtual_tokens <= 0:
+            raise ConfigError(f"`num_virtual_tokens` must be positive, got {self.num_virtual_tokens}.")
+
+    @property
+    def rows(self) -> int:
+        """Number of virtual tokens that the encoder makes."""
+        return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
+
+    def fit(self, model_config: Any) -> None:
+        """Fill in the sizes that are None.
+
+        Args:
+            model_config: of the base model: an object, a dict or None.
+
+        Raises:
+            ValueError: a size is neither given nor to be found in the model's config.
+        """
+        facts = as_dict(model_config)
+        for field, names in NAMES.items():
+            if getattr(self, field) is None:
+                found = next((facts[n] for n in names if facts.get(n) is not None), None)
+                if found is None:
+                    raise ConfigError(
+                        f"Please specify `{field}` in `peft_config`: the base model's config has none of "
+                        f"{', '.join(names)}."
+                    )
+                setattr(self, field, found)
+        if self.num_transformer_submodules is None:
+            self.num_transformer_submodules = 2 if self.task_type == "SEQ_2_SEQ_LM" else 1
+        if self.holds_keys:
+            self._fit_keys(facts)
+        if getattr(self, "encoder_hidden_size", 0) is None:
+            self.encoder_hidden_size = self.token_dim
+
+    def _fit_keys(self, facts: dict[str, Any]) -> None:
+        """Size of the keys of one layer: of the largest, where layers differ."""
+        heads = facts.get("num_key_value_heads")
+        if heads is None:
+            if facts.get("d_kv") is not None:  # T5, whose heads together need not be as wide as the model
+                self.token_dim = facts["d_kv"] * self.num_attention_heads
+            return
+        assert self.token_dim is not None and self.num_attention_heads is not None
+        size = facts.get("head_dim") or self.token_dim // self.num_attention_heads
+        if facts.get("global_head_dim"):
+            size = max(size, facts["global_head_dim"])
+            heads = max(heads, facts.get("num_global_key_value_heads") or 0)
+        for layer in (facts.get("per_layer_config") or {}).values():
+            size, heads = max(size, layer.get("head_dim", 0)), max(heads, layer.get("num_key_value_heads", 0))
+        self.token_dim, self.num_attention_heads = size * heads, heads
+
+
+def as_dict(model_config: Any) -> dict[str, Any]:
+    """The text part of a model's config as a dict."""
+    if model_config is None:
+        return {}
+    facts = dict(model_config) if isinstance(model_config, dict) else model_config.to_dict()
+    aliases = getattr(model_config, "attribute_map", {})
+    facts |= {new: facts[old] for new, old in aliases.items() if new not in facts and old in facts}
+    return {**facts, **facts["text_config"]} if isinstance(facts.get("text_config"), dict) else facts

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt that is learned: embeddings before the input, or keys and values before each layer's own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import ConfigError
+
+STORED = "prompt_embeddings"  # the name in a checkpoint of what the encoder computes
+
+
+class Prompt(nn.Module):
+    """One adapter: the module that computes its prompt from parameters.
+
+    A subclass makes `embedding` (and what computes upon it) in `__init__`. `graft.model.prompt` puts the prompt into
+    the model, for all tasks; where the prompt is keys and values, the config says so (`holds_keys`).
+
+    Args:
+        cfg: its config, complete.
+        words: the base model's word embeddings, if there are any.
+    """
+
+    config: ClassVar[Any]  # its PeftConfig class
+    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's forward: passed to `forward` (or `own_loss`) here
+    in_decoder: ClassVar[bool] = False  # of an encoder-decoder: has tokens for the decoder as well
+    has_own_loss: ClassVar[bool] = False
+
+    # as a Method has them: nothing of a layer is touched
+    prefix: ClassVar[str] = "prompt_encoder"
+    shares: ClassVar[bool] = False
+
+    embedding: Any
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__()
+        self.num_virtual_tokens = cfg.num_virtual_tokens
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.has_own_loss = cls.own_loss is not Prompt.own_loss
+
+    @classmethod
+    def check(cls, cfg: Any) -> None:
+        """Raise ConfigError if the config asks for what the method cannot do."""
+
+    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+        """(tokens, dim), or (batch, tokens, dim) where each sample has its own.
+
+        Args:
+            indices: of the virtual tokens; all of them if None.
+        """
+        return pick(self.embedding.weight, indices)
+
+    def own_loss(self, logits: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
+        """The loss, in place of the base model's."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name."""
+        with torch.no_grad():
+            return {STORED: self().detach()}
+
+    def restore(self, name: str, value: Tensor) -> None:
+        """Put in what a checkpoint holds under one of the names of `stored`.
+
+        The prompt is `value` then: a network that computed it is gone, as it is in every adapter loaded from a file.
+        """
+        old = self.embedding.weight
+        if old.shape == value.shape:
+            with torch.no_grad():
+                old.copy_(value)
+        else:
+            weight = nn.Parameter(value.to(device=old.device, dtype=old.dtype), requires_grad=old.requires_grad)
+            self.embedding = nn.Embedding(len(value), value.shape[1], _weight=weight)
+
+
+def pick(table: Tensor, indices: Tensor | None) -> Tensor:
+    return table if indices is None else table[indices]
+
+
+def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
+    """The base model's embeddings of some tokens, in float32.
+
+    Raises:
+        ConfigError: the model has no word embeddings.
+    """
+    if words is None:
+        raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
+    with torch.no_grad():
+        device = next(words.parameters()).device
+        return words(ids.to(device)).detach().clone().to(torch.float32)

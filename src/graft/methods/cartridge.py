@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cartridge: keys and values distilled from a long text, the first of them frozen (https://arxiv.org/abs/2506.06266)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.prompt import PromptLearningConfig
+from graft.core.errors import ConfigError
+from graft.core.prompt import STORED, Prompt, pick
+from graft.methods.prefix_tuning import check_shape
+
+
+@dataclass(kw_only=True)
+class CartridgeConfig(PromptLearningConfig):
+    peft_type: Any = "CARTRIDGE"
+    num_frozen_tokens: int = 1  # so many of the first tokens do not train, which keeps training stable
+    holds_keys: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = self.num_virtual_tokens
+        if self.num_frozen_tokens < 0 or (total is not None and self.num_frozen_tokens > total):
+            raise ConfigError(
+                "`num_frozen_tokens` must be <= `num_virtual_tokens`, and not negative: "
+                f"got num_frozen_tokens={self.num_frozen_tokens} and num_virtual_tokens={total}."
+            )
+
+
+class CartridgeEncoder(Prompt):
+    """Its prompt is (tokens, 2 · layers · token_dim), as in prefix tuning."""
+
+    config = CartridgeConfig
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__(cfg, words)
+        width, frozen = 2 * cfg.num_layers * cfg.token_dim, cfg.num_frozen_tokens
+        self.num_frozen_tokens = frozen
+        self.frozen_embedding = nn.Parameter(torch.randn(frozen, width), requires_grad=False)
+        self.trainable_embedding = nn.Parameter(torch.randn(cfg.num_virtual_tokens - frozen, width))
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([self.frozen_embedding, self.trainable_embedding])
+
+    @property
+    def embedding(self) -> CartridgeEncoder:  # `encoder.embedding.weight`, as other encoders have it
+        return self
+
+    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+        return pick(self.weight, indices)
+
+    def restore(self, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            self.frozen_embedding.copy_(value[: self.num_frozen_tokens])
+            self.trainable_embedding.copy_(value[self.num_frozen_tokens :])
+
+    def load_prompt_embeddings(self, values: Tensor) -> None:
+        """Set keys and values: (tokens, 2 · layers · token_dim).
+
+        Raises:
+            ValueError: the shape differs.
+        """
+        check_shape(values, self.weight)
+        self.restore(STORED, values)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPT: examples in front of the input, their embeddings refined within a small radius (https://arxiv.org/abs/2410.17222)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.prompt import PromptLearningConfig
+from graft.core.errors import ConfigError
+from graft.core.prompt import STORED, Prompt, pick, words_of
+
+# what a token is: its type modulo 4 (labels count up in steps of 4, one step per example; 0 itself is padding)
+LABEL, INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE = 0, 1, 2, 3
+NO_RADIUS = 1e-10
+
+
+@dataclass(kw_only=True)
+class CPTConfig(PromptLearningConfig):
+    peft_type: Any = "CPT"
+    cpt_token_ids: list[int] | None = None  # tokens of the examples; None: [0]
+    cpt_mask: list[int] | None = None  # attention mask of those tokens
+    cpt_tokens_type_mask: list[int] | None = None  # 1 input template, 2 input, 3 output template, 4 label; next 5 …
+    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"  # "decay": earlier examples weigh less
+    opt_loss_decay_factor: float | None = 1.0  # by this factor per example
+    opt_projection_epsilon: float | None = 0.1  # radius of input tokens, for embeddings of 2048 numbers
+    opt_projection_format_epsilon: float | None = 0.1  # radius of template tokens
+    tokenizer_name_or_path: str | None = None  # for the record
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_type != "CAUSAL_LM":
+            raise ConfigError(f"{type(self).__name__} only supports task_type = CAUSAL_LM.")
+        self.num_layers = self.token_dim = self.num_attention_heads = None  # always the base model's
+        self.num_transformer_submodules = 1
+        if self.cpt_token_ids is None:
+            self.cpt_token_ids = [0]
+        n = self.num_virtual_tokens = len(self.cpt_token_ids)
+        self.cpt_mask = [1] * n if self.cpt_mask is None else self.cpt_mask
+        self.cpt_tokens_type_mask = [1] * n if self.cpt_tokens_type_mask is None else self.cpt_tokens_type_mask
+        if not n or {len(self.cpt_mask), len(self.cpt_tokens_type_mask)} != {n}:
+            raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length.")
+
+
+class CPTEmbedding(Prompt):
+    """prompt = embedding (frozen: the words of the examples) + delta_embedding, each row within its radius."""
+
+    config = CPTConfig
+    arguments = ("input_type_mask",)
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__(cfg, words)
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.num_virtual_tokens, cfg.token_dim)
+        self.embedding.requires_grad_(False)
+        if not cfg.inference_mode:
+            ids = torch.tensor(cfg.cpt_token_ids)
+            self.embedding.weight.data = words_of(ids, words, "CPT")
+        self.delta_embedding = nn.Embedding(cfg.num_virtual_tokens, cfg.token_dim)
+        nn.init.zeros_(self.delta_embedding.weight)
+        self.delta_embedding.weight.register_hook(self._without_labels)
+
+    def _types(self) -> Tensor:
+        return torch.tensor(self.cfg.cpt_tokens_type_mask, device=self.delta_embedding.weight.device)
+
+    def _without_labels(self, grad: Tensor) -> Tensor:
+        """Labels keep their embeddings."""
+        return grad * (self._types() % 4 != LABEL)[:, None]
+
+    def radius(self) -> Tensor:
+        """How far each token's embedding may move: (tokens,)."""
+        types, scale = self._types(), (self.cfg.token_dim / 2048) ** 0.5
+        template = (types > 0) & ((types % 4 == INPUT_TEMPLATE) | (types % 4 == OUTPUT_TEMPLATE))
+        out = torch.full(types.shape, NO_RADIUS, device=types.device)
+        out[template] = self.cfg.opt_projection_format_epsilon * scale
+        out[(types > 0) & (types % 4 == INPUT)] = self.cfg.opt_projection_epsilon * scale
+        return out
+
+    def project(self) -> None:
+        """Draw rows that moved too far back to their radius, in place."""
+        delta = self.delta_embedding.weight.data
+        norm, radius = delta.norm(dim=1), self.radius()
+        delta.mul_(torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
+
+    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+        self.project()
+        return pick(self.embedding.weight, indices) + pick(self.delta_embedding.weight, indices)
+
+    def restore(self, name: str, value: Tensor) -> None:
+        super().restore(STORED, value)
+        nn.init.zeros_(self.delta_embedding.weight)
+
+    def own_loss(
+        self, logits: Tensor, labels: Tensor, input_type_mask: Tensor | None = None, **arguments: Any
+    ) -> Tensor:
+        """Mean cross entropy of the label tokens, of the examples and of the input.
+
+        Args:
+            logits: (batch, virtual tokens + tokens, vocabulary).
+            labels: (batch, tokens).
+            input_type_mask: (batch, tokens), as `cpt_tokens_type_mask`; None: all of them are labels.
+        """
+        types, batch = self._types(), len(labels)
+        ids = torch.tensor(self.cfg.cpt_token_ids, device=labels.device)
+        own = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
+        own = torch.where(own > 0, own + types.max(), own)  # the input counts on from the examples
+        kinds = torch.cat([types.to(own.device).expand(batch, -1), own], dim=1)[:, 1:]
+        targets = torch.cat([ids.expand(batch, -1), labels], dim=1)[:, 1:]
+        is_label = (kinds > 0) & (kinds % 4 == LABEL)
+        if not is_label.any():
+            raise ValueError(
+                "No token is a label: the types of the input count on from the largest of cpt_tokens_type_mask, which "
+                f"is {int(types.max())} and must be a multiple of 4."
+            )
+        kept = is_label & (targets != -100)
+        losses = nn.functional.cross_entropy(logits[:, :-1][kept], targets[kept], reduction="none")
+        if self.cfg.opt_weighted_loss_type == "decay":
+            losses = losses * self._decay(kinds)[kept]
+        return losses.mean()
+
+    def _decay(self, kinds: Tensor) -> Tensor:
+        """Weights by example: the last 1, each earlier one `opt_loss_decay_factor` times the next."""
+        out = torch.ones(kinds.shape, device=kinds.device)
+        for row, kind in zip(out, kinds):
+            examples = kind[(kind > 0) & (kind % 4 == LABEL)].unique()  # ascending
+            for age, example in enumerate(examples.flip(0)):
+                row[kind == example] = self.cfg.opt_loss_decay_factor**age
+        return out

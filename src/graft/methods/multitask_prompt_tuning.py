@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multitask prompt tuning: a shared prompt, times a low-rank factor per task (https://arxiv.org/abs/2303.02861)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import CheckpointError, ConfigError
+from graft.core.prompt import STORED
+from graft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
+
+
+class MultitaskPromptTuningInit(str, Enum):
+    TEXT = "TEXT"  # as prompt tuning
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"  # the mean of the tasks of a trained prompt
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"  # one task of a trained prompt
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"  # the shared part of a trained prompt
+
+
+SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+
+
+@dataclass(kw_only=True)
+class MultitaskPromptTuningConfig(PromptTuningConfig):
+    peft_type: Any = "MULTITASK_PROMPT_TUNING"
+    prompt_tuning_init: Any = MultitaskPromptTuningInit.RANDOM  # a MultitaskPromptTuningInit
+    prompt_tuning_init_state_dict_path: str | None = None  # weights file of the trained prompt
+    prompt_tuning_init_task: int = 0  # which of its tasks, for EXACT_SOURCE_TASK
+    num_ranks: int = 1  # of the factor per task
+    num_tasks: int = 1
+    inits: ClassVar[type[Enum]] = MultitaskPromptTuningInit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_ranks", "num_tasks"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
+
+
+class MultitaskPromptEmbedding(PromptEmbedding):
+    """prompt(task) = embedding ⊙ (cols[task] · rows[task])."""
+
+    config = MultitaskPromptTuningConfig
+    arguments = ("task_ids",)
+    in_decoder = True
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__(cfg, words)
+        self.num_tasks = cfg.num_tasks
+        self.prefix_task_cols = nn.Parameter(torch.empty(cfg.num_tasks, cfg.rows, cfg.num_ranks).normal_(0, 0.02))
+        self.prefix_task_rows = nn.Parameter(torch.empty(cfg.num_tasks, cfg.num_ranks, cfg.token_dim).normal_(0, 0.02))
+        if cfg.prompt_tuning_init in SOURCES and not cfg.inference_mode:
+            for name, value in source_values(cfg).items():
+                target = self.embedding.weight if name == STORED else getattr(self, name)
+                if value.shape != target.shape:
+                    raise ConfigError(
+                        f"{name} in {cfg.prompt_tuning_init_state_dict_path} has shape {tuple(value.shape)}, where "
+                        f"{tuple(target.shape)} is needed: num_tasks must be 1 (it is {cfg.num_tasks}), and the other "
+                        "sizes those of the source."
+                    )
+                self.restore(name, value)
+
+    def forward(self, indices: Tensor | None = None, task_ids: Tensor | None = None, **arguments: Any) -> Tensor:
+        if task_ids is None:
+            raise ValueError("task_ids cannot be None: pass the number of each sample's task.")
+        task_ids = task_ids.to(self.prefix_task_cols.device)
+        if task_ids.numel() and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < self.num_tasks:
+            raise ValueError(f"task_ids must be from 0 to {self.num_tasks - 1}, got {task_ids.tolist()}.")
+        factor = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
+        return super().forward(None) * factor
+
+    def stored(self) -> dict[str, Tensor]:
+        return {
+            STORED: self.embedding.weight.detach(),
+            "prefix_task_cols": self.prefix_task_cols.detach(),
+            "prefix_task_rows": self.prefix_task_rows.detach(),
+        }
+
+    def restore(self, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            (self.embedding.weight if name == STORED else getattr(self, name)).copy_(value)
+
+
+def source_values(cfg: Any) -> dict[str, Tensor]:
+    """What the config takes from a trained prompt."""
+    path = cfg.prompt_tuning_init_state_dict_path
+    if path is None:
+        raise ConfigError(
+            "prompt_tuning_init_state_dict_path needs to be specified with "
+            f"prompt_tuning_init={cfg.prompt_tuning_init.value}: the weights file of the source."
+        )
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        source = load_file(path)
+    else:
+        source = torch.load(path, map_location="cpu", weights_only=True)
+    if STORED not in source:
+        raise CheckpointError(f"{path} does not hold '{STORED}': it is no multitask prompt.")
+    if cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED":
+        return {STORED: source[STORED]}
+    factors = {k: source[k] for k in ("prefix_task_cols", "prefix_task_rows")}
+    if cfg.prompt_tuning_init == "AVERAGE_SOURCE_TASKS":
+        factors = {k: v.mean(0, keepdim=True) for k, v in factors.items()}
+    else:
+        i = cfg.prompt_tuning_init_task
+        if not 0 <= i < len(factors["prefix_task_cols"]):
+            raise ConfigError(
+                f"prompt_tuning_init_task={i}, but {path} holds {len(factors['prefix_task_cols'])} tasks."
+            )
+        factors = {k: v[i : i + 1] for k, v in factors.items()}
+    return {STORED: source[STORED], **factors}

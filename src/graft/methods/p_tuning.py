@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""P-tuning: embeddings in front of the input, computed by a small network (https://arxiv.org/abs/2103.10385)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.config.prompt import PromptLearningConfig
+from graft.core.errors import ConfigError
+from graft.core.prompt import Prompt, pick
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass(kw_only=True)
+class PromptEncoderConfig(PromptLearningConfig):
+    peft_type: Any = "P_TUNING"
+    encoder_reparameterization_type: Any = PromptEncoderReparameterizationType.MLP  # or "LSTM"
+    encoder_hidden_size: int | None = None  # None: token_dim
+    encoder_num_layers: int = 2  # of the LSTM
+    encoder_dropout: float = 0.0  # of the LSTM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.encoder_reparameterization_type = PromptEncoderReparameterizationType(
+                self.encoder_reparameterization_type
+            )
+        except ValueError:
+            raise ConfigError(
+                "Prompt encoder type not recognized. Please use one of MLP (recommended) or LSTM, not "
+                f"{self.encoder_reparameterization_type!r}."
+            ) from None
+
+
+class PromptEncoder(Prompt):
+    """The network is not saved, only what it computes."""
+
+    config = PromptEncoderConfig
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__(cfg, words)
+        dim, H = cfg.token_dim, cfg.encoder_hidden_size
+        self.embedding = nn.Embedding(cfg.rows, dim)
+        self.encoder_type = cfg.encoder_reparameterization_type
+        if cfg.inference_mode:
+            return
+        if self.encoder_type == "LSTM":
+            self.lstm_head = nn.LSTM(
+                dim, H, cfg.encoder_num_layers, dropout=cfg.encoder_dropout, bidirectional=True, batch_first=True
+            )
+            self.mlp_head = nn.Sequential(nn.Linear(2 * H, 2 * H), nn.ReLU(), nn.Linear(2 * H, dim))
+            return
+        if cfg.encoder_num_layers != type(cfg)().encoder_num_layers:
+            warnings.warn(
+                f"for {self.encoder_type.value}, the argument `encoder_num_layers` is ignored. "
+                "Exactly 2 MLP layers are used.",
+                stacklevel=2,
+            )
+        self.mlp_head = nn.Sequential(nn.Linear(dim, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, dim))
+
+    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+        rows = pick(self.embedding.weight, indices)
+        if not hasattr(self, "mlp_head"):
+            return rows
+        if self.encoder_type == "LSTM":
+            rows = self.lstm_head(rows)[0]
+        return self.mlp_head(rows)
+
+    def restore(self, name: str, value: Tensor) -> None:
+        super().restore(name, value)
+        for network in ("lstm_head", "mlp_head"):
+            self._modules.pop(network, None)

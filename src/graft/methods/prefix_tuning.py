@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefix tuning: learned keys and values in front of every layer's own (https://arxiv.org/abs/2101.00190)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.prompt import PromptLearningConfig
+from graft.core.prompt import Prompt, pick
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(PromptLearningConfig):
+    peft_type: Any = "PREFIX_TUNING"
+    encoder_hidden_size: int | None = None  # of the projection; None: token_dim
+    prefix_projection: bool = False  # compute keys and values by a small network, which is not saved
+    init_weights: Literal["zero"] | None = None  # "zero": keys and values of zeros
+    holds_keys: ClassVar[bool] = True
+
+
+class PrefixEncoder(Prompt):
+    """Its prompt is (tokens, 2 · layers · token_dim): key and value of each layer in turn."""
+
+    config = PrefixTuningConfig
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__(cfg, words)
+        tokens, D, width = cfg.num_virtual_tokens, cfg.token_dim, 2 * cfg.num_layers * cfg.token_dim
+        self.prefix_projection = cfg.prefix_projection and not cfg.inference_mode
+        if self.prefix_projection:
+            self.embedding = nn.Embedding(tokens, D)
+            H = cfg.encoder_hidden_size
+            self.transform = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, width))
+            last: list[Tensor] = list(self.transform[2].parameters())
+        else:
+            self.embedding = nn.Embedding(tokens, width)
+            last = [self.embedding.weight]
+        if cfg.init_weights == "zero":
+            for p in last:
+                nn.init.zeros_(p)
+
+    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+        rows = pick(self.embedding.weight, indices)
+        return self.transform(rows) if self.prefix_projection else rows
+
+    def restore(self, name: str, value: Tensor) -> None:
+        super().restore(name, value)
+        if self.prefix_projection:
+            del self.transform
+            self.prefix_projection = False
+
+    def load_prompt_embeddings(self, values: Tensor) -> None:
+        """Set keys and values: (tokens, 2 · layers · token_dim).
+
+        Raises:
+            ValueError: the shape differs, or they are computed by a projection.
+        """
+        if self.prefix_projection:
+            raise ValueError("Keys and values that a projection computes cannot be set: use prefix_projection=False.")
+        check_shape(values, self.embedding.weight)
+        self.restore("", values)
+
+
+def check_shape(values: Tensor, there: Tensor) -> None:
+    if values.shape != there.shape:
+        raise ValueError(f"Prompt embeddings of shape {tuple(values.shape)} do not fit {tuple(there.shape)}.")
+
+
+def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
+    """Key and value of each layer, (batch, heads, tokens, head_dim), from ([batch,] tokens, 2 · layers · token_dim).
+
+    The layout for an encoder-decoder is PEFT's: the layers are counted in steps of two, and begin again at the end.
+    """
+    prompt = prompt if prompt.dim() == 3 else prompt[None]
+    batch, tokens, _ = prompt.shape
+    heads = cfg.num_attention_heads
+    parts = prompt.view(batch, tokens, 2 * cfg.num_layers, heads, cfg.token_dim // heads).permute(2, 0, 3, 1, 4)
+    step, n = 2 * cfg.num_transformer_submodules, len(parts)
+    return [(parts[step * i % n], parts[step * i % n + 1]) for i in range(cfg.num_layers)]
+
+
+def from_pairs(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
+    """(tokens, 2 · layers · token_dim) from the first tokens of each layer's key and value, (1, heads, T, head_dim)."""
+    flat = [t[0, :, :tokens].transpose(0, 1).reshape(tokens, -1) for pair in pairs for t in pair]
+    return torch.cat(flat, dim=1)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt tuning: learned embeddings in front of the input (https://arxiv.org/abs/2104.08691)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.prompt import PromptLearningConfig
+from graft.core.errors import ConfigError
+from graft.core.prompt import Prompt, words_of
+
+
+class PromptTuningInit(str, Enum):
+    TEXT = "TEXT"  # the embeddings of a text, cut or repeated to length
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"  # those of random tokens
+    RANDOM = "RANDOM"  # normal numbers
+
+
+@dataclass(kw_only=True)
+class PromptTuningConfig(PromptLearningConfig):
+    peft_type: Any = "PROMPT_TUNING"
+    prompt_tuning_init: Any = PromptTuningInit.RANDOM  # a PromptTuningInit
+    prompt_tuning_init_text: str | None = None  # for TEXT
+    tokenizer_name_or_path: str | None = None  # for TEXT: the base model's tokenizer
+    tokenizer_kwargs: dict | None = None  # for TEXT: passed to AutoTokenizer.from_pretrained
+    inits: ClassVar[type[Enum]] = PromptTuningInit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        init = self.prompt_tuning_init
+        names = [kind.value for kind in self.inits]
+        if init not in names:
+            raise ConfigError(f"prompt_tuning_init must be one of {', '.join(names)}, got {init!r}.")
+        self.prompt_tuning_init = self.inits(init)
+        if init == "TEXT":
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, name):
+                    raise ConfigError(f"When prompt_tuning_init='TEXT', {name} can't be None.")
+        if self.tokenizer_kwargs and init != "TEXT":
+            raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+
+
+class PromptEmbedding(Prompt):
+    config = PromptTuningConfig
+
+    def __init__(self, cfg: Any, words: nn.Module | None = None):
+        super().__init__(cfg, words)
+        self.embedding = nn.Embedding(cfg.rows, cfg.token_dim)
+        if cfg.inference_mode or cfg.prompt_tuning_init not in ("TEXT", "SAMPLE_VOCAB"):
+            return
+        if words is None:
+            raise ConfigError(
+                f"prompt_tuning_init='{cfg.prompt_tuning_init.value}' needs a model with word embeddings."
+            )
+        size = len(next(words.parameters()))
+        ids = torch.randint(0, size, (cfg.rows,)) if cfg.prompt_tuning_init == "SAMPLE_VOCAB" else text_ids(cfg, size)
+        self.embedding.weight = nn.Parameter(words_of(ids, words, "prompt_tuning_init"))
+
+
+def text_ids(cfg: Any, size: int) -> Tensor:
+    """Tokens of the initial text, cut or repeated to the number of virtual tokens.
+
+    Raises:
+        ConfigError: the text has no tokens, or some that the model does not have.
+    """
+    from transformers import AutoTokenizer
+
+    options = {k: v for k, v in (cfg.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+    tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)
+    ids = tokenizer(cfg.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise ConfigError(f"prompt_tuning_init_text={cfg.prompt_tuning_init_text!r} has no tokens.")
+    if max(ids) >= size:
+        raise ConfigError(
+            f"The tokenizer of '{cfg.tokenizer_name_or_path}' gives token {max(ids)}, but the base model knows {size} "
+            "tokens: pass the tokenizer that belongs to the model as tokenizer_name_or_path."
+        )
+    return torch.tensor((ids * -(-cfg.rows // len(ids)))[: cfg.rows])

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The account that is kept of a model's adapters: which there are, which are active, which carry what."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError
+from graft.core.layer import AdapterLayer
+from graft.core.params import BufferDict
+from graft.core.routing import BASE, Routing
+from graft.inject.inject import Parts
+from graft.inject.report import InjectReport
+from graft.inject.survey import Wrapper, survey
+
+_TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
+
+
+def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
+    """Raise unless `name` can name a new adapter."""
+    if not isinstance(name, str) or not name:
+        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {name!r}.")
+    if "." in name:
+        raise AdapterNameError(
+            f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
+        )
+    if "/" in name or "\\" in name or name == BASE:
+        raise AdapterNameError(
+            f"'{name}' cannot name an adapter: names become folders, and '{BASE}' stands for the base model."
+        )
+    if name in _TAKEN:
+        raise AdapterNameError(
+            f"attribute '{name}' already exists on torch's containers: give the adapter another name."
+        )
+    if name in taken:
+        raise AdapterNameError(
+            f"Adapter with name '{name}' already exists. Choose another name (add_adapter() puts it beside that "
+            "one), or delete_adapter() it first."
+        )
+
+
+class Adapters:
+    """What `PeftModel` asks about adapters of one method, be they on layers (`Tuner`) or prompts (`Prompts`)."""
+
+    method: Any  # the Method or Prompt class
+    model: nn.Module
+    layers: dict[str, AdapterLayer]
+    wrappers: dict[str, Wrapper]
+    routing: Routing
+    peft_config: dict[str, Any]
+    reports: dict[str, InjectReport]
+    active_adapters: list[str]
+    on_change: Callable[[], None] | None = None  # told when other adapters run
+    merged_adapters: Any = ()
+
+    def open_account(self, model: nn.Module) -> None:
+        found = survey(model)
+        known = [*found.layers.values(), *found.wrappers.values()]
+        self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
+        self.routing = known[0].routing if known else Routing()
+        self.peft_config, self.reports, self.active_adapters = {}, {}, []
+
+    def shown(self) -> dict[str, nn.Module]:
+        """The modules that a PeftModel has for it, by name."""
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[Any]:
+        """All that carries adapters and can be switched."""
+        yield from self.layers.values()
+        yield from self.wrappers.values()
+
+    def parts_of(self, adapter_name: str) -> Parts:
+        """What carries an adapter."""
+        return Parts(
+            {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
+            {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
+        )
+
+    def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
+        """Around a call of the model with `kwargs`, which may change; gives what its output goes through."""
+        raise NotImplementedError
+
+    def check_new(self, adapter_name: str, config: Any) -> None:
+        check_adapter_name(adapter_name, list(self.peft_config))
+        if config.peft_type != self.method.config.peft_type:
+            mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type}."
+            )
+
+    def check_known(self, names: Sequence[str]) -> None:
+        unknown = sorted(n for n in names if n not in self.peft_config)
+        if unknown:
+            loaded = ", ".join(self.peft_config) or "none"
+            raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found. Loaded adapters: {loaded}.")
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, in this order, and trainable unless for inference.
+
+        Raises:
+            AdapterNotFoundError: one of them is not loaded.
+            ValueError: two of them cannot be active together.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.check_known(names)
+        for part in self.parts():
+            part.check_active(names)
+        if self.merged_adapters and names != self.active_adapters:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        for part in self.parts():
+            part.set_adapter(names, inference_mode)
+        self.active_adapters = names
+        self._changed()
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the base weights again."""
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+            ValueError: it is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise AdapterNotFoundError(
+                f"Adapter {adapter_name} does not exist. Loaded adapters: {', '.join(self.peft_config)}."
+            )
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
+        del self.peft_config[adapter_name]
+        self.reports.pop(adapter_name, None)
+        for part in self.parts():
+            part.delete_adapter(adapter_name)
+        if adapter_name in self.active_adapters:
+            left = [n for n in self.active_adapters if n != adapter_name]
+            if not left and self.peft_config:
+                left = sorted(self.peft_config)[:1]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                    stacklevel=3,
+                )
+            self.set_adapter(left)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of any adapters, active or not, train or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_known(names)
+        for part in self.parts():
+            for name in names:
+                part.require_grad(name, requires_grad)
+
+    # on and off
+
+    def enable_adapter_layers(self) -> None:
+        for part in self.parts():
+            part.enable_adapters(True)
+        self._changed()
+
+    def disable_adapter_layers(self) -> None:
+        for config in (self.peft_config.get(name) for name in self.active_adapters):
+            bias = getattr(config, "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption.",
+                    stacklevel=2,
+                )
+        for part in self.parts():
+            part.enable_adapters(False)
+        self._changed()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of a prompt under gradient checkpointing, where layers get no cache and run again in backward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # what layers call their cache
+RUN = "_gradient_checkpointing_func"
+
+
+class Replays:
+    """Gives a prompt's cache to the checkpointed layers of a stack, which transformers takes caches from."""
+
+    def __init__(self, stack: Any):
+        self.stack = stack
+        self._before: list[tuple[nn.Module, Any]] = []
+        self._handle: Any = None
+
+    def layers(self) -> list[nn.Module]:
+        modules = self.stack.module.modules()
+        return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
+
+    def wanted(self) -> bool:
+        return self.stack.module.training and torch.is_grad_enabled() and bool(self.layers())
+
+    def start(self, cache: Any) -> None:
+        for layer in self.layers():
+            place = cache_place(layer)
+            if place is not None and layer is not self.stack.module:
+                run = layer.__dict__[RUN]
+                self._before.append((layer, run))
+                layer.__dict__[RUN] = with_cache(run, cache, *place)
+
+    def clear(self) -> None:
+        for layer, run in self._before:
+            layer.__dict__[RUN] = run
+        self._before = []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def apart(self, value: Tensor, given: dict[str, Any]) -> Tensor:
+        """`value`, or where checkpointing is reentrant a leaf of the same values.
+
+        Reentrant checkpointing runs one backward pass per layer, and the graph below `value` bears only one: the leaf
+        collects gradients, and they pass on with the gradient of the embeddings, which comes last.
+        """
+        runs = [layer.__dict__[RUN] for layer in self.layers()]
+        if not any(getattr(run, "keywords", {}).get("use_reentrant") for run in runs) or not value.requires_grad:
+            return value
+        leaf = value.detach().requires_grad_()
+
+        def hand_over(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            return _HandOver.apply(output, value, [leaf])  # type: ignore[no-any-return]
+
+        if given.get("inputs_embeds") is not None:
+            given["inputs_embeds"] = hand_over(None, None, given["inputs_embeds"])
+        else:
+            self._handle = self.stack.words.register_forward_hook(hand_over)
+        return leaf
+
+
+def cache_place(layer: nn.Module) -> tuple[str, int] | None:
+    """Name and position of a layer's cache argument."""
+    names = list(inspect.signature(layer.forward).parameters)
+    found = next((n for n in NAMES if n in names), None)
+    return None if found is None else (found, names.index(found))
+
+
+def with_cache(run: Callable, cache: Any, name: str, index: int) -> Callable:
+    """A checkpointing function that passes `cache` to what it runs, then and again in the backward pass."""
+
+    def checkpointed(function: Callable, *args: Any, **options: Any) -> Any:
+        def with_prompt(*inputs: Any) -> Any:
+            if len(inputs) > index:
+                return function(*inputs[:index], cache, *inputs[index + 1 :])
+            return function(*inputs, **{name: cache})
+
+        return run(with_prompt, *args, **options)
+
+    return checkpointed
+
+
+class _HandOver(torch.autograd.Function):
+    """Identity on the embeddings; their gradient comes last, and takes along what the leaf has collected."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, value: Tensor, leaf: list[Tensor]) -> Tensor:
+        ctx.leaf = leaf[0]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, Any, None]:
+        return grad, ctx.leaf.grad, None

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt of keys and values, and the caches it comes from and goes into."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Pairs = list[tuple[Tensor, Tensor] | None]  # key and value of each layer, (batch, heads, tokens, head_dim)
+Shape = tuple[int, int]  # heads, head_dim
+
+
+def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
+    """Heads and their size in each layer, or None for a layer without keys of its own; None: as the config says."""
+    found: dict[int, Shape | None] = {}
+    for module in stack.modules():
+        index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
+        if not isinstance(index, int) or not isinstance(size, int):
+            continue
+        weight = getattr(keys, "out_features", None)
+        if getattr(module, "is_kv_shared_layer", False) or (keys is None and hasattr(module, "q_proj")):
+            found[index] = None
+        elif weight is not None:
+            found[index] = (weight // size, size)
+    n = len(found)
+    return [found[i] for i in range(n)] if n and set(found) == set(range(n)) else None
+
+
+def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
+    """The pairs as each layer can hold them: cut where its heads are smaller, none where they are larger.
+
+    Raises:
+        ValueError: no layer can hold its pair.
+    """
+    if shapes is None:
+        return list(pairs)
+    out: Pairs = []
+    skipped = []
+    for i, (pair, shape) in enumerate(zip(pairs, shapes)):
+        have = pair[0].shape[1], pair[0].shape[3]
+        if shape is None or shape[0] > have[0] or shape[1] > have[1]:
+            out.append(None)
+            skipped.append(i)
+        else:
+            out.append(pair if shape == have else tuple(t[:, : shape[0], :, : shape[1]] for t in pair))  # type: ignore[arg-type]
+    if len(skipped) == len(out):
+        raise ValueError(
+            "Prefix tuning skipped every layer because none has keys and values of its own in the prompt's shape: "
+            f"{pairs[0][0].shape[1]} heads of {pairs[0][0].shape[3]}."
+        )
+    if skipped:
+        done = [i for i in range(len(out)) if i not in skipped]
+        warnings.warn(
+            f"Prefix tuning injected into layers {done}; skipped {skipped} due to KV shape mismatch or shared-KV "
+            "layers.",
+            stacklevel=8,
+        )
+    return out
+
+
+def length(cache: Any) -> int:
+    """How many tokens a cache holds."""
+    if cache is None:
+        return 0
+    if isinstance(cache, (tuple, list)):
+        return cache[0][0].shape[-2] if cache and cache[0] is not None else 0
+    return int(cache.get_seq_length())
+
+
+def new_cache(config: Any, with_encoder: bool) -> Any:
+    """An empty cache that grows."""
+    import inspect
+
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters  # since 4.56
+
+    def grows() -> Any:
+        return DynamicCache(config=config) if takes_config else DynamicCache()
+
+    return EncoderDecoderCache(grows(), grows()) if with_encoder else grows()
+
+
+def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
+    """Put the pairs into an empty cache, one row per sample."""
+    own = getattr(cache, "self_attention_cache", cache)
+    for i, pair in enumerate(pairs):
+        if pair is not None:
+            k, v = (per_row(t.to(dtype=dtype, device=devices[i]), batch) for t in pair)
+            own.update(k, v, i)
+    return cache
+
+
+def per_row(t: Tensor, batch: int) -> Tensor:
+    """One row per sample: of one row for all, or of one for each before beams."""
+    return t.expand(batch, *t.shape[1:]) if len(t) == 1 else t.repeat_interleave(batch // len(t), dim=0)
+
+
+def frozen(cache: Any) -> Any:
+    """Have a filled cache give out what it holds and keep nothing: a layer may then run again, in a backward pass."""
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        layer.update = _Reading(layer)
+    return cache
+
+
+class _Reading:
+    def __init__(self, layer: Any):
+        self.keys, self.values = layer.keys, layer.values
+
+    def __call__(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: adapters in front of the input. One place puts them into a model, whatever the method and the task.
+
+A prompt enters where the base model's stack of layers begins (`Stack`), in a hook: a forward pass and every step of
+`generate` come by there, heads and losses are the base model's own, and a cache that holds tokens holds the prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.errors import ConfigError, RoutingError
+from graft.core.method import Method
+from graft.core.prompt import Prompt
+from graft.inject.inject import Parts, inject
+from graft.inject.report import Matched
+from graft.methods import method_of
+from graft.methods.prefix_tuning import as_pairs
+from graft.model.adapters import Adapters
+from graft.model.kv_prefix import fitted
+from graft.model.stack import Stack, stacks_of
+
+IGNORED = -100  # no label
+PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
+PLACE = "prompt_encoder"
+
+
+class NoLayers(Method):
+    """For the injection of the modules to save: a prompt touches no layer."""
+
+
+class Encoders(nn.ModuleDict):
+    """The prompts by adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self._frozen: dict[str, set[str]] = {}  # names of the parameters that never train
+
+    def add(self, adapter: str, prompt: Prompt) -> None:
+        self._frozen[adapter] = {name for name, p in prompt.named_parameters() if not p.requires_grad}
+        self[adapter] = prompt
+        self.require_grad(adapter, False)
+
+    def delete_adapter(self, adapter: str) -> None:
+        del self[adapter], self._frozen[adapter]
+        self.active_adapters = [name for name in self.active_adapters if name != adapter]
+
+    def check_active(self, names: Sequence[str]) -> None:
+        if len(names) > 1:
+            raise ValueError(f"Only one prompt can be in front of the input at a time, got {list(names)}.")
+
+    def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
+        self.active_adapters = list(names)
+        for name in self:
+            self.require_grad(name, name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.disable_adapters = not enabled
+
+    def require_grad(self, adapter: str, requires_grad: bool) -> None:
+        for name, p in self[adapter].named_parameters():
+            if name not in self._frozen[adapter]:
+                p.requires_grad_(requires_grad)
+
+
+class Prompts(Adapters):
+    """A model and the prompts for it. What `Tuner` is to methods that act on layers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **options: Any,
+    ):
+        self.open_account(model)
+        self.method: type[Prompt] = method_of(peft_config.peft_type)  # type: ignore[assignment]
+        self.prompt_encoder = Encoders()
+        self.stacks = stacks_of(model)
+        self.add_adapter(adapter_name, peft_config, **options)
+        for stack in self.stacks.values():
+            stack.attach()
+        self.set_adapter(adapter_name, peft_config.inference_mode)
+
+    def shown(self) -> dict[str, nn.Module]:
+        return {"base_model": self.model, PLACE: self.prompt_encoder}
+
+    def parts(self) -> Iterator[Any]:
+        yield self.prompt_encoder
+        yield from self.wrappers.values()
+
+    def parts_of(self, adapter_name: str) -> Parts:
+        parts = super().parts_of(adapter_name)
+        parts.prompt = self.prompt_encoder[adapter_name]  # type: ignore[assignment]
+        return parts
+
+    # adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        fill: Callable[[Parts], None] | None = None,
+        heads: dict[str, nn.Module] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add a prompt, inactive. If it fails, nothing has changed."""
+        self.check_new(adapter_name, config)
+        cfg = copy.copy(config)
+        self._fit(cfg)
+        prompt = self.method(cfg, self.stacks["main"].words)
+        prompt.to(self.stacks["main"].device)
+        load = None if fill is None else lambda parts: fill(replace(parts, prompt=prompt))
+        report, parts = inject(
+            self.model, cfg, NoLayers, adapter_name, routing=self.routing, others=self.peft_config,
+            fill=load, keys=(), heads=heads,
+        )  # fmt: skip
+        prompt.train(self.model.training)
+        self.prompt_encoder.add(adapter_name, prompt)
+        report.matched.append(Matched(PLACE, type(prompt).__name__, sum(p.numel() for p in prompt.parameters())))
+        self.wrappers |= parts.wrappers
+        config.__dict__.update(cfg.__dict__)
+        self.peft_config[adapter_name], self.reports[adapter_name] = config, report
+
+    def _fit(self, cfg: Any) -> None:
+        """Complete the config against the model, or say why it does not fit."""
+        if cfg.task_type is None:
+            raise ConfigError(
+                f"{cfg.peft_type.value} needs a task_type: what becomes of inputs and labels depends on it."
+            )
+        if cfg.num_virtual_tokens is None:
+            raise ConfigError(f"{cfg.peft_type.value} needs num_virtual_tokens, the length of the prompt.")
+        coded = "decoder" in self.stacks
+        if cfg.task_type == "SEQ_2_SEQ_LM" and not coded:
+            raise ConfigError(
+                f"task_type=SEQ_2_SEQ_LM needs a model with an encoder and a decoder, and {type(self.model).__name__} "
+                "has no decoder of its own: use CAUSAL_LM."
+            )
+        cfg.fit(getattr(self.model, "config", None))
+        for stack in self._entered(cfg):
+            stack.check(cfg)
+
+    def _entered(self, cfg: Any) -> list[Stack]:
+        """The stacks that a prompt goes into."""
+        if "decoder" not in self.stacks or not (cfg.holds_keys or self._in_decoder(cfg)):
+            return [self.stacks["main"]]
+        return [self.stacks["decoder"]] if cfg.holds_keys else list(self.stacks.values())
+
+    def _in_decoder(self, cfg: Any) -> bool:
+        return self.method.in_decoder and cfg.num_transformer_submodules > 1
+
+    # acting
+
+    @property
+    def active(self) -> tuple[Any, Prompt] | None:
+        """Config and encoder of the prompt that acts now."""
+        if self.prompt_encoder.disable_adapters or not self.active_adapters:
+            return None
+        name = self.active_adapters[0]
+        return self.peft_config[name], self.prompt_encoder[name]  # type: ignore[return-value]
+
+    @contextmanager
+    def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
+        arguments = {name: kwargs.pop(name, None) for name in self.method.arguments}
+        if self.routing.rows is not None:
+            raise RoutingError(
+                "adapter_names cannot be used with prompt methods: call set_adapter() for each prompt in turn."
+            )
+        if self.active is None:
+            yield lambda output: output
+            return
+        cfg, prompt = self.active
+        finish = self._labels(cfg, prompt, kwargs, arguments)
+        refuse(kwargs, self.model, cfg, in_encoder=not cfg.holds_keys and "decoder" in self.stacks)
+        value = prompt(**arguments)
+        try:
+            self._insert(cfg, value)
+            yield finish
+        finally:
+            for stack in self.stacks.values():
+                stack.clear()
+
+    def _insert(self, cfg: Any, value: Tensor) -> None:
+        P, main, decoder = cfg.num_virtual_tokens, self.stacks["main"], self.stacks.get("decoder")
+        if cfg.holds_keys:
+            (decoder or main).put_keys(value, partial(as_pairs, cfg=cfg))
+            return
+        rows = value if value.dim() == 3 else value[None]
+        main.put_embeddings(rows[:, :P])
+        if decoder is not None:
+            decoder.encoded = P
+            if self._in_decoder(cfg):
+                decoder.put_embeddings(rows[:, P:])
+        elif cfg.task_type == "SEQ_CLS" and hasattr(self.model, "score") and main.module is not self.model:
+            main.strips = True  # the head looks for the last token at its place in input_ids
+
+    def _labels(self, cfg: Any, prompt: Prompt, kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """Labels for the prompt's own tokens; what the output goes through in the end."""
+        labels = kwargs.get("labels")
+        if labels is None or cfg.holds_keys:
+            return lambda output: output
+        if prompt.has_own_loss:
+            del kwargs["labels"]
+            return lambda output: with_loss(output, partial(prompt.own_loss, labels=labels, **arguments))
+        if cfg.task_type in PADDED_LABELS or (cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)):
+            if cfg.task_type == "SEQ_2_SEQ_LM":
+                self._decoder_inputs(labels, kwargs)
+            kwargs["labels"] = nn.functional.pad(labels, (cfg.num_virtual_tokens, 0), value=IGNORED)
+        return lambda output: output
+
+    def _decoder_inputs(self, labels: Tensor, kwargs: dict[str, Any]) -> None:
+        """What the model would make from labels, before they get those of the prompt."""
+        if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+            model: Any = self.model
+            kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+
+    def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
+        """The active prompt: (batch, tokens, dim), or a cache of keys and values."""
+        if self.active is None:
+            raise ValueError("No prompt is active: call set_adapter(), or leave disable_adapter().")
+        cfg, encoder = self.active
+        value = encoder(**({"task_ids": task_ids} if "task_ids" in self.method.arguments else {}))
+        if cfg.holds_keys:
+            stack = self.stacks.get("decoder", self.stacks["main"])
+            pairs = fitted(as_pairs(value, cfg), stack.key_shapes())
+            return stack.filled(None, pairs, batch_size)
+        value = value if value.dim() == 3 else value[None]
+        return value if len(value) == batch_size else value.expand(batch_size, -1, -1)
+
+
+def refuse(kwargs: dict[str, Any], model: Any, cfg: Any, in_encoder: bool) -> None:
+    """Raise for what would leave the prompt out, or take it twice."""
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+    if kind is not None and "static" in str(kind):
+        raise ValueError(
+            f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
+        )
+    if in_encoder and kwargs.get("encoder_outputs") is not None:
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
+        del kwargs["encoder_outputs"]
+        warnings.warn(
+            "`encoder_outputs` should not be passed when using prompts in the encoder: they are computed again, with "
+            f"the prompt of {cfg.num_virtual_tokens} tokens.",
+            stacklevel=6,
+        )
+
+
+def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, tuple):
+        return loss(output[0]), *output
+    return type(output)(**{"loss": loss(output.logits), **{k: v for k, v in output.items() if k != "loss"}})

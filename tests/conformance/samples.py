@@ -46,6 +46,7 @@ class Sample:
 SAMPLES = [
     Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
     Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
+    Sample("LORA", "dora", dict(r=4, lora_alpha=6, use_dora=True)),
     Sample("IA3", config=dict(feedforward_modules=[])),
     Sample("IA3", "feedforward", dict(feedforward_modules=["layer"])),
     Sample("VERA", config=dict(r=3), subtracts=True),
@@ -65,6 +66,7 @@ SAMPLES = [
     Sample("TRAINABLE_TOKENS", config=dict(token_indices=[4, 1, 3]), other=dict(token_indices=[0, 5])),
     Sample("LN_TUNING", together=False),
 ]
+ELSEWHERE = {"ADAPTION_PROMPT": "test_adaption_prompt.py"}  # on whole attentions: their laws have tests of their own
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ REFUSED = [
     ("LORA IA3 VERA LOHA OFT HRA ADALORA", "norm", UnsupportedLayerError, "LayerNorm.* not supported"),
     ("IA3-feedforward", "embedding", UnsupportedLayerError, "embedding's input cannot be scaled"),
     ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
+    ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
     ("TRAINABLE_TOKENS", "conv", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),
     ("TRAINABLE_TOKENS", "norm", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),
 ]

@@ -70,6 +70,8 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             memory, plain = f"{stem}.{adapter}{below}", f"{stem}{below}"
             deep = "." in path
             file, also = (memory, (plain,)) if deep else (plain, ())
+            if container in layer.method.unnamed:
+                file, also = stem, (plain,)
             yield Entry(memory, file, also, owner, attribute, tensor, device, stem, layer, container)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):

@@ -97,7 +97,7 @@ def get_peft_model_state_dict(
             raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter_name}'.")
         value = entry.tensor if given is None else given[entry.memory]
         if entry.layer is not None:
-            value = entry.layer.method.exported(entry.layer, entry.container, value, config)
+            value = entry.layer.methods[adapter_name].exported(entry.layer, entry.container, value, config)
         out[entry.file] = value
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
         out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)

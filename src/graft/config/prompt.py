@@ -15,6 +15,7 @@ NAMES = {
     "token_dim": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
+SIZES = ("num_virtual_tokens", *NAMES, "num_transformer_submodules", "encoder_hidden_size")
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class PromptLearningConfig(PeftConfig):
     """Sizes that are None are taken from the base model's config.
 
     Raises:
-        ConfigError: `num_virtual_tokens` is not positive.
+        ConfigError: a size is not positive.
     """
 
     num_virtual_tokens: int | None = None
@@ -37,8 +38,15 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_virtual_tokens is not None and self.num_virtual_tokens <= 0:
-            raise ConfigError(f"`num_virtual_tokens` must be positive, got {self.num_virtual_tokens}.")
+        for name in SIZES:
+            value = getattr(self, name, None)
+            if value is not None and value <= 0:
+                raise ConfigError(f"`{name}` must be positive, got {value}.")
+        if (self.num_transformer_submodules or 1) > 2:
+            raise ConfigError(
+                "`num_transformer_submodules` must be 1, or 2 for an encoder and a decoder, got "
+                f"{self.num_transformer_submodules}."
+            )
 
     @property
     def rows(self) -> int:
@@ -52,7 +60,7 @@ class PromptLearningConfig(PeftConfig):
             model_config: of the base model: an object, a dict or None.
 
         Raises:
-            ValueError: a size is neither given nor to be found in the model's config.
+            ConfigError: a size is neither given nor to be found in the model's config, or sizes do not go together.
         """
         facts = as_dict(model_config)
         for field, names in NAMES.items():
@@ -60,8 +68,8 @@ class PromptLearningConfig(PeftConfig):
                 found = next((facts[n] for n in names if facts.get(n) is not None), None)
                 if found is None:
                     raise ConfigError(
-                        f"Please specify `{field}` in `peft_config`: the base model's config has none of "
-                        f"{', '.join(names)}."
+                        f"Please specify `{field}` in `peft_config`: the base model "
+                        + (f"has none of {', '.join(names)} in its config." if facts else "has no config.")
                     )
                 setattr(self, field, found)
         if self.num_transformer_submodules is None:
@@ -74,11 +82,16 @@ class PromptLearningConfig(PeftConfig):
     def _fit_keys(self, facts: dict[str, Any]) -> None:
         """Size of the keys of one layer: of the largest, where layers differ."""
         heads = facts.get("num_key_value_heads")
+        assert self.token_dim is not None and self.num_attention_heads is not None
         if heads is None:
             if facts.get("d_kv") is not None:  # T5, whose heads together need not be as wide as the model
                 self.token_dim = facts["d_kv"] * self.num_attention_heads
+            if self.token_dim % self.num_attention_heads:
+                raise ConfigError(
+                    f"token_dim={self.token_dim} is no multiple of num_attention_heads={self.num_attention_heads}: it "
+                    "is the size of one layer's keys, over all heads."
+                )
             return
-        assert self.token_dim is not None and self.num_attention_heads is not None
         size = facts.get("head_dim") or self.token_dim // self.num_attention_heads
         if facts.get("global_head_dim"):
             size = max(size, facts["global_head_dim"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from graft.core import merging
 from graft.core.errors import AdapterNotFoundError, PeftWarning
 from graft.core.method import Method
-from graft.core.ops import Op
-from graft.core.params import BufferDict, Transient, container_for, parameters_of, tensors_of
-from graft.core.place import place
+from graft.core.ops import Op, is_stock
+from graft.core.params import BufferDict, Slot, Transient, begin, container_for, slots_of
+from graft.core.place import place_tensor
 from graft.core.routing import Routing, Rows
 from graft.core.site import Site, Store
 
@@ -35,10 +36,12 @@ class AdapterLayer(nn.Module):
     order: Literal["in", "out"]  # in which the method acts on this layer type
     routing: Routing
     methods: dict[str, Method]  # by adapter
-    lead: dict[str, tuple[nn.Module, str]]  # (owner, attribute) of each adapter's first tensor
+    slots: dict[str, list[Slot]]  # by adapter: where its tensors stand
     in_features: int
     out_features: int
     fan_in: int
+    additive: bool  # all adapters only add to the output
+    fresh: bool  # the base layer's output may be overwritten
     scaling: dict[str, float]  # of methods that have one
     containers: list[str]
     holders: list[str]  # those of them that are modules
@@ -55,9 +58,11 @@ class AdapterLayer(nn.Module):
     _replaced: bool
     _rewrites_input: bool
     _adds_output: bool
+    _sees_call: bool
+    _arguments: tuple[str, ...]  # names of the base layer's positional ones, where the method sees them
 
     def __init__(self, site: Site, method: type[Method], routing: Routing):
-        super().__init__()
+        begin(self)
         # past nn.Module.__setattr__, which would look for a parameter in each
         self.__dict__.update(
             site=site,
@@ -67,7 +72,7 @@ class AdapterLayer(nn.Module):
             order=method.acts(site),
             routing=routing,
             methods={},
-            lead={},
+            slots={},
             in_features=site.in_features,
             out_features=site.out_features,
             fan_in=site.fan_in,
@@ -83,17 +88,23 @@ class AdapterLayer(nn.Module):
             _undo=[],
             _live=(),
             _folded=method.through_weight(site),
+            additive=method.additive,
+            fresh=site.op.fresh and site.store.exact and is_stock(site.module),
             _replaced=method.replaces,
             _rewrites_input=method.rewrites_input,
             _adds_output=method.adds_output,
+            _sees_call=method.sees_call,
+            _arguments=tuple(inspect.signature(site.module.forward).parameters) if method.sees_call else (),
         )
         self._modules["base_layer"] = site.module
-        self.training = site.module.training
+        self.__dict__["training"] = site.module.training
 
     # adapters
 
-    def add(self, adapter: str, values: dict[str, Any]) -> Method:
-        """Take in what `Method.build` declared for `adapter`."""
+    def add(self, adapter: str, values: dict[str, Any], method: type[Method] | None = None) -> Method:
+        """Take in what `Method.build` declared for `adapter`. `method`: the variant that serves it, if it is one."""
+        slots: list[Slot] = []
+        training = self.base_layer.training
         for key, value in values.items():
             if isinstance(value, BufferDict):  # shared by the model: the container itself stands here
                 if key not in self._modules:
@@ -106,30 +117,36 @@ class AdapterLayer(nn.Module):
                 owned = self._modules if isinstance(container, nn.Module) else self.__dict__
                 owned[key] = container
                 self.containers.append(key)
-                if isinstance(container, nn.Module):
+                if owned is self._modules:
                     self.holders.append(key)
-                    container.training = self.base_layer.training
-            if isinstance(value, nn.Module) and not self.base_layer.training:
-                value.eval()
+                    container.__dict__["training"] = training
+            if isinstance(value, nn.Module):
+                container._modules[adapter] = value
+                if not value._modules and not value._buffers:
+                    value.__dict__["training"] = training
+                    slots += [Slot(key, n, value, n, True, True) for n, p in value._parameters.items() if p is not None]
+                else:
+                    value.train(training)
+                    slots += slots_of(key, container, adapter)
+                continue
             container[adapter] = value.tensor if isinstance(value, Transient) else value
+            slots += slots_of(key, container, adapter)
         for key, container in self.method.empty.items():
             if key not in self._modules:
                 self.__dict__[key] = container
-        self.methods[adapter] = self.method(self, adapter)
-        first = next(self.tensors(adapter), None)
-        if first is not None:
-            self.lead[adapter] = (first[2], first[3])
+        made = self.methods[adapter] = (method or self.method)(self, adapter)
+        self.additive = self.additive and made.additive
+        self.slots[adapter] = slots
         if "scaling" in values:
             self._scaling_at_start[adapter] = values["scaling"]
-        return self.methods[adapter]
+        return made
 
     def place(self, adapter: str, upcast: bool = True) -> None:
         """Move the adapter to the base weight's device and dtype, half precision to float32 if `upcast`."""
         device, dtype = self.store.where(self.base_layer)
-        for key in self.holders:
-            container: Any = self._modules[key]
-            if adapter in container:
-                place(container, adapter, device, dtype, upcast and self.method.upcast)
+        upcast = upcast and self.method.upcast
+        for slot in self.slots[adapter]:
+            place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget `adapter` and its tensors; an adapter that is merged must be unmerged before."""
@@ -142,7 +159,9 @@ class AdapterLayer(nn.Module):
             if adapter in container:
                 del container[adapter]
         self.methods.pop(adapter, None)
-        self.lead.pop(adapter, None)
+        if not self.additive:
+            self.additive = all(m.additive for m in self.methods.values())
+        self.slots.pop(adapter, None)
         self.trainable.discard(adapter)
         self._scaling_at_start.pop(adapter, None)
         if adapter in self.active_adapters:
@@ -154,28 +173,23 @@ class AdapterLayer(nn.Module):
 
         `transient`: also of buffers that it does not hold.
         """
-        for key in self.holders:
-            for path, owner, attribute, tensor in tensors_of(self._held(key, adapter), adapter, transient):
-                yield key, path, owner, attribute, tensor
+        for slot in self.slots.get(adapter, ()):
+            if slot.saved or transient:
+                yield slot.container, slot.path, slot.owner, slot.attribute, slot.tensor
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
-        for key in self.holders:
-            yield from parameters_of(self._held(key, adapter), adapter)
-
-    def _held(self, key: str, adapter: str) -> Any:
-        """The container, as if nothing were merged: a merged replacement stands in the base layer's place."""
-        if self.method.replaces and adapter in self.merged_adapters:
-            return {adapter: self.base_layer}
-        return self._modules[key]
+        for slot in self.slots.get(adapter, ()):
+            if slot.trains:
+                yield slot.tensor  # type: ignore[misc]
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         if adapter not in self.methods:
             return
-        frozen = {id(p) for p in self.methods[adapter].frozen()}
-        for p in self.parameters_of(adapter):
-            wanted = requires_grad and id(p) not in frozen
-            if p.requires_grad is not wanted:
-                p.requires_grad_(wanted)
+        frozen = [id(p) for p in self.methods[adapter].frozen()] if requires_grad else ()
+        for slot in self.slots[adapter]:
+            if slot.trains:
+                p = slot.owner._parameters[slot.attribute]
+                p.requires_grad_(requires_grad and id(p) not in frozen)  # type: ignore[union-attr]
         (self.trainable.add if requires_grad else self.trainable.discard)(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
@@ -229,12 +243,14 @@ class AdapterLayer(nn.Module):
 
     # forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.routing.rows is not None and (rows := self.routing.current()) is not None:
-            return self._forward_rows(rows, x, *args, **kwargs)
+            return self._forward_rows(rows, *args, **kwargs)
         if not self._live:
-            return self.base_layer(x, *args, **kwargs)
-        return self._run(self._live, x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        if self._sees_call:
+            return self._run_call(None, args, kwargs)
+        return self._run(self._live, *args, **kwargs)
 
     def _run(self, live: tuple[Method, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._replaced:
@@ -250,7 +266,7 @@ class AdapterLayer(nn.Module):
         dtype = y.dtype
         y = self.store.protect(y)
         for m in live:
-            y = m.post(m.cast(x), y)
+            y = m.post(x, y)
         return y.to(dtype)
 
     def effective_weight(self) -> Tensor:
@@ -272,19 +288,24 @@ class AdapterLayer(nn.Module):
             x = m.cast(x)
         return self.op.call(self.base_layer, x, W, b).to(out)
 
-    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run_call(self, rows: Rows | None, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """A module with several inputs: what adapters do, they do to the first item of what it returns."""
+        y, *others = self.base_layer(*args, **kwargs)
+        x = self.method.input_of(self.base_layer, {**dict(zip(self._arguments, args)), **kwargs})
+        if rows is not None:
+            return self._add_rows(rows, rows.take(x, self.site.key), y), *others
+        for m in self._live:
+            y = m.post(x, y)
+        return y, *others
+
+    def _forward_rows(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        x = rows.take(x, self.site.key, self.op.takes_ids)
-        if self.method.additive:
-            y = self.store.protect(self.base_layer(x, *args, **kwargs))
-            if y.is_leaf and y.requires_grad:
-                y = y.clone()  # a hook made it so; it cannot be added to in place
-            for adapter, index in rows.segments:
-                m = self.methods.get(adapter)  # type: ignore[arg-type]
-                if m is not None:
-                    y.index_add_(0, index, m.branch(m.cast(x.index_select(0, index))).to(y.dtype))
-            return y
+            return self.base_layer(*args, **kwargs)
+        if self._sees_call:
+            return self._run_call(rows, args, kwargs)
+        x, args = rows.take(args[0], self.site.key, self.op.takes_ids), args[1:]
+        if self.additive:
+            return self._add_rows(rows, x, self.base_layer(x, *args, **kwargs))
         parts = []
         for adapter, index in rows.segments:
             m = self.methods.get(adapter)  # type: ignore[arg-type]
@@ -294,6 +315,13 @@ class AdapterLayer(nn.Module):
             else:
                 parts.append(self._run((m,), part, *args, **kwargs))
         return torch.cat(parts).index_select(0, rows.inverse)
+
+    def _add_rows(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+        """y with each adapter's part added to the rows that use it."""
+        y = self.store.protect(y)
+        if y.is_leaf and y.requires_grad:
+            y = y.clone()  # a hook made it so; it cannot be added to in place
+        return self.method.add_rows(self, rows, x, y)
 
     # merging
 

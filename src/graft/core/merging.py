@@ -103,7 +103,7 @@ def folded(layer: AdapterLayer, methods: list[Method]) -> tuple[Tensor, Tensor |
 
 def in_place(layer: AdapterLayer) -> Tensor | None:
     """The base weight as a matrix (out, fan_in) that low-rank updates can be added to in place, or None."""
-    if not (layer.method.low_rank and layer.method.additive and layer.store.live) or layer.site.shared:
+    if not layer.store.live or layer.site.shared:
         return None
     W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
     return W if W.dim() == 2 and W.dtype in (torch.float32, torch.float64) else None
@@ -124,7 +124,8 @@ def _add_in_place(layer: AdapterLayer, W: Tensor, names: list[str], undoable: bo
 def _write(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
     base, name, shared = layer.base_layer, layer.site.parameter, layer.site.shared
     methods = [layer.methods[n] for n in names]
-    matrix = in_place(layer)
+    low_rank = all(m.low_rank and m.additive for m in methods)
+    matrix = in_place(layer) if low_rank else None
     if matrix is not None and all(m.delta_bias() is None for m in methods):
         _add_in_place(layer, matrix, names, undoable)
         return
@@ -133,7 +134,7 @@ def _write(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
     shifted = bias is not None and bias is not old
     if undoable:
         old_bias = old.detach().clone() if shifted else None
-        if layer.method.low_rank and layer.method.additive and layer.store.exact and not shared:
+        if low_rank and layer.store.exact and not shared:
             # kept, so that what is subtracted is what was added, whatever happens to the adapter
             factors = [tuple(f.detach().clone() for f in m.factors()) for m in methods]
             layer._undo.append(("subtract", factors, old_bias))

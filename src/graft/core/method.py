@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.core.ops import OPS
+from graft.core.ops import OPS, is_stock
 from graft.core.site import Site
 
 if TYPE_CHECKING:
     from graft.core.layer import AdapterLayer
+    from graft.core.routing import Rows
 
 
 PLAIN = ("float", "int", "bool", "str", "list", "dict")  # what is kept in dicts, not in torch's containers
@@ -36,6 +38,8 @@ class Method:
     - `pre` / `post`: rewrite the input or the output; `fold` then says what merging means.
     - `fold`: W becomes f(W). The forward pass folds and calls the layer's own function.
     - `replacement`: a module that runs in place of the base layer.
+
+    Where the module is no layer of one input but, say, an attention, `input_of` says what x is in all of these.
     """
 
     config: ClassVar[Any]  # its PeftConfig class
@@ -48,6 +52,7 @@ class Method:
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
     tuner_methods: ClassVar[dict[str, Any]] = {}  # what it adds to the model class: functions of (tuner, …)
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding are adapted along with it
+    unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 
     # derived from the hooks a subclass overrides
@@ -58,6 +63,7 @@ class Method:
     low_rank: ClassVar[bool]
     rewrites_input: ClassVar[bool]
     adds_output: ClassVar[bool]
+    sees_call: ClassVar[bool]  # of modules with several inputs
 
     layer: Any  # an AdapterLayer, with the containers that the method declared
     name: str
@@ -69,12 +75,13 @@ class Method:
                 setattr(cls, name, _reader(name, plain=str(annotation).split("[")[0] in PLAIN))
 
         def has(*hooks: str) -> bool:
-            return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)
+            return any(inspect.getattr_static(cls, hook) is not inspect.getattr_static(Method, hook) for hook in hooks)
 
         cls.low_rank = has("factors")
         cls.replaces = has("replacement")
         cls.rewrites_input = has("pre")
         cls.adds_output = has("factors", "delta", "branch", "post")
+        cls.sees_call = has("input_of")
         cls.additive = has("factors", "delta", "branch") and not has("fold", "pre")
         cls.mergeable = has("factors", "delta", "fold", "replacement")
         cls.folds = has("fold") and not has("factors", "delta", "branch", "pre", "post")
@@ -89,6 +96,11 @@ class Method:
         return getattr(self.layer, key)[self.name]
 
     # declare
+
+    @classmethod
+    def variant(cls, cfg: Any) -> type[Method]:
+        """The subclass that serves a config, where some of its fields change the mathematics."""
+        return cls
 
     @classmethod
     def default_targets(cls, model: Any) -> list[str] | str | None:
@@ -107,11 +119,10 @@ class Method:
     @classmethod
     def check(cls, site: Site, cfg: Any) -> str | None:
         """Why this site cannot be adapted, or None."""
-        if not site.op.known and not cls.replaces:
+        if not site.op.known and not (cls.replaces or cls.sees_call):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
-        kind: Any = type(site.module)
-        known: Any = OPS.origin(kind)
-        if cls.through_weight(site) and known is not None and kind.forward is not known.forward:
+        known: Any = OPS.origin(type(site.module))
+        if cls.through_weight(site) and known is not None and not is_stock(site.module):
             return f"Its forward is not that of {known.__name__}, and {cls.__name__} would call the latter"
         return None
 
@@ -161,6 +172,11 @@ class Method:
 
     # act
 
+    @classmethod
+    def input_of(cls, module: nn.Module, call: dict[str, Any]) -> Tensor:
+        """x, (batch, …), from all arguments of a module that returns a tuple; y is the first of what it returns."""
+        raise NotImplementedError
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = B A. A (r, fan_in), B (out, r), scaling included."""
         raise NotImplementedError
@@ -184,11 +200,21 @@ class Method:
             return op.up(base, op.down(base, x, A), B)
         return op.call(base, x, self.delta().to(self.dtype), None)
 
+    @classmethod
+    def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+        """y, which may be written to, with each adapter's branch added to the rows of the batch that use it."""
+        for adapter, index in rows.segments:
+            m = layer.methods.get(adapter)  # type: ignore[arg-type]
+            if m is not None:
+                y.index_add_(0, index, m.branch(m.cast(x.index_select(0, index))).to(y.dtype))
+        return y
+
     def pre(self, x: Tensor) -> Tensor:
         return x
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.branch(x)
+        """The layer's output, from x as it came and the base output y."""
+        return y + self.branch(self.cast(x))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (canonical) and bias of a plain layer that acts as base and adapter together."""
@@ -219,8 +245,9 @@ class Method:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: that of its first tensor."""
-        owner, attribute = self.layer.lead[self.name]
-        return getattr(owner, attribute).dtype
+        slot = self.layer.slots[self.name][0]
+        held = slot.owner._parameters if slot.trains else slot.owner._buffers
+        return held[slot.attribute].dtype
 
     def cast(self, x: Tensor) -> Tensor:
         return x if self.layer.op.takes_ids else x.to(self.dtype)

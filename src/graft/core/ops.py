@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.core.params import bare
 from graft.core.table import TypeTable
 
 
 def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     """`nn.Linear`, with the values that its constructor would draw, in a quarter of the time; none on meta."""
-    m = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(m)
+    m = bare(nn.Linear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
     weight = torch.empty(out_features, in_features)
     drawn = [weight, torch.empty(out_features)] if bias else [weight]
@@ -41,6 +41,7 @@ class Op:
     known = True
     linear = False  # what target_modules="all-linear" means
     transposed = False  # the module stores (in, out)
+    fresh = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
 
     def dims(self, m: Any) -> tuple[int, int]:
@@ -97,12 +98,14 @@ class Unknown(Op):
 
 class Linear(Op):
     linear = True
+    fresh = True
 
 
 class Conv1D(Op):
     """transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
 
     linear = True
+    fresh = True
     transposed = True
 
     def dims(self, m):
@@ -217,6 +220,13 @@ SCALED_EMBEDDING = ScaledEmbedding()
 
 
 UNKNOWN = Unknown()
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether it runs the forward of its row in the table, and nothing of its own."""
+    kind: Any = type(module)
+    known: Any = OPS.origin(kind)
+    return known is not None and kind.forward is known.forward
 
 
 def find_op(module: nn.Module) -> Op:

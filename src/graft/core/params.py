@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -60,19 +60,61 @@ class TransientParameterDict(nn.ParameterDict):
     """Parameters that are not part of a checkpoint."""
 
 
+_NEW = nn.Module().__dict__
+_PLAIN = {k: v for k, v in _NEW.items() if not isinstance(v, (dict, set))}
+_EMPTY = [(k, type(v)) for k, v in _NEW.items() if isinstance(v, (dict, set))]
+
+
+def bare(cls: type[Any]) -> Any:
+    """A module as `nn.Module.__init__` leaves it, in half the time."""
+    m = object.__new__(cls)
+    begin(m)
+    return m
+
+
+def begin(m: nn.Module) -> None:
+    held = m.__dict__
+    held.update(_PLAIN)
+    for name, kind in _EMPTY:
+        held[name] = kind()
+
+
+class Slot(NamedTuple):
+    """Where one tensor of an adapter stands."""
+
+    container: str
+    path: str  # below the adapter's name
+    owner: nn.Module
+    attribute: str
+    trains: bool  # a parameter, not a buffer
+    saved: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        held = self.owner._parameters if self.trains else self.owner._buffers
+        return held[self.attribute]  # type: ignore[return-value]
+
+
+def slots_of(key: str, container: Any, adapter: str) -> Iterator[Slot]:
+    """The slots that `container`, called `key`, has for an adapter."""
+    saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
+    for path, owner, name, _ in tensors_of(container, adapter, transient=True):
+        yield Slot(key, path, owner, name, name in owner._parameters, (id(owner), name) in saved)
+
+
 def container_for(value: Any) -> Any:
     """An empty container of the kind that holds `value` for each adapter."""
+    if not isinstance(value, (nn.Module, Tensor, Transient)):
+        return {}
     if isinstance(value, nn.Module):
-        return nn.ModuleDict()
+        return bare(nn.ModuleDict)
     if isinstance(value, nn.Parameter):
         return nn.ParameterDict()
     if isinstance(value, Transient) and isinstance(value.tensor, nn.Parameter):
         return TransientParameterDict()
     if isinstance(value, Transient):
         return BufferDict(persistent=False)
-    if isinstance(value, Tensor):
-        return BufferDict(persistent=True)
-    return {}
+    return BufferDict(persistent=True)
 
 
 def module_of(container: Any, adapter: str) -> nn.Module | None:

@@ -36,7 +36,18 @@ def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype |
                 module._buffers[name] = moved(b, device, dtype, upcast)
 
 
+def place_tensor(owner: nn.Module, name: str, device, dtype, upcast: bool) -> None:
+    """Move and cast a parameter or buffer of a module."""
+    p = owner._parameters.get(name)
+    if p is not None:
+        place_parameter(owner, name, p, device, dtype, upcast)
+    else:
+        owner._buffers[name] = moved(owner._buffers[name], device, dtype, upcast)  # type: ignore[arg-type]
+
+
 def place_parameter(owner: nn.Module, name: str, p: nn.Parameter, device, dtype, upcast) -> None:
+    if p.dtype == dtype and (p.device == device or device is None) and not (upcast and dtype in UPCAST):
+        return
     before = p.data
     data = moved(before, device, dtype, upcast)
     if data is not before:

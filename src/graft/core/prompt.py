@@ -85,11 +85,26 @@ def pick(table: Tensor, indices: Tensor | None) -> Tensor:
 def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
     """The base model's embeddings of some tokens, in float32.
 
+    Args:
+        why: where the tokens come from, for errors.
+
     Raises:
-        ConfigError: the model has no word embeddings.
+        ConfigError: the model has no word embeddings, or not of these tokens.
     """
     if words is None:
         raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
+    check_tokens(ids, words, why)
     with torch.no_grad():
         device = next(words.parameters()).device
         return words(ids.to(device)).detach().clone().to(torch.float32)
+
+
+def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
+    """Raise ConfigError if the base model does not know all the tokens."""
+    size = len(next(words.parameters()))
+    unknown = ids[(ids < 0) | (ids >= size)]
+    if len(unknown):
+        raise ConfigError(
+            f"{why} has token {int(unknown[0])}, but the base model knows {size} tokens, from 0 on: use the tokenizer "
+            "that belongs to it."
+        )

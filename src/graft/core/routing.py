@@ -36,6 +36,14 @@ class Rows:
         """Puts the concatenated segments back into the order of the batch."""
         return torch.argsort(torch.cat([index for _, index in self.segments]))
 
+    @cached_property
+    def even(self) -> tuple[list[str], Tensor] | None:
+        """The adapters and their rows, adapter by adapter, if several adapters have equally many rows."""
+        own = [(name, index) for name, index in self.segments if name is not None]
+        if len(own) < 2 or len({len(index) for _, index in own}) > 1:
+            return None
+        return [name for name, _ in own], torch.cat([index for _, index in own])
+
     def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
         """`x` with one row per sample. Ids that all samples share, such as positions, are repeated."""
         if x.shape[0] == self.batch:

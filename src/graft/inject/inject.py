@@ -94,7 +94,7 @@ def survey_and_match(
     if chosen is None:
         account(cfg, outcomes, report)
     for key, site in sites.items():
-        why = method.check(site, cfg) or never_called(key, tree)
+        why = method.variant(cfg).check(site, cfg) or never_called(key, tree)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -335,8 +335,9 @@ def add_adapter(
     layer: AdapterLayer, adapter: str, cfg: Any, shared: dict[str, Any], *, on_meta: bool, upcast: bool
 ) -> None:
     with torch.device("meta") if on_meta else nullcontext():
-        values = layer.method.build(layer.site, cfg, shared)
-    method = layer.add(adapter, values)
+        variant = layer.method.variant(cfg)
+        values = variant.build(layer.site, cfg, shared)
+    method = layer.add(adapter, values, variant)
     if not on_meta:
         method.init(cfg)
     layer.place(adapter, upcast)

@@ -68,7 +68,8 @@ class Matcher:
     """Decides on one module path after another."""
 
     def __init__(self, cfg: Any):
-        self.targets = Names(cfg.target_modules)
+        chosen = getattr(cfg, "target_paths", None)  # by `Method.prepare`
+        self.targets = Names(chosen or cfg.target_modules)
         self.excluded = Names(getattr(cfg, "exclude_modules", None))
         saved = getattr(cfg, "modules_to_save", None) or ()
         self.saved = re.compile("|".join(rf"(^|.*\.){m}($|\..*)" for m in saved)) if saved else None

@@ -44,7 +44,8 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
         with torch.device("meta"):
             shared = method.share(list(made.sites.values()), made.cfg, {}, {}) if method.shares else {}
             for key, site in made.sites.items():
-                values = method.build(site, made.cfg.at(key), shared)
+                cfg = made.cfg.at(key)
+                values = method.variant(cfg).build(site, cfg, shared)
                 sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
                 shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
                 made.report.matched.append(Matched(key, site.type_name, sum(p.numel() for _, p in sized), shapes))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
+from graft.core.errors import PeftWarning
 from graft.core.layer import AdapterLayer
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
@@ -147,7 +149,14 @@ def matches(key: str, names: Sequence[str]) -> str | None:
 
 def add_task_heads(config: Any) -> None:
     """Have the heads of the config's task trained whole, in place."""
-    if hasattr(config, "modules_to_save") and config.task_type in TASK_HEADS:
+    if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
+        warnings.warn(
+            f"{config.peft_type.value} has no modules_to_save: the head of the {config.task_type.value} model stays as "
+            "it is, and a fresh one stays random.",
+            PeftWarning,
+            stacklevel=5,
+        )
+    elif config.task_type in TASK_HEADS:
         names = list(config.modules_to_save or [])
         config.modules_to_save = names + [n for n in TASK_HEADS[config.task_type] if n not in names]
         config._heads_are_defaults = True  # a name that matches nothing is no mistake of the user's

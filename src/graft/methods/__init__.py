@@ -28,6 +28,7 @@ METHODS: dict[str, Row] = {
     "HRA": Row("hra:HRA", "HRAConfig", "HRAModel"),
     "TRAINABLE_TOKENS": Row("trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"),
     "LN_TUNING": Row("ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
+    "ADAPTION_PROMPT": Row("adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
 }
 PROMPTS: dict[str, Row] = {
     "PROMPT_TUNING": Row("prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),

@@ -40,12 +40,13 @@ class CartridgeEncoder(Prompt):
         super().__init__(cfg, words)
         width, frozen = 2 * cfg.num_layers * cfg.token_dim, cfg.num_frozen_tokens
         self.num_frozen_tokens = frozen
-        self.frozen_embedding = nn.Parameter(torch.randn(frozen, width), requires_grad=False)
+        self.frozen_embedding = nn.Parameter(torch.randn(frozen, width), requires_grad=False) if frozen else None
         self.trainable_embedding = nn.Parameter(torch.randn(cfg.num_virtual_tokens - frozen, width))
 
     @property
     def weight(self) -> Tensor:
-        return torch.cat([self.frozen_embedding, self.trainable_embedding])
+        frozen = () if self.frozen_embedding is None else (self.frozen_embedding,)
+        return torch.cat([*frozen, self.trainable_embedding])
 
     @property
     def embedding(self) -> CartridgeEncoder:  # `encoder.embedding.weight`, as other encoders have it
@@ -56,7 +57,8 @@ class CartridgeEncoder(Prompt):
 
     def restore(self, name: str, value: Tensor) -> None:
         with torch.no_grad():
-            self.frozen_embedding.copy_(value[: self.num_frozen_tokens])
+            if self.frozen_embedding is not None:
+                self.frozen_embedding.copy_(value[: self.num_frozen_tokens])
             self.trainable_embedding.copy_(value[self.num_frozen_tokens :])
 
     def load_prompt_embeddings(self, values: Tensor) -> None:

@@ -42,7 +42,15 @@ class CPTConfig(PromptLearningConfig):
         self.cpt_mask = [1] * n if self.cpt_mask is None else self.cpt_mask
         self.cpt_tokens_type_mask = [1] * n if self.cpt_tokens_type_mask is None else self.cpt_tokens_type_mask
         if not n or {len(self.cpt_mask), len(self.cpt_tokens_type_mask)} != {n}:
-            raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length.")
+            raise ConfigError(
+                "cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length. "
+                f"They have {n}, {len(self.cpt_mask)} and {len(self.cpt_tokens_type_mask)} numbers."
+            )
+        decays = ("opt_loss_decay_factor",) if self.opt_weighted_loss_type == "decay" else ()
+        for name in ("opt_projection_epsilon", "opt_projection_format_epsilon", *decays):
+            value = getattr(self, name)
+            if value is None or value < 0:
+                raise ConfigError(f"`{name}` must be a number and not negative, got {value}.")
 
 
 class CPTEmbedding(Prompt):
@@ -58,7 +66,7 @@ class CPTEmbedding(Prompt):
         self.embedding.requires_grad_(False)
         if not cfg.inference_mode:
             ids = torch.tensor(cfg.cpt_token_ids)
-            self.embedding.weight.data = words_of(ids, words, "CPT")
+            self.embedding.weight.data = words_of(ids, words, "cpt_token_ids")
         self.delta_embedding = nn.Embedding(cfg.num_virtual_tokens, cfg.token_dim)
         nn.init.zeros_(self.delta_embedding.weight)
         self.delta_embedding.weight.register_hook(self._without_labels)
@@ -103,7 +111,13 @@ class CPTEmbedding(Prompt):
             labels: (batch, tokens).
             input_type_mask: (batch, tokens), as `cpt_tokens_type_mask`; None: all of them are labels.
         """
-        types, batch = self._types(), len(labels)
+        types, batch = self._types(), len(logits)
+        length = logits.shape[1] - len(types)
+        for name, given in (("labels", labels), ("input_type_mask", input_type_mask)):
+            if given is not None and given.shape != (batch, length):
+                raise ValueError(
+                    f"{name} must be {(batch, length)}, a number for each token, got {tuple(given.shape)}."
+                )
         ids = torch.tensor(self.cfg.cpt_token_ids, device=labels.device)
         own = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
         own = torch.where(own > 0, own + types.max(), own)  # the input counts on from the examples
@@ -116,7 +130,7 @@ class CPTEmbedding(Prompt):
                 f"is {int(types.max())} and must be a multiple of 4."
             )
         kept = is_label & (targets != -100)
-        losses = nn.functional.cross_entropy(logits[:, :-1][kept], targets[kept], reduction="none")
+        losses = nn.functional.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="none")
         if self.cfg.opt_weighted_loss_type == "decay":
             losses = losses * self._decay(kinds)[kept]
         return losses.mean()

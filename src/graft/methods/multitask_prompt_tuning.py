@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ class MultitaskPromptTuningInit(str, Enum):
     ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"  # the shared part of a trained prompt
 
 
+FACTORS = ("prefix_task_cols", "prefix_task_rows")
 SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 
@@ -61,30 +63,46 @@ class MultitaskPromptEmbedding(PromptEmbedding):
                 if value.shape != target.shape:
                     raise ConfigError(
                         f"{name} in {cfg.prompt_tuning_init_state_dict_path} has shape {tuple(value.shape)}, where "
-                        f"{tuple(target.shape)} is needed: num_tasks must be 1 (it is {cfg.num_tasks}), and the other "
-                        "sizes those of the source."
+                        f"{tuple(target.shape)} is needed: num_virtual_tokens, num_ranks and the width of the model "
+                        f"must be the source's, and num_tasks 1 (it is {cfg.num_tasks})."
                     )
                 self.restore(name, value)
 
     def forward(self, indices: Tensor | None = None, task_ids: Tensor | None = None, **arguments: Any) -> Tensor:
         if task_ids is None:
             raise ValueError("task_ids cannot be None: pass the number of each sample's task.")
-        task_ids = task_ids.to(self.prefix_task_cols.device)
-        if task_ids.numel() and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < self.num_tasks:
-            raise ValueError(f"task_ids must be from 0 to {self.num_tasks - 1}, got {task_ids.tolist()}.")
-        factor = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
+        ids = torch.as_tensor(task_ids, device=self.prefix_task_cols.device)
+        whole = ids.dim() < 2 and ids.dtype in (torch.int64, torch.int32)
+        if not whole or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_tasks):
+            raise ValueError(
+                f"task_ids must be whole numbers from 0 to {self.num_tasks - 1}, one for each sample, got {task_ids}."
+            )
+        factor = self.prefix_task_cols[ids] @ self.prefix_task_rows[ids]
         return super().forward(None) * factor
 
     def stored(self) -> dict[str, Tensor]:
         return {
             STORED: self.embedding.weight.detach(),
-            "prefix_task_cols": self.prefix_task_cols.detach(),
-            "prefix_task_rows": self.prefix_task_rows.detach(),
+            **{name: getattr(self, name).detach() for name in FACTORS},
         }
 
     def restore(self, name: str, value: Tensor) -> None:
         with torch.no_grad():
             (self.embedding.weight if name == STORED else getattr(self, name)).copy_(value)
+
+
+def read(path: str) -> dict[str, Tensor]:
+    """The tensors of a weights file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"prompt_tuning_init_state_dict_path='{path}': there is no such file.")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # what is wrong with a file shows in many ways
+        raise CheckpointError(f"prompt_tuning_init_state_dict_path='{path}' cannot be read as tensors: {e}") from e
 
 
 def source_values(cfg: Any) -> dict[str, Tensor]:
@@ -95,17 +113,16 @@ def source_values(cfg: Any) -> dict[str, Tensor]:
             "prompt_tuning_init_state_dict_path needs to be specified with "
             f"prompt_tuning_init={cfg.prompt_tuning_init.value}: the weights file of the source."
         )
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        source = load_file(path)
-    else:
-        source = torch.load(path, map_location="cpu", weights_only=True)
-    if STORED not in source:
-        raise CheckpointError(f"{path} does not hold '{STORED}': it is no multitask prompt.")
-    if cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED":
+    source = read(path)
+    alone = cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED"
+    missing = [name for name in (STORED, *(() if alone else FACTORS)) if name not in source]
+    if missing:
+        raise CheckpointError(
+            f"{path} (prompt_tuning_init_state_dict_path) does not hold {', '.join(missing)}: no multitask prompt."
+        )
+    if alone:
         return {STORED: source[STORED]}
-    factors = {k: source[k] for k in ("prefix_task_cols", "prefix_task_rows")}
+    factors = {k: source[k] for k in FACTORS}
     if cfg.prompt_tuning_init == "AVERAGE_SOURCE_TASKS":
         factors = {k: v.mean(0, keepdim=True) for k, v in factors.items()}
     else:

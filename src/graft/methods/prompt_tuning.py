@@ -53,31 +53,31 @@ class PromptEmbedding(Prompt):
         self.embedding = nn.Embedding(cfg.rows, cfg.token_dim)
         if cfg.inference_mode or cfg.prompt_tuning_init not in ("TEXT", "SAMPLE_VOCAB"):
             return
-        if words is None:
-            raise ConfigError(
-                f"prompt_tuning_init='{cfg.prompt_tuning_init.value}' needs a model with word embeddings."
-            )
-        size = len(next(words.parameters()))
-        ids = torch.randint(0, size, (cfg.rows,)) if cfg.prompt_tuning_init == "SAMPLE_VOCAB" else text_ids(cfg, size)
-        self.embedding.weight = nn.Parameter(words_of(ids, words, "prompt_tuning_init"))
+        assert words is not None, "a prompt of embeddings is for models that have some"
+        origin = f"prompt_tuning_init='{cfg.prompt_tuning_init.value}'"
+        if cfg.prompt_tuning_init == "TEXT":
+            ids = text_ids(cfg)
+            origin += f" with tokenizer_name_or_path='{cfg.tokenizer_name_or_path}'"
+        else:
+            ids = torch.randint(0, len(next(words.parameters())), (cfg.rows,))
+        self.embedding.weight = nn.Parameter(words_of(ids, words, origin))
 
 
-def text_ids(cfg: Any, size: int) -> Tensor:
+def text_ids(cfg: Any) -> Tensor:
     """Tokens of the initial text, cut or repeated to the number of virtual tokens.
 
     Raises:
-        ConfigError: the text has no tokens, or some that the model does not have.
+        ConfigError: the text has no tokens.
+        OSError: there is no such tokenizer.
     """
     from transformers import AutoTokenizer
 
     options = {k: v for k, v in (cfg.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)
+    except OSError as e:
+        raise OSError(f"tokenizer_name_or_path='{cfg.tokenizer_name_or_path}' cannot be loaded: {e}") from e
     ids = tokenizer(cfg.prompt_tuning_init_text)["input_ids"]
     if not ids:
         raise ConfigError(f"prompt_tuning_init_text={cfg.prompt_tuning_init_text!r} has no tokens.")
-    if max(ids) >= size:
-        raise ConfigError(
-            f"The tokenizer of '{cfg.tokenizer_name_or_path}' gives token {max(ids)}, but the base model knows {size} "
-            "tokens: pass the tokenizer that belongs to the model as tokenizer_name_or_path."
-        )
     return torch.tensor((ids * -(-cfg.rows // len(ids)))[: cfg.rows])

@@ -93,6 +93,7 @@ class TrainableTokens(Method):
         layer, rows = self.layer, self.trainable_tokens_delta
         if not layer.op.takes_ids:
             b = layer.base_layer.bias
+            x = self.cast(x)
             logits = layer.op.call(layer.base_layer, x, rows, None if b is None else b[self.token_indices].to(x.dtype))
             return y.index_copy(-1, self.order_to_token(), logits.to(y.dtype))
         place = torch.searchsorted(self.sorted_tokens, x).clamp_(max=len(self.token_indices) - 1)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.model import kv_prefix
+
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # what layers call their cache
 RUN = "_gradient_checkpointing_func"
 
@@ -19,7 +21,7 @@ class Replays:
 
     def __init__(self, stack: Any):
         self.stack = stack
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._before: list[tuple[nn.Module, str, Any]] = []
         self._handle: Any = None
 
     def layers(self) -> list[nn.Module]:
@@ -27,19 +29,27 @@ class Replays:
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 
     def wanted(self) -> bool:
-        return self.stack.module.training and torch.is_grad_enabled() and bool(self.layers())
+        """Whether layers will run again. If they will not, checkpointing goes off: it would only take the cache."""
+        layers = self.layers() if self.stack.module.training else []
+        if torch.is_grad_enabled():
+            return bool(layers)
+        for layer in layers:
+            self._set(layer, "gradient_checkpointing", False)
+        return False
 
     def start(self, cache: Any) -> None:
         for layer in self.layers():
             place = cache_place(layer)
             if place is not None and layer is not self.stack.module:
-                run = layer.__dict__[RUN]
-                self._before.append((layer, run))
-                layer.__dict__[RUN] = with_cache(run, cache, *place)
+                self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))
+
+    def _set(self, layer: nn.Module, name: str, value: Any) -> None:
+        self._before.append((layer, name, layer.__dict__[name]))
+        layer.__dict__[name] = value
 
     def clear(self) -> None:
-        for layer, run in self._before:
-            layer.__dict__[RUN] = run
+        for layer, name, value in self._before:
+            layer.__dict__[name] = value
         self._before = []
         if self._handle is not None:
             self._handle.remove()
@@ -78,9 +88,10 @@ def with_cache(run: Callable, cache: Any, name: str, index: int) -> Callable:
 
     def checkpointed(function: Callable, *args: Any, **options: Any) -> Any:
         def with_prompt(*inputs: Any) -> Any:
+            prompt = kv_prefix.again(cache)
             if len(inputs) > index:
-                return function(*inputs[:index], cache, *inputs[index + 1 :])
-            return function(*inputs, **{name: cache})
+                return function(*inputs[:index], prompt, *inputs[index + 1 :])
+            return function(*inputs, **{name: prompt})
 
         return run(with_prompt, *args, **options)
 

@@ -77,11 +77,9 @@ def new_cache(config: Any, with_encoder: bool) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
     takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters  # since 4.56
-
-    def grows() -> Any:
-        return DynamicCache(config=config) if takes_config else DynamicCache()
-
-    return EncoderDecoderCache(grows(), grows()) if with_encoder else grows()
+    options = {"config": config} if takes_config else {}
+    own = DynamicCache(**options)
+    return EncoderDecoderCache(own, DynamicCache(**options)) if with_encoder else own
 
 
 def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
@@ -104,6 +102,12 @@ def frozen(cache: Any) -> Any:
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         layer.update = _Reading(layer)
     return cache
+
+
+def again(cache: Any) -> Any:
+    """A frozen cache for one run of a layer: what it would keep of an encoder's output is for that run only."""
+    own = getattr(cache, "self_attention_cache", None)
+    return cache if own is None else type(cache)(own, type(own)())
 
 
 class _Reading:

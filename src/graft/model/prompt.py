@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError, RoutingError
+from graft.checkpoint.state import account_of
+from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.prompt import Prompt
 from graft.inject.inject import Parts, inject
@@ -31,6 +32,7 @@ from graft.model.stack import Stack, stacks_of
 IGNORED = -100  # no label
 PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
 PLACE = "prompt_encoder"
+INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
 class NoLayers(Method):
@@ -57,7 +59,10 @@ class Encoders(nn.ModuleDict):
 
     def check_active(self, names: Sequence[str]) -> None:
         if len(names) > 1:
-            raise ValueError(f"Only one prompt can be in front of the input at a time, got {list(names)}.")
+            raise ValueError(
+                f"Only one prompt can be in front of the input at a time, got {list(names)}: call set_adapter() with "
+                "one of them."
+            )
 
     def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
         self.active_adapters = list(names)
@@ -85,6 +90,11 @@ class Prompts(Adapters):
         autocast_adapter_dtype: bool = True,
         **options: Any,
     ):
+        if account_of(model) is not None:
+            raise AlreadyInjectedError(
+                "The model is a PeftModel already. For another prompt beside the one it has, call its add_adapter(); "
+                "to start over, pass its get_base_model()."
+            )
         self.open_account(model)
         self.method: type[Prompt] = method_of(peft_config.peft_type)  # type: ignore[assignment]
         self.prompt_encoder = Encoders()
@@ -140,7 +150,8 @@ class Prompts(Adapters):
         """Complete the config against the model, or say why it does not fit."""
         if cfg.task_type is None:
             raise ConfigError(
-                f"{cfg.peft_type.value} needs a task_type: what becomes of inputs and labels depends on it."
+                f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: what becomes of inputs and labels "
+                "depends on it."
             )
         if cfg.num_virtual_tokens is None:
             raise ConfigError(f"{cfg.peft_type.value} needs num_virtual_tokens, the length of the prompt.")
@@ -150,9 +161,19 @@ class Prompts(Adapters):
                 f"task_type=SEQ_2_SEQ_LM needs a model with an encoder and a decoder, and {type(self.model).__name__} "
                 "has no decoder of its own: use CAUSAL_LM."
             )
+        if cfg.task_type == "CAUSAL_LM" and coded and not cfg.holds_keys:
+            raise ConfigError(
+                f"task_type=CAUSAL_LM needs a model that is a decoder only, and {type(self.model).__name__} has an "
+                "encoder: use SEQ_2_SEQ_LM."
+            )
         cfg.fit(getattr(self.model, "config", None))
         for stack in self._entered(cfg):
             stack.check(cfg)
+        if cfg.task_type == "CAUSAL_LM" and not hasattr(self.model, "prepare_inputs_for_generation"):
+            raise ConfigError(
+                f"task_type=CAUSAL_LM needs a model that generates text, and {type(self.model).__name__} does not: use "
+                "the task_type that it was made for, or FEATURE_EXTRACTION."
+            )
 
     def _entered(self, cfg: Any) -> list[Stack]:
         """The stacks that a prompt goes into."""
@@ -187,9 +208,12 @@ class Prompts(Adapters):
         finish = self._labels(cfg, prompt, kwargs, arguments)
         refuse(kwargs, self.model, cfg, in_encoder=not cfg.holds_keys and "decoder" in self.stacks)
         value = prompt(**arguments)
+        check_rows(value, kwargs)
         try:
             self._insert(cfg, value)
             yield finish
+            for stack in self.stacks.values():
+                stack.check_visited()
         finally:
             for stack in self.stacks.values():
                 stack.clear()
@@ -259,6 +283,13 @@ def refuse(kwargs: dict[str, Any], model: Any, cfg: Any, in_encoder: bool) -> No
             f"the prompt of {cfg.num_virtual_tokens} tokens.",
             stacklevel=6,
         )
+
+
+def check_rows(value: Tensor, kwargs: dict[str, Any]) -> None:
+    """Raise unless there is one prompt for all samples, or one for each."""
+    first = next((t for n in INPUTS if isinstance(t := kwargs.get(n), Tensor)), None)
+    if value.dim() == 3 and first is not None and len(value) not in (1, len(first)):
+        raise ValueError(f"task_ids has {len(value)} numbers, and the batch {len(first)} samples: pass one for each.")
 
 
 def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> Any:

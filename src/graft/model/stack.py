@@ -17,17 +17,17 @@ from graft.model.kv_prefix import length, per_row
 
 CACHES = ("cache", "past_key_values")  # names of the argument, in transformers from 5.2x on and before
 KINDS = ("token_type_ids", "mm_token_type_ids")  # 0 for the prompt's tokens
-TEXT_PARTS = ("language_model", "text_model")  # of models that read images as well
+TEXT_PARTS = ("language_model", "text_model", "decoder")  # of models that read images as well, or of OPT's kind
 
 
 def stacks_of(model: Any) -> dict[str, Stack]:
     """{"main": stack} of a model, or its encoder as "main" and its "decoder"."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"main": Stack(model.get_encoder(), model), "decoder": Stack(model.get_decoder(), model)}
-    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    inner = outer = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     while (part := next((p for n in TEXT_PARTS if (p := getattr(inner, n, None)) is not None), None)) is not None:
         inner = part
-    return {"main": Stack(inner if isinstance(inner, nn.Module) else model, model)}
+    return {"main": Stack(inner if isinstance(inner, nn.Module) else model, model, outer)}
 
 
 class Stack:
@@ -35,15 +35,21 @@ class Stack:
 
     Positions, masks and types that come with the input are those of its own tokens. They are widened for the prompt
     where it enters, and in each later step, whose cache then holds the prompt.
+
+    Args:
+        outer: calls `module` where a model reads images as well, and may make masks and positions for it. They are made
+            from the cache, so in later steps `outer` must already see the prompt.
     """
 
-    def __init__(self, module: nn.Module, model: Any):
-        self.module = module
-        self.names = list(inspect.signature(module.forward).parameters)
+    def __init__(self, module: nn.Module, model: Any, outer: Any = None):
+        self.module, self.outer = module, outer if isinstance(outer, nn.Module) else module
+        self.names, self.outer_names = (list(inspect.signature(m.forward).parameters) for m in (module, self.outer))
         self.cache_name = next((n for n in CACHES if n in self.names), None)
         self.words: Any = words_in(module) or words_in(model)
         self.positions = positions_in(module)
         self.config = getattr(module, "config", None)
+        self.layers = layers_in(module)
+        self.shapes = kv_prefix.key_shapes(module)
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.replays = Replays(self)
@@ -54,6 +60,8 @@ class Stack:
         if not self._attached:
             self.module.register_forward_pre_hook(self.enter, with_kwargs=True)
             self.module.register_forward_hook(self.leave)
+            if self.outer is not self.module:
+                self.outer.register_forward_pre_hook(self.step, with_kwargs=True)
             self._attached = True
 
     def clear(self) -> None:
@@ -63,7 +71,8 @@ class Stack:
         self.as_pairs: Callable[[Tensor], Any] | None = None
         self.encoded = 0  # tokens of a prompt that the encoder's output has in front
         self.strips = False  # the prompt's tokens are taken out of the output again
-        self._entered = False
+        self._entered = self._visited = self._widened_outside = False
+        self._lent: Any = None  # a cache that is there for the prompt only: the output does not show it
         self.replays.clear()
 
     def put_embeddings(self, value: Tensor) -> None:
@@ -100,6 +109,8 @@ class Stack:
                     f"Model does not support past key values which are required for prefix tuning: {name} has no "
                     f"cache argument, so {kind} cannot be used with it. PROMPT_TUNING or P_TUNING can."
                 )
+            if cfg.num_layers < len(self.layers):
+                raise ConfigError(f"num_layers={cfg.num_layers}, but {name} has {len(self.layers)}: pass them all.")
             return
         if "inputs_embeds" not in self.names or self.words is None:
             raise ConfigError(f"{name} takes no inputs_embeds, which {kind} needs: it is no model of transformers.")
@@ -109,11 +120,20 @@ class Stack:
         if cfg.token_dim != width:
             raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {width} numbers.")
 
+    def check_visited(self) -> None:
+        """Raise if a call came and went without this module: its prompt would have had no effect."""
+        if self.tokens and not self._visited:
+            raise RuntimeError(
+                f"The base model never called its {type(self.module).__name__}, where the prompt enters: prompt "
+                "methods cannot be used with a model that is built like this one."
+            )
+
     # the hook
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self.tokens and not self.encoded:
             return None
+        self._visited = True
         given = {**dict(zip(self.names, args)), **kwargs}
         if self.encoded:
             self._widen_encoded(given)
@@ -121,13 +141,28 @@ class Stack:
             self._enter(given)
         return (), given
 
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def step(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """The hook on `outer`."""
+        given = {**dict(zip(self.outer_names, args)), **kwargs}
+        first, seen = first_of(given), length(given.get(self.cache_name or ""))
+        self._widened_outside = bool(self.tokens and seen and first is not None)
+        if not self._widened_outside:
+            return None
+        self._widen(given, first.shape[1] + seen, 0, len(first))
+        return (), given
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self.strips and self._entered:
             output.last_hidden_state = output.last_hidden_state[:, self.tokens :]
+        lent, self._lent = self._lent, None
+        if lent is None:
+            return None
+        if isinstance(output, tuple):
+            return tuple(part for part in output if part is not lent)
+        return type(output)(**{name: part for name, part in output.items() if part is not lent})
 
     def _enter(self, given: dict[str, Any]) -> None:
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        first = embeds if embeds is not None else ids
+        first = first_of(given)
         if first is None:
             return  # the module will say what is missing
         batch, new = first.shape[:2]
@@ -146,10 +181,14 @@ class Stack:
             self._put_embeddings(given, batch)
         elif self._entered:
             self._put_keys(given, cache, batch)
-        self._widen(given, total, before, batch)
+        if not self._widened_outside:
+            self._widen(given, total, before, batch)
+        self._widened_outside = False
 
     def _put_embeddings(self, given: dict[str, Any], batch: int) -> None:
         embeds = given.get("inputs_embeds")
+        if getattr(self.config, "hidden_size_per_layer_input", None):
+            self._put_per_layer(given, batch)
         if embeds is None:
             embeds = self.words(given["input_ids"])
         assert self.embeddings is not None
@@ -159,39 +198,61 @@ class Stack:
             if given.get(name) is not None:
                 given[name] = nn.functional.pad(given[name], (self.tokens, 0))
 
+    def _put_per_layer(self, given: dict[str, Any], batch: int) -> None:
+        """Gemma 3n and 4 give each layer embeddings of the ids: the prompt gets those of padding, as images do."""
+        module: Any = self.module
+        own = given.get("per_layer_inputs")
+        if own is None and given.get("input_ids") is not None:
+            own = module.get_per_layer_inputs(given["input_ids"])
+        if own is not None:
+            padding = torch.full(
+                (batch, self.tokens), getattr(self.config, "pad_token_id", None) or 0, device=own.device
+            )
+            given["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding), own], dim=1)
+
     def _put_keys(self, given: dict[str, Any], cache: Any, batch: int) -> None:
         assert self.keys is not None and self.as_pairs is not None and self.cache_name is not None
         replayed = self.replays.wanted()
         value = self.replays.apart(self.keys, given) if replayed else self.keys
         pairs = kv_prefix.fitted(self.as_pairs(value), self.key_shapes())
-        given[self.cache_name] = self.filled(cache, pairs, batch)
+        given[self.cache_name] = filled = self.filled(cache, pairs, batch)
         if replayed:
-            self.replays.start(kv_prefix.frozen(given[self.cache_name]))
-        if not self.causal and not self.in_pair and given.get("attention_mask") is None:
-            first = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+            self.replays.start(kv_prefix.frozen(filled))
+        asked = given.get("use_cache")
+        if replayed or not (getattr(self.config, "use_cache", True) if asked is None else asked):
+            self._lent = filled
+        first, mask = first_of(given), given.get("attention_mask")
+        if not self.causal and not self.in_pair and mask is None:
             given["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
+        elif isinstance(mask, dict) and getattr(self.config, "_attn_implementation", None) == "sdpa":
+            # no mask stands for torch's causal one, in which queries and keys begin together
+            causal = torch.ones(first.shape[1], first.shape[1], dtype=torch.bool, device=first.device).tril()
+            given["attention_mask"] = {kind: causal[None, None] if m is None else m for kind, m in mask.items()}
 
     def key_shapes(self) -> Any:
-        return kv_prefix.key_shapes(self.module)
+        return self.shapes
 
     def filled(self, cache: Any, pairs: Any, batch: int) -> Any:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
+        pairs = pairs[: len(self.layers) or None]  # an encoder may have more layers, and is whom the config counts
         return kv_prefix.fill(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:
         """Where each layer is."""
-        found = {i: m for m in self.module.modules() if isinstance(i := getattr(m, "layer_idx", None), int)}
-        where = [next((p.device for p in found[i].parameters()), None) if i in found else None for i in range(layers)]
-        return [d if d is not None and d.type != "meta" else self.device for d in where]
+        parts = [self.layers.get(i, self.module) for i in range(layers)]
+        where = [next((p.device for p in part.parameters()), self.device) for part in parts]
+        return [self.device if d.type == "meta" else d for d in where]
 
     def _widen(self, given: dict[str, Any], total: int, before: int, batch: int) -> None:
         """Let what counts tokens count the prompt's. `before`: tokens of it that are in this call's input."""
-        mask = given.get("attention_mask")
+        mask, window = given.get("attention_mask"), getattr(self.config, "sliding_window", None)
         if isinstance(mask, dict):
-            given["attention_mask"] = {k: self._widened(m, total, before) for k, m in mask.items()}
+            windows = {kind: window if "sliding" in kind else None for kind in mask}
+            given["attention_mask"] = {k: self._widened(m, total, before, windows[k]) for k, m in mask.items()}
         elif mask is not None:
-            given["attention_mask"] = self._widened(mask, total, before)
+            slides = all("sliding" in kind for kind in getattr(self.config, "layer_types", None) or ())
+            given["attention_mask"] = self._widened(mask, total, before, window if slides else None)
         for name in ("position_ids", "cache_position"):
             positions = given.get(name)
             if positions is not None:
@@ -199,28 +260,47 @@ class Stack:
                 shifted = positions + self.tokens
                 given[name] = torch.cat([own.expand(*positions.shape[:-1], before), shifted], dim=-1)
 
-    def _widened(self, mask: Any, total: int, before: int) -> Any:
-        if not isinstance(mask, Tensor) or mask.shape[-1] != total - self.tokens:
-            return mask
-        if mask.dim() == 2:
+    def _widened(self, mask: Any, total: int, before: int, window: int | None) -> Any:
+        """`window`: how far back tokens see in the layers that get this mask, if not to the beginning."""
+        tokens = total - self.tokens
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            if mask.shape[1] != tokens:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's {self.tokens}, "
+                    "which it need not cover). A cache that holds a prompt is continued by forward(), not generate()."
+                )
             return torch.cat([mask.new_ones(len(mask), self.tokens), mask], dim=1)
+        if not isinstance(mask, Tensor) or mask.shape[-1] != tokens:
+            return mask
         open_, shut = (0, torch.finfo(mask.dtype).min) if mask.is_floating_point() else (1, 0)
         b, h, q, k = mask.shape
-        mask = torch.cat([mask.new_full((b, h, q, self.tokens), open_), mask], dim=-1)
-        if not before:
-            return mask
-        if self.causal:
-            own = torch.full((before, before), shut, dtype=mask.dtype, device=mask.device).triu(1)
-            own = own if mask.is_floating_point() else torch.ones_like(own).tril()
-            rows = torch.cat([own, own.new_full((before, k), shut)], dim=1).expand(b, h, before, -1)
-        else:
-            rows = mask.amax(-2, keepdim=True).expand(b, h, before, -1)  # what any token may see
-        return torch.cat([rows, mask], dim=-2)
+        if before:
+            own = mask.new_full((), shut) if self.causal else mask.amax(-2, keepdim=True)  # what any token may see
+            mask = torch.cat([own.expand(b, h, before, k), mask], dim=-2)
+        rows = before + q
+        at = torch.arange(total, device=mask.device)
+        back = at[total - rows :, None] - at[: self.tokens]
+        sees = (back >= 0) & (back < (window or total)) if self.causal else torch.ones_like(back, dtype=torch.bool)
+        prompt = torch.full_like(back, shut, dtype=mask.dtype).masked_fill(sees, open_)
+        mask = torch.cat([prompt.expand(b, h, rows, -1), mask], dim=-1)
+        return mask[..., 1 - window - rows :] if window else mask  # a sliding cache holds no more
 
     def _widen_encoded(self, given: dict[str, Any]) -> None:
         mask, hidden = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
         if mask is not None and hidden is not None and mask.shape[-1] + self.encoded == hidden.shape[1]:
             given["encoder_attention_mask"] = torch.cat([mask.new_ones(*mask.shape[:-1], self.encoded), mask], dim=-1)
+
+
+def first_of(given: dict[str, Any]) -> Any:
+    """The input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    return ids if embeds is None else embeds
+
+
+def layers_in(module: nn.Module) -> dict[int, nn.Module]:
+    """A module of each layer, as far as layers know their number."""
+    numbered = [(getattr(m, "layer_idx", None), m) for m in module.modules()]
+    return {i: m for i, m in numbered if isinstance(i, int)}
 
 
 def words_in(module: Any) -> nn.Module | None:

@@ -21,6 +21,7 @@ from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
 from graft.inject.survey import Wrapper, survey
 from graft.inject.tokens import TrainableTokensWrapper
+from graft.merge import weighted
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.adapters import Adapters
 
@@ -275,6 +276,7 @@ def tuner_of(peft_type: str) -> Any:
 def _tuner_class(name: str) -> type[Tuner]:
     method = method_of(name)
     members = {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__, **method.tuner_methods}
+    members["add_weighted_adapter"] = weighted.function_for(name)
     return type(METHODS[name].tuner, (Tuner,), members)
 
 

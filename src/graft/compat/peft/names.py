@@ -14,6 +14,7 @@ HELD: dict[str, str] = {
     "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
     "graft.checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
+    "graft.checkpoint.hotswap": "check_hotswap_configs_compatible=check_compatible",
     "graft.inject.match": "_find_minimal_target_modules=minimal_names",
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
@@ -68,7 +69,7 @@ def mapping_name(config: str) -> str:
     return f"TRANSFORMERS_MODELS_TO_{config.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
 
 
-WITHOUT_TARGETS = ("TRAINABLE_TOKENS",)  # methods that have no default targets by architecture
+WITHOUT_TARGETS = ("TRAINABLE_TOKENS", "ADAPTION_PROMPT")  # methods that have no default targets by architecture
 MAPPINGS: dict[str, str] = {  # → peft_type
     mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
 }
@@ -93,6 +94,8 @@ MODULES: dict[str, str] = {
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
     "tuners": "LoraRuntimeConfig " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
+    "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
+    "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
     "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES "
     f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "
@@ -104,6 +107,8 @@ MODULES: dict[str, str] = {
     "utils.constants": f"{_FILES} {_DISCOVERY} {_TARGETS} ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
     "DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME UPCAST_DTYPES",
     "utils.error": "NoMatchingPeftModuleError PeftError",
+    "utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
+    "prepare_model_for_compiled_hotswap",
     "utils.integrations": "init_empty_weights",
     "utils.other": f"{_FILES} {_DISCOVERY} {_TARGETS} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
     "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "

@@ -12,7 +12,6 @@ from graft.core.errors import ConfigError
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
-    "use_dora": False,
     "target_parameters": None,
     "velora_config": None,
     "alora_invocation_tokens": None,
@@ -59,7 +58,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     eva_config: Any = None
     corda_config: Any = None
     lora_ga_config: Any = None
-    use_dora: bool = False
+    use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
@@ -82,6 +81,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
             raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
         require_positive_rank(self.r)
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if not 0 <= self.lora_dropout <= 1:
             raise ConfigError(f"`lora_dropout` must be a probability, got {self.lora_dropout}.")
         for name, off in NOT_YET.items():
@@ -107,6 +108,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
                 "The argument lora_bias=True is only supported with the plain initialisations, True and False, not "
                 f"with init_lora_weights={init!r}."
             )
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
         patterned = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterned and isinstance(init, str) and init.startswith(CONVERTED):
             warnings.warn(

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.fields import require_positive_rank
 from graft.config.targets import LORA
-from graft.core.errors import ConfigError, PeftWarning
+from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.params import bare
 from graft.core.site import Site
-from graft.methods.lora import init
+from graft.kernels.low_rank import add_low_rank, eager, unhooked
+from graft.kernels.mixed import add_groups, fits
+from graft.methods.lora import checks, init
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
 
-MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
+if TYPE_CHECKING:
+    from graft.core.layer import AdapterLayer
+    from graft.core.routing import Rows
 
 
 class LoRA(Method):
@@ -32,6 +35,8 @@ class LoRA(Method):
         **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
     }
 
+    unnamed = frozenset({"lora_magnitude_vector"})
+
     lora_A: nn.Module  # weight (r, in), for convolutions (r, in, *kernel)
     lora_B: nn.Module  # weight (out, r), for convolutions (out, r / groups, 1, …)
     lora_embedding_A: nn.Parameter  # (r, vocabulary)
@@ -41,19 +46,18 @@ class LoRA(Method):
     lora_bias: bool
 
     @classmethod
+    def variant(cls, cfg: LoraConfig) -> type[Method]:
+        from graft.methods.lora.dora import DoRA
+
+        return DoRA if cfg.use_dora else cls
+
+    @classmethod
     def restructure(cls, cfg: LoraConfig, model: nn.Module):
         return replicate(model, cfg.layer_replication) if cfg.layer_replication else None
 
     @classmethod
     def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        targets = cfg.target_modules
-        hit: set[str] = MAMBA_UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
-        if hit:
-            raise ConfigError(
-                f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): its kernels read the weight "
-                "itself. Take it out of target_modules."
-            )
+        checks.refuse_mamba(cfg, model)
 
     @classmethod
     def build(cls, site: Site, cfg: LoraConfig, shared):
@@ -66,7 +70,7 @@ class LoRA(Method):
             use_rslora=cfg.use_rslora,
             use_dora=cfg.use_dora,
             lora_bias=cfg.lora_bias,
-            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else nn.Identity(),
+            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else bare(nn.Identity),
         )
         if site.op.takes_ids:
             if cfg.lora_bias:
@@ -75,12 +79,7 @@ class LoRA(Method):
                 lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features)),
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r)),
             )
-        if cfg.lora_bias and getattr(site.module, "bias", None) is None:
-            text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
-            warnings.warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning, stacklevel=2)
-        groups = getattr(site.module, "groups", 1)
-        if groups > 1:
-            _check_groups(site, r, groups)
+        checks.check_site(site, cfg)
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias)  # type: ignore[misc]
         return values | dict(lora_A=A, lora_B=B)
 
@@ -122,17 +121,34 @@ class LoRA(Method):
             )
         return self.lora_B.bias * self.scaling  # type: ignore[return-value,operator]
 
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        layer = self.layer
+        if not (layer.fresh and eager() and self.is_plain() and unhooked(layer.base_layer)):
+            return super().post(x, y)
+        return add_low_rank(y, x, self.lora_A.weight, self.lora_B.weight, self.scaling, self.dropped)  # type: ignore[arg-type]
+
+    @classmethod
+    def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+        names, order = rows.even or ((), None)
+        methods: list[Any] = [layer.methods.get(name) for name in names] if layer.fresh and eager() else []
+        if methods and all(m is not None and m.is_plain() and not m.dropped for m in methods):
+            factors = [(m.lora_A.weight, m.lora_B.weight, m.scaling) for m in methods]
+            if fits(factors):
+                return add_groups(y, x, factors, order)  # type: ignore[arg-type]
+        return super().add_rows(layer, rows, x, y)
+
+    def is_plain(self) -> bool:
+        """Whether its branch is x Aᵀ Bᵀ (dropout apart), and its modules can do without being called."""
+        stock = type(self.lora_dropout) in (nn.Identity, nn.Dropout)
+        return stock and not self.lora_bias and unhooked(self.lora_A) and unhooked(self.lora_B)
+
+    @property
+    def dropped(self) -> float:
+        """The share of inputs that dropout takes out now."""
+        dropout: Any = self.lora_dropout
+        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+
     def branch(self, x: Tensor) -> Tensor:
         if self.layer.op.takes_ids:
             return super().branch(x)
         return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
-
-
-def _check_groups(site: Site, r: int, groups: int) -> None:
-    if r % groups:
-        raise ConfigError(
-            f"Targeting a {site.type_name} with groups={groups} and rank {r} (layer '{site.key}'). Currently, support "
-            "is limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
-            "not target this specific layer."
-        )
-    warnings.warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.", stacklevel=3)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cartridge from several, their tokens one after the other."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.checkpoint.files import load_weights, save_adapter
+from graft.checkpoint.fingerprint import fingerprint
+from graft.config.base import PeftConfig
+from graft.core.errors import CheckpointError, ConfigError, PeftWarning
+from graft.core.prompt import STORED
+
+SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+def compose_cartridge_adapters(
+    adapter_paths: Iterable[str | os.PathLike], *, output_path: str | os.PathLike, safe_serialization: bool = True
+) -> None:
+    """Write a CARTRIDGE adapter that holds the tokens of several saved ones, in that order.
+
+    Its first tokens are frozen as the first adapter's are. A call that fails leaves the files that were there.
+
+    Args:
+        adapter_paths: folders or hub repositories, at least two, for one base model.
+        output_path: folder to write to; may be one of those.
+        safe_serialization: safetensors; else a torch file, adapter_model.bin.
+
+    Raises:
+        ConfigError: there are fewer than two, one is not a CARTRIDGE, or they do not go together.
+        CheckpointError: one of them cannot be read.
+        ValueError: `output_path` is a file.
+    """
+    if isinstance(adapter_paths, (str, os.PathLike)):
+        raise ConfigError(f"adapter_paths must be a list of paths, got one: '{os.fspath(adapter_paths)}'.")
+    paths = [os.fspath(path) for path in adapter_paths]
+    if len(paths) < 2:
+        raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}.")
+    if os.path.isfile(output_path):
+        raise ValueError(f"Provided path ({output_path}) should be a directory, not a file")
+    configs = [cartridge(path) for path in paths]
+    for path, config in zip(paths[1:], configs[1:]):
+        check_alike(paths[0], configs[0], path, config)
+    values = torch.cat([prompt_of(path, config) for path, config in zip(paths, configs)])
+    composed = replace(configs[0], num_virtual_tokens=len(values), inference_mode=True)
+    save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, fingerprint({}))
+
+
+def cartridge(path: str) -> Any:
+    """The config of a saved cartridge."""
+    config: Any = PeftConfig.from_pretrained(path)
+    if config.peft_type != "CARTRIDGE":
+        raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter (got {config.peft_type.value}).")
+    return config
+
+
+def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
+    for name in SAME:
+        a, b = getattr(first, name), getattr(other, name)
+        if a != b:
+            raise ConfigError(
+                f"Incompatible CARTRIDGE configs for attribute '{name}': {getattr(a, 'value', a)} in '{first_path}', "
+                f"{getattr(b, 'value', b)} in '{path}'. Only cartridges for one base model and task can be composed."
+            )
+    names = first.base_model_name_or_path, other.base_model_name_or_path
+    if names[0] != names[1]:
+        warnings.warn(
+            f"The cartridge in '{first_path}' was made for the base model {names[0]!r}, the one in '{path}' for "
+            f"{names[1]!r}: unless these are the same, the composed one means nothing to either.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
+def prompt_of(path: str, config: Any) -> Tensor:
+    """What a saved cartridge holds: (tokens, 2 · layers · token_dim)."""
+    loaded = load_weights(path)
+    values = loaded.tensors.get(STORED)
+    if values is None:
+        raise CheckpointError(f"{loaded.path} does not hold '{STORED}': it is no cartridge's weights file.")
+    expected = config.num_virtual_tokens, 2 * (config.num_layers or 0) * (config.token_dim or 0)
+    if values.shape != expected:
+        raise CheckpointError(
+            f"{STORED} in {loaded.path} has shape {tuple(values.shape)}, and by the config beside it {expected}: save "
+            "the adapter again."
+        )
+    if len(loaded.tensors) > 1:
+        others = ", ".join(sorted(loaded.tensors.keys() - {STORED}))
+        raise ConfigError(
+            f"{loaded.path} holds more than a prompt ({others}): only cartridges without modules_to_save and without "
+            "embeddings of the base model can be composed."
+        )
+    return values

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adapter from several: rules on tensors, and `add_weighted_adapter`."""

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a method's tensors hold a low-rank product: read from its adapters, written for a new one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+Values = dict[tuple[str, str], Tensor]  # by container and path below the adapter's name, as `AdapterLayer.tensors`
+
+
+@dataclass
+class Term:
+    """One adapter's part of a combination on one layer: weight · scaling · B A.
+
+    Each group of a convolution is a product of its own.
+    """
+
+    A: Tensor  # (r, …), float32 at least
+    B: Tensor  # (m, r / groups, …)
+    scaling: float
+    weight: float
+    groups: int = 1
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    @property
+    def highest(self) -> int:
+        """The highest rank that an update of this layer can have."""
+        return self.groups * min(self.A[0].numel(), len(self.B) // self.groups)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """A (groups, r / groups, n), B (groups, m / groups, r / groups)."""
+        A, B, groups = self.A, self.B, self.groups
+        return A.reshape(groups, len(A) // groups, -1), B.reshape(groups, len(B) // groups, -1)
+
+
+class Form(Protocol):
+    apart: ClassVar[bool]  # rules may act on A and B apart
+
+    def read(self, m: Any, weight: float) -> Term: ...
+
+    def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Values:
+        """Tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
+        ...
+
+    def configure(self, cfg: Any, ranks: dict[str, int], patterns: dict[str, int], configs: list[Any]) -> None:
+        """Change `cfg` so that it describes what `write` gives."""
+        ...
+
+
+class LoraForm:
+    """Factors and a scaling."""
+
+    apart: ClassVar[bool] = True
+
+    def read(self, m, weight):
+        A, B = m.pair
+        return Term(wide(A), wide(B), m.scaling, weight, m.layer.base_layer.__dict__.get("groups", 1))
+
+    def write(self, A, B, parts, cfg):
+        layer = parts[0][0].layer
+        if layer.op.takes_ids:
+            return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
+        values = {("lora_A", "weight"): A, ("lora_B", "weight"): B}
+        if cfg.lora_bias:
+            shifts = [wide(m.lora_B.bias) * (w * m.scaling) for m, w in parts if m.lora_bias]
+            values["lora_B", "bias"] = torch.stack(shifts).sum(0) if shifts else B.new_zeros(layer.out_features)
+        return values
+
+    def configure(self, cfg, ranks, patterns, configs):
+        cfg.r = cfg.lora_alpha = max(ranks.values())  # scaling 1
+        cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
+        cfg.use_rslora = False
+        cfg.lora_bias = any(c.lora_bias for c in configs)
+        if isinstance(cfg.init_lora_weights, str):
+            cfg.init_lora_weights = True  # some would change the base weight when the adapter is loaded
+
+
+class AdaLoraForm:
+    """Singular values E between two factors, B diag(E) A, whose scaling is counted in."""
+
+    apart: ClassVar[bool] = False
+
+    def read(self, m, weight):
+        A, B = m.factors()
+        return Term(wide(A), wide(B), 1.0, weight)
+
+    def write(self, A, B, parts, cfg):
+        B = B.flatten(0, 1)
+        E = B.norm(dim=0)  # (r,)
+        start = torch.tensor([float(cfg.init_r)])
+        return {
+            ("lora_A", ""): A,
+            ("lora_B", ""): B / torch.where(E > 0, E, 1.0),
+            ("lora_E", ""): E[:, None] * ((cfg.init_r + 1e-5) / cfg.lora_alpha),
+            ("ranknum", ""): start,
+        }
+
+    def configure(self, cfg, ranks, patterns, configs):
+        cfg.init_r = cfg.target_r = cfg.lora_alpha = max(ranks.values())
+        cfg.rank_pattern = {f"{key}.lora_E": [True] * r for key, r in ranks.items()} if patterns else None
+        cfg.inference_mode = True  # one adapter of a model trains at a time
+
+
+def wide(t: Tensor) -> Tensor:
+    """The values, in float32 at least."""
+    t = t.detach()
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+FORMS: dict[str, Form] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm()}

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config of an adapter that is made of others: which layers, which ranks, which modules beside."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from graft.core.errors import ConfigError
+
+MIXED = (
+    "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` type "
+    "being a mix of list/set and string is not supported."
+)
+
+
+def union_of(configs: Sequence[Any], mixed: str = MIXED) -> Any:
+    """A copy of the first config that targets what any of them does.
+
+    Raises:
+        ConfigError: some targets are names and others a regular expression, which is said with `mixed`.
+    """
+    cfg = copy.deepcopy(configs[0])
+    cfg.target_modules = either([c.target_modules for c in configs], mixed)
+    for name in ("layer_replication", "trainable_token_indices"):
+        if hasattr(cfg, name):
+            setattr(cfg, name, next((v for c in configs if (v := getattr(c, name)) is not None), None))
+    saved = [name for c in configs for name in c.modules_to_save or ()]
+    cfg.modules_to_save = list(dict.fromkeys(saved)) or None
+    return cfg
+
+
+def either(targets: Sequence[Any], mixed: str) -> Any:
+    """One value of `target_modules` that selects what any of them does."""
+    if len({isinstance(t, str) for t in targets}) > 1:
+        raise ConfigError(mixed)
+    if isinstance(targets[0], str):
+        return "|".join(f"({t})" for t in targets)
+    return set().union(*(t or () for t in targets))
+
+
+def name_exactly(cfg: Any, keys: Iterable[str]) -> None:
+    """Have `cfg` target the layers at these paths and no others."""
+    cfg.target_modules = "|".join(re.escape(key) for key in keys)
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(cfg, name):
+            setattr(cfg, name, None)
+
+
+def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
+    """Patterns for the layers whose rank is not the highest: by last names where these tell them apart."""
+    usual = max(ranks.values())
+    by_name: dict[str, set[int]] = {}
+    for key, r in ranks.items():
+        by_name.setdefault(key.rpartition(".")[2], set()).add(r)
+    patterns: dict[str, int] = {}
+    for key, r in ranks.items():
+        if r != usual:
+            name = key.rpartition(".")[2]
+            patterns[re.escape(name) if len(by_name[name]) == 1 else f"^{re.escape(key)}"] = r
+    return patterns
+
+
+# modules beside the layers
+
+
+def owners(tuner: Any, names: Sequence[str]) -> dict[str, str]:
+    """Which of the adapters has its own copy of a module, or of some of its rows, by path.
+
+    Raises:
+        ConfigError: two have one of the same module: it is no update that could be added to another.
+    """
+    found = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in tuner.wrappers.items()}
+    shared = {key: own for key, own in found.items() if len(own) > 1}
+    if shared:
+        where = ", ".join(f"'{key}' of {own}" for key, own in shared.items())
+        raise ConfigError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s). Each has its own copy, which cannot be combined: {where}."
+        )
+    return {key: own[0] for key, own in found.items() if own}
+
+
+def heads(tuner: Any, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
+    """Copies of the modules that were trained whole, for the new adapter. Tied ones follow by themselves."""
+    return {
+        key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])
+        for key, name in owner.items()
+        if "modules_to_save" in tuner.wrappers[key]._modules and any(key.endswith(n) for n in cfg.modules_to_save or ())
+    }

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`add_weighted_adapter`: a new adapter from a weighted combination of others, on a Tuner."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    ConfigTypeError,
+    NoMatchingPeftModuleError,
+    PeftWarning,
+    UnsupportedLayerError,
+)
+from graft.core.layer import AdapterLayer
+from graft.merge import algorithms as rules
+from graft.merge import union
+from graft.merge.forms import FORMS, Form, Term, Values, wide
+
+# by name: on tensors, with weights and density
+ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
+    "linear": rules.linear,
+    "magnitude_prune": rules.magnitude_prune,
+    "dare_linear": rules.dare_linear,
+    "dare_ties": rules.dare_ties,
+    "ties": rules.ties,
+}
+PRUNING = [name for name in ELEMENTWISE if name != "linear"]
+SVD = ("svd", "exact", *(f"{name}_svd" for name in PRUNING))
+TYPES = (*ELEMENTWISE, "cat", *SVD)
+
+
+@dataclass
+class WeightedReport:
+    """What a combination made."""
+
+    adapter: str
+    combination_type: str
+    ranks: dict[str, int] = field(default_factory=dict)  # by layer
+    energy: dict[str, float] = field(default_factory=dict)  # ‖truncated‖² / ‖full‖² by layer, where a sum was truncated
+
+    def __str__(self) -> str:
+        text = f"'{self.adapter}' ({self.combination_type}): {len(self.ranks)} layers"
+        if not self.energy:
+            return text
+        key = min(self.energy, key=lambda k: self.energy[k])
+        mean = sum(self.energy.values()) / len(self.energy)
+        return f"{text}, retained energy {mean:.4f} on average, at least {self.energy[key]:.4f} ('{key}')"
+
+
+@dataclass
+class Recipe:
+    """How the terms of a layer become one product."""
+
+    kind: str
+    rank: int | None
+    clamp: float | None
+    driver: str | None
+    density: float | None
+    majority: str
+
+    @property
+    def rule(self) -> Callable[[Sequence[Tensor], Sequence[float]], Tensor]:
+        name = self.kind.removesuffix("_svd")
+        options: dict[str, Any] = {} if name == "linear" else {"density": self.density}
+        if name.endswith("ties"):
+            options["majority_sign_method"] = self.majority
+        return partial(ELEMENTWISE[name], **options)
+
+    def check(self, form: Form, peft_type: str) -> None:
+        if self.kind not in TYPES:
+            raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")
+        if self.kind in ELEMENTWISE and not form.apart:
+            raise NotImplementedError(
+                f"combination_type='{self.kind}' acts on the factors of LoRA apart, which means nothing for "
+                f"{peft_type} adapters: their sum can be had with cat, svd or exact."
+            )
+        pruning = self.kind.removesuffix("_svd") in PRUNING
+        if pruning and self.density is None:
+            raise ConfigTypeError(f"combination_type='{self.kind}' needs a `density`, the part of the values to keep.")
+        if pruning and self.density is not None:
+            rules.check_density(self.density)
+            if self.density >= 1:
+                text = f"The density {self.density} is greater than or equal to 1, no pruning will be performed."
+                warnings.warn(text, stacklevel=4)
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"`svd_rank` should be a positive integer value but the value passed is {self.rank}")
+        if self.clamp is not None and not 0 <= self.clamp <= 1:
+            raise ConfigError(f"`svd_clamp` is a quantile, between 0 and 1, got {self.clamp}.")
+        if self.majority not in ("total", "frequency"):
+            rules.majority_sign((), self.majority)
+        idle = [] if pruning or self.density is None else ["density"]
+        if self.kind not in SVD:
+            idle += [f"svd_{name}" for name in ("rank", "clamp", "driver") if getattr(self, name) is not None]
+        if idle:
+            text = f"combination_type='{self.kind}' has no use for {', '.join(idle)}: ignored."
+            warnings.warn(text, PeftWarning, stacklevel=4)
+
+    def ranks(self, terms: dict[str, list[Term]]) -> dict[str, int]:
+        """Of the new adapter, by layer."""
+        if self.kind in ELEMENTWISE:
+            for key, ts in terms.items():
+                if len({t.rank for t in ts}) > 1:
+                    raise ConfigError(
+                        "All adapters must have the same r value when using combination_type linear, ties, dare_ties "
+                        f"or dare_linear. On layer '{key}' they have {[t.rank for t in ts]}: use cat, svd or exact."
+                    )
+            return {key: ts[0].rank for key, ts in terms.items()}
+        sums = {key: sum(t.rank for t in ts) for key, ts in terms.items()}
+        if self.kind == "cat":
+            return sums
+        if self.rank is None and self.kind == "exact":
+            return {key: min(r, terms[key][0].highest) for key, r in sums.items()}
+        rank = self.rank or max(t.rank for ts in terms.values() for t in ts)
+        ranks = {}
+        for key, ts in terms.items():
+            groups = ts[0].groups
+            if rank % groups:
+                raise ConfigError(
+                    f"Layer '{key}' has {groups} groups, by which rank {rank} is not divisible: pass another svd_rank."
+                )
+            ranks[key] = min(rank, ts[0].highest)
+        return ranks
+
+    def combine(self, terms: list[Term], rank: int) -> tuple[Tensor, Tensor, float | None]:
+        """(A, B, retained energy), with the values of an adapter of this rank in their order."""
+        scaled = [t.weight * t.scaling for t in terms]
+        if self.kind in ELEMENTWISE:
+            roots = [math.sqrt(abs(w)) for w in scaled]
+            A = self.rule([t.A for t in terms], [math.copysign(r, w) for r, w in zip(roots, scaled)])
+            return A, self.rule([t.B for t in terms], roots), None
+        pairs = [t.product() for t in terms]
+        if self.kind in ("cat", "svd", "exact"):
+            A, B = rules.cat([a for a, _ in pairs], [b for _, b in pairs], scaled)
+            if self.kind == "cat" or (self.kind == "exact" and rank == A.shape[0] * A.shape[1] and self.clamp is None):
+                return A, B, 1.0
+            A, B, S = rules.truncate_product(A, B, rank // len(A), self.driver)
+        else:
+            W = self.rule([(b @ a) * t.scaling for (a, b), t in zip(pairs, terms)], [t.weight for t in terms])
+            A, B, S = rules.truncate_matrix(W, rank // len(W), self.driver)
+        energy = rules.retained_energy(S, A.shape[-2])
+        if self.clamp is not None:
+            A, B = rules.clamp_to_quantile(A, B, self.clamp)
+        return A, B, energy
+
+
+@torch.no_grad()
+def add_weighted_adapter(
+    tuner: Any,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> WeightedReport:
+    """Add an adapter, inactive and frozen, that combines others. A call that fails changes nothing.
+
+    With Δᵢ = sᵢ Bᵢ Aᵢ the update of an adapter, sᵢ its scaling, wᵢ its weight (negative ones subtract):
+
+    - `exact`: Σ wᵢ Δᵢ. Of rank Σ rᵢ, or truncated to `svd_rank`: then no adapter of that rank comes closer.
+    - `svd`: the same, truncated to `svd_rank`, by default the highest rank among the adapters.
+    - `cat`: the same, A and B one below and beside the other, rank Σ rᵢ.
+    - `linear`: A = Σ ±√|wᵢsᵢ| Aᵢ and B = Σ √|wᵢsᵢ| Bᵢ, of equal ranks. The product has cross terms Bᵢ Aⱼ besides the
+      sum.
+    - `magnitude_prune`, `dare_linear`, `ties`, `dare_ties`: A and B are pruned and combined apart, likewise.
+    - the same with `_svd`: the updates themselves are pruned and combined, then truncated. These are dense matrices, so
+      an SVD of full size cannot be avoided.
+
+    The sums without pruning are never formed: QR of the factors and an SVD of a small matrix do. A single adapter is
+    combined by `linear` if neither `svd_rank`, `svd_clamp` nor `density` says that more than a scaling is wanted.
+    Modules that one of the adapters trains whole are copied.
+
+    Args:
+        svd_clamp: cut the factors off at ± this quantile of their values.
+        svd_full_matrices: for compatibility; the result does not depend on it.
+        svd_driver: of torch.linalg.svd, on CUDA.
+        density: what part of the values pruning keeps.
+        majority_sign_method: of ties, "total" (sign of the sum) or "frequency" (of the votes).
+
+    Returns:
+        Rank and, where something was truncated, retained energy of each layer.
+
+    Raises:
+        AdapterNotFoundError: one of the adapters is not loaded.
+        AdapterNameError: `adapter_name` is taken, or cannot be a name.
+        ConfigError: the adapters or options do not go together.
+        NotImplementedError: adapters of this kind have no combination of this type.
+    """
+    names, weights = checked(tuner, adapters, weights)
+    peft_type = tuner.method.config.peft_type
+    form, kind = FORMS[peft_type], combination_type
+    if len(names) == 1 and kind in TYPES and svd_rank is svd_clamp is density is None:
+        kind = "linear" if form.apart else "cat"
+    recipe = Recipe(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+    recipe.check(form, peft_type)
+    configs = [tuner.peft_config[name] for name in names]
+    owner = union.owners(tuner, names)
+    cfg = union.union_of(configs)
+    parts = parts_of(tuner, names, weights)
+    terms = {key: [form.read(m, w) for m, w in found] for key, found in parts.items()}
+    ranks = recipe.ranks(terms)
+    form.configure(cfg, ranks, union.rank_patterns(ranks), configs)
+    tuner.check_new(adapter_name, cfg)
+    warn_if_base_changed(tuner, names, adapter_name)
+    report = WeightedReport(adapter_name, kind, ranks)
+    values = {}
+    for key, found in parts.items():
+        A, B, energy = recipe.combine(terms.pop(key), ranks[key])
+        values[key] = form.write(A, B, found, cfg)
+        if energy is not None:
+            report.energy[key] = energy
+    put(tuner, adapter_name, cfg, values, owner)
+    return report
+
+
+@torch.no_grad()
+def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:
+    """Add an IA3 adapter, inactive and frozen, whose vectors are Σ wᵢ lᵢ. A call that fails changes nothing.
+
+    A layer that an adapter leaves alone counts with ones.
+
+    Raises:
+        AdapterNotFoundError: one of the adapters is not loaded.
+        AdapterNameError: `adapter_name` is taken, or cannot be a name.
+        ConfigError: the adapters do not go together.
+    """
+    names, weights = checked(tuner, adapters, weights)
+    configs = [tuner.peft_config[name] for name in names]
+    owner = union.owners(tuner, names)
+    mixed = "All adapter configs should have the same type for target and feedforward modules."
+    cfg = union.union_of(configs, mixed)
+    cfg.feedforward_modules = union.either([c.feedforward_modules for c in configs], mixed)
+    tuner.check_new(adapter_name, cfg)
+    values: dict[str, Values] = {}
+    for key, parts in parts_of(tuner, names, weights).items():
+        if len({m.is_feedforward for m, _ in parts}) > 1:
+            raise ConfigError(
+                f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others: one scales "
+                "its input, another its output."
+            )
+        l = rules.linear([wide(m.ia3_l) for m, _ in parts], [w for _, w in parts])
+        values[key] = {("ia3_l", ""): l + (sum(weights) - sum(w for _, w in parts))}
+    put(tuner, adapter_name, cfg, values, owner)
+    return WeightedReport(adapter_name, "linear")
+
+
+def refuse(tuner: Any, *args: Any, **kwargs: Any) -> None:
+    """Raise: the parameters of this method cannot hold a sum of updates."""
+    method = tuner.method
+    why = "their sum is not of their form" if method.additive else "what they do to a layer does not add up"
+    remedy = (
+        "Activate them together instead, model.base_model.set_adapter([…]), or merge them, "
+        "model.merge_adapter(adapter_names=[…])"
+    )
+    raise NotImplementedError(f"{method.__name__} adapters cannot be combined into one: {why}. {remedy}.")
+
+
+TUNER_METHODS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(FORMS, add_weighted_adapter),
+    "IA3": add_weighted_vectors,
+}
+
+
+def function_for(peft_type: str) -> Callable[..., Any]:
+    """`add_weighted_adapter` of a method's model class."""
+    return TUNER_METHODS.get(peft_type, refuse)
+
+
+# steps
+
+
+def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
+    if isinstance(adapters, str):
+        raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}: write ['{adapters}'].")
+    names, numbers = list(adapters), [float(w) for w in weights]
+    if not names:
+        raise ConfigError("Found no adapter to combine: `adapters` is empty.")
+    for name in names:
+        if name not in tuner.peft_config:
+            raise AdapterNotFoundError(
+                f"Adapter {name} does not exist. Loaded adapters: {', '.join(tuner.peft_config)}."
+            )
+        if getattr(tuner.peft_config[name], "target_parameters", None):
+            raise ConfigError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')"
+            )
+    if len(numbers) != len(names):
+        raise ConfigError(f"Got {len(names)} adapters, {names}, and {len(numbers)} weights: one for each is needed.")
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"weights must be finite, got {numbers}.")
+    return names, numbers
+
+
+def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, list[tuple[Any, float]]]:
+    """(method, weight) of each adapter on each layer that has any of them.
+
+    Raises:
+        NotImplementedError: one is of a variant, such as DoRA, that does more than add.
+    """
+    found: dict[str, list[tuple[Any, float]]] = {}
+    for key, layer in tuner.layers.items():
+        parts = [(layer.methods[n], w) for n, w in zip(names, weights) if n in layer.methods]
+        for m, _ in parts:
+            if type(m) is not tuner.method:
+                raise NotImplementedError(
+                    f"{type(m).__name__} adapters cannot be combined: '{m.name}' does more to layer '{key}' than add a "
+                    "low-rank update. Merge adapters into the base instead, one after the other."
+                )
+        if parts:
+            found[key] = parts
+    return found
+
+
+def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str) -> None:
+    changed = [n for n in dict.fromkeys(names) if tuner.method.inits_from_weight(tuner.peft_config[n])]
+    if changed:
+        warnings.warn(
+            f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
+            "it is now, and will not fit a fresh one.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+class OtherLayers(Exception):
+    """A config selects other layers than those that were combined."""
+
+
+def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[str, str]) -> None:
+    """Inject the new adapter with its values in it."""
+
+    def fill(parts: Any) -> None:
+        if set(parts.layers) != set(values):
+            raise OtherLayers
+        for key, layer in parts.layers.items():
+            assign(layer, name, values[key])
+        for key, wrapper in parts.wrappers.items():
+            if "token_adapter" in wrapper._modules:
+                layer = wrapper.token_adapter
+                layer.methods[name].trainable_tokens_delta.data.copy_(layer.methods[owner[key]].trainable_tokens_delta)
+
+    def inject() -> None:
+        tuner.add_adapter(name, cfg, fill=fill, heads=union.heads(tuner, owner, cfg))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all was said when the adapters were added
+        try:
+            inject()
+        except (OtherLayers, NoMatchingPeftModuleError, UnsupportedLayerError):  # exclusions or layer ranges differ
+            union.name_exactly(cfg, values)
+            inject()
+
+
+def assign(layer: AdapterLayer, adapter: str, values: Values) -> None:
+    """Give the tensors of a new adapter their values, in their shape, dtype and place."""
+    device = layer.store.where(layer.base_layer)[0]
+    for container, path, owner, attribute, tensor in list(layer.tensors(adapter, transient=True)):
+        value = values[container, path].reshape(tensor.shape).to(device=device, dtype=tensor.dtype).contiguous()
+        if attribute in owner._parameters:
+            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[attribute] = value

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention, arXiv 2303.16199."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.ops import find_op
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class AdaptionPromptConfig(PeftConfig):
+    """Adaption prompts: the attentions of the last `adapter_layers` blocks attend to `adapter_len` learned tokens, too.
+
+    Raises:
+        ConfigError: a number is not positive.
+    """
+
+    peft_type: Any = "ADAPTION_PROMPT"
+    target_modules: str | None = None  # what the attentions are called; None: by architecture
+    adapter_len: int | None = None  # tokens per layer
+    adapter_layers: int | None = None  # how many blocks, counted from the output
+
+    is_adaption_prompt: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("adapter_len", "adapter_layers"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"`{name}` must be positive, got {value}.")
+
+
+class AdaptionPrompt(Method):
+    """attention(h) + (gate · softmax(q Kᵀ / √d) V) Wₒ with q of the attention itself, K and V of a learned prompt."""
+
+    config = AdaptionPromptConfig
+    prefix = "adaption_"
+    targets = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
+    upcast = False  # its tokens pass through the attention's own layers
+
+    adaption_prompt: nn.Parameter  # (1, adapter_len, hidden)
+    adaption_gate: nn.Parameter  # (1,)
+
+    @classmethod
+    def default_targets(cls, model: Any) -> str:
+        kind = getattr(getattr(model, "config", None), "model_type", "custom")
+        if kind not in cls.targets:
+            raise ConfigError(
+                f"Unsupported model type for adaption prompt: '{kind}'. Known ones: {', '.join(cls.targets)}."
+            )
+        return cls.targets[kind]
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        default = cls.default_targets(model)  # refuses other models
+        name = cfg.target_modules or default
+        for needed in ("adapter_len", "adapter_layers"):
+            if getattr(cfg, needed) is None:
+                raise ConfigError(f"Please specify `{needed}` in `peft_config`: there is no default.")
+        paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == name]
+        if len(paths) < cfg.adapter_layers:
+            raise ConfigError(
+                f"Config specifies more adapter layers '{cfg.adapter_layers}' than the model has '{len(paths)}'. "
+                f"Modules called '{name}' are counted."
+            )
+        cfg.target_paths = set(paths[-cfg.adapter_layers :])  # no field: of this model, and not saved
+
+    @classmethod
+    def check(cls, site: Site, cfg: AdaptionPromptConfig) -> str | None:
+        have = site.module._modules.keys()
+        if have >= {"q_proj", "k_proj", "v_proj", "o_proj"} or ("c_attn" in have and "q_attn" not in have):
+            return None
+        return "It is no attention with q_proj, k_proj, v_proj and o_proj, or with all in one c_attn, as in GPT-2"
+
+    @classmethod
+    def build(cls, site: Site, cfg: AdaptionPromptConfig, shared):
+        projection: Any = site.module._modules["c_attn" if fused(site.module) else "q_proj"]
+        hidden, dtype = find_op(projection).dims(projection)[1], site.store.where(site.module)[1]
+        return dict(
+            adaption_prompt=nn.Parameter(torch.empty(1, cfg.adapter_len or 0, hidden, dtype=dtype)),
+            adaption_gate=nn.Parameter(torch.empty(1, dtype=dtype)),
+        )
+
+    def init(self, cfg: AdaptionPromptConfig) -> None:
+        nn.init.normal_(self.adaption_prompt)
+        nn.init.zeros_(self.adaption_gate)  # the adapter starts as nothing
+
+    @classmethod
+    def input_of(cls, module: Any, call: dict[str, Any]) -> Tensor:
+        """The queries, which the attention does not hand out. (batch, tokens, heads, head_dim)"""
+        x, shape = call["hidden_states"], (-1, module.head_dim)
+        if fused(module):
+            return module.c_attn(x).chunk(3, -1)[0].unflatten(-1, shape)
+        q = module.q_proj(x).unflatten(-1, shape)
+        cos, sin = call.get("position_embeddings") or module.rotary_emb(x, call["position_ids"])
+        first, second = q.chunk(2, -1)
+        return q * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x  # the prompt follows instead
+
+    def branch(self, q: Tensor) -> Tensor:
+        attention = self.layer.base_layer
+        prompt, gate = self.adaption_prompt.to(q.dtype), self.adaption_gate.to(q.dtype)
+        if fused(attention):
+            _, k, v = attention.c_attn(prompt).chunk(3, -1)
+        else:
+            k, v = attention.k_proj(prompt), attention.v_proj(prompt)
+        kv = torch.stack((k, gate * v)).unflatten(-1, (-1, attention.head_dim))  # (2, 1, adapter_len, heads, head_dim)
+        kv = kv.repeat_interleave(q.shape[2] // kv.shape[3], 3).transpose(2, 3)  # one head for each of the queries'
+        k, v = kv.expand(2, len(q), *kv.shape[2:])
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
+        return y if fused(attention) else attention.o_proj(y)
+
+
+def fused(attention: nn.Module) -> bool:
+    """Whether one layer makes queries, keys and values, and what it gives is not projected once more."""
+    return "c_attn" in attention._modules

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What LoRA cannot do, said before it is tried."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from graft.core.errors import ConfigError, PeftWarning
+from graft.core.site import Site
+from graft.methods.lora.config import LoraConfig
+
+MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
+
+
+def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    targets = cfg.target_modules
+    hit: set[str] = MAMBA_UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
+    if hit:
+        raise ConfigError(
+            f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): its kernels read the weight "
+            "itself. Take it out of target_modules."
+        )
+
+
+def check_site(site: Site, cfg: LoraConfig) -> None:
+    if cfg.lora_bias and getattr(site.module, "bias", None) is None:
+        text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
+        warnings.warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning, stacklevel=3)
+    groups = getattr(site.module, "groups", 1)
+    if groups > 1:
+        check_groups(site, cfg.r, groups)
+
+
+def check_groups(site: Site, r: int, groups: int) -> None:
+    if r % groups:
+        raise ConfigError(
+            f"Targeting a {site.type_name} with groups={groups} and rank {r} (layer '{site.key}'). Currently, support "
+            "is limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
+            "not target this specific layer."
+        )
+    warnings.warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.", stacklevel=4)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
+
+W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with norms over the inputs of each output channel. The norm takes no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core import merging
+from graft.core.site import Site
+from graft.kernels.low_rank import dropout
+from graft.kernels.norm import row_norms
+from graft.methods.lora.config import LoraConfig
+from graft.methods.lora.lora import LoRA
+
+
+class Magnitude(nn.Module):
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class DoRA(LoRA):
+    lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
+
+    @classmethod
+    def check(cls, site: Site, cfg: LoraConfig) -> str | None:
+        if getattr(site.module, "groups", 1) > 1:
+            return "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
+        return super().check(site, cfg)
+
+    @classmethod
+    def build(cls, site: Site, cfg: LoraConfig, shared):
+        kernel = [1] * (len(site.shape) - 2)
+        shape = (1, site.out_features, *kernel) if kernel else (site.out_features,)
+        return super().build(site, cfg, shared) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape)))
+
+    def init(self, cfg: LoraConfig) -> None:
+        super().init(cfg)
+        if self.layer.weight.is_meta:
+            return
+        m: Any = self.lora_magnitude_vector.weight
+        m.data = self.norm().to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """‖W + ΔW‖ per output channel, (out,), of the base weight without what is merged into it."""
+        layer = self.layer
+        W = layer.op.canon(merging.unmerged(layer)[0]).flatten(1)
+        return row_norms(W, *self.factors())
+
+    def ratio(self) -> Tensor:
+        """m / ‖W + ΔW‖, (out,)."""
+        m = self.lora_magnitude_vector.weight.flatten()  # type: ignore[operator]
+        return m / self.norm().to(m.dtype)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """bias + ratio ⊙ (y - bias + ΔW x). Dropout acts on x in both products, and not in y itself."""
+        op, base = self.layer.op, self.layer.base_layer
+        ratio = op.channels(self.ratio())
+        if self.dropped and not op.takes_ids:
+            kept = dropout(x, self.dropped)
+            product = base(kept)
+            z = product + self.lora_B(self.lora_A(self.cast(kept))) * self.scaling
+            rest = y - product
+        elif y.dtype == self.dtype:
+            z, rest = super().post(x, y), None
+        else:  # rounds once, at the end
+            z, rest = y + self.branch(self.cast(x)), None
+        out, b = z * ratio, getattr(base, "bias", None)
+        out = out if b is None else out + op.channels(b) * (1 - ratio)
+        return out if rest is None else out + rest
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        W, b = super().fold(W, b)
+        return W * self.ratio().to(W.dtype).view(-1, *[1] * (W.dim() - 1)), b

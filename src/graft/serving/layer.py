@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with room for many LoRA adapters, and which of them each row of the batch uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import RoutingError
+from graft.core.ops import is_stock
+from graft.core.place import moved
+from graft.core.site import Site
+from graft.kernels.low_rank import unhooked
+from graft.methods.lora import LoRA
+
+NONE = 0  # the slot of rows without adapter: zeros
+
+
+class Choice:
+    """The slot of each row: written by `AdapterSlots`, read by every layer of the model."""
+
+    def __init__(self, device: torch.device | None):
+        self.slot: int | None = NONE  # of all rows; None: `index` tells
+        self.index = torch.zeros(1, dtype=torch.long, device=device)  # (batch,), for compiled code also if all agree
+        self.rows: tuple[int, ...] = ()  # what `gathered` was made for
+        self.gathered: dict[SlotLayer, tuple[Tensor, Tensor] | None] = {}  # None: once, and not kept
+        self._indices = {1: self.index}  # by batch size; rewritten in place, so nothing need be compiled again
+
+    def everywhere(self, slot: int) -> None:
+        """Give all rows, however many, the same slot."""
+        self.slot = slot
+        self.index.fill_(slot)
+
+    def each(self, rows: list[int], device: torch.device) -> None:
+        """Give each row its slot."""
+        n = len(rows)
+        if n not in self._indices or self._indices[n].device != device:
+            self._indices[n] = torch.zeros(n, dtype=torch.long, device=device)
+        self.index = self._indices[n]
+        self.index.copy_(torch.tensor(rows))
+        self.slot = rows[0] if len(set(rows)) == 1 else None
+        if self.slot is None and tuple(rows) != self.rows:
+            self.rows = tuple(rows)
+            self.gathered.clear()
+
+    def of(self, batch: int, layer: str) -> Tensor:
+        """The index of a batch."""
+        if batch == self.index.shape[0]:
+            return self.index
+        if self.slot is None:
+            raise RoutingError(
+                f"layer '{layer}' received {batch} rows in a batch of {self.index.shape[0]} samples: its input is not "
+                "one row per sample, so rows cannot be given to adapters here. Leave it out of `targets`, or use one "
+                "adapter for all rows."
+            )
+        return self.index[:1].expand(batch)
+
+
+class SlotLayer(nn.Module):
+    """`base_layer` and, for each slot, A (r, in) and B (r, out), scaling included: y + x Aᵀ B, by row."""
+
+    base_layer: Any
+    site: Site
+    choice: Choice
+    keep: bool  # what was gathered for a batch, for its next forward
+    fresh: bool  # the base layer's output may be overwritten
+    method = LoRA
+    merged_adapters = ()
+    A: Tensor  # (slots + 1, max_rank, in)
+    B: Tensor  # (slots + 1, max_rank, out): a row of B is contiguous, which makes `bmm` three times as fast
+
+    def __init__(self, site: Site, slots: int, rank: int, choice: Choice, keep: bool, dtype: torch.dtype | None):
+        super().__init__()
+        self.base_layer = site.module
+        self.site, self.choice, self.keep = site, choice, keep
+        self.fresh = site.op.fresh and site.store.exact and is_stock(site.module)
+        device, base = site.store.where(site.module)
+        like = torch.empty(0, device=device, dtype=dtype) if dtype else moved(torch.empty(0), device, base, True)
+        self.register_buffer("A", like.new_zeros(slots + 1, rank, site.in_features), persistent=False)
+        self.register_buffer("B", like.new_zeros(slots + 1, rank, site.out_features), persistent=False)
+        self.training = site.module.training
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        slot = self.choice.slot if not torch.compiler.is_compiling() else None  # compiled code treats all alike
+        if slot == NONE:
+            return y
+        if slot is not None:
+            return self.add(y, x, self.A[slot], self.B[slot])
+        return self.add(y, x, *self.gather(x.shape[0]))
+
+    def gather(self, batch: int) -> tuple[Tensor, Tensor]:
+        """A (batch, r, in) and B (batch, r, out) of the rows. From a mix's second forward on they are kept."""
+        index = self.choice.of(batch, self.site.key)
+        if torch.compiler.is_compiling() or not self.keep:
+            return self.select(index)
+        gathered = self.choice.gathered
+        pair = gathered.get(self)
+        if pair is None:
+            pair = self.select(index)
+            gathered[self] = pair if self in gathered else None
+        return pair
+
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = index.to(self.A.device)
+        return self.A.index_select(0, index), self.B.index_select(0, index)
+
+    def add(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """y + x Aᵀ B. A and B of one adapter, or of each row."""
+        rows = () if A.dim() == 2 else (x.shape[0],)
+        h = x.to(A.dtype).reshape(*rows, -1, x.shape[-1]) @ A.mT
+        if not (self.fresh and unhooked(self.base_layer)):
+            return (y + (h @ B).view(y.shape)).to(y.dtype)
+        out = y.view(*rows, -1, y.shape[-1])
+        if not y.dtype == h.dtype == B.dtype:
+            out += h @ B  # rounds once
+        elif rows:
+            out.baddbmm_(h, B)
+        else:
+            out.addmm_(h, B)
+        return y
+
+    # what code around it reads from a linear layer, and what a fingerprint of the base does
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.site.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.site.out_features
+
+    @property
+    def store(self) -> Any:
+        return self.site.store
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        return f"slots={self.A.shape[0] - 1}, max_rank={self.A.shape[1]}"

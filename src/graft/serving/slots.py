@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdapterSlots: a model that serves many LoRA adapters, any mix of them in one batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.checkpoint.files import Loaded, load_weights
+from graft.checkpoint.state import get_peft_model_state_dict, renamed, some
+from graft.config.base import HUB_KEYWORDS, PeftConfig
+from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
+from graft.core.routing import BASE
+from graft.inject.inject import attach, survey_and_match
+from graft.methods.lora import LoRA, LoraConfig
+from graft.model.adapters import check_adapter_name
+from graft.serving.fit import Factors, Known, fitted
+from graft.serving.layer import NONE, Choice, SlotLayer
+
+
+@dataclass
+class SlotReport:
+    """What is where, and how much memory it takes."""
+
+    max_adapters: int
+    max_rank: int
+    layers: int
+    resident: dict[str, int]  # slots by adapter, the one that was used longest ago first
+    pinned: list[str]
+    known: list[str]  # all adapters, in slots or not
+    bytes_per_slot: int
+    slot_bytes: int  # of all slots and the one that holds zeros
+    gathered_bytes: int  # rows of the last mixed batch, kept for its next step
+    host_bytes: int  # adapters in host memory
+
+    def __str__(self) -> str:
+        mb = 1e6
+        return (
+            f"{len(self.resident)} of {self.max_adapters} slots in use ({len(self.pinned)} pinned), {len(self.known)} "
+            f"adapters known; {self.layers} layers, rank ≤ {self.max_rank}\n"
+            f"slots {self.slot_bytes / mb:.1f} MB ({self.bytes_per_slot / mb:.2f} MB each), gathered rows "
+            f"{self.gathered_bytes / mb:.1f} MB, host {self.host_bytes / mb:.1f} MB"
+        )
+
+
+class AdapterSlots:
+    """Puts slots for LoRA adapters on the linear layers of a model, and serves from them. For inference.
+
+    Adapters are made known with `load` and stay in host memory. Those that a batch needs move into slots, in place of
+    the ones that were used longest ago. Buffers never change their shape or place: a compiled model is compiled once,
+    whatever adapters come, go and mix. Not thread-safe: one batch at a time.
+
+    Args:
+        model: changed in place; `remove` undoes that. It must not carry adapters.
+        max_adapters: how many adapters one batch, and the device, can hold.
+        max_rank: smaller ranks are padded with zeros.
+        targets: as `target_modules`: names, one regex, "all-linear", or None for the architecture's default.
+        exclude: as `exclude_modules`.
+        dtype: of the slots; None: what `PeftModel.from_pretrained` would use, float32 for a half-precision base.
+        keep_gathered: without compiler, keep the factors of a mixed batch's rows from its second forward on, until
+            the mix changes. That takes rows × bytes_per_slot, and saves copying them for every token.
+
+    Raises:
+        NoMatchingPeftModuleError, UnsupportedLayerError, AlreadyInjectedError, ConfigError: nothing has changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_adapters: int,
+        max_rank: int,
+        targets: Any = None,
+        *,
+        exclude: Any = None,
+        dtype: torch.dtype | None = None,
+        keep_gathered: bool = True,
+    ):
+        for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max_rank)
+        plan = survey_and_match(getattr(model, "_orig_mod", model), config, LoRA, "slots")
+        carrying = [*plan.tree.layers, *plan.tree.wrappers]
+        if carrying:
+            raise AlreadyInjectedError(
+                f"The model carries adapters already, on {some(carrying, 2)}: unload() them, or pass the base model."
+            )
+        for key, site in plan.sites.items():
+            if not site.op.linear:
+                raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
+        self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
+        first = next(iter(plan.sites.values()))
+        with torch.inference_mode(False):
+            self._choice = Choice(first.store.where(first.module)[0])
+            self.layers = {
+                key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype)
+                for key, site in plan.sites.items()
+            }
+        self._places = {key: plan.tree.places[key] for key in plan.sites}
+        for key, layer in self.layers.items():
+            attach(self._places[key], layer)
+        self._known: dict[str, Known] = {}
+        self._slots: dict[str, int] = {}  # by adapter, the one that was used longest ago first
+        self._pinned: set[str] = set()
+        self._using: list[str | tuple[str, ...]] = []  # what the open `using` blocks have chosen
+        self._free = list(range(max_adapters, NONE, -1))
+
+    # adapters
+
+    def load(
+        self,
+        name: str,
+        source: Any,
+        *,
+        config: Any = None,
+        adapter: str = "default",
+        keep: bool = True,
+        **hub: Any,
+    ) -> None:
+        """Make an adapter known. It takes a slot when a batch needs it, or when it is pinned.
+
+        Args:
+            source: a folder or hub repository; a state dict, with its `config`; or a PeftModel, with the name of
+                its `adapter`.
+            keep: keep it in host memory; else it is read again whenever it gets a slot (from a folder only).
+            **hub: `subfolder`, `revision`, `token`, …
+
+        Raises:
+            AdapterNameError: the name is taken, or cannot be one.
+            ConfigError, AdapterKeyError, BaseModelMismatchError: it does not fit: its method, ranks or targets.
+            CheckpointError: the folder holds no adapter, or its files are damaged.
+        """
+        check_adapter_name(name, list(self._known))
+        if isinstance(source, nn.Module):
+            config = source.peft_config[adapter]  # type: ignore[union-attr,index]
+            factors = self._fit(name, config, Loaded(get_peft_model_state_dict(source, None, adapter), "the model"))
+        elif isinstance(source, Mapping):
+            if config is None:
+                raise ConfigError(f"Adapter '{name}': a state dict needs its config, which says the scaling.")
+            factors = self._fit(name, config, Loaded(dict(source), "the given state dict"))
+        else:
+            where = os.fspath(source)
+            self._known[name] = self._from_folder(name, where, config, keep, hub)
+            return
+        if not keep:
+            raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
+        self._known[name] = Known(name, type(source).__name__, _rank(factors), factors)
+
+    def _from_folder(self, name: str, where: str, config: Any, keep: bool, hub: dict[str, Any]) -> Known:
+        def read() -> dict[str, Factors]:
+            options = {k: hub[k] for k in HUB_KEYWORDS if k in hub}
+            known = config
+            if known is None:
+                try:
+                    known = PeftConfig.from_pretrained(where, subfolder=hub.get("subfolder"), **options)
+                except NotImplementedError as e:
+                    raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
+            return self._fit(name, known, load_weights(where, subfolder=hub.get("subfolder"), **options))
+
+        factors = read()
+        return Known(name, where, _rank(factors), factors if keep else None, read)
+
+    def _fit(self, name: str, config: Any, loaded: Loaded) -> dict[str, Factors]:
+        loaded.tensors = renamed(loaded.tensors, getattr(self.model, "_checkpoint_conversion_mapping", None))
+        with torch.inference_mode(False), torch.no_grad():
+            return fitted(name, config, loaded, self.layers, self.max_rank, self.model)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter, and free its slot and host memory.
+
+        Raises:
+            RoutingError: it is unknown, or an open `using` block uses it.
+        """
+        self._check([name], base=False)
+        if name in self._in_use():
+            raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
+        self._pinned.discard(name)
+        if name in self._slots:
+            self._free.append(self._slots.pop(name))
+        del self._known[name]
+
+    def pin(self, *names: str) -> None:
+        """Put adapters into slots, and keep them there until `unpin`.
+
+        Raises:
+            RoutingError: one is unknown, or there are more than slots.
+        """
+        self._check(names, base=False)
+        self._hold(names)
+        self._pinned |= set(names)
+
+    def unpin(self, *names: str) -> None:
+        """Let other adapters take the slots of these."""
+        self._check(names, base=False)
+        self._pinned -= set(names)
+
+    @property
+    def names(self) -> list[str]:
+        """All known adapters."""
+        return list(self._known)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    # slots
+
+    def _check(self, names: Sequence[str], base: bool = True) -> None:
+        unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
+        if unknown:
+            raise RoutingError(
+                f"Unknown adapter(s): {', '.join(unknown)}. Known are {some(self.names) if self._known else 'none'}."
+            )
+
+    def _in_use(self) -> set[str]:
+        return {n for chosen in self._using for n in ([chosen] if isinstance(chosen, str) else chosen)}
+
+    def _hold(self, names: Sequence[str]) -> None:
+        """See to it that these adapters are in slots. If they cannot be, nothing has changed."""
+        wanted = [n for n in dict.fromkeys(names) if n != BASE]
+        fixed = self._pinned | (self._in_use() - {BASE})
+        if len({*wanted, *fixed}) > self.max_adapters:
+            kept = sorted(fixed - set(wanted))
+            also = f" beside {some(kept)}, which are pinned or in use" if kept else ""
+            raise RoutingError(
+                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self.max_adapters}: split the "
+                f"batch, or make more slots. Needed: {some(wanted)}."
+            )
+        missing = [n for n in wanted if n not in self._slots]
+        values = {n: self._known[n].factors or self._known[n].read() for n in missing}  # type: ignore[misc]
+        leaving = (n for n in list(self._slots) if n not in fixed and n not in wanted)
+        for name in missing:
+            slot = self._free.pop() if self._free else self._slots.pop(next(leaving))
+            self._fill(slot, values[name])
+            self._slots[name] = slot
+        for name in wanted:
+            self._slots[name] = self._slots.pop(name)  # used last
+
+    def _fill(self, slot: int, factors: dict[str, Factors]) -> None:
+        """Write an adapter's values into a slot."""
+        targets, values, scaled, scalings, empty = [], [], [], [], []
+        for key, layer in self.layers.items():
+            A, B, f = layer.A[slot], layer.B[slot], factors.get(key)
+            r = 0 if f is None else f.A.shape[0]
+            if f is not None:
+                targets += [A[:r], B[:r]]
+                values += [f.A, f.B]
+                scaled.append(B[:r])
+                scalings.append(f.scaling)
+            if r < self.max_rank:
+                empty += [A[r:], B[r:]]
+        with torch.inference_mode(False), torch.no_grad():
+            torch._foreach_copy_(targets, values)
+            torch._foreach_mul_(scaled, scalings)
+            if empty:
+                torch._foreach_zero_(empty)
+        self._choice.gathered.clear()
+
+    # serving
+
+    @contextmanager
+    def using(self, names: str | Sequence[str]) -> Iterator[nn.Module]:
+        """Run the model with these adapters within the block: `with slots.using([…]): model(…)`.
+
+        Args:
+            names: one adapter for all rows, or a list with one for each row; "__base__" means none.
+
+        Raises:
+            RoutingError: an adapter is unknown, or there are more than `max_adapters`.
+        """
+        chosen = names if isinstance(names, str) else tuple(names)
+        if not chosen:
+            raise RoutingError("No adapter is named: give one for each row, or '__base__'.")
+        self._check([chosen] if isinstance(chosen, str) else chosen)
+        self._choose(chosen)
+        self._using.append(chosen)
+        try:
+            yield self.model
+        finally:
+            self._using.pop()
+            self._choose(self._using[-1] if self._using else BASE)
+
+    def _choose(self, chosen: str | tuple[str, ...]) -> None:
+        self._hold([chosen] if isinstance(chosen, str) else chosen)
+        with torch.inference_mode(False):
+            if isinstance(chosen, str):
+                self._choice.everywhere(self._slots.get(chosen, NONE))
+            else:
+                device = next(iter(self.layers.values())).A.device
+                self._choice.each([self._slots.get(n, NONE) for n in chosen], device)
+
+    def __call__(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's forward.
+
+        Args:
+            adapter_names: as in `using`; None: what the block around the call says, or no adapter.
+
+        Raises:
+            RoutingError: as `using`, or the number of names is not that of rows.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with self.using(self._rows(adapter_names, args, kwargs)):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
+        model: Any = self.model
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)
+        names = self._rows(adapter_names, args, kwargs)
+        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        settings = ("num_beams", "num_return_sequences")
+        copies = max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
+        if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise RoutingError(
+                "An encoder sees each row once and the decoder once per beam: several adapters cannot share such a "
+                "batch here. Generate with num_beams=1, or one adapter at a time."
+            )
+        with self.using(names if isinstance(names, str) else [n for n in names for _ in range(copies)]):
+            return model.generate(*args, **kwargs)
+
+    def _rows(self, names: str | Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str] | str:
+        """One name per row of the batch, where the inputs tell how many rows there are."""
+        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+        if isinstance(names, str):
+            return names if first is None else [names] * len(first)
+        if first is not None and len(first) != len(names):
+            raise RoutingError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {len(first)} respectively."
+            )
+        return list(names)
+
+    # facts
+
+    def report(self) -> SlotReport:
+        buffers = [t for layer in self.layers.values() for t in (layer.A, layer.B)]
+        total = sum(t.nbytes for t in buffers)
+        return SlotReport(
+            max_adapters=self.max_adapters,
+            max_rank=self.max_rank,
+            layers=len(self.layers),
+            resident=dict(self._slots),
+            pinned=sorted(self._pinned),
+            known=self.names,
+            bytes_per_slot=total // (self.max_adapters + 1),
+            slot_bytes=total,
+            gathered_bytes=sum(t.nbytes for pair in self._choice.gathered.values() for t in pair or ()),
+            host_bytes=sum(known.nbytes for known in self._known.values()),
+        )
+
+    def remove(self) -> nn.Module:
+        """Take the slots out of the model again, and return it."""
+        for key, layer in self.layers.items():
+            parent, name = self._places[key]
+            parent._modules[name] = layer.base_layer
+        return self.model
+
+
+def _rank(factors: dict[str, Factors]) -> int:
+    return max(f.A.shape[0] for f in factors.values())

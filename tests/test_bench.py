@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's own arithmetic: goals, noise, and goals that were met and are lost."""
+
+import pytest
+
+from benchmarks import guard
+from benchmarks.measure import Goal, Row
+from benchmarks.plots import draw
+
+
+def row(graft, peft=(10.0,), floor=None, goal=None, what="inject"):
+    values = {"graft": list(graft), "PEFT": list(peft)} | ({"floor": list(floor)} if floor else {})
+    return Row(what, values, goal or Goal(faster=5.0))
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "RECORD", tmp_path / "met.json")
+
+
+def test_a_goal_that_is_lost_beyond_the_noise_is_named(record):
+    guard.record([row([1.0])])
+    assert guard.lost([row([1.0])]) == []
+    assert guard.lost([row([2.1])]) == [], "within the noise"
+    (text,) = guard.lost([row([3.0])])
+    assert "inject" in text and "3.33" in text and "5" in text
+
+
+def test_what_was_never_met_cannot_be_lost(record):
+    assert guard.lost([row([5.0])]) == []
+    guard.record([row([5.0])])
+    assert guard.lost([row([5.0])]) == []
+
+
+def test_a_record_keeps_other_rows_and_forgets_what_is_no_longer_met(record):
+    guard.record([row([1.0]), row([1.0], what="load")])
+    guard.record([row([5.0])])
+    assert guard.lost([row([5.0])]) == [] and len(guard.lost([row([5.0], what="load")])) == 1
+
+
+def test_unsteady_values_are_noise(record):
+    guard.record([row([1.0])])
+    steady, shaky = [2.6, 2.6, 2.6, 2.6], [1.5, 2.0, 3.2, 4.5]
+    assert len(guard.lost([row(steady)])) == 1 and guard.lost([row(shaky)]) == []
+
+
+def test_the_floor_counts_too(record):
+    goal = Goal(over_floor=1.1)
+    guard.record([row([1.0], floor=[1.0], goal=goal)])
+    assert guard.lost([row([1.15], floor=[1.0], goal=goal)]) == []
+    assert len(guard.lost([row([1.3], floor=[1.0], goal=goal)])) == 1
+
+
+def test_the_plot_is_written(tmp_path):
+    path = tmp_path / "bench.png"
+    draw([row([1.0], floor=[0.5]), row([20.0], what="slower")], str(path), "title")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused low-rank update and DoRA's norm against plain formulas, in values, gradients and memory."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import graft
+from graft.kernels import low_rank, mixed
+from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropped, kept, plain
+from graft.kernels.norm import plain_row_norms, row_norms
+from tests.models import seeded
+
+SCALE = 1.37
+ROWS = FUSED_FROM + 6
+
+
+def tensors(dtype=torch.float32, adapter=torch.float32, rows=ROWS, x_grad=True):
+    with seeded(1):
+        y = torch.randn(2, rows // 2, 20).to(dtype).requires_grad_()
+        x = torch.randn(2, rows // 2, 12).to(dtype).requires_grad_(x_grad)
+        A, B = (torch.randn(s).to(adapter).requires_grad_() for s in ((3, 12), (20, 3)))
+    return y, x, A, B
+
+
+def wide(values):
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in values]
+
+
+def results(function, values, **options):
+    """Output and gradients for a loss with different weights everywhere."""
+    y, x, A, B = values
+    out = function(y * 1, x, A, B, SCALE, **options)
+    with seeded(5):
+        weights = torch.randn(out.shape)
+    given = [t for t in values if t.requires_grad]
+    grads = torch.autograd.grad((out.to(weights.dtype) * weights).sum(), given)
+    return [out.detach(), *grads]
+
+
+def spread(found, exact) -> list[float]:
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
+
+
+def worst(found, exact) -> list[float]:
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact)]
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_equals_the_plain_formula(rows, x_grad):
+    values = tensors(rows=rows, x_grad=x_grad)
+    exact = results(plain, wide(values))
+    assert max(worst(results(add_low_rank, values), exact)) < 1e-6
+    assert len(exact) == 4 + x_grad
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_half_precision_errs_no_more_than_the_plain_formula(adapter):
+    values = tensors(torch.bfloat16, adapter)
+    exact = results(plain, wide(values))
+    fused, unfused = (spread(results(f, values), exact) for f in (add_low_rank, plain))
+    assert all(a <= b * 1.02 for a, b in zip(fused, unfused)), (fused, unfused)
+    assert fused[0] < 2**-7
+
+
+def test_autocast_computes_in_its_dtype():
+    values = tensors()
+    exact = results(plain, wide(values))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(add_low_rank, values)
+    assert [t.dtype for t in found] == [torch.float32] * 5
+    assert 1e-4 < max(worst(found, exact)) < 0.03
+
+
+def test_without_gradients_y_is_overwritten():
+    y, x, A, B = (t.detach() for t in tensors())
+    expected = plain(y, x, A, B, SCALE)
+    out = add_low_rank(y, x, A, B, SCALE)
+    assert out.data_ptr() == y.data_ptr()
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_is_the_same_in_both_directions(p, monkeypatch):
+    values = tensors()
+    monkeypatch.setattr(low_rank, "new_seed", lambda: 11)
+    found = results(add_low_rank, values, p=p)
+    flat = torch.empty(ROWS // 2 * 2, 12)
+    mask = kept(flat, p, 11).view(2, -1, 12) / (1 - p)
+    assert 0 < (mask == 0).float().mean() < 2 * p
+
+    def masked(y, x, A, B, scale):
+        return plain(y, x * mask, A, B, scale)
+
+    assert max(worst(found, results(masked, wide(values)))) < 1e-6
+
+
+def test_dropout_keeps_the_share_that_it_should():
+    x = torch.ones(1000, 300)
+    for p in (0.0625, 0.1, 0.5, 0.9):
+        out = dropped(x, p, 3)
+        assert abs((out == 0).float().mean().item() - p) < 0.005
+        assert_close(out.mean().item(), 1.0, rtol=0.02, atol=0)
+        assert torch.equal(out, dropped(x, p, 3)) and not torch.equal(out, dropped(x, p, 4))
+    x = torch.ones(ROWS, 9, requires_grad=True)
+    out = dropout(x, 0.3)
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+def test_seeds_come_from_the_global_generator():
+    values = tensors()
+    with seeded(4):
+        first = add_low_rank(*values, SCALE, 0.5).detach().clone()
+    values = tensors()
+    with seeded(4):
+        second = add_low_rank(*values, SCALE, 0.5)
+    assert torch.equal(first, second)
+
+
+def test_second_derivatives():
+    y, x, A, B = (t.detach().double().requires_grad_() for t in tensors())
+
+    def once(x, A, B):
+        return add_low_rank(y.detach().clone(), x, A, B, SCALE)
+
+    assert torch.autograd.gradgradcheck(once, (x, A, B), fast_mode=True)
+
+
+# in a model
+
+
+def model(dropout=0.0, dora=False, bias=True, dtype=torch.float32, **options):
+    with seeded(0):
+        base = nn.Sequential(nn.Linear(12, 20, bias=bias), nn.Tanh(), nn.Linear(20, 6, bias=bias)).to(dtype)
+        config = graft.LoraConfig(
+            r=3, lora_alpha=3 * SCALE, target_modules=["0", "2"], lora_dropout=dropout, use_dora=dora, **options
+        )
+        made = graft.get_peft_model(base, config)
+        made.add_adapter("other", copy.deepcopy(config))
+        for name, p in made.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                nn.init.normal_(p, std=0.4)
+            elif "magnitude" in name:
+                p.data.mul_(1.3)
+    made.base_model.set_adapter(["default", "other"])
+    return made
+
+
+def gradients(made, x):
+    made.zero_grad()
+    made(x).float().square().sum().backward()
+    return {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+
+
+def inputs(rows=ROWS, dtype=torch.float32):
+    with seeded(2):
+        return torch.randn(rows, 12).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_two_active_adapters(dora, bias, monkeypatch):
+    made = model(dora=dora, bias=bias)
+    fused, y = gradients(made, inputs()), made(inputs()).detach()
+    with torch.no_grad():
+        assert_close(made(inputs()), y)
+    monkeypatch.setattr("graft.methods.lora.lora.eager", lambda: False)
+    assert_close(made(inputs()), y, rtol=1e-5, atol=1e-5)
+    unfused = gradients(made, inputs())
+    assert fused.keys() == unfused.keys() and len(fused) == (12 if dora else 8)
+    for name in fused:
+        assert_close(fused[name], unfused[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_gradient_checkpointing(dora, reentrant):
+    made = model(dropout=0.2, dora=dora)
+    x = inputs().requires_grad_()
+    with seeded(3):
+        expected = gradients(made, x)
+    inner = made.base_model.model
+    with seeded(3):
+        made.zero_grad()
+        checkpoint(inner, x, use_reentrant=reentrant).square().sum().backward()
+    found = {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert_close(found[name], expected[name])
+
+
+def test_a_hook_on_the_base_layer_sees_the_base_output():
+    made = model()
+    layer = made.base_model.model[0]
+    seen = []
+    layer.base_layer.register_forward_hook(lambda _m, _x, y: seen.append(y))
+    made(inputs())
+    assert torch.equal(seen[0], layer.base_layer(inputs()))
+
+
+def test_a_hook_on_a_factor_is_called():
+    made = model()
+    calls = []
+    made.base_model.model[0].lora_A["default"].register_forward_pre_hook(lambda *_: calls.append(1))
+    made(inputs())
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_compiles_as_one_graph(dora, rows):
+    made = model(dora=dora)
+    expected = gradients(made, inputs(rows))
+    made_too = model(dora=dora)
+    compiled = torch.compile(made_too, fullgraph=True, backend="aot_eager")
+    compiled(inputs(rows)).square().sum().backward()
+    for name, p in made_too.named_parameters():
+        if p.grad is not None:
+            assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_functional_transforms():
+    made = model()
+    parameters = {n: p.detach() for n, p in made.named_parameters() if "lora_" in n}
+
+    def loss(parameters):
+        return torch.func.functional_call(made, parameters, (inputs(),)).square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    for name, g in gradients(made, inputs()).items():
+        assert_close(found[name], g, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_kept_for_backward():
+    """x, once, in its own dtype; h of r numbers per row; neither a mask nor a copy."""
+    kept_bytes = {}
+    for p in (0.0, 0.3):
+        layer = model(dropout=p, dtype=torch.bfloat16).base_model.model[0]
+        layer.set_adapter("default")
+        x = inputs(dtype=torch.bfloat16)
+        own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), x)}
+        seen = {}
+
+        def pack(t, own=own, seen=seen):
+            if t.untyped_storage().data_ptr() not in own:
+                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        kept_bytes[p] = sum(seen.values())
+    assert kept_bytes == {0.0: ROWS * 3 * 4, 0.3: ROWS * 3 * 4}
+
+
+# norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_norms(dtype):
+    with seeded(6):
+        W, A, B = torch.randn(20, 12).to(dtype), torch.randn(3, 12), torch.randn(20, 3)
+    exact = plain_row_norms(W.double(), A.double(), B.double())
+    assert_close(row_norms(W, A, B).double(), exact, rtol=1e-5, atol=1e-6)
+    near = -W[:, :3].float()  # W + BA = 0 in the first columns' span: everything cancels
+    few = row_norms(W[:, :3], torch.eye(3), near)
+    assert few.isfinite().all() and few.max() < 0.01
+
+
+def test_dora_in_half_precision_is_as_exact_as_the_plain_formula():
+    made = model(dora=True, dtype=torch.bfloat16)
+    layer = made.base_model.model[0]
+    layer.set_adapter("default")
+    x = inputs(dtype=torch.bfloat16)
+    m = layer.methods["default"]
+    W, b = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    A, B = (f.double() for f in m.factors())
+    merged = W + B @ A
+    ratio = (m.lora_magnitude_vector.weight.double() / merged.norm(dim=1))[:, None]
+    exact = x.double() @ (ratio * merged).T + b
+    base = layer.base_layer(x)
+    rounded = (base.float() - b.float()) * ratio[:, 0].float() + b.float() + (x.float() @ (ratio * (B @ A)).T.float())
+    error, plain_error = ((t.double() - exact).abs().max() for t in (layer(x), rounded.to(torch.bfloat16)))
+    assert error <= plain_error * 1.01
+
+
+# mixed batches
+
+
+@pytest.mark.parametrize("names", ["ab", "aabb", "abab", "ab_", "abc_abc_", "aab", "aaa", "bc__"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_batches_equal_the_rows_one_by_one(names, dtype):
+    layer = model(dtype=dtype).base_model.model[0]
+    tuner = model(dtype=dtype)
+    tuner.add_adapter("c", graft.LoraConfig(r=3, lora_alpha=2, target_modules=["0", "2"]))
+    for name, p in tuner.named_parameters():
+        if ".c." in name:
+            nn.init.normal_(p, std=0.4)
+    called = {"a": "default", "b": "other", "c": "c", "_": "__base__"}
+    rows = [called[n] for n in names]
+    x = inputs(5 * len(rows), dtype).view(len(rows), 5, 12)
+    mixed = tuner(x, adapter_names=rows)
+    for i, name in enumerate(rows):
+        alone = tuner(x[i : i + 1], adapter_names=[name])
+        assert_close(mixed[i : i + 1], alone, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+    mixed.float().square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in tuner.named_parameters() if p.grad is not None}
+    assert len(grads) == 4 * len({n for n in names if n != "_"} - {"c"}) and layer.fresh
+
+
+def test_groups_equal_the_plain_formula():
+    with seeded(8):
+        x, y = torch.randn(6, 4, 12), torch.randn(6, 4, 20)
+        factors = [(torch.randn(3, 12), torch.randn(20, 3), s) for s in (1.37, 0.4)]
+    order = torch.tensor([4, 0, 5, 2])
+    expected = mixed.plain(y, x, factors, order)
+    assert mixed.fits(factors) and torch.equal(expected[[1, 3]], y[[1, 3]])
+    assert_close(mixed.add_groups(y, x, factors, order), expected)
+    assert not mixed.fits([*factors, (torch.randn(2, 12), torch.randn(20, 2), 1.0)])
+    wide_factors = (torch.empty(3, 200_000), torch.empty(20, 3), 1.0)
+    assert not mixed.fits([wide_factors, wide_factors])

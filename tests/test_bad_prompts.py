@@ -259,6 +259,44 @@ def test_keys_for_a_model_without_a_cache(sample, task, given):
         graft.get_peft_model(model, config)
 
 
+def failing(case):
+    """A model with a name, and a config that does not fit it."""
+    model = make("deberta")
+    model.name_or_path = "somebody/deberta"
+    if case == "LORA":
+        config = graft.LoraConfig(task_type="SEQ_CLS", target_modules=["nothing"], r=3)
+    else:
+        config = config_of(first(case), task_type="SEQ_CLS")
+    return model, config
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["LORA", "PREFIX_TUNING", "CARTRIDGE"])
+def test_a_failed_call_leaves_the_config_as_it_was(case, tmp_path):
+    """Name and revision of the base, heads that train by default, and the mode are written into it before it fails."""
+    model, config = failing(case)
+    config.base_model_name_or_path = "somebody/else"
+    error = graft.NoMatchingPeftModuleError if case == "LORA" else graft.ConfigError
+    with refused(model, error, configs=[config]):
+        graft.get_peft_model(model, config, revision="v2")
+    with refused(model, error, configs=[config]):
+        graft.PeftModelForSequenceClassification(model, config)
+    with refused(model, graft.CheckpointError, "adapter_model", configs=[config]):
+        graft.PeftModel.from_pretrained(model, tmp_path, config=config)
+    if case == "LORA":
+        adapted = graft.get_peft_model(model, graft.LoraConfig(task_type="SEQ_CLS", target_modules=["query_proj"], r=3))
+        with refused(adapted, error, configs=[config]):
+            adapted.add_adapter("second", config)
+
+
+def test_a_call_that_succeeds_completes_the_config():
+    model, config = make("llama"), config_of(first("PREFIX_TUNING"))
+    model.name_or_path = "somebody/llama"
+    graft.get_peft_model(model, config, revision="v2")
+    assert (config.base_model_name_or_path, config.revision) == ("somebody/llama", "v2")
+    assert (config.num_layers, config.token_dim, config.num_attention_heads) == (2, 12, 2)
+
+
 class Lookup(nn.Module):
     """No model of transformers, though it has word embeddings."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from data import Task  # examples/demo_lm uses this file from where there is no such module
 
-console = Console()
+console = Console() if Console().is_terminal else Console(width=120)
 
 
 def progress(losses: Iterable[float], name: str, steps: int) -> list[float]:

@@ -73,16 +73,28 @@ MODELS = {
     "mistral": transformer("MistralConfig", "MistralForCausalLM", sliding_window=WINDOW, **_small),
     "mixtral": transformer("MixtralConfig", "MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2, **_small),
     "bloom": transformer("BloomConfig", "BloomForCausalLM", **_plain),
-    "falcon": transformer("FalconConfig", "FalconForCausalLM", **_plain),
-    "gemma3n": transformer("Gemma3nTextConfig", "Gemma3nForCausalLM", laurel_rank=4, altup_num_inputs=2, **_per_layer),
+    "falcon": transformer("FalconConfig", "FalconForCausalLM", **_plain),  # one head of keys for all
+    "falcon-grouped": transformer(  # keys are repeated before they are kept
+        "FalconConfig", "FalconForCausalLM", new_decoder_architecture=True, num_kv_heads=2, **_plain
+    ),
+    "bigcode": transformer(
+        "GPTBigCodeConfig", "GPTBigCodeForCausalLM", n_inner=36, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, **_plain,
+    ),
+    "gemma3n": transformer(
+        "Gemma3nTextConfig", "Gemma3nForCausalLM", laurel_rank=4, altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4, **_per_layer,
+    ),
     "gemma4": transformer("Gemma4TextConfig", "Gemma4ForCausalLM", global_head_dim=12, **_per_layer),
     "t5": transformer("T5Config", "T5ForConditionalGeneration", **_t5),
     "mt5": transformer("MT5Config", "MT5ForConditionalGeneration", **_t5),
     "bart": transformer("BartConfig", "BartForConditionalGeneration", **_coded),
     "pegasus": transformer("PegasusConfig", "PegasusForConditionalGeneration", **_coded),
 }  # fmt: skip
-if not hasattr(transformers, "Gemma4ForCausalLM"):  # before transformers 5
-    del MODELS["gemma4"]
+NEWER = {"gemma4": "Gemma4ForCausalLM", "gemma3n": "Gemma3nForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+for _name, _class in NEWER.items():
+    if not hasattr(transformers, _class):  # before transformers 5, 4.53, 4.51
+        del MODELS[_name]
 SEQ2SEQ = ("t5", "mt5", "bart", "pegasus")
 
 _cpt = dict(cpt_token_ids=[5, 11, 3, 17], cpt_mask=[1] * TOKENS, cpt_tokens_type_mask=[1, 2, 3, 4])
@@ -177,8 +189,9 @@ def generate(model, given: dict, **options) -> torch.Tensor:
 def embedded(model, given: dict) -> dict:
     """What a base model is given to see a soft prompt in front of its input: the prompt's embeddings and the words'."""
     inner = model.get_base_model()
-    stack = inner.get_encoder() if model.config.is_encoder_decoder else inner.get_decoder()
-    encoder, words = model.prompt_encoder["default"], stack.get_input_embeddings()
+    stack = inner.get_encoder() if model.config.is_encoder_decoder else decoder_of(inner)
+    words = getattr(stack, "embed_tokens", None) or inner.get_input_embeddings()
+    encoder = model.prompt_encoder["default"]
     ids, mask = given["input_ids"], given["attention_mask"]
     prompt = encoder(**{k: v for k, v in given.items() if k == "task_ids"})[..., :TOKENS, :]
     embeds = torch.cat([prompt.expand(len(ids), -1, -1), words(ids)], dim=1)
@@ -189,15 +202,32 @@ def embedded(model, given: dict) -> dict:
     return out
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder, which some models do not tell before transformers 4.56."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def empty_cache(settings):
+    """A cache that grows; it takes the model's config since transformers 4.56."""
+    takes_config = "config" in inspect.signature(transformers.DynamicCache.__init__).parameters
+    return transformers.DynamicCache(config=settings) if takes_config else transformers.DynamicCache()
+
+
+def held(cache) -> list:
+    """Key and value of each layer."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache))  # before transformers 4.54
+
+
 def filled(model, batch: int):
     """A cache that holds a prompt of keys and values, for a base model."""
     from graft.methods.prefix_tuning import as_pairs
 
-    coded = model.config.is_encoder_decoder
-    stack = model.get_base_model().get_decoder()
-    cache = own = transformers.DynamicCache(config=stack.config)
-    if coded:
-        cache = transformers.EncoderDecoderCache(own, transformers.DynamicCache(config=stack.config))
+    settings = decoder_of(model.get_base_model()).config
+    cache = own = empty_cache(settings)
+    if model.config.is_encoder_decoder:
+        cache = transformers.EncoderDecoderCache(own, empty_cache(settings))
     for i, pair in enumerate(as_pairs(model.prompt_encoder["default"](), model.peft_config["default"])):
         own.update(*(t.detach().expand(batch, -1, -1, -1) for t in pair), i)
     return cache

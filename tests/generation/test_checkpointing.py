@@ -6,6 +6,7 @@ import torch
 
 import graft
 from graft.model.checkpointing import RUN
+from tests.generation.models import MODELS as GENERATING
 from tests.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
 from tests.models import _bert, seeded, transformer
 
@@ -87,6 +88,17 @@ def test_gradients_are_those_without_checkpointing(name, method, reentrant):
     same(backward(model, first), want)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [n for n in ("gemma3n", "gemma4") if n in GENERATING])
+@pytest.mark.parametrize("method", ["multitask", "prefix"])
+def test_layers_that_use_the_keys_of_others(name, method):
+    """They have no prompt of their own, and read no cache."""
+    model, given = trained(name, method), batch(name, method)
+    want = backward(model, given)
+    enable(model, False)
+    same(backward(model, given), want)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", ["lstm", "projection"])
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -151,6 +163,34 @@ def test_loss_without_gradients(name, method):
     assert functions(model) == before
     model.eval()
     close(model(**given).loss.detach(), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+@pytest.mark.parametrize("method", ["prefix", "projection", "cartridge"])
+def test_layers_that_a_prompt_cannot_reach(name, method, monkeypatch):
+    """As in models of old versions: an error, not a loss without the prompt."""
+    model, given = trained(name, method), batch(name, method)
+    want = backward(model, given)
+    enable(model, False)
+    before = functions(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("graft.model.checkpointing.cache_place", lambda layer: None)
+        with pytest.raises(ValueError, match=r"leaves keys and values of a prompt out.*gradient_checkpointing_disable"):
+            model(**given)
+    assert functions(model) == before
+    same(backward(model, given), want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["lstm", "prefix"])
+def test_gradients_of_trained_word_embeddings(method, reentrant):
+    """An adapter's own embeddings run in place of the base's, and train beside its prompt."""
+    model = adapted("llama", method, modules_to_save=["embed_tokens"]).train()
+    given = batch("llama", method)
+    want = backward(model, given)
+    assert any("embed_tokens.modules_to_save.default" in key for key in want)
+    enable(model, reentrant)
+    same(backward(model, given), want)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

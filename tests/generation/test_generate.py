@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in `generate` and in decoding by hand, against the base model that is given the prompt by other means."""
 
+import copy
 import functools
 import inspect
 
@@ -24,6 +25,7 @@ from tests.generation.models import (
     close,
     config,
     embedded,
+    empty_cache,
     filled,
     generate,
     greedy,
@@ -207,6 +209,28 @@ def test_masks_by_kind_of_layer(name, method):
     close(out[mask.bool()], model(**given, **place).logits[:, -LENGTH:][mask.bool()])
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("method", ["mlp", "prefix"])
+def test_masks_by_kind_of_layer_with_a_cache_that_keeps_all(name, method):
+    """A cache made without the model's config does not slide: masks cover what it holds."""
+    model, given = adapted(name, method, num_virtual_tokens=WINDOW + 2), inputs(name)
+    mask, kind = given["attention_mask"], torch.float32
+    place = {"position_ids": positions(mask)}
+    cache = transformers.DynamicCache()
+    masks = {"full_attention": four_dims(mask, kind), "sliding_attention": four_dims(mask, kind, WINDOW)}
+    out = model(input_ids=given["input_ids"], attention_mask=masks, past_key_values=cache, **place).logits
+    new, longer = out[:, -1:].argmax(-1), torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    masks = {"full_attention": four_dims(longer, kind), "sliding_attention": four_dims(longer, kind, WINDOW)}
+    step = model(
+        input_ids=new, attention_mask={k: m[:, :, -1:] for k, m in masks.items()}, past_key_values=cache,
+        position_ids=positions(longer)[:, -1:],
+    ).logits  # fmt: skip
+    whole = {"input_ids": torch.cat([given["input_ids"], new], dim=1), "attention_mask": longer}
+    want = model(**whole, position_ids=positions(longer)).logits
+    close(out[:, -LENGTH:][mask.bool()], want[:, -LENGTH - 1 : -1][mask.bool()])
+    close(step[:, -1], want[:, -1])
+
+
 @pytest.mark.parametrize("method", [*SOFT, *KEYS])
 def test_logits_to_keep(method):
     model, given = adapted("llama", method), inputs("llama", method)
@@ -231,7 +255,7 @@ def kept(output):
 def test_decoding_by_hand(name, method, argument):
     model, given = adapted(name, method), inputs(name, method)
     ids, mask, rest = given["input_ids"], given["attention_mask"], without(given, "input_ids", "attention_mask")
-    cache, out, new = {argument: transformers.DynamicCache(config=model.config)}, ids, ids
+    cache, out, new = {argument: empty_cache(model.config)}, ids, ids
     for _ in range(STEPS):
         place = {"position_ids": positions(mask)[:, -new.shape[1] :]} if name in PLACED else {}
         result = model(input_ids=new, attention_mask=mask, use_cache=True, **cache, **place, **rest)
@@ -374,6 +398,66 @@ def test_cache_of_an_earlier_generate_is_refused(method):
     longer = torch.cat([first.sequences, first.sequences], dim=1)
     with pytest.raises(ValueError, match="A cache that holds a prompt is continued by forward"):
         generate(model, {"input_ids": longer, "past_key_values": kept(first)})
+
+
+@pytest.mark.parametrize("method", [*SOFT, *KEYS])
+def test_a_cache_of_the_base_is_refused(method):
+    """It holds tokens but no prompt, which enters before them or not at all."""
+    model, given = adapted("llama", method), inputs("llama", method, 1)
+    with model.disable_adapter():
+        held = kept(model(input_ids=given["input_ids"][:, :3], use_cache=True))
+        want = generate(model, {**without(given, "task_ids"), "past_key_values": copy.deepcopy(held)})
+    for argument in ARGUMENTS:
+        with pytest.raises(ValueError, match=r"got a cache that holds 3 tokens.*or leave the cache out"):
+            generate(model, {**given, argument: held})
+    with model.disable_adapter():
+        assert torch.equal(generate(model, {**without(given, "task_ids"), "past_key_values": held}), want)
+    empty = transformers.DynamicCache()
+    assert torch.equal(generate(model, {**given, "past_key_values": empty}), generate(model, given))
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_an_object_without_room_is_refused(name, method):
+    """A static cache that was made by hand, in a forward pass."""
+    model, given = adapted(name, method), inputs(name)
+    made = inspect.signature(transformers.StaticCache.__init__).parameters
+    sizes = {} if "max_batch_size" not in made and "batch_size" not in made else {"max_batch_size": 3}
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16, **sizes)
+    if name == "bart":
+        given["decoder_input_ids"] = given["input_ids"][:, :2]
+        cache = transformers.EncoderDecoderCache(cache, transformers.DynamicCache())
+    if (name, method) == ("bart", "prompt"):  # which is in the encoder
+        close(model(**given, past_key_values=cache).logits, model(**given).logits)
+        return
+    want = model(**given).logits
+    with pytest.raises(ValueError, match=r"Cache has no room for a prompt of 4 tokens: leave it out"):
+        model(**given, past_key_values=cache)
+    close(model(**given).logits, want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart"])
+@pytest.mark.parametrize("method", ["multitask", "prefix"])
+@pytest.mark.parametrize("how", ["assistant", "lookup"])
+def test_assisted_decoding(name, method, how):
+    """Rejected tokens are taken from the cache again, which older versions count from its front."""
+    method = "lstm" if name in SEQ2SEQ and method == "multitask" else method
+    model, given = adapted(name, method), inputs(name, method, 1)
+    help_ = {"assistant": {"assistant_model": base(name)}, "lookup": {"prompt_lookup_num_tokens": 3}}[how]
+    want = generate(model, given, max_new_tokens=12)
+    if "cache" in takes:
+        assert torch.equal(generate(model, given, max_new_tokens=12, **help_), want)
+    elif not (name in SEQ2SEQ and method == "lstm"):  # there the prompt is not in the cache
+        with pytest.raises(ValueError, match="Assisted decoding cuts off the prompt's part of the cache"):
+            generate(model, given, max_new_tokens=12, **help_)
+    assert torch.equal(generate(model, given, max_new_tokens=12), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_input_in_chunks(name, method):
+    model, given = adapted(name, method), inputs(name, batch=1)  # before transformers 5, padding moves the positions
+    assert torch.equal(generate(model, given, prefill_chunk_size=4), generate(model, given))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

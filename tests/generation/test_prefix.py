@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 import graft
 from graft.methods.prefix_tuning import from_pairs
-from tests.generation.models import MODELS, STEPS, WINDOW, base, close, config, generate, greedy, inputs, spread
+from tests.generation.models import MODELS, STEPS, WINDOW, base, close, config, generate, greedy, held, inputs, spread
 from tests.models import VOCAB, seeded
 
 PLAIN = [
@@ -43,7 +43,7 @@ def pairs_of(model, ids):
     """Key and value of each layer that has its own, of all tokens (where attention slides too)."""
     cache = transformers.DynamicCache()
     model(input_ids=ids, past_key_values=cache)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return held(cache)
 
 
 def with_prefix(model, name, method, pairs, tokens, **more):

@@ -82,6 +82,8 @@ class PromptLearningConfig(PeftConfig):
     def _fit_keys(self, facts: dict[str, Any]) -> None:
         """Size of the keys of one layer: of the largest, where layers differ."""
         heads = facts.get("num_key_value_heads")
+        if heads is None and facts.get("multi_query") and not facts.get("new_decoder_architecture"):  # Falcon
+            heads = 1
         assert self.token_dim is not None and self.num_attention_heads is not None
         if heads is None:
             if facts.get("d_kv") is not None:  # T5, whose heads together need not be as wide as the model

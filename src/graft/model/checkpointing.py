@@ -38,10 +38,20 @@ class Replays:
         return False
 
     def start(self, cache: Any) -> None:
-        for layer in self.layers():
-            place = cache_place(layer)
-            if place is not None and layer is not self.stack.module:
-                self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))
+        """Let the layers have `cache` when they run, now and in the backward pass.
+
+        Raises:
+            ValueError: nothing here knows how to give it to them, so that the prompt would have no effect.
+        """
+        module = self.stack.module
+        places = {layer: place for layer in self.layers() if layer is not module and (place := cache_place(layer))}
+        if not places or not getattr(module, "_supports_cache_class", True):  # before transformers 4.53; BERT: 4.56
+            raise ValueError(
+                f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out under this "
+                "version of transformers: call gradient_checkpointing_disable(), or use transformers >= 4.56."
+            )
+        for layer, place in places.items():
+            self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))
 
     def _set(self, layer: nn.Module, name: str, value: Any) -> None:
         self._before.append((layer, name, layer.__dict__[name]))

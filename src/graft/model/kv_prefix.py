@@ -70,6 +70,17 @@ def length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
+def is_static(cache: Any) -> bool:
+    """Whether a cache was made for a fixed number of tokens."""
+    return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
+
+
+def slides(cache: Any) -> bool:
+    """Whether layers with a window keep no more than that of what they are given."""
+    own = getattr(cache, "self_attention_cache", cache)
+    return any(getattr(layer, "is_sliding", False) for layer in getattr(own, "layers", ()))
+
+
 def new_cache(config: Any, with_encoder: bool) -> Any:
     """An empty cache that grows."""
     import inspect
@@ -99,8 +110,13 @@ def per_row(t: Tensor, batch: int) -> Tensor:
 
 def frozen(cache: Any) -> Any:
     """Have a filled cache give out what it holds and keep nothing: a layer may then run again, in a backward pass."""
-    for layer in getattr(cache, "self_attention_cache", cache).layers:
-        layer.update = _Reading(layer)
+    own = getattr(cache, "self_attention_cache", cache)
+    if hasattr(own, "layers"):
+        for layer in own.layers:
+            layer.update = _Reading(layer.keys, layer.values)
+    else:  # before transformers 4.54
+        layers = [_Reading(*pair) for pair in zip(own.key_cache, own.value_cache)]
+        own.update = lambda keys, values, layer_idx, cache_kwargs=None: layers[layer_idx](keys, values)
     return cache
 
 
@@ -111,8 +127,10 @@ def again(cache: Any) -> Any:
 
 
 class _Reading:
-    def __init__(self, layer: Any):
-        self.keys, self.values = layer.keys, layer.values
+    def __init__(self, keys: Any, values: Any):
+        self.keys, self.values = keys, values
 
     def __call__(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.keys, Tensor):  # this layer got no prompt
+            return keys, values
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.checkpoint.state import account_of
-from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError
+from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.prompt import Prompt
 from graft.inject.inject import Parts, inject
@@ -26,8 +25,8 @@ from graft.inject.report import Matched
 from graft.methods import method_of
 from graft.methods.prefix_tuning import as_pairs
 from graft.model.adapters import Adapters
-from graft.model.kv_prefix import fitted
-from graft.model.stack import Stack, stacks_of
+from graft.model.kv_prefix import fitted, length
+from graft.model.stack import CACHES, OLD_CACHE, Stack, stacks_of
 
 IGNORED = -100  # no label
 PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
@@ -81,6 +80,8 @@ class Encoders(nn.ModuleDict):
 class Prompts(Adapters):
     """A model and the prompts for it. What `Tuner` is to methods that act on layers."""
 
+    several = "only one prompt can be in front of the input at a time"
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,11 +91,6 @@ class Prompts(Adapters):
         autocast_adapter_dtype: bool = True,
         **options: Any,
     ):
-        if account_of(model) is not None:
-            raise AlreadyInjectedError(
-                "The model is a PeftModel already. For another prompt beside the one it has, call its add_adapter(); "
-                "to start over, pass its get_base_model()."
-            )
         self.open_account(model)
         self.method: type[Prompt] = method_of(peft_config.peft_type)  # type: ignore[assignment]
         self.prompt_encoder = Encoders()
@@ -132,7 +128,7 @@ class Prompts(Adapters):
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
         self._fit(cfg)
-        prompt = self.method(cfg, self.stacks["main"].words)
+        prompt = self.method(cfg, unwrapped(self.stacks["main"].words))
         prompt.to(self.stacks["main"].device)
         load = None if fill is None else lambda parts: fill(replace(parts, prompt=prompt))
         report, parts = inject(
@@ -186,6 +182,14 @@ class Prompts(Adapters):
 
     # acting
 
+    def check_generate(self, kwargs: dict[str, Any]) -> None:
+        if self.active is None:
+            return
+        last = self._entered(self.active[0])[-1]
+        if last is self.stacks.get("decoder", last):  # else the prompt is in the encoder, which has no cache
+            check_caches(kwargs, self.model)
+            check_assistant(kwargs, self.model, last)
+
     @property
     def active(self) -> tuple[Any, Prompt] | None:
         """Config and encoder of the prompt that acts now."""
@@ -206,7 +210,8 @@ class Prompts(Adapters):
             return
         cfg, prompt = self.active
         finish = self._labels(cfg, prompt, kwargs, arguments)
-        refuse(kwargs, self.model, cfg, in_encoder=not cfg.holds_keys and "decoder" in self.stacks)
+        if not cfg.holds_keys and "decoder" in self.stacks:
+            drop_encoder_outputs(kwargs, cfg)
         value = prompt(**arguments)
         check_rows(value, kwargs)
         try:
@@ -266,15 +271,41 @@ class Prompts(Adapters):
         return value if len(value) == batch_size else value.expand(batch_size, -1, -1)
 
 
-def refuse(kwargs: dict[str, Any], model: Any, cfg: Any, in_encoder: bool) -> None:
-    """Raise for what would leave the prompt out, or take it twice."""
+def unwrapped(words: nn.Module | None) -> nn.Module | None:
+    """The base's own embeddings, where an adapter has others: a new prompt begins from those."""
+    return getattr(words, "original_module", words)
+
+
+def check_caches(kwargs: dict[str, Any], model: Any) -> None:
+    """Raise for caches that `generate` cannot use with a prompt."""
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
     if kind is not None and "static" in str(kind):
         raise ValueError(
             f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
         )
-    if in_encoder and kwargs.get("encoder_outputs") is not None:
+    held = next((length(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
+    if held:  # generate would skip as many tokens of its input, the prompt's among them
+        raise ValueError(
+            f"generate() got a cache that holds {held} tokens, and would take the prompt's for tokens of the input. A "
+            "cache that holds a prompt is continued by forward(); or leave the cache out, to begin anew."
+        )
+
+
+def check_assistant(kwargs: dict[str, Any], model: Any, stack: Stack) -> None:
+    """Raise for assisted decoding where it counts the cache's tokens from the front, not from the back."""
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
+    if stack.cache_name == OLD_CACHE and (lookup or kwargs.get("assistant_model") is not None):
+        raise ValueError(
+            "Assisted decoding cuts off the prompt's part of the cache under this version of transformers: leave "
+            "assistant_model and prompt_lookup_num_tokens out, or use one whose cache argument is `cache`."
+        )
+
+
+def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
+    """An encoder's output from elsewhere has no prompt in it."""
+    if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
         del kwargs["encoder_outputs"]

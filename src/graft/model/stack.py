@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from graft.core.errors import ConfigError
 from graft.model import kv_prefix
 from graft.model.checkpointing import Replays
-from graft.model.kv_prefix import length, per_row
+from graft.model.kv_prefix import is_static, length, per_row
 
-CACHES = ("cache", "past_key_values")  # names of the argument, in transformers from 5.2x on and before
+OLD_CACHE = "past_key_values"
+CACHES = ("cache", OLD_CACHE)  # names of the argument, in transformers from 5.2x on and before
 KINDS = ("token_type_ids", "mm_token_type_ids")  # 0 for the prompt's tokens
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # of models that read images as well, or of OPT's kind
 
@@ -42,10 +43,9 @@ class Stack:
     """
 
     def __init__(self, module: nn.Module, model: Any, outer: Any = None):
-        self.module, self.outer = module, outer if isinstance(outer, nn.Module) else module
+        self.module, self.model, self.outer = module, model, outer if isinstance(outer, nn.Module) else module
         self.names, self.outer_names = (list(inspect.signature(m.forward).parameters) for m in (module, self.outer))
         self.cache_name = next((n for n in CACHES if n in self.names), None)
-        self.words: Any = words_in(module) or words_in(model)
         self.positions = positions_in(module)
         self.config = getattr(module, "config", None)
         self.layers = layers_in(module)
@@ -86,9 +86,13 @@ class Stack:
     # facts
 
     @property
+    def words(self) -> Any:
+        """The word embeddings that are there now: an adapter may have brought its own."""
+        return words_in(self.module) or words_in(self.model)
+
+    @property
     def device(self) -> torch.device:
-        owner = self.words if self.words is not None else self.module
-        return next(owner.parameters()).device
+        return next((self.words or self.module).parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,11 +116,12 @@ class Stack:
             if cfg.num_layers < len(self.layers):
                 raise ConfigError(f"num_layers={cfg.num_layers}, but {name} has {len(self.layers)}: pass them all.")
             return
-        if "inputs_embeds" not in self.names or self.words is None:
+        words = self.words
+        if "inputs_embeds" not in self.names or words is None:
             raise ConfigError(f"{name} takes no inputs_embeds, which {kind} needs: it is no model of transformers.")
         if self.cache_name is None and "cache_params" in self.names:
             raise ConfigError(f"{name} keeps a state instead of a cache of tokens: {kind} cannot be used with it.")
-        width = self.words.weight.shape[1]
+        width = words.weight.shape[1]
         if cfg.token_dim != width:
             raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {width} numbers.")
 
@@ -165,10 +170,17 @@ class Stack:
         first = first_of(given)
         if first is None:
             return  # the module will say what is missing
+        if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+            raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
         batch, new = first.shape[:2]
         cache = given.get(self.cache_name) if self.cache_name else None
         seen = length(cache)
         self._entered = not seen
+        if not seen and is_static(cache):
+            raise ValueError(
+                f"A {type(cache).__name__} has no room for a prompt of {self.tokens} tokens: leave it out, or pass "
+                "cache_implementation='dynamic' to generate()."
+            )
         total = new + (seen or self.tokens)
         if self.positions is not None and total > self.positions:
             raise ValueError(
@@ -247,12 +259,15 @@ class Stack:
     def _widen(self, given: dict[str, Any], total: int, before: int, batch: int) -> None:
         """Let what counts tokens count the prompt's. `before`: tokens of it that are in this call's input."""
         mask, window = given.get("attention_mask"), getattr(self.config, "sliding_window", None)
+        cuts = kv_prefix.slides(given.get(self.cache_name or ""))
         if isinstance(mask, dict):
             windows = {kind: window if "sliding" in kind else None for kind in mask}
-            given["attention_mask"] = {k: self._widened(m, total, before, windows[k]) for k, m in mask.items()}
+            given["attention_mask"] = {
+                kind: self._widened(m, total, before, windows[kind], cuts) for kind, m in mask.items()
+            }
         elif mask is not None:
             slides = all("sliding" in kind for kind in getattr(self.config, "layer_types", None) or ())
-            given["attention_mask"] = self._widened(mask, total, before, window if slides else None)
+            given["attention_mask"] = self._widened(mask, total, before, window if slides else None, cuts)
         for name in ("position_ids", "cache_position"):
             positions = given.get(name)
             if positions is not None:
@@ -260,14 +275,19 @@ class Stack:
                 shifted = positions + self.tokens
                 given[name] = torch.cat([own.expand(*positions.shape[:-1], before), shifted], dim=-1)
 
-    def _widened(self, mask: Any, total: int, before: int, window: int | None) -> Any:
-        """`window`: how far back tokens see in the layers that get this mask, if not to the beginning."""
+    def _widened(self, mask: Any, total: int, before: int, window: int | None, cuts: bool) -> Any:
+        """The mask with the prompt's tokens.
+
+        Args:
+            window: how far back tokens see in the layers that get this mask, if not to the beginning.
+            cuts: the cache of these layers holds no more than the window.
+        """
         tokens = total - self.tokens
         if isinstance(mask, Tensor) and mask.dim() == 2:
             if mask.shape[1] != tokens:
                 raise ValueError(
                     f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's {self.tokens}, "
-                    "which it need not cover). A cache that holds a prompt is continued by forward(), not generate()."
+                    "which it need not cover)."
                 )
             return torch.cat([mask.new_ones(len(mask), self.tokens), mask], dim=1)
         if not isinstance(mask, Tensor) or mask.shape[-1] != tokens:
@@ -283,7 +303,7 @@ class Stack:
         sees = (back >= 0) & (back < (window or total)) if self.causal else torch.ones_like(back, dtype=torch.bool)
         prompt = torch.full_like(back, shut, dtype=mask.dtype).masked_fill(sees, open_)
         mask = torch.cat([prompt.expand(b, h, rows, -1), mask], dim=-1)
-        return mask[..., 1 - window - rows :] if window else mask  # a sliding cache holds no more
+        return mask[..., 1 - window - rows :] if window and cuts else mask
 
     def _widen_encoded(self, given: dict[str, Any]) -> None:
         mask, hidden = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")

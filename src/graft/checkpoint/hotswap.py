@@ -10,7 +10,8 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,25 @@ from torch import Tensor, nn
 from graft.checkpoint import files
 from graft.checkpoint.files import Loaded
 from graft.checkpoint.keys import Entry, entries, without_wrappers
-from graft.checkpoint.state import Load, config_of, parts_of, renamed, some
+from graft.checkpoint.state import Load, config_of, parts_of, some
 from graft.config.base import HUB_KEYWORDS, PeftConfig
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning
 from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts, collector_paused
+from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.methods.lora.init import changes_base
 
-MUST_AGREE = ("use_rslora", "lora_dropout", "use_dora", "layer_replication")
+MUST_AGREE = (
+    "use_rslora",
+    "lora_dropout",
+    "use_dora",
+    "layer_replication",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # of A and of B: what holds the rank
 
 
 def hotswap_adapter(
@@ -35,9 +45,9 @@ def hotswap_adapter(
 ) -> None:
     """Replace the values of a LoRA adapter by those of a saved one, whose ranks and targets may differ.
 
-    Smaller ranks are padded with zeros, layers that the saved adapter does not have become zero. Larger ranks replace
-    the tensors, and code that was compiled is compiled again: see `prepare_model_for_compiled_hotswap`. The adapter's
-    config then describes what the model holds. If anything does not fit, nothing has changed.
+    Smaller ranks are padded with zeros, layers that the saved adapter does not target become zero. Larger ranks
+    replace the tensors, and code that was compiled is compiled again: see `prepare_model_for_compiled_hotswap`. The
+    adapter's config then describes what the model holds. If anything does not fit, nothing has changed.
 
     Args:
         model_name_or_path: folder or hub repository.
@@ -48,16 +58,13 @@ def hotswap_adapter(
     Raises:
         AdapterNotFoundError: the model has no such adapter.
         ConfigError: it is no LoRA adapter, it is merged, or the two need different code (dropout, DoRA, rsLoRA).
-        AdapterKeyError: keys fit no layer of the adapter, or shapes differ in more than the rank.
+        AdapterKeyError: keys fit no layer of the adapter or are missing, or shapes differ in more than the rank.
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
-    where, subfolder = os.fspath(model_name_or_path), kwargs.get("subfolder")
-    hub = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs}
-    config = PeftConfig.from_pretrained(where, subfolder=subfolder, **hub)
-    loaded = files.load_weights(where, subfolder=subfolder, **hub)
-    loaded.tensors = renamed(loaded.tensors, kwargs.get("key_mapping"))
-    swap(model, loaded, adapter_name, config)
+    where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
+    config = PeftConfig.from_pretrained(where, **hub)
+    swap(model, files.load_weights(where, **hub), adapter_name, config, kwargs.get("key_mapping"))
 
 
 def hotswap_adapter_from_state_dict(
@@ -70,20 +77,25 @@ def hotswap_adapter_from_state_dict(
     """As `hotswap_adapter`, from tensors. Their keys may be those of a file or of the model's state dict.
 
     Args:
-        config: of the new adapter: it says the scaling.
+        config: of the new adapter: it says its scaling and targets.
         parameter_prefix: accepted as in PEFT; names follow from the structure.
     """
     swap(model, Loaded(dict(state_dict), "the given state dict"), adapter_name, config)
 
 
-@dataclass
-class Change:
-    """What one layer will be like."""
+class Change(NamedTuple):
+    """What one layer will know of its adapter."""
 
-    layer: AdapterLayer
+    layer: Any
     rank: int  # of the tensors in the model
     alpha: float
     scaling: float
+
+    @classmethod
+    def of(cls, layer: Any, r: int, alpha: float, rslora: bool, rank: int) -> Change:
+        """For an adapter of rank r in tensors of at least that `rank`."""
+        scale = math.sqrt if rslora else float
+        return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
 
 
 @dataclass
@@ -92,13 +104,14 @@ class Plan:
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, value) of one shape
     zeros: list[Tensor] = field(default_factory=list)
-    larger: list[tuple[Entry, Tensor]] = field(default_factory=list)  # values that need more room
+    larger: list[tuple[Entry, Tensor, int]] = field(default_factory=list)  # (…, value, rank): needs more room
     changes: list[Change] = field(default_factory=list)
     found: dict[str, AdapterLayer] = field(default_factory=dict)  # layers that the new adapter has
+    missing: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
-def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any) -> None:
+def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mapping: Any = None) -> None:
     """Check everything, then write."""
     model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
     parts, _, base = parts_of(model, adapter)
@@ -110,23 +123,25 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any) -> None:
             f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights of "
             f"{some(merged, 2)}: call unmerge_adapter() before."
         )
+    load = Load(base, config, adapter, loaded, key_mapping=key_mapping)
     with collector_paused():
-        plan = plan_swap(parts, loaded, adapter, config)
-    Load(base, config, adapter, loaded)._check_base(Parts(plan.found, {}))
-    if plan.larger and any(isinstance(c.layer.scaling[adapter], Tensor) for c in plan.changes):
-        rank = max(c.rank for c in plan.changes)
-        text = f"Adapter '{adapter}' grows to rank {rank}, more than prepare_model_for_compiled_hotswap made room for: "
-        warnings.warn(f"{text}compiled code will be compiled again.", PeftWarning, stacklevel=3)
+        plan = plan_swap(load, parts)
+    load._check_base(Parts(plan.found, {}))
+    if plan.larger:
+        check_growth(plan, adapter, config)
     with torch.inference_mode(False), torch.no_grad():
-        larger = [(entry, value.to(entry.tensor, copy=True)) for entry, value in plan.larger]
-        for entry, value in larger:
-            resize(entry, value)
+        grow([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
         if plan.copies:
             torch._foreach_copy_([target for target, _ in plan.copies], [value for _, value in plan.copies])
         if plan.zeros:
             torch._foreach_zero_(plan.zeros)
-        for change in plan.changes:
-            rescale(change, adapter)
+        for layer, rank, alpha, scaling in plan.changes:
+            layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
+            for scalings in (layer.scaling, layer._scaling_at_start):
+                if isinstance(scalings[adapter], Tensor):
+                    scalings[adapter].fill_(scaling)
+                else:
+                    scalings[adapter] = scaling
     if now is not None:
         model.peft_config[adapter] = described(now, plan.changes)  # type: ignore[union-attr,index,operator]
 
@@ -151,126 +166,122 @@ def check_compatible(now: Any, new: Any) -> None:
             )
 
 
-def plan_swap(parts: Parts, loaded: Loaded, adapter: str, config: Any) -> Plan:
-    """Find the value of every tensor of the adapter.
+def check_growth(plan: Plan, adapter: str, config: Any) -> None:
+    """Raise if tensors cannot be replaced by larger ones; warn if they should not be."""
+    rank = max(rank for _, _, rank in plan.larger)
+    check_tied(adapter, config, rank)
+    if any(isinstance(change.layer.scaling[adapter], Tensor) for change in plan.changes):
+        text = f"Adapter '{adapter}' grows to rank {rank}, more than prepare_model_for_compiled_hotswap made room for: "
+        warnings.warn(f"{text}compiled code will be compiled again.", PeftWarning, stacklevel=4)
+
+
+def check_tied(adapter: str, config: Any, rank: int) -> None:
+    if getattr(config, "ensure_weight_tying", False):
+        raise ConfigError(
+            f"Adapter '{adapter}' shares its memory between tied layers (ensure_weight_tying) and cannot grow to rank "
+            f"{rank} in place: load one of that rank with load_adapter()."
+        )
+
+
+def plan_swap(load: Load, parts: Parts) -> Plan:
+    """Find a value for every tensor of the adapter, and a tensor for every value.
 
     Raises:
-        AdapterKeyError: keys are left over, tensors are missing that cannot be zero, or shapes differ.
+        AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes differ.
     """
-    left = {without_wrappers(k): v for k, v in loaded.tensors.items()}
+    plan, targeted = Plan(), Matcher(load.config)
+    left = {without_wrappers(k): v for k, v in load.tensors.items()}
     prefix = parts.prefix if any(k.startswith("base_model.") for k in left) else ""
-    held: dict[int, list[tuple[Entry, Tensor | None]]] = defaultdict(list)  # by layer; modules to save under 0
-    for entry in entries(parts, adapter, prefix):
-        value = left.pop(entry.file, None)
-        if value is None:
-            names = map(without_wrappers, (entry.memory, entry.file, *entry.also))
-            value = next((left.pop(n) for n in names if n in left), None)
-        held[0 if entry.layer is None else id(entry.layer)].append((entry, value))
-    plan, missing = Plan(), []
-    for pairs in held.values():
-        absent = [entry for entry, value in pairs if value is None]
-        if len(absent) == len(pairs) and all(entry.container in RANK_DIM for entry in absent):
-            plan.zeros += [entry.tensor for entry in absent]
+    for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
+        held = [(entry, left.pop(name_in(left, entry), None)) for entry in group]
+        absent = [entry for entry, value in held if value is None]
+        if layer is None or held[0][0].container not in RANK_DIM:  # modules to save, token rows
+            plan.missing += [entry.file for entry in absent]
+            _take(plan, [(entry, value) for entry, value in held if value is not None])
+            continue
+        key, room = layer.site.key, layer.r[load.adapter]  # type: ignore[attr-defined]
+        cfg = load.config.at(key)
+        if len(absent) < len(held):
+            rank = max(room, cfg.r)
+            plan.missing += [entry.file for entry in absent]
+            plan.found[key] = layer
+            plan.changes.append(Change.of(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, rank))
+            _take(plan, [(entry, value) for entry, value in held if value is not None], room, cfg.r)
+        elif targeted(key).outcome == "matched" or any(entry.container not in RANK_DIM for entry in absent):
+            plan.missing += [entry.file for entry in absent]
         else:
-            missing += [without_wrappers(entry.file) for entry in absent]
-        for entry, value in pairs:
-            if value is not None:
-                _take(plan, entry, value)
-    for key, layer in parts.layers.items():
-        _account(plan, layer, held[id(layer)], config.at(key))
-    faults = [f"unexpected keys found: {', '.join(sorted(left))}"] if left else []
-    faults += [f"missing keys: {some(missing)}"] if missing else []
+            plan.zeros += [entry.tensor for entry in absent]
+            plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
+    base = load._base_tensors(set(left), prefix, []) if left else {}  # embeddings are saved with what is on them
+    other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
+    plan.wrong += [f"{name} is not what the base model has" for name in other]
+    faults = [f"unexpected keys found: {some(sorted(left))}"] if left else []
+    faults += [f"missing keys: {some(plan.missing)}"] if plan.missing else []
     faults += [some(plan.wrong)] if plan.wrong else []
     if faults or not plan.found:
         raise AdapterKeyError(
             f"Hot swapping the adapter did not succeed, {'; '.join(faults) or 'it has no layer of this one'}. Adapter "
-            f"'{adapter}' stays what it was; values from {loaded.path}."
+            f"'{load.adapter}' stays what it was; values from {load.path}."
         )
     return plan
 
 
-def _take(plan: Plan, entry: Entry, value: Tensor) -> None:
-    """Note what becomes of one tensor."""
-    here, rank = entry.tensor, None
-    if value.shape != here.shape and (rank := rank_of(entry, value)) is not None:
-        value = at_rank(entry, value, max(rank_of(entry, here) or 0, rank))
-    if here.is_meta:
-        plan.wrong.append(f"{entry.file} is on the meta device, without values: load an adapter before swapping it")
-    elif value.shape == here.shape:
-        plan.copies.append((here, value))
-    elif rank is not None and value.shape == at_rank(entry, here, rank).shape:
-        plan.larger.append((entry, value))
-    else:
-        plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, in the model {tuple(here.shape)}")
+def name_in(names: Any, entry: Entry) -> str:
+    """The name under which values have an entry: that of a file, or of the model's state dict."""
+    if entry.file in names:
+        return entry.file
+    return next((n for n in map(without_wrappers, (entry.memory, *entry.also)) if n in names), "")
 
 
-def _account(plan: Plan, layer: AdapterLayer, pairs: list[tuple[Entry, Tensor | None]], cfg: Any) -> None:
-    """Note rank and scaling of one layer."""
-    here = [(entry, value, room) for entry, value in pairs if (room := rank_of(entry, entry.tensor)) is not None]
-    room = rank = here[0][2]
-    if here[0][1] is not None:
-        plan.found[layer.site.key] = layer
-        rank = cfg.r
-        for entry, value, _ in here:
-            if value is not None and rank_of(entry, value) != rank:
-                plan.wrong.append(f"{entry.file} has rank {rank_of(entry, value)}, its config says {rank}")
-    held, scale = max(room, rank), math.sqrt if cfg.use_rslora else float
-    alpha = cfg.lora_alpha if held == rank else cfg.lora_alpha * scale(held) / scale(rank)
-    plan.changes.append(Change(layer, held, alpha, cfg.lora_alpha / scale(rank)))
+def _take(plan: Plan, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
+    """Note what becomes of values of rank r, in tensors that have room for more or less."""
+    for entry, value in held:
+        here = entry.tensor.shape
+        shape = here if r == room else shape_at(entry, r)
+        if value.shape != shape:
+            plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, expected is {tuple(shape)}")
+        elif entry.tensor.is_meta:
+            plan.wrong.append(f"{entry.file} is on the meta device, without values: load an adapter before swapping it")
+        elif r > room and shape != here:
+            plan.larger.append((entry, value, r))
+        else:
+            plan.copies.append((entry.tensor, value if shape == here else padded(entry, value, room)))
 
 
-def rank_of(entry: Entry, tensor: Tensor) -> int | None:
-    """The rank of an adapter's A or B; None of other tensors."""
-    dim, shape = RANK_DIM.get(entry.container), tensor.shape
-    if dim is None or len(shape) < 2 or len(shape) != entry.tensor.dim():
-        return None
-    if len(shape) == 2:
-        return shape[dim]
-    groups = groups_of(entry)
-    if dim:
-        return shape[1] * groups
-    return None if shape[0] % groups else shape[0]
+# A and B at another rank
 
 
 def groups_of(entry: Entry) -> int:
-    site = entry.layer.site  # type: ignore[union-attr]
-    return site.in_features // site.shape[1] if len(site.shape) > 2 else 1
+    return getattr(entry.layer.base_layer, "groups", 1)  # type: ignore[union-attr]
 
 
-def at_rank(entry: Entry, tensor: Tensor, rank: int) -> Tensor:
-    """A or B with zeros up to a larger rank; of grouped convolutions, at the end of each group."""
-    dim, groups = RANK_DIM[entry.container], groups_of(entry)
-    if rank == rank_of(entry, tensor):
-        return tensor
-    if dim == 0 and groups > 1:
-        return padded(tensor.view(groups, -1, *tensor.shape[1:]), rank // groups, 1).flatten(0, 1)
-    return padded(tensor, rank // groups if dim else rank, dim)
+def shape_at(entry: Entry, r: int) -> torch.Size:
+    """The shape of an adapter's tensor if its rank were r."""
+    shape = list(entry.tensor.shape)
+    dim = RANK_DIM.get(entry.container)
+    if dim is not None and len(shape) > 1:
+        shape[dim] = r // groups_of(entry) if dim else r
+    return torch.Size(shape)
 
 
-def padded(tensor: Tensor, size: int, dim: int) -> Tensor:
-    made = tensor.new_zeros(*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
-    made.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+def padded(entry: Entry, value: Tensor, r: int) -> Tensor:
+    """A or B with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
+    made = value.new_zeros(shape_at(entry, r))
+    inside, values = made, value
+    if not RANK_DIM[entry.container]:
+        inside, values = (t.unflatten(0, (groups_of(entry), -1)) for t in (made, value))
+    inside.narrow(1, 0, values.shape[1]).copy_(values)
     return made
 
 
-def resize(entry: Entry, value: Tensor) -> None:
-    """Replace A or B by one of another rank; the Parameter object stays."""
-    p: Any = entry.owner._parameters[entry.attribute]
-    p.data, p.grad = value, None
-    for name in ("in_features", "in_channels") if RANK_DIM[entry.container] else ("out_features", "out_channels"):
-        if hasattr(entry.owner, name):
-            setattr(entry.owner, name, rank_of(entry, value))
-
-
-def rescale(change: Change, adapter: str) -> None:
-    """Set what a layer knows of its adapter's rank and scaling; a scaling that is a tensor is filled."""
-    layer: Any = change.layer
-    layer.r[adapter], layer.lora_alpha[adapter] = change.rank, change.alpha
-    for scalings in (layer.scaling, layer._scaling_at_start):
-        if isinstance(scalings[adapter], Tensor):
-            scalings[adapter].fill_(change.scaling)
-        else:
-            scalings[adapter] = change.scaling
+def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
+    """Replace A and B by tensors of another rank; the Parameter objects stay."""
+    for entry, value, rank in larger:
+        p: Any = entry.owner._parameters[entry.attribute]
+        p.data, p.grad = value, None
+        for name in SIZES[RANK_DIM[entry.container]]:
+            if hasattr(entry.owner, name):
+                setattr(entry.owner, name, rank)
 
 
 def described(config: Any, changes: list[Change]) -> Any:
@@ -284,8 +295,7 @@ def described(config: Any, changes: list[Change]) -> Any:
 def usual(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The most frequent value, and a pattern for every layer that has another one."""
     most = Counter(values.values()).most_common(1)[0][0]
-    others = sorted((key for key, value in values.items() if value != most), key=len, reverse=True)
-    return most, {re.escape(key): values[key] for key in others}
+    return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}
 
 
 # before compiling
@@ -315,7 +325,9 @@ def prepare_model_for_compiled_hotswap(
         raise ConfigError(
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
         )
-    if check_compiled != "ignore" and is_compiled(model):
+    if check_compiled != "ignore" and any(
+        m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()
+    ):
         if check_compiled == "error":
             raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model.")
         warnings.warn(
@@ -325,25 +337,22 @@ def prepare_model_for_compiled_hotswap(
             stacklevel=2,
         )
     model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
-    on: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)  # layers by adapter
+    on: dict[str, dict[str, Any]] = defaultdict(dict)  # layers by adapter
     for key, layer in survey(model).layers.items():
-        if layer.method.config.peft_type == "LORA":
-            for name in layer.methods:
-                on[name][key] = layer
+        for name in layer.methods if layer.method.config.peft_type == "LORA" else ():
+            on[name][key] = layer
     if not on:
         raise ConfigError(
             "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` after "
             "loading the first LoRA adapter and before loading the second."
         )
     with torch.inference_mode(False), torch.no_grad():
-        larger = [
-            item
-            for name, layers in on.items()
-            for entry in entries(Parts(layers, {}), name, "")
-            if target_rank is not None and (item := make_room(entry, target_rank)) is not None
-        ]
-        for entry, value in larger:
-            resize(entry, value)
+        if target_rank is not None:
+            for name, layers in on.items():
+                check_room(name, layers, target_rank, config_of(model, name))
+            held = [entry for name, layers in on.items() for entry in entries(Parts(layers, {}), name, "")]
+            held = [entry for entry in held if shape_at(entry, target_rank) != entry.tensor.shape]
+            grow([(entry, padded(entry, entry.tensor, target_rank), target_rank) for entry in held])
         for name, layers in on.items():
             changes = [prepare(layer, name, target_rank) for layer in layers.values()]
             if (known := config_of(model, name)) is not None:
@@ -353,35 +362,32 @@ def prepare_model_for_compiled_hotswap(
             given.r, given.rank_pattern = target_rank, dict.fromkeys(given.rank_pattern or (), target_rank)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
-
-
-def make_room(entry: Entry, rank: int) -> tuple[Entry, Tensor] | None:
-    """An A or B at a larger rank; None for other tensors."""
-    before = rank_of(entry, entry.tensor)
-    if before is None:
-        return None
-    if before > rank:
-        raise ConfigError(
-            f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({before}). Layer "
-            f"'{entry.layer.site.key}'."  # type: ignore[union-attr]
-        )
-    if rank % groups_of(entry):
-        raise ConfigError(
-            f"Trying to pad a convolution with groups={groups_of(entry)} to target rank {rank}, which is no multiple "
-            f"of that. Layer '{entry.layer.site.key}'."  # type: ignore[union-attr]
-        )
-    return entry, at_rank(entry, entry.tensor, rank)
+def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> None:
+    """Raise unless tensors of an adapter can be padded to a rank."""
+    for key, layer in layers.items():
+        r, groups = layer.r[adapter], getattr(layer.base_layer, "groups", 1)
+        if r > rank:
+            raise ConfigError(
+                f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({r}). Adapter "
+                f"'{adapter}', layer '{key}'."
+            )
+        if rank % groups:
+            raise ConfigError(
+                f"Trying to pad a convolution with groups={groups} to target rank {rank}, which is no multiple of "
+                f"that. Adapter '{adapter}', layer '{key}'."
+            )
+        if adapter in layer.merged_adapters:
+            raise ConfigError(f"Adapter '{adapter}' is merged into '{key}': call unmerge_adapter() before.")
+        if r < rank:
+            check_tied(adapter, config, rank)
 
 
 def prepare(layer: Any, adapter: str, rank: int | None) -> Change:
     """Turn an adapter's scaling on a layer into a tensor, and note its rank."""
-    before, rank = layer.r[adapter], rank or layer.r[adapter]
-    scale = math.sqrt if layer.use_rslora[adapter] else float
-    alpha = layer.lora_alpha[adapter] * (1 if rank == before else scale(rank) / scale(before))
-    layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
+    r, alpha, rslora = (held[adapter] for held in (layer.r, layer.lora_alpha, layer.use_rslora))
+    change = Change.of(layer, r, alpha, rslora, rank or r)
+    layer.r[adapter], layer.lora_alpha[adapter] = change.rank, change.alpha
     device = layer.methods[adapter].pair[0].device
     for scalings in (layer.scaling, layer._scaling_at_start):
         scalings[adapter] = torch.as_tensor(float(scalings[adapter]), device=device)
-    return Change(layer, rank, alpha, float(layer.scaling[adapter]))
+    return change

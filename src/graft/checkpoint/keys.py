@@ -18,7 +18,7 @@ from graft.inject.inject import Parts
 from graft.inject.tokens import TrainableTokensWrapper
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One tensor of an adapter."""
 
@@ -28,7 +28,6 @@ class Entry:
     owner: nn.Module
     attribute: str
     tensor: Tensor
-    device: torch.device | None  # where it belongs, if it is on meta now
     stem: str = ""  # path of its container
     layer: AdapterLayer | None = None
     container: str = ""
@@ -39,7 +38,9 @@ class Entry:
             with torch.no_grad():
                 self.tensor.copy_(value)
             return
-        value = value.to(device=self.device, dtype=self.tensor.dtype)
+        device = None if self.layer is None else self.layer.store.where(self.layer.base_layer)[0]
+        if value.device != device or value.dtype != self.tensor.dtype:
+            value = value.to(device=device, dtype=self.tensor.dtype)
         if self.attribute in self.owner._parameters:
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
             self.owner._parameters[self.attribute] = value
@@ -59,30 +60,31 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     """All tensors of `adapter` that a checkpoint holds. `prefix`: that of `parts`, or "" without a wrapper."""
     if parts.prompt is not None:
         for name, tensor in parts.prompt.stored().items():
-            yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor, None)
+            yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
     tokens = {f"{k}.token_adapter": w for k, w in parts.wrappers.items() if isinstance(w, TrainableTokensWrapper)}
     rows = {key: w.token_adapter for key, w in tokens.items() if not w.tied}
     for key, layer in {**parts.layers, **rows}.items():
-        device = layer.store.where(layer.base_layer)[0]
+        unnamed = layer.method.unnamed
         for container, path, owner, attribute, tensor in layer.tensors(adapter):
             stem = f"{prefix}{key}.{container}"
             below = f".{path}" if path else ""
-            memory, plain = f"{stem}.{adapter}{below}", f"{stem}{below}"
-            deep = "." in path
-            file, also = (memory, (plain,)) if deep else (plain, ())
-            if container in layer.method.unnamed:
-                file, also = stem, (plain,)
-            yield Entry(memory, file, also, owner, attribute, tensor, device, stem, layer, container)
+            memory, file = f"{stem}.{adapter}{below}", f"{stem}{below}"
+            also: tuple[str, ...] = ()
+            if container in unnamed:
+                file, also = stem, (file,)
+            elif "." in path:
+                file, also = memory, (file,)
+            yield Entry(memory, file, also, owner, attribute, tensor, stem, layer, container)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):
             continue
         for container, path, owner, attribute, tensor in wrapper.tensors(adapter):
             memory = f"{prefix}{key}.{container}.{adapter}.{path}"
-            yield Entry(memory, f"{prefix}{key}.{path}", (), owner, attribute, tensor, None)
+            yield Entry(memory, f"{prefix}{key}.{path}", (), owner, attribute, tensor)
     for name, shared in parts.shared.items():
         if shared.persistent:
             memory, file = f"base_model.{name}.{adapter}", f"base_model.{name}"
-            yield Entry(memory, file, (), shared, adapter, shared[adapter], None)
+            yield Entry(memory, file, (), shared, adapter, shared[adapter])
 
 
 def find(entry: Entry, names: set[str]) -> str | None:

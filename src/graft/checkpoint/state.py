@@ -393,7 +393,7 @@ def complete(parts: Parts, adapter: str, config: Any) -> None:
         add_adapter(spare, adapter, config.at(key), parts.shared, on_meta=False, upcast=True)
         values = {(container, path): t for container, path, _, _, t in spare.tensors(adapter, transient=True)}
         for container, path, owner, attribute, tensor in empty:
-            Entry("", "", (), owner, attribute, tensor, device).assign(values[container, path])
+            Entry("", "", (), owner, attribute, tensor, layer=layer).assign(values[container, path])
 
 
 def set_peft_model_state_dict(

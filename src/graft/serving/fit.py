@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,11 +50,8 @@ class Factors:
 class Known:
     """An adapter that fits."""
 
-    name: str
-    origin: str
-    rank: int  # the largest of its layers
     factors: dict[str, Factors] | None  # by layer; None: `read` gets them from where they are kept
-    read: Callable[[], dict[str, Factors]] | None = field(default=None, repr=False)
+    read: Callable[[], dict[str, Factors]] | None
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.checkpoint.files import Loaded, load_weights
-from graft.checkpoint.state import get_peft_model_state_dict, renamed, some
+from graft.checkpoint.state import config_of, get_peft_model_state_dict, renamed, some
 from graft.config.base import HUB_KEYWORDS, PeftConfig
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.routing import BASE
@@ -137,34 +137,34 @@ class AdapterSlots:
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
         check_adapter_name(name, list(self._known))
-        if isinstance(source, nn.Module):
-            config = source.peft_config[adapter]  # type: ignore[union-attr,index]
-            factors = self._fit(name, config, Loaded(get_peft_model_state_dict(source, None, adapter), "the model"))
-        elif isinstance(source, Mapping):
-            if config is None:
-                raise ConfigError(f"Adapter '{name}': a state dict needs its config, which says the scaling.")
-            factors = self._fit(name, config, Loaded(dict(source), "the given state dict"))
-        else:
-            where = os.fspath(source)
-            self._known[name] = self._from_folder(name, where, config, keep, hub)
-            return
-        if not keep:
+        if unknown := set(hub) - HUB_KEYWORDS - {"subfolder"}:
+            raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
+        if not keep and isinstance(source, (nn.Module, Mapping)):
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
-        self._known[name] = Known(name, type(source).__name__, _rank(factors), factors)
 
-    def _from_folder(self, name: str, where: str, config: Any, keep: bool, hub: dict[str, Any]) -> Known:
         def read() -> dict[str, Factors]:
-            options = {k: hub[k] for k in HUB_KEYWORDS if k in hub}
-            known = config
-            if known is None:
-                try:
-                    known = PeftConfig.from_pretrained(where, subfolder=hub.get("subfolder"), **options)
-                except NotImplementedError as e:
-                    raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
-            return self._fit(name, known, load_weights(where, subfolder=hub.get("subfolder"), **options))
+            return self._fit(name, *self._source(name, source, config, adapter, hub))
 
         factors = read()
-        return Known(name, where, _rank(factors), factors if keep else None, read)
+        self._known[name] = Known(factors, None) if keep else Known(None, read)
+
+    def _source(self, name: str, source: Any, config: Any, adapter: str, hub: dict[str, Any]) -> tuple[Any, Loaded]:
+        """Config and tensors of an adapter."""
+        if isinstance(source, nn.Module):
+            source = getattr(source, "_orig_mod", source)
+            loaded = Loaded(get_peft_model_state_dict(source, None, adapter), "the model")
+            config = config or config_of(source, adapter)
+        elif isinstance(source, Mapping):
+            loaded = Loaded(dict(source), "the given state dict")
+        else:
+            try:
+                config = config or PeftConfig.from_pretrained(os.fspath(source), **hub)
+            except NotImplementedError as e:
+                raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
+            loaded = load_weights(os.fspath(source), **hub)
+        if config is None:
+            raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
+        return config, loaded
 
     def _fit(self, name: str, config: Any, loaded: Loaded) -> dict[str, Factors]:
         loaded.tensors = renamed(loaded.tensors, getattr(self.model, "_checkpoint_conversion_mapping", None))
@@ -303,16 +303,12 @@ class AdapterSlots:
         Raises:
             RoutingError: as `using`, or the number of names is not that of rows.
         """
-        if adapter_names is None:
-            return self.model(*args, **kwargs)
         with self.using(self._rows(adapter_names, args, kwargs)):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
         model: Any = self.model
-        if adapter_names is None:
-            return model.generate(*args, **kwargs)
         names = self._rows(adapter_names, args, kwargs)
         config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
         settings = ("num_beams", "num_return_sequences")
@@ -325,8 +321,11 @@ class AdapterSlots:
         with self.using(names if isinstance(names, str) else [n for n in names for _ in range(copies)]):
             return model.generate(*args, **kwargs)
 
-    def _rows(self, names: str | Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str] | str:
-        """One name per row of the batch, where the inputs tell how many rows there are."""
+    def _rows(self, names: str | Sequence[str] | None, args: tuple, kwargs: dict[str, Any]) -> list[str] | str:
+        """One name per row of the batch, where the inputs tell how many rows there are: compiled code sees no change
+        between one adapter, several, and none."""
+        if names is None:
+            names = self._using[-1] if self._using else BASE
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if isinstance(names, str):
             return names if first is None else [names] * len(first)
@@ -361,7 +360,3 @@ class AdapterSlots:
             parent, name = self._places[key]
             parent._modules[name] = layer.base_layer
         return self.model
-
-
-def _rank(factors: dict[str, Factors]) -> int:
-    return max(f.A.shape[0] for f in factors.values())

@@ -15,23 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.core.params import bare
+from graft.core.random import kaiming_bound, skip
 from graft.core.table import TypeTable
 
 
-def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """`nn.Linear`, with the values that its constructor would draw, in a quarter of the time; none on meta."""
+def linear(in_features: int, out_features: int, bias: bool, fill: bool = True) -> nn.Linear:
+    """`nn.Linear`, with the values that its constructor would draw, in a quarter of the time; none on meta.
+
+    Without `fill` the generator advances as if they were drawn, and the values are undefined.
+    """
     m = bare(nn.Linear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
-    weight = torch.empty(out_features, in_features)
-    drawn = [weight, torch.empty(out_features)] if bias else [weight]
-    if not weight.is_meta and in_features:
-        a = math.sqrt(5)  # of kaiming_uniform_, as torch has it
-        bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + a**2)) / math.sqrt(in_features))
+    weight, b = torch.empty(out_features, in_features), torch.empty(out_features) if bias else None
+    if not weight.is_meta and not fill:
+        skip(weight) if b is None else skip(weight, b)
+    elif not weight.is_meta and in_features:
+        bound = kaiming_bound(in_features)
         weight.uniform_(-bound, bound)
-        if bias:
-            drawn[1].uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
+        if b is not None:
+            b.uniform_(-1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
     m._parameters["weight"] = nn.Parameter(weight)
-    m._parameters["bias"] = nn.Parameter(drawn[1]) if bias else None
+    m._parameters["bias"] = None if b is None else nn.Parameter(b)
     return m
 
 
@@ -62,6 +66,10 @@ class Op:
         """The layer's own function with another (canonical) weight and bias."""
         return F.linear(x, W, b)
 
+    def pull(self, g: Tensor, W: Tensor) -> Tensor:
+        """From the gradient of a linear layer's output (rows, out) to that of its input (rows, in)."""
+        return g @ W
+
     def factorable(self, m: Any) -> bool:
         """Whether `down` and `up` together can do what a low-rank weight does."""
         return True
@@ -78,10 +86,14 @@ class Op:
         """A vector over features or channels, shaped to broadcast over this layer's activations."""
         return v
 
-    def factor_modules(self, m: Any, r: int, bias: bool) -> tuple[nn.Module, nn.Module] | None:
-        """Two modules whose composition is a rank-r update of this layer; None where there are none."""
+    def factor_modules(self, m: Any, r: int, bias: bool, fill: bool = True) -> tuple[nn.Module, nn.Module] | None:
+        """Two modules whose composition is a rank-r update of this layer; None where there are none.
+
+        Args:
+            fill: with the values that torch's constructors draw; else they may be undefined.
+        """
         out_features, in_features = self.dims(m)
-        return linear(in_features, r, False), linear(r, out_features, bias)
+        return linear(in_features, r, False, fill), linear(r, out_features, bias, fill)
 
 
 class Unknown(Op):
@@ -140,7 +152,7 @@ class Embedding(Op):
     def down(self, m, x, A):
         return self.call(m, x, A, None)
 
-    def factor_modules(self, m, r, bias):
+    def factor_modules(self, m, r, bias, fill=True):
         return None
 
     def lookup(self, m, places, rows):
@@ -191,7 +203,7 @@ class Conv(Op):
     def channels(self, v):
         return v.view(-1, *[1] * self.spatial)
 
-    def factor_modules(self, m, r, bias):
+    def factor_modules(self, m, r, bias, fill=True):
         down = self.module(
             m.in_channels,
             r,

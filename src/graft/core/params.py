@@ -60,6 +60,7 @@ class TransientParameterDict(nn.ParameterDict):
     """Parameters that are not part of a checkpoint."""
 
 
+FACTS = frozenset({float, int, bool, str, type(None)})  # types of what is kept in plain dicts
 _NEW = nn.Module().__dict__
 _PLAIN = {k: v for k, v in _NEW.items() if not isinstance(v, (dict, set))}
 _EMPTY = [(k, type(v)) for k, v in _NEW.items() if isinstance(v, (dict, set))]
@@ -104,10 +105,10 @@ def slots_of(key: str, container: Any, adapter: str) -> Iterator[Slot]:
 
 def container_for(value: Any) -> Any:
     """An empty container of the kind that holds `value` for each adapter."""
-    if not isinstance(value, (nn.Module, Tensor, Transient)):
-        return {}
     if isinstance(value, nn.Module):
         return bare(nn.ModuleDict)
+    if not isinstance(value, (Tensor, Transient)):
+        return {}
     if isinstance(value, nn.Parameter):
         return nn.ParameterDict()
     if isinstance(value, Transient) and isinstance(value.tensor, nn.Parameter):

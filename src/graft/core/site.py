@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
 
@@ -41,28 +40,23 @@ class Site:
     store: Store
     parameter: str = "weight"
     shared: bool = False  # the weight is tied to another module
+    out_features: int = field(init=False)  # or channels
+    in_features: int = field(init=False)  # or channels; `fan_in` counts the kernel as well
+    shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)
 
-    @cached_property
-    def dims(self) -> tuple[int, int]:
-        return self.op.dims(self.module)
-
-    @property
-    def out_features(self) -> int:
-        return self.dims[0]
-
-    @property
-    def in_features(self) -> int:
-        """Input features or channels; `fan_in` counts the kernel as well."""
-        return self.dims[1]
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Canonical: (out, in / groups, *kernel)."""
-        return tuple(self.op.shape(self.module))
+    def __post_init__(self) -> None:
+        self.out_features, self.in_features = self.op.dims(self.module)
+        self.shape = tuple(self.op.shape(self.module))
 
     @property
     def fan_in(self) -> int:
         return prod(self.shape[1:])
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether there is no weight yet, so that values for it would be lost."""
+        device = self.store.where(self.module)[0]
+        return device is not None and device.type == "meta"
 
     @property
     def type_name(self) -> str:

@@ -15,21 +15,27 @@ class TypeTable(Generic[T]):
 
     def __init__(self, rows: Mapping[str, T]):
         self._rows = dict(rows)
-        self._found: WeakKeyDictionary[type, T | None] = WeakKeyDictionary()
+        self._found: WeakKeyDictionary[type, int] = WeakKeyDictionary()  # which class of a type's MRO, -1 for none
 
     def add(self, qualified_name: str, entry: T) -> None:
         self._rows[qualified_name] = entry
         self._found.clear()
 
-    def origin(self, cls: type) -> type | None:
-        """The class of the MRO that has an entry."""
-        return next((base for base in cls.__mro__ if f"{base.__module__}.{base.__qualname__}" in self._rows), None)
-
     def names(self) -> list[str]:
         return list(self._rows)
 
     def find(self, cls: type) -> T | None:
-        if cls not in self._found:
-            names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-            self._found[cls] = next((self._rows[n] for n in names if n in self._rows), None)
-        return self._found[cls]
+        origin = self.origin(cls)
+        return None if origin is None else self._rows[qualified(origin)]
+
+    def origin(self, cls: type) -> type | None:
+        """The class of the MRO that has an entry."""
+        place = self._found.get(cls)
+        if place is None:
+            places = (i for i, base in enumerate(cls.__mro__) if qualified(base) in self._rows)
+            place = self._found[cls] = next(places, -1)
+        return cls.__mro__[place] if place >= 0 else None
+
+
+def qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -7,7 +7,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +63,15 @@ class Plan:
 
 
 def survey_and_match(
-    model: nn.Module, config: Any, method: type[Method], adapter: str, keys: Iterable[str] | None = None
+    model: nn.Module,
+    config: Any,
+    method: type[Method],
+    adapter: str,
+    keys: Iterable[str] | None = None,
+    tree: Tree | None = None,
 ) -> Plan:
     """Everything about an injection that can be known, and go wrong, before the model is touched."""
-    tree = survey(model)
+    tree = tree or survey(model)
     cfg = copy.copy(config)
     if keys is None:
         resolve_targets(cfg, method, model, tree.modules)
@@ -214,6 +219,7 @@ def inject(
     fill: Callable[[Parts], None] | None = None,
     keys: Iterable[str] | None = None,
     heads: dict[str, nn.Module] | None = None,
+    tree: Tree | None = None,
 ) -> tuple[InjectReport, Parts]:
     """Put `adapter` on `model`, in place, inactive and frozen.
 
@@ -225,6 +231,7 @@ def inject(
         fill: loads the values, in place of initial ones. If it raises, nothing has happened.
         keys: adapt exactly these paths, whatever the config targets.
         heads: modules to use (instead of copies of the base's) for `modules_to_save`, by name.
+        tree: a survey of the model, if one was just made.
 
     Returns:
         The account of what was done, and what now carries the adapter.
@@ -233,6 +240,8 @@ def inject(
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
     """
     undo = method.restructure(config, model)
+    if undo is not None:
+        tree = None
     try:
         with collector_paused():
             return _inject(
@@ -248,6 +257,7 @@ def inject(
                 fill=fill,
                 keys=keys,
                 heads=heads,
+                tree=tree,
             )
     except BaseException:
         if undo is not None:
@@ -263,6 +273,9 @@ def collector_paused() -> Iterator[None]:
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():
+            gc.freeze()  # all that was made counts as old now, so that it is not looked through at once
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
@@ -281,8 +294,9 @@ def _inject(
     fill: Callable[[Parts], None] | None,
     keys: Iterable[str] | None,
     heads: dict[str, nn.Module] | None,
+    tree: Tree | None,
 ) -> tuple[InjectReport, Parts]:
-    plan = survey_and_match(model, config, method, adapter, keys)
+    plan = survey_and_match(model, config, method, adapter, keys, tree)
     tree, cfg, report = plan.tree, plan.cfg, plan.report
     chosen = choose_heads(plan, heads)
     if routing is None:
@@ -293,13 +307,14 @@ def _inject(
     orient(cfg, plan.sites.values())
     try:
         declare_shared(method, list(plan.sites.values()), cfg, adapter, shared, others, upcast)
-        skip_init = (on_meta or fill is not None) and not method.inits_from_weight(cfg)
+        empty = not method.inits_from_weight(cfg)
+        skip_init = empty and (on_meta or fill is not None)
         for key, site in plan.sites.items():
             layer = tree.layers.get(key) or AdapterLayer(site, method, routing)
             layers[key] = layer
-            add_adapter(layer, adapter, cfg.at(key), shared, on_meta=skip_init, upcast=upcast)
-            layer.require_grad(adapter, False)
-            report.matched.append(Matched(key, site.type_name, sum(p.numel() for p in layer.parameters_of(adapter))))
+            nowhere = skip_init or (empty and site.on_meta)
+            size = add_adapter(layer, adapter, cfg.at(key), shared, on_meta=nowhere, upcast=upcast)
+            report.matched.append(Matched(key, site.type_name, size))
         wrappers: dict[str, Wrapper] = {
             key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, routing) for key in plan.saved
         }
@@ -333,15 +348,25 @@ def _inject(
 
 def add_adapter(
     layer: AdapterLayer, adapter: str, cfg: Any, shared: dict[str, Any], *, on_meta: bool, upcast: bool
-) -> None:
-    with torch.device("meta") if on_meta else nullcontext():
-        variant = layer.method.variant(cfg)
+) -> int:
+    """Make an adapter on a layer, frozen. Returns how many of its numbers can train."""
+    variant = layer.method.variant(cfg)
+    if on_meta:
+        with torch.device("meta"):
+            values = variant.build(layer.site, cfg, shared)
+    else:
         values = variant.build(layer.site, cfg, shared)
     method = layer.add(adapter, values, variant)
     if not on_meta:
         method.init(cfg)
     layer.place(adapter, upcast)
-    layer.trainable.add(adapter)  # as parameters are when they are made
+    size = 0
+    for slot in layer.slots[adapter]:
+        if slot.trains:
+            p: Any = slot.owner._parameters[slot.attribute]
+            p.requires_grad = False
+            size += p.numel()
+    return size
 
 
 def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
@@ -367,12 +392,10 @@ def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upc
                 f"'{key}' is already trained whole, through modules_to_save of another adapter."
             )
         cfg = TrainableTokensConfig(token_indices=wanted.get(key) or own or [])
-        add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
-        wrapper.require_grad(adapter, False)
+        size = add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
         if key in following:
             wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])  # type: ignore[index]
         else:
-            size = sum(p.numel() for p in wrapper.parameters_of(adapter))
             plan.report.modules_to_save.append(Matched(key, f"{len(wanted[key])} tokens", size))
         made[key] = wrapper
     return made
@@ -394,10 +417,8 @@ def follow(
         if source in layers:
             site = site_of(key, plan.tree.modules[key], plan.tree)
             layer = plan.tree.layers.get(key) or AdapterLayer(site, method, routing)
-            add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
-            layer.require_grad(adapter, False)
+            size = add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
             layers[key] = layer
-            size = sum(p.numel() for p in layer.parameters_of(adapter))
             plan.report.matched.append(Matched(key, site.type_name, size))
             pairs.append((layer.methods[adapter], layers[source].methods[adapter]))
         if source in wrappers:
@@ -473,8 +494,8 @@ def commit(
     tree = plan.tree
     first = not tree.layers and not tree.wrappers
     if first:
-        for p in model.parameters():
-            p.requires_grad_(False)
+        for p in tree.owners:
+            p.requires_grad = False
     for key, layer in layers.items():
         layer.settle()
         if key not in tree.layers:

@@ -42,11 +42,16 @@ class Names:
 
     def find(self, path: str) -> str | None:
         """The entry that matches `path`: the path itself first, then its longest suffix."""
+        if self.names:
+            names, rest = self.names, path
+            while rest not in names:
+                _, dot, rest = rest.partition(".")
+                if not dot:
+                    return None
+            return rest
         if self.regex is not None:
             return self.regex.pattern if self.regex.fullmatch(path) else None
-        if path in self.names:
-            return path
-        return next((s for s in suffixes(path) if s in self.names), None)
+        return None
 
 
 def compiled(pattern: str) -> re.Pattern[str]:

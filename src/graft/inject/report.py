@@ -6,20 +6,19 @@ from __future__ import annotations
 import io
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from graft.inject.match import hint
 
 
-@dataclass(frozen=True)
-class Matched:
+class Matched(NamedTuple):
     name: str
     type: str
     parameters: int  # that train
     shapes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Skipped:
+class Skipped(NamedTuple):
     name: str
     type: str
     why: str

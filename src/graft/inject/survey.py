@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -17,6 +17,7 @@ from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
+WRAPPERS = (ModulesToSaveWrapper, TrainableTokensWrapper)
 Place = tuple[nn.Module, str]  # (parent, attribute)
 
 
@@ -28,43 +29,63 @@ class Tree:
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    owners: Counter[int] = field(default_factory=Counter)  # how many modules hold a parameter, by id
+    owners: dict[nn.Parameter, int] = field(default_factory=dict)  # how many modules hold a parameter
     parameters: int = 0
 
 
 def survey(model: nn.Module) -> Tree:
     """Walk `model` once. What adapters added is not looked into."""
     tree = Tree()
-    seen: set[int] = set()
+    seen: set[nn.Module] = set()
 
-    def count(module: nn.Module) -> None:
-        for p in module._parameters.values():
-            if p is not None:
-                if id(p) not in tree.owners:
-                    tree.parameters += p.numel()
-                tree.owners[id(p)] += 1
+    modules, places, owners = tree.modules, tree.places, tree.owners
+    numbers = 0
 
     def visit(module: nn.Module, path: str) -> None:
-        count(module)
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            count(child)
+            if child in seen:
+                continue
+            seen.add(child)
+            key = f"{path}.{name}" if path else name
+            modules[key] = child
+            places[key] = (module, name)
+            look_into(child, key)
+
+    def count(module: nn.Module) -> None:
+        nonlocal numbers
+        for p in module._parameters.values():
+            if p is not None:
+                n = owners[p] = owners.get(p, 0) + 1
+                if n == 1:
+                    numbers += p.numel()
+
+    def look_into(module: nn.Module, path: str) -> None:
         if isinstance(module, AdapterLayer):
             tree.layers[path] = module
-            return
-        if isinstance(module, Wrapper):
+        elif isinstance(module, WRAPPERS):
             tree.wrappers[path] = module
-            return
-        for name, child in module._modules.items():
-            if child is None or id(child) in seen:
-                if child is not None:
-                    count(child)
-                continue
-            seen.add(id(child))
-            key = f"{path}.{name}" if path else name
-            tree.modules[key] = child
-            tree.places[key] = (module, name)
-            visit(child, key)
+        elif module._modules:
+            visit(module, path)
 
-    visit(model, "")
+    count(model)
+    look_into(model, "")
+    tree.parameters = numbers
     return tree
+
+
+def outer_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Each module once, those inside adapter layers left out; several times as fast as `modules()`."""
+    seen, left = {model}, [model]
+    while left:
+        module = left.pop()
+        yield module
+        if module._modules and not isinstance(module, AdapterLayer):
+            new = [m for m in module._modules.values() if m is not None and m not in seen]
+            seen.update(new)
+            left += new
 
 
 def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
@@ -73,7 +94,7 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
     if isinstance(module, AdapterLayer):
         return module.site
     weight = module._parameters.get("weight")
-    shared = weight is not None and tree.owners[id(weight)] > 1
+    shared = weight is not None and tree.owners.get(weight, 0) > 1
     return Site(key, module, find_op(module), find_store(module), shared=shared)
 
 

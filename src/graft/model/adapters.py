@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
-from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError
+from graft.checkpoint.state import account_of
+from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError
 from graft.core.layer import AdapterLayer
 from graft.core.params import BufferDict
 from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts
 from graft.inject.report import InjectReport
-from graft.inject.survey import Wrapper, survey
+from graft.inject.survey import Tree, Wrapper, survey
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -44,6 +45,18 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
         )
 
 
+@contextmanager
+def unless_it_fails(config: Any) -> Iterator[None]:
+    """What the block writes into a config is taken back if it raises."""
+    before = dict(vars(config))
+    try:
+        yield
+    except BaseException:
+        config.__dict__.clear()
+        config.__dict__.update(before)
+        raise
+
+
 class Adapters:
     """What `PeftModel` asks about adapters of one method, be they on layers (`Tuner`) or prompts (`Prompts`)."""
 
@@ -57,13 +70,22 @@ class Adapters:
     active_adapters: list[str]
     on_change: Callable[[], None] | None = None  # told when other adapters run
     merged_adapters: Any = ()
+    _flags: dict[str, list[tuple[dict[str, Any], str]]]  # see AdapterLayer.flags; by adapter
+    several: str  # what to do for more than one active adapter
 
-    def open_account(self, model: nn.Module) -> None:
+    def open_account(self, model: nn.Module) -> Tree:
+        """Begin with what `model` carries already. Returns a survey of it."""
+        if account_of(model) is not None:
+            raise AlreadyInjectedError(
+                "The model is a PeftModel already. For another adapter of the method it has, call its add_adapter(); "
+                "for another method, or to start over, pass its get_base_model()."
+            )
         found = survey(model)
         known = [*found.layers.values(), *found.wrappers.values()]
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.routing = known[0].routing if known else Routing()
-        self.peft_config, self.reports, self.active_adapters = {}, {}, []
+        self.peft_config, self.reports, self.active_adapters, self._flags = {}, {}, [], {}
+        return found
 
     def shown(self) -> dict[str, nn.Module]:
         """The modules that a PeftModel has for it, by name."""
@@ -84,6 +106,9 @@ class Adapters:
     def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
         """Around a call of the model with `kwargs`, which may change; gives what its output goes through."""
         raise NotImplementedError
+
+    def check_generate(self, kwargs: dict[str, Any]) -> None:
+        """Raise for arguments of `generate` that adapters cannot do with."""
 
     def check_new(self, adapter_name: str, config: Any) -> None:
         check_adapter_name(adapter_name, list(self.peft_config))
@@ -108,15 +133,32 @@ class Adapters:
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names)
-        for part in self.parts():
-            part.check_active(names)
+        if len(names) > 1:
+            for part in self.parts():
+                part.check_active(names)
         if self.merged_adapters and names != self.active_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
+        trained: set[str] = set()
         for part in self.parts():
-            part.set_adapter(names, inference_mode)
+            if type(part) is AdapterLayer:
+                trained |= part.trainable
+                part.activate(names, not inference_mode)
+            else:
+                part.set_adapter(names, inference_mode)
+        for name in trained.difference(names):
+            self._flag(name, False)
+        for name in names:
+            self._flag(name, not inference_mode)
         self.active_adapters = names
         self._changed()
+
+    def _flag(self, adapter: str, requires_grad: bool) -> None:
+        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once."""
+        if adapter not in self._flags:
+            self._flags[adapter] = [flag for layer in self.layers.values() for flag in layer.flags(adapter)]
+        for parameters, name in self._flags[adapter]:
+            parameters[name].requires_grad = requires_grad
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
@@ -145,6 +187,7 @@ class Adapters:
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         del self.peft_config[adapter_name]
+        self._flags.pop(adapter_name, None)
         self.reports.pop(adapter_name, None)
         for part in self.parts():
             part.delete_adapter(adapter_name)

@@ -11,7 +11,9 @@ from torch import nn
 from graft.config.base import PeftConfig
 from graft.core.errors import AlreadyInjectedError
 from graft.core.layer import AdapterLayer
+from graft.inject.survey import outer_modules
 from graft.methods import method_of
+from graft.model.adapters import unless_it_fails
 from graft.model.peft_model import PeftModel
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -44,23 +46,24 @@ def get_peft_model(
         raise NotImplementedError("mixed=True (adapters of several methods on one model) is not in graft yet.")
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
-    if any(isinstance(m, AdapterLayer) for m in model.modules()):
+    if any(isinstance(m, AdapterLayer) for m in outer_modules(model)):
         raise AlreadyInjectedError(
             "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, "
             "call add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure "
             "to call `.unload()` before."
         )
     hint_at_name(adapter_name, peft_config)
-    record_origin(model, peft_config, revision)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
-    return cls(
-        model,
-        peft_config,
-        adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-        heads=heads,
-    )
+    with unless_it_fails(peft_config):
+        record_origin(model, peft_config, revision)
+        return cls(
+            model,
+            peft_config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            heads=heads,
+        )
 
 
 def hint_at_name(adapter_name: str, config: Any) -> None:

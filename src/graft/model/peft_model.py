@@ -19,7 +19,8 @@ from graft.config.base import HUB_KEYWORDS, PeftConfig
 from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError
 from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows
-from graft.model.adapters import check_adapter_name
+from graft.inject.survey import outer_modules
+from graft.model.adapters import check_adapter_name, unless_it_fails
 from graft.model.prompt import Prompts
 from graft.model.tuner import tuner_of
 from graft.storage import numel
@@ -57,16 +58,17 @@ class PeftModel(nn.Module):
         super().__init__()
         check_adapter_name(adapter_name)
         self.modules_to_save: set[str] | None = None
-        self.extend_config(peft_config)
         holder = Prompts if peft_config.is_prompt_learning else tuner_of(peft_config.peft_type)
-        tuner: Any = holder(
-            model,
-            peft_config,
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            **options,
-        )
+        with unless_it_fails(peft_config):
+            self.extend_config(peft_config)
+            tuner: Any = holder(
+                model,
+                peft_config,
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **options,
+            )
         for name, module in tuner.shown().items():
             setattr(self, name, module)
         self.__dict__["tuner"] = tuner
@@ -172,10 +174,11 @@ class PeftModel(nn.Module):
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
         """
         self.tuner.check_new(adapter_name, peft_config)
-        self.extend_config(peft_config)
-        self.tuner.add_adapter(
-            adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
-        )
+        with unless_it_fails(peft_config):
+            self.extend_config(peft_config)
+            self.tuner.add_adapter(
+                adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
+            )
         self._note_modules_to_save(peft_config)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -188,8 +191,7 @@ class PeftModel(nn.Module):
         """
         if not isinstance(adapter_name, str):
             raise TypeError(
-                f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): use "
-                "model.base_model.set_adapter([...]) to activate several."
+                f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): {self.tuner.several}."
             )
         self.tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
@@ -277,6 +279,7 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, with `adapter_names` as in `forward`."""
+        self.tuner.check_generate(kwargs)
         names, copies = kwargs.get("adapter_names"), self._copies(kwargs)
         if names is None or copies == 1:
             return self._call(self.get_base_model().generate, args, kwargs)
@@ -309,8 +312,9 @@ class PeftModel(nn.Module):
 
             handles = [encoder.register_forward_pre_hook(narrow), encoder.register_forward_hook(widen)]
         try:
-            with routing.using(spread):
-                return model.generate(*args, **kwargs)
+            with routing.using(spread), self.tuner.acting(kwargs) as finish:
+                kwargs.pop("task_ids", None)
+                return finish(model.generate(*args, **kwargs))
         finally:
             for handle in handles:
                 handle.remove()
@@ -318,9 +322,9 @@ class PeftModel(nn.Module):
     @staticmethod
     def prepare_model_for_gradient_checkpointing(model: Any, only_if_on: bool = False) -> None:
         """Let the inputs of the first block require gradients: reentrant checkpointing drops them otherwise."""
-        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
-        flag = next((n for n in names if hasattr(type(model), n)), names[1])
-        if only_if_on and not getattr(model, flag, True):
+        flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
+        known = any(hasattr(type(model), flag) for flag in flags)
+        if only_if_on and known and not any(m.__dict__.get("gradient_checkpointing") for m in outer_modules(model)):
             return
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:
@@ -441,18 +445,19 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
-        _for_loading(config, is_trainable)
-        loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-        load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs))
-        target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
-        made = target(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            fill=load.fill,
-            heads=load.heads(),
-        )
+        with unless_it_fails(config):
+            _for_loading(config, is_trainable)
+            loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
+            load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs))
+            target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
+            made = target(
+                model,
+                config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                fill=load.fill,
+                heads=load.heads(),
+            )
         made._loaded(adapter_name, is_trainable)
         return made
 

@@ -19,7 +19,7 @@ from graft.core.method import Method
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
-from graft.inject.survey import Wrapper, survey
+from graft.inject.survey import Tree, Wrapper, survey
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.merge import weighted
 from graft.methods import METHODS, PROMPTS, method_of
@@ -35,6 +35,7 @@ class Tuner(Adapters, nn.Module):
     """
 
     method: type[Method]
+    several = "use model.base_model.set_adapter([...]) to activate several"
 
     def __init__(
         self,
@@ -47,14 +48,15 @@ class Tuner(Adapters, nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.open_account(model)
+        tree: Tree | None = self.open_account(model)
         self.shared: list[str] = []  # names of containers of tensors that all layers share
         self.peft_config |= getattr(model, "peft_config", None) or {}
         if state_dict is not None:
             options["keys"] = self._keys_in(state_dict, peft_config)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
-            self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype, **options)
+            self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype, tree=tree, **options)
+            tree = None
         self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     def __getattr__(self, name: str) -> Any:
@@ -79,6 +81,7 @@ class Tuner(Adapters, nn.Module):
         fill: Callable[[Parts], None] | None = None,
         keys: Any = None,
         heads: dict[str, nn.Module] | None = None,
+        tree: Tree | None = None,
     ) -> InjectReport:
         """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
         self.check_new(adapter_name, config)
@@ -96,6 +99,7 @@ class Tuner(Adapters, nn.Module):
             fill=fill,
             keys=keys,
             heads=heads,
+            tree=tree,
         )
         for name, container in shared.items():
             if name not in self._modules:
@@ -303,6 +307,11 @@ def inject_adapter_in_model(
             do not fit (as a warning if they merely differ).
     """
     method = method_of(peft_config.peft_type)
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{peft_config.peft_type.value} cannot be injected without a wrapper: prompts act on the calls that go "
+            "through it. Please use `get_peft_model` instead."
+        )
     if method.shares:
         raise ValueError(
             f"{method.__name__} cannot be injected without a wrapper: it has shared state stored on the tuner. "

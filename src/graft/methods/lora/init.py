@@ -7,15 +7,15 @@ so that W + scaling · B A stays what it was.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.core.errors import ConfigError, PeftWarning
+from graft.core.random import kaiming_bound
 
 if TYPE_CHECKING:
     from graft.methods.lora.lora import LoRA
@@ -27,27 +27,27 @@ def changes_base(how: bool | str) -> bool:
     return isinstance(how, str) and (how == "olora" or how.startswith("pissa"))
 
 
-@torch.no_grad()
 def initialise(lora: LoRA, how: bool | str) -> None:
-    A, B = lora.pair
+    A, B = (p.data for p in lora.pair)
     op = lora.layer.op
     if lora.lora_bias and how is not False:
-        nn.init.zeros_(lora.lora_B.bias)  # type: ignore[arg-type]
+        lora.lora_B.bias.data.zero_()  # type: ignore[union-attr,operator]
     if op.takes_ids:
         if isinstance(how, str):
             text = f"init_lora_weights={how!r} has no meaning for the embedding '{lora.layer.site.key}': default used."
             warnings.warn(text, PeftWarning, stacklevel=2)
         if how is not False:
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
+            A.zero_()
+            B.normal_()
     elif how is True:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        nn.init.zeros_(B)
+        bound = kaiming_bound(A[0].numel())
+        A.uniform_(-bound, bound)
+        B.zero_()
     elif how is False:
         pass  # as the modules of A and B initialise themselves
     elif how.lower() == "gaussian":
-        nn.init.normal_(A, std=1 / A.shape[0])
-        nn.init.zeros_(B)
+        A.normal_(std=1 / A.shape[0])
+        B.zero_()
     elif A.dim() > 2 or not (how in ("orthogonal", "olora") or how.startswith("pissa")):
         raise ConfigError(
             f"Unknown initialization init_lora_weights='{how}' for layer '{lora.layer.site.key}'. Known ones: True, "
@@ -70,6 +70,7 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
     B.copy_((torch.randn(r // 2, B.shape[0]).T @ even) / 10)
 
 
+@torch.no_grad()
 def _from_weight(lora: LoRA, how: str, A: Tensor, B: Tensor) -> None:
     layer, r, s = lora.layer, A.shape[0], lora.scaling
     W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter))

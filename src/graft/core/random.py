@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random values as torch's constructors draw them, so that a seeded run gets the numbers it gets elsewhere."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_SCRATCH = 1 << 14  # 64-bit words: stays in the cache
+
+
+@cache
+def kaiming_bound(fan_in: int) -> float:
+    """Of the uniform values of a new nn.Linear: kaiming_uniform_ with a = √5, in the steps that torch rounds in."""
+    a = math.sqrt(5)
+    return math.sqrt(3.0) * (math.sqrt(2.0 / (1 + a**2)) / math.sqrt(fan_in)) if fan_in else 0.0
+
+
+def skip(*tensors: Tensor) -> None:
+    """Advance the generator as filling these with uniform values would, in little more than half the time."""
+    if all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors):
+        left = sum(t.numel() for t in tensors)
+        while left > 1:  # a 64-bit word takes two steps of the generator, a float one
+            words = min(left // 2, _SCRATCH)
+            scratch()[:words].random_(-(2**63), None)
+            left -= 2 * words
+        if left:
+            torch.empty(1).uniform_()
+        return
+    for t in tensors:
+        t.uniform_()  # to be overwritten
+
+
+@cache
+def scratch() -> Tensor:
+    return torch.empty(_SCRATCH, dtype=torch.int64, device="cpu")

@@ -11,6 +11,9 @@ import sys
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before transformers or torch.compile import triton
+
 torch.set_num_threads(1)
 
 SUBJECT = os.environ.get("GRAFT_TESTS_SUBJECT", "graft")

@@ -3,6 +3,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -10,9 +11,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.kernels import low_rank, mixed
-from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropped, kept, plain
+from graft.kernels import decomposed, low_rank, mixed, products, sparse
+from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, plain
 from graft.kernels.norm import plain_row_norms, row_norms
+from graft.kernels.products import dropped, kept
 from tests.models import seeded
 
 SCALE = 1.37
@@ -77,6 +79,17 @@ def test_autocast_computes_in_its_dtype():
     assert 1e-4 < max(worst(found, exact)) < 0.03
 
 
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_autocast_without_gradients(rows):
+    made = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = made(inputs(rows)).detach()
+        with torch.no_grad():
+            found = made(inputs(rows))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert worst([found], [expected.double()]) < [2**-6]
+
+
 def test_without_gradients_y_is_overwritten():
     y, x, A, B = (t.detach() for t in tensors())
     expected = plain(y, x, A, B, SCALE)
@@ -130,6 +143,139 @@ def test_second_derivatives():
         return add_low_rank(y.detach().clone(), x, A, B, SCALE)
 
     assert torch.autograd.gradgradcheck(once, (x, A, B), fast_mode=True)
+
+
+# with the base layer
+
+
+def drawn(dtype=torch.float32, bias=True, x_grad=True):
+    """x, W, b, A, B, ratio of a linear layer from 12 to 20."""
+    with seeded(3):
+        x = torch.randn(2, ROWS // 2, 12).to(dtype).requires_grad_(x_grad)
+        W, b = torch.randn(20, 12).to(dtype), torch.randn(20).to(dtype) if bias else None
+        A, B, ratio = (torch.randn(s).requires_grad_() for s in ((3, 12), (20, 3), (20,)))
+    return x, W, b, A, B, ratio
+
+
+def called(values, function):
+    """Output of function(x, W, b, A, B, ratio) and its gradients."""
+    out = function(*values)
+    with seeded(5):
+        weights = torch.randn(out.shape)
+    given = [t for t in values if t is not None and t.requires_grad]
+    return [out.detach(), *torch.autograd.grad((out.to(weights.dtype) * weights).sum(), given, allow_unused=True)]
+
+
+def doubled(values):
+    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in values]
+
+
+def pull(g, W):
+    return g @ W
+
+
+def joint(p=0.0):
+    def run(x, W, b, A, B, _):
+        return low_rank.low_rank_linear(lambda x: nn.functional.linear(x, W, b), pull, W, x, A, B, SCALE, p)
+
+    return run
+
+
+def dora(p=0.0):
+    def run(x, W, b, A, B, ratio):
+        def base(x):
+            return nn.functional.linear(x, W, b)
+
+        return decomposed.linear(base, pull, x, W, b, A, B, ratio, SCALE, p)
+
+    return run
+
+
+def masked(function, p, seed):
+    """The plain form of either, with the mask that dropout draws from the seed."""
+    mask = kept(torch.empty(ROWS // 2 * 2, 12), p, seed).view(2, -1, 12) / (1 - p) if p else 1
+
+    def run(x, W, b, A, B, ratio):
+        if function is dora:
+            return decomposed.plain(x, W, b, A, B, ratio, SCALE, mask)
+        return plain(nn.functional.linear(x, W, b), x * mask, A, B, SCALE)
+
+    return run
+
+
+@pytest.mark.parametrize("function", [joint, dora])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_base_and_adapter_in_one_function(function, p, bias, x_grad, monkeypatch):
+    monkeypatch.setattr(low_rank, "new_seed", lambda: 11)
+    values = drawn(bias=bias, x_grad=x_grad)
+    exact = called(doubled(values), masked(function, p, 11))
+    found = called(values, function(p))
+    pairs = [(a, b) for a, b in zip(found, exact) if b is not None]
+    assert len(pairs) == 3 + x_grad + (function is dora)
+    assert max(worst(*zip(*pairs))) < 3e-6
+
+
+@pytest.mark.parametrize("function", [joint, dora])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_base_and_adapter_in_half_precision(function, p, monkeypatch):
+    """No further from the exact result than operations one by one, which round the output of the base layer, too."""
+    monkeypatch.setattr(low_rank, "new_seed", lambda: 11)
+    values = drawn(torch.bfloat16)
+    exact = called(doubled(values), masked(function, p, 11))
+    mask = kept(torch.empty(ROWS // 2 * 2, 12), p, 11).view(2, -1, 12) / (1 - p) if p else 1
+
+    def one_by_one(x, W, b, A, B, ratio):
+        y, xd = nn.functional.linear(x, W, b), (x * mask).to(x.dtype)
+        added = (xd.float() @ A.T @ B.T) * SCALE
+        if function is joint:
+            return (y + added).to(y.dtype)
+        return (y + nn.functional.linear(xd, W) * (ratio - 1) + added * ratio).to(y.dtype)
+
+    found, unfused = (called(values, f) for f in (function(p), one_by_one))
+    pairs = [(a, b, c) for a, b, c in zip(found, unfused, exact) if c is not None]
+    found, unfused, exact = zip(*pairs)
+    errors = list(zip(spread(found, exact), spread(unfused, exact)))
+    assert all(a <= b * 1.05 for a, b in errors), errors
+
+
+@pytest.mark.parametrize("function", [joint, dora])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.4])
+def test_second_derivatives_with_the_base_layer(function, p, monkeypatch):
+    monkeypatch.setattr(low_rank, "new_seed", lambda: 11)
+    x, W, b, A, B, ratio = doubled(drawn())
+
+    def once(x, A, B, ratio):
+        return function(p)(x, W, b, A, B, ratio) + 0 * ratio
+
+    assert torch.autograd.gradgradcheck(once, (x, A, B, ratio), fast_mode=True)
+
+
+def test_products_of_few_elements():
+    with seeded(9):
+        x, W, g = torch.randn(30, 12).double(), torch.randn(20, 12).double(), torch.randn(30, 20).double()
+    for p in (0.001, 0.05, 0.5):
+        found = products.places(x.numel(), p, 5, x.device)
+        assert_close(sparse.part(x, W, found), sparse.plain_part(x, W, found))
+        assert_close(sparse.entries(g, W, found), sparse.plain_entries(g, W, found))
+    half = sparse.part(x.bfloat16(), W.bfloat16(), found), sparse.entries(g.bfloat16(), W.bfloat16(), found)
+    assert [t.dtype for t in half] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("p", [0.003, 0.05, 0.5, 0.95])
+def test_places_are_independent_draws(p):
+    """Every place is as likely as any other, and neighbours do not know of each other."""
+    size, seeds = 400, 4000
+    drops = torch.zeros(seeds, size)
+    for seed in range(seeds):
+        found = products.places(size, p, seed, drops.device)
+        assert (found.diff() > 0).all() and ((found >= 0) & (found < size)).all()
+        drops[seed, found] = 1
+    share, sigma = drops.mean(0), (p * (1 - p) / seeds) ** 0.5
+    assert ((share - p).abs() < 5 * sigma).all()
+    both = (drops[:, 1:] * drops[:, :-1]).mean()
+    assert (both - p * p).abs() < 6 * p / (seeds * size) ** 0.5
 
 
 # in a model
@@ -258,6 +404,85 @@ def test_bytes_kept_for_backward():
     assert kept_bytes == {0.0: ROWS * 3 * 4, 0.3: ROWS * 3 * 4}
 
 
+def test_a_weight_that_trains_gets_its_gradient():
+    for dora in (True, False):
+        made = model(dora=dora)
+        layer = made.base_model.model[0]
+        layer.set_adapter("default")
+        weight, x = layer.base_layer.weight.requires_grad_(), inputs()
+        layer(x).square().sum().backward()
+        found = weight.grad
+        m = layer.methods["default"]
+        A, B = (f.detach() for f in m.factors())
+        W = weight.detach().clone().requires_grad_()
+        y = nn.functional.linear(x, W, layer.base_layer.bias) if not dora else None
+        if dora:
+            out = decomposed.plain(x, W, layer.bias, A, B, m.ratio().detach(), 1.0)
+        else:
+            out = y + x @ A.T @ B.T
+        out.square().sum().backward()
+        assert_close(found, W.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_backward_hooks_of_the_base_layer_are_called(dora):
+    made = model(dora=dora)
+    layer = made.base_model.model[0]
+    seen = []
+    layer.base_layer.register_full_backward_hook(lambda _m, _gx, gy: seen.append(gy[0]))
+    made(inputs().requires_grad_()).sum().backward()
+    assert len(seen) == 1 and seen[0].shape == (ROWS, 20)
+
+
+# against PEFT
+
+
+def pair(dora=False, dtype=torch.float32, **options):
+    """graft's and PEFT's model with the same values, both adapters active."""
+    ours = model(dora=dora, dtype=dtype, **options)
+    with seeded(0):
+        base = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6)).to(dtype)
+    config = peft.LoraConfig(r=3, lora_alpha=3 * SCALE, target_modules=["0", "2"], use_dora=dora, **options)
+    theirs = peft.get_peft_model(base, config)
+    theirs.add_adapter("other", copy.deepcopy(config))
+    theirs.base_model.set_adapter(["default", "other"])
+    values = {n: p.detach() for n, p in ours.named_parameters()}
+    assert values.keys() == dict(theirs.named_parameters()).keys()
+    theirs.load_state_dict(values, strict=False)
+    return ours, theirs
+
+
+HOW = ["plain", "half", "autocast", "checkpoint", "frozen input", "no grad"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("adapters", [["default"], ["default", "other"]])
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_equals_peft(how, dora, adapters, rows):
+    dtype = torch.bfloat16 if how == "half" else torch.float32
+    found = []
+    for made in pair(dora, dtype):
+        made.base_model.set_adapter(adapters)
+        x = inputs(rows, dtype).requires_grad_(how != "frozen input")
+        low = torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast")
+        with low, torch.set_grad_enabled(how != "no grad"):
+            inner = made.base_model.model
+            y = checkpoint(inner, x, use_reentrant=False) if how == "checkpoint" else made(x)
+        values = {"y": y.detach().float()}
+        if how != "no grad":
+            y.float().square().sum().backward()
+            values |= {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
+            values |= {"x": x.grad.float()} if x.requires_grad else {}
+        found.append(values)
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() and len(ours) > (4 if how != "no grad" else 0)
+    loose = how in ("half", "autocast")
+    for name in ours:
+        a, b = ours[name], theirs[name]
+        assert (a - b).norm() <= (0.03 if loose else 1e-5) * b.norm(), name
+
+
 # norms
 
 
@@ -318,9 +543,38 @@ def test_groups_equal_the_plain_formula():
         x, y = torch.randn(6, 4, 12), torch.randn(6, 4, 20)
         factors = [(torch.randn(3, 12), torch.randn(20, 3), s) for s in (1.37, 0.4)]
     order = torch.tensor([4, 0, 5, 2])
-    expected = mixed.plain(y, x, factors, order)
-    assert mixed.fits(factors) and torch.equal(expected[[1, 3]], y[[1, 3]])
-    assert_close(mixed.add_groups(y, x, factors, order), expected)
-    assert not mixed.fits([*factors, (torch.randn(2, 12), torch.randn(20, 2), 1.0)])
+    expected = mixed.plain(y, x, factors, order, [2, 2])
+    assert torch.equal(expected[[1, 3]], y[[1, 3]])
+    for i, (A, B, s) in zip(order.tolist(), [f for f in factors for _ in range(2)]):
+        assert_close(expected[i], y[i] + s * x[i] @ A.T @ B.T)
+    assert mixed.fits(y, x, factors, [2, 2])
+    assert_close(mixed.add_groups(y, x, factors, order, [2, 2]), expected)
+    assert not mixed.fits(y, x, factors, [1, 3])
+    assert not mixed.fits(y, x, [*factors, (torch.randn(2, 12), torch.randn(20, 2), 1.0)], [2, 2, 2])
     wide_factors = (torch.empty(3, 200_000), torch.empty(20, 3), 1.0)
-    assert not mixed.fits([wide_factors, wide_factors])
+    assert not mixed.fits(y, x, [wide_factors, wide_factors], [2, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_without_gradients(dtype):
+    """Of other sizes and ranks, one after another; in order, stacked."""
+    with seeded(8):
+        x, y = torch.randn(6, 4, 12).to(dtype), torch.randn(6, 4, 20).to(dtype)
+        factors = [(torch.randn(r, 12), torch.randn(20, r), s) for r, s in ((3, 1.37), (3, 0.4), (2, -1.1))]
+    cases = [
+        (factors[:2], [4, 0, 5, 2], [2, 2], False),
+        (factors, [4, 0, 5, 2], [1, 2, 1], False),
+        (factors[:2], [0, 1, 2, 3, 4, 5], [3, 3], True),
+        (factors, [0, 1, 2, 3, 4, 5], [2, 2, 2], True),
+    ]
+    with torch.inference_mode():
+        for some, order, sizes, in_order in cases:
+            order = torch.tensor(order)
+            expected = mixed.plain(
+                y.double(), x.double(), [(A.double(), B.double(), s) for A, B, s in some], order, sizes
+            )
+            assert mixed.fits(y, x, some, sizes)
+            found = mixed.add_groups(y.clone(), x, some, order, sizes, in_order)
+            assert found.dtype == dtype
+            tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+            assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

@@ -15,8 +15,8 @@ from graft.core import merging
 from graft.core.errors import AdapterNotFoundError, PeftWarning
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
-from graft.core.params import BufferDict, Slot, Transient, begin, container_for, slots_of
-from graft.core.place import place_tensor
+from graft.core.params import FACTS, BufferDict, Slot, Transient, begin, container_for, slots_of
+from graft.core.place import UPCAST, place_tensor
 from graft.core.routing import Routing, Rows
 from graft.core.site import Site, Store
 
@@ -55,6 +55,7 @@ class AdapterLayer(nn.Module):
     _undo: list[tuple[str, Any, Any]]  # (kind, state of the weight, of the bias) of each merge
     _live: tuple[Method, ...]  # the methods that `forward` runs
     _folded: bool
+    _joins: bool
     _replaced: bool
     _rewrites_input: bool
     _adds_output: bool
@@ -63,6 +64,7 @@ class AdapterLayer(nn.Module):
 
     def __init__(self, site: Site, method: type[Method], routing: Routing):
         begin(self)
+        fresh = site.op.fresh and site.store.exact and is_stock(site.module)
         # past nn.Module.__setattr__, which would look for a parameter in each
         self.__dict__.update(
             site=site,
@@ -89,7 +91,8 @@ class AdapterLayer(nn.Module):
             _live=(),
             _folded=method.through_weight(site),
             additive=method.additive,
-            fresh=site.op.fresh and site.store.exact and is_stock(site.module),
+            fresh=fresh,
+            _joins=method.joins and fresh,
             _replaced=method.replaces,
             _rewrites_input=method.rewrites_input,
             _adds_output=method.adds_output,
@@ -104,22 +107,24 @@ class AdapterLayer(nn.Module):
     def add(self, adapter: str, values: dict[str, Any], method: type[Method] | None = None) -> Method:
         """Take in what `Method.build` declared for `adapter`. `method`: the variant that serves it, if it is one."""
         slots: list[Slot] = []
+        own, modules, known = self.__dict__, self._modules, self.containers
         training = self.base_layer.training
         for key, value in values.items():
+            if type(value) in FACTS:
+                if key in known:
+                    own[key][adapter] = value
+                else:
+                    own[key] = {adapter: value}
+                    known.append(key)
+                continue
             if isinstance(value, BufferDict):  # shared by the model: the container itself stands here
-                if key not in self._modules:
+                if key not in modules:
                     self.add_module(key, value)
                     self.attached.add(key)
                 continue
-            container: Any = self._modules.get(key, self.__dict__.get(key))
-            if container is None or key not in self.containers:
-                container = container_for(value)
-                owned = self._modules if isinstance(container, nn.Module) else self.__dict__
-                owned[key] = container
-                self.containers.append(key)
-                if owned is self._modules:
-                    self.holders.append(key)
-                    container.__dict__["training"] = training
+            if key not in known:
+                self._open(key, value, training)
+            container: Any = modules[key] if key in modules else own[key]
             if isinstance(value, nn.Module):
                 container._modules[adapter] = value
                 if not value._modules and not value._buffers:
@@ -131,22 +136,36 @@ class AdapterLayer(nn.Module):
                 continue
             container[adapter] = value.tensor if isinstance(value, Transient) else value
             slots += slots_of(key, container, adapter)
-        for key, container in self.method.empty.items():
-            if key not in self._modules:
-                self.__dict__[key] = container
+        if not self.methods:
+            own.update({key: container for key, container in self.method.empty.items() if key not in modules})
         made = self.methods[adapter] = (method or self.method)(self, adapter)
-        self.additive = self.additive and made.additive
+        own["additive"] = self.additive and made.additive
         self.slots[adapter] = slots
         if "scaling" in values:
             self._scaling_at_start[adapter] = values["scaling"]
         return made
 
+    def _open(self, key: str, value: Any, training: bool) -> None:
+        """Make a container for values like this one."""
+        container = container_for(value)
+        self.containers.append(key)
+        if isinstance(container, nn.Module):
+            self.__dict__.pop(key, None)  # an empty one of `Method.empty`
+            self._modules[key] = container
+            self.holders.append(key)
+            container.__dict__["training"] = training
+        else:
+            self.__dict__[key] = container
+
     def place(self, adapter: str, upcast: bool = True) -> None:
         """Move the adapter to the base weight's device and dtype, half precision to float32 if `upcast`."""
         device, dtype = self.store.where(self.base_layer)
         upcast = upcast and self.method.upcast
+        widens = upcast and dtype in UPCAST
         for slot in self.slots[adapter]:
-            place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
+            t = slot.tensor
+            if t.dtype != dtype or t.device != device or widens:
+                place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget `adapter` and its tensors; an adapter that is merged must be unmerged before."""
@@ -154,18 +173,19 @@ class AdapterLayer(nn.Module):
             raise ValueError(
                 f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
             )
+        modules, own = self._modules, self.__dict__
         for key in self.containers:
-            container = getattr(self, key)
+            container: Any = modules[key] if key in modules else own[key]
             if adapter in container:
                 del container[adapter]
         self.methods.pop(adapter, None)
         if not self.additive:
-            self.additive = all(m.additive for m in self.methods.values())
+            own["additive"] = all(m.additive for m in self.methods.values())
         self.slots.pop(adapter, None)
         self.trainable.discard(adapter)
         self._scaling_at_start.pop(adapter, None)
         if adapter in self.active_adapters:
-            self.active_adapters = [a for a in self.active_adapters if a != adapter]
+            own["active_adapters"] = [a for a in self.active_adapters if a != adapter]
         self.replan()
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
@@ -183,13 +203,14 @@ class AdapterLayer(nn.Module):
                 yield slot.tensor  # type: ignore[misc]
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
-        if adapter not in self.methods:
+        slots = self.slots.get(adapter)
+        if slots is None:
             return
         frozen = [id(p) for p in self.methods[adapter].frozen()] if requires_grad else ()
-        for slot in self.slots[adapter]:
+        for slot in slots:
             if slot.trains:
-                p = slot.owner._parameters[slot.attribute]
-                p.requires_grad_(requires_grad and id(p) not in frozen)  # type: ignore[union-attr]
+                p: Any = slot.owner._parameters[slot.attribute]
+                p.requires_grad = requires_grad and id(p) not in frozen
         (self.trainable.add if requires_grad else self.trainable.discard)(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
@@ -199,30 +220,45 @@ class AdapterLayer(nn.Module):
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
         names = [adapters] if isinstance(adapters, str) else list(adapters)
-        self.check_active(names)
+        if len(names) > 1:
+            self.check_active(names)
         if self.merged_adapters and names != self.active_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge()
-        for name in self.trainable - set(names):
+        for name in self.trainable.difference(names):
             self.require_grad(name, False)
         for name in names:
             self.require_grad(name, not inference_mode)
-        self.active_adapters = names
+        self.activate(names, not inference_mode)
+
+    def activate(self, names: list[str], train: bool) -> None:
+        """Make these the active ones; the caller sees to it that exactly they require gradients, if `train`."""
+        own = self.__dict__
+        own["trainable"] = {n for n in names if n in own["methods"]} if train else set()
+        own["active_adapters"] = names
         self.replan()
+
+    def flags(self, adapter: str) -> list[tuple[dict[str, Any], str]]:
+        """Where the parameters stand that can train: (parameters of a module, name)."""
+        slots = self.slots.get(adapter, ())
+        frozen = [id(p) for p in self.methods[adapter].frozen()] if slots else ()
+        return [(s.owner._parameters, s.attribute) for s in slots if s.trains and id(s.tensor) not in frozen]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""
         if not enabled and self.merged_adapters:
             self.unmerge()
-        self.disable_adapters = not enabled
+        self.__dict__["disable_adapters"] = not enabled
         self.replan()
 
     def replan(self) -> None:
         """Decide, once per change, what `forward` does."""
-        if self.disable_adapters or self.merged_adapters:
-            self._live = ()
+        own = self.__dict__  # setting an attribute of a module takes ten times as long
+        if own["disable_adapters"] or own["merged_adapters"]:
+            own["_live"] = ()
         else:
-            self._live = tuple(self.methods[a] for a in self.active_adapters if a in self.methods)
+            methods = own["methods"]
+            own["_live"] = tuple([methods[a] for a in own["active_adapters"] if a in methods])
 
     # the base weight, changed by an initialisation
 
@@ -239,7 +275,7 @@ class AdapterLayer(nn.Module):
         self._original = None
 
     def settle(self) -> None:
-        self._original = None
+        self.__dict__["_original"] = None
 
     # forward
 
@@ -259,15 +295,30 @@ class AdapterLayer(nn.Module):
             return self._run_folded(live, x)
         if self._rewrites_input:
             for m in live if self.order == "in" else reversed(live):
-                x = m.pre(m.cast(x)).to(x.dtype)
+                x = m.pre(x).to(x.dtype)
         if not self._adds_output:
             return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        if self._joins and not (args or kwargs):
+            y = live[0].join(x)
+            if len(live) == 1:
+                return y
+            live = live[1:]
+        else:
+            y = self.store.protect(self.base_layer(x, *args, **kwargs))
         dtype = y.dtype
-        y = self.store.protect(y)
         for m in live:
             y = m.post(x, y)
         return y.to(dtype)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """Canonical."""
+        return self.op.canon(self.store.read(self.base_layer, self.site.parameter))
+
+    @property
+    def base_trains(self) -> bool:
+        b = getattr(self.base_layer, "bias", None)
+        return self.base_weight.requires_grad or (b is not None and b.requires_grad)
 
     def effective_weight(self) -> Tensor:
         """The weight with the live adapters folded in, as the base layer stores it; gradients flow."""
@@ -304,6 +355,9 @@ class AdapterLayer(nn.Module):
         if self._sees_call:
             return self._run_call(rows, args, kwargs)
         x, args = rows.take(args[0], self.site.key, self.op.takes_ids), args[1:]
+        if len(rows.segments) == 1:
+            m = self.methods.get(rows.segments[0][0])  # type: ignore[arg-type]
+            return self.base_layer(x, *args, **kwargs) if m is None else self._run((m,), x, *args, **kwargs)
         if self.additive:
             return self._add_rows(rows, x, self.base_layer(x, *args, **kwargs))
         parts = []

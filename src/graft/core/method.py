@@ -63,6 +63,7 @@ class Method:
     low_rank: ClassVar[bool]
     rewrites_input: ClassVar[bool]
     adds_output: ClassVar[bool]
+    joins: ClassVar[bool]
     sees_call: ClassVar[bool]  # of modules with several inputs
 
     layer: Any  # an AdapterLayer, with the containers that the method declared
@@ -81,6 +82,7 @@ class Method:
         cls.replaces = has("replacement")
         cls.rewrites_input = has("pre")
         cls.adds_output = has("factors", "delta", "branch", "post")
+        cls.joins = has("join")
         cls.sees_call = has("input_of")
         cls.additive = has("factors", "delta", "branch") and not has("fold", "pre")
         cls.mergeable = has("factors", "delta", "fold", "replacement")
@@ -121,8 +123,8 @@ class Method:
         """Why this site cannot be adapted, or None."""
         if not site.op.known and not (cls.replaces or cls.sees_call):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
-        known: Any = OPS.origin(type(site.module))
-        if cls.through_weight(site) and known is not None and not is_stock(site.module):
+        known: Any = OPS.origin(type(site.module)) if cls.through_weight(site) else None
+        if known is not None and not is_stock(site.module):
             return f"Its forward is not that of {known.__name__}, and {cls.__name__} would call the latter"
         return None
 
@@ -206,10 +208,17 @@ class Method:
         for adapter, index in rows.segments:
             m = layer.methods.get(adapter)  # type: ignore[arg-type]
             if m is not None:
-                y.index_add_(0, index, m.branch(m.cast(x.index_select(0, index))).to(y.dtype))
+                part = m.post(x.index_select(0, index), y.index_select(0, index))
+                y.index_copy_(0, index, part.to(y.dtype))
         return y
 
+    def join(self, x: Tensor) -> Tensor:
+        """The output of a layer that is `fresh`, with this adapter: for methods that can run both at less cost."""
+        y = self.layer.base_layer(x)
+        return self.post(x, y).to(y.dtype)
+
     def pre(self, x: Tensor) -> Tensor:
+        """The base layer's input, from x as it came."""
         return x
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:

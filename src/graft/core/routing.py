@@ -37,12 +37,15 @@ class Rows:
         return torch.argsort(torch.cat([index for _, index in self.segments]))
 
     @cached_property
-    def even(self) -> tuple[list[str], Tensor] | None:
-        """The adapters and their rows, adapter by adapter, if several adapters have equally many rows."""
+    def grouped(self) -> tuple[list[str], Tensor, list[int], bool] | None:
+        """The adapters, their rows, adapter by adapter, how many each has, and whether this is the batch as it stands;
+        if there are several adapters."""
         own = [(name, index) for name, index in self.segments if name is not None]
-        if len(own) < 2 or len({len(index) for _, index in own}) > 1:
+        if len(own) < 2:
             return None
-        return [name for name, _ in own], torch.cat([index for _, index in own])
+        order = torch.cat([index for _, index in own])
+        in_order = len(order) == self.batch and order.tolist() == list(range(self.batch))
+        return [name for name, _ in own], order, [len(index) for _, index in own], in_order
 
     def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
         """`x` with one row per sample. Ids that all samples share, such as positions, are repeated."""

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y + s · dropout(x) Aᵀ Bᵀ, added into y's own memory, with little kept for the backward pass."""
+"""y + s · dropout(x) Aᵀ Bᵀ, added into y's own memory, with little kept for the backward pass.
+
+The products are those of `products.py` or their Triton forms, as `device.py` chooses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from graft.kernels import products
+from graft.kernels.device import form_for
+from graft.kernels.products import dropped
 
 FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it saves
 
@@ -18,12 +26,19 @@ def eager() -> bool:
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a linear layer does nothing but its forward, so that its weight can be used without the call."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
     """The reference. y (…, out), x (…, in), A (r, in), B (out, r); computes in the dtype of A."""
-    x = nn.functional.dropout(x.to(A.dtype), p)
+    x = nn.functional.dropout(x.to(A.dtype), p) if p else x.to(A.dtype)
     return (y + (x @ A.T @ B.T) * scale).to(y.dtype)
 
 
@@ -32,46 +47,62 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
     y must be fresh: nothing else may need its values, not even its own backward pass (a linear layer's does not).
     """
-    # with dropout also without gradients: reentrant checkpointing runs first without, then with them, for one mask
-    if (torch.is_grad_enabled() or p) and x.numel() >= FUSED_FROM * x.shape[-1]:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            A, B = A.to(dtype), B.to(dtype)
-        seed = new_seed() if p else 0
-        return _AddLowRank.apply(y, x, A, B, scale, p, seed)  # type: ignore[no-any-return]
-    if p:
-        return plain(y, x, A, B, scale, p)
-    if not torch.is_grad_enabled():
-        return _add(y, x.to(A.dtype).reshape(-1, x.shape[-1]) @ A.T, B, scale)
-    return (y + (x.to(A.dtype) @ A.T @ B.T) * scale).to(y.dtype)
+    if not p and not torch.is_grad_enabled():
+        A, B = autocast(x, A, B)
+        form = form_for(products, y, x, A, B)
+        return form.add_up(y, form.down(x.reshape(-1, x.shape[-1]), A), B, scale)  # type: ignore[no-any-return]
+    if fuses(x, p):
+        A, B = autocast(x, A, B)
+        return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p), form_for(products, y, x, A, B))  # type: ignore[no-any-return]
+    return plain(y, x, A, B, scale, p)
 
 
-def _add(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + scale · h Bᵀ in y's memory. h (rows, r)."""
-    flat = y.view(-1, y.shape[-1])
-    if y.dtype == h.dtype:
-        flat.addmm_(h, B.T, alpha=scale)
-    else:
-        flat.add_(h @ B.T, alpha=scale)  # rounds once
-    return y
+def low_rank_linear(
+    base: Callable[[Tensor], Tensor],
+    pull: Callable[[Tensor, Tensor], Tensor],
+    W: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float = 0.0,
+) -> Tensor:
+    """`add_low_rank` to base(x), with one gradient of x for both; that of W is not computed.
+
+    Args:
+        base: a linear layer without hooks.
+        pull: from the gradient of its output (rows, out) and W to that of its input (rows, in).
+        W: its weight, as `pull` takes it.
+    """
+    if not fuses(x, p) or not torch.is_grad_enabled():
+        return add_low_rank(base(x), x, A, B, scale, p)
+    A, B = autocast(x, A, B)
+    return _LowRankLinear.apply(x, W, A, B, base, pull, scale, p, seed_for(p), form_for(products, x, A, B))  # type: ignore[no-any-return]
+
+
+def fuses(x: Tensor, p: float) -> bool:
+    """Whether an autograd.Function pays. x (…, in).
+
+    With dropout also without gradients: reentrant checkpointing runs first without, then with them, for one mask.
+    """
+    return (torch.is_grad_enabled() or p > 0) and x.numel() >= FUSED_FROM * x.shape[-1]
+
+
+def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
+    """`factors` in the dtype that autocast computes in, if it is on."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return factors
+    dtype = torch.get_autocast_dtype(kind)
+    return [f.to(dtype) for f in factors]
 
 
 def new_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-def kept(like: Tensor, p: float, seed: int) -> Tensor:
-    """Which elements dropout keeps: a comparison of 16 random bits each, the same for the same seed."""
-    g = torch.Generator(like.device).manual_seed(seed)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    words.random_(-(2**63), None, generator=g)
-    bits = words.view(torch.int16)[: like.numel()].view(like.shape)
-    return bits >= round(p * 2**16) - 2**15
-
-
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    return torch.where(kept(x, p, seed), x * (1 / (1 - p)), 0) if p else x
+def seed_for(p: float) -> int:
+    return new_seed() if p else 0
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -96,24 +127,81 @@ class _AddLowRank(torch.autograd.Function):
     """Keeps x as it came (its memory is often kept anyway), and h = x Aᵀ of r numbers per row."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(A.dtype)
-        h = dropped(flat, p, seed) @ A.T
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int, form: Any
+    ) -> Tensor:
+        h = form.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
-        ctx.options = scale, p, seed
-        return _add(y.data, h, B, scale)
+        ctx.options = scale, p, seed, form
+        return form.add_up(y.data, h, B, scale)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, A, B, h = ctx.saved_tensors
-        scale, p, seed = ctx.options
-        need_x, need_A, need_B = ctx.needs_input_grad[1:4]
-        flat = dropped(x.reshape(-1, x.shape[-1]).to(A.dtype), p, seed) if need_A or torch.is_grad_enabled() else None
-        if torch.is_grad_enabled():  # for a second derivative: h as a function of x and A
-            h = flat @ A.T  # type: ignore[operator]
-        rows = g.reshape(-1, g.shape[-1]).to(A.dtype)
-        dh = (rows @ B) * scale if need_x or need_A else None
-        dA = dh.T @ flat if need_A else None  # type: ignore[union-attr,operator]
-        dB = (rows.T @ h) * scale if need_B else None
-        dx = dropped(dh @ A, p, seed).to(x.dtype).view(x.shape) if need_x else None  # type: ignore[operator]
-        return g, dx, dA, dB, None, None, None
+        rows = g.reshape(-1, g.shape[-1])
+        return (
+            g,
+            *gradients(rows, *ctx.saved_tensors, *ctx.options, need=ctx.needs_input_grad[1:4]),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The same together with the base layer, whose gradient the low-rank one is added to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Any, pull: Any, scale: float, p: float,
+        seed: int, form: Any,
+    ) -> Tensor:  # fmt: skip
+        y = base(x)
+        h = form.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
+        ctx.save_for_backward(W, x, A, B, h)
+        ctx.pull, ctx.options = pull, (scale, p, seed, form)
+        return form.add_up(y, h, B, scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        W, *saved = ctx.saved_tensors
+        need_x, _, *need = ctx.needs_input_grad[:4]
+        rows = g.reshape(-1, g.shape[-1])
+        dx = ctx.pull(rows, W.to(g.dtype)) if need_x else None
+        dx, dA, dB = gradients(rows, *saved, *ctx.options, need=(need_x, *need), dx=dx)
+        return dx, None, dA, dB, None, None, None, None, None, None
+
+
+def gradients(
+    g: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor,
+    scale: float,
+    p: float,
+    seed: int,
+    form: Any,
+    *,
+    need: Sequence[bool],
+    dx: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, A and B, as far as there is need, from that of the output. g (rows, out).
+
+    dx: a gradient of x (rows, in), to which the other is added in place.
+    """
+    need_x, need_A, need_B = need
+    drop: dict[str, Any] = dict(p=p, seed=seed)
+    flat = x.reshape(-1, x.shape[-1])
+    again = torch.is_grad_enabled()
+    if again:  # for a second derivative: operations that have one, and h by them
+        form, drop["kept"] = products, form.kept if p else None
+        h = products.down(flat, A, **drop)
+    dh, dB = form.through_up(g, B, h, scale)
+    dA = form.outer(dh, flat, **drop) if need_A else None
+    if need_x and dx is not None and not again:
+        dx = form.add_up(dx, dh, A.T, 1.0, p, seed)
+    elif need_x:
+        own = form.up(dh, A.T, x.dtype, **drop)
+        dx = own if dx is None else dx + own
+    return None if dx is None else dx.to(x.dtype).view(x.shape), dA, dB if need_B else None

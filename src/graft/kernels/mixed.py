@@ -6,37 +6,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from graft.kernels.device import triton_form, uses_triton
 
 STACKED = 2**20  # numbers in the stacked factors: copying more costs more than a loop over the adapters
 
+Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scaling
 
-def plain(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]], order: Tensor) -> Tensor:
+
+def plain(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int]) -> Tensor:
     """The reference: y with s · x Aᵀ Bᵀ added to the rows of each (A, B, s).
 
-    y (batch, …, out), x (batch, …, in); `order`: the rows of the first adapter, as many of the second, ….
+    y (batch, …, out), x (batch, …, in); `order`: the rows of the first adapter, then of the second, …; as many as in
+    `sizes`.
     """
     out = y.clone()
-    for index, (A, B, s) in zip(order.view(len(factors), -1), factors):
+    for index, (A, B, s) in zip(order.split(list(sizes)), factors):
         out[index] += (x[index].to(A.dtype) @ A.T @ B.T * s).to(y.dtype)
     return out
 
 
-def fits(factors: Sequence[tuple[Tensor, Tensor, float]]) -> bool:
+def fits(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
+    """Whether `add_groups` can serve them: any that share a dtype, but for a batched product with gradients."""
+    A = factors[0][0]
+    if any(a.dtype != A.dtype or b.dtype != A.dtype for a, b, _ in factors):
+        return False
+    return uses_triton(y, x, A) or not torch.is_grad_enabled() or (_alike(factors, sizes) and _small(factors))
+
+
+def add_groups(
+    y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int], in_order: bool = False
+) -> Tensor:
+    """As `plain`, in y's memory, if it `fits`. in_order: `order` counts all rows from the first to the last."""
+    if uses_triton(y, x, factors[0][0]):
+        return triton_form(__name__).add_groups(y, x, factors, order, sizes)  # type: ignore[no-any-return]
+    groups = (x if in_order else x.index_select(0, order)).to(factors[0][0].dtype)
+    if _alike(factors, sizes) and (in_order or _small(factors)):
+        return _add_stacked(y, groups, factors, None if in_order else order)
+    parts = groups.flatten(0, -2).split([size * (groups[0].numel() // x.shape[-1]) for size in sizes])
+    linear = nn.functional.linear
+    return _add(y, order, torch.cat([linear(linear(part, A) * s, B) for part, (A, B, s) in zip(parts, factors)]))
+
+
+def _alike(factors: Factors, sizes: Sequence[int]) -> bool:
+    """Whether one batched product covers them all."""
+    first = factors[0][0]
+    return len(set(sizes)) == 1 and all(A.shape == first.shape for A, _, _ in factors)
+
+
+def _small(factors: Factors) -> bool:
     A, B, _ = factors[0]
-    size = len(factors) * (A.numel() + B.numel())
-    return size <= STACKED and all(a.shape == A.shape and a.dtype == A.dtype for a, _, _ in factors)
+    return len(factors) * (A.numel() + B.numel()) <= STACKED
 
 
-def add_groups(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]], order: Tensor) -> Tensor:
-    """As `plain`, in y's memory, by one batched product for all adapters. They must have one rank (`fits`)."""
+def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | None) -> Tensor:
+    """order: None if all of y's rows are in order."""
     A, B = torch.stack([A for A, _, _ in factors]), torch.stack([B for _, B, _ in factors])
-    groups = x.index_select(0, order).to(A.dtype).reshape(len(factors), -1, x.shape[-1])
-    h = torch.bmm(groups, A.mT)
+    h = torch.bmm(groups.reshape(len(factors), -1, groups.shape[-1]), A.mT)
     scales = [s for _, _, s in factors]
     if len(set(scales)) == 1:
         h = h * scales[0]
     else:
         h = h * torch.tensor(scales, dtype=h.dtype, device=h.device)[:, None, None]
-    added = torch.bmm(h, B.mT).to(y.dtype)
-    return y.index_add_(0, order, added.view(len(order), *y.shape[1:]))
+    if order is None and y.dtype == h.dtype == B.dtype and not torch.is_grad_enabled():
+        y.view(len(factors), -1, y.shape[-1]).baddbmm_(h, B.mT)
+        return y
+    return _add(y, order, torch.bmm(h, B.mT))
+
+
+def _add(y: Tensor, order: Tensor | None, added: Tensor) -> Tensor:
+    """y with rows added to those of `order`, in y's memory; rounded once."""
+    if order is None:
+        added = added.view(y.shape)
+        return y.add_(added) if y.dtype == added.dtype else y.copy_(y + added)
+    added = added.view(len(order), *y.shape[1:])
+    if y.dtype == added.dtype:
+        return y.index_add_(0, order, added)
+    return y.index_copy_(0, order, (y.index_select(0, order) + added).to(y.dtype))

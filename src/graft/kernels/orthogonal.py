@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orthogonal matrices from free parameters."""
+"""Orthogonal matrices from free parameters, and products with blocks of them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from graft.kernels.low_rank import eager
+from graft.kernels.worth import worth_it
 
 
 def skew(v: Tensor, size: int) -> Tensor:
@@ -39,6 +43,82 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
         power = power @ Q
         R = R + 2 * power
     return R + power @ Q
+
+
+def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
+    """As `cayley`, keeping no powers of Q for the backward pass."""
+    fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and not torch.is_autocast_enabled(Q.device.type)
+    return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)  # type: ignore[no-any-return]
+
+
+class _Orthogonal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor, terms: int | None) -> Tensor:
+        ctx.terms = terms
+        if terms is None:
+            R = cayley(Q, None)
+            ctx.save_for_backward(R)
+            return R
+        ctx.save_for_backward(Q)
+        return torch.baddbmm(_eye(Q), Q, _inner(Q, terms)[-1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        if ctx.terms is None:  # dR (I + Q) = -(I + R) dQ, and (I + Q)⁻¹ = (I + R) / 2
+            J = (saved + _eye(saved)).mT
+            return J @ g @ J * -0.5, None
+        Q, dQ = saved, torch.zeros_like(saved)
+        for P in reversed(_inner(Q, ctx.terms)):
+            dQ = torch.baddbmm(dQ, g, P.mT)
+            g = Q.mT @ g
+        return dQ + g, None
+
+
+def _inner(Q: Tensor, terms: int) -> list[Tensor]:
+    """2I + Q, 2I + Q (2I + Q), …: the series is I + Q times the last, so that no power of Q stands alone."""
+    two = 2 * _eye(Q)
+    found = [two + Q]
+    for _ in range(max(terms, 4) - 3):
+        found.append(torch.baddbmm(two, Q, found[-1]))
+    return found
+
+
+def _eye(Q: Tensor) -> Tensor:
+    return torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
+
+
+def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
+    """The reference: x R, block by block, computed in the dtype of R. x (…, blocks · b), R (blocks, b, b)."""
+    z = x.to(R.dtype).unflatten(-1, R.shape[:2])
+    return torch.einsum("...kb,kbc->...kc", z, R).flatten(-2).to(x.dtype)
+
+
+def rotate(x: Tensor, R: Tensor) -> Tensor:
+    """As `plain_rotate`, by one batched product, keeping x as it came."""
+    return _Rotate.apply(x, R) if worth_it(x) else _rotated(x, R)  # type: ignore[no-any-return]
+
+
+def _rotated(x: Tensor, R: Tensor) -> Tensor:
+    blocks = x.to(R.dtype).reshape(-1, *R.shape[:2]).transpose(0, 1)  # (blocks, rows, b)
+    return torch.bmm(blocks, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+        ctx.save_for_backward(x, R)
+        return _rotated(x, R)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, Any]:
+        x, R = ctx.saved_tensors
+        g = g.to(R.dtype)
+        dx = _rotated(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        left, right = (t.reshape(-1, *R.shape[:2]) for t in (x.to(R.dtype), g))
+        return dx, torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
 
 
 def gram_distance(P: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.method import Method
 from graft.core.site import Site
+from graft.kernels.householder import compact, gram_schmidt, reflect
 
 
 @dataclass(kw_only=True)
@@ -60,35 +61,18 @@ class HRA(Method):
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(U, T) with H = I - U T Uᵀ (compact WY form). U (fan_in, r), T (r, r)."""
+        """(U, T) with H = I - U T Uᵀ. U (fan_in, r), T (r, r)."""
         u = self.hra_u.to(torch.promote_types(dtype, torch.float32))
         if self.hra_apply_GS:
             U, T = gram_schmidt(u), 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
         else:
-            U = u / u.norm(dim=0)
-            half = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
-            # T⁻¹ = ½ I + striu(UᵀU) for H_1 H_2 … H_r
-            T = torch.linalg.solve_triangular((U.T @ U).triu(1) + half, 4 * half * half, upper=True)
+            U, T = compact(u)
         return U.to(dtype), T.to(dtype)
 
     def pre(self, x: Tensor) -> Tensor:
-        U, T = self.compact(x.dtype)
-        return x - (x @ U) @ T.T @ U.T
+        return reflect(x, *self.compact(self.dtype))
 
     def fold(self, W: Tensor, b: Tensor | None):
         U, T = self.compact(W.dtype)
         flat = W.flatten(1)  # (out, fan_in)
         return (flat - (flat @ U) @ T @ U.T).view(W.shape), b
-
-
-def gram_schmidt(u: Tensor) -> Tensor:
-    """The columns of u made orthonormal one after another; one that depends on those before it becomes 0."""
-    columns: list[Tensor] = []
-    for column in u.unbind(1):
-        v = column
-        for q in columns:
-            v = v - (q @ v) * q
-        norm = v.norm()
-        depends = norm <= 1e-5 * column.norm()
-        columns.append(torch.where(depends, 0, v / torch.where(depends, 1, norm)))
-    return torch.stack(columns, dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from graft.config.fields import LayerRange, RankPatterns, Targeted, require_posi
 from graft.config.targets import LORA
 from graft.core.method import Method
 from graft.core.site import Site
+from graft.kernels.hadamard import HadamardOfProducts, is_narrow, linear_with, narrow
+from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
+from graft.kernels.worth import worth_it
 
 
 @dataclass(kw_only=True)
@@ -92,37 +96,51 @@ class LoHa(Method):
             product = HadamardOfProducts.apply(w1a, w1b, w2a, w2b)
         return self.scaling * product.reshape(self.layer.site.shape)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether factors of rank r² are cheaper than ΔW."""
+        return not self.cp and is_narrow(self.r, self.layer.out_features, self.layer.fan_in)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w1_a, w1_b, w2_a, w2_b of ΔW = scaling · (w1_a w1_b) ⊙ (w2_a w2_b), in training with dropout."""
+        return self.dropped(self.hada_w1_a), self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+
+    def dropped(self, rows: Tensor) -> Tensor:
+        """`rows` (out, …), in training less what dropout takes out."""
+        if not self.layer.training:
+            return rows
+        if self.rank_dropout:
+            kept = (torch.rand(rows.shape[0], device=rows.device) > self.rank_dropout).to(rows.dtype)
+            rows = rows * (kept / kept.mean().clamp(min=1e-6)).view(-1, *[1] * (rows.dim() - 1))
+        if self.module_dropout:
+            rows = rows * (torch.rand(1, device=rows.device) > self.module_dropout)
+        return rows
+
+    def join(self, x: Tensor) -> Tensor:
+        layer, base = self.layer, self.layer.base_layer
+        if not (eager() and unhooked(base)) or layer.base_trains:
+            return super().join(x)
+        W = layer.base_weight
+        if self.narrow:
+            return low_rank_linear(base, layer.op.pull, W, x, *narrow(*self.parts()), self.scaling)
+        if not (worth_it(x) and W.dtype == x.dtype == self.dtype):  # a sum would round ΔW to the dtype of W
+            return super().join(x)
+        return linear_with(W, base.bias, x, *self.parts(), self.scaling, partial(layer.op.call, base), layer.op.pull)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        layer = self.layer
+        if not (layer.fresh and self.narrow and eager() and unhooked(layer.base_layer)):
+            return super().post(x, y)
+        return add_low_rank(y, x, *narrow(*self.parts()), self.scaling)
+
     def branch(self, x: Tensor) -> Tensor:
-        W, training = self.delta(), self.layer.training
-        if training and self.rank_dropout:
-            kept = (torch.rand(W.shape[0], device=W.device) > self.rank_dropout).to(W.dtype)
-            W = W * (kept / kept.mean().clamp(min=1e-6)).view(-1, *[1] * (W.dim() - 1))
-        if training and self.module_dropout:
-            W = W * (torch.rand(1, device=W.device) > self.module_dropout)
-        return self.layer.op.call(self.layer.base_layer, x, W, None)
+        op, base = self.layer.op, self.layer.base_layer
+        if self.narrow and op.factorable(base):
+            A, B = narrow(*self.parts())
+            return op.up(base, op.down(base, x, A), B) * self.scaling
+        return op.call(base, x, self.dropped(self.delta()), None)
 
 
 def _kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Σ_ij t[i, j] a[i] b[j]: (out, in / groups, kernel size)."""
     return torch.einsum("ijk,jq,ip->pqk", t.flatten(2), b, a)
-
-
-class HadamardOfProducts(torch.autograd.Function):
-    """(a b) ⊙ (c d), keeping only the factors for backward: the products are as large as the weight."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a, b, c, d):
-        return (a @ b) * (c @ d)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b, c, d = ctx.saved_tensors
-        left = grad * (c @ d)
-        right = grad * (a @ b)
-        return left @ b.T, a.T @ left, right @ d.T, c.T @ right

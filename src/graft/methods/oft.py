@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.site import Site
-from graft.kernels.orthogonal import cayley, constrain, skew
+from graft.kernels.orthogonal import constrain, orthogonal, rotate, skew
 
 
 @dataclass(kw_only=True)
@@ -118,8 +118,8 @@ class OFT(Method):
             if self.layer.training:  # projected descent: the next update starts from the constrained point
                 self.rotation.weight.data.copy_(v.detach())
                 v = self.rotation.weight
-        Q = skew(v.to(torch.promote_types(v.dtype, torch.float32)), self.block_size)  # solvers have no half precision
-        R = cayley(Q, self.terms)
+        wide = torch.promote_types(v.dtype, torch.float32)  # solvers have no half precision
+        R = orthogonal(skew(v.to(wide), self.block_size), self.terms)
         if self.module_dropout and self.layer.training:
             dropped = torch.rand(R.shape[0], 1, 1, device=R.device) < self.module_dropout
             R = torch.where(dropped, torch.eye(self.block_size, device=R.device, dtype=R.dtype), R)
@@ -129,12 +129,11 @@ class OFT(Method):
         return x if self.layer.op.takes_ids else self.rotate(x)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.rotate(y.to(self.dtype)) if self.layer.op.takes_ids else y
+        return self.rotate(y) if self.layer.op.takes_ids else y
 
     def rotate(self, x: Tensor) -> Tensor:
         """x R, block by block. x (…, n)."""
-        R = self.R().to(x.dtype).expand(self.blocks, -1, -1)
-        return torch.einsum("...kb,kbc->...kc", x.unflatten(-1, R.shape[:2]), R).flatten(-2)
+        return rotate(x, self.R().to(self.dtype).expand(self.blocks, -1, -1))
 
     def fold(self, W: Tensor, b: Tensor | None):
         R = self.R().to(W.dtype)

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
+from graft.kernels.low_rank import autocast, dropout, eager, unhooked
+from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
+from graft.kernels.worth import share_dropped, worth_it
 
 
 @dataclass(kw_only=True)
@@ -105,6 +109,30 @@ class VeRA(Method):
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.projections
         return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
+
+    def join(self, x: Tensor) -> Tensor:
+        layer, base = self.layer, self.layer.base_layer
+        A, B = self.projections
+        W = layer.base_weight
+        if (
+            share_dropped(self.vera_dropout) == 0
+            and unhooked(base)
+            and worth_it(x)
+            and not layer.base_trains
+            and W.dtype == x.dtype == A.dtype  # a sum would round ΔW to the dtype of W
+            and one_product_pays(x.numel() // x.shape[-1], *W.shape)
+        ):
+            call = partial(layer.op.call, base)
+            return linear_with(W, base.bias, x, A, B, self.vera_lambda_d, self.vera_lambda_b, call, layer.op.pull)
+        return super().join(x)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        layer, p = self.layer, share_dropped(self.vera_dropout)
+        if p is None or not (layer.fresh and eager() and unhooked(layer.base_layer)):
+            return super().post(x, y)
+        A, B, d, b = autocast(x, *self.projections, self.vera_lambda_d, self.vera_lambda_b)
+        x = x.to(A.dtype)
+        return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
 
     def branch(self, x: Tensor) -> Tensor:
         op, base = self.layer.op, self.layer.base_layer

@@ -16,6 +16,8 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
+from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
+from graft.kernels.worth import share_dropped
 from graft.methods.adalora.allocator import orthogonal_loss, update_and_allocate, warn_if_forgotten
 from graft.methods.lora.config import LoraConfig
 
@@ -122,7 +124,19 @@ class AdaLoRA(Method):
         return (self.ranknum,)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A * self.lora_E, self.lora_B * (self.scaling / (self.ranknum + 1e-5))
+        return self.lora_A * (self.lora_E * (self.scaling / (self.ranknum + 1e-5))), self.lora_B
+
+    def join(self, x: Tensor) -> Tensor:
+        layer, base, p = self.layer, self.layer.base_layer, share_dropped(self.lora_dropout)
+        if p is None or layer.base_trains or not (eager() and unhooked(base)):
+            return super().join(x)
+        return low_rank_linear(base, layer.op.pull, layer.base_weight, x, *self.factors(), 1.0, p)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        layer, p = self.layer, share_dropped(self.lora_dropout)
+        if p is None or not (layer.fresh and eager() and unhooked(layer.base_layer)):
+            return super().post(x, y)
+        return add_low_rank(y, x, *self.factors(), 1.0, p)
 
     def branch(self, x: Tensor) -> Tensor:
         return super().branch(x if self.layer.op.takes_ids else self.lora_dropout(x))

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from graft.core import merging
 from graft.core.site import Site
+from graft.kernels import decomposed
 from graft.kernels.low_rank import dropout
 from graft.kernels.norm import row_norms
+from graft.kernels.worth import worth_it
 from graft.methods.lora.config import LoraConfig
-from graft.methods.lora.lora import LoRA
+from graft.methods.lora.lora import LoRA, plain_factors
 
 
 class Magnitude(nn.Module):
@@ -58,6 +60,16 @@ class DoRA(LoRA):
         """m / ‖W + ΔW‖, (out,)."""
         m = self.lora_magnitude_vector.weight.flatten()  # type: ignore[operator]
         return m / self.norm().to(m.dtype)
+
+    def join(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        base = layer.base_layer
+        found = plain_factors(layer, (self.name,)) if worth_it(x) and not layer.base_trains else None
+        if found is None:
+            y = base(x)
+            return self.post(x, y).to(y.dtype)
+        [(A, B, scale, p)] = found
+        return decomposed.linear(base, layer.op.pull, x, layer.base_weight, layer.bias, A, B, self.ratio(), scale, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """bias + ratio ⊙ (y - bias + ΔW x). Dropout acts on x in both products, and not in y itself."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,8 +16,9 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.params import bare
 from graft.core.site import Site
-from graft.kernels.low_rank import add_low_rank, eager, unhooked
+from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
 from graft.kernels.mixed import add_groups, fits
+from graft.kernels.worth import share_dropped
 from graft.methods.lora import checks, init
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
@@ -80,7 +82,8 @@ class LoRA(Method):
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r)),
             )
         checks.check_site(site, cfg)
-        A, B = site.op.factor_modules(site.module, r, cfg.lora_bias)  # type: ignore[misc]
+        fill = cfg.init_lora_weights is False  # anything else overwrites what is drawn here
+        A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill)  # type: ignore[misc]
         return values | dict(lora_A=A, lora_B=B)
 
     def init(self, cfg: LoraConfig) -> None:
@@ -121,26 +124,32 @@ class LoRA(Method):
             )
         return self.lora_B.bias * self.scaling  # type: ignore[return-value,operator]
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def join(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if not (layer.fresh and eager() and self.is_plain() and unhooked(layer.base_layer)):
-            return super().post(x, y)
-        return add_low_rank(y, x, self.lora_A.weight, self.lora_B.weight, self.scaling, self.dropped)  # type: ignore[arg-type]
+        base = layer._modules["base_layer"]
+        found = plain_factors(layer, (self.name,))
+        if found is None:
+            return super().join(x)
+        [(A, B, scale, p)] = found
+        if torch.is_grad_enabled() and not layer.base_trains:
+            return low_rank_linear(base, layer.op.pull, layer.base_weight, x, A, B, scale, p)
+        return add_low_rank(base(x), x, A, B, scale, p)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        found = plain_factors(self.layer, (self.name,)) if self.layer.fresh else None
+        return super().post(x, y) if found is None else add_low_rank(y, x, *found[0])
 
     @classmethod
     def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        names, order = rows.even or ((), None)
-        methods: list[Any] = [layer.methods.get(name) for name in names] if layer.fresh and eager() else []
-        if methods and all(m is not None and m.is_plain() and not m.dropped for m in methods):
-            factors = [(m.lora_A.weight, m.lora_B.weight, m.scaling) for m in methods]
-            if fits(factors):
-                return add_groups(y, x, factors, order)  # type: ignore[arg-type]
+        if layer.fresh and rows.grouped is not None:
+            names, order, sizes, in_order = rows.grouped
+            known = all(name in layer.methods for name in names)
+            found = plain_factors(layer, names) if known else None
+            if found and not any(p for *_, p in found):
+                factors = [(A, B, scale) for A, B, scale, _ in found]
+                if fits(y, x, factors, sizes):
+                    return add_groups(y, x, factors, order, sizes, in_order)
         return super().add_rows(layer, rows, x, y)
-
-    def is_plain(self) -> bool:
-        """Whether its branch is x Aᵀ Bᵀ (dropout apart), and its modules can do without being called."""
-        stock = type(self.lora_dropout) in (nn.Identity, nn.Dropout)
-        return stock and not self.lora_bias and unhooked(self.lora_A) and unhooked(self.lora_B)
 
     @property
     def dropped(self) -> float:
@@ -152,3 +161,28 @@ class LoRA(Method):
         if self.layer.op.takes_ids:
             return super().branch(x)
         return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+
+
+def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tensor, Tensor, float, float]] | None:
+    """A, B, scaling and the share that dropout takes out, of adapters on a linear layer that computes nothing but
+    W x + b + s B A dropout(x), so that its modules need not be called one by one. Otherwise None.
+    """
+    modules: dict[str, Any] = layer._modules
+    facts = layer.__dict__
+    if not (eager() and unhooked(modules["base_layer"])):
+        return None
+    As, Bs, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    scaling, biased = facts["scaling"], facts["lora_bias"]
+    found = []
+    for name in names:
+        A, B, p = As[name], Bs[name], share_dropped(dropouts[name])
+        if p is None or p == 1 or biased[name] or not (unhooked(A) and unhooked(B)):
+            return None
+        found.append((weight_of(A), weight_of(B), scaling[name], p))
+    return found
+
+
+def weight_of(linear: Any) -> Tensor:
+    """Its weight; quicker than the attribute, where nothing computes it (a parametrization)."""
+    weight = linear._parameters.get("weight")
+    return linear.weight if weight is None else weight

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product with DoRA's weight, ratio ⊙ (W + scale · B A), for a linear layer whose own weight takes no gradient.
+
+Dropout acts on what is scaled by `ratio` and on its share of W x, not on W x itself:
+x ↦ W x + b + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x', where x' = dropout(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.kernels import products, sparse
+from graft.kernels.device import form_for, gathers
+from graft.kernels.low_rank import gradients, seed_for
+
+SPARSE_TO = 0.15  # share of dropped inputs up to which W x' comes from W x and the few that are dropped
+
+
+def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Any = 1):
+    """The reference. x (…, in), W (out, in), A (r, in), B (out, r), b and ratio (out,); mask: dropout's factors."""
+    y, xd = x @ W.T, x * mask
+    out = y + (xd @ W.T) * (ratio - 1) + (xd @ A.T @ B.T) * (scale * ratio)
+    return out if b is None else out + b
+
+
+def linear(
+    base: Callable[[Tensor], Tensor],
+    pull: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ratio: Tensor,
+    scale: float,
+    p: float,
+) -> Tensor:
+    """As `plain`, in the dtype of base(x) = W x + b. `base`, `pull` and `W` as in `low_rank_linear`."""
+    form = form_for(products, x, A, B)
+    return _Linear.apply(x, W, b, A, B, ratio, base, pull, scale, p, seed_for(p), form)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps x, h = x' Aᵀ, and what `ratio` multiplies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: Any, pull: Any,
+        scale: float, p: float, seed: int, form: Any,
+    ) -> Tensor:  # fmt: skip
+        y = base(x)
+        flat = x.reshape(-1, x.shape[-1])
+        h = form.down(flat, A, 1.0, p, seed)
+        wide = y.to(torch.promote_types(y.dtype, h.dtype)).view(-1, y.shape[-1])
+        few = 0 < p <= SPARSE_TO and gathers(x) and form is products
+        if p:
+            if few:
+                u = sparse.part(flat, W, products.places(flat.numel(), p, seed, x.device)).to(wide.dtype)
+                u = torch.sub(wide, u, out=u)
+                u = (u if b is None else u.sub_(b)).mul_(1 / (1 - p))
+            else:
+                u = (products.dropped(flat, p, seed, form.kept) @ W.T).to(wide.dtype)
+            out = wide.sub_(u)
+            z = form.add_up(u, h, B, scale)
+            out.addcmul_(z, ratio)
+        else:
+            z = form.add_up(wide, h, B, scale)
+            out = z * ratio if b is None else torch.addcmul(b * (1 - ratio), z, ratio)
+        ctx.save_for_backward(x, W, b, A, B, ratio, h, z)
+        ctx.pull, ctx.options, ctx.few = pull, (scale, p, seed, form), few
+        return out.to(y.dtype).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, W, b, A, B, ratio, h, z = ctx.saved_tensors
+        scale, p, seed, form = ctx.options
+        need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        if torch.is_grad_enabled():  # for a second derivative
+            return _again(ctx, g)
+        rows = g.reshape(-1, g.shape[-1]).to(z.dtype)
+        d_ratio = dx = None
+        if ctx.needs_input_grad[5]:
+            d_ratio = torch.linalg.vecdot(rows, z, dim=0)
+            if b is not None and not p:
+                d_ratio -= rows.sum(0) * b
+        if need[0] and ctx.few:
+            part = rows * ((ratio - 1) / (1 - p))
+            places = products.places(x.numel(), p, seed, x.device)
+            less = sparse.entries(part, W, places)
+            dx = ctx.pull(part.add_(rows).to(W.dtype), W)
+            dx.view(-1).index_add_(0, places, less.to(dx.dtype), alpha=-1)
+        scaled = rows * ratio
+        if need[0] and not p:
+            dx = ctx.pull(scaled.to(W.dtype), W)
+        elif need[0] and not ctx.few:
+            dx = ctx.pull(rows.to(W.dtype), W)
+            dx += products.dropped(ctx.pull((scaled - rows).to(W.dtype), W), p, seed, form.kept)
+        dx, dA, dB = gradients(scaled, x, A, B, h, scale, p, seed, form, need=need, dx=dx)
+        return dx, None, None, dA, dB, d_ratio, None, None, None, None, None, None
+
+
+def _again(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """Gradients that have gradients: those of the plain form."""
+    x, W, b, A, B, ratio, *_ = ctx.saved_tensors
+    scale, p, seed, form = ctx.options
+    mask = form.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
+    out = plain(x, W, b, A, B, ratio, scale, mask)
+    wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
+    given = (x, W, b, A, B, ratio)
+    found = torch.autograd.grad(out, [given[i] for i in wanted], g.to(out.dtype), create_graph=True)
+    grads: list[Any] = [None] * 12
+    for i, grad in zip(wanted, found):
+        grads[i] = grad
+    return tuple(grads)

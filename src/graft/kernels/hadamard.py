@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(a b) ⊙ (c d): dense, as factors of rank r², or in one product with the weight it is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The reference. a, c (out, r), b, d (r, n) → (out, n)."""
+    return (a @ b) * (c @ d)
+
+
+def is_narrow(r: int, out: int, n: int) -> bool:
+    """Whether factors of rank r² are the better choice: less work, and at most half of the dense matrix's memory."""
+    return 2 * r * r * (out + n) < out * n
+
+
+def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) with (a b) ⊙ (c d) = B A: products of all pairs of rows, and of columns. A (r², n), B (out, r²)."""
+    return (b[:, None] * d).flatten(0, 1), (a[:, :, None] * c[:, None]).flatten(1)
+
+
+def linear_with(
+    W: Tensor, bias: Tensor | None, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: float,
+    call: Callable[..., Tensor], pull: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
+    """x (W + scale · (a b) ⊙ (c d))ᵀ + bias, keeping x and the factors. W and bias get no gradient; one dtype.
+
+    Args:
+        call: from x, a weight and bias to a linear layer's output.
+        pull: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+    """
+    return _OneProduct.apply(x, W, bias, a, b, c, d, scale, call, pull)  # type: ignore[no-any-return]
+
+
+class HadamardOfProducts(torch.autograd.Function):
+    """As `plain`, keeping only the factors for backward: the products are as large as the weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return (a @ b) * (c @ d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return factor_gradients(grad, *ctx.saved_tensors)
+
+
+def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+    """Of a, b, c and d, from that of (a b) ⊙ (c d)."""
+    left = grad * (c @ d)
+    right = grad * (a @ b)
+    return left @ b.T, a.T @ left, right @ d.T, c.T @ right
+
+
+class _OneProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor,
+        scale: float, call: Any, pull: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, W, a, b, c, d)
+        ctx.options = scale, pull
+        return call(x, torch.addcmul(W, a @ b, c @ d, value=scale), bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, W, *factors = ctx.saved_tensors
+        scale, pull = ctx.options
+        rows, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            a, b, c, d = factors
+            dx = pull(rows, torch.addcmul(W, a @ b, c @ d, value=scale)).view(x.shape)
+        return dx, None, None, *factor_gradients((rows.T @ flat) * scale, *factors), None, None, None

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y + b ⊙ ((d ⊙ (x Aᵀ)) Bᵀ) with fixed A and B: added into y's own memory, or in one product with the weight behind y.
+
+Of the activations, only x Aᵀ is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.kernels import products
+from graft.kernels.device import form_for
+from graft.kernels.worth import worth_it
+
+
+def plain(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """The reference, from h = x Aᵀ. y (…, out), h (…, r), B (out, r), d (r,), b (out,)."""
+    return (y + nn.functional.linear(h * d, B) * b).to(y.dtype)
+
+
+def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """As `plain`; y's memory may hold the result, so nothing else may need its values. B gets no gradient."""
+    return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain(y, h, B, d, b)  # type: ignore[no-any-return]
+
+
+def one_product_pays(rows: int, out: int, n: int) -> bool:
+    """Whether forming W + ΔW, once in each direction, costs less than three products with the factors.
+
+    2 out · n against rows (2 out + n), times r; more, as the sums with W come on top.
+    """
+    return 3 * out * n < rows * (2 * out + n)
+
+
+def linear_with(
+    W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
+    call: Callable[..., Tensor], pull: Callable[..., Tensor],
+) -> Tensor:  # fmt: skip
+    """`plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
+
+    Only d, b and x get gradients. All are of one dtype.
+
+    Args:
+        call: from x, a weight and bias to a linear layer's output.
+        pull: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+    """
+    h = x.reshape(-1, x.shape[-1]) @ A.T
+    return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, pull)  # type: ignore[no-any-return]
+
+
+def vector_gradients(
+    G: Tensor, B: Tensor, d: Tensor, b: Tensor, need: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of d and b, from G = gᵀ h (out, r): nothing of the width of y is needed again."""
+    dd = b @ (G * B) if need[0] else None
+    db = (G * B) @ d if need[1] else None
+    return dd, db
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        flat = h.reshape(-1, h.shape[-1])
+        form = form_for(products, y, flat, B)
+        ctx.save_for_backward(h, B, d, b)
+        ctx.form = form
+        return form.add_up(y.data, flat * d, b[:, None] * B, 1.0)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, B, d, b = ctx.saved_tensors
+        form = products if torch.is_grad_enabled() else ctx.form  # a second derivative needs operations that have one
+        flat = h.reshape(-1, h.shape[-1])
+        rows = form.ready(g.reshape(-1, g.shape[-1]), h.dtype)
+        scaled = b[:, None] * B
+        dd, db = vector_gradients(form.outer_wide(rows, flat, 1.0), B, d, b, ctx.needs_input_grad[3:])
+        dh = (form.down(rows, scaled.T) * d).view(h.shape) if ctx.needs_input_grad[1] else None
+        return g, dh, None, dd, db
+
+
+class _OneProduct(torch.autograd.Function):
+    """h = x Aᵀ comes from outside, so that a second derivative finds x through it. Its gradient is in that of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, W: Tensor, bias: Any, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
+        call: Any, pull: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(h, W, A, B, d, b)
+        ctx.pull = pull
+        return call(x, _sum(W, A, B, d, b), bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, W, A, B, d, b = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.pull(rows, _sum(W, A, B, d, b)).view(*g.shape[:-1], A.shape[1])
+        dd, db = vector_gradients(rows.T @ h, B, d, b, ctx.needs_input_grad[6:8])
+        return dx, None, None, None, None, None, dd, db, None, None
+
+
+def _sum(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(W, b[:, None] * B, d[:, None] * A)

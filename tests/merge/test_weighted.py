@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a combination must be, whatever PEFT gives: sums in what a layer computes, best truncations, all or nothing."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graft
+from graft.merge import algorithms as rules
+from tests.merge.several import LAYERS, UNGROUPED, base, batch, build, delta, factors, layer, lora, loras, snapshot
+from tests.models import seeded
+
+NAMES, WEIGHTS = ["x", "y", "z"], [1.3, -0.5, 0.7]
+INPUTS = {"lin": (4, 10), "out": (4, 12), "c1d": (4, 9), "conv": (2, 3, 5, 4), "point": (2, 5, 4, 3)}
+
+
+def given(key):
+    with seeded(3):
+        if key == "emb":
+            return torch.randint(0, 13, (3, 5))
+        return torch.randn(INPUTS.get(key, (2, 6, 4, 3)))
+
+
+def added(model, key, name):
+    """What an adapter adds to the output of a layer."""
+    x = given(key)
+    model.set_adapter(name)
+    with torch.no_grad():
+        return layer(model, key)(x) - layer(model, key).base_layer(x)
+
+
+def total(model, key):
+    """ΣΔ of the combination, in float64. (out, fan_in)"""
+    return sum(w * delta(model, key, n).double().flatten(1) for n, w in zip(NAMES, WEIGHTS))
+
+
+@pytest.mark.parametrize("kind", ["exact", "cat"])
+@pytest.mark.parametrize("key", LAYERS)
+def test_the_layer_adds_the_weighted_sum(kind, key):
+    model = loras(graft, targets=[key])
+    wanted = sum(w * added(model, key, n) for n, w in zip(NAMES, WEIGHTS))
+    report = model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type=kind)
+    assert_close(added(model, key, "new"), wanted, rtol=1e-4, atol=1e-4)
+    assert report.energy[key] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["exact", "svd"])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("key", UNGROUPED)
+def test_no_adapter_of_that_rank_comes_closer(kind, rank, key):
+    model = loras(graft)
+    report = model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type=kind, svd_rank=rank)
+    full = total(model, key)
+    U, S, Vh = torch.linalg.svd(full, full_matrices=False)
+    best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    made = delta(model, key, "new").double().flatten(1)
+    scale = float(full.norm())
+    assert abs(float((made - full).norm()) - float((best - full).norm())) < 1e-5 * scale
+    assert abs(report.energy[key] - float(S[:rank].square().sum() / S.square().sum())) < 1e-5
+    assert len(factors(model, key, "new")[0]) == min(rank, *full.shape) == report.ranks[key]
+
+
+def test_grouped_convolutions_are_truncated_group_by_group():
+    model = loras(graft, targets=["grouped"])
+    full = [[f.flatten(1) for f in factors(model, "grouped", n)] for n in NAMES]
+    model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type="svd", svd_rank=4)
+    A, B = (f.flatten(1) for f in factors(model, "grouped", "new"))
+    scalings = [layer(model, "grouped").scaling[n] for n in NAMES]
+    for group, outputs in enumerate((slice(0, 2), slice(2, 4))):
+        sums = sum(w * s * b[outputs] @ a[group : group + 1] for (a, b), w, s in zip(full, WEIGHTS, scalings))
+        made = B[outputs] @ A[2 * group : 2 * group + 2]
+        U, S, Vh = torch.linalg.svd(sums, full_matrices=False)
+        assert_close(made, (U[:, :2] * S[:2]) @ Vh[:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["exact", "svd"])
+def test_no_matrix_of_a_layers_size_is_decomposed(kind, monkeypatch):
+    model, seen, svd = loras(graft, targets=["lin", "out", "conv"]), [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda M, *a, **k: seen.append(M.shape[-2:]) or svd(M, *a, **k))
+    model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type=kind, svd_rank=2)
+    assert len(seen) == 3 and all(max(shape) <= 3 * 2 for shape in seen)  # three adapters of rank 2
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
+def test_linear_rules_have_cross_terms(kind):
+    """A and B are combined apart, as in PEFT, so their product is not the sum. `exact` is."""
+    model = loras(graft)
+    options = {} if kind == "linear" else {"density": 0.9}
+    model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type=kind, **options)
+    model.add_weighted_adapter(NAMES, WEIGHTS, "sum", combination_type="exact")
+    for key in UNGROUPED:
+        full = total(model, key).float()
+        assert float((delta(model, key, "new").flatten(1) - full).norm() / full.norm()) > 0.05
+        assert_close(delta(model, key, "sum").flatten(1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["exact", "cat", "svd"])
+def test_ranks_by_layer_survive_a_file(kind, tmp_path):
+    configs = {n: lora(graft, ["lin", "out", "conv"], r=2 + i, rank_pattern={"out": 1}) for i, n in enumerate("xy")}
+    model = build(graft, configs)
+    model.add_weighted_adapter(["x", "y"], [0.7, -1.1], "new", combination_type=kind)
+    ranks = {key: len(factors(model, key, "new")[0]) for key in ("lin", "out", "conv")}
+    assert ranks == ({"lin": 3, "out": 3, "conv": 3} if kind == "svd" else {"lin": 5, "out": 2, "conv": 5})
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    loaded = graft.PeftModel.from_pretrained(base(), tmp_path / "new").eval()
+    model.set_adapter("new")
+    assert_close(loaded(**batch()), model(**batch()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exact", "ties", "dare_linear_svd"])
+def test_a_combination_that_fails_changes_nothing(kind, monkeypatch):
+    model = loras(graft)
+    before, keys = snapshot(model), list(model.peft_config)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    calls = {"exact": "truncate_product", "ties": "elect", "dare_linear_svd": "truncate_matrix"}
+    monkeypatch.setattr(rules, calls[kind], broken)
+    options = {"svd_rank": 2} if kind == "exact" else {"density": 0.5}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type=kind, **options)
+    after = snapshot(model)
+    assert list(model.peft_config) == keys and after.keys() == before.keys()
+    assert all(torch.equal(after[k], t) for k, t in before.items())
+
+
+@pytest.mark.parametrize("name", ["VeraConfig", "LoHaConfig", "HRAConfig"])
+def test_methods_that_cannot_hold_a_sum_say_so(name):
+    cfg = lambda: getattr(graft, name)(r=2, target_modules=["lin"])
+    model = graft.get_peft_model(base(), cfg(), "x")
+    model.add_adapter("y", cfg())
+    with pytest.raises(NotImplementedError, match=r"cannot be combined into one.*set_adapter\(\[…\]\), or merge them"):
+        model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new")
+    assert list(model.peft_config) == ["x", "y"]

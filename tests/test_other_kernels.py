@@ -1,0 +1,586 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The faster ways of the methods other than LoRA: kernels against plain formulas, layers against the folded weight."""
+
+import copy
+import inspect
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import graft
+from graft.kernels import hadamard, householder, orthogonal, scaled_low_rank
+from graft.kernels.low_rank import FUSED_FROM
+from graft.kernels.worth import share_dropped, worth_it
+from tests.models import seeded
+
+SCALE = 1.37
+ROWS = FUSED_FROM + 6
+IN, OUT = 40, 28
+
+
+def randn(*shapes, dtype=torch.float32, grad=True):
+    return [torch.randn(shape).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def wide(values):
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in values]
+
+
+def results(function, values):
+    """Output and gradients for a loss with different weights everywhere."""
+    out = function(*values)
+    with seeded(5):
+        weights = torch.randn(out.shape)
+    grads = torch.autograd.grad((out.to(weights.dtype) * weights).sum(), [t for t in values if t.requires_grad])
+    return [out.detach(), *grads]
+
+
+def errors(found, exact) -> list[float]:
+    assert len(found) == len(exact)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
+
+
+def not_worse(fused, plain, values):
+    """The fused form's error is no larger than the plain one's."""
+    exact = results(plain, wide(values))
+    for ours, theirs in zip(errors(results(fused, values), exact), errors(results(plain, values), exact)):
+        assert ours <= theirs * 1.05, (ours, theirs)
+
+
+# Householder reflections
+
+
+def reflections():
+    with seeded(1):
+        x, u = randn((2, ROWS // 2, 12), (12, 5))
+    return x, *householder.compact(u.detach())
+
+
+def test_the_compact_form_is_the_product_of_the_reflections():
+    with seeded(1):
+        u = torch.randn(12, 5).double()
+    H = torch.eye(12).double()
+    for column in u.T:
+        H = H - 2 * (H @ column)[:, None] * column / column.square().sum()
+    U, T = householder.compact(u)
+    assert_close(torch.eye(12).double() - U @ T @ U.T, H)
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_reflecting_equals_the_plain_formula(x_grad):
+    x, U, T = reflections()
+    values = x.detach().requires_grad_(x_grad), U.requires_grad_(), T.requires_grad_()
+    assert worth_it(x)
+    exact = results(householder.plain, wide(values))
+    assert max(errors(results(householder.reflect, values), exact)) < 1e-6
+    assert len(exact) == 3 + x_grad
+
+
+def test_reflecting_in_half_precision_errs_no_more():
+    x, U, T = reflections()
+    not_worse(householder.reflect, householder.plain, [x.detach().bfloat16().requires_grad_(), U, T.requires_grad_()])
+
+
+# orthogonal blocks
+
+
+@pytest.mark.parametrize("terms", [None, 2, 3, 4, 5, 8])
+def test_orthogonal_blocks_keep_one_matrix_and_have_the_plain_gradient(terms):
+    with seeded(2):
+        (v,) = randn((3, 6))
+    Q = orthogonal.skew(v.detach() * 0.2, 4).requires_grad_()
+    exact = results(lambda Q: orthogonal.cayley(Q, terms), wide([Q]))
+    assert max(errors(results(lambda Q: orthogonal.orthogonal(Q, terms), [Q]), exact)) < 1e-6
+    if terms != 2:
+        R = orthogonal.orthogonal(Q, terms)
+        (saved,) = R.grad_fn.saved_tensors
+        assert saved.data_ptr() == (R if terms is None else Q).data_ptr()
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_rotating_equals_the_plain_formula(x_grad):
+    with seeded(2):
+        x, R = randn((2, ROWS // 2, 12), (3, 4, 4))
+    values = x.detach().requires_grad_(x_grad), R
+    exact = results(orthogonal.plain_rotate, wide(values))
+    assert max(errors(results(orthogonal.rotate, values), exact)) < 1e-6
+    dense = torch.block_diag(*R.detach())
+    assert_close(orthogonal.rotate(*values).detach(), x.detach() @ dense)
+
+
+def test_rotating_in_half_precision_errs_no_more():
+    with seeded(2):
+        x, R = randn((2, ROWS // 2, 12), (3, 4, 4))
+    not_worse(orthogonal.rotate, orthogonal.plain_rotate, [x.detach().bfloat16().requires_grad_(), R])
+
+
+# low rank, scaled by vectors
+
+
+def scaled(dtype=torch.float32):
+    with seeded(3):
+        y, h, d, b = randn((2, ROWS // 2, OUT), (2, ROWS // 2, 5), (5,), (OUT,))
+        (B,) = randn((OUT, 5), grad=False)
+    return y.detach().to(dtype).requires_grad_(), h, B, d, b
+
+
+def fresh(function):
+    return lambda y, *rest: function(y * 1, *rest)
+
+
+def test_adding_scaled_equals_the_plain_formula():
+    values = scaled()
+    exact = results(scaled_low_rank.plain, wide(values))
+    assert max(errors(results(fresh(scaled_low_rank.add_scaled), values), exact)) < 1e-6
+    y, *rest = values
+    base = y * 1
+    assert scaled_low_rank.add_scaled(base, *rest).data_ptr() == base.data_ptr(), "in its memory"
+
+
+def test_adding_scaled_in_half_precision_errs_no_more():
+    not_worse(fresh(scaled_low_rank.add_scaled), scaled_low_rank.plain, scaled(torch.bfloat16))
+
+
+def pull(g, W):
+    return g @ W
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_one_product_with_scaled_factors_equals_two(x_grad):
+    with seeded(4):
+        x, d, b = randn((2, ROWS // 2, IN), (5,), (OUT,))
+        W, bias, A, B = randn((OUT, IN), (OUT,), (5, IN), (OUT, 5), grad=False)
+    values = x.detach().requires_grad_(x_grad), d, b
+
+    def one(x, d, b):
+        fixed = (t.to(x.dtype) for t in (W, bias))
+        factors = (t.to(x.dtype) for t in (A, B))
+        return scaled_low_rank.linear_with(*fixed, x, *factors, d, b, nn.functional.linear, pull)
+
+    def two(x, d, b):
+        w, s, a, c = (t.to(x.dtype) for t in (W, bias, A, B))
+        return scaled_low_rank.plain(nn.functional.linear(x, w, s), x @ a.T, c, d, b)
+
+    exact = results(two, wide(values))
+    assert max(errors(results(one, values), exact)) < 1e-6
+    assert len(exact) == 3 + x_grad
+
+
+def test_one_product_needs_many_rows():
+    assert scaled_low_rank.one_product_pays(1024, 576, 576)
+    assert not scaled_low_rank.one_product_pays(1024, 4096, 4096)
+    assert not scaled_low_rank.one_product_pays(1, 8, 8)
+
+
+# Hadamard products
+
+
+def test_narrow_factors_are_the_hadamard_product():
+    with seeded(6):
+        a, b, c, d = randn((OUT, 3), (3, IN), (OUT, 3), (3, IN))
+    A, B = hadamard.narrow(a, b, c, d)
+    assert A.shape == (9, IN) and B.shape == (OUT, 9)
+    assert_close(B @ A, hadamard.plain(a, b, c, d), rtol=1e-5, atol=1e-5)
+    assert hadamard.is_narrow(2, OUT, IN) and not hadamard.is_narrow(3, OUT, IN)
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_one_product_with_a_hadamard_product_equals_two(x_grad):
+    with seeded(6):
+        x, *factors = randn((2, ROWS // 2, IN), (OUT, 3), (3, IN), (OUT, 3), (3, IN))
+        W, bias = randn((OUT, IN), (OUT,), grad=False)
+    values = [x.detach().requires_grad_(x_grad), *factors]
+
+    def one(x, *factors):
+        fixed = (t.to(x.dtype) for t in (W, bias))
+        return hadamard.linear_with(*fixed, x, *factors, SCALE, nn.functional.linear, pull)
+
+    def two(x, *factors):
+        w, s = (t.to(x.dtype) for t in (W, bias))
+        return nn.functional.linear(x, w, s) + SCALE * x @ hadamard.plain(*factors).T
+
+    exact = results(two, wide(values))
+    assert max(errors(results(one, values), exact)) < 1e-6
+    assert len(exact) == 5 + x_grad
+
+
+# second derivatives
+
+
+def test_second_derivatives():
+    with seeded(7):
+        x, u, v, R = randn((ROWS, 8), (8, 2), (2, 6), (2, 4, 4), dtype=torch.float64)
+        d, b, *factors = randn((3,), (6,), (6, 2), (2, 8), (6, 2), (2, 8), dtype=torch.float64)
+        W, A, B, y = randn((6, 8), (3, 8), (6, 3), (ROWS, 6), dtype=torch.float64, grad=False)
+    U, T = (t.detach().requires_grad_() for t in householder.compact(u))
+    linear = nn.functional.linear
+    for function, values in (
+        (householder.reflect, (x, U, T)),
+        (orthogonal.rotate, (x, R)),
+        (lambda Q: orthogonal.orthogonal(Q, 5), (orthogonal.skew(v * 0.1, 4),)),
+        (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
+        (lambda x, d, b: scaled_low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
+        (lambda x, d, b: scaled_low_rank.linear_with(W, None, x, A, B, d, b, linear, pull), (x, d, b)),
+        (lambda x, *f: hadamard.linear_with(W, None, x, *f, SCALE, linear, pull), (x, *factors)),
+    ):
+        values = [t.detach().requires_grad_() for t in values]
+        assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+
+
+# in a model
+
+
+CONFIGS = {
+    "IA3": lambda lib, **o: lib.IA3Config(**{"feedforward_modules": []} | o),
+    "IA3-inner": lambda lib, **o: lib.IA3Config(**{"feedforward_modules": ["0", "2"]} | o),
+    "VERA": lambda lib, **o: lib.VeraConfig(r=6, **o),
+    "LOHA-narrow": lambda lib, **o: lib.LoHaConfig(r=2, alpha=2 * SCALE, **o),
+    "LOHA-wide": lambda lib, **o: lib.LoHaConfig(r=5, alpha=5 * SCALE, **o),
+    "OFT": lambda lib, **o: lib.OFTConfig(oft_block_size=4, **o),
+    "HRA": lambda lib, **o: lib.HRAConfig(r=4, **o),
+    "ADALORA": lambda lib, **o: lib.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4 * SCALE, total_step=9, **o),
+}
+ALL = list(CONFIGS)
+every = pytest.mark.parametrize("name", ALL)
+
+
+def base(dtype=torch.float32, conv1d=False, bias=True):
+    from transformers.pytorch_utils import Conv1D
+
+    def linear(n, out):
+        if not conv1d:
+            return nn.Linear(n, out, bias=bias)
+        made = Conv1D(out, n)
+        nn.init.normal_(made.weight, std=0.2)
+        return made
+
+    with seeded(0):
+        return nn.Sequential(linear(IN, OUT), nn.Tanh(), linear(OUT, 32)).to(dtype)
+
+
+@torch.no_grad()
+def disturb(made):
+    with seeded(3):
+        for name, p in made.named_parameters():
+            if p.requires_grad and "base_layer" not in name:
+                p.add_(torch.randn(p.shape).to(p.dtype), alpha=0.2)
+    return made
+
+
+def model(name, lib=graft, dtype=torch.float32, conv1d=False, bias=True, **options):
+    with seeded(9):
+        config = CONFIGS[name](lib, target_modules=["0", "2"], **options)
+        made = lib.get_peft_model(base(dtype, conv1d, bias), config)
+    return disturb(made)
+
+
+def inputs(rows=ROWS, dtype=torch.float32):
+    with seeded(2):
+        return torch.randn(rows, IN).to(dtype)
+
+
+def outcome(made, x, function=None):
+    """The output, and gradients of the adapters and of x."""
+    x = x.detach().requires_grad_()
+    made.zero_grad()
+    y = made(x) if function is None else function(x)
+    with seeded(5):
+        weights = torch.randn(y.shape)
+    (y.to(weights.dtype) * weights).sum().backward()
+    grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | grads
+
+
+def close(found, exact, tolerance=3e-6):
+    assert found.keys() == exact.keys()
+    for name, t in exact.items():
+        error = ((found[name].double() - t).norm() / t.norm()).item()
+        assert error < tolerance, (name, error)
+
+
+def folded(made, x):
+    """The model by its effective weights, in float64: nothing but `fold`."""
+    for layer in (made.base_model.model[0], None, made.base_model.model[2]):
+        if layer is None:
+            x = torch.tanh(x)
+            continue
+        W, b = layer.op.canon(layer.base_layer.weight), layer.base_layer.bias
+        for m in layer._live if layer.order == "out" else reversed(layer._live):
+            W, b = m.fold(W, b)
+        x = nn.functional.linear(x, W, b)
+    return x
+
+
+def exactly(made, x):
+    """What `outcome` should be."""
+    double = copy.deepcopy(made).double()
+    return outcome(double, x.double(), lambda x: folded(double, x))
+
+
+@every
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "Conv1D"])
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_forward_and_gradients_are_those_of_the_folded_weight(name, conv1d, rows):
+    made = model(name, conv1d=conv1d)
+    exact = exactly(made, inputs(rows))
+    assert len(exact) > 3
+    close(outcome(made, inputs(rows)), exact)
+    with torch.no_grad():
+        assert_close(made(inputs(rows)).double(), exact["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["VERA", "LOHA-narrow", "LOHA-wide", "ADALORA"])
+def test_the_fused_form_runs_where_it_should(name, monkeypatch):
+    """The tests above would pass without it."""
+    owner = inspect.getmodule(graft.methods.method_of(name.split("-")[0]))
+    fused = {"VERA": "linear_with", "LOHA-wide": "linear_with"}.get(name, "low_rank_linear")
+    calls = []
+    real = getattr(owner, fused)
+    monkeypatch.setattr(owner, fused, lambda *args: calls.append(1) or real(*args))
+    made = model(name)
+    made(inputs(4))
+    with torch.no_grad():
+        made(inputs())
+    few = len(calls)
+    made(inputs())
+    assert len(calls) == few + 2
+    assert few == (0 if fused == "linear_with" else 4)
+
+
+@every
+def test_gradients_equal_pefts(name):
+    ours, theirs = model(name), model(name, peft)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert {n for n, p in ours.named_parameters()} == {n for n, p in theirs.named_parameters()}
+    close(outcome(ours, inputs()), outcome(theirs, inputs()), 1e-5)
+
+
+@every
+def test_a_half_precision_base_errs_no_more_than_the_plain_form(name, monkeypatch):
+    made = model(name, dtype=torch.bfloat16)
+    x = inputs(dtype=torch.bfloat16)
+    exact = exactly(made, x)
+    fused = outcome(made, x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as `eager` asks
+    assert not worth_it(x)
+    plain = outcome(made, x)
+    assert fused["y"].dtype == torch.bfloat16
+    own, others = ([((r[n].double() - t).norm() / t.norm()).item() for n, t in exact.items()] for r in (fused, plain))
+    assert max(own) < 0.01 and all(a <= b * 1.05 for a, b in zip(own, others)), (own, others)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "ADALORA"])  # of which one trains at a time
+def test_two_active_adapters(name):
+    made = model(name)
+    made.add_adapter("other", CONFIGS[name](graft, target_modules=["0", "2"]))
+    made.base_model.set_adapter(["default", "other"])
+    disturb(made)
+    exact = exactly(made, inputs())
+    assert any(".other" in key for key in exact)
+    close(outcome(made, inputs()), exact, 1e-5)
+
+
+@every
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_compiles_as_one_graph(name, rows):
+    torch._dynamo.reset()
+    made = model(name)
+    expected = outcome(made, inputs(rows))
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    close(outcome(made, inputs(rows), compiled), expected, 1e-5)
+
+
+@every
+def test_functional_transforms(name):
+    made = model(name)
+    expected = outcome(made, inputs())
+    parameters = {n: p.detach() for n, p in made.named_parameters() if n in expected}
+    with seeded(5):
+        weights = torch.randn(ROWS, 32)
+
+    def loss(parameters):
+        return (torch.func.functional_call(made, parameters, (inputs(),)) * weights).sum()
+
+    found = torch.func.grad(loss)(parameters)
+    close(found, {n: expected[n] for n in parameters}, 1e-5)
+
+
+@every
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(name, reentrant):
+    made = model(name)
+    expected = outcome(made, inputs())
+    inner = made.base_model.model
+    close(outcome(made, inputs(), lambda x: checkpoint(inner, x, use_reentrant=reentrant)), expected, 1e-6)
+
+
+@every
+def test_a_base_bias_that_trains_gets_its_gradient(name):
+    made = model(name)
+    for layer in (made.base_model.model[0], made.base_model.model[2]):
+        layer.base_layer.bias.requires_grad_()
+    exact = exactly(made, inputs())
+    assert sum("base_layer.bias" in key for key in exact) == 2
+    close(outcome(made, inputs()), exact)
+
+
+@every
+def test_a_base_weight_that_trains_gets_its_gradient(name):
+    made = model(name)
+    made.base_model.model[0].base_layer.weight.requires_grad_()
+    exact = exactly(made, inputs())
+    assert any("base_layer.weight" in key for key in exact)
+    close(outcome(made, inputs()), exact)
+
+
+@every
+def test_a_hook_on_the_base_layer_is_called(name):
+    made = model(name)
+    layer, seen = made.base_model.model[0], []
+    expected = outcome(made, inputs())
+    layer.base_layer.register_forward_hook(lambda _m, x, y: seen.append((x[0], y)))
+    close(outcome(made, inputs()), expected, 1e-5)
+    ((x, y),) = seen
+    assert torch.equal(y, nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+@every
+def test_autocast(name):
+    made = model(name)
+    expected = exactly(made, inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(made, inputs())
+    assert found["y"].dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for key, t in found.items() if key != "y")
+    close(found, expected, 0.05)
+
+
+@every
+def test_a_mixed_batch_equals_its_rows(name):
+    made = model(name)
+    other = {"inference_mode": True} if name == "ADALORA" else {}
+    made.add_adapter("other", CONFIGS[name](graft, target_modules=["0", "2"], **other))
+    with torch.no_grad(), seeded(8):
+        for key, p in made.named_parameters():
+            if ".other" in key:
+                p.add_(torch.randn(p.shape), alpha=0.2)
+    names = ["other", "__base__", "default", "other"]
+    with seeded(2):
+        x = torch.randn(4, ROWS, IN)
+    mixed = made(x, adapter_names=names)
+    for i, adapter in enumerate(names):
+        assert_close(mixed[i : i + 1], made(x[i : i + 1], adapter_names=[adapter]), rtol=1e-5, atol=1e-5)
+    assert (mixed - made(x, adapter_names=["__base__"] * 4)).abs().amax((1, 2)).min() == 0
+    made.set_adapter("default")
+    assert_close(mixed[2], made(x[2]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["VERA", "ADALORA"])
+@pytest.mark.parametrize("rows", [4, ROWS])
+def test_dropout_is_the_same_in_both_directions(name, rows):
+    p = {"VERA": "vera_dropout", "ADALORA": "lora_dropout"}[name]
+    made = model(name, **{p: 0.4}).train()
+    first = made.base_model.model[0]
+    assert share_dropped(first.methods["default"].layer._modules[p]["default"]) == 0.4
+    x = inputs(rows).requires_grad_()
+    with seeded(4):
+        y = first(x)
+    with seeded(4):
+        again = first(x)
+    assert torch.equal(y, again)
+    m = first.methods["default"]
+    with seeded(5):
+        weights = torch.randn(y.shape)
+    dx = torch.autograd.grad((y * weights).sum(), x, retain_graph=True)[0] - weights @ first.base_layer.weight
+    A, B = m.factors()
+    full = weights @ (B @ A)
+    share = dx / full  # 0 where dropped, 1 / (1 - p) elsewhere
+    dropped = share.abs() < 1e-2
+    assert 0.2 < dropped.float().mean() < 0.6
+    assert_close(share[~dropped], torch.full_like(share[~dropped], 1 / 0.6), rtol=1e-2, atol=1e-2)
+    mask = (~dropped).float() / 0.6
+    assert_close(y, first.base_layer(x) + (x * mask) @ (B @ A).T, rtol=1e-4, atol=1e-4)
+    made.eval()
+    assert share_dropped(getattr(first, p)["default"]) == 0
+
+
+def test_a_foreign_dropout_is_called():
+    class Louder(nn.Module):
+        def forward(self, x):
+            return x * 3
+
+    assert share_dropped(Louder()) is None
+    for name, p in (("VERA", "vera_dropout"), ("ADALORA", "lora_dropout")):
+        made = model(name)
+        layer = made.base_model.model[0]
+        x = inputs()
+        y, plain = layer(x), layer.base_layer(x)
+        getattr(layer, p)["default"] = Louder()
+        assert_close(layer(x) - plain, 3 * (y - plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LOHA-narrow", "LOHA-wide"])
+def test_rank_dropout_takes_out_rows(name):
+    made = model(name, rank_dropout=0.4).train()
+    layer = made.base_model.model[0]
+    x = inputs()
+    with seeded(4):
+        y = layer(x)
+    with seeded(4):
+        keep = (torch.rand(OUT) > 0.4).float()
+    assert 0 < keep.sum() < OUT
+    W = layer.base_layer.weight + layer.get_delta_weight("default") * (keep / keep.mean())[:, None]
+    assert_close(y, nn.functional.linear(x, W, layer.base_layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(12, 28, 3, padding=1), lambda: nn.Embedding(50, 30)])
+def test_narrow_loha_on_other_layers(make):
+    with seeded(1):
+        layer = graft.get_peft_model(
+            nn.Sequential(make()), graft.LoHaConfig(r=2, alpha=2 * SCALE, target_modules=["0"])
+        )
+        disturb(layer)
+        inner = layer.base_model.model[0]
+        x = torch.randint(50, (3, 7)) if inner.op.takes_ids else torch.randn(3, 12, 5, 4)
+    assert inner.methods["default"].narrow
+    y = layer(x)
+    layer.merge_adapter()
+    assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+
+
+def kept(layer, x):
+    """Bytes kept for backward beside parameters, buffers and x itself."""
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
+    seen = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name, numbers",
+    [
+        ("VERA", ROWS * 6),  # x Aᵀ
+        ("LOHA-narrow", 4 * (IN + OUT + ROWS)),  # factors of rank r², and x Aᵀ
+        ("OFT", 2 * IN * 4),  # Q and R
+        ("HRA", IN * 4 + ROWS * 4),  # U and x U; less than the many small ones below
+        ("ADALORA", 4 * IN + ROWS * 4),  # A scaled, and x Aᵀ
+    ],
+)
+def test_bytes_kept_for_backward(name, numbers, dtype):
+    """x as it came, and little else: no copy of it in another dtype, no output, no dense weight."""
+    layer = model(name, dtype=dtype).base_model.model[0]
+    x = inputs(dtype=dtype)
+    small = 4 * 3 * (IN + 200)  # norms, T and the like
+    assert numbers * 4 <= kept(layer, x) <= numbers * 4 + small < ROWS * IN * 4

@@ -15,13 +15,38 @@ from rich.progress import Progress
 from rich.table import Table
 
 import graft
-from benchmarks import files, guard, imports, inference, injection, merging, serving, switching, training, weighted
+from benchmarks import (
+    files,
+    guard,
+    imports,
+    inference,
+    injection,
+    memory,
+    merging,
+    methods,
+    serving,
+    switching,
+    training,
+    weighted,
+)
 from benchmarks.measure import Effort, Row
 from benchmarks.plots import draw
 
 BENCHES = [
     bench
-    for group in (imports, injection, files, switching, merging, weighted, training, inference, serving)
+    for group in (
+        imports,
+        injection,
+        files,
+        switching,
+        merging,
+        weighted,
+        memory,
+        training,
+        methods,
+        inference,
+        serving,
+    )
     for bench in group.BENCHES
 ]
 COLUMNS = ("graft", "PEFT", "floor")

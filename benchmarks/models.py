@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models with random weights: SmolLM2-135M's shapes with a small vocabulary, and plain stacks."""
+"""Base models: SmolLM2-135M with a small vocabulary, its weights where they are at hand, and plain stacks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
+from examples.demo_lm.model import cache_folder
+
+WEIGHTS = sorted(cache_folder().glob("smollm2-135m-instruct-*/model.safetensors"))
 WIDTH, SCALING = 576, 1.37  # a scaling that is no power of two: with those, exact equality proves nothing
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,10 +37,22 @@ def smollm(
     model.to_empty(device=device)
     model.rotary_emb = rotary
     if values:
-        g = torch.Generator().manual_seed(0)
-        for name, p in model.named_parameters():
-            p.data.fill_(1.0) if "norm" in name else p.data.normal_(0, 0.05, generator=g)
+        fill(model)
     return model
+
+
+@torch.no_grad()
+def fill(model: LlamaModel) -> None:
+    """With the weights of SmolLM2-135M-Instruct where `make demo-lm` has put them, else with random ones."""
+    real = safe_open(WEIGHTS[0], "pt") if WEIGHTS else None
+    g = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if real is not None:
+            p.copy_(real.get_slice(f"model.{name}")[: len(p)])
+        elif "norm" in name:
+            p.fill_(1.0)
+        else:
+            p.normal_(0, 0.05, generator=g)
 
 
 class Stack(nn.Module):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +29,12 @@ def step(model: nn.Module, batch: dict[str, Tensor]) -> None:
     model(**batch, use_cache=False).last_hidden_state.float().square().mean().backward()
 
 
-def base(dtype: torch.dtype) -> nn.Module:
-    return smollm(LAYERS, dtype=dtype).train().requires_grad_(False)
+def base(dtype: torch.dtype, layers: int = LAYERS) -> nn.Module:
+    return smollm(layers, dtype=dtype).train().requires_grad_(False)
 
 
-def adapted(lib: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
-    return randomize(lib.get_peft_model(base(dtype), lora(lib, **options))).train()
+def adapted(lib: Any, dtype: torch.dtype, options: dict[str, Any], layers: int = LAYERS) -> nn.Module:
+    return randomize(lib.get_peft_model(base(dtype, layers), lora(lib, **options))).train()
 
 
 @dataclass
@@ -64,31 +65,39 @@ class Kind:
 
 @dataclass
 class Saved:
-    """Bytes of the tensors that autograd keeps, each memory once and without parameters."""
-
     what: str
     models: dict[str, Callable[[], nn.Module]]
     dtype: torch.dtype
     goal: Goal
 
     def run(self, effort: Effort) -> Row:
-        return Row(self.what, {who: [self.kept(make())] for who, make in self.models.items()}, self.goal, unit="B")
+        values = {who: [kept(make(), inputs(self.dtype))] for who, make in self.models.items()}
+        return Row(self.what, values, self.goal, unit="B")
 
-    def kept(self, model: nn.Module) -> float:
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen: dict[int, int] = {}
 
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return t
+class Held:
+    """A tensor that autograd keeps."""
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = model(**inputs(self.dtype), use_cache=False).last_hidden_state
-        total = float(sum(seen.values()))
-        del loss
-        return total
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def kept(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Bytes of the tensors that autograd keeps until the backward pass, each memory once, without parameters and
+    buffers, and without what a graph kept that was dropped before."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    alive: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def pack(t: Tensor) -> Held:
+        held = Held(t)
+        alive.add(held)
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        loss = model(**batch, use_cache=False).last_hidden_state
+    storages = {s.data_ptr(): s.nbytes() for s in (held.tensor.untyped_storage() for held in alive)}
+    del loss
+    return float(sum(size for pointer, size in storages.items() if pointer not in own))
 
 
 def at_most(share: float) -> Goal:

@@ -21,7 +21,6 @@ from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows
 from graft.inject.survey import outer_modules
 from graft.model.adapters import check_adapter_name, unless_it_fails
-from graft.model.prompt import Prompts
 from graft.model.tuner import tuner_of
 from graft.storage import numel
 
@@ -58,7 +57,7 @@ class PeftModel(nn.Module):
         super().__init__()
         check_adapter_name(adapter_name)
         self.modules_to_save: set[str] | None = None
-        holder = Prompts if peft_config.is_prompt_learning else tuner_of(peft_config.peft_type)
+        holder = holder_for(peft_config)
         with unless_it_fails(peft_config):
             self.extend_config(peft_config)
             tuner: Any = holder(
@@ -525,6 +524,15 @@ class PeftModel(nn.Module):
         if adapter_name not in self.peft_config:
             raise AdapterNotFoundError(f"Adapter {adapter_name} not found.")
         return [layer for layer in self.tuner.layers.values() if adapter_name in layer.methods]
+
+
+def holder_for(config: PeftConfig) -> Any:
+    """The class that keeps account of adapters of this kind."""
+    if config.is_prompt_learning:
+        from graft.model.prompt import Prompts  # not needed for adapters on layers
+
+        return Prompts
+    return tuner_of(config.peft_type)
 
 
 def _for_loading(config: Any, is_trainable: bool) -> None:

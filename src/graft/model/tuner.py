@@ -21,7 +21,6 @@ from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.merge import weighted
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.adapters import Adapters
 
@@ -278,6 +277,8 @@ def tuner_of(peft_type: str) -> Any:
 
 @cache
 def _tuner_class(name: str) -> type[Tuner]:
+    from graft.merge import weighted  # not needed to import graft
+
     method = method_of(name)
     members = {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__, **method.tuner_methods}
     members["add_weighted_adapter"] = weighted.function_for(name)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of fresh processes, as the operating system saw it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.files import saved
+from benchmarks.measure import LIBS, Effort, Goal, Row
+
+LAYERS = 30
+CODE = """
+import torch
+torch.set_num_threads(1)
+from benchmarks import measure, models, training  # both libraries, in every process
+{}
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(int(status["VmHWM"].split()[0]) * 1024)  # getrusage counts the parent's memory, too
+"""
+LOAD = "model = measure.LIBS[{who!r}].PeftModel.from_pretrained(models.smollm(), {folder!r})"
+STEP = """
+model = training.adapted(measure.LIBS[{who!r}], torch.{dtype}, {options}, {layers})
+training.step(model, training.inputs(torch.{dtype}))
+"""
+FLOORS = {
+    LOAD: "model = models.smollm()",
+    STEP: "training.step(training.base(torch.{dtype}, {layers}), training.inputs(torch.{dtype}))",
+}
+
+
+@dataclass
+class Peak:
+    what: str
+    code: str
+    goal: Goal
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, effort: Effort) -> Row | None:
+        if effort.quick or not sys.platform.startswith("linux"):
+            return None
+        facts = dict(self.facts, folder=saved(), layers=LAYERS)
+        codes = {who: self.code.format(who=who, **facts) for who in LIBS} | {"floor": FLOORS[self.code].format(**facts)}
+        return Row(self.what, {who: [peak(code)] for who, code in codes.items()}, self.goal, unit="B")
+
+
+def peak(code: str) -> float:
+    """Bytes."""
+    command = [sys.executable, "-W", "ignore", "-c", CODE.format(code)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+BENCHES = [
+    Peak("peak memory, from_pretrained (floor: the base)", LOAD, Goal(faster=1.0)),
+    Peak("peak memory, LoRA step, 30 layers, float32", STEP, Goal(faster=1.0), dict(dtype="float32", options={})),
+    Peak("peak memory, LoRA step, 30 layers, bf16", STEP, Goal(faster=1.0), dict(dtype="bfloat16", options={})),
+    Peak(
+        "peak memory, the same + dropout",
+        STEP,
+        Goal(faster=1.0),
+        dict(dtype="bfloat16", options={"lora_dropout": 0.05}),
+    ),
+]

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of the methods other than LoRA, and the bytes it keeps. The floor: graft's LoRA, r 16, all linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graft
+from benchmarks.measure import LIBS, Effort, Goal, Row, Turns, take_turns
+from benchmarks.models import LINEAR, SCALING, lora, smollm
+from benchmarks.training import BATCH, TOKENS, inputs, kept, step
+
+LAYERS = 1
+EVEN = 0.95  # never slower, but for the noise of measuring the same thing twice
+FLAT = 0.999  # never larger, but for some hundred bytes
+PROMPT = dict(task_type="FEATURE_EXTRACTION", num_virtual_tokens=16)
+
+
+def ids() -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return {"input_ids": torch.randint(1024, (BATCH, TOKENS))}
+
+
+def adapted(lib: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """With every trainable value away from where it starts: some kernels skip zeros."""
+    base = smollm(LAYERS, dtype=dtype).requires_grad_(False)
+    model = lib.get_peft_model(base, config)
+    g = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape, generator=g), alpha=0.02)
+    return model.train()
+
+
+@dataclass
+class Case:
+    """One method as it is usually set up."""
+
+    name: str
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    limit: float | None = 1.3  # × floor, where the algebra permits it
+    batch: Callable[[], dict[str, Tensor]] | None = None
+    dtype: torch.dtype = torch.float32
+    long: bool = False
+
+    def models(self) -> dict[str, Callable[[], nn.Module]]:
+        def make(lib: Any) -> nn.Module:
+            return adapted(lib, getattr(lib, self.config)(**self.options), self.dtype)
+
+        made: dict[str, Callable[[], nn.Module]] = {name: partial(make, lib) for name, lib in LIBS.items()}
+        return made | {"floor": partial(adapted, graft, lora(graft), self.dtype)}
+
+    def inputs(self, who: str) -> dict[str, Tensor]:
+        return self.batch() if self.batch is not None and who != "floor" else inputs(self.dtype)
+
+    def benches(self) -> list[Any]:
+        return [Step(self), Kept(self)]
+
+
+@dataclass
+class Step:
+    case: Case
+
+    @property
+    def what(self) -> str:
+        return f"step, {self.case.name}"
+
+    def run(self, effort: Effort) -> Row | None:
+        case = self.case
+        if case.long and effort.quick:
+            return None
+        turns = {who: self.repeat(make(), case.inputs(who)) for who, make in case.models().items()}
+        return Row(self.what, take_turns(turns, effort), Goal(EVEN, case.limit))
+
+    def repeat(self, model: nn.Module, batch: dict[str, Tensor]) -> Turns:
+        call = partial(step, model, batch)
+        while True:
+            yield call
+
+
+@dataclass
+class Kept:
+    case: Case
+
+    @property
+    def what(self) -> str:
+        return f"bytes kept, {self.case.name}"
+
+    def run(self, effort: Effort) -> Row | None:
+        case = self.case
+        if case.long and effort.quick:
+            return None
+        values = {who: [kept(make(), case.inputs(who))] for who, make in case.models().items()}
+        return Row(self.what, values, Goal(FLAT), unit="B")
+
+
+EVERY = dict(target_modules=list(LINEAR))  # the seven layers of a block that the floor has, too
+ADALORA = EVERY | dict(init_r=12, target_r=8, total_step=1000, lora_alpha=SCALING * 12)
+TOKEN_IDS = dict(token_indices=list(range(5, 500, 7)))
+HALF: dict[str, Any] = dict(dtype=torch.bfloat16, long=True)
+
+CASES = [
+    Case("IA3", "IA3Config", long=True),  # on the layers that its authors chose
+    Case("VeRA r 256", "VeraConfig", EVERY | dict(r=256), None),  # 16 times LoRA's rank is at least its arithmetic
+    Case("LoHa r 8", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8)),
+    Case("LoHa r 32", "LoHaConfig", EVERY | dict(r=32, alpha=SCALING * 32), None, long=True),  # a dense gradient
+    Case("OFT block 32", "OFTConfig", EVERY | dict(oft_block_size=32), long=True),
+    Case("HRA r 8", "HRAConfig", EVERY | dict(r=8)),
+    Case("AdaLoRA", "AdaLoraConfig", ADALORA),
+    Case("LN tuning", "LNTuningConfig", long=True),
+    Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),
+    Case("prefix tuning", "PrefixTuningConfig", PROMPT, long=True),
+    Case("prompt tuning", "PromptTuningConfig", PROMPT, long=True),
+    Case("P-tuning", "PromptEncoderConfig", PROMPT | dict(encoder_hidden_size=64), long=True),
+    Case("IA3, bf16 base", "IA3Config", **HALF),
+    Case("VeRA r 256, bf16 base", "VeraConfig", EVERY | dict(r=256), None, **HALF),
+    Case("LoHa r 8, bf16 base", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8), **HALF),
+    Case("OFT block 32, bf16 base", "OFTConfig", EVERY | dict(oft_block_size=32), **HALF),
+    Case("HRA r 8, bf16 base", "HRAConfig", EVERY | dict(r=8), **HALF),
+    Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
+]
+BENCHES = [bench for case in CASES for bench in case.benches()]

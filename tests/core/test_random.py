@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator goes where torch's constructors would take it, whether values are drawn or skipped."""
+
+import pytest
+import torch
+from torch import nn
+
+from graft.core.ops import linear
+from graft.core.random import _SCRATCH, skip
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3, 4), (15, 16), (577, 12), (2 * _SCRATCH + 1,), (5 * _SCRATCH,)])
+def test_skipping_advances_like_filling(sizes):
+    tensors = [torch.empty(n) for n in sizes]
+    torch.manual_seed(5)
+    for t in tensors:
+        t.uniform_(-0.3, 0.3)
+    state, following = torch.get_rng_state(), torch.randn(20)
+    torch.manual_seed(5)
+    skip(*tensors)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(torch.randn(20), following)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_take_their_own_steps(dtype):
+    t = torch.empty(33, dtype=dtype)
+    torch.manual_seed(5)
+    t.uniform_()
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    skip(t)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("fill", [True, False])
+def test_a_linear_layer_draws_as_torchs(bias, fill):
+    torch.manual_seed(5)
+    theirs = nn.Linear(7, 9, bias=bias)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    ours = linear(7, 9, bias, fill)
+    assert torch.equal(torch.get_rng_state(), state)
+    if fill:
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))

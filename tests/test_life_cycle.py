@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short cuts of the life cycle leave nothing behind: the garbage collector, mapped files, remembered flags."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import graft
+from graft.checkpoint.files import mapped, read_safetensors
+from tests.models import seeded
+
+
+def net():
+    with seeded(0):
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def config(**options):
+    return graft.LoraConfig(r=2, target_modules=["0", "2"], **options)
+
+
+def training(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def of(name):
+    return {f"base_model.model.{i}.lora_{x}.{name}.weight" for i in (0, 2) for x in "AB"}
+
+
+# the collector
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_collector_is_as_it_was(enabled, fails):
+    was, threshold = gc.isenabled(), gc.get_threshold()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="on the way"):
+                model = graft.get_peft_model(net(), config())
+                model.base_model.add_adapter("b", config(), fill=lambda parts: fail())
+        else:
+            graft.get_peft_model(net(), config())
+        assert gc.isenabled() is enabled and gc.get_freeze_count() == 0 and gc.get_threshold() == threshold
+    finally:
+        (gc.enable if was else gc.disable)()
+
+
+def fail():
+    raise RuntimeError("on the way")
+
+
+def test_what_a_user_froze_stays_frozen():
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        graft.get_peft_model(net(), config())
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()
+
+
+# files
+
+
+def test_a_mapped_file_holds_what_safetensors_reads(tmp_path):
+    path = str(tmp_path / "x.safetensors")
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+    made = {f"k{i}": (torch.randn(3, i + 1) * 9).to(dtype) for i, dtype in enumerate(kinds)}
+    save_file(made, path, metadata={"format": "pt"})
+    ours, theirs = mapped(path), load_file(path)
+    assert ours.keys() == theirs.keys()
+    for key, t in theirs.items():
+        assert ours[key].dtype == t.dtype and torch.equal(ours[key], t)
+    assert len({t.untyped_storage().data_ptr() for t in ours.values()}) == len(ours)
+
+
+def test_writing_to_what_was_read_leaves_the_file(tmp_path):
+    path = str(tmp_path / "x.safetensors")
+    save_file({"a": torch.ones(4)}, path)
+    read_safetensors(path).tensors["a"].add_(1)
+    assert torch.equal(load_file(path)["a"], torch.ones(4))
+
+
+@pytest.mark.parametrize("odd", ["empty", "bool"])
+def test_what_cannot_be_mapped_is_read_by_safetensors(odd, tmp_path):
+    path = str(tmp_path / "x.safetensors")
+    made = {"a": torch.ones(4), "b": torch.empty(0, 3) if odd == "empty" else torch.tensor([True, False])}
+    save_file(made, path)
+    assert mapped(path) is None
+    read = read_safetensors(path).tensors
+    assert read.keys() == made.keys() and all(torch.equal(read[k], t) for k, t in made.items())
+
+
+# which parameters train
+
+
+@pytest.mark.parametrize("change", ["double", "deepcopy", "pickle", "reload"])
+def test_switching_reaches_parameters_that_were_replaced(change, tmp_path):
+    model = graft.get_peft_model(net(), config(), "a")
+    model.add_adapter("b", config())
+    model.set_adapter("b")
+    model.set_adapter("a")
+    if change == "double":
+        for module in list(model.modules()):  # new Parameter objects, as sharding makes them
+            for name, p in list(module._parameters.items()):
+                if p is not None:
+                    setattr(module, name, nn.Parameter(p.data.double(), p.requires_grad))
+    elif change == "deepcopy":
+        model = copy.deepcopy(model)
+    elif change == "pickle":
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        stream.seek(0)
+        model = torch.load(stream, weights_only=False)
+    else:
+        model.save_pretrained(tmp_path)
+        model.delete_adapter("b")
+        model.load_adapter(tmp_path / "b", "b")
+    model.set_adapter("b")
+    assert training(model) == of("b")
+    model.set_adapter("a")
+    assert training(model) == of("a")
+    model.set_adapter("b", inference_mode=True)
+    assert training(model) == set()
+
+
+def test_several_active_adapters_train_together():
+    model = graft.get_peft_model(net(), config(), "a")
+    model.add_adapter("b", config())
+    model.base_model.set_adapter(["a", "b"])
+    assert training(model) == of("a") | of("b")
+
+
+def test_nothing_is_drawn_for_a_base_on_meta():
+    with torch.device("meta"):
+        base = nn.Linear(6, 8)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model = graft.get_peft_model(nn.Sequential(base), graft.LoraConfig(r=2, target_modules=["0"]))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.is_meta for p in model.parameters())

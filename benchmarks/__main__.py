@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import sys
+from contextlib import suppress
 
 import peft
 import torch
@@ -98,7 +99,7 @@ def main() -> None:
         parser.error(f"no row contains {options.only!r}. Rows: {', '.join(b.what for b in BENCHES)}")
     console = Console(width=None if Console().is_terminal else 170)
     rows: list[Row] = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress, suppress(KeyboardInterrupt):  # what there is, is shown
         task = progress.add_task("", total=len(chosen))
         for bench in chosen:
             progress.update(task, description=bench.what)

@@ -26,6 +26,7 @@ from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts, collector_paused
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
+from graft.methods.lora import LoRA
 from graft.methods.lora.init import changes_base
 
 MUST_AGREE = (
@@ -339,7 +340,7 @@ def prepare_model_for_compiled_hotswap(
     model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
     on: dict[str, dict[str, Any]] = defaultdict(dict)  # layers by adapter
     for key, layer in survey(model).layers.items():
-        for name in layer.methods if layer.method.config.peft_type == "LORA" else ():
+        for name in layer.methods if layer.method is LoRA else ():
             on[name][key] = layer
     if not on:
         raise ConfigError(

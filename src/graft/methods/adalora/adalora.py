@@ -3,84 +3,19 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.targets import ADALORA
-from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
 from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
 from graft.kernels.worth import share_dropped
 from graft.methods.adalora.allocator import orthogonal_loss, update_and_allocate, warn_if_forgotten
-from graft.methods.lora.config import LoraConfig
-
-
-@dataclass(kw_only=True)
-class AdaLoraConfig(LoraConfig):
-    """AdaLoRA: LoRA in the form of a singular value decomposition, whose least important values are pruned in training.
-
-    Call `model.base_model.update_and_allocate(step)` after each optimizer step, before gradients are zeroed; or use
-    `graft.train.adalora_callback` (transformers' Trainer) or `graft.train.allocate_on_step` (any optimizer).
-    """
-
-    peft_type: Any = "ADALORA"
-    target_r: int = 8  # average rank at the end
-    init_r: int = 12  # rank of every layer at the start
-    tinit: int = 0  # steps before pruning begins
-    tfinal: int = 0  # steps at the end with the ranks that were found
-    deltaT: int = 1  # steps between two allocations
-    beta1: float = 0.85  # smoothing of the sensitivity
-    beta2: float = 0.85  # smoothing of its uncertainty
-    orth_reg_weight: float = 0.5  # weight of the loss that keeps A and B orthogonal
-    total_step: int | None = None  # number of training steps; must be given
-    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: what each layer kept
-
-    patterns: ClassVar[dict[str, str]] = {}
-
-    def __post_init__(self) -> None:
-        if self.use_dora:
-            raise ConfigError("PeftType.ADALORA does not support DoRA.")
-        if self.init_lora_weights == "loftq" or self.loftq_config:
-            raise ConfigError("PeftType.ADALORA does not support LOFTQ.")
-        super().__post_init__()
-        if self.total_step is None or self.total_step <= 0:
-            raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
-        if self.tinit >= self.total_step - self.tfinal:
-            raise ConfigError(
-                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
-                f"`total_step`: tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}."
-            )
-        if self.orth_reg_weight < 0:
-            text = "`orth_reg_weight` should be greater than or equal to 0, but the value passed is"
-            raise ConfigError(f"{text} {self.orth_reg_weight}")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
-        if self.r != 8:
-            warnings.warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.", stacklevel=3)
-
-    def _check_patterns(self) -> None:
-        """The rank pattern holds masks here."""
-
-    def saved_dict(self) -> dict[str, Any]:
-        values = super().saved_dict()
-        if self.rank_pattern:  # keys without the adapter's name
-            values["rank_pattern"] = {re.sub(r"(\.lora_E)\..*$", r"\1", k): v for k, v in self.rank_pattern.items()}
-        return values
-
-    def kept(self, key: str) -> list[bool] | None:
-        """Which singular values the layer at `key` kept, once that is known."""
-        for name, mask in (self.rank_pattern or {}).items():
-            if name == f"{key}.lora_E" or name.startswith(f"{key}.lora_E."):
-                return mask
-        return None
+from graft.methods.adalora.config import AdaLoraConfig
 
 
 class AdaLoRA(Method):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graft.core.errors import PeftWarning
 from graft.kernels.orthogonal import gram_distance
+from graft.methods.adalora.importance import Importance
 
 
 def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
@@ -22,28 +23,6 @@ def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
         return target, True
     left = 1 - (step - first) / (last - first)
     return int((start - target) * left**3 + target), step % cfg.deltaT == 0
-
-
-class Importance:
-    """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty."""
-
-    def __init__(self, beta1: float, beta2: float):
-        self.beta1, self.beta2 = beta1, beta2
-        self.mean: dict[str, Tensor] = {}
-        self.spread: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def update(self, name: str, p: Tensor) -> None:
-        if p.grad is None:
-            return
-        now = (p * p.grad).abs()
-        mean = self.mean.setdefault(name, torch.zeros_like(p))
-        spread = self.spread.setdefault(name, torch.zeros_like(p))
-        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
-        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
-
-    def score(self, name: str) -> Tensor:
-        return self.mean[name] * self.spread[name]
 
 
 class Allocator:

@@ -18,7 +18,8 @@ from graft.kernels.low_rank import dropout
 from graft.kernels.norm import row_norms
 from graft.kernels.worth import worth_it
 from graft.methods.lora.config import LoraConfig
-from graft.methods.lora.lora import LoRA, plain_factors
+from graft.methods.lora.lora import LoRA
+from graft.methods.lora.plain import plain_factors
 
 
 class Magnitude(nn.Module):

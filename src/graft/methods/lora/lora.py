@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,11 +15,11 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.params import bare
 from graft.core.site import Site
-from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
+from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.kernels.mixed import add_groups, fits
-from graft.kernels.worth import share_dropped
 from graft.methods.lora import checks, init
 from graft.methods.lora.config import LoraConfig
+from graft.methods.lora.plain import plain_factors
 from graft.methods.lora.replicate import replicate
 
 if TYPE_CHECKING:
@@ -161,28 +160,3 @@ class LoRA(Method):
         if self.layer.op.takes_ids:
             return super().branch(x)
         return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
-
-
-def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tensor, Tensor, float, float]] | None:
-    """A, B, scaling and the share that dropout takes out, of adapters on a linear layer that computes nothing but
-    W x + b + s B A dropout(x), so that its modules need not be called one by one. Otherwise None.
-    """
-    modules: dict[str, Any] = layer._modules
-    facts = layer.__dict__
-    if not (eager() and unhooked(modules["base_layer"])):
-        return None
-    As, Bs, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-    scaling, biased = facts["scaling"], facts["lora_bias"]
-    found = []
-    for name in names:
-        A, B, p = As[name], Bs[name], share_dropped(dropouts[name])
-        if p is None or p == 1 or biased[name] or not (unhooked(A) and unhooked(B)):
-            return None
-        found.append((weight_of(A), weight_of(B), scaling[name], p))
-    return found
-
-
-def weight_of(linear: Any) -> Tensor:
-    """Its weight; quicker than the attribute, where nothing computes it (a parametrization)."""
-    weight = linear._parameters.get("weight")
-    return linear.weight if weight is None else weight

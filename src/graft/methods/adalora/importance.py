@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a loss depends on each parameter, smoothed over steps (AdaLoRA, arXiv 2303.10512, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Importance:
+    """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty."""
+
+    def __init__(self, beta1: float, beta2: float):
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean: dict[str, Tensor] = {}
+        self.spread: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, name: str, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        now = (p * p.grad).abs()
+        mean = self.mean.setdefault(name, torch.zeros_like(p))
+        spread = self.spread.setdefault(name, torch.zeros_like(p))
+        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
+
+    def score(self, name: str) -> Tensor:
+        return self.mean[name] * self.spread[name]

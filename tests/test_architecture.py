@@ -193,7 +193,7 @@ def test_unknown_names_are_refused():
     assert "NOPE" not in graft.PEFT_TYPE_TO_TUNER_MAPPING
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "methods").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((SOURCE / "methods").rglob("*.py")), ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_the_file_of_a_method_is_short(path):
     assert len(path.read_text().splitlines()) <= 150
 

@@ -316,7 +316,7 @@ def test_two_active_adapters(dora, bias, monkeypatch):
     fused, y = gradients(made, inputs()), made(inputs()).detach()
     with torch.no_grad():
         assert_close(made(inputs()), y)
-    monkeypatch.setattr("graft.methods.lora.plain.eager", lambda: False)
+    monkeypatch.setattr("graft.core.layer.eager", lambda: False)
     assert_close(made(inputs()), y, rtol=1e-5, atol=1e-5)
     unfused = gradients(made, inputs())
     assert fused.keys() == unfused.keys() and len(fused) == (12 if dora else 8)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
+from graft.core.eager import eager, unhooked
 from graft.core.errors import AdapterNotFoundError, PeftWarning
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
@@ -92,7 +93,7 @@ class AdapterLayer(nn.Module):
             _folded=method.through_weight(site),
             additive=method.additive,
             fresh=fresh,
-            _joins=method.joins and fresh,
+            _joins=method.joins,
             _replaced=method.replaces,
             _rewrites_input=method.rewrites_input,
             _adds_output=method.adds_output,
@@ -298,7 +299,7 @@ class AdapterLayer(nn.Module):
                 x = m.pre(x).to(x.dtype)
         if not self._adds_output:
             return self.base_layer(x, *args, **kwargs)
-        if self._joins and not (args or kwargs):
+        if self._joins and not (args or kwargs) and self.open and not (torch.is_grad_enabled() and self.base_trains):
             y = live[0].join(x)
             if len(live) == 1:
                 return y
@@ -309,6 +310,11 @@ class AdapterLayer(nn.Module):
         for m in live:
             y = m.post(x, y)
         return y.to(dtype)
+
+    @property
+    def open(self) -> bool:
+        """Whether the base layer's output may be written to, and its weight used past a call, now."""
+        return self.fresh and eager() and unhooked(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @property
     def base_weight(self) -> Tensor:

@@ -213,7 +213,8 @@ class Method:
         return y
 
     def join(self, x: Tensor) -> Tensor:
-        """The output of a layer that is `fresh`, with this adapter: for methods that can run both at less cost."""
+        """The layer's output with this adapter, where both together cost less. Asked for only while the layer is `open`
+        and, if gradients are wanted, its weight and bias need none."""
         y = self.layer.base_layer(x)
         return self.post(x, y).to(y.dtype)
 

@@ -12,28 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.eager import eager
 from graft.kernels import products
 from graft.kernels.device import form_for
 from graft.kernels.products import dropped
 
 FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it saves
-
-
-def eager() -> bool:
-    """Whether operations run as they are written: no compiler to fuse them, no functional transform."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling a linear layer does nothing but its forward, so that its weight can be used without the call."""
-    own = module.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels.low_rank import eager
+from graft.core.eager import eager
 from graft.kernels.worth import worth_it
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.low_rank import FUSED_FROM, eager
+from graft.core.eager import eager
+from graft.kernels.low_rank import FUSED_FROM
 
 
 def worth_it(x: Tensor) -> bool:

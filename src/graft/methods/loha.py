@@ -16,7 +16,7 @@ from graft.config.targets import LORA
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.kernels.hadamard import HadamardOfProducts, is_narrow, linear_with, narrow
-from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
+from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.kernels.worth import worth_it
 
 
@@ -118,8 +118,6 @@ class LoHa(Method):
 
     def join(self, x: Tensor) -> Tensor:
         layer, base = self.layer, self.layer.base_layer
-        if not (eager() and unhooked(base)) or layer.base_trains:
-            return super().join(x)
         W = layer.base_weight
         if self.narrow:
             return low_rank_linear(base, layer.op.pull, W, x, *narrow(*self.parts()), self.scaling)
@@ -129,7 +127,7 @@ class LoHa(Method):
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer = self.layer
-        if not (layer.fresh and self.narrow and eager() and unhooked(layer.base_layer)):
+        if not (layer.open and self.narrow):
             return super().post(x, y)
         return add_low_rank(y, x, *narrow(*self.parts()), self.scaling)
 

@@ -19,7 +19,7 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
-from graft.kernels.low_rank import autocast, dropout, eager, unhooked
+from graft.kernels.low_rank import autocast, dropout
 from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
 from graft.kernels.worth import share_dropped, worth_it
 
@@ -116,9 +116,7 @@ class VeRA(Method):
         W = layer.base_weight
         if (
             share_dropped(self.vera_dropout) == 0
-            and unhooked(base)
             and worth_it(x)
-            and not layer.base_trains
             and W.dtype == x.dtype == A.dtype  # a sum would round ΔW to the dtype of W
             and one_product_pays(x.numel() // x.shape[-1], *W.shape)
         ):
@@ -128,7 +126,7 @@ class VeRA(Method):
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, p = self.layer, share_dropped(self.vera_dropout)
-        if p is None or not (layer.fresh and eager() and unhooked(layer.base_layer)):
+        if p is None or not layer.open:
             return super().post(x, y)
         A, B, d, b = autocast(x, *self.projections, self.vera_lambda_d, self.vera_lambda_b)
         x = x.to(A.dtype)

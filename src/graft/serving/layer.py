@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.eager import unhooked
 from graft.core.errors import RoutingError
 from graft.core.ops import is_stock
 from graft.core.place import moved
 from graft.core.site import Site
-from graft.kernels.low_rank import unhooked
 from graft.methods.lora import LoRA
 
 NONE = 0  # the slot of rows without adapter: zeros

@@ -12,7 +12,7 @@ from graft.config.targets import ADALORA
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
-from graft.kernels.low_rank import add_low_rank, eager, low_rank_linear, unhooked
+from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.kernels.worth import share_dropped
 from graft.methods.adalora.allocator import orthogonal_loss, update_and_allocate, warn_if_forgotten
 from graft.methods.adalora.config import AdaLoraConfig
@@ -62,14 +62,14 @@ class AdaLoRA(Method):
         return self.lora_A * (self.lora_E * (self.scaling / (self.ranknum + 1e-5))), self.lora_B
 
     def join(self, x: Tensor) -> Tensor:
-        layer, base, p = self.layer, self.layer.base_layer, share_dropped(self.lora_dropout)
-        if p is None or layer.base_trains or not (eager() and unhooked(base)):
+        layer, p = self.layer, share_dropped(self.lora_dropout)
+        if p is None:
             return super().join(x)
-        return low_rank_linear(base, layer.op.pull, layer.base_weight, x, *self.factors(), 1.0, p)
+        return low_rank_linear(layer.base_layer, layer.op.pull, layer.base_weight, x, *self.factors(), 1.0, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, p = self.layer, share_dropped(self.lora_dropout)
-        if p is None or not (layer.fresh and eager() and unhooked(layer.base_layer)):
+        if p is None or not layer.open:
             return super().post(x, y)
         return add_low_rank(y, x, *self.factors(), 1.0, p)
 

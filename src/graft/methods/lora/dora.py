@@ -65,7 +65,7 @@ class DoRA(LoRA):
     def join(self, x: Tensor) -> Tensor:
         layer = self.layer
         base = layer.base_layer
-        found = plain_factors(layer, (self.name,)) if worth_it(x) and not layer.base_trains else None
+        found = plain_factors(layer, (self.name,)) if worth_it(x) else None
         if found is None:
             y = base(x)
             return self.post(x, y).to(y.dtype)
@@ -88,6 +88,12 @@ class DoRA(LoRA):
         out, b = z * ratio, getattr(base, "bias", None)
         out = out if b is None else out + op.channels(b) * (1 - ratio)
         return out if rest is None else out + rest
+
+    @property
+    def dropped(self) -> float:
+        """The share of inputs that dropout takes out now."""
+        dropout: Any = self.lora_dropout
+        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         W, b = super().fold(W, b)

@@ -16,10 +16,9 @@ from graft.core.method import Method
 from graft.core.params import bare
 from graft.core.site import Site
 from graft.kernels.low_rank import add_low_rank, low_rank_linear
-from graft.kernels.mixed import add_groups, fits
 from graft.methods.lora import checks, init
 from graft.methods.lora.config import LoraConfig
-from graft.methods.lora.plain import plain_factors
+from graft.methods.lora.plain import add_plain_rows, plain_factors
 from graft.methods.lora.replicate import replicate
 
 if TYPE_CHECKING:
@@ -130,31 +129,18 @@ class LoRA(Method):
         if found is None:
             return super().join(x)
         [(A, B, scale, p)] = found
-        if torch.is_grad_enabled() and not layer.base_trains:
+        if torch.is_grad_enabled():
             return low_rank_linear(base, layer.op.pull, layer.base_weight, x, A, B, scale, p)
         return add_low_rank(base(x), x, A, B, scale, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        found = plain_factors(self.layer, (self.name,)) if self.layer.fresh else None
+        found = plain_factors(self.layer, (self.name,)) if self.layer.open else None
         return super().post(x, y) if found is None else add_low_rank(y, x, *found[0])
 
     @classmethod
     def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        if layer.fresh and rows.grouped is not None:
-            names, order, sizes, in_order = rows.grouped
-            known = all(name in layer.methods for name in names)
-            found = plain_factors(layer, names) if known else None
-            if found and not any(p for *_, p in found):
-                factors = [(A, B, scale) for A, B, scale, _ in found]
-                if fits(y, x, factors, sizes):
-                    return add_groups(y, x, factors, order, sizes, in_order)
-        return super().add_rows(layer, rows, x, y)
-
-    @property
-    def dropped(self) -> float:
-        """The share of inputs that dropout takes out now."""
-        dropout: Any = self.lora_dropout
-        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        added = add_plain_rows(layer, rows, x, y) if layer.open else None
+        return super().add_rows(layer, rows, x, y) if added is None else added
 
     def branch(self, x: Tensor) -> Tensor:
         if self.layer.op.takes_ids:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from graft.kernels.low_rank import eager, unhooked
+from graft.core.eager import unhooked
+from graft.kernels.mixed import add_groups, fits
 from graft.kernels.worth import share_dropped
 
 if TYPE_CHECKING:
     from graft.core.layer import AdapterLayer
+    from graft.core.routing import Rows
 
 
 def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tensor, Tensor, float, float]] | None:
@@ -21,8 +23,6 @@ def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tenso
     """
     modules: dict[str, Any] = layer._modules
     facts = layer.__dict__
-    if not (eager() and unhooked(modules["base_layer"])):
-        return None
     As, Bs, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     scaling, biased = facts["scaling"], facts["lora_bias"]
     found = []
@@ -32,6 +32,18 @@ def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tenso
             return None
         found.append((weight_of(A), weight_of(B), scaling[name], p))
     return found
+
+
+def add_plain_rows(layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
+    """y, in its memory, with what several adapters add to their rows; None if some are not plain, or drop inputs."""
+    if rows.grouped is None:
+        return None
+    names, order, sizes, in_order = rows.grouped
+    found = plain_factors(layer, names) if all(name in layer.methods for name in names) else None
+    if not found or any(p for *_, p in found):
+        return None
+    factors = [(A, B, scale) for A, B, scale, _ in found]
+    return add_groups(y, x, factors, order, sizes, in_order) if fits(y, x, factors, sizes) else None
 
 
 def weight_of(linear: Any) -> Tensor:

@@ -34,7 +34,7 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo $(DEMO)
+	$(BIN)/python -m examples.demo $(DEMO)
 
 demo-lm: $(VENV)/.demo-lm
 	$(BIN)/python -m examples.demo_lm $(DEMO)

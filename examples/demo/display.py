@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from data import Task  # examples/demo_lm uses this file from where there is no such module
+from examples.demo.data import Task
 
 console = Console() if Console().is_terminal else Console(width=120)
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from data import Split
 from torch import Tensor, nn
+
+from examples.demo.data import Split
 
 Encode = Callable[[list[str]], dict[str, Tensor]]  # texts -> input_ids, attention_mask … (batch, tokens)
 

@@ -7,16 +7,13 @@ model hub is asked.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 import graft
-from examples.demo.data import DemoError
+from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.display import console
 from examples.demo_lm import story
 from examples.demo_lm.data import dates, topics
@@ -65,26 +62,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "demo-lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a llama with a chat template: path or hub id (default: the carrier package's)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the data, the initial values and the batches")
-    parser.add_argument("--steps", type=int, help=f"training steps of every adapter (default: {STEPS})")
+    add_common(parser, Path("out"), STEPS)
     parser.add_argument("--lora-only", action="store_true", help="leave the other methods out")
-    parser.add_argument("--quick", action="store_true", help="3 steps, 10 tests: to see that everything runs")
-    args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps must be at least 1")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out} cannot be written: {error}")
+    args = parse_common(parser, argv)
+    make_out(parser, args.out)
     return args
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        main()
-    except DemoError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+    run(main)

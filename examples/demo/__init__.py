@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two adapters on one MiniLM: `make demo`."""

@@ -94,9 +94,11 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="note which goals are met, for --check")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = [b for b in BENCHES if options.only.lower() in b.what.lower()]
+    named = [b for b in BENCHES if options.only.lower() in b.what.lower()]
+    chosen = [b for b in named if not (options.quick and b.long)]
     if not chosen:
-        parser.error(f"no row contains {options.only!r}. Rows: {', '.join(b.what for b in BENCHES)}")
+        why = "only rows that --quick leaves out contain" if named else "no row contains"
+        parser.error("\n  ".join([f"{why} {options.only!r}. Rows:", *(b.what for b in named or BENCHES)]))
     console = Console(width=None if Console().is_terminal else 170)
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress, suppress(KeyboardInterrupt):  # what there is, is shown
@@ -104,8 +106,7 @@ def main() -> None:
         for bench in chosen:
             progress.update(task, description=bench.what)
             torch.manual_seed(0)
-            row = bench.run(Effort(options.quick))
-            rows += [row] if row is not None else []
+            rows.append(bench.run(Effort(options.quick)))
             progress.advance(task)
     versions = f"graft {graft.__version__}, PEFT {peft.__version__}, torch {torch.__version__}, one thread"
     console.print(table(rows, f"CPU time, medians ± half the interquartile range. {versions}"))

@@ -18,6 +18,7 @@ IMPORTS = {"graft": USED.format("graft"), "PEFT": USED.format("peft"), "floor": 
 class Import:
     what: str = "import (floor: torch and safetensors)"
     goal: Goal = field(default_factory=lambda: Goal(over_floor=1.1))
+    long: bool = False
 
     def run(self, effort: Effort) -> Row:
         values: dict[str, list[float]] = {who: [] for who in IMPORTS}

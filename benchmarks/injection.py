@@ -59,6 +59,7 @@ class Growth:
     what: str
     make: Callable[..., Callable[[Any], Turns]]
     goal: Goal = field(default_factory=lambda: Goal(over_floor=1.3))
+    long: bool = False
 
     def run(self, effort: Effort) -> Row:
         few, many = 1_000, 3_000 if effort.quick else 10_000

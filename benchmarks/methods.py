@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,27 @@ class Case:
 
 
 @dataclass
-class Step:
+class Part:
+    """One of the rows of a case."""
+
     case: Case
+
+    title: ClassVar[str]
 
     @property
     def what(self) -> str:
-        return f"step, {self.case.name}"
+        return f"{self.title}, {self.case.name}"
 
-    def run(self, effort: Effort) -> Row | None:
+    @property
+    def long(self) -> bool:
+        return self.case.long
+
+
+class Step(Part):
+    title = "step"
+
+    def run(self, effort: Effort) -> Row:
         case = self.case
-        if case.long and effort.quick:
-            return None
         turns = {who: self.repeat(make(), case.inputs(who)) for who, make in case.models().items()}
         return Row(self.what, take_turns(turns, effort), Goal(EVEN, case.limit))
 
@@ -85,18 +95,11 @@ class Step:
             yield call
 
 
-@dataclass
-class Kept:
-    case: Case
+class Kept(Part):
+    title = "bytes kept"
 
-    @property
-    def what(self) -> str:
-        return f"bytes kept, {self.case.name}"
-
-    def run(self, effort: Effort) -> Row | None:
+    def run(self, effort: Effort) -> Row:
         case = self.case
-        if case.long and effort.quick:
-            return None
         values = {who: [kept(make(), case.inputs(who))] for who, make in case.models().items()}
         return Row(self.what, values, Goal(FLAT), unit="B")
 

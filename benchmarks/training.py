@@ -69,6 +69,7 @@ class Saved:
     models: dict[str, Callable[[], nn.Module]]
     dtype: torch.dtype
     goal: Goal
+    long: bool = False
 
     def run(self, effort: Effort) -> Row:
         values = {who: [kept(make(), inputs(self.dtype))] for who, make in self.models.items()}

@@ -44,7 +44,7 @@ def test_the_container_follows_from_the_value():
         dict: 3.0,
     }
     for kind, value in kinds.items():
-        assert type(container_for(value)) is kind
+        assert isinstance(container_for(value), kind)
     assert container_for(torch.ones(1)).persistent
     assert not container_for(Transient(torch.ones(1))).persistent
 

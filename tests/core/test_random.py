@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from graft.core.ops import linear
-from graft.core.random import _SCRATCH, skip
+from graft.core.random import _SCRATCH, _WORTH, skip
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2,), (3, 4), (15, 16), (577, 12), (2 * _SCRATCH + 1,), (5 * _SCRATCH,)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1,), (2,), (3, 4), (15, 16), (577, 12), (_WORTH - 1,), (_WORTH - 3, 4), (2 * _SCRATCH + 1,), (5 * _SCRATCH,)],
+)
 def test_skipping_advances_like_filling(sizes):
     tensors = [torch.empty(n) for n in sizes]
     torch.manual_seed(5)

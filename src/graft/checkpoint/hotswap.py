@@ -253,7 +253,7 @@ def _take(plan: Plan, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 
 
 
 def groups_of(entry: Entry) -> int:
-    return getattr(entry.layer.base_layer, "groups", 1)  # type: ignore[union-attr]
+    return entry.layer.op.groups(entry.layer.base_layer)  # type: ignore[union-attr]
 
 
 def shape_at(entry: Entry, r: int) -> torch.Size:
@@ -366,7 +366,7 @@ def prepare_model_for_compiled_hotswap(
 def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> None:
     """Raise unless tensors of an adapter can be padded to a rank."""
     for key, layer in layers.items():
-        r, groups = layer.r[adapter], getattr(layer.base_layer, "groups", 1)
+        r, groups = layer.r[adapter], layer.op.groups(layer.base_layer)
         if r > rank:
             raise ConfigError(
                 f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({r}). Adapter "

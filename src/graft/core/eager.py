@@ -14,11 +14,11 @@ def eager() -> bool:
 
 def unhooked(module: nn.Module) -> bool:
     """Whether calling a linear layer does nothing but its forward, so that its weight can be used without the call."""
-    own = module.__dict__
+    held = module.__dict__.get  # a lean module may have no dictionaries for hooks
     return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+        held("_forward_hooks")
+        or held("_forward_pre_hooks")
+        or held("_backward_hooks")
+        or held("_backward_pre_hooks")
+        or held("forward")
     )

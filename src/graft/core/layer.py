@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from graft.core import merging
 from graft.core.eager import eager, unhooked
 from graft.core.errors import AdapterNotFoundError, PeftWarning
+from graft.core.lean import begin, lean
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
-from graft.core.params import FACTS, BufferDict, Slot, Transient, begin, container_for, slots_of
+from graft.core.params import FACTS, BufferDict, Slot, Transient, container_for, slots_of
 from graft.core.place import UPCAST, place_tensor
 from graft.core.routing import Routing, Rows
 from graft.core.site import Site, Store
 
 
+@lean
 class AdapterLayer(nn.Module):
     """Runs `base_layer` with the active adapters.
 
@@ -29,7 +31,6 @@ class AdapterLayer(nn.Module):
     `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
     """
 
-    base_layer: Any
     site: Site
     op: Op
     store: Store
@@ -103,6 +104,11 @@ class AdapterLayer(nn.Module):
         self._modules["base_layer"] = site.module
         self.__dict__["training"] = site.module.training
 
+    @property
+    def base_layer(self) -> Any:
+        """Quicker than `nn.Module.__getattr__`, which would find it, too."""
+        return self._modules["base_layer"]
+
     # adapters
 
     def add(self, adapter: str, values: dict[str, Any], method: type[Method] | None = None) -> Method:
@@ -165,7 +171,7 @@ class AdapterLayer(nn.Module):
         widens = upcast and dtype in UPCAST
         for slot in self.slots[adapter]:
             t = slot.tensor
-            if t.dtype != dtype or t.device != device or widens:
+            if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
                 place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
 
     def delete_adapter(self, adapter: str) -> None:
@@ -243,7 +249,8 @@ class AdapterLayer(nn.Module):
         """Where the parameters stand that can train: (parameters of a module, name)."""
         slots = self.slots.get(adapter, ())
         frozen = [id(p) for p in self.methods[adapter].frozen()] if slots else ()
-        return [(s.owner._parameters, s.attribute) for s in slots if s.trains and id(s.tensor) not in frozen]
+        trained = [s for s in slots if s.trains and id(s.tensor) not in frozen] if frozen else slots
+        return [(s.owner._parameters, s.attribute) for s in trained if s.trains]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""

@@ -143,7 +143,7 @@ def _write(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
             layer._undo.append(("restore", layer.store.snapshot(base, name, shared) if first else None, old_bias))
     replaced = layer.store.write(base, name, layer.op.uncanon(W), shared)
     if replaced is not None:
-        layer.base_layer = replaced
+        layer._modules["base_layer"] = replaced
     if shifted:
         layer.base_layer.bias.data.copy_(bias)
     layer.merged_adapters += names
@@ -159,7 +159,7 @@ def _swap(layer: AdapterLayer, names: list[str]) -> None:
 def _change_places(layer: AdapterLayer, adapter: str) -> None:
     """The base layer and the adapter's module stand where the other stood (PEFT's layout while merged)."""
     container = getattr(layer, layer.containers[0])
-    layer.base_layer, container[adapter] = container[adapter], layer.base_layer
+    layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
 
 
 @torch.no_grad()

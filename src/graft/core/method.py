@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.core.ops import OPS, is_stock
+from graft.core.ops import META, OPS, is_stock
 from graft.core.site import Site
 
 if TYPE_CHECKING:
@@ -137,6 +137,12 @@ class Method:
     def build(cls, site: Site, cfg: Any, shared: dict[str, Any]) -> dict[str, Any]:
         """What the adapter adds to a layer: parameters, modules, tensors (buffers) and plain facts, by name."""
         raise NotImplementedError
+
+    @classmethod
+    def placeholders(cls, site: Site, cfg: Any, shared: dict[str, Any]) -> dict[str, Any]:
+        """The same with all tensors on the meta device, where values are yet to come."""
+        with META:
+            return cls.build(site, cfg, shared)
 
     def init(self, cfg: Any) -> None:
         """Fill in the values; skipped when they are about to be loaded."""

@@ -14,22 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.core.params import bare
+from graft.core.lean import Linear as LeanLinear
+from graft.core.lean import bare
 from graft.core.random import kaiming_bound, skip
 from graft.core.table import TypeTable
 
+META = torch.device("meta")
 
-def linear(in_features: int, out_features: int, bias: bool, fill: bool = True) -> nn.Linear:
+
+def linear(in_features: int, out_features: int, bias: bool, fill: bool = True, device: Any = None) -> nn.Linear:
     """`nn.Linear`, with the values that its constructor would draw, in a quarter of the time; none on meta.
 
     Without `fill` the generator advances as if they were drawn, and the values are undefined.
     """
-    m = bare(nn.Linear)
+    m = bare(LeanLinear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
-    weight, b = torch.empty(out_features, in_features), torch.empty(out_features) if bias else None
-    if not weight.is_meta and not fill:
+    weight = torch.empty(out_features, in_features, device=device)
+    b = torch.empty(out_features, device=device) if bias else None
+    if device == META or weight.is_meta:
+        pass
+    elif not fill:
         skip(weight) if b is None else skip(weight, b)
-    elif not weight.is_meta and in_features:
+    elif in_features:
         bound = kaiming_bound(in_features)
         weight.uniform_(-bound, bound)
         if b is not None:
@@ -86,14 +92,20 @@ class Op:
         """A vector over features or channels, shaped to broadcast over this layer's activations."""
         return v
 
-    def factor_modules(self, m: Any, r: int, bias: bool, fill: bool = True) -> tuple[nn.Module, nn.Module] | None:
+    def groups(self, m: Any) -> int:
+        """Of channels that do not mix."""
+        return 1
+
+    def factor_modules(
+        self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
+    ) -> tuple[nn.Module, nn.Module] | None:
         """Two modules whose composition is a rank-r update of this layer; None where there are none.
 
         Args:
             fill: with the values that torch's constructors draw; else they may be undefined.
         """
         out_features, in_features = self.dims(m)
-        return linear(in_features, r, False, fill), linear(r, out_features, bias, fill)
+        return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
 
 
 class Unknown(Op):
@@ -152,7 +164,7 @@ class Embedding(Op):
     def down(self, m, x, A):
         return self.call(m, x, A, None)
 
-    def factor_modules(self, m, r, bias, fill=True):
+    def factor_modules(self, m, r, bias, fill=True, device=None):
         return None
 
     def lookup(self, m, places, rows):
@@ -203,7 +215,10 @@ class Conv(Op):
     def channels(self, v):
         return v.view(-1, *[1] * self.spatial)
 
-    def factor_modules(self, m, r, bias, fill=True):
+    def groups(self, m):
+        return m.groups
+
+    def factor_modules(self, m, r, bias, fill=True, device=None):
         down = self.module(
             m.in_channels,
             r,
@@ -213,8 +228,9 @@ class Conv(Op):
             dilation=m.dilation,
             padding_mode=m.padding_mode,
             bias=False,
+            device=device,
         )
-        up = self.module(r, m.out_channels, 1, groups=m.groups, bias=bias)
+        up = self.module(r, m.out_channels, 1, groups=m.groups, bias=bias, device=device)
         return down, up
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from graft.core.lean import ModuleDict, bare
+
 
 class BufferDict(nn.Module):
     """Buffers by name: what `nn.ParameterDict` is for parameters."""
@@ -61,23 +63,6 @@ class TransientParameterDict(nn.ParameterDict):
 
 
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of what is kept in plain dicts
-_NEW = nn.Module().__dict__
-_PLAIN = {k: v for k, v in _NEW.items() if not isinstance(v, (dict, set))}
-_EMPTY = [(k, type(v)) for k, v in _NEW.items() if isinstance(v, (dict, set))]
-
-
-def bare(cls: type[Any]) -> Any:
-    """A module as `nn.Module.__init__` leaves it, in half the time."""
-    m = object.__new__(cls)
-    begin(m)
-    return m
-
-
-def begin(m: nn.Module) -> None:
-    held = m.__dict__
-    held.update(_PLAIN)
-    for name, kind in _EMPTY:
-        held[name] = kind()
 
 
 class Slot(NamedTuple):
@@ -106,7 +91,7 @@ def slots_of(key: str, container: Any, adapter: str) -> Iterator[Slot]:
 def container_for(value: Any) -> Any:
     """An empty container of the kind that holds `value` for each adapter."""
     if isinstance(value, nn.Module):
-        return bare(nn.ModuleDict)
+        return bare(ModuleDict)
     if not isinstance(value, (Tensor, Transient)):
         return {}
     if isinstance(value, nn.Parameter):

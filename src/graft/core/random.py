@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _SCRATCH = 1 << 14  # 64-bit words: stays in the cache
+_WORTH = 1 << 12  # numbers from which on `skip` gains more than it costs
 
 
 @cache
@@ -21,8 +22,8 @@ def kaiming_bound(fan_in: int) -> float:
 
 def skip(*tensors: Tensor) -> None:
     """Advance the generator as filling these with uniform values would, in little more than half the time."""
-    if all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors):
-        left = sum(t.numel() for t in tensors)
+    left = sum([t.numel() for t in tensors])
+    if left >= _WORTH and all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors):
         while left > 1:  # a 64-bit word takes two steps of the generator, a float one
             words = min(left // 2, _SCRATCH)
             scratch()[:words].random_(-(2**63), None)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from graft.config.base import matches_end
@@ -351,11 +350,7 @@ def add_adapter(
 ) -> int:
     """Make an adapter on a layer, frozen. Returns how many of its numbers can train."""
     variant = layer.method.variant(cfg)
-    if on_meta:
-        with torch.device("meta"):
-            values = variant.build(layer.site, cfg, shared)
-    else:
-        values = variant.build(layer.site, cfg, shared)
+    values = (variant.placeholders if on_meta else variant.build)(layer.site, cfg, shared)
     method = layer.add(adapter, values, variant)
     if not on_meta:
         method.init(cfg)
@@ -509,7 +504,7 @@ def commit(
 
 def attach(place: Place, module: nn.Module) -> None:
     parent, name = place
-    if hasattr(parent, "activation_relu_or_gelu"):
+    if "activation_relu_or_gelu" in parent.__dict__:
         parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
     parent._modules[name] = module  # setattr would only look the old one up again
 

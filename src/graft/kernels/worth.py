@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.eager import eager
+from graft.core.lean import Identity
 from graft.kernels.low_rank import FUSED_FROM
 
 
@@ -19,7 +20,7 @@ def worth_it(x: Tensor) -> bool:
 
 def share_dropped(dropout: nn.Module) -> float | None:
     """The share of inputs that a method's dropout takes out now; None of a module that has to be called."""
-    if type(dropout) is nn.Identity:
+    if type(dropout) in (Identity, nn.Identity):
         return 0.0
     if type(dropout) is not nn.Dropout:
         return None

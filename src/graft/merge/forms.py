@@ -61,7 +61,7 @@ class LoraForm:
 
     def read(self, m, weight):
         A, B = m.pair
-        return Term(wide(A), wide(B), m.scaling, weight, m.layer.base_layer.__dict__.get("groups", 1))
+        return Term(wide(A), wide(B), m.scaling, weight, m.layer.op.groups(m.layer.base_layer))
 
     def write(self, A, B, parts, cfg):
         layer = parts[0][0].layer

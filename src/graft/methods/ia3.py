@@ -88,7 +88,7 @@ class IA3(Method):
         l = self.ia3_l.flatten().to(W.dtype)
         if not self.is_feedforward:
             return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)
-        groups = getattr(self.layer.base_layer, "groups", 1)
+        groups = self.layer.op.groups(self.layer.base_layer)
         per_group = l.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
         return W * per_group.view(*per_group.shape, *[1] * (W.dim() - 2)), b
 

@@ -34,7 +34,9 @@ class Dense:
             getattr(m, name).data.copy_(state)
 
     def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        p = getattr(m, "weight", None)
+        p = m._parameters.get("weight")
+        if p is None:
+            p = getattr(m, "weight", None)
         if p is None:
             p = next(m.parameters(), None)
         if p is None:

@@ -30,7 +30,7 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
         warnings.warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning, stacklevel=3)
-    groups = getattr(site.module, "groups", 1)
+    groups = site.op.groups(site.module)
     if groups > 1:
         check_groups(site, cfg.r, groups)
 

@@ -33,15 +33,17 @@ class DoRA(LoRA):
 
     @classmethod
     def check(cls, site: Site, cfg: LoraConfig) -> str | None:
-        if getattr(site.module, "groups", 1) > 1:
+        if site.op.groups(site.module) > 1:
             return "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
         return super().check(site, cfg)
 
     @classmethod
-    def build(cls, site: Site, cfg: LoraConfig, shared):
+    def build(cls, site: Site, cfg: LoraConfig, shared, device=None):
         kernel = [1] * (len(site.shape) - 2)
         shape = (1, site.out_features, *kernel) if kernel else (site.out_features,)
-        return super().build(site, cfg, shared) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape)))
+        return super().build(site, cfg, shared, device) | dict(
+            lora_magnitude_vector=Magnitude(torch.empty(shape, device=device))
+        )
 
     def init(self, cfg: LoraConfig) -> None:
         super().init(cfg)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from graft.config.fields import require_positive_rank
 from graft.config.targets import LORA
 from graft.core.errors import ConfigError
+from graft.core.lean import Identity, bare
 from graft.core.method import Method
-from graft.core.params import bare
+from graft.core.ops import META
 from graft.core.site import Site
 from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.methods.lora import checks, init
@@ -34,7 +35,6 @@ class LoRA(Method):
         **{f"lora_{x}": nn.ModuleDict() for x in ("A", "B", "magnitude_vector")},
         **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
     }
-
     unnamed = frozenset({"lora_magnitude_vector"})
 
     lora_A: nn.Module  # weight (r, in), for convolutions (r, in, *kernel)
@@ -60,7 +60,7 @@ class LoRA(Method):
         checks.refuse_mamba(cfg, model)
 
     @classmethod
-    def build(cls, site: Site, cfg: LoraConfig, shared):
+    def build(cls, site: Site, cfg: LoraConfig, shared, device=None):
         r = cfg.r
         require_positive_rank(r)
         values = dict(
@@ -70,19 +70,23 @@ class LoRA(Method):
             use_rslora=cfg.use_rslora,
             use_dora=cfg.use_dora,
             lora_bias=cfg.lora_bias,
-            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else bare(nn.Identity),
+            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else bare(Identity),
         )
         if site.op.takes_ids:
             if cfg.lora_bias:
                 raise ConfigError(f"lora_bias=True is not supported for Embedding (layer '{site.key}').")
             return values | dict(
-                lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features)),
-                lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r)),
+                lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features, device=device)),
+                lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
         checks.check_site(site, cfg)
         fill = cfg.init_lora_weights is False  # anything else overwrites what is drawn here
-        A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill)  # type: ignore[misc]
+        A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
         return values | dict(lora_A=A, lora_B=B)
+
+    @classmethod
+    def placeholders(cls, site: Site, cfg: LoraConfig, shared):
+        return cls.build(site, cfg, shared, META)
 
     def init(self, cfg: LoraConfig) -> None:
         init.initialise(self, cfg.init_lora_weights)
@@ -104,7 +108,7 @@ class LoRA(Method):
         return self.lora_A.weight, self.lora_B.weight  # type: ignore[return-value]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        if getattr(self.layer.base_layer, "groups", 1) > 1:
+        if self.layer.op.groups(self.layer.base_layer) > 1:
             raise NotImplementedError(
                 f"Merging is not supported for _ConvNd layers with groups > 1! Layer '{self.layer.site.key}', adapter "
                 f"'{self.name}': A mixes the groups. Keep it unmerged, or leave grouped convolutions out."
@@ -123,15 +127,13 @@ class LoRA(Method):
         return self.lora_B.bias * self.scaling  # type: ignore[return-value,operator]
 
     def join(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        base = layer._modules["base_layer"]
+        layer, base = self.layer, self.layer.base_layer
         found = plain_factors(layer, (self.name,))
         if found is None:
             return super().join(x)
-        [(A, B, scale, p)] = found
         if torch.is_grad_enabled():
-            return low_rank_linear(base, layer.op.pull, layer.base_weight, x, A, B, scale, p)
-        return add_low_rank(base(x), x, A, B, scale, p)
+            return low_rank_linear(base, layer.op.pull, layer.base_weight, x, *found[0])
+        return add_low_rank(base(x), x, *found[0])
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         found = plain_factors(self.layer, (self.name,)) if self.layer.open else None

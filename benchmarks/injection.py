@@ -15,6 +15,7 @@ from torch import nn
 import graft
 from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
 from benchmarks.models import WIDTH, Stack, lora, smollm, stack_config
+from graft.core.lean import Linear, bare
 
 
 def first(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Callable[[Any], Turns]:
@@ -48,6 +49,28 @@ def two_parameters(n: int, device: str = "cpu") -> Callable[[], Turns]:
     return turns
 
 
+def skeleton(n: int, modules: int, width: int = 4, r: int = 2) -> Callable[[], Turns]:
+    """What the names of `n` adapted layers stand for: bare modules, of which two hold a Parameter."""
+
+    def make() -> list:
+        made = []
+        for _ in range(n):
+            new = [bare(Linear) for _ in range(modules)]
+            new[0]._parameters["weight"] = nn.Parameter(torch.rand(r, width))
+            new[1]._parameters["weight"] = nn.Parameter(torch.zeros(width, r))
+            made.append(new)
+        return made
+
+    def turns() -> Turns:
+        while True:
+            yield make
+
+    return turns
+
+
+FIRST, FURTHER = 7, 3  # modules of LoRA on a layer: three of each adapter, the layer itself and its containers
+
+
 def blocks(n: int, device: str = "cpu") -> Callable[[], nn.Module]:
     return lambda: smollm(n, device, values=False)
 
@@ -73,15 +96,28 @@ BENCHES = [
     Bench("inject, 224 linears", first(blocks(32), lora), Goal(faster=10), two_parameters(224)),
     Bench("inject, 560 linears", first(blocks(80), lora), Goal(faster=10), two_parameters(560), long=True),
     Bench("inject, 560 linears, meta", first(blocks(80, "meta"), lora), Goal(faster=20), two_parameters(560, "meta")),
-    Bench("inject, 1k modules", first(lambda: Stack(1_000), stack_config), Goal(faster=10)),
-    Bench("inject, 10k modules", first(lambda: Stack(10_000), stack_config), Goal(faster=25), long=True, once=True),
+    Bench("inject, 1k modules", first(lambda: Stack(1_000), stack_config), Goal(faster=10), skeleton(1_000, FIRST)),
+    Bench(
+        "inject, 10k modules",
+        first(lambda: Stack(10_000), stack_config),
+        Goal(faster=25),
+        skeleton(10_000, FIRST),
+        long=True,
+        once=True,
+    ),
     Growth("inject, growth with the model", first),
     Bench("second adapter, 224 linears", second(blocks(32), lora), Goal(faster=20), two_parameters(224)),
-    Bench("second adapter, 1k modules", second(lambda: Stack(1_000), stack_config), Goal(faster=50)),
+    Bench(
+        "second adapter, 1k modules",
+        second(lambda: Stack(1_000), stack_config),
+        Goal(faster=50),
+        skeleton(1_000, FURTHER),
+    ),
     Bench(
         "second adapter, 10k modules",
         second(lambda: Stack(10_000), stack_config),
         Goal(faster=300),
+        skeleton(10_000, FURTHER),
         long=True,
         once=True,
     ),

@@ -29,8 +29,11 @@ def write_card(model: Any, folder: str) -> None:
     base = model.get_base_model()
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or base.__dict__.get("name_or_path")
     kind = model.peft_type.value
+    before = None
     if os.path.exists(path):
-        card = ModelCard.load(path)
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            before = f.read()
+        card = ModelCard(before)
     else:
         text = TEXT.format(
             base=name or type(base).__name__, kind=kind, version=FORMAT_VERSION, cls=type(model).__name__
@@ -53,5 +56,7 @@ def write_card(model: Any, folder: str) -> None:
         card.text = f"{card.text.rstrip()}\n\n{VERSIONS}\n\n{line}\n"
     elif line not in card.text:
         card.text = card.text.replace(f"{VERSIONS}\n", f"{VERSIONS}\n\n{line}\n", 1)
-    os.makedirs(folder, exist_ok=True)
-    write_all({path: write_text(str(card))})
+    text = str(card)
+    if text != before:
+        os.makedirs(folder, exist_ok=True)
+        write_all({path: write_text(text)})

@@ -65,7 +65,10 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     rows = {key: w.token_adapter for key, w in tokens.items() if not w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         unnamed = layer.method.unnamed
-        for container, path, owner, attribute, tensor in layer.tensors(adapter):
+        for slot in layer.slots.get(adapter, ()):
+            if not slot.saved:
+                continue
+            container, path, owner, attribute = slot[:4]
             stem = f"{prefix}{key}.{container}"
             below = f".{path}" if path else ""
             memory, file = f"{stem}.{adapter}{below}", f"{stem}{below}"
@@ -74,7 +77,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
                 file, also = stem, (file,)
             elif "." in path:
                 file, also = memory, (file,)
-            yield Entry(memory, file, also, owner, attribute, tensor, stem, layer, container)
+            yield Entry(memory, file, also, owner, attribute, slot.tensor, stem, layer, container)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):
             continue

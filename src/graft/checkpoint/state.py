@@ -385,10 +385,9 @@ def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
 def complete(parts: Parts, adapter: str, config: Any) -> None:
     """Give initial values to what a checkpoint did not fill: tensors that are never saved, or were missing."""
     for key, layer in parts.layers.items():
-        device = layer.store.where(layer.base_layer)[0]
-        empty = [t for t in layer.tensors(adapter, transient=True) if t[-1].is_meta]
-        if not empty or device is None or device.type == "meta":
+        if not any([slot.tensor.is_meta for slot in layer.slots[adapter]]) or layer.site.on_meta:
             continue
+        empty = [t for t in layer.tensors(adapter, transient=True) if t[-1].is_meta]
         spare = AdapterLayer(layer.site, layer.method, layer.routing)
         add_adapter(spare, adapter, config.at(key), parts.shared, on_meta=False, upcast=True)
         values = {(container, path): t for container, path, _, _, t in spare.tensors(adapter, transient=True)}

@@ -59,10 +59,8 @@ def check(layer: AdapterLayer, names: Sequence[str], safe: bool) -> None:
             raise ValueError(_broken(names, key))
         return
     method.check_together([layer.methods[n] for n in layer.merged_adapters] + methods)
-    for m in methods:  # cheap, and they know whether this layer can be merged
-        m.delta_bias()
-        if m.low_rank:
-            m.factors()
+    for m in methods:
+        m.check_merge()
     if safe:
         W, b = folded(layer, methods)
         if not (W.isfinite().all() and (b is None or b.isfinite().all())):

@@ -239,6 +239,12 @@ class Method:
             b = b + shift.to(b.dtype)
         return W + self.delta().to(W.dtype), b
 
+    def check_merge(self) -> None:
+        """Raise if this adapter cannot be merged into this layer."""
+        self.delta_bias()
+        if self.low_rank:
+            self.factors()
+
     def replacement(self) -> nn.Module:
         raise NotImplementedError
 

@@ -43,3 +43,11 @@ def check_groups(site: Site, r: int, groups: int) -> None:
             "not target this specific layer."
         )
     warnings.warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.", stacklevel=4)
+
+
+def refuse_groups(site: Site, adapter: str) -> None:
+    if site.op.groups(site.module) > 1:
+        raise NotImplementedError(
+            f"Merging is not supported for _ConvNd layers with groups > 1! Layer '{site.key}', adapter '{adapter}': "
+            "A mixes the groups. Keep it unmerged, or leave grouped convolutions out."
+        )

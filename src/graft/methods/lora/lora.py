@@ -108,13 +108,13 @@ class LoRA(Method):
         return self.lora_A.weight, self.lora_B.weight  # type: ignore[return-value]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        if self.layer.op.groups(self.layer.base_layer) > 1:
-            raise NotImplementedError(
-                f"Merging is not supported for _ConvNd layers with groups > 1! Layer '{self.layer.site.key}', adapter "
-                f"'{self.name}': A mixes the groups. Keep it unmerged, or leave grouped convolutions out."
-            )
+        checks.refuse_groups(self.layer.site, self.name)
         A, B = self.pair
         return A.flatten(1), B.flatten(1) * self.scaling
+
+    def check_merge(self) -> None:
+        checks.refuse_groups(self.layer.site, self.name)
+        self.delta_bias()
 
     def delta_bias(self) -> Tensor | None:
         if not self.lora_bias:

@@ -52,7 +52,7 @@ def lora(lib: Any, targets: Any = UNGROUPED, r: int = 2, lora_alpha: float = 2.7
 
 @torch.no_grad()
 def randomize(
-    model: nn.Module, marks: tuple[str, ...] = ("lora_", "ia3_", "ranknum", "modules_to_save", "tokens_delta")
+    model: nn.Module, marks: tuple[str, ...] = ("lora_", "hada_", "ia3_", "ranknum", "modules_to_save", "tokens_delta")
 ):
     """Values of everything that an adapter added, which depend on nothing but its name."""
     for name, p in model.named_parameters():

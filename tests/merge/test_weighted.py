@@ -125,7 +125,7 @@ def test_a_combination_that_fails_changes_nothing(kind, monkeypatch):
     assert all(torch.equal(after[k], t) for k, t in before.items())
 
 
-@pytest.mark.parametrize("name", ["VeraConfig", "LoHaConfig", "HRAConfig"])
+@pytest.mark.parametrize("name", ["VeraConfig", "HRAConfig"])
 def test_methods_that_cannot_hold_a_sum_say_so(name):
     cfg = lambda: getattr(graft, name)(r=2, target_modules=["lin"])
     model = graft.get_peft_model(base(), cfg(), "x")
@@ -133,3 +133,40 @@ def test_methods_that_cannot_hold_a_sum_say_so(name):
     with pytest.raises(NotImplementedError, match=r"cannot be combined into one.*set_adapter\(\[…\]\), or merge them"):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new")
     assert list(model.peft_config) == ["x", "y"]
+
+
+def lohas(targets, **options):
+    cfg = lambda alpha: graft.LoHaConfig(r=2, alpha=alpha, target_modules=list(targets), **options)
+    return build(graft, {name: cfg(alpha) for name, alpha in (("x", 2.74), ("y", 5.5), ("z", 1.1))})
+
+
+@pytest.mark.parametrize("effective", [False, True])
+@pytest.mark.parametrize("key", LAYERS)
+def test_a_loha_adapter_holds_the_sum_of_others(key, effective):
+    model = lohas([key], use_effective_conv2d=effective)
+    report = model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type="exact")
+    assert_close(delta(model, key, "new").double().flatten(1), total(model, key), rtol=1e-4, atol=1e-4)
+    assert_close(
+        added(model, key, "new"), sum(w * added(model, key, n) for n, w in zip(NAMES, WEIGHTS)), rtol=1e-4, atol=1e-4
+    )
+    assert report.energy[key] > 0.9999
+
+
+def test_loha_truncates_as_well_as_can_be_and_survives_a_file(tmp_path):
+    model = lohas(["lin", "conv", "point"])
+    report = model.add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type="svd", svd_rank=3)
+    for key in ("lin", "conv", "point"):
+        full = total(model, key)
+        lost = torch.linalg.svdvals(full)[3:].square().sum()
+        made = delta(model, key, "new").double().flatten(1)
+        assert_close((made - full).square().sum(), lost, rtol=1e-3, atol=1e-6)
+        assert abs(report.energy[key] - float(1 - lost / full.square().sum())) < 1e-4
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    loaded = graft.PeftModel.from_pretrained(base(), tmp_path / "new").eval()
+    model.set_adapter("new")
+    assert_close(loaded(**batch()), model(**batch()), rtol=1e-6, atol=1e-6)
+
+
+def test_rules_on_factors_mean_nothing_for_loha():
+    with pytest.raises(NotImplementedError, match="LOHA adapters: their sum can be had with cat, svd or exact"):
+        lohas(["lin"]).add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type="linear")

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
@@ -15,25 +15,26 @@ class TypeTable(Generic[T]):
 
     def __init__(self, rows: Mapping[str, T]):
         self._rows = dict(rows)
-        # bounded: some libraries make a class for each module, and should be able to lose it again
-        self.find = lru_cache(maxsize=256)(self._find)
-        self.origin = lru_cache(maxsize=256)(self._origin)
+        self._found: WeakKeyDictionary[type, int] = WeakKeyDictionary()  # which class of a type's MRO, -1 for none
 
     def add(self, qualified_name: str, entry: T) -> None:
         self._rows[qualified_name] = entry
-        self.find.cache_clear()
-        self.origin.cache_clear()
+        self._found.clear()
 
     def names(self) -> list[str]:
         return list(self._rows)
 
-    def _find(self, cls: type) -> T | None:
-        origin = self._origin(cls)
+    def find(self, cls: type) -> T | None:
+        origin = self.origin(cls)
         return None if origin is None else self._rows[qualified(origin)]
 
-    def _origin(self, cls: type) -> type | None:
+    def origin(self, cls: type) -> type | None:
         """The class of the MRO that has an entry."""
-        return next((base for base in cls.__mro__ if qualified(base) in self._rows), None)
+        place = self._found.get(cls)
+        if place is None:
+            places = (i for i, base in enumerate(cls.__mro__) if qualified(base) in self._rows)
+            place = self._found[cls] = next(places, -1)
+        return cls.__mro__[place] if place >= 0 else None
 
 
 def qualified(cls: type) -> str:

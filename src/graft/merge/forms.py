@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from graft.kernels.hadamard import narrow
+
 Values = dict[tuple[str, str], Tensor]  # by container and path below the adapter's name, as `AdapterLayer.tensors`
 
 
@@ -108,10 +110,34 @@ class AdaLoraForm:
         cfg.inference_mode = True  # one adapter of a model trains at a time
 
 
+class LohaForm:
+    """The elementwise product of two low-rank matrices: one of them can be any, if the other is all ones."""
+
+    apart: ClassVar[bool] = False
+
+    def read(self, m, weight):
+        a, b, c, d = (wide(p) for p in (m.hada_w1_a, m.hada_w1_b, m.hada_w2_a, m.hada_w2_b))
+        if m.cp:  # the kernel's factor counts as b's
+            b, d = (torch.einsum("ijk,jq->iqk", wide(t).flatten(2), f) for t, f in ((m.hada_t1, b), (m.hada_t2, d)))
+            a, b, c, d = a.T, b.flatten(1), c.T, d.flatten(1)
+        return Term(*narrow(a, b, c, d), m.scaling, weight)
+
+    def write(self, A, B, parts, cfg):
+        A, B = A.flatten(0, 1), B.flatten(0, 1)
+        left, right = torch.zeros_like(B), torch.zeros_like(A)
+        left[:, 0] = right[0] = 1.0
+        return {("hada_w1_a", ""): B, ("hada_w1_b", ""): A, ("hada_w2_a", ""): left, ("hada_w2_b", ""): right}
+
+    def configure(self, cfg, ranks, patterns, configs):
+        cfg.r = cfg.alpha = max(ranks.values())  # scaling 1
+        cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
+        cfg.use_effective_conv2d = False
+
+
 def wide(t: Tensor) -> Tensor:
     """The values, in float32 at least."""
     t = t.detach()
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-FORMS: dict[str, Form] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm()}
+FORMS: dict[str, Form] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm(), "LOHA": LohaForm()}

@@ -106,7 +106,7 @@ BENCHES = [
         once=True,
     ),
     Growth("inject, growth with the model", first),
-    Bench("second adapter, 224 linears", second(blocks(32), lora), Goal(faster=20), two_parameters(224)),
+    Bench("second adapter, 224 linears", second(blocks(32), lora), Goal(faster=20), two_parameters(224), long=True),
     Bench(
         "second adapter, 1k modules",
         second(lambda: Stack(1_000), stack_config),

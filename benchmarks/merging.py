@@ -54,6 +54,6 @@ def addmm() -> Turns:
 
 BENCHES = [
     Bench("merge_adapter (floor: addmm_)", merge, Goal(faster=1.8), addmm),
-    Bench("unmerge_adapter", unmerge, Goal(faster=1.8), addmm),
-    Bench("merge_and_unload", merge_and_unload, Goal(faster=2.5), addmm),
+    Bench("unmerge_adapter", unmerge, Goal(faster=1.8), addmm, long=True),
+    Bench("merge_and_unload", merge_and_unload, Goal(faster=2.5), addmm, long=True),
 ]

@@ -111,12 +111,14 @@ HALF: dict[str, Any] = dict(dtype=torch.bfloat16, long=True)
 
 CASES = [
     Case("IA3", "IA3Config", long=True),  # on the layers that its authors chose
-    Case("VeRA r 256", "VeraConfig", EVERY | dict(r=256), None),  # 16 times LoRA's rank is at least its arithmetic
+    Case(
+        "VeRA r 256", "VeraConfig", EVERY | dict(r=256), None, long=True
+    ),  # 16 times LoRA's rank is at least its arithmetic
     Case("LoHa r 8", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8)),
     Case("LoHa r 32", "LoHaConfig", EVERY | dict(r=32, alpha=SCALING * 32), None, long=True),  # a dense gradient
     Case("OFT block 32", "OFTConfig", EVERY | dict(oft_block_size=32), long=True),
-    Case("HRA r 8", "HRAConfig", EVERY | dict(r=8)),
-    Case("AdaLoRA", "AdaLoraConfig", ADALORA),
+    Case("HRA r 8", "HRAConfig", EVERY | dict(r=8), long=True),
+    Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),
     Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),
     Case("prefix tuning", "PrefixTuningConfig", PROMPT, long=True),

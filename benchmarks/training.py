@@ -44,6 +44,7 @@ class Kind:
     goal_bytes: Goal
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = field(default_factory=dict)
+    long: bool = False
 
     def turns(self, lib: Any) -> Turns:
         return self._repeat(adapted(lib, self.dtype, self.options))
@@ -57,7 +58,7 @@ class Kind:
             yield call
 
     def benches(self) -> list:
-        time = Bench(f"training step, {self.name}", self.turns, self.goal_time, self.floor)
+        time = Bench(f"training step, {self.name}", self.turns, self.goal_time, self.floor, long=self.long)
         models = {name: partial(adapted, lib, self.dtype, self.options) for name, lib in LIBS.items()}
         models["floor"] = partial(base, self.dtype)
         return [time, Saved(f"bytes kept, {self.name}", models, self.dtype, self.goal_bytes)]
@@ -107,12 +108,12 @@ def at_most(share: float) -> Goal:
 
 
 KINDS = [
-    Kind("LoRA q,v, float32", at_most(1.0), at_most(1.0), options={"targets": ("q_proj", "v_proj")}),
+    Kind("LoRA q,v, float32", at_most(1.0), at_most(1.0), options={"targets": ("q_proj", "v_proj")}, long=True),
     Kind("LoRA all linear, float32", at_most(0.97), at_most(1.0)),
-    Kind("the same + dropout", at_most(0.92), at_most(0.60), options={"lora_dropout": 0.05}),
+    Kind("the same + dropout", at_most(0.92), at_most(0.60), options={"lora_dropout": 0.05}, long=True),
     Kind("LoRA all linear, bf16 base", at_most(0.87), at_most(0.62), torch.bfloat16, {"targets": LINEAR}),
-    Kind("bf16 base + dropout", at_most(0.85), at_most(0.42), torch.bfloat16, {"lora_dropout": 0.05}),
+    Kind("bf16 base + dropout", at_most(0.85), at_most(0.42), torch.bfloat16, {"lora_dropout": 0.05}, long=True),
     Kind("DoRA all linear, float32", at_most(0.83), at_most(0.63), options={"use_dora": True}),
-    Kind("DoRA + dropout", at_most(0.60), at_most(1.0), options={"use_dora": True, "lora_dropout": 0.05}),
+    Kind("DoRA + dropout", at_most(0.60), at_most(1.0), options={"use_dora": True, "lora_dropout": 0.05}, long=True),
 ]
 BENCHES = [bench for kind in KINDS for bench in kind.benches()]

@@ -48,8 +48,10 @@ def arithmetic() -> Turns:
 
 BENCHES = [
     Bench("weighted linear, 3 adapters (floor: sums)", partial(combine, kind="linear"), Goal(faster=8), arithmetic),
-    Bench("weighted cat, 3 adapters", partial(combine, kind="cat"), Goal(faster=3)),
-    Bench("weighted ties, 3 adapters", partial(combine, kind="ties", density=0.5), Goal(faster=3)),
-    Bench("weighted dare_linear, 3 adapters", partial(combine, kind="dare_linear", density=0.5), Goal(faster=1)),
+    Bench("weighted cat, 3 adapters", partial(combine, kind="cat"), Goal(faster=3), long=True),
+    Bench("weighted ties, 3 adapters", partial(combine, kind="ties", density=0.5), Goal(faster=3), long=True),
+    Bench(
+        "weighted dare_linear, 3 adapters", partial(combine, kind="dare_linear", density=0.5), Goal(faster=1), long=True
+    ),
     Bench("weighted svd, 3 adapters", partial(combine, kind="svd"), Goal(faster=60), long=True, once=True),
 ]

@@ -179,6 +179,7 @@ def test_a_save_that_fails_while_writing_the_config_leaves_the_old_files(saved, 
 
 def test_a_save_that_fails_at_the_model_card_leaves_a_loadable_adapter_and_no_litter(saved, monkeypatch):
     model = adapted(number=2, r=3)
+    (saved / "README.md").write_text("# Mine\n")  # which gets more text
     with monkeypatch.context() as patch:
         done = fail_at(patch, 3)
         with pytest.raises(Failure):
@@ -186,6 +187,13 @@ def test_a_save_that_fails_at_the_model_card_leaves_a_loadable_adapter_and_no_li
     assert done[:3] == [TENSORS, CONFIG, "README.md"]
     assert set(files(saved)) == {CONFIG, TENSORS, "README.md"}
     assert torch.equal(load(saved)(X), model(X))
+
+
+def test_a_model_card_that_stays_the_same_is_not_written(saved, monkeypatch):
+    with monkeypatch.context() as patch:
+        done = fail_at(patch, 99)
+        load(saved).save_pretrained(saved)
+    assert done == [TENSORS, CONFIG]
 
 
 def test_the_files_of_the_other_format_go(tmp_path):

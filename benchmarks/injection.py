@@ -14,8 +14,9 @@ from torch import nn
 
 import graft
 from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
-from benchmarks.models import WIDTH, Stack, lora, smollm, stack_config
+from benchmarks.models import LINEAR, Stack, lora, smollm, stack_config
 from graft.core.lean import Linear, bare
+from graft.core.random import kaiming_bound, skip
 
 
 def first(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Callable[[Any], Turns]:
@@ -35,16 +36,27 @@ def second(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Call
 
 
 def two_parameters(n: int, device: str = "cpu") -> Callable[[], Turns]:
-    """What no injection can do without: two tensors for each layer."""
+    """What no injection can do without: two Parameters for each layer, with the values that PEFT's seed gives them.
 
-    def make() -> list:
-        with torch.device(device):
-            pair = lambda: (nn.Parameter(torch.rand(16, WIDTH)), nn.Parameter(torch.zeros(WIDTH, 16)))
-            return [pair() for _ in range(n)]
+    PEFT draws A and B and then A again; here the first two are skipped, which is the fastest way past them.
+    """
 
     def turns() -> Turns:
+        base = smollm(n // len(LINEAR), "meta")
+        sizes = [(m.out_features, m.in_features) for m in base.modules() if isinstance(m, nn.Linear)]
+
+        def pair(rows: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
+            A, B = torch.empty(16, width, device=device), torch.empty(rows, 16, device=device)
+            if device != "meta":
+                skip(A)
+                skip(B)
+                bound = kaiming_bound(width)
+                A.uniform_(-bound, bound)
+                B.zero_()
+            return nn.Parameter(A), nn.Parameter(B)
+
         while True:
-            yield make
+            yield lambda: [pair(*size) for size in sizes]
 
     return turns
 

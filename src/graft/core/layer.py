@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.core import merging
 from graft.core.eager import eager, unhooked
 from graft.core.errors import AdapterNotFoundError, PeftWarning
-from graft.core.lean import begin, lean
+from graft.core.lean import ModuleDict, begin, lean
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
 from graft.core.params import FACTS, BufferDict, Slot, Transient, container_for, slots_of
@@ -182,8 +182,12 @@ class AdapterLayer(nn.Module):
             )
         modules, own = self._modules, self.__dict__
         for key in self.containers:
-            container: Any = modules[key] if key in modules else own[key]
-            if adapter in container:
+            container: Any = modules.get(key)
+            if container is None:
+                own[key].pop(adapter, None)
+            elif type(container) is ModuleDict:  # past its own methods, which take as long as all the rest
+                container._modules.pop(adapter, None)
+            elif adapter in container:
                 del container[adapter]
         self.methods.pop(adapter, None)
         if not self.additive:
@@ -193,7 +197,7 @@ class AdapterLayer(nn.Module):
         self._scaling_at_start.pop(adapter, None)
         if adapter in self.active_adapters:
             own["active_adapters"] = [a for a in self.active_adapters if a != adapter]
-        self.replan()
+            self.replan()
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
         """(container, path below the adapter's name, owner, attribute, tensor) of all that a checkpoint holds.

@@ -17,6 +17,7 @@ from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
 from benchmarks.models import LINEAR, Stack, lora, smollm, stack_config
 from graft.core.lean import Linear, bare
 from graft.core.random import kaiming_bound, skip
+from graft.inject.inject import collector_paused
 
 
 def first(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Callable[[Any], Turns]:
@@ -64,6 +65,7 @@ def two_parameters(n: int, device: str = "cpu") -> Callable[[], Turns]:
 def skeleton(n: int, modules: int, width: int = 4, r: int = 2) -> Callable[[], Turns]:
     """What the names of `n` adapted layers stand for: bare modules, of which two hold a Parameter."""
 
+    @collector_paused()
     def make() -> list:
         made = []
         for _ in range(n):

@@ -119,7 +119,7 @@ BENCHES = [
         long=True,
         once=True,
     ),
-    Growth("inject, growth with the model", first),
+    Growth("inject, growth with the model", first, long=True),
     Bench("second adapter, 224 linears", second(blocks(32), lora), Goal(faster=20), two_parameters(224), long=True),
     Bench(
         "second adapter, 1k modules",

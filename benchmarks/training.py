@@ -113,7 +113,7 @@ KINDS = [
     Kind("the same + dropout", at_most(0.92), at_most(0.60), options={"lora_dropout": 0.05}, long=True),
     Kind("LoRA all linear, bf16 base", at_most(0.87), at_most(0.62), torch.bfloat16, {"targets": LINEAR}),
     Kind("bf16 base + dropout", at_most(0.85), at_most(0.42), torch.bfloat16, {"lora_dropout": 0.05}, long=True),
-    Kind("DoRA all linear, float32", at_most(0.83), at_most(0.63), options={"use_dora": True}),
+    Kind("DoRA all linear, float32", at_most(0.83), at_most(0.63), options={"use_dora": True}, long=True),
     Kind("DoRA + dropout", at_most(0.60), at_most(1.0), options={"use_dora": True, "lora_dropout": 0.05}, long=True),
 ]
 BENCHES = [bench for kind in KINDS for bench in kind.benches()]

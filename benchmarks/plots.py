@@ -32,6 +32,6 @@ def draw(rows: list[Row], path: str, title: str) -> None:
     axes.set_xlabel("PEFT's time or bytes ÷ those of graft (floor: of the least that is possible)")
     axes.set_title(title, fontsize=9, loc="left")
     axes.legend(loc="lower right", fontsize=8)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.005)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

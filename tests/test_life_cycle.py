@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short cuts of the life cycle leave nothing behind: the garbage collector, mapped files, remembered flags."""
+"""Short cuts of the life cycle leave nothing behind: the garbage collector, files, remembered flags."""
 
 import copy
 import gc
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.checkpoint.files import mapped, read_safetensors
+from graft.checkpoint.files import read, read_safetensors
 from tests.models import seeded
 
 
@@ -71,12 +71,12 @@ def test_what_a_user_froze_stays_frozen():
 # files
 
 
-def test_a_mapped_file_holds_what_safetensors_reads(tmp_path):
+def test_a_file_holds_what_safetensors_reads(tmp_path):
     path = str(tmp_path / "x.safetensors")
     kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
     made = {f"k{i}": (torch.randn(3, i + 1) * 9).to(dtype) for i, dtype in enumerate(kinds)}
     save_file(made, path, metadata={"format": "pt"})
-    ours, theirs = mapped(path), load_file(path)
+    ours, theirs = read(path), load_file(path)
     assert ours.keys() == theirs.keys()
     for key, t in theirs.items():
         assert ours[key].dtype == t.dtype and torch.equal(ours[key], t)
@@ -90,14 +90,25 @@ def test_writing_to_what_was_read_leaves_the_file(tmp_path):
     assert torch.equal(load_file(path)["a"], torch.ones(4))
 
 
+@pytest.mark.parametrize("what", ["overwritten", "truncated"])
+def test_a_running_model_does_not_depend_on_the_file_it_came_from(what, tmp_path):
+    made = graft.get_peft_model(net(), config(init_lora_weights=False))
+    x, path = torch.randn(2, 6), tmp_path / "adapter_model.safetensors"
+    made.save_pretrained(tmp_path)
+    model = graft.PeftModel.from_pretrained(net(), tmp_path)
+    with open(path, "r+b") as f:  # in place, as `cp` does it
+        f.write(b"\0" * path.stat().st_size) if what == "overwritten" else f.truncate(0)
+    assert torch.equal(model(x), made(x))
+
+
 @pytest.mark.parametrize("odd", ["empty", "bool"])
-def test_what_cannot_be_mapped_is_read_by_safetensors(odd, tmp_path):
+def test_what_cannot_be_read_at_once_is_read_by_safetensors(odd, tmp_path):
     path = str(tmp_path / "x.safetensors")
     made = {"a": torch.ones(4), "b": torch.empty(0, 3) if odd == "empty" else torch.tensor([True, False])}
     save_file(made, path)
-    assert mapped(path) is None
-    read = read_safetensors(path).tensors
-    assert read.keys() == made.keys() and all(torch.equal(read[k], t) for k, t in made.items())
+    assert read(path) is None
+    held = read_safetensors(path).tensors
+    assert held.keys() == made.keys() and all(torch.equal(held[k], t) for k, t in made.items())
 
 
 # which parameters train

@@ -29,12 +29,12 @@ _NAMES: dict[str, str] = {
         "graft.methods.p_tuning": "PromptEncoderReparameterizationType",
         "graft.methods.multitask_prompt_tuning": "MultitaskPromptTuningInit",
         "graft.config.prompt": "PromptLearningConfig",
-        "graft.inject.plan": "plan",
         "graft.inject.report": "InjectReport",
         "graft.inject.saved": "ModulesToSaveWrapper",
         "graft.model.api": "get_peft_config get_peft_model",
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.peft_model": "PeftModel",
+        "graft.model.plan": "plan",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
         "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
         "PeftModelForTokenClassification",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from graft.checkpoint.files import load_weights, save_adapter
 from graft.checkpoint.fingerprint import fingerprint
 from graft.config.base import PeftConfig
-from graft.core.errors import CheckpointError, ConfigError, PeftWarning
+from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.prompt import STORED
 
 SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -71,11 +70,10 @@ def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
             )
     names = first.base_model_name_or_path, other.base_model_name_or_path
     if names[0] != names[1]:
-        warnings.warn(
+        warn(
             f"The cartridge in '{first_path}' was made for the base model {names[0]!r}, the one in '{path}' for "
             f"{names[1]!r}: unless these are the same, the composed one means nothing to either.",
             PeftWarning,
-            stacklevel=3,
         )
 
 

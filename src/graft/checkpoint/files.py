@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +104,7 @@ def read_safetensors(path: str) -> Loaded:
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
             metadata = f.metadata() or {}
-            tensors = mapped(path)  # a file that could be opened has been checked
+            tensors = read(path)  # a file that could be opened has been checked
             if tensors is None:
                 tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
@@ -117,10 +116,11 @@ def read_safetensors(path: str) -> Loaded:
     return Loaded(tensors, path, stored)
 
 
-def mapped(path: str) -> dict[str, Tensor] | None:
-    """The tensors of a sound safetensors file on a private mapping of it; None if torch cannot have them so.
+def read(path: str) -> dict[str, Tensor] | None:
+    """The tensors of a sound safetensors file, read at once; None if torch cannot have them so.
 
-    Each has a storage of its own, as from safetensors, in a third of the time.
+    Each has a storage of its own, as from safetensors, in a third of the time. They do not stay mapped to the file: who
+    overwrites it would change a running model, and who truncates it would kill the process.
     """
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
@@ -128,14 +128,15 @@ def mapped(path: str) -> dict[str, Tensor] | None:
         header.pop("__metadata__", None)
         if not header:
             return {}
-        mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        memory = bytearray(os.fstat(f.fileno()).st_size - f.tell())
+        f.readinto(memory)
     out = {}
     for name, entry in header.items():
-        dtype, shape, start = DTYPES.get(entry["dtype"]), entry["shape"], 8 + size + entry["data_offsets"][0]
+        dtype, shape, start = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"][0]
         count = math.prod(shape)
         if dtype is None or not count or start % dtype.itemsize:
             return None
-        out[name] = torch.frombuffer(mapping, dtype=dtype, count=count, offset=start).view(shape)
+        out[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
     return out
 
 

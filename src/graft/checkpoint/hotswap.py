@@ -7,7 +7,6 @@ import copy
 import math
 import os
 import re
-import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,8 +19,9 @@ from graft.checkpoint import files
 from graft.checkpoint.files import Loaded
 from graft.checkpoint.keys import Entry, entries, without_wrappers
 from graft.checkpoint.state import Load, config_of, parts_of, some
-from graft.config.base import HUB_KEYWORDS, PeftConfig
-from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning
+from graft.config.base import PeftConfig
+from graft.config.keywords import HUB_KEYWORDS, warn_unknown
+from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts, collector_paused
 from graft.inject.match import Matcher
@@ -63,6 +63,7 @@ def hotswap_adapter(
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
+    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping"})
     where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
     config = PeftConfig.from_pretrained(where, **hub)
     swap(model, files.load_weights(where, **hub), adapter_name, config, kwargs.get("key_mapping"))
@@ -173,7 +174,7 @@ def check_growth(plan: Plan, adapter: str, config: Any) -> None:
     check_tied(adapter, config, rank)
     if any(isinstance(change.layer.scaling[adapter], Tensor) for change in plan.changes):
         text = f"Adapter '{adapter}' grows to rank {rank}, more than prepare_model_for_compiled_hotswap made room for: "
-        warnings.warn(f"{text}compiled code will be compiled again.", PeftWarning, stacklevel=4)
+        warn(f"{text}compiled code will be compiled again.", PeftWarning)
 
 
 def check_tied(adapter: str, config: Any, rank: int) -> None:
@@ -331,11 +332,10 @@ def prepare_model_for_compiled_hotswap(
     ):
         if check_compiled == "error":
             raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model.")
-        warnings.warn(
+        warn(
             "prepare_model_for_compiled_hotswap was called with a model that is already compiled: it will be compiled "
             "again. Call the function before compiling the model.",
             PeftWarning,
-            stacklevel=2,
         )
     model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
     on: dict[str, dict[str, Any]] = defaultdict(dict)  # layers by adapter

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from graft.checkpoint.files import Loaded
 from graft.checkpoint.fingerprint import difference, fingerprint, same_values
 from graft.checkpoint.keys import Entry, entries, find, without_wrappers
 from graft.config.targets import EMBEDDING_NAMES
-from graft.core.errors import AdapterKeyError, AdapterNotFoundError, BaseModelMismatchError, PeftWarning
+from graft.core.errors import AdapterKeyError, AdapterNotFoundError, BaseModelMismatchError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.merging import unmerged
 from graft.inject.inject import Parts, add_adapter
@@ -151,18 +150,14 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
     if save == "auto":
         tokens = getattr(config, "trainable_token_indices", None) is not None
         if targeted and not tokens:
-            warnings.warn(
-                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=5
-            )
+            warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
             save = True
         else:
             save = resized_vocabulary(base, config)
     if not save:
         return {}
     if not hasattr(base, "get_input_embeddings"):
-        warnings.warn(
-            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=5
-        )
+        warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
         return {}
     model: Any = base
     layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
@@ -191,10 +186,7 @@ def resized_vocabulary(base: nn.Module, config: Any) -> bool:
         before = json.load(f).get("vocab_size")
     if before is None or before == size:
         return False
-    warnings.warn(
-        "Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.",
-        stacklevel=6,
-    )
+    warn("Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.")
     return True
 
 
@@ -322,13 +314,12 @@ class Load:
             )
             if self.strict:
                 raise BaseModelMismatchError(text)
-            warnings.warn(text, PeftWarning, stacklevel=7)
+            warn(text, PeftWarning)
         elif not same_values(self.fingerprint, now):
-            warnings.warn(
+            warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "
                 "with other weights: expect other outputs than in training.",
                 PeftWarning,
-                stacklevel=7,
             )
 
     def _complain(self, mismatched: list) -> None:
@@ -344,10 +335,9 @@ class Load:
                     "was saved with, or pass ignore_mismatched_sizes=True to leave these out."
                 )
             report.mismatched_keys = [n for n, _, _ in mismatched]
-            warnings.warn(
+            warn(
                 f"Some weights of adapter '{self.adapter}' were not initialized from the model checkpoint and are "
-                f"being ignored because you passed `ignore_mismatched_sizes=True`: {some(lines)}",
-                stacklevel=7,
+                f"being ignored because you passed `ignore_mismatched_sizes=True`: {some(lines)}"
             )
         parts = []
         if report.missing_keys:
@@ -359,7 +349,7 @@ class Load:
         text = f"{' '.join(parts)} Adapter '{self.adapter}', checkpoint {self.path}."
         if self.strict:
             raise AdapterKeyError(f"{text} Pass strict=False to load what fits.")
-        warnings.warn(text, stacklevel=7)
+        warn(text)
 
 
 def some(items: list[str], most: int = 8) -> str:

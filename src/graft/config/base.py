@@ -9,7 +9,6 @@ import os
 import re
 import types
 import typing
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -19,7 +18,8 @@ from typing import Any, ClassVar
 from graft.config.atomic import write_all, write_text
 from graft.config.enums import TaskType
 from graft.config.hub import fetch
-from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError
+from graft.config.keywords import hub_keywords
+from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, warn
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
@@ -126,7 +126,7 @@ class PeftConfig:
             CheckpointError: there is no such file, or it is not valid JSON.
             ConfigError: its peft_type is unknown.
         """
-        hub = {k: kwargs.pop(k) for k in list(kwargs) if k in HUB_KEYWORDS}
+        hub = hub_keywords(kwargs)
         path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         if path is None:
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
@@ -140,7 +140,7 @@ class PeftConfig:
             raise TypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
-        return cls.from_peft_type(**{**kwargs, **loaded})
+        return cls.from_peft_type(**{k: v for k, v in kwargs.items() if k not in hub} | loaded)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -160,15 +160,12 @@ class PeftConfig:
         known = {f.name for f in fields(cls)}
         for name in cls.runtime_fields:
             if name in values:
-                warnings.warn(
-                    f"'{name}' describes a machine, not an adapter: the stored value is ignored.", stacklevel=4
-                )
+                warn(f"'{name}' describes a machine, not an adapter: the stored value is ignored.")
         unknown = sorted(set(values) - known)
         if unknown:
-            warnings.warn(
+            warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
-                "This probably means that the file was written by a newer version, which knows more settings.",
-                stacklevel=4,
+                "This probably means that the file was written by a newer version, which knows more settings."
             )
         return cls(**{k: v for k, v in values.items() if k in known and k not in cls.runtime_fields})
 
@@ -184,9 +181,6 @@ class PeftConfig:
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{path_json_file} holds a {type(loaded).__name__}, not the fields of an adapter.")
         return loaded
-
-
-HUB_KEYWORDS = {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
 
 
 def matches_end(pattern: str, key: str) -> bool:

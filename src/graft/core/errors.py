@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every exception and warning class of graft."""
+"""Every exception and warning class of graft, and how a warning is given."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
 
 
 class PeftError(Exception):
@@ -54,3 +60,15 @@ class CheckpointError(PeftError, ValueError):
 
 class BaseModelMismatchError(PeftError, ValueError):
     """A checkpoint was made for a base model of another architecture."""
+
+
+INSIDE = ("graft.", "contextlib", "torch.nn.modules.module", "torch.utils._contextlib")
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn whoever called graft, however deep inside this is."""
+    level = 2
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

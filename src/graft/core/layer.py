@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.core import merging
 from graft.core.eager import eager, unhooked
-from graft.core.errors import AdapterNotFoundError, PeftWarning
+from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
 from graft.core.lean import ModuleDict, begin, lean
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
@@ -234,7 +233,7 @@ class AdapterLayer(nn.Module):
         if len(names) > 1:
             self.check_active(names)
         if self.merged_adapters and names != self.active_adapters:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
         for name in self.trainable.difference(names):
             self.require_grad(name, False)
@@ -417,7 +416,7 @@ class AdapterLayer(nn.Module):
     def unmerge(self) -> None:
         """Take merged adapters out again: by subtraction where that is exact enough, else from a snapshot."""
         if not self.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         merging.unmerge(self)
         self.replan()
@@ -448,10 +447,9 @@ class AdapterLayer(nn.Module):
                 self._no_scaling()
 
     def _no_scaling(self) -> None:
-        warnings.warn(
+        warn(
             f"Scaling has no meaning for {self.method.__name__} adapters (layer '{self.site.key}'): ignored.",
             PeftWarning,
-            stacklevel=4,
         )
 
     # PEFT's names

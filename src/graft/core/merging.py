@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from graft.core.errors import warn
 
 if TYPE_CHECKING:
     from graft.core.layer import AdapterLayer
@@ -27,15 +28,14 @@ def not_merged(layer: AdapterLayer, names: Sequence[str] | None) -> list[str]:
 
 def say_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], replaces: bool) -> None:
     if done and left and replaces:
-        warnings.warn(f"Unmerging {list(done)} first: only one can stand in for a layer.", stacklevel=5)
+        warn(f"Unmerging {list(done)} first: only one can stand in for a layer.")
     elif done and left:
-        warnings.warn(
+        warn(
             f"Already following adapters were merged {','.join(done)}. "
-            f"You are now additionally merging {','.join(left)}.",
-            stacklevel=5,
+            f"You are now additionally merging {','.join(left)}."
         )
     elif done and names:
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=5)
+        warn("All adapters are already merged, nothing to do.")
 
 
 def check(layer: AdapterLayer, names: Sequence[str], safe: bool) -> None:

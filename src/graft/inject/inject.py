@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import matches_end
-from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.params import BufferDict, Transient
@@ -59,6 +58,7 @@ class Plan:
     report: InjectReport
     tokens: dict[str, list[int]]  # embeddings some of whose rows train
     followers: dict[str, str]  # modules on the embedding's weight that do as it does, and its path
+    biases: list[nn.Parameter]  # of the base, that train
 
 
 def survey_and_match(
@@ -76,7 +76,7 @@ def survey_and_match(
         resolve_targets(cfg, method, model, tree.modules)
     method.prepare(cfg, model)
     followers = expand(cfg, method, model, tree.modules) if keys is None else {}
-    report = InjectReport(adapter, cfg.peft_type, base_parameters=tree.parameters)
+    report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
     outcomes: dict[str, Verdict] = {}
     chosen = set(keys) if keys is not None else None
     matcher = Matcher(cfg) if chosen is None else None
@@ -95,8 +95,20 @@ def survey_and_match(
             report.skipped.append(Skipped(key, kind_of(module), verdict.why))
         elif not module._modules:
             report.untargeted[kind_of(module)] += 1
-    if chosen is None:
-        account(cfg, outcomes, report)
+    if matcher is not None:
+        account(cfg, matcher, outcomes, report)
+    check_sites(sites, cfg, method, adapter, tree)
+    wanted = modules_to_save_of(cfg, tree, report)
+    tokens = token_targets(cfg, model, tree.modules)
+    check_tokens(tokens, sites, wanted, tree)
+    adapted = [*sites, *(key for key, source in followers.items() if source in sites)]
+    biases = biases_of(cfg, model, [tree.modules[key] for key in adapted], wanted)
+    report.other_trainable = sum(b.numel() for b in biases)
+    return Plan(tree, cfg, sites, wanted, report, tokens, followers, biases)
+
+
+def check_sites(sites: dict[str, Site], cfg: Any, method: type[Method], adapter: str, tree: Tree) -> None:
+    """Raise unless all of these can be adapted."""
     for key, site in sites.items():
         why = method.variant(cfg).check(site, cfg) or never_called(key, tree)
         existing = tree.layers.get(key)
@@ -111,20 +123,41 @@ def survey_and_match(
                 f"Target module {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
                 f"({method.__name__}): take the module out with exclude_modules, or name other target_modules."
             )
+
+
+def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
+    """The paths of the modules that are trained whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
     wanted = []
     for key, module in tree.modules.items():
         if names and saved.matches(key, names) is not None:
             saved.refuse(key, module)
             wanted.append(key)
-    missing = [n for n in names if not any(key.endswith(n) for key in wanted)]
-    if missing and not getattr(cfg, "_heads_are_defaults", False):
-        report.unmatched_targets.update(
-            {f"modules_to_save: {k}": v for k, v in unmatched(missing, set(), tree.modules).items()}
-        )
-    tokens = token_targets(cfg, model, tree.modules)
-    check_tokens(tokens, sites, wanted, tree)
-    return Plan(tree, cfg, sites, wanted, report, tokens, followers)
+    defaults = getattr(cfg, "_default_heads", ())
+    missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in wanted)]
+    say_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
+    return wanted
+
+
+def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport) -> None:
+    """Warn of entries of a config's field that matched nothing, and note them in the report."""
+    for entry, similar in entries.items():
+        warn(f"{name} entry '{entry}' matched nothing{hint(similar)}", PeftWarning)
+    prefix = "" if name == "target_modules" else f"{name}: "
+    report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
+
+
+def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]) -> list[nn.Parameter]:
+    """The base's biases that train. Those of modules trained whole do so in the adapter's copy."""
+    bias = getattr(cfg, "bias", "none")
+    if bias == "none":
+        return []
+    if bias == "all":
+        inside = tuple(f"{key}." for key in whole)
+        return [p for name, p in model.named_parameters() if "bias" in name and not name.startswith(inside)]
+    # "<method>_only": those of the adapted layers
+    layers = [getattr(module, "base_layer", module) for module in adapted]
+    return [b for layer in layers if (b := getattr(layer, "bias", None)) is not None]
 
 
 def check_tokens(tokens: dict[str, list[int]], sites: dict[str, Site], saved_paths: list[str], tree: Tree) -> None:
@@ -144,7 +177,7 @@ def check_tokens(tokens: dict[str, list[int]], sites: dict[str, Site], saved_pat
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
 
-def account(cfg: Any, outcomes: dict[str, Verdict], report: InjectReport) -> None:
+def account(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport) -> None:
     """Say what matched nothing: raise if that is everything, else warn and note it in the report."""
     verdicts = outcomes.values()
     found = {v.outcome for v in verdicts}
@@ -152,25 +185,30 @@ def account(cfg: Any, outcomes: dict[str, Verdict], report: InjectReport) -> Non
     excluded = bool(found & {"excluded", "saved"})
     if "matched" not in found and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,)):
         raise NoMatchingPeftModuleError(nothing_matched(cfg, outcomes, excluded))
-    if getattr(cfg, "exclude_modules", None) and not excluded:
-        warnings.warn(
+    exclude = getattr(cfg, "exclude_modules", None)
+    if exclude and not excluded:
+        warn(
             f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
-            "Names are whole paths or their last parts.",
-            stacklevel=6,
+            "Names are whole paths or their last parts."
         )
+    elif exclude and not isinstance(exclude, str):
+        idle = [e for e in exclude if not any(k == e or k.endswith(f".{e}") for k in outcomes)]
+        say_unmatched("exclude_modules", unmatched(idle, set(), outcomes), report)
+    if matcher.indices:
+        reached = {matcher.layer_of(k) for k, v in outcomes.items() if v.outcome == "matched"}
+        idle = [str(i) for i in sorted(matcher.indices) if i not in reached]
+        say_unmatched("layers_to_transform", {i: [] for i in idle}, report)
     if isinstance(targets, (set, list)) and DUMMY not in targets:
         used = {v.entry for v in verdicts if v.entry is not None}
         # an entry may be hidden behind a longer one that names the same modules
         left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
-        report.unmatched_targets = unmatched(left, used, outcomes)
-        for entry, similar in report.unmatched_targets.items():
-            warnings.warn(f"target_modules entry '{entry}' matched nothing{hint(similar)}", PeftWarning, stacklevel=6)
+        say_unmatched("target_modules", unmatched(left, used, outcomes), report)
     for name in getattr(cfg, "patterns", {}):
         matched = [k for k, v in outcomes.items() if v.outcome == "matched"]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k) for k in matched))
         if idle:
             text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."
-            warnings.warn(text, RuntimeWarning, stacklevel=6)
+            warn(text, RuntimeWarning)
 
 
 def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
@@ -238,26 +276,21 @@ def inject(
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
     """
+    shared = {} if shared is None else shared
+    with collector_paused(), restructured(model, config, method) as changed:
+        plan = survey_and_match(model, config, method, adapter, keys, None if changed else tree)
+        parts = make(plan, model, method, adapter, routing, shared, others or {}, upcast, on_meta, fill, heads)
+        commit(plan, parts)
+        config.__dict__.update(plan.cfg.__dict__)
+        return plan.report, parts
+
+
+@contextmanager
+def restructured(model: nn.Module, config: Any, method: type[Method]) -> Iterator[bool]:
+    """What the method changes in the model itself, undone if the block raises. Gives whether there is such."""
     undo = method.restructure(config, model)
-    if undo is not None:
-        tree = None
     try:
-        with collector_paused():
-            return _inject(
-                model,
-                config,
-                method,
-                adapter,
-                routing=routing,
-                shared={} if shared is None else shared,
-                others=others or {},
-                upcast=upcast,
-                on_meta=on_meta,
-                fill=fill,
-                keys=keys,
-                heads=heads,
-                tree=tree,
-            )
+        yield undo is not None
     except BaseException:
         if undo is not None:
             undo()
@@ -279,23 +312,20 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _inject(
+def make(
+    plan: Plan,
     model: nn.Module,
-    config: Any,
     method: type[Method],
     adapter: str,
-    *,
     routing: Routing | None,
     shared: dict[str, BufferDict],
     others: dict[str, Any],
     upcast: bool,
     on_meta: bool,
     fill: Callable[[Parts], None] | None,
-    keys: Iterable[str] | None,
     heads: dict[str, nn.Module] | None,
-    tree: Tree | None,
-) -> tuple[InjectReport, Parts]:
-    plan = survey_and_match(model, config, method, adapter, keys, tree)
+) -> Parts:
+    """All that carries the adapter, apart from the model."""
     tree, cfg, report = plan.tree, plan.cfg, plan.report
     chosen = choose_heads(plan, heads)
     if routing is None:
@@ -340,9 +370,7 @@ def _inject(
         for key in set(shared) - set(before):
             del shared[key]
         raise
-    commit(plan, adapter, layers, wrappers, model)
-    config.__dict__.update(cfg.__dict__)
-    return report, parts
+    return parts
 
 
 def add_adapter(
@@ -355,7 +383,7 @@ def add_adapter(
     if not on_meta:
         method.init(cfg)
     layer.place(adapter, upcast)
-    size = 0
+    size = -sum([p.numel() for p in method.frozen()])
     for slot in layer.slots[adapter]:
         if slot.trains:
             p: Any = slot.owner._parameters[slot.attribute]
@@ -367,17 +395,9 @@ def add_adapter(
 def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
     """Wrap the embeddings of which single rows train, and the heads on their weight."""
     made: dict[str, Wrapper] = {}
-    embedding, tied = tied_to_embedding(model, plan.tree.modules) if plan.tokens else (None, [])
-    wanted = dict(plan.tokens)
-    own = plan.tokens.get(embedding or "")
-    following = [k for k in tied if own is not None and wanted.get(k) in (None, own)]
-    other = [k for k in tied if k in wanted and k not in following]
-    if other and getattr(plan.cfg, "ensure_weight_tying", False):
-        raise ValueError(
-            "Cannot ensure weight tying when different token indices are specified for tied layers. "
-            f"Conflicting layers: {[embedding, *other]}."
-        )
-    for key in [*(k for k in wanted if k not in following), *following]:
+    embedding, following = following_tokens(plan, model)
+    own = plan.tokens.get(embedding)
+    for key in [*(k for k in plan.tokens if k not in following), *following]:
         wrapper = plan.tree.wrappers.get(key)
         if wrapper is None:
             layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), TrainableTokens, routing)
@@ -386,14 +406,28 @@ def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upc
             raise UnsupportedLayerError(
                 f"'{key}' is already trained whole, through modules_to_save of another adapter."
             )
-        cfg = TrainableTokensConfig(token_indices=wanted.get(key) or own or [])
+        cfg = TrainableTokensConfig(token_indices=plan.tokens.get(key) or own or [])
         size = add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
         if key in following:
-            wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])  # type: ignore[index]
+            wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])
         else:
-            plan.report.modules_to_save.append(Matched(key, f"{len(wanted[key])} tokens", size))
+            plan.report.modules_to_save.append(Matched(key, f"{len(plan.tokens[key])} tokens", size))
         made[key] = wrapper
     return made
+
+
+def following_tokens(plan: Plan, model: nn.Module) -> tuple[str, list[str]]:
+    """The path of the input embedding, and of the heads on its weight that train the same rows."""
+    embedding, tied = tied_to_embedding(model, plan.tree.modules) if plan.tokens else (None, [])
+    own = plan.tokens.get(embedding or "")
+    following = [k for k in tied if own is not None and plan.tokens.get(k) in (None, own)]
+    other = [k for k in tied if k in plan.tokens and k not in following]
+    if other and getattr(plan.cfg, "ensure_weight_tying", False):
+        raise ValueError(
+            "Cannot ensure weight tying when different token indices are specified for tied layers. "
+            f"Conflicting layers: {[embedding, *other]}."
+        )
+    return embedding or "", following
 
 
 def follow(
@@ -455,10 +489,9 @@ def orient(cfg: Any, sites: Iterable[Site]) -> None:
         if not site.op.known or site.op.takes_ids or len(site.shape) != 2 or cfg.fan_in_fan_out == site.op.transposed:
             continue
         kind = "Conv1D" if site.op.transposed else "torch.nn.Linear"
-        warnings.warn(
+        warn(
             f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is `{kind}`. "
-            f"Setting fan_in_fan_out to {site.op.transposed}.",
-            stacklevel=5,
+            f"Setting fan_in_fan_out to {site.op.transposed}."
         )
         cfg.fan_in_fan_out = site.op.transposed
 
@@ -478,28 +511,23 @@ def choose_heads(plan: Plan, heads: dict[str, nn.Module] | None) -> dict[str, nn
     return chosen
 
 
-def commit(
-    plan: Plan,
-    adapter: str,
-    layers: dict[str, AdapterLayer],
-    wrappers: dict[str, Wrapper],
-    model: nn.Module,
-) -> None:
+def commit(plan: Plan, parts: Parts) -> None:
     """Attach what was made; nothing here can fail."""
     tree = plan.tree
     first = not tree.layers and not tree.wrappers
     if first:
         for p in tree.owners:
             p.requires_grad = False
-    for key, layer in layers.items():
+    for key, layer in parts.layers.items():
         layer.settle()
         if key not in tree.layers:
             attach(tree.places[key], layer)
-    for key, wrapper in wrappers.items():
+    for key, wrapper in parts.wrappers.items():
         if key not in tree.wrappers:
             wrapper.train(tree.modules[key].training)
             attach(tree.places[key], wrapper)
-    train_biases(plan.cfg, model, layers, plan.report)
+    for bias in plan.biases:
+        bias.requires_grad = True
 
 
 def attach(place: Place, module: nn.Module) -> None:
@@ -507,19 +535,6 @@ def attach(place: Place, module: nn.Module) -> None:
     if "activation_relu_or_gelu" in parent.__dict__:
         parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
     parent._modules[name] = module  # setattr would only look the old one up again
-
-
-def train_biases(cfg: Any, model: nn.Module, layers: dict[str, AdapterLayer], report: InjectReport) -> None:
-    bias = getattr(cfg, "bias", "none")
-    if bias == "none":
-        return
-    if bias == "all":
-        trained = [p for name, p in model.named_parameters() if "bias" in name]
-    else:  # "<method>_only": those of the adapted layers
-        trained = [b for layer in layers.values() if (b := getattr(layer.base_layer, "bias", None)) is not None]
-    for p in trained:
-        p.requires_grad_(True)
-    report.other_trainable += sum(p.numel() for p in trained)
 
 
 def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:

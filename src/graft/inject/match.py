@@ -92,15 +92,16 @@ class Matcher:
         entry = self.targets.find(path)
         if entry is None:
             return Verdict("untargeted")
-        if self.indices and entry != path and not self._in_layers(path):
+        if self.indices and entry != path and self.layer_of(path) not in self.indices:
             return Verdict("layer", entry)
         return Verdict("matched", entry)
 
-    def _in_layers(self, path: str) -> bool:
+    def layer_of(self, path: str) -> int | None:
+        """The index of the layer that a module is in, as `layers_to_transform` counts."""
         for pattern in self.index_patterns:
             if match := pattern.match(path):
-                return int(match[1]) in self.indices
-        return False
+                return int(match[1])
+        return None
 
 
 def unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
-from graft.core.errors import PeftWarning
+from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
@@ -150,16 +149,15 @@ def matches(key: str, names: Sequence[str]) -> str | None:
 def add_task_heads(config: Any) -> None:
     """Have the heads of the config's task trained whole, in place."""
     if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
-        warnings.warn(
+        warn(
             f"{config.peft_type.value} has no modules_to_save: the head of the {config.task_type.value} model stays as "
             "it is, and a fresh one stays random.",
             PeftWarning,
-            stacklevel=5,
         )
     elif config.task_type in TASK_HEADS:
         names = list(config.modules_to_save or [])
         config.modules_to_save = names + [n for n in TASK_HEADS[config.task_type] if n not in names]
-        config._heads_are_defaults = True  # a name that matches nothing is no mistake of the user's
+        config._default_heads = TASK_HEADS[config.task_type]  # that one of them matches nothing is no mistake
 
 
 def refuse(key: str, module: nn.Module) -> None:

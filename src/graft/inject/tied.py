@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 
+from graft.core.errors import warn
 from graft.core.method import Method
 from graft.inject.match import Names
 from graft.inject.saved import matches
@@ -45,9 +45,7 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, 
     embedding, tied = tied_to_embedding(model, modules)
     if not tied or embedding is None:
         if ensure:
-            warnings.warn(
-                "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=6
-            )
+            warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model")
         return {}
     group = [embedding, *tied]
     targets = Names(cfg.target_modules)
@@ -56,17 +54,15 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, 
     saved = any(matches(k, names) is not None for k in group)
     if not ensure and not (method.always_tied and targets.find(embedding) is not None):
         if targeted or saved:
-            warnings.warn(
+            warn(
                 "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
-                "`ensure_weight_tying` is not set to True. Merging will give the tied layers different weights.",
-                stacklevel=6,
+                "`ensure_weight_tying` is not set to True. Merging will give the tied layers different weights."
             )
         return {}
     if not (targeted or saved):
-        warnings.warn(
+        warn(
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-            "`target_modules`",
-            stacklevel=6,
+            "`target_modules`"
         )
         return {}
     if saved:

@@ -20,6 +20,7 @@ from graft.core.errors import (
     NoMatchingPeftModuleError,
     PeftWarning,
     UnsupportedLayerError,
+    warn,
 )
 from graft.core.layer import AdapterLayer
 from graft.merge import algorithms as rules
@@ -91,7 +92,7 @@ class Recipe:
             rules.check_density(self.density)
             if self.density >= 1:
                 text = f"The density {self.density} is greater than or equal to 1, no pruning will be performed."
-                warnings.warn(text, stacklevel=4)
+                warn(text)
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"`svd_rank` should be a positive integer value but the value passed is {self.rank}")
         if self.clamp is not None and not 0 <= self.clamp <= 1:
@@ -103,7 +104,7 @@ class Recipe:
             idle += [f"svd_{name}" for name in ("rank", "clamp", "driver") if getattr(self, name) is not None]
         if idle:
             text = f"combination_type='{self.kind}' has no use for {', '.join(idle)}: ignored."
-            warnings.warn(text, PeftWarning, stacklevel=4)
+            warn(text, PeftWarning)
 
     def ranks(self, terms: dict[str, list[Term]]) -> dict[str, int]:
         """Of the new adapter, by layer."""
@@ -328,11 +329,10 @@ def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, li
 def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str) -> None:
     changed = [n for n in dict.fromkeys(names) if tuner.method.inits_from_weight(tuner.peft_config[n])]
     if changed:
-        warnings.warn(
+        warn(
             f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
             "it is now, and will not fit a fresh one.",
             PeftWarning,
-            stacklevel=4,
         )
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.errors import warn
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.kernels.householder import compact, gram_schmidt, reflect
@@ -57,7 +57,7 @@ class HRA(Method):
             self.hra_u.data.copy_(half.repeat_interleave(2, dim=1))
             return
         if cfg.init_weights:
-            warnings.warn(f"r={cfg.r} is odd: the adapter does not start as the identity.", stacklevel=2)
+            warn(f"r={cfg.r} is odd: the adapter does not start as the identity.")
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

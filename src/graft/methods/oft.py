@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.kernels.orthogonal import constrain, orthogonal, rotate, skew
@@ -49,9 +48,7 @@ class OFTConfig(Targeted, LayerRange):
             raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
         version = tuple(int(p) for p in str(kwargs.get("peft_version") or "0").split(".")[:2] if p.isdigit())
         if kwargs.get("use_cayley_neumann") and version < (0, 18):
-            warnings.warn(
-                "The Cayley-Neumann series changed in PEFT 0.18.0: outputs will differ from training.", stacklevel=4
-            )
+            warn("The Cayley-Neumann series changed in PEFT 0.18.0: outputs will differ from training.")
         return kwargs
 
 
@@ -89,7 +86,7 @@ class OFT(Method):
         wanted = getattr(cfg, what)
         fitting = nearest_divisor(n, wanted)
         if fitting != wanted:
-            warnings.warn(f"Invalid `{what}` ({wanted}) for '{site.key}': adjusted to ({fitting}).", stacklevel=4)
+            warn(f"Invalid `{what}` ({wanted}) for '{site.key}': adjusted to ({fitting}).")
         size = n // fitting if cfg.r else fitting
         return {
             "oft_embedding_R" if site.op.takes_ids else "oft_R": Rotation(1 if cfg.block_share else n // size, size),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 from graft.core.prompt import Prompt, pick
 
 
@@ -64,10 +63,9 @@ class PromptEncoder(Prompt):
             self.mlp_head = nn.Sequential(nn.Linear(2 * H, 2 * H), nn.ReLU(), nn.Linear(2 * H, dim))
             return
         if cfg.encoder_num_layers != type(cfg)().encoder_num_layers:
-            warnings.warn(
+            warn(
                 f"for {self.encoder_type.value}, the argument `encoder_num_layers` is ignored. "
-                "Exactly 2 MLP layers are used.",
-                stacklevel=2,
+                "Exactly 2 MLP layers are used."
             )
         self.mlp_head = nn.Sequential(nn.Linear(dim, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, dim))
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import PHI_ATTENTION
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
@@ -42,10 +41,9 @@ class VeraConfig(Targets, LayerRange):
         super().__post_init__()
         require_positive_rank(self.r)
         if not self.save_projection:
-            warnings.warn(
+            warn(
                 "Specified to not save vera_A and vera_B: they are drawn again from `projection_prng_key` on load, "
-                "which gives the same values only if torch's generator is the same.",
-                stacklevel=3,
+                "which gives the same values only if torch's generator is the same."
             )
 
 

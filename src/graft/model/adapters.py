@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from graft.checkpoint.state import account_of
-from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError
+from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.params import BufferDict
 from graft.core.routing import BASE, Routing
@@ -137,7 +136,7 @@ class Adapters:
             for part in self.parts():
                 part.check_active(names)
         if self.merged_adapters and names != self.active_adapters:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         trained: set[str] = set()
         for part in self.parts():
@@ -195,10 +194,7 @@ class Adapters:
             left = [n for n in self.active_adapters if n != adapter_name]
             if not left and self.peft_config:
                 left = sorted(self.peft_config)[:1]
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                    stacklevel=3,
-                )
+                warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
             self.set_adapter(left)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -220,10 +216,9 @@ class Adapters:
         for config in (self.peft_config.get(name) for name in self.active_adapters):
             bias = getattr(config, "bias", "none")
             if bias != "none":
-                warnings.warn(
+                warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
-                    "output as the base model would without adaption.",
-                    stacklevel=2,
+                    "output as the base model would without adaption."
                 )
         for part in self.parts():
             part.enable_adapters(False)

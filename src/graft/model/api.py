@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.core.errors import AlreadyInjectedError
+from graft.core.errors import AlreadyInjectedError, warn
 from graft.core.layer import AdapterLayer
 from graft.inject.survey import outer_modules
 from graft.methods import method_of
@@ -69,10 +68,9 @@ def get_peft_model(
 def hint_at_name(adapter_name: str, config: Any) -> None:
     prefix = method_of(config.peft_type).prefix
     if adapter_name and adapter_name in prefix:
-        warnings.warn(
+        warn(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. graft keeps them apart, "
-            "but PEFT may not find all keys of a checkpoint that it loads under that name.",
-            stacklevel=3,
+            "but PEFT may not find all keys of a checkpoint that it loads under that name."
         )
 
 
@@ -80,18 +78,16 @@ def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
     """Note in the config which base model this is."""
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
-        warnings.warn(
+        warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
-            "The checkpoint will name the latter as its base model.",
-            stacklevel=3,
+            "The checkpoint will name the latter as its base model."
         )
     config.base_model_name_or_path = new
     if revision is not None:
         if config.revision is not None and config.revision != revision:
-            warnings.warn(
+            warn(
                 f"peft config has already set base model revision to {config.revision}, overwriting with revision "
-                f"{revision}",
-                stacklevel=3,
+                f"{revision}"
             )
         config.revision = revision
 

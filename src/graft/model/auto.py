@@ -7,7 +7,8 @@ import importlib
 import os
 from typing import Any, ClassVar
 
-from graft.config.base import HUB_KEYWORDS, PeftConfig
+from graft.config.base import PeftConfig
+from graft.config.keywords import hub_keywords
 from graft.model.peft_model import PeftModel
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -44,7 +45,7 @@ class AutoPeftModel:
         Raises:
             ValueError: the adapter is for another task, or its base model cannot be told.
         """
-        hub = {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
+        hub = hub_keywords(kwargs)
         if revision is not None:
             hub["revision"] = revision
         stored = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from graft.checkpoint.state import account_of
 from graft.config.base import PeftConfig
-from graft.core.errors import AdapterNotFoundError, PeftError
+from graft.core.errors import AdapterNotFoundError, PeftError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.place import place
 from graft.inject.match import Matcher
@@ -88,14 +87,14 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
     for part in parts:
         part.delete_adapter(adapter_name)
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict):  # of a model without a wrapper
+        configs.pop(adapter_name, None)
     left = [n for n in active if n != adapter_name]
     others = sorted({name for part in parts for name in adapters_of(part)})
     if active and not left and others:
         left = others[:1]
-        warnings.warn(
-            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-            stacklevel=2,
-        )
+        warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
         set_adapter(model, left)
     return left
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.checkpoint.state import account_of
+from graft.core.errors import warn
 from graft.core.prompt import check_tokens
 from graft.methods.prefix_tuning import from_pairs
 
@@ -174,10 +174,9 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: in
                 tokenize=True, add_generation_prompt=False, return_tensors="pt", return_dict=False,
             )  # fmt: skip
         except Exception as e:  # templates refuse what they do not provide for in their own ways
-            warnings.warn(
+            warn(
                 f"The tokenizer's chat template does not take a system message ({e}): the text goes in without it. "
-                "Pass use_chat_template=False if that is what you want.",
-                stacklevel=3,
+                "Pass use_chat_template=False if that is what you want."
             )
     if ids is None:
         cut = dict(truncation=max_length is not None, max_length=max_length)

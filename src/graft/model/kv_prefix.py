@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from graft.core.errors import warn
 
 Pairs = list[tuple[Tensor, Tensor] | None]  # key and value of each layer, (batch, heads, tokens, head_dim)
 Shape = tuple[int, int]  # heads, head_dim
@@ -53,10 +54,9 @@ def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None
         )
     if skipped:
         done = [i for i in range(len(out)) if i not in skipped]
-        warnings.warn(
+        warn(
             f"Prefix tuning injected into layers {done}; skipped {skipped} due to KV shape mismatch or shared-KV "
-            "layers.",
-            stacklevel=8,
+            "layers."
         )
     return out
 

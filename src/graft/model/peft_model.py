@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 
 from graft.checkpoint import files, state
 from graft.checkpoint.state import LoadReport
-from graft.config.base import HUB_KEYWORDS, PeftConfig
-from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError
+from graft.config.base import PeftConfig
+from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
+from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows
 from graft.inject.survey import outer_modules
 from graft.model.adapters import check_adapter_name, unless_it_fails
 from graft.model.tuner import tuner_of
 from graft.storage import numel
-
-OFFLOAD_KEYWORDS = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 
 
 class PeftModel(nn.Module):
@@ -210,10 +208,9 @@ class PeftModel(nn.Module):
         """The base model alone, within the block. Merged adapters are unmerged and stay so."""
         before = [(part, part.disable_adapters) for part in self.tuner.parts()]
         if len({was for _, was in before}) > 1:
-            warnings.warn(
+            warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. "
-                "This is most likely unintentional. They are put back as they were after the block.",
-                stacklevel=3,
+                "This is most likely unintentional. They are put back as they were after the block."
             )
         self.tuner.disable_adapter_layers()
         try:
@@ -258,7 +255,6 @@ class PeftModel(nn.Module):
             kwargs.pop(name, None)
         rows = self._rows(names, inputs, kwargs)
         with self.tuner.routing.using(rows), self._heads_of(names), self.tuner.acting(kwargs) as finish:
-            kwargs.pop("task_ids", None)  # whom it concerns has taken it
             output = finish(function(*inputs, **kwargs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.tuner.routing.keep_for_backward(output, rows)
@@ -312,7 +308,6 @@ class PeftModel(nn.Module):
             handles = [encoder.register_forward_pre_hook(narrow), encoder.register_forward_hook(widen)]
         try:
             with routing.using(spread), self.tuner.acting(kwargs) as finish:
-                kwargs.pop("task_ids", None)
                 return finish(model.generate(*args, **kwargs))
         finally:
             for handle in handles:
@@ -360,6 +355,7 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: the path is a file, or a selected adapter is not loaded.
         """
+        warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -439,7 +435,8 @@ class PeftModel(nn.Module):
         """
         from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        hub = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs}
+        warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING)
+        hub = hub_keywords(kwargs)
         if config is None:
             config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         elif not isinstance(config, PeftConfig):
@@ -447,7 +444,8 @@ class PeftModel(nn.Module):
         with unless_it_fails(config):
             _for_loading(config, is_trainable)
             loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-            load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs))
+            ignore = kwargs.get("ignore_mismatched_sizes", False)
+            load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, ignore)
             target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
             made = target(
                 model,
@@ -483,13 +481,13 @@ class PeftModel(nn.Module):
         """
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
-        hub = {k: kwargs[k] for k in HUB_KEYWORDS if k in kwargs}
+        warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
+        hub = hub_keywords(kwargs)
         config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-        load = state.Load(
-            self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, **_load_options(kwargs)
-        )
+        ignore = kwargs.get("ignore_mismatched_sizes", False)
+        load = state.Load(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
         if adapter_name not in self.peft_config:
             self.add_adapter(
                 adapter_name,
@@ -542,7 +540,3 @@ def _for_loading(config: Any, is_trainable: bool) -> None:
             "prompt, not the encoder that it was trained with."
         )
     config.inference_mode = not is_trainable
-
-
-def _load_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"ignore_mismatched_sizes": kwargs.get("ignore_mismatched_sizes", False)}

@@ -8,20 +8,20 @@ A prompt enters where the base model's stack of layers begins (`Stack`), in a ho
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError, RoutingError
+from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
 from graft.core.prompt import Prompt
-from graft.inject.inject import Parts, inject
-from graft.inject.report import Matched
+from graft.inject.inject import Parts, inject, survey_and_match
+from graft.inject.report import InjectReport, Matched
 from graft.methods import method_of
 from graft.methods.prefix_tuning import as_pairs
 from graft.model.adapters import Adapters
@@ -91,14 +91,32 @@ class Prompts(Adapters):
         autocast_adapter_dtype: bool = True,
         **options: Any,
     ):
-        self.open_account(model)
-        self.method: type[Prompt] = method_of(peft_config.peft_type)  # type: ignore[assignment]
-        self.prompt_encoder = Encoders()
-        self.stacks = stacks_of(model)
+        self._begin(model, peft_config)
         self.add_adapter(adapter_name, peft_config, **options)
         for stack in self.stacks.values():
             stack.attach()
         self.set_adapter(adapter_name, peft_config.inference_mode)
+
+    def _begin(self, model: nn.Module, config: Any) -> None:
+        self.open_account(model)
+        self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
+        self.prompt_encoder = Encoders()
+        self.stacks = stacks_of(model)
+
+    @classmethod
+    def plan(cls, model: nn.Module, config: Any, adapter_name: str) -> InjectReport:
+        """What a first prompt would add to `model`."""
+        prompts = cls.__new__(cls)
+        prompts._begin(model, config)
+        cfg = copy.copy(config)
+        made = survey_and_match(model, cfg, NoLayers, adapter_name, keys=())
+        for key in made.saved:
+            module = made.tree.modules[key]
+            size = sum(p.numel() for p in module.parameters())
+            made.report.modules_to_save.append(Matched(key, type(module).__name__, size))
+        with torch.random.fork_rng(devices=()):
+            made.report.matched.append(matched(prompts._made(cfg)))
+        return made.report
 
     def shown(self) -> dict[str, nn.Module]:
         return {"base_model": self.model, PLACE: self.prompt_encoder}
@@ -127,20 +145,25 @@ class Prompts(Adapters):
         """Add a prompt, inactive. If it fails, nothing has changed."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
-        self._fit(cfg)
-        prompt = self.method(cfg, unwrapped(self.stacks["main"].words))
+        prompt = self._made(cfg)
         prompt.to(self.stacks["main"].device)
         load = None if fill is None else lambda parts: fill(replace(parts, prompt=prompt))
         report, parts = inject(
             self.model, cfg, NoLayers, adapter_name, routing=self.routing, others=self.peft_config,
             fill=load, keys=(), heads=heads,
         )  # fmt: skip
+        account = matched(prompt)
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
-        report.matched.append(Matched(PLACE, type(prompt).__name__, sum(p.numel() for p in prompt.parameters())))
+        report.matched.append(account)
         self.wrappers |= parts.wrappers
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name], self.reports[adapter_name] = config, report
+
+    def _made(self, cfg: Any) -> Prompt:
+        """A prompt on the CPU, with initial values. Completes the config."""
+        self._fit(cfg)
+        return self.method(cfg, unwrapped(self.stacks["main"].words))
 
     def _fit(self, cfg: Any) -> None:
         """Complete the config against the model, or say why it does not fit."""
@@ -271,6 +294,12 @@ class Prompts(Adapters):
         return value if len(value) == batch_size else value.expand(batch_size, -1, -1)
 
 
+def matched(prompt: Prompt) -> Matched:
+    sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
+    shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
+    return Matched(PLACE, type(prompt).__name__, sum(p.numel() for _, p in sized), shapes)
+
+
 def unwrapped(words: nn.Module | None) -> nn.Module | None:
     """The base's own embeddings, where an adapter has others: a new prompt begins from those."""
     return getattr(words, "original_module", words)
@@ -309,10 +338,9 @@ def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
         del kwargs["encoder_outputs"]
-        warnings.warn(
+        warn(
             "`encoder_outputs` should not be passed when using prompts in the encoder: they are computed again, with "
-            f"the prompt of {cfg.num_virtual_tokens} tokens.",
-            stacklevel=6,
+            f"the prompt of {cfg.num_virtual_tokens} tokens."
         )
 
 

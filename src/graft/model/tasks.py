@@ -107,7 +107,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """The base model's forward. The names tell transformers' Trainer which columns of a data set to keep."""
-    return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+    return self._call(self.get_base_model(), (), _given(locals()))
 
 
 class PeftModelForSequenceClassification(_Classification):
@@ -151,7 +151,7 @@ class PeftModelForSeq2SeqLM(PeftModel):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+        return self._call(self.get_base_model(), (), _given(locals()))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
@@ -177,7 +177,7 @@ class PeftModelForQuestionAnswering(_WithHead):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+        return self._call(self.get_base_model(), (), _given(locals()))
 
 
 class PeftModelForFeatureExtraction(PeftModel):
@@ -196,15 +196,13 @@ class PeftModelForFeatureExtraction(PeftModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        return self._call(self.get_base_model(), (), _given(kwargs, locals()))
+        return self._call(self.get_base_model(), (), _given(locals()))
 
 
-_OURS = ("self", "kwargs", "__class__")
-
-
-def _given(kwargs: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that were passed: a base model need not know those that were not."""
-    return {**{k: v for k, v in named.items() if v is not None and k not in _OURS}, **kwargs}
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that were passed: a base model need not know those that were not, nor a method `task_ids`."""
+    ours = {"self", "kwargs", "__class__", "task_ids"} - set(getattr(arguments["self"].tuner.method, "arguments", ()))
+    return {**{k: v for k, v in arguments.items() if v is not None and k not in ours}, **arguments["kwargs"]}
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {

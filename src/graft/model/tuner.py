@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.inject import Parts, check_bias, inject
@@ -23,8 +23,6 @@ from graft.inject.survey import Tree, Wrapper, survey
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.adapters import Adapters
-
-TIED_NAMES = ("embed_tokens", "lm_head")
 
 
 class Tuner(Adapters, nn.Module):
@@ -47,15 +45,19 @@ class Tuner(Adapters, nn.Module):
         **options: Any,
     ):
         super().__init__()
-        tree: Tree | None = self.open_account(model)
+        if isinstance(peft_config, dict):
+            if list(peft_config) != [adapter_name]:
+                raise ConfigError(
+                    f"{type(self).__name__} begins with one adapter, '{adapter_name}', and got configs of "
+                    f"{list(peft_config)}: pass one, then add_adapter() the others."
+                )
+            peft_config = peft_config[adapter_name]
+        tree = self.open_account(model)
         self.shared: list[str] = []  # names of containers of tensors that all layers share
         self.peft_config |= getattr(model, "peft_config", None) or {}
         if state_dict is not None:
             options["keys"] = self._keys_in(state_dict, peft_config)
-        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        for name, config in configs.items():
-            self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype, tree=tree, **options)
-            tree = None
+        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, tree=tree, **options)
         self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     def __getattr__(self, name: str) -> Any:
@@ -172,9 +174,7 @@ class Tuner(Adapters, nn.Module):
         merging.say_merged(done, wanted, names, self.method.replaces)
         left = [n for n in self.active_adapters if n not in names and n not in done]
         if names and left:
-            warnings.warn(
-                f"Active adapters {left} are not merged: they have no effect until unmerge_adapter().", stacklevel=3
-            )
+            warn(f"Active adapters {left} are not merged: they have no effect until unmerge_adapter().")
         if not names:
             return
         layers: Any = self.mergeable_layers()
@@ -192,7 +192,7 @@ class Tuner(Adapters, nn.Module):
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
         if not self.merged_adapters:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
         for layer in self.mergeable_layers():
             if layer.merged_adapters:
                 layer.unmerge()
@@ -262,10 +262,7 @@ def retie(model: Any) -> None:
     if torch.equal(inputs.weight, outputs.weight):
         outputs.weight = inputs.weight
         return
-    warnings.warn(
-        "Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.",
-        stacklevel=4,
-    )
+    warn("Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.")
     config.tie_word_embeddings = False
 
 
@@ -343,4 +340,4 @@ def compare_targets(tuner: Tuner, config: Any, adapter_name: str) -> None:
         text += f"The PEFT config contained these additional target modules: {sorted(wanted - have)}. "
     if have - wanted:
         text += f"The state_dict contained these additional target modules: {sorted(have - wanted)}. "
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    warn(text, RuntimeWarning)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from graft.checkpoint.files import Loaded, load_weights
 from graft.checkpoint.state import config_of, get_peft_model_state_dict, renamed, some
-from graft.config.base import HUB_KEYWORDS, PeftConfig
+from graft.config.base import PeftConfig
+from graft.config.keywords import HUB_KEYWORDS
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.routing import BASE
 from graft.inject.inject import attach, survey_and_match

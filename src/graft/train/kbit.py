@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import gc
 import inspect
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from graft.core.errors import PeftWarning
+from graft.core.errors import PeftWarning, warn
 from graft.storage.packed import dtype_is_fixed, is_packed, is_quantized
 
 HALF = (torch.float16, torch.bfloat16)
@@ -54,10 +53,9 @@ def checkpoint(model: Any, options: dict[str, Any]) -> None:
     enable = model.gradient_checkpointing_enable
     takes = "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters
     if options and not takes:
-        warnings.warn(
+        warn(
             f"gradient_checkpointing_kwargs is not supported by {type(model).__name__}: {options} is ignored.",
             PeftWarning,
-            stacklevel=3,
         )
     enable(**({"gradient_checkpointing_kwargs": options} if takes else {}))
 

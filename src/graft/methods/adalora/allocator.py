@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graft.core.errors import PeftWarning
+from graft.core.errors import PeftWarning, warn
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.importance import Importance
 
@@ -128,10 +127,9 @@ def warn_if_forgotten(tuner: Any) -> None:
     state.version = version if state.version is None else state.version
     if version != state.version and not (state.called or state.warned):
         state.warned = True
-        warnings.warn(
+        warn(
             f"AdaLoRA adapter '{found[0]}' took an optimizer step without update_and_allocate(): its ranks will never "
             "adapt. Call model.base_model.update_and_allocate(step) after each step, or use "
             "graft.train.adalora_callback (Trainer) or graft.train.allocate_on_step (any optimizer).",
             PeftWarning,
-            stacklevel=5,
         )

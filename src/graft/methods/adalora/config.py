@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 from graft.methods.lora.config import LoraConfig
 
 
@@ -54,7 +53,7 @@ class AdaLoraConfig(LoraConfig):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
         if self.r != 8:
-            warnings.warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.", stacklevel=3)
+            warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.")
 
     def _check_patterns(self) -> None:
         """The rank pattern holds masks here."""

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
-from graft.core.errors import ConfigError, PeftWarning
+from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
 
@@ -29,7 +27,7 @@ def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
 def check_site(site: Site, cfg: LoraConfig) -> None:
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
-        warnings.warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning, stacklevel=3)
+        warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning)
     groups = site.op.groups(site.module)
     if groups > 1:
         check_groups(site, cfg.r, groups)
@@ -42,7 +40,7 @@ def check_groups(site: Site, r: int, groups: int) -> None:
             "is limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
             "not target this specific layer."
         )
-    warnings.warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.", stacklevel=4)
+    warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")
 
 
 def refuse_groups(site: Site, adapter: str) -> None:

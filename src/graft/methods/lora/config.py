@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
@@ -97,11 +96,9 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         for name in ("eva", "corda"):
             if getattr(self, f"{name}_config") is not None:
                 text = f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'."
-                warnings.warn(text, stacklevel=4)
+                warn(text)
         if self.loftq_config:
-            warnings.warn(
-                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", stacklevel=4
-            )
+            warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
             self.loftq_config = {}
         if self.lora_bias and not isinstance(init, bool):
             raise ConfigError(
@@ -112,8 +109,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
             raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
         patterned = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterned and isinstance(init, str) and init.startswith(CONVERTED):
-            warnings.warn(
+            warn(
                 "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of "
-                "modified base weights: the saved adapter cannot be converted to plain LoRA.",
-                stacklevel=4,
+                "modified base weights: the saved adapter cannot be converted to plain LoRA."
             )

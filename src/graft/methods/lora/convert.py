@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 from graft.methods.lora.config import CONVERTED
 
 
@@ -35,10 +34,9 @@ def subtract_initial(
         )
     how = config.init_lora_weights
     if how is not True and not (isinstance(how, str) and how.startswith(CONVERTED)):
-        warnings.warn(
+        warn(
             "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA adapter "
-            "to a LoRA adapter",
-            stacklevel=3,
+            "to a LoRA adapter"
         )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(

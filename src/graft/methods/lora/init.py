@@ -8,13 +8,12 @@ so that W + scaling · B A stays what it was.
 from __future__ import annotations
 
 import re
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, PeftWarning
+from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.random import kaiming_bound
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def initialise(lora: LoRA, how: bool | str) -> None:
     if op.takes_ids:
         if isinstance(how, str):
             text = f"init_lora_weights={how!r} has no meaning for the embedding '{lora.layer.site.key}': default used."
-            warnings.warn(text, PeftWarning, stacklevel=2)
+            warn(text, PeftWarning)
         if how is not False:
             A.zero_()
             B.normal_()

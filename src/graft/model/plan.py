@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`plan`: what a config would do to a model, without touching either."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.method import Method
+from graft.core.site import Site
+from graft.inject.inject import following_tokens, survey_and_match
+from graft.inject.report import InjectReport, Matched
+from graft.inject.saved import add_task_heads
+from graft.inject.survey import kind_of, site_of
+from graft.methods import method_of
+from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from graft.model.prompt import Prompts
+
+
+def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> InjectReport:
+    """What injecting `config` would do: layers, trainable parameters, skipped modules and why.
+
+    Nothing is allocated (but a prompt, for a moment) and nothing changes; the model may be on the meta device. Print
+    the result to see a table.
+
+    Raises:
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
+    """
+    method = method_of(config.peft_type)
+    config = copy.copy(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says the same, in one place
+        add_task_heads(config)
+        if config.is_prompt_learning:
+            return Prompts.plan(model, config, adapter_name)
+        undo = method.restructure(config, model)
+        try:
+            return _plan(model, config, method, adapter_name)
+        finally:
+            if undo is not None:
+                undo()
+
+
+def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str) -> InjectReport:
+    made = survey_and_match(model, config, method, adapter_name)
+    report, modules = made.report, made.tree.modules
+    with torch.device("meta"):
+        shared = method.share(list(made.sites.values()), made.cfg, {}, {}) if method.shares else {}
+        for key, site in made.sites.items():
+            report.matched.append(matched(method, site, made.cfg.at(key), shared))
+    sizes = {m.name: m.parameters for m in report.matched}
+    for key, source in made.followers.items():
+        if source in sizes:
+            report.matched.append(Matched(key, kind_of(modules[key]), sizes[source]))
+    for key in made.saved:
+        size = sum(p.numel() for p in modules[key].parameters())
+        report.modules_to_save.append(Matched(key, type(modules[key]).__name__, size))
+    _, following = following_tokens(made, model)
+    for key, indices in made.tokens.items():
+        if key not in following:
+            site = site_of(key, modules[key], made.tree)
+            size = matched(TrainableTokens, site, TrainableTokensConfig(token_indices=indices), {}).parameters
+            report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
+    return report
+
+
+def matched(method: type[Method], site: Site, cfg: Any, shared: dict[str, Any]) -> Matched:
+    values = method.variant(cfg).placeholders(site, cfg, shared)
+    sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
+    shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
+    return Matched(site.key, site.type_name, sum(p.numel() for _, p in sized), shapes)
+
+
+def _parameters(value: Any) -> list[Tensor]:
+    if isinstance(value, nn.Parameter):
+        return [value]
+    return list(value.parameters()) if isinstance(value, nn.Module) else []

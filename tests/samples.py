@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample configurations per method, as data. A new method adds a block here and is then tested everywhere.
+"""Sample configurations per method that PEFT has, too, as data. A new one adds a block here, and is then compared with
+PEFT everywhere.
 
 A row is `row(name, models, **config)`; it stands for one `Sample` per model. `target_modules` comes from `TARGETS`
 unless the row gives it. `unlike` names the aspects in which PEFT is not the oracle for that row ("forward",
@@ -279,6 +280,14 @@ METHODS: dict[str, list[tuple]] = {
         *row("linear", "mlp conv1D embedding conv2d"),
         *row("head", "mlp", "merge", target_modules=["norm"], modules_to_save=["head"]),
     ],
+    "TRAINABLE_TOKENS": [
+        *row("rows", "embedding", token_indices=[3, 1, 7]),
+        *row("rows", "llama", token_indices=[3, 1, 7], target_modules=["embed_tokens"]),
+    ],
+}
+ELSEWHERE = {  # compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions
+    "ADALORA": "test_adalora.py",
+    "ADAPTION_PROMPT": "test_adaption_prompt.py",
 }
 
 SAMPLES = [

@@ -31,8 +31,8 @@ MAY_IMPORT = {
     **dict.fromkeys(("inject", "merge"), METHOD),
     "checkpoint": MODEL,
     "model": MODEL | {"checkpoint"},
-    **dict.fromkeys(("optim", "train", "serving"), ALL),
-    **dict.fromkeys(("cli", "compat"), ALL | {"optim", "train", "serving", None}),  # None: the public names
+    **dict.fromkeys(("train", "serving"), ALL),
+    "compat": ALL | {"train", "serving", None},  # None: the public names
 }
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 

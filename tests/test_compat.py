@@ -20,7 +20,9 @@ from graft.methods import METHODS, method_of
 from tests.pair import both
 from tests.samples import each
 
-METHOD_FOLDERS = {path: t for path, (t, suffix) in OF_METHODS.items() if not suffix and t in METHODS}
+METHOD_FOLDERS = {  # of methods that PEFT has
+    path: t for path, (t, suffix) in OF_METHODS.items() if not suffix and t in METHODS and hasattr(peft.PeftType, t)
+}
 NOT_IN_LAYERS = ("MultiheadAttention", "ParamWrapper")  # layer classes of PEFT's that graft has no counterpart of yet
 
 

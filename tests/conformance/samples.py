@@ -215,13 +215,15 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
 
 # methods or samples, a trait of the layer → what is raised, and why
 
+TOKENS = ("TRAINABLE_TOKENS", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token")
+WHOLE = [m for m in {s.method for s in SAMPLES} if graft.method_of(m).replaces]  # they take any module
 REFUSED = [
-    ("LORA IA3 VERA LOHA OFT HRA ADALORA", "norm", UnsupportedLayerError, "LayerNorm.* not supported"),
+    (TOKENS[0], "conv", *TOKENS[1:]),
+    (TOKENS[0], "norm", *TOKENS[1:]),
+    *((s.method, "norm", UnsupportedLayerError, "LayerNorm.* not supported") for s in SAMPLES if s.method not in WHOLE),
     ("IA3-feedforward", "embedding", UnsupportedLayerError, "embedding's input cannot be scaled"),
     ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
     ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
-    ("TRAINABLE_TOKENS", "conv", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),
-    ("TRAINABLE_TOKENS", "norm", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),
 ]
 UNMERGEABLE = [
     ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot

@@ -3,11 +3,12 @@
 
 import json
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
 from tests.pair import LIBS, json_of, outcome
-from tests.samples import METHODS, SAMPLES
+from tests.samples import ELSEWHERE, METHODS, SAMPLES
 
 METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -36,6 +37,13 @@ def test_names(method):
     assert LIBS[0].PEFT_TYPE_TO_TUNER_MAPPING[method].__name__ == LIBS[1].PEFT_TYPE_TO_TUNER_MAPPING[method].__name__
     assert ours().peft_type == LIBS[0].PeftType[method] == method
     assert LIBS[0].PeftType[method].value == LIBS[1].PeftType[method].value
+
+
+@pytest.mark.graft_only
+def test_every_method_that_peft_has_is_compared():
+    have = {m for m in LIBS[0].methods.METHODS if hasattr(LIBS[1].PeftType, m)}
+    assert set(METHODS) | set(ELSEWHERE) == have
+    assert all((Path(__file__).parents[1] / name).is_file() for name in ELSEWHERE.values())
 
 
 def test_enums():

@@ -84,6 +84,7 @@ SIZES = {
     "LOHA": dict(r=3, alpha=4),
     "OFT": dict(oft_block_size=3),
     "HRA": dict(r=4),
+    "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 
 

@@ -148,7 +148,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
     elif targets and not isinstance(targets, str):
         targeted = any(name in targets for name in EMBEDDING_NAMES)
     if save == "auto":
-        tokens = getattr(config, "trainable_token_indices", None) is not None
+        tokens = any(getattr(config, f, None) is not None for f in ("trainable_token_indices", "token_indices"))
         if targeted and not tokens:
             warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
             save = True

@@ -198,41 +198,8 @@ def test_the_file_of_a_method_is_short(path):
     assert len(path.read_text().splitlines()) <= 150
 
 
-TOY = '''# SPDX-License-Identifier: Apache-2.0
-"""TOY: a learned multiple of the identity, as far as it goes."""
-
-from dataclasses import dataclass
-
-import torch
-from torch import nn
-
-from graft.config.fields import Targeted
-from graft.core.method import Method
-
-
-@dataclass(kw_only=True)
-class ToyConfig(Targeted):
-    peft_type: str | None = "TOY"
-    start: float = 0.0
-
-
-class Toy(Method):
-    config = ToyConfig
-    prefix = "toy_"
-
-    toy_t: nn.Parameter  # (1,)
-
-    @classmethod
-    def build(cls, site, cfg, shared):
-        return dict(toy_t=nn.Parameter(torch.empty(1)))
-
-    def init(self, cfg):
-        nn.init.constant_(self.toy_t, cfg.start)
-
-    def delta(self):
-        shape = self.layer.site.shape
-        return self.toy_t * torch.eye(shape[0], self.layer.fan_in).view(shape)
-'''
+DOCS = Path(__file__).parents[1] / "docs"
+TOY = re.search(r"```python\n(# SPDX.*?)```", (DOCS / "architecture.md").read_text(), re.S)[1]  # type: ignore[index]
 
 USE = """
 import copy, sys
@@ -252,7 +219,7 @@ torch.testing.assert_close(mixed[[0, 3]], y[[0, 3]])
 torch.testing.assert_close(mixed[[1, 4]], before[[1, 4]])
 y.sum().backward()
 assert [n for n, p in model.named_parameters() if p.grad is not None] == [
-    f"base_model.model.{i}.toy_t.default" for i in (0, 2)
+    f"base_model.model.{i}.toy_{x}.default" for i in (0, 2) for x in "uv"
 ]
 model.save_pretrained(sys.argv[1])
 loaded = graft.PeftModel.from_pretrained(copy.deepcopy(base), sys.argv[1])
@@ -275,7 +242,7 @@ def test_adding_a_method_is_one_file_and_one_line(tmp_path):
     assert n == 1
     table.write_text(text)
     printed = run(USE, str(tmp_path / "saved"), path=tmp_path)
-    assert printed.strip() == str([f"base_model.model.{i}.toy_t" for i in (0, 2)])
+    assert printed.strip() == str([f"base_model.model.{i}.toy_{x}" for i in (0, 2) for x in "uv"])
 
 
 # one place each

@@ -18,10 +18,9 @@ def noise(row: Row) -> float:
 
 
 def record(rows: list[Row]) -> None:
-    """Note the rows whose goal is met, beside those noted before that were not measured now."""
+    """Note the rows whose goal is met, beside those noted before: one that is lost stays noted, to be found."""
     known: dict[str, str] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for row in rows:
-        known.pop(row.what, None)
         if row.goal.met(row):
             known[row.what] = str(row.goal)
     RECORD.write_text(json.dumps(known, indent=1, ensure_ascii=False, sort_keys=True) + "\n")

@@ -56,8 +56,12 @@ def two_parameters(n: int, device: str = "cpu") -> Callable[[], Turns]:
                 B.zero_()
             return nn.Parameter(A), nn.Parameter(B)
 
+        @collector_paused()
+        def make() -> list:
+            return [pair(*size) for size in sizes]
+
         while True:
-            yield lambda: [pair(*size) for size in sizes]
+            yield make
 
     return turns
 

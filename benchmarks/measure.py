@@ -117,8 +117,12 @@ class Bench:
 
 
 def take_turns(turns: dict[str, Turns], effort: Effort, once: tuple[str, ...] = ()) -> dict[str, list[float]]:
-    """Seconds of CPU time of each competitor, interleaved. A first turn warms up, but for those measured `once`."""
+    """Seconds of CPU time of each competitor, interleaved, each round begun by another: none always follows the same.
+
+    A first turn warms up, but for those measured `once`.
+    """
     values: dict[str, list[float]] = {who: [] for who in turns}
+    order = list(turns.items())
     for who, it in turns.items():
         if who not in once:
             timed(it)
@@ -126,7 +130,7 @@ def take_turns(turns: dict[str, Turns], effort: Effort, once: tuple[str, ...] = 
     for n in range(effort.most):
         if n >= effort.least and spent > effort.seconds:
             break
-        for who, it in turns.items():
+        for who, it in order[n % len(order) :] + order[: n % len(order)]:
             if not (who in once and values[who]):
                 values[who].append(timed(it))
                 spent += values[who][-1]

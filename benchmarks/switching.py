@@ -19,10 +19,17 @@ from graft.core.lean import Identity, Linear, bare
 
 @cache
 def loaded(lib: Any, n: int) -> Any:
-    """A model with adapters "default", "a1", … Shared by the rows, which leave it as it was."""
+    """A model with adapters "default", "a1", … Shared by the rows."""
     model = lib.get_peft_model(smollm(values=False), lora(lib, r=2))
     for i in range(1, n):
         model.add_adapter(f"a{i}", lora(lib, r=2))
+    return model
+
+
+def in_default(lib: Any, n: int) -> Any:
+    """The same, with "default" active, whatever the row before left."""
+    model = loaded(lib, n)
+    model.set_adapter("default")
     return model
 
 
@@ -37,7 +44,7 @@ def switch(n: int) -> Callable[[Any], Turns]:
 
 def disable(n: int) -> Callable[[Any], Turns]:
     def turns(lib: Any) -> Turns:
-        model = loaded(lib, n)
+        model = in_default(lib, n)
 
         def block() -> None:
             with model.disable_adapter():
@@ -51,7 +58,7 @@ def disable(n: int) -> Callable[[Any], Turns]:
 
 def state_dict(n: int) -> Callable[[Any], Turns]:
     def turns(lib: Any) -> Turns:
-        model = loaded(lib, n)
+        model = in_default(lib, n)
         while True:
             yield lambda: lib.get_peft_model_state_dict(model)
 
@@ -60,7 +67,7 @@ def state_dict(n: int) -> Callable[[Any], Turns]:
 
 def delete(n: int) -> Callable[[Any], Turns]:
     def turns(lib: Any) -> Turns:
-        model = loaded(lib, n)
+        model = in_default(lib, n)
         while True:
             yield lambda: model.delete_adapter(f"a{n - 1}")
             model.add_adapter(f"a{n - 1}", lora(lib, r=2))
@@ -70,7 +77,7 @@ def delete(n: int) -> Callable[[Any], Turns]:
 
 def flags() -> Turns:
     """What no switch can do without: `requires_grad` of the parameters of both adapters, which are found already."""
-    model = loaded(graft, 2)
+    model = loaded.__wrapped__(graft, 2)  # one of its own: it writes to it
     pairs = [[p for name, p in model.named_parameters() if f".{who}." in name] for who in ("a1", "default")]
 
     def switch(on: bool) -> None:

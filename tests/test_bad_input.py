@@ -138,6 +138,22 @@ def test_dropout_out_of_range():
         graft.get_peft_model(model, lora(lora_dropout=1.5))
 
 
+@pytest.mark.parametrize(
+    "config, field, value",
+    [
+        (graft.LoHaConfig, "module_dropout", 7.0),
+        (graft.LoHaConfig, "rank_dropout", -0.1),
+        (graft.OFTConfig, "module_dropout", -3.0),
+        (graft.VeraConfig, "vera_dropout", -0.5),
+        (graft.LoraConfig, "lora_alpha", float("nan")),
+        (graft.OFTConfig, "eps", float("inf")),
+    ],
+)
+def test_numbers_that_no_formula_can_do_with(config, field, value):
+    with pytest.raises(graft.ConfigError, match=rf"`{field}` must be a (probability|finite number).*got {value}"):
+        config(**{field: value})
+
+
 def test_unknown_field_and_types():
     with pytest.raises(TypeError, match="rnak"):
         lora(rnak=3)

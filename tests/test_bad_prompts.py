@@ -122,8 +122,8 @@ FIELDS = {
         (dict(encoder_reparameterization_type=None), graft.ConfigError, ["encoder type", "MLP", "LSTM", "None"]),
         (dict(encoder_hidden_size=0), graft.ConfigError, ["`encoder_hidden_size`", "positive", "0"]),
         (dict(encoder_num_layers=0), graft.ConfigError, ["`encoder_num_layers`", "positive", "0"]),
-        (dict(encoder_dropout=1.5), graft.ConfigError, ["`encoder_dropout`", "from 0 to 1", "1.5"]),
-        (dict(encoder_dropout=-0.1), graft.ConfigError, ["`encoder_dropout`", "from 0 to 1", "-0.1"]),
+        (dict(encoder_dropout=1.5), graft.ConfigError, ["`encoder_dropout`", "between 0 and 1", "1.5"]),
+        (dict(encoder_dropout=-0.1), graft.ConfigError, ["`encoder_dropout`", "between 0 and 1", "-0.1"]),
     ],
     "PREFIX_TUNING": [
         (dict(num_virtual_tokens=0), graft.ConfigError, ["`num_virtual_tokens`", "positive", "0"]),

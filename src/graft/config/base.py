@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import types
@@ -54,6 +55,7 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
         check_types(self)
+        check_numbers(self)
         if self.peft_type is not None:
             self.peft_type = self.peft_types(self.peft_type)
         if self.task_type is not None:
@@ -221,6 +223,18 @@ def check_types(config: PeftConfig) -> None:
             raise ConfigTypeError(
                 f"{type(config).__name__}.{f.name} must be {allowed}, got {value!r} of type {type(value).__name__}."
             )
+
+
+def check_numbers(config: PeftConfig) -> None:
+    """Raise ConfigError for the first number that no formula can do with: a dropout is a probability, others finite."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if not isinstance(value, (int, float)):
+            continue
+        if f.name.endswith("dropout") and not 0 <= value <= 1:
+            raise ConfigError(f"`{f.name}` must be a probability, between 0 and 1, got {value}.")
+        if not math.isfinite(value):
+            raise ConfigError(f"`{f.name}` must be a finite number, got {value}.")
 
 
 def fits(value: Any, hint: Any) -> bool:

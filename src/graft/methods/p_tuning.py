@@ -40,8 +40,6 @@ class PromptEncoderConfig(PromptLearningConfig):
             ) from None
         if self.encoder_num_layers <= 0:
             raise ConfigError(f"`encoder_num_layers` must be positive, got {self.encoder_num_layers}.")
-        if not 0 <= self.encoder_dropout <= 1:
-            raise ConfigError(f"`encoder_dropout` must be from 0 to 1, got {self.encoder_dropout}.")
 
 
 class PromptEncoder(Prompt):

@@ -131,6 +131,17 @@ def test_all_linear_leaves_a_head_out_that_lost_its_adapters():
     assert type(base.lm_head) is nn.Linear and len(model.base_model.layers) > 1
 
 
+def test_a_module_cannot_be_trained_whole_around_other_adapters():
+    model = adapted("default")
+    before = kinds(model)
+    with pytest.raises(graft.UnsupportedLayerError, match=r"'inner': 'inner.0' inside it carries other.*'b'"):
+        model.add_adapter("b", lora("head", modules_to_save=["inner"]))
+    assert kinds(model) == before
+    model.delete_adapter("default")
+    model.add_adapter("b", lora("head", modules_to_save=["inner"]))
+    assert not any("lora" in name for name, _ in model.get_base_model().inner.named_parameters())
+
+
 # another PeftModel on the same base
 
 

@@ -103,7 +103,8 @@ def survey_and_match(
     check_sites(adapted, cfg, method, adapter, tree)
     wanted = modules_to_save_of(cfg, tree, report)
     for key in [*wanted, *(k for k, source in followers.items() if source in wanted)]:
-        saved.refuse(key, tree.modules[key], adapter)
+        inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
+        saved.refuse(key, tree.modules[key], inside, adapter)
     tokens = token_targets(cfg, model, tree.modules, adapter)
     row_followers = following_tokens(tokens, cfg, model, tree)
     check_tokens(tokens, row_followers, adapted, wanted, tree, adapter)

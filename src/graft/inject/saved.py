@@ -163,8 +163,13 @@ def add_task_heads(config: Any) -> None:
         config._default_heads = TASK_HEADS[config.task_type]  # that one of them matches nothing is no mistake
 
 
-def refuse(key: str, module: nn.Module, adapter: str) -> None:
-    """Raise if `adapter` cannot train the module whole."""
+def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
+    """Raise if `adapter` cannot train the module whole. `inside`: paths below it that carry other adapters."""
+    if inside:
+        raise UnsupportedLayerError(
+            f"modules_to_save cannot be applied to '{key}': '{inside[0]}' inside it carries other adapters, which a "
+            f"copy would take along. Adapter '{adapter}': name other modules, or load it into another model."
+        )
     if isinstance(module, (*CONTAINERS, AdapterLayer, TrainableTokensWrapper)):
         why = ""
         if not isinstance(module, CONTAINERS):

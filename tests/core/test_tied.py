@@ -9,6 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.inject.tied import weight_of
+from tests import models
 from tests.conformance.samples import disturb
 from tests.models import seeded
 
@@ -105,8 +107,6 @@ def test_a_merged_model_stays_whole_when_it_moves_or_is_copied():
 
 
 def test_unloading_a_merged_transformer_says_that_it_is_no_longer_tied():
-    from tests import models
-
     base = models.make("gpt2")
     base.config.tie_word_embeddings = True
     base.tie_weights()
@@ -123,10 +123,167 @@ def test_unloading_a_merged_transformer_says_that_it_is_no_longer_tied():
 
 
 def test_a_model_that_was_not_merged_stays_tied():
-    from tests import models
-
     base = models.make("gpt2")
     base.tie_weights()
     model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["wte"], r=2))
     plain = model.unload()
     assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.transformer.wte.weight
+
+
+# a partner that carries something already
+
+CARRIED = {
+    "adapter": lambda other: dict(target_modules=[other]),
+    "trained whole": lambda other: dict(target_modules=["lin"], modules_to_save=[other]),
+    "rows": lambda other: dict(target_modules=["lin"], trainable_token_indices={other: [4]}),
+}
+
+
+def beside(carried, other, target, merged=False):
+    """A model in which `other` carries something of "default" and `target` an adapter "b", added later."""
+    with seeded(0):
+        model = graft.get_peft_model(Tied(), graft.LoraConfig(r=2, **CARRIED[carried](other)))
+        disturb(model)
+        if merged:
+            model.merge_adapter()
+        model.add_adapter("b", graft.LoraConfig(r=2, target_modules=[target]))
+    return disturb(model).eval()
+
+
+@pytest.mark.parametrize("other, target", [("head", "emb"), ("emb", "head")])
+@pytest.mark.parametrize("carried", CARRIED)
+def test_merging_beside_a_partner_that_carries_something(carried, other, target):
+    model = beside(carried, other, target)
+    for name in ("b", "default"):
+        model.set_adapter(name)
+        expected = model(IDS)
+        model.merge_adapter()
+        assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    model.set_adapter("b")
+    expected = model(IDS)
+    assert_close(model.merge_and_unload()(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("carried", ["adapter", "rows"])
+def test_a_partner_that_was_merged_when_the_adapter_came(carried):
+    """It has a weight of its own then, and shares the old one again afterwards."""
+    model = beside(carried, "head", "emb", merged=True)
+    layer = model.base_model.layers["emb"]
+    weight, before = layer.base_layer.weight, layer.base_layer.weight.clone()
+    assert layer.site.shared
+    model.merge_adapter(["b"])
+    assert layer.base_layer.weight is not weight and torch.equal(weight, before)
+    model.unmerge_adapter()
+    assert layer.base_layer.weight is weight_of(model.get_base_model().head) is weight and torch.equal(weight, before)
+
+
+def test_a_model_whose_head_is_merged_is_still_seen_as_tied():
+    model = graft.get_peft_model(llm(), graft.LoraConfig(target_modules=["lm_head"], r=2))
+    disturb(model)
+    model.merge_adapter()
+    model.add_adapter("rows", graft.LoraConfig(target_modules=["c_attn"], r=2))
+    with pytest.raises(graft.UnsupportedLayerError, match=r"lm_head.*follows 'transformer.wte'.*'default'"):
+        model.add_adapter("b", graft.LoraConfig(target_modules=["c_attn"], r=2, trainable_token_indices=[1]))
+
+
+# token rows of an embedding and of the head on its weight
+
+ROWS = {
+    "head after both": ([1, 5], {"lm_head": [4]}),
+    "both after head": ({"lm_head": [4]}, [1, 5]),
+    "both after each": ({"wte": [2], "lm_head": [4]}, [1, 5]),
+    "each after both": ([1, 5], {"wte": [2], "lm_head": [4]}),
+}
+
+
+def llm():
+    base = models.make("gpt2")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    return base
+
+
+def with_rows(indices, name, model=None):
+    config = graft.LoraConfig(target_modules=["c_attn"], r=2, trainable_token_indices=indices)
+    if model is None:
+        return graft.get_peft_model(llm(), config, name)
+    model.add_adapter(name, config)
+    return model
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_follow_the_embedding_in_one_adapter_only(case, tmp_path):
+    """Which rows of the head are its own, and saved, differs from adapter to adapter."""
+    model = with_rows(ROWS[case][1], "second", with_rows(ROWS[case][0], "first"))
+    batch = models.inputs("gpt2")
+    disturb(model).eval().save_pretrained(tmp_path)
+    for name, indices in zip(("first", "second"), ROWS[case]):
+        own = {"wte", "lm_head"}.intersection(indices) or {"wte"}
+        saved = {k.split(".")[-3] for k in graft.load_peft_weights(tmp_path / name) if "token_adapter" in k}
+        assert saved == own
+        model.set_adapter(name)
+        expected = models.output(model, batch)
+        fresh = graft.PeftModel.from_pretrained(llm(), tmp_path / name, name)
+        assert torch.equal(models.output(fresh, batch), expected)
+        for wrapper in (model.get_base_model().lm_head, model.get_base_model().transformer.wte):
+            mapped = wrapper.adapter_state_dict_load_map(name) if name in wrapper.adapters else {}
+            assert bool(mapped) == (wrapper.key.split(".")[-1] in own)
+    for first, second in (("first", "second"), ("second", "first")):
+        loaded = graft.PeftModel.from_pretrained(llm(), tmp_path / first, first)
+        loaded.load_adapter(tmp_path / second, second)
+        for name in (first, second):
+            loaded.set_adapter(name)
+            model.set_adapter(name)
+            assert torch.equal(models.output(loaded, batch), models.output(model, batch))
+
+
+# what cannot stand on one module, or on two that share a weight
+
+TOKENS, WHOLE = dict(target_modules=["c_attn"], trainable_token_indices=[1, 5]), lambda m: dict(modules_to_save=[m])
+ON_HEAD, ON_WORDS = dict(target_modules=["lm_head"]), dict(target_modules=["wte"])
+TYING = dict(ensure_weight_tying=True)
+
+CLASHES = {
+    "adapter after rows": (TOKENS, ON_WORDS, "transformer.wte.*trained in single rows.*'default'"),
+    "adapter after rows that follow": (TOKENS, ON_HEAD, "lm_head.*trained in single rows.*'default'"),
+    "rows after adapter": (ON_WORDS, TOKENS, "'transformer.wte': it carries.*'default'.*another model"),
+    "rows that follow after adapter": (ON_HEAD, TOKENS, "'lm_head', which follows 'transformer.wte'.*'default'"),
+    "whole after rows": (TOKENS, WHOLE("wte"), "transformer.wte.*trained in single rows.*'default'"),
+    "whole after rows that follow": (TOKENS, WHOLE("lm_head"), "lm_head.*trained in single rows.*'default'"),
+    "rows after whole": (WHOLE("wte"), TOKENS, "'transformer.wte': it is already trained whole.*'default'"),
+    "rows that follow after whole": (WHOLE("lm_head"), TOKENS, "'lm_head', which follows.*trained whole.*'default'"),
+    "adapters that follow after whole": (WHOLE("lm_head"), ON_WORDS | TYING, "lm_head.*trained whole.*'default'"),
+    "whole that follows after adapter": (ON_HEAD, WHOLE("wte") | TYING, "lm_head.*carries adapter.*'default'"),
+    "whole that follows after rows": (TOKENS, WHOLE("wte") | TYING, "wte.*trained in single rows.*'default'"),
+    "whole after adapter": (ON_HEAD, WHOLE("lm_head"), "lm_head.*carries adapter.*'default'"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_what_is_refused_beside_another_adapter(case):
+    first, second, text = CLASHES[case]
+    model = graft.get_peft_model(llm(), graft.LoraConfig(**{"target_modules": ["c_attn"], "r": 2} | first))
+    before = {k: v.clone() for k, v in disturb(model).eval().state_dict().items()}
+    kinds = {k: type(m) for k, m in model.named_modules()}
+    expected = models.output(model, models.inputs("gpt2"))
+    with pytest.raises(graft.UnsupportedLayerError, match=text) as raised:
+        model.add_adapter("b", graft.LoraConfig(**{"target_modules": ["c_attn"], "r": 2} | second))
+    assert "'b'" in str(raised.value)
+    assert kinds == {k: type(m) for k, m in model.named_modules()} and list(model.peft_config) == ["default"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(models.output(model, models.inputs("gpt2")), expected)
+
+
+@pytest.mark.parametrize(
+    "config, error",
+    [(ON_HEAD | TOKENS | ON_HEAD, graft.UnsupportedLayerError), (TOKENS | WHOLE("lm_head"), ValueError)],
+    ids=["adapted", "whole"],
+)
+def test_rows_that_would_follow_where_the_same_adapter_does_something_else(config, error):
+    """They took the place of the other without a word."""
+    base = llm()
+    with pytest.raises(error, match=r"'lm_head', which follows 'transformer.wte' as it shares its weight"):
+        graft.get_peft_model(base, graft.LoraConfig(r=2, **config))
+    assert type(base.lm_head) is nn.Linear and all(p.requires_grad for p in base.parameters())

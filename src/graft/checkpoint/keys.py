@@ -62,7 +62,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
         for name, tensor in parts.prompt.stored().items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
     tokens = {f"{k}.token_adapter": w for k, w in parts.wrappers.items() if isinstance(w, TrainableTokensWrapper)}
-    rows = {key: w.token_adapter for key, w in tokens.items() if not w.tied}
+    rows = {key: w.token_adapter for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         unnamed = layer.method.unnamed
         for slot in layer.slots.get(adapter, ()):

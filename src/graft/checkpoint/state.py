@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from graft.checkpoint.files import Loaded
 from graft.checkpoint.fingerprint import difference, fingerprint, same_values
 from graft.checkpoint.keys import Entry, entries, find, without_wrappers
+from graft.config.base import PeftConfig
 from graft.config.targets import EMBEDDING_NAMES
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, BaseModelMismatchError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.merging import unmerged
 from graft.inject.inject import Parts, add_adapter
 from graft.inject.saved import ModulesToSaveWrapper, matches
-from graft.inject.survey import survey
+from graft.inject.survey import survey, uncovered
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
 
@@ -253,7 +254,8 @@ class Load:
         for key, module in self.model.named_modules():
             if matches(key, names) is None or ".modules_to_save." in f".{key}.":
                 continue
-            original = getattr(module, "original_module", module)
+            bare: Any = uncovered(module)
+            original = getattr(bare, "original_module", bare)
             shapes = {n: p.shape for n, p in original.named_parameters()}
             stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
             other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
@@ -350,6 +352,24 @@ class Load:
         if self.strict:
             raise AdapterKeyError(f"{text} Pass strict=False to load what fits.")
         warn(text)
+
+
+SETTLED = {f.name for f in fields(PeftConfig)} | {  # by the tensors that there are, or of no weight once they are there
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+
+
+def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
+    """Warn of what a file's config says that an adapter of the model, which only gets its values, does not do."""
+    ours, theirs = here.saved_dict(), there.saved_dict()
+    names = [n for n in ours if n not in SETTLED and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
+    if names:
+        differ = ", ".join(f"{n} ({ours[n]!r}, in the file {theirs[n]!r})" for n in names)
+        warn(
+            f"Adapter '{adapter}' gets the values of {path} and keeps its own config, which differs: {differ}. To take "
+            "that over as well, delete_adapter() it before loading, or use hotswap_adapter() (LoRA).",
+            PeftWarning,
+        )
 
 
 def some(items: list[str], most: int = 8) -> str:

@@ -47,7 +47,7 @@ class LayerRange(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform in (None, []):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
 

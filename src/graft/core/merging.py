@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import warn
 
@@ -188,6 +188,11 @@ def unmerged(layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
             W = state
         bias = bias if old is None else old
     return W, bias
+
+
+def tied_weight(layer: AdapterLayer) -> nn.Parameter | None:
+    """The weight that a merged layer has left to the modules it is tied to, and shares with them again afterwards."""
+    return next((w for kind, w, _ in layer._undo if kind == "restore" and isinstance(w, nn.Parameter)), None)
 
 
 def _without(layer: AdapterLayer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:

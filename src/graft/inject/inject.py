@@ -58,6 +58,7 @@ class Plan:
     report: InjectReport
     tokens: dict[str, list[int]]  # embeddings some of whose rows train
     followers: dict[str, str]  # modules on the embedding's weight that do as it does, and its path
+    row_followers: dict[str, str]  # those of them in which the same rows train
     biases: list[nn.Parameter]  # of the base, that train
 
 
@@ -97,14 +98,19 @@ def survey_and_match(
             report.untargeted[kind_of(module)] += 1
     if matcher is not None:
         account(cfg, matcher, outcomes, report)
-    check_sites(sites, cfg, method, adapter, tree)
+    followed = {k: site_of(k, tree.modules[k], tree) for k, source in followers.items() if source in sites}
+    adapted = {**sites, **followed}
+    check_sites(adapted, cfg, method, adapter, tree)
     wanted = modules_to_save_of(cfg, tree, report)
-    tokens = token_targets(cfg, model, tree.modules)
-    check_tokens(tokens, sites, wanted, tree)
-    adapted = [*sites, *(key for key, source in followers.items() if source in sites)]
+    for key in [*wanted, *(k for k, source in followers.items() if source in wanted)]:
+        inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
+        saved.refuse(key, tree.modules[key], inside, adapter)
+    tokens = token_targets(cfg, model, tree.modules, adapter)
+    row_followers = following_tokens(tokens, cfg, model, tree)
+    check_tokens(tokens, row_followers, adapted, wanted, tree, adapter)
     biases = biases_of(cfg, model, [tree.modules[key] for key in adapted], wanted)
     report.other_trainable = sum(b.numel() for b in biases)
-    return Plan(tree, cfg, sites, wanted, report, tokens, followers, biases)
+    return Plan(tree, cfg, sites, wanted, report, tokens, followers, row_followers, biases)
 
 
 def check_sites(sites: dict[str, Site], cfg: Any, method: type[Method], adapter: str, tree: Tree) -> None:
@@ -116,8 +122,9 @@ def check_sites(sites: dict[str, Site], cfg: Any, method: type[Method], adapter:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
         elif existing is not None and existing.method is not method:
             why = f"It already carries {existing.method.__name__} adapters"
-        if isinstance(site.module, ModulesToSaveWrapper):
-            why = "It is already trained whole, through modules_to_save of another adapter"
+        wrapper = tree.wrappers.get(key)
+        if wrapper is not None:
+            why = f"It is {wrapper.how} of adapter(s) {wrapper.adapters}"
         if why is not None:
             raise UnsupportedLayerError(
                 f"Target module {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
@@ -128,11 +135,7 @@ def check_sites(sites: dict[str, Site], cfg: Any, method: type[Method], adapter:
 def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
     """The paths of the modules that are trained whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
-    wanted = []
-    for key, module in tree.modules.items():
-        if names and saved.matches(key, names) is not None:
-            saved.refuse(key, module)
-            wanted.append(key)
+    wanted = [key for key in tree.modules if saved.matches(key, names) is not None] if names else []
     defaults = getattr(cfg, "_default_heads", ())
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in wanted)]
     say_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
@@ -160,18 +163,35 @@ def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[
     return [b for layer in layers if (b := getattr(layer, "bias", None)) is not None]
 
 
-def check_tokens(tokens: dict[str, list[int]], sites: dict[str, Site], saved_paths: list[str], tree: Tree) -> None:
-    for key, indices in tokens.items():
+def check_tokens(
+    tokens: dict[str, list[int]],
+    followers: dict[str, str],
+    adapted: dict[str, Site],
+    saved_paths: list[str],
+    tree: Tree,
+    adapter: str,
+) -> None:
+    """Raise unless single rows of these modules, and of those that follow them, can train."""
+    for key in dict.fromkeys((*tokens, *followers)):
+        module = tree.modules[key]
+        name = f"'{key}'" if key in tokens else f"'{key}', which follows '{followers[key]}' as it shares its weight"
         if key in saved_paths:
             raise ValueError(
                 f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` "
-                f"or `modules_to_save` for '{key}', not both."
+                f"or `modules_to_save` for {name}, not both. Adapter '{adapter}'."
             )
-        if key in sites or key in tree.layers:
-            raise TypeError(
-                f"trainable_token_indices cannot be applied to modules of type {type(tree.modules[key])}: '{key}' is "
-                "in target_modules as well."
+        why = None
+        if key in adapted:
+            why = f"adapter '{adapter}' has it in target_modules as well: take it out of one of the two"
+        elif isinstance(module, AdapterLayer):
+            why = f"it carries adapter(s) {module.adapters}: load '{adapter}' into another model"
+        elif isinstance(module, ModulesToSaveWrapper):
+            why = f"it is {module.how} of adapter(s) {module.adapters}: load '{adapter}' into another model"
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"trainable_token_indices cannot be applied to modules of type {type(module)}, {name}: {why}."
             )
+    for key, indices in tokens.items():
         why = TrainableTokens.check(site_of(key, tree.modules[key], tree), TrainableTokensConfig(token_indices=indices))
         if why is not None:
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
@@ -184,7 +204,7 @@ def account(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: In
     targets = cfg.target_modules
     excluded = bool(found & {"excluded", "saved"})
     if "matched" not in found and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,)):
-        raise NoMatchingPeftModuleError(nothing_matched(cfg, outcomes, excluded))
+        raise NoMatchingPeftModuleError(f"{nothing_matched(cfg, outcomes, excluded)} Adapter '{report.adapter}'.")
     exclude = getattr(cfg, "exclude_modules", None)
     if exclude and not excluded:
         warn(
@@ -279,7 +299,7 @@ def inject(
     shared = {} if shared is None else shared
     with collector_paused(), restructured(model, config, method) as changed:
         plan = survey_and_match(model, config, method, adapter, keys, None if changed else tree)
-        parts = make(plan, model, method, adapter, routing, shared, others or {}, upcast, on_meta, fill, heads)
+        parts = make(plan, method, adapter, routing, shared, others or {}, upcast, on_meta, fill, heads)
         commit(plan, parts)
         config.__dict__.update(plan.cfg.__dict__)
         return plan.report, parts
@@ -314,7 +334,6 @@ def collector_paused() -> Iterator[None]:
 
 def make(
     plan: Plan,
-    model: nn.Module,
     method: type[Method],
     adapter: str,
     routing: Routing | None,
@@ -351,7 +370,7 @@ def make(
             wrapper.add(adapter, chosen.get(key))
             size = sum(p.numel() for p in wrapper.parameters_of(adapter))
             report.modules_to_save.append(Matched(key, type(wrapper.modules_to_save[adapter]).__name__, size))
-        wrappers |= add_tokens(plan, model, adapter, routing, upcast)
+        wrappers |= add_tokens(plan, adapter, routing, upcast)
         ties = follow(plan, adapter, layers, wrappers, routing, method, shared, upcast)
         parts = Parts(layers, wrappers, shared)
         if fill is not None:
@@ -392,42 +411,40 @@ def add_adapter(
     return size
 
 
-def add_tokens(plan: Plan, model: nn.Module, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
+def add_tokens(plan: Plan, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
     """Wrap the embeddings of which single rows train, and the heads on their weight."""
     made: dict[str, Wrapper] = {}
-    embedding, following = following_tokens(plan, model)
-    own = plan.tokens.get(embedding)
-    for key in [*(k for k in plan.tokens if k not in following), *following]:
-        wrapper = plan.tree.wrappers.get(key)
+    followers = plan.row_followers
+    for key in [*(k for k in plan.tokens if k not in followers), *followers]:
+        wrapper: Any = plan.tree.wrappers.get(key)
         if wrapper is None:
             layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), TrainableTokens, routing)
-            wrapper = TrainableTokensWrapper(layer, key, tied=key in following)
-        elif not isinstance(wrapper, TrainableTokensWrapper):
-            raise UnsupportedLayerError(
-                f"'{key}' is already trained whole, through modules_to_save of another adapter."
-            )
-        cfg = TrainableTokensConfig(token_indices=plan.tokens.get(key) or own or [])
+            wrapper = TrainableTokensWrapper(layer, key)
+        indices = plan.tokens[followers.get(key, key)]
+        cfg = TrainableTokensConfig(token_indices=indices)
         size = add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
-        if key in following:
-            wrapper.token_adapter.methods[adapter].tie(made[embedding].token_adapter.methods[adapter])
+        if key in followers:
+            source: Any = made[followers[key]]
+            wrapper.token_adapter.methods[adapter].tie(source.token_adapter.methods[adapter])
+            wrapper.tied.add(adapter)
         else:
-            plan.report.modules_to_save.append(Matched(key, f"{len(plan.tokens[key])} tokens", size))
+            plan.report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
         made[key] = wrapper
     return made
 
 
-def following_tokens(plan: Plan, model: nn.Module) -> tuple[str, list[str]]:
-    """The path of the input embedding, and of the heads on its weight that train the same rows."""
-    embedding, tied = tied_to_embedding(model, plan.tree.modules) if plan.tokens else (None, [])
-    own = plan.tokens.get(embedding or "")
-    following = [k for k in tied if own is not None and plan.tokens.get(k) in (None, own)]
-    other = [k for k in tied if k in plan.tokens and k not in following]
-    if other and getattr(plan.cfg, "ensure_weight_tying", False):
+def following_tokens(tokens: dict[str, list[int]], cfg: Any, model: nn.Module, tree: Tree) -> dict[str, str]:
+    """The modules on the embedding's weight that train the rows which it trains: {path: embedding's path}."""
+    embedding, tied = tied_to_embedding(model, tree.modules) if tokens else (None, [])
+    own = tokens.get(embedding or "")
+    following = [k for k in tied if own is not None and tokens.get(k) in (None, own)]
+    other = [k for k in tied if k in tokens and k not in following]
+    if other and getattr(cfg, "ensure_weight_tying", False):
         raise ValueError(
             "Cannot ensure weight tying when different token indices are specified for tied layers. "
             f"Conflicting layers: {[embedding, *other]}."
         )
-    return embedding or "", following
+    return dict.fromkeys(following, embedding or "")
 
 
 def follow(
@@ -518,6 +535,8 @@ def commit(plan: Plan, parts: Parts) -> None:
     if first:
         for p in tree.owners:
             p.requires_grad = False
+    for where, base in tree.vacant:
+        attach(where, base)
     for key, layer in parts.layers.items():
         layer.settle()
         if key not in tree.layers:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
-from graft.core.errors import PeftWarning, warn
+from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
+from graft.inject.tokens import TrainableTokensWrapper
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -24,6 +25,8 @@ class ModulesToSaveWrapper(nn.Module):
 
     Copies may differ in shape from the original and from each other: a 5-label head beside one of 2.
     """
+
+    how = "already trained whole, through modules_to_save"
 
     def __init__(self, original: nn.Module, key: str, routing: Routing):
         super().__init__()
@@ -160,7 +163,19 @@ def add_task_heads(config: Any) -> None:
         config._default_heads = TASK_HEADS[config.task_type]  # that one of them matches nothing is no mistake
 
 
-def refuse(key: str, module: nn.Module) -> None:
-    """Raise if the module cannot be trained whole."""
-    if isinstance(module, (*CONTAINERS, AdapterLayer)):
-        raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}').")
+def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
+    """Raise if `adapter` cannot train the module whole. `inside`: paths below it that carry other adapters."""
+    if inside:
+        raise UnsupportedLayerError(
+            f"modules_to_save cannot be applied to '{key}': '{inside[0]}' inside it carries other adapters, which a "
+            f"copy would take along. Adapter '{adapter}': name other modules, or load it into another model."
+        )
+    if isinstance(module, (*CONTAINERS, AdapterLayer, TrainableTokensWrapper)):
+        why = ""
+        if not isinstance(module, CONTAINERS):
+            how = f"is {module.how} of" if isinstance(module, TrainableTokensWrapper) else "carries"
+            why = f": it {how} adapter(s) {module.adapters}"
+        raise UnsupportedLayerError(
+            f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}'){why}. Adapter '{adapter}': "
+            "name other modules, or load it into another model."
+        )

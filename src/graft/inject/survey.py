@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from graft.core import merging
 from graft.core.layer import AdapterLayer
 from graft.core.ops import find_op
 from graft.core.site import Site
@@ -17,7 +18,7 @@ from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
-WRAPPERS = (ModulesToSaveWrapper, TrainableTokensWrapper)
+ADDED = (AdapterLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 Place = tuple[nn.Module, str]  # (parent, attribute)
 
 
@@ -29,12 +30,13 @@ class Tree:
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    owners: dict[nn.Parameter, int] = field(default_factory=dict)  # how many modules hold a parameter
+    owners: dict[nn.Parameter, int] = field(default_factory=dict)  # how many modules of the base hold a parameter
+    vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # places of layers that have no adapter left
     parameters: int = 0
 
 
 def survey(model: nn.Module) -> Tree:
-    """Walk `model` once. What adapters added is not looked into."""
+    """Walk `model` once. What adapters added is not looked into; what has lost all of its adapters is not there."""
     tree = Tree()
     seen: set[nn.Module] = set()
 
@@ -63,17 +65,55 @@ def survey(model: nn.Module) -> Tree:
                     numbers += p.numel()
 
     def look_into(module: nn.Module, path: str) -> None:
-        if isinstance(module, AdapterLayer):
+        if isinstance(module, AdapterLayer) and module.methods:
             tree.layers[path] = module
-        elif isinstance(module, WRAPPERS):
-            tree.wrappers[path] = module
+            shared(module)
+        elif isinstance(module, ADDED):
+            wrapped(module, path)
         elif module._modules:
             visit(module, path)
+
+    def shared(layer: AdapterLayer) -> None:
+        base = layer.base_layer
+        for part in base.modules() if base._modules else (base,):
+            count(part)
+        if layer._undo and (tied := merging.tied_weight(layer)) is not None:
+            owners[tied] = owners.get(tied, 0) + 1
+
+    def wrapped(module: AdapterLayer | Wrapper, path: str) -> None:
+        base = beneath(module)
+        if not module.adapters and path:
+            tree.vacant.append((places[path], base))
+            seen.add(base)
+            modules[path] = base
+            count(base)
+            look_into(base, path)
+        elif isinstance(module, TrainableTokensWrapper):
+            tree.wrappers[path] = module
+            shared(module.token_adapter)
+        elif isinstance(module, ModulesToSaveWrapper):
+            tree.wrappers[path] = module
+            for part in base.modules():
+                count(part)
 
     count(model)
     look_into(model, "")
     tree.parameters = numbers
     return tree
+
+
+def beneath(module: AdapterLayer | Wrapper) -> nn.Module:
+    """The module of the base that an adapter layer or a wrapper stands for."""
+    if isinstance(module, AdapterLayer):
+        return module.base_layer
+    return module.original_module
+
+
+def uncovered(module: nn.Module | None) -> nn.Module | None:
+    """A module as a survey shows it: itself, or what is below it if it has lost all of its adapters."""
+    while isinstance(module, ADDED) and not module.adapters:
+        module = beneath(module)
+    return module
 
 
 def outer_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,6 +13,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.inject.match import Names, minimal_names
+from graft.inject.survey import uncovered
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject nothing
@@ -66,7 +67,7 @@ def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:
     """Names of all linear layers but the output head."""
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
+        head = uncovered(model.get_output_embeddings())
         if head is None and cfg.task_type == "SEQ_CLS":
             head = next((getattr(model, n) for n in HEAD_NAMES if isinstance(getattr(model, n, None), nn.Module)), None)
     return {key for key, m in modules.items() if is_linear(m) and not is_or_wraps(m, head)}

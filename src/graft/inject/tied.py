@@ -7,15 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from graft.core import merging
 from graft.core.errors import warn
+from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.match import Names
 from graft.inject.saved import matches
+from graft.inject.survey import uncovered
 from graft.methods.trainable_tokens import input_embedding
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
     """The weight of a module, also below adapter layers and wrappers."""
+    if isinstance(module, AdapterLayer) and (left := merging.tied_weight(module)) is not None:
+        return left
     for name in ("token_adapter", "original_module", "base_layer"):
         inner = module._modules.get(name)
         if inner is not None:
@@ -31,7 +36,9 @@ def tied_to_embedding(model: Any, modules: dict[str, nn.Module]) -> tuple[str | 
     if weight is None:
         return path, []
     if weight.is_meta and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        head = model.get_output_embeddings()  # moving to meta unties the weights that a real model would share
+        head = uncovered(
+            model.get_output_embeddings()
+        )  # moving to meta unties the weights that a real model would share
         return path, [k for k, m in modules.items() if k != path and (m is head or weight_of(m) is weight)]
     return path, [k for k, m in modules.items() if k != path and weight_of(m) is weight]
 

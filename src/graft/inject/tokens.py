@@ -16,10 +16,13 @@ from graft.methods.trainable_tokens import input_embedding
 class TrainableTokensWrapper(nn.Module):
     """Stands for an embedding (or a head tied to it) some of whose rows train. `token_adapter` does the work."""
 
-    def __init__(self, token_adapter: AdapterLayer, key: str, tied: bool):
+    how = "already trained in single rows, through trainable_token_indices"
+
+    def __init__(self, token_adapter: AdapterLayer, key: str):
         super().__init__()
         self.token_adapter = token_adapter
-        self.key, self.tied = key, tied  # tied: it shares its rows with the embedding and is not saved
+        self.key = key
+        self.tied: set[str] = set()  # adapters whose rows here are those of the embedding, and not saved
         self.routing = token_adapter.routing
 
     @property
@@ -38,7 +41,7 @@ class TrainableTokensWrapper(nn.Module):
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
         name = "token_adapter.trainable_tokens_delta"
-        return {} if self.tied else {name: f"{name}.{adapter}"}
+        return {} if adapter in self.tied else {name: f"{name}.{adapter}"}
 
     @property
     def adapters(self) -> list[str]:
@@ -68,6 +71,7 @@ class TrainableTokensWrapper(nn.Module):
 
     def delete_adapter(self, adapter: str) -> None:
         self.token_adapter.delete_adapter(adapter)
+        self.tied.discard(adapter)
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         if adapter in self.token_adapter.methods:
@@ -88,7 +92,7 @@ class TrainableTokensWrapper(nn.Module):
         return self.token_adapter(x, *args, **kwargs)
 
 
-def token_targets(cfg: Any, model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
+def token_targets(cfg: Any, model: nn.Module, modules: dict[str, nn.Module], adapter: str) -> dict[str, list[int]]:
     """The modules whose rows a config trains, by path."""
     wanted = getattr(cfg, "trainable_token_indices", None)
     if not wanted:
@@ -100,7 +104,7 @@ def token_targets(cfg: Any, model: nn.Module, modules: dict[str, nn.Module]) -> 
         if not paths:
             raise NoMatchingPeftModuleError(
                 f"Target modules {{'{name}'}} not found in the base model. Please check the target modules and try "
-                "again (trainable_token_indices)."
+                f"again (trainable_token_indices). Adapter '{adapter}'."
             )
         out |= {path: list(indices) for path in paths}
     return out

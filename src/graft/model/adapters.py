@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -44,6 +44,30 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
         )
 
 
+def check_accounted(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> None:
+    """Raise if `model` carries adapters that another PeftModel keeps account of.
+
+    Those of a model without a wrapper stand in its own `peft_config`.
+    """
+    accounted = getattr(model, "peft_config", None) or ()
+    foreign = sorted({name for part in parts for name in part.adapters if name not in accounted})
+    if foreign:
+        raise AlreadyInjectedError(
+            f"The model carries adapter(s) {foreign} of another PeftModel, which keeps account of them. For another "
+            "adapter beside them call load_adapter() or add_adapter() of that PeftModel; to start over, its unload()."
+        )
+
+
+def off(parts: Iterable[Any]) -> bool:
+    """Whether there are parts, and all are switched off."""
+    none = True
+    for part in parts:
+        if not part.disable_adapters:
+            return False
+        none = False
+    return not none
+
+
 @contextmanager
 def unless_it_fails(config: Any) -> Iterator[None]:
     """What the block writes into a config is taken back if it raises."""
@@ -81,6 +105,7 @@ class Adapters:
             )
         found = survey(model)
         known = [*found.layers.values(), *found.wrappers.values()]
+        check_accounted(model, known)
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.routing = known[0].routing if known else Routing()
         self.peft_config, self.reports, self.active_adapters, self._flags = {}, {}, [], {}
@@ -94,6 +119,23 @@ class Adapters:
         """All that carries adapters and can be switched."""
         yield from self.layers.values()
         yield from self.wrappers.values()
+
+    @property
+    def disabled(self) -> bool:
+        """Whether all that carries adapters is switched off."""
+        return off(self.parts())
+
+    def take_in(self, parts: Parts, disabled: bool) -> None:
+        """Keep account of what now carries a new adapter. An injection took out what carried none any more.
+
+        Args:
+            disabled: whether the others were switched off before.
+        """
+        self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
+        self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
+        if disabled:
+            for part in (*parts.layers.values(), *parts.wrappers.values()):
+                part.enable_adapters(False)
 
     def parts_of(self, adapter_name: str) -> Parts:
         """What carries an adapter."""

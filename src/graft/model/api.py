@@ -45,7 +45,7 @@ def get_peft_model(
         raise NotImplementedError("mixed=True (adapters of several methods on one model) is not in graft yet.")
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
-    if any(isinstance(m, AdapterLayer) for m in outer_modules(model)):
+    if any(isinstance(m, AdapterLayer) and m.methods for m in outer_modules(model)):
         raise AlreadyInjectedError(
             "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, "
             "call add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure "

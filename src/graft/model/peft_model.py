@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -111,6 +112,9 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> Any:
+        if not self.active_adapters:
+            loaded = ", ".join(self.peft_config) or "none"
+            raise AdapterNotFoundError(f"No adapter is active: call set_adapter(). Loaded adapters: {loaded}.")
         return self.peft_config[self.active_adapters[0]]
 
     @property
@@ -206,8 +210,8 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, within the block. Merged adapters are unmerged and stay so."""
-        before = [(part, part.disable_adapters) for part in self.tuner.parts()]
-        if len({was for _, was in before}) > 1:
+        before = {part: part.disable_adapters for part in self.tuner.parts()}
+        if len(set(before.values())) > 1:
             warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. "
                 "This is most likely unintentional. They are put back as they were after the block."
@@ -216,8 +220,9 @@ class PeftModel(nn.Module):
         try:
             yield
         finally:
-            for part, was in before:
-                part.enable_adapters(not was)
+            others = bool(before) and all(before.values())  # added within the block
+            for part in self.tuner.parts():
+                part.enable_adapters(not before.get(part, others))
             self._heads_changed()
 
     def _heads_changed(self) -> None:
@@ -225,7 +230,7 @@ class PeftModel(nn.Module):
 
     # forward
 
-    def _rows(self, names: Sequence[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
+    def _rows(self, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """The rows of a mixed batch, checked."""
         if names is None:
             return None
@@ -239,18 +244,18 @@ class PeftModel(nn.Module):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
                 f"Merged: {merged}."
             )
-        first = next((t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)), None)
-        batch = len(first) if first is not None and first.dim() else len(names)
-        if batch != len(names):
+        tensors = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)]
+        rows = [len(t) for t in tensors if t.dim()]
+        if rows and len(names) not in rows:  # all samples may share a tensor, or have several rows in one: layers check
             raise RoutingError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {batch} respectively."
+                f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
             )
-        return Rows.of(names, first.device if first is not None else None)
+        return Rows.of(names, tensors[0].device if tensors else None)
 
     def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a function of the base model with the arguments that are ours taken out and put to work."""
-        names = kwargs.pop("adapter_names", None)
+        names = names_of_rows(kwargs.pop("adapter_names", None))
         for name in self.special_peft_forward_args:
             kwargs.pop(name, None)
         rows = self._rows(names, inputs, kwargs)
@@ -269,15 +274,16 @@ class PeftModel(nn.Module):
 
         Raises:
             RoutingError: a name is not loaded, the number of names is wrong, or adapters are merged.
+            TypeError: `adapter_names` are no names.
         """
         return self._call(self.get_base_model(), args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, with `adapter_names` as in `forward`."""
         self.tuner.check_generate(kwargs)
-        names, copies = kwargs.get("adapter_names"), self._copies(kwargs)
+        names, copies = names_of_rows(kwargs.get("adapter_names")), self._copies(kwargs)
         if names is None or copies == 1:
-            return self._call(self.get_base_model().generate, args, kwargs)
+            return self._call(self.get_base_model().generate, args, kwargs | {"adapter_names": names})
         return self._generate_copies(names, copies, args, kwargs)
 
     def _copies(self, kwargs: dict[str, Any]) -> int:
@@ -286,7 +292,7 @@ class PeftModel(nn.Module):
         settings = ("num_beams", "num_return_sequences")
         return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
 
-    def _generate_copies(self, names: Sequence[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _generate_copies(self, names: list[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each row is repeated; an encoder still sees the rows as they came."""
         model: Any = self.get_base_model()
         routing = self.tuner.routing
@@ -471,7 +477,8 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter beside those there are, inactive. A name that is taken only gets the new values.
+        """Load a saved adapter beside those there are, inactive. A name that is taken only gets the new values (a
+        warning says where its config is another one).
 
         Returns:
             What was loaded, missing and left over.
@@ -502,6 +509,7 @@ class PeftModel(nn.Module):
                 f"{config.peft_type}: load it under another name into another model."
             )
         else:
+            state.say_kept(adapter_name, load.path, self.peft_config[adapter_name], config)
             load.fill(self.tuner.parts_of(adapter_name))
         self._loaded(adapter_name, is_trainable)
         return load.report
@@ -522,6 +530,24 @@ class PeftModel(nn.Module):
         if adapter_name not in self.peft_config:
             raise AdapterNotFoundError(f"Adapter {adapter_name} not found.")
         return [layer for layer in self.tuner.layers.values() if adapter_name in layer.methods]
+
+
+def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
+    """`adapter_names` as a list."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(
+            f"adapter_names takes one name per row of the batch, got the string {names!r}: pass ['{names}', …], or "
+            f"set_adapter('{names}') for all rows."
+        )
+    names = list(names)
+    wrong = {row: name for row, name in enumerate(names) if not isinstance(name, str)}
+    if wrong:
+        raise TypeError(
+            f"adapter_names takes names, got {wrong} (by row): '{BASE}' stands for a row without an adapter."
+        )
+    return names
 
 
 def holder_for(config: PeftConfig) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.core.method import Method
 from graft.core.site import Site
-from graft.inject.inject import following_tokens, survey_and_match
+from graft.inject.inject import survey_and_match
 from graft.inject.report import InjectReport, Matched
 from graft.inject.saved import add_task_heads
 from graft.inject.survey import kind_of, site_of
@@ -59,9 +59,8 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
     for key in made.saved:
         size = sum(p.numel() for p in modules[key].parameters())
         report.modules_to_save.append(Matched(key, type(modules[key]).__name__, size))
-    _, following = following_tokens(made, model)
     for key, indices in made.tokens.items():
-        if key not in following:
+        if key not in made.row_followers:
             site = site_of(key, modules[key], made.tree)
             size = matched(TrainableTokens, site, TrainableTokensConfig(token_indices=indices), {}).parameters
             report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))

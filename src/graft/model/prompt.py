@@ -145,7 +145,7 @@ class Prompts(Adapters):
         """Add a prompt, inactive. If it fails, nothing has changed."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
-        prompt = self._made(cfg)
+        prompt, disabled = self._made(cfg), self.disabled
         prompt.to(self.stacks["main"].device)
         load = None if fill is None else lambda parts: fill(replace(parts, prompt=prompt))
         report, parts = inject(
@@ -156,7 +156,7 @@ class Prompts(Adapters):
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
         report.matched.append(account)
-        self.wrappers |= parts.wrappers
+        self.take_in(parts, disabled)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name], self.reports[adapter_name] = config, report
 

@@ -86,7 +86,7 @@ class Tuner(Adapters, nn.Module):
     ) -> InjectReport:
         """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
         self.check_new(adapter_name, config)
-        shared = {name: self._modules[name] for name in self.shared}
+        shared, disabled = {name: self._modules[name] for name in self.shared}, self.disabled
         report, parts = inject(
             self.model,
             config,
@@ -106,8 +106,7 @@ class Tuner(Adapters, nn.Module):
             if name not in self._modules:
                 self.add_module(name, container)
                 self.shared.append(name)
-        self.layers |= parts.layers
-        self.wrappers |= parts.wrappers
+        self.take_in(parts, disabled)
         self.peft_config[adapter_name] = config
         self.reports[adapter_name] = report
         return report

@@ -28,7 +28,7 @@ def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tenso
     found = []
     for name in names:
         A, B, p = As[name], Bs[name], share_dropped(dropouts[name])
-        if p is None or p == 1 or biased[name] or not (unhooked(A) and unhooked(B)):
+        if p is None or biased[name] or not (unhooked(A) and unhooked(B)):
             return None
         found.append((weight_of(A), weight_of(B), scaling[name], p))
     return found

@@ -70,11 +70,11 @@ class DoRA(LoRA):
     def join(self, x: Tensor) -> Tensor:
         layer = self.layer
         base = layer.base_layer
-        found = plain_factors(layer, (self.name,)) if worth_it(x) else None
+        found = plain_factors(layer, self.name) if worth_it(x) else None
         if found is None:
             y = base(x)
             return self.post(x, y).to(y.dtype)
-        [(A, B, scale, p)] = found
+        A, B, scale, p = found
         return decomposed.linear(base, layer.op.pull, x, layer.base_weight, layer.bias, A, B, self.ratio(), scale, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def test_generation(name, how):
     mixed = model.generate(**batch, adapter_names=NAMES, **options)
     assert torch.equal(mixed, expected)
     assert len({tuple(row) for row in expected.tolist()}) > 1, "adapters differ in what they say"
-    assert model.base_model.routing.rows is None
+    assert model.base_model.routing.current() is None
 
 
 def test_generation_with_samples_of_each_row():

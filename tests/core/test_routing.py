@@ -2,11 +2,16 @@
 """Rows and adapters: grouping, what cannot be routed, and what a backward pass recomputes."""
 
 import copy
+import sys
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft.core.routing import BASE, Routing, Rows
@@ -299,3 +304,152 @@ def test_higher_derivatives_and_retained_graphs():
     assert model.base_model.routing.rows is None and all(
         p.grad is not None for p in model.parameters() if p.requires_grad
     )
+
+
+# outputs of every kind
+
+
+@dataclass
+class Output:
+    y: torch.Tensor
+
+
+class Slotted:
+    __slots__ = ("y",)
+
+    def __init__(self, y):
+        self.y = y
+
+
+def circular(y):
+    found = SimpleNamespace(others=[SimpleNamespace(y=y)])
+    found.itself, found.model = found, nn.Linear(3, 3)
+    return found
+
+
+OUTPUTS = {
+    "dict": (lambda y: {"a": [y]}, lambda out: out["a"][0]),
+    "dataclass": (Output, lambda out: out.y),
+    "objects": (circular, lambda out: out.others[0].y),
+    "dataclass in a tuple": (lambda y: (1, Output(y)), lambda out: out[1].y),
+}
+OPAQUE = {"slots": (Slotted, lambda out: out.y), "function": (lambda y: lambda: y, lambda out: out())}
+
+
+class Packing(nn.Module):
+    def __init__(self, pack, reentrant):
+        super().__init__()
+        self.first, self.second, self.pack, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 2), pack, reentrant
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.reentrant is None:
+            return self.pack(self.second(h))
+        return self.pack(checkpoint(self.second, h, use_reentrant=self.reentrant))
+
+
+def packing(pack, reentrant=None):
+    with seeded(2):
+        return adapter_pair(Packing(pack, reentrant), "LORA", ["first", "second"], r=2)
+
+
+X = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_rows_come_back_whatever_the_output_is(kind, reentrant):
+    pack, unpack = OUTPUTS[kind]
+    found = []
+    for model in (packing(pack), packing(pack, reentrant)):
+        for _ in range(2):
+            unpack(model(X, adapter_names=FIRST)).square().sum().backward()
+            found.append(gradients(model))
+            assert model.base_model.routing.rows is None
+    for other in found[1:]:
+        equal(other, found[0])
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_an_output_that_hides_its_tensors_is_refused_where_layers_run_again(kind, reentrant):
+    pack, unpack = OPAQUE[kind]
+    model = packing(pack)
+    unpack(model(X, adapter_names=FIRST)).square().sum().backward()  # nothing runs again
+    expected = gradients(model)
+    model = packing(pack, reentrant)
+    with pytest.raises(graft.RoutingError, match=r"not known.*dataclasses.*checkpointing off"):
+        unpack(model(X, adapter_names=FIRST)).square().sum().backward()
+    model.zero_grad()
+    inner = model.get_base_model()
+    for run in (model, inner):  # what is not mixed is as before, also past the model's own forward
+        unpack(run(X)).square().sum().backward()
+        assert all(".b." not in name for name in gradients(model))
+    model.get_base_model().reentrant = None
+    unpack(model(X, adapter_names=FIRST)).square().sum().backward()
+    equal(gradients(model), expected)
+
+
+def test_parameters_in_an_output_are_left_alone():
+    model = packing(lambda y: (y, model.get_base_model().first.lora_A["b"].weight))
+    _, p = model(X, adapter_names=FIRST)
+    assert not p._backward_hooks
+
+
+# threads
+
+
+def test_mixed_batches_of_several_threads_are_right_or_refused():
+    model = adapter_pair(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), "LORA", ["0", "2"], r=2)
+    batches = [["default"] * 4, ["b"] * 4, None]
+    expected = [model(X, adapter_names=names).detach() for names in batches]
+    outcomes = []
+
+    def work(i):
+        for _ in range(150):
+            try:
+                outcomes.append(torch.equal(model(X, adapter_names=batches[i]), expected[i]))
+            except graft.RoutingError as e:
+                assert "one after another" in str(e)
+                outcomes.append(None)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(outcomes) == 450 and False not in outcomes and True in outcomes
+    assert torch.equal(model(X, adapter_names=batches[1]), expected[1])
+
+
+def test_a_mixed_batch_and_another_thread():
+    """Whichever comes second is refused; plain batches may run side by side."""
+    model = adapter_pair(nn.Sequential(nn.Linear(3, 3)), "LORA", ["0"], r=2)
+    entered, leave = threading.Event(), threading.Event()
+
+    def wait(*_):
+        entered.set()
+        leave.wait(10)
+
+    for first, second, refused in ((FIRST, None, True), (None, FIRST, True), (None, None, False)):
+        entered.clear(), leave.clear()
+        handle = model.base_model.model.register_forward_pre_hook(wait)
+        thread = threading.Thread(target=lambda names=first: model(X, adapter_names=names))
+        thread.start()
+        entered.wait(10)
+        handle.remove()
+        try:
+            if refused:
+                with pytest.raises(graft.RoutingError, match="two threads"):
+                    model(X, adapter_names=second)
+            else:
+                model(X)
+        finally:
+            leave.set()
+            thread.join()
+    model(X, adapter_names=FIRST)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
 
 import graft
@@ -554,6 +555,58 @@ def test_remove_restores_the_model(folders):
     assert torch.equal(
         models.output(base, models.inputs("llama")), models.output(models.make("llama"), models.inputs("llama"))
     )
+
+
+def test_removed_slots_serve_nothing(folders):
+    slots = slotted(folders)
+    with slots.using("a"), pytest.raises(RoutingError, match="leave the `using` block"):
+        slots.remove()
+    slots.pin("a")
+    slots.remove()
+    ids = models.inputs("llama", 4)
+    for use in (
+        lambda: slots(**ids, adapter_names=["a", "b", "a", "b"]),
+        lambda: slots(**ids),
+        lambda: slots.generate(**ids, adapter_names="a", max_new_tokens=1),
+        lambda: slots.pin("a"),
+        lambda: slots.load("new", folders["a"]),
+    ):
+        with pytest.raises(RoutingError, match="removed from the model"):
+            use()
+    report = slots.report()
+    assert report.layers == report.slot_bytes == report.gathered_bytes == 0 and not report.resident
+    assert slots.remove() is slots.model
+
+
+def test_factors_gathered_in_inference_mode_serve_outside(folders):
+    slots, names = slotted(folders), ["a", "b", "c", BASE, "a"]
+    with torch.inference_mode():
+        expected = out(slots, names), out(slots, names)
+    found = slots(**models.inputs("llama", 5), adapter_names=names).logits
+    assert slots.report().gathered_bytes
+    assert_close(found, expected[0])
+    slots.model.get_input_embeddings().weight.requires_grad_()
+    slots(**models.inputs("llama", 5), adapter_names=names).logits.sum().backward()
+
+
+def test_a_batch_of_no_rows():
+    slots = AdapterSlots(models.make("mlp"), 2, 3, ["fc1"])
+    empty = torch.zeros(0, 10)
+    assert slots(empty).shape == slots(empty, adapter_names=[]).shape == slots.model(empty).shape
+    with pytest.raises(RoutingError, match="No adapter is named"), slots.using([]):
+        pass
+
+
+def test_a_hook_on_all_modules_sees_the_base_output(folders):
+    slots, seen = slotted(folders), []
+    layer = next(iter(slots.layers.values()))
+    handle = register_module_forward_hook(lambda m, x, y: seen.append((x[0], y)) if m is layer.base_layer else None)
+    try:
+        out(slots, ["a", "b", "c", BASE, "a"])
+    finally:
+        handle.remove()
+    ((x, y),) = seen
+    assert torch.equal(y, torch.nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
 
 
 def test_what_a_state_dict_holds(folders):

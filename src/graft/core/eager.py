@@ -1,24 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether operations and modules do what is written and nothing more, so that short cuts past them are allowed."""
 
+# ruff: noqa: RUF019 - a membership test takes half of the time of `get`
+
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import compiler, nn
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.nn.modules import module as modules
+
+# on all modules; filled and emptied in place
+BEFORE, AFTER = modules._global_forward_pre_hooks, modules._global_forward_hooks
+BACKWARD_BEFORE, BACKWARD = modules._global_backward_pre_hooks, modules._global_backward_hooks
 
 
 def eager() -> bool:
-    """Whether operations run as they are written: no compiler to fuse them, no functional transform."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Whether operations run as they are written, and nothing more: no compiler to fuse them or tracer to record them,
+    no functional transform or forward-mode derivative, no hook on all modules. Every layer asks at every call."""
+    return not (
+        is_dynamo_compiling()
+        or compiler._is_compiling_flag
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+        or BEFORE
+        or AFTER
+        or BACKWARD
+        or BACKWARD_BEFORE
+    )
+
+
+def only_backward() -> bool:
+    """Whether an autograd.Function may stand for operations that has a rule for vmap and can be compiled: no tracer
+    records them, no forward-mode derivative is wanted."""
+    return is_dynamo_compiling() or not (_is_tracing() or forward_ad._current_level >= 0)
+
+
+def watched() -> bool:
+    """Whether a dispatch mode sees operations one by one, and may give them tensors without values."""
+    return _len_torch_dispatch_stack() > 0
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether calling a linear layer does nothing but its forward, so that its weight can be used without the call."""
-    held = module.__dict__.get  # a lean module may have no dictionaries for hooks
+    """Whether calling a module does nothing but its forward, so that it need not be called. Whether there are hooks on
+    all modules, `eager` tells."""
+    held = module.__dict__  # a lean module may have no dictionaries for hooks
     return not (
-        held("_forward_hooks")
-        or held("_forward_pre_hooks")
-        or held("_backward_hooks")
-        or held("_backward_pre_hooks")
-        or held("forward")
+        ("_forward_hooks" in held and held["_forward_hooks"])
+        or ("_forward_pre_hooks" in held and held["_forward_pre_hooks"])
+        or ("_backward_hooks" in held and held["_backward_hooks"])
+        or ("_backward_pre_hooks" in held and held["_backward_pre_hooks"])
+        or "forward" in held
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device; None if it is off, or unknown there (meta)."""
+    if not _is_any_autocast_enabled():
+        return None
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -54,6 +54,10 @@ class Op:
     fresh = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
 
+    def variant(self, m: Any) -> Op:
+        """The Op that serves this module, where what it holds changes its function."""
+        return self
+
     def dims(self, m: Any) -> tuple[int, int]:
         """(out, in): features or channels."""
         return m.out_features, m.in_features
@@ -149,6 +153,11 @@ class Embedding(Op):
     transposed = True
     takes_ids = True
 
+    def variant(self, m):
+        scale = getattr(m, "embed_scale", None)
+        is_one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
+        return SCALED_EMBEDDING if is_one else self
+
     def dims(self, m):
         return m.embedding_dim, m.num_embeddings
 
@@ -181,6 +190,9 @@ class ScaledEmbedding(Embedding):
 
     def lookup(self, m, places, rows):
         return super().lookup(m, places, rows) * m.embed_scale
+
+
+SCALED_EMBEDDING = ScaledEmbedding()
 
 
 class Conv(Op):
@@ -244,9 +256,6 @@ OPS: TypeTable[Op] = TypeTable(
         "torch.nn.modules.conv.Conv3d": Conv(F.conv3d, nn.Conv3d, 3),
     }
 )
-SCALED_EMBEDDING = ScaledEmbedding()
-
-
 UNKNOWN = Unknown()
 
 
@@ -259,8 +268,4 @@ def is_stock(module: nn.Module) -> bool:
 
 def find_op(module: nn.Module) -> Op:
     """The Op of a module; `UNKNOWN` if no table row covers its type."""
-    op = OPS.find(type(module)) or UNKNOWN
-    scale = getattr(module, "embed_scale", None) if isinstance(op, Embedding) else None
-    if isinstance(scale, (int, float)) or (isinstance(scale, torch.Tensor) and scale.numel() == 1):
-        return SCALED_EMBEDDING
-    return op
+    return (OPS.find(type(module)) or UNKNOWN).variant(module)

@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import get_ident
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import RoutingError
 
 BASE = "__base__"  # the row uses no adapter
+LIMIT = 100_000  # objects of an output that are looked at
 
 
 @dataclass
@@ -60,28 +63,70 @@ class Rows:
         )
 
 
+def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """How often the `generate` of a model repeats each row: for beams, or for several samples."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    settings = ("num_beams", "num_return_sequences")
+    return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
+
+
 class Routing:
     """The routing of the current call. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
         self.rows: Rows | None = None
+        self._calls: dict[int, Rows | None] = {}  # of the calls under way, by thread
         self._task: tuple[int, Rows | None] | None = None  # the backward pass that `rows` was last put back for
         self._ambiguous = False
+        self._untold: Rows | None = None  # of the last call, if nothing will put them back for its backward pass
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
+        """Have `rows` stand here within the block.
+
+        Raises:
+            RoutingError: other threads run the model as well, and this batch or theirs is mixed.
+        """
         self._drop_stale()
-        before, self.rows = self.rows, rows
+        if self._untold is not None:
+            self._untold = self.rows = None
+        with self._alone(rows):
+            before, self.rows = self.rows, rows
+            try:
+                yield
+            finally:
+                self.rows = before
+
+    @contextmanager
+    def _alone(self, rows: Rows | None) -> Iterator[None]:
+        calls, thread = self._calls, 0 if torch.compiler.is_compiling() else get_ident()
+        nested, outer = thread in calls, calls.get(thread)
+        calls[thread] = rows  # before the others are looked at, so that of two threads one at least sees the other
         try:
+            if len(calls) > 1 and any(r is not None for r in list(calls.values())):
+                raise RoutingError(
+                    "two threads run this model at once, and at least one of the batches is mixed (adapter_names), so "
+                    "that its rows would be taken for those of the other. Run mixed batches one after another."
+                )
             yield
         finally:
-            self.rows = before
+            if nested:
+                calls[thread] = outer
+            else:
+                del calls[thread]
 
     def keep_for_backward(self, output: Any, rows: Rows | None) -> None:
-        """Gradient checkpointing runs layers again in the backward pass: have `rows` stand there again."""
-        for t in _tensors(output):
-            if t.requires_grad:
+        """Gradient checkpointing runs layers again in the backward pass: have `rows` stand there again.
+
+        If nothing in the output tells when that pass begins, layers that it runs again will be refused.
+        """
+        told = False
+        for t in tensors_in(output):
+            if t.grad_fn is not None:
                 t.register_hook(lambda _grad: self._restore(rows))
+                told = True
+        if rows is not None and not (told or self._calls):
+            self._untold = self.rows = rows
 
     def _restore(self, rows: Rows | None) -> None:
         task = torch._C._current_graph_task_id()
@@ -93,7 +138,7 @@ class Routing:
             self.rows = self.rows or rows  # so that layers ask, and are told
 
     def _end(self) -> None:
-        self._task = self.rows = None
+        self._task, self.rows = None, self._untold
         self._ambiguous = False
 
     def _drop_stale(self) -> None:
@@ -108,15 +153,31 @@ class Routing:
                 "one backward pass covers two mixed-batch forward passes under gradient checkpointing, so the rows "
                 "of a recomputed layer are ambiguous. Call backward() after each forward, or turn checkpointing off."
             )
+        if self._untold is not None and self._task is None:
+            if torch._C._current_graph_task_id() != -1:
+                raise RoutingError(
+                    "a backward pass recomputes layers of a mixed batch (gradient checkpointing), and their rows are "
+                    "not known: no tensor with a gradient was found in what the model returned. Let it return tensors "
+                    "in tuples, dicts, dataclasses or attributes of objects, or turn checkpointing off."
+                )
+            self._untold = self.rows = None  # another forward pass, past the model's own
         return self.rows
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Those in containers and in attributes of objects, such as dataclasses and caches, but not of modules."""
+    seen: set[int] = set()
+    found = [output]
+    while found and len(seen) < LIMIT:
+        part = found.pop()
+        if isinstance(part, (str, bytes, int, float, NoneType, nn.Module, type)) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            yield part
+            continue
+        if isinstance(part, Mapping):
+            found += part.values()
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            found += part
+        found += getattr(part, "__dict__", {}).values()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graft.kernels import products, sparse
 from graft.kernels.device import form_for, gathers
+from graft.kernels.function import Function
 from graft.kernels.low_rank import gradients, seed_for
 
 SPARSE_TO = 0.15  # share of dropped inputs up to which W x' comes from W x and the few that are dropped
@@ -44,7 +45,7 @@ def linear(
     return _Linear.apply(x, W, b, A, B, ratio, base, pull, scale, p, seed_for(p), form)  # type: ignore[no-any-return]
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     """Keeps x, h = x' Aᵀ, and what `ratio` multiplies."""
 
     @staticmethod

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.core.eager import only_backward
+from graft.kernels.function import Function
+
 
 def plain(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """The reference. a, c (out, r), b, d (r, n) → (out, n)."""
@@ -38,9 +41,12 @@ def linear_with(
     return _OneProduct.apply(x, W, bias, a, b, c, d, scale, call, pull)  # type: ignore[no-any-return]
 
 
-class HadamardOfProducts(torch.autograd.Function):
+def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """As `plain`, keeping only the factors for backward: the products are as large as the weight."""
+    return _Product.apply(a, b, c, d) if only_backward() else plain(a, b, c, d)  # type: ignore[no-any-return]
 
+
+class _Product(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -63,7 +69,7 @@ def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -
     return left @ b.T, a.T @ left, right @ d.T, c.T @ right
 
 
-class _OneProduct(torch.autograd.Function):
+class _OneProduct(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor,

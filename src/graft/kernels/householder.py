@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.kernels.function import Function
 from graft.kernels.worth import worth_it
 
 
@@ -43,7 +44,7 @@ def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
     return _Reflect.apply(x, U, T) if worth_it(x) else plain(x, U, T)  # type: ignore[no-any-return]
 
 
-class _Reflect(torch.autograd.Function):
+class _Reflect(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, U: Tensor, T: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(U.dtype)

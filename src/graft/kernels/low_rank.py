@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.eager import eager
+from graft.core.eager import autocast_dtype, eager
 from graft.kernels import products
 from graft.kernels.device import form_for
+from graft.kernels.function import Function
 from graft.kernels.products import dropped
 
 FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it saves
@@ -74,15 +75,12 @@ def fuses(x: Tensor, p: float) -> bool:
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
     """`factors` in the dtype that autocast computes in, if it is on."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return factors
-    dtype = torch.get_autocast_dtype(kind)
-    return [f.to(dtype) for f in factors]
+    dtype = autocast_dtype(x.device)
+    return factors if dtype is None else [f.to(dtype) for f in factors]
 
 
 def new_seed() -> int:
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, (), device="cpu").item())
 
 
 def seed_for(p: float) -> int:
@@ -96,7 +94,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return _Dropout.apply(x, p, new_seed())  # type: ignore[no-any-return]
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
         ctx.options = p, seed
@@ -107,7 +105,7 @@ class _Dropout(torch.autograd.Function):
         return dropped(g, *ctx.options), None, None
 
 
-class _AddLowRank(torch.autograd.Function):
+class _AddLowRank(Function):
     """Keeps x as it came (its memory is often kept anyway), and h = x Aᵀ of r numbers per row."""
 
     @staticmethod
@@ -132,7 +130,7 @@ class _AddLowRank(torch.autograd.Function):
         )
 
 
-class _LowRankLinear(torch.autograd.Function):
+class _LowRankLinear(Function):
     """The same together with the base layer, whose gradient the low-rank one is added to."""
 
     @staticmethod

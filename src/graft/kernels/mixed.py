@@ -44,8 +44,13 @@ def add_groups(
     groups = (x if in_order else x.index_select(0, order)).to(factors[0][0].dtype)
     if _alike(factors, sizes) and (in_order or _small(factors)):
         return _add_stacked(y, groups, factors, None if in_order else order)
-    parts = groups.flatten(0, -2).split([size * (groups[0].numel() // x.shape[-1]) for size in sizes])
-    linear = nn.functional.linear
+    counts = [size * (groups[0].numel() // x.shape[-1]) for size in sizes]
+    parts, linear = groups.flatten(0, -2).split(counts), nn.functional.linear
+    if y.dtype == groups.dtype and not torch.is_grad_enabled():
+        into = y if in_order else y.index_select(0, order)
+        for own, part, (A, B, s) in zip(into.view(-1, y.shape[-1]).split(counts), parts, factors):
+            own.addmm_(linear(part, A), B.T, alpha=s)
+        return y if in_order else y.index_copy_(0, order, into)
     return _add(y, order, torch.cat([linear(linear(part, A) * s, B) for part, (A, B, s) in zip(parts, factors)]))
 
 

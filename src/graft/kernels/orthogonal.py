@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.eager import eager
+from graft.core.eager import autocast_dtype, eager
+from graft.kernels.function import Function
 from graft.kernels.worth import worth_it
 
 
@@ -47,11 +48,11 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
 
 def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
     """As `cayley`, keeping no powers of Q for the backward pass."""
-    fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and not torch.is_autocast_enabled(Q.device.type)
+    fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and autocast_dtype(Q.device) is None
     return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)  # type: ignore[no-any-return]
 
 
-class _Orthogonal(torch.autograd.Function):
+class _Orthogonal(Function):
     @staticmethod
     def forward(ctx: Any, Q: Tensor, terms: int | None) -> Tensor:
         ctx.terms = terms
@@ -104,7 +105,7 @@ def _rotated(x: Tensor, R: Tensor) -> Tensor:
     return torch.bmm(blocks, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)

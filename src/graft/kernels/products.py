@@ -40,7 +40,7 @@ def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
 def kept(like: Tensor, p: float, seed: int) -> Tensor:
     """Which elements dropout keeps, as a mask."""
     if not gathers(like):  # `places` would wait for the device
-        g = torch.Generator(like.device).manual_seed(seed)
+        g = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
         return torch.rand(like.shape, generator=g, device=like.device) >= p
     mask = torch.ones(like.shape, dtype=torch.bool, device=like.device)
     mask.view(-1).index_fill_(0, places(like.numel(), p, seed, like.device), False)

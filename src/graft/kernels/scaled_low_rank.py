@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graft.kernels import products
 from graft.kernels.device import form_for
+from graft.kernels.function import Function
 from graft.kernels.worth import worth_it
 
 
@@ -60,7 +61,7 @@ def vector_gradients(
     return dd, db
 
 
-class _AddScaled(torch.autograd.Function):
+class _AddScaled(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
         flat = h.reshape(-1, h.shape[-1])
@@ -81,7 +82,7 @@ class _AddScaled(torch.autograd.Function):
         return g, dh, None, dd, db
 
 
-class _OneProduct(torch.autograd.Function):
+class _OneProduct(Function):
     """h = x Aᵀ comes from outside, so that a second derivative finds x through it. Its gradient is in that of x."""
 
     @staticmethod

@@ -15,7 +15,7 @@ from graft.config.fields import LayerRange, RankPatterns, Targeted, require_posi
 from graft.config.targets import LORA
 from graft.core.method import Method
 from graft.core.site import Site
-from graft.kernels.hadamard import HadamardOfProducts, is_narrow, linear_with, narrow
+from graft.kernels.hadamard import is_narrow, linear_with, narrow, product
 from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.kernels.worth import worth_it
 
@@ -91,10 +91,10 @@ class LoHa(Method):
     def delta(self) -> Tensor:
         w1a, w1b, w2a, w2b = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
         if self.cp:
-            product = _kernel(self.hada_t1, w1a, w1b) * _kernel(self.hada_t2, w2a, w2b)
+            dense = _kernel(self.hada_t1, w1a, w1b) * _kernel(self.hada_t2, w2a, w2b)
         else:
-            product = HadamardOfProducts.apply(w1a, w1b, w2a, w2b)
-        return self.scaling * product.reshape(self.layer.site.shape)
+            dense = product(w1a, w1b, w2a, w2b)
+        return self.scaling * dense.reshape(self.layer.site.shape)
 
     @property
     def narrow(self) -> bool:

@@ -19,7 +19,7 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
 from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError, warn
 from graft.core.layer import AdapterLayer
-from graft.core.routing import BASE, Rows
+from graft.core.routing import BASE, Rows, copies_of
 from graft.inject.survey import outer_modules
 from graft.model.adapters import check_adapter_name, unless_it_fails
 from graft.model.tuner import tuner_of
@@ -281,16 +281,11 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, with `adapter_names` as in `forward`."""
         self.tuner.check_generate(kwargs)
-        names, copies = names_of_rows(kwargs.get("adapter_names")), self._copies(kwargs)
+        names = names_of_rows(kwargs.get("adapter_names"))
+        copies = copies_of(self.get_base_model(), kwargs)
         if names is None or copies == 1:
             return self._call(self.get_base_model().generate, args, kwargs | {"adapter_names": names})
         return self._generate_copies(names, copies, args, kwargs)
-
-    def _copies(self, kwargs: dict[str, Any]) -> int:
-        """How often `generate` repeats each row: for beams, or for several samples."""
-        config = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
-        settings = ("num_beams", "num_return_sequences")
-        return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
 
     def _generate_copies(self, names: list[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each row is repeated; an encoder still sees the rows as they came."""

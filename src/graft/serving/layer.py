@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.eager import unhooked
+from graft.core.eager import eager, unhooked
 from graft.core.errors import RoutingError
 from graft.core.ops import is_stock
 from graft.core.place import moved
@@ -101,7 +101,8 @@ class SlotLayer(nn.Module):
         gathered = self.choice.gathered
         pair = gathered.get(self)
         if pair is None:
-            pair = self.select(index)
+            with torch.inference_mode(False):  # kept longer than that may last
+                pair = self.select(index)
             gathered[self] = pair if self in gathered else None
         return pair
 
@@ -114,7 +115,7 @@ class SlotLayer(nn.Module):
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])
         h = (A @ x.mT).mT if rows else x @ A.mT  # of few tokens per row, two thirds of the time of x Aᵀ
-        if not (self.fresh and unhooked(self.base_layer)):
+        if not (self.fresh and unhooked(self.base_layer) and (torch.compiler.is_compiling() or eager())):
             return (y + (h @ B).view(y.shape)).to(y.dtype)
         out = y.view(*rows, -1, y.shape[-1])
         if not y.dtype == h.dtype == B.dtype:

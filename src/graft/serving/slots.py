@@ -17,7 +17,7 @@ from graft.checkpoint.state import config_of, get_peft_model_state_dict, renamed
 from graft.config.base import PeftConfig
 from graft.config.keywords import HUB_KEYWORDS
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
-from graft.core.routing import BASE
+from graft.core.routing import BASE, copies_of
 from graft.inject.inject import attach, survey_and_match
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.adapters import check_adapter_name
@@ -137,6 +137,7 @@ class AdapterSlots:
             ConfigError, AdapterKeyError, BaseModelMismatchError: it does not fit: its method, ranks or targets.
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
+        self._check([])
         check_adapter_name(name, list(self._known))
         if unknown := set(hub) - HUB_KEYWORDS - {"subfolder"}:
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
@@ -212,6 +213,8 @@ class AdapterSlots:
     # slots
 
     def _check(self, names: Sequence[str], base: bool = True) -> None:
+        if not self.layers:
+            raise RoutingError("The slots were removed from the model: make new ones to serve adapters from it again.")
         unknown = sorted({n for n in names if n not in self._known and not (base and n == BASE)})
         if unknown:
             raise RoutingError(
@@ -272,7 +275,7 @@ class AdapterSlots:
             names: one adapter for all rows, or a list with one for each row; "__base__" means none.
 
         Raises:
-            RoutingError: an adapter is unknown, or there are more than `max_adapters`.
+            RoutingError: an adapter is unknown, there are more than `max_adapters`, or the slots were removed.
         """
         chosen = names if isinstance(names, str) else tuple(names)
         if not chosen:
@@ -311,9 +314,7 @@ class AdapterSlots:
         """The model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
         model: Any = self.model
         names = self._rows(adapter_names, args, kwargs)
-        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-        settings = ("num_beams", "num_return_sequences")
-        copies = max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
+        copies = copies_of(model, kwargs)
         if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise RoutingError(
                 "An encoder sees each row once and the decoder once per beam: several adapters cannot share such a "
@@ -329,13 +330,13 @@ class AdapterSlots:
             names = self._using[-1] if self._using else BASE
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if isinstance(names, str):
-            return names if first is None else [names] * len(first)
+            return [names] * len(first) if first is not None and len(first) else names
         if first is not None and len(first) != len(names):
             raise RoutingError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
                 f"but got {len(names)} and {len(first)} respectively."
             )
-        return list(names)
+        return list(names) or BASE  # of no rows
 
     # facts
 
@@ -356,8 +357,16 @@ class AdapterSlots:
         )
 
     def remove(self) -> nn.Module:
-        """Take the slots out of the model again, and return it."""
+        """Take the slots out of the model again, and return it. From then on they serve nothing.
+
+        Raises:
+            RoutingError: a `using` block is open.
+        """
+        if self._using:
+            raise RoutingError("The slots are in use: leave the `using` block first.")
         for key, layer in self.layers.items():
             parent, name = self._places[key]
             parent._modules[name] = layer.base_layer
+        self.layers, self._slots, self._pinned = {}, {}, set()
+        self._choice.gathered.clear()
         return self.model

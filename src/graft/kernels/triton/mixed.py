@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graft.kernels import mixed
+from graft.kernels.function import Function
 from graft.kernels.low_rank import autocast
 from graft.kernels.triton import launch
 from graft.kernels.triton.launch import Segments
@@ -61,7 +62,7 @@ class Groups:
         return dict(b=max(factors, key=Tensor.numel), segments=segments)
 
 
-class _AddGroups(torch.autograd.Function):
+class _AddGroups(Function):
     """Keeps x, the factors, and h = s · x Aᵀ of the rows with an adapter."""
 
     @staticmethod

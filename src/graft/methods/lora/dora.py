@@ -16,7 +16,7 @@ from graft.core.site import Site
 from graft.kernels import decomposed
 from graft.kernels.low_rank import dropout
 from graft.kernels.norm import row_norms
-from graft.kernels.worth import worth_it
+from graft.kernels.worth import share_dropped, worth_it
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.plain import plain_factors
@@ -26,6 +26,9 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 class DoRA(LoRA):
@@ -61,25 +64,26 @@ class DoRA(LoRA):
 
     def ratio(self) -> Tensor:
         """m / ‖W + ΔW‖, (out,)."""
-        m = self.lora_magnitude_vector.weight.flatten()  # type: ignore[operator]
+        m = self.lora_magnitude_vector().flatten()
         return m / self.norm().to(m.dtype)
 
     def join(self, x: Tensor) -> Tensor:
         layer = self.layer
         base = layer.base_layer
-        found = plain_factors(layer, (self.name,)) if worth_it(x) else None
+        found = plain_factors(layer, self.name) if worth_it(x) else None
         if found is None:
             y = base(x)
             return self.post(x, y).to(y.dtype)
-        [(A, B, scale, p)] = found
+        A, B, scale, p = found
         return decomposed.linear(base, layer.op.pull, x, layer.base_weight, layer.bias, A, B, self.ratio(), scale, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """bias + ratio ⊙ (y - bias + ΔW x). Dropout acts on x in both products, and not in y itself."""
         op, base = self.layer.op, self.layer.base_layer
         ratio = op.channels(self.ratio())
-        if self.dropped and not op.takes_ids:
-            kept = dropout(x, self.dropped)
+        p = 0.0 if op.takes_ids else share_dropped(self.lora_dropout)
+        if p != 0:
+            kept = self.lora_dropout(x) if p is None else dropout(x, p)
             product = base(kept)
             z = product + self.lora_B(self.lora_A(self.cast(kept))) * self.scaling
             rest = y - product
@@ -90,12 +94,6 @@ class DoRA(LoRA):
         out, b = z * ratio, getattr(base, "bias", None)
         out = out if b is None else out + op.channels(b) * (1 - ratio)
         return out if rest is None else out + rest
-
-    @property
-    def dropped(self) -> float:
-        """The share of inputs that dropout takes out now."""
-        dropout: Any = self.lora_dropout
-        return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         W, b = super().fold(W, b)

@@ -127,17 +127,17 @@ class LoRA(Method):
         return self.lora_B.bias * self.scaling  # type: ignore[return-value,operator]
 
     def join(self, x: Tensor) -> Tensor:
-        layer, base = self.layer, self.layer.base_layer
-        found = plain_factors(layer, (self.name,))
+        layer = self.layer
+        found = plain_factors(layer, self.name)
         if found is None:
             return super().join(x)
         if torch.is_grad_enabled():
-            return low_rank_linear(base, layer.op.pull, layer.base_weight, x, *found[0])
-        return add_low_rank(base(x), x, *found[0])
+            return low_rank_linear(layer.base_layer, layer.op.pull, layer.base_weight, x, *found)
+        return add_low_rank(layer.base_layer(x), x, *found)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        found = plain_factors(self.layer, (self.name,)) if self.layer.open else None
-        return super().post(x, y) if found is None else add_low_rank(y, x, *found[0])
+        found = plain_factors(self.layer, self.name) if self.layer.open else None
+        return super().post(x, y) if found is None else add_low_rank(y, x, *found)
 
     @classmethod
     def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:

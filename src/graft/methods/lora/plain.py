@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,21 +16,17 @@ if TYPE_CHECKING:
     from graft.core.routing import Rows
 
 
-def plain_factors(layer: AdapterLayer, names: Sequence[str]) -> list[tuple[Tensor, Tensor, float, float]] | None:
-    """A, B, scaling and the share that dropout takes out, of adapters on a linear layer that computes nothing but
+def plain_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor, float, float] | None:
+    """A, B, scaling and the share that dropout takes out, of an adapter on a linear layer that computes nothing but
     W x + b + s B A dropout(x), so that its modules need not be called one by one. Otherwise None.
     """
     modules: dict[str, Any] = layer._modules
     facts = layer.__dict__
-    As, Bs, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-    scaling, biased = facts["scaling"], facts["lora_bias"]
-    found = []
-    for name in names:
-        A, B, p = As[name], Bs[name], share_dropped(dropouts[name])
-        if p is None or p == 1 or biased[name] or not (unhooked(A) and unhooked(B)):
-            return None
-        found.append((weight_of(A), weight_of(B), scaling[name], p))
-    return found
+    A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    p = share_dropped(modules["lora_dropout"]._modules[name])
+    if p is None or facts["lora_bias"][name] or not (unhooked(A) and unhooked(B)):
+        return None
+    return weight_of(A), weight_of(B), facts["scaling"][name], p
 
 
 def add_plain_rows(layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
@@ -39,10 +34,12 @@ def add_plain_rows(layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Ten
     if rows.grouped is None:
         return None
     names, order, sizes, in_order = rows.grouped
-    found = plain_factors(layer, names) if all(name in layer.methods for name in names) else None
-    if not found or any(p for *_, p in found):
-        return None
-    factors = [(A, B, scale) for A, B, scale, _ in found]
+    factors = []
+    for name in names:
+        found = plain_factors(layer, name) if name in layer.methods else None
+        if found is None or found[3]:
+            return None
+        factors.append(found[:3])
     return add_groups(y, x, factors, order, sizes, in_order) if fits(y, x, factors, sizes) else None
 
 

@@ -267,9 +267,11 @@ class Method:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: that of its first tensor."""
-        slot = self.layer.slots[self.name][0]
-        held = slot.owner._parameters if slot.trains else slot.owner._buffers
-        return held[slot.attribute].dtype
+        _, _, owner, attribute, trains, _, held, root = self.layer._slots[self.name][0]
+        tensor = (owner._parameters if trains else owner._buffers).get(attribute)
+        if tensor is None or held.get(self.name) is not root:
+            tensor = self.layer.slots(self.name)[0].tensor
+        return tensor.dtype
 
     def cast(self, x: Tensor) -> Tensor:
         return x if self.layer.op.takes_ids else x.to(self.dtype)

@@ -384,11 +384,9 @@ def add_adapter(
         method.init(cfg)
     layer.place(adapter, upcast)
     size = -sum([p.numel() for p in method.frozen()])
-    for slot in layer.slots[adapter]:
-        if slot.trains:
-            p: Any = slot.owner._parameters[slot.attribute]
-            p.requires_grad = False
-            size += p.numel()
+    for p in layer.parameters_of(adapter):
+        p.requires_grad = False
+        size += p.numel()
     return size
 
 

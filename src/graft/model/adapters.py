@@ -12,7 +12,7 @@ from torch import nn
 from graft.checkpoint.state import account_of
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
 from graft.core.layer import AdapterLayer
-from graft.core.params import BufferDict
+from graft.core.params import BufferDict, Flag
 from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts
 from graft.inject.report import InjectReport
@@ -69,7 +69,7 @@ class Adapters:
     active_adapters: list[str]
     on_change: Callable[[], None] | None = None  # told when other adapters run
     merged_adapters: Any = ()
-    _flags: dict[str, list[tuple[dict[str, Any], str]]]  # see AdapterLayer.flags; by adapter
+    _flags: dict[str, tuple[list[Flag], list[AdapterLayer]]]  # by adapter; layers that say themselves
     several: str  # what to do for more than one active adapter
 
     def open_account(self, model: nn.Module) -> Tree:
@@ -153,11 +153,22 @@ class Adapters:
         self._changed()
 
     def _flag(self, adapter: str, requires_grad: bool) -> None:
-        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once."""
+        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once, and again when
+        a module has been replaced, pruned or parametrized."""
         if adapter not in self._flags:
-            self._flags[adapter] = [flag for layer in self.layers.values() for flag in layer.flags(adapter)]
-        for parameters, name in self._flags[adapter]:
+            found = {layer: layer.flags(adapter) for layer in self.layers.values()}
+            self._flags[adapter] = (
+                [flag for flags in found.values() if flags for flag in flags],
+                [layer for layer, flags in found.items() if flags is None],
+            )
+        flags, others = self._flags[adapter]
+        for held, module, parameters, name in flags:
+            if held.get(adapter) is not module or name not in parameters:
+                del self._flags[adapter]
+                return self._flag(adapter, requires_grad)
             parameters[name].requires_grad = requires_grad
+        for layer in others:
+            layer.require_grad(adapter, requires_grad)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""

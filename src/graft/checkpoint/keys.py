@@ -69,7 +69,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
         for container, path, owner, attribute, trains, is_saved, _, _ in layer.slots(adapter):
             if not is_saved:
                 continue
-            tensor: Any = (owner._parameters if trains else owner._buffers)[attribute]
+            held: Any = owner._parameters if trains else owner._buffers
             stem = f"{prefix}{key}.{container}"
             below = f".{path}" if path else ""
             memory, file = f"{stem}.{adapter}{below}", f"{stem}{below}"
@@ -78,7 +78,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
                 file, also = stem, (file,)
             elif "." in path:
                 file, also = memory, (file,)
-            yield Entry(memory, file, also, owner, attribute, tensor, stem, layer, container)
+            yield Entry(memory, file, also, owner, attribute, held[attribute], stem, layer, container)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):
             continue

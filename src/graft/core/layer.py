@@ -518,7 +518,7 @@ class AdapterLayer(nn.Module):
         return self.op.uncanon(self.methods[adapter].delta())
 
     def _get_name(self) -> str:
-        return f"{self.method.__module__.split('.')[2]}.{self.type_name}"
+        return f"{self.method.__module__.removeprefix('graft.methods.').split('.')[0]}.{self.type_name}"
 
     @property
     def type_name(self) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from graft.core.routing import Rows
 
 
-PLAIN = ("float", "int", "bool", "str", "list", "dict")  # what is kept in dicts, not in torch's containers
+_CLASS_VAR = re.compile(r"(\w+\.)*ClassVar\b")
 
 
-def _reader(name: str, plain: bool) -> property:
+def _reader(name: str) -> property:
     """Reads a declared value from the layer; quicker than `__getattr__`, which would find it, too."""
-    if plain:
-        return property(lambda self: self.layer.__dict__[name][self.name])
-    return property(lambda self: self.layer._modules[name][self.name])
+
+    def read(self: Any) -> Any:
+        own = self.layer.__dict__
+        return (own[name] if name in own else own["_modules"][name])[self.name]  # facts are kept in dicts
+
+    return property(read)
 
 
 class Method:
@@ -71,9 +75,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, annotation in vars(cls).get("__annotations__", {}).items():
-            if not str(annotation).startswith("ClassVar"):
-                setattr(cls, name, _reader(name, plain=str(annotation).split("[")[0] in PLAIN))
+        for name, annotation in inspect.get_annotations(cls).items():
+            if name not in vars(cls) and not _CLASS_VAR.match(str(annotation)):
+                setattr(cls, name, _reader(name))
 
         def has(*hooks: str) -> bool:
             return any(inspect.getattr_static(cls, hook) is not inspect.getattr_static(Method, hook) for hook in hooks)

@@ -153,8 +153,8 @@ class Adapters:
         self._changed()
 
     def _flag(self, adapter: str, requires_grad: bool) -> None:
-        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once, and again when
-        a module has been replaced, pruned or parametrized."""
+        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once, and again
+        when a module has been replaced, pruned or parametrized."""
         if adapter not in self._flags:
             found = {layer: layer.flags(adapter) for layer in self.layers.values()}
             self._flags[adapter] = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.core import merging
 from graft.core.eager import eager, unhooked
-from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
+from graft.core.errors import AdapterNotFoundError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.lean import ModuleDict, begin, lean
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
@@ -244,7 +244,7 @@ class AdapterLayer(nn.Module):
         names = [adapters] if isinstance(adapters, str) else list(adapters)
         if len(names) > 1:
             self.check_active(names)
-        if self.merged_adapters and names != self.active_adapters:
+        if self.merged_adapters and not (names == self.active_adapters and self.holds(names)):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
         for name in self.trainable.difference(names):
@@ -271,6 +271,10 @@ class AdapterLayer(nn.Module):
             return None
         return [(slot.held, slot.root, slot.owner._parameters, slot.attribute) for slot in slots]
 
+    def holds(self, names: list[str]) -> bool:
+        """Whether what is merged is what these adapters do here, and nothing else."""
+        return self.merged_adapters == [n for n in names if n in self.methods]
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""
         if not enabled and self.merged_adapters:
@@ -290,6 +294,12 @@ class AdapterLayer(nn.Module):
     def rewrite_base(self, W: Tensor) -> None:
         """Replace the base weight (canonical), so that `rollback` can put it back until `settle`."""
         base, name = self.base_layer, self.site.parameter
+        why = self.store.fixed(base, name)
+        if why is not None and not self.site.on_meta:
+            raise UnsupportedLayerError(
+                f"{self.method.__name__} cannot be initialised from the weight of layer '{self.site.key}', which it "
+                f"would change: {why}. Or choose another initialisation."
+            )
         if self._original is None:
             self._original = self.store.snapshot(base, name, False)
         self.store.write(base, name, self.op.uncanon(W), False)
@@ -418,12 +428,12 @@ class AdapterLayer(nn.Module):
             undoable: keep what `unmerge` needs.
 
         Raises:
-            ValueError: `safe_merge` found a value that is not finite.
+            ValueError: `safe_merge` found a value that is not finite, or adapters are disabled.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
         """
         names = [n for n in merging.not_merged(self, adapter_names) if n in self.methods]
         if names:
-            merging.check(self, names, safe_merge)
+            merging.check(self, names, safe_merge, undoable)
             merging.merge(self, names, undoable)
             self.replan()
 

@@ -85,7 +85,7 @@ class Slot(NamedTuple):
 
 def slots_of(key: str, container: Any, adapter: str) -> Iterator[Slot]:
     """The slots that `container`, called `key`, has for an adapter."""
-    top = container._modules.get(adapter)
+    top = module_of(container, adapter)
     saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
     for path, owner, name, _ in tensors_of(container, adapter, transient=True):
         trains = name in owner._parameters

@@ -100,10 +100,14 @@ class ModulesToSaveWrapper(nn.Module):
     @property
     def active(self) -> nn.Module:
         """The module that runs now."""
-        if not self.disable_adapters:
-            for name in self.active_adapters:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
+        return self.original_module if self.disable_adapters else self.kept
+
+    @property
+    def kept(self) -> nn.Module:
+        """The module that stays when adapters are unloaded, be they disabled or not."""
+        for name in self.active_adapters:
+            if name in self.modules_to_save:
+                return self.modules_to_save[name]
         return self.original_module
 
     def __getattr__(self, name: str) -> Any:

@@ -27,7 +27,7 @@ class TrainableTokensWrapper(nn.Module):
         return self.token_adapter.base_layer
 
     @property
-    def active(self) -> nn.Module:
+    def kept(self) -> nn.Module:
         return self.token_adapter.base_layer
 
     @property

@@ -135,7 +135,9 @@ class Adapters:
         if len(names) > 1:
             for part in self.parts():
                 part.check_active(names)
-        if self.merged_adapters and names != self.active_adapters:
+        if self.merged_adapters and not (
+            names == self.active_adapters and all(layer.holds(names) for layer in self.mergeable_layers())
+        ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         trained: set[str] = set()
@@ -169,6 +171,9 @@ class Adapters:
             parameters[name].requires_grad = requires_grad
         for layer in others:
             layer.require_grad(adapter, requires_grad)
+
+    def mergeable_layers(self) -> list[AdapterLayer]:
+        return []
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""

@@ -9,10 +9,23 @@ from torch import Tensor, nn
 
 class Dense:
     name = "dense"
-    reads = writes = exact = live = True
+    reads = exact = live = True
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         return getattr(m, name)
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        t: Tensor | None = m._parameters.get(name)
+        if t is None:
+            t = m._buffers.get(name)
+        if t is None:
+            return (
+                f"its {name} is computed from other tensors: make it one of its own first, with torch's "
+                "parametrize.remove_parametrizations, remove_weight_norm or prune.remove"
+            )
+        if t.is_meta:
+            return f"its {name} is on the meta device, not loaded or offloaded: have the model on real devices first"
+        return None
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """In place, unless the weight is tied to another module: then this one gets a weight of its own."""

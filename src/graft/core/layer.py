@@ -176,7 +176,11 @@ class AdapterLayer(nn.Module):
             if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
                 place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
 
-    def delete_adapter(self, adapter: str) -> None:
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        """Forget `adapter`; if it was active, what `new_active_adapters` names is so now, else see `delete_from`."""
+        delete_from(self, adapter, new_active_adapters)
+
+    def forget(self, adapter: str) -> None:
         """Forget `adapter` and its tensors; an adapter that is merged must be unmerged before."""
         if adapter in self.merged_adapters:
             raise ValueError(
@@ -537,3 +541,19 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self.methods)}, active={self.active_adapters}"
+
+
+def delete_from(part: Any, adapter: str, new: list[str] | None = None) -> None:
+    """Delete `adapter` from one layer or wrapper. If it was active, the others that were stay so; if there are none,
+    those in `new` become so, or the first that is left."""
+    was_active = adapter in part.active_adapters
+    part.forget(adapter)
+    if not was_active:
+        return
+    left = list(part.active_adapters)
+    if new is not None:
+        left = new
+    elif not left and part.adapters:
+        left = part.adapters[:1]
+        warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
+    part.set_adapter(left)

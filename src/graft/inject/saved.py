@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
 from graft.core.errors import PeftWarning, warn
-from graft.core.layer import AdapterLayer
+from graft.core.layer import AdapterLayer, delete_from
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
 
@@ -44,7 +44,10 @@ class ModulesToSaveWrapper(nn.Module):
         own.requires_grad_(False)
         self.modules_to_save[adapter] = own
 
-    def delete_adapter(self, adapter: str) -> None:
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        delete_from(self, adapter, new_active_adapters)
+
+    def forget(self, adapter: str) -> None:
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
         self.active_adapters = [a for a in self.active_adapters if a != adapter]

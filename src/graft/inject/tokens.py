@@ -66,8 +66,11 @@ class TrainableTokensWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         self.token_adapter.enable_adapters(enabled)
 
-    def delete_adapter(self, adapter: str) -> None:
-        self.token_adapter.delete_adapter(adapter)
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        self.token_adapter.delete_adapter(adapter, new_active_adapters)
+
+    def forget(self, adapter: str) -> None:
+        self.token_adapter.forget(adapter)
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         if adapter in self.token_adapter.methods:

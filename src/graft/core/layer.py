@@ -298,8 +298,8 @@ class AdapterLayer(nn.Module):
     def rewrite_base(self, W: Tensor) -> None:
         """Replace the base weight (canonical), so that `rollback` can put it back until `settle`."""
         base, name = self.base_layer, self.site.parameter
-        why = self.store.fixed(base, name)
-        if why is not None and not self.site.on_meta:
+        why = None if self.site.on_meta else self.store.unread(base, name) or self.store.fixed(base, name)
+        if why is not None:
             raise UnsupportedLayerError(
                 f"{self.method.__name__} cannot be initialised from the weight of layer '{self.site.key}', which it "
                 f"would change: {why}. Or choose another initialisation."

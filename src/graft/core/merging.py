@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,14 +57,16 @@ def check(layer: AdapterLayer, names: Sequence[str], safe: bool, undoable: bool)
         )
     if method.replaces:  # one stands in for another
         method.check_together(methods)
-        if safe and not all(p.isfinite().all() for m in methods for p in m.replacement().parameters()):
-            raise ValueError(_broken(names, key))
+        with layer.store.at_hand(layer, None) if safe else nullcontext():
+            if safe and not all(p.isfinite().all() for m in methods for p in m.replacement().parameters()):
+                raise ValueError(_broken(names, key))
         return
     method.check_together([layer.methods[n] for n in layer.merged_adapters] + methods)
     for m in methods:
         m.check_merge()
     if safe:
-        W, b = folded(layer, methods)
+        with layer.store.at_hand(layer, None):
+            W, b = folded(layer, methods)
         if not (W.isfinite().all() and (b is None or b.isfinite().all())):
             raise ValueError(_broken(names, key))
 
@@ -75,8 +78,6 @@ def fixed(layer: AdapterLayer, methods: list[Method]) -> str | None:
     if layer.method.replaces:
         return None
     base, store = layer.base_layer, layer.store
-    if not store.reads:
-        return f"{store.name} weights cannot be read"
     why = store.fixed(base, layer.site.parameter)
     if why is None and any(m.delta_bias() is not None for m in methods):
         why = store.fixed(base, "bias")
@@ -98,7 +99,8 @@ def merge(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
     if not layer.method.additive and layer.order == "in" and layer.merged_adapters:
         names = [*layer.merged_adapters, *names]  # folds of inputs nest: new ones go inside those already there
         unmerge(layer)
-    _write(layer, names, undoable)
+    with layer.store.at_hand(layer, layer.base_layer):
+        _write(layer, names, undoable)
 
 
 @torch.no_grad()
@@ -182,13 +184,14 @@ def unmerge(layer: AdapterLayer) -> None:
     """Undo all merges, the last one first."""
     if layer.method.replaces:
         _change_places(layer, layer.merged_adapters[0])
-    for kind, state, bias in reversed(layer._undo):
-        if kind == "subtract":
-            _subtract(layer, state)
-        elif state is not None:
-            layer.store.restore(layer.base_layer, layer.site.parameter, state)
-        if bias is not None:
-            layer.base_layer.bias.data.copy_(bias)
+    with layer.store.at_hand(layer, layer.base_layer) if layer._undo else nullcontext():
+        for kind, state, bias in reversed(layer._undo):
+            if kind == "subtract":
+                _subtract(layer, state)
+            elif state is not None:
+                layer.store.restore(layer.base_layer, layer.site.parameter, state)
+            if bias is not None:
+                layer.base_layer.bias.data.copy_(bias)
     layer._undo.clear()
     layer.merged_adapters = []
 

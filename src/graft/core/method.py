@@ -127,6 +127,9 @@ class Method:
         """Why this site cannot be adapted, or None."""
         if not site.op.known and not (cls.replaces or cls.sees_call):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
+        why = site.store.unread(site.module, site.parameter) if cls.needs_weight(site, cfg) else None
+        if why is not None:
+            return f"{cls.__name__} needs its weight, and {why}"
         known: Any = OPS.origin(type(site.module)) if cls.through_weight(site) else None
         if known is not None and not is_stock(site.module):
             return f"Its forward is not that of {known.__name__}, and {cls.__name__} would call the latter"
@@ -263,6 +266,11 @@ class Method:
     def through_weight(cls, site: Site) -> bool:
         """Whether the forward pass on this site folds the weight (instead of `pre` and `post`)."""
         return cls.folds
+
+    @classmethod
+    def needs_weight(cls, site: Site, cfg: Any) -> bool:
+        """Whether it reads the base weight: in the forward pass, or to begin with."""
+        return cls.through_weight(site) or cls.inits_from_weight(cfg)
 
     def frozen(self) -> Sequence[nn.Parameter]:
         """Parameters that never train."""

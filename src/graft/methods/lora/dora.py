@@ -38,6 +38,10 @@ class DoRA(LoRA):
         return super().check(site, cfg)
 
     @classmethod
+    def needs_weight(cls, site: Site, cfg: LoraConfig) -> bool:
+        return True
+
+    @classmethod
     def build(cls, site: Site, cfg: LoraConfig, shared, device=None):
         kernel = [1] * (len(site.shape) - 2)
         shape = (1, site.out_features, *kernel) if kernel else (site.out_features,)
@@ -103,7 +107,8 @@ class DoRA(LoRA):
             return b  # in a mixed batch, no row goes through two adapters
         for m in layer._live[: layer._live.index(self)]:
             if m.lora_bias:
-                b = m.shift if b is None else b + m.shift
+                shift = m.lora_B.bias * m.scaling
+                b = shift if b is None else b + shift
         return b
 
     @property

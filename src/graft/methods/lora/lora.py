@@ -124,11 +124,6 @@ class LoRA(Method):
                 "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias. "
                 f"Layer '{self.layer.site.key}', adapter '{self.name}'."
             )
-        return self.shift
-
-    @property
-    def shift(self) -> Tensor:
-        """What `lora_bias` adds to the output."""
         return self.lora_B.bias * self.scaling  # type: ignore[return-value,operator]
 
     def join(self, x: Tensor) -> Tensor:

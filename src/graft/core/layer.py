@@ -213,6 +213,8 @@ class AdapterLayer(nn.Module):
                 break
         else:
             return slots
+        if self._replaced and adapter in self.merged_adapters:  # its module and the base layer have changed places
+            return list(slots_of(self.containers[0], ModuleDict({adapter: self.base_layer}), adapter))
         slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter)]
         self._slots[adapter] = slots
         return slots

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from graft.storage.offload import at_hand, device_of, hooks_of, is_tied
+from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
 
 
 class Dense:
@@ -38,8 +38,7 @@ class Dense:
 
     def at_hand(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
         """Around reading and writing: what is offloaded comes, and what becomes of `written` is kept."""
-        away = any(map(hooks_of, layer.modules()))
-        return at_hand(layer, written) if away else nullcontext()
+        return at_hand(layer, written) if is_hooked(layer) else nullcontext()
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """In place, unless the weight is tied to another module: then this one gets a weight of its own."""

@@ -28,6 +28,12 @@ def is_tied(m: nn.Module, name: str) -> bool:
     return any(name in h.tied_params_names for h in hooks_of(m))
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether accelerate's hooks stand on the base layer or the adapters' modules."""
+    parts: Any = layer._modules.values()
+    return any("_hf_hook" in m.__dict__ for part in parts for m in (part, *part._modules.values()))
+
+
 @contextmanager
 def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
     """All tensors below `module` where they are during a call; what the block does to those of `written` is kept."""

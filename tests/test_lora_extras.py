@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,3 +143,36 @@ def test_without_a_task_the_base_class_comes_from_the_stored_mapping(tmp_path):
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="not in the import allowlist"):
         graft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", [["z", "y"], ["y", "z"]])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_shifted_bias_and_dora_act_together_as_they_merge(order, kind, bias):
+    from graft.core.merging import folded
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8, bias=bias) if kind == "linear" else nn.Conv1d(6, 8, 3, bias=bias)).double()
+    model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["0"], r=2, lora_bias=True), "z").eval()
+    model.add_adapter("y", graft.LoraConfig(target_modules=["0"], r=2, use_dora=True))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_()
+    model.base_model.set_adapter(order)
+    x = torch.randn(70, 6, *[5] * (kind == "conv")).double()
+    y = model(x)
+    layer = model.base_model.model[0]
+    if bias:
+        model.merge_adapter()
+        assert_close(model(x), y)
+        model.unmerge_adapter()
+        for name in "zy":  # in a mixed batch each acts alone, whatever is active
+            model.set_adapter(name)
+            alone = model(x)
+            model.base_model.set_adapter(order)
+            rows = model(x, adapter_names=[name] * 35 + ["__base__"] * 35)
+            assert_close(rows[:35], alone[:35])
+    else:  # there is no bias to merge into, but one may be put there
+        layer.base_layer.bias = nn.Parameter(torch.zeros(8).double())
+        W, b = folded(layer, [layer.methods[n] for n in order])
+        assert_close(layer.op.call(layer.base_layer, x, W, b), y)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.model import functional
 from tests.conformance.samples import SAMPLES, disturb
 from tests.models import seeded
 
@@ -504,3 +505,59 @@ def test_under_autocast(sample):
     for p in model.parameters():
         assert (p.grad is not None) == p.requires_grad
         assert p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all())
+
+
+# deleting from one layer
+
+
+@pytest.mark.parametrize("kind", ["layer", "saved", "tokens"])
+def test_deleting_the_active_adapter_of_one_part_chooses_the_next(kind):
+    with seeded(0):
+        base = nn.Sequential(nn.Embedding(5, 6), Net())
+    options = dict(modules_to_save=["two"]) if kind == "saved" else {}
+    options |= dict(trainable_token_indices={"0": [1]}) if kind == "tokens" else {}
+    model = adapted("x", "y", "z", base=base, targets=["one"], **options)
+    net = model.base_model.model[1]
+    part = {"layer": net.one, "saved": net.two, "tokens": model.base_model.model[0]}[kind]
+    model.set_adapter("z")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part.delete_adapter("y")
+    assert part.active_adapters == ["z"]
+    with pytest.warns(UserWarning, match="z was active which is now deleted. Setting active adapter to x"):
+        part.delete_adapter("z")
+    assert part.active_adapters == part.adapters == ["x"]
+    own = {n for n, p in part.named_parameters() if p.requires_grad}
+    assert own and all("x" in n.split(".") for n in own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part.delete_adapter("x")
+    assert part.active_adapters == part.adapters == []
+
+
+def test_deleting_from_one_layer_runs_what_is_chosen():
+    model = adapted("x", "y")
+    layer = model.base_model.model.one
+    model.set_adapter("x")
+    y = layer(X)
+    model.set_adapter("y")
+    with pytest.warns(UserWarning, match="Setting active adapter to x"):
+        layer.delete_adapter("y")
+    assert torch.equal(layer(X), y)
+    model.base_model.model.two.delete_adapter("y", ["x"])  # without a word: the caller chose
+    assert model.base_model.model.two.active_adapters == ["x"]
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_deleting_from_a_model_says_once_who_is_next(wrapped):
+    model = adapted("x", "y", "z", targets=["one"], modules_to_save=["two"])
+    model.set_adapter("z")
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        if wrapped:
+            model.delete_adapter("z")
+        else:
+            functional.delete_adapter(model.base_model.model, "z")
+    assert [str(w.message) for w in record] == [
+        "Adapter z was active which is now deleted. Setting active adapter to x."
+    ]

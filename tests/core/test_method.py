@@ -78,3 +78,63 @@ def test_every_row_of_the_table_is_a_method_with_a_config_of_that_type():
     for peft_type in METHODS:
         method = method_of(peft_type)
         assert issubclass(method, Method) and method.config.peft_type == peft_type and method.prefix.endswith("_")
+
+
+PLUG_IN = """
+import torch
+from torch import nn
+from typing import ClassVar
+import typing
+import graft
+from graft.core.method import Method
+
+class Gate(Method):
+    prefix: ClassVar[str] = "gate_"
+    upcast: typing.ClassVar[bool] = False
+    single_trainable: bool = False
+    config = graft.IA3Config
+
+    gate_scale: nn.Parameter
+    gate_mask: torch.Tensor
+    eps: float | None
+    names: "list[str] | None"
+
+    @classmethod
+    def build(cls, site, cfg, shared):
+        return dict(
+            gate_scale=nn.Parameter(torch.full((site.out_features,), 2.0)),
+            gate_mask=torch.ones(site.out_features),
+            eps=0.5,
+            names=None,
+        )
+
+    def post(self, x, y):
+        return y * self.gate_scale * self.gate_mask + self.eps
+"""
+
+
+@pytest.mark.parametrize("future", [False, True])
+@pytest.mark.parametrize("module", ["plug_in", "plug_in.methods.gate", "__main__"])
+def test_declarations_are_read_however_they_are_written(future, module):
+    """Without `from __future__ import annotations` they are types, with it texts; and no module of graft's."""
+    import torch
+    from torch import nn
+
+    from graft.core.layer import AdapterLayer
+    from graft.core.routing import Routing
+    from graft.inject.survey import site_of, survey
+
+    space = {"__name__": module}
+    exec("from __future__ import annotations\n" * future + PLUG_IN, space)
+    Gate = space["Gate"]
+    assert (Gate.prefix, Gate.upcast, Gate.single_trainable) == ("gate_", False, False)
+    model = nn.Sequential(nn.Linear(4, 3))
+    site = site_of("0", model[0], survey(model))
+    layer = AdapterLayer(site, Gate, Routing())
+    made = layer.add("a", Gate.build(site, None, {}))
+    layer.set_adapter("a")
+    assert (made.eps, made.names) == (0.5, None)
+    assert made.gate_scale is layer.gate_scale["a"] and made.gate_mask is layer.gate_mask["a"]
+    x = torch.ones(2, 4)
+    assert torch.equal(layer(x), layer.base_layer(x) * 2 + 0.5)
+    assert layer._get_name().endswith(".Linear") and repr(layer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +66,10 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     rows = {key: w.token_adapter for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         unnamed = layer.method.unnamed
-        for slot in layer.slots.get(adapter, ()):
-            if not slot.saved:
+        for container, path, owner, attribute, trains, is_saved, _, _ in layer.slots(adapter):
+            if not is_saved:
                 continue
-            container, path, owner, attribute = slot[:4]
+            held: Any = owner._parameters if trains else owner._buffers
             stem = f"{prefix}{key}.{container}"
             below = f".{path}" if path else ""
             memory, file = f"{stem}.{adapter}{below}", f"{stem}{below}"
@@ -77,7 +78,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
                 file, also = stem, (file,)
             elif "." in path:
                 file, also = memory, (file,)
-            yield Entry(memory, file, also, owner, attribute, slot.tensor, stem, layer, container)
+            yield Entry(memory, file, also, owner, attribute, held[attribute], stem, layer, container)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):
             continue

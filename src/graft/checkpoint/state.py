@@ -395,7 +395,7 @@ def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
 def complete(parts: Parts, adapter: str, config: Any) -> None:
     """Give initial values to what a checkpoint did not fill: tensors that are never saved, or were missing."""
     for key, layer in parts.layers.items():
-        if not any([slot.tensor.is_meta for slot in layer.slots[adapter]]) or layer.site.on_meta:
+        if not any([slot.tensor.is_meta for slot in layer.slots(adapter)]) or layer.site.on_meta:
             continue
         empty = [t for t in layer.tensors(adapter, transient=True) if t[-1].is_meta]
         spare = AdapterLayer(layer.site, layer.method, layer.routing)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from graft.core import merging
 from graft.core.eager import eager, unhooked
-from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
+from graft.core.errors import AdapterNotFoundError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.lean import ModuleDict, begin, lean
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
-from graft.core.params import FACTS, BufferDict, Slot, Transient, container_for, slots_of
+from graft.core.params import FACTS, BufferDict, Flag, Slot, Transient, container_for, slots_of
 from graft.core.place import UPCAST, place_tensor
 from graft.core.routing import Routing, Rows
 from graft.core.site import Site, Store
@@ -37,10 +37,10 @@ class AdapterLayer(nn.Module):
     order: Literal["in", "out"]  # in which the method acts on this layer type
     routing: Routing
     methods: dict[str, Method]  # by adapter
-    slots: dict[str, list[Slot]]  # by adapter: where its tensors stand
     in_features: int
     out_features: int
     fan_in: int
+    _slots: dict[str, list[Slot]]  # by adapter, see `slots`
     additive: bool  # all adapters only add to the output
     fresh: bool  # the base layer's output may be overwritten
     scaling: dict[str, float]  # of methods that have one
@@ -75,7 +75,7 @@ class AdapterLayer(nn.Module):
             order=method.acts(site),
             routing=routing,
             methods={},
-            slots={},
+            _slots={},
             in_features=site.in_features,
             out_features=site.out_features,
             fan_in=site.fan_in,
@@ -135,7 +135,10 @@ class AdapterLayer(nn.Module):
                 container._modules[adapter] = value
                 if not value._modules and not value._buffers:
                     value.__dict__["training"] = training
-                    slots += [Slot(key, n, value, n, True, True) for n, p in value._parameters.items() if p is not None]
+                    held = container._modules
+                    for name, p in value._parameters.items():
+                        if p is not None:
+                            slots.append(Slot(key, name, value, name, True, True, held, value))
                 else:
                     value.train(training)
                     slots += slots_of(key, container, adapter)
@@ -146,7 +149,7 @@ class AdapterLayer(nn.Module):
             own.update({key: container for key, container in self.method.empty.items() if key not in modules})
         made = self.methods[adapter] = (method or self.method)(self, adapter)
         own["additive"] = self.additive and made.additive
-        self.slots[adapter] = slots
+        self._slots[adapter] = slots
         if "scaling" in values:
             self._scaling_at_start[adapter] = values["scaling"]
         return made
@@ -168,12 +171,16 @@ class AdapterLayer(nn.Module):
         device, dtype = self.store.where(self.base_layer)
         upcast = upcast and self.method.upcast
         widens = upcast and dtype in UPCAST
-        for slot in self.slots[adapter]:
+        for slot in self.slots(adapter):
             t = slot.tensor
             if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
                 place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
 
-    def delete_adapter(self, adapter: str) -> None:
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        """Forget `adapter`; if it was active, what `new_active_adapters` names is so now, else see `delete_from`."""
+        delete_from(self, adapter, new_active_adapters)
+
+    def forget(self, adapter: str) -> None:
         """Forget `adapter` and its tensors; an adapter that is merged must be unmerged before."""
         if adapter in self.merged_adapters:
             raise ValueError(
@@ -191,36 +198,47 @@ class AdapterLayer(nn.Module):
         self.methods.pop(adapter, None)
         if not self.additive:
             own["additive"] = all(m.additive for m in self.methods.values())
-        self.slots.pop(adapter, None)
+        self._slots.pop(adapter, None)
         self.trainable.discard(adapter)
         self._scaling_at_start.pop(adapter, None)
         if adapter in self.active_adapters:
             own["active_adapters"] = [a for a in self.active_adapters if a != adapter]
             self.replan()
 
+    def slots(self, adapter: str) -> list[Slot]:
+        """Where its tensors stand now. Looked up again where a module has been replaced, pruned or parametrized."""
+        slots = self._slots.get(adapter, [])
+        for _, _, owner, attribute, trains, _, held, root in slots:
+            if held.get(adapter) is not root or attribute not in (owner._parameters if trains else owner._buffers):
+                break
+        else:
+            return slots
+        if self._replaced and adapter in self.merged_adapters:  # its module and the base layer have changed places
+            return list(slots_of(self.containers[0], ModuleDict({adapter: self.base_layer}), adapter))
+        slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter)]
+        self._slots[adapter] = slots
+        return slots
+
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
         """(container, path below the adapter's name, owner, attribute, tensor) of all that a checkpoint holds.
 
         `transient`: also of buffers that it does not hold.
         """
-        for slot in self.slots.get(adapter, ()):
+        for slot in self.slots(adapter):
             if slot.saved or transient:
                 yield slot.container, slot.path, slot.owner, slot.attribute, slot.tensor
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
-        for slot in self.slots.get(adapter, ()):
+        for slot in self.slots(adapter):
             if slot.trains:
                 yield slot.tensor  # type: ignore[misc]
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
-        slots = self.slots.get(adapter)
-        if slots is None:
+        if adapter not in self.methods:
             return
         frozen = [id(p) for p in self.methods[adapter].frozen()] if requires_grad else ()
-        for slot in slots:
-            if slot.trains:
-                p: Any = slot.owner._parameters[slot.attribute]
-                p.requires_grad = requires_grad and id(p) not in frozen
+        for p in self.parameters_of(adapter):
+            p.requires_grad = requires_grad and id(p) not in frozen
         (self.trainable.add if requires_grad else self.trainable.discard)(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
@@ -232,7 +250,7 @@ class AdapterLayer(nn.Module):
         names = [adapters] if isinstance(adapters, str) else list(adapters)
         if len(names) > 1:
             self.check_active(names)
-        if self.merged_adapters and names != self.active_adapters:
+        if self.merged_adapters and not (names == self.active_adapters and self.holds(names)):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
         for name in self.trainable.difference(names):
@@ -244,16 +262,24 @@ class AdapterLayer(nn.Module):
     def activate(self, names: list[str], train: bool) -> None:
         """Make these the active ones; the caller sees to it that exactly they require gradients, if `train`."""
         own = self.__dict__
-        own["trainable"] = {n for n in names if n in own["methods"]} if train else set()
+        methods = own["methods"]
+        own["trainable"] = methods.keys() & names if train else set()
         own["active_adapters"] = names
-        self.replan()
+        idle = own["disable_adapters"] or own["merged_adapters"]
+        own["_live"] = () if idle else tuple([methods[n] for n in names if n in methods])
 
-    def flags(self, adapter: str) -> list[tuple[dict[str, Any], str]]:
-        """Where the parameters stand that can train: (parameters of a module, name)."""
-        slots = self.slots.get(adapter, ())
-        frozen = [id(p) for p in self.methods[adapter].frozen()] if slots else ()
-        trained = [s for s in slots if s.trains and id(s.tensor) not in frozen] if frozen else slots
-        return [(s.owner._parameters, s.attribute) for s in trained if s.trains]
+    def flags(self, adapter: str) -> list[Flag] | None:
+        """Where the parameters stand that can train; None if that must be asked each time, by `require_grad`."""
+        if adapter in self.methods and self.methods[adapter].frozen():
+            return None
+        slots = [slot for slot in self.slots(adapter) if slot.trains]
+        if any(slot.held.get(adapter) is not slot.root for slot in slots):
+            return None
+        return [(slot.held, slot.root, slot.owner._parameters, slot.attribute) for slot in slots]
+
+    def holds(self, names: list[str]) -> bool:
+        """Whether what is merged is what these adapters do here, and nothing else."""
+        return self.merged_adapters == [n for n in names if n in self.methods]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""
@@ -265,17 +291,21 @@ class AdapterLayer(nn.Module):
     def replan(self) -> None:
         """Decide, once per change, what `forward` does."""
         own = self.__dict__  # setting an attribute of a module takes ten times as long
-        if own["disable_adapters"] or own["merged_adapters"]:
-            own["_live"] = ()
-        else:
-            methods = own["methods"]
-            own["_live"] = tuple([methods[a] for a in own["active_adapters"] if a in methods])
+        methods = own["methods"]
+        idle = own["disable_adapters"] or own["merged_adapters"]
+        own["_live"] = () if idle else tuple([methods[n] for n in own["active_adapters"] if n in methods])
 
     # the base weight, changed by an initialisation
 
     def rewrite_base(self, W: Tensor) -> None:
         """Replace the base weight (canonical), so that `rollback` can put it back until `settle`."""
         base, name = self.base_layer, self.site.parameter
+        why = None if self.site.on_meta else self.store.unread(base, name) or self.store.fixed(base, name)
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"{self.method.__name__} cannot be initialised from the weight of layer '{self.site.key}', which it "
+                f"would change: {why}. Or choose another initialisation."
+            )
         if self._original is None:
             self._original = self.store.snapshot(base, name, False)
         self.store.write(base, name, self.op.uncanon(W), False)
@@ -404,12 +434,12 @@ class AdapterLayer(nn.Module):
             undoable: keep what `unmerge` needs.
 
         Raises:
-            ValueError: `safe_merge` found a value that is not finite.
+            ValueError: `safe_merge` found a value that is not finite, or adapters are disabled.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
         """
         names = [n for n in merging.not_merged(self, adapter_names) if n in self.methods]
         if names:
-            merging.check(self, names, safe_merge)
+            merging.check(self, names, safe_merge, undoable)
             merging.merge(self, names, undoable)
             self.replan()
 
@@ -504,7 +534,7 @@ class AdapterLayer(nn.Module):
         return self.op.uncanon(self.methods[adapter].delta())
 
     def _get_name(self) -> str:
-        return f"{self.method.__module__.split('.')[2]}.{self.type_name}"
+        return f"{self.method.__module__.removeprefix('graft.methods.').split('.')[0]}.{self.type_name}"
 
     @property
     def type_name(self) -> str:
@@ -513,3 +543,19 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self.methods)}, active={self.active_adapters}"
+
+
+def delete_from(part: Any, adapter: str, new: list[str] | None = None) -> None:
+    """Delete `adapter` from one layer or wrapper. If it was active, the others that were stay so; if there are none,
+    those in `new` become so, or the first that is left."""
+    was_active = adapter in part.active_adapters
+    part.forget(adapter)
+    if not was_active:
+        return
+    left = list(part.active_adapters)
+    if new is not None:
+        left = new
+    elif not left and part.adapters:
+        left = part.adapters[:1]
+        warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
+    part.set_adapter(left)

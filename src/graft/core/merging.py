@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,33 +39,49 @@ def say_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], r
         warn("All adapters are already merged, nothing to do.")
 
 
-def check(layer: AdapterLayer, names: Sequence[str], safe: bool) -> None:
+def check(layer: AdapterLayer, names: Sequence[str], safe: bool, undoable: bool) -> None:
     """Raise what merging would raise, writing nothing. `safe` computes the weights, to see that they are finite."""
     method, key = layer.method, layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return
-    why = None
-    if not method.mergeable:
-        why = f"{method.__name__} has no merged form"
-    elif not (method.replaces or (layer.store.reads and layer.store.writes)):
-        why = f"{layer.store.name} weights cannot be rewritten"
+    if layer.disable_adapters and undoable:
+        raise ValueError(
+            f"Cannot merge adapter(s) {list(names)} into layer '{key}' while adapters are disabled: it would act with "
+            "them at once. Enable them first (or leave the disable_adapter() block); merge_and_unload() works as it is."
+        )
+    why = fixed(layer, methods)
     if why is not None:
         raise NotImplementedError(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}': {why}. Keep them unmerged, or unload()."
         )
     if method.replaces:  # one stands in for another
         method.check_together(methods)
-        if safe and not all(p.isfinite().all() for m in methods for p in m.replacement().parameters()):
-            raise ValueError(_broken(names, key))
+        with layer.store.at_hand(layer, None) if safe else nullcontext():
+            if safe and not all(p.isfinite().all() for m in methods for p in m.replacement().parameters()):
+                raise ValueError(_broken(names, key))
         return
     method.check_together([layer.methods[n] for n in layer.merged_adapters] + methods)
     for m in methods:
         m.check_merge()
     if safe:
-        W, b = folded(layer, methods)
+        with layer.store.at_hand(layer, None):
+            W, b = folded(layer, methods)
         if not (W.isfinite().all() and (b is None or b.isfinite().all())):
             raise ValueError(_broken(names, key))
+
+
+def fixed(layer: AdapterLayer, methods: list[Method]) -> str | None:
+    """Why these adapters cannot be written into this layer, if so."""
+    if not layer.method.mergeable:
+        return f"{layer.method.__name__} has no merged form"
+    if layer.method.replaces:
+        return None
+    base, store = layer.base_layer, layer.store
+    why = store.fixed(base, layer.site.parameter)
+    if why is None and any(m.delta_bias() is not None for m in methods):
+        why = store.fixed(base, "bias")
+    return why
 
 
 def _broken(names: Sequence[str], key: str) -> str:
@@ -82,7 +99,8 @@ def merge(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
     if not layer.method.additive and layer.order == "in" and layer.merged_adapters:
         names = [*layer.merged_adapters, *names]  # folds of inputs nest: new ones go inside those already there
         unmerge(layer)
-    _write(layer, names, undoable)
+    with layer.store.at_hand(layer, layer.base_layer):
+        _write(layer, names, undoable)
 
 
 @torch.no_grad()
@@ -104,7 +122,8 @@ def in_place(layer: AdapterLayer) -> Tensor | None:
     if not layer.store.live or layer.site.shared:
         return None
     W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
-    return W if W.dim() == 2 and W.dtype in (torch.float32, torch.float64) else None
+    plain = type(W) is Tensor and W.dtype in (torch.float32, torch.float64)  # no other, such as one shard of it
+    return W if plain and W.dim() == 2 else None
 
 
 def _add_in_place(layer: AdapterLayer, W: Tensor, names: list[str], undoable: bool) -> None:
@@ -165,13 +184,14 @@ def unmerge(layer: AdapterLayer) -> None:
     """Undo all merges, the last one first."""
     if layer.method.replaces:
         _change_places(layer, layer.merged_adapters[0])
-    for kind, state, bias in reversed(layer._undo):
-        if kind == "subtract":
-            _subtract(layer, state)
-        elif state is not None:
-            layer.store.restore(layer.base_layer, layer.site.parameter, state)
-        if bias is not None:
-            layer.base_layer.bias.data.copy_(bias)
+    with layer.store.at_hand(layer, layer.base_layer) if layer._undo else nullcontext():
+        for kind, state, bias in reversed(layer._undo):
+            if kind == "subtract":
+                _subtract(layer, state)
+            elif state is not None:
+                layer.store.restore(layer.base_layer, layer.site.parameter, state)
+            if bias is not None:
+                layer.base_layer.bias.data.copy_(bias)
     layer._undo.clear()
     layer.merged_adapters = []
 
@@ -180,13 +200,13 @@ def unmerge(layer: AdapterLayer) -> None:
 def unmerged(layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
     """Weight (as stored) and bias as they are without what is merged."""
     W = layer.store.read(layer.base_layer, layer.site.parameter)
-    bias = getattr(layer.base_layer, "bias", None)
+    bias: Any = getattr(layer.base_layer, "bias", None)
     for kind, state, old in reversed(layer._undo):
         if kind == "subtract":
             W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
         elif state is not None:
-            W = state
-        bias = bias if old is None else old
+            W = state.to(W.device)  # the model may have moved since
+        bias = bias if old is None else old.to(bias.device)
     return W, bias
 
 
@@ -198,7 +218,7 @@ def tied_weight(layer: AdapterLayer) -> nn.Parameter | None:
 def _without(layer: AdapterLayer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in reversed(factors):
-        wide = wide - (B.to(wide.dtype) @ A.to(wide.dtype)).view(layer.site.shape)
+        wide = wide - (B.to(wide) @ A.to(wide)).view(layer.site.shape)
     return wide.to(W.dtype)
 
 
@@ -206,7 +226,7 @@ def _subtract(layer: AdapterLayer, factors: list[tuple[Tensor, Tensor]]) -> None
     matrix = in_place(layer)
     if matrix is not None:
         for A, B in reversed(factors):
-            matrix.addmm_(B.to(matrix.dtype), A.to(matrix.dtype), alpha=-1)
+            matrix.addmm_(B.to(matrix), A.to(matrix), alpha=-1)
         return
     name = layer.site.parameter
     W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from graft.core.routing import Rows
 
 
-PLAIN = ("float", "int", "bool", "str", "list", "dict")  # what is kept in dicts, not in torch's containers
+_CLASS_VAR = re.compile(r"(\w+\.)*ClassVar\b")
 
 
-def _reader(name: str, plain: bool) -> property:
+def _reader(name: str) -> property:
     """Reads a declared value from the layer; quicker than `__getattr__`, which would find it, too."""
-    if plain:
-        return property(lambda self: self.layer.__dict__[name][self.name])
-    return property(lambda self: self.layer._modules[name][self.name])
+
+    def read(self: Any) -> Any:
+        own = self.layer.__dict__
+        return (own[name] if name in own else own["_modules"][name])[self.name]  # facts are kept in dicts
+
+    return property(read)
 
 
 class Method:
@@ -71,9 +75,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, annotation in vars(cls).get("__annotations__", {}).items():
-            if not str(annotation).startswith("ClassVar"):
-                setattr(cls, name, _reader(name, plain=str(annotation).split("[")[0] in PLAIN))
+        for name, annotation in inspect.get_annotations(cls).items():
+            if name not in vars(cls) and not _CLASS_VAR.match(str(annotation)):
+                setattr(cls, name, _reader(name))
 
         def has(*hooks: str) -> bool:
             return any(inspect.getattr_static(cls, hook) is not inspect.getattr_static(Method, hook) for hook in hooks)
@@ -123,6 +127,9 @@ class Method:
         """Why this site cannot be adapted, or None."""
         if not site.op.known and not (cls.replaces or cls.sees_call):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
+        why = site.store.unread(site.module, site.parameter) if cls.needs_weight(site, cfg) else None
+        if why is not None:
+            return f"{cls.__name__} needs its weight, and {why}"
         known: Any = OPS.origin(type(site.module)) if cls.through_weight(site) else None
         if known is not None and not is_stock(site.module):
             return f"Its forward is not that of {known.__name__}, and {cls.__name__} would call the latter"
@@ -260,6 +267,11 @@ class Method:
         """Whether the forward pass on this site folds the weight (instead of `pre` and `post`)."""
         return cls.folds
 
+    @classmethod
+    def needs_weight(cls, site: Site, cfg: Any) -> bool:
+        """Whether it reads the base weight: in the forward pass, or to begin with."""
+        return cls.through_weight(site) or cls.inits_from_weight(cfg)
+
     def frozen(self) -> Sequence[nn.Parameter]:
         """Parameters that never train."""
         return ()
@@ -267,9 +279,11 @@ class Method:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: that of its first tensor."""
-        slot = self.layer.slots[self.name][0]
-        held = slot.owner._parameters if slot.trains else slot.owner._buffers
-        return held[slot.attribute].dtype
+        _, _, owner, attribute, trains, _, held, root = self.layer._slots[self.name][0]
+        tensor = (owner._parameters if trains else owner._buffers).get(attribute)
+        if tensor is None or held.get(self.name) is not root:
+            tensor = self.layer.slots(self.name)[0].tensor
+        return tensor.dtype
 
     def cast(self, x: Tensor) -> Tensor:
         return x if self.layer.op.takes_ids else x.to(self.dtype)

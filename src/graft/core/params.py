@@ -74,6 +74,8 @@ class Slot(NamedTuple):
     attribute: str
     trains: bool  # a parameter, not a buffer
     saved: bool
+    held: dict[str, Any]  # the modules of the container, by adapter; empty if the tensor itself stands in it
+    root: nn.Module | None  # what `held` had for the adapter when this was written down; None: not to be relied on
 
     @property
     def tensor(self) -> Tensor:
@@ -83,9 +85,17 @@ class Slot(NamedTuple):
 
 def slots_of(key: str, container: Any, adapter: str) -> Iterator[Slot]:
     """The slots that `container`, called `key`, has for an adapter."""
+    top = module_of(container, adapter)
     saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
     for path, owner, name, _ in tensors_of(container, adapter, transient=True):
-        yield Slot(key, path, owner, name, name in owner._parameters, (id(owner), name) in saved)
+        trains = name in owner._parameters
+        root = top if owner is top else None  # deeper, any module on the way may become another
+        yield Slot(key, path, owner, name, trains, (id(owner), name) in saved, container._modules if path else {}, root)
+
+
+Flag = tuple[
+    dict[str, Any], nn.Module | None, dict[str, Any], str
+]  # of a Slot: held, root, owner._parameters, attribute
 
 
 def container_for(value: Any) -> Any:

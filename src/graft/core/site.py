@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -17,11 +18,12 @@ class Store(Protocol):
     """How the weight of a module is held: dense, 4-bit, sharded, …"""
 
     name: str
-    reads: bool  # a dense weight can be had
-    writes: bool  # and put back
     live: bool  # `read` gives the tensor itself, which may be added to in place
     exact: bool  # writing and reading back loses nothing, so an update can be subtracted again
 
+    def unread(self, m: nn.Module, name: str) -> str | None: ...  # why a call cannot read this tensor, if so
+    def fixed(self, m: nn.Module, name: str) -> str | None: ...  # why merging cannot read and write it, if so
+    def at_hand(self, layer: nn.Module, written: nn.Module | None) -> AbstractContextManager[None]: ...
     def read(self, m: nn.Module, name: str) -> Tensor: ...
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None: ...
     def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any: ...

@@ -380,9 +380,9 @@ def make(
     except BaseException:
         for layer in layers.values():
             layer.rollback()
-            layer.delete_adapter(adapter)
+            layer.forget(adapter)
         for wrapper in tree.wrappers.values():
-            wrapper.delete_adapter(adapter)
+            wrapper.forget(adapter)
         for key, container in shared.items():
             for name in set(container) - set(before.get(key, ())):
                 del container[name]
@@ -403,11 +403,9 @@ def add_adapter(
         method.init(cfg)
     layer.place(adapter, upcast)
     size = -sum([p.numel() for p in method.frozen()])
-    for slot in layer.slots[adapter]:
-        if slot.trains:
-            p: Any = slot.owner._parameters[slot.attribute]
-            p.requires_grad = False
-            size += p.numel()
+    for p in layer.parameters_of(adapter):
+        p.requires_grad = False
+        size += p.numel()
     return size
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
-from graft.core.layer import AdapterLayer
+from graft.core.layer import AdapterLayer, delete_from
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
 from graft.inject.tokens import TrainableTokensWrapper
@@ -47,7 +47,10 @@ class ModulesToSaveWrapper(nn.Module):
         own.requires_grad_(False)
         self.modules_to_save[adapter] = own
 
-    def delete_adapter(self, adapter: str) -> None:
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        delete_from(self, adapter, new_active_adapters)
+
+    def forget(self, adapter: str) -> None:
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
         self.active_adapters = [a for a in self.active_adapters if a != adapter]
@@ -103,10 +106,14 @@ class ModulesToSaveWrapper(nn.Module):
     @property
     def active(self) -> nn.Module:
         """The module that runs now."""
-        if not self.disable_adapters:
-            for name in self.active_adapters:
-                if name in self.modules_to_save:
-                    return self.modules_to_save[name]
+        return self.original_module if self.disable_adapters else self.kept
+
+    @property
+    def kept(self) -> nn.Module:
+        """The module that stays when adapters are unloaded, be they disabled or not."""
+        for name in self.active_adapters:
+            if name in self.modules_to_save:
+                return self.modules_to_save[name]
         return self.original_module
 
     def __getattr__(self, name: str) -> Any:

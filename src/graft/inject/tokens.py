@@ -30,7 +30,7 @@ class TrainableTokensWrapper(nn.Module):
         return self.token_adapter.base_layer
 
     @property
-    def active(self) -> nn.Module:
+    def kept(self) -> nn.Module:
         return self.token_adapter.base_layer
 
     @property
@@ -69,8 +69,12 @@ class TrainableTokensWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         self.token_adapter.enable_adapters(enabled)
 
-    def delete_adapter(self, adapter: str) -> None:
-        self.token_adapter.delete_adapter(adapter)
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        self.token_adapter.delete_adapter(adapter, new_active_adapters)
+        self.tied.discard(adapter)
+
+    def forget(self, adapter: str) -> None:
+        self.token_adapter.forget(adapter)
         self.tied.discard(adapter)
 
     def require_grad(self, adapter: str, requires_grad: bool) -> None:

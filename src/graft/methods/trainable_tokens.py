@@ -47,7 +47,7 @@ class TrainableTokens(Method):
             return "Only embeddings and linear layers have a row for each token"
         rows = site.in_features if site.op.takes_ids else site.out_features
         outside = [i for i in cfg.token_indices if not 0 <= i < rows]
-        return f"Token indices {outside} are outside its {rows} rows" if outside else None
+        return f"Token indices {outside} are outside its {rows} rows" if outside else super().check(site, cfg)
 
     @classmethod
     def check_together(cls, methods: Sequence[TrainableTokens]) -> None:

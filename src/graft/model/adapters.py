@@ -12,7 +12,7 @@ from torch import nn
 from graft.checkpoint.state import account_of
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
 from graft.core.layer import AdapterLayer
-from graft.core.params import BufferDict
+from graft.core.params import BufferDict, Flag
 from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts
 from graft.inject.report import InjectReport
@@ -93,7 +93,7 @@ class Adapters:
     active_adapters: list[str]
     on_change: Callable[[], None] | None = None  # told when other adapters run
     merged_adapters: Any = ()
-    _flags: dict[str, list[tuple[dict[str, Any], str]]]  # see AdapterLayer.flags; by adapter
+    _flags: dict[str, tuple[list[Flag], list[AdapterLayer]]]  # by adapter; layers that say themselves
     several: str  # what to do for more than one active adapter
 
     def open_account(self, model: nn.Module) -> Tree:
@@ -177,7 +177,9 @@ class Adapters:
         if len(names) > 1:
             for part in self.parts():
                 part.check_active(names)
-        if self.merged_adapters and names != self.active_adapters:
+        if self.merged_adapters and not (
+            names == self.active_adapters and all(layer.holds(names) for layer in self.mergeable_layers())
+        ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         trained: set[str] = set()
@@ -195,11 +197,25 @@ class Adapters:
         self._changed()
 
     def _flag(self, adapter: str, requires_grad: bool) -> None:
-        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once."""
+        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once, and again
+        when a module has been replaced, pruned or parametrized."""
         if adapter not in self._flags:
-            self._flags[adapter] = [flag for layer in self.layers.values() for flag in layer.flags(adapter)]
-        for parameters, name in self._flags[adapter]:
+            found = {layer: layer.flags(adapter) for layer in self.layers.values()}
+            self._flags[adapter] = (
+                [flag for flags in found.values() if flags for flag in flags],
+                [layer for layer, flags in found.items() if flags is None],
+            )
+        flags, others = self._flags[adapter]
+        for held, module, parameters, name in flags:
+            if held.get(adapter) is not module or name not in parameters:
+                del self._flags[adapter]
+                return self._flag(adapter, requires_grad)
             parameters[name].requires_grad = requires_grad
+        for layer in others:
+            layer.require_grad(adapter, requires_grad)
+
+    def mergeable_layers(self) -> list[AdapterLayer]:
+        return []
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
@@ -231,7 +247,7 @@ class Adapters:
         self._flags.pop(adapter_name, None)
         self.reports.pop(adapter_name, None)
         for part in self.parts():
-            part.delete_adapter(adapter_name)
+            part.forget(adapter_name)
         if adapter_name in self.active_adapters:
             left = [n for n in self.active_adapters if n != adapter_name]
             if not left and self.peft_config:

@@ -86,7 +86,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         )
     active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
     for part in parts:
-        part.delete_adapter(adapter_name)
+        part.forget(adapter_name)
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict):  # of a model without a wrapper
         configs.pop(adapter_name, None)

@@ -156,7 +156,7 @@ class Tuner(Adapters, nn.Module):
 
         Raises:
             AdapterNotFoundError: one of them is not loaded.
-            ValueError: `safe_merge` found values that are not finite. Nothing is merged then.
+            ValueError: `safe_merge` found values that are not finite, or adapters are disabled. Nothing is merged then.
             NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
         """
         self._merge(adapter_names, safe_merge, undoable=True)
@@ -171,14 +171,21 @@ class Tuner(Adapters, nn.Module):
         done = self.merged_adapters
         wanted, names = names, [n for n in names if n not in done]
         merging.say_merged(done, wanted, names, self.method.replaces)
-        left = [n for n in self.active_adapters if n not in names and n not in done]
-        if names and left:
-            warn(f"Active adapters {left} are not merged: they have no effect until unmerge_adapter().")
         if not names:
             return
         layers: Any = self.mergeable_layers()
         for layer in layers:
-            merging.check(layer, names, safe_merge)
+            merging.check(layer, names, safe_merge, undoable)
+        left = [n for n in self.active_adapters if n not in names and n not in done]
+        if not undoable:
+            silent = left
+            until = "the merged model is without them"
+        else:
+            hosts = [layer for layer in layers if not layer.methods.keys().isdisjoint(names)]
+            silent = [n for n in left if any(n in layer.methods for layer in hosts)]
+            until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
+        if silent:
+            warn(f"Active adapters {silent} are not merged: {until}.")
         if progress:
             from tqdm import tqdm
 
@@ -204,7 +211,8 @@ class Tuner(Adapters, nn.Module):
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """The model without adapter layers. Modules in `modules_to_save` keep the active adapter's values."""
+        """The model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, even if
+        adapters are disabled."""
         survey_places(self.model, self._restore)
         self.layers, self.wrappers = {}, {}
         if "peft_config" in self.model.__dict__:
@@ -216,7 +224,7 @@ class Tuner(Adapters, nn.Module):
         if isinstance(child, AdapterLayer):
             parent._modules[name] = child.base_layer
         elif isinstance(child, Wrapper):
-            parent._modules[name] = child.active
+            parent._modules[name] = child.kept
 
     # facts
 

@@ -3,16 +3,42 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
+
+from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
 
 
 class Dense:
     name = "dense"
-    reads = writes = exact = live = True
+    exact = live = True
+
+    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+        return f"its {name} is offloaded: it is there only while the module itself is called" if hooks_of(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         return getattr(m, name)
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        t: Tensor | None = m._parameters.get(name)
+        if t is None:
+            t = m._buffers.get(name)
+        if t is None:
+            return (
+                f"its {name} is computed from other tensors: make it one of its own first, with torch's "
+                "parametrize.remove_parametrizations, remove_weight_norm or prune.remove"
+            )
+        if t.is_meta and is_tied(m, name):
+            return f"its {name} is offloaded and tied to that of another module: have the model on real devices first"
+        if t.is_meta and not hooks_of(m):
+            return f"its {name} is on the meta device, not loaded or offloaded: have the model on real devices first"
+        return None
+
+    def at_hand(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
+        """Around reading and writing: what is offloaded comes, and what becomes of `written` is kept."""
+        return at_hand(layer, written) if is_hooked(layer) else nullcontext()
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """In place, unless the weight is tied to another module: then this one gets a weight of its own."""
@@ -41,7 +67,10 @@ class Dense:
             p = next(m.parameters(), None)
         if p is None:
             return None, None
-        return p.device, p.dtype if p.is_floating_point() else None
+        device = p.device
+        if device.type == "meta":
+            device = device_of(m) or device
+        return device, p.dtype if p.is_floating_point() else None
 
     def protect(self, y: Tensor) -> Tensor:
         return y

@@ -41,6 +41,10 @@ class DoRA(LoRA):
         return super().check(site, cfg)
 
     @classmethod
+    def needs_weight(cls, site: Site, cfg: LoraConfig) -> bool:
+        return True
+
+    @classmethod
     def build(cls, site: Site, cfg: LoraConfig, shared, device=None):
         kernel = [1] * (len(site.shape) - 2)
         shape = (1, site.out_features, *kernel) if kernel else (site.out_features,)
@@ -78,7 +82,10 @@ class DoRA(LoRA):
         return decomposed.linear(base, layer.op.pull, x, layer.base_weight, layer.bias, A, B, self.ratio(), scale, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """bias + ratio ⊙ (y - bias + ΔW x). Dropout acts on x in both products, and not in y itself."""
+        """bias + ratio ⊙ (y - bias + ΔW x). Dropout acts on x in both products, and not in y itself.
+
+        The bias is that of the layer as it is by now: adapters that ran before may have shifted it.
+        """
         op, base = self.layer.op, self.layer.base_layer
         ratio = op.channels(self.ratio())
         p = 0.0 if op.takes_ids else share_dropped(self.lora_dropout)
@@ -86,14 +93,27 @@ class DoRA(LoRA):
             kept = self.lora_dropout(x) if p is None else dropout(x, p)
             product = base(kept)
             z = product + self.lora_B(self.lora_A(self.cast(kept))) * self.scaling
-            rest = y - product
+            rest, b = y - product, getattr(base, "bias", None)
         elif y.dtype == self.dtype:
-            z, rest = super().post(x, y), None
+            z, rest, b = super().post(x, y), None, self.bias
         else:  # rounds once, at the end
-            z, rest = y + self.branch(self.cast(x)), None
-        out, b = z * ratio, getattr(base, "bias", None)
+            z, rest, b = y + self.branch(self.cast(x)), None, self.bias
+        out = z * ratio
         out = out if b is None else out + op.channels(b) * (1 - ratio)
         return out if rest is None else out + rest
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias in what `post` is given."""
+        layer = self.layer
+        b = getattr(layer.base_layer, "bias", None)
+        if True not in layer.lora_bias.values() or layer.routing.current() is not None:
+            return b  # in a mixed batch, no row goes through two adapters
+        for m in layer._live[: layer._live.index(self)]:
+            if m.lora_bias:
+                shift = m.lora_B.bias * m.scaling
+                b = shift if b is None else b + shift
+        return b
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         W, b = super().fold(W, b)

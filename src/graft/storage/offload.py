@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that accelerate keeps in CPU memory or on disk, and on the meta device between calls of their module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def hooks_of(m: nn.Module) -> list[Any]:
+    """accelerate's hooks that bring the module's own tensors for a call, and put them away again."""
+    hook = m.__dict__.get("_hf_hook")
+    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
+
+
+def device_of(m: nn.Module) -> torch.device | None:
+    """Where the module's tensors are during a call, if they are put away between calls."""
+    device = next((h.execution_device for h in hooks_of(m)), None)
+    return None if device is None else torch.device(device)
+
+
+def is_tied(m: nn.Module, name: str) -> bool:
+    """Whether a tensor that is put away is that of another module, too."""
+    return any(name in h.tied_params_names for h in hooks_of(m))
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether accelerate's hooks stand on the base layer or the adapters' modules."""
+    parts: Any = layer._modules.values()
+    return any("_hf_hook" in m.__dict__ for part in parts for m in (part, *part._modules.values()))
+
+
+@contextmanager
+def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
+    """All tensors below `module` where they are during a call; what the block does to those of `written` is kept."""
+    found = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
+    for m, hook in found:
+        hook.pre_forward(m)
+        if m is written:  # what it is now may be the copy that is kept, or belong to another model
+            for p in m._parameters.values():
+                if p is not None:
+                    p.data = p.data.clone()
+    try:
+        yield
+        for m, hook in found:
+            if m is written:
+                own = {name: p.detach().to("cpu") for name, p in m._parameters.items() if p is not None}
+                hook.weights_map = {**{name: hook.weights_map[name] for name in _stored(m, hook)}, **own}
+    finally:
+        for m, hook in found:
+            hook.post_forward(m, None)
+
+
+def _stored(m: nn.Module, hook: Any) -> list[str]:
+    """Names of the buffers that are put away as well."""
+    return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]

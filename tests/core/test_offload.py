@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases whose weights accelerate keeps elsewhere between calls."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import UnsupportedLayerError
+from tests.conformance.samples import disturb
+from tests.core.test_layer import CONFIGS, Net, X, config
+from tests.models import seeded
+
+accelerate = pytest.importorskip("accelerate")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["cpu", "disk"])
+def offload(request, tmp_path):
+    if request.param == "cpu":
+        return lambda model: accelerate.cpu_offload(model, execution_device=CPU)
+    return lambda model: accelerate.disk_offload(model, str(tmp_path), execution_device=CPU)
+
+
+def adapted(method, base=None):
+    with seeded(0):
+        base = Net().eval() if base is None else base
+    with seeded(1):
+        model = graft.get_peft_model(base, config(method))
+    return disturb(model).eval()
+
+
+def net():
+    with seeded(0):
+        return Net().eval()
+
+
+# accelerate's hooks bring parameters of modules that are called: those of other methods stand in a ParameterDict
+@pytest.mark.parametrize("method, wrapped_first", [("LORA", True), *((method, False) for method in CONFIGS)])
+@torch.no_grad()
+def test_an_offloaded_base_runs_merges_and_unmerges(method, wrapped_first, offload):
+    base = net()
+    plain, expected = base(X), adapted(method, net())(X)
+    if wrapped_first:
+        model = adapted(method, base)
+        offload(model)
+    else:
+        offload(base)
+        model = adapted(method, base)
+    assert base.one.base_layer.weight.is_meta
+    assert_close(model(X), expected)
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        assert base.one.base_layer.weight.is_meta
+        assert_close(model(X), expected)
+        model.unmerge_adapter()
+        assert_close(model(X), expected)
+    with model.disable_adapter():
+        assert_close(model(X), plain)
+    model.merge_and_unload()
+    assert type(base.one) is nn.Linear and base.one.weight.is_meta
+    assert_close(base(X), expected)
+
+
+@torch.no_grad()
+def test_merging_leaves_what_others_offloaded(offload):
+    """The tensors that accelerate was given may be those of another model as well."""
+    base, twin = net(), net()
+    twin.one.weight = base.one.weight
+    before = twin.one.weight.clone()
+    model = adapted("LORA", base)
+    offload(model)
+    model.merge_adapter()
+    assert torch.equal(twin.one.weight, before)
+
+
+def test_what_needs_the_weight_is_refused_by_name(offload):
+    base = net()
+    offload(base)
+    for options in (dict(use_dora=True), dict(init_lora_weights="pissa")):
+        with pytest.raises(UnsupportedLayerError, match=r"one \(Linear\) .* needs its weight, and its weight is offl"):
+            graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["one"], **options))
+    assert type(base.one) is nn.Linear
+
+
+def test_a_tied_weight_that_is_offloaded_refuses_merging():
+    base = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8, bias=False))
+    base[1].weight = base[0].weight
+    model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["1"]))
+    accelerate.cpu_offload(model, execution_device=CPU)
+    base[1].base_layer._hf_hook.tied_params_names.add("weight")  # as dispatch_model writes down
+    with pytest.raises(NotImplementedError, match="tied to that of another module"):
+        model.merge_adapter()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left to each method where the weight cannot be written, or not even read. (Rounded weights: the matrix.)"""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import UnsupportedLayerError
+from tests.conformance.samples import SAMPLES, disturb
+from tests.conformance.stores import Opaque, ReadOnly, Rounded, held
+from tests.models import seeded
+
+X = torch.linspace(-1, 1, 700).view(70, 10)
+FIT = [s for s in SAMPLES if s.method != "LN_TUNING"]  # which trains a copy of the layer
+NEEDS = {"LORA-dora", "TRAINABLE_TOKENS"}  # the weight, in the forward pass or to begin with
+
+
+def net(kind):
+    with seeded(0):
+        return nn.Sequential(held(nn.Linear(10, 6), kind)).eval()
+
+
+def make_for(sample, target):
+    config = sample.make("default")
+    config.target_modules = {target}
+    if getattr(config, "feedforward_modules", None):
+        config.feedforward_modules = {target}
+    return config
+
+
+def build(sample, kind):
+    with seeded(1):
+        return disturb(graft.get_peft_model(net(kind), make_for(sample, "0"))).eval()
+
+
+@pytest.mark.parametrize("sample", FIT, ids=str)
+def test_a_weight_that_cannot_be_written_runs_and_refuses_merging(sample):
+    expected = build(sample, Rounded)(X)
+    model = build(sample, ReadOnly)
+    assert_close(model(X), expected)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="layer '0': read-only weights cannot be rewritten"):
+            merge(safe_merge=True)
+    assert_close(model(X), expected)
+    assert type(model.unload()[0]) is ReadOnly
+
+
+@pytest.mark.parametrize("sample", FIT, ids=str)
+def test_a_weight_that_cannot_be_read_runs_or_is_refused_at_once(sample):
+    if str(sample) in NEEDS:
+        base = net(Opaque)
+        with pytest.raises(UnsupportedLayerError, match=r"0 \(Opaque\).*needs its weight, and opaque weights cannot"):
+            graft.get_peft_model(base, make_for(sample, "0"))
+        assert type(base[0]) is Opaque
+        return
+    model = build(sample, Opaque)
+    assert_close(model(X), build(sample, Rounded)(X))
+    loss = model(X).pow(2).sum()
+    loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+    with pytest.raises(NotImplementedError, match="layer '0': opaque weights cannot be read"):
+        model.merge_adapter()
+
+
+def test_a_method_that_folds_is_refused_where_nothing_can_be_read():
+    class Folds(graft.Method):
+        prefix = "folds_"
+        config = graft.IA3Config
+
+        def fold(self, W, b):
+            return 2 * W, b
+
+    from graft.inject.survey import site_of, survey
+
+    for kind, why in ((Opaque, "Folds needs its weight, and opaque weights cannot be read"), (ReadOnly, None)):
+        base = net(kind)
+        site = site_of("0", base[0], survey(base))
+        assert Folds.check(site, None if why else graft.IA3Config(target_modules=["0"])) == why
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_an_initialisation_that_changes_the_base_asks_whether_it_may(how):
+    def make(kind):
+        base = net(kind)
+        graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=how))
+        return base
+
+    assert_close(make(Rounded)(X), net(Rounded)(X), atol=1e-3, rtol=1e-3)
+    with pytest.raises(UnsupportedLayerError, match="layer '0', which it would change: read-only weights cannot"):
+        make(ReadOnly)
+    with pytest.raises(UnsupportedLayerError, match="needs its weight, and opaque weights cannot be read"):
+        make(Opaque)

@@ -16,7 +16,7 @@ from graft.checkpoint import files, state
 from graft.checkpoint.state import LoadReport
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
-from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError, warn
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows
 from graft.inject.survey import outer_modules
@@ -471,7 +471,9 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter beside those there are, inactive. A name that is taken only gets the new values.
+        """Load a saved adapter beside those there are, inactive.
+
+        A name that is taken only gets the new values: what trains goes on to, whatever `is_trainable` says.
 
         Returns:
             What was loaded, missing and left over.
@@ -484,11 +486,13 @@ class PeftModel(nn.Module):
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
         hub = hub_keywords(kwargs)
         config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-        _for_loading(config, is_trainable)
+        new = adapter_name not in self.peft_config
+        if new:
+            _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         ignore = kwargs.get("ignore_mismatched_sizes", False)
         load = state.Load(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
-        if adapter_name not in self.peft_config:
+        if new:
             self.add_adapter(
                 adapter_name,
                 config,
@@ -502,12 +506,27 @@ class PeftModel(nn.Module):
                 f"{config.peft_type}: load it under another name into another model."
             )
         else:
-            load.fill(self.tuner.parts_of(adapter_name))
-        self._loaded(adapter_name, is_trainable)
+            self._fill(adapter_name, load, is_trainable)
+        self._loaded(adapter_name, is_trainable, new)
         return load.report
 
-    def _loaded(self, adapter_name: str, is_trainable: bool) -> None:
-        self.tuner.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+    def _fill(self, adapter_name: str, load: state.Load, is_trainable: bool) -> None:
+        """Put a checkpoint into an adapter that is there."""
+        parts = self.tuner.parts_of(adapter_name)
+        prompt: Any = parts.prompt or nn.Module()
+        before = len([*prompt.modules()])
+        load.fill(parts)
+        if is_trainable and len([*prompt.modules()]) < before:
+            warn(
+                f"Adapter '{adapter_name}' was a prompt computed by a network. The file holds the prompt and not the "
+                "network, so that training goes on with the prompt itself: an optimizer, or an optimizer's state, from "
+                "before does not fit it.",
+                PeftWarning,
+            )
+
+    def _loaded(self, adapter_name: str, is_trainable: bool, new: bool = True) -> None:
+        if new:
+            self.tuner.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
         if not is_trainable and self.training:  # else the adapter has come in the base's mode
             self.eval()
         self._heads_changed()

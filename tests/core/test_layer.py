@@ -61,7 +61,7 @@ def same(a, b):
 def test_activating_decides_who_runs_and_who_trains():
     model = adapted("a", "b")
     layer = model.base_model.layers["one"]
-    assert model.active_adapters == layer.active_adapters == ["a"] and layer.active_adapter == "a"
+    assert model.active_adapters == layer.active_adapters == layer.active_adapter == ["a"]
     model.set_adapter("b")
     assert all(p.requires_grad for p in layer.parameters_of("b"))
     assert not any(p.requires_grad for p in layer.parameters_of("a"))

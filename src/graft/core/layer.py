@@ -480,8 +480,9 @@ class AdapterLayer(nn.Module):
         return bool(self.merged_adapters)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+    def active_adapter(self) -> list[str]:
+        """A list here and on the tuner; on a PeftModel a name."""
+        return self.active_adapters
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

@@ -49,6 +49,10 @@ class TrainableTokensWrapper(nn.Module):
         return self.token_adapter.active_adapters
 
     @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
     def disable_adapters(self) -> bool:
         return self.token_adapter.disable_adapters
 

@@ -105,9 +105,13 @@ class PeftModel(nn.Module):
         return self.tuner.active_adapters
 
     @property
-    def active_adapter(self) -> str:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names  # type: ignore[return-value]
+    def active_adapter(self) -> str | None:
+        """The active adapter, the first where there are several. Setting it is `set_adapter`."""
+        return next(iter(self.active_adapters), None)
+
+    @active_adapter.setter
+    def active_adapter(self, name: str) -> None:
+        self.set_adapter(name)
 
     @property
     def active_peft_config(self) -> Any:

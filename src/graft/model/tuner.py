@@ -28,7 +28,8 @@ from graft.model.adapters import Adapters
 class Tuner(Adapters, nn.Module):
     """Holds the user's model as `.model`; attributes that it does not have itself are the model's.
 
-    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`.
+    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`. By itself it leaves
+    adapters in the base's dtype, where a PeftModel has them trained in float32.
     """
 
     method: type[Method]
@@ -41,7 +42,7 @@ class Tuner(Adapters, nn.Module):
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-        autocast_adapter_dtype: bool = True,
+        autocast_adapter_dtype: bool = False,
         **options: Any,
     ):
         super().__init__()
@@ -298,7 +299,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Inject an adapter and return the same model, unwrapped: keys have no `base_model.model.` prefix.
 
-    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets.
+    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets. Adapters have
+    the base's dtype, half precision too: only a PeftModel widens it.
 
     Raises:
         ValueError: the method needs a wrapper (it shares tensors between layers), or the config and the state dict

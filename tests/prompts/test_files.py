@@ -132,7 +132,7 @@ def test_the_network_of_a_prompt_that_trains(sample, tmp_path):
     for is_trainable in (True, False):
         model = adapt(graft, sample)
         result = outcome(lambda m=model, t=is_trainable: m.load_adapter(tmp_path, "default", is_trainable=t))
-        assert result.error is None and [*model.prompt_encoder["default"].parameters()][0].requires_grad
+        assert result.error is None and next(model.prompt_encoder["default"].parameters()).requires_grad
         assert result.warned("does not fit it") == [graft.PeftWarning] * is_trainable
 
 

@@ -51,6 +51,7 @@ class AdapterLayer(nn.Module):
     active_adapters: list[str]
     merged_adapters: list[str]
     disable_adapters: bool
+    cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
     _scaling_at_start: dict[str, float]
     _original: Any  # the base weight before an injection that is still under way
     _undo: list[tuple[str, Any, Any]]  # (kind, state of the weight, of the bias) of each merge
@@ -174,7 +175,16 @@ class AdapterLayer(nn.Module):
                 place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
 
     def delete_adapter(self, adapter: str) -> None:
-        """Forget `adapter` and its tensors; an adapter that is merged must be unmerged before."""
+        """`forget` it; if it alone was active, the first of the others (by name) becomes so."""
+        alone = self.active_adapters == [adapter]
+        self.forget(adapter)
+        if alone and self.methods:
+            name = min(self.methods)
+            warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {name}.")
+            self.set_adapter(name)
+
+    def forget(self, adapter: str) -> None:
+        """Take `adapter` and its tensors out; an adapter that is merged must be unmerged before."""
         if adapter in self.merged_adapters:
             raise ValueError(
                 f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
@@ -352,7 +362,7 @@ class AdapterLayer(nn.Module):
         out = W.dtype if self.op.takes_ids else x.dtype
         for m in live if self.order == "out" else reversed(live):
             W, b = m.fold(W.to(m.dtype), None if b is None else b.to(m.dtype))
-            x = m.cast(x)
+            x = x if self.op.takes_ids else x.to(m.dtype)
         return self.op.call(self.base_layer, x, W, b).to(out)
 
     def _run_call(self, rows: Rows | None, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -486,11 +496,13 @@ class AdapterLayer(nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        return tuple(self.holders)
+        """Containers of what trains, empty ones too; those that a variant of the method adds come last."""
+        names = dict.fromkeys((*self.method.layer_names, *(n for m in self.methods.values() for n in m.layer_names)))
+        return tuple(n for n in names if n in self._modules or n in self.__dict__)
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        return tuple(k for k in self.containers if k not in self.holders)
+        return tuple(k for k in self.containers if k not in self.adapter_layer_names)
 
     def get_base_layer(self) -> nn.Module:
         base = self.base_layer

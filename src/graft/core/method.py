@@ -55,7 +55,8 @@ class Method:
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 
-    # derived from the hooks a subclass overrides
+    # derived from what a subclass declares, and the hooks it overrides
+    layer_names: ClassVar[tuple[str, ...]] = ()  # containers of what trains
     additive: ClassVar[bool]  # y = base(x) + branch(x)
     mergeable: ClassVar[bool]
     folds: ClassVar[bool]  # the forward pass needs the dense weight
@@ -73,7 +74,11 @@ class Method:
         super().__init_subclass__(**kwargs)
         for name, annotation in vars(cls).get("__annotations__", {}).items():
             if not str(annotation).startswith("ClassVar"):
-                setattr(cls, name, _reader(name, plain=str(annotation).split("[")[0] in PLAIN))
+                plain = str(annotation).split("[")[0] in PLAIN
+                setattr(cls, name, _reader(name, plain))
+                if not plain and name.startswith(cls.prefix) and not name.endswith("dropout"):
+                    cls.layer_names = (*cls.layer_names, name)
+        cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
 
         def has(*hooks: str) -> bool:
             return any(inspect.getattr_static(cls, hook) is not inspect.getattr_static(Method, hook) for hook in hooks)
@@ -272,4 +277,4 @@ class Method:
         return held[slot.attribute].dtype
 
     def cast(self, x: Tensor) -> Tensor:
-        return x if self.layer.op.takes_ids else x.to(self.dtype)
+        return x if self.layer.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)

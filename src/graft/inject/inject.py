@@ -361,9 +361,9 @@ def make(
     except BaseException:
         for layer in layers.values():
             layer.rollback()
-            layer.delete_adapter(adapter)
+            layer.forget(adapter)
         for wrapper in tree.wrappers.values():
-            wrapper.delete_adapter(adapter)
+            wrapper.forget(adapter)
         for key, container in shared.items():
             for name in set(container) - set(before.get(key, ())):
                 del container[name]

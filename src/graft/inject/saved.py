@@ -49,6 +49,8 @@ class ModulesToSaveWrapper(nn.Module):
             del self.modules_to_save[adapter]
         self.active_adapters = [a for a in self.active_adapters if a != adapter]
 
+    forget = delete_adapter
+
     def check_active(self, names: Sequence[str]) -> None:
         own = [n for n in names if n in self.modules_to_save]
         if len(own) > 1:

@@ -73,6 +73,9 @@ class TrainableTokensWrapper(nn.Module):
     def delete_adapter(self, adapter: str) -> None:
         self.token_adapter.delete_adapter(adapter)
 
+    def forget(self, adapter: str) -> None:
+        self.token_adapter.forget(adapter)
+
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         if adapter in self.token_adapter.methods:
             self.token_adapter.require_grad(adapter, requires_grad)

@@ -194,7 +194,7 @@ class Adapters:
         self._flags.pop(adapter_name, None)
         self.reports.pop(adapter_name, None)
         for part in self.parts():
-            part.delete_adapter(adapter_name)
+            part.forget(adapter_name)
         if adapter_name in self.active_adapters:
             left = [n for n in self.active_adapters if n != adapter_name]
             if not left and self.peft_config:

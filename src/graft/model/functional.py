@@ -86,7 +86,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         )
     active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
     for part in parts:
-        part.delete_adapter(adapter_name)
+        part.forget(adapter_name)
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict):  # of a model without a wrapper
         configs.pop(adapter_name, None)
@@ -148,6 +148,23 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for layer, scaling in zip(layers, before):
             layer.scaling.update(scaling)
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Give adapters their input as it is within the block, not in their own dtype (if `active`).
+
+    For adapters whose modules are cast by hooks when they run, as diffusers' layerwise casting does.
+    """
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)] if active else []
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:

@@ -299,8 +299,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Inject an adapter and return the same model, unwrapped: keys have no `base_model.model.` prefix.
 
-    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets. Adapters have
-    the base's dtype, half precision too: only a PeftModel widens it.
+    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets. Adapters
+    have the base's dtype, half precision too: only a PeftModel widens it.
 
     Raises:
         ValueError: the method needs a wrapper (it shares tensors between layers), or the config and the state dict

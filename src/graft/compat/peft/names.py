@@ -20,8 +20,8 @@ HELD: dict[str, str] = {
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
     "graft.inject.tokens": "TrainableTokensWrapper",
     "graft.model.auto": "_BaseAutoPeftModel=AutoPeftModel",
-    "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter inspect_matched_modules "
-    "rescale_adapter_scale set_adapter set_requires_grad",
+    "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter disable_input_dtype_casting "
+    "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad",
     "graft.model.signature": "update_forward_signature update_generate_signature update_signature",
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
     "graft.model.tuner": "BaseTuner=Tuner",
@@ -30,7 +30,7 @@ HELD: dict[str, str] = {
     "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
-    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
+    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
     "PeftMixedModel TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
     "check_target_module_exists get_pattern_key id_tensor_storage init_empty_weights match_target_against_key "
@@ -82,8 +82,8 @@ MODULES: dict[str, str] = {
     "config": "CONFIG_NAME PeftConfig PeftConfigMixin PeftType PromptLearningConfig TaskType",
     "functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
     "set_peft_model_state_dict set_requires_grad",
-    "helpers": "PeftConfig PeftModel check_if_peft_model rescale_adapter_scale update_forward_signature "
-    "update_generate_signature update_signature",
+    "helpers": "PeftConfig PeftModel check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
+    "update_forward_signature update_generate_signature update_signature",
     "import_utils": "",  # derived from the name asked for: see shims.import_check
     "mapping": f"{_MAPPINGS} PEFT_TYPE_TO_MIXED_MODEL_MAPPING get_peft_config inject_adapter_in_model",
     "mapping_func": f"{_PREFIXES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model",
@@ -96,6 +96,8 @@ MODULES: dict[str, str] = {
     "tuners._buffer_dict": "BufferDict",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
+    "tuners.lokr": "LoKrLayer",
+    "tuners.lokr.layer": "LoKrLayer",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
     "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES "
     f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "

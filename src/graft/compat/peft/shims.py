@@ -41,6 +41,12 @@ class PeftMixedModel(metaclass=_Absent):
     """Nothing is one: adapters of several methods on one model are not in graft yet."""
 
 
+class LoKrLayer(metaclass=_Absent):
+    """No layer is one. diffusers asks it for its containers before it casts a model's layers."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+
+
 # targets
 
 

@@ -3,17 +3,64 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import helpers
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from graft.core.layer import AdapterLayer
 from graft.model.functional import disable_input_dtype_casting
-from tests.pair import LIBS, adapt, both, close, output, randomize
+from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize
 from tests.samples import each, first
+
+# FSDP2: parameters of which each process holds a part
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = [first("LORA", "mlp", "head"), first("VERA"), first("IA3"), *each("bias_all", "mlp")]
+
+
+def sharded(model: nn.Module, mesh) -> nn.Module:
+    for layer in model.get_base_model().layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("sample", SHARDED, ids=str)
+def test_sharded_adapters_in_files(sample, mesh, tmp_path):
+    """Saved from gathered tensors and loaded into shards; parts alone are refused before anything is written."""
+    source = randomize(adapt(LIBS[0], sample), sample)
+    full = {k: v.clone() for k, v in LIBS[0].get_peft_model_state_dict(source).items()}
+    model = sharded(adapt(LIBS[0], sample), mesh)
+    report = LIBS[0].set_peft_model_state_dict(model, full)
+    assert not report.missing_keys and not report.unexpected_keys
+    assert all(type(p).__name__ == "DTensor" for p in model.parameters())
+    with pytest.raises(LIBS[0].CheckpointError, match=r"is sharded.*state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    gathered = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    close_dicts(load_file(tmp_path / "adapter_model.safetensors"), full, 0)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as f:
+        assert not json.loads(f.metadata()["graft_base"]).get("sample"), "one process alone would wait for the others"
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    close(output(model.eval(), sample), output(source.eval(), sample))
+
 
 # diffusers: layers are found by their class, and told what to do one by one
 

@@ -20,6 +20,7 @@ from graft.core.merging import unmerged
 from graft.inject.inject import Parts, add_adapter
 from graft.inject.saved import ModulesToSaveWrapper, matches
 from graft.inject.survey import survey
+from graft.storage.sharded import spread_as
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
 
@@ -282,7 +283,7 @@ class Load:
         for entry, name in found:
             entry.assign(self.tensors[name])
         for name, target in base.items():
-            target.data.copy_(self.tensors[name])
+            target.data.copy_(spread_as(target, self.tensors[name]))
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         complete(parts, self.adapter, self.config)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import helpers
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from graft.core.layer import AdapterLayer
 from graft.model.functional import disable_input_dtype_casting
+from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize
 from tests.samples import each, first
 
@@ -60,6 +62,78 @@ def test_sharded_adapters_in_files(sample, mesh, tmp_path):
         assert not json.loads(f.metadata()["graft_base"]).get("sample"), "one process alone would wait for the others"
     model.load_adapter(tmp_path, "default", is_trainable=True)
     close(output(model.eval(), sample), output(source.eval(), sample))
+
+
+# accelerate: weights that are on the CPU or on disk, and on the meta device between calls
+
+OFFLOADS = {
+    "memory": lambda model, folder: cpu_offload(model, torch.device("cpu")),
+    "disk": lambda model, folder: disk_offload(model, folder, torch.device("cpu")),
+}
+OFFLOADED = [*each("plain", "mlp"), first("LORA", "mlp", "dora"), first("LORA", "mlp", "head"), first("LORA", "llama")]
+OFFLOADED += [first("LORA", "mlp", "pissa"), first("LORA", "conv1D")]
+
+
+def no_biases(model: nn.Module) -> nn.Module:
+    """Where the weight is folded in each call, the bias would have to be fetched, too."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
+    return model
+
+
+@pytest.mark.parametrize("sample", [s for s in OFFLOADED if "merge" not in s.unlike], ids=str)
+@pytest.mark.parametrize("kind", OFFLOADS)
+def test_adapters_on_an_offloaded_base(sample, kind, tmp_path):
+    """They live where the base computes. Merging works; what is on disk is left as it is."""
+
+    def base():
+        return no_biases(models.make(sample.model))
+
+    source = randomize(adapt(LIBS[0], sample, base=base()), sample).eval()
+    source.save_pretrained(tmp_path / "first")
+    expected = output(source, sample)
+    low = OFFLOADS[kind](base().eval(), tmp_path / "base")
+    model = LIBS[0].PeftModel.from_pretrained(low, tmp_path / "first")
+    stored = {f.name: f.read_bytes() for f in (tmp_path / "base").glob("*")}
+    assert not any(p.is_meta for n, p in model.named_parameters() if ".default." in n)
+    close(output(model, sample), expected)
+    model.merge_adapter()
+    close(output(model, sample), expected)
+    model.unmerge_adapter()
+    close(output(model, sample), expected)
+
+    model.save_pretrained(tmp_path / "again")
+    close_dicts(*(load_file(tmp_path / f / "adapter_model.safetensors") for f in ("first", "again")), 0)
+    if sample.name != "pissa":
+        model.load_adapter(tmp_path / "first", "second")
+        model.set_adapter("second")
+        close(output(model, sample), expected)
+        model.delete_adapter("second")
+    close(output(model.merge_and_unload(), sample), expected)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "base").glob("*")} == stored
+
+
+@pytest.mark.parametrize("sample", [first("LORA"), first("LORA", "mlp", "head")], ids=str)
+def test_a_fresh_adapter_on_an_offloaded_base(sample, tmp_path):
+    heads = {"head": nn.Linear(models.make("mlp").head.in_features, 7)} if sample.name == "head" else None
+    low = cpu_offload(models.make(sample.model), torch.device("cpu"))
+    model, plain = adapt(LIBS[0], sample, base=low, heads=heads), adapt(LIBS[0], sample, heads=heads)
+    close(output(randomize(model, sample).eval(), sample), output(randomize(plain, sample).eval(), sample))
+    output(model, sample).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_offloaded_with_its_adapters():
+    """Then these are somewhere else as well: running works, merging is refused."""
+    sample = first("LORA")
+    model = randomize(adapt(LIBS[0], sample), sample).eval()
+    expected = output(model, sample)
+    cpu_offload(model, torch.device("cpu"))
+    close(output(model, sample), expected)
+    with pytest.raises(NotImplementedError, match=r"layer 'lin0'.*on the meta device"):
+        model.merge_adapter()
+    assert not model.base_model.merged_adapters
 
 
 # diffusers: layers are found by their class, and told what to do one by one

@@ -49,6 +49,8 @@ def check(layer: AdapterLayer, names: Sequence[str], safe: bool) -> None:
         why = f"{method.__name__} has no merged form"
     elif not (method.replaces or (layer.store.reads and layer.store.writes)):
         why = f"{layer.store.name} weights cannot be rewritten"
+    elif layer.site.on_meta:
+        why = "its weight is on the meta device: not loaded, or offloaded after the adapter was added"
     if why is not None:
         raise NotImplementedError(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}': {why}. Keep them unmerged, or unload()."

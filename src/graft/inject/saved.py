@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
+from graft.storage import place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -35,11 +35,10 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add(self, adapter: str, module: nn.Module | None = None) -> None:
         """Give `adapter` its copy: of `module` if passed, else of the original."""
-        own = copy.deepcopy(self.original_module) if module is None else module
+        own = standalone(self.original_module) if module is None else module
         if module is not None:
-            p = next(self.original_module.parameters(), None)
-            if p is not None:
-                own.to(device=p.device, dtype=p.dtype)
+            device, dtype = place_of(self.original_module)
+            own.to(device=device, dtype=dtype)
             own.train(self.original_module.training)
         own.requires_grad_(False)
         self.modules_to_save[adapter] = own

@@ -4,19 +4,30 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from graft.core.site import Store
 from graft.core.table import TypeTable
 from graft.storage.dense import Dense
+from graft.storage.offloaded import Offloaded, offloading_hook, standalone
 from graft.storage.packed import is_packed
 
 DENSE: Store = Dense()
+OFFLOADED: Store = Offloaded()
 STORES: TypeTable[Store] = TypeTable({})
 
 
 def find_store(module) -> Store:
-    """The Store of a module's weight; dense unless a table row says otherwise."""
+    """The Store of a module's weight; dense unless a table row, or accelerate's hook, says otherwise."""
+    if "_hf_hook" in module.__dict__ and offloading_hook(module) is not None:
+        return OFFLOADED
     return STORES.find(type(module)) or DENSE
+
+
+def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where its first weight is, or is brought to for each call; and its dtype."""
+    first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
+    return find_store(first).where(first)
 
 
 def numel(p: Any) -> int:
@@ -27,4 +38,4 @@ def numel(p: Any) -> int:
     return n
 
 
-__all__ = ["DENSE", "STORES", "Dense", "find_store", "numel"]
+__all__ = ["DENSE", "STORES", "Dense", "find_store", "numel", "place_of", "standalone"]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from graft.compat.peft import shims
 from graft.core.layer import AdapterLayer
 from graft.model.functional import disable_input_dtype_casting
 from tests import models
@@ -211,3 +212,79 @@ def test_casting_of_inputs_is_put_back():
     assert [layer.cast_input_dtype_enabled for layer in layers] == [False] + [True] * (len(layers) - 1)
     with disable_input_dtype_casting(model, active=False):
         assert layers[1].cast_input_dtype_enabled
+
+
+# PEFT's own methods of layers, wrappers and tuners, which scripts call
+
+
+@pytest.mark.parametrize("sample", [s for s in each("plain", "mlp conv1D embedding conv2d")], ids=str)
+def test_facts_of_layers(sample):
+    """What containers there are, `r`, and the base weight, under PEFT's names."""
+    seen = []
+    for model in both(sample):
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
+        facts = {n: {"weight": m.get_base_weight(), "delta": set(m.adapter_layer_names)} for n, m in layers.items()}
+        for n, m in layers.items():
+            facts[n] |= {a: getattr(m, a) for a in ("r", "is_target_conv_1d_layer") if hasattr(m, a)}
+            m.set_requires_grad("default", False)
+            facts[n]["trains"] = [p.requires_grad for p in m.parameters()].count(True)
+            m.set_requires_grad(["default"])
+            facts[n]["trained"] = {k for k, p in m.named_parameters() if p.requires_grad}
+        seen.append(facts)
+    ours, theirs = seen
+    assert ours.keys() == theirs.keys()
+    for name, facts in theirs.items():
+        close(ours[name].pop("weight"), facts.pop("weight"), 0)
+        missing = facts.pop("delta") ^ ours[name].pop("delta")  # empty ones that only PEFT has
+        assert all("embedding" in n or n in ("hada_t1", "hada_t2", "oft_R") for n in missing), missing
+        assert {k: ours[name][k] for k in facts} == facts
+
+
+@pytest.mark.parametrize("sample", [first("LORA", "mlp", "head"), *each("tokens", "gpt2")], ids=str)
+def test_facts_of_wrappers(sample):
+    seen = []
+    for model in both(sample):
+        wrappers = {n: m for n, m in model.named_modules() if type(m).__name__.endswith("Wrapper")}
+        assert wrappers
+        for m in wrappers.values():
+            held = m.adapter_state_dict("default", m.state_dict())
+            m.set_requires_grad("default", False)
+            seen.append(({k: v.shape for k, v in held.items()}, m.merged_adapters, m.adapter_layer_names))
+            assert not any(p.requires_grad for p in m.parameters())
+    half = len(seen) // 2
+    assert [s[0] for s in seen[:half]] == [s[0] for s in seen[half:]]
+    assert all(isinstance(names, tuple) and merged == [] for _, merged, names in seen[:half])
+
+
+def test_injecting_through_the_tuner():
+    sample, outputs = first("LORA"), []
+    for model, lib in zip(both(sample), LIBS):
+        tuner = model.base_model
+        tuner.peft_config["new"] = sample.config(lib, r=2)
+        tuner.inject_adapter(tuner.model, "new")
+        model.set_adapter("new")
+        outputs.append(output(randomize(model, sample).eval(), sample))
+        assert tuner.get_model_config(tuner.model) == {"model_type": "custom"}
+        assert list(tuner.targeted_parameter_names) == []
+        assert set(tuner.target_module_mapping) >= {"llama", "t5"}
+    close(*outputs)
+    tuner = adapt(LIBS[0], sample).base_model
+    with pytest.raises(LIBS[0].AdapterNameError, match="'default' already exists"):
+        tuner.inject_adapter(tuner.model, "default")
+    with pytest.raises(LIBS[0].AdapterNotFoundError):
+        tuner.inject_adapter(tuner.model, "unknown")
+    with pytest.raises(ValueError, match="own model"):
+        tuner.inject_adapter(models.make("mlp"), "default")
+
+
+def test_small_functions():
+    model = adapt(LIBS[0], first("LORA"))
+    layer = next(m for m in model.modules() if isinstance(m, AdapterLayer))
+    assert shims.check_adapters_to_merge(layer) == ["default"]
+    assert shims.dequantize_module_weight(layer.base_layer) is layer.base_layer.weight
+    with shims.gather_params_ctx(layer.base_layer.parameters()), shims.gather_params_ctx(layer.base_layer.weight):
+        pass
+    prepare = adapt(LIBS[0], first("LORA", "llama")).base_model_prepare_inputs_for_generation
+    assert prepare.__name__ == "prepare_inputs_for_generation"
+    config = LIBS[0].AdaLoraConfig(target_modules=["fc1"], total_step=10)
+    assert LIBS[0].get_peft_model(models.make("mlp"), config, "mine").base_model.trainable_adapter_name == "mine"

@@ -504,6 +504,19 @@ class AdapterLayer(nn.Module):
     def other_param_names(self) -> tuple[str, ...]:
         return tuple(k for k in self.containers if k not in self.adapter_layer_names)
 
+    @property
+    def is_target_conv_1d_layer(self) -> bool:
+        """Whether the base layer is transformers' Conv1D."""
+        return self.site.type_name == "Conv1D"
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.require_grad(name, requires_grad)
+
+    def get_base_weight(self) -> Tensor:
+        """As the base layer stores it, dense."""
+        return self.store.read(self.get_base_layer(), self.site.parameter)
+
     def get_base_layer(self) -> nn.Module:
         base = self.base_layer
         while isinstance(base, AdapterLayer):

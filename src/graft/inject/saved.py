@@ -72,6 +72,10 @@ class ModulesToSaveWrapper(nn.Module):
         if adapter in self.modules_to_save:
             self.modules_to_save[adapter].requires_grad_(requires_grad)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.require_grad(name, requires_grad)
+
     def tensors(self, adapter: str) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
         for path, owner, attribute, tensor in tensors_of(self.modules_to_save, adapter):
             yield "modules_to_save", path, owner, attribute, tensor
@@ -83,6 +87,12 @@ class ModulesToSaveWrapper(nn.Module):
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
         return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in tensors_of(self.modules_to_save, adapter)}
+
+    def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds of an adapter, out of this module's state dict."""
+        return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
+
+    adapter_layer_names, other_param_names = ("modules_to_save",), ()
 
     @property
     def merged_adapters(self) -> list[str]:

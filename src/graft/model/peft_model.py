@@ -128,6 +128,15 @@ class PeftModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         return self.tuner.model
 
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """The base model's own, which is in its place: graft does not replace it."""
+        return self.get_base_model().prepare_inputs_for_generation
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: converting adapters to LoRA is not in graft yet."""
+        return False
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
         trainable = total = 0

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
+from graft.inject.targets import model_config
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.adapters import Adapters
@@ -112,6 +113,33 @@ class Tuner(Adapters, nn.Module):
         self.peft_config[adapter_name] = config
         self.reports[adapter_name] = report
         return report
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """`add_adapter` of a config that has been put into `peft_config` under that name, as PEFT's callers do."""
+        if model is not self.model:
+            raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
+        self.check_known([adapter_name])
+        if any(adapter_name in part.adapters for part in self.parts()):
+            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
+        config = self.peft_config.pop(adapter_name)
+        keys = None if state_dict is None else self._keys_in(state_dict, config)
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, keys=keys)
+
+    @property
+    def target_module_mapping(self) -> dict[str, Any]:
+        """Default target_modules by model_type."""
+        return self.method.targets
+
+    get_model_config = staticmethod(model_config)
+
+    targeted_parameter_names: tuple[str, ...] = ()  # parameters by themselves are not targets in graft yet
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)

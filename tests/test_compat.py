@@ -34,7 +34,7 @@ def run(code: str, *arguments: str, module: str | None = None) -> str:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -16,6 +16,7 @@ from torch import nn
 
 from graft.compat.peft.layers import AuxiliaryTrainingWrapper, layer_class
 from graft.compat.peft.names import MAPPINGS, MODULES, OF_METHODS, WHERE
+from graft.compat.peft.shims import LoKrLayer
 from graft.methods import METHODS, method_of
 from tests.pair import both
 from tests.samples import each
@@ -35,7 +36,7 @@ def run(code: str, *arguments: str, module: str | None = None) -> str:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -104,6 +105,14 @@ def test_layer_classes_only_tell_layers_apart():
         type(linear)("Mine", (linear,), {})
     with pytest.raises(AttributeError, match="would change nothing"):
         linear.forward = lambda self, x: x
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "LOHA"])
+def test_a_class_names_the_containers(peft_type):
+    """Which diffusers asks of these two, and of LoKr's, before it casts a model's layers."""
+    theirs = {"LORA": peft.tuners.lora.LoraLayer, "LOHA": peft.tuners.loha.layer.LoHaLayer}[peft_type]
+    assert layer_class(peft_type, theirs.__name__).adapter_layer_names == theirs.adapter_layer_names
+    assert LoKrLayer.adapter_layer_names == () and not isinstance(nn.Linear(1, 1), LoKrLayer)
 
 
 # the alias

@@ -62,7 +62,7 @@ def same(a, b):
 def test_activating_decides_who_runs_and_who_trains():
     model = adapted("a", "b")
     layer = model.base_model.layers["one"]
-    assert model.active_adapters == layer.active_adapters == ["a"] and layer.active_adapter == "a"
+    assert model.active_adapters == layer.active_adapters == layer.active_adapter == ["a"]
     model.set_adapter("b")
     assert all(p.requires_grad for p in layer.parameters_of("b"))
     assert not any(p.requires_grad for p in layer.parameters_of("a"))
@@ -460,8 +460,10 @@ def test_the_attributes_of_a_layer():
     assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
     assert (layer.in_features, layer.out_features) == (6, 8)
     assert layer.get_base_layer() is layer.base_layer and not layer.merged
-    assert set(layer.adapter_layer_names) == {"lora_dropout", "lora_A", "lora_B"}
-    assert {"r", "lora_alpha", "scaling"} <= set(layer.other_param_names)
+    assert layer.adapter_layer_names == tuple(
+        f"lora_{x}" for x in ("A", "B", "embedding_A", "embedding_B", "magnitude_vector")
+    )
+    assert {"r", "lora_alpha", "scaling", "lora_dropout"} <= set(layer.other_param_names)
     assert "lora" in repr(layer) and "active=['a']" in repr(layer)
 
 

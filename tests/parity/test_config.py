@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import MISSING, fields
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,24 @@ def test_files_of_configurations(sample, tmp_path):
 def test_to_dict(sample):
     ours, theirs = (plain(sample.config(lib)) for lib in LIBS)
     assert {k: ours[k] for k in theirs} == theirs  # graft may have fields of its own
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_from_its_own_dict(sample):
+    """Sets, enums and all: what a config says of itself makes an equal one."""
+    configs = [sample.config(lib) for lib in LIBS]
+    ours, theirs = (config.to_dict() for config in configs)
+    special = {k: type(v).__name__ for k, v in theirs.items() if isinstance(v, (set, Enum))}
+    assert special.items() <= {k: type(v).__name__ for k, v in ours.items()}.items()
+    for lib, config in zip(LIBS, configs):
+        assert type(config)(**config.to_dict()) == lib.get_peft_config(config.to_dict()) == config
+    assert "runtime_config" not in ours
+
+
+def test_a_dict_is_a_copy():
+    config = LIBS[0].LoraConfig(rank_pattern={"a": 2})
+    config.to_dict()["rank_pattern"]["b"] = 3
+    assert config.rank_pattern == {"a": 2}
 
 
 def plain(config):

@@ -32,6 +32,17 @@ def test_dtypes_and_values(sample, autocast):
     close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
 
 
+@pytest.mark.parametrize("sample", [s for s in HALF if s.method != "VERA"], ids=str)
+def test_without_a_peft_model(sample):
+    """Then it stays half precision: transformers' and diffusers' add_adapter inject so."""
+    seen = []
+    for lib in LIBS:
+        models.seed(1)
+        seen.append(lib.inject_adapter_in_model(sample.config(lib), low(sample)))
+    assert shapes(seen[0]) == shapes(seen[1])
+    close_dicts(*(dict(m.state_dict()) for m in seen), 0)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("sample", HALF, ids=str)
 def test_outputs(sample, autocast):

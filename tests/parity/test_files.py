@@ -64,6 +64,19 @@ def test_loaded_model_state(sample, is_trainable, tmp_path):
     assert {k: ours[k] for k in theirs} == theirs
 
 
+@pytest.mark.parametrize("sample", each("plain", "mlp") + each("head", "mlp") + each("tokens", "gpt2"), ids=str)
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_new_values_for_an_adapter_that_is_there(sample, is_trainable, tmp_path):
+    """What trains goes on to: Trainer loads the best checkpoint so, with the default `is_trainable`."""
+    randomize(adapt(LIBS[1], sample), sample).save_pretrained(tmp_path)
+    for lib in LIBS:
+        model = adapt(lib, sample).train()
+        before = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.load_adapter(tmp_path, "default", is_trainable=is_trainable)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+        assert model.training == is_trainable
+
+
 @pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
 def test_several_adapters_in_sub_folders(sample, tmp_path):
     for lib, name in zip(LIBS, ("ours", "theirs")):

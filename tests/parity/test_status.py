@@ -120,6 +120,33 @@ def test_properties(sample, name):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("sample", [first("LORA", "mlp", "head"), *each("tokens", "gpt2")], ids=str)
+def test_type_of_the_active_adapter(sample):
+    """A name on a PeftModel and on wrappers, a list on the tuner and on layers: others iterate over it."""
+    wrappers = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
+    seen = []
+    for model in both(sample):
+        parts = [m for m in model.modules() if type(m).__name__ in wrappers or hasattr(m, "base_layer")]
+        assert len(parts) > 2
+        bare = LIBS[len(seen)].inject_adapter_in_model(sample.config(LIBS[len(seen)]), models.make(sample.model), "z")
+        parts += [m for m in bare.modules() if hasattr(m, "base_layer")]
+        seen.append([model.active_adapter, model.base_model.active_adapter, *(m.active_adapter for m in parts)])
+    assert seen[0] == seen[1]
+
+
+def test_setting_the_active_adapter():
+    """PEFT only notes the name."""
+    model = adapt(LIBS[0], first("LORA"))
+    model.add_adapter("other", first("LORA").config(LIBS[0]))
+    model.active_adapter = "other"
+    assert model.active_adapter == "other" and model.base_model.active_adapters == ["other"]
+    model.base_model.active_adapter = ["default", "other"]
+    assert model.active_adapter == "default" and model.active_adapters == ["default", "other"]
+    model.delete_adapter("default")
+    model.delete_adapter("other")
+    assert model.active_adapter is None
+
+
 @pytest.mark.parametrize("sample", each(), ids=str)
 def test_structure(sample):
     """PeftModel, tuner, base model; attributes fall through to the base."""

@@ -110,6 +110,32 @@ def test_cannot_go_on_training(sample, tmp_path):
         assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("is_trainable", [True, False])
+@pytest.mark.parametrize("sample", [s for s in ONE_OF_EACH if s not in NETWORKS], ids=str)
+def test_new_values_for_a_prompt_that_trains(sample, is_trainable, tmp_path):
+    """Which is how Trainer resumes, and goes back to the best checkpoint."""
+    randomize(adapt(LIBS[1], sample)).save_pretrained(tmp_path / "first")
+    for lib in LIBS:
+        model = adapt(lib, sample)
+        before = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.load_adapter(tmp_path / "first", "default", is_trainable=is_trainable)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+        model.save_pretrained(tmp_path / lib.__name__)
+        close_dicts(load_file(tmp_path / lib.__name__ / WEIGHTS), load_file(tmp_path / "first" / WEIGHTS), 0)
+
+
+@pytest.mark.graft_only
+@pytest.mark.parametrize("sample", NETWORKS, ids=str)
+def test_the_network_of_a_prompt_that_trains(sample, tmp_path):
+    """It is in no file: who resumes is told."""
+    randomize(adapt(graft, sample)).save_pretrained(tmp_path)
+    for is_trainable in (True, False):
+        model = adapt(graft, sample)
+        result = outcome(lambda m=model, t=is_trainable: m.load_adapter(tmp_path, "default", is_trainable=t))
+        assert result.error is None and next(model.prompt_encoder["default"].parameters()).requires_grad
+        assert result.warned("does not fit it") == [graft.PeftWarning] * is_trainable
+
+
 @pytest.mark.parametrize("sample", SAMPLES + each("bert-seq", methods=EMBEDS), ids=str)
 def test_saved_again(sample, tmp_path):
     """What was loaded is saved as it came."""

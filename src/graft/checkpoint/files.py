@@ -17,6 +17,7 @@ from graft.config.atomic import write_all, write_text
 from graft.config.base import CONFIG_NAME
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError
+from graft.storage.sharded import is_sharded
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
@@ -41,6 +42,12 @@ class Loaded:
 
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
     """Write weights and config: both are new afterwards, or both are as they were."""
+    if spread := [k for k, t in tensors.items() if is_sharded(t)]:
+        raise CheckpointError(
+            f"'{spread[0]}' is sharded: each process holds a part of it. Gather the whole tensors on all processes (as "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict does) and pass them as save_pretrained(…, "
+            "state_dict=…)."
+        )
     os.makedirs(folder, exist_ok=True)
     name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safetensors else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 
 from graft.core.layer import AdapterLayer
+from graft.storage.sharded import is_sharded
 
 KEY = "graft_base"  # in the safetensors metadata
 MAX_NAMED = 1024  # beyond that many layers, only a digest of names and shapes is kept
@@ -27,11 +28,14 @@ def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> di
 
 
 def sample(layer: AdapterLayer) -> list[float] | None:
-    """Evenly spaced values; None where the weight is quantized, merged into, or not there."""
+    """Evenly spaced values; None where the weight is quantized, merged into, or not there.
+
+    Nor of a sharded one: asking for its values takes all processes, and one of them may be alone here.
+    """
     if not layer.store.exact or layer.merged_adapters or not layer.site.op.known:
         return None
     W = layer.store.read(layer.get_base_layer(), layer.site.parameter).detach()
-    if W.is_meta:
+    if W.is_meta or is_sharded(W):
         return None
     flat = W.reshape(-1)
     picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]

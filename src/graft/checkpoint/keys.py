@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts
 from graft.inject.tokens import TrainableTokensWrapper
+from graft.storage.sharded import spread_as
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class Entry:
 
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
+        value = spread_as(self.tensor, value)
         if not self.tensor.is_meta:
             with torch.no_grad():
                 self.tensor.copy_(value)
@@ -54,7 +56,7 @@ class PromptEntry(Entry):
     """What a prompt method computes, or one of its parameters: see `Prompt.stored`."""
 
     def assign(self, value: Tensor) -> None:
-        self.owner.restore(self.attribute, value)  # type: ignore[operator]
+        self.owner.restore(self.attribute, spread_as(self.tensor, value))  # type: ignore[operator]
 
 
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:

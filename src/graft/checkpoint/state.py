@@ -21,6 +21,8 @@ from graft.core.merging import unmerged
 from graft.inject.inject import Parts, add_adapter
 from graft.inject.saved import ModulesToSaveWrapper, matches
 from graft.inject.survey import survey, uncovered
+from graft.storage import standalone
+from graft.storage.sharded import spread_as
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
 
@@ -284,7 +286,7 @@ class Load:
         for entry, name in found:
             entry.assign(self.tensors[name])
         for name, target in base.items():
-            target.data.copy_(self.tensors[name])
+            target.data.copy_(spread_as(target, self.tensors[name]))
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         complete(parts, self.adapter, self.config)
@@ -380,7 +382,7 @@ def some(items: list[str], most: int = 8) -> str:
 
 def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
     """A copy of `module` whose parameters of those names have those shapes, uninitialised."""
-    made = copy.deepcopy(module)
+    made = standalone(module)
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
         owner = made.get_submodule(path)

@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from functools import cache
 from typing import Any, ClassVar
@@ -87,11 +87,12 @@ class PeftConfig:
     # dicts and files
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain data: sets as lists, enums as their values."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        """The fields, copied, sets and enums as they are; without `runtime_fields`. Made into a config again, equal."""
+        return {k: v for k, v in asdict(self).items() if k not in self.runtime_fields}
 
     def saved_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in self.to_dict().items() if k not in self.runtime_fields}
+        """The same as JSON can hold it: sets as lists, enums as their values."""
+        return {k: plain(v) for k, v in self.to_dict().items()}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: Any
@@ -194,8 +195,6 @@ def plain(value: Any) -> Any:
     """`value` as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
     if isinstance(value, (list, tuple)):

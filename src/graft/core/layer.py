@@ -51,6 +51,7 @@ class AdapterLayer(nn.Module):
     active_adapters: list[str]
     merged_adapters: list[str]
     disable_adapters: bool
+    cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
     _scaling_at_start: dict[str, float]
     _original: Any  # the base weight before an injection that is still under way
     _undo: list[tuple[str, Any, Any]]  # (kind, state of the weight, of the bias) of each merge
@@ -382,7 +383,7 @@ class AdapterLayer(nn.Module):
         out = W.dtype if self.op.takes_ids else x.dtype
         for m in live if self.order == "out" else reversed(live):
             W, b = m.fold(W.to(m.dtype), None if b is None else b.to(m.dtype))
-            x = m.cast(x)
+            x = x if self.op.takes_ids else x.to(m.dtype)
         return self.op.call(self.base_layer, x, W, b).to(out)
 
     def _run_call(self, rows: Rows | None, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -510,16 +511,32 @@ class AdapterLayer(nn.Module):
         return bool(self.merged_adapters)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+    def active_adapter(self) -> list[str]:
+        """A list here and on the tuner; on a PeftModel a name."""
+        return self.active_adapters
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        return tuple(self.holders)
+        """Containers of what trains, empty ones too; those that a variant of the method adds come last."""
+        names = dict.fromkeys((*self.method.layer_names, *(n for m in self.methods.values() for n in m.layer_names)))
+        return tuple(n for n in names if n in self._modules or n in self.__dict__)
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        return tuple(k for k in self.containers if k not in self.holders)
+        return tuple(k for k in self.containers if k not in self.adapter_layer_names)
+
+    @property
+    def is_target_conv_1d_layer(self) -> bool:
+        """Whether the base layer is transformers' Conv1D."""
+        return self.site.type_name == "Conv1D"
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.require_grad(name, requires_grad)
+
+    def get_base_weight(self) -> Tensor:
+        """As the base layer stores it, dense."""
+        return self.store.read(self.get_base_layer(), self.site.parameter)
 
     def get_base_layer(self) -> nn.Module:
         base = self.base_layer
@@ -547,7 +564,7 @@ class AdapterLayer(nn.Module):
 
 def delete_from(part: Any, adapter: str, new: list[str] | None = None) -> None:
     """Delete `adapter` from one layer or wrapper. If it was active, the others that were stay so; if there are none,
-    those in `new` become so, or the first that is left."""
+    those in `new` become so, or the first (by name) that is left."""
     was_active = adapter in part.active_adapters
     part.forget(adapter)
     if not was_active:
@@ -556,6 +573,6 @@ def delete_from(part: Any, adapter: str, new: list[str] | None = None) -> None:
     if new is not None:
         left = new
     elif not left and part.adapters:
-        left = part.adapters[:1]
+        left = sorted(part.adapters)[:1]
         warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
     part.set_adapter(left)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _CLASS_VAR = re.compile(r"(\w+\.)*ClassVar\b")
+_FACT = re.compile(r"(float|int|bool|str|list|dict)\b")
 
 
 def _reader(name: str) -> property:
@@ -59,7 +60,8 @@ class Method:
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 
-    # derived from the hooks a subclass overrides
+    # derived from what a subclass declares, and the hooks it overrides
+    layer_names: ClassVar[tuple[str, ...]] = ()  # containers of what trains
     additive: ClassVar[bool]  # y = base(x) + branch(x)
     mergeable: ClassVar[bool]
     folds: ClassVar[bool]  # the forward pass needs the dense weight
@@ -76,8 +78,13 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, annotation in inspect.get_annotations(cls).items():
-            if name not in vars(cls) and not _CLASS_VAR.match(str(annotation)):
-                setattr(cls, name, _reader(name))
+            if name in vars(cls) or _CLASS_VAR.match(str(annotation)):
+                continue
+            setattr(cls, name, _reader(name))
+            fact = _FACT.match(getattr(annotation, "__name__", str(annotation)))
+            if name.startswith(getattr(cls, "prefix", "")) and not fact and not name.endswith("dropout"):
+                cls.layer_names = (*cls.layer_names, name)
+        cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
 
         def has(*hooks: str) -> bool:
             return any(inspect.getattr_static(cls, hook) is not inspect.getattr_static(Method, hook) for hook in hooks)
@@ -286,4 +293,4 @@ class Method:
         return tensor.dtype
 
     def cast(self, x: Tensor) -> Tensor:
-        return x if self.layer.op.takes_ids else x.to(self.dtype)
+        return x if self.layer.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from graft.core.layer import AdapterLayer, delete_from
 from graft.core.params import tensors_of
 from graft.core.routing import Routing, Rows
 from graft.inject.tokens import TrainableTokensWrapper
+from graft.storage import place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -38,11 +38,10 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add(self, adapter: str, module: nn.Module | None = None) -> None:
         """Give `adapter` its copy: of `module` if passed, else of the original."""
-        own = copy.deepcopy(self.original_module) if module is None else module
+        own = standalone(self.original_module) if module is None else module
         if module is not None:
-            p = next(self.original_module.parameters(), None)
-            if p is not None:
-                own.to(device=p.device, dtype=p.dtype)
+            device, dtype = place_of(self.original_module)
+            own.to(device=device, dtype=dtype)
             own.train(self.original_module.training)
         own.requires_grad_(False)
         self.modules_to_save[adapter] = own
@@ -77,6 +76,10 @@ class ModulesToSaveWrapper(nn.Module):
         if adapter in self.modules_to_save:
             self.modules_to_save[adapter].requires_grad_(requires_grad)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.require_grad(name, requires_grad)
+
     def tensors(self, adapter: str) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
         for path, owner, attribute, tensor in tensors_of(self.modules_to_save, adapter):
             yield "modules_to_save", path, owner, attribute, tensor
@@ -88,6 +91,12 @@ class ModulesToSaveWrapper(nn.Module):
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
         return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in tensors_of(self.modules_to_save, adapter)}
+
+    def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds of an adapter, out of this module's state dict."""
+        return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
+
+    adapter_layer_names, other_param_names = ("modules_to_save",), ()
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -43,6 +43,16 @@ class TrainableTokensWrapper(nn.Module):
         name = "token_adapter.trainable_tokens_delta"
         return {} if adapter in self.tied else {name: f"{name}.{adapter}"}
 
+    def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds of an adapter, out of this module's state dict."""
+        return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
+
+    adapter_layer_names, other_param_names = ("token_adapter",), ()
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return self.token_adapter.merged_adapters
+
     @property
     def adapters(self) -> list[str]:
         return list(self.token_adapter.methods)
@@ -50,6 +60,10 @@ class TrainableTokensWrapper(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         return self.token_adapter.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
@@ -80,6 +94,10 @@ class TrainableTokensWrapper(nn.Module):
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         if adapter in self.token_adapter.methods:
             self.token_adapter.require_grad(adapter, requires_grad)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.require_grad(name, requires_grad)
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
         yield from self.token_adapter.parameters_of(adapter)

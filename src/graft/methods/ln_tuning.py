@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from graft.config.fields import Targeted
 from graft.config.targets import LN_TUNING
 from graft.core.method import Method
 from graft.core.site import Site
+from graft.storage import standalone
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,12 @@ class LNTuning(Method):
 
     @classmethod
     def build(cls, site: Site, cfg: LNTuningConfig, shared):
-        return dict(ln_tuning_layers=copy.deepcopy(site.module))
+        return dict(ln_tuning_layers=standalone(site.module))
+
+    @classmethod
+    def placeholders(cls, site: Site, cfg: LNTuningConfig, shared):
+        """Copies again: nothing is drawn."""
+        return cls.build(site, cfg, shared)
 
     def replacement(self) -> nn.Module:
         return self.ln_tuning_layers

@@ -90,6 +90,7 @@ class OFT(Method):
         size = n // fitting if cfg.r else fitting
         return {
             "oft_embedding_R" if site.op.takes_ids else "oft_R": Rotation(1 if cfg.block_share else n // size, size),
+            "r": n // size,  # as PEFT counts the blocks
             "block_size": size,
             "blocks": n // size,
             "eps": cfg.eps if cfg.coft else None,

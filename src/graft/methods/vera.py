@@ -90,6 +90,7 @@ class VeRA(Method):
     @classmethod
     def build(cls, site: Site, cfg: VeraConfig, shared):
         return shared | dict(
+            r=cfg.r,
             vera_lambda_b=nn.Parameter(torch.ones(site.out_features)),
             vera_lambda_d=nn.Parameter(torch.randn(cfg.r)),
             vera_dropout=nn.Dropout(cfg.vera_dropout) if cfg.vera_dropout > 0 else nn.Identity(),

@@ -225,8 +225,13 @@ class Adapters:
             self.on_change()
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+    def active_adapter(self) -> list[str]:
+        """Setting it is `set_adapter`."""
+        return self.active_adapters
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        self.set_adapter(names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.

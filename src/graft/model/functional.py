@@ -150,6 +150,23 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             layer.scaling.update(scaling)
 
 
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Give adapters their input as it is within the block, not in their own dtype (if `active`).
+
+    For adapters whose modules are cast by hooks when they run, as diffusers' layerwise casting does.
+    """
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)] if active else []
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.cast_input_dtype_enabled = enabled
+
+
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """Paths of the modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
     matcher = Matcher(tuner.peft_config[adapter_name])

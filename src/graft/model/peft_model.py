@@ -17,7 +17,7 @@ from graft.checkpoint import files, state
 from graft.checkpoint.state import LoadReport
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
-from graft.core.errors import AdapterNotFoundError, ConfigError, RoutingError, warn
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.routing import BASE, Rows, copies_of
 from graft.inject.survey import outer_modules
@@ -106,9 +106,13 @@ class PeftModel(nn.Module):
         return self.tuner.active_adapters
 
     @property
-    def active_adapter(self) -> str:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names  # type: ignore[return-value]
+    def active_adapter(self) -> str | None:
+        """The active adapter, the first where there are several. Setting it is `set_adapter`."""
+        return next(iter(self.active_adapters), None)
+
+    @active_adapter.setter
+    def active_adapter(self, name: str) -> None:
+        self.set_adapter(name)
 
     @property
     def active_peft_config(self) -> Any:
@@ -127,6 +131,15 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         return self.tuner.model
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """The base model's own, which is in its place: graft does not replace it."""
+        return self.get_base_model().prepare_inputs_for_generation
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: converting adapters to LoRA is not in graft yet."""
+        return False
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
@@ -472,8 +485,10 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter beside those there are, inactive. A name that is taken only gets the new values (a
-        warning says where its config is another one).
+        """Load a saved adapter beside those there are, inactive.
+
+        A name that is taken only gets the new values (a warning says where its config is another one), and what trains
+        goes on to, whatever `is_trainable` says.
 
         Returns:
             What was loaded, missing and left over.
@@ -486,11 +501,13 @@ class PeftModel(nn.Module):
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
         hub = hub_keywords(kwargs)
         config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-        _for_loading(config, is_trainable)
+        new = adapter_name not in self.peft_config
+        if new:
+            _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         ignore = kwargs.get("ignore_mismatched_sizes", False)
         load = state.Load(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
-        if adapter_name not in self.peft_config:
+        if new:
             self.add_adapter(
                 adapter_name,
                 config,
@@ -505,12 +522,27 @@ class PeftModel(nn.Module):
             )
         else:
             state.say_kept(adapter_name, load.path, self.peft_config[adapter_name], config)
-            load.fill(self.tuner.parts_of(adapter_name))
-        self._loaded(adapter_name, is_trainable)
+            self._fill(adapter_name, load, is_trainable)
+        self._loaded(adapter_name, is_trainable, new)
         return load.report
 
-    def _loaded(self, adapter_name: str, is_trainable: bool) -> None:
-        self.tuner.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+    def _fill(self, adapter_name: str, load: state.Load, is_trainable: bool) -> None:
+        """Put a checkpoint into an adapter that is there."""
+        parts = self.tuner.parts_of(adapter_name)
+        prompt: Any = parts.prompt or nn.Module()
+        before = len([*prompt.modules()])
+        load.fill(parts)
+        if is_trainable and len([*prompt.modules()]) < before:
+            warn(
+                f"Adapter '{adapter_name}' was a prompt computed by a network. The file holds the prompt and not the "
+                "network, so that training goes on with the prompt itself: an optimizer, or an optimizer's state, from "
+                "before does not fit it.",
+                PeftWarning,
+            )
+
+    def _loaded(self, adapter_name: str, is_trainable: bool, new: bool = True) -> None:
+        if new:
+            self.tuner.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
         if not is_trainable and self.training:  # else the adapter has come in the base's mode
             self.eval()
         self._heads_changed()

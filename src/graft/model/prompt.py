@@ -52,7 +52,7 @@ class Encoders(nn.ModuleDict):
         self[adapter] = prompt
         self.require_grad(adapter, False)
 
-    def delete_adapter(self, adapter: str) -> None:
+    def forget(self, adapter: str) -> None:
         del self[adapter], self._frozen[adapter]
         self.active_adapters = [name for name in self.active_adapters if name != adapter]
 

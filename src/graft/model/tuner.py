@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
+from graft.inject.targets import model_config
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.adapters import Adapters
@@ -28,7 +29,8 @@ from graft.model.adapters import Adapters
 class Tuner(Adapters, nn.Module):
     """Holds the user's model as `.model`; attributes that it does not have itself are the model's.
 
-    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`.
+    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`. By itself it leaves
+    adapters in the base's dtype, where a PeftModel has them trained in float32.
     """
 
     method: type[Method]
@@ -41,7 +43,7 @@ class Tuner(Adapters, nn.Module):
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-        autocast_adapter_dtype: bool = True,
+        autocast_adapter_dtype: bool = False,
         **options: Any,
     ):
         super().__init__()
@@ -110,6 +112,33 @@ class Tuner(Adapters, nn.Module):
         self.peft_config[adapter_name] = config
         self.reports[adapter_name] = report
         return report
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """`add_adapter` of a config that has been put into `peft_config` under that name, as PEFT's callers do."""
+        if model is not self.model:
+            raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
+        self.check_known([adapter_name])
+        if any(adapter_name in part.adapters for part in self.parts()):
+            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
+        config = self.peft_config.pop(adapter_name)
+        keys = None if state_dict is None else self._keys_in(state_dict, config)
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, keys=keys)
+
+    @property
+    def target_module_mapping(self) -> dict[str, Any]:
+        """Default target_modules by model_type."""
+        return self.method.targets
+
+    get_model_config = staticmethod(model_config)
+
+    targeted_parameter_names: tuple[str, ...] = ()  # parameters by themselves are not targets in graft yet
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)
@@ -305,7 +334,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Inject an adapter and return the same model, unwrapped: keys have no `base_model.model.` prefix.
 
-    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets.
+    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets. Adapters
+    have the base's dtype, half precision too: only a PeftModel widens it.
 
     Raises:
         ValueError: the method needs a wrapper (it shares tensors between layers), or the config and the state dict

@@ -4,10 +4,12 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from graft.core.site import Store
 from graft.core.table import TypeTable
 from graft.storage.dense import Dense
+from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
 
 DENSE: Store = Dense()
@@ -19,6 +21,12 @@ def find_store(module) -> Store:
     return STORES.find(type(module)) or DENSE
 
 
+def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where its first weight is, or is brought to for each call; and its dtype."""
+    first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
+    return find_store(first).where(first)
+
+
 def numel(p: Any) -> int:
     """How many numbers a parameter holds: packed 4-bit weights two in a byte, DeepSpeed's shards those of the whole."""
     n = p.numel() or getattr(p, "ds_numel", 0)
@@ -27,4 +35,4 @@ def numel(p: Any) -> int:
     return n
 
 
-__all__ = ["DENSE", "STORES", "Dense", "find_store", "numel"]
+__all__ = ["DENSE", "STORES", "Dense", "find_store", "numel", "place_of", "standalone"]

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def hooks_of(m: nn.Module) -> list[Any]:
@@ -58,3 +59,26 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
 def _stored(m: nn.Module, hook: Any) -> list[str]:
     """Names of the buffers that are put away as well."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
+
+
+def standalone(module: nn.Module) -> nn.Module:
+    """A copy with its tensors in place, which accelerate brings nothing to."""
+    old = list(module.modules())
+    if not any(map(hooks_of, old)):
+        return copy.deepcopy(module)
+    made = copy.deepcopy(module, {id(m.__dict__.get("_hf_hook")): None for m in old})
+    for source, m in zip(old, made.modules()):
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            m.__dict__.pop(name, None)
+        for hook in hooks_of(source):
+            for name, p in m._parameters.items():
+                if p is not None and p.is_meta:
+                    m._parameters[name] = nn.Parameter(_brought(hook, name), p.requires_grad)
+            for name, b in m._buffers.items():
+                if b is not None and b.is_meta:
+                    m._buffers[name] = _brought(hook, name)
+    return made
+
+
+def _brought(hook: Any, name: str) -> Tensor:
+    return hook.weights_map[name].to(hook.execution_device, copy=True)  # type: ignore[no-any-return]

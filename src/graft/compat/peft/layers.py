@@ -86,7 +86,9 @@ def layer_class(peft_type: str, name: str) -> type | None:
         if kind not in KINDS:
             return None
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
-    return _LayerType(name, bases, {"method": method_of(peft_type), "kind": kind, "__module__": __name__})
+    method = method_of(peft_type)
+    facts = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names, "__module__": __name__}
+    return _LayerType(name, bases, facts)
 
 
 class AuxiliaryTrainingWrapper(ABC):  # noqa: B024

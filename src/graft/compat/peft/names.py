@@ -10,31 +10,36 @@ HELD: dict[str, str] = {
     "graft.core.layer": "BaseTunerLayer=AdapterLayer",
     "graft.core.params": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
+    "graft.core.prompt": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
     "graft.checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     "graft.checkpoint.hotswap": "check_hotswap_configs_compatible=check_compatible",
+    "graft.merge.algorithms": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "
+    "task_arithmetic=linear ties",
     "graft.inject.match": "_find_minimal_target_modules=minimal_names",
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
     "graft.inject.tokens": "TrainableTokensWrapper",
     "graft.model.auto": "_BaseAutoPeftModel=AutoPeftModel",
-    "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter inspect_matched_modules "
-    "rescale_adapter_scale set_adapter set_requires_grad",
+    "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter disable_input_dtype_casting "
+    "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad",
     "graft.model.signature": "update_forward_signature update_generate_signature update_signature",
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
     "graft.model.tuner": "BaseTuner=Tuner",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
     "graft.train.kbit": "prepare_model_for_kbit_training",
+    "graft.train.optimizers": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer "
+    "create_riemannian_optimizer",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
-    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
-    "PeftMixedModel TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
+    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer "
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
-    "check_target_module_exists get_pattern_key id_tensor_storage init_empty_weights match_target_against_key "
-    "transpose",
+    "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
+    "id_tensor_storage init_empty_weights match_target_against_key transpose",
 }
 WHERE: dict[str, tuple[str, str]] = {
     (pair := item.partition("="))[0]: (module, pair[2] or pair[0])
@@ -82,21 +87,30 @@ MODULES: dict[str, str] = {
     "config": "CONFIG_NAME PeftConfig PeftConfigMixin PeftType PromptLearningConfig TaskType",
     "functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
     "set_peft_model_state_dict set_requires_grad",
-    "helpers": "PeftConfig PeftModel check_if_peft_model rescale_adapter_scale update_forward_signature "
-    "update_generate_signature update_signature",
+    "helpers": "PeftConfig PeftModel check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
+    "update_forward_signature update_generate_signature update_signature",
     "import_utils": "",  # derived from the name asked for: see shims.import_check
     "mapping": f"{_MAPPINGS} PEFT_TYPE_TO_MIXED_MODEL_MAPPING get_peft_config inject_adapter_in_model",
     "mapping_func": f"{_PREFIXES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model",
     "mixed_model": "PeftConfig PeftMixedModel",
+    "optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
+    "optimizers.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
+    "optimizers.loraplus": "create_loraplus_optimizer",
+    "optimizers.riemannian": "create_riemannian_optimizer",
     "peft_model": f"{_TASKS} {_MAPPINGS} {_WEIGHTS} PeftConfig PeftType TaskType BaseTuner "
     "BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper TunerLayerStatus TunerModelStatus "
     "DUMMY_MODEL_CONFIG get_layer_status get_model_status get_peft_model_state_dict id_tensor_storage infer_device "
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
-    "tuners": "LoraRuntimeConfig " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
+    "tuners": "LoraRuntimeConfig MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit "
+    + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
-    "tuners.tuners_utils": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer PeftConfig "
+    "tuners.lokr": "LoKrLayer",
+    "tuners.lokr.layer": "LoKrLayer",
+    "tuners.tuners_utils": "AuxiliaryTrainingWrapper BasePromptEncoder BaseTuner BaseTunerLayer BufferDict PeftConfig "
+    "NoMatchingPeftModuleError PeftType PeftWarning TaskType check_adapters_to_merge init_empty_weights "
+    "match_target_against_key "
     "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES "
     f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "
     "_maybe_include_all_linear_layers cast_adapter_dtype check_target_module_exists delete_adapter "
@@ -109,7 +123,8 @@ MODULES: dict[str, str] = {
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap",
-    "utils.integrations": "init_empty_weights",
+    "utils.integrations": "dequantize_module_weight gather_params_ctx init_empty_weights",
+    "utils.merge_utils": "dare_linear dare_ties magnitude_based_pruning magnitude_prune task_arithmetic ties",
     "utils.other": f"{_FILES} {_DISCOVERY} {_TARGETS} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
     "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "
     "id_tensor_storage match_target_against_key",

@@ -6,19 +6,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graft.core.merging import not_merged
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, all_linear
 from graft.inject.tied import tied_to_embedding
 from graft.methods.trainable_tokens import input_embedding
+from graft.storage import find_store
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
@@ -39,6 +41,12 @@ class _Absent(type):
 
 class PeftMixedModel(metaclass=_Absent):
     """Nothing is one: adapters of several methods on one model are not in graft yet."""
+
+
+class LoKrLayer(metaclass=_Absent):
+    """No layer is one. diffusers asks it for its containers before it casts a model's layers."""
+
+    adapter_layer_names: tuple[str, ...] = ()
 
 
 # targets
@@ -64,6 +72,11 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         peft_config.target_modules = all_linear(peft_config, model, survey(model).modules)
     return peft_config
+
+
+def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """Those of `adapter_names` (None: the active ones) that are not merged into a layer yet."""
+    return not_merged(module, adapter_names)
 
 
 # a model's modules
@@ -95,6 +108,24 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     """What two tensors on the same memory have in common: (device, address, bytes)."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer, dense, whatever holds it."""
+    return find_store(module).read(module, "weight")
+
+
+@contextmanager
+def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
+    """Within the block, what DeepSpeed's ZeRO-3 has partitioned is whole; other parameters are so anyway."""
+    params = [param] if isinstance(param, Tensor) else list(param)
+    if any(hasattr(p, "ds_id") for p in params):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(params, modifier_rank=modifier_rank, fwd_module=fwd_module):
+            yield
+    else:
+        yield
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager:

@@ -14,7 +14,7 @@ from graft.core.params import Transient
 from graft.core.site import Site
 from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.kernels.worth import share_dropped
-from graft.methods.adalora.allocator import orthogonal_loss, update_and_allocate, warn_if_forgotten
+from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate, warn_if_forgotten
 from graft.methods.adalora.config import AdaLoraConfig
 
 
@@ -23,7 +23,10 @@ class AdaLoRA(Method):
     prefix = "lora_"
     targets = ADALORA
     single_trainable = True
-    tuner_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
+    tuner_methods: ClassVar[dict[str, Any]] = {
+        "update_and_allocate": update_and_allocate,
+        "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
+    }
 
     lora_A: nn.Parameter  # (r, fan_in), right singular vectors
     lora_B: nn.Parameter  # (out, r), left singular vectors

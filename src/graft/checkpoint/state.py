@@ -271,7 +271,12 @@ class Load:
             name = find(entry, names)
             if name is None:
                 self.report.missing_keys.append(entry.file)
-            elif self.tensors[name].shape != entry.tensor.shape:
+                continue
+            if self.tensors[name].shape != entry.tensor.shape and entry.layer is not None:
+                self.tensors[name] = entry.layer.method.imported(
+                    entry.layer, entry.container, entry.tensor, self.tensors[name], self.config
+                )
+            if self.tensors[name].shape != entry.tensor.shape:
                 mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
             else:
                 found.append((entry, name))

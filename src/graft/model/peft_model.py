@@ -503,6 +503,8 @@ class PeftModel(nn.Module):
             )
         else:
             load.fill(self.tuner.parts_of(adapter_name))
+            for name in config.results:
+                setattr(self.peft_config[adapter_name], name, getattr(config, name))
         self._loaded(adapter_name, is_trainable)
         return load.report
 

@@ -556,7 +556,7 @@ def test_tasks(call, task_ids):
     given = None if task_ids is None else torch.tensor(task_ids)
     words = ["task_ids"]
     if task_ids is None:
-        words += ["cannot be None"]
+        words += ["cannot be None", "remove_unused_columns=False"]
     elif len(task_ids) != 3:
         words += [f"{len(task_ids)} numbers", "3 samples"]
     else:
@@ -619,6 +619,14 @@ def test_no_input_and_twice_the_input(sample):
         calls(model, inputs, input_ids=None, attention_mask=None)["forward"]()
     with refused(model, ValueError, "input_ids", "inputs_embeds", inputs=inputs):
         calls(model, inputs, inputs_embeds=embeds)["forward"]()
+
+
+@each(FIRSTS)
+def test_an_input_without_a_batch(sample):
+    model, inputs = ready(sample), inputs_of(sample)
+    tasks = {"task_ids": torch.tensor(0)} if "task_ids" in inputs else {}
+    with refused(model, ValueError, "(batch, tokens)", "(7,)", "input_ids[None]", inputs=inputs):
+        model(input_ids=inputs["input_ids"][0], **tasks)
 
 
 @pytest.mark.parametrize("name, shape", [("labels", (3, 6)), ("labels", (2, 7)), ("input_type_mask", (3, 8))])

@@ -158,6 +158,13 @@ def test_models_that_keep_a_state(name, method):
     refused(base, f"{name}Model keeps a state", method, "LORA", method=method)
 
 
+def test_an_encoder_of_sound():
+    settings = dict(coded, num_mel_bins=8, max_source_positions=16, max_target_positions=16)
+    base = base_of("WhisperConfig", "WhisperForConditionalGeneration", **settings)
+    words = ("WhisperEncoder", "inputs_embeds", "its input is input_features", "LORA")
+    refused(base, *words, task="SEQ_2_SEQ_LM")
+
+
 # embeddings
 
 

@@ -162,7 +162,10 @@ class Stack:
                 raise ConfigError(f"num_layers={cfg.num_layers}, but {name} has {len(self.layers)}: pass them all.")
             return
         if "inputs_embeds" not in self.names or self.width is None:
-            raise ConfigError(f"{name} takes no inputs_embeds, which {kind} needs: it is no model of transformers.")
+            raise ConfigError(
+                f"{name} takes no inputs_embeds, embeddings of words, which {kind} needs: its input is "
+                f"{self.names[0] if self.names else 'nothing'}. Methods that act on layers, such as LORA, can be used."
+            )
         if cfg.token_dim != self.width:
             raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {self.width} numbers.")
 
@@ -222,6 +225,8 @@ class Stack:
             return  # the module will say what is missing
         if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
             raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
+        if first.dim() < 2:
+            raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}: pass input_ids[None].")
         batch, new = first.shape[:2]
         cache = given.get(self.cache_name) if self.cache_name else None
         seen = length(cache)

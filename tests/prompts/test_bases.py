@@ -225,6 +225,58 @@ def test_tuples_of_a_head_on_the_last_token(name):
     close(model(input_ids=ids(), return_dict=False)[0], model(input_ids=ids()).logits)
 
 
+TAGGERS = {
+    "XLMRobertaXL": dict(encoder, pad_token_id=0),
+    "Yoso": encoder,
+    "BioGpt": dict(plain, intermediate_size=36),
+    "Bert": encoder,
+}
+
+
+@pytest.mark.parametrize("name", TAGGERS)
+def test_losses_that_leave_out_what_the_mask_does(name):
+    base = base_of(f"{name}Config", f"{name}ForTokenClassification", num_labels=3, **TAGGERS[name])
+    model = with_prompt(base, task="TOKEN_CLS")
+    given = {"input_ids": ids(), "attention_mask": (torch.arange(6)[None] < torch.tensor([[6], [4], [5]])).long()}
+    labels = (ids() % 3).masked_fill(given["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        out = model(**given, labels=labels)
+        close(out.logits, model(**given).logits)
+        with pytest.raises(ValueError, match="attention_mask has 10 columns for 6 tokens"):
+            model(input_ids=ids(), attention_mask=torch.ones(3, 10))
+    close(out.loss, torch.nn.functional.cross_entropy(out.logits[:, P:].flatten(0, 1), labels.flatten()))
+
+
+@torch.no_grad()
+def test_local_attention_with_a_head_that_looks_far():
+    """Longformer: the prompt sees all of the input, as its first token does, whose place it takes."""
+    base = base_of(
+        "LongformerConfig", "LongformerForSequenceClassification", num_labels=3, attention_window=4, **encoder
+    )
+    model, x = with_prompt(base, task="SEQ_CLS"), ids(2, 24)
+    other = x.clone()
+    other[:, -1] = (x[:, -1] + 5) % 30 + 3
+    assert (model(input_ids=x).logits - model(input_ids=other).logits).abs().max() > 1e-3
+
+
+def test_a_head_that_counts_the_tokens():
+    settings = dict(encoder, attention_type="original_full")
+    base = base_of("BigBirdConfig", "BigBirdForQuestionAnswering", **settings)
+    refused(base, "BigBirdForQuestionAnswering", "PREFIX_TUNING", "LORA", task="QUESTION_ANS")
+    model = with_prompt(base, "PREFIX_TUNING", "QUESTION_ANS")
+    x = ids()
+    x[:, 2] = base.config.sep_token_id % VOCAB
+    assert model(input_ids=x).start_logits.shape == (3, 6)
+
+
+def test_an_order_of_its_own():
+    base = base_of("XLNetConfig", "XLNetLMHeadModel", d_model=32, n_layer=2, n_head=4, d_inner=36, **own)
+    model = with_prompt(base)
+    assert model(input_ids=ids()).logits.shape[1] == 6 + P
+    with pytest.raises(ValueError, match=r"perm_mask has no place .* XLNetModel cannot generate with a prompt"):
+        model.generate(ids(), max_new_tokens=2)
+
+
 # images
 
 

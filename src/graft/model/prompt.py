@@ -30,6 +30,7 @@ from graft.model.stack import CACHES, OLD_CACHE, Stack, stacks_of
 
 PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
 PLACE = "prompt_encoder"
+COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
 INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
@@ -189,6 +190,11 @@ class Prompts(Adapters):
         cfg.fit(getattr(self.model, "config", None), main.width)
         for stack in self._entered(cfg):
             stack.check(cfg)
+        if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
+            raise ConfigError(
+                f"{type(self.model).__name__} masks its logits by the tokens of the input, among which a prompt of "
+                "embeddings is not: use PREFIX_TUNING, or a method that acts on layers, such as LORA."
+            )
         if cfg.task_type == "CAUSAL_LM" and not hasattr(self.model, "prepare_inputs_for_generation"):
             raise ConfigError(
                 f"task_type=CAUSAL_LM needs a model that generates text, and {type(self.model).__name__} does not: use "
@@ -230,9 +236,9 @@ class Prompts(Adapters):
             raise RoutingError(
                 "adapter_names cannot be used with prompt methods: call set_adapter() for each prompt in turn."
             )
-        finish, value = self._ready(kwargs, arguments)
         outer = [stack.begin() for stack in self.stacks.values()]
         try:
+            finish, value = self._ready(kwargs, arguments)
             if value is not None:
                 self._insert(self.active[0], value)  # type: ignore[index]
             yield finish
@@ -280,6 +286,11 @@ class Prompts(Adapters):
             if cfg.task_type == "SEQ_2_SEQ_LM":
                 self._decoder_inputs(labels, kwargs)
             kwargs["labels"] = nn.functional.pad(labels, (cfg.num_virtual_tokens, 0), value=IGNORED_LABEL)
+            mask = kwargs.get("attention_mask")
+            if cfg.task_type == "TOKEN_CLS" and isinstance(mask, Tensor) and mask.shape == labels.shape:
+                # some losses leave out what it masks
+                kwargs["attention_mask"] = nn.functional.pad(mask, (cfg.num_virtual_tokens, 0), value=1)
+                self.stacks["main"].now.covered = True
         return lambda output: output
 
     def _decoder_inputs(self, labels: Tensor, kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,9 @@ from graft.model.checkpointing import Replays
 from graft.model.kv_prefix import is_static, length, per_row
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
-KINDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")  # 0 for the prompt's tokens
+# what says of each token of the input what it is, and what the prompt's tokens are
+KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
+ORDERS = ("perm_mask", "target_mapping")  # XLNet's, of which prompts know nothing
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # of models that read images as well, or of OPT's kind
 
 
@@ -41,6 +43,7 @@ class Call:
     keys: Tensor | None = None
     as_pairs: Callable[[Tensor], Any] | None = None
     encoded: int = 0  # tokens of a prompt that the encoder's output has in front
+    covered: bool = False  # the attention mask has columns for the prompt already
     strips: bool = False  # the prompt's tokens are taken out of the output again
     visited: bool = False
     entered: bool = False
@@ -227,6 +230,12 @@ class Stack:
             raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
         if first.dim() < 2:
             raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}: pass input_ids[None].")
+        order = next((name for name in ORDERS if given.get(name) is not None), None)
+        if order is not None:
+            raise ValueError(
+                f"{order} has no place for the prompt's tokens: {type(self.module).__name__} cannot generate with a "
+                "prompt, which forward() can be used with."
+            )
         batch, new = first.shape[:2]
         cache = given.get(self.cache_name) if self.cache_name else None
         seen = length(cache)
@@ -261,9 +270,9 @@ class Stack:
         assert self.now.embeddings is not None
         prompt = per_row(self.now.embeddings, batch).to(device=embeds.device, dtype=embeds.dtype)
         given["inputs_embeds"], given["input_ids"] = torch.cat([prompt, embeds], dim=1), None
-        for name in KINDS:
+        for name, kind in KINDS.items():
             if given.get(name) is not None:
-                given[name] = nn.functional.pad(given[name], (self.now.tokens, 0))
+                given[name] = nn.functional.pad(given[name], (self.now.tokens, 0), value=kind)
 
     def _put_per_layer(self, given: dict[str, Any], batch: int) -> None:
         """Gemma 3n and 4 give each layer embeddings of the ids: the prompt gets those of padding, as images do."""
@@ -341,6 +350,8 @@ class Stack:
         """
         tokens = total - self.now.tokens
         if isinstance(mask, Tensor) and mask.dim() == 2:
+            if self.now.covered and mask.shape[1] == total:
+                return mask
             if mask.shape[1] != tokens:
                 raise ValueError(
                     f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's "

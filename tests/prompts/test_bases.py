@@ -251,7 +251,11 @@ def test_losses_that_leave_out_what_the_mask_does(name):
 def test_local_attention_with_a_head_that_looks_far():
     """Longformer: the prompt sees all of the input, as its first token does, whose place it takes."""
     base = base_of(
-        "LongformerConfig", "LongformerForSequenceClassification", num_labels=3, attention_window=4, **encoder
+        "LongformerConfig",
+        "LongformerForSequenceClassification",
+        num_labels=3,
+        attention_window=4,
+        **{**encoder, "num_hidden_layers": 1},
     )
     model, x = with_prompt(base, task="SEQ_CLS"), ids(2, 24)
     other = x.clone()

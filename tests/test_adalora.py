@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from types import SimpleNamespace
 
 import peft
@@ -17,6 +18,7 @@ from torch import nn
 import graft
 from graft.methods.adalora.allocator import Allocator, budget
 from graft.train import adalora_callback, allocate_on_step
+from tests.test_compat import run
 
 STEPS = 12
 CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)
@@ -176,6 +178,57 @@ def test_the_callback_allocates_in_transformers_trainer(tmp_path):
     assert sum(map(sum, masks.values())) == len(masks) * adalora.target_r
 
 
+def test_trainer_resumes_and_loads_the_best_once_pruning_has_begun(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch
+            from peft import AdaLoraConfig, PeftModel, get_peft_model
+            from transformers import Trainer, TrainingArguments
+            from graft.train import adalora_callback
+            from tests import models
+
+            row = {k: v[0] for k, v in models.inputs("bert-seq").items()}
+            data = [{**row, "labels": i % 2} for i in range(16)]
+
+            def trainer(**more):
+                config = AdaLoraConfig(
+                    task_type="SEQ_CLS", init_r=4, target_r=1, total_step=8, tinit=1, tfinal=2, target_modules=["query"]
+                )
+                model = get_peft_model(models.make("bert-seq"), config)
+                arguments = TrainingArguments(
+                    sys.argv[1], max_steps=8, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
+                    use_cpu=True, save_steps=4, learning_rate=1e-2, **more,
+                )
+                callbacks = [adalora_callback(model)]
+                return model, Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+
+            def logits(model):
+                return model.eval()(input_ids=row["input_ids"][None]).logits
+
+            for larger in (True, False):  # one of the two is the first checkpoint
+                model, first = trainer(
+                    eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+                    metric_for_best_model="eval_loss", greater_is_better=larger,
+                )
+                first.train()
+                best = PeftModel.from_pretrained(models.make("bert-seq"), first.state.best_model_checkpoint)
+                assert torch.allclose(logits(model), logits(best), atol=1e-6)
+                model.save_pretrained(f"{sys.argv[1]}/again")
+                again = PeftModel.from_pretrained(models.make("bert-seq"), f"{sys.argv[1]}/again")
+                assert torch.allclose(logits(again), logits(best), atol=1e-6)
+
+            model, second = trainer()
+            second.train(resume_from_checkpoint=f"{sys.argv[1]}/checkpoint-4")
+            masks = model.peft_config["default"].rank_pattern
+            assert sum(map(sum, masks.values())) <= len(masks) and all(len(mask) == 4 for mask in masks.values())
+            """
+        )
+    )
+    run("", str(script), str(tmp_path / "run"), module="graft.compat.peft")
+
+
 def test_only_one_adapter_trains():
     model = adapted(graft)
     before = copy.deepcopy(model.state_dict())
@@ -194,9 +247,130 @@ def test_only_one_adapter_trains():
         (dict(orth_reg_weight=-0.5), "but the value passed is -0.5"),
         (dict(use_dora=True), "ADALORA does not support DoRA"),
         (dict(beta1=1.0), "`beta1` must be between 0 and 1"),
+        (dict(init_r=0), "`init_r` must be at least 1, got 0"),
+        (dict(target_r=0), "`target_r` must be at least 1, got 0"),
+        (dict(tinit=-1), "`tinit` must be at least 0, got -1"),
+        (dict(tfinal=-2), "`tfinal` must be at least 0, got -2"),
+        (dict(deltaT=0), "`deltaT` must be at least 1, got 0"),
     ],
     ids=str,
 )
 def test_impossible_settings_are_refused(changes, text):
     with pytest.raises(ValueError, match=text):
         graft.AdaLoraConfig(**{**CONFIG, **changes})
+
+
+def test_a_target_above_the_start_is_said():
+    with pytest.warns(UserWarning, match="target_r=8 is more than init_r=5, the rank at the start: nothing will be"):
+        graft.AdaLoraConfig(**{**CONFIG, "target_r": 8})
+
+
+def test_allocating_without_gradients_is_refused():
+    model = adapted(graft)
+    with pytest.raises(ValueError, match=r"AdaLoRA adapter 'default' has no gradients.*before zero_grad\(\)"):
+        model.base_model.update_and_allocate(0)
+
+
+def test_a_layer_that_never_got_a_gradient_is_pruned_first():
+    model = adapted(graft, target_modules=["a", "b", "c"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for i in range(STEPS):
+        x, y = (d[i] for d in data())
+        model(x, labels=y).logits.square().mean().backward()  # without the regularisation
+        for p in model.base_model.model.b.parameters():
+            p.grad = None  # as of an expert that got no token
+        optimizer.step()
+        model.base_model.update_and_allocate(i)
+        optimizer.zero_grad()
+    kept = model.peft_config["default"].rank_pattern
+    assert not any(kept["b.lora_E.default"]) and any(kept["a.lora_E.default"])
+
+
+def loaded_and_trainable(tmp_path):
+    model, _ = trained(graft)
+    model.save_pretrained(tmp_path / "first")
+    return model, graft.PeftModel.from_pretrained(base(), tmp_path / "first", is_trainable=True)
+
+
+def test_a_pruned_adapter_can_be_loaded_saved_and_loaded(tmp_path):
+    model, loaded = loaded_and_trainable(tmp_path)
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("first", "second"))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    x = data()[0][0]
+    for lib in (graft, peft):
+        torch.testing.assert_close(
+            lib.PeftModel.from_pretrained(base(), tmp_path / "second")(x).logits, model(x).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_a_pruned_adapter_trains_on_after_loading(tmp_path):
+    _, loaded = loaded_and_trainable(tmp_path)
+    loaded.train()
+    optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2)
+    for i, (x, y) in enumerate(zip(*data())):
+        loaded(x, labels=y).loss.backward()
+        optimizer.step()
+        loaded.base_model.update_and_allocate(i + CONFIG["total_step"] - CONFIG["tfinal"])  # from the last one on
+        optimizer.zero_grad()
+    loaded.save_pretrained(tmp_path / "third")
+    x = data()[0][0]
+    again = graft.PeftModel.from_pretrained(base(), tmp_path / "third")
+    torch.testing.assert_close(again(x).logits, loaded.eval()(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pruned_checkpoint_goes_into_an_adapter_that_is_not_pruned_and_back(tmp_path):
+    pruned, _ = trained(graft)
+    pruned.save_pretrained(tmp_path / "pruned")
+    fresh = adapted(graft)
+    fresh.save_pretrained(tmp_path / "fresh")
+    parameters = dict(fresh.named_parameters())
+    x = data()[0][0]
+    for where, source in (("pruned", pruned), ("fresh", adapted(graft)), ("pruned", pruned)):
+        fresh.load_adapter(tmp_path / where, "default", is_trainable=True)
+        assert all(parameters[n] is p for n, p in fresh.named_parameters())  # an optimizer may hold them
+        torch.testing.assert_close(fresh(x).logits, source(x).logits, atol=1e-5, rtol=1e-5)
+        fresh.save_pretrained(tmp_path / "again")
+        saved, before = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", where))
+        assert all(torch.equal(saved[k], before[k]) for k in before)
+    state = graft.get_peft_model_state_dict(pruned)
+    for m in pruned.base_model.layers.values():
+        m.lora_E["default"].data.zero_()
+    graft.set_peft_model_state_dict(pruned, state)
+    torch.testing.assert_close(pruned(x).logits, fresh(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_deleted_adapter_leaves_no_allocator():
+    model = adapted(graft)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    allocate_on_step(optimizer, model)
+    step(model, optimizer)
+    model.delete_adapter("default")
+    model.add_adapter("default", graft.AdaLoraConfig(**{**CONFIG, "init_r": 7}))
+    model.set_adapter("default")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    allocate_on_step(optimizer, model)
+    for i in range(4):
+        step(model, optimizer, i)
+    assert all(len(mask) == 7 for mask in model.peft_config["default"].rank_pattern.values())
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "exact"])
+@pytest.mark.parametrize("empty", [("a.",), ("a.", "b.", "c.")], ids=["a layer", "all"])
+def test_adapters_of_rank_0_can_be_combined(kind, empty, tmp_path):
+    model, _ = trained(graft)
+    kept = model.peft_config["default"].rank_pattern
+    for key in kept:
+        if key.startswith(empty):
+            kept[key] = [False] * CONFIG["init_r"]
+            model.base_model.layers[key[0]].lora_E["default"].data.zero_()
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(base(), tmp_path, "x")
+    loaded.load_adapter(tmp_path, "y")
+    x = data()[0][0]
+    loaded.add_weighted_adapter(["x", "y"], [0.25, 0.75], "sum", combination_type=kind)
+    loaded.set_adapter("sum", inference_mode=True)
+    torch.testing.assert_close(loaded(x).logits, model.eval()(x).logits, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = graft.PeftModel.from_pretrained(base(), tmp_path / "sum")
+    torch.testing.assert_close(again(x).logits, model(x).logits, atol=1e-5, rtol=1e-5)

@@ -498,6 +498,58 @@ def test_more_tokens_than_positions_of_an_encoder(name):
         model(input_ids=torch.full((1, room - TOKENS + 2), 5))
 
 
+# a call within a call
+
+
+class Within(transformers.LogitsProcessor):
+    """Calls the model while it generates."""
+
+    def __init__(self, call):
+        self.call, self.got = call, []
+
+    def __call__(self, ids, scores):
+        self.got.append((ids, self.call(ids)))
+        return scores
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["active", "disabled", "other"])
+def test_a_call_within_generate(name, method, kind):
+    model, given = adapted(name, method), inputs(name)
+    model.add_adapter("other", config(name, method, **{"num_virtual_tokens": 2}))
+    want = generate(model, given)
+
+    def forward(ids):
+        more = {"decoder_input_ids": ids} if name in SEQ2SEQ else {}
+        return model(input_ids=given["input_ids"] if more else ids, **more).logits
+
+    def disabled(ids):
+        with model.disable_adapter():
+            return forward(ids)
+
+    def other(ids):
+        model.set_adapter("other")
+        try:
+            return forward(ids)
+        finally:
+            model.set_adapter("default")
+
+    call = {"active": forward, "disabled": disabled, "other": other}[kind]
+    within = Within(call)
+    assert torch.equal(generate(model, given, logits_processor=[within]), want)
+    assert len(within.got) == STEPS
+    for ids, logits in within.got:
+        close(logits, call(ids))
+
+
+@pytest.mark.parametrize("method", [*SOFT, *KEYS])
+def test_task_ids_are_left_out_where_a_method_has_no_tasks(method):
+    model, given = adapted("llama", method), inputs("llama", method)
+    want = generate(model, given)
+    assert torch.equal(generate(model, {**given, "task_ids": inputs("llama", "multitask")["task_ids"]}), want)
+
+
 @pytest.mark.parametrize("method", ["prefix", "cartridge"])
 def test_prefix_needs_a_model_with_a_cache(method):
     from tests.models import make

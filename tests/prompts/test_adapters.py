@@ -309,3 +309,39 @@ def test_what_cannot_be_added(sample):
         assert isinstance(taken.error, ValueError)
         assert "Adapter with name 'default' already exists" in str(taken.error)
         assert set(added(model)) == names and list(model.peft_config) == ["default"]
+
+
+# what PEFT shows of prompts
+
+
+@pytest.mark.parametrize(
+    "sample", [*ONE_OF_EACH, *each("t5", methods=EMBEDS), *each("bert-seq", methods=EMBEDS)], ids=str
+)
+def test_prompts_are_shown_as_in_peft(sample):
+    rows = 3
+    tasks = {"task_ids": torch.zeros(rows, dtype=torch.long)} if "MULTITASK" in sample.method else {}
+    ours, theirs = (randomize(m).eval() for m in both(sample))
+    for model in (ours, theirs):
+        assert model.prompt_tokens.keys() == {"default"}
+    assert torch.equal(ours.prompt_tokens["default"], theirs.prompt_tokens["default"])
+    assert torch.equal(ours.word_embeddings.weight, theirs.word_embeddings.weight)
+    a, b = (m.get_prompt_embedding_to_save("default") for m in (ours, theirs))
+    torch.testing.assert_close(a, b)
+    a, b = (m.get_prompt(rows, **tasks) for m in (ours, theirs))
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b)
+    else:
+        assert len(a.layers) == len(b.layers)
+        for mine, other in zip(a.layers, b.layers):
+            torch.testing.assert_close(mine.keys, other.keys)
+            torch.testing.assert_close(mine.values, other.values)
+
+
+def test_models_without_prompts_say_so():
+    model = graft.get_peft_model(make(MODEL), graft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    for call in (lambda: model.get_prompt(1), lambda: model.get_prompt_embedding_to_save("default")):
+        with pytest.raises(TypeError, match=r"is of prompt methods, such as PROMPT_TUNING, and .* are LORA"):
+            call()
+    assert not hasattr(model, "prompt_tokens") and not hasattr(model, "word_embeddings")
+    with pytest.raises(graft.AdapterNotFoundError, match="nobody"):
+        adapt(graft, first("PROMPT_TUNING")).get_prompt_embedding_to_save("nobody")

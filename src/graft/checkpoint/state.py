@@ -275,7 +275,12 @@ class Load:
             name = find(entry, names)
             if name is None:
                 self.report.missing_keys.append(entry.file)
-            elif self.tensors[name].shape != entry.tensor.shape:
+                continue
+            if self.tensors[name].shape != entry.tensor.shape and entry.layer is not None:
+                self.tensors[name] = entry.layer.method.imported(
+                    entry.layer, entry.container, entry.tensor, self.tensors[name], self.config
+                )
+            if self.tensors[name].shape != entry.tensor.shape:
                 mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
             else:
                 found.append((entry, name))
@@ -364,7 +369,8 @@ SETTLED = {f.name for f in fields(PeftConfig)} | {  # by the tensors that there 
 def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
     """Warn of what a file's config says that an adapter of the model, which only gets its values, does not do."""
     ours, theirs = here.saved_dict(), there.saved_dict()
-    names = [n for n in ours if n not in SETTLED and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
+    left = SETTLED | set(here.results)  # which are taken over
+    names = [n for n in ours if n not in left and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
     if names:
         differ = ", ".join(f"{n} ({ours[n]!r}, in the file {theirs[n]!r})" for n in names)
         warn(

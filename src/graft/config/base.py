@@ -50,6 +50,7 @@ class PeftConfig:
     is_adaption_prompt: ClassVar[bool] = False
     patterns: ClassVar[dict[str, str]] = {}  # field of overrides by layer → field they override
     runtime_fields: ClassVar[tuple[str, ...]] = ()  # never saved
+    results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
 
     def __post_init__(self) -> None:
         if self.peft_version is None:

@@ -53,16 +53,19 @@ class PromptLearningConfig(PeftConfig):
         """Number of virtual tokens that the encoder makes."""
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
-    def fit(self, model_config: Any) -> None:
+    def fit(self, model_config: Any, width: int | None = None) -> None:
         """Fill in the sizes that are None.
 
         Args:
             model_config: of the base model: an object, a dict or None.
+            width: of its word embeddings, if there are any.
 
         Raises:
             ConfigError: a size is neither given nor to be found in the model's config, or sizes do not go together.
         """
         facts = as_dict(model_config)
+        if self.token_dim is None and not self.holds_keys:
+            self.token_dim = width
         for field, names in NAMES.items():
             if getattr(self, field) is None:
                 found = next((facts[n] for n in names if facts.get(n) is not None), None)

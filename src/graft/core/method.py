@@ -188,6 +188,12 @@ class Method:
         return tensor
 
     @classmethod
+    def imported(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: Any) -> Tensor:
+        """The reverse, where a checkpoint's tensor has not the shape of `here`, the adapter's own; `cfg` is that of the
+        checkpoint. What is returned replaces `here` if the shapes are equal then."""
+        return tensor
+
+    @classmethod
     def after_forward(cls, tuner: Any, output: Any) -> Any:
         """Change the output of the whole model, such as its loss."""
         return output

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
 
+IGNORED_LABEL = -100  # of torch's cross entropy
 STORED = "prompt_embeddings"  # the name in a checkpoint of what the encoder computes
 
 
@@ -108,3 +109,16 @@ def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
             f"{why} has token {int(unknown[0])}, but the base model knows {size} tokens, from 0 on: use the tokenizer "
             "that belongs to it."
         )
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """Decoder inputs (batch, length) from labels: the start token, then all but the last; -100 becomes padding.
+
+    Raises:
+        ValueError: pad_token_id is None.
+    """
+    if pad_token_id is None:
+        raise ValueError("self.model.config.pad_token_id has to be defined: it takes the place of ignored labels.")
+    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED_LABEL, pad_token_id)

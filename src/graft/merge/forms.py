@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -34,12 +35,13 @@ class Term:
     @property
     def highest(self) -> int:
         """The highest rank that an update of this layer can have."""
-        return self.groups * min(self.A[0].numel(), len(self.B) // self.groups)
+        return self.groups * min(prod(self.A.shape[1:]), len(self.B) // self.groups)
 
     def product(self) -> tuple[Tensor, Tensor]:
         """A (groups, r / groups, n), B (groups, m / groups, r / groups)."""
         A, B, groups = self.A, self.B, self.groups
-        return A.reshape(groups, len(A) // groups, -1), B.reshape(groups, len(B) // groups, -1)
+        r = len(A) // groups  # may be 0
+        return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
 
 
 class Form(Protocol):
@@ -105,8 +107,9 @@ class AdaLoraForm:
         }
 
     def configure(self, cfg, ranks, patterns, configs):
-        cfg.init_r = cfg.target_r = cfg.lora_alpha = max(ranks.values())
-        cfg.rank_pattern = {f"{key}.lora_E": [True] * r for key, r in ranks.items()} if patterns else None
+        cfg.init_r = cfg.target_r = cfg.lora_alpha = max(1, *ranks.values())
+        uneven = any(r != cfg.init_r for r in ranks.values())
+        cfg.rank_pattern = {f"{key}.lora_E": [True] * r for key, r in ranks.items()} if uneven else None
         cfg.inference_mode = True  # one adapter of a model trains at a time
 
 

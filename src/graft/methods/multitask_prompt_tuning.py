@@ -70,7 +70,10 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
     def forward(self, indices: Tensor | None = None, task_ids: Tensor | None = None, **arguments: Any) -> Tensor:
         if task_ids is None:
-            raise ValueError("task_ids cannot be None: pass the number of each sample's task.")
+            raise ValueError(
+                "task_ids cannot be None: pass the number of each sample's task. (transformers' Trainer keeps that "
+                "column of a data set only with remove_unused_columns=False.)"
+            )
         ids = torch.as_tensor(task_ids, device=self.prefix_task_cols.device)
         whole = ids.dim() < 2 and ids.dtype in (torch.int64, torch.int32)
         if not whole or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_tasks):

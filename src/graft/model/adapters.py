@@ -94,6 +94,7 @@ class Adapters:
     on_change: Callable[[], None] | None = None  # told when other adapters run
     merged_adapters: Any = ()
     _flags: dict[str, tuple[list[Flag], list[AdapterLayer]]]  # by adapter; layers that say themselves
+    states: dict[str, Any]  # what methods remember of a training; by adapter
     several: str  # what to do for more than one active adapter
 
     def open_account(self, model: nn.Module) -> Tree:
@@ -108,7 +109,7 @@ class Adapters:
         check_accounted(model, known)
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.routing = known[0].routing if known else Routing()
-        self.peft_config, self.reports, self.active_adapters, self._flags = {}, {}, [], {}
+        self.peft_config, self.reports, self.active_adapters, self._flags, self.states = {}, {}, [], {}, {}
         return found
 
     def shown(self) -> dict[str, nn.Module]:
@@ -251,6 +252,7 @@ class Adapters:
         del self.peft_config[adapter_name]
         self._flags.pop(adapter_name, None)
         self.reports.pop(adapter_name, None)
+        self.states.pop(adapter_name, None)
         for part in self.parts():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:

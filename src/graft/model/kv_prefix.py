@@ -67,7 +67,21 @@ def length(cache: Any) -> int:
         return 0
     if isinstance(cache, (tuple, list)):
         return cache[0][0].shape[-2] if cache and cache[0] is not None else 0
-    return int(cache.get_seq_length())
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if layers is None:
+        return int(cache.get_seq_length())
+    # the first layer may hold a state instead of tokens
+    return int(next((n for layer in layers if holds_tokens(layer) and (n := layer.get_seq_length())), 0))
+
+
+def holds_tokens(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys and values."""
+    return hasattr(layer, "get_seq_length")
+
+
+def holds_state(layer: Any) -> bool:
+    """Whether a layer of a cache holds a state only, as those of linear attention and convolutions do."""
+    return hasattr(layer, "conv_states") and not holds_tokens(layer)
 
 
 def is_static(cache: Any) -> bool:

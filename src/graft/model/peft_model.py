@@ -241,6 +241,48 @@ class PeftModel(nn.Module):
     def _heads_changed(self) -> None:
         """Hook for task classes whose loss depends on the size of the active head."""
 
+    # prompts
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The active prompt: (batch, tokens, dim), or a cache that holds its keys and values.
+
+        Args:
+            task_ids: (batch,), of multitask prompts.
+            max_cache_len: of no use here: the cache grows.
+
+        Raises:
+            TypeError: the model has no prompts.
+            ValueError: none of them is active.
+        """
+        return self._prompts("get_prompt").prompt(batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """What a checkpoint holds of a prompt: (tokens, dim), or (tokens, 2 · layers · token_dim) of keys and values.
+
+        Raises:
+            TypeError: the model has no prompts.
+            AdapterNotFoundError: there is none of that name.
+        """
+        return self._prompts("get_prompt_embedding_to_save").stored(adapter_name)
+
+    def _prompts(self, asked: str) -> Any:
+        if not self.tuner.method.config.is_prompt_learning:
+            raise TypeError(
+                f"{asked}() is of prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
+                f"{self.peft_type.value}."
+            )
+        return self.tuner
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """The numbers of the virtual tokens by adapter, where adapters are prompts."""
+        return self.tuner.prompt_tokens
+
+    @property
+    def word_embeddings(self) -> Any:
+        """Those of the base model, where adapters are prompts."""
+        return self.tuner.word_embeddings
+
     # forward
 
     def _rows(self, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
@@ -523,6 +565,8 @@ class PeftModel(nn.Module):
         else:
             state.say_kept(adapter_name, load.path, self.peft_config[adapter_name], config)
             self._fill(adapter_name, load, is_trainable)
+            for name in config.results:
+                setattr(self.peft_config[adapter_name], name, getattr(config, name))
         self._loaded(adapter_name, is_trainable, new)
         return load.report
 

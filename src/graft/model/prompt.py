@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
-from graft.core.prompt import Prompt
+from graft.core.prompt import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
 from graft.inject.inject import Parts, inject, survey_and_match
 from graft.inject.report import InjectReport, Matched
 from graft.methods import method_of
@@ -28,9 +28,9 @@ from graft.model.adapters import Adapters
 from graft.model.kv_prefix import fitted, length
 from graft.model.stack import CACHES, OLD_CACHE, Stack, stacks_of
 
-IGNORED = -100  # no label
 PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
 PLACE = "prompt_encoder"
+COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
 INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
@@ -185,9 +185,16 @@ class Prompts(Adapters):
                 f"task_type=CAUSAL_LM needs a model that is a decoder only, and {type(self.model).__name__} has an "
                 "encoder: use SEQ_2_SEQ_LM."
             )
-        cfg.fit(getattr(self.model, "config", None))
+        main = self.stacks["main"]
+        (self.stacks.get("decoder", main) if cfg.holds_keys else main).check_kind(cfg)
+        cfg.fit(getattr(self.model, "config", None), main.width)
         for stack in self._entered(cfg):
             stack.check(cfg)
+        if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
+            raise ConfigError(
+                f"{type(self.model).__name__} masks its logits by the tokens of the input, among which a prompt of "
+                "embeddings is not: use PREFIX_TUNING, or a method that acts on layers, such as LORA."
+            )
         if cfg.task_type == "CAUSAL_LM" and not hasattr(self.model, "prepare_inputs_for_generation"):
             raise ConfigError(
                 f"task_type=CAUSAL_LM needs a model that generates text, and {type(self.model).__name__} does not: use "
@@ -224,27 +231,34 @@ class Prompts(Adapters):
     @contextmanager
     def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
         arguments = {name: kwargs.pop(name, None) for name in self.method.arguments}
+        kwargs.pop("task_ids", None)  # of no concern to other methods
         if self.routing.rows is not None:
             raise RoutingError(
                 "adapter_names cannot be used with prompt methods: call set_adapter() for each prompt in turn."
             )
+        outer = [stack.begin() for stack in self.stacks.values()]
+        try:
+            finish, value = self._ready(kwargs, arguments)
+            if value is not None:
+                self._insert(self.active[0], value)  # type: ignore[index]
+            yield finish
+            for stack in self.stacks.values():
+                stack.check_visited()
+        finally:
+            for stack, call in zip(self.stacks.values(), outer):
+                stack.end(call)
+
+    def _ready(self, kwargs: dict[str, Any], arguments: dict[str, Any]) -> tuple[Callable[[Any], Any], Tensor | None]:
+        """What the output of a call goes through, and the prompt that enters. Changes `kwargs`."""
         if self.active is None:
-            yield lambda output: output
-            return
+            return (lambda output: output), None
         cfg, prompt = self.active
         finish = self._labels(cfg, prompt, kwargs, arguments)
         if not cfg.holds_keys and "decoder" in self.stacks:
             drop_encoder_outputs(kwargs, cfg)
         value = prompt(**arguments)
         check_rows(value, kwargs)
-        try:
-            self._insert(cfg, value)
-            yield finish
-            for stack in self.stacks.values():
-                stack.check_visited()
-        finally:
-            for stack in self.stacks.values():
-                stack.clear()
+        return finish, value
 
     def _insert(self, cfg: Any, value: Tensor) -> None:
         P, main, decoder = cfg.num_virtual_tokens, self.stacks["main"], self.stacks.get("decoder")
@@ -254,11 +268,11 @@ class Prompts(Adapters):
         rows = value if value.dim() == 3 else value[None]
         main.put_embeddings(rows[:, :P])
         if decoder is not None:
-            decoder.encoded = P
+            decoder.now.encoded = P
             if self._in_decoder(cfg):
                 decoder.put_embeddings(rows[:, P:])
         elif cfg.task_type == "SEQ_CLS" and hasattr(self.model, "score") and main.module is not self.model:
-            main.strips = True  # the head looks for the last token at its place in input_ids
+            main.now.strips = True  # the head looks for the last token at its place in input_ids
 
     def _labels(self, cfg: Any, prompt: Prompt, kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """Labels for the prompt's own tokens; what the output goes through in the end."""
@@ -271,14 +285,38 @@ class Prompts(Adapters):
         if cfg.task_type in PADDED_LABELS or (cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)):
             if cfg.task_type == "SEQ_2_SEQ_LM":
                 self._decoder_inputs(labels, kwargs)
-            kwargs["labels"] = nn.functional.pad(labels, (cfg.num_virtual_tokens, 0), value=IGNORED)
+            kwargs["labels"] = nn.functional.pad(labels, (cfg.num_virtual_tokens, 0), value=IGNORED_LABEL)
+            mask = kwargs.get("attention_mask")
+            if cfg.task_type == "TOKEN_CLS" and isinstance(mask, Tensor) and mask.shape == labels.shape:
+                # some losses leave out what it masks
+                kwargs["attention_mask"] = nn.functional.pad(mask, (cfg.num_virtual_tokens, 0), value=1)
+                self.stacks["main"].now.covered = True
         return lambda output: output
 
     def _decoder_inputs(self, labels: Tensor, kwargs: dict[str, Any]) -> None:
         """What the model would make from labels, before they get those of the prompt."""
         if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
             model: Any = self.model
-            kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+                ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            else:  # M2M100, Blenderbot and others have it in their forward only
+                ids = shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+            kwargs["decoder_input_ids"] = ids
+
+    # what a PeftModel shows
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        return {name: torch.arange(config.rows) for name, config in self.peft_config.items()}
+
+    @property
+    def word_embeddings(self) -> Any:
+        return self.stacks["main"].words
+
+    def stored(self, adapter_name: str) -> Tensor:
+        """(tokens, width) of a prompt, as in a checkpoint."""
+        self.check_known([adapter_name])
+        return self.prompt_encoder[adapter_name].stored()[STORED].cpu()  # type: ignore[operator,no-any-return]
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """The active prompt: (batch, tokens, dim), or a cache of keys and values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from graft.model import kv_prefix
 from graft.model.checkpointing import Replays
 from graft.model.kv_prefix import is_static, length, per_row
 
-OLD_CACHE = "past_key_values"
-CACHES = ("cache", OLD_CACHE)  # names of the argument, in transformers from 5.2x on and before
-KINDS = ("token_type_ids", "mm_token_type_ids")  # 0 for the prompt's tokens
+NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+# what says of each token of the input what it is, and what the prompt's tokens are
+KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
+ORDERS = ("perm_mask", "target_mapping")  # XLNet's, of which prompts know nothing
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # of models that read images as well, or of OPT's kind
 
 
@@ -31,8 +33,26 @@ def stacks_of(model: Any) -> dict[str, Stack]:
     return {"main": Stack(inner if isinstance(inner, nn.Module) else model, model, outer)}
 
 
+@dataclass
+class Call:
+    """What enters a stack during one call of the model, and what has become of it."""
+
+    replays: Replays
+    tokens: int = 0
+    embeddings: Tensor | None = None
+    keys: Tensor | None = None
+    as_pairs: Callable[[Tensor], Any] | None = None
+    encoded: int = 0  # tokens of a prompt that the encoder's output has in front
+    covered: bool = False  # the attention mask has columns for the prompt already
+    strips: bool = False  # the prompt's tokens are taken out of the output again
+    visited: bool = False
+    entered: bool = False
+    widened_outside: bool = False
+    lent: Any = None  # a cache that is there for the prompt only: the output does not show it
+
+
 class Stack:
-    """A hook on one module. `put_…` says what enters during the next calls; `clear` ends that.
+    """A hook on one module. `put_…` says what enters during the call that has begun; `end` ends that.
 
     Positions, masks and types that come with the input are those of its own tokens. They are widened for the prompt
     where it enters, and in each later step, whose cache then holds the prompt.
@@ -52,9 +72,8 @@ class Stack:
         self.shapes = kv_prefix.key_shapes(module)
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.replays = Replays(self)
         self._attached = False
-        self.clear()
+        self.now = Call(Replays(self))
 
     def attach(self) -> None:
         if not self._attached:
@@ -64,24 +83,23 @@ class Stack:
                 self.outer.register_forward_pre_hook(self.step, with_kwargs=True)
             self._attached = True
 
-    def clear(self) -> None:
-        self.tokens = 0
-        self.embeddings: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.as_pairs: Callable[[Tensor], Any] | None = None
-        self.encoded = 0  # tokens of a prompt that the encoder's output has in front
-        self.strips = False  # the prompt's tokens are taken out of the output again
-        self._entered = self._visited = self._widened_outside = False
-        self._lent: Any = None  # a cache that is there for the prompt only: the output does not show it
-        self.replays.clear()
+    def begin(self) -> Call:
+        """Begin a call, without a prompt until one is put. Returns the call around it, for `end`: there is one where a
+        processor of logits calls the model, say."""
+        outer, self.now = self.now, Call(Replays(self))
+        return outer
+
+    def end(self, outer: Call) -> None:
+        self.now.replays.clear()
+        self.now = outer
 
     def put_embeddings(self, value: Tensor) -> None:
         """`value`: (1 or batch, tokens, dim)."""
-        self.embeddings, self.tokens = value, value.shape[1]
+        self.now.embeddings, self.now.tokens = value, value.shape[1]
 
     def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], Any]) -> None:
         """`value`: (tokens, …), from which `as_pairs` makes key and value of each layer."""
-        self.keys, self.as_pairs, self.tokens = value, as_pairs, value.shape[-2]
+        self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 
     # facts
 
@@ -91,12 +109,42 @@ class Stack:
         return words_in(self.module) or words_in(self.model)
 
     @property
+    def width(self) -> int | None:
+        """Of the word embeddings. Layers may be wider, and project them."""
+        words = self.words
+        return None if words is None else words.weight.shape[1]
+
+    @property
     def device(self) -> torch.device:
         return next((self.words or self.module).parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    def check_kind(self, cfg: Any) -> None:
+        """Raise ConfigError if prompts of this kind cannot enter here, whatever their sizes."""
+        name, kind = type(self.module).__name__, cfg.peft_type.value
+        cached = list(getattr(kv_prefix.new_cache(self.config, False), "layers", ())) if self.cache_name else []
+        states = [i for i, layer in enumerate(cached) if kv_prefix.holds_state(layer)]
+        stateful = self.cache_name is None and "cache_params" in self.names
+        if stateful or (states and not any(map(kv_prefix.holds_tokens, cached))):
+            raise ConfigError(
+                f"{name} keeps a state instead of a cache of tokens: {kind} cannot be used with it. Methods that act "
+                "on layers, such as LORA, can."
+            )
+        if not cfg.holds_keys:
+            return
+        if states:
+            raise ConfigError(
+                f"Layers {states} of {name} keep a state instead of keys and values: {kind} cannot be used with it. "
+                "PROMPT_TUNING or P_TUNING can."
+            )
+        if getattr(self.config, "kv_lora_rank", None):
+            raise ConfigError(
+                f"{name} compresses the keys and values of its layers (multi-head latent attention): {kind} cannot be "
+                "used with it. PROMPT_TUNING or P_TUNING can."
+            )
 
     def check(self, cfg: Any) -> None:
         """Raise ConfigError if the prompt of a config cannot enter here."""
@@ -116,18 +164,17 @@ class Stack:
             if cfg.num_layers < len(self.layers):
                 raise ConfigError(f"num_layers={cfg.num_layers}, but {name} has {len(self.layers)}: pass them all.")
             return
-        words = self.words
-        if "inputs_embeds" not in self.names or words is None:
-            raise ConfigError(f"{name} takes no inputs_embeds, which {kind} needs: it is no model of transformers.")
-        if self.cache_name is None and "cache_params" in self.names:
-            raise ConfigError(f"{name} keeps a state instead of a cache of tokens: {kind} cannot be used with it.")
-        width = words.weight.shape[1]
-        if cfg.token_dim != width:
-            raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {width} numbers.")
+        if "inputs_embeds" not in self.names or self.width is None:
+            raise ConfigError(
+                f"{name} takes no inputs_embeds, embeddings of words, which {kind} needs: its input is "
+                f"{self.names[0] if self.names else 'nothing'}. Methods that act on layers, such as LORA, can be used."
+            )
+        if cfg.token_dim != self.width:
+            raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {self.width} numbers.")
 
     def check_visited(self) -> None:
         """Raise if a call came and went without this module: its prompt would have had no effect."""
-        if self.tokens and not self._visited:
+        if self.now.tokens and not self.now.visited:
             raise RuntimeError(
                 f"The base model never called its {type(self.module).__name__}, where the prompt enters: prompt "
                 "methods cannot be used with a model that is built like this one."
@@ -136,30 +183,39 @@ class Stack:
     # the hook
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if not self.tokens and not self.encoded:
+        if not self.now.tokens and not self.now.encoded:
             return None
-        self._visited = True
-        given = {**dict(zip(self.names, args)), **kwargs}
-        if self.encoded:
+        self.now.visited = True
+        given = self._given(self.names, args, kwargs)
+        if self.now.encoded:
             self._widen_encoded(given)
-        if self.tokens:
+        if self.now.tokens:
             self._enter(given)
         return (), given
 
     def step(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """The hook on `outer`."""
-        given = {**dict(zip(self.outer_names, args)), **kwargs}
+        given = self._given(self.outer_names, args, kwargs)
         first, seen = first_of(given), length(given.get(self.cache_name or ""))
-        self._widened_outside = bool(self.tokens and seen and first is not None)
-        if not self._widened_outside:
+        self.now.widened_outside = bool(self.now.tokens and seen and first is not None)
+        if not self.now.widened_outside:
             return None
         self._widen(given, first.shape[1] + seen, 0, len(first))
         return (), given
 
+    def _given(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name. A cache under its old name goes by the new one, as in transformers."""
+        given = {**dict(zip(names, args)), **kwargs}
+        if self.cache_name == NEW_CACHE and given.get(NEW_CACHE) is None and given.get(OLD_CACHE) is not None:
+            given[NEW_CACHE] = given.pop(OLD_CACHE)
+        return given
+
     def leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self.strips and self._entered:
-            output.last_hidden_state = output.last_hidden_state[:, self.tokens :]
-        lent, self._lent = self._lent, None
+        if self.now.strips and self.now.entered:
+            if isinstance(output, tuple):
+                return output[0][:, self.now.tokens :], *output[1:]
+            output.last_hidden_state = output.last_hidden_state[:, self.now.tokens :]
+        lent, self.now.lent = self.now.lent, None
         if lent is None:
             return None
         if isinstance(output, tuple):
@@ -172,30 +228,38 @@ class Stack:
             return  # the module will say what is missing
         if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
             raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
+        if first.dim() < 2:
+            raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}: pass input_ids[None].")
+        order = next((name for name in ORDERS if given.get(name) is not None), None)
+        if order is not None:
+            raise ValueError(
+                f"{order} has no place for the prompt's tokens: {type(self.module).__name__} cannot generate with a "
+                "prompt, which forward() can be used with."
+            )
         batch, new = first.shape[:2]
         cache = given.get(self.cache_name) if self.cache_name else None
         seen = length(cache)
-        self._entered = not seen
+        self.now.entered = not seen
         if not seen and is_static(cache):
             raise ValueError(
-                f"A {type(cache).__name__} has no room for a prompt of {self.tokens} tokens: leave it out, or pass "
+                f"A {type(cache).__name__} has no room for a prompt of {self.now.tokens} tokens: leave it out, or pass "
                 "cache_implementation='dynamic' to generate()."
             )
-        total = new + (seen or self.tokens)
+        total = new + (seen or self.now.tokens)
         if self.positions is not None and total > self.positions:
             raise ValueError(
-                f"{total - self.tokens} tokens and a prompt of {self.tokens} need {total} positions, and "
+                f"{total - self.now.tokens} tokens and a prompt of {self.now.tokens} need {total} positions, and "
                 f"{type(self.module).__name__} has {self.positions}: {total - self.positions} too many."
             )
         before = 0
-        if self._entered and self.embeddings is not None:
-            before = self.tokens
+        if self.now.entered and self.now.embeddings is not None:
+            before = self.now.tokens
             self._put_embeddings(given, batch)
-        elif self._entered:
+        elif self.now.entered:
             self._put_keys(given, cache, batch)
-        if not self._widened_outside:
+        if not self.now.widened_outside:
             self._widen(given, total, before, batch)
-        self._widened_outside = False
+        self.now.widened_outside = False
 
     def _put_embeddings(self, given: dict[str, Any], batch: int) -> None:
         embeds = given.get("inputs_embeds")
@@ -203,12 +267,12 @@ class Stack:
             self._put_per_layer(given, batch)
         if embeds is None:
             embeds = self.words(given["input_ids"])
-        assert self.embeddings is not None
-        prompt = per_row(self.embeddings, batch).to(device=embeds.device, dtype=embeds.dtype)
+        assert self.now.embeddings is not None
+        prompt = per_row(self.now.embeddings, batch).to(device=embeds.device, dtype=embeds.dtype)
         given["inputs_embeds"], given["input_ids"] = torch.cat([prompt, embeds], dim=1), None
-        for name in KINDS:
+        for name, kind in KINDS.items():
             if given.get(name) is not None:
-                given[name] = nn.functional.pad(given[name], (self.tokens, 0))
+                given[name] = nn.functional.pad(given[name], (self.now.tokens, 0), value=kind)
 
     def _put_per_layer(self, given: dict[str, Any], batch: int) -> None:
         """Gemma 3n and 4 give each layer embeddings of the ids: the prompt gets those of padding, as images do."""
@@ -218,21 +282,21 @@ class Stack:
             own = module.get_per_layer_inputs(given["input_ids"])
         if own is not None:
             padding = torch.full(
-                (batch, self.tokens), getattr(self.config, "pad_token_id", None) or 0, device=own.device
+                (batch, self.now.tokens), getattr(self.config, "pad_token_id", None) or 0, device=own.device
             )
             given["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding), own], dim=1)
 
     def _put_keys(self, given: dict[str, Any], cache: Any, batch: int) -> None:
-        assert self.keys is not None and self.as_pairs is not None and self.cache_name is not None
-        replayed = self.replays.wanted()
-        value = self.replays.apart(self.keys, given) if replayed else self.keys
-        pairs = kv_prefix.fitted(self.as_pairs(value), self.key_shapes())
+        assert self.now.keys is not None and self.now.as_pairs is not None and self.cache_name is not None
+        replayed = self.now.replays.wanted()
+        value = self.now.replays.apart(self.now.keys, given) if replayed else self.now.keys
+        pairs = kv_prefix.fitted(self.now.as_pairs(value), self.key_shapes())
         given[self.cache_name] = filled = self.filled(cache, pairs, batch)
         if replayed:
-            self.replays.start(kv_prefix.frozen(filled))
+            self.now.replays.start(kv_prefix.frozen(filled))
         asked = given.get("use_cache")
         if replayed or not (getattr(self.config, "use_cache", True) if asked is None else asked):
-            self._lent = filled
+            self.now.lent = filled
         first, mask = first_of(given), given.get("attention_mask")
         if not self.causal and not self.in_pair and mask is None:
             given["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
@@ -271,9 +335,11 @@ class Stack:
         for name in ("position_ids", "cache_position"):
             positions = given.get(name)
             if positions is not None:
-                own = torch.arange(before, device=positions.device, dtype=positions.dtype)
-                shifted = positions + self.tokens
-                given[name] = torch.cat([own.expand(*positions.shape[:-1], before), shifted], dim=-1)
+                given[name] = positions + self.now.tokens
+                if before:
+                    own = torch.arange(before, device=positions.device, dtype=positions.dtype)
+                    own = own + positions.amin(-1, keepdim=True)  # some models count from 1
+                    given[name] = torch.cat([own, given[name]], dim=-1)
 
     def _widened(self, mask: Any, total: int, before: int, window: int | None, cuts: bool) -> Any:
         """The mask with the prompt's tokens.
@@ -282,24 +348,26 @@ class Stack:
             window: how far back tokens see in the layers that get this mask, if not to the beginning.
             cuts: the cache of these layers holds no more than the window.
         """
-        tokens = total - self.tokens
+        tokens = total - self.now.tokens
         if isinstance(mask, Tensor) and mask.dim() == 2:
+            if self.now.covered and mask.shape[1] == total:
+                return mask
             if mask.shape[1] != tokens:
                 raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's {self.tokens}, "
-                    "which it need not cover)."
+                    f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's "
+                    f"{self.now.tokens}, which it need not cover)."
                 )
-            return torch.cat([mask.new_ones(len(mask), self.tokens), mask], dim=1)
+            return torch.cat([mask.new_ones(len(mask), self.now.tokens), mask], dim=1)
         if not isinstance(mask, Tensor) or mask.shape[-1] != tokens:
             return mask
         open_, shut = (0, torch.finfo(mask.dtype).min) if mask.is_floating_point() else (1, 0)
         b, h, q, k = mask.shape
         if before:
-            own = mask.new_full((), shut) if self.causal else mask.amax(-2, keepdim=True)  # what any token may see
+            own = mask.new_full((), shut) if self.causal else mutual(mask, shut)
             mask = torch.cat([own.expand(b, h, before, k), mask], dim=-2)
         rows = before + q
         at = torch.arange(total, device=mask.device)
-        back = at[total - rows :, None] - at[: self.tokens]
+        back = at[total - rows :, None] - at[: self.now.tokens]
         sees = (back >= 0) & (back < (window or total)) if self.causal else torch.ones_like(back, dtype=torch.bool)
         prompt = torch.full_like(back, shut, dtype=mask.dtype).masked_fill(sees, open_)
         mask = torch.cat([prompt.expand(b, h, rows, -1), mask], dim=-1)
@@ -307,8 +375,18 @@ class Stack:
 
     def _widen_encoded(self, given: dict[str, Any]) -> None:
         mask, hidden = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
-        if mask is not None and hidden is not None and mask.shape[-1] + self.encoded == hidden.shape[1]:
-            given["encoder_attention_mask"] = torch.cat([mask.new_ones(*mask.shape[:-1], self.encoded), mask], dim=-1)
+        if mask is not None and hidden is not None and mask.shape[-1] + self.now.encoded == hidden.shape[1]:
+            given["encoder_attention_mask"] = torch.cat(
+                [mask.new_ones(*mask.shape[:-1], self.now.encoded), mask], dim=-1
+            )
+
+
+def mutual(mask: Tensor, shut: float) -> Tensor:
+    """(batch, heads, 1, tokens): what any token may see, but for tokens that see others and are not seen by them, as
+    those that follow a prefix."""
+    sees = mask != shut
+    later = (sees & ~sees.transpose(-1, -2)).any(-1)
+    return mask.amax(-2, keepdim=True).masked_fill(later[..., None, :], shut)
 
 
 def first_of(given: dict[str, Any]) -> Any:

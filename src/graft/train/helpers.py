@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORED_LABEL = -100  # of torch's cross entropy
+from graft.core.prompt import shift_tokens_right as shift_tokens_right
+
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
 
 
@@ -27,19 +28,6 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters to `dtype`, trainable ones to float32; in place."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
-
-
-def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Decoder inputs (batch, length) from labels: the start token, then all but the last; -100 becomes padding.
-
-    Raises:
-        ValueError: pad_token_id is None.
-    """
-    if pad_token_id is None:
-        raise ValueError("self.model.config.pad_token_id has to be defined: it takes the place of ignored labels.")
-    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
-    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == IGNORED_LABEL, pad_token_id)
 
 
 # FSDP

@@ -82,11 +82,19 @@ class AdaLoRA(Method):
     @classmethod
     def exported(cls, layer: Any, container: str, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
         """Checkpoints hold the singular triples that were kept."""
-        kept = cfg.kept(layer.site.key)
-        if kept is None or len(kept) == sum(kept):
+        kept, dim = cfg.kept(layer.site.key), triples(container)
+        if kept is None or len(kept) != tensor.shape[dim]:  # an adapter that was loaded has no others
             return tensor
-        mask = torch.tensor(kept, device=tensor.device)
-        return tensor[:, mask] if container == "lora_B" else tensor[mask]
+        return tensor.index_select(dim, where(kept, tensor))
+
+    @classmethod
+    def imported(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
+        """The triples that were kept go back to their places; the others have the singular value 0."""
+        kept, dim = cfg.kept(layer.site.key), triples(container)
+        if kept is None or (len(kept), sum(kept)) != (here.shape[dim], tensor.shape[dim]):
+            return tensor
+        whole = torch.zeros_like(here) if container == "lora_E" else here.detach().clone()
+        return whole.index_copy_(dim, where(kept, here), tensor.to(here))
 
     @classmethod
     def after_forward(cls, tuner: Any, output: Any) -> Any:
@@ -96,3 +104,12 @@ class AdaLoRA(Method):
             warn_if_forgotten(tuner)
             output.loss = loss + orthogonal_loss(tuner)
         return output
+
+
+def triples(container: str) -> int:
+    """The dimension that counts singular triples."""
+    return 1 if container == "lora_B" else 0
+
+
+def where(kept: list[bool], like: Tensor) -> Tensor:
+    return torch.tensor(kept, device=like.device).nonzero()[:, 0]

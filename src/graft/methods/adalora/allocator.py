@@ -35,7 +35,7 @@ class Allocator:
     @torch.no_grad()
     def allocate(self, methods: dict[str, Any], keep: int) -> dict[str, list[bool]]:
         """Set all but the `keep` most important singular values to 0. Returns what stays, by layer."""
-        scores = {key: self.triplet_scores(key) for key in methods}
+        scores = {key: self.triplet_scores(key, m) for key, m in methods.items()}
         values = torch.cat(list(scores.values()))
         drop = len(values) - keep
         threshold = values.kthvalue(drop).values if drop > 0 else values.new_tensor(float("-inf"))
@@ -46,9 +46,9 @@ class Allocator:
             masks[key] = stays.tolist()
         return masks
 
-    def triplet_scores(self, key: str) -> Tensor:
+    def triplet_scores(self, key: str, m: Any) -> Tensor:
         """(r,) of each singular value with its two vectors."""
-        A, B, E = (self.importance.score(f"{key}.lora_{x}") for x in "ABE")
+        A, B, E = (self.importance.score(f"{key}.lora_{x}", getattr(m, f"lora_{x}")) for x in "ABE")
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
 
 
@@ -61,10 +61,9 @@ def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
 
 
 def allocator_of(tuner: Any, name: str) -> Allocator:
-    states = tuner.__dict__.setdefault("_allocators", {})
-    if name not in states:
-        states[name] = Allocator(tuner.peft_config[name])
-    return states[name]
+    if name not in tuner.states:
+        tuner.states[name] = Allocator(tuner.peft_config[name])
+    return tuner.states[name]
 
 
 def update_and_allocate(tuner: Any, global_step: int) -> None:
@@ -74,7 +73,7 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
         global_step: number of the step, counted from 0 to `total_step`.
 
     Raises:
-        ValueError: no adapter trains.
+        ValueError: no adapter trains, or it has no gradients.
     """
     found = trainable(tuner)
     if found is None:
@@ -88,6 +87,12 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
             reapply(methods, cfg)
         return
     if global_step < last:
+        if methods and all(m.lora_E.grad is None for m in methods.values()):
+            raise ValueError(
+                f"update_and_allocate({global_step}): AdaLoRA adapter '{name}' has no gradients, from which the "
+                "importance of its singular values is measured. Call it after backward() and optimizer.step(), before "
+                "zero_grad()."
+            )
         for key, m in methods.items():
             for x in "ABE":
                 state.importance.update(f"{key}.lora_{x}", getattr(m, f"lora_{x}"))
@@ -104,7 +109,7 @@ def reapply(methods: dict[str, Any], cfg: Any) -> None:
     """Keep at 0 what the optimizer has moved away from it."""
     for key, m in methods.items():
         mask = cfg.kept(key)
-        if mask is not None:
+        if mask is not None and len(mask) == len(m.lora_E):  # an adapter that was loaded has no others
             m.lora_E.masked_fill_(~torch.tensor(mask, device=m.lora_E.device)[:, None], 0.0)
 
 

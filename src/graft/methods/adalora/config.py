@@ -32,6 +32,7 @@ class AdaLoraConfig(LoraConfig):
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: what each layer kept
 
     patterns: ClassVar[dict[str, str]] = {}
+    results: ClassVar[tuple[str, ...]] = ("rank_pattern",)
 
     def __post_init__(self) -> None:
         if self.use_dora:
@@ -41,6 +42,9 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         if self.total_step is None or self.total_step <= 0:
             raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+        for name, least in {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
@@ -52,6 +56,11 @@ class AdaLoraConfig(LoraConfig):
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        if self.target_r > self.init_r:
+            warn(
+                f"target_r={self.target_r} is more than init_r={self.init_r}, the rank at the start: nothing will be "
+                "pruned."
+            )
         if self.r != 8:
             warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.")
 

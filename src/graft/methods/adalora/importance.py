@@ -25,5 +25,6 @@ class Importance:
         mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
         spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
 
-    def score(self, name: str) -> Tensor:
-        return self.mean[name] * self.spread[name]
+    def score(self, name: str, p: Tensor) -> Tensor:
+        """Of each element of `p`; 0 if it never had a gradient, as in an expert that got no token."""
+        return self.mean[name] * self.spread[name] if name in self.mean else torch.zeros_like(p)

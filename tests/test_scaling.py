@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import graft
+from graft import plan  # here, so that no call is counted that imports it
 
 FEW, MANY = 200, 400
 MODULES_ALLOWED = 2.1  # twice as many modules, and what is done once per call
@@ -130,7 +131,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "merge_adapter": lambda model: model.merge_adapter(),
     "unload": lambda model: model.unload(),
     "layer status": lambda model: model.get_layer_status(),
-    "plan": lambda model: graft.plan(model.get_base_model(), config(), "third"),
+    "plan": lambda model: plan(model.get_base_model(), config(), "third"),
     "forward": lambda model: model(torch.zeros(1, 4)),
     "mixed batch": lambda model: model(torch.zeros(2, 4), adapter_names=["default", "a1"]),
 }

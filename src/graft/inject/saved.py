@@ -181,11 +181,6 @@ def add_task_heads(config: Any) -> None:
 
 def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
     """Raise if `adapter` cannot train the module whole. `inside`: paths below it that carry other adapters."""
-    if inside:
-        raise UnsupportedLayerError(
-            f"modules_to_save cannot be applied to '{key}': '{inside[0]}' inside it carries other adapters, which a "
-            f"copy would take along. Adapter '{adapter}': name other modules, or load it into another model."
-        )
     if isinstance(module, (*CONTAINERS, AdapterLayer, TrainableTokensWrapper)):
         why = ""
         if not isinstance(module, CONTAINERS):
@@ -194,4 +189,9 @@ def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> 
         raise UnsupportedLayerError(
             f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}'){why}. Adapter '{adapter}': "
             "name other modules, or load it into another model."
+        )
+    if inside:
+        raise UnsupportedLayerError(
+            f"modules_to_save cannot be applied to '{key}': '{inside[0]}' inside it carries other adapters, which a "
+            f"copy would take along. Adapter '{adapter}': name other modules, or load it into another model."
         )

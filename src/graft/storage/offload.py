@@ -30,9 +30,9 @@ def is_tied(m: nn.Module, name: str) -> bool:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether accelerate's hooks stand on the base layer or the adapters' modules."""
-    parts: Any = layer._modules.values()
-    return any("_hf_hook" in m.__dict__ for part in parts for m in (part, *part._modules.values()))
+    """Whether accelerate's hooks stand on the base layer, or on what it consists of: if not, on no adapter either."""
+    base: Any = layer._modules["base_layer"]
+    return any("_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
 
 
 @contextmanager

@@ -71,12 +71,13 @@ def test_what_a_user_froze_stays_frozen():
 # files
 
 
-def test_a_file_holds_what_safetensors_reads(tmp_path):
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_file_holds_what_safetensors_reads(lasting, tmp_path):
     path = str(tmp_path / "x.safetensors")
     kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
     made = {f"k{i}": (torch.randn(3, i + 1) * 9).to(dtype) for i, dtype in enumerate(kinds)}
     save_file(made, path, metadata={"format": "pt"})
-    ours, theirs = read(path), load_file(path)
+    ours, theirs = read(path, lasting), load_file(path)
     assert ours.keys() == theirs.keys()
     for key, t in theirs.items():
         assert ours[key].dtype == t.dtype and torch.equal(ours[key], t)
@@ -93,12 +94,14 @@ def test_writing_to_what_was_read_leaves_the_file(tmp_path):
 @pytest.mark.parametrize("what", ["overwritten", "truncated"])
 def test_a_running_model_does_not_depend_on_the_file_it_came_from(what, tmp_path):
     made = graft.get_peft_model(net(), config(init_lora_weights=False))
+    swapped = graft.get_peft_model(net(), config())
     x, path = torch.randn(2, 6), tmp_path / "adapter_model.safetensors"
     made.save_pretrained(tmp_path)
     model = graft.PeftModel.from_pretrained(net(), tmp_path)
+    graft.hotswap_adapter(swapped, tmp_path, "default")
     with open(path, "r+b") as f:  # in place, as `cp` does it
         f.write(b"\0" * path.stat().st_size) if what == "overwritten" else f.truncate(0)
-    assert torch.equal(model(x), made(x))
+    assert torch.equal(model(x), made(x)) and torch.equal(swapped(x), made(x))
 
 
 @pytest.mark.parametrize("odd", ["empty", "bool"])

@@ -167,15 +167,23 @@ class AdapterLayer(nn.Module):
         else:
             self.__dict__[key] = container
 
-    def place(self, adapter: str, upcast: bool = True) -> None:
-        """Move the adapter to the base weight's device and dtype, half precision to float32 if `upcast`."""
+    def place(self, adapter: str, upcast: bool = True) -> int:
+        """Move a new adapter to the base weight's device and dtype, half precision to float32 if `upcast`.
+
+        It is frozen. Returns how many of its numbers can train.
+        """
         device, dtype = self.store.where(self.base_layer)
         upcast = upcast and self.method.upcast
         widens = upcast and dtype in UPCAST
-        for slot in self.slots(adapter):
-            t = slot.tensor
+        size = -sum([p.numel() for p in self.methods[adapter].frozen()])
+        for _, _, owner, attribute, trains, *_ in self._slots[adapter]:  # as they were just made
+            t: Any = owner._parameters[attribute] if trains else owner._buffers[attribute]
+            if trains:
+                size += t.numel()
+                t.requires_grad = False
             if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
-                place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
+                place_tensor(owner, attribute, device, dtype, upcast)
+        return size
 
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
         """Forget `adapter`; if it was active, what `new_active_adapters` names is so now, else see `delete_from`."""

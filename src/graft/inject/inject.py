@@ -401,12 +401,7 @@ def add_adapter(
     method = layer.add(adapter, values, variant)
     if not on_meta:
         method.init(cfg)
-    layer.place(adapter, upcast)
-    size = -sum([p.numel() for p in method.frozen()])
-    for p in layer.parameters_of(adapter):
-        p.requires_grad = False
-        size += p.numel()
-    return size
+    return layer.place(adapter, upcast)
 
 
 def add_tokens(plan: Plan, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:

@@ -185,6 +185,14 @@ def test_every_public_name_resolves(name):
     assert getattr(graft, name) is getattr(graft, name)
 
 
+@pytest.mark.parametrize("name", [n for n in graft.__all__ if n != "__version__"])
+def test_every_public_name_says_what_it_is(name):
+    thing = getattr(graft, name)
+    if callable(thing):
+        own = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+        assert own and not own.startswith(f"{name}("), "the text that dataclasses write says nothing"
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="module 'graft' has no attribute 'LoraConfg'"):
         graft.LoraConfg  # noqa: B018

@@ -113,6 +113,7 @@ PLANNED = {
         lambda: lora(target_modules=["q_proj"], trainable_token_indices=[1, 2]),
     ),
     "tied token rows": (tied, lambda: lora(target_modules=["q_proj"], trainable_token_indices=[1, 2])),
+    "tied tokens": (tied, lambda: graft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2])),
     "tied": (tied, lambda: lora(target_modules=["embed_tokens"], ensure_weight_tying=True)),
     "tied head": (
         tied,

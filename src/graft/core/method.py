@@ -56,7 +56,7 @@ class Method:
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
     tuner_methods: ClassVar[dict[str, Any]] = {}  # what it adds to the model class: functions of (tuner, …)
-    always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding are adapted along with it
+    always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding run its own parameters, too
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 

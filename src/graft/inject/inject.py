@@ -458,7 +458,7 @@ def follow(
             layer = plan.tree.layers.get(key) or AdapterLayer(site, method, routing)
             size = add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
             layers[key] = layer
-            plan.report.matched.append(Matched(key, site.type_name, size))
+            plan.report.matched.append(Matched(key, site.type_name, 0 if method.always_tied else size))
             pairs.append((layer.methods[adapter], layers[source].methods[adapter]))
         if source in wrappers:
             wrapper = plan.tree.wrappers.get(key) or ModulesToSaveWrapper(plan.tree.modules[key], key, routing)

@@ -17,6 +17,8 @@ from graft.methods.prefix_tuning import check_shape
 
 @dataclass(kw_only=True)
 class CartridgeConfig(PromptLearningConfig):
+    """Cartridge: num_virtual_tokens keys and values of every layer, made from a text or at random."""
+
     peft_type: Any = "CARTRIDGE"
     num_frozen_tokens: int = 1  # so many of the first tokens do not train, which keeps training stable
     holds_keys: ClassVar[bool] = True

@@ -20,6 +20,8 @@ NO_RADIUS = 1e-10
 
 @dataclass(kw_only=True)
 class CPTConfig(PromptLearningConfig):
+    """CPT: tokens of examples in front of the input; their embeddings train, each within a radius."""
+
     peft_type: Any = "CPT"
     cpt_token_ids: list[int] | None = None  # tokens of the examples; None: [0]
     cpt_mask: list[int] | None = None  # attention mask of those tokens

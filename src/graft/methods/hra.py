@@ -34,6 +34,8 @@ class HRAConfig(Targeted, LayerRange):
 
 
 class HRA(Method):
+    """W H: H = Π (I - 2 û_k û_kᵀ), k = 1 … r, on the input; of convolutions and embeddings, on the weight."""
+
     config = HRAConfig
     prefix = "hra_"
     order = "out"  # several adapters give W H_1 H_2 …, so the last one sees the input first

@@ -38,6 +38,8 @@ class IA3Config(Targeted):
 
 
 class IA3(Method):
+    """y ⊙ l, l (out,); of feed-forward layers W (x ⊙ l), l (in,)."""
+
     config = IA3Config
     prefix = "ia3_"
     targets = TARGETS

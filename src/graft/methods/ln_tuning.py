@@ -23,6 +23,8 @@ class LNTuningConfig(Targeted):
 
 
 class LNTuning(Method):
+    """A copy of the module, which runs in its place."""
+
     config = LNTuningConfig
     prefix = "ln_tuning_"
     targets = LN_TUNING

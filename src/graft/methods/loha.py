@@ -38,6 +38,8 @@ class LoHaConfig(Targeted, LayerRange, RankPatterns):
 
 
 class LoHa(Method):
+    """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b); of convolutions, optionally, each product with a kernel factor t between."""
+
     config = LoHaConfig
     prefix = "hada_"
     targets = LORA

@@ -17,6 +17,8 @@ from graft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, Enum):
+    """What the shared prompt begins with."""
+
     TEXT = "TEXT"  # as prompt tuning
     RANDOM = "RANDOM"
     AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"  # the mean of the tasks of a trained prompt
@@ -30,6 +32,8 @@ SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 @dataclass(kw_only=True)
 class MultitaskPromptTuningConfig(PromptTuningConfig):
+    """Multitask prompts: P ⊙ (u_t v_tᵀ), a shared prompt P times a factor of rank `num_ranks` per task t."""
+
     peft_type: Any = "MULTITASK_PROMPT_TUNING"
     prompt_tuning_init: Any = MultitaskPromptTuningInit.RANDOM  # a MultitaskPromptTuningInit
     prompt_tuning_init_state_dict_path: str | None = None  # weights file of the trained prompt

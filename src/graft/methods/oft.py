@@ -61,6 +61,8 @@ class Rotation(nn.Module):
 
 
 class OFT(Method):
+    """W (x R), R per block (I - Q)(I + Q)⁻¹ or the series of its inverse. Of convolutions, the weight is rotated."""
+
     config = OFTConfig
     prefix = "oft_"
     order = "in"

@@ -15,12 +15,16 @@ from graft.core.prompt import Prompt, pick
 
 
 class PromptEncoderReparameterizationType(str, Enum):
+    """The network that computes the prompt."""
+
     MLP = "MLP"
     LSTM = "LSTM"
 
 
 @dataclass(kw_only=True)
 class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning: embeddings in front of the input, computed by an MLP or LSTM in training."""
+
     peft_type: Any = "P_TUNING"
     encoder_reparameterization_type: Any = PromptEncoderReparameterizationType.MLP  # or "LSTM"
     encoder_hidden_size: int | None = None  # None: token_dim

@@ -15,6 +15,8 @@ from graft.core.prompt import Prompt, pick
 
 @dataclass(kw_only=True)
 class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning: num_virtual_tokens learned keys and values in front of every layer's own."""
+
     peft_type: Any = "PREFIX_TUNING"
     encoder_hidden_size: int | None = None  # of the projection; None: token_dim
     prefix_projection: bool = False  # compute keys and values by a small network, which is not saved

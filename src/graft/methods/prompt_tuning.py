@@ -16,6 +16,8 @@ from graft.core.prompt import Prompt, words_of
 
 
 class PromptTuningInit(str, Enum):
+    """What a prompt begins with."""
+
     TEXT = "TEXT"  # the embeddings of a text, cut or repeated to length
     SAMPLE_VOCAB = "SAMPLE_VOCAB"  # those of random tokens
     RANDOM = "RANDOM"  # normal numbers
@@ -23,6 +25,8 @@ class PromptTuningInit(str, Enum):
 
 @dataclass(kw_only=True)
 class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning: num_virtual_tokens learned embeddings in front of the input."""
+
     peft_type: Any = "PROMPT_TUNING"
     prompt_tuning_init: Any = PromptTuningInit.RANDOM  # a PromptTuningInit
     prompt_tuning_init_text: str | None = None  # for TEXT
@@ -46,6 +50,8 @@ class PromptTuningConfig(PromptLearningConfig):
 
 
 class PromptEmbedding(Prompt):
+    """(tokens, dim), as it is."""
+
     config = PromptTuningConfig
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):

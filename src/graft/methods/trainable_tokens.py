@@ -28,6 +28,8 @@ class TrainableTokensConfig(PeftConfig):
 
 
 class TrainableTokens(Method):
+    """Rows `token_indices` of W are those of a table (tokens, dim) that trains."""
+
     config = TrainableTokensConfig
     prefix = "trainable_tokens_"
     always_tied = True

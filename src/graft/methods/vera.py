@@ -48,6 +48,8 @@ class VeraConfig(Targets, LayerRange):
 
 
 class VeRA(Method):
+    """ΔW = diag(λ_b) B diag(λ_d) A. A (r, in) and B (out, r) are cut from matrices that all layers share."""
+
     config = VeraConfig
     prefix = "vera_lambda_"
     targets = PHI_ATTENTION

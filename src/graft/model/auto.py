@@ -106,24 +106,36 @@ class AutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
+    """CAUSAL_LM."""
+
     task, auto_class = "CAUSAL_LM", "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """SEQ_2_SEQ_LM."""
+
     task, auto_class = "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """SEQ_CLS."""
+
     task, auto_class = "SEQ_CLS", "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """TOKEN_CLS."""
+
     task, auto_class = "TOKEN_CLS", "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """QUESTION_ANS."""
+
     task, auto_class = "QUESTION_ANS", "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """FEATURE_EXTRACTION."""
+
     task, auto_class = "FEATURE_EXTRACTION", "AutoModel"

@@ -55,7 +55,8 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
     sizes = {m.name: m.parameters for m in report.matched}
     for key, source in made.followers.items():
         if source in sizes:
-            report.matched.append(Matched(key, kind_of(modules[key]), sizes[source]))
+            size = 0 if method.always_tied else sizes[source]
+            report.matched.append(Matched(key, kind_of(modules[key]), size))
     for key in made.saved:
         size = sum(p.numel() for p in modules[key].parameters())
         report.modules_to_save.append(Matched(key, type(modules[key]).__name__, size))

@@ -19,6 +19,8 @@ from graft.methods.adalora.config import AdaLoraConfig
 
 
 class AdaLoRA(Method):
+    """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r): of the least important, E becomes 0 in training."""
+
     config = AdaLoraConfig
     prefix = "lora_"
     targets = ADALORA

@@ -32,6 +32,8 @@ class Magnitude(nn.Module):
 
 
 class DoRA(LoRA):
+    """W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row; m (out,) trains, and the norm counts as a constant."""
+
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
 
     @classmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685."""
+"""LoRA, arXiv 2106.09685: ΔW = s · B A, A (r, in), B (out, r); s = alpha / r, or alpha / √r with `use_rslora`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases whose weights accelerate keeps elsewhere between calls."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from tests.conformance.samples import disturb
 from tests.core.test_layer import CONFIGS, Net, X, config
 from tests.models import seeded
 
-accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters, configs, initial values, outputs and gradients of the prompt methods are PEFT's."""
 
+import inspect
 import json
 from dataclasses import fields, replace
 
@@ -401,7 +402,8 @@ def with_cache(base, prompt, inputs):
         cache.update(k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), layer)
     mask = inputs.get("attention_mask", torch.ones(3, models.LENGTH, dtype=torch.long))
     backbone = getattr(base, base.base_model_prefix)
-    out = backbone(inputs["input_ids"], attention_mask=nn.functional.pad(mask, (P, 0), value=1), cache=cache)
+    name = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
+    out = backbone(inputs["input_ids"], attention_mask=nn.functional.pad(mask, (P, 0), value=1), **{name: cache})
     hidden = out.last_hidden_state
     if "start_positions" in inputs:
         logits = dict(zip(("start_logits", "end_logits"), base.qa_outputs(hidden).unbind(-1)))

@@ -61,6 +61,13 @@ class Plan:
     row_followers: dict[str, str]  # those of them in which the same rows train
     biases: list[nn.Parameter]  # of the base, that train
 
+    def count_saved(self) -> None:
+        """Note in the report the modules that would be trained whole."""
+        for key in self.saved:
+            module = self.tree.modules[key]
+            size = sum(p.numel() for p in module.parameters())
+            self.report.modules_to_save.append(Matched(key, type(module).__name__, size))
+
 
 def survey_and_match(
     model: nn.Module,

@@ -57,9 +57,7 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
         if source in sizes:
             size = 0 if method.always_tied else sizes[source]
             report.matched.append(Matched(key, kind_of(modules[key]), size))
-    for key in made.saved:
-        size = sum(p.numel() for p in modules[key].parameters())
-        report.modules_to_save.append(Matched(key, type(modules[key]).__name__, size))
+    made.count_saved()
     for key, indices in made.tokens.items():
         if key not in made.row_followers:
             site = site_of(key, modules[key], made.tree)

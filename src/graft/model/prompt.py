@@ -110,10 +110,7 @@ class Prompts(Adapters):
         prompts._begin(model, config)
         cfg = copy.copy(config)
         made = survey_and_match(model, cfg, NoLayers, adapter_name, keys=())
-        for key in made.saved:
-            module = made.tree.modules[key]
-            size = sum(p.numel() for p in module.parameters())
-            made.report.modules_to_save.append(Matched(key, type(module).__name__, size))
+        made.count_saved()
         with torch.random.fork_rng(devices=()):
             made.report.matched.append(matched(prompts._made(cfg)))
         return made.report

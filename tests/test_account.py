@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The account of a model's adapters stays right: layers that lost all of theirs, two PeftModels on one base, adapters
+"""The registry of a model's adapters stays right: layers that lost all of theirs, two PeftModels on one base, adapters
 that come while all are switched off, values loaded into an adapter of another config, names of rows."""
 
 import warnings
@@ -98,7 +98,7 @@ def test_a_layer_with_adapters_of_another_method_does_not_give_way():
         graft.inject_adapter_in_model(lora("head"), model, "then")
 
 
-def test_the_account_of_a_peft_model_forgets_them():
+def test_the_registry_of_a_peft_model_forgets_them():
     model = adapted("first", modules_to_save=["head"])
     model.delete_adapter("first")
     model.add_adapter("then", lora("head"))
@@ -148,7 +148,7 @@ def test_a_module_cannot_be_trained_whole_around_other_adapters():
 @pytest.mark.parametrize("name", ["one", "two"])
 @pytest.mark.parametrize("how", ["from_pretrained", "get_peft_model", "PeftModel", "LoraModel"])
 def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
-    """Each would keep its own account of which adapters are active."""
+    """Each would keep its own registry of which adapters are active."""
     adapted("default").save_pretrained(tmp_path)
     base = net()
     model = graft.PeftModel.from_pretrained(base, tmp_path, "one")
@@ -271,7 +271,7 @@ def test_what_are_no_names(names, text):
     model = adapted("a", "b")
     with pytest.raises(TypeError, match=text):
         model(X, adapter_names=names)
-    assert model.base_model.routing.rows is None
+    assert model.base_model.call.rows is None
 
 
 @pytest.mark.parametrize("first", [torch.ones(1), torch.ones(1, 4), torch.tensor(2.0)], ids=["1", "1x4", "scalar"])

@@ -13,27 +13,17 @@ from pathlib import Path
 import pytest
 
 import graft
-from graft.methods import METHODS
+from graft.methods import METHODS, PROMPTS
 
 SOURCE = Path(graft.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # package → what it may import besides itself, torch, the standard library and other distributions
-CORE = {"core"}
-TOOLS = CORE | {"storage", "config", "kernels"}
-METHOD = TOOLS | {"methods"}
-MODEL = METHOD | {"inject", "merge"}
-ALL = MODEL | {"checkpoint", "model"}
-MAY_IMPORT = {
-    "core": set(),
-    **dict.fromkeys(("storage", "config", "kernels"), CORE),
-    "methods": TOOLS,
-    **dict.fromkeys(("inject", "merge"), METHOD),
-    "checkpoint": MODEL,
-    "model": MODEL | {"checkpoint"},
-    **dict.fromkeys(("train", "serving"), ALL),
-    "compat": ALL | {"train", "serving", None},  # None: the public names
-}
+FLOORS = ["kernels", "core", "storage config", "methods prompts", "inject", "combine io", "model"]  # the lowest first
+MAY_IMPORT: dict[str, set[str | None]] = {}
+for floor in [*FLOORS, "serving optim train"]:
+    MAY_IMPORT |= {name: {*MAY_IMPORT} for name in floor.split()}
+MAY_IMPORT["compat"] = {*MAY_IMPORT, None}  # None: the public names
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 
 
@@ -90,12 +80,14 @@ def test_a_package_imports_only_what_is_below_it(module):
     assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
-def test_core_knows_torch_and_nothing_else():
+@pytest.mark.parametrize("floor, below", [("kernels", set()), ("core", {"kernels"})])
+def test_core_and_kernels_know_torch_and_nothing_else(floor, below):
     for module, path in MODULES.items():
-        if package(module) == "core":
-            others = {name.split(".")[0] for name in imports(path, nested=True)} - {"graft", "torch"}
+        if package(module) == floor:
+            own_packages = {"graft", "torch", *(["triton"] if ".triton." in module else [])}
+            others = {name.split(".")[0] for name in imports(path, nested=True)} - own_packages
             assert others <= set(sys.stdlib_module_names), f"{module} imports {others}"
-            assert {package(m) for m in own(path, nested=True)} <= {"core"}, module
+            assert {package(m) for m in own(path, nested=True)} <= below | {floor}, module
 
 
 def test_no_module_imports_itself_in_a_circle():
@@ -144,7 +136,7 @@ before = set(sys.modules)
 import graft
 print(*[name for name in sys.argv[1:] if name in sys.modules and name not in before])
 print(*sorted({m.split(".")[0] for m in set(sys.modules) - before} - {"graft"} - set(sys.stdlib_module_names)))
-print(*sorted(m for m in sys.modules if m.startswith("graft.methods.")))
+print(*sorted(m for m in sys.modules if m.startswith(("graft.methods.", "graft.prompts"))))
 """
     heavy, third, methods = run(code, *HEAVY).splitlines()
     assert heavy == "" and third == "", "besides torch"
@@ -201,7 +193,12 @@ def test_unknown_names_are_refused():
     assert "NOPE" not in graft.PEFT_TYPE_TO_TUNER_MAPPING
 
 
-@pytest.mark.parametrize("path", sorted((SOURCE / "methods").rglob("*.py")), ids=lambda p: f"{p.parent.name}-{p.name}")
+FILES_OF_PROMPTS = [MODULES["graft." + row.method.partition(":")[0]] for row in PROMPTS.values()]
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted((SOURCE / "methods").rglob("*.py")), *FILES_OF_PROMPTS], ids=lambda p: f"{p.parent.name}-{p.name}"
+)
 def test_the_file_of_a_method_is_short(path):
     assert len(path.read_text().splitlines()) <= 150
 
@@ -245,7 +242,7 @@ def test_adding_a_method_is_one_file_and_one_line(tmp_path):
     shutil.copytree(SOURCE, tmp_path / "graft", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "graft" / "methods" / "toy.py").write_text(TOY)
     table = tmp_path / "graft" / "methods" / "__init__.py"
-    line = '    "TOY": Row("toy:Toy", "ToyConfig", "ToyModel"),\n'
+    line = '    "TOY": Row("methods.toy:Toy", "ToyConfig", "ToyModel"),\n'
     text, n = re.subn(r"(METHODS: dict\[str, Row\] = \{\n)", lambda m: m[1] + line, table.read_text())
     assert n == 1
     table.write_text(text)
@@ -277,7 +274,7 @@ def calls(path: Path) -> Iterator[str]:
 def test_only_ops_run_a_layer_with_another_weight():
     running = re.compile(r"(^|\.)(linear|embedding|conv[123]d)$")
     for module, path in MODULES.items():
-        if package(module) in ("core", "methods", "inject", "model", "checkpoint") and module != "graft.core.ops":
+        if package(module) in ("core", "methods", "prompts", "inject", "io", "model") and module != "graft.core.ops":
             wrong = [name for name in calls(path) if running.search(name) and name.startswith(("F.", "torch.", "nn.f"))]
             assert not wrong, f"{module} calls {wrong}"
 

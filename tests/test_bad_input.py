@@ -300,7 +300,7 @@ def test_mixed_batch_while_merged(sample):
         output(model, sample, adapter_names=["default", "__base__", "default"])
 
 
-def test_error_inside_a_mixed_batch_leaves_no_routing_behind():
+def test_error_inside_a_mixed_batch_leaves_no_rows_behind():
     model = adapt(graft, LORA)
     model.add_adapter("b", LORA.config(graft))
     randomize(model, LORA).eval()

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 import graft
-from graft.checkpoint.fingerprint import KEY
+from graft.io.fingerprint import KEY
 from tests import models
 from tests.conformance.samples import disturb
 from tests.models import seeded
@@ -572,7 +572,7 @@ def test_a_cancelled_load_leaves_the_model(saved, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graft.checkpoint.keys.Entry.assign", interrupt)
+    monkeypatch.setattr("graft.io.entries.Entry.assign", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.load_adapter(saved, "new")
     unchanged(model, before)
@@ -680,7 +680,7 @@ def test_initialisations_that_change_the_base_do_not_compare_its_values(tmp_path
 
 
 def test_a_large_model_keeps_a_digest_only(tmp_path, monkeypatch):
-    monkeypatch.setattr("graft.checkpoint.fingerprint.MAX_NAMED", 2)
+    monkeypatch.setattr("graft.io.fingerprint.MAX_NAMED", 2)
     adapted().save_pretrained(tmp_path)
     with safe_open(tmp_path / TENSORS, "pt") as f:
         assert "weights" not in json.loads(f.metadata()[KEY])

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import graft
-from graft.checkpoint.files import load_weights
 from graft.core.errors import (
     AdapterKeyError,
     AdapterNotFoundError,
@@ -23,6 +22,7 @@ from graft.core.errors import (
     ConfigError,
 )
 from graft.core.layer import AdapterLayer
+from graft.io.files import load_weights
 from graft.model.functional import rescale_adapter_scale
 from tests import models
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.checkpoint.files import read, read_safetensors
+from graft.io.files import read, read_safetensors
 from tests.models import seeded
 
 

@@ -170,13 +170,13 @@ def doubled(values):
     return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in values]
 
 
-def pull(g, W):
+def input_gradient(g, W):
     return g @ W
 
 
 def joint(p=0.0):
     def run(x, W, b, A, B, _):
-        return low_rank.low_rank_linear(lambda x: nn.functional.linear(x, W, b), pull, W, x, A, B, SCALE, p)
+        return low_rank.low_rank_linear(lambda x: nn.functional.linear(x, W, b), input_gradient, W, x, A, B, SCALE, p)
 
     return run
 
@@ -186,7 +186,7 @@ def dora(p=0.0):
         def base(x):
             return nn.functional.linear(x, W, b)
 
-        return decomposed.linear(base, pull, x, W, b, A, B, ratio, SCALE, p)
+        return decomposed.linear(base, input_gradient, x, W, b, A, B, ratio, SCALE, p)
 
     return run
 
@@ -535,7 +535,7 @@ def test_mixed_batches_equal_the_rows_one_by_one(names, dtype):
         assert_close(mixed[i : i + 1], alone, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
     mixed.float().square().sum().backward()
     grads = {n: p.grad.clone() for n, p in tuner.named_parameters() if p.grad is not None}
-    assert len(grads) == 4 * len({n for n in names if n != "_"} - {"c"}) and layer.fresh
+    assert len(grads) == 4 * len({n for n in names if n != "_"} - {"c"}) and layer.output_is_new
 
 
 def test_groups_equal_the_plain_formula():

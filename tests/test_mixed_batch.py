@@ -148,7 +148,7 @@ def test_generation(name, how):
     mixed = model.generate(**batch, adapter_names=NAMES, **options)
     assert torch.equal(mixed, expected)
     assert len({tuple(row) for row in expected.tolist()}) > 1, "adapters differ in what they say"
-    assert model.base_model.routing.current() is None
+    assert model.base_model.call.current() is None
 
 
 def test_generation_with_samples_of_each_row():
@@ -186,7 +186,7 @@ def test_a_generation_that_fails_leaves_nothing_behind(how):
     with pytest.raises(KeyError):
         model.generate(**batch, adapter_names=NAMES, max_new_tokens=2, **OPTIONS[how])
     hook.remove()
-    assert model.base_model.routing.rows is None
+    assert model.base_model.call.rows is None
     assert torch.equal(models.output(model, batch), expected)
     for names, error in ((["zz"] * 4, "non-existing"), (["b"], "same as the number of inputs")):
         with pytest.raises(graft.RoutingError, match=error):

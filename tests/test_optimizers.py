@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import graft
-from graft.train import optimizers
+from graft import optim as optimizers
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, randomize
 from tests.samples import each, first

@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
+from graft.core.dropout import share_dropped
 from graft.kernels import hadamard, householder, orthogonal, scaled_low_rank
 from graft.kernels.low_rank import FUSED_FROM
-from graft.kernels.worth import share_dropped, worth_it
+from graft.kernels.worth import worth_it
 from tests.models import seeded
 
 SCALE = 1.37
@@ -145,7 +146,7 @@ def test_adding_scaled_in_half_precision_errs_no_more():
     not_worse(fresh(scaled_low_rank.add_scaled), scaled_low_rank.plain, scaled(torch.bfloat16))
 
 
-def pull(g, W):
+def input_gradient(g, W):
     return g @ W
 
 
@@ -159,7 +160,7 @@ def test_one_product_with_scaled_factors_equals_two(x_grad):
     def one(x, d, b):
         fixed = (t.to(x.dtype) for t in (W, bias))
         factors = (t.to(x.dtype) for t in (A, B))
-        return scaled_low_rank.linear_with(*fixed, x, *factors, d, b, nn.functional.linear, pull)
+        return scaled_low_rank.linear_with(*fixed, x, *factors, d, b, nn.functional.linear, input_gradient)
 
     def two(x, d, b):
         w, s, a, c = (t.to(x.dtype) for t in (W, bias, A, B))
@@ -197,7 +198,7 @@ def test_one_product_with_a_hadamard_product_equals_two(x_grad):
 
     def one(x, *factors):
         fixed = (t.to(x.dtype) for t in (W, bias))
-        return hadamard.linear_with(*fixed, x, *factors, SCALE, nn.functional.linear, pull)
+        return hadamard.linear_with(*fixed, x, *factors, SCALE, nn.functional.linear, input_gradient)
 
     def two(x, *factors):
         w, s = (t.to(x.dtype) for t in (W, bias))
@@ -224,8 +225,8 @@ def test_second_derivatives():
         (lambda Q: orthogonal.orthogonal(Q, 5), (orthogonal.skew(v * 0.1, 4),)),
         (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
         (lambda x, d, b: scaled_low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
-        (lambda x, d, b: scaled_low_rank.linear_with(W, None, x, A, B, d, b, linear, pull), (x, d, b)),
-        (lambda x, *f: hadamard.linear_with(W, None, x, *f, SCALE, linear, pull), (x, *factors)),
+        (lambda x, d, b: scaled_low_rank.linear_with(W, None, x, A, B, d, b, linear, input_gradient), (x, d, b)),
+        (lambda x, *f: hadamard.linear_with(W, None, x, *f, SCALE, linear, input_gradient), (x, *factors)),
     ):
         values = [t.detach().requires_grad_() for t in values]
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)

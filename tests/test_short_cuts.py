@@ -13,8 +13,7 @@ from torch.nn.modules import module as modules
 from torch.testing import assert_close
 
 import graft
-from graft.core import eager
-from graft.kernels import function
+from graft.kernels import eager, function
 from graft.kernels.low_rank import FUSED_FROM
 from tests.models import seeded
 

@@ -145,7 +145,7 @@ def test_functions_on_injected_models(steps):
     assert found[0] == found[1]
 
 
-def test_functions_keep_a_wrappers_account():
+def test_functions_keep_a_wrappers_registry():
     model = adapt(graft, LORA)
     model.add_adapter("b", LORA.config(graft))
     functional.set_adapter(model, "b")

@@ -25,9 +25,9 @@ _NAMES: dict[str, str] = {
         "graft.config.enums": "TaskType",
         "graft.methods": "PeftType method_of",
         "graft.methods.lora": "LoraRuntimeConfig",
-        "graft.methods.prompt_tuning": "PromptTuningInit",
-        "graft.methods.p_tuning": "PromptEncoderReparameterizationType",
-        "graft.methods.multitask_prompt_tuning": "MultitaskPromptTuningInit",
+        "graft.prompts.prompt_tuning": "PromptTuningInit",
+        "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",
+        "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",
         "graft.config.prompt": "PromptLearningConfig",
         "graft.inject.report": "InjectReport",
         "graft.inject.saved": "ModulesToSaveWrapper",
@@ -45,12 +45,13 @@ _NAMES: dict[str, str] = {
         "graft.model.mappings": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
         "graft.model.kv_init": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
         "prompt_embeddings_from_past_key_values",
-        "graft.checkpoint.compose": "compose_cartridge_adapters",
-        "graft.checkpoint.files": "load_peft_weights",
-        "graft.checkpoint.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict "
-        "prepare_model_for_compiled_hotswap",
-        "graft.checkpoint.state": "LoadReport get_base_model_state_dict get_peft_model_state_dict "
-        "set_base_model_state_dict set_peft_model_state_dict",
+        "graft.io.compose": "compose_cartridge_adapters",
+        "graft.io.base": "get_base_model_state_dict set_base_model_state_dict",
+        "graft.io.files": "load_peft_weights",
+        "graft.io.load": "LoadReport set_peft_model_state_dict",
+        "graft.io.save": "get_peft_model_state_dict",
+        "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
+        "graft.serving.room": "prepare_model_for_compiled_hotswap",
         "graft.train.helpers": "cast_mixed_precision_params shift_tokens_right",
         "graft.train.kbit": "prepare_model_for_kbit_training",
     }.items()

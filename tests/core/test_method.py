@@ -120,8 +120,8 @@ def test_declarations_are_read_however_they_are_written(future, module):
     import torch
     from torch import nn
 
+    from graft.core.call import Call
     from graft.core.layer import AdapterLayer
-    from graft.core.routing import Routing
     from graft.inject.survey import site_of, survey
 
     space = {"__name__": module}
@@ -130,7 +130,7 @@ def test_declarations_are_read_however_they_are_written(future, module):
     assert (Gate.prefix, Gate.upcast, Gate.single_trainable) == ("gate_", False, False)
     model = nn.Sequential(nn.Linear(4, 3))
     site = site_of("0", model[0], survey(model))
-    layer = AdapterLayer(site, Gate, Routing())
+    layer = AdapterLayer(site, Gate, Call())
     made = layer.add("a", Gate.build(site, None, {}))
     layer.set_adapter("a")
     assert (made.eps, made.names) == (0.5, None)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.core.routing import BASE, Routing, Rows
+from graft.core.call import BASE, Call, Rows
 from tests import models
 from tests.conformance.samples import disturb
 from tests.models import seeded
@@ -47,13 +47,13 @@ def test_other_numbers_of_rows_cannot_be_routed(size):
 
 
 def test_using_puts_back_what_was_there_also_after_an_error():
-    routing, outer, inner = Routing(), Rows.of(["a"]), Rows.of(["b"])
-    with routing.using(outer):
-        with pytest.raises(KeyError), routing.using(inner):
-            assert routing.current() is inner
+    call, outer, inner = Call(), Rows.of(["a"]), Rows.of(["b"])
+    with call.using(outer):
+        with pytest.raises(KeyError), call.using(inner):
+            assert call.current() is inner
             raise KeyError
-        assert routing.current() is outer
-    assert routing.rows is None
+        assert call.current() is outer
+    assert call.rows is None
 
 
 def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
@@ -69,7 +69,7 @@ def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
     x = torch.randn(4, 5, 3)
     with pytest.raises(graft.RoutingError, match="'flat' received 20 rows"):
         model(x, adapter_names=FIRST)
-    assert model.base_model.routing.rows is None
+    assert model.base_model.call.rows is None
     model(x)
 
 
@@ -125,7 +125,7 @@ def test_names_are_checked_before_anything_runs():
     with pytest.raises(graft.RoutingError, match=r"merged adapters.*unmerge_adapter.*default"):
         model(x, adapter_names=["b", "b"])
     model.unmerge_adapter()
-    assert model.base_model.routing.rows is None
+    assert model.base_model.call.rows is None
     model(x, adapter_names=["b", BASE])
 
 
@@ -205,7 +205,7 @@ def test_recomputed_layers_see_their_rows(method, targets, reentrant):
     model = llama(method, targets, reentrant)
     for _ in range(2):
         equal(backward(model, FIRST), expected)
-        assert model.base_model.routing.rows is None
+        assert model.base_model.call.rows is None
 
 
 @CHECKPOINTING
@@ -298,9 +298,7 @@ def test_higher_derivatives_and_retained_graphs():
     (g,) = torch.autograd.grad(y, x, create_graph=True)
     g.square().sum().backward(retain_graph=True)
     y.backward()
-    assert model.base_model.routing.rows is None and all(
-        p.grad is not None for p in model.parameters() if p.requires_grad
-    )
+    assert model.base_model.call.rows is None and all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # outputs of every kind
@@ -362,7 +360,7 @@ def test_rows_come_back_whatever_the_output_is(kind, reentrant):
         for _ in range(2):
             unpack(model(X, adapter_names=FIRST)).square().sum().backward()
             found.append(gradients(model))
-            assert model.base_model.routing.rows is None
+            assert model.base_model.call.rows is None
     for other in found[1:]:
         equal(other, found[0])
 

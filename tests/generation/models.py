@@ -222,7 +222,7 @@ def held(cache) -> list:
 
 def filled(model, batch: int):
     """A cache that holds a prompt of keys and values, for a base model."""
-    from graft.methods.prefix_tuning import as_pairs
+    from graft.prompts.prefix_tuning import as_pairs
 
     settings = decoder_of(model.get_base_model()).config
     cache = own = empty_cache(settings)

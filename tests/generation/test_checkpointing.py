@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import graft
-from graft.model.checkpointing import RUN
+from graft.prompts.replays import RUN
 from tests.generation.models import MODELS as GENERATING
 from tests.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
 from tests.models import _bert, seeded, transformer
@@ -174,7 +174,7 @@ def test_layers_that_a_prompt_cannot_reach(name, method, monkeypatch):
     enable(model, False)
     before = functions(model)
     with monkeypatch.context() as patch:
-        patch.setattr("graft.model.checkpointing.cache_place", lambda layer: None)
+        patch.setattr("graft.prompts.replays.cache_place", lambda layer: None)
         with pytest.raises(ValueError, match=r"leaves keys and values of a prompt out.*gradient_checkpointing_disable"):
             model(**given)
     assert functions(model) == before

@@ -7,7 +7,7 @@ import transformers
 from torch.nn.functional import pad
 
 import graft
-from graft.methods.prefix_tuning import from_pairs
+from graft.prompts.prefix_tuning import from_pairs
 from tests.generation.models import MODELS, STEPS, WINDOW, base, close, config, generate, greedy, held, inputs, spread
 from tests.models import VOCAB, seeded
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils as theirs
 
 import graft
-from graft.merge import algorithms as rules
+from graft.combine import rules
 from tests import models
 from tests.pair import close
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graft
-from graft.merge.weighted import SVD, TYPES
+from graft.combine.weighted import SVD, TYPES
 from tests import models
 from tests.merge.several import (
     LAYERS,

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
-from graft.merge import algorithms as rules
+from graft.combine import rules
 from tests.merge.several import LAYERS, UNGROUPED, base, batch, build, delta, factors, layer, lora, loras, snapshot
 from tests.models import seeded
 

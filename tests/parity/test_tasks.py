@@ -88,7 +88,7 @@ def test_generate_with_another_adapter_per_row(sample):
                     adapter_names=["b", "__base__", "default"],
                 )
             )
-        results.append(output(model, sample))  # nothing of the routing is left behind
+        results.append(output(model, sample))  # nothing of the rows is left behind
     assert torch.equal(results[0], results[3]) and torch.equal(results[1], results[4])
     close(results[2], results[5])
 

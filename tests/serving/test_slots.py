@@ -11,7 +11,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
 
 import graft
-from graft.checkpoint.files import load_weights
 from graft.core.errors import (
     AdapterKeyError,
     AdapterNameError,
@@ -24,6 +23,7 @@ from graft.core.errors import (
     RoutingError,
     UnsupportedLayerError,
 )
+from graft.io.files import load_weights
 from graft.serving import AdapterSlots
 from tests import models
 

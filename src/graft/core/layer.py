@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.eager import eager, unhooked
+from graft.core.call import Call, Rows
 from graft.core.errors import AdapterNotFoundError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.lean import ModuleDict, begin, lean
 from graft.core.method import Method
 from graft.core.ops import Op, is_stock
 from graft.core.params import FACTS, BufferDict, Flag, Slot, Transient, container_for, slots_of
 from graft.core.place import UPCAST, place_tensor
-from graft.core.routing import Routing, Rows
 from graft.core.site import Site, Store
+from graft.kernels.eager import eager, has_no_hooks
 
 
 @lean
@@ -35,14 +35,14 @@ class AdapterLayer(nn.Module):
     store: Store
     method: type[Method]
     order: Literal["in", "out"]  # in which the method acts on this layer type
-    routing: Routing
+    call: Call
     methods: dict[str, Method]  # by adapter
     in_features: int
     out_features: int
     fan_in: int
     _slots: dict[str, list[Slot]]  # by adapter, see `slots`
     additive: bool  # all adapters only add to the output
-    fresh: bool  # the base layer's output may be overwritten
+    output_is_new: bool  # the base layer's output may be overwritten
     scaling: dict[str, float]  # of methods that have one
     containers: list[str]
     holders: list[str]  # those of them that are modules
@@ -64,9 +64,9 @@ class AdapterLayer(nn.Module):
     _sees_call: bool
     _arguments: tuple[str, ...]  # names of the base layer's positional ones, where the method sees them
 
-    def __init__(self, site: Site, method: type[Method], routing: Routing):
+    def __init__(self, site: Site, method: type[Method], call: Call):
         begin(self)
-        fresh = site.op.fresh and site.store.exact and is_stock(site.module)
+        output_is_new = site.op.output_is_new and site.store.exact and is_stock(site.module)
         # past nn.Module.__setattr__, which would look for a parameter in each
         self.__dict__.update(
             site=site,
@@ -74,7 +74,7 @@ class AdapterLayer(nn.Module):
             store=site.store,
             method=method,
             order=method.acts(site),
-            routing=routing,
+            call=call,
             methods={},
             _slots={},
             in_features=site.in_features,
@@ -93,7 +93,7 @@ class AdapterLayer(nn.Module):
             _live=(),
             _folded=method.through_weight(site),
             additive=method.additive,
-            fresh=fresh,
+            output_is_new=output_is_new,
             _joins=method.joins,
             _replaced=method.replaces,
             _rewrites_input=method.rewrites_input,
@@ -330,7 +330,7 @@ class AdapterLayer(nn.Module):
     # forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.routing.rows is not None and (rows := self.routing.current()) is not None:
+        if self.call.rows is not None and (rows := self.call.current()) is not None:
             return self._forward_rows(rows, *args, **kwargs)
         if not self._live:
             return self.base_layer(*args, **kwargs)
@@ -348,7 +348,12 @@ class AdapterLayer(nn.Module):
                 x = m.pre(x).to(x.dtype)
         if not self._adds_output:
             return self.base_layer(x, *args, **kwargs)
-        if self._joins and not (args or kwargs) and self.open and not (torch.is_grad_enabled() and self.base_trains):
+        if (
+            self._joins
+            and not (args or kwargs)
+            and self.may_fuse
+            and not (torch.is_grad_enabled() and self.base_trains)
+        ):
             y = live[0].join(x)
             if len(live) == 1:
                 return y
@@ -361,9 +366,9 @@ class AdapterLayer(nn.Module):
         return y.to(dtype)
 
     @property
-    def open(self) -> bool:
+    def may_fuse(self) -> bool:
         """Whether the base layer's output may be written to, and its weight used past a call, now."""
-        return self.fresh and eager() and unhooked(self._modules["base_layer"])  # type: ignore[arg-type]
+        return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @property
     def base_weight(self) -> Tensor:

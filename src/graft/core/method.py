@@ -15,8 +15,8 @@ from graft.core.ops import META, OPS, is_stock
 from graft.core.site import Site
 
 if TYPE_CHECKING:
+    from graft.core.call import Rows
     from graft.core.layer import AdapterLayer
-    from graft.core.routing import Rows
 
 
 _CLASS_VAR = re.compile(r"(\w+\.)*ClassVar\b")
@@ -183,12 +183,12 @@ class Method:
         )
 
     @classmethod
-    def exported(cls, layer: Any, container: str, tensor: Tensor, cfg: Any) -> Tensor:
+    def stored(cls, layer: Any, container: str, tensor: Tensor, cfg: Any) -> Tensor:
         """What a checkpoint holds of one of the adapter's tensors."""
         return tensor
 
     @classmethod
-    def imported(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: Any) -> Tensor:
+    def restored(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: Any) -> Tensor:
         """The reverse, where a checkpoint's tensor has not the shape of `here`, the adapter's own; `cfg` is that of the
         checkpoint. What is returned replaces `here` if the shapes are equal then."""
         return tensor

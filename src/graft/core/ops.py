@@ -51,7 +51,7 @@ class Op:
     known = True
     linear = False  # what target_modules="all-linear" means
     transposed = False  # the module stores (in, out)
-    fresh = False  # its output is new memory, whose values its backward pass does not need
+    output_is_new = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
 
     def variant(self, m: Any) -> Op:
@@ -76,7 +76,7 @@ class Op:
         """The layer's own function with another (canonical) weight and bias."""
         return F.linear(x, W, b)
 
-    def pull(self, g: Tensor, W: Tensor) -> Tensor:
+    def input_gradient(self, g: Tensor, W: Tensor) -> Tensor:
         """From the gradient of a linear layer's output (rows, out) to that of its input (rows, in)."""
         return g @ W
 
@@ -126,14 +126,14 @@ class Unknown(Op):
 
 class Linear(Op):
     linear = True
-    fresh = True
+    output_is_new = True
 
 
 class Conv1D(Op):
     """transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
 
     linear = True
-    fresh = True
+    output_is_new = True
     transposed = True
 
     def dims(self, m):

@@ -13,13 +13,12 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import matches_end
+from graft.core.call import Call
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.params import BufferDict, Transient
 from graft.core.place import place
-from graft.core.prompt import Prompt
-from graft.core.routing import Routing
 from graft.core.site import Site
 from graft.inject import saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
@@ -30,6 +29,7 @@ from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import expand, tied_to_embedding
 from graft.inject.tokens import TrainableTokensWrapper, token_targets
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from graft.prompts.base import Prompt
 
 
 @dataclass
@@ -104,7 +104,7 @@ def survey_and_match(
         elif not module._modules:
             report.untargeted[kind_of(module)] += 1
     if matcher is not None:
-        account(cfg, matcher, outcomes, report)
+        report_on(cfg, matcher, outcomes, report)
     followed = {k: site_of(k, tree.modules[k], tree) for k, source in followers.items() if source in sites}
     adapted = {**sites, **followed}
     check_sites(adapted, cfg, method, adapter, tree)
@@ -204,7 +204,7 @@ def check_tokens(
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
 
-def account(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport) -> None:
+def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport) -> None:
     """Say what matched nothing: raise if that is everything, else warn and note it in the report."""
     verdicts = outcomes.values()
     found = {v.outcome for v in verdicts}
@@ -275,7 +275,7 @@ def inject(
     method: type[Method],
     adapter: str,
     *,
-    routing: Routing | None = None,
+    call: Call | None = None,
     shared: dict[str, BufferDict] | None = None,
     others: dict[str, Any] | None = None,
     upcast: bool = True,
@@ -306,7 +306,7 @@ def inject(
     shared = {} if shared is None else shared
     with collector_paused(), restructured(model, config, method) as changed:
         plan = survey_and_match(model, config, method, adapter, keys, None if changed else tree)
-        parts = make(plan, method, adapter, routing, shared, others or {}, upcast, on_meta, fill, heads)
+        parts = make(plan, method, adapter, call, shared, others or {}, upcast, on_meta, fill, heads)
         commit(plan, parts)
         config.__dict__.update(plan.cfg.__dict__)
         return plan.report, parts
@@ -343,7 +343,7 @@ def make(
     plan: Plan,
     method: type[Method],
     adapter: str,
-    routing: Routing | None,
+    call: Call | None,
     shared: dict[str, BufferDict],
     others: dict[str, Any],
     upcast: bool,
@@ -354,9 +354,9 @@ def make(
     """All that carries the adapter, apart from the model."""
     tree, cfg, report = plan.tree, plan.cfg, plan.report
     chosen = choose_heads(plan, heads)
-    if routing is None:
+    if call is None:
         existing = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
-        routing = existing.routing if existing is not None else Routing()
+        call = existing.call if existing is not None else Call()
     before = {key: list(container) for key, container in shared.items()}
     layers: dict[str, AdapterLayer] = {}
     orient(cfg, plan.sites.values())
@@ -365,20 +365,20 @@ def make(
         empty = not method.inits_from_weight(cfg)
         skip_init = empty and (on_meta or fill is not None)
         for key, site in plan.sites.items():
-            layer = tree.layers.get(key) or AdapterLayer(site, method, routing)
+            layer = tree.layers.get(key) or AdapterLayer(site, method, call)
             layers[key] = layer
             nowhere = skip_init or (empty and site.on_meta)
             size = add_adapter(layer, adapter, cfg.at(key), shared, on_meta=nowhere, upcast=upcast)
             report.matched.append(Matched(key, site.type_name, size))
         wrappers: dict[str, Wrapper] = {
-            key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, routing) for key in plan.saved
+            key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, call) for key in plan.saved
         }
         for key, wrapper in wrappers.items():
             wrapper.add(adapter, chosen.get(key))
             size = sum(p.numel() for p in wrapper.parameters_of(adapter))
             report.modules_to_save.append(Matched(key, type(wrapper.modules_to_save[adapter]).__name__, size))
-        wrappers |= add_tokens(plan, adapter, routing, upcast)
-        ties = follow(plan, adapter, layers, wrappers, routing, method, shared, upcast)
+        wrappers |= add_tokens(plan, adapter, call, upcast)
+        ties = follow(plan, adapter, layers, wrappers, call, method, shared, upcast)
         parts = Parts(layers, wrappers, shared)
         if fill is not None:
             fill(parts)
@@ -411,14 +411,14 @@ def add_adapter(
     return layer.place(adapter, upcast)
 
 
-def add_tokens(plan: Plan, adapter: str, routing: Routing, upcast: bool) -> dict[str, Wrapper]:
+def add_tokens(plan: Plan, adapter: str, call: Call, upcast: bool) -> dict[str, Wrapper]:
     """Wrap the embeddings of which single rows train, and the heads on their weight."""
     made: dict[str, Wrapper] = {}
     followers = plan.row_followers
     for key in [*(k for k in plan.tokens if k not in followers), *followers]:
         wrapper: Any = plan.tree.wrappers.get(key)
         if wrapper is None:
-            layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), TrainableTokens, routing)
+            layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), TrainableTokens, call)
             wrapper = TrainableTokensWrapper(layer, key)
         indices = plan.tokens[followers.get(key, key)]
         cfg = TrainableTokensConfig(token_indices=indices)
@@ -452,7 +452,7 @@ def follow(
     adapter: str,
     layers: dict[str, AdapterLayer],
     wrappers: dict[str, Wrapper],
-    routing: Routing,
+    call: Call,
     method: type[Method],
     shared: dict[str, BufferDict],
     upcast: bool,
@@ -462,13 +462,13 @@ def follow(
     for key, source in plan.followers.items():
         if source in layers:
             site = site_of(key, plan.tree.modules[key], plan.tree)
-            layer = plan.tree.layers.get(key) or AdapterLayer(site, method, routing)
+            layer = plan.tree.layers.get(key) or AdapterLayer(site, method, call)
             size = add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
             layers[key] = layer
             plan.report.matched.append(Matched(key, site.type_name, 0 if method.always_tied else size))
             pairs.append((layer.methods[adapter], layers[source].methods[adapter]))
         if source in wrappers:
-            wrapper = plan.tree.wrappers.get(key) or ModulesToSaveWrapper(plan.tree.modules[key], key, routing)
+            wrapper = plan.tree.wrappers.get(key) or ModulesToSaveWrapper(plan.tree.modules[key], key, call)
             wrapper.add(adapter)
             wrapper.modules_to_save[adapter].weight = wrappers[source].modules_to_save[adapter].weight
             wrappers[key] = wrapper

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
+from graft.core.call import Call, Rows
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer, delete_from
 from graft.core.params import tensors_of
-from graft.core.routing import Routing, Rows
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import place_of, standalone
 
@@ -28,11 +28,11 @@ class ModulesToSaveWrapper(nn.Module):
 
     how = "already trained whole, through modules_to_save"
 
-    def __init__(self, original: nn.Module, key: str, routing: Routing):
+    def __init__(self, original: nn.Module, key: str, call: Call):
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
-        self.key, self.routing = key, routing
+        self.key, self.call = key, call
         self.active_adapters: list[str] = []
         self.disable_adapters = False
 
@@ -134,7 +134,7 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(self.active, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.routing.rows is not None and (rows := self.routing.current()) is not None and not self.disable_adapters:
+        if self.call.rows is not None and (rows := self.call.current()) is not None and not self.disable_adapters:
             return self._forward_rows(rows, *args, **kwargs)
         return self.active(*args, **kwargs)
 

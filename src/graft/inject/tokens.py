@@ -23,7 +23,7 @@ class TrainableTokensWrapper(nn.Module):
         self.token_adapter = token_adapter
         self.key = key
         self.tied: set[str] = set()  # adapters whose rows here are those of the embedding, and not saved
-        self.routing = token_adapter.routing
+        self.call = token_adapter.call
 
     @property
     def original_module(self) -> nn.Module:

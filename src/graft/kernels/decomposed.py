@@ -30,7 +30,7 @@ def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: T
 
 def linear(
     base: Callable[[Tensor], Tensor],
-    pull: Callable[[Tensor, Tensor], Tensor],
+    input_gradient: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     W: Tensor,
     b: Tensor | None,
@@ -40,9 +40,9 @@ def linear(
     scale: float,
     p: float,
 ) -> Tensor:
-    """As `plain`, in the dtype of base(x) = W x + b. `base`, `pull` and `W` as in `low_rank_linear`."""
+    """As `plain`, in the dtype of base(x) = W x + b. `base`, `input_gradient` and `W` as in `low_rank_linear`."""
     form = form_for(products, x, A, B)
-    return _Linear.apply(x, W, b, A, B, ratio, base, pull, scale, p, seed_for(p), form)  # type: ignore[no-any-return]
+    return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p), form)  # type: ignore[no-any-return]
 
 
 class _Linear(Function):
@@ -50,7 +50,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: Any, pull: Any,
+        ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: Any, input_gradient: Any,
         scale: float, p: float, seed: int, form: Any,
     ) -> Tensor:  # fmt: skip
         y = base(x)
@@ -72,7 +72,7 @@ class _Linear(Function):
             z = form.add_up(wide, h, B, scale)
             out = z * ratio if b is None else torch.addcmul(b * (1 - ratio), z, ratio)
         ctx.save_for_backward(x, W, b, A, B, ratio, h, z)
-        ctx.pull, ctx.options, ctx.few = pull, (scale, p, seed, form), few
+        ctx.input_gradient, ctx.options, ctx.few = input_gradient, (scale, p, seed, form), few
         return out.to(y.dtype).view(y.shape)
 
     @staticmethod
@@ -92,14 +92,14 @@ class _Linear(Function):
             part = rows * ((ratio - 1) / (1 - p))
             places = products.places(x.numel(), p, seed, x.device)
             less = sparse.entries(part, W, places)
-            dx = ctx.pull(part.add_(rows).to(W.dtype), W)
+            dx = ctx.input_gradient(part.add_(rows).to(W.dtype), W)
             dx.view(-1).index_add_(0, places, less.to(dx.dtype), alpha=-1)
         scaled = rows * ratio
         if need[0] and not p:
-            dx = ctx.pull(scaled.to(W.dtype), W)
+            dx = ctx.input_gradient(scaled.to(W.dtype), W)
         elif need[0] and not ctx.few:
-            dx = ctx.pull(rows.to(W.dtype), W)
-            dx += products.dropped(ctx.pull((scaled - rows).to(W.dtype), W), p, seed, form.kept)
+            dx = ctx.input_gradient(rows.to(W.dtype), W)
+            dx += products.dropped(ctx.input_gradient((scaled - rows).to(W.dtype), W), p, seed, form.kept)
         dx, dA, dB = gradients(scaled, x, A, B, h, scale, p, seed, form, need=need, dx=dx)
         return dx, None, None, dA, dB, d_ratio, None, None, None, None, None, None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.eager import autocast_dtype
+from graft.kernels.eager import autocast_dtype
 
 
 class Function(torch.autograd.Function):

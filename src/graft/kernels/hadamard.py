@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.eager import only_backward
+from graft.kernels.eager import only_backward
 from graft.kernels.function import Function
 
 
@@ -30,15 +30,15 @@ def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: float,
-    call: Callable[..., Tensor], pull: Callable[..., Tensor],
+    call: Callable[..., Tensor], input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """x (W + scale · (a b) ⊙ (c d))ᵀ + bias, keeping x and the factors. W and bias get no gradient; one dtype.
 
     Args:
         call: from x, a weight and bias to a linear layer's output.
-        pull: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+        input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
     """
-    return _OneProduct.apply(x, W, bias, a, b, c, d, scale, call, pull)  # type: ignore[no-any-return]
+    return _OneProduct.apply(x, W, bias, a, b, c, d, scale, call, input_gradient)  # type: ignore[no-any-return]
 
 
 def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -73,19 +73,19 @@ class _OneProduct(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor,
-        scale: float, call: Any, pull: Any,
+        scale: float, call: Any, input_gradient: Any,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, W, a, b, c, d)
-        ctx.options = scale, pull
+        ctx.options = scale, input_gradient
         return call(x, torch.addcmul(W, a @ b, c @ d, value=scale), bias)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, W, *factors = ctx.saved_tensors
-        scale, pull = ctx.options
+        scale, input_gradient = ctx.options
         rows, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = None
         if ctx.needs_input_grad[0]:
             a, b, c, d = factors
-            dx = pull(rows, torch.addcmul(W, a @ b, c @ d, value=scale)).view(x.shape)
+            dx = input_gradient(rows, torch.addcmul(W, a @ b, c @ d, value=scale)).view(x.shape)
         return dx, None, None, *factor_gradients((rows.T @ flat) * scale, *factors), None, None, None

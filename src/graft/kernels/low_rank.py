@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.eager import autocast_dtype, eager
 from graft.kernels import products
 from graft.kernels.device import form_for
+from graft.kernels.eager import autocast_dtype, eager
 from graft.kernels.function import Function
 from graft.kernels.products import dropped
 
@@ -44,7 +44,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
 def low_rank_linear(
     base: Callable[[Tensor], Tensor],
-    pull: Callable[[Tensor, Tensor], Tensor],
+    input_gradient: Callable[[Tensor, Tensor], Tensor],
     W: Tensor,
     x: Tensor,
     A: Tensor,
@@ -56,13 +56,13 @@ def low_rank_linear(
 
     Args:
         base: a linear layer without hooks.
-        pull: from the gradient of its output (rows, out) and W to that of its input (rows, in).
-        W: its weight, as `pull` takes it.
+        input_gradient: from the gradient of its output (rows, out) and W to that of its input (rows, in).
+        W: its weight, as `input_gradient` takes it.
     """
     if not fuses(x, p) or not torch.is_grad_enabled():
         return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)
-    return _LowRankLinear.apply(x, W, A, B, base, pull, scale, p, seed_for(p), form_for(products, x, A, B))  # type: ignore[no-any-return]
+    return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p), form_for(products, x, A, B))  # type: ignore[no-any-return]
 
 
 def fuses(x: Tensor, p: float) -> bool:
@@ -135,13 +135,13 @@ class _LowRankLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Any, pull: Any, scale: float, p: float,
+        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Any, input_gradient: Any, scale: float, p: float,
         seed: int, form: Any,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         h = form.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(W, x, A, B, h)
-        ctx.pull, ctx.options = pull, (scale, p, seed, form)
+        ctx.input_gradient, ctx.options = input_gradient, (scale, p, seed, form)
         return form.add_up(y, h, B, scale)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -149,7 +149,7 @@ class _LowRankLinear(Function):
         W, *saved = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad[:4]
         rows = g.reshape(-1, g.shape[-1])
-        dx = ctx.pull(rows, W.to(g.dtype)) if need_x else None
+        dx = ctx.input_gradient(rows, W.to(g.dtype)) if need_x else None
         dx, dA, dB = gradients(rows, *saved, *ctx.options, need=(need_x, *need), dx=dx)
         return dx, None, dA, dB, None, None, None, None, None, None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.eager import autocast_dtype, eager
+from graft.kernels.eager import autocast_dtype, eager
 from graft.kernels.function import Function
 from graft.kernels.worth import worth_it
 

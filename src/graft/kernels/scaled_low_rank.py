@@ -38,7 +38,7 @@ def one_product_pays(rows: int, out: int, n: int) -> bool:
 
 def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
-    call: Callable[..., Tensor], pull: Callable[..., Tensor],
+    call: Callable[..., Tensor], input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     """`plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
 
@@ -46,10 +46,10 @@ def linear_with(
 
     Args:
         call: from x, a weight and bias to a linear layer's output.
-        pull: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+        input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
     """
     h = x.reshape(-1, x.shape[-1]) @ A.T
-    return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, pull)  # type: ignore[no-any-return]
+    return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)  # type: ignore[no-any-return]
 
 
 def vector_gradients(
@@ -88,10 +88,10 @@ class _OneProduct(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor, W: Tensor, bias: Any, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
-        call: Any, pull: Any,
+        call: Any, input_gradient: Any,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(h, W, A, B, d, b)
-        ctx.pull = pull
+        ctx.input_gradient = input_gradient
         return call(x, _sum(W, A, B, d, b), bias)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -100,7 +100,7 @@ class _OneProduct(Function):
         rows = g.reshape(-1, g.shape[-1])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.pull(rows, _sum(W, A, B, d, b)).view(*g.shape[:-1], A.shape[1])
+            dx = ctx.input_gradient(rows, _sum(W, A, B, d, b)).view(*g.shape[:-1], A.shape[1])
         dd, db = vector_gradients(rows.T @ h, B, d, b, ctx.needs_input_grad[6:8])
         return dx, None, None, None, None, None, dd, db, None, None
 

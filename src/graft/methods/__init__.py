@@ -13,32 +13,36 @@ from graft.core.errors import ConfigError
 
 
 class Row(NamedTuple):
-    method: str  # "module:Class" below graft.methods
+    method: str  # "module:Class" below graft
     config: str  # public name of its config
     tuner: str  # public name of the model class that holds it; of a prompt, its encoder
 
 
 METHODS: dict[str, Row] = {
-    "LORA": Row("lora:LoRA", "LoraConfig", "LoraModel"),
-    "ADALORA": Row("adalora:AdaLoRA", "AdaLoraConfig", "AdaLoraModel"),
-    "IA3": Row("ia3:IA3", "IA3Config", "IA3Model"),
-    "VERA": Row("vera:VeRA", "VeraConfig", "VeraModel"),
-    "LOHA": Row("loha:LoHa", "LoHaConfig", "LoHaModel"),
-    "OFT": Row("oft:OFT", "OFTConfig", "OFTModel"),
-    "HRA": Row("hra:HRA", "HRAConfig", "HRAModel"),
-    "TRAINABLE_TOKENS": Row("trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"),
-    "LN_TUNING": Row("ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
-    "ADAPTION_PROMPT": Row("adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
+    "LORA": Row("methods.lora:LoRA", "LoraConfig", "LoraModel"),
+    "ADALORA": Row("methods.adalora:AdaLoRA", "AdaLoraConfig", "AdaLoraModel"),
+    "IA3": Row("methods.ia3:IA3", "IA3Config", "IA3Model"),
+    "VERA": Row("methods.vera:VeRA", "VeraConfig", "VeraModel"),
+    "LOHA": Row("methods.loha:LoHa", "LoHaConfig", "LoHaModel"),
+    "OFT": Row("methods.oft:OFT", "OFTConfig", "OFTModel"),
+    "HRA": Row("methods.hra:HRA", "HRAConfig", "HRAModel"),
+    "TRAINABLE_TOKENS": Row(
+        "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
+    ),
+    "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
+    "ADAPTION_PROMPT": Row("methods.adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
 }
 PROMPTS: dict[str, Row] = {
-    "PROMPT_TUNING": Row("prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),
-    "P_TUNING": Row("p_tuning:PromptEncoder", "PromptEncoderConfig", "PromptEncoder"),
-    "PREFIX_TUNING": Row("prefix_tuning:PrefixEncoder", "PrefixTuningConfig", "PrefixEncoder"),
+    "PROMPT_TUNING": Row("prompts.prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),
+    "P_TUNING": Row("prompts.p_tuning:PromptEncoder", "PromptEncoderConfig", "PromptEncoder"),
+    "PREFIX_TUNING": Row("prompts.prefix_tuning:PrefixEncoder", "PrefixTuningConfig", "PrefixEncoder"),
     "MULTITASK_PROMPT_TUNING": Row(
-        "multitask_prompt_tuning:MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptEmbedding"
+        "prompts.multitask_prompt_tuning:MultitaskPromptEmbedding",
+        "MultitaskPromptTuningConfig",
+        "MultitaskPromptEmbedding",
     ),
-    "CPT": Row("cpt:CPTEmbedding", "CPTConfig", "CPTEmbedding"),
-    "CARTRIDGE": Row("cartridge:CartridgeEncoder", "CartridgeConfig", "CartridgeEncoder"),
+    "CPT": Row("prompts.cpt:CPTEmbedding", "CPTConfig", "CPTEmbedding"),
+    "CARTRIDGE": Row("prompts.cartridge:CartridgeEncoder", "CartridgeConfig", "CartridgeEncoder"),
 }
 ROWS = METHODS | PROMPTS
 
@@ -57,7 +61,7 @@ def method_of(peft_type: str) -> Any:
     if name not in ROWS:
         raise ConfigError(f"Unknown peft_type {name!r}. Known ones: {', '.join(ROWS)}.")
     module, cls = ROWS[name].method.split(":")
-    return getattr(import_module(f"graft.methods.{module}"), cls)
+    return getattr(import_module(f"graft.{module}"), cls)
 
 
 def config_of(peft_type: str) -> type[PeftConfig]:

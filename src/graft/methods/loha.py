@@ -122,14 +122,16 @@ class LoHa(Method):
         layer, base = self.layer, self.layer.base_layer
         W = layer.base_weight
         if self.narrow:
-            return low_rank_linear(base, layer.op.pull, W, x, *narrow(*self.parts()), self.scaling)
+            return low_rank_linear(base, layer.op.input_gradient, W, x, *narrow(*self.parts()), self.scaling)
         if not (worth_it(x) and W.dtype == x.dtype == self.dtype):  # a sum would round ΔW to the dtype of W
             return super().join(x)
-        return linear_with(W, base.bias, x, *self.parts(), self.scaling, partial(layer.op.call, base), layer.op.pull)
+        return linear_with(
+            W, base.bias, x, *self.parts(), self.scaling, partial(layer.op.call, base), layer.op.input_gradient
+        )
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer = self.layer
-        if not (layer.open and self.narrow):
+        if not (layer.may_fuse and self.narrow):
             return super().post(x, y)
         return add_low_rank(y, x, *narrow(*self.parts()), self.scaling)
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import PHI_ATTENTION
+from graft.core.dropout import share_dropped
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
 from graft.kernels.low_rank import autocast, dropout
 from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
-from graft.kernels.worth import share_dropped, worth_it
+from graft.kernels.worth import worth_it
 
 
 @dataclass(kw_only=True)
@@ -122,12 +123,14 @@ class VeRA(Method):
             and one_product_pays(x.numel() // x.shape[-1], *W.shape)
         ):
             call = partial(layer.op.call, base)
-            return linear_with(W, base.bias, x, A, B, self.vera_lambda_d, self.vera_lambda_b, call, layer.op.pull)
+            return linear_with(
+                W, base.bias, x, A, B, self.vera_lambda_d, self.vera_lambda_b, call, layer.op.input_gradient
+            )
         return super().join(x)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, p = self.layer, share_dropped(self.vera_dropout)
-        if p is None or not layer.open:
+        if p is None or not layer.may_fuse:
             return super().post(x, y)
         A, B, d, b = autocast(x, *self.projections, self.vera_lambda_d, self.vera_lambda_b)
         x = x.to(A.dtype)

@@ -12,8 +12,8 @@ from graft.core.errors import AlreadyInjectedError, warn
 from graft.core.layer import AdapterLayer
 from graft.inject.survey import outer_modules
 from graft.methods import method_of
-from graft.model.adapters import unless_it_fails
 from graft.model.peft_model import PeftModel
+from graft.model.registry import unless_it_fails
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 

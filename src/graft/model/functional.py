@@ -9,21 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from graft.checkpoint.state import account_of
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNotFoundError, PeftError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.place import place
 from graft.inject.match import Matcher
 from graft.inject.survey import Wrapper, survey
-from graft.model.adapters import Adapters
+from graft.io.save import registry_of
+from graft.model.registry import Registry
 from graft.model.tuner import Tuner
 
 
-def tuner_in(model: Any) -> Adapters | None:
-    """What keeps account of a model's adapters, if there is such."""
+def tuner_in(model: Any) -> Registry | None:
+    """The registry of a model's adapters, if there is one."""
     model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, Adapters) else account_of(model)
+    return model if isinstance(model, Registry) else registry_of(model)
 
 
 def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.checkpoint.state import account_of
 from graft.core.errors import warn
-from graft.core.prompt import check_tokens
-from graft.methods.prefix_tuning import from_pairs
+from graft.io.save import registry_of
+from graft.prompts.base import check_tokens
+from graft.prompts.prefix_tuning import from_pairs
 
 Pair = tuple[Tensor, Tensor]  # key and value of one layer, each (1, heads, tokens, head_dim)
 
@@ -98,7 +98,7 @@ def initialize_kv_prefix_from_text(
     from transformers import DynamicCache
 
     name, config, _ = prefix_of(model, adapter_name, num_virtual_tokens)
-    stack = account_of(unwrapped(model)).stacks["main"]
+    stack = registry_of(unwrapped(model)).stacks["main"]
     if stack.in_pair:
         raise ValueError(f"Adapter '{name}' acts in a decoder beside an encoder, which cannot read a text on its own.")
     ids, P = token_ids(tokenizer, text, use_chat_template, max_length), config.num_virtual_tokens
@@ -128,7 +128,7 @@ def unwrapped(model: Any) -> Any:
 
 def prefix_of(model: Any, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Any]:
     """Name, config and encoder of an adapter whose keys and values can be set."""
-    tuner = account_of(unwrapped(model))
+    tuner = registry_of(unwrapped(model))
     if tuner is None:
         raise TypeError(
             f"model must be a PeftModel with a CARTRIDGE or PREFIX_TUNING adapter, got {type(model).__name__}."

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.checkpoint import files, state
-from graft.checkpoint.state import LoadReport
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
+from graft.core.call import BASE, Rows, copies_of
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.layer import AdapterLayer
-from graft.core.routing import BASE, Rows, copies_of
 from graft.inject.survey import outer_modules
-from graft.model.adapters import check_adapter_name, unless_it_fails
+from graft.io import files, save
+from graft.io.load import Load, LoadReport, say_kept
+from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.tuner import tuner_of
 from graft.storage import numel
 
@@ -314,10 +314,10 @@ class PeftModel(nn.Module):
         for name in self.special_peft_forward_args:
             kwargs.pop(name, None)
         rows = self._rows(names, inputs, kwargs)
-        with self.tuner.routing.using(rows), self._heads_of(names), self.tuner.acting(kwargs) as finish:
+        with self.tuner.call.using(rows), self._heads_of(names), self.tuner.acting(kwargs) as finish:
             output = finish(function(*inputs, **kwargs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.tuner.routing.keep_for_backward(output, rows)
+            self.tuner.call.keep_for_backward(output, rows)
         return output
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
@@ -345,7 +345,7 @@ class PeftModel(nn.Module):
     def _generate_copies(self, names: list[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each row is repeated; an encoder still sees the rows as they came."""
         model: Any = self.get_base_model()
-        routing = self.tuner.routing
+        call = self.tuner.call
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         rows = self._rows(names, args, kwargs)
         assert rows is not None
@@ -356,14 +356,14 @@ class PeftModel(nn.Module):
             encoder = model.get_encoder()
 
             def narrow(*_: Any) -> None:
-                routing.rows = rows
+                call.rows = rows
 
             def widen(*_: Any) -> None:
-                routing.rows = spread
+                call.rows = spread
 
             handles = [encoder.register_forward_pre_hook(narrow), encoder.register_forward_hook(widen)]
         try:
-            with routing.using(spread), self.tuner.acting(kwargs) as finish:
+            with call.using(spread), self.tuner.acting(kwargs) as finish:
                 return finish(model.generate(*args, **kwargs))
         finally:
             for handle in handles:
@@ -423,7 +423,7 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         for name in names:
-            tensors = state.get_peft_model_state_dict(
+            tensors = save.get_peft_model_state_dict(
                 self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
             )
             config = copy.copy(self.peft_config[name])
@@ -436,7 +436,7 @@ class PeftModel(nn.Module):
             self._describe_base(config)
             config.inference_mode = True
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            files.save_adapter(folder, tensors, config, safe_serialization, state.base_fingerprint(self, name))
+            files.save_adapter(folder, tensors, config, safe_serialization, save.base_fingerprint(self, name))
         self.create_or_update_model_card(save_directory)
 
     def _describe_base(self, config: Any) -> None:
@@ -448,7 +448,7 @@ class PeftModel(nn.Module):
             config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        from graft.checkpoint.card import write_card
+        from graft.io.card import write_card
 
         write_card(self, output_dir)
 
@@ -501,7 +501,7 @@ class PeftModel(nn.Module):
             _for_loading(config, is_trainable)
             loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
-            load = state.Load(model, config, adapter_name, loaded, strict, key_mapping, ignore)
+            load = Load(model, config, adapter_name, loaded, strict, key_mapping, ignore)
             target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
             made = target(
                 model,
@@ -548,7 +548,7 @@ class PeftModel(nn.Module):
             _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         ignore = kwargs.get("ignore_mismatched_sizes", False)
-        load = state.Load(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
+        load = Load(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
         if new:
             self.add_adapter(
                 adapter_name,
@@ -563,14 +563,14 @@ class PeftModel(nn.Module):
                 f"{config.peft_type}: load it under another name into another model."
             )
         else:
-            state.say_kept(adapter_name, load.path, self.peft_config[adapter_name], config)
+            say_kept(adapter_name, load.path, self.peft_config[adapter_name], config)
             self._fill(adapter_name, load, is_trainable)
             for name in config.results:
                 setattr(self.peft_config[adapter_name], name, getattr(config, name))
         self._loaded(adapter_name, is_trainable, new)
         return load.report
 
-    def _fill(self, adapter_name: str, load: state.Load, is_trainable: bool) -> None:
+    def _fill(self, adapter_name: str, load: Load, is_trainable: bool) -> None:
         """Put a checkpoint into an adapter that is there."""
         parts = self.tuner.parts_of(adapter_name)
         prompt: Any = parts.prompt or nn.Module()
@@ -622,9 +622,9 @@ def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
 
 
 def holder_for(config: PeftConfig) -> Any:
-    """The class that keeps account of adapters of this kind."""
+    """The class that registers adapters of this kind."""
     if config.is_prompt_learning:
-        from graft.model.prompt import Prompts  # not needed for adapters on layers
+        from graft.model.prompts import Prompts  # not needed for adapters on layers
 
         return Prompts
     return tuner_of(config.peft_type)

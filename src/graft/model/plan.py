@@ -18,7 +18,7 @@ from graft.inject.saved import add_task_heads
 from graft.inject.survey import kind_of, site_of
 from graft.methods import method_of
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from graft.model.prompt import Prompts
+from graft.model.prompts import Prompts
 
 
 def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> InjectReport:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from graft.checkpoint.state import account_of
 from graft.core.layer import AdapterLayer
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import survey
+from graft.io.save import registry_of
 
 Irregular = Literal["irregular"]
 
@@ -55,7 +55,7 @@ def same(values: list) -> Any:
 
 def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Adapter layers and modules trained whole, in the order of the model, which is PEFT's."""
-    tuner = account_of(model)
+    tuner = registry_of(model)
     modules = survey(model if tuner is None else tuner.model).modules
     prefix = "" if tuner is None else "model."
     return {f"{prefix}{k}": m for k, m in modules.items() if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))}
@@ -63,7 +63,7 @@ def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
 
 def with_layers(model: Any, caller: str) -> Any:
     model = getattr(model, "_orig_mod", model)
-    if getattr(account_of(model), "prompt_encoder", None) is not None:
+    if getattr(registry_of(model), "prompt_encoder", None) is not None:
         raise TypeError(
             f"{caller}() got an invalid PeftModel instance; prompt methods put no adapters on layers: see "
             "model.peft_config and model.prompt_encoder."
@@ -118,7 +118,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     model = with_layers(model, "get_model_status")
     layers = get_layer_status(model)
-    tuner = account_of(model)
+    tuner = registry_of(model)
     wrapped = tuner is not None
     base: Any = tuner.model if wrapped else model
     configs = getattr(model, "peft_config", None) or {}

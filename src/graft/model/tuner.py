@@ -23,10 +23,10 @@ from graft.inject.survey import Tree, Wrapper, survey
 from graft.inject.targets import model_config
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, PROMPTS, method_of
-from graft.model.adapters import Adapters
+from graft.model.registry import Registry
 
 
-class Tuner(Adapters, nn.Module):
+class Tuner(Registry, nn.Module):
     """Holds the user's model as `.model`; attributes that it does not have itself are the model's.
 
     The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`. By itself it leaves
@@ -54,7 +54,7 @@ class Tuner(Adapters, nn.Module):
                     f"{list(peft_config)}: pass one, then add_adapter() the others."
                 )
             peft_config = peft_config[adapter_name]
-        tree = self.open_account(model)
+        tree = self.open_registry(model)
         self.shared: list[str] = []  # names of containers of tensors that all layers share
         self.peft_config |= getattr(model, "peft_config", None) or {}
         if state_dict is not None:
@@ -94,7 +94,7 @@ class Tuner(Adapters, nn.Module):
             config,
             self.method,
             adapter_name,
-            routing=self.routing,
+            call=self.call,
             shared=shared,  # type: ignore[arg-type]
             others=self.peft_config,
             upcast=autocast_adapter_dtype,
@@ -310,7 +310,7 @@ def tuner_of(peft_type: str) -> Any:
 
 @cache
 def _tuner_class(name: str) -> type[Tuner]:
-    from graft.merge import weighted  # not needed to import graft
+    from graft.combine import weighted  # not needed to import graft
 
     method = method_of(name)
     members = {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__, **method.tuner_methods}

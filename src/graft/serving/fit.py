@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.checkpoint.files import Loaded
-from graft.checkpoint.state import Load, some
 from graft.core.errors import AdapterKeyError, ConfigError
 from graft.inject.inject import Parts
 from graft.inject.match import Matcher
+from graft.io.files import Loaded
+from graft.io.load import Load, some
 from graft.methods.lora.config import CONVERTED
 from graft.serving.layer import SlotLayer
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.eager import eager, unhooked
 from graft.core.errors import RoutingError
 from graft.core.ops import is_stock
 from graft.core.place import moved
 from graft.core.site import Site
+from graft.kernels.eager import eager, has_no_hooks
 from graft.methods.lora import LoRA
 
 NONE = 0  # the slot of rows without adapter: zeros
@@ -67,7 +67,7 @@ class SlotLayer(nn.Module):
     site: Site
     choice: Choice
     keep: bool  # what was gathered for a batch, for its next forward
-    fresh: bool  # the base layer's output may be overwritten
+    output_is_new: bool  # the base layer's output may be overwritten
     method = LoRA
     merged_adapters = ()
     A: Tensor  # (slots + 1, max_rank, in)
@@ -77,7 +77,7 @@ class SlotLayer(nn.Module):
         super().__init__()
         self.base_layer = site.module
         self.site, self.choice, self.keep = site, choice, keep
-        self.fresh = site.op.fresh and site.store.exact and is_stock(site.module)
+        self.output_is_new = site.op.output_is_new and site.store.exact and is_stock(site.module)
         device, base = site.store.where(site.module)
         like = torch.empty(0, device=device, dtype=dtype) if dtype else moved(torch.empty(0), device, base, True)
         self.register_buffer("A", like.new_zeros(slots + 1, rank, site.in_features), persistent=False)
@@ -115,7 +115,7 @@ class SlotLayer(nn.Module):
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])
         h = (A @ x.mT).mT if rows else x @ A.mT  # of few tokens per row, two thirds of the time of x Aᵀ
-        if not (self.fresh and unhooked(self.base_layer) and (torch.compiler.is_compiling() or eager())):
+        if not (self.output_is_new and has_no_hooks(self.base_layer) and (torch.compiler.is_compiling() or eager())):
             return (y + (h @ B).view(y.shape)).to(y.dtype)
         out = y.view(*rows, -1, y.shape[-1])
         if not y.dtype == h.dtype == B.dtype:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.checkpoint.files import Loaded, load_weights
-from graft.checkpoint.state import config_of, get_peft_model_state_dict, renamed, some
 from graft.config.base import PeftConfig
 from graft.config.keywords import HUB_KEYWORDS
+from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
-from graft.core.routing import BASE, copies_of
 from graft.inject.inject import attach, survey_and_match
+from graft.io.files import Loaded, load_weights
+from graft.io.load import renamed, some
+from graft.io.save import config_of, get_peft_model_state_dict
 from graft.methods.lora import LoRA, LoraConfig
-from graft.model.adapters import check_adapter_name
+from graft.model.registry import check_adapter_name
 from graft.serving.fit import Factors, Known, fitted
 from graft.serving.layer import NONE, Choice, SlotLayer
 

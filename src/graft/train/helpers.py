@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.prompt import shift_tokens_right as shift_tokens_right
+from graft.prompts.base import shift_tokens_right as shift_tokens_right
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
 

@@ -10,13 +10,13 @@ HELD: dict[str, str] = {
     "graft.core.layer": "BaseTunerLayer=AdapterLayer",
     "graft.core.params": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
-    "graft.core.prompt": "BasePromptEncoder=Prompt",
+    "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
-    "graft.checkpoint.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
-    "graft.checkpoint.hotswap": "check_hotswap_configs_compatible=check_compatible",
-    "graft.merge.algorithms": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "
+    "graft.io.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
+    "graft.serving.hotswap": "check_hotswap_configs_compatible=check_compatible",
+    "graft.combine.rules": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "
     "task_arithmetic=linear ties",
     "graft.inject.match": "_find_minimal_target_modules=minimal_names",
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
@@ -31,8 +31,7 @@ HELD: dict[str, str] = {
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
     "graft.train.kbit": "prepare_model_for_kbit_training",
-    "graft.train.optimizers": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer "
-    "create_riemannian_optimizer",
+    "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
     "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer "
@@ -146,7 +145,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
 
 def folder(peft_type: str) -> str:
     """The folder of a method below peft.tuners, which has the same name as graft's."""
-    return ROWS[peft_type].method.partition(":")[0]
+    return ROWS[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
 # module below `peft` that a method owns → (peft_type, which of its names are there)

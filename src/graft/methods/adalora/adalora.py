@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import ADALORA
+from graft.core.dropout import share_dropped
 from graft.core.method import Method
 from graft.core.params import Transient
 from graft.core.site import Site
 from graft.kernels.low_rank import add_low_rank, low_rank_linear
-from graft.kernels.worth import share_dropped
 from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate, warn_if_forgotten
 from graft.methods.adalora.config import AdaLoraConfig
 
@@ -70,11 +70,11 @@ class AdaLoRA(Method):
         layer, p = self.layer, share_dropped(self.lora_dropout)
         if p is None:
             return super().join(x)
-        return low_rank_linear(layer.base_layer, layer.op.pull, layer.base_weight, x, *self.factors(), 1.0, p)
+        return low_rank_linear(layer.base_layer, layer.op.input_gradient, layer.base_weight, x, *self.factors(), 1.0, p)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, p = self.layer, share_dropped(self.lora_dropout)
-        if p is None or not layer.open:
+        if p is None or not layer.may_fuse:
             return super().post(x, y)
         return add_low_rank(y, x, *self.factors(), 1.0, p)
 
@@ -82,7 +82,7 @@ class AdaLoRA(Method):
         return super().branch(x if self.layer.op.takes_ids else self.lora_dropout(x))
 
     @classmethod
-    def exported(cls, layer: Any, container: str, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
+    def stored(cls, layer: Any, container: str, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
         """Checkpoints hold the singular triples that were kept."""
         kept, dim = cfg.kept(layer.site.key), triples(container)
         if kept is None or len(kept) != tensor.shape[dim]:  # an adapter that was loaded has no others
@@ -90,7 +90,7 @@ class AdaLoRA(Method):
         return tensor.index_select(dim, where(kept, tensor))
 
     @classmethod
-    def imported(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
+    def restored(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
         """The triples that were kept go back to their places; the others have the singular value 0."""
         kept, dim = cfg.kept(layer.site.key), triples(container)
         if kept is None or (len(kept), sum(kept)) != (here.shape[dim], tensor.shape[dim]):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
+from graft.core.dropout import share_dropped
 from graft.core.site import Site
 from graft.kernels import decomposed
 from graft.kernels.low_rank import dropout
 from graft.kernels.norm import row_norms
-from graft.kernels.worth import share_dropped, worth_it
+from graft.kernels.worth import worth_it
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.plain import plain_factors
@@ -81,7 +82,9 @@ class DoRA(LoRA):
             y = base(x)
             return self.post(x, y).to(y.dtype)
         A, B, scale, p = found
-        return decomposed.linear(base, layer.op.pull, x, layer.base_weight, layer.bias, A, B, self.ratio(), scale, p)
+        return decomposed.linear(
+            base, layer.op.input_gradient, x, layer.base_weight, layer.bias, A, B, self.ratio(), scale, p
+        )
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         """bias + ratio ⊙ (y - bias + ΔW x). Dropout acts on x in both products, and not in y itself.
@@ -109,7 +112,7 @@ class DoRA(LoRA):
         """The bias in what `post` is given."""
         layer = self.layer
         b = getattr(layer.base_layer, "bias", None)
-        if True not in layer.lora_bias.values() or layer.routing.current() is not None:
+        if True not in layer.lora_bias.values() or layer.call.current() is not None:
             return b  # in a mixed batch, no row goes through two adapters
         for m in layer._live[: layer._live.index(self)]:
             if m.lora_bias:

@@ -23,8 +23,8 @@ from graft.methods.lora.plain import add_plain_rows, plain_factors
 from graft.methods.lora.replicate import replicate
 
 if TYPE_CHECKING:
+    from graft.core.call import Rows
     from graft.core.layer import AdapterLayer
-    from graft.core.routing import Rows
 
 
 class LoRA(Method):
@@ -132,16 +132,16 @@ class LoRA(Method):
         if found is None:
             return super().join(x)
         if torch.is_grad_enabled():
-            return low_rank_linear(layer.base_layer, layer.op.pull, layer.base_weight, x, *found)
+            return low_rank_linear(layer.base_layer, layer.op.input_gradient, layer.base_weight, x, *found)
         return add_low_rank(layer.base_layer(x), x, *found)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        found = plain_factors(self.layer, self.name) if self.layer.open else None
+        found = plain_factors(self.layer, self.name) if self.layer.may_fuse else None
         return super().post(x, y) if found is None else add_low_rank(y, x, *found)
 
     @classmethod
     def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        added = add_plain_rows(layer, rows, x, y) if layer.open else None
+        added = add_plain_rows(layer, rows, x, y) if layer.may_fuse else None
         return super().add_rows(layer, rows, x, y) if added is None else added
 
     def branch(self, x: Tensor) -> Tensor:

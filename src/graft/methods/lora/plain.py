@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from graft.core.eager import unhooked
+from graft.core.dropout import share_dropped
+from graft.kernels.eager import has_no_hooks
 from graft.kernels.mixed import add_groups, fits
-from graft.kernels.worth import share_dropped
 
 if TYPE_CHECKING:
+    from graft.core.call import Rows
     from graft.core.layer import AdapterLayer
-    from graft.core.routing import Rows
 
 
 def plain_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor, float, float] | None:
@@ -24,7 +24,7 @@ def plain_factors(layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor, float
     facts = layer.__dict__
     A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     p = share_dropped(modules["lora_dropout"]._modules[name])
-    if p is None or facts["lora_bias"][name] or not (unhooked(A) and unhooked(B)):
+    if p is None or facts["lora_bias"][name] or not (has_no_hooks(A) and has_no_hooks(B)):
         return None
     return weight_of(A), weight_of(B), facts["scaling"][name], p
 

@@ -70,8 +70,8 @@ def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:
     return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
 
 
-class Routing:
-    """The routing of the current call. One object per model, shared by all its adapter layers."""
+class Call:
+    """The rows of the current call. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
         self.rows: Rows | None = None

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.combine import rules, union
+from graft.combine.forms import FORMS, Form, Term, Values, wide
 from graft.core.errors import (
     AdapterNotFoundError,
     ConfigError,
@@ -23,9 +25,6 @@ from graft.core.errors import (
     warn,
 )
 from graft.core.layer import AdapterLayer
-from graft.merge import algorithms as rules
-from graft.merge import union
-from graft.merge.forms import FORMS, Form, Term, Values, wide
 
 # by name: on tensors, with weights and density
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
-from graft.core.prompt import Prompt, words_of
+from graft.prompts.base import Prompt, words_of
 
 
 class PromptTuningInit(str, Enum):

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
-from graft.core.prompt import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
 from graft.inject.inject import Parts, inject, survey_and_match
 from graft.inject.report import InjectReport, Matched
 from graft.methods import method_of
-from graft.methods.prefix_tuning import as_pairs
-from graft.model.adapters import Adapters
-from graft.model.kv_prefix import fitted, length
-from graft.model.stack import CACHES, OLD_CACHE, Stack, stacks_of
+from graft.model.registry import Registry
+from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
+from graft.prompts.kv_prefix import fitted, length
+from graft.prompts.prefix_tuning import as_pairs
+from graft.prompts.stack import CACHES, OLD_CACHE, Stack, stacks_of
 
 PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
 PLACE = "prompt_encoder"
@@ -77,7 +77,7 @@ class Encoders(nn.ModuleDict):
                 p.requires_grad_(requires_grad)
 
 
-class Prompts(Adapters):
+class Prompts(Registry):
     """A model and the prompts for it. What `Tuner` is to methods that act on layers."""
 
     several = "only one prompt can be in front of the input at a time"
@@ -98,7 +98,7 @@ class Prompts(Adapters):
         self.set_adapter(adapter_name, peft_config.inference_mode)
 
     def _begin(self, model: nn.Module, config: Any) -> None:
-        self.open_account(model)
+        self.open_registry(model)
         self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
         self.prompt_encoder = Encoders()
         self.stacks = stacks_of(model)
@@ -146,7 +146,7 @@ class Prompts(Adapters):
         prompt.to(self.stacks["main"].device)
         load = None if fill is None else lambda parts: fill(replace(parts, prompt=prompt))
         report, parts = inject(
-            self.model, cfg, NoLayers, adapter_name, routing=self.routing, others=self.peft_config,
+            self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
             fill=load, keys=(), heads=heads,
         )  # fmt: skip
         account = matched(prompt)
@@ -229,7 +229,7 @@ class Prompts(Adapters):
     def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
         arguments = {name: kwargs.pop(name, None) for name in self.method.arguments}
         kwargs.pop("task_ids", None)  # of no concern to other methods
-        if self.routing.rows is not None:
+        if self.call.rows is not None:
             raise RoutingError(
                 "adapter_names cannot be used with prompt methods: call set_adapter() for each prompt in turn."
             )

@@ -44,7 +44,7 @@ def watched() -> bool:
     return _len_torch_dispatch_stack() > 0
 
 
-def unhooked(module: nn.Module) -> bool:
+def has_no_hooks(module: nn.Module) -> bool:
     """Whether calling a module does nothing but its forward, so that it need not be called. Whether there are hooks on
     all modules, `eager` tells."""
     held = module.__dict__  # a lean module may have no dictionaries for hooks

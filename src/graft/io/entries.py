@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graft.core.layer import AdapterLayer
 from graft.inject.inject import Parts
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.storage.sharded import spread_as
+from graft.storage.parallel import spread_as
 
 
 @dataclass(slots=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
-from graft.model import kv_prefix
-from graft.model.checkpointing import Replays
-from graft.model.kv_prefix import is_static, length, per_row
+from graft.prompts import kv_prefix
+from graft.prompts.kv_prefix import is_static, length, per_row
+from graft.prompts.replays import Replays
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 # what says of each token of the input what it is, and what the prompt's tokens are

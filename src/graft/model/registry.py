@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The account that is kept of a model's adapters: which there are, which are active, which carry what."""
+"""The registry of a model's adapters: which there are, which are active, which carry what."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from graft.checkpoint.state import account_of
+from graft.core.call import BASE, Call
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.params import BufferDict, Flag
-from graft.core.routing import BASE, Routing
 from graft.inject.inject import Parts
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
+from graft.io.save import registry_of
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -44,16 +44,16 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
         )
 
 
-def check_accounted(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> None:
-    """Raise if `model` carries adapters that another PeftModel keeps account of.
+def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> None:
+    """Raise if `model` carries adapters that are in the registry of another PeftModel.
 
     Those of a model without a wrapper stand in its own `peft_config`.
     """
-    accounted = getattr(model, "peft_config", None) or ()
-    foreign = sorted({name for part in parts for name in part.adapters if name not in accounted})
+    registered = getattr(model, "peft_config", None) or ()
+    foreign = sorted({name for part in parts for name in part.adapters if name not in registered})
     if foreign:
         raise AlreadyInjectedError(
-            f"The model carries adapter(s) {foreign} of another PeftModel, which keeps account of them. For another "
+            f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For another "
             "adapter beside them call load_adapter() or add_adapter() of that PeftModel; to start over, its unload()."
         )
 
@@ -80,14 +80,14 @@ def unless_it_fails(config: Any) -> Iterator[None]:
         raise
 
 
-class Adapters:
+class Registry:
     """What `PeftModel` asks about adapters of one method, be they on layers (`Tuner`) or prompts (`Prompts`)."""
 
     method: Any  # the Method or Prompt class
     model: nn.Module
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
-    routing: Routing
+    call: Call
     peft_config: dict[str, Any]
     reports: dict[str, InjectReport]
     active_adapters: list[str]
@@ -97,18 +97,18 @@ class Adapters:
     states: dict[str, Any]  # what methods remember of a training; by adapter
     several: str  # what to do for more than one active adapter
 
-    def open_account(self, model: nn.Module) -> Tree:
+    def open_registry(self, model: nn.Module) -> Tree:
         """Begin with what `model` carries already. Returns a survey of it."""
-        if account_of(model) is not None:
+        if registry_of(model) is not None:
             raise AlreadyInjectedError(
                 "The model is a PeftModel already. For another adapter of the method it has, call its add_adapter(); "
                 "for another method, or to start over, pass its get_base_model()."
             )
         found = survey(model)
         known = [*found.layers.values(), *found.wrappers.values()]
-        check_accounted(model, known)
+        check_registered(model, known)
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
-        self.routing = known[0].routing if known else Routing()
+        self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self._flags, self.states = {}, {}, [], {}, {}
         return found
 
@@ -127,7 +127,7 @@ class Adapters:
         return off(self.parts())
 
     def take_in(self, parts: Parts, disabled: bool) -> None:
-        """Keep account of what now carries a new adapter. An injection took out what carried none any more.
+        """Register what now carries a new adapter. An injection took out what carried none any more.
 
         Args:
             disabled: whether the others were switched off before.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.model import kv_prefix
+from graft.prompts import kv_prefix
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # what layers call their cache
 RUN = "_gradient_checkpointing_func"

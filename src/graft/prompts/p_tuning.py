@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, warn
-from graft.core.prompt import Prompt, pick
+from graft.prompts.base import Prompt, pick
 
 
 class PromptEncoderReparameterizationType(str, Enum):

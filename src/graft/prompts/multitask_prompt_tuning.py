@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.prompt import STORED
-from graft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from graft.prompts.base import STORED
+from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, Enum):

@@ -17,7 +17,7 @@ STORED = "prompt_embeddings"  # the name in a checkpoint of what the encoder com
 class Prompt(nn.Module):
     """One adapter: the module that computes its prompt from parameters.
 
-    A subclass makes `embedding` (and what computes upon it) in `__init__`. `graft.model.prompt` puts the prompt into
+    A subclass makes `embedding` (and what computes upon it) in `__init__`. `graft.model.prompts` puts the prompt into
     the model, for all tasks; where the prompt is keys and values, the config says so (`holds_keys`).
 
     Args:

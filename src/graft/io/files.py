@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.checkpoint.fingerprint import KEY
 from graft.config.atomic import write_all, write_text
 from graft.config.base import CONFIG_NAME
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError
-from graft.storage.sharded import is_sharded
+from graft.io.fingerprint import KEY
+from graft.storage.parallel import is_sharded
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
@@ -171,7 +171,7 @@ def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """An adapter's tensors by file key. `device`: where to put them; the CPU if None."""
-    from graft.checkpoint.state import renamed
+    from graft.io.load import renamed
 
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:

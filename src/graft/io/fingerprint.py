@@ -7,7 +7,7 @@ import hashlib
 import json
 
 from graft.core.layer import AdapterLayer
-from graft.storage.sharded import is_sharded
+from graft.storage.parallel import is_sharded
 
 KEY = "graft_base"  # in the safetensors metadata
 MAX_NAMED = 1024  # beyond that many layers, only a digest of names and shapes is kept

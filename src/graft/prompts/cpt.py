@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
-from graft.core.prompt import STORED, Prompt, pick, words_of
+from graft.prompts.base import STORED, Prompt, pick, words_of
 
 # what a token is: its type modulo 4 (labels count up in steps of 4, one step per example; 0 itself is padding)
 LABEL, INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE = 0, 1, 2, 3

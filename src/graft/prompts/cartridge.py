@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
-from graft.core.prompt import STORED, Prompt, pick
-from graft.methods.prefix_tuning import check_shape
+from graft.prompts.base import STORED, Prompt, pick
+from graft.prompts.prefix_tuning import check_shape
 
 
 @dataclass(kw_only=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.checkpoint.files import load_weights, save_adapter
-from graft.checkpoint.fingerprint import fingerprint
 from graft.config.base import PeftConfig
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
-from graft.core.prompt import STORED
+from graft.io.files import load_weights, save_adapter
+from graft.io.fingerprint import fingerprint
+from graft.prompts.base import STORED
 
 SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 

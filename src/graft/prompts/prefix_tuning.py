@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
-from graft.core.prompt import Prompt, pick
+from graft.prompts.base import Prompt, pick
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dropout a hand-written backward pass can take over."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graft.core.lean import Identity
+from graft.kernels.eager import has_no_hooks, watched
+
+
+def share_dropped(dropout: nn.Module) -> float | None:
+    """The share of inputs that a method's dropout takes out now; None of a module that has to be called: one that is
+    not torch's, has hooks, drops everything, or whose draws a dispatch mode has to see."""
+    kind = type(dropout)
+    if not has_no_hooks(dropout) or kind not in (Identity, nn.Identity, nn.Dropout):
+        return None
+    if kind is not nn.Dropout or not dropout.training or not dropout.p:
+        return 0.0
+    return None if dropout.p == 1 or watched() else dropout.p  # type: ignore[return-value]

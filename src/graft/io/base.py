@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model's own state dict, without adapters."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.layer import AdapterLayer
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.io.save import registry_of
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's tensors under their original names, without adapters."""
+    return {original(k): v for k, v in _base(model).state_dict().items() if not is_added(_base(model), k)}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    """Load tensors under their original names into the base model.
+
+    Raises:
+        RuntimeError: keys are missing or unexpected (if strict), or shapes differ.
+    """
+    base = _base(model)
+    names = {original(k): k for k in base.state_dict() if not is_added(base, k)}
+    missing = [k for k in names if k not in state_dict]
+    unexpected = [k for k in state_dict if k not in names]
+    if strict and (missing or unexpected):
+        text = f"Missing key(s) in state_dict: {missing}. " if missing else ""
+        text += f"Unexpected key(s) in state_dict: {unexpected}." if unexpected else ""
+        raise RuntimeError(f"Error(s) in loading the base model: {text}")
+    result = base.load_state_dict({names[k]: v for k, v in state_dict.items() if k in names}, strict=False)
+    return type(result)(missing, unexpected)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    tuner = registry_of(model)
+    return tuner.model if tuner is not None else model
+
+
+def is_added(base: nn.Module, key: str) -> bool:
+    """Whether a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
+    module: Any = base
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if isinstance(module, AdapterLayer):
+            if part != "base_layer":
+                return True
+        elif isinstance(module, ModulesToSaveWrapper) and part != "original_module":
+            return True
+        if i == len(parts) - 1:
+            return False
+        module = module._modules.get(part)
+        if module is None:
+            return False
+    return False
+
+
+def original(key: str) -> str:
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", key)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model with adapters to a dict of tensors."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.config.targets import EMBEDDING_NAMES
+from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
+from graft.core.layer import AdapterLayer
+from graft.core.merging import unmerged
+from graft.inject.inject import Parts
+from graft.inject.survey import survey
+from graft.io.entries import entries, without_wrappers
+from graft.io.fingerprint import fingerprint
+
+
+def registry_of(model: Any) -> Any:
+    """The registry of the adapters of a PeftModel; None of another model."""
+    return model.__dict__.get("tuner")
+
+
+def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
+    """What carries an adapter, the prefix of its keys, and the base model."""
+    model = getattr(model, "_orig_mod", model)
+    tuner = registry_of(model)
+    if tuner is not None:
+        tuner.check_known([adapter])
+        parts = tuner.parts_of(adapter)
+        return parts, parts.prefix, tuner.model
+    if hasattr(model, "parts_of"):  # a tuner itself
+        return model.parts_of(adapter), "model.", model.model
+    tree = survey(model)
+    layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
+    wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
+    if not layers and not wrappers:
+        raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
+    return Parts(layers, wrappers), "", model
+
+
+def config_of(model: nn.Module, adapter: str) -> Any:
+    return (getattr(model, "peft_config", None) or {}).get(adapter)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter by file key.
+
+    Args:
+        state_dict: take the values from here (gathered by FSDP or DeepSpeed), not from the model.
+        save_embedding_layers: True, False, or "auto": when they are targeted or were resized.
+
+    Raises:
+        AdapterNotFoundError: no such adapter.
+        AdapterKeyError: `state_dict` lacks one of its tensors.
+    """
+    parts, prefix, base = parts_of(model, adapter_name)
+    given = None if state_dict is None else {without_wrappers(k): v for k, v in state_dict.items()}
+    config = config_of(getattr(model, "_orig_mod", model), adapter_name)
+    if given is not None and parts.prompt is not None:
+        parts, given = with_values(parts, given, adapter_name), None
+    out: dict[str, Tensor] = {}
+    for entry in entries(parts, adapter_name, prefix):
+        if given is not None and entry.memory not in given:
+            raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter_name}'.")
+        value = entry.tensor if given is None else given[entry.memory]
+        if entry.layer is not None:
+            value = entry.layer.methods[adapter_name].stored(entry.layer, entry.container, value, config)
+        out[entry.file] = value
+    for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
+        out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)
+    return out
+
+
+def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
+    """The prompt and modules to save of an adapter with the values that a state dict has for them."""
+    here = copy.deepcopy(parts)
+    owners: dict[str, nn.Module] = {f"{here.prompt.prefix}.{adapter}": here.prompt}  # type: ignore[union-attr,dict-item]
+    owners |= {f"{here.prefix}{key}": w for key, w in here.wrappers.items()}
+    for path, owner in owners.items():
+        for name, tensor in owner.state_dict(keep_vars=True).items():
+            key = f"{path}.{name}"
+            if key in given:
+                tensor.data = given[key].detach()
+            elif f".{adapter}." in f"{key}.":
+                raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
+    return here
+
+
+def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_layers: str | bool) -> dict[str, Tensor]:
+    """Tensors of the base model that are saved with an adapter: trained biases and changed embeddings."""
+    out: dict[str, Tensor] = {}
+    bias = getattr(config, "bias", "none")
+    if bias == "all":
+        out |= {name: p for name, p in base.named_parameters() if "bias" in name and not _is_added(name, parts)}
+        out |= {name: b for name, b in _biases(parts).items() if name in out}
+    elif bias != "none":
+        out |= _biases(parts)
+    return out | embeddings(base, config, save_embedding_layers)
+
+
+def _biases(parts: Parts) -> dict[str, Tensor]:
+    """Biases of the adapted layers, as they are without what is merged."""
+    biases = {f"{key}.base_layer.bias": unmerged(layer)[1] for key, layer in parts.layers.items()}
+    return {name: b for name, b in biases.items() if b is not None}
+
+
+def _is_added(name: str, parts: Parts) -> bool:
+    return any(name.startswith(f"{key}.") and not name.startswith(f"{key}.base_layer.") for key in parts.layers)
+
+
+def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tensor]:
+    targets = getattr(config, "target_modules", None)
+    targeted = False
+    if isinstance(targets, str) and targets != "all-linear":
+        targeted = any(k.endswith(EMBEDDING_NAMES) and re.fullmatch(targets, k) for k, _ in base.named_modules())
+    elif targets and not isinstance(targets, str):
+        targeted = any(name in targets for name in EMBEDDING_NAMES)
+    if save == "auto":
+        tokens = any(getattr(config, f, None) is not None for f in ("trainable_token_indices", "token_indices"))
+        if targeted and not tokens:
+            warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
+            save = True
+        else:
+            save = resized_vocabulary(base, config)
+    if not save:
+        return {}
+    if not hasattr(base, "get_input_embeddings"):
+        warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
+        return {}
+    model: Any = base
+    layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    out: dict[str, Tensor] = {}
+    for key, module in base.named_modules():
+        if isinstance(module, AdapterLayer):
+            if any(module is m or module.base_layer is m for m in layers):
+                out |= {f"{key}.base_layer.{n}": p for n, p in module.base_layer.named_parameters()}
+                out[f"{key}.base_layer.weight"] = unmerged(module)[0]
+        elif not targeted and any(module is m for m in layers):
+            out |= {f"{key}.{n}": p for n, p in module.named_parameters()}
+    return out
+
+
+def resized_vocabulary(base: nn.Module, config: Any) -> bool:
+    """Whether the vocabulary differs from that of a local copy of the model's origin. Never asks the network."""
+    import json
+    import os
+
+    origin = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
+    size = getattr(getattr(base, "config", None), "vocab_size", None)
+    path = os.path.join(origin, "config.json") if origin else ""
+    if size is None or not os.path.isfile(path):
+        return False
+    with open(path) as f:
+        before = json.load(f).get("vocab_size")
+    if before is None or before == size:
+        return False
+    warn("Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.")
+    return True
+
+
+def base_fingerprint(model: nn.Module, adapter: str) -> dict:
+    parts, _, _ = parts_of(model, adapter)
+    return fingerprint(parts.layers, with_values=not changes_base(parts, config_of(model, adapter)))
+
+
+def changes_base(parts: Parts, config: Any) -> bool:
+    return any(layer.method.inits_from_weight(config) for layer in parts.layers.values())

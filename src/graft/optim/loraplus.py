@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA+: B learns faster than A."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
+
+    One-dimensional parameters learn with B, all others with A; biases and layer norms do not decay.
+
+    Args:
+        loraplus_weight_decay: of all others (0).
+        loraplus_lr_embedding: learning rate of adapters on embeddings (1e-6).
+        kwargs: for the optimizer.
+    """
+    decay, lr_embedding = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
+    groups: dict[str, list[nn.Parameter]] = {"A": [], "embedding": [], "B": [], "B without decay": []}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if "lora_embedding_" in name:
+            groups["embedding"].append(p)
+        elif "lora_B" not in name and p.ndim > 1:
+            groups["A"].append(p)
+        else:
+            groups["B without decay" if "bias" in name or id(p) in norms else "B"].append(p)
+    fast = lr * loraplus_lr_ratio
+    rates = {"A": (lr, decay), "embedding": (lr_embedding, decay), "B": (fast, decay), "B without decay": (fast, 0.0)}
+    made = [{"params": groups[k], "lr": rate, "weight_decay": wd} for k, (rate, wd) in rates.items()]
+    return optimizer_cls(made, **kwargs)  # type: ignore[arg-type]

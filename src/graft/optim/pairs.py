@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which matrix of LoRA is which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.layer import AdapterLayer
+
+
+def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
+    """A, B and scaling of each LoRA adapter on a layer that is no embedding."""
+    for layer in model.modules():
+        if isinstance(layer, AdapterLayer) and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
+            Bs: Any = layer.lora_B
+            for name, A in layer.lora_A.items():
+                yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]
+
+
+def gram(factor: Tensor, damping: float) -> Tensor:
+    """(factor factorᵀ + damping · 1)⁺ of a matrix (r, n), in float32."""
+    factor = factor.float()
+    return torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))

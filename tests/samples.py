@@ -286,8 +286,8 @@ METHODS: dict[str, list[tuple]] = {
     ],
 }
 ELSEWHERE = {  # compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions
-    "ADALORA": "test_adalora.py",
-    "ADAPTION_PROMPT": "test_adaption_prompt.py",
+    "ADALORA": "methods/test_adalora.py",
+    "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
 }
 
 SAMPLES = [

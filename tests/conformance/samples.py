@@ -67,7 +67,8 @@ SAMPLES = [
     Sample("TRAINABLE_TOKENS", config=dict(token_indices=[4, 1, 3]), other=dict(token_indices=[0, 5])),
     Sample("LN_TUNING", together=False),
 ]
-ELSEWHERE = {"ADAPTION_PROMPT": "test_adaption_prompt.py"}  # on whole attentions: their laws have tests of their own
+# on whole attentions: their laws have tests of their own
+ELSEWHERE = {"ADAPTION_PROMPT": "methods/test_adaption_prompt.py"}
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ CASES = {
 def test_warned(case, lib, tmp_path):
     call, fragment = CASES[case]
     result = outcome(lambda: call(lib, tmp_path))
-    if case == "twice" and lib is not peft:  # a second injection: tests/test_bad_input.py
+    if case == "twice" and lib is not peft:  # a second injection: tests/model/test_bad_input.py
         assert result.warned(fragment) or result.error
         return
     assert result.error is None, result.error

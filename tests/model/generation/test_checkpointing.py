@@ -6,8 +6,8 @@ import torch
 
 import graft
 from graft.prompts.replays import RUN
-from tests.generation.models import MODELS as GENERATING
-from tests.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
+from tests.model.generation.models import MODELS as GENERATING
+from tests.model.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
 from tests.models import _bert, seeded, transformer
 
 MODELS = ["llama", "gpt2", "opt", "gemma3", "t5", "bart", "bert"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One batch, another adapter per row, in whole transformers: forward, generation, training.
 
-What holds for every method and layer type is in conformance/, what a backward pass recomputes in core/test_routing.py.
+What holds for every method and layer type is in conformance/, what a backward pass recomputes in core/test_call.py.
 """
 
 import copy

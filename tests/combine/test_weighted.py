@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.combine import rules
-from tests.merge.several import LAYERS, UNGROUPED, base, batch, build, delta, factors, layer, lora, loras, snapshot
+from tests.combine.several import LAYERS, UNGROUPED, base, batch, build, delta, factors, layer, lora, loras, snapshot
 from tests.models import seeded
 
 NAMES, WEIGHTS = ["x", "y", "z"], [1.3, -0.5, 0.7]

@@ -18,7 +18,7 @@ from torch import nn
 import graft
 from graft.methods.adalora.allocator import Allocator, budget
 from graft.train import adalora_callback, allocate_on_step
-from tests.test_compat import run
+from tests.compat.test_compat import run
 
 STEPS = 12
 CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.model.tasks.models import CELLS, GENERATING, STEPS, Cell, make
 from tests.models import output
 from tests.pair import close, close_dicts, outcome, trainable
-from tests.tasks.models import CELLS, GENERATING, STEPS, Cell, make
 
 DIFFERS = ""  # no error, other values
 

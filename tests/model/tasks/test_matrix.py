@@ -16,8 +16,7 @@ from graft.config.targets import TASK_HEADS
 from graft.core.errors import ConfigError
 from graft.methods import ROWS, method_of
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from tests.models import output
-from tests.tasks.models import (
+from tests.model.tasks.models import (
     CELLS,
     EXPLICIT,
     GENERATING,
@@ -30,6 +29,7 @@ from tests.tasks.models import (
     make,
     refusal,
 )
+from tests.models import output
 
 OWN_LOSS = ("ADALORA", "CPT")  # more, or other, than the cross entropy of the labels
 CANCELS = "qa_outputs.modules_to_save.default.bias"  # the same for all positions, so a softmax over them ignores it

@@ -11,7 +11,7 @@ import torch
 import graft
 from graft.combine.weighted import SVD, TYPES
 from tests import models
-from tests.merge.several import (
+from tests.combine.several import (
     LAYERS,
     UNGROUPED,
     base,

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import graft
-from tests.generation.models import (
+from tests.model.generation.models import (
     KEYS,
     LENGTH,
     METHODS,

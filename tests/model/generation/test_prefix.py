@@ -8,7 +8,19 @@ from torch.nn.functional import pad
 
 import graft
 from graft.prompts.prefix_tuning import from_pairs
-from tests.generation.models import MODELS, STEPS, WINDOW, base, close, config, generate, greedy, held, inputs, spread
+from tests.model.generation.models import (
+    MODELS,
+    STEPS,
+    WINDOW,
+    base,
+    close,
+    config,
+    generate,
+    greedy,
+    held,
+    inputs,
+    spread,
+)
 from tests.models import VOCAB, seeded
 
 PLAIN = [

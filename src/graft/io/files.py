@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import json
-import math
-import mmap
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +20,6 @@ from graft.storage.parallel import is_sharded
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
-DTYPES = {  # as safetensors names them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
 
 
 @dataclass
@@ -80,19 +69,15 @@ def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load_weights(where: str, subfolder: str | None = None, lasting: bool = True, **hub: Any) -> Loaded:
+def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded:
     """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
-
-    Args:
-        lasting: in memory of their own. Else they may be mapped to the file, for who copies them at once: overwriting
-            the file would change them, and truncating it kill the process.
 
     Raises:
         CheckpointError: there is no weights file, or it is damaged.
     """
     path = fetch(where, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
     if path is not None:
-        return read_safetensors(path, lasting)
+        return read_safetensors(path)
     path = fetch(where, WEIGHTS_NAME, subfolder=subfolder, **hub)
     if path is None:
         place = os.path.join(where, subfolder) if subfolder else where
@@ -111,60 +96,25 @@ def load_weights(where: str, subfolder: str | None = None, lasting: bool = True,
     return Loaded(tensors, path)
 
 
-def read_safetensors(path: str, lasting: bool = True) -> Loaded:
-    from safetensors import SafetensorError, safe_open
+def read_safetensors(path: str) -> Loaded:
+    """Into memory of its own: a mapped file would change a running model when it is overwritten, and kill the process
+    when it is truncated."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as f:
-            metadata = f.metadata() or {}
-            tensors = read(path, lasting)  # a file that could be opened has been checked
-            if tensors is None:
-                tensors = {key: f.get_tensor(key).clone() for key in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
+        with open(path, "rb") as f:
+            data = f.read()
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # safetensors gives it of files only
+    except (SafetensorError, OSError, KeyError) as e:  # a KeyError: of a dtype that torch has not
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
+    metadata = header.get("__metadata__") or {}
     try:
         stored = json.loads(metadata.get(KEY) or "null")
     except json.JSONDecodeError as e:
         raise CheckpointError(f"{path} has a damaged note on its base model ({e}): save or download it again.") from e
     return Loaded(tensors, path, stored)
-
-
-def read(path: str, lasting: bool = True) -> dict[str, Tensor] | None:
-    """The tensors of a sound safetensors file, read or mapped at once; None if torch cannot have them so.
-
-    Each has a storage of its own, as from safetensors, in a third of the time.
-    """
-    with open(path, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        header.pop("__metadata__", None)
-        if not header:
-            return {}
-        begin, end = f.tell(), os.fstat(f.fileno()).st_size
-        if begin == end:
-            return None
-        if lasting:
-            memory, begin = fresh(end - begin), 0
-            f.readinto(memory)
-        else:
-            memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    out = {}
-    for name, entry in header.items():
-        dtype, shape, start = DTYPES.get(entry["dtype"]), entry["shape"], begin + entry["data_offsets"][0]
-        count = math.prod(shape)
-        if dtype is None or not count or start % dtype.itemsize:
-            return None
-        out[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
-    return out
-
-
-def fresh(size: int) -> mmap.mmap:
-    """New memory. In large pages, where there are such: getting 20 MB in small ones takes 8 ms, reading them 1.5."""
-    memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def load_peft_weights(

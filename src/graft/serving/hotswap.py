@@ -65,7 +65,7 @@ def hotswap_adapter(
     warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping"})
     where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
     config = PeftConfig.from_pretrained(where, **hub)
-    swap(model, files.load_weights(where, lasting=False, **hub), adapter_name, config, kwargs.get("key_mapping"))
+    swap(model, files.load_weights(where, **hub), adapter_name, config, kwargs.get("key_mapping"))
 
 
 def hotswap_adapter_from_state_dict(

@@ -332,9 +332,6 @@ def collector_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        if enabled and not gc.get_freeze_count():
-            gc.freeze()  # all that was made counts as old now, so that it is not looked through at once
-            gc.unfreeze()
         if enabled:
             gc.enable()
 

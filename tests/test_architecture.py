@@ -280,14 +280,19 @@ def test_only_ops_run_a_layer_with_another_weight():
 
 
 def test_the_forward_pass_decides_nothing():
-    """`forward` and what it calls hold no isinstance, hasattr or warning."""
-    tree = ast.parse(MODULES["graft.core.layer"].read_text())
-    hot = {"forward", "_run", "_run_folded", "_forward_rows"}
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in hot]
-    assert {node.name for node in found} == hot
-    for function in found:
-        names = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
-        assert not names & {"isinstance", "hasattr", "warnings.warn", "type"}, function.name
+    """`forward` and every `run` hold no isinstance, hasattr, warning or string."""
+    hot = {"layer": {"forward"}, "plan": {"run", "through", "add", "gated"}, "mixed": {"run", "one", "add"}}
+    for module, names in hot.items():
+        tree = ast.parse(MODULES[f"graft.core.{module}"].read_text())
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names]
+        assert {node.name for node in found} == names
+        for function in found:
+            calls = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+            assert not calls & {"isinstance", "hasattr", "getattr", "warn", "type"}, function.name
+            doc = ast.get_docstring(function, clean=False)
+            strings = {n.value for n in ast.walk(function) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            annotations = {s for s in strings if s in ("Rows | None",)}
+            assert not strings - {doc} - annotations, function.name
 
 
 def test_every_file_names_its_licence_once():

@@ -201,8 +201,7 @@ class Cell:
 
 def trainable(layer: graft.AdapterLayer, adapter: str) -> list[nn.Parameter]:
     """The parameters of an adapter that are not frozen for good."""
-    frozen = {id(p) for p in layer.methods[adapter].frozen()}
-    return [p for p in layer.parameters_of(adapter) if id(p) not in frozen]
+    return [slot.tensor for slot in layer.slots(adapter) if slot.trains]
 
 
 @torch.no_grad()
@@ -219,7 +218,7 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
 # methods or samples, a trait of the layer → what is raised, and why
 
 TOKENS = ("TRAINABLE_TOKENS", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token")
-WHOLE = [m for m in {s.method for s in SAMPLES} if graft.method_of(m).replaces]  # they take any module
+WHOLE = ["LN_TUNING"]  # they take any module
 REFUSED = [
     (TOKENS[0], "conv", *TOKENS[1:]),
     (TOKENS[0], "norm", *TOKENS[1:]),

@@ -65,6 +65,10 @@ class RoundedStore:
     def snapshot(self, m, name, shared):
         return m.weight.data.clone(), m.step
 
+    def kept(self, m, name, state):
+        weight, step = state
+        return weight * step
+
     def restore(self, m, name, state):
         m.weight.data, m.step = state
 

@@ -4,60 +4,78 @@
 import copy
 
 import pytest
+import torch
+from torch import nn
 
 import graft
+from graft.core.effect import Branch, Factors, LowRank, Replace, Rewrite, Update
 from graft.core.method import Method
+from graft.inject.survey import site_of, survey
 from graft.methods import METHODS, method_of
 
-# additive: y = base(x) + branch(x); folds: the forward pass needs the dense weight
-FACTS = {
-    "LORA": dict(additive=True, low_rank=True, mergeable=True, folds=False, replaces=False, rewrites_input=False),
-    "IA3": dict(additive=False, low_rank=False, mergeable=True, folds=False, replaces=False, rewrites_input=True),
-    "VERA": dict(additive=True, low_rank=True, mergeable=True, folds=False, replaces=False, rewrites_input=False),
-    "LOHA": dict(additive=True, low_rank=False, mergeable=True, folds=False, replaces=False, rewrites_input=False),
-    "OFT": dict(additive=False, low_rank=False, mergeable=True, folds=False, replaces=False, rewrites_input=True),
-    "HRA": dict(additive=False, low_rank=False, mergeable=True, folds=False, replaces=False, rewrites_input=True),
-    "LN_TUNING": dict(additive=False, low_rank=False, mergeable=True, folds=False, replaces=True, rewrites_input=False),
-}
+
+def site(layer: nn.Module):
+    net = nn.Sequential(layer)
+    return site_of("0", layer, survey(net))
 
 
-@pytest.mark.parametrize("name", FACTS)
-def test_capabilities_of_the_methods(name):
-    method = method_of(name)
-    assert {fact: getattr(method, fact) for fact in FACTS[name]} == FACTS[name]
+def effect(peft_type: str, layer: nn.Module, **options):
+    cfg = graft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=["0"], **options)
+    return method_of(peft_type).variant(cfg)(site(layer), cfg, "a").effect
 
 
-def test_capabilities_follow_from_the_hooks():
-    class Nothing(Method):
-        pass
+LINEAR, CONV, EMBEDDING = nn.Linear(64, 48), nn.Conv2d(4, 8, 3), nn.Embedding(9, 6)
+KINDS = [  # (method, options, layer, kind of effect, facts)
+    ("LORA", {}, LINEAR, LowRank, dict(additive=True, of_weight=False, fixed=None)),
+    ("LORA", dict(use_dora=True), LINEAR, LowRank, dict(additive=False, of_weight=True, gains=True)),
+    ("VERA", {}, LINEAR, LowRank, dict(additive=True)),
+    ("LOHA", dict(r=2), LINEAR, LowRank, dict(additive=True)),  # of rank r²
+    ("LOHA", dict(r=40), LINEAR, Update, dict(additive=True, draws=False)),
+    ("LOHA", dict(r=40, module_dropout=0.5), LINEAR, Update, dict(draws=True)),
+    ("IA3", dict(feedforward_modules=[]), LINEAR, Rewrite, dict(additive=False, pre=None, folds=False)),
+    ("IA3", dict(feedforward_modules=["0"]), LINEAR, Rewrite, dict(post=None, folds=False)),
+    ("OFT", {}, LINEAR, Rewrite, dict(inward=True, folds=False, reads=False)),
+    ("OFT", dict(oft_block_size=4), CONV, Rewrite, dict(inward=True, folds=True, reads=True)),
+    ("OFT", dict(oft_block_size=3), EMBEDDING, Rewrite, dict(inward=False, folds=False)),
+    ("HRA", {}, LINEAR, Rewrite, dict(inward=False, folds=False)),
+    ("HRA", {}, CONV, Rewrite, dict(folds=True)),
+    ("LN_TUNING", {}, nn.LayerNorm(3), Replace, dict(whole=True, additive=False)),
+]
 
-    class Factors(Method):
+
+@pytest.mark.parametrize("peft_type, options, layer, kind, facts", KINDS)
+def test_the_effect_follows_from_site_and_config(peft_type, options, layer, kind, facts):
+    if peft_type == "LN_TUNING":
+        made = effect(peft_type, layer)
+    else:
+        made = effect(peft_type, layer, **options)
+    assert type(made) is kind and {name: getattr(made, name) for name in facts} == facts
+
+
+def test_the_hook_that_was_overridden_last_describes():
+    class Products(Method):
         def factors(self):
+            return Factors(None, None)
+
+    class Dense(Products):
+        def delta(self):
             return None
 
-    class Fold(Method):
-        def fold(self, W, b):
-            return W, b
+    class Beside(Method):
+        def describe(self):
+            return Branch(self.branch)
 
-    class Post(Method):
-        def post(self, x, y):
-            return y
+        def branch(self, x):
+            return x
 
-    class FactorsAndFold(Factors):
-        def fold(self, W, b):
-            return W, b
-
-    assert not Nothing.mergeable and not Nothing.additive and not Nothing.adds_output
-    assert Factors.additive and Factors.low_rank and Factors.mergeable and Factors.adds_output and not Factors.folds
-    assert Fold.folds and Fold.mergeable and not Fold.additive and not Fold.adds_output
-    assert Post.adds_output and not Post.mergeable and not Post.additive
-    assert FactorsAndFold.low_rank and not FactorsAndFold.additive and not FactorsAndFold.folds
+    made = [cls(site(LINEAR), None, "a").effect for cls in (Products, Dense, Beside)]
+    assert [type(e) for e in made] == [LowRank, Update, Branch] and made[2].fixed
+    assert made[0] is not Products(site(LINEAR), None, "a").effect
+    m = Products(site(LINEAR), None, "a")
+    assert m.effect is m.effect
 
 
 def test_a_view_reads_the_tensors_of_its_adapter(tmp_path):
-    import torch
-    from torch import nn
-
     net = nn.Sequential(nn.Linear(3, 2))
     model = graft.get_peft_model(net, graft.LoraConfig(target_modules=["0"], r=2))
     model.add_adapter("b", graft.LoraConfig(target_modules=["0"], r=2, lora_alpha=6))
@@ -86,6 +104,7 @@ from torch import nn
 from typing import ClassVar
 import typing
 import graft
+from graft.core.effect import Rewrite
 from graft.core.method import Method
 
 class Gate(Method):
@@ -99,17 +118,22 @@ class Gate(Method):
     eps: float | None
     names: "list[str] | None"
 
-    @classmethod
-    def build(cls, site, cfg, shared):
+    def describe(self):
+        return Rewrite(self.fold, post=self.post)
+
+    def build(self, shared):
         return dict(
-            gate_scale=nn.Parameter(torch.full((site.out_features,), 2.0)),
-            gate_mask=torch.ones(site.out_features),
+            gate_scale=nn.Parameter(torch.full((self.site.out_features,), 2.0)),
+            gate_mask=torch.ones(self.site.out_features),
             eps=0.5,
             names=None,
         )
 
     def post(self, x, y):
         return y * self.gate_scale * self.gate_mask + self.eps
+
+    def fold(self, W, b):
+        return W * self.gate_scale[:, None] * self.gate_mask[:, None], b * self.gate_scale * self.gate_mask + self.eps
 """
 
 
@@ -117,21 +141,17 @@ class Gate(Method):
 @pytest.mark.parametrize("module", ["plug_in", "plug_in.methods.gate", "__main__"])
 def test_declarations_are_read_however_they_are_written(future, module):
     """Without `from __future__ import annotations` they are types, with it texts; and no module of graft's."""
-    import torch
-    from torch import nn
-
     from graft.core.call import Call
     from graft.core.layer import AdapterLayer
-    from graft.inject.survey import site_of, survey
 
     space = {"__name__": module}
     exec("from __future__ import annotations\n" * future + PLUG_IN, space)
     Gate = space["Gate"]
     assert (Gate.prefix, Gate.upcast, Gate.single_trainable) == ("gate_", False, False)
     model = nn.Sequential(nn.Linear(4, 3))
-    site = site_of("0", model[0], survey(model))
-    layer = AdapterLayer(site, Gate, Call())
-    made = layer.add("a", Gate.build(site, None, {}))
+    place = site_of("0", model[0], survey(model))
+    layer, made = AdapterLayer(place, Call()), Gate(place, None, "a")
+    layer.add(made, made.build({}))
     layer.set_adapter("a")
     assert (made.eps, made.names) == (0.5, None)
     assert made.gate_scale is layer.gate_scale["a"] and made.gate_mask is layer.gate_mask["a"]

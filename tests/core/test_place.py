@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from graft.core.params import BufferDict
+from graft.core.containers import BufferDict
 from graft.core.place import moved, place
 
 CPU, META = torch.device("cpu"), torch.device("meta")

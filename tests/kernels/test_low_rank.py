@@ -413,11 +413,11 @@ def test_a_weight_that_trains_gets_its_gradient():
         layer(x).square().sum().backward()
         found = weight.grad
         m = layer.methods["default"]
-        A, B = (f.detach() for f in m.factors())
+        A, B = (f.detach() for f in m.factors().matrices())
         W = weight.detach().clone().requires_grad_()
         y = nn.functional.linear(x, W, layer.base_layer.bias) if not dora else None
         if dora:
-            out = decomposed.plain(x, W, layer.bias, A, B, m.ratio().detach(), 1.0)
+            out = decomposed.plain(x, W, layer.bias, A, B, m.factors().gain.detach(), 1.0)
         else:
             out = y + x @ A.T @ B.T
         out.square().sum().backward()
@@ -504,7 +504,7 @@ def test_dora_in_half_precision_is_as_exact_as_the_plain_formula():
     x = inputs(dtype=torch.bfloat16)
     m = layer.methods["default"]
     W, b = layer.base_layer.weight.double(), layer.base_layer.bias.double()
-    A, B = (f.double() for f in m.factors())
+    A, B = (f.double() for f in m.factors().matrices())
     merged = W + B @ A
     ratio = (m.lora_magnitude_vector.weight.double() / merged.norm(dim=1))[:, None]
     exact = x.double() @ (ratio * merged).T + b

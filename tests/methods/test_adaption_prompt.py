@@ -14,6 +14,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
+from graft.core.effect import Branch
 from graft.core.errors import ConfigError, ConfigTypeError, UnsupportedLayerError
 from graft.core.layer import AdapterLayer
 from tests import models
@@ -249,7 +250,7 @@ def test_positions_in_place_of_their_embeddings():
     """Attentions of older models turn the queries by themselves."""
     model = adapt().get_base_model()
     layer, _, kwargs, _ = call_of(model, NAME["llama"])
-    attention, read = layer.base_layer, layer.method.input_of
+    attention, read = layer.base_layer, next(iter(layer.methods.values())).input_of
     expected = read(attention, kwargs)
     attention.rotary_emb = model.model.rotary_emb
     positions = torch.arange(kwargs["hidden_states"].shape[1])[None]
@@ -358,7 +359,7 @@ def test_merging_is_refused_and_changes_nothing():
     model = opened(adapt())
     expected = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match="AdaptionPrompt has no merged form"):
+        with pytest.raises(NotImplementedError, match="a branch beside the layer has no merged form"):
             merge()
     assert torch.equal(logits(model), expected)
 
@@ -525,6 +526,6 @@ def test_a_second_adapter_that_does_not_fit():
 
 
 def test_what_follows_from_its_hooks():
-    method = graft.method_of("ADAPTION_PROMPT")
-    assert method.additive and method.sees_call and not (method.mergeable or method.replaces or method.folds)
-    assert not graft.method_of("LORA").sees_call
+    layer = next(iter(adapt().base_model.layers.values()))
+    effect = layer.methods["default"].effect
+    assert type(effect) is Branch and effect.additive and effect.input_of and effect.fixed and not effect.whole

@@ -161,7 +161,7 @@ def output(model, name):
 def state(model):
     """All that a swap may change."""
     layers = {
-        key: (dict(m.r), dict(m.lora_alpha), copy.deepcopy(dict(m.scaling)), copy.deepcopy(dict(m._scaling_at_start)))
+        key: (dict(m.r), dict(m.lora_alpha), copy.deepcopy(dict(m.scaling)), copy.deepcopy(dict(m.scaling_at_start)))
         for key, m in model.named_modules()
         if isinstance(m, AdapterLayer) and hasattr(m, "r")
     }

@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.effect import Rewrite
 from graft.core.errors import UnsupportedLayerError
 from tests.conformance.samples import SAMPLES, disturb
 from tests.conformance.stores import Opaque, ReadOnly, Rounded, held
@@ -69,6 +70,9 @@ def test_a_method_that_folds_is_refused_where_nothing_can_be_read():
         prefix = "folds_"
         config = graft.IA3Config
 
+        def describe(self):
+            return Rewrite(self.fold)
+
         def fold(self, W, b):
             return 2 * W, b
 
@@ -77,7 +81,7 @@ def test_a_method_that_folds_is_refused_where_nothing_can_be_read():
     for kind, why in ((Opaque, "Folds needs its weight, and opaque weights cannot be read"), (ReadOnly, None)):
         base = net(kind)
         site = site_of("0", base[0], survey(base))
-        assert Folds.check(site, None if why else graft.IA3Config(target_modules=["0"])) == why
+        assert Folds(site, graft.IA3Config(target_modules=["0"]), "a").check() == why
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])

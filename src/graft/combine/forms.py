@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from graft.core.plan import evaluating
 from graft.kernels.hadamard import narrow
 
 Values = dict[tuple[str, str], Tensor]  # by container and path below the adapter's name, as `AdapterLayer.tensors`
@@ -92,7 +93,7 @@ class AdaLoraForm:
     apart: ClassVar[bool] = False
 
     def read(self, m, weight):
-        A, B = m.factors()
+        A, B = m.factors().matrices()
         return Term(wide(A), wide(B), 1.0, weight)
 
     def write(self, A, B, parts, cfg):
@@ -119,10 +120,8 @@ class LohaForm:
     apart: ClassVar[bool] = False
 
     def read(self, m, weight):
-        a, b, c, d = (wide(p) for p in (m.hada_w1_a, m.hada_w1_b, m.hada_w2_a, m.hada_w2_b))
-        if m.cp:  # the kernel's factor counts as b's
-            b, d = (torch.einsum("ijk,jq->iqk", wide(t).flatten(2), f) for t, f in ((m.hada_t1, b), (m.hada_t2, d)))
-            a, b, c, d = a.T, b.flatten(1), c.T, d.flatten(1)
+        with evaluating(m.layer):
+            a, b, c, d = (wide(p) for p in m.parts())
         return Term(*narrow(a, b, c, d), m.scaling, weight)
 
     def write(self, A, B, parts, cfg):

@@ -261,7 +261,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
 def refuse(tuner: Any, *args: Any, **kwargs: Any) -> None:
     """Raise: the parameters of this method cannot hold a sum of updates."""
     method = tuner.method
-    why = "their sum is not of their form" if method.additive else "what they do to a layer does not add up"
+    why = "their parameters cannot hold a sum of what they do"
     remedy = (
         "Activate them together instead, model.base_model.set_adapter([…]), or merge them, "
         "model.merge_adapter(adapter_names=[…])"
@@ -315,7 +315,7 @@ def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, li
     for key, layer in tuner.layers.items():
         parts = [(layer.methods[n], w) for n, w in zip(names, weights) if n in layer.methods]
         for m, _ in parts:
-            if type(m) is not tuner.method:
+            if not (m.effect.additive or type(m) is tuner.method):
                 raise NotImplementedError(
                     f"{type(m).__name__} adapters cannot be combined: '{m.name}' does more to layer '{key}' than add a "
                     "low-rank update. Merge adapters into the base instead, one after the other."
@@ -326,7 +326,11 @@ def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, li
 
 
 def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str) -> None:
-    changed = [n for n in dict.fromkeys(names) if tuner.method.inits_from_weight(tuner.peft_config[n])]
+    changed = [
+        n
+        for n in dict.fromkeys(names)
+        if any(n in layer.methods and layer.methods[n].inits_from_weight() for layer in tuner.layers.values())
+    ]
     if changed:
         warn(
             f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
@@ -367,8 +371,10 @@ def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[
 def assign(layer: AdapterLayer, adapter: str, values: Values) -> None:
     """Give the tensors of a new adapter their values, in their shape, dtype and place."""
     device = layer.store.where(layer.base_layer)[0]
-    for container, path, owner, attribute, tensor in list(layer.tensors(adapter, transient=True)):
-        value = values[container, path].reshape(tensor.shape).to(device=device, dtype=tensor.dtype).contiguous()
+    for slot, tensor in list(layer.tensors(adapter, transient=True)):
+        owner, attribute = slot.owner, slot.attribute
+        value = values[slot.container, slot.path].reshape(tensor.shape)
+        value = value.to(device=device, dtype=tensor.dtype).contiguous()
         if attribute in owner._parameters:
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
         else:

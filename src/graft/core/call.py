@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from threading import get_ident
 from types import NoneType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class Rows:
         for row, name in enumerate(names):
             groups.setdefault(None if name == BASE else name, []).append(row)
         return cls(len(names), tuple((name, torch.tensor(rows, device=device)) for name, rows in groups.items()))
+
+    @cached_property
+    def names(self) -> tuple[str | None, ...]:
+        """The adapters in the batch, None for the base model."""
+        return tuple(name for name, _ in self.segments)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -70,11 +75,26 @@ def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:
     return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
 
 
+class Gates(Protocol):
+    """How much each adapter counts in a call, for mixtures of adapters."""
+
+    def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
+        """What `adapter` adds to the output of `layer`, weighed."""
+        ...
+
+    def rows(self, index: Tensor) -> Gates:
+        """The gates of some rows of the batch."""
+        ...
+
+
 class Call:
     """The rows of the current call. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
         self.rows: Rows | None = None
+        self.gates: Gates | None = None
+        self.state: dict[str, Any] = {}  # what layers hand on to those that run later
+        self.arguments: dict[str, Any] = {}  # of the model
         self._calls: dict[int, Rows | None] = {}  # of the calls under way, by thread
         self._task: tuple[int, Rows | None] | None = None  # the backward pass that `rows` was last put back for
         self._ambiguous = False

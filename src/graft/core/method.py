@@ -1,30 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of one adapter on one layer. A subclass says the cheapest thing it can; the rest is derived."""
+"""One adapter on one site. A subclass declares its tensors and says once, by an effect, what they do to the layer."""
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.core.effect import Effect, LowRank, Update
 from graft.core.ops import META, OPS, is_stock
 from graft.core.site import Site
 
 if TYPE_CHECKING:
-    from graft.core.call import Rows
-    from graft.core.layer import AdapterLayer
+    from graft.core.call import Call
 
+FACT_TYPES = ("float", "int", "bool", "str", "list", "dict")  # annotations of what a layer keeps in plain dicts
+SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # hooks that say one thing twice
+OWN = frozenset({"layer", "name", "site", "cfg", "effect"})
 
-_CLASS_VAR = re.compile(r"(\w+\.)*ClassVar\b")
-_FACT = re.compile(r"(float|int|bool|str|list|dict)\b")
+# {(container, path below the adapter's name): tensor}
+Tensors = dict[tuple[str, str], Tensor]
 
 
 def _reader(name: str) -> property:
-    """Reads a declared value from the layer; quicker than `__getattr__`, which would find it, too."""
+    """Read a declared value from the layer; quicker than `__getattr__`, which would find it, too."""
 
     def read(self: Any) -> Any:
         own = self.layer.__dict__
@@ -34,24 +38,23 @@ def _reader(name: str) -> property:
 
 
 class Method:
-    """A bound view: the tensors live on the layer, `self.lora_A` reads `layer.lora_A[self.name]`.
+    """A bound view: the tensors live on the layer, and `self.lora_A` reads `layer.lora_A[self.name]`.
 
-    Declare with `build` (and `share`, `init`); act with the first of these that the formula allows:
+    Declare tensors with `build` (and `share`, `init`). Say what they do by the first of these that the formula allows:
 
-    - `factors`: ΔW = B A. Forward, merging, mixed batches and conversion follow, on every layer type.
-    - `delta`: ΔW. The forward pass calls the layer's own function with it; `branch` can be cheaper.
-    - `pre` / `post`: rewrite the input or the output; `fold` then says what merging means.
-    - `fold`: W becomes f(W). The forward pass folds and calls the layer's own function.
-    - `replacement`: a module that runs in place of the base layer.
+    - `factors` → `Factors`: ΔW of low rank.
+    - `delta` → ΔW.
+    - `describe` → any other `Effect`.
 
-    Where the module is no layer of one input but, say, an attention, `input_of` says what x is in all of these.
+    Attributes:
+        site: where it acts, with the shape of the weight.
+        cfg: the config of this site, with what its patterns say here.
+        layer: the AdapterLayer; None before `build`.
     """
 
     config: ClassVar[Any]  # its PeftConfig class
     prefix: ClassVar[str]  # what its containers' names begin with, as in checkpoints
-    order: ClassVar[Literal["in", "out"]] = "out"  # acts before or after the weight: decides the fold order
     upcast: ClassVar[bool] = True  # half-precision adapters are trained in float32
-    shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
@@ -60,52 +63,32 @@ class Method:
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
 
-    # derived from what a subclass declares, and the hooks it overrides
+    # derived from what a subclass declares
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of what trains
-    additive: ClassVar[bool]  # y = base(x) + branch(x)
-    mergeable: ClassVar[bool]
-    folds: ClassVar[bool]  # the forward pass needs the dense weight
-    replaces: ClassVar[bool]
-    low_rank: ClassVar[bool]
-    rewrites_input: ClassVar[bool]
-    adds_output: ClassVar[bool]
-    joins: ClassVar[bool]
-    sees_call: ClassVar[bool]  # of modules with several inputs
+    shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
 
-    layer: Any  # an AdapterLayer, with the containers that the method declared
-    name: str
+    layer: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, annotation in inspect.get_annotations(cls).items():
-            if name in vars(cls) or _CLASS_VAR.match(str(annotation)):
+            if name in vars(cls):
                 continue
             setattr(cls, name, _reader(name))
-            fact = _FACT.match(getattr(annotation, "__name__", str(annotation)))
+            fact = str(getattr(annotation, "__name__", annotation)).startswith(FACT_TYPES)
             if name.startswith(getattr(cls, "prefix", "")) and not fact and not name.endswith("dropout"):
                 cls.layer_names = (*cls.layer_names, name)
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
+        cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
+        _refuse_half_an_override(cls)
 
-        def has(*hooks: str) -> bool:
-            return any(inspect.getattr_static(cls, hook) is not inspect.getattr_static(Method, hook) for hook in hooks)
-
-        cls.low_rank = has("factors")
-        cls.replaces = has("replacement")
-        cls.rewrites_input = has("pre")
-        cls.adds_output = has("factors", "delta", "branch", "post")
-        cls.joins = has("join")
-        cls.sees_call = has("input_of")
-        cls.additive = has("factors", "delta", "branch") and not has("fold", "pre")
-        cls.mergeable = has("factors", "delta", "fold", "replacement")
-        cls.folds = has("fold") and not has("factors", "delta", "branch", "pre", "post")
-
-    def __init__(self, layer: AdapterLayer, name: str):
-        self.layer, self.name = layer, name
+    def __init__(self, site: Site, cfg: Any, name: str):
+        self.site, self.cfg, self.name, self.layer = site, cfg, name, None
 
     def __getattr__(self, key: str) -> Any:
-        # dunder names and `layer` must fail here, or copy and pickle recurse without end
-        if key.startswith("__") or key in ("layer", "name"):
-            raise AttributeError(key)
+        # dunder names and what `__init__` sets must fail here, or copy and pickle recurse without end
+        if key.startswith("__") or key in OWN or self.layer is None:
+            raise AttributeError(f"{type(self).__name__} has no '{key}'" + ("" if key in OWN else " yet"))
         return getattr(self.layer, key)[self.name]
 
     # declare
@@ -126,177 +109,135 @@ class Method:
 
     @classmethod
     def restructure(cls, cfg: Any, model: nn.Module) -> Callable[[], None] | None:
-        """Change the model itself, before anything is matched; returns what undoes it."""
+        """Change the model itself, before anything is matched; return what undoes it."""
         return None
 
     @classmethod
-    def check(cls, site: Site, cfg: Any) -> str | None:
-        """Why this site cannot be adapted, or None."""
-        if not site.op.known and not (cls.replaces or cls.sees_call):
-            return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
-        why = site.store.unread(site.module, site.parameter) if cls.needs_weight(site, cfg) else None
-        if why is not None:
-            return f"{cls.__name__} needs its weight, and {why}"
-        known: Any = OPS.origin(type(site.module)) if cls.through_weight(site) else None
-        if known is not None and not is_stock(site.module):
-            return f"Its forward is not that of {known.__name__}, and {cls.__name__} would call the latter"
-        return None
+    def share(
+        cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
+        """What lives once per model, by name: parameters and modules train.
 
-    @classmethod
-    def share(cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-        """Tensors of the whole model by name. `existing` holds what other adapters share, `others` their configs."""
+        Args:
+            existing: containers of what the other adapters share, by name.
+            others: their configs.
+        """
         return {}
 
     @classmethod
-    def build(cls, site: Site, cfg: Any, shared: dict[str, Any]) -> dict[str, Any]:
-        """What the adapter adds to a layer: parameters, modules, tensors (buffers) and plain facts, by name."""
-        raise NotImplementedError
-
-    @classmethod
-    def placeholders(cls, site: Site, cfg: Any, shared: dict[str, Any]) -> dict[str, Any]:
-        """The same with all tensors on the meta device, where values are yet to come."""
-        with META:
-            return cls.build(site, cfg, shared)
-
-    def init(self, cfg: Any) -> None:
-        """Fill in the values; skipped when they are about to be loaded."""
-
-    @classmethod
-    def inits_from_weight(cls, cfg: Any) -> bool:
-        """Whether `init` reads or changes the base weight, so that it must run before values are loaded, too."""
-        return False
+    @contextmanager
+    def around(cls, tuner: Any, call: Call) -> Iterator[Callable[[Any], Any]]:
+        """Surround one call of the model; yield what its output goes through."""
+        yield _as_it_is
 
     @classmethod
     def check_together(cls, methods: Sequence[Any]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
-        if cls.replaces and len(methods) > 1:
-            names = [m.name for m in methods]
-            raise ValueError(
-                f"Trying to use more than one {cls.__name__} adapter {names} at once on layer "
-                f"'{methods[0].layer.site.key}', but each replaces the whole layer: activate one."
-            )
+
+    def check(self) -> str | None:
+        """Say why this site cannot be adapted, or None. There are no tensors yet."""
+        site, effect, name = self.site, self.effect, type(self).__name__
+        if not site.op.known and not (effect.whole or getattr(effect, "input_of", None)):
+            return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
+        reads = effect.reads or self.inits_from_weight()
+        why = site.store.unread(site.module, site.parameter) if reads else None
+        if why is not None:
+            return f"{name} needs its weight, and {why}"
+        folds = getattr(effect, "folds", False)
+        known: Any = OPS.origin(type(site.module)) if folds else None
+        if known is not None and not is_stock(site.module):
+            return f"Its forward is not that of {known.__name__}, and {name} would call the latter"
+        return None
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """What the adapter adds to its layer: parameters, modules, tensors (buffers) and plain facts, by name.
+
+        A parameter that does not require gradients never trains.
+        """
+        raise NotImplementedError
+
+    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """The same with all tensors on the meta device, where values are yet to come."""
+        with META:
+            return self.build(shared)
+
+    def init(self) -> None:
+        """Fill in the values; skipped when they are about to be loaded."""
+
+    def inits_from_weight(self) -> bool:
+        """Whether `init` reads or changes the base weight, so that it must run before values are loaded, too."""
+        return False
 
     def tie(self, source: Method) -> None:
         """Use the tensors of `source`, the same adapter on the embedding that this layer's weight is tied to."""
         raise NotImplementedError(
-            f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.layer.site.key}'."
+            f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.site.key}'."
         )
 
-    @classmethod
-    def stored(cls, layer: Any, container: str, tensor: Tensor, cfg: Any) -> Tensor:
-        """What a checkpoint holds of one of the adapter's tensors."""
-        return tensor
+    def stored(self, values: Tensors, cfg: Any) -> Tensors:
+        """What a checkpoint holds of the adapter's tensors; `cfg` is the adapter's whole config."""
+        return values
 
-    @classmethod
-    def restored(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: Any) -> Tensor:
-        """The reverse, where a checkpoint's tensor has not the shape of `here`, the adapter's own; `cfg` is that of the
-        checkpoint. What is returned replaces `here` if the shapes are equal then."""
-        return tensor
-
-    @classmethod
-    def after_forward(cls, tuner: Any, output: Any) -> Any:
-        """Change the output of the whole model, such as its loss."""
-        return output
+    def restored(self, stored: Tensors, cfg: Any) -> Tensors:
+        """The reverse; `cfg` is that of the checkpoint."""
+        return stored
 
     # act
 
-    @classmethod
-    def input_of(cls, module: nn.Module, call: dict[str, Any]) -> Tensor:
-        """x, (batch, …), from all arguments of a module that returns a tuple; y is the first of what it returns."""
+    def factors(self) -> Any:
+        """`Factors` with ΔW = scale · B A."""
         raise NotImplementedError
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) with ΔW = B A. A (r, fan_in), B (out, r), scaling included."""
-        raise NotImplementedError
-
-    def delta(self) -> Tensor:
+    def delta(self) -> Any:
         """ΔW, canonical: (out, in, *kernel)."""
-        A, B = self.factors()
-        if A.dtype in (torch.float16, torch.bfloat16):
-            A, B = A.float(), B.float()
-        return (B @ A).view(self.layer.site.shape)
-
-    def delta_bias(self) -> Tensor | None:
-        """Δb, if the adapter shifts the bias as well."""
-        return None
-
-    def branch(self, x: Tensor) -> Tensor:
-        """What is added to the base output, from x in the adapter's dtype."""
-        op, base = self.layer.op, self.layer.base_layer
-        if self.low_rank and op.factorable(base):
-            A, B = self.factors()
-            return op.up(base, op.down(base, x, A), B)
-        return op.call(base, x, self.delta().to(self.dtype), None)
-
-    @classmethod
-    def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        """y, which may be written to, with each adapter's branch added to the rows of the batch that use it."""
-        for adapter, index in rows.segments:
-            m = layer.methods.get(adapter)  # type: ignore[arg-type]
-            if m is not None:
-                part = m.post(x.index_select(0, index), y.index_select(0, index))
-                y.index_copy_(0, index, part.to(y.dtype))
-        return y
-
-    def join(self, x: Tensor) -> Tensor:
-        """The layer's output with this adapter, where both together cost less. Asked for only while the layer is `open`
-        and, if gradients are wanted, its weight and bias need none."""
-        y = self.layer.base_layer(x)
-        return self.post(x, y).to(y.dtype)
-
-    def pre(self, x: Tensor) -> Tensor:
-        """The base layer's input, from x as it came."""
-        return x
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output, from x as it came and the base output y."""
-        return y + self.branch(self.cast(x))
-
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight (canonical) and bias of a plain layer that acts as base and adapter together."""
-        shift = self.delta_bias()
-        if shift is not None and b is not None:
-            b = b + shift.to(b.dtype)
-        return W + self.delta().to(W.dtype), b
-
-    def check_merge(self) -> None:
-        """Raise if this adapter cannot be merged into this layer."""
-        self.delta_bias()
-        if self.low_rank:
-            self.factors()
-
-    def replacement(self) -> nn.Module:
         raise NotImplementedError
+
+    def describe(self) -> Effect:
+        """The effect: `LowRank(self.factors)` or `Update(self.delta)`, whichever was overridden last.
+
+        It may depend on the site and the config, and on nothing else.
+        """
+        return LowRank(self.factors) if _last(type(self), "factors", "delta") == "factors" else Update(self.delta)
+
+    @cached_property
+    def effect(self) -> Effect:
+        """What `describe` says, kept."""
+        return self.describe()
 
     # facts
-
-    @classmethod
-    def acts(cls, site: Site) -> Literal["in", "out"]:
-        """`order`, where it depends on the layer type."""
-        return cls.order
-
-    @classmethod
-    def through_weight(cls, site: Site) -> bool:
-        """Whether the forward pass on this site folds the weight (instead of `pre` and `post`)."""
-        return cls.folds
-
-    @classmethod
-    def needs_weight(cls, site: Site, cfg: Any) -> bool:
-        """Whether it reads the base weight: in the forward pass, or to begin with."""
-        return cls.through_weight(site) or cls.inits_from_weight(cfg)
-
-    def frozen(self) -> Sequence[nn.Parameter]:
-        """Parameters that never train."""
-        return ()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: that of its first tensor."""
-        _, _, owner, attribute, trains, _, held, root = self.layer._slots[self.name][0]
-        tensor = (owner._parameters if trains else owner._buffers).get(attribute)
-        if tensor is None or held.get(self.name) is not root:
-            tensor = self.layer.slots(self.name)[0].tensor
-        return tensor.dtype
+        return self.layer.first_tensor(self.name).dtype  # type: ignore[no-any-return]
 
     def cast(self, x: Tensor) -> Tensor:
-        return x if self.layer.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
+        """x in the dtype of the adapter. Ids stay as they are."""
+        return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+def _last(cls: type, *hooks: str) -> str:
+    """The hook that was overridden last: by the most derived class."""
+    for base in cls.__mro__:
+        for hook in hooks:
+            if hook in vars(base):
+                return hook
+    raise AttributeError(hooks)
+
+
+def _refuse_half_an_override(cls: type[Method]) -> None:
+    """Raise TypeError for a subclass that changes one of several hooks that say the same."""
+    if "describe" in vars(cls) or cls.describe is Method.describe:  # which asks who came last
+        return
+    for group in SAME_MATHS:
+        own = [hook for hook in group if hook in vars(cls)]
+        inherited = [h for h in group if h not in own and getattr(cls, h, None) is not getattr(Method, h, None)]
+        if own and inherited:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(own)} and inherits {', '.join(inherited)}, which says the same: "
+                "override both, or `describe`."
+            )

@@ -76,6 +76,19 @@ class Op:
         """The layer's own function with another (canonical) weight and bias."""
         return F.linear(x, W, b)
 
+    def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The canonical weight B A. A (r, fan_in), B (out, r).
+
+        Raises:
+            NotImplementedError: the ranks differ, as in a grouped convolution whose A mixes the groups.
+        """
+        if A.shape[0] != B.shape[1]:
+            raise NotImplementedError(
+                f"A of rank {A.shape[0]} and B of rank {B.shape[1]} have no product: A mixes the groups of a "
+                "convolution with groups > 1."
+            )
+        return (B @ A).view(shape)
+
     def input_gradient(self, g: Tensor, W: Tensor) -> Tensor:
         """From the gradient of a linear layer's output (rows, out) to that of its input (rows, in)."""
         return g @ W

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graft.core.params import BufferDict
+from graft.core.containers import BufferDict
 
 _FLOAT8 = tuple(
     getattr(torch, name)

@@ -7,7 +7,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,8 +17,7 @@ from graft.core.call import Call
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.params import BufferDict, Transient
-from graft.core.place import place
+from graft.core.shared import Shared
 from graft.core.site import Site
 from graft.inject import saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
@@ -34,11 +33,11 @@ from graft.prompts.base import Prompt
 
 @dataclass
 class Parts:
-    """What carries one adapter: layers and wrappers by path, the tensors that all layers share by name, a prompt."""
+    """What carries one adapter: layers and wrappers by path, what all layers share, a prompt."""
 
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
-    shared: dict[str, BufferDict] = field(default_factory=dict)
+    shared: Shared | None = None
     prompt: Prompt | None = None
 
     @property
@@ -54,6 +53,7 @@ class Plan:
     tree: Tree
     cfg: Any  # resolved: a copy of the user's config with targets and the like filled in
     sites: dict[str, Site]
+    methods: dict[str, Method]  # one for each of them, and for those that follow
     saved: list[str]  # paths of modules_to_save
     report: InjectReport
     tokens: dict[str, list[int]]  # embeddings some of whose rows train
@@ -107,7 +107,10 @@ def survey_and_match(
         report_on(cfg, matcher, outcomes, report)
     followed = {k: site_of(k, tree.modules[k], tree) for k, source in followers.items() if source in sites}
     adapted = {**sites, **followed}
-    check_sites(adapted, cfg, method, adapter, tree)
+    methods = {
+        key: method.variant(cfg)(site, cfg.at(followers.get(key, key)), adapter) for key, site in adapted.items()
+    }
+    check_sites(methods, tree)
     wanted = modules_to_save_of(cfg, tree, report)
     for key in [*wanted, *(k for k, source in followers.items() if source in wanted)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
@@ -117,25 +120,26 @@ def survey_and_match(
     check_tokens(tokens, row_followers, adapted, wanted, tree, adapter)
     biases = biases_of(cfg, model, [tree.modules[key] for key in adapted], wanted)
     report.other_trainable = sum(b.numel() for b in biases)
-    return Plan(tree, cfg, sites, wanted, report, tokens, followers, row_followers, biases)
+    return Plan(tree, cfg, sites, methods, wanted, report, tokens, followers, row_followers, biases)
 
 
-def check_sites(sites: dict[str, Site], cfg: Any, method: type[Method], adapter: str, tree: Tree) -> None:
+def check_sites(methods: dict[str, Method], tree: Tree) -> None:
     """Raise unless all of these can be adapted."""
-    for key, site in sites.items():
-        why = method.variant(cfg).check(site, cfg) or never_called(key, tree)
+    for key, method in methods.items():
+        site, adapter = method.site, method.name
+        why = method.check() or never_called(key, tree)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
-        elif existing is not None and existing.method is not method:
-            why = f"It already carries {existing.method.__name__} adapters"
+        elif existing is not None and method.config not in existing.kinds:
+            why = f"It already carries {type(next(iter(existing.methods.values()))).__name__} adapters"
         wrapper = tree.wrappers.get(key)
         if wrapper is not None:
             why = f"It is {wrapper.how} of adapter(s) {wrapper.adapters}"
         if why is not None:
             raise UnsupportedLayerError(
                 f"Target module {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
-                f"({method.__name__}): take the module out with exclude_modules, or name other target_modules."
+                f"({type(method).__name__}): take the module out with exclude_modules, or name other target_modules."
             )
 
 
@@ -199,7 +203,8 @@ def check_tokens(
                 f"trainable_token_indices cannot be applied to modules of type {type(module)}, {name}: {why}."
             )
     for key, indices in tokens.items():
-        why = TrainableTokens.check(site_of(key, tree.modules[key], tree), TrainableTokensConfig(token_indices=indices))
+        cfg = TrainableTokensConfig(token_indices=indices)
+        why = TrainableTokens(site_of(key, tree.modules[key], tree), cfg, adapter).check()
         if why is not None:
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
@@ -276,7 +281,7 @@ def inject(
     adapter: str,
     *,
     call: Call | None = None,
-    shared: dict[str, BufferDict] | None = None,
+    shared: Shared | None = None,
     others: dict[str, Any] | None = None,
     upcast: bool = True,
     on_meta: bool = False,
@@ -288,7 +293,7 @@ def inject(
     """Put `adapter` on `model`, in place, inactive and frozen.
 
     Args:
-        shared: containers of tensors that all layers share; filled in by methods that have such.
+        shared: what all layers share; filled in by methods that have such.
         others: configs of the adapters already there.
         upcast: train half-precision adapters in float32.
         on_meta: leave the adapter's tensors on the meta device.
@@ -303,7 +308,7 @@ def inject(
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
     """
-    shared = {} if shared is None else shared
+    shared = Shared() if shared is None else shared
     with collector_paused(), restructured(model, config, method) as changed:
         plan = survey_and_match(model, config, method, adapter, keys, None if changed else tree)
         parts = make(plan, method, adapter, call, shared, others or {}, upcast, on_meta, fill, heads)
@@ -341,7 +346,7 @@ def make(
     method: type[Method],
     adapter: str,
     call: Call | None,
-    shared: dict[str, BufferDict],
+    shared: Shared,
     others: dict[str, Any],
     upcast: bool,
     on_meta: bool,
@@ -354,18 +359,18 @@ def make(
     if call is None:
         existing = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
         call = existing.call if existing is not None else Call()
-    before = {key: list(container) for key, container in shared.items()}
+    before = list(shared.containers)
     layers: dict[str, AdapterLayer] = {}
     orient(cfg, plan.sites.values())
     try:
         declare_shared(method, list(plan.sites.values()), cfg, adapter, shared, others, upcast)
-        empty = not method.inits_from_weight(cfg)
-        skip_init = empty and (on_meta or fill is not None)
+        attached = shared.attached()
         for key, site in plan.sites.items():
-            layer = tree.layers.get(key) or AdapterLayer(site, method, call)
+            layer = tree.layers.get(key) or AdapterLayer(site, call)
             layers[key] = layer
-            nowhere = skip_init or (empty and site.on_meta)
-            size = add_adapter(layer, adapter, cfg.at(key), shared, on_meta=nowhere, upcast=upcast)
+            m = plan.methods[key]
+            nowhere = (on_meta or fill is not None or site.on_meta) and not m.inits_from_weight()
+            size = add_adapter(layer, m, attached, on_meta=nowhere, upcast=upcast)
             report.matched.append(Matched(key, site.type_name, size))
         wrappers: dict[str, Wrapper] = {
             key: tree.wrappers.get(key) or ModulesToSaveWrapper(tree.modules[key], key, call) for key in plan.saved
@@ -387,25 +392,18 @@ def make(
             layer.forget(adapter)
         for wrapper in tree.wrappers.values():
             wrapper.forget(adapter)
-        for key, container in shared.items():
-            for name in set(container) - set(before.get(key, ())):
-                del container[name]
-        for key in set(shared) - set(before):
-            del shared[key]
+        shared.forget(adapter)
+        shared.take_out(set(shared.containers) - set(before))
         raise
     return parts
 
 
-def add_adapter(
-    layer: AdapterLayer, adapter: str, cfg: Any, shared: dict[str, Any], *, on_meta: bool, upcast: bool
-) -> int:
+def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
     """Make an adapter on a layer, frozen. Returns how many of its numbers can train."""
-    variant = layer.method.variant(cfg)
-    values = (variant.placeholders if on_meta else variant.build)(layer.site, cfg, shared)
-    method = layer.add(adapter, values, variant)
+    layer.add(method, (method.placeholders if on_meta else method.build)(shared))
     if not on_meta:
-        method.init(cfg)
-    return layer.place(adapter, upcast)
+        method.init()
+    return layer.place(method.name, upcast)
 
 
 def add_tokens(plan: Plan, adapter: str, call: Call, upcast: bool) -> dict[str, Wrapper]:
@@ -415,11 +413,11 @@ def add_tokens(plan: Plan, adapter: str, call: Call, upcast: bool) -> dict[str, 
     for key in [*(k for k in plan.tokens if k not in followers), *followers]:
         wrapper: Any = plan.tree.wrappers.get(key)
         if wrapper is None:
-            layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), TrainableTokens, call)
+            layer = AdapterLayer(site_of(key, plan.tree.modules[key], plan.tree), call)
             wrapper = TrainableTokensWrapper(layer, key)
         indices = plan.tokens[followers.get(key, key)]
-        cfg = TrainableTokensConfig(token_indices=indices)
-        size = add_adapter(wrapper.token_adapter, adapter, cfg, {}, on_meta=False, upcast=upcast)
+        method = TrainableTokens(wrapper.token_adapter.site, TrainableTokensConfig(token_indices=indices), adapter)
+        size = add_adapter(wrapper.token_adapter, method, {}, on_meta=False, upcast=upcast)
         if key in followers:
             source: Any = made[followers[key]]
             wrapper.token_adapter.methods[adapter].tie(source.token_adapter.methods[adapter])
@@ -451,7 +449,7 @@ def follow(
     wrappers: dict[str, Wrapper],
     call: Call,
     method: type[Method],
-    shared: dict[str, BufferDict],
+    shared: Shared,
     upcast: bool,
 ) -> list[tuple[Method, Method]]:
     """Adapt the modules that share the embedding's weight. Returns the pairs to tie once values are there."""
@@ -459,8 +457,8 @@ def follow(
     for key, source in plan.followers.items():
         if source in layers:
             site = site_of(key, plan.tree.modules[key], plan.tree)
-            layer = plan.tree.layers.get(key) or AdapterLayer(site, method, call)
-            size = add_adapter(layer, adapter, plan.cfg.at(source), shared, on_meta=False, upcast=upcast)
+            layer = plan.tree.layers.get(key) or AdapterLayer(site, call)
+            size = add_adapter(layer, plan.methods[key], shared.attached(), on_meta=False, upcast=upcast)
             layers[key] = layer
             plan.report.matched.append(Matched(key, site.type_name, 0 if method.always_tied else size))
             pairs.append((layer.methods[adapter], layers[source].methods[adapter]))
@@ -477,7 +475,7 @@ def declare_shared(
     sites: list[Site],
     cfg: Any,
     adapter: str,
-    shared: dict[str, BufferDict],
+    shared: Shared,
     others: dict[str, Any],
     upcast: bool,
 ) -> None:
@@ -487,12 +485,8 @@ def declare_shared(
         raise ConfigError(
             f"No layers types compatible with {method.__name__} were found: it needs some to size what they share."
         )
-    for name, value in method.share(sites, cfg, dict(shared), others).items():
-        transient = isinstance(value, Transient)
-        container = shared.setdefault(name, BufferDict(persistent=not transient))
-        container[adapter] = value.tensor if transient else value
-        device, dtype = sites[0].store.where(sites[0].module)
-        place(container, adapter, device, dtype, upcast and method.upcast)
+    values = method.share(sites, cfg, shared.containers, others)
+    shared.hold(adapter, values, sites[0].store.where(sites[0].module), upcast and method.upcast)
 
 
 def orient(cfg: Any, sites: Iterable[Site]) -> None:

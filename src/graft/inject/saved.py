@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
 from graft.core.call import Call, Rows
+from graft.core.carrier import Carrier, State
+from graft.core.containers import Slot, slots_of, tensors_of
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
-from graft.core.layer import AdapterLayer, delete_from
-from graft.core.params import tensors_of
+from graft.core.layer import AdapterLayer
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Carrier, nn.Module):
     """Runs the active adapter's own copy of a module; without one, the original.
 
     Copies may differ in shape from the original and from each other: a 5-label head beside one of 2.
@@ -32,9 +33,7 @@ class ModulesToSaveWrapper(nn.Module):
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
-        self.key, self.call = key, call
-        self.active_adapters: list[str] = []
-        self.disable_adapters = False
+        self.key, self.call, self.state = key, call, State()
 
     def add(self, adapter: str, module: nn.Module | None = None) -> None:
         """Give `adapter` its copy: of `module` if passed, else of the original."""
@@ -46,13 +45,12 @@ class ModulesToSaveWrapper(nn.Module):
         own.requires_grad_(False)
         self.modules_to_save[adapter] = own
 
-    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
-        delete_from(self, adapter, new_active_adapters)
+    def slots(self, adapter: str) -> list[Slot]:
+        return list(slots_of("modules_to_save", self.modules_to_save, adapter, ()))
 
-    def forget(self, adapter: str) -> None:
+    def drop(self, adapter: str) -> None:
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
-        self.active_adapters = [a for a in self.active_adapters if a != adapter]
 
     def check_active(self, names: Sequence[str]) -> None:
         own = [n for n in names if n in self.modules_to_save]
@@ -61,32 +59,6 @@ class ModulesToSaveWrapper(nn.Module):
                 f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {own}: each has its own copy of "
                 f"'{self.key}'. Activate one of them."
             )
-
-    def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
-        self.check_active(names)
-        for name in self.modules_to_save:
-            self.require_grad(name, name in names and not inference_mode)
-        self.active_adapters = names
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.disable_adapters = not enabled
-
-    def require_grad(self, adapter: str, requires_grad: bool) -> None:
-        if adapter in self.modules_to_save:
-            self.modules_to_save[adapter].requires_grad_(requires_grad)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.require_grad(name, requires_grad)
-
-    def tensors(self, adapter: str) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
-        for path, owner, attribute, tensor in tensors_of(self.modules_to_save, adapter):
-            yield "modules_to_save", path, owner, attribute, tensor
-
-    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
-        if adapter in self.modules_to_save:
-            yield from self.modules_to_save[adapter].parameters()
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
@@ -98,19 +70,11 @@ class ModulesToSaveWrapper(nn.Module):
 
     adapter_layer_names, other_param_names = ("modules_to_save",), ()
 
-    @property
-    def merged_adapters(self) -> list[str]:
-        return []
-
     quantization_backend = None
 
     @property
     def adapters(self) -> list[str]:
         return list(self.modules_to_save)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
 
     @property
     def active(self) -> nn.Module:

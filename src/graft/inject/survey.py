@@ -77,7 +77,7 @@ def survey(model: nn.Module) -> Tree:
         base = layer.base_layer
         for part in base.modules() if base._modules else (base,):
             count(part)
-        if layer._undo and (tied := merging.tied_weight(layer)) is not None:
+        if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
     def wrapped(module: AdapterLayer | Wrapper, path: str) -> None:

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from graft.core.carrier import Carrier, State
+from graft.core.containers import Slot
 from graft.core.errors import NoMatchingPeftModuleError
 from graft.core.layer import AdapterLayer
 from graft.methods.trainable_tokens import input_embedding
 
 
-class TrainableTokensWrapper(nn.Module):
+class TrainableTokensWrapper(Carrier, nn.Module):
     """Stands for an embedding (or a head tied to it) some of whose rows train. `token_adapter` does the work."""
 
     how = "already trained in single rows, through trainable_token_indices"
@@ -50,24 +52,19 @@ class TrainableTokensWrapper(nn.Module):
     adapter_layer_names, other_param_names = ("token_adapter",), ()
 
     @property
-    def merged_adapters(self) -> list[str]:
+    def state(self) -> State:  # type: ignore[override]
+        return self.token_adapter.state
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
         return self.token_adapter.merged_adapters
 
     @property
     def adapters(self) -> list[str]:
         return list(self.token_adapter.methods)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.token_adapter.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self.token_adapter.disable_adapters
+    def slots(self, adapter: str) -> list[Slot]:
+        return self.token_adapter.slots(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
         own = [n for n in names if n in self.token_adapter.methods]
@@ -78,29 +75,22 @@ class TrainableTokensWrapper(nn.Module):
             )
 
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        self.token_adapter.set_adapter(adapters, inference_mode)
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        self.check_active(names)
+        self.token_adapter.set_adapter(names, inference_mode)
+
+    def activate(self, names: list[str], train: bool) -> None:
+        self.token_adapter.activate(names, train)
 
     def enable_adapters(self, enabled: bool) -> None:
         self.token_adapter.enable_adapters(enabled)
 
-    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
-        self.token_adapter.delete_adapter(adapter, new_active_adapters)
+    def drop(self, adapter: str) -> None:
+        self.token_adapter.drop(adapter)
         self.tied.discard(adapter)
 
-    def forget(self, adapter: str) -> None:
-        self.token_adapter.forget(adapter)
-        self.tied.discard(adapter)
-
-    def require_grad(self, adapter: str, requires_grad: bool) -> None:
-        if adapter in self.token_adapter.methods:
-            self.token_adapter.require_grad(adapter, requires_grad)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.require_grad(name, requires_grad)
-
-    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
-        yield from self.token_adapter.parameters_of(adapter)
+    def changed(self) -> None:
+        self.token_adapter.changed()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ class Entry:
     stem: str = ""  # path of its container
     layer: AdapterLayer | None = None
     container: str = ""
+    path: str = ""  # below the adapter's name
 
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
@@ -67,11 +67,11 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     tokens = {f"{k}.token_adapter": w for k, w in parts.wrappers.items() if isinstance(w, TrainableTokensWrapper)}
     rows = {key: w.token_adapter for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
-        unnamed = layer.method.unnamed
-        for container, path, owner, attribute, trains, is_saved, _, _ in layer.slots(adapter):
-            if not is_saved:
+        unnamed = layer.methods[adapter].unnamed
+        for slot in layer.slots(adapter):
+            if not slot.saved:
                 continue
-            held: Any = owner._parameters if trains else owner._buffers
+            container, path = slot.container, slot.path
             stem = f"{prefix}{key}.{container}"
             below = f".{path}" if path else ""
             memory, file = f"{stem}.{adapter}{below}", f"{stem}{below}"
@@ -80,17 +80,19 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
                 file, also = stem, (file,)
             elif "." in path:
                 file, also = memory, (file,)
-            yield Entry(memory, file, also, owner, attribute, held[attribute], stem, layer, container)
+            yield Entry(memory, file, also, slot.owner, slot.attribute, slot.tensor, stem, layer, container, path)
     for key, wrapper in parts.wrappers.items():
         if isinstance(wrapper, TrainableTokensWrapper):
             continue
-        for container, path, owner, attribute, tensor in wrapper.tensors(adapter):
-            memory = f"{prefix}{key}.{container}.{adapter}.{path}"
-            yield Entry(memory, f"{prefix}{key}.{path}", (), owner, attribute, tensor)
-    for name, shared in parts.shared.items():
-        if shared.persistent:
-            memory, file = f"base_model.{name}.{adapter}", f"base_model.{name}"
-            yield Entry(memory, file, (), shared, adapter, shared[adapter])
+        for slot in wrapper.slots(adapter):
+            if slot.saved:
+                memory = f"{prefix}{key}.{slot.container}.{adapter}.{slot.path}"
+                yield Entry(memory, f"{prefix}{key}.{slot.path}", (), slot.owner, slot.attribute, slot.tensor)
+    for slot in parts.shared.slots(adapter) if parts.shared is not None else ():
+        if slot.saved:
+            below = f".{slot.path}" if slot.path else ""
+            memory, file = (f"base_model.{slot.container}{name}{below}" for name in (f".{adapter}", ""))
+            yield Entry(memory, file, (), slot.owner, slot.attribute, slot.tensor)
 
 
 def find(entry: Entry, names: set[str]) -> str | None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +81,7 @@ class Load:
         self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
         self.ignore_mismatched_sizes = ignore_mismatched_sizes
         self.report = LoadReport()
+        self._by_layer: dict[str, set[str]] | None = None
 
     def heads(self) -> dict[str, nn.Module]:
         """Modules to save whose first dimension differs from the base's: heads with another number of labels."""
@@ -105,20 +108,20 @@ class Load:
         bare = not any(n.startswith("base_model.") for n in names)
         found: list[tuple[Entry, str]] = []
         mismatched = []
-        for entry in entries(parts, self.adapter, "" if bare else parts.prefix):
-            name = find(entry, names)
-            if name is None:
-                self.report.missing_keys.append(entry.file)
-                continue
-            if self.tensors[name].shape != entry.tensor.shape and entry.layer is not None:
-                self.tensors[name] = entry.layer.method.restored(
-                    entry.layer, entry.container, entry.tensor, self.tensors[name], self.config
-                )
-            if self.tensors[name].shape != entry.tensor.shape:
-                mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
-            else:
-                found.append((entry, name))
-        used = {name for _, name in found} | {name for name, _, _ in mismatched}
+        used: set[str] = set()
+        prefix = "" if bare else parts.prefix
+        for layer, group in groupby(entries(parts, self.adapter, prefix), lambda entry: entry.layer):
+            held = [(entry, find(entry, names)) for entry in group]
+            if layer is not None:
+                held = self._restored(layer, held, names, used)
+            for entry, name in held:
+                if name is None:
+                    self.report.missing_keys.append(entry.file)
+                elif self.tensors[name].shape != entry.tensor.shape:
+                    mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
+                else:
+                    found.append((entry, name))
+        used |= {name for _, name in found} | {name for name, _, _ in mismatched}
         base = self._base_tensors(names - used, "" if bare else parts.prefix, mismatched)
         self.report.unexpected_keys = sorted(names - used - set(base))
         self._complain(mismatched)
@@ -129,6 +132,40 @@ class Load:
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         complete(parts, self.adapter, self.config)
+
+    def _restored(
+        self, layer: Any, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
+    ) -> list[tuple[Entry, str | None]]:
+        """The entries of one layer, with the values that its method makes of what the file holds."""
+        method = layer.methods[self.adapter]
+        places = {(entry.container, entry.path): name for entry, name in held if name is not None}
+        if len(places) < len(held):  # a file may hold other tensors, from which those that are missing follow
+            stem = held[0][0].stem.removesuffix(held[0][0].container)
+            for other in self._below(stem) - set(places.values()):
+                container, _, path = other.removeprefix(stem).partition(".")
+                places[container, path] = other
+        values = method.restored({place: self.tensors[name] for place, name in places.items()}, self.config)
+        out: list[tuple[Entry, str | None]] = []
+        for entry, name in held:
+            place = entry.container, entry.path
+            if name is None and place in values:
+                name = entry.file
+                used |= {n for p, n in places.items() if p not in values}
+            if name is not None:
+                self.tensors[name] = values[place]
+            out.append((entry, name))
+        return out
+
+    def _below(self, stem: str) -> set[str]:
+        """The file's keys below a layer, but for those of its base."""
+        if self._by_layer is None:
+            self._by_layer = defaultdict(set)
+            for name in self.tensors:
+                owner, dot, _ = name.rpartition(".")
+                while dot:
+                    self._by_layer[f"{owner}."].add(name)
+                    owner, dot, _ = owner.rpartition(".")
+        return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
     def _base_tensors(self, names: set[str], prefix: str, mismatched: list) -> dict[str, Tensor]:
         """Those of `names` that are parameters of the base model."""
@@ -148,7 +185,7 @@ class Load:
     def _check_base(self, parts: Parts) -> None:
         if not self.fingerprint:
             return
-        now = fingerprint(parts.layers, with_values=not changes_base(parts, self.config))
+        now = fingerprint(parts.layers, with_values=not changes_base(parts, self.adapter))
         differs = difference(self.fingerprint, now)
         if differs:
             text = (
@@ -236,15 +273,17 @@ def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
 
 def complete(parts: Parts, adapter: str, config: Any) -> None:
     """Give initial values to what a checkpoint did not fill: tensors that are never saved, or were missing."""
-    for key, layer in parts.layers.items():
+    for layer in parts.layers.values():
         if not any([slot.tensor.is_meta for slot in layer.slots(adapter)]) or layer.site.on_meta:
             continue
-        empty = [t for t in layer.tensors(adapter, transient=True) if t[-1].is_meta]
-        spare = AdapterLayer(layer.site, layer.method, layer.call)
-        add_adapter(spare, adapter, config.at(key), parts.shared, on_meta=False, upcast=True)
-        values = {(container, path): t for container, path, _, _, t in spare.tensors(adapter, transient=True)}
-        for container, path, owner, attribute, tensor in empty:
-            Entry("", "", (), owner, attribute, tensor, layer=layer).assign(values[container, path])
+        empty = [slot for slot, tensor in layer.tensors(adapter, transient=True) if tensor.is_meta]
+        spare, method = AdapterLayer(layer.site, layer.call), layer.methods[adapter]
+        shared = {} if parts.shared is None else parts.shared.attached()
+        add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
+        values = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
+        for slot in empty:
+            entry = Entry("", "", (), slot.owner, slot.attribute, slot.tensor, layer=layer)
+            entry.assign(values[slot.container, slot.path])
 
 
 def set_peft_model_state_dict(

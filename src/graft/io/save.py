@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.merging import unmerged
 from graft.inject.inject import Parts
 from graft.inject.survey import survey
-from graft.io.entries import entries, without_wrappers
+from graft.io.entries import Entry, entries, without_wrappers
 from graft.io.fingerprint import fingerprint
 
 
@@ -69,16 +70,24 @@ def get_peft_model_state_dict(
     if given is not None and parts.prompt is not None:
         parts, given = with_values(parts, given, adapter_name), None
     out: dict[str, Tensor] = {}
-    for entry in entries(parts, adapter_name, prefix):
-        if given is not None and entry.memory not in given:
-            raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter_name}'.")
-        value = entry.tensor if given is None else given[entry.memory]
-        if entry.layer is not None:
-            value = entry.layer.methods[adapter_name].stored(entry.layer, entry.container, value, config)
-        out[entry.file] = value
+    for layer, group in groupby(entries(parts, adapter_name, prefix), lambda entry: entry.layer):
+        held = list(group)
+        for entry in held:
+            if given is not None and entry.memory not in given:
+                raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter_name}'.")
+        values = {entry.file: entry.tensor if given is None else given[entry.memory] for entry in held}
+        out |= values if layer is None else stored(layer.methods[adapter_name], held, values, config)
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
         out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)
     return out
+
+
+def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """What a file holds of an adapter's tensors on one layer, by file key."""
+    places = {(entry.container, entry.path): entry.file for entry in held}
+    made = method.stored({place: values[file] for place, file in places.items()}, config)
+    stem = held[0].stem.removesuffix(held[0].container)
+    return {places.get(p) or f"{stem}{p[0]}" + (f".{p[1]}" if p[1] else ""): t for p, t in made.items()}
 
 
 def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
@@ -170,8 +179,9 @@ def resized_vocabulary(base: nn.Module, config: Any) -> bool:
 
 def base_fingerprint(model: nn.Module, adapter: str) -> dict:
     parts, _, _ = parts_of(model, adapter)
-    return fingerprint(parts.layers, with_values=not changes_base(parts, config_of(model, adapter)))
+    return fingerprint(parts.layers, with_values=not changes_base(parts, adapter))
 
 
-def changes_base(parts: Parts, config: Any) -> bool:
-    return any(layer.method.inits_from_weight(config) for layer in parts.layers.values())
+def changes_base(parts: Parts, adapter: str) -> bool:
+    methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
+    return any(m is not None and m.inits_from_weight() for m in methods)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,31 @@ def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return (b[:, None] * d).flatten(0, 1), (a[:, :, None] * c[:, None]).flatten(1)
 
 
+class Hadamard(NamedTuple):
+    """ΔW = scale · (a b) ⊙ (c d), not formed yet."""
+
+    a: Tensor  # (out, r)
+    b: Tensor  # (r, n)
+    c: Tensor
+    d: Tensor
+    scale: float
+    shape: tuple[int, ...]  # of ΔW
+
+    def dense(self) -> Tensor:
+        return self.scale * product(*self[:4]).reshape(self.shape)
+
+
 def linear_with(
-    W: Tensor, bias: Tensor | None, x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, scale: float,
-    call: Callable[..., Tensor], input_gradient: Callable[..., Tensor],
+    W: Tensor, bias: Tensor | None, x: Tensor, delta: Hadamard, call: Callable[..., Tensor],
+    input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
-    """x (W + scale · (a b) ⊙ (c d))ᵀ + bias, keeping x and the factors. W and bias get no gradient; one dtype.
+    """x (W + ΔW)ᵀ + bias, keeping x and the factors. W and bias get no gradient; one dtype.
 
     Args:
         call: from x, a weight and bias to a linear layer's output.
         input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
     """
-    return _OneProduct.apply(x, W, bias, a, b, c, d, scale, call, input_gradient)  # type: ignore[no-any-return]
+    return _OneProduct.apply(x, W, bias, *delta[:5], call, input_gradient)  # type: ignore[no-any-return]
 
 
 def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

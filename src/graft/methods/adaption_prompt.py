@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.core.effect import Branch
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import find_op
-from graft.core.site import Site
 
 
 @dataclass(kw_only=True)
@@ -75,15 +75,17 @@ class AdaptionPrompt(Method):
             )
         cfg.target_paths = set(paths[-cfg.adapter_layers :])  # no field: of this model, and not saved
 
-    @classmethod
-    def check(cls, site: Site, cfg: AdaptionPromptConfig) -> str | None:
-        have = site.module._modules.keys()
+    def check(self) -> str | None:
+        have = self.site.module._modules.keys()
         if have >= {"q_proj", "k_proj", "v_proj", "o_proj"} or ("c_attn" in have and "q_attn" not in have):
             return None
         return "It is no attention with q_proj, k_proj, v_proj and o_proj, or with all in one c_attn, as in GPT-2"
 
-    @classmethod
-    def build(cls, site: Site, cfg: AdaptionPromptConfig, shared):
+    def describe(self):
+        return Branch(self.branch, input_of=self.input_of)
+
+    def build(self, shared):
+        site, cfg = self.site, self.cfg
         projection: Any = site.module._modules["c_attn" if fused(site.module) else "q_proj"]
         hidden, dtype = find_op(projection).dims(projection)[1], site.store.where(site.module)[1]
         return dict(
@@ -91,12 +93,12 @@ class AdaptionPrompt(Method):
             adaption_gate=nn.Parameter(torch.empty(1, dtype=dtype)),
         )
 
-    def init(self, cfg: AdaptionPromptConfig) -> None:
+    def init(self) -> None:
         nn.init.normal_(self.adaption_prompt)
         nn.init.zeros_(self.adaption_gate)  # the adapter starts as nothing
 
-    @classmethod
-    def input_of(cls, module: Any, call: dict[str, Any]) -> Tensor:
+    @staticmethod
+    def input_of(module: Any, call: dict[str, Any]) -> Tensor:
         """The queries, which the attention does not hand out. (batch, tokens, heads, head_dim)"""
         x, shape = call["hidden_states"], (-1, module.head_dim)
         if fused(module):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.effect import Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method
-from graft.core.site import Site
 from graft.kernels.householder import compact, gram_schmidt, reflect
 
 
@@ -38,28 +38,28 @@ class HRA(Method):
 
     config = HRAConfig
     prefix = "hra_"
-    order = "out"  # several adapters give W H_1 H_2 …, so the last one sees the input first
     targets = LORA
 
     hra_u: nn.Parameter  # (fan_in, r)
     hra_apply_GS: bool
 
-    @classmethod
-    def through_weight(cls, site: Site) -> bool:
-        return len(site.shape) > 2 or site.op.takes_ids  # reflect the input where it is a plain vector
+    def describe(self):
+        plain_vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
+        return Rewrite(self.fold, pre=self.pre if plain_vectors else None)
 
-    @classmethod
-    def build(cls, site: Site, cfg: HRAConfig, shared):
-        return dict(hra_u=nn.Parameter(torch.empty(site.fan_in, cfg.r)), hra_r=cfg.r, hra_apply_GS=cfg.apply_GS)
+    def build(self, shared):
+        u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))
+        return dict(hra_u=u, hra_r=self.cfg.r, hra_apply_GS=self.cfg.apply_GS)
 
-    def init(self, cfg: HRAConfig) -> None:
-        if cfg.init_weights and cfg.r % 2 == 0:
-            half = torch.empty(self.hra_u.shape[0], cfg.r // 2)
+    def init(self) -> None:
+        r, init = self.cfg.r, self.cfg.init_weights
+        if init and r % 2 == 0:
+            half = torch.empty(self.hra_u.shape[0], r // 2)
             nn.init.kaiming_uniform_(half, a=math.sqrt(5))
             self.hra_u.data.copy_(half.repeat_interleave(2, dim=1))
             return
-        if cfg.init_weights:
-            warn(f"r={cfg.r} is odd: the adapter does not start as the identity.")
+        if init:
+            warn(f"r={r} is odd: the adapter does not start as the identity.")
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from graft.config.fields import Targeted, as_set
 from graft.config.targets import IA3 as TARGETS
 from graft.config.targets import IA3_FEEDFORWARD
+from graft.core.effect import Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.core.site import Site
 
 
 @dataclass(kw_only=True)
@@ -59,38 +59,45 @@ class IA3(Method):
                 )
             cfg.feedforward_modules = as_set(IA3_FEEDFORWARD[kind])
 
-    @classmethod
-    def check(cls, site: Site, cfg: IA3Config) -> str | None:
-        if site.op.takes_ids and _is_feedforward(site.key, cfg):
+    def check(self) -> str | None:
+        if self.site.op.takes_ids and self.inner:
             return "An embedding's input cannot be scaled, so it cannot be a feed-forward module"
-        return super().check(site, cfg)
+        return super().check()
 
-    @classmethod
-    def build(cls, site: Site, cfg: IA3Config, shared):
-        inner = _is_feedforward(site.key, cfg)
+    @property
+    def inner(self) -> bool:
+        """Whether the input is scaled, as the config says."""
+        return _is_feedforward(self.site.key, self.cfg)
+
+    def describe(self):
+        inner = self.inner
+        return Rewrite(self.fold, pre=self.pre if inner else None, post=None if inner else self.post)
+
+    def build(self, shared):
+        site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2
         shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)
         return dict(ia3_l=nn.Parameter(torch.randn(shape)), is_feedforward=inner)
 
-    def init(self, cfg: IA3Config) -> None:
-        if cfg.init_ia3_weights:
+    def init(self) -> None:
+        if self.cfg.init_ia3_weights:
             nn.init.ones_(self.ia3_l)
 
     @property
     def scale(self) -> Tensor:
-        return self.layer.op.channels(self.ia3_l.flatten())
+        return self.site.op.channels(self.ia3_l.flatten())
 
     def pre(self, x: Tensor) -> Tensor:
-        return x * self.scale if self.is_feedforward else x
+        return x * self.scale
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self.is_feedforward else y * self.scale
+        return y * self.scale
 
     def fold(self, W: Tensor, b: Tensor | None):
         l = self.ia3_l.flatten().to(W.dtype)
         if not self.is_feedforward:
             return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)
-        groups = self.layer.op.groups(self.layer.base_layer)
+        groups = self.site.op.groups(self.site.module)
         per_group = l.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
         return W * per_group.view(*per_group.shape, *[1] * (W.dim() - 2)), b
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from graft.config.fields import Targeted
 from graft.config.targets import LN_TUNING
+from graft.core.effect import Replace
 from graft.core.method import Method
-from graft.core.site import Site
 from graft.storage import standalone
 
 
@@ -32,14 +32,18 @@ class LNTuning(Method):
 
     ln_tuning_layers: nn.Module
 
-    @classmethod
-    def build(cls, site: Site, cfg: LNTuningConfig, shared):
-        return dict(ln_tuning_layers=standalone(site.module))
+    def describe(self):
+        return Replace(self.copied)
 
-    @classmethod
-    def placeholders(cls, site: Site, cfg: LNTuningConfig, shared):
+    def build(self, shared):
+        made = standalone(self.site.module)
+        for p in made.parameters():
+            p.requires_grad = p.is_floating_point()
+        return dict(ln_tuning_layers=made)
+
+    def placeholders(self, shared):
         """Copies again: nothing is drawn."""
-        return cls.build(site, cfg, shared)
+        return self.build(shared)
 
-    def replacement(self) -> nn.Module:
+    def copied(self) -> nn.Module:
         return self.ln_tuning_layers

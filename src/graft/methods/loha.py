@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.effect import Factors, LowRank, Update
 from graft.core.method import Method
-from graft.core.site import Site
-from graft.kernels.hadamard import is_narrow, linear_with, narrow, product
-from graft.kernels.low_rank import add_low_rank, low_rank_linear
-from graft.kernels.worth import worth_it
+from graft.kernels.hadamard import Hadamard, is_narrow, narrow
 
 
 @dataclass(kw_only=True)
@@ -54,10 +51,22 @@ class LoHa(Method):
     rank_dropout: float
     module_dropout: float
 
-    @classmethod
-    def build(cls, site: Site, cfg: LoHaConfig, shared):
-        r, out_features = cfg.r, site.out_features
-        require_positive_rank(r)
+    @property
+    def cp(self) -> bool:
+        """Whether the kernel of a convolution is factored, too."""
+        return self.cfg.use_effective_conv2d and math.prod(self.site.shape[2:]) > 1
+
+    def describe(self):
+        if not self.cp and is_narrow(self.cfg.r, self.site.out_features, self.site.fan_in):
+            return LowRank(self.factors)
+        return Update(self.delta, draws=self.cfg.rank_dropout > 0 or self.cfg.module_dropout > 0)
+
+    def check(self) -> str | None:
+        require_positive_rank(self.cfg.r)
+        return super().check()
+
+    def build(self, shared):
+        site, cfg, r = self.site, self.cfg, self.cfg.r
         kernel = site.shape[2:]
         values = dict(
             r=r,
@@ -66,46 +75,32 @@ class LoHa(Method):
             rank_dropout=cfg.rank_dropout,
             module_dropout=cfg.module_dropout,
         )
-        if cfg.use_effective_conv2d and math.prod(kernel) > 1:
-            a, b = (r, out_features), (r, site.shape[1])
+        if self.cp:
+            a, b = (r, site.out_features), (r, site.shape[1])
             t = (r, r, *kernel, *[1] * (2 - len(kernel)))
             shapes = dict(w1_a=a, w1_b=b, w2_a=a, w2_b=b, t1=t, t2=t)
         else:
-            a, b = (out_features, r), (r, site.fan_in)
+            a, b = (site.out_features, r), (r, site.fan_in)
             shapes = dict(w1_a=a, w1_b=b, w2_a=a, w2_b=b)
         return values | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
-    def init(self, cfg: LoHaConfig) -> None:
+    def init(self) -> None:
         names = ["w1_a", "w1_b", "w2_a", "w2_b"]
         if self.cp:
             names += ["t1", "t2"]
         for name in names:
-            if name == "w2_b" and cfg.init_weights:
+            if name == "w2_b" and self.cfg.init_weights:
                 nn.init.zeros_(self.hada_w2_b)
             else:
                 nn.init.kaiming_uniform_(getattr(self, f"hada_{name}"), a=math.sqrt(5))
 
-    @property
-    def cp(self) -> bool:
-        """Whether the kernel is factored, too."""
-        return self.name in getattr(self.layer, "hada_t1", ())
-
-    def delta(self) -> Tensor:
-        w1a, w1b, w2a, w2b = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
-        if self.cp:
-            dense = _kernel(self.hada_t1, w1a, w1b) * _kernel(self.hada_t2, w2a, w2b)
-        else:
-            dense = product(w1a, w1b, w2a, w2b)
-        return self.scaling * dense.reshape(self.layer.site.shape)
-
-    @property
-    def narrow(self) -> bool:
-        """Whether factors of rank r² are cheaper than ΔW."""
-        return not self.cp and is_narrow(self.r, self.layer.out_features, self.layer.fan_in)
-
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w1_a, w1_b, w2_a, w2_b of ΔW = scaling · (w1_a w1_b) ⊙ (w2_a w2_b), in training with dropout."""
-        return self.dropped(self.hada_w1_a), self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+        """a, b, c, d of ΔW = scaling · (a b) ⊙ (c d), as matrices; in training with dropout."""
+        a, b, c, d = (getattr(self, f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        if self.cp:  # the kernel's factor counts as b's
+            b, d = kernel_of(self.hada_t1, b), kernel_of(self.hada_t2, d)
+            a, c = a.T, c.T
+        return self.dropped(a), b, c, d
 
     def dropped(self, rows: Tensor) -> Tensor:
         """`rows` (out, …), in training less what dropout takes out."""
@@ -113,36 +108,19 @@ class LoHa(Method):
             return rows
         if self.rank_dropout:
             kept = (torch.rand(rows.shape[0], device=rows.device) > self.rank_dropout).to(rows.dtype)
-            rows = rows * (kept / kept.mean().clamp(min=1e-6)).view(-1, *[1] * (rows.dim() - 1))
+            rows = rows * (kept / kept.mean().clamp(min=1e-6))[:, None]
         if self.module_dropout:
             rows = rows * (torch.rand(1, device=rows.device) > self.module_dropout)
         return rows
 
-    def join(self, x: Tensor) -> Tensor:
-        layer, base = self.layer, self.layer.base_layer
-        W = layer.base_weight
-        if self.narrow:
-            return low_rank_linear(base, layer.op.input_gradient, W, x, *narrow(*self.parts()), self.scaling)
-        if not (worth_it(x) and W.dtype == x.dtype == self.dtype):  # a sum would round ΔW to the dtype of W
-            return super().join(x)
-        return linear_with(
-            W, base.bias, x, *self.parts(), self.scaling, partial(layer.op.call, base), layer.op.input_gradient
-        )
+    def factors(self) -> Factors:
+        """Of rank r², where that is cheaper than ΔW."""
+        return Factors(*narrow(*self.parts()), scale=self.scaling)
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        layer = self.layer
-        if not (layer.may_fuse and self.narrow):
-            return super().post(x, y)
-        return add_low_rank(y, x, *narrow(*self.parts()), self.scaling)
-
-    def branch(self, x: Tensor) -> Tensor:
-        op, base = self.layer.op, self.layer.base_layer
-        if self.narrow and op.factorable(base):
-            A, B = narrow(*self.parts())
-            return op.up(base, op.down(base, x, A), B) * self.scaling
-        return op.call(base, x, self.dropped(self.delta()), None)
+    def delta(self) -> Hadamard:
+        return Hadamard(*self.parts(), self.scaling, self.site.shape)
 
 
-def _kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ_ij t[i, j] a[i] b[j]: (out, in / groups, kernel size)."""
-    return torch.einsum("ijk,jq,ip->pqk", t.flatten(2), b, a)
+def kernel_of(t: Tensor, b: Tensor) -> Tensor:
+    """Σ_j t[i, j] b[j]: (r, in / groups · kernel size)."""
+    return torch.einsum("ijk,jq->iqk", t.flatten(2), b).flatten(1)

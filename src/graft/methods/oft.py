@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
+from graft.core.effect import Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
-from graft.core.site import Site
 from graft.kernels.orthogonal import constrain, orthogonal, rotate, skew
 
 
@@ -65,7 +65,6 @@ class OFT(Method):
 
     config = OFTConfig
     prefix = "oft_"
-    order = "in"
     targets = LORA
 
     oft_R: Rotation  # weight (blocks, b (b - 1) / 2)
@@ -73,16 +72,14 @@ class OFT(Method):
     block_size: int
     blocks: int  # that R has; more than there are in the weight if they are shared
 
-    @classmethod
-    def acts(cls, site: Site):
-        return "out" if site.op.takes_ids else "in"
+    def describe(self):
+        if self.site.op.takes_ids:
+            return Rewrite(self.fold, post=self.post)
+        kernel = len(self.site.shape) > 2  # it sees overlapping patches: rotate the weight
+        return Rewrite(self.fold, pre=None if kernel else self.pre, inward=True)
 
-    @classmethod
-    def through_weight(cls, site: Site) -> bool:
-        return len(site.shape) > 2  # a kernel sees overlapping patches: rotate the weight
-
-    @classmethod
-    def build(cls, site: Site, cfg: OFTConfig, shared):
+    def build(self, shared):
+        site, cfg = self.site, self.cfg
         n = site.out_features if site.op.takes_ids else site.fan_in
         what = "r" if cfg.r else "oft_block_size"
         wanted = getattr(cfg, what)
@@ -100,24 +97,25 @@ class OFT(Method):
             "module_dropout": cfg.module_dropout,
         }
 
-    def init(self, cfg: OFTConfig) -> None:
-        if cfg.init_weights:
+    def init(self) -> None:
+        if self.cfg.init_weights:
             nn.init.zeros_(self.rotation.weight)
         else:
             nn.init.normal_(self.rotation.weight, mean=0.0, std=0.1)
 
     @property
     def rotation(self) -> Rotation:
-        return self.oft_embedding_R if self.layer.op.takes_ids else self.oft_R
+        return self.oft_embedding_R if self.site.op.takes_ids else self.oft_R
 
     def R(self) -> Tensor:
         """(blocks, b, b); one block if they are shared."""
         v: Tensor = self.rotation.weight
-        if self.eps is not None:
-            v = constrain(v, self.eps)
-            if self.layer.training:  # projected descent: the next update starts from the constrained point
-                self.rotation.weight.data.copy_(v.detach())
-                v = self.rotation.weight
+        if self.eps is not None:  # projected descent: the gradient is that at the projected point, and so is the step
+            inside = constrain(v.detach(), self.eps)
+            if self.layer.training:
+                v.data.copy_(inside)
+            else:
+                v = v + (inside - v.detach())
         wide = torch.promote_types(v.dtype, torch.float32)  # solvers have no half precision
         R = orthogonal(skew(v.to(wide), self.block_size), self.terms)
         if self.module_dropout and self.layer.training:
@@ -126,10 +124,10 @@ class OFT(Method):
         return R
 
     def pre(self, x: Tensor) -> Tensor:
-        return x if self.layer.op.takes_ids else self.rotate(x)
+        return self.rotate(x)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.rotate(y) if self.layer.op.takes_ids else y
+        return self.rotate(y)
 
     def rotate(self, x: Tensor) -> Tensor:
         """x R, block by block. x (…, n)."""
@@ -137,7 +135,7 @@ class OFT(Method):
 
     def fold(self, W: Tensor, b: Tensor | None):
         R = self.R().to(W.dtype)
-        if self.layer.op.takes_ids:  # the output is rotated: Rᵀ W
+        if self.site.op.takes_ids:  # the output is rotated: Rᵀ W
             blocks = W.reshape(self.blocks, self.block_size, -1)
             return (R.mT @ blocks).reshape(W.shape), b
         blocks = W.reshape(W.shape[0], self.blocks, self.block_size, 1)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.core.containers import Transient
+from graft.core.effect import Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.core.params import Transient
-from graft.core.site import Site
 
 
 @dataclass(kw_only=True)
@@ -43,13 +43,15 @@ class TrainableTokens(Method):
     def default_targets(cls, model: nn.Module):
         return [input_embedding(model) or "embed_tokens"]
 
-    @classmethod
-    def check(cls, site: Site, cfg: TrainableTokensConfig) -> str | None:
+    def check(self) -> str | None:
+        site = self.site
         if not site.op.known or len(site.shape) != 2:
             return "Only embeddings and linear layers have a row for each token"
+        if not self.cfg.token_indices:
+            raise ConfigError(f"token_indices is empty: name the tokens of '{site.key}' to train.")
         rows = site.in_features if site.op.takes_ids else site.out_features
-        outside = [i for i in cfg.token_indices if not 0 <= i < rows]
-        return f"Token indices {outside} are outside its {rows} rows" if outside else super().check(site, cfg)
+        outside = [i for i in self.cfg.token_indices if not 0 <= i < rows]
+        return f"Token indices {outside} are outside its {rows} rows" if outside else super().check()
 
     @classmethod
     def check_together(cls, methods: Sequence[TrainableTokens]) -> None:
@@ -62,31 +64,30 @@ class TrainableTokens(Method):
                 )
             seen |= set(m.token_indices)
 
-    @classmethod
-    def inits_from_weight(cls, cfg: TrainableTokensConfig) -> bool:
-        return cfg.init_weights
+    def inits_from_weight(self) -> bool:
+        return self.cfg.init_weights
 
-    @classmethod
-    def build(cls, site: Site, cfg: TrainableTokensConfig, shared):
-        if not cfg.token_indices:
-            raise ConfigError(f"token_indices is empty: name the tokens of '{site.key}' to train.")
-        width = site.out_features if site.op.takes_ids else site.in_features
-        tokens, order = torch.tensor(cfg.token_indices).sort()
+    def describe(self):
+        return Rewrite(self.fold, post=self.post, apart=True)
+
+    def build(self, shared):
+        width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
+        indices = list(self.cfg.token_indices)
+        tokens, order = torch.tensor(indices).sort()
         return dict(
-            trainable_tokens_delta=nn.Parameter(torch.empty(len(cfg.token_indices), width)),
+            trainable_tokens_delta=nn.Parameter(torch.empty(len(indices), width)),
             sorted_tokens=Transient(tokens),
             order_of_tokens=Transient(order),
-            token_indices=list(cfg.token_indices),
+            token_indices=indices,
         )
 
-    def init(self, cfg: TrainableTokensConfig) -> None:
-        if not cfg.init_weights:
+    def init(self) -> None:
+        if not self.cfg.init_weights:
             nn.init.normal_(self.trainable_tokens_delta)
         else:
-            layer = self.layer
-            W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter)).detach()
-            rows = W.T if layer.op.takes_ids else W  # (tokens, d)
-            layer.trainable_tokens_delta[self.name] = nn.Parameter(rows[self.token_indices].clone())
+            W = self.layer.W0.detach()
+            rows = W.T if self.site.op.takes_ids else W  # (tokens, d)
+            self.layer.trainable_tokens_delta[self.name] = nn.Parameter(rows[self.token_indices].clone())
 
     def tie(self, source: Method) -> None:
         self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta
@@ -94,9 +95,7 @@ class TrainableTokens(Method):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, rows = self.layer, self.trainable_tokens_delta
         if not layer.op.takes_ids:
-            b = layer.base_layer.bias
-            x = self.cast(x)
-            logits = layer.op.call(layer.base_layer, x, rows, None if b is None else b[self.token_indices].to(x.dtype))
+            logits = layer.op.call(layer.base_layer, self.cast(x), rows, None)
             return y.index_copy(-1, self.order_to_token(), logits.to(y.dtype))
         place = torch.searchsorted(self.sorted_tokens, x).clamp_(max=len(self.token_indices) - 1)
         hit = self.sorted_tokens[place] == x

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +13,11 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import PHI_ATTENTION
-from graft.core.dropout import share_dropped
+from graft.core.containers import Transient
+from graft.core.effect import Factors
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
-from graft.core.params import Transient
 from graft.core.site import Site
-from graft.kernels.low_rank import autocast, dropout
-from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
-from graft.kernels.worth import worth_it
 
 
 @dataclass(kw_only=True)
@@ -54,7 +50,6 @@ class VeRA(Method):
     config = VeraConfig
     prefix = "vera_lambda_"
     targets = PHI_ATTENTION
-    shares = True
 
     vera_lambda_b: nn.Parameter  # (out,)
     vera_lambda_d: nn.Parameter  # (r,)
@@ -90,58 +85,20 @@ class VeRA(Method):
         keep = (lambda t: t) if cfg.save_projection else Transient
         return dict(vera_A=keep(A), vera_B=keep(B))
 
-    @classmethod
-    def build(cls, site: Site, cfg: VeraConfig, shared):
+    def build(self, shared):
+        cfg = self.cfg
         return shared | dict(
             r=cfg.r,
-            vera_lambda_b=nn.Parameter(torch.ones(site.out_features)),
+            vera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
             vera_lambda_d=nn.Parameter(torch.randn(cfg.r)),
             vera_dropout=nn.Dropout(cfg.vera_dropout) if cfg.vera_dropout > 0 else nn.Identity(),
         )
 
-    def init(self, cfg: VeraConfig) -> None:
-        if cfg.init_weights:
-            nn.init.constant_(self.vera_lambda_d, cfg.d_initial)
+    def init(self) -> None:
+        if self.cfg.init_weights:
+            nn.init.constant_(self.vera_lambda_d, self.cfg.d_initial)
             nn.init.zeros_(self.vera_lambda_b)
 
-    @property
-    def projections(self) -> tuple[Tensor, Tensor]:
-        return self.vera_A[:, : self.layer.fan_in], self.vera_B[: self.layer.out_features]
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = self.projections
-        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
-
-    def join(self, x: Tensor) -> Tensor:
-        layer, base = self.layer, self.layer.base_layer
-        A, B = self.projections
-        W = layer.base_weight
-        if (
-            share_dropped(self.vera_dropout) == 0
-            and worth_it(x)
-            and W.dtype == x.dtype == A.dtype  # a sum would round ΔW to the dtype of W
-            and one_product_pays(x.numel() // x.shape[-1], *W.shape)
-        ):
-            call = partial(layer.op.call, base)
-            return linear_with(
-                W, base.bias, x, A, B, self.vera_lambda_d, self.vera_lambda_b, call, layer.op.input_gradient
-            )
-        return super().join(x)
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        layer, p = self.layer, share_dropped(self.vera_dropout)
-        if p is None or not layer.may_fuse:
-            return super().post(x, y)
-        A, B, d, b = autocast(x, *self.projections, self.vera_lambda_d, self.vera_lambda_b)
-        x = x.to(A.dtype)
-        return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
-
-    def branch(self, x: Tensor) -> Tensor:
-        op, base = self.layer.op, self.layer.base_layer
-        if not op.takes_ids:
-            x = self.vera_dropout(x)
-        if not op.factorable(base):
-            return super().branch(x)
-        A, B = self.projections  # scale activations, which is cheaper than scaling A and B
-        z = op.down(base, x, A) * op.channels(self.vera_lambda_d)
-        return op.up(base, z, B) * op.channels(self.vera_lambda_b)
+    def factors(self) -> Factors:
+        A, B = self.vera_A[:, : self.site.fan_in], self.vera_B[: self.site.out_features]
+        return Factors(A, B, dropout=self.vera_dropout, inner=self.vera_lambda_d, outer=self.vera_lambda_b)

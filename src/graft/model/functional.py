@@ -119,7 +119,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for layer in survey(model).layers.values():
-        if not layer.method.upcast:
+        if adapter_name not in layer.methods or not layer.methods[adapter_name].upcast:
             continue
         for key in layer.adapter_layer_names:
             container = getattr(layer, key)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.method import Method
-from graft.core.site import Site
+from graft.core.shared import Shared
 from graft.inject.inject import survey_and_match
 from graft.inject.report import InjectReport, Matched
 from graft.inject.saved import add_task_heads
@@ -49,9 +49,12 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
     made = survey_and_match(model, config, method, adapter_name)
     report, modules = made.report, made.tree.modules
     with torch.device("meta"):
-        shared = method.share(list(made.sites.values()), made.cfg, {}, {}) if method.shares else {}
-        for key, site in made.sites.items():
-            report.matched.append(matched(method, site, made.cfg.at(key), shared))
+        shared = Shared()
+        if method.shares:
+            sites = list(made.sites.values())
+            shared.hold(adapter_name, method.share(sites, made.cfg, {}, {}), (None, None), False)
+        for key in made.sites:
+            report.matched.append(matched(made.methods[key], shared.attached()))
     sizes = {m.name: m.parameters for m in report.matched}
     for key, source in made.followers.items():
         if source in sizes:
@@ -61,13 +64,14 @@ def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str
     for key, indices in made.tokens.items():
         if key not in made.row_followers:
             site = site_of(key, modules[key], made.tree)
-            size = matched(TrainableTokens, site, TrainableTokensConfig(token_indices=indices), {}).parameters
+            rows = TrainableTokens(site, TrainableTokensConfig(token_indices=indices), adapter_name)
+            size = matched(rows, {}).parameters
             report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
     return report
 
 
-def matched(method: type[Method], site: Site, cfg: Any, shared: dict[str, Any]) -> Matched:
-    values = method.variant(cfg).placeholders(site, cfg, shared)
+def matched(method: Method, shared: dict[str, Any]) -> Matched:
+    site, values = method.site, method.placeholders(shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(site.key, site.type_name, sum(p.numel() for _, p in sized), shapes)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.carrier import Carrier, State
+from graft.core.containers import Slot, slots_of
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
 from graft.inject.inject import Parts, inject, survey_and_match
@@ -38,23 +40,31 @@ class NoLayers(Method):
     """For the injection of the modules to save: a prompt touches no layer."""
 
 
-class Encoders(nn.ModuleDict):
+class Encoders(Carrier, nn.ModuleDict):
     """The prompts by adapter."""
+
+    key = PLACE
 
     def __init__(self) -> None:
         super().__init__()
-        self.active_adapters: list[str] = []
-        self.disable_adapters = False
-        self._frozen: dict[str, set[str]] = {}  # names of the parameters that never train
+        self.state = State()
+        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: what never trains
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self)
 
     def add(self, adapter: str, prompt: Prompt) -> None:
-        self._frozen[adapter] = {name for name, p in prompt.named_parameters() if not p.requires_grad}
         self[adapter] = prompt
+        slots = slots_of(PLACE, self, adapter)
+        self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
 
-    def forget(self, adapter: str) -> None:
-        del self[adapter], self._frozen[adapter]
-        self.active_adapters = [name for name in self.active_adapters if name != adapter]
+    def slots(self, adapter: str) -> list[Slot]:
+        return list(slots_of(PLACE, self, adapter, self.never[adapter]))
+
+    def drop(self, adapter: str) -> None:
+        del self[adapter], self.never[adapter]
 
     def check_active(self, names: Sequence[str]) -> None:
         if len(names) > 1:
@@ -62,19 +72,6 @@ class Encoders(nn.ModuleDict):
                 f"Only one prompt can be in front of the input at a time, got {list(names)}: call set_adapter() with "
                 "one of them."
             )
-
-    def set_adapter(self, names: Sequence[str], inference_mode: bool = False) -> None:
-        self.active_adapters = list(names)
-        for name in self:
-            self.require_grad(name, name in names and not inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.disable_adapters = not enabled
-
-    def require_grad(self, adapter: str, requires_grad: bool) -> None:
-        for name, p in self[adapter].named_parameters():
-            if name not in self._frozen[adapter]:
-                p.requires_grad_(requires_grad)
 
 
 class Prompts(Registry):

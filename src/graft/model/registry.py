@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from graft.core.call import BASE, Call
+from graft.core.containers import BufferDict
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
 from graft.core.layer import AdapterLayer
-from graft.core.params import BufferDict, Flag
 from graft.inject.inject import Parts
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
@@ -93,7 +93,6 @@ class Registry:
     active_adapters: list[str]
     on_change: Callable[[], None] | None = None  # told when other adapters run
     merged_adapters: Any = ()
-    _flags: dict[str, tuple[list[Flag], list[AdapterLayer]]]  # by adapter; layers that say themselves
     states: dict[str, Any]  # what methods remember of a training; by adapter
     several: str  # what to do for more than one active adapter
 
@@ -109,7 +108,7 @@ class Registry:
         check_registered(model, known)
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.call = known[0].call if known else Call()
-        self.peft_config, self.reports, self.active_adapters, self._flags, self.states = {}, {}, [], {}, {}
+        self.peft_config, self.reports, self.active_adapters, self.states = {}, {}, [], {}
         return found
 
     def shown(self) -> dict[str, nn.Module]:
@@ -179,41 +178,14 @@ class Registry:
             for part in self.parts():
                 part.check_active(names)
         if self.merged_adapters and not (
-            names == self.active_adapters and all(layer.holds(names) for layer in self.mergeable_layers())
+            names == self.active_adapters and all(layer.is_merged(names) for layer in self.mergeable_layers())
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        trained: set[str] = set()
         for part in self.parts():
-            if type(part) is AdapterLayer:
-                trained |= part.trainable
-                part.activate(names, not inference_mode)
-            else:
-                part.set_adapter(names, inference_mode)
-        for name in trained.difference(names):
-            self._flag(name, False)
-        for name in names:
-            self._flag(name, not inference_mode)
+            part.activate(names, not inference_mode)
         self.active_adapters = names
         self._changed()
-
-    def _flag(self, adapter: str, requires_grad: bool) -> None:
-        """Set `requires_grad` of an adapter's parameters in all layers. Where they stand is looked up once, and again
-        when a module has been replaced, pruned or parametrized."""
-        if adapter not in self._flags:
-            found = {layer: layer.flags(adapter) for layer in self.layers.values()}
-            self._flags[adapter] = (
-                [flag for flags in found.values() if flags for flag in flags],
-                [layer for layer, flags in found.items() if flags is None],
-            )
-        flags, others = self._flags[adapter]
-        for held, module, parameters, name in flags:
-            if held.get(adapter) is not module or name not in parameters:
-                del self._flags[adapter]
-                return self._flag(adapter, requires_grad)
-            parameters[name].requires_grad = requires_grad
-        for layer in others:
-            layer.require_grad(adapter, requires_grad)
 
     def mergeable_layers(self) -> list[AdapterLayer]:
         return []
@@ -250,7 +222,6 @@ class Registry:
                 f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
             )
         del self.peft_config[adapter_name]
-        self._flags.pop(adapter_name, None)
         self.reports.pop(adapter_name, None)
         self.states.pop(adapter_name, None)
         for part in self.parts():
@@ -267,8 +238,7 @@ class Registry:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_known(names)
         for part in self.parts():
-            for name in names:
-                part.require_grad(name, requires_grad)
+            part.set_requires_grad(names, requires_grad)
 
     # on and off
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from graft.core import merging
 from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
+from graft.core.shared import Shared
 from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
 from graft.inject.report import InjectReport
@@ -55,7 +56,7 @@ class Tuner(Registry, nn.Module):
                 )
             peft_config = peft_config[adapter_name]
         tree = self.open_registry(model)
-        self.shared: list[str] = []  # names of containers of tensors that all layers share
+        self.__dict__["shared"] = Shared()
         self.peft_config |= getattr(model, "peft_config", None) or {}
         if state_dict is not None:
             options["keys"] = self._keys_in(state_dict, peft_config)
@@ -88,14 +89,14 @@ class Tuner(Registry, nn.Module):
     ) -> InjectReport:
         """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
         self.check_new(adapter_name, config)
-        shared, disabled = {name: self._modules[name] for name in self.shared}, self.disabled
+        disabled = self.disabled
         report, parts = inject(
             self.model,
             config,
             self.method,
             adapter_name,
             call=self.call,
-            shared=shared,  # type: ignore[arg-type]
+            shared=self.shared,
             others=self.peft_config,
             upcast=autocast_adapter_dtype,
             on_meta=low_cpu_mem_usage,
@@ -104,10 +105,9 @@ class Tuner(Registry, nn.Module):
             heads=heads,
             tree=tree,
         )
-        for name, container in shared.items():
+        for name, container in self.shared.modules().items():
             if name not in self._modules:
                 self.add_module(name, container)
-                self.shared.append(name)
         self.take_in(parts, disabled)
         self.peft_config[adapter_name] = config
         self.reports[adapter_name] = report
@@ -142,14 +142,14 @@ class Tuner(Registry, nn.Module):
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)
-        parts.shared = {name: c for name in self.shared if adapter_name in (c := self._modules[name])}  # type: ignore[misc,operator]
+        parts.shared = self.shared
         return parts
 
     def shown(self) -> dict[str, nn.Module]:
         return {"base_model": self}
 
     def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
-        return nullcontext(partial(self.method.after_forward, self))
+        return self.method.around(self, self.call)
 
     def check_new(self, adapter_name: str, config: Any) -> None:
         super().check_new(adapter_name, config)
@@ -162,12 +162,9 @@ class Tuner(Registry, nn.Module):
                 )
         check_bias(config, self.method, iter(self.peft_config.values()))
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        for name in self.shared:
-            container: Any = self._modules[name]
-            if adapter_name in container:
-                del container[adapter_name]
+    def parts(self) -> Iterator[Any]:
+        yield from super().parts()
+        yield self.shared
 
     # merging
 
@@ -199,10 +196,10 @@ class Tuner(Registry, nn.Module):
         self.check_known(names)
         done = self.merged_adapters
         wanted, names = names, [n for n in names if n not in done]
-        merging.say_merged(done, wanted, names, self.method.replaces)
+        layers: Any = self.mergeable_layers()
+        merging.say_merged(done, wanted, names, any(merging.replaces(layer, names) for layer in layers))
         if not names:
             return
-        layers: Any = self.mergeable_layers()
         for layer in layers:
             merging.check(layer, names, safe_merge, undoable)
         left = [n for n in self.active_adapters if n not in names and n not in done]

@@ -138,7 +138,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mappin
             torch._foreach_zero_(plan.zeros)
         for layer, rank, alpha, scaling in plan.changes:
             layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
-            for scalings in (layer.scaling, layer._scaling_at_start):
+            for scalings in (layer.scaling, layer.scaling_at_start):
                 if isinstance(scalings[adapter], Tensor):
                     scalings[adapter].fill_(scaling)
                 else:

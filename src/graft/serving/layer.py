@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from graft.core.ops import is_stock
 from graft.core.place import moved
 from graft.core.site import Site
 from graft.kernels.eager import eager, has_no_hooks
-from graft.methods.lora import LoRA
 
 NONE = 0  # the slot of rows without adapter: zeros
 
@@ -68,7 +67,7 @@ class SlotLayer(nn.Module):
     choice: Choice
     keep: bool  # what was gathered for a batch, for its next forward
     output_is_new: bool  # the base layer's output may be overwritten
-    method = LoRA
+    methods: ClassVar[dict[str, Any]] = {}
     merged_adapters = ()
     A: Tensor  # (slots + 1, max_rank, in)
     B: Tensor  # (slots + 1, max_rank, out): a row of B is contiguous, which makes `bmm` three times as fast

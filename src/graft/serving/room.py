@@ -55,7 +55,7 @@ def prepare_model_for_compiled_hotswap(
     model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
     on: dict[str, dict[str, Any]] = defaultdict(dict)  # layers by adapter
     for key, layer in survey(model).layers.items():
-        for name in layer.methods if layer.method is LoRA else ():
+        for name in (n for n, m in layer.methods.items() if isinstance(m, LoRA)):
             on[name][key] = layer
     if not on:
         raise ConfigError(
@@ -104,6 +104,6 @@ def prepare(layer: Any, adapter: str, rank: int | None) -> Change:
     change = Change.of(layer, r, alpha, rslora, rank or r)
     layer.r[adapter], layer.lora_alpha[adapter] = change.rank, change.alpha
     device = layer.methods[adapter].pair[0].device
-    for scalings in (layer.scaling, layer._scaling_at_start):
+    for scalings in (layer.scaling, layer.scaling_at_start):
         scalings[adapter] = torch.as_tensor(float(scalings[adapter]), device=device)
     return change

@@ -53,6 +53,9 @@ class Dense:
         p = getattr(m, name)
         return p if shared else p.detach().clone()
 
+    def kept(self, m: nn.Module, name: str, state) -> Tensor:
+        return state
+
     def restore(self, m: nn.Module, name: str, state) -> None:
         if isinstance(state, nn.Parameter):  # tie again
             setattr(m, name, state)

@@ -33,7 +33,7 @@ class _LayerType(type):
         return super().__new__(mcs, name, bases, namespace)
 
     def __instancecheck__(cls, obj: Any) -> bool:
-        if not isinstance(obj, AdapterLayer) or not issubclass(obj.method, cls.method):
+        if not isinstance(obj, AdapterLayer) or not any(isinstance(m, cls.method) for m in obj.methods.values()):
             return False
         return cls.kind is None or cls.kind == kind_of(obj)
 

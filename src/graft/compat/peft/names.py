@@ -8,7 +8,7 @@ from graft.methods import METHODS, ROWS
 # names that PEFT has and graft's public face has not, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
     "graft.core.layer": "BaseTunerLayer=AdapterLayer",
-    "graft.core.params": "BufferDict",
+    "graft.core.containers": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",

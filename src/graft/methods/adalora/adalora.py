@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.targets import ADALORA
-from graft.core.dropout import share_dropped
-from graft.core.method import Method
-from graft.core.params import Transient
-from graft.core.site import Site
-from graft.kernels.low_rank import add_low_rank, low_rank_linear
+from graft.core.containers import Transient
+from graft.core.effect import Factors
+from graft.core.method import Method, Tensors
 from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate, warn_if_forgotten
 from graft.methods.adalora.config import AdaLoraConfig
 
@@ -37,8 +37,8 @@ class AdaLoRA(Method):
     lora_dropout: nn.Module
     scaling: float
 
-    @classmethod
-    def build(cls, site: Site, cfg: AdaLoraConfig, shared):
+    def build(self, shared):
+        site, cfg = self.site, self.cfg
         kept = cfg.kept(site.key)
         r = cfg.init_r if kept is None else sum(kept)
         A, E, B = torch.randn(r, site.fan_in), torch.randn(r, 1), torch.randn(site.out_features, r)
@@ -54,58 +54,53 @@ class AdaLoRA(Method):
             ranknum=Transient(nn.Parameter(torch.randn(1).fill_(cfg.init_r), requires_grad=False)),
         )
 
-    def init(self, cfg: AdaLoraConfig) -> None:
-        if cfg.init_lora_weights:
+    def init(self) -> None:
+        if self.cfg.init_lora_weights:
             nn.init.zeros_(self.lora_E)
             nn.init.normal_(self.lora_A, mean=0.0, std=0.02)
             nn.init.normal_(self.lora_B, mean=0.0, std=0.02)
 
-    def frozen(self):
-        return (self.ranknum,)
+    def factors(self) -> Factors:
+        E = (self.lora_E * (self.scaling / (self.ranknum + 1e-5))).flatten()
+        return Factors(self.lora_A, self.lora_B, dropout=self.lora_dropout, inner=E)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A * (self.lora_E * (self.scaling / (self.ranknum + 1e-5))), self.lora_B
-
-    def join(self, x: Tensor) -> Tensor:
-        layer, p = self.layer, share_dropped(self.lora_dropout)
-        if p is None:
-            return super().join(x)
-        return low_rank_linear(layer.base_layer, layer.op.input_gradient, layer.base_weight, x, *self.factors(), 1.0, p)
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        layer, p = self.layer, share_dropped(self.lora_dropout)
-        if p is None or not layer.may_fuse:
-            return super().post(x, y)
-        return add_low_rank(y, x, *self.factors(), 1.0, p)
-
-    def branch(self, x: Tensor) -> Tensor:
-        return super().branch(x if self.layer.op.takes_ids else self.lora_dropout(x))
-
-    @classmethod
-    def stored(cls, layer: Any, container: str, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
+    def stored(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Checkpoints hold the singular triples that were kept."""
-        kept, dim = cfg.kept(layer.site.key), triples(container)
-        if kept is None or len(kept) != tensor.shape[dim]:  # an adapter that was loaded has no others
-            return tensor
-        return tensor.index_select(dim, where(kept, tensor))
+        kept = cfg.kept(self.site.key)
+        if kept is None:
+            return values
+        return {
+            (name, path): t.index_select(triples(name), where(kept, t)) if len(kept) == t.shape[triples(name)] else t
+            for (name, path), t in values.items()  # an adapter that was loaded has no others
+        }
 
-    @classmethod
-    def restored(cls, layer: Any, container: str, here: Tensor, tensor: Tensor, cfg: AdaLoraConfig) -> Tensor:
+    def restored(self, stored: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """The triples that were kept go back to their places; the others have the singular value 0."""
-        kept, dim = cfg.kept(layer.site.key), triples(container)
-        if kept is None or (len(kept), sum(kept)) != (here.shape[dim], tensor.shape[dim]):
-            return tensor
-        whole = torch.zeros_like(here) if container == "lora_E" else here.detach().clone()
-        return whole.index_copy_(dim, where(kept, here), tensor.to(here))
+        kept = cfg.kept(self.site.key)
+        if kept is None:
+            return stored
+        out = {}
+        for (name, path), t in stored.items():
+            here, dim = getattr(self, name), triples(name)
+            if t.shape != here.shape and (len(kept), sum(kept)) == (here.shape[dim], t.shape[dim]):
+                whole = torch.zeros_like(here) if name == "lora_E" else here.detach().clone()
+                t = whole.index_copy_(dim, where(kept, here), t.to(here))
+            out[name, path] = t
+        return out
 
     @classmethod
-    def after_forward(cls, tuner: Any, output: Any) -> Any:
+    @contextmanager
+    def around(cls, tuner: Any, call: Any) -> Iterator[Callable[[Any], Any]]:
         """Add the orthogonal regularisation to the loss of a training step."""
-        loss = getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and tuner.training and torch.is_grad_enabled():
-            warn_if_forgotten(tuner)
-            output.loss = loss + orthogonal_loss(tuner)
-        return output
+
+        def with_loss(output: Any) -> Any:
+            loss = getattr(output, "loss", None)
+            if isinstance(loss, Tensor) and tuner.training and torch.is_grad_enabled():
+                warn_if_forgotten(tuner)
+                output.loss = loss + orthogonal_loss(tuner)
+            return output
+
+        yield with_loss
 
 
 def triples(container: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from graft.config.fields import require_positive_rank
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
@@ -25,27 +26,32 @@ def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
 
 
 def check_site(site: Site, cfg: LoraConfig) -> None:
+    """Raise ConfigError for a rank or a bias that this layer cannot have."""
+    require_positive_rank(cfg.r)
+    if cfg.lora_bias and site.op.takes_ids:
+        raise ConfigError(f"lora_bias=True is not supported for Embedding (layer '{site.key}').")
+    groups = site.op.groups(site.module) if site.op.known else 1
+    if cfg.r % groups:
+        raise ConfigError(
+            f"Targeting a {site.type_name} with groups={groups} and rank {cfg.r} (layer '{site.key}'). Currently, "
+            "support is limited to conv layers where the rank is divisible by groups. Either choose a different rank "
+            "or do not target this specific layer."
+        )
+
+
+def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
+    """Why an adapter on this layer has no merged form."""
+    if site.op.known and site.op.groups(site.module) > 1:
+        return "Merging is not supported for _ConvNd layers with groups > 1! A mixes the groups"
+    if cfg.lora_bias and getattr(site.module, "bias", None) is None:
+        return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+    return None
+
+
+def say_unmergeable(site: Site, cfg: LoraConfig) -> None:
+    """Warn where `unmergeable` has a reason."""
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
         warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning)
-    groups = site.op.groups(site.module)
-    if groups > 1:
-        check_groups(site, cfg.r, groups)
-
-
-def check_groups(site: Site, r: int, groups: int) -> None:
-    if r % groups:
-        raise ConfigError(
-            f"Targeting a {site.type_name} with groups={groups} and rank {r} (layer '{site.key}'). Currently, support "
-            "is limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
-            "not target this specific layer."
-        )
-    warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")
-
-
-def refuse_groups(site: Site, adapter: str) -> None:
     if site.op.groups(site.module) > 1:
-        raise NotImplementedError(
-            f"Merging is not supported for _ConvNd layers with groups > 1! Layer '{site.key}', adapter '{adapter}': "
-            "A mixes the groups. Keep it unmerged, or leave grouped convolutions out."
-        )
+        warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")

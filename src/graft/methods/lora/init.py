@@ -28,12 +28,12 @@ def changes_base(how: bool | str) -> bool:
 
 def initialise(lora: LoRA, how: bool | str) -> None:
     A, B = (p.data for p in lora.pair)
-    op = lora.layer.op
+    op = lora.site.op
     if lora.lora_bias and how is not False:
         lora.lora_B.bias.data.zero_()  # type: ignore[union-attr,operator]
     if op.takes_ids:
         if isinstance(how, str):
-            text = f"init_lora_weights={how!r} has no meaning for the embedding '{lora.layer.site.key}': default used."
+            text = f"init_lora_weights={how!r} has no meaning for the embedding '{lora.site.key}': default used."
             warn(text, PeftWarning)
         if how is not False:
             A.zero_()
@@ -49,7 +49,7 @@ def initialise(lora: LoRA, how: bool | str) -> None:
         B.zero_()
     elif A.dim() > 2 or not (how in ("orthogonal", "olora") or how.startswith("pissa")):
         raise ConfigError(
-            f"Unknown initialization init_lora_weights='{how}' for layer '{lora.layer.site.key}'. Known ones: True, "
+            f"Unknown initialization init_lora_weights='{how}' for layer '{lora.site.key}'. Known ones: True, "
             "False, gaussian and, for linear layers, orthogonal, olora, pissa, pissa_niter_[number]."
         )
     elif how == "orthogonal":
@@ -72,7 +72,7 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 @torch.no_grad()
 def _from_weight(lora: LoRA, how: str, A: Tensor, B: Tensor) -> None:
     layer, r, s = lora.layer, A.shape[0], lora.scaling
-    W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter))
+    W = layer.W0
     if W.dtype not in FLOATS:
         name = "OLoRA" if how == "olora" else "PiSSA"
         raise TypeError(

@@ -4,27 +4,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from graft.config.fields import require_positive_rank
 from graft.config.targets import LORA
-from graft.core.errors import ConfigError
+from graft.core.effect import Factors, LowRank
 from graft.core.lean import Identity, bare
 from graft.core.method import Method
 from graft.core.ops import META
-from graft.core.site import Site
-from graft.kernels.low_rank import add_low_rank, low_rank_linear
 from graft.methods.lora import checks, init
 from graft.methods.lora.config import LoraConfig
-from graft.methods.lora.plain import add_plain_rows, plain_factors
 from graft.methods.lora.replicate import replicate
-
-if TYPE_CHECKING:
-    from graft.core.call import Rows
-    from graft.core.layer import AdapterLayer
 
 
 class LoRA(Method):
@@ -59,10 +51,12 @@ class LoRA(Method):
     def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
         checks.refuse_mamba(cfg, model)
 
-    @classmethod
-    def build(cls, site: Site, cfg: LoraConfig, shared, device=None):
-        r = cfg.r
-        require_positive_rank(r)
+    def check(self) -> str | None:
+        checks.check_site(self.site, self.cfg)
+        return super().check()
+
+    def build(self, shared, device=None):
+        site, cfg, r = self.site, self.cfg, self.cfg.r
         values = dict(
             r=r,
             lora_alpha=cfg.lora_alpha,
@@ -73,27 +67,23 @@ class LoRA(Method):
             lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else bare(Identity),
         )
         if site.op.takes_ids:
-            if cfg.lora_bias:
-                raise ConfigError(f"lora_bias=True is not supported for Embedding (layer '{site.key}').")
             return values | dict(
                 lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features, device=device)),
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
-        checks.check_site(site, cfg)
+        checks.say_unmergeable(site, cfg)
         fill = cfg.init_lora_weights is False  # anything else overwrites what is drawn here
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
         return values | dict(lora_A=A, lora_B=B)
 
-    @classmethod
-    def placeholders(cls, site: Site, cfg: LoraConfig, shared):
-        return cls.build(site, cfg, shared, META)
+    def placeholders(self, shared):
+        return self.build(shared, META)
 
-    def init(self, cfg: LoraConfig) -> None:
-        init.initialise(self, cfg.init_lora_weights)
+    def init(self) -> None:
+        init.initialise(self, self.cfg.init_lora_weights)
 
-    @classmethod
-    def inits_from_weight(cls, cfg: LoraConfig) -> bool:
-        return init.changes_base(cfg.init_lora_weights)
+    def inits_from_weight(self) -> bool:
+        return init.changes_base(self.cfg.init_lora_weights)
 
     def tie(self, source: Method) -> None:
         """Of a head tied to an embedding: (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""
@@ -103,48 +93,14 @@ class LoRA(Method):
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A (r, …) and B (out, …) as they are stored."""
-        if self.layer.op.takes_ids:
+        if self.site.op.takes_ids:
             return self.lora_embedding_A, self.lora_embedding_B
         return self.lora_A.weight, self.lora_B.weight  # type: ignore[return-value]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        checks.refuse_groups(self.layer.site, self.name)
-        A, B = self.pair
-        return A.flatten(1), B.flatten(1) * self.scaling
+    def describe(self):
+        return LowRank(self.factors, fixed=checks.unmergeable(self.site, self.cfg))
 
-    def check_merge(self) -> None:
-        checks.refuse_groups(self.layer.site, self.name)
-        self.delta_bias()
-
-    def delta_bias(self) -> Tensor | None:
-        if not self.lora_bias:
-            return None
-        if self.layer.bias is None:
-            raise RuntimeError(
-                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias. "
-                f"Layer '{self.layer.site.key}', adapter '{self.name}'."
-            )
-        return self.lora_B.bias * self.scaling  # type: ignore[return-value,operator]
-
-    def join(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        found = plain_factors(layer, self.name)
-        if found is None:
-            return super().join(x)
-        if torch.is_grad_enabled():
-            return low_rank_linear(layer.base_layer, layer.op.input_gradient, layer.base_weight, x, *found)
-        return add_low_rank(layer.base_layer(x), x, *found)
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        found = plain_factors(self.layer, self.name) if self.layer.may_fuse else None
-        return super().post(x, y) if found is None else add_low_rank(y, x, *found)
-
-    @classmethod
-    def add_rows(cls, layer: AdapterLayer, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        added = add_plain_rows(layer, rows, x, y) if layer.may_fuse else None
-        return super().add_rows(layer, rows, x, y) if added is None else added
-
-    def branch(self, x: Tensor) -> Tensor:
-        if self.layer.op.takes_ids:
-            return super().branch(x)
-        return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+    def factors(self) -> Factors:
+        if self.site.op.takes_ids:
+            return Factors(self.lora_embedding_A, self.lora_embedding_B, self.scaling)
+        return Factors(self.lora_A, self.lora_B, self.scaling, self.lora_dropout)

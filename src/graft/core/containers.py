@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Containers keyed by adapter name, and which of them a declared value belongs in."""
+"""Containers keyed by adapter name, which of them a declared value belongs in, and the slots in them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,65 @@ class BufferDict(nn.Module):
         return self._buffers.pop(name)  # type: ignore[return-value]
 
 
+class AnyDict(nn.Module):
+    """Modules, parameters and buffers by name: for methods that call different things by one name on one layer."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.transient: set[str] = set()  # names of what is not part of a checkpoint
+        for name in list(other):
+            self[name] = other[name]
+            if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.persistent):
+                self.transient.add(name)
+
+    def _held(self, name: object) -> dict[str, Any] | None:
+        return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
+
+    def __getitem__(self, name: str) -> Any:
+        held = self._held(name)
+        if held is None:
+            raise KeyError(name)
+        return held[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(value, Transient):
+            self.transient.add(name)
+            value = value.tensor
+        held = self._held(name)
+        if held is not None:
+            del held[name]
+        if isinstance(value, nn.Module):
+            self._modules[name] = value
+        elif isinstance(value, nn.Parameter):
+            self._parameters[name] = value
+        else:
+            self._buffers[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        held = self._held(name)
+        if held is None:
+            raise KeyError(name)
+        del held[name]
+        self.transient.discard(name)
+
+    def __contains__(self, name: object) -> bool:
+        return self._held(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._modules, *self._parameters, *self._buffers])
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters) + len(self._buffers)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def pop(self, name: str) -> Any:
+        value = self[name]
+        del self[name]
+        return value
+
+
 class Transient:
     """A tensor or parameter that is not part of a checkpoint: recomputed or seeded again on load."""
 
@@ -60,6 +119,12 @@ class Transient:
 
 class TransientParameterDict(nn.ParameterDict):
     """Parameters that are not part of a checkpoint."""
+
+
+class Attached(NamedTuple):
+    """A container of tensors that all layers of the model share."""
+
+    container: Any
 
 
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of what is kept in plain dicts
@@ -72,30 +137,31 @@ class Slot(NamedTuple):
     path: str  # below the adapter's name
     owner: nn.Module
     attribute: str
-    trains: bool  # a parameter, not a buffer
+    is_parameter: bool  # not a buffer
+    trains: bool  # and not for ever frozen
     saved: bool
     held: dict[str, Any]  # the modules of the container, by adapter; empty if the tensor itself stands in it
     root: nn.Module | None  # what `held` had for the adapter when this was written down; None: not to be relied on
 
     @property
     def tensor(self) -> Tensor:
-        held = self.owner._parameters if self.trains else self.owner._buffers
+        held = self.owner._parameters if self.is_parameter else self.owner._buffers
         return held[self.attribute]  # type: ignore[return-value]
 
 
-def slots_of(key: str, container: Any, adapter: str) -> Iterator[Slot]:
-    """The slots that `container`, called `key`, has for an adapter."""
+def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Iterator[Slot]:
+    """The slots that `container`, called `key`, has for an adapter.
+
+    never: (container, path) of parameters that never train; None: those that do not require gradients now.
+    """
     top = module_of(container, adapter)
     saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
-    for path, owner, name, _ in tensors_of(container, adapter, transient=True):
-        trains = name in owner._parameters
+    for path, owner, name, tensor in tensors_of(container, adapter, transient=True):
+        is_parameter = name in owner._parameters
+        trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
         root = top if owner is top else None  # deeper, any module on the way may become another
-        yield Slot(key, path, owner, name, trains, (id(owner), name) in saved, container._modules if path else {}, root)
-
-
-Flag = tuple[
-    dict[str, Any], nn.Module | None, dict[str, Any], str
-]  # of a Slot: held, root, owner._parameters, attribute
+        held = container._modules if path else {}
+        yield Slot(key, path, owner, name, is_parameter, trains, (id(owner), name) in saved, held, root)
 
 
 def container_for(value: Any) -> Any:
@@ -113,9 +179,14 @@ def container_for(value: Any) -> Any:
     return BufferDict(persistent=True)
 
 
+def takes(container: Any, value: Any) -> bool:
+    """Whether a container holds values of this kind."""
+    return type(container) is AnyDict or type(container) is type(container_for(value))
+
+
 def module_of(container: Any, adapter: str) -> nn.Module | None:
     """The module that a container holds for `adapter`, if it holds modules."""
-    if isinstance(container, (nn.ModuleDict, dict)) and adapter in container:
+    if isinstance(container, (nn.ModuleDict, AnyDict, dict)) and adapter in container:
         value = container[adapter]
         return value if isinstance(value, nn.Module) else None
     return None
@@ -136,14 +207,8 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
     elif isinstance(container, nn.ParameterDict):
         if adapter in container and (transient or not isinstance(container, TransientParameterDict)):
             yield "", container, adapter, container[adapter]
+    elif isinstance(container, AnyDict):
+        if adapter in container and (transient or adapter not in container.transient):
+            yield "", container, adapter, container[adapter]
     elif isinstance(container, BufferDict) and (transient or container.persistent) and adapter in container:
         yield "", container, adapter, container[adapter]
-
-
-def parameters_of(container: Any, adapter: str) -> Iterator[nn.Parameter]:
-    """The parameters of `adapter` in a container."""
-    root = module_of(container, adapter)
-    if root is not None:
-        yield from root.parameters() if root._modules else [p for p in root._parameters.values() if p is not None]
-    elif isinstance(container, nn.ParameterDict) and adapter in container:
-        yield container[adapter]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One life cycle for all that carries tensors of adapters: layers, wrappers, prompts, what layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from graft.core.containers import Slot
+from graft.core.errors import warn
+
+
+class State:
+    """What changes when adapters are switched. A plain object: setting an attribute of a module takes ten times as
+    long."""
+
+    __slots__ = ("active", "disabled", "trainable")
+
+    def __init__(self) -> None:
+        self.active: list[str] = []
+        self.disabled = False
+        self.trainable: set[str] = set()  # adapters that require gradients
+
+
+class Carrier:
+    """Base of what can carry adapters. A subclass says which it has (`adapters`), where their tensors stand (`slots`),
+    how it forgets one (`drop`), and what follows when other adapters run (`changed`)."""
+
+    state: State
+    key: str  # path in the model
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return []
+
+    @property
+    def adapters(self) -> list[str]:
+        raise NotImplementedError
+
+    def slots(self, adapter: str) -> Sequence[Slot]:
+        """Where the tensors of an adapter stand now."""
+        raise NotImplementedError
+
+    def drop(self, adapter: str) -> None:
+        """Let go of an adapter's tensors."""
+        raise NotImplementedError
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raise if these adapters cannot be active together here."""
+
+    def changed(self) -> None:
+        """Decide anew what runs."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.state.active
+
+    @property
+    def active_adapter(self) -> Any:
+        return self.state.active[0] if len(self.state.active) == 1 else self.state.active
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.state.disabled
+
+    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
+        for slot in self.slots(adapter):
+            if slot.is_parameter:
+                yield slot.tensor  # type: ignore[misc]
+
+    def require_grad(self, adapter: str, requires_grad: bool) -> None:
+        """Let the parameters of one adapter train or not, but for those that never do."""
+        for slot in self.slots(adapter):
+            if slot.trains:
+                slot.tensor.requires_grad = requires_grad
+        (self.state.trainable.add if requires_grad else self.state.trainable.discard)(adapter)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        have = self.adapters
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in have:
+                self.require_grad(name, requires_grad)
+
+    def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
+        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        if len(names) > 1:
+            self.check_active(names)
+        self.activate(names, not inference_mode)
+
+    def activate(self, names: list[str], train: bool) -> None:
+        """`set_adapter` of what has been checked."""
+        state, have = self.state, self.adapters
+        for name in [n for n in state.trainable if not (train and n in names)]:
+            self.require_grad(name, False)
+        if train:
+            for name in names:
+                if name in have:
+                    self.require_grad(name, True)
+        state.active = names
+        self.changed()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        self.state.disabled = not enabled
+        self.changed()
+
+    def forget(self, adapter: str) -> None:
+        """Forget `adapter` and its tensors."""
+        self.drop(adapter)
+        self.state.trainable.discard(adapter)
+        if adapter in self.state.active:
+            self.state.active = [a for a in self.state.active if a != adapter]
+        self.changed()
+
+    def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
+        """Forget `adapter`. If it was active, the others that were stay so; if there are none, those that
+        `new_active_adapters` names become so, or the first (by name) that is left."""
+        was_active = adapter in self.active_adapters
+        self.forget(adapter)
+        if not was_active:
+            return
+        left = list(self.active_adapters)
+        if new_active_adapters is not None:
+            left = new_active_adapters
+        elif not left and self.adapters:
+            left = sorted(self.adapters)[:1]
+            warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
+        self.set_adapter(left)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel stands for which effect. Each takes plain tensors; modules with hooks are called one by one instead.
+
+The layer asks first whether its own output may be written to and its weight used past a call (`may_fuse`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.dropout import share_dropped
+from graft.core.effect import Factors
+from graft.core.lean import Linear
+from graft.kernels import decomposed, hadamard, one_product
+from graft.kernels.eager import has_no_hooks
+from graft.kernels.low_rank import add_low_rank, autocast, dropout, low_rank_linear
+from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
+from graft.kernels.worth import worth_it
+
+LINEARS = frozenset({Linear, nn.Linear})
+PLAIN = frozenset({Tensor, nn.Parameter})  # no subclass, such as a shard
+
+
+def plain(f: Factors) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and the share that dropout takes out, if all that the factors compute is W x + s · B A dropout(x), vectors
+    aside, on a linear layer. Otherwise None: modules have to be called."""
+    A, B = f.A, f.B
+    if type(A) in LINEARS:
+        if type(B) not in LINEARS or B._parameters["bias"] is not None or not (has_no_hooks(A) and has_no_hooks(B)):
+            return None
+        A, B = weight_of(A), weight_of(B)
+    if type(A) not in PLAIN or type(B) not in PLAIN:
+        return None
+    p = 0.0 if f.dropout is None else share_dropped(f.dropout)
+    return None if p is None else (A, B, p)
+
+
+def weight_of(linear: Any) -> Tensor:
+    """Its weight; quicker than the attribute, where nothing computes it (a parametrization)."""
+    weight = linear._parameters.get("weight")
+    return linear.weight if weight is None else weight
+
+
+def is_fixed(A: Tensor, B: Tensor) -> bool:
+    """Whether only the vectors between and around the factors train."""
+    return not (A.requires_grad or B.requires_grad)
+
+
+def scale_of(f: Factors) -> Any:
+    return 1.0 if f.scale is None else f.scale
+
+
+def scaled(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
+    """The factors with the vectors in them."""
+    A = A if f.inner is None else f.inner[:, None] * A
+    return A, B if f.outer is None else f.outer[:, None] * B
+
+
+def joined(layer: Any, f: Factors, x: Tensor) -> Tensor | None:
+    """The layer's output with these factors, both in one; None if no kernel does that."""
+    found = plain(f)
+    if found is None:
+        return None
+    A, B, p = found
+    base, op = layer.base_layer, layer.op
+    if f.gain is not None:
+        if not worth_it(x):
+            return None
+        A, B = scaled(A, B, f)
+        W, b = layer.weight_now, base.bias
+        return decomposed.linear(base, op.input_gradient, x, W, b, A, B, f.gain, scale_of(f), p)
+    if f.inner is not None or f.outer is not None:
+        if f.inner is not None and f.outer is not None and is_fixed(A, B):
+            return _around_fixed(layer, A, B, f, x, p)
+        A, B = scaled(A, B, f)
+    if torch.is_grad_enabled():
+        return low_rank_linear(base, op.input_gradient, layer.weight_now, x, A, B, scale_of(f), p)
+    return add_low_rank(base(x), x, A, B, scale_of(f), p)
+
+
+def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
+    """y, in its memory, with the factors' part added; None if no kernel does that."""
+    found = plain(f)
+    if found is None:
+        return None
+    A, B, p = found
+    if f.inner is not None or f.outer is not None:
+        if f.inner is not None and f.outer is not None and is_fixed(A, B):
+            return _add_around_fixed(A, B, f, x, y, p)
+        A, B = scaled(A, B, f)
+    return add_low_rank(y, x, A, B, scale_of(f), p)
+
+
+def _around_fixed(layer: Any, A: Tensor, B: Tensor, f: Factors, x: Tensor, p: float) -> Tensor:
+    base, op, W = layer.base_layer, layer.op, layer.weight_now
+    if (
+        p == 0
+        and worth_it(x)
+        and W.dtype == x.dtype == A.dtype  # a sum would round ΔW to the dtype of W
+        and one_product_pays(x.numel() // x.shape[-1], *W.shape)
+    ):
+        d, b = f.inner, _outer(f)
+        return linear_with(W, base.bias, x, A, B, d, b, partial(op.call, base), op.input_gradient)  # type: ignore[arg-type]
+    return _add_around_fixed(A, B, f, x, base(x), p)
+
+
+def _add_around_fixed(A: Tensor, B: Tensor, f: Factors, x: Tensor, y: Tensor, p: float) -> Tensor:
+    A, B, d, b = autocast(x, A, B, f.inner, _outer(f))  # type: ignore[arg-type]
+    x = x.to(A.dtype)
+    return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
+
+
+def _outer(f: Factors) -> Tensor:
+    return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[operator,return-value]
+
+
+def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """x (W + ΔW)ᵀ + b in one product; None where two are cheaper, or ΔW would be rounded to the dtype of W."""
+    W, base, op = layer.weight_now, layer.base_layer, layer.op
+    if not (worth_it(x) and W.dtype == x.dtype == dtype):
+        return None
+    b = base.bias
+    if bias is not None:
+        b = bias if b is None else b + bias
+    call, back = partial(op.call, base), op.input_gradient
+    if type(delta) is hadamard.Hadamard:
+        return hadamard.linear_with(W, b, x, delta, call, back) if bias is None else None
+    return one_product.linear_with(W, b, x, delta, call, back)

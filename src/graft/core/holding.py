@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a layer keeps the tensors of its adapters: containers by PEFT's names, keyed by adapter, and slots in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.containers import FACTS, AnyDict, Attached, Slot, Transient, container_for, slots_of, takes
+from graft.core.lean import ModuleDict
+from graft.core.place import UPCAST, place_tensor
+
+
+class Holding:
+    """Part of an AdapterLayer. Facts (plain numbers and the like) are kept in dicts beside the containers."""
+
+    containers: list[str]  # all names, of facts too
+    holders: list[str]  # those of them that are modules
+    attached: set[str]  # names of containers that belong to the model, not to this layer
+    scaling: dict[str, float]  # of methods that have one
+    scaling_at_start: dict[str, float]
+    _slots: dict[str, list[Slot]]  # by adapter, see `slots`
+
+    def begin_holding(self) -> None:
+        self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={}, _slots={})
+
+    def hold(self, method: Any, values: dict[str, Any]) -> None:
+        """Put what `Method.build` declared into containers."""
+        adapter = method.name
+        slots: list[Slot] = []
+        own, modules, known = self.__dict__, self._modules, self.containers  # type: ignore[attr-defined]
+        training = self.base_layer.training  # type: ignore[attr-defined]
+        mixed = any(kind is not method.config for kind in self.kinds)  # type: ignore[attr-defined]
+        for key, value in values.items():
+            kind = type(value)
+            if kind in FACTS:
+                if key in known:
+                    own[key][adapter] = value
+                else:
+                    own[key] = {adapter: value}
+                    known.append(key)
+                continue
+            if kind is Attached:  # the container itself, of the whole model, stands here
+                if key not in modules:
+                    self.add_module(key, value.container)  # type: ignore[attr-defined]
+                    self.attached.add(key)
+                continue
+            if key not in known:
+                self._open(key, value, training)
+            container: Any = modules[key] if key in modules else own[key]
+            if mixed and not takes(container, value):
+                container = self._widen(key, container)
+            if type(container) is AnyDict:
+                container[adapter] = value
+                slots += slots_of(key, container, adapter)
+                continue
+            if isinstance(value, nn.Module):
+                container._modules[adapter] = value
+                if not value._modules and not value._buffers:
+                    value.__dict__["training"] = training
+                    held = container._modules
+                    for name, p in value._parameters.items():
+                        if p is not None:
+                            slots.append(Slot(key, name, value, name, True, p.requires_grad, True, held, value))
+                else:
+                    value.train(training)
+                    slots += slots_of(key, container, adapter)
+                continue
+            container[adapter] = value.tensor if kind is Transient else value
+            slots += slots_of(key, container, adapter)
+        for key, container in method.empty.items():
+            if key not in modules and key not in own:
+                own[key] = container
+        self._slots[adapter] = slots
+        if "scaling" in values:
+            self.scaling_at_start[adapter] = values["scaling"]
+
+    def _open(self, key: str, value: Any, training: bool) -> None:
+        """Make a container for values like this one."""
+        container = container_for(value)
+        self.containers.append(key)
+        if isinstance(container, nn.Module):
+            self.__dict__.pop(key, None)  # an empty one of `Method.empty`
+            self._modules[key] = container  # type: ignore[attr-defined]
+            self.holders.append(key)
+            container.__dict__["training"] = training
+        else:
+            self.__dict__[key] = container
+
+    def _widen(self, key: str, container: Any) -> AnyDict:
+        """Have a container hold anything: methods of two kinds call different things by its name."""
+        wider = self._modules[key] = AnyDict(container)  # type: ignore[attr-defined]
+        for name, slots in self._slots.items():
+            moved = iter(slots_of(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
+            self._slots[name] = [next(moved) if s.container == key else s for s in slots]
+        return wider
+
+    def place(self, adapter: str, upcast: bool = True) -> int:
+        """Move a new adapter to the base weight's device and dtype, half precision to float32 if `upcast`.
+
+        It is frozen. Returns how many of its numbers can train.
+        """
+        device, dtype = self.store.where(self.base_layer)  # type: ignore[attr-defined]
+        upcast = upcast and self.methods[adapter].upcast  # type: ignore[attr-defined]
+        widens = upcast and dtype in UPCAST
+        size = 0
+        for slot in self._slots[adapter]:  # as they were just made
+            owner, attribute = slot.owner, slot.attribute
+            t: Any = owner._parameters[attribute] if slot.is_parameter else owner._buffers[attribute]
+            if slot.trains:
+                size += t.numel()
+                t.requires_grad = False
+            if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
+                place_tensor(owner, attribute, device, dtype, upcast)
+        return size
+
+    def let_go(self, adapter: str) -> None:
+        """Drop an adapter's tensors and facts."""
+        modules, own = self._modules, self.__dict__  # type: ignore[attr-defined]
+        for key in self.containers:
+            container: Any = modules.get(key)
+            if container is None:
+                own[key].pop(adapter, None)
+            elif type(container) is ModuleDict:  # past its own methods, which take as long as all the rest
+                container._modules.pop(adapter, None)
+            elif adapter in container:
+                del container[adapter]
+        self._slots.pop(adapter, None)
+        self.scaling_at_start.pop(adapter, None)
+
+    def slots(self, adapter: str) -> list[Slot]:
+        """Where its tensors stand now. Looked up again where a module has been replaced, pruned or parametrized."""
+        slots: list[Slot] = self._slots.get(adapter, [])
+        for slot in slots:
+            held = slot.owner._parameters if slot.is_parameter else slot.owner._buffers
+            if slot.held.get(adapter) is not slot.root or slot.attribute not in held:
+                break
+        else:
+            return slots
+        place = self.place_of_whole(adapter)  # type: ignore[attr-defined]
+        if place is not None:  # its module and the base layer have changed places
+            return list(slots_of(place, ModuleDict({adapter: self.base_layer}), adapter))  # type: ignore[attr-defined]
+        never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
+        slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]  # type: ignore[attr-defined]
+        self._slots[adapter] = slots
+        return slots
+
+    def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
+        """The slots of all that a checkpoint holds, and their tensors. `transient`: also of what it does not hold."""
+        for slot in self.slots(adapter):
+            if slot.saved or transient:
+                yield slot, slot.tensor
+
+    def first_tensor(self, adapter: str) -> Tensor:
+        slot = self._slots[adapter][0]
+        held = slot.owner._parameters if slot.is_parameter else slot.owner._buffers
+        tensor = held.get(slot.attribute)
+        if tensor is None or slot.held.get(adapter) is not slot.root:
+            tensor = self.slots(adapter)[0].tensor
+        return tensor

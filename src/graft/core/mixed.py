@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer in a batch whose rows use different adapters: one plan for each adapter in it, in training as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core import fused
+from graft.core.call import Rows
+from graft.core.effect import LowRank
+from graft.core.plan import Chain, Instead, Plan, Sum, Whole, part_of, plan_of, refuse_gates
+from graft.kernels.mixed import add_groups, fits
+
+
+class Mixed:
+    """What a layer does with the rows of a batch, by the names of the adapters in it (None: no adapter)."""
+
+    def __init__(self, layer: Any, names: Sequence[str | None]):
+        self.layer = layer
+        self.plans: dict[str | None, Plan | None] = {n: None if n is None else plan_of(layer, [n]) for n in names}
+        plans = [plan for plan in self.plans.values() if plan is not None]
+        self.whole = any(isinstance(plan, Whole) for plan in plans)
+        self.adds = not any(isinstance(plan, (Chain, Instead)) for plan in plans)
+        self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
+        self.idle = not plans
+
+    def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        layer, gates = self.layer, self.layer.call.gates
+        if self.idle:
+            return layer.base_layer(*args, **kwargs)
+        if self.whole:
+            plan: Any = next(plan for plan in self.plans.values() if plan is not None)
+            y, *others = layer.base_layer(*args, **kwargs)
+            x = rows.take(plan.input(args, kwargs), layer.site.key)
+            return self.add(rows, x, y), *others
+        x, args = rows.take(args[0], layer.site.key, layer.op.takes_ids), args[1:]
+        if len(rows.segments) == 1:
+            return self.one(rows.segments[0][0], x, args, kwargs)
+        if self.adds:
+            return self.add(rows, x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
+        if gates is not None:
+            refuse_gates(layer)
+        parts = [self.one(name, x.index_select(0, index), args, kwargs) for name, index in rows.segments]
+        return torch.cat(parts).index_select(0, rows.inverse)
+
+    def one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Any:
+        plan = self.plans[name]
+        return self.layer.base_layer(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
+
+    def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+        """y with each adapter's part added to the rows that use it."""
+        layer, gates = self.layer, self.layer.call.gates
+        if y.is_leaf and y.requires_grad:
+            y = y.clone()  # a hook made it so; it cannot be added to in place
+        fuse = layer.may_fuse
+        if fuse and self.products and gates is None:
+            out = self.add_products(rows, x, y)
+            if out is not None:
+                return out
+        for name, index in rows.segments:
+            plan: Any = self.plans[name]
+            if plan is None:
+                continue
+            own, part = x.index_select(0, index), y.index_select(0, index)
+            if gates is None:
+                part = plan.add(own, part, fuse)
+            else:
+                few = gates.rows(index)
+                for m, effect in plan.steps:
+                    part = part + few.apply(layer, m.name, part_of(layer, m, effect, own))
+            y.index_copy_(0, index, part.to(y.dtype))
+        return y
+
+    def add_products(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
+        """The same, where all adapters are nothing but two matrices; None if some are more, or drop inputs."""
+        if rows.grouped is None:
+            return None
+        names, order, sizes, in_order = rows.grouped
+        factors = []
+        for name in names:
+            plan = self.plans[name]
+            if plan is None:
+                return None
+            f = plan.steps[0][1].factors()  # type: ignore[attr-defined]
+            found = None if f.inner is not None or f.outer is not None else fused.plain(f)
+            if found is None or found[2]:
+                return None
+            factors.append((found[0], found[1], fused.scale_of(f)))
+        return add_groups(y, x, factors, order, sizes, in_order) if fits(y, x, factors, sizes) else None

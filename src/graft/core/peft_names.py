@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PEFT's callers read from a layer and do with it, beyond what graft itself needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
+from graft.core.plan import delta_of, evaluating
+
+
+class PeftNames:
+    """Part of an AdapterLayer."""
+
+    # the base layer
+
+    @property
+    def weight(self: Any) -> Tensor:
+        return self.get_base_layer().weight  # type: ignore[no-any-return]
+
+    @property
+    def bias(self: Any) -> Tensor | None:
+        return self.get_base_layer().bias  # type: ignore[no-any-return]
+
+    @property
+    def fan_in_fan_out(self: Any) -> bool:
+        """Whether the base layer stores (in, out)."""
+        return self.op.transposed and not self.op.takes_ids
+
+    @property
+    def is_target_conv_1d_layer(self: Any) -> bool:
+        """Whether the base layer is transformers' Conv1D."""
+        return self.site.type_name == "Conv1D"
+
+    @property
+    def quantization_backend(self: Any) -> str | None:
+        return None if self.store.name == "dense" else self.store.name
+
+    def get_base_layer(self: Any) -> nn.Module:
+        base = self.base_layer
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        return base  # type: ignore[no-any-return]
+
+    def get_base_weight(self: Any) -> Tensor:
+        """As the base layer stores it, dense."""
+        return self.store.read(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
+
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+        """ΔW of `adapter` in the orientation that the base layer stores."""
+        if adapter not in self.methods:
+            raise AdapterNotFoundError(f"Adapter {adapter} not found on layer '{self.site.key}'.")
+        with evaluating(self):
+            return self.op.uncanon(delta_of(self, self.methods[adapter].effect))  # type: ignore[no-any-return]
+
+    # adapters
+
+    @property
+    def merged_adapters(self: Any) -> list[str]:
+        return self.state.merged  # type: ignore[no-any-return]
+
+    @property
+    def merged(self: Any) -> bool:
+        return bool(self.state.merged)
+
+    @property
+    def active_adapter(self: Any) -> list[str]:
+        """A list here and on the tuner; on a PeftModel a name."""
+        return self.state.active  # type: ignore[no-any-return]
+
+    @property
+    def adapter_layer_names(self: Any) -> tuple[str, ...]:
+        """Containers of what trains, empty ones too; those that a variant of the method adds come last."""
+        names = dict.fromkeys(n for m in self.methods.values() for n in m.layer_names)
+        return tuple(n for n in names if n in self._modules or n in self.__dict__)
+
+    @property
+    def other_param_names(self: Any) -> tuple[str, ...]:
+        return tuple(k for k in self.containers if k not in self.adapter_layer_names)
+
+    # scaling
+
+    def set_scale(self: Any, adapter: str, scale: float) -> None:
+        """Multiply the configured scaling of `adapter` by `scale`."""
+        if adapter in self.scaling_at_start:
+            self.scaling[adapter] = scale * self.scaling_at_start[adapter]
+        elif adapter in self.methods:
+            self._no_scaling(adapter)
+
+    def scale_layer(self: Any, scale: float) -> None:
+        """Multiply the current scaling of the active adapters by `scale`."""
+        self._rescale(lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
+
+    def unscale_layer(self: Any, scale: float | None = None) -> None:
+        """Divide the current scaling of the active adapters by `scale`, or reset it."""
+        start = self.scaling_at_start
+        self._rescale(lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
+
+    def _rescale(self: Any, new: Any, changes: bool) -> None:
+        for adapter in self.state.active:
+            if adapter in self.scaling_at_start:
+                self.scaling[adapter] = new(adapter)
+            elif adapter in self.methods and changes:
+                self._no_scaling(adapter)
+
+    def _no_scaling(self: Any, adapter: str) -> None:
+        name = type(self.methods[adapter]).__name__
+        warn(f"Scaling has no meaning for {name} adapters (layer '{self.site.key}'): ignored.", PeftWarning)
+
+    # how it shows
+
+    @property
+    def type_name(self: Any) -> str:
+        """PEFT's class name for this kind of layer."""
+        return "Linear" if self.site.type_name == "Conv1D" else self.site.type_name
+
+    def _get_name(self: Any) -> str:
+        modules = [type(m).__module__.removeprefix("graft.methods.").split(".")[0] for m in self.methods.values()]
+        return f"{'+'.join(dict.fromkeys(modules)) or 'graft'}.{self.type_name}"
+
+    def extra_repr(self: Any) -> str:
+        return f"adapters={list(self.methods)}, active={self.state.active}"

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer does with the adapters that are active: decided when they change, run at each call.
+
+An adapter acts on the layer that those before it made: y = mₙ(… m₁(base)). Methods stand in the order in which they
+came to the layer, adapters of one method in that of their activation (inward ones in reverse). Inputs go from the
+outside in, outputs come back; folding weights in the same order gives the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core import fused
+from graft.core.dropout import share_dropped
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update
+from graft.core.errors import RoutingError
+from graft.kernels.low_rank import dropout
+
+Step = tuple[Any, Effect]  # (method, what it does)
+
+
+def ordered(layer: Any, methods: Iterable[Any]) -> list[Step]:
+    """The steps of these methods of a layer, the innermost first."""
+    kinds = layer.kinds
+    rank = {kind: i for i, kind in enumerate(kinds)}
+    groups: dict[int, list[Step]] = {}
+    for m in methods:
+        effect = m.effect
+        steps = groups.setdefault(rank[m.config], [])
+        if effect.inward:
+            steps.insert(0, (m, effect))
+        else:
+            steps.append((m, effect))
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    return [step for i in sorted(groups) for step in groups[i]]
+
+
+def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
+    """The plan for those of `names` that the layer carries; None if it carries none."""
+    methods = [layer.methods[n] for n in names if n in layer.methods]
+    if not methods:
+        return None
+    steps = ordered(layer, methods)
+    effects = [effect for _, effect in steps]
+    kind: type[Plan]
+    if any(e.whole for e in effects):
+        kind = Instead
+    elif any(isinstance(e, Branch) and e.input_of for e in effects):
+        kind = Whole
+    else:
+        kind = Sum if all(e.additive for e in effects) else Chain
+    return kind(layer, steps)
+
+
+@contextmanager
+def evaluating(layer: Any) -> Iterator[None]:
+    """Ask adapters what they do when they do not train, so that nothing random is merged."""
+    own = layer.__dict__
+    before = own["training"]
+    own["training"] = False
+    try:
+        yield
+    finally:
+        own["training"] = before
+
+
+# what one adapter adds
+
+
+def dense(delta: Any) -> Tensor:
+    """ΔW as a tensor."""
+    return delta if isinstance(delta, Tensor) else delta.dense()  # type: ignore[no-any-return]
+
+
+def delta_of(layer: Any, effect: Effect) -> Tensor:
+    """ΔW, canonical, in the adapter's dtype, products of half precision in float32."""
+    if isinstance(effect, LowRank):
+        A, B = effect.factors().matrices()
+        if A.dtype in HALF:
+            A, B = A.float(), B.float()
+        return layer.op.product(A, B, layer.site.shape)  # type: ignore[no-any-return]
+    if isinstance(effect, Update):
+        return dense(effect.delta(layer.W0) if effect.of_weight else effect.delta())
+    raise TypeError(f"a {type(effect).__name__} has no ΔW")
+
+
+def shift_of(effect: Effect) -> Tensor | None:
+    """Δb, if an additive adapter shifts the bias as well."""
+    if isinstance(effect, LowRank):
+        return effect.factors().shift()
+    bias = getattr(effect, "bias", None)
+    return None if bias is None else bias()
+
+
+def low_rank_part(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
+    """scale · outer ⊙ B (inner ⊙ A dropout(x)), modules called one by one."""
+    op, base, A, B = layer.op, layer.base_layer, f.A, f.B
+    x = m.cast(x)
+    if f.dropout is not None and not op.takes_ids:
+        x = f.dropout(x)
+    by_tensors = isinstance(A, Tensor)
+    if by_tensors and not op.factorable(base):
+        return op.call(base, x, op.product(*f.matrices(), layer.site.shape), None)  # type: ignore[no-any-return]
+    z = op.down(base, x, A) if by_tensors else A(x)
+    if f.inner is not None:
+        z = z * op.channels(f.inner)
+    z = op.up(base, z, B) if isinstance(B, Tensor) else B(z)
+    if f.outer is not None:
+        z = z * op.channels(f.outer)
+    return z if f.scale is None else z * f.scale  # type: ignore[no-any-return]
+
+
+def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
+    """ΔW dropout(x) + Δb."""
+    op = layer.op
+    x = m.cast(x)
+    if effect.dropout is not None and not op.takes_ids:
+        x = effect.dropout()(x)
+    bias = None if effect.bias is None else effect.bias()
+    if effect.branch is not None:
+        y = effect.branch(x)
+        return y if bias is None else y + op.channels(bias)  # type: ignore[no-any-return]
+    return op.call(layer.base_layer, x, delta_of(layer, effect).to(m.dtype), bias)  # type: ignore[no-any-return]
+
+
+def part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
+    """What an additive adapter adds to the output."""
+    if isinstance(effect, LowRank):
+        return low_rank_part(layer, m, effect.factors(), x)
+    if isinstance(effect, Update):
+        return update_part(layer, m, effect, x)
+    return effect.branch(m.cast(x))  # type: ignore[attr-defined,no-any-return]
+
+
+Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method, effect, x, y, whether y may be written)
+
+
+def add_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    f = effect.factors()
+    if fuse:
+        out = fused.added(f, x, y)
+        if out is not None:
+            return out
+    return y + low_rank_part(layer, m, f, x)
+
+
+def add_update(layer: Any, m: Any, effect: Update, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return y + update_part(layer, m, effect, x)
+
+
+def add_branch(layer: Any, m: Any, effect: Branch, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return y + effect.branch(m.cast(x))
+
+
+ADD: dict[type, Add] = {LowRank: add_low_rank, Update: add_update, Branch: add_branch}
+
+
+def join_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor) -> Tensor:
+    f = effect.factors()
+    out = fused.joined(layer, f, x)
+    if out is not None:
+        return out
+    y = layer.base_layer(x)
+    return (y + low_rank_part(layer, m, f, x)).to(y.dtype)  # type: ignore[no-any-return]
+
+
+def join_update(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
+    if effect.branch is None and effect.dropout is None:
+        delta = effect.delta(layer.W0) if effect.of_weight else effect.delta()
+        bias = None if effect.bias is None else effect.bias()
+        out = fused.updated(layer, delta, bias, x, m.dtype)
+        if out is None:
+            y = layer.base_layer(x)
+            out = (y + layer.op.call(layer.base_layer, m.cast(x), dense(delta).to(m.dtype), bias)).to(y.dtype)
+        return out
+    y = layer.base_layer(x)
+    return (y + update_part(layer, m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
+
+
+def join_branch(layer: Any, m: Any, effect: Branch, x: Tensor) -> Tensor:
+    y = layer.base_layer(x)
+    return (y + effect.branch(m.cast(x))).to(y.dtype)  # type: ignore[no-any-return]
+
+
+JOIN: dict[type, Callable[[Any, Any, Any, Tensor], Tensor]] = {
+    LowRank: join_low_rank,
+    Update: join_update,
+    Branch: join_branch,
+}
+
+
+# weights
+
+
+def fold_step(layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight (canonical) and bias of the layer with one more adapter on it."""
+    if isinstance(effect, Rewrite):
+        return effect.merged(W, b)
+    if isinstance(effect, LowRank):
+        f = effect.factors()
+        A, B = f.matrices()
+        if A.dtype in HALF:
+            A, B = A.float(), B.float()
+        W = W + layer.op.product(A, B, layer.site.shape).to(W.dtype)
+        shift = f.shift()
+        if f.gain is not None:
+            W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
+    else:
+        W = W + delta_of(layer, effect).to(W.dtype)
+        shift = shift_of(effect)
+    if shift is not None:
+        b = shift if b is None else b + shift.to(b.dtype)
+    return W, b
+
+
+class Plan:
+    """`steps`: the innermost first."""
+
+    def __init__(self, layer: Any, steps: Sequence[Step]):
+        self.layer, self.steps = layer, list(steps)
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight (canonical) and bias of a plain layer that acts as base and adapters (the first n) together."""
+        for m, effect in self.steps[:n]:
+            W, b = fold_step(self.layer, m, effect, W, b)
+        return W, b
+
+
+class Sum(Plan):
+    """Adapters that only add to the output."""
+
+    def __init__(self, layer: Any, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        self.adds = [(ADD[type(effect)], m, effect) for m, effect in self.steps]
+        self.join = JOIN[type(self.steps[0][1])]
+        self.single = len(self.steps) == 1
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if layer.call.gates is not None:
+            return self.gated(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), layer.call.gates)
+        fuse = layer.may_fuse
+        if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
+            m, effect = self.steps[0]
+            y = self.join(layer, m, effect, x)
+            return y if self.single else self.add(x, y, True, 1)
+        return self.add(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), fuse)
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
+        """y with the parts of the steps from `first` on. fuse: y may be written to, modules without hooks passed by."""
+        dtype = y.dtype
+        for add, m, effect in self.adds[first:]:
+            y = add(self.layer, m, effect, x, y, fuse)
+        return y.to(dtype)
+
+    def gated(self, x: Tensor, y: Tensor, gates: Any) -> Tensor:
+        dtype = y.dtype
+        for m, effect in self.steps:
+            y = y + gates.apply(self.layer, m.name, part_of(self.layer, m, effect, x))
+        return y.to(dtype)
+
+
+class Chain(Plan):
+    """Adapters each of which acts on the layer that those before it made."""
+
+    def __init__(self, layer: Any, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        self.ways = [WAYS[way(effect)] for _, effect in self.steps]
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.call.gates is not None:
+            refuse_gates(self.layer)
+        return self.through(len(self.steps), x, args, kwargs)
+
+    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Any:
+        """The output of the layer with the first n steps on it."""
+        if n == 0:
+            return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
+        m, effect = self.steps[n - 1]
+        return self.ways[n - 1](self, n - 1, m, effect, x, args, kwargs)
+
+    def bias(self, n: int) -> Tensor | None:
+        """The bias of the layer with the first n steps on it."""
+        b = getattr(self.layer.base_layer, "bias", None)
+        if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in self.steps[:n]):
+            return self.fold(self.layer.weight_now, b, n)[1]
+        for _, effect in self.steps[:n]:
+            shift = shift_of(effect)
+            if shift is not None:
+                b = shift if b is None else b + shift
+        return b
+
+
+def way(effect: Effect) -> str:
+    """How a step of a chain runs."""
+    if isinstance(effect, Rewrite):
+        return "fold" if effect.folds else "rewrite"
+    return "gain" if isinstance(effect, LowRank) and effect.gains else "add"
+
+
+def _rewrite(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
+    y = plan.through(n, inner, args, kwargs)
+    if effect.post is None:
+        return y  # type: ignore[no-any-return]
+    b = plan.bias(n) if effect.apart else None
+    if b is None:
+        return effect.post(x, y).to(y.dtype)
+    b = plan.layer.op.channels(b)
+    return (effect.post(x, y - b) + b).to(y.dtype)
+
+
+def _fold(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """The layer's own function with the folded weight: nothing else sees what a kernel sees."""
+    layer, op = plan.layer, plan.layer.op
+    W, b = layer.weight_now, getattr(layer.base_layer, "bias", None)
+    out = W.dtype if op.takes_ids else x.dtype
+    for method, step in plan.steps[: n + 1]:
+        W, b = fold_step(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
+    x = x if op.takes_ids else x.to(W.dtype)
+    return op.call(layer.base_layer, x, W, b).to(out)  # type: ignore[no-any-return]
+
+
+def _add(plan: Chain, n: int, m: Any, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    y = plan.through(n, x, args, kwargs)
+    return (y + part_of(plan.layer, m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
+
+
+def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself."""
+    layer, op = plan.layer, plan.layer.op
+    f = effect.factors()
+    fuse = n == 0 and layer.may_fuse
+    if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
+        out = fused.joined(layer, f, x)
+        if out is not None:
+            return out
+    gain = op.channels(f.gain)
+    y = plan.through(n, x, args, kwargs)
+    p = 0.0 if op.takes_ids or f.dropout is None else share_dropped(f.dropout)
+    rest = None
+    if p != 0:
+        kept = f.dropout(x) if p is None else dropout(x, p)  # type: ignore[misc]
+        product = plan.through(n, kept, args, kwargs)
+        rest = y - product
+        z = product + low_rank_part(layer, m, f._replace(dropout=None), kept)
+    elif fuse and y.dtype == m.dtype:
+        z = fused.added(f, x, y)
+        z = y + low_rank_part(layer, m, f, x) if z is None else z
+    else:  # rounds once, at the end
+        z = y + low_rank_part(layer, m, f, x)
+    out, b = z * gain, plan.bias(n)
+    if b is not None:
+        out = out + op.channels(b) * (1 - gain)
+    return (out if rest is None else out + rest).to(y.dtype)  # type: ignore[no-any-return]
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "add": _add, "gain": _gain}
+
+
+class Whole(Plan):
+    """A module of several inputs: what adapters add, they add to the first item of what it returns."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        y, *others = self.layer.base_layer(*args, **kwargs)
+        return self.add(self.input(args, kwargs), y), *others
+
+    def input(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        names = self.layer.argument_names
+        effect: Any = self.steps[0][1]
+        return effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})  # type: ignore[no-any-return]
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool = False, first: int = 0) -> Tensor:
+        gates = self.layer.call.gates
+        for m, effect in self.steps[first:]:
+            part = part_of(self.layer, m, effect, x)
+            y = y + (part if gates is None else gates.apply(self.layer, m.name, part))
+        return y
+
+
+class Instead(Plan):
+    """A module that runs in place of the layer."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.call.gates is not None:
+            refuse_gates(self.layer)
+        effect: Any = self.steps[0][1]
+        return effect.module()(*args, **kwargs)
+
+
+def refuse_gates(layer: Any) -> None:
+    raise RoutingError(
+        f"Adapters of layer '{layer.site.key}' do more than add to its output, so that gates (of a mixture) cannot "
+        "weigh them: leave them out of the mixture, or deactivate them."
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers of a model share: held once, by the tuner, in containers that also stand on each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from graft.core.carrier import Carrier, State
+from graft.core.containers import Attached, Slot, Transient, container_for, slots_of
+from graft.core.place import place
+
+
+class Shared(Carrier):
+    """Containers by name, each keyed by adapter."""
+
+    key = ""
+
+    def __init__(self) -> None:
+        self.state = State()
+        self.containers: dict[str, Any] = {}
+        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: what never trains
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(dict.fromkeys(name for container in self.containers.values() for name in container))
+
+    def hold(self, adapter: str, values: dict[str, Any], where: tuple[Any, Any], upcast: bool) -> None:
+        """Put what `Method.share` made into containers. It is frozen.
+
+        where: device and dtype of the base weights.
+        """
+        slots = []
+        for name, value in values.items():
+            container = self.containers.get(name)
+            if container is None:
+                container = self.containers[name] = container_for(value)
+            container[adapter] = value.tensor if isinstance(value, Transient) else value
+            slots += list(slots_of(name, container, adapter))
+            place(container, adapter, *where, upcast)
+        self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
+        self.require_grad(adapter, False)
+
+    def slots(self, adapter: str) -> list[Slot]:
+        never = self.never.get(adapter, set())
+        return [slot for name, c in self.containers.items() for slot in slots_of(name, c, adapter, never)]
+
+    def drop(self, adapter: str) -> None:
+        for container in self.containers.values():
+            if adapter in container:
+                del container[adapter]
+        self.never.pop(adapter, None)
+
+    def attached(self) -> dict[str, Attached]:
+        """For `Method.build`: what stands on each layer, too."""
+        return {name: Attached(container) for name, container in self.containers.items()}
+
+    def take_out(self, names: Iterable[str]) -> None:
+        """Drop containers that an injection made which has failed."""
+        for name in list(names):
+            del self.containers[name]
+
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.containers)

@@ -167,7 +167,7 @@ def test_a_row_of_the_table(peft_type):
     assert method.config.__name__ == row.config and method.config.peft_type == peft_type
     tuner = getattr(graft, row.tuner)
     assert tuner is graft.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] and tuner.__name__ == row.tuner
-    assert tuner.method is method and graft.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] == method.prefix
+    assert tuner._method is method and graft.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] == method.prefix
     assert graft.PeftType(peft_type).value == peft_type
     assert {row.config, row.tuner} <= set(graft.__all__) & set(dir(graft))
 

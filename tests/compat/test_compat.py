@@ -166,7 +166,6 @@ def test_install_and_uninstall():
         assert "did you mean LoraConfig" in missing("from peft import LoraConfg")
         assert not hasattr(peft, "NotThere") and getattr(peft.tuners, "NotThere", 3) == 3
         assert not isinstance(3, peft.PeftMixedModel)
-        assert text in missing("import peft; peft.PeftMixedModel()", NotImplementedError)
 
         alias.uninstall()
         alias.uninstall()

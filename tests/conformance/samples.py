@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import graft
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from tests.conformance import stores
+from tests.looks import layers_of
 from tests.models import seeded
 
 ADAPTERS = ("default", "other")
@@ -209,7 +210,7 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
     """Move every adapter parameter that can train away from where it is."""
     with seeded(3):
         for name in model.peft_config:
-            for layer in model.layers_of(name):
+            for layer in layers_of(model, name):
                 for p in trainable(layer, name):
                     p.add_((torch.randn(p.shape) * scale).to(p.dtype))
     return model

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from tests.conformance.samples import ADAPTERS, CELLS, ELSEWHERE, REFUSALS, SAMPLES, Cell, Net, disturb, trainable
+from tests.looks import layers, merged
 from tests.models import seeded
 
 NAMES = ["other", "__base__", "default", "other", "default"]  # a mixed batch
@@ -90,7 +91,7 @@ def test_merging_moves_the_adapter_into_the_weight(cell):
     x, model = cell.inputs(), cell.trained()
     expected = model(x)
     model.merge_adapter()
-    layer = model.base_model.layers["layer"]
+    layer = layers(model)["layer"]
     assert layer.merged_adapters == ["default"]
     equal(model(x), expected, cell)
     assert torch.equal(model(x), layer.base_layer(x if cell.layer.ids else x * 1.3) * 0.7), "the weight alone does it"
@@ -104,7 +105,7 @@ def test_unmerging_restores(cell):
     model.unmerge_adapter()
     unchanged(model, before, 1e-6 if cell.sample.subtracts else 0)
     equal(model(x), expected, cell, 1e-5 if cell.sample.subtracts else 0)
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
 
 
 @mergeable
@@ -112,11 +113,11 @@ def test_a_safe_merge_refuses_values_that_are_not_finite(cell):
     x, model = cell.inputs(), cell.trained()
     before = weights(model)
     with torch.no_grad():
-        trainable(model.base_model.layers["layer"], "default")[0].view(-1)[-1] = torch.nan
+        trainable(layers(model)["layer"], "default")[0].view(-1)[-1] = torch.nan
     with pytest.raises(ValueError, match=r"NaNs detected.*default"):
         model.merge_adapter(safe_merge=True)
     unchanged(model, before)
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
     with model.disable_adapter():
         assert torch.equal(model(x), cell.base()(x))
 
@@ -163,7 +164,7 @@ def test_what_cannot_be_merged_says_why(cell):
     with pytest.raises(error, match=reason):
         model.merge_adapter()
     unchanged(model, before)
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
     assert torch.equal(model(x), expected)
 
 
@@ -260,7 +261,7 @@ def test_training_on_a_mixed_batch_gives_the_gradients_of_its_rows(cell):
 @every
 def test_gradients_reach_the_active_adapter_and_nothing_else(cell):
     x, model = cell.inputs(), cell.trained(ADAPTERS).train()
-    own = set(trainable(model.base_model.layers["layer"], "default"))
+    own = set(trainable(layers(model)["layer"], "default"))
     model(x).square().sum().backward()
     for name, p in model.named_parameters():
         assert p.requires_grad == (p in own), name
@@ -301,7 +302,7 @@ def test_adapters_of_a_half_precision_base(cell):
     upcast = cell.sample.method != "LN_TUNING"  # its copy computes as the layer did
     for autocast in (True, False):
         model = disturb(cell.fresh(base=cell.base().bfloat16(), autocast_adapter_dtype=autocast))
-        layer = model.base_model.layers["layer"]
+        layer = layers(model)["layer"]
         floats = layer.store.where(layer.base_layer)[1] is not None  # else there is no dtype to follow
         wanted = torch.bfloat16 if floats and not (autocast and upcast) else torch.float32
         assert {p.dtype for p in layer.parameters_of("default")} == {wanted}

@@ -9,6 +9,7 @@ import graft
 from graft.core.method import Method
 from graft.core.plan import dense
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, disturb, find
+from tests.looks import layers
 from tests.models import seeded
 
 FACTOR = 1.37  # no power of two, of which products are exact
@@ -100,7 +101,7 @@ def close(ours, theirs, tolerance=2e-5):
 
 def hooked(model):
     """Have every module of the adapted layer called, with a hook that does nothing."""
-    for module in model.base_model.layers["layer"].modules():
+    for module in layers(model)["layer"].modules():
         module.register_forward_hook(lambda *_: None)
     return model
 
@@ -110,7 +111,7 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
     parent, x, many = cell.trained(), cell.inputs(), cell.inputs(96)
     swapped(cell)
     model = cell.trained()
-    layer = model.base_model.layers["layer"]
+    layer = layers(model)["layer"]
     y, long = model(x), model(many)
     assert (y - parent(x)).abs().max() > 1e-3, "it computes something else"
     close(long[:5] if torch.equal(many[:5], x) else y, y)  # few rows and many run by other kernels
@@ -153,7 +154,7 @@ def test_beside_its_parent(cell, swapped):
         swapped(cell)
         model.add_adapter("other", cell.sample.make("other"))
     disturb(model).eval()
-    methods = model.base_model.layers["layer"].methods
+    methods = layers(model)["layer"].methods
     assert type(methods["other"]) is not type(methods["default"])
     x = cell.inputs(70)
     model.base_model.set_adapter(["default", "other"])

@@ -17,6 +17,7 @@ import graft
 from graft.core.call import BASE, Call, Rows
 from tests import models
 from tests.conformance.samples import disturb
+from tests.looks import layers, registry_of
 from tests.models import seeded
 
 FIRST, SECOND = ["default", "b", BASE, "b"], ["b", "b", "default", BASE]
@@ -69,7 +70,7 @@ def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
     x = torch.randn(4, 5, 3)
     with pytest.raises(graft.RoutingError, match="'flat' received 20 rows"):
         model(x, adapter_names=FIRST)
-    assert model.base_model.call.rows is None
+    assert registry_of(model).call.rows is None
     model(x)
 
 
@@ -125,7 +126,7 @@ def test_names_are_checked_before_anything_runs():
     with pytest.raises(graft.RoutingError, match=r"merged adapters.*unmerge_adapter.*default"):
         model(x, adapter_names=["b", "b"])
     model.unmerge_adapter()
-    assert model.base_model.call.rows is None
+    assert registry_of(model).call.rows is None
     model(x, adapter_names=["b", BASE])
 
 
@@ -205,7 +206,7 @@ def test_recomputed_layers_see_their_rows(method, targets, reentrant):
     model = llama(method, targets, reentrant)
     for _ in range(2):
         equal(backward(model, FIRST), expected)
-        assert model.base_model.call.rows is None
+        assert registry_of(model).call.rows is None
 
 
 @CHECKPOINTING
@@ -253,7 +254,7 @@ def test_a_backward_pass_that_fails_leaves_no_rows_behind(plain, reentrant):
 
     model = llama(checkpointing=reentrant)
     expected = loss(model, None, 3)
-    p = model.base_model.layers["model.layers.0.self_attn.q_proj"].lora_A["default"].weight
+    p = layers(model)["model.layers.0.self_attn.q_proj"].lora_A["default"].weight
     hook = p.register_hook(fail)
     with pytest.raises(KeyError):
         loss(model, FIRST, 1).backward()
@@ -298,7 +299,8 @@ def test_higher_derivatives_and_retained_graphs():
     (g,) = torch.autograd.grad(y, x, create_graph=True)
     g.square().sum().backward(retain_graph=True)
     y.backward()
-    assert model.base_model.call.rows is None and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert registry_of(model).call.rows is None
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # outputs of every kind
@@ -360,7 +362,7 @@ def test_rows_come_back_whatever_the_output_is(kind, reentrant):
         for _ in range(2):
             unpack(model(X, adapter_names=FIRST)).square().sum().backward()
             found.append(gradients(model))
-            assert model.base_model.call.rows is None
+            assert registry_of(model).call.rows is None
     for other in found[1:]:
         equal(other, found[0])
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import graft
 from graft.model import functional
 from tests.conformance.samples import SAMPLES, disturb
+from tests.looks import layers, merged
 from tests.models import seeded
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
@@ -61,7 +62,7 @@ def same(a, b):
 
 def test_activating_decides_who_runs_and_who_trains():
     model = adapted("a", "b")
-    layer = model.base_model.layers["one"]
+    layer = layers(model)["one"]
     assert model.active_adapters == layer.active_adapters == layer.active_adapter == ["a"]
     model.set_adapter("b")
     assert all(p.requires_grad for p in layer.parameters_of("b"))
@@ -78,7 +79,7 @@ def test_a_layer_without_the_active_adapter_is_the_base():
         model.add_adapter("b", config(targets=["two"]))
     disturb(model)
     model.set_adapter("b")
-    one, two = model.base_model.layers.values()
+    one, two = layers(model).values()
     h = torch.tanh(one.base_layer(X))
     assert torch.equal(torch.tanh(one(X)), h)
     assert not torch.equal(two(h), two.base_layer(h))
@@ -111,7 +112,7 @@ def test_the_order_of_activation_is_the_order_of_action(method):
 @pytest.mark.parametrize("method", ["LORA", "LOHA"])
 def test_scaling(method):
     model = adapted("a", "b", method=method)
-    layer = model.base_model.layers["one"]
+    layer = layers(model)["one"]
     start = layer.scaling["a"]
     layer.set_scale("a", 2)
     layer.set_scale("a", 3)
@@ -127,7 +128,7 @@ def test_scaling(method):
 
 def test_a_scaled_adapter_adds_as_much_more():
     model = adapted("a", targets=["two"])
-    layer = model.base_model.layers["two"]
+    layer = layers(model)["two"]
     x = torch.randn(2, 8)
     update = layer(x) - layer.base_layer(x)
     layer.set_scale("a", 2)
@@ -140,11 +141,11 @@ def test_a_scaled_adapter_adds_as_much_more():
     layer.unmerge()
     layer.set_scale("a", 2)
     layer.merge()
-    assert_close(layer.base_layer.weight - W, W - adapted("a", targets=["two"]).base_model.layers["two"].weight)
+    assert_close(layer.base_layer.weight - W, W - layers(adapted("a", targets=["two"]))["two"].weight)
 
 
 def test_scaling_of_an_unknown_adapter_does_nothing():
-    layer = adapted("a").base_model.layers["one"]
+    layer = layers(adapted("a"))["one"]
     layer.set_scale("zz", 2)
     assert set(layer.scaling) == {"a"}
 
@@ -152,7 +153,7 @@ def test_scaling_of_an_unknown_adapter_does_nothing():
 @pytest.mark.parametrize("method", ["IA3", "OFT", "HRA"])
 def test_what_has_no_scaling_says_so(method):
     model = adapted("a", method=method)
-    layer, before = model.base_model.layers["one"], model(X)
+    layer, before = layers(model)["one"], model(X)
     for call in (lambda: layer.set_scale("a", 2), lambda: layer.scale_layer(2), lambda: layer.unscale_layer(2)):
         with pytest.warns(graft.PeftWarning, match=r"Scaling has no meaning.*one"):
             call()
@@ -171,17 +172,17 @@ def test_what_has_no_scaling_says_so(method):
 def test_merging_in_steps(method, steps):
     model = adapted("a", "b", method=method)
     before = weights(model)
-    merged = [name for step in steps for name in step]
-    model.base_model.set_adapter(merged)
+    names = [name for step in steps for name in step]
+    model.base_model.set_adapter(names)
     expected = model(X)
     for step in steps:
         model.merge_adapter(step)
-    assert model.base_model.merged_adapters == merged
+    assert merged(model) == names
     assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
-    if not merged:
+    if not names:
         return
     model.unmerge_adapter()
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
     for name, t in weights(model).items():
         assert_close(t, before[name], rtol=1e-6, atol=1e-6)
     assert_close(model(X), expected, rtol=1e-5, atol=1e-5)
@@ -195,7 +196,7 @@ def test_merging_twice_says_so_and_does_nothing():
         model.merge_adapter()
     with pytest.warns(UserWarning, match=r"Already following adapters were merged a. .*additionally merging b"):
         model.merge_adapter(["a", "b"])
-    assert not same(weights(model), once) and model.base_model.merged_adapters == ["a", "b"]
+    assert not same(weights(model), once) and merged(model) == ["a", "b"]
     model.unmerge_adapter()
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
@@ -207,7 +208,7 @@ def test_merging_takes_a_list_of_known_names():
         model.merge_adapter("a")
     with pytest.raises(graft.AdapterNotFoundError, match="zz"):
         model.merge_adapter(["a", "zz"])
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
 
 
 def test_unmerging_takes_out_what_was_merged_though_it_has_been_trained_since():
@@ -215,7 +216,7 @@ def test_unmerging_takes_out_what_was_merged_though_it_has_been_trained_since():
     before = weights(model)
     model.merge_adapter()
     disturb(model)
-    model.base_model.layers["one"].set_scale("a", 5)
+    layers(model)["one"].set_scale("a", 5)
     model.unmerge_adapter()
     for name, t in weights(model).items():
         assert_close(t, before[name], rtol=1e-6, atol=1e-6)
@@ -229,11 +230,11 @@ def test_switching_or_disabling_while_merged_unmerges_at_once():
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.set_adapter("a")
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
     assert_close(model(X), a)
     model.merge_adapter()
     with model.disable_adapter():
-        assert model.base_model.merged_adapters == []
+        assert merged(model) == []
         assert_close(model(X), Net.forward(model.get_base_model(), X))
     assert_close(model(X), a)
     assert (a - b).abs().max() > 1e-3
@@ -254,7 +255,7 @@ def test_a_merged_adapter_cannot_be_deleted():
 
 
 def spoil(model, adapter, layer="two"):
-    p = next(model.base_model.layers[layer].parameters_of(adapter))
+    p = next(layers(model)[layer].parameters_of(adapter))
     with torch.no_grad():
         p.view(-1)[0] = torch.nan
 
@@ -266,7 +267,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing_merged(method):
     before = weights(model)
     with pytest.raises(ValueError, match=r"NaNs detected.*'two'"):
         model.merge_adapter(safe_merge=True)
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
     now = weights(model)
     for name, t in before.items():
         assert_close(now[name], t, rtol=1e-6, atol=1e-6)
@@ -280,8 +281,8 @@ def test_a_second_merge_that_fails_leaves_the_first(method):
     expected = model(X)
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(["b"], safe_merge=True)
-    assert model.base_model.merged_adapters == ["a"]
-    assert all(layer.merged_adapters == ["a"] for layer in model.base_model.layers.values())
+    assert merged(model) == ["a"]
+    assert all(layer.merged_adapters == ["a"] for layer in layers(model).values())
     assert_close(model(X), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -299,7 +300,7 @@ def test_a_failed_merge_and_unload_leaves_the_model():
     with pytest.raises(NotImplementedError, match=r"'two': Merging is not supported .* groups > 1"):
         model.merge_and_unload()
     assert_close(model(X), expected)
-    assert model.base_model.merged_adapters == []
+    assert merged(model) == []
 
 
 def test_unloading_gives_the_base_back():
@@ -326,7 +327,7 @@ def normed(**options):
 
 def test_a_replacement_is_swapped_in_and_out():
     model = normed()
-    layer = model.base_model.layers["0"]
+    layer = layers(model)["0"]
     base, own, expected = layer.base_layer, dict(layer.ln_tuning_layers), model(X)
     model.merge_adapter()
     assert layer.base_layer is own["a"] and torch.equal(model(X), expected)
@@ -343,7 +344,7 @@ def test_two_replacements_cannot_stand_in_for_one_layer():
         model.base_model.set_adapter(["a", "b"])
     with pytest.raises(ValueError, match=r"merge one|activate one"):
         model.merge_adapter(["a", "b"])
-    assert model.active_adapters == ["a"] and model.base_model.merged_adapters == []
+    assert model.active_adapters == ["a"] and merged(model) == []
 
 
 def test_a_merged_replacement_moves_and_trains_with_the_model():
@@ -357,7 +358,7 @@ def test_a_merged_replacement_moves_and_trains_with_the_model():
 
 def test_a_merged_and_unloaded_replacement_is_the_layer():
     model = normed()
-    expected, own = model(X), model.base_model.layers["0"].ln_tuning_layers["a"]
+    expected, own = model(X), layers(model)["0"].ln_tuning_layers["a"]
     plain = model.merge_and_unload()
     assert plain[0] is own and torch.equal(plain(X), expected)
 
@@ -369,7 +370,7 @@ def test_a_merge_rounds_once():
     """In half precision the sum is made in float32."""
     for method in ("LORA", "LOHA"):
         model = adapted("a", method=method, base=Net().bfloat16().eval())
-        layer = model.base_model.layers["one"]
+        layer = layers(model)["one"]
         expected = (layer.weight.float() + layer.get_delta_weight("a").float()).bfloat16()
         model.merge_adapter()
         assert torch.equal(layer.weight, expected)
@@ -456,7 +457,7 @@ def test_a_layer_whose_parent_reads_its_weight_in_eval_mode_is_called(training):
 
 
 def test_the_attributes_of_a_layer():
-    layer = adapted("a", "b").base_model.layers["one"]
+    layer = layers(adapted("a", "b"))["one"]
     assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
     assert (layer.in_features, layer.out_features) == (6, 8)
     assert layer.get_base_layer() is layer.base_layer and not layer.merged
@@ -478,7 +479,7 @@ def test_the_delta_weight_is_what_merging_adds(sample):
         if place.name not in ("linear", "Conv1D", "conv2d") or cell.unmergeable:
             continue
         model = cell.trained()
-        layer = model.base_model.layers["layer"]
+        layer = layers(model)["layer"]
         before, delta = layer.weight.clone(), layer.get_delta_weight("default")
         model.merge_adapter()
         assert_close(layer.weight - before, delta, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.model import functional
 from tests.core.test_layer import Net, X, adapted, config, same, weights
+from tests.looks import merged
 
 
 def said(record):
@@ -30,7 +31,7 @@ def test_switching_to_what_is_active_takes_out_others_that_are_merged():
         model.merge_adapter(["y"])
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.set_adapter("x")
-    assert not model.base_model.merged_adapters
+    assert not merged(model)
     assert_close(model(X), y)
 
 
@@ -50,11 +51,11 @@ def test_what_is_active_and_merged_may_stay_so():
     model = adapted("x", "y")
     model.base_model.set_adapter(["x", "y"])
     model.merge_adapter()
-    y, merged = model(X), weights(model)
+    y, before = model(X), weights(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.base_model.set_adapter(["x", "y"])
-    assert model.base_model.merged_adapters == ["x", "y"] and same(weights(model), merged)
+    assert merged(model) == ["x", "y"] and same(weights(model), before)
     assert_close(model(X), y)
 
 
@@ -92,7 +93,7 @@ def test_what_is_disabled_cannot_be_merged(method):
             model.base_model.model.one.merge()
         assert torch.equal(model(X), y) and same(weights(model), base)
     model.merge_adapter()
-    assert model.base_model.merged_adapters == ["x"]
+    assert merged(model) == ["x"]
 
 
 def test_merging_for_good_works_while_disabled_and_keeps_what_was_trained():
@@ -121,7 +122,7 @@ def test_unmerging_follows_the_model_to_another_device(method, dtype):
     model.merge_adapter()
     model.to("meta")  # the one other device there is everywhere
     model.unmerge_adapter()
-    assert not model.base_model.merged_adapters
+    assert not merged(model)
 
 
 def test_dora_under_a_merge_follows_the_model_to_another_device():

@@ -12,6 +12,7 @@ from graft.core.effect import Branch, Factors, LowRank, Replace, Rewrite, Update
 from graft.core.method import Method
 from graft.inject.survey import site_of, survey
 from graft.methods import METHODS, method_of
+from tests.looks import layers
 
 
 def site(layer: nn.Module):
@@ -79,7 +80,7 @@ def test_a_view_reads_the_tensors_of_its_adapter(tmp_path):
     net = nn.Sequential(nn.Linear(3, 2))
     model = graft.get_peft_model(net, graft.LoraConfig(target_modules=["0"], r=2))
     model.add_adapter("b", graft.LoraConfig(target_modules=["0"], r=2, lora_alpha=6))
-    layer = model.base_model.layers["0"]
+    layer = layers(model)["0"]
     assert layer.methods["b"].lora_A is layer.lora_A["b"] and layer.methods["b"].scaling == 3.0
     for missing in ("__deepcopy__", "__getstate__x__", "layer_"):
         with pytest.raises(AttributeError):

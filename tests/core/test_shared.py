@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from tests.conformance.samples import disturb
+from tests.looks import layers
 from tests.models import seeded
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
@@ -48,7 +49,7 @@ def test_they_are_as_large_as_the_widest_layer_and_held_once():
     A, B = projections(model)
     assert A["a"].shape == (3, 9) and B["a"].shape == (9, 3)
     assert A["a"].data_ptr() == A["b"].data_ptr()
-    for layer in model.base_model.layers.values():
+    for layer in layers(model).values():
         assert layer.vera_A is A and layer.vera_B is B
     assert not any("vera_A" in name for name, _ in model.named_parameters())
 
@@ -58,7 +59,7 @@ def test_a_copy_shares_its_own(how):
     model = adapted("a", "b")
     other = how(model)
     A, _ = projections(other)
-    assert all(layer.vera_A is A for layer in other.base_model.layers.values())
+    assert all(layer.vera_A is A for layer in layers(other).values())
     assert A is not projections(model)[0] and A["a"].data_ptr() == A["b"].data_ptr()
     assert torch.equal(other(X), model(X))
 

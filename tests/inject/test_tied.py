@@ -12,6 +12,7 @@ import graft
 from graft.inject.tied import weight_of
 from tests import models
 from tests.conformance.samples import disturb
+from tests.looks import layers
 from tests.models import seeded
 
 IDS = torch.tensor([[1, 2, 5], [4, 4, 0]])
@@ -89,7 +90,7 @@ def test_merging_in_steps_and_unmerging_ties_again(method):
 def test_a_failed_merge_leaves_them_tied():
     model = adapted("LORA", ["emb", "head"])
     with torch.no_grad():
-        model.base_model.layers["head"].lora_A["default"].weight[0, 0] = torch.nan
+        layers(model)["head"].lora_A["default"].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert tied(model)
@@ -170,7 +171,7 @@ def test_merging_beside_a_partner_that_carries_something(carried, other, target)
 def test_a_partner_that_was_merged_when_the_adapter_came(carried):
     """It has a weight of its own then, and shares the old one again afterwards."""
     model = beside(carried, "head", "emb", merged=True)
-    layer = model.base_model.layers["emb"]
+    layer = layers(model)["emb"]
     weight, before = layer.base_layer.weight, layer.base_layer.weight.clone()
     assert layer.site.shared
     model.merge_adapter(["b"])

@@ -18,6 +18,7 @@ import graft
 from graft.io.fingerprint import KEY
 from tests import models
 from tests.conformance.samples import disturb
+from tests.looks import layers
 from tests.models import seeded
 
 CONFIG, TENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -238,7 +239,7 @@ def test_a_model_card_keeps_its_text(saved):
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path):
     model = adapted()
-    one, two = (model.base_model.layers[f"layers.{i}.fc1"].lora_A["default"] for i in (0, 1))
+    one, two = (layers(model)[f"layers.{i}.fc1"].lora_A["default"] for i in (0, 1))
     one.weight = two.weight
     model.save_pretrained(tmp_path)
     assert torch.equal(load(tmp_path)(X), model(X))
@@ -449,7 +450,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_reported(saved):
         report = model.load_adapter(saved, "new", strict=False)
     assert report.missing_keys == [LEFT] and report.unexpected_keys == ["base_model.model.lin7.lora_A.weight"]
     assert len(report.loaded) == 7 and (report.missing_keys, report.unexpected_keys) == tuple(report)
-    layer, source = model.base_model.layers["lin0"], adapted().base_model.layers["lin0"]
+    layer, source = layers(model)["lin0"], layers(adapted())["lin0"]
     assert torch.equal(layer.lora_A["new"].weight, source.lora_A["default"].weight)
     assert not layer.lora_B["new"].weight.any(), "as initialised"
     assert not any(t.is_meta for t in model.state_dict().values())
@@ -458,10 +459,10 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_reported(saved):
 def test_without_strict_an_existing_adapter_keeps_what_is_missing(saved):
     spoil(saved, SPOILT["missing"][0])
     model = adapted("mine", number=2)
-    kept = model.base_model.layers["lin0"].lora_B["mine"].weight.clone()
+    kept = layers(model)["lin0"].lora_B["mine"].weight.clone()
     with pytest.warns(UserWarning, match="missing adapter keys"):
         model.load_adapter(saved, "mine", strict=False)
-    assert torch.equal(model.base_model.layers["lin0"].lora_B["mine"].weight, kept)
+    assert torch.equal(layers(model)["lin0"].lora_B["mine"].weight, kept)
 
 
 def test_mismatched_sizes_are_left_out_on_demand(saved):
@@ -544,7 +545,7 @@ def test_a_checkpoint_of_another_method(saved):
 def test_a_config_of_ones_own(saved):
     own = config(lora_alpha=12)
     loaded = load(saved, config=own)
-    layer = loaded.base_model.layers["lin0"]
+    layer = layers(loaded)["lin0"]
     assert layer.scaling["default"] == 6.0
     with pytest.raises(ValueError, match="must be a PeftConfig"):
         load(saved, config={"r": 2})
@@ -660,16 +661,17 @@ def test_a_base_of_another_architecture_without_strict(saved, kind):
         loaded = load(saved, base=BASES[kind][0](), strict=False)
     assert any("another base model" in str(w.message) and w.category is graft.PeftWarning for w in seen)
     assert torch.equal(
-        loaded.base_model.layers["lin0"].lora_A["default"].weight,
-        adapted().base_model.layers["lin0"].lora_A["default"].weight,
+        layers(loaded)["lin0"].lora_A["default"].weight,
+        layers(adapted())["lin0"].lora_A["default"].weight,
     )
     assert loaded(X).isfinite().all()
 
 
 def test_a_checkpoint_without_a_fingerprint_loads(saved, quiet):
     write(saved, safetensors.torch.load_file(saved / TENSORS))
-    assert torch.equal(load(saved, base=other_weights()).base_model.layers["lin0"].lora_A["default"].weight,
-                       adapted().base_model.layers["lin0"].lora_A["default"].weight)  # fmt: skip
+    loaded = load(saved, base=other_weights())
+    held = [layers(model)["lin0"].lora_A["default"].weight for model in (loaded, adapted())]
+    assert torch.equal(*held)
 
 
 def test_initialisations_that_change_the_base_do_not_compare_its_values(tmp_path, quiet):

@@ -19,6 +19,7 @@ import graft
 from graft.methods.adalora.allocator import Allocator, budget
 from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
+from tests.looks import layers
 
 STEPS = 12
 CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)
@@ -87,7 +88,7 @@ def test_pruned_values_stay_away_and_merging_agrees():
     model, _ = trained(graft)
     kept = model.peft_config["default"].rank_pattern
     assert sum(map(sum, kept.values())) == 3 * CONFIG["target_r"]
-    for key, layer in model.base_model.layers.items():
+    for key, layer in layers(model).items():
         mask = torch.tensor(kept[f"{key}.lora_E.default"])
         assert (layer.lora_E["default"][~mask] == 0).all() and (layer.lora_E["default"][mask] != 0).all()
     x = data()[0][0]
@@ -334,7 +335,7 @@ def test_a_pruned_checkpoint_goes_into_an_adapter_that_is_not_pruned_and_back(tm
         saved, before = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("again", where))
         assert all(torch.equal(saved[k], before[k]) for k in before)
     state = graft.get_peft_model_state_dict(pruned)
-    for m in pruned.base_model.layers.values():
+    for m in layers(pruned).values():
         m.lora_E["default"].data.zero_()
     graft.set_peft_model_state_dict(pruned, state)
     torch.testing.assert_close(pruned(x).logits, fresh(x).logits, atol=1e-5, rtol=1e-5)
@@ -363,7 +364,7 @@ def test_adapters_of_rank_0_can_be_combined(kind, empty, tmp_path):
     for key in kept:
         if key.startswith(empty):
             kept[key] = [False] * CONFIG["init_r"]
-            model.base_model.layers[key[0]].lora_E["default"].data.zero_()
+            layers(model)[key[0]].lora_E["default"].data.zero_()
     model.save_pretrained(tmp_path)
     loaded = graft.PeftModel.from_pretrained(base(), tmp_path, "x")
     loaded.load_adapter(tmp_path, "y")

@@ -18,6 +18,7 @@ from graft.core.effect import Branch
 from graft.core.errors import ConfigError, ConfigTypeError, UnsupportedLayerError
 from graft.core.layer import AdapterLayer
 from tests import models
+from tests.looks import layers
 from tests.models import STD, VOCAB, seeded, transformer
 from tests.pair import json_of, outcome
 
@@ -343,8 +344,8 @@ def test_saved_and_copied_models_do_the_same(dtype):
     model = opened(adapt(base=make(dtype=dtype)))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), logits(model))
-        layer = twin.base_model.layers[NAME["llama"]]
-        assert layer.methods["default"].layer is layer is not model.base_model.layers[NAME["llama"]]
+        layer = layers(twin)[NAME["llama"]]
+        assert layer.methods["default"].layer is layer is not layers(model)[NAME["llama"]]
 
 
 def test_status():
@@ -461,7 +462,7 @@ def test_a_config_can_be_used_again(tmp_path):
         cfg.target_modules = None
         with seeded(1):
             model = graft.get_peft_model(make(name), cfg)
-        assert list(model.base_model.layers) == [path] and cfg.target_modules == path.rpartition(".")[2]
+        assert list(layers(model)) == [path] and cfg.target_modules == path.rpartition(".")[2]
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["target_modules"] == "attn" and saved.keys() == config(peft).to_dict().keys()
@@ -526,6 +527,6 @@ def test_a_second_adapter_that_does_not_fit():
 
 
 def test_what_follows_from_its_hooks():
-    layer = next(iter(adapt().base_model.layers.values()))
+    layer = next(iter(layers(adapt()).values()))
     effect = layer.methods["default"].effect
     assert type(effect) is Branch and effect.additive and effect.input_of and effect.fixed and not effect.whole

@@ -12,6 +12,7 @@ from torch import nn
 
 import graft
 from graft.io.files import read_safetensors
+from tests.looks import registry_of
 from tests.models import seeded
 
 
@@ -44,7 +45,7 @@ def test_the_collector_is_as_it_was(enabled, fails):
         if fails:
             with pytest.raises(RuntimeError, match="on the way"):
                 model = graft.get_peft_model(net(), config())
-                model.base_model.add_adapter("b", config(), fill=lambda parts: fail())
+                registry_of(model).add_adapter("b", config(), values=Failing())
         else:
             graft.get_peft_model(net(), config())
         assert gc.isenabled() is enabled and gc.get_threshold() == threshold
@@ -52,8 +53,14 @@ def test_the_collector_is_as_it_was(enabled, fails):
         (gc.enable if was else gc.disable)()
 
 
-def fail():
-    raise RuntimeError("on the way")
+class Failing:
+    """Values that do not come."""
+
+    def head(self, key, module):
+        return None
+
+    def of(self, parts, adapter):
+        raise RuntimeError("on the way")
 
 
 # files

@@ -11,6 +11,7 @@ from torch import nn
 import graft
 from graft.model.functional import delete_adapter
 from tests.conformance.samples import disturb
+from tests.looks import layers, registry_of
 from tests.models import seeded
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -102,8 +103,7 @@ def test_the_registry_of_a_peft_model_forgets_them():
     model = adapted("first", modules_to_save=["head"])
     model.delete_adapter("first")
     model.add_adapter("then", lora("head"))
-    tuner = model.base_model
-    assert list(tuner.layers) == ["head"] and not tuner.wrappers
+    assert list(layers(model)) == ["head"] and not registry_of(model).wrappers
     assert type(model.get_base_model().inner[0]) is nn.Linear
     model.set_adapter("then")
     assert not torch.equal(disturb(model)(X), net()(X))
@@ -128,7 +128,7 @@ def test_all_linear_leaves_a_head_out_that_lost_its_adapters():
     model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["lm_head"]))
     model.delete_adapter("default")
     model.add_adapter("all", graft.LoraConfig(target_modules="all-linear"))
-    assert type(base.lm_head) is nn.Linear and len(model.base_model.layers) > 1
+    assert type(base.lm_head) is nn.Linear and len(layers(model)) > 1
 
 
 def test_a_module_cannot_be_trained_whole_around_other_adapters():
@@ -191,10 +191,10 @@ def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
         model.set_adapter("b")
         disturb(model)
         assert torch.equal(model(X), net()(X))
-        assert {part.disable_adapters for part in model.base_model.parts()} == {True}
+        assert {part.disable_adapters for part in registry_of(model).carriers()} == {True}
     if not within:
         model.base_model.enable_adapter_layers()
-    assert {part.disable_adapters for part in model.base_model.parts()} == {False}
+    assert {part.disable_adapters for part in registry_of(model).carriers()} == {False}
     assert not torch.equal(model(X), net()(X))
 
 
@@ -271,7 +271,7 @@ def test_what_are_no_names(names, text):
     model = adapted("a", "b")
     with pytest.raises(TypeError, match=text):
         model(X, adapter_names=names)
-    assert model.base_model.call.rows is None
+    assert registry_of(model).call.rows is None
 
 
 @pytest.mark.parametrize("first", [torch.ones(1), torch.ones(1, 4), torch.tensor(2.0)], ids=["1", "1x4", "scalar"])
@@ -286,7 +286,7 @@ def test_the_layer_of_the_first_index_alone():
     with seeded(0):
         base = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(3, 3)}) for _ in range(3)])})
     model = graft.get_peft_model(base, lora("q", layers_to_transform=0, layers_pattern="layers"))
-    assert list(model.base_model.layers) == ["layers.0.q"]
+    assert list(layers(model)) == ["layers.0.q"]
     for none in (None, []):
         with pytest.raises(graft.ConfigError, match="`layers_to_transform` must also be specified"):
             lora("q", layers_to_transform=none, layers_pattern="layers")

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graft.combine import rules, union
 from graft.combine.forms import FORMS, Form, Term, Values, wide
+from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterNotFoundError,
     ConfigError,
@@ -343,21 +344,46 @@ class OtherLayers(Exception):
     """A config selects other layers than those that were combined."""
 
 
-def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[str, str]) -> None:
-    """Inject the new adapter with its values in it."""
+class Combined:
+    """The values of a new adapter: of each layer by path, and token rows of the adapter that has them."""
 
-    def fill(parts: Any) -> None:
-        if set(parts.layers) != set(values):
+    def __init__(self, values: dict[str, Values], owner: dict[str, str]):
+        self.values, self.owner = values, owner
+
+    def head(self, key: str, module: nn.Module) -> None:
+        return None
+
+    def of(self, parts: Any, name: str) -> list[tuple[Any, Tensor]]:
+        if set(parts.layers) != set(self.values):
             raise OtherLayers
+        out = []
         for key, layer in parts.layers.items():
-            assign(layer, name, values[key])
+            out += [(Place(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
         for key, wrapper in parts.wrappers.items():
             if "token_adapter" in wrapper._modules:
                 layer = wrapper.token_adapter
-                layer.methods[name].trainable_tokens_delta.data.copy_(layer.methods[owner[key]].trainable_tokens_delta)
+                rows = layer.methods[self.owner[key]].trainable_tokens_delta
+                out += [(Place(layer, slot), rows) for slot in layer.slots(name) if slot.saved]
+        return out
+
+
+class Place(NamedTuple):
+    """Where a value goes."""
+
+    layer: AdapterLayer
+    slot: Slot
+
+    def assign(self, value: Tensor) -> None:
+        shape, dtype = self.slot.tensor.shape, self.slot.tensor.dtype
+        device = self.layer.store.where(self.layer.base_layer)[0]
+        self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
+
+
+def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[str, str]) -> None:
+    """Inject the new adapter with its values in it."""
 
     def inject() -> None:
-        tuner.add_adapter(name, cfg, fill=fill, heads=union.heads(tuner, owner, cfg))
+        tuner.add_adapter(name, cfg, values=Combined(values, owner), heads=union.heads(tuner, owner, cfg))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all was said when the adapters were added
@@ -366,16 +392,3 @@ def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[
         except (OtherLayers, NoMatchingPeftModuleError, UnsupportedLayerError):  # exclusions or layer ranges differ
             union.name_exactly(cfg, values)
             inject()
-
-
-def assign(layer: AdapterLayer, adapter: str, values: Values) -> None:
-    """Give the tensors of a new adapter their values, in their shape, dtype and place."""
-    device = layer.store.where(layer.base_layer)[0]
-    for slot, tensor in list(layer.tensors(adapter, transient=True)):
-        owner, attribute = slot.owner, slot.attribute
-        value = values[slot.container, slot.path].reshape(tensor.shape)
-        value = value.to(device=device, dtype=tensor.dtype).contiguous()
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-        else:
-            owner._buffers[attribute] = value

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from graft.core.lean import ModuleDict, bare
@@ -147,6 +148,20 @@ class Slot(NamedTuple):
     def tensor(self) -> Tensor:
         held = self.owner._parameters if self.is_parameter else self.owner._buffers
         return held[self.attribute]  # type: ignore[return-value]
+
+    def assign(self, value: Tensor, device: Any = None) -> None:
+        """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
+        here = self.tensor
+        if not here.is_meta:
+            with torch.no_grad():
+                here.copy_(value)
+            return
+        if value.device != device or value.dtype != here.dtype:
+            value = value.to(device=device, dtype=here.dtype)
+        if self.is_parameter:
+            self.owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=here.requires_grad)
+        else:
+            self.owner._buffers[self.attribute] = value
 
 
 def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Iterator[Slot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -33,6 +34,12 @@ class Tree:
     owners: dict[nn.Parameter, int] = field(default_factory=dict)  # how many modules of the base hold a parameter
     vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # places of layers that have no adapter left
     parameters: int = 0
+    checkpointing: bool = False  # some module has gradient checkpointing switched on
+
+    @cached_property
+    def paths(self) -> dict[nn.Module, str]:
+        """Where each module stands."""
+        return {module: path for path, module in self.modules.items()}
 
 
 def survey(model: nn.Module) -> Tree:
@@ -58,6 +65,8 @@ def survey(model: nn.Module) -> Tree:
 
     def count(module: nn.Module) -> None:
         nonlocal numbers
+        if module.__dict__.get("gradient_checkpointing"):
+            tree.checkpointing = True
         for p in module._parameters.values():
             if p is not None:
                 n = owners[p] = owners.get(p, 0) + 1

@@ -13,8 +13,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.match import Names
 from graft.inject.saved import matches
-from graft.inject.survey import uncovered
-from graft.methods.trainable_tokens import input_embedding
+from graft.inject.survey import Tree, uncovered
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
@@ -28,9 +27,20 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
-def tied_to_embedding(model: Any, modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
+def embedding_path(model: Any, tree: Tree) -> str | None:
+    """Path of a model's input embedding, if it tells."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        embedding = uncovered(model.get_input_embeddings())
+    except NotImplementedError:
+        return None
+    return None if embedding is None else tree.paths.get(embedding)
+
+
+def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
     """Path of the input embedding and of the modules that hold its weight, too."""
-    path = input_embedding(model)
+    path, modules = embedding_path(model, tree), tree.modules
     embedding = modules.get(path) if path else None
     weight = weight_of(embedding) if embedding is not None else None
     if weight is None:
@@ -43,13 +53,13 @@ def tied_to_embedding(model: Any, modules: dict[str, nn.Module]) -> tuple[str | 
     return path, [k for k, m in modules.items() if k != path and weight_of(m) is weight]
 
 
-def expand(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict[str, str]:
     """Rewrite a config so that it names the embedding itself; returns what follows it: {path: embedding's path}.
 
     Tied modules are taken out of target_modules and modules_to_save: they follow the embedding.
     """
     ensure = getattr(cfg, "ensure_weight_tying", False)
-    embedding, tied = tied_to_embedding(model, modules)
+    embedding, tied = tied_to_embedding(model, tree)
     if not tied or embedding is None:
         if ensure:
             warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model")

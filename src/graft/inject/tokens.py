@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot
-from graft.core.errors import NoMatchingPeftModuleError
 from graft.core.layer import AdapterLayer
-from graft.methods.trainable_tokens import input_embedding
 
 
 class TrainableTokensWrapper(Carrier, nn.Module):
@@ -102,21 +100,3 @@ class TrainableTokensWrapper(Carrier, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(x, *args, **kwargs)
-
-
-def token_targets(cfg: Any, model: nn.Module, modules: dict[str, nn.Module], adapter: str) -> dict[str, list[int]]:
-    """The modules whose rows a config trains, by path."""
-    wanted = getattr(cfg, "trainable_token_indices", None)
-    if not wanted:
-        return {}
-    named = wanted if isinstance(wanted, dict) else {input_embedding(model) or "embed_tokens": wanted}
-    out: dict[str, list[int]] = {}
-    for name, indices in named.items():
-        paths = [k for k in modules if k == name or k.endswith(f".{name}")]
-        if not paths:
-            raise NoMatchingPeftModuleError(
-                f"Target modules {{'{name}'}} not found in the base model. Please check the target modules and try "
-                f"again (trainable_token_indices). Adapter '{adapter}'."
-            )
-        out |= {path: list(indices) for path in paths}
-    return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.layer import AdapterLayer
-from graft.inject.inject import Parts
+from graft.inject.parts import Parts
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage.parallel import spread_as
 

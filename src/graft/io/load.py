@@ -7,16 +7,14 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
-from graft.core.layer import AdapterLayer
-from graft.inject.inject import Parts, add_adapter
-from graft.inject.saved import matches
-from graft.inject.survey import uncovered
+from graft.inject.build import put
+from graft.inject.parts import Parts
 from graft.io.entries import Entry, entries, find
 from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, same_values
@@ -58,11 +56,17 @@ def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[
     return out
 
 
-class Load:
-    """One checkpoint on its way into a model. `fill` puts it into the parts that carry the adapter.
+class BaseEntry(NamedTuple):
+    """A tensor of the base model that a checkpoint brings along."""
 
-    Everything is checked before the first value is written.
-    """
+    tensor: Tensor
+
+    def assign(self, value: Tensor) -> None:
+        self.tensor.data.copy_(spread_as(self.tensor, value))
+
+
+class Values:
+    """The values of one checkpoint, for the parts that carry an adapter. `report` accounts for every key."""
 
     def __init__(
         self,
@@ -83,26 +87,21 @@ class Load:
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
 
-    def heads(self) -> dict[str, nn.Module]:
-        """Modules to save whose first dimension differs from the base's: heads with another number of labels."""
-        names = getattr(self.config, "modules_to_save", None)
-        if not names:
-            return {}
-        made: dict[str, nn.Module] = {}
+    def head(self, key: str, module: nn.Module) -> nn.Module | None:
+        """A copy of a module to save whose first dimension is the checkpoint's: a head with other labels."""
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
-        for key, module in self.model.named_modules():
-            if matches(key, names) is None or ".modules_to_save." in f".{key}.":
-                continue
-            bare: Any = uncovered(module)
-            original = getattr(bare, "original_module", bare)
-            shapes = {n: p.shape for n, p in original.named_parameters()}
-            stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
-            other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
-            if other:
-                made[key] = resized(original, other)
-        return made
+        original: Any = getattr(module, "original_module", module)
+        shapes = {n: p.shape for n, p in original.named_parameters()}
+        stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
+        other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
+        return resized(original, other) if other else None
 
-    def fill(self, parts: Parts) -> None:
+    def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
+        """Every entry of the adapter (and tensor of the base that was saved with it) and its value, all checked.
+
+        Raises:
+            AdapterKeyError, BaseModelMismatchError: the checkpoint does not fit.
+        """
         self._check_base(parts)
         names = set(self.tensors)
         bare = not any(n.startswith("base_model.") for n in names)
@@ -125,13 +124,10 @@ class Load:
         base = self._base_tensors(names - used, "" if bare else parts.prefix, mismatched)
         self.report.unexpected_keys = sorted(names - used - set(base))
         self._complain(mismatched)
-        for entry, name in found:
-            entry.assign(self.tensors[name])
-        for name, target in base.items():
-            target.data.copy_(spread_as(target, self.tensors[name]))
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
-        complete(parts, self.adapter, self.config)
+        own: list[tuple[Any, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
+        return own + [(BaseEntry(target), self.tensors[name]) for name, target in base.items()]
 
     def _restored(
         self, layer: Any, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
@@ -271,21 +267,6 @@ def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
     return made
 
 
-def complete(parts: Parts, adapter: str, config: Any) -> None:
-    """Give initial values to what a checkpoint did not fill: tensors that are never saved, or were missing."""
-    for layer in parts.layers.values():
-        if not any([slot.tensor.is_meta for slot in layer.slots(adapter)]) or layer.site.on_meta:
-            continue
-        empty = [slot for slot, tensor in layer.tensors(adapter, transient=True) if tensor.is_meta]
-        spare, method = AdapterLayer(layer.site, layer.call), layer.methods[adapter]
-        shared = {} if parts.shared is None else parts.shared.attached()
-        add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
-        values = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
-        for slot in empty:
-            entry = Entry("", "", (), slot.owner, slot.attribute, slot.tensor, layer=layer)
-            entry.assign(values[slot.container, slot.path])
-
-
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: dict[str, Tensor],
@@ -303,6 +284,6 @@ def set_peft_model_state_dict(
     model = getattr(model, "_orig_mod", model)
     parts, _, base = parts_of(model, adapter_name)
     loaded = Loaded(dict(peft_model_state_dict), "the given state dict")
-    load = Load(base, config_of(model, adapter_name), adapter_name, loaded, strict, None, ignore_mismatched_sizes)
-    load.fill(parts)
-    return load.report
+    values = Values(base, config_of(model, adapter_name), adapter_name, loaded, strict, None, ignore_mismatched_sizes)
+    put(parts, adapter_name, values.of(parts, adapter_name))
+    return values.report

@@ -14,27 +14,21 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.merging import unmerged
-from graft.inject.inject import Parts
+from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
 from graft.io.entries import Entry, entries, without_wrappers
 from graft.io.fingerprint import fingerprint
 
 
-def registry_of(model: Any) -> Any:
-    """The registry of the adapters of a PeftModel; None of another model."""
-    return model.__dict__.get("tuner")
-
-
 def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
     """What carries an adapter, the prefix of its keys, and the base model."""
     model = getattr(model, "_orig_mod", model)
-    tuner = registry_of(model)
-    if tuner is not None:
-        tuner.check_known([adapter])
-        parts = tuner.parts_of(adapter)
-        return parts, parts.prefix, tuner.model
-    if hasattr(model, "parts_of"):  # a tuner itself
-        return model.parts_of(adapter), "model.", model.model
+    registry = registry_of(model)
+    if registry is not None:
+        registry.check_known([adapter])
+        parts = registry.parts_of(adapter)
+        is_tuner = getattr(registry, "holder", None) is model
+        return parts, "model." if is_tuner else parts.prefix, registry.model
     tree = survey(model)
     layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
     wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}

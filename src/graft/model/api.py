@@ -9,9 +9,9 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.core.errors import AlreadyInjectedError, warn
-from graft.core.layer import AdapterLayer
-from graft.inject.survey import outer_modules
+from graft.inject.survey import survey
 from graft.methods import method_of
+from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
 from graft.model.registry import unless_it_fails
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -30,6 +30,7 @@ def get_peft_model(
     """Inject an adapter into `model`, in place, and wrap it in the PeftModel class of the config's task type.
 
     Args:
+        mixed: a PeftMixedModel, for adapters of several methods.
         autocast_adapter_dtype: train half-precision adapters in float32.
         revision: of the base model, to be recorded.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
@@ -41,18 +42,17 @@ def get_peft_model(
         UnsupportedLayerError: it targets a layer type that the method cannot adapt.
         ConfigError: it does not fit this model otherwise. In each case nothing has changed.
     """
-    if mixed:
-        raise NotImplementedError("mixed=True (adapters of several methods on one model) is not in graft yet.")
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
-    if any(isinstance(m, AdapterLayer) and m.methods for m in outer_modules(model)):
+    tree = survey(model)
+    if tree.layers:
         raise AlreadyInjectedError(
             "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, "
             "call add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure "
             "to call `.unload()` before."
         )
     hint_at_name(adapter_name, peft_config)
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    cls = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with unless_it_fails(peft_config):
         record_origin(model, peft_config, revision)
         return cls(
@@ -62,6 +62,7 @@ def get_peft_model(
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
             heads=heads,
+            tree=tree,
         )
 
 

@@ -23,7 +23,7 @@ from graft.model.tuner import Tuner
 def tuner_in(model: Any) -> Registry | None:
     """The registry of a model's adapters, if there is one."""
     model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, Registry) else registry_of(model)
+    return registry_of(model)
 
 
 def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:

@@ -17,13 +17,15 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
 from graft.core.call import BASE, Rows, copies_of
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
-from graft.core.layer import AdapterLayer
-from graft.inject.survey import outer_modules
+from graft.inject.build import put
+from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save
-from graft.io.load import Load, LoadReport, say_kept
+from graft.io.load import LoadReport, Values, say_kept
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.tuner import tuner_of
 from graft.storage import numel
+
+OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # that a PeftModel has where adapters are prompts
 
 
 class PeftModel(nn.Module):
@@ -56,30 +58,44 @@ class PeftModel(nn.Module):
         super().__init__()
         check_adapter_name(adapter_name)
         self.modules_to_save: set[str] | None = None
-        holder = holder_for(peft_config)
+        options |= dict(low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
         with unless_it_fails(peft_config):
-            self.extend_config(peft_config)
-            tuner: Any = holder(
-                model,
-                peft_config,
-                adapter_name,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                **options,
-            )
-        for name, module in tuner.shown().items():
-            setattr(self, name, module)
-        self.__dict__["tuner"] = tuner
-        tuner.on_change = self._heads_changed
+            self._extend_config(peft_config)
+            if peft_config.is_prompt_learning:
+                from graft.model.prompts import Prompts  # not needed for adapters on layers
+
+                registry: Any = Prompts(model, peft_config, adapter_name, **options)
+                self.base_model, self.prompt_encoder = model, registry.prompt_encoder
+            else:
+                self.base_model = self._tuner(model, peft_config, adapter_name, options)
+                registry = registry_of(self.base_model)
+        self.__dict__[HOLDER] = registry
+        registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
         self._note_modules_to_save(peft_config)
-        self.prepare_model_for_gradient_checkpointing(model, only_if_on=True)
+        if registry.checkpointing or not is_checkpointable(model):
+            self.prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # its split matrix products would bypass the adapters
-        self.training = tuner.training = model.training
+        self.training = self.base_model.training = model.training
 
-    def extend_config(self, config: PeftConfig) -> None:
+    def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
+        """The module that holds the base model and its adapters on layers."""
+        return tuner_of(config.peft_type)(model, config, adapter_name, **options)  # type: ignore[no-any-return]
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        """The class that loads an adapter of this config."""
+        from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
+
+    @property
+    def _registry(self) -> Any:
+        return registry_of(self)
+
+    def _extend_config(self, config: PeftConfig) -> None:
         """Hook for task classes whose models have heads that must be trained."""
 
     def _note_modules_to_save(self, config: Any) -> None:
@@ -93,17 +109,19 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model" or name.startswith("__"):
                 raise
+            if name in OF_PROMPTS and hasattr(self._registry, name):
+                return getattr(self._registry, name)
             return getattr(self.base_model, name)
 
     # what is there
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        return self.tuner.peft_config
+        return self._registry.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.tuner.active_adapters
+        return self._registry.active_adapters
 
     @property
     def active_adapter(self) -> str | None:
@@ -123,14 +141,14 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.active_adapters) and any(not p.disable_adapters for p in self.tuner.parts())
+        return bool(self.active_adapters) and any(not p.disable_adapters for p in self._registry.carriers())
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
-        return self.tuner.model
+        return self._registry.model
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
@@ -187,10 +205,10 @@ class PeftModel(nn.Module):
             ValueError: the name is taken, or the config is of another method.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
         """
-        self.tuner.check_new(adapter_name, peft_config)
+        self._registry.check_new(adapter_name, peft_config)
         with unless_it_fails(peft_config):
-            self.extend_config(peft_config)
-            self.tuner.add_adapter(
+            self._extend_config(peft_config)
+            self._registry.add_adapter(
                 adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
             )
         self._note_modules_to_save(peft_config)
@@ -204,10 +222,9 @@ class PeftModel(nn.Module):
             ValueError: it is not loaded.
         """
         if not isinstance(adapter_name, str):
-            raise TypeError(
-                f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): {self.tuner.several}."
-            )
-        self.tuner.set_adapter(adapter_name, inference_mode=inference_mode)
+            several = self._registry.several
+            raise TypeError(f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): {several}.")
+        self._registry.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others (by name) becomes active.
@@ -215,26 +232,26 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: it is not loaded, or it is merged.
         """
-        self.tuner.delete_adapter(adapter_name)
+        self._registry.delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self.tuner.set_requires_grad(adapter_names, requires_grad)
+        self._registry.set_requires_grad(adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone, within the block. Merged adapters are unmerged and stay so."""
-        before = {part: part.disable_adapters for part in self.tuner.parts()}
+        before = {part: part.disable_adapters for part in self._registry.carriers()}
         if len(set(before.values())) > 1:
             warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. "
                 "This is most likely unintentional. They are put back as they were after the block."
             )
-        self.tuner.disable_adapter_layers()
+        self._registry.disable_adapter_layers()
         try:
             yield
         finally:
             others = bool(before) and all(before.values())  # added within the block
-            for part in self.tuner.parts():
+            for part in self._registry.carriers():
                 part.enable_adapters(not before.get(part, others))
             self._heads_changed()
 
@@ -266,22 +283,12 @@ class PeftModel(nn.Module):
         return self._prompts("get_prompt_embedding_to_save").stored(adapter_name)
 
     def _prompts(self, asked: str) -> Any:
-        if not self.tuner.method.config.is_prompt_learning:
+        if not self._registry.method.config.is_prompt_learning:
             raise TypeError(
                 f"{asked}() is of prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
                 f"{self.peft_type.value}."
             )
-        return self.tuner
-
-    @property
-    def prompt_tokens(self) -> dict[str, Tensor]:
-        """The numbers of the virtual tokens by adapter, where adapters are prompts."""
-        return self.tuner.prompt_tokens
-
-    @property
-    def word_embeddings(self) -> Any:
-        """Those of the base model, where adapters are prompts."""
-        return self.tuner.word_embeddings
+        return self._registry
 
     # forward
 
@@ -293,7 +300,7 @@ class PeftModel(nn.Module):
         if unknown:
             loaded = ", ".join(self.peft_config)
             raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {loaded}.")
-        merged = self.tuner.merged_adapters
+        merged = self._registry.merged_adapters
         if merged:
             raise RoutingError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
@@ -314,10 +321,10 @@ class PeftModel(nn.Module):
         for name in self.special_peft_forward_args:
             kwargs.pop(name, None)
         rows = self._rows(names, inputs, kwargs)
-        with self.tuner.call.using(rows), self._heads_of(names), self.tuner.acting(kwargs) as finish:
+        with self._registry.call.using(rows), self._heads_of(names), self._registry.acting(kwargs) as finish:
             output = finish(function(*inputs, **kwargs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.tuner.call.keep_for_backward(output, rows)
+            self._registry.call.keep_for_backward(output, rows)
         return output
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
@@ -335,7 +342,7 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate, with `adapter_names` as in `forward`."""
-        self.tuner.check_generate(kwargs)
+        self._registry.check_generate(kwargs)
         names = names_of_rows(kwargs.get("adapter_names"))
         copies = copies_of(self.get_base_model(), kwargs)
         if names is None or copies == 1:
@@ -345,7 +352,7 @@ class PeftModel(nn.Module):
     def _generate_copies(self, names: list[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Each row is repeated; an encoder still sees the rows as they came."""
         model: Any = self.get_base_model()
-        call = self.tuner.call
+        call = self._registry.call
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         rows = self._rows(names, args, kwargs)
         assert rows is not None
@@ -363,19 +370,15 @@ class PeftModel(nn.Module):
 
             handles = [encoder.register_forward_pre_hook(narrow), encoder.register_forward_hook(widen)]
         try:
-            with call.using(spread), self.tuner.acting(kwargs) as finish:
+            with call.using(spread), self._registry.acting(kwargs) as finish:
                 return finish(model.generate(*args, **kwargs))
         finally:
             for handle in handles:
                 handle.remove()
 
     @staticmethod
-    def prepare_model_for_gradient_checkpointing(model: Any, only_if_on: bool = False) -> None:
+    def prepare_model_for_gradient_checkpointing(model: Any) -> None:
         """Let the inputs of the first block require gradients: reentrant checkpointing drops them otherwise."""
-        flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
-        known = any(hasattr(type(model), flag) for flag in flags)
-        if only_if_on and known and not any(m.__dict__.get("gradient_checkpointing") for m in outer_modules(model)):
-            return
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:
             return
@@ -489,8 +492,6 @@ class PeftModel(nn.Module):
             BaseModelMismatchError: the checkpoint was made for another architecture (only if strict).
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
-        from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
         warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING)
         hub = hub_keywords(kwargs)
         if config is None:
@@ -501,15 +502,13 @@ class PeftModel(nn.Module):
             _for_loading(config, is_trainable)
             loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
-            load = Load(model, config, adapter_name, loaded, strict, key_mapping, ignore)
-            target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
-            made = target(
+            values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore)
+            made = cls._class_for(config)(
                 model,
                 config,
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                fill=load.fill,
-                heads=load.heads(),
+                values=values,
             )
         made._loaded(adapter_name, is_trainable)
         return made
@@ -548,14 +547,13 @@ class PeftModel(nn.Module):
             _for_loading(config, is_trainable)
         loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         ignore = kwargs.get("ignore_mismatched_sizes", False)
-        load = Load(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
+        values = Values(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
         if new:
             self.add_adapter(
                 adapter_name,
                 config,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                fill=load.fill,
-                heads=load.heads(),
+                values=values,
             )
         elif config.peft_type != self.peft_config[adapter_name].peft_type:
             raise ConfigError(
@@ -563,19 +561,19 @@ class PeftModel(nn.Module):
                 f"{config.peft_type}: load it under another name into another model."
             )
         else:
-            say_kept(adapter_name, load.path, self.peft_config[adapter_name], config)
-            self._fill(adapter_name, load, is_trainable)
+            say_kept(adapter_name, values.path, self.peft_config[adapter_name], config)
+            self._fill(adapter_name, values, is_trainable)
             for name in config.results:
                 setattr(self.peft_config[adapter_name], name, getattr(config, name))
         self._loaded(adapter_name, is_trainable, new)
-        return load.report
+        return values.report
 
-    def _fill(self, adapter_name: str, load: Load, is_trainable: bool) -> None:
+    def _fill(self, adapter_name: str, values: Values, is_trainable: bool) -> None:
         """Put a checkpoint into an adapter that is there."""
-        parts = self.tuner.parts_of(adapter_name)
+        parts = self._registry.parts_of(adapter_name)
         prompt: Any = parts.prompt or nn.Module()
         before = len([*prompt.modules()])
-        load.fill(parts)
+        put(parts, adapter_name, values.of(parts, adapter_name))
         if is_trainable and len([*prompt.modules()]) < before:
             warn(
                 f"Adapter '{adapter_name}' was a prompt computed by a network. The file holds the prompt and not the "
@@ -586,7 +584,7 @@ class PeftModel(nn.Module):
 
     def _loaded(self, adapter_name: str, is_trainable: bool, new: bool = True) -> None:
         if new:
-            self.tuner.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+            self._registry.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
         if not is_trainable and self.training:  # else the adapter has come in the base's mode
             self.eval()
         self._heads_changed()
@@ -595,12 +593,6 @@ class PeftModel(nn.Module):
 
     def __contains__(self, adapter_name: str) -> bool:
         return adapter_name in self.peft_config
-
-    def layers_of(self, adapter_name: str) -> list[AdapterLayer]:
-        """The adapter layers that carry an adapter."""
-        if adapter_name not in self.peft_config:
-            raise AdapterNotFoundError(f"Adapter {adapter_name} not found.")
-        return [layer for layer in self.tuner.layers.values() if adapter_name in layer.methods]
 
 
 def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
@@ -621,13 +613,12 @@ def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
     return names
 
 
-def holder_for(config: PeftConfig) -> Any:
-    """The class that registers adapters of this kind."""
-    if config.is_prompt_learning:
-        from graft.model.prompts import Prompts  # not needed for adapters on layers
+CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
 
-        return Prompts
-    return tuner_of(config.peft_type)
+
+def is_checkpointable(model: nn.Module) -> bool:
+    """Whether a model says whether its gradient checkpointing is on."""
+    return any(hasattr(type(model), flag) for flag in CHECKPOINTABLE)
 
 
 def _for_loading(config: Any, is_trainable: bool) -> None:

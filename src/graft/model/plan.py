@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.core.method import Method
 from graft.core.shared import Shared
-from graft.inject.inject import survey_and_match
+from graft.inject.inject import Injection
 from graft.inject.report import InjectReport, Matched
 from graft.inject.saved import add_task_heads
 from graft.inject.survey import kind_of, site_of
@@ -37,16 +37,12 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
         add_task_heads(config)
         if config.is_prompt_learning:
             return Prompts.plan(model, config, adapter_name)
-        undo = method.restructure(config, model)
-        try:
-            return _plan(model, config, method, adapter_name)
-        finally:
-            if undo is not None:
-                undo()
+        made = Injection(model, config, method, adapter_name)
+        with made.restructured(keep=False):
+            return _plan(made.find(), method, adapter_name)
 
 
-def _plan(model: nn.Module, config: Any, method: type[Method], adapter_name: str) -> InjectReport:
-    made = survey_and_match(model, config, method, adapter_name)
+def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectReport:
     report, modules = made.report, made.tree.modules
     with torch.device("meta"):
         shared = Shared()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,10 @@ from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
-from graft.inject.inject import Parts, inject, survey_and_match
+from graft.inject.inject import Injection, Values, inject
+from graft.inject.parts import Parts
 from graft.inject.report import InjectReport, Matched
+from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
 from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
@@ -88,14 +89,14 @@ class Prompts(Registry):
         autocast_adapter_dtype: bool = True,
         **options: Any,
     ):
-        self._begin(model, peft_config)
+        self._begin(model, peft_config, options.pop("tree", None))
         self.add_adapter(adapter_name, peft_config, **options)
         for stack in self.stacks.values():
             stack.attach()
         self.set_adapter(adapter_name, peft_config.inference_mode)
 
-    def _begin(self, model: nn.Module, config: Any) -> None:
-        self.open_registry(model)
+    def _begin(self, model: nn.Module, config: Any, tree: Tree | None = None) -> None:
+        self.checkpointing = self.begin(model, tree).checkpointing
         self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
         self.prompt_encoder = Encoders()
         self.stacks = stacks_of(model)
@@ -106,16 +107,13 @@ class Prompts(Registry):
         prompts = cls.__new__(cls)
         prompts._begin(model, config)
         cfg = copy.copy(config)
-        made = survey_and_match(model, cfg, NoLayers, adapter_name, keys=())
+        made = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
         made.count_saved()
         with torch.random.fork_rng(devices=()):
             made.report.matched.append(matched(prompts._made(cfg)))
         return made.report
 
-    def shown(self) -> dict[str, nn.Module]:
-        return {"base_model": self.model, PLACE: self.prompt_encoder}
-
-    def parts(self) -> Iterator[Any]:
+    def carriers(self) -> Iterator[Any]:
         yield self.prompt_encoder
         yield from self.wrappers.values()
 
@@ -132,7 +130,7 @@ class Prompts(Registry):
         config: Any,
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
-        fill: Callable[[Parts], None] | None = None,
+        values: Values | None = None,
         heads: dict[str, nn.Module] | None = None,
         **_: Any,
     ) -> None:
@@ -141,18 +139,17 @@ class Prompts(Registry):
         cfg = copy.copy(config)
         prompt, disabled = self._made(cfg), self.disabled
         prompt.to(self.stacks["main"].device)
-        load = None if fill is None else lambda parts: fill(replace(parts, prompt=prompt))
-        report, parts = inject(
+        done = inject(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            fill=load, keys=(), heads=heads,
+            values=values, keys=(), heads=heads, prompt=prompt,
         )  # fmt: skip
         account = matched(prompt)
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
-        report.matched.append(account)
-        self.take_in(parts, disabled)
+        done.report.matched.append(account)
+        self.take_in(done.parts, disabled)
         config.__dict__.update(cfg.__dict__)
-        self.peft_config[adapter_name], self.reports[adapter_name] = config, report
+        self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
 
     def _made(self, cfg: Any) -> Prompt:
         """A prompt on the CPU, with initial values. Completes the config."""

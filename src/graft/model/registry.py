@@ -13,10 +13,9 @@ from graft.core.call import BASE, Call
 from graft.core.containers import BufferDict
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
 from graft.core.layer import AdapterLayer
-from graft.inject.inject import Parts
+from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
-from graft.io.save import registry_of
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -81,10 +80,13 @@ def unless_it_fails(config: Any) -> Iterator[None]:
 
 
 class Registry:
-    """What `PeftModel` asks about adapters of one method, be they on layers (`Tuner`) or prompts (`Prompts`)."""
+    """What `PeftModel` asks about adapters, be they on layers (`LayerRegistry`) or prompts (`Prompts`).
+
+    A plain object beside the model: names of its own would hide those of the base model, which wrappers let through.
+    """
 
     method: Any  # the Method or Prompt class
-    model: nn.Module
+    model: nn.Module  # the base
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
     call: Call
@@ -96,14 +98,14 @@ class Registry:
     states: dict[str, Any]  # what methods remember of a training; by adapter
     several: str  # what to do for more than one active adapter
 
-    def open_registry(self, model: nn.Module) -> Tree:
-        """Begin with what `model` carries already. Returns a survey of it."""
+    def begin(self, model: nn.Module, tree: Tree | None = None) -> Tree:
+        """Begin with what `model` carries already. Return a survey of it: `tree`, if one was just made."""
         if registry_of(model) is not None:
             raise AlreadyInjectedError(
                 "The model is a PeftModel already. For another adapter of the method it has, call its add_adapter(); "
                 "for another method, or to start over, pass its get_base_model()."
             )
-        found = survey(model)
+        found = tree or survey(model)
         known = [*found.layers.values(), *found.wrappers.values()]
         check_registered(model, known)
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
@@ -111,11 +113,11 @@ class Registry:
         self.peft_config, self.reports, self.active_adapters, self.states = {}, {}, [], {}
         return found
 
-    def shown(self) -> dict[str, nn.Module]:
-        """The modules that a PeftModel has for it, by name."""
-        raise NotImplementedError
+    @property
+    def training(self) -> bool:
+        return self.model.training
 
-    def parts(self) -> Iterator[Any]:
+    def carriers(self) -> Iterator[Any]:
         """All that carries adapters and can be switched."""
         yield from self.layers.values()
         yield from self.wrappers.values()
@@ -123,7 +125,7 @@ class Registry:
     @property
     def disabled(self) -> bool:
         """Whether all that carries adapters is switched off."""
-        return off(self.parts())
+        return off(self.carriers())
 
     def take_in(self, parts: Parts, disabled: bool) -> None:
         """Register what now carries a new adapter. An injection took out what carried none any more.
@@ -134,7 +136,7 @@ class Registry:
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
         if disabled:
-            for part in (*parts.layers.values(), *parts.wrappers.values()):
+            for part in parts.carriers():
                 part.enable_adapters(False)
 
     def parts_of(self, adapter_name: str) -> Parts:
@@ -152,7 +154,12 @@ class Registry:
         """Raise for arguments of `generate` that adapters cannot do with."""
 
     def check_new(self, adapter_name: str, config: Any) -> None:
+        """Raise unless another adapter can have this name and config."""
         check_adapter_name(adapter_name, list(self.peft_config))
+        self.check_method(config)
+
+    def check_method(self, config: Any) -> None:
+        """Raise unless adapters of this method can stand beside those there are."""
         if config.peft_type != self.method.config.peft_type:
             mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
             raise ConfigError(
@@ -165,6 +172,11 @@ class Registry:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found. Loaded adapters: {loaded}.")
 
+    def check_not_merged(self, names: Sequence[str]) -> None:
+        merged = [n for n in names if n in self.merged_adapters]
+        if merged:
+            raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.
 
@@ -175,14 +187,14 @@ class Registry:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names)
         if len(names) > 1:
-            for part in self.parts():
+            for part in self.carriers():
                 part.check_active(names)
         if self.merged_adapters and not (
             names == self.active_adapters and all(layer.is_merged(names) for layer in self.mergeable_layers())
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        for part in self.parts():
+        for part in self.carriers():
             part.activate(names, not inference_mode)
         self.active_adapters = names
         self._changed()
@@ -217,14 +229,11 @@ class Registry:
             raise AdapterNotFoundError(
                 f"Adapter {adapter_name} does not exist. Loaded adapters: {', '.join(self.peft_config)}."
             )
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
-            )
+        self.check_not_merged([adapter_name])
         del self.peft_config[adapter_name]
         self.reports.pop(adapter_name, None)
         self.states.pop(adapter_name, None)
-        for part in self.parts():
+        for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:
             left = [n for n in self.active_adapters if n != adapter_name]
@@ -237,13 +246,13 @@ class Registry:
         """Let the parameters of any adapters, active or not, train or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_known(names)
-        for part in self.parts():
+        for part in self.carriers():
             part.set_requires_grad(names, requires_grad)
 
     # on and off
 
     def enable_adapter_layers(self) -> None:
-        for part in self.parts():
+        for part in self.carriers():
             part.enable_adapters(True)
         self._changed()
 
@@ -255,6 +264,6 @@ class Registry:
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
                     "output as the base model would without adaption."
                 )
-        for part in self.parts():
+        for part in self.carriers():
             part.enable_adapters(False)
         self._changed()

@@ -127,7 +127,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     params = list(model.parameters())
     return TunerModelStatus(
         base_model_type=type(base).__name__,
-        adapter_model_type=type(tuner).__name__ if wrapped else "None",
+        adapter_model_type=type(tuner.holder).__name__ if wrapped else "None",
         peft_types={name: c.peft_type.value for name, c in configs.items()} if wrapped else {},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
+from graft.inject.parts import registry_of
 from graft.inject.saved import add_task_heads
 from graft.model.peft_model import PeftModel
 
@@ -19,7 +20,7 @@ class _WithHead(PeftModel):
 
     task: str
 
-    def extend_config(self, config: Any) -> None:
+    def _extend_config(self, config: Any) -> None:
         add_task_heads(config)
 
     @property
@@ -201,7 +202,8 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that were passed: a base model need not know those that were not, nor a method `task_ids`."""
-    ours = {"self", "kwargs", "__class__", "task_ids"} - set(getattr(arguments["self"].tuner.method, "arguments", ()))
+    method = registry_of(arguments["self"]).method
+    ours = {"self", "kwargs", "__class__", "task_ids"} - set(getattr(method, "arguments", ()))
     return {**{k: v for k, v in arguments.items() if v is not None and k not in ours}, **arguments["kwargs"]}
 
 

@@ -1,41 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuner: a model with adapters of one method on it. What PEFT calls `base_model`."""
+"""Tuner: a model with adapters on its layers. What PEFT calls `base_model`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from graft.core import merging
-from graft.core.errors import AdapterNameError, ConfigError, warn
-from graft.core.layer import AdapterLayer
+from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
-from graft.core.shared import Shared
-from graft.inject.inject import Parts, check_bias, inject
 from graft.inject.match import Matcher
-from graft.inject.report import InjectReport
-from graft.inject.survey import Tree, Wrapper, survey
+from graft.inject.parts import HOLDER, registry_of
+from graft.inject.survey import Tree, survey
 from graft.inject.targets import model_config
-from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, PROMPTS, method_of
-from graft.model.registry import Registry
+from graft.model.layer_registry import LayerRegistry
 
 
-class Tuner(Registry, nn.Module):
-    """Holds the user's model as `.model`; attributes that it does not have itself are the model's.
+class Tuner(nn.Module):
+    """Holds the user's model as `.model`; attributes that PEFT's tuners do not have themselves are the model's.
 
-    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in `method`. By itself it leaves
-    adapters in the base's dtype, where a PeftModel has them trained in float32.
+    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in their method. By itself it
+    leaves adapters in the base's dtype, where a PeftModel has them trained in float32.
     """
 
-    method: type[Method]
-    several = "use model.base_model.set_adapter([...]) to activate several"
+    _method: type[Method] | None  # None: adapters of any method
 
     def __init__(
         self,
@@ -45,6 +36,7 @@ class Tuner(Registry, nn.Module):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
         autocast_adapter_dtype: bool = False,
+        tree: Tree | None = None,
         **options: Any,
     ):
         super().__init__()
@@ -55,13 +47,13 @@ class Tuner(Registry, nn.Module):
                     f"{list(peft_config)}: pass one, then add_adapter() the others."
                 )
             peft_config = peft_config[adapter_name]
-        tree = self.open_registry(model)
-        self.__dict__["shared"] = Shared()
-        self.peft_config |= getattr(model, "peft_config", None) or {}
-        if state_dict is not None:
-            options["keys"] = self._keys_in(state_dict, peft_config)
-        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, tree=tree, **options)
-        self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
+        registry = LayerRegistry(self, model, self._method, tree)
+        self.__dict__[HOLDER] = registry
+        self.model = model
+        registry.add_adapter(
+            adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict, **options
+        )
+        registry.set_adapter(adapter_name, inference_mode=registry.peft_config[adapter_name].inference_mode)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,108 +66,56 @@ class Tuner(Registry, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    # adapters
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: Any,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        fill: Callable[[Parts], None] | None = None,
-        keys: Any = None,
-        heads: dict[str, nn.Module] | None = None,
-        tree: Tree | None = None,
-    ) -> InjectReport:
-        """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
-        self.check_new(adapter_name, config)
-        disabled = self.disabled
-        report, parts = inject(
-            self.model,
-            config,
-            self.method,
-            adapter_name,
-            call=self.call,
-            shared=self.shared,
-            others=self.peft_config,
-            upcast=autocast_adapter_dtype,
-            on_meta=low_cpu_mem_usage,
-            fill=fill,
-            keys=keys,
-            heads=heads,
-            tree=tree,
-        )
-        for name, container in self.shared.modules().items():
-            if name not in self._modules:
-                self.add_module(name, container)
-        self.take_in(parts, disabled)
-        self.peft_config[adapter_name] = config
-        self.reports[adapter_name] = report
-        return report
-
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """`add_adapter` of a config that has been put into `peft_config` under that name, as PEFT's callers do."""
-        if model is not self.model:
-            raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
-        self.check_known([adapter_name])
-        if any(adapter_name in part.adapters for part in self.parts()):
-            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
-        config = self.peft_config.pop(adapter_name)
-        keys = None if state_dict is None else self._keys_in(state_dict, config)
-        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, keys=keys)
+    # PEFT's names; each is the registry's
 
     @property
-    def target_module_mapping(self) -> dict[str, Any]:
-        """Default target_modules by model_type."""
-        return self.method.targets
-
-    get_model_config = staticmethod(model_config)
-
-    targeted_parameter_names: tuple[str, ...] = ()  # parameters by themselves are not targets in graft yet
-
-    def parts_of(self, adapter_name: str) -> Parts:
-        parts = super().parts_of(adapter_name)
-        parts.shared = self.shared
-        return parts
-
-    def shown(self) -> dict[str, nn.Module]:
-        return {"base_model": self}
-
-    def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
-        return self.method.around(self, self.call)
-
-    def check_new(self, adapter_name: str, config: Any) -> None:
-        super().check_new(adapter_name, config)
-        if self.method.single_trainable and not config.inference_mode:
-            others = [name for name, c in self.peft_config.items() if not c.inference_mode]
-            if others:
-                raise ConfigError(
-                    f"{type(self).__name__} supports only 1 trainable adapter. When using multiple adapters, set "
-                    f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
-                )
-        check_bias(config, self.method, iter(self.peft_config.values()))
-
-    def parts(self) -> Iterator[Any]:
-        yield from super().parts()
-        yield self.shared
-
-    # merging
+    def peft_config(self) -> dict[str, Any]:
+        return registry_of(self).peft_config  # type: ignore[no-any-return]
 
     @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """Adapters that are merged into some layer."""
-        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
+    def active_adapters(self) -> list[str]:
+        return registry_of(self).active_adapters  # type: ignore[no-any-return]
 
-    def mergeable_layers(self) -> list[AdapterLayer]:
-        rows = [w.token_adapter for w in self.wrappers.values() if isinstance(w, TrainableTokensWrapper)]
-        return [*self.layers.values(), *rows]
+    @property
+    def active_adapter(self) -> list[str]:
+        """Setting it is `set_adapter`."""
+        return registry_of(self).active_adapters  # type: ignore[no-any-return]
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        self.set_adapter(names)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, in this order, and trainable unless for inference.
+
+        Raises:
+            AdapterNotFoundError: one of them is not loaded.
+            ValueError: two of them cannot be active together.
+        """
+        registry_of(self).set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+            ValueError: it is merged.
+        """
+        registry_of(self).delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of any adapters, active or not, train or not."""
+        registry_of(self).set_requires_grad(adapter_names, requires_grad)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject the config that has been put into `peft_config` under that name, as PEFT's callers do."""
+        registry_of(self).inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def enable_adapter_layers(self) -> None:
+        registry_of(self).enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        registry_of(self).disable_adapter_layers()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (the active ones if None) into the base weights; `unmerge_adapter` takes them out again.
@@ -185,118 +125,39 @@ class Tuner(Registry, nn.Module):
             ValueError: `safe_merge` found values that are not finite, or adapters are disabled. Nothing is merged then.
             NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
         """
-        self._merge(adapter_names, safe_merge, undoable=True)
-
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        if isinstance(adapter_names, str):
-            raise TypeError(
-                f"adapter_names should be a list of strings, got {adapter_names!r}: write ['{adapter_names}']."
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self.check_known(names)
-        done = self.merged_adapters
-        wanted, names = names, [n for n in names if n not in done]
-        layers: Any = self.mergeable_layers()
-        merging.say_merged(done, wanted, names, any(merging.replaces(layer, names) for layer in layers))
-        if not names:
-            return
-        for layer in layers:
-            merging.check(layer, names, safe_merge, undoable)
-        left = [n for n in self.active_adapters if n not in names and n not in done]
-        if not undoable:
-            silent = left
-            until = "the merged model is without them"
-        else:
-            hosts = [layer for layer in layers if not layer.methods.keys().isdisjoint(names)]
-            silent = [n for n in left if any(n in layer.methods for layer in hosts)]
-            until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
-        if silent:
-            warn(f"Active adapters {silent} are not merged: {until}.")
-        if progress:
-            from tqdm import tqdm
-
-            layers = tqdm(layers, desc="Merging", unit="layer")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said above, once
-            for layer in layers:
-                layer.merge(False, names, undoable)
+        registry_of(self).merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
-        if not self.merged_adapters:
-            warn("Already unmerged. Nothing to do.")
-        for layer in self.mergeable_layers():
-            if layer.merged_adapters:
-                layer.unmerge()
+        registry_of(self).unmerge_adapter()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """Merge for good and return the plain model."""
-        self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
-        return self.unload()
+        return registry_of(self).merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[no-any-return]
 
     def unload(self) -> nn.Module:
         """The model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, even if
         adapters are disabled."""
-        survey_places(self.model, self._restore)
-        self.layers, self.wrappers = {}, {}
-        if "peft_config" in self.model.__dict__:
-            del self.model.peft_config
-        retie(self.model)
-        return self.model
+        return registry_of(self).unload()  # type: ignore[no-any-return]
 
-    def _restore(self, parent: nn.Module, name: str, child: nn.Module) -> None:
-        if isinstance(child, AdapterLayer):
-            parent._modules[name] = child.base_layer
-        elif isinstance(child, Wrapper):
-            parent._modules[name] = child.kept
+    @property
+    def target_module_mapping(self) -> dict[str, Any]:
+        """Default target_modules by model_type."""
+        return {} if self._method is None else self._method.targets
 
-    # facts
+    get_model_config = staticmethod(model_config)
 
-    def _keys_in(self, state_dict: dict[str, Tensor], config: Any) -> set[str]:
-        mark = f".{self.method.prefix}"
-        return {k.rsplit(mark, 1)[0].replace("_orig_mod.", "") for k in state_dict if mark in k}
+    targeted_parameter_names: tuple[str, ...] = ()  # parameters by themselves are not targets in graft yet
 
     @property
     def targeted_module_names(self) -> list[str]:
-        return list(self.layers)
+        return list(registry_of(self).layers)
 
     @property
     def prefix(self) -> str:
-        return self.method.prefix
-
-
-def survey_places(model: nn.Module, act: Any) -> None:
-    """Call `act(parent, name, child)` for every module once, not looking into adapter layers."""
-    seen: set[int] = set()
-
-    def visit(module: nn.Module) -> None:
-        for name, child in list(module._modules.items()):
-            if child is None:
-                continue
-            act(module, name, child)
-            if id(child) in seen or isinstance(child, AdapterLayer | Wrapper):
-                continue
-            seen.add(id(child))
-            visit(child)
-
-    visit(model)
-
-
-def retie(model: Any) -> None:
-    """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
-        return
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
-        return
-    if torch.equal(inputs.weight, outputs.weight):
-        outputs.weight = inputs.weight
-        return
-    warn("Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.")
-    config.tie_word_embeddings = False
+        return "" if self._method is None else self._method.prefix
 
 
 def tuner_of(peft_type: str) -> Any:
@@ -305,13 +166,27 @@ def tuner_of(peft_type: str) -> Any:
     return method_of(name) if name in PROMPTS else _tuner_class(name)
 
 
+def for_tuner(function: Any) -> Any:
+    """A function (or property) of a registry as one of the tuner."""
+    if isinstance(function, property):
+        read: Any = function.fget
+        return property(lambda self: read(registry_of(self)))
+
+    @wraps(function)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(registry_of(self), *args, **kwargs)
+
+    return run
+
+
 @cache
 def _tuner_class(name: str) -> type[Tuner]:
     from graft.combine import weighted  # not needed to import graft
 
     method = method_of(name)
-    members = {"method": method, "__module__": __name__, "__doc__": Tuner.__doc__, **method.tuner_methods}
-    members["add_weighted_adapter"] = weighted.function_for(name)
+    members = {"_method": method, "__module__": __name__, "__doc__": Tuner.__doc__}
+    own = method.tuner_methods | {"add_weighted_adapter": weighted.function_for(name)}
+    members |= {key: for_tuner(value) for key, value in own.items()}
     return type(METHODS[name].tuner, (Tuner,), members)
 
 
@@ -363,7 +238,7 @@ def compare_targets(tuner: Tuner, config: Any, adapter_name: str) -> None:
     matcher = Matcher(config)
     tree = survey(tuner.model)
     wanted = {k for k in tree.modules if matcher(k).outcome == "matched"}
-    have = set(tuner.layers)
+    have = set(registry_of(tuner).layers)
     if wanted == have:
         return
     text = (

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import AdapterKeyError, ConfigError
-from graft.inject.inject import Parts
 from graft.inject.match import Matcher
+from graft.inject.parts import Parts
 from graft.io.files import Loaded
-from graft.io.load import Load, some
+from graft.io.load import Values, some
 from graft.methods.lora.config import CONVERTED
 from graft.serving.layer import SlotLayer
 
@@ -108,7 +108,7 @@ def fitted(
     lost += [f"{key}.lora_{x}" for key, pair in found.items() for x in "AB" if x not in pair]
     if lost or not found:
         raise AdapterKeyError(f"Adapter '{name}' does not fit: {loaded.path} lacks {some(lost) or 'any LoRA tensor'}.")
-    Load(base, config, name, loaded)._check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
+    Values(base, config, name, loaded)._check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
     return {key: _pair(name, key, pair, config.at(key), layers[key], max_rank) for key, pair in found.items()}
 
 

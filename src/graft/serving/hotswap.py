@@ -19,12 +19,13 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.inject.inject import Parts, collector_paused
+from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
+from graft.inject.parts import Parts
 from graft.io import files
 from graft.io.entries import Entry, entries, without_wrappers
 from graft.io.files import Loaded
-from graft.io.load import Load, some
+from graft.io.load import Values, some
 from graft.io.save import config_of, parts_of
 from graft.methods.lora.init import changes_base
 
@@ -124,7 +125,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mappin
             f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights of "
             f"{some(merged, 2)}: call unmerge_adapter() before."
         )
-    load = Load(base, config, adapter, loaded, key_mapping=key_mapping)
+    load = Values(base, config, adapter, loaded, key_mapping=key_mapping)
     with collector_paused():
         plan = plan_swap(load, parts)
     load._check_base(Parts(plan.found, {}))
@@ -184,7 +185,7 @@ def check_tied(adapter: str, config: Any, rank: int) -> None:
         )
 
 
-def plan_swap(load: Load, parts: Parts) -> Plan:
+def plan_swap(load: Values, parts: Parts) -> Plan:
     """Find a value for every tensor of the adapter, and a tensor for every value.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.inject.inject import Parts
+from graft.inject.parts import Parts
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import config_of

@@ -16,7 +16,7 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import HUB_KEYWORDS
 from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
-from graft.inject.inject import attach, survey_and_match
+from graft.inject.inject import Injection, attach
 from graft.io.files import Loaded, load_weights
 from graft.io.load import renamed, some
 from graft.io.save import config_of, get_peft_model_state_dict
@@ -87,7 +87,7 @@ class AdapterSlots:
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max_rank)
-        plan = survey_and_match(getattr(model, "_orig_mod", model), config, LoRA, "slots")
+        plan = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
         carrying = [*plan.tree.layers, *plan.tree.wrappers]
         if carrying:
             raise AlreadyInjectedError(

@@ -27,6 +27,7 @@ HELD: dict[str, str] = {
     "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad",
     "graft.model.signature": "update_forward_signature update_generate_signature update_signature",
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
+    "graft.model.mixed": "MixedModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
     "graft.model.tuner": "BaseTuner=Tuner",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
@@ -35,7 +36,7 @@ HELD: dict[str, str] = {
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
     "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer "
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
+    "TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
     "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
     "id_tensor_storage init_empty_weights match_target_against_key transpose",
@@ -100,6 +101,8 @@ MODULES: dict[str, str] = {
     "BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper TunerLayerStatus TunerModelStatus "
     "DUMMY_MODEL_CONFIG get_layer_status get_model_status get_peft_model_state_dict id_tensor_storage infer_device "
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
+    "tuners.mixed": "MixedModel",
+    "tuners.mixed.model": "MixedModel",
     "tuners": "LoraRuntimeConfig MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit "
     + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",

@@ -25,7 +25,6 @@ from graft.storage import find_store
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[Any, Any] = {}
 
 
 # classes that graft does not have yet, but that others ask isinstance of
@@ -37,10 +36,6 @@ class _Absent(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"peft.{cls.__name__} is not in graft yet.")
-
-
-class PeftMixedModel(metaclass=_Absent):
-    """Nothing is one: adapters of several methods on one model are not in graft yet."""
 
 
 class LoKrLayer(metaclass=_Absent):
@@ -94,7 +89,7 @@ def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> 
 
 def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return tied_to_embedding(base, survey(base).modules)[1]
+    return tied_to_embedding(base, survey(base))[1]
 
 
 # tensors

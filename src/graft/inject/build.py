@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make all that carries an adapter, apart from the model, and give it its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from graft.core.call import Call
+from graft.core.errors import ConfigError, warn
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.site import Site
+from graft.inject.parts import Parts
+from graft.inject.report import Matched
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.survey import site_of
+from graft.inject.tokens import TrainableTokensWrapper
+from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+
+
+def build(job: Any) -> None:
+    """Build for an Injection that has found what it will do; if it raises, nothing has happened."""
+    heads = choose_heads(job)
+    if job.call is None:
+        existing = next(iter((*job.tree.layers.values(), *job.tree.wrappers.values())), None)
+        job.call = existing.call if existing is not None else Call()
+    before = list(job.shared.containers)
+    orient(job.cfg, job.sites.values())
+    try:
+        share(job)
+        add_layers(job)
+        add_saved(job, heads)
+        add_tokens(job)
+        follow(job)
+        if job.values is not None:
+            put(job.parts, job.adapter, job.values.of(job.parts, job.adapter))
+        for tied, source in job.ties:
+            tied.tie(source)
+    except BaseException:
+        job.undo(before)
+        raise
+
+
+def put(parts: Parts, adapter: str, values: Any) -> None:
+    """Give the entries of an adapter their values, and initial ones to what none is for: tensors that are never saved,
+    or are missing from a checkpoint."""
+    for entry, value in values:
+        entry.assign(value)
+    for layer in parts.layers.values():
+        if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):
+            continue
+        empty = [slot for slot, tensor in layer.tensors(adapter, transient=True) if tensor.is_meta]
+        spare, method = AdapterLayer(layer.site, layer.call), layer.methods[adapter]
+        shared = {} if parts.shared is None else parts.shared.attached()
+        add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
+        made = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
+        for slot in empty:
+            slot.assign(made[slot.container, slot.path], layer.store.where(layer.base_layer)[0])
+
+
+def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
+    """Make an adapter on a layer, frozen. Return how many of its numbers can train."""
+    layer.add(method, (method.placeholders if on_meta else method.build)(shared))
+    if not on_meta:
+        method.init()
+    return layer.place(method.name, upcast)
+
+
+def share(job: Any) -> None:
+    """Make what all layers share."""
+    if not job.method.shares:
+        return
+    sites: list[Site] = list(job.sites.values())
+    if not sites:
+        raise ConfigError(
+            f"No layers types compatible with {job.method.__name__} were found: it needs some to size what they share."
+        )
+    values = job.method.share(sites, job.cfg, job.shared.containers, job.others)
+    where = sites[0].store.where(sites[0].module)
+    job.shared.hold(job.adapter, values, where, job.upcast and job.method.upcast)
+
+
+def add_layers(job: Any) -> None:
+    shared, loads = job.shared.attached(), job.on_meta or job.values is not None
+    for key, site in job.sites.items():
+        layer = job.tree.layers.get(key) or AdapterLayer(site, job.call)
+        job.layers[key] = layer
+        method = job.methods[key]
+        nowhere = (loads or site.on_meta) and not method.inits_from_weight()
+        size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
+        job.report.matched.append(Matched(key, site.type_name, size))
+
+
+def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:
+    """Wrap the modules that train whole."""
+    for key in job.saved:
+        module = job.tree.modules[key]
+        wrapper = job.tree.wrappers.get(key) or ModulesToSaveWrapper(module, key, job.call)
+        job.wrappers[key] = wrapper
+        own = heads.get(key)
+        if own is None and job.values is not None:
+            own = job.values.head(key, module)
+        wrapper.add(job.adapter, own)
+        size = sum(p.numel() for p in wrapper.parameters_of(job.adapter))
+        job.report.modules_to_save.append(Matched(key, type(wrapper.modules_to_save[job.adapter]).__name__, size))
+
+
+def add_tokens(job: Any) -> None:
+    """Wrap the embeddings of which single rows train, and the heads on their weight."""
+    followers, tree, adapter = job.row_followers, job.tree, job.adapter
+    for key in [*(k for k in job.tokens if k not in followers), *followers]:
+        wrapper: Any = tree.wrappers.get(key)
+        if wrapper is None:
+            wrapper = TrainableTokensWrapper(AdapterLayer(site_of(key, tree.modules[key], tree), job.call), key)
+        job.wrappers[key] = wrapper
+        indices = job.tokens[followers.get(key, key)]
+        method = TrainableTokens(wrapper.token_adapter.site, TrainableTokensConfig(token_indices=indices), adapter)
+        size = add_adapter(wrapper.token_adapter, method, {}, on_meta=False, upcast=job.upcast)
+        if key in followers:
+            source: Any = job.wrappers[followers[key]]
+            method.tie(source.token_adapter.methods[adapter])
+            wrapper.tied.add(adapter)
+        else:
+            job.report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
+
+
+def follow(job: Any) -> None:
+    """Adapt the modules that share the embedding's weight. They are tied once values are there."""
+    tree, adapter = job.tree, job.adapter
+    for key, source in job.followers.items():
+        module = tree.modules[key]
+        if source in job.layers:
+            method = job.methods[key]
+            layer = tree.layers.get(key) or AdapterLayer(method.site, job.call)
+            job.layers[key] = layer
+            size = add_adapter(layer, method, job.shared.attached(), on_meta=False, upcast=job.upcast)
+            job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
+            job.ties.append((method, job.layers[source].methods[adapter]))
+        if source in job.wrappers:
+            wrapper = tree.wrappers.get(key) or ModulesToSaveWrapper(module, key, job.call)
+            job.wrappers[key] = wrapper
+            wrapper.add(adapter)
+            wrapper.modules_to_save[adapter].weight = job.wrappers[source].modules_to_save[adapter].weight
+
+
+def orient(cfg: Any, sites: Iterable[Site]) -> None:
+    """Correct `fan_in_fan_out`, which only restates what the layer type says."""
+    if not hasattr(cfg, "fan_in_fan_out"):
+        return
+    for site in sites:
+        if not site.op.known or site.op.takes_ids or len(site.shape) != 2 or cfg.fan_in_fan_out == site.op.transposed:
+            continue
+        kind = "Conv1D" if site.op.transposed else "torch.nn.Linear"
+        warn(
+            f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is `{kind}`. "
+            f"Setting fan_in_fan_out to {site.op.transposed}."
+        )
+        cfg.fan_in_fan_out = site.op.transposed
+
+
+def choose_heads(job: Any) -> dict[str, nn.Module]:
+    """The modules that the caller gave for `modules_to_save`, by full path."""
+    chosen: dict[str, nn.Module] = {}
+    for name, module in (job.heads or {}).items():
+        paths = [key for key in job.saved if key == name or key.endswith(f".{name}")]
+        if len(paths) != 1:
+            raise ConfigError(
+                f"heads['{name}'] must name one of the modules in modules_to_save, which are {job.saved or 'none'}."
+            )
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
+        chosen[paths[0]] = module
+    return chosen

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an injection will do: which modules, and why not others. Everything that can go wrong is raised here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graft.config.base import matches_end
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.site import Site
+from graft.inject import saved
+from graft.inject.match import Matcher, Verdict, hint, unmatched
+from graft.inject.report import InjectReport, Skipped
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.survey import Tree, kind_of, never_called, site_of
+from graft.inject.targets import DUMMY, resolve_targets
+from graft.inject.tied import embedding_path, expand, tied_to_embedding
+from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+
+
+def find(job: Any) -> None:
+    """Fill in what an Injection finds."""
+    tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
+    if job.keys is None:
+        resolve_targets(cfg, method, model, tree.modules)
+    method.prepare(cfg, model)
+    job.followers = expand(cfg, method, model, tree) if job.keys is None else {}
+    job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
+    match(job)
+    followed = {k: site_of(k, tree.modules[k], tree) for k, source in job.followers.items() if source in job.sites}
+    adapted = {**job.sites, **followed}
+    variant = method.variant(cfg)
+    for key, site in adapted.items():
+        job.methods[key] = variant(site, cfg.at(job.followers.get(key, key)), adapter)
+    check_sites(job.methods, tree, job.mixed)
+    job.saved = modules_to_save_of(cfg, tree, job.report)
+    for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
+        inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
+        saved.refuse(key, tree.modules[key], inside, adapter)
+    job.tokens = token_targets(cfg, model, tree, adapter)
+    job.row_followers = following_tokens(job.tokens, cfg, model, tree)
+    check_tokens(job.tokens, job.row_followers, adapted, job.saved, tree, adapter)
+    job.biases = biases_of(cfg, model, [tree.modules[key] for key in adapted], job.saved)
+    job.report.other_trainable = sum(b.numel() for b in job.biases)
+
+
+def match(job: Any) -> dict[str, Verdict]:
+    """Find the sites, and note in the report what is left out and what matched nothing."""
+    cfg, report, tree = job.cfg, job.report, job.tree
+    chosen = set(job.keys) if job.keys is not None else None
+    matcher = Matcher(cfg) if chosen is None else None
+    outcomes: dict[str, Verdict] = {}
+    for key, module in tree.modules.items():
+        if matcher is not None:
+            verdict = matcher(key)
+        else:
+            verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
+        if key in job.followers and verdict.outcome == "matched":  # by a regex: it comes after its embedding
+            verdict = Verdict("tied", verdict.entry)
+        outcomes[key] = verdict
+        if verdict.outcome == "matched":
+            job.sites[key] = site_of(key, module, tree)
+        elif verdict.entry is not None:
+            report.skipped.append(Skipped(key, kind_of(module), verdict.why))
+        elif not module._modules:
+            report.untargeted[kind_of(module)] += 1
+    if matcher is not None:
+        report_on(cfg, matcher, outcomes, report)
+    return outcomes
+
+
+def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
+    """Raise unless all of these can be adapted."""
+    for key, method in methods.items():
+        site, adapter = method.site, method.name
+        why = method.check() or never_called(key, tree)
+        existing = tree.layers.get(key)
+        if existing is not None and adapter in existing.methods:
+            why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
+        elif existing is not None and method.config not in existing.kinds and not mixed:
+            why = f"It already carries {type(next(iter(existing.methods.values()))).__name__} adapters"
+        wrapper = tree.wrappers.get(key)
+        if wrapper is not None:
+            why = f"It is {wrapper.how} of adapter(s) {wrapper.adapters}"
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"Target module {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
+                f"({type(method).__name__}): take the module out with exclude_modules, or name other target_modules."
+            )
+
+
+def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
+    """The paths of the modules that are trained whole."""
+    names = getattr(cfg, "modules_to_save", None) or ()
+    wanted = [key for key in tree.modules if saved.matches(key, names) is not None] if names else []
+    defaults = getattr(cfg, "_default_heads", ())
+    missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in wanted)]
+    say_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
+    return wanted
+
+
+def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport) -> None:
+    """Warn of entries of a config's field that matched nothing, and note them in the report."""
+    for entry, similar in entries.items():
+        warn(f"{name} entry '{entry}' matched nothing{hint(similar)}", PeftWarning)
+    prefix = "" if name == "target_modules" else f"{name}: "
+    report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
+
+
+def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]) -> list[nn.Parameter]:
+    """The base's biases that train. Those of modules trained whole do so in the adapter's copy."""
+    bias = getattr(cfg, "bias", "none")
+    if bias == "none":
+        return []
+    if bias == "all":
+        inside = tuple(f"{key}." for key in whole)
+        return [p for name, p in model.named_parameters() if "bias" in name and not name.startswith(inside)]
+    # "<method>_only": those of the adapted layers
+    layers = [getattr(module, "base_layer", module) for module in adapted]
+    return [b for layer in layers if (b := getattr(layer, "bias", None)) is not None]
+
+
+def check_tokens(
+    tokens: dict[str, list[int]],
+    followers: dict[str, str],
+    adapted: dict[str, Site],
+    saved_paths: list[str],
+    tree: Tree,
+    adapter: str,
+) -> None:
+    """Raise unless single rows of these modules, and of those that follow them, can train."""
+    for key in dict.fromkeys((*tokens, *followers)):
+        module = tree.modules[key]
+        name = f"'{key}'" if key in tokens else f"'{key}', which follows '{followers[key]}' as it shares its weight"
+        if key in saved_paths:
+            raise ValueError(
+                f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` "
+                f"or `modules_to_save` for {name}, not both. Adapter '{adapter}'."
+            )
+        why = None
+        if key in adapted:
+            why = f"adapter '{adapter}' has it in target_modules as well: take it out of one of the two"
+        elif isinstance(module, AdapterLayer):
+            why = f"it carries adapter(s) {module.adapters}: load '{adapter}' into another model"
+        elif isinstance(module, ModulesToSaveWrapper):
+            why = f"it is {module.how} of adapter(s) {module.adapters}: load '{adapter}' into another model"
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"trainable_token_indices cannot be applied to modules of type {type(module)}, {name}: {why}."
+            )
+    for key, indices in tokens.items():
+        cfg = TrainableTokensConfig(token_indices=indices)
+        why = TrainableTokens(site_of(key, tree.modules[key], tree), cfg, adapter).check()
+        if why is not None:
+            raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
+
+
+def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport) -> None:
+    """Say what matched nothing: raise if that is everything, else warn and note it in the report."""
+    verdicts = outcomes.values()
+    found = {v.outcome for v in verdicts}
+    targets = cfg.target_modules
+    excluded = bool(found & {"excluded", "saved"})
+    if "matched" not in found and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,)):
+        raise NoMatchingPeftModuleError(f"{nothing_matched(cfg, outcomes, excluded)} Adapter '{report.adapter}'.")
+    exclude = getattr(cfg, "exclude_modules", None)
+    if exclude and not excluded:
+        warn(
+            f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
+            "Names are whole paths or their last parts."
+        )
+    elif exclude and not isinstance(exclude, str):
+        idle = [e for e in exclude if not any(k == e or k.endswith(f".{e}") for k in outcomes)]
+        say_unmatched("exclude_modules", unmatched(idle, set(), outcomes), report)
+    if matcher.indices:
+        reached = {matcher.layer_of(k) for k, v in outcomes.items() if v.outcome == "matched"}
+        idle = [str(i) for i in sorted(matcher.indices) if i not in reached]
+        say_unmatched("layers_to_transform", {i: [] for i in idle}, report)
+    if isinstance(targets, (set, list)) and DUMMY not in targets:
+        used = {v.entry for v in verdicts if v.entry is not None}
+        # an entry may be hidden behind a longer one that names the same modules
+        left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
+        say_unmatched("target_modules", unmatched(left, used, outcomes), report)
+    for name in getattr(cfg, "patterns", {}):
+        matched = [k for k, v in outcomes.items() if v.outcome == "matched"]
+        idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k) for k in matched))
+        if idle:
+            text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."
+            warn(text, RuntimeWarning)
+
+
+def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
+    targets = cfg.target_modules
+    left = any(v.outcome in ("untargeted", "layer") for v in outcomes.values())
+    if excluded and not left:
+        return (
+            "All modules were excluded. This is likely unintended. "
+            "Check your `target_modules`, `exclude_modules` and `modules_to_save` configuration."
+        )
+    if excluded:
+        return (
+            "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` that "
+            f"name nothing else and `exclude_modules` or `modules_to_save` that take out the rest. Targets: {targets}."
+        )
+    if not targets:
+        return (
+            "No `target_modules` passed but also no `target_parameters` found. "
+            "Please check the values for these arguments."
+        )
+    text = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+    if not isinstance(targets, str):
+        for entry, similar in unmatched(targets, set(), outcomes).items():
+            if similar:
+                text += f" '{entry}' matched nothing{hint(similar)}"
+    if getattr(cfg, "layers_to_transform", None) is not None:
+        text += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
+        if cfg.layers_pattern is not None:
+            text += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
+        text += " Make sure the indices exist, and that the layers are numbered directly below that name."
+    return text
+
+
+def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, list[int]]:
+    """The modules whose rows a config trains, by path."""
+    wanted = getattr(cfg, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    named = wanted if isinstance(wanted, dict) else {embedding_path(model, tree) or "embed_tokens": wanted}
+    out: dict[str, list[int]] = {}
+    for name, indices in named.items():
+        paths = [k for k in tree.modules if k == name or k.endswith(f".{name}")]
+        if not paths:
+            raise NoMatchingPeftModuleError(
+                f"Target modules {{'{name}'}} not found in the base model. Please check the target modules and try "
+                f"again (trainable_token_indices). Adapter '{adapter}'."
+            )
+        out |= {path: list(indices) for path in paths}
+    return out
+
+
+def following_tokens(tokens: dict[str, list[int]], cfg: Any, model: nn.Module, tree: Tree) -> dict[str, str]:
+    """The modules on the embedding's weight that train the rows which it trains: {path: embedding's path}."""
+    embedding, tied = tied_to_embedding(model, tree) if tokens else (None, [])
+    own = tokens.get(embedding or "")
+    following = [k for k in tied if own is not None and tokens.get(k) in (None, own)]
+    other = [k for k in tied if k in tokens and k not in following]
+    if other and getattr(cfg, "ensure_weight_tying", False):
+        raise ValueError(
+            "Cannot ensure weight tying when different token indices are specified for tied layers. "
+            f"Conflicting layers: {[embedding, *other]}."
+        )
+    return dict.fromkeys(following, embedding or "")

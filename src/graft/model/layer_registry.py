@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of adapters on layers: adding, merging and unloading them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core import merging
+from graft.core.errors import AdapterNameError, ConfigError, warn
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.shared import Shared
+from graft.inject.inject import Values, check_bias, inject
+from graft.inject.parts import Parts
+from graft.inject.report import InjectReport
+from graft.inject.survey import Tree, Wrapper
+from graft.inject.tokens import TrainableTokensWrapper
+from graft.methods import method_of
+from graft.model.registry import Registry
+
+
+class LayerRegistry(Registry):
+    """The adapters of one method on a model; of several if `method` is None.
+
+    holder: the module that stands around the model, which holds the tensors that layers share.
+    """
+
+    method: type[Method]
+    several = "use model.base_model.set_adapter([...]) to activate several"
+
+    def __init__(self, holder: nn.Module, model: nn.Module, method: type[Method] | None, tree: Tree | None = None):
+        self.holder, self.mixed = holder, method is None
+        self.method = method  # type: ignore[assignment]
+        self.tree: Tree | None = self.begin(model, tree)  # until the first adapter is there
+        self.checkpointing = self.tree.checkpointing
+        self.shared = Shared()
+        self.peft_config |= getattr(model, "peft_config", None) or {}
+
+    def method_for(self, config: Any) -> type[Method]:
+        return method_of(config.peft_type) if self.mixed else self.method  # type: ignore[no-any-return]
+
+    # adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        values: Values | None = None,
+        keys: Any = None,
+        heads: dict[str, nn.Module] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> InjectReport:
+        """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`.
+
+        Args:
+            state_dict: adapt exactly the layers that it has tensors for.
+        """
+        self.check_new(adapter_name, config)
+        if state_dict is not None:
+            keys = self._keys_in(state_dict, config)
+        tree, self.tree, disabled = self.tree, None, self.disabled
+        method = self.method_for(config)
+        done = inject(
+            self.model,
+            config,
+            method,
+            adapter_name,
+            call=self.call,
+            shared=self.shared,
+            others={n: c for n, c in self.peft_config.items() if c.peft_type == config.peft_type},
+            upcast=autocast_adapter_dtype,
+            on_meta=low_cpu_mem_usage,
+            values=values,
+            keys=keys,
+            heads=heads,
+            tree=tree,
+            mixed=self.mixed,
+        )
+        for name, container in self.shared.modules().items():
+            if name not in self.holder._modules:
+                self.holder.add_module(name, container)
+        self.take_in(done.parts, disabled)
+        self.peft_config[adapter_name] = config
+        self.reports[adapter_name] = done.report
+        return done.report
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """`add_adapter` of a config that has been put into `peft_config` under that name, as PEFT's callers do."""
+        if model is not self.model:
+            raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
+        self.check_known([adapter_name])
+        if any(adapter_name in part.adapters for part in self.carriers()):
+            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
+        config = self.peft_config.pop(adapter_name)
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict)
+
+    def parts_of(self, adapter_name: str) -> Parts:
+        parts = super().parts_of(adapter_name)
+        parts.shared = self.shared
+        return parts
+
+    @contextmanager
+    def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
+        if not self.mixed:
+            with self.method.around(self, self.call) as finish:
+                yield finish
+            return
+        with ExitStack() as stack:
+            active = (self.peft_config[name] for name in self.active_adapters)
+            methods = dict.fromkeys(method_of(config.peft_type) for config in active)
+            steps = [stack.enter_context(method.around(self, self.call)) for method in methods]
+
+            def finish_all(output: Any) -> Any:
+                for step in steps:
+                    output = step(output)
+                return output
+
+            yield finish_all
+
+    def check_method(self, config: Any) -> None:
+        if not self.mixed:
+            super().check_method(config)
+        elif config.is_prompt_learning:
+            raise ConfigError(
+                f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: it "
+                "acts on no layers. Use get_peft_model without mixed=True."
+            )
+
+    def check_new(self, adapter_name: str, config: Any) -> None:
+        super().check_new(adapter_name, config)
+        method = self.method_for(config)
+        same = {name: c for name, c in self.peft_config.items() if c.peft_type == config.peft_type}
+        if method.single_trainable and not config.inference_mode:
+            others = [name for name, c in same.items() if not c.inference_mode]
+            if others:
+                raise ConfigError(
+                    f"{method.__name__} supports only 1 trainable adapter. When using multiple adapters, set "
+                    f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
+                )
+        check_bias(config, method, iter(self.peft_config.values()))
+
+    def carriers(self) -> Iterator[Any]:
+        yield from super().carriers()
+        if self.shared.containers:
+            yield self.shared
+
+    # merging
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """Adapters that are merged into some layer."""
+        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
+
+    def mergeable_layers(self) -> list[AdapterLayer]:
+        rows = [w.token_adapter for w in self.wrappers.values() if isinstance(w, TrainableTokensWrapper)]
+        return [*self.layers.values(), *rows]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (the active ones if None) into the base weights; `unmerge_adapter` takes them out again.
+
+        Raises:
+            AdapterNotFoundError: one of them is not loaded.
+            ValueError: `safe_merge` found values that are not finite, or adapters are disabled. Nothing is merged then.
+            NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
+        """
+        self._merge(adapter_names, safe_merge, undoable=True)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
+        if isinstance(adapter_names, str):
+            raise TypeError(
+                f"adapter_names should be a list of strings, got {adapter_names!r}: write ['{adapter_names}']."
+            )
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self.check_known(names)
+        done = self.merged_adapters
+        wanted, names = names, [n for n in names if n not in done]
+        layers: Any = self.mergeable_layers()
+        merging.say_merged(done, wanted, names, any(merging.replaces(layer, names) for layer in layers))
+        if not names:
+            return
+        for layer in layers:
+            merging.check(layer, names, safe_merge, undoable)
+        left = [n for n in self.active_adapters if n not in names and n not in done]
+        if not undoable:
+            silent = left
+            until = "the merged model is without them"
+        else:
+            hosts = [layer for layer in layers if not layer.methods.keys().isdisjoint(names)]
+            silent = [n for n in left if any(n in layer.methods for layer in hosts)]
+            until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
+        if silent:
+            warn(f"Active adapters {silent} are not merged: {until}.")
+        if progress:
+            from tqdm import tqdm
+
+            layers = tqdm(layers, desc="Merging", unit="layer")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said above, once
+            for layer in layers:
+                layer.merge(False, names, undoable)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the base weights again."""
+        if not self.merged_adapters:
+            warn("Already unmerged. Nothing to do.")
+        for layer in self.mergeable_layers():
+            if layer.merged_adapters:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge for good and return the plain model."""
+        self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """The model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, even if
+        adapters are disabled."""
+        survey_places(self.model, self._restore)
+        self.layers, self.wrappers = {}, {}
+        if "peft_config" in self.model.__dict__:
+            del self.model.peft_config
+        retie(self.model)
+        return self.model
+
+    def _restore(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        if isinstance(child, AdapterLayer):
+            parent._modules[name] = child.base_layer
+        elif isinstance(child, Wrapper):
+            parent._modules[name] = child.kept
+
+    def _keys_in(self, state_dict: dict[str, Tensor], config: Any) -> set[str]:
+        mark = f".{self.method_for(config).prefix}"
+        return {k.rsplit(mark, 1)[0].replace("_orig_mod.", "") for k in state_dict if mark in k}
+
+
+def survey_places(model: nn.Module, act: Any) -> None:
+    """Call `act(parent, name, child)` for every module once, not looking into adapter layers."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module) -> None:
+        for name, child in list(module._modules.items()):
+            if child is None:
+                continue
+            act(module, name, child)
+            if id(child) in seen or isinstance(child, AdapterLayer | Wrapper):
+                continue
+            seen.add(id(child))
+            visit(child)
+
+    visit(model)
+
+
+def retie(model: Any) -> None:
+    """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
+        return
+    if torch.equal(inputs.weight, outputs.weight):
+        outputs.weight = inputs.weight
+        return
+    warn("Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.")
+    config.tie_word_embeddings = False

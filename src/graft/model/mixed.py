@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PeftMixedModel: adapters of several methods on one model, active at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from graft.config.base import PeftConfig
+from graft.methods import METHODS
+from graft.model.peft_model import PeftModel
+from graft.model.tuner import Tuner
+
+
+class MixedModel(Tuner):
+    """Holds the user's model and adapters of any methods on its layers, side by side.
+
+    On a layer, each adapter acts on what those before it made: methods in the order in which they came to the layer,
+    adapters of one method in the order in which they are active.
+    """
+
+    _method = None
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"Weighted adapters are not supported for {type(self).__name__} (yet). Combine adapters of one method in a "
+            "PeftModel, and load the result here."
+        )
+
+
+class PeftMixedModel(PeftModel):
+    """A base model with adapters of different methods, of which several can be active: `set_adapter(["a", "b"])`.
+
+    Every method that acts on layers can stand beside every other. A module that stands in for a layer (LN tuning) is
+    alone on it while it is active.
+
+    Raises:
+        ConfigError: the method acts on no layers, such as a prompt.
+    """
+
+    def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
+        return MixedModel(model, config, adapter_name, **options)
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        return cls
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:  # type: ignore[override]
+        """Make these adapters active, in this order, and trainable unless for inference.
+
+        Raises:
+            AdapterNotFoundError: one of them is not loaded.
+            ValueError: two of them cannot be active together.
+        """
+        self._registry.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:  # type: ignore[override]
+        """Remove one adapter or several.
+
+        Raises:
+            ValueError: one is not loaded, or is merged. None is removed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        self._registry.check_known(names)
+        self._registry.check_not_merged(names)
+        for name in names:
+            self._registry.delete_adapter(name)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge the active adapters for good and return the plain model."""
+        return self._registry.merge_and_unload(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def unload(self) -> nn.Module:
+        """The model without adapters."""
+        return self._registry.unload()  # type: ignore[no-any-return]
+
+
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, type[MixedModel]] = dict.fromkeys(METHODS, MixedModel)

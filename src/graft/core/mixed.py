@@ -12,7 +12,7 @@ from torch import Tensor
 from graft.core import fused
 from graft.core.call import Rows
 from graft.core.effect import LowRank
-from graft.core.plan import Chain, Instead, Plan, Sum, Whole, part_of, plan_of, refuse_gates
+from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, part_of, plan_of, refuse_gates
 from graft.kernels.mixed import add_groups, fits
 
 
@@ -24,7 +24,7 @@ class Mixed:
         self.plans: dict[str | None, Plan | None] = {n: None if n is None else plan_of(layer, [n]) for n in names}
         plans = [plan for plan in self.plans.values() if plan is not None]
         self.whole = any(isinstance(plan, Whole) for plan in plans)
-        self.adds = not any(isinstance(plan, (Chain, Instead)) for plan in plans)
+        self.adds = not any(isinstance(plan, (Chain, Folded, Instead)) for plan in plans)
         self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
         self.idle = not plans
 

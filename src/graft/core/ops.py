@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from graft.core.lean import Linear as LeanLinear
 from graft.core.lean import bare
@@ -53,6 +54,7 @@ class Op:
     transposed = False  # the module stores (in, out)
     output_is_new = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
+    opaque = False  # all that can be had of the layer is its output with another weight
 
     def variant(self, m: Any) -> Op:
         """The Op that serves this module, where what it holds changes its function."""
@@ -257,6 +259,25 @@ class Conv(Op):
         )
         up = self.module(r, m.out_channels, 1, groups=m.groups, bias=bias, device=device)
         return down, up
+
+
+class Opaque(Op):
+    """A parameter of a module that uses it in ways of its own, such as the fused weights of experts."""
+
+    opaque = True
+
+    def __init__(self, parameter: str):
+        self.parameter = parameter
+
+    def shape(self, m):
+        return tuple(getattr(m, self.parameter).shape)
+
+    def dims(self, m):
+        return self.shape(m)[0], self.shape(m)[1]
+
+    def apply(self, m, args, kwargs, W):
+        """The module's output with W in the place of its parameter."""
+        return functional_call(m, {self.parameter: W}, args, kwargs)
 
 
 OPS: TypeTable[Op] = TypeTable(

@@ -49,7 +49,9 @@ def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
     steps = ordered(layer, methods)
     effects = [effect for _, effect in steps]
     kind: type[Plan]
-    if any(e.whole for e in effects):
+    if layer.op.opaque:
+        kind = Folded
+    elif any(e.whole for e in effects):
         kind = Instead
     elif any(isinstance(e, Branch) and e.input_of for e in effects):
         kind = Whole
@@ -365,6 +367,17 @@ def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kw
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "add": _add, "gain": _gain}
+
+
+class Folded(Plan):
+    """A weight that nobody knows how to use but its module: fold, then call the module with that in its place."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if layer.call.gates is not None:
+            refuse_gates(layer)
+        W, _ = self.fold(layer.weight_now, None)
+        return layer.op.apply(layer.base_layer, args, kwargs, W)
 
 
 class Whole(Plan):

@@ -11,7 +11,7 @@ from torch import nn
 
 from graft.core import merging
 from graft.core.layer import AdapterLayer
-from graft.core.ops import find_op
+from graft.core.ops import Opaque, find_op
 from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.inject.saved import ModulesToSaveWrapper
@@ -145,6 +145,13 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners.get(weight, 0) > 1
     return Site(key, module, find_op(module), find_store(module), shared=shared)
+
+
+def parameter_site(key: str, module: nn.Module, name: str, tree: Tree) -> Site:
+    """The site of one parameter of a module, of which nothing else is known."""
+    weight = module._parameters[name]
+    shared = weight is not None and tree.owners.get(weight, 0) > 1
+    return Site(f"{key}.{name}", module, Opaque(name), find_store(module, name), name, shared)
 
 
 # modules that read their children's weights and do not call them

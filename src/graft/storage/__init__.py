@@ -13,12 +13,18 @@ from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
 
 DENSE: Store = Dense()
-STORES: TypeTable[Store] = TypeTable({})
+STORES: TypeTable[Store] = TypeTable({})  # by type of module
+TENSORS: TypeTable[Store] = TypeTable({})  # by type of the weight itself, of modules that the first does not know
+PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def find_store(module) -> Store:
-    """The Store of a module's weight; dense unless a table row says otherwise."""
-    return STORES.find(type(module)) or DENSE
+def find_store(module: nn.Module, name: str = "weight") -> Store:
+    """The Store of a module's tensor: by the module's type, then by the tensor's; dense unless a row says otherwise."""
+    store = STORES.find(type(module))
+    if store is None:
+        kind = type(module._parameters.get(name))
+        store = TENSORS.find(kind) if kind not in PLAIN else None
+    return store or DENSE
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -35,4 +41,4 @@ def numel(p: Any) -> int:
     return n
 
 
-__all__ = ["DENSE", "STORES", "Dense", "find_store", "numel", "place_of", "standalone"]
+__all__ = ["DENSE", "STORES", "TENSORS", "Dense", "find_store", "numel", "place_of", "standalone"]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on a parameter of a module that uses it in ways of its own: fold, then call the module."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.core.call import Call, Rows
+from graft.core.layer import AdapterLayer
+from graft.core.shared import Shared
+from graft.inject.build import add_adapter
+from graft.inject.survey import parameter_site, survey
+from tests.models import seeded
+
+
+class Gated(nn.Module):
+    """Uses its matrix twice, and takes a second argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 10))
+
+    def forward(self, x, *, gate):
+        return torch.relu(x @ self.w.T) @ self.w * gate
+
+
+CONFIGS = {
+    "LORA": dict(r=2, lora_alpha=3),
+    "VERA": dict(r=3),
+    "LOHA": dict(r=4, alpha=3),
+    "OFT": dict(oft_block_size=2),
+    "HRA": dict(r=2),
+}
+
+
+def carried(*methods):
+    with seeded(0):
+        module = nn.ModuleDict({"m": Gated()}).requires_grad_(False)
+        layer = AdapterLayer(parameter_site("m", module["m"], "w", survey(module)), Call())
+        for name, method in zip("ab", methods):
+            cfg = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["m"], **CONFIGS[method])
+            m, shared = graft.method_of(method)(layer.site, cfg, name), Shared()
+            assert m.check() is None
+            if m.shares:
+                shared.hold(name, m.share([layer.site], cfg, {}, {}), (None, torch.float32), True)
+            add_adapter(layer, m, shared.attached(), on_meta=False, upcast=True)
+            layer.require_grad(name, True)
+            for p in layer.parameters_of(name):
+                p.data.add_(torch.randn(p.shape), alpha=0.3)
+    return layer.eval()
+
+
+X, GATE = torch.linspace(-1, 1, 40).view(4, 10), torch.rand(10, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("a, b", [("LORA", "OFT"), ("VERA", "HRA"), ("LOHA", "LORA"), ("HRA", "LOHA")])
+def test_forward_is_the_module_with_the_folded_parameter(a, b):
+    layer = carried(a, b)
+    base = layer(X, gate=GATE)
+    assert torch.equal(base, layer.base_layer(X, gate=GATE))
+    layer.set_adapter(["a", "b"])
+    W, _ = layer.state.plan.fold(layer.weight_now, None)
+    y = layer(X, gate=GATE)
+    assert_close(y, torch.relu(X @ W.T) @ W * GATE)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n in "ab" for p in layer.parameters_of(n))
+    with torch.no_grad():
+        layer.merge()
+        assert_close(layer(X, gate=GATE), y)
+        layer.unmerge()
+        assert_close(layer(X, gate=GATE), y)
+    assert layer.get_delta_weight("a").shape == (6, 10) if layer.methods["a"].effect.additive else True
+
+
+def test_rows_use_either():
+    layer = carried("LORA", "OFT")
+    names = ["b", "__base__", "a", "b"]
+    layer.call.rows = Rows.of(names)
+    mixed = layer(X, gate=GATE)
+    layer.call.rows = None
+    for row, name in enumerate(names):
+        layer.set_adapter([] if name == "__base__" else [name])
+        assert_close(mixed[row], layer(X[row : row + 1], gate=GATE)[0])
+
+
+def test_it_compiles_without_a_break():
+    layer = carried("LORA", "HRA")
+    layer.set_adapter(["a", "b"])
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert_close(compiled(X, gate=GATE), layer(X, gate=GATE))

@@ -36,7 +36,7 @@ MODULES = {name_of(path): path for path in FILES}
 
 
 def imports(path: Path, nested: bool) -> Iterator[str]:
-    """Modules that a file imports: at its top level, or anywhere if `nested`. Not those for type checkers."""
+    """Modules that a file imports: at its top level; or anywhere if `nested`, for type checkers too."""
 
     def visit(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imports(path: Path, nested: bool) -> Iterator[str]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 yield inner if inner in MODULES else node.module
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not nested:
             return
         elif nested or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             for child in ast.iter_child_nodes(node):
@@ -76,7 +76,7 @@ def test_every_package_has_its_place():
 @pytest.mark.parametrize("module", [m for m in MODULES if package(m)])
 def test_a_package_imports_only_what_is_below_it(module):
     allowed = MAY_IMPORT[package(module)] | {package(module)}
-    wrong = {name for name in own(MODULES[module]) if package(name) not in allowed}
+    wrong = {name for name in own(MODULES[module], nested=True) if package(name) not in allowed}
     assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
@@ -91,7 +91,8 @@ def test_core_and_kernels_know_torch_and_nothing_else(floor, below):
 
 
 def test_no_module_imports_itself_in_a_circle():
-    graph = {module: own(path) - {module} for module, path in MODULES.items()}
+    """Imports inside functions and for type checkers count."""
+    graph = {module: own(path, nested=True) - {module} for module, path in MODULES.items()}
     # importing a.b runs a/__init__ first; that a package's own modules do so is not a circle
     done: set[str] = set()
 
@@ -298,3 +299,48 @@ def test_the_forward_pass_decides_nothing():
 def test_every_file_names_its_licence_once():
     for path in FILES:
         assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
+
+
+# private state
+
+
+NAMES_OF_TORCH = """
+_modules _parameters _buffers _non_persistent_buffers_set _version _C _orig_mod _compiled_call_impl _utils _get_name
+_reversed_padding_repeated_twice _execution_engine _is_compiling_flag _current_level _current_graph_task_id
+_global_forward_pre_hooks _global_forward_hooks _global_backward_pre_hooks _global_backward_hooks
+_foreach_copy_ _foreach_zero_ _foreach_mul_ _asdict _replace _getframe
+"""
+TORCHS = frozenset(NAMES_OF_TORCH.split())
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """Names that a file defines: functions, classes, attributes that are set or declared, keywords."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_state_stays_in_its_file(module):
+    tree = ast.parse(MODULES[module].read_text())
+    own = {*defined(tree), *TORCHS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            of_parent = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
+            assert of_self or of_parent or node.attr in own, f"{module}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_only_storage_looks_into_a_module_for_its_tensors():
+    """`find_store` and its rows decide how a weight is held; elsewhere nobody asks for its type."""
+    for module, path in MODULES.items():
+        if package(module) in ("core", "methods", "inject", "combine", "io", "model", "serving"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and node.attr in ("qweight", "quant_state", "SCB", "tensor_impl"):
+                    raise AssertionError(f"{module}:{node.lineno} {ast.unparse(node)}")

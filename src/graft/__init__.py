@@ -33,12 +33,11 @@ _NAMES: dict[str, str] = {
         "graft.inject.saved": "ModulesToSaveWrapper",
         "graft.model.api": "get_peft_config get_peft_model",
         "graft.model.tuner": "Tuner inject_adapter_in_model",
-        "graft.model.peft_model": "PeftModel",
         "graft.model.mixed": "PeftMixedModel",
         "graft.model.plan": "plan",
-        "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
-        "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
-        "PeftModelForTokenClassification",
+        "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "
+        "PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
+        "PeftModelForSequenceClassification PeftModelForTokenClassification",
         "graft.model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
         "AutoPeftModelForTokenClassification",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,8 @@ from graft.core.effect import LowRank, Replace
 from graft.core.errors import warn
 from graft.core.plan import Step, evaluating, fold_step, ordered, shift_of
 
-if TYPE_CHECKING:
-    from graft.core.layer import AdapterLayer
-    from graft.core.method import Method
 
-
-def not_merged(layer: AdapterLayer, names: Sequence[str] | None) -> list[str]:
+def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
     """Those of `names` (None: the active ones) that are not merged yet. Says what is merged already."""
     if isinstance(names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {names!r}: write ['{names}'].")
@@ -34,7 +30,7 @@ def not_merged(layer: AdapterLayer, names: Sequence[str] | None) -> list[str]:
     return left
 
 
-def replaces(layer: AdapterLayer, names: Sequence[str]) -> bool:
+def replaces(layer: Any, names: Sequence[str]) -> bool:
     """Whether one of these adapters stands in for the whole layer."""
     return any(layer.methods[n].effect.whole for n in names if n in layer.methods)
 
@@ -51,7 +47,7 @@ def say_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], r
         warn("All adapters are already merged, nothing to do.")
 
 
-def check_together(layer: AdapterLayer, methods: Sequence[Method]) -> None:
+def check_together(layer: Any, methods: Sequence[Any]) -> None:
     """Raise if these adapters cannot act on the layer at once."""
     if len(methods) < 2:
         return
@@ -71,7 +67,7 @@ def check_together(layer: AdapterLayer, methods: Sequence[Method]) -> None:
             type(same[0]).check_together(same)
 
 
-def check(layer: AdapterLayer, names: Sequence[str], safe: bool, undoable: bool) -> None:
+def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
     """Raise what merging would raise, writing nothing. `safe` computes the weights, to see that they are finite."""
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
@@ -102,7 +98,7 @@ def check(layer: AdapterLayer, names: Sequence[str], safe: bool, undoable: bool)
             raise ValueError(_broken(names, key))
 
 
-def fixed(layer: AdapterLayer, methods: Sequence[Method]) -> str | None:
+def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
     """Why these adapters cannot be written into this layer, if so."""
     for m in methods:
         if m.effect.fixed is not None:
@@ -116,7 +112,7 @@ def fixed(layer: AdapterLayer, methods: Sequence[Method]) -> str | None:
     return why
 
 
-def shifts(m: Method) -> bool:
+def shifts(m: Any) -> bool:
     """Whether an adapter changes the bias."""
     with evaluating(m.layer):
         return m.effect.additive and shift_of(m.effect) is not None
@@ -129,7 +125,7 @@ def _broken(names: Sequence[str], key: str) -> str:
     )
 
 
-def in_order(layer: AdapterLayer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
+def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
     """The steps of all that will be merged; and of `names` alone, if they can go on top of what is merged."""
     done = layer.state.merged
     steps = ordered(layer, [layer.methods[n] for n in (*done, *names) if n in layer.methods])
@@ -138,7 +134,7 @@ def in_order(layer: AdapterLayer, names: Sequence[str]) -> tuple[list[Step], lis
     return steps, new if on_top else None
 
 
-def merge(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
+def merge(layer: Any, names: list[str], undoable: bool) -> None:
     """Merge adapters that have been checked."""
     if replaces(layer, names):
         _swap(layer, names)
@@ -153,7 +149,7 @@ def merge(layer: AdapterLayer, names: list[str], undoable: bool) -> None:
 
 
 @torch.no_grad()
-def folded(layer: AdapterLayer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
+def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
     """Weight (canonical) and bias with `steps` folded in: at least float32 inside, rounded once at the end."""
     b: Any = getattr(layer.base_layer, "bias", None)
     W = layer.weight_now
@@ -170,7 +166,7 @@ def folded(layer: AdapterLayer, steps: Sequence[Step], from_w0: bool = False) ->
     return W.to(dtype), b if bias is wide or bias is None else bias.to(bias.dtype if b is None else b.dtype)
 
 
-def in_place(layer: AdapterLayer) -> Tensor | None:
+def in_place(layer: Any) -> Tensor | None:
     """The base weight as a matrix (out, fan_in) that low-rank updates can be added to in place, or None."""
     if not layer.store.live or layer.site.shared:
         return None
@@ -189,7 +185,7 @@ def _low_rank(steps: Sequence[Step]) -> list[Any] | None:
     return found
 
 
-def _add_in_place(layer: AdapterLayer, W: Tensor, names: list[str], factors: list[Any], undoable: bool) -> None:
+def _add_in_place(layer: Any, W: Tensor, names: list[str], factors: list[Any], undoable: bool) -> None:
     kept = []
     for f in factors:
         A, B = (t.detach() for t in f.matrices())
@@ -201,7 +197,7 @@ def _add_in_place(layer: AdapterLayer, W: Tensor, names: list[str], factors: lis
 
 
 @torch.no_grad()
-def _write(layer: AdapterLayer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
+def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     base, name, shared = layer.base_layer, layer.site.parameter, layer.site.shared
     factors, state = _low_rank(steps), layer.state
     matrix = None if factors is None else in_place(layer)
@@ -229,21 +225,21 @@ def _write(layer: AdapterLayer, names: list[str], steps: Sequence[Step], undoabl
     state.merged += names
 
 
-def _swap(layer: AdapterLayer, names: list[str]) -> None:
+def _swap(layer: Any, names: list[str]) -> None:
     if layer.state.merged:
         unmerge(layer)
     _change_places(layer, names[0])
     layer.state.merged = names
 
 
-def _change_places(layer: AdapterLayer, adapter: str) -> None:
+def _change_places(layer: Any, adapter: str) -> None:
     """The base layer and the adapter's module stand where the other stood (PEFT's layout while merged)."""
     container = getattr(layer, layer.methods[adapter].layer_names[0])
     layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
 
 
 @torch.no_grad()
-def unmerge(layer: AdapterLayer) -> None:
+def unmerge(layer: Any) -> None:
     """Undo all merges, the last one first."""
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
@@ -261,7 +257,7 @@ def unmerge(layer: AdapterLayer) -> None:
 
 
 @contextmanager
-def lifted(layer: AdapterLayer) -> Iterator[None]:
+def lifted(layer: Any) -> Iterator[None]:
     """Take what is merged out within the block, and fold it in again on what the block leaves."""
     names = list(layer.state.merged)
     if not names or replaces(layer, names):
@@ -275,7 +271,7 @@ def lifted(layer: AdapterLayer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def unmerged(layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
+def unmerged(layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (as stored) and bias as they are without what is merged."""
     W = layer.store.read(layer.base_layer, layer.site.parameter)
     bias: Any = getattr(layer.base_layer, "bias", None)
@@ -288,19 +284,19 @@ def unmerged(layer: AdapterLayer) -> tuple[Tensor, Tensor | None]:
     return W, bias
 
 
-def tied_weight(layer: AdapterLayer) -> nn.Parameter | None:
+def tied_weight(layer: Any) -> nn.Parameter | None:
     """The weight that a merged layer has left to the modules it is tied to, and shares with them again afterwards."""
     return next((w for kind, w, _ in layer.state.undo if kind == "restore" and isinstance(w, nn.Parameter)), None)
 
 
-def _without(layer: AdapterLayer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _without(layer: Any, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in reversed(factors):
         wide = wide - layer.op.product(A.to(wide), B.to(wide), layer.site.shape)
     return wide.to(W.dtype)
 
 
-def _subtract(layer: AdapterLayer, factors: list[tuple[Tensor, Tensor]]) -> None:
+def _subtract(layer: Any, factors: list[tuple[Tensor, Tensor]]) -> None:
     matrix = in_place(layer)
     if matrix is not None:
         for A, B in reversed(factors):

@@ -7,6 +7,7 @@ called "0" or "mlp".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from graft.core.layer import AdapterLayer
 from graft.inject.parts import Parts
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage.parallel import spread_as
+
+WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
 
 
 @dataclass(slots=True)
@@ -111,3 +114,20 @@ def find(entry: Entry, names: set[str]) -> str | None:
 def without_wrappers(key: str) -> str:
     """A state dict key without what FSDP and torch.compile put into it."""
     return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[str, Tensor]:
+    """Keys rewritten by the first {regex: replacement} that fits what follows the wrapper's prefix."""
+    if not mapping:
+        return tensors
+    out = {}
+    for key, tensor in tensors.items():
+        prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")
+        rest = key[len(prefix) :]
+        for pattern, replacement in mapping.items():
+            new, n = re.subn(pattern, replacement, rest)
+            if n:
+                rest = new
+                break
+        out[prefix + rest] = tensor
+    return out

@@ -121,7 +121,7 @@ def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """An adapter's tensors by file key. `device`: where to put them; the CPU if None."""
-    from graft.io.load import renamed
+    from graft.io.entries import renamed
 
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -15,14 +14,12 @@ from graft.config.base import PeftConfig
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
 from graft.inject.build import put
 from graft.inject.parts import Parts
-from graft.io.entries import Entry, entries, find
+from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, same_values
 from graft.io.save import changes_base, config_of, parts_of
 from graft.storage import standalone
 from graft.storage.parallel import spread_as
-
-WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
 
 
 @dataclass
@@ -37,23 +34,6 @@ class LoadReport:
 
     def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
         return iter((self.missing_keys, self.unexpected_keys))
-
-
-def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[str, Tensor]:
-    """Keys rewritten by the first {regex: replacement} that fits what follows the wrapper's prefix."""
-    if not mapping:
-        return tensors
-    out = {}
-    for key, tensor in tensors.items():
-        prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")
-        rest = key[len(prefix) :]
-        for pattern, replacement in mapping.items():
-            new, n = re.subn(pattern, replacement, rest)
-            if n:
-                rest = new
-                break
-        out[prefix + rest] = tensor
-    return out
 
 
 class BaseEntry(NamedTuple):
@@ -102,7 +82,7 @@ class Values:
         Raises:
             AdapterKeyError, BaseModelMismatchError: the checkpoint does not fit.
         """
-        self._check_base(parts)
+        self.check_base(parts)
         names = set(self.tensors)
         bare = not any(n.startswith("base_model.") for n in names)
         found: list[tuple[Entry, str]] = []
@@ -121,7 +101,7 @@ class Values:
                 else:
                     found.append((entry, name))
         used |= {name for _, name in found} | {name for name, _, _ in mismatched}
-        base = self._base_tensors(names - used, "" if bare else parts.prefix, mismatched)
+        base = self.base_tensors(names - used, "" if bare else parts.prefix, mismatched)
         self.report.unexpected_keys = sorted(names - used - set(base))
         self._complain(mismatched)
         self.report.loaded = sorted(name for _, name in found)
@@ -163,7 +143,7 @@ class Values:
                     owner, dot, _ = owner.rpartition(".")
         return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
-    def _base_tensors(self, names: set[str], prefix: str, mismatched: list) -> dict[str, Tensor]:
+    def base_tensors(self, names: set[str], prefix: str, mismatched: list) -> dict[str, Tensor]:
         """Those of `names` that are parameters of the base model."""
         if not names:
             return {}
@@ -178,7 +158,7 @@ class Values:
             mismatched.append((name, self.tensors[name].shape, out.pop(name).shape))
         return out
 
-    def _check_base(self, parts: Parts) -> None:
+    def check_base(self, parts: Parts) -> None:
         if not self.fingerprint:
             return
         now = fingerprint(parts.layers, with_values=not changes_base(parts, self.adapter))

@@ -25,6 +25,7 @@ from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.tuner import tuner_of
 from graft.storage import numel
 
+OF_TASKS: dict[Any, Any] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # that a PeftModel has where adapters are prompts
 
 
@@ -87,9 +88,7 @@ class PeftModel(nn.Module):
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         """The class that loads an adapter of this config."""
-        from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)
+        return OF_TASKS.get(config.task_type, cls)
 
     @property
     def _registry(self) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.targets import TASK_HEADS
 from graft.inject.parts import registry_of
 from graft.inject.saved import add_task_heads
-from graft.model.peft_model import PeftModel
+from graft.model.peft_model import OF_TASKS, PeftModel
 
 
 class _WithHead(PeftModel):
@@ -207,7 +207,8 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in arguments.items() if v is not None and k not in ours}, **arguments["kwargs"]}
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[Any, type[PeftModel]] = {
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = OF_TASKS
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING |= {
     "SEQ_CLS": PeftModelForSequenceClassification,
     "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
     "CAUSAL_LM": PeftModelForCausalLM,

@@ -108,7 +108,7 @@ def fitted(
     lost += [f"{key}.lora_{x}" for key, pair in found.items() for x in "AB" if x not in pair]
     if lost or not found:
         raise AdapterKeyError(f"Adapter '{name}' does not fit: {loaded.path} lacks {some(lost) or 'any LoRA tensor'}.")
-    Values(base, config, name, loaded)._check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
+    Values(base, config, name, loaded).check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
     return {key: _pair(name, key, pair, config.at(key), layers[key], max_rank) for key, pair in found.items()}
 
 

@@ -128,7 +128,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mappin
     load = Values(base, config, adapter, loaded, key_mapping=key_mapping)
     with collector_paused():
         plan = plan_swap(load, parts)
-    load._check_base(Parts(plan.found, {}))
+    load.check_base(Parts(plan.found, {}))
     if plan.larger:
         check_growth(plan, adapter, config)
     with torch.inference_mode(False), torch.no_grad():
@@ -214,7 +214,7 @@ def plan_swap(load: Values, parts: Parts) -> Plan:
         else:
             plan.zeros += [entry.tensor for entry in absent]
             plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
-    base = load._base_tensors(set(left), prefix, []) if left else {}  # embeddings are saved with what is on them
+    base = load.base_tensors(set(left), prefix, []) if left else {}  # embeddings are saved with what is on them
     other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
     plan.wrong += [f"{name} is not what the base model has" for name in other]
     faults = [f"unexpected keys found: {some(sorted(left))}"] if left else []

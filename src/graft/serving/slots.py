@@ -17,8 +17,9 @@ from graft.config.keywords import HUB_KEYWORDS
 from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.inject.inject import Injection, attach
+from graft.io.entries import renamed
 from graft.io.files import Loaded, load_weights
-from graft.io.load import renamed, some
+from graft.io.load import some
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.registry import check_adapter_name

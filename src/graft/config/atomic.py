@@ -11,7 +11,7 @@ from collections.abc import Callable
 def write_all(writers: dict[str, Callable[[str], None]], remove: tuple[str, ...] = ()) -> None:
     """Write each file (path → function of a path) under a temporary name, sync, then rename them all.
 
-    `remove`: files that the new ones make stale. If anything fails, what was there is there still.
+    `remove`: files that the new ones make stale. On failure the old files are back in place.
     """
     temporary = {path: f"{path}.tmp" for path in writers}
     kept = {path: f"{path}.old" for path in writers}
@@ -43,7 +43,7 @@ def write_all(writers: dict[str, Callable[[str], None]], remove: tuple[str, ...]
 
 
 def keep(path: str, copy: str) -> None:
-    """A second name for a file, or a copy where the file system has no links."""
+    """Give a file a second name, or copy it where the file system has no links."""
     if os.path.exists(copy):
         os.remove(copy)
     try:

@@ -28,7 +28,7 @@ FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 
 @dataclass(kw_only=True)
 class PeftConfig:
-    """What every adapter's configuration holds; each method adds its own fields.
+    """The fields that the config of every adapter has; each method adds its own.
 
     Raises:
         ConfigTypeError: a field has a value of the wrong type.
@@ -37,19 +37,19 @@ class PeftConfig:
 
     task_type: str | TaskType | None = None
     peft_type: Any = None  # a PeftType
-    auto_mapping: dict | None = None  # class and library of the base model, written where there is no task type
+    auto_mapping: dict | None = None  # class and library of the base model, where there is no task type
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
-    revision: str | None = None  # of the base model
+    revision: str | None = None  # revision of the base model
     inference_mode: bool = False
 
-    # peft_type → config class; filled in by the table of methods
+    # methods/__init__.py fills in both: peft_type → config class, and the enum PeftType
     resolve: ClassVar[Callable[[str], type[PeftConfig]]]
     peft_types: ClassVar[type[Enum]]
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
-    patterns: ClassVar[dict[str, str]] = {}  # field of overrides by layer → field they override
-    runtime_fields: ClassVar[tuple[str, ...]] = ()  # never saved
+    patterns: ClassVar[dict[str, str]] = {}  # field with overrides by layer path → field that they override
+    runtime_fields: ClassVar[tuple[str, ...]] = ()  # fields that no file holds
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class PeftConfig:
     # one layer's view
 
     def at(self, key: str) -> PeftConfig:
-        """This config with the overrides that its patterns have for layer `key`."""
+        """Return this config with the overrides that its patterns have for layer path `key`."""
         changes = {}
         for pattern_field, name in self.patterns.items():
             for pattern, value in (getattr(self, pattern_field) or {}).items():
@@ -88,17 +88,17 @@ class PeftConfig:
     # dicts and files
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, copied, sets and enums as they are; without `runtime_fields`. Made into a config again, equal."""
+        """Return the fields, copied, without `runtime_fields`; sets and enums stay. A config made of them is equal."""
         return {k: v for k, v in asdict(self).items() if k not in self.runtime_fields}
 
     def saved_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it: sets as lists, enums as their values."""
+        """Return the same as JSON can hold it: sets as lists, enums as their values."""
         return {k: plain(v) for k, v in self.to_dict().items()}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: Any
     ) -> None:
-        """Write adapter_config.json into a folder, which is made if need be."""
+        """Write adapter_config.json into a folder; make the folder if there is none."""
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
@@ -106,7 +106,7 @@ class PeftConfig:
         write_all({path: write_text(self.to_json(auto_mapping_dict))})
 
     def to_json(self, auto_mapping_dict: dict | None = None) -> str:
-        """The text of adapter_config.json."""
+        """Return the text of adapter_config.json."""
         values = self.saved_dict()
         if auto_mapping_dict is not None:
             values["auto_mapping"] = auto_mapping_dict
@@ -123,8 +123,8 @@ class PeftConfig:
     ) -> PeftConfig:
         """Read adapter_config.json from a folder or a hub repository.
 
-        Keys of newer versions that this one does not know are reported and left out. Values in the file come before
-        those in `kwargs`.
+        Leave out keys of newer versions that this one does not know, with a warning. Values in the file override those
+        in `kwargs`.
 
         Raises:
             CheckpointError: there is no such file, or it is not valid JSON.
@@ -148,7 +148,7 @@ class PeftConfig:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """The config of the class that `peft_type` names, from plain data."""
+        """Make a config of the class that `peft_type` names, from plain data."""
         target = cls
         if kwargs.get("peft_type"):
             target = PeftConfig.resolve(kwargs["peft_type"])
@@ -156,7 +156,7 @@ class PeftConfig:
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Hook for configs that must examine what a file holds before it is used."""
+        """Check or change the values of a file before they become a config: a hook for subclasses."""
         return kwargs
 
     @classmethod
@@ -188,12 +188,12 @@ class PeftConfig:
 
 
 def matches_end(pattern: str, key: str) -> bool:
-    """Whether a layer path ends with `pattern`, a regular expression, at a dot."""
+    """Say whether `pattern`, a regular expression, matches the end of a layer path, from its start or from a dot."""
     return re.match(rf"(.*\.)?({pattern})$", key) is not None
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it."""
+    """Return `value` as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
@@ -226,7 +226,7 @@ def check_types(config: PeftConfig) -> None:
 
 
 def check_numbers(config: PeftConfig) -> None:
-    """Raise ConfigError for the first number that no formula can do with: a dropout is a probability, others finite."""
+    """Raise ConfigError for the first dropout outside [0, 1] or number that is not finite."""
     for f in fields(config):
         value = getattr(config, f.name)
         if not isinstance(value, (int, float)):
@@ -238,7 +238,7 @@ def check_numbers(config: PeftConfig) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type that an annotation names. Containers are checked through."""
+    """Say whether `value`, and all that it contains, is of the type that an annotation names."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -250,7 +250,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if origin in (list, set):  # any sequence of distinct things will do
+    if origin in (list, set):  # each may stand for the other
         return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, args[0]) for v in value)
     if origin is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task types. (`PeftType` is made from the table of methods.)"""
+"""Task types. (methods/__init__.py makes `PeftType` from its table.)"""
 
 from enum import Enum
 
 
 class TaskType(str, Enum):
-    """What the model is trained for; selects the PeftModel class with the right forward."""
+    """The task that a model is trained for; it selects the PeftModel class."""
 
     SEQ_CLS = "SEQ_CLS"  # text classification
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"  # encoder-decoder language model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields that most methods share, and the checks that go with them."""
+"""Config fields that most methods share, and their checks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from graft.core.errors import ConfigError
 
 
 def as_set(names):
-    """A list of names becomes a set; a regular expression stays one string."""
+    """Return names as a set, a regular expression as it is."""
     return set(names) if isinstance(names, (list, tuple)) else names
 
 
 @dataclass(kw_only=True)
 class Targets(PeftConfig):
     target_modules: list[str] | set[str] | str | None = (
-        None  # names, suffixes, one regex, "all-linear", or None: by architecture
+        None  # names, suffixes, one regex, "all-linear", or None: the default of the architecture
     )
     modules_to_save: list[str] | None = None  # trained whole and saved beside the adapter
 
@@ -39,7 +39,7 @@ class Targeted(Targets):
 @dataclass(kw_only=True)
 class LayerRange(PeftConfig):
     layers_to_transform: list[int] | int | None = None  # indices of the layers to adapt; None: all
-    layers_pattern: list[str] | str | None = None  # name of the list that those indices count, such as "layers"
+    layers_pattern: list[str] | str | None = None  # name of the list in which the indices count, such as "layers"
 
     def __post_init__(self) -> None:
         super().__post_init__()

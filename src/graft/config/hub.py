@@ -10,7 +10,7 @@ from typing import Any
 
 
 def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """Local path of one file of an adapter, or None if the adapter has no such file."""
+    """Return the local path of one file of an adapter; None if there is none, or the hub cannot be reached."""
     where = os.fspath(where)
     folder = os.path.join(where, subfolder) if subfolder else where
     path = os.path.join(folder, filename)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keyword arguments that are handed on, and a word about those that nobody takes."""
+"""Keyword arguments for the hub, and a warning about those that no function takes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from graft.core.errors import PeftWarning, warn
 
 HUB_KEYWORDS = {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
 LOADING = HUB_KEYWORDS | {"subfolder", "ignore_mismatched_sizes"}
-# where PEFT puts what it loads; here an adapter goes to where its layers are
+# PEFT's arguments for the device of loaded tensors; here an adapter goes to where its layers are
 IDLE_LOADING = {"torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"}
-# what transformers, Trainer and accelerate pass to every model's `save_pretrained`
+# arguments that transformers, Trainer and accelerate pass to every model's `save_pretrained`
 IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft_format"}
 
 
 def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that are for the hub."""
+    """Return those of `kwargs` that are for the hub."""
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
 
 

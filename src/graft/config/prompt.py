@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of the methods that learn a prompt, and how they follow from the base model's config."""
+"""Config fields of prompt methods, and their values as the base model's config gives them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 
-# what each field may be called in the configs of base models
+# names that each field has in the configs of base models
 NAMES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "token_dim": ("hidden_size", "n_embd", "d_model"),
@@ -20,14 +20,14 @@ SIZES = ("num_virtual_tokens", *NAMES, "num_transformer_submodules", "encoder_hi
 
 @dataclass(kw_only=True)
 class PromptLearningConfig(PeftConfig):
-    """Sizes that are None are taken from the base model's config.
+    """The config of a prompt method. `fit` takes sizes that are None from the base model's config.
 
     Raises:
         ConfigError: a size is not positive.
     """
 
     num_virtual_tokens: int | None = None
-    token_dim: int | None = None  # of an embedding; or of one layer's keys, where the prompt is keys and values
+    token_dim: int | None = None  # size of an embedding; or of one layer's keys, where the prompt is keys and values
     num_transformer_submodules: int | None = None  # 2 for an encoder and a decoder, else 1
     num_attention_heads: int | None = None
     num_layers: int | None = None
@@ -50,18 +50,18 @@ class PromptLearningConfig(PeftConfig):
 
     @property
     def rows(self) -> int:
-        """Number of virtual tokens that the encoder makes."""
+        """The number of virtual tokens, those of an encoder and of a decoder together."""
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
     def fit(self, model_config: Any, width: int | None = None) -> None:
         """Fill in the sizes that are None.
 
         Args:
-            model_config: of the base model: an object, a dict or None.
-            width: of its word embeddings, if there are any.
+            model_config: the base model's: an object, a dict or None.
+            width: the size of its word embeddings, if it has any.
 
         Raises:
-            ConfigError: a size is neither given nor to be found in the model's config, or sizes do not go together.
+            ConfigError: a size is neither given nor in the model's config, or sizes contradict each other.
         """
         facts = as_dict(model_config)
         if self.token_dim is None and not self.holds_keys:
@@ -83,7 +83,7 @@ class PromptLearningConfig(PeftConfig):
             self.encoder_hidden_size = self.token_dim
 
     def _fit_keys(self, facts: dict[str, Any]) -> None:
-        """Size of the keys of one layer: of the largest, where layers differ."""
+        """Set the size of one layer's keys: of the largest layer's, where layers differ."""
         heads = facts.get("num_key_value_heads")
         if heads is None and facts.get("multi_query") and not facts.get("new_decoder_architecture"):  # Falcon
             heads = 1
@@ -107,7 +107,7 @@ class PromptLearningConfig(PeftConfig):
 
 
 def as_dict(model_config: Any) -> dict[str, Any]:
-    """The text part of a model's config as a dict."""
+    """Return the text part of a model's config as a dict."""
     if model_config is None:
         return {}
     facts = dict(model_config) if isinstance(model_config, dict) else model_config.to_dict()

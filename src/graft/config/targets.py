@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Default target_modules by architecture (`config.model_type`): data."""
+"""Default target_modules by architecture (`config.model_type`)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi wi
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
-TASK_HEADS: dict[str, list[str]] = {  # modules that a task's model has fresh, so that they train and are saved
+TASK_HEADS: dict[str, list[str]] = {  # new modules of a task's model: they train, and files hold them
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],

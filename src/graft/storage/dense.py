@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight held as a plain tensor."""
+"""The store of weights that are plain tensors."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Dense:
         return None
 
     def at_hand(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
-        """Around reading and writing: what is offloaded comes, and what becomes of `written` is kept."""
+        """Bring offloaded tensors of `layer` in for the block; keep what it writes to those of `written`."""
         return at_hand(layer, written) if is_hooked(layer) else nullcontext()
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """In place, unless the weight is tied to another module: then this one gets a weight of its own."""
+        """Write W in place; if the weight is tied to another module (`shared`), give this one its own."""
         p = getattr(m, name)
         if shared:
             setattr(m, name, nn.Parameter(W.contiguous(), requires_grad=p.requires_grad))

@@ -13,35 +13,35 @@ from torch import Tensor, nn
 
 
 def hooks_of(m: nn.Module) -> list[Any]:
-    """accelerate's hooks that bring the module's own tensors for a call, and put them away again."""
+    """Return accelerate's hooks that bring the module's own tensors in for a call and offload them again."""
     hook = m.__dict__.get("_hf_hook")
     return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
 
 
 def device_of(m: nn.Module) -> torch.device | None:
-    """Where the module's tensors are during a call, if they are put away between calls."""
+    """Return the device on which an offloaded module computes; None if accelerate does not offload it."""
     device = next((h.execution_device for h in hooks_of(m)), None)
     return None if device is None else torch.device(device)
 
 
 def is_tied(m: nn.Module, name: str) -> bool:
-    """Whether a tensor that is put away is that of another module, too."""
+    """Say whether an offloaded tensor is also that of another module."""
     return any(name in h.tied_params_names for h in hooks_of(m))
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether accelerate's hooks stand on the base layer, or on what it consists of: if not, on no adapter either."""
+    """Say whether accelerate has hooks on the base layer or its children; if not, it has none on adapters either."""
     base: Any = layer._modules["base_layer"]
     return any("_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
 
 
 @contextmanager
 def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
-    """All tensors below `module` where they are during a call; what the block does to those of `written` is kept."""
+    """Bring all offloaded tensors below `module` in for the block; keep what it writes to those of `written`."""
     found = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
     for m, hook in found:
         hook.pre_forward(m)
-        if m is written:  # what it is now may be the copy that is kept, or belong to another model
+        if m is written:  # p may be accelerate's own copy, or belong to another model
             for p in m._parameters.values():
                 if p is not None:
                     p.data = p.data.clone()
@@ -57,12 +57,12 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
 
 
 def _stored(m: nn.Module, hook: Any) -> list[str]:
-    """Names of the buffers that are put away as well."""
+    """Return the names of the buffers that the hook offloads as well."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
 
 def standalone(module: nn.Module) -> nn.Module:
-    """A copy with its tensors in place, which accelerate brings nothing to."""
+    """Return a copy of a module with all tensors in memory and without accelerate's hooks."""
     old = list(module.modules())
     if not any(map(hooks_of, old)):
         return copy.deepcopy(module)

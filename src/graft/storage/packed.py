@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a whole model says that its weights are quantized, in transformers' words."""
+"""The marks of quantized models and parameters, as transformers and bitsandbytes set them."""
 
 from __future__ import annotations
 
 from torch import nn
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
-FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # methods whose other weights must keep their dtype, too
-PACKED = ("Params4bit",)  # parameters whose dtype is only that of their storage
+FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization formats that fix the dtype of all other weights
+PACKED = ("Params4bit",)  # types of parameters whose dtype is only that of their storage
 
 
 def is_packed(p: nn.Parameter) -> bool:

@@ -11,9 +11,9 @@ def is_sharded(t: Tensor) -> bool:
 
 
 def spread_as(like: Tensor, value: Tensor) -> Tensor:
-    """`value`, which every process has whole, spread as `like` is. All processes must come by."""
+    """Return `value`, which every process holds whole, sharded as `like` is. Every process must call this."""
     if not is_sharded(like) or is_sharded(value):
         return value
-    from torch.distributed.tensor import distribute_tensor  # not needed elsewhere
+    from torch.distributed.tensor import distribute_tensor  # rarely needed
 
     return distribute_tensor(value.detach(), like.device_mesh, like.placements)  # type: ignore[attr-defined]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that are learned: a method, a file; and where they enter a model."""
+"""Prompt methods, a file each, and the hooks by which prompts enter a model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt that is learned: embeddings before the input, or keys and values before each layer's own."""
+"""The base of prompt methods: learned embeddings before the input, or keys and values before each layer's own."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
 
-IGNORED_LABEL = -100  # of torch's cross entropy
-STORED = "prompt_embeddings"  # the name in a checkpoint of what the encoder computes
+IGNORED_LABEL = -100  # torch's cross entropy skips it
+STORED = "prompt_embeddings"  # name of the prompt in a checkpoint
 
 
 class Prompt(nn.Module):
-    """One adapter: the module that computes its prompt from parameters.
+    """A prompt adapter: the module that computes its prompt from parameters.
 
-    A subclass makes `embedding` (and what computes upon it) in `__init__`. `graft.model.prompts` puts the prompt into
-    the model, for all tasks; where the prompt is keys and values, the config says so (`holds_keys`).
+    A subclass makes `embedding` (and any network on top of it) in `__init__`. `graft.model.prompts` puts the prompt
+    into the model, for all tasks. `holds_keys` of the config says whether the prompt is keys and values.
 
     Args:
         cfg: its config, complete.
-        words: the base model's word embeddings, if there are any.
+        words: the base model's word embeddings, if it has any.
     """
 
     config: ClassVar[Any]  # its PeftConfig class
-    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's forward: passed to `forward` (or `own_loss`) here
-    in_decoder: ClassVar[bool] = False  # of an encoder-decoder: has tokens for the decoder as well
+    arguments: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward for `forward` (or `own_loss`) here
+    in_decoder: ClassVar[bool] = False  # an encoder-decoder gets tokens in its decoder as well
     has_own_loss: ClassVar[bool] = False
 
-    # as a Method has them: nothing of a layer is touched
+    # attributes that every Method has, too
     prefix: ClassVar[str] = "prompt_encoder"
     shares: ClassVar[bool] = False
 
@@ -49,26 +49,26 @@ class Prompt(nn.Module):
         """Raise ConfigError if the config asks for what the method cannot do."""
 
     def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
-        """(tokens, dim), or (batch, tokens, dim) where each sample has its own.
+        """Return the prompt, (tokens, dim), or (batch, tokens, dim) where each sample has its own.
 
         Args:
-            indices: of the virtual tokens; all of them if None.
+            indices: which virtual tokens; all of them if None.
         """
         return pick(self.embedding.weight, indices)
 
     def own_loss(self, logits: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
-        """The loss, in place of the base model's."""
+        """Return the loss, in place of the base model's."""
         raise NotImplementedError
 
     def stored(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, by name."""
+        """Return the tensors that a checkpoint holds, by name."""
         with torch.no_grad():
             return {STORED: self().detach()}
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Put in what a checkpoint holds under one of the names of `stored`.
+        """Put in the tensor that a checkpoint holds under one of the names of `stored`.
 
-        The prompt is `value` then: a network that computed it is gone, as it is in every adapter loaded from a file.
+        `value` is the prompt from now on; a network that computed it goes, since no file holds one.
         """
         old = self.embedding.weight
         if old.shape == value.shape:
@@ -84,13 +84,13 @@ def pick(table: Tensor, indices: Tensor | None) -> Tensor:
 
 
 def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
-    """The base model's embeddings of some tokens, in float32.
+    """Return the base model's embeddings of some tokens, (tokens, dim), in float32.
 
     Args:
-        why: where the tokens come from, for errors.
+        why: the source of the tokens, for errors.
 
     Raises:
-        ConfigError: the model has no word embeddings, or not of these tokens.
+        ConfigError: the model has no word embeddings, or none of these tokens.
     """
     if words is None:
         raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
@@ -112,7 +112,7 @@ def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Decoder inputs (batch, length) from labels: the start token, then all but the last; -100 becomes padding.
+    """Return decoder inputs (batch, length) from labels: the start token, all labels but the last; -100 as padding.
 
     Raises:
         ValueError: pad_token_id is None.

@@ -20,7 +20,7 @@ class CartridgeConfig(PromptLearningConfig):
     """Cartridge: num_virtual_tokens keys and values of every layer, made from a text or at random."""
 
     peft_type: Any = "CARTRIDGE"
-    num_frozen_tokens: int = 1  # so many of the first tokens do not train, which keeps training stable
+    num_frozen_tokens: int = 1  # first tokens that never train, which keeps training stable
     holds_keys: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class CartridgeConfig(PromptLearningConfig):
 
 
 class CartridgeEncoder(Prompt):
-    """Its prompt is (tokens, 2 · layers · token_dim), as in prefix tuning."""
+    """The prompt of a Cartridge: (tokens, 2 · layers · token_dim), as in prefix tuning."""
 
     config = CartridgeConfig
 
@@ -51,7 +51,7 @@ class CartridgeEncoder(Prompt):
         return torch.cat([*frozen, self.trainable_embedding])
 
     @property
-    def embedding(self) -> CartridgeEncoder:  # `encoder.embedding.weight`, as other encoders have it
+    def embedding(self) -> CartridgeEncoder:  # for `encoder.embedding.weight`, which other encoders have
         return self
 
     def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:

@@ -13,7 +13,7 @@ from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
 from graft.prompts.base import STORED, Prompt, pick, words_of
 
-# what a token is: its type modulo 4 (labels count up in steps of 4, one step per example; 0 itself is padding)
+# kind of a token: its type modulo 4 (labels count up in steps of 4, one step per example; 0 itself is padding)
 LABEL, INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE = 0, 1, 2, 3
 NO_RADIUS = 1e-10
 
@@ -27,16 +27,16 @@ class CPTConfig(PromptLearningConfig):
     cpt_mask: list[int] | None = None  # attention mask of those tokens
     cpt_tokens_type_mask: list[int] | None = None  # 1 input template, 2 input, 3 output template, 4 label; next 5 …
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"  # "decay": earlier examples weigh less
-    opt_loss_decay_factor: float | None = 1.0  # by this factor per example
+    opt_loss_decay_factor: float | None = 1.0  # factor per example
     opt_projection_epsilon: float | None = 0.1  # radius of input tokens, for embeddings of 2048 numbers
     opt_projection_format_epsilon: float | None = 0.1  # radius of template tokens
-    tokenizer_name_or_path: str | None = None  # for the record
+    tokenizer_name_or_path: str | None = None  # without effect
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task_type != "CAUSAL_LM":
             raise ConfigError(f"{type(self).__name__} only supports task_type = CAUSAL_LM.")
-        self.num_layers = self.token_dim = self.num_attention_heads = None  # always the base model's
+        self.num_layers = self.token_dim = self.num_attention_heads = None  # `fit` takes the base model's
         self.num_transformer_submodules = 1
         if self.cpt_token_ids is None:
             self.cpt_token_ids = [0]
@@ -56,7 +56,7 @@ class CPTConfig(PromptLearningConfig):
 
 
 class CPTEmbedding(Prompt):
-    """prompt = embedding (frozen: the words of the examples) + delta_embedding, each row within its radius."""
+    """The prompt: embedding (the words of the examples, frozen) + delta_embedding, each row within its radius."""
 
     config = CPTConfig
     arguments = ("input_type_mask",)
@@ -77,11 +77,11 @@ class CPTEmbedding(Prompt):
         return torch.tensor(self.cfg.cpt_tokens_type_mask, device=self.delta_embedding.weight.device)
 
     def _without_labels(self, grad: Tensor) -> Tensor:
-        """Labels keep their embeddings."""
+        """Return the gradient with zeros for label tokens, which keep their embeddings."""
         return grad * (self._types() % 4 != LABEL)[:, None]
 
     def radius(self) -> Tensor:
-        """How far each token's embedding may move: (tokens,)."""
+        """Return how far each token's embedding may move: (tokens,)."""
         types, scale = self._types(), (self.cfg.token_dim / 2048) ** 0.5
         template = (types > 0) & ((types % 4 == INPUT_TEMPLATE) | (types % 4 == OUTPUT_TEMPLATE))
         out = torch.full(types.shape, NO_RADIUS, device=types.device)
@@ -90,7 +90,7 @@ class CPTEmbedding(Prompt):
         return out
 
     def project(self) -> None:
-        """Draw rows that moved too far back to their radius, in place."""
+        """Shorten rows of delta_embedding that are longer than their radius, in place."""
         delta = self.delta_embedding.weight.data
         norm, radius = delta.norm(dim=1), self.radius()
         delta.mul_(torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
@@ -106,12 +106,15 @@ class CPTEmbedding(Prompt):
     def own_loss(
         self, logits: Tensor, labels: Tensor, input_type_mask: Tensor | None = None, **arguments: Any
     ) -> Tensor:
-        """Mean cross entropy of the label tokens, of the examples and of the input.
+        """Return the mean cross entropy of the label tokens, those of the examples and of the input.
 
         Args:
             logits: (batch, virtual tokens + tokens, vocabulary).
             labels: (batch, tokens).
             input_type_mask: (batch, tokens), as `cpt_tokens_type_mask`; None: all of them are labels.
+
+        Raises:
+            ValueError: labels or types have another shape, or no token is a label.
         """
         types, batch = self._types(), len(logits)
         length = logits.shape[1] - len(types)
@@ -122,7 +125,7 @@ class CPTEmbedding(Prompt):
                 )
         ids = torch.tensor(self.cfg.cpt_token_ids, device=labels.device)
         own = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
-        own = torch.where(own > 0, own + types.max(), own)  # the input counts on from the examples
+        own = torch.where(own > 0, own + types.max(), own)  # types of the input count on from the examples
         kinds = torch.cat([types.to(own.device).expand(batch, -1), own], dim=1)[:, 1:]
         targets = torch.cat([ids.expand(batch, -1), labels], dim=1)[:, 1:]
         is_label = (kinds > 0) & (kinds % 4 == LABEL)
@@ -138,7 +141,7 @@ class CPTEmbedding(Prompt):
         return losses.mean()
 
     def _decay(self, kinds: Tensor) -> Tensor:
-        """Weights by example: the last 1, each earlier one `opt_loss_decay_factor` times the next."""
+        """Return each token's weight: 1 in the last example, times `opt_loss_decay_factor` for each one before it."""
         out = torch.ones(kinds.shape, device=kinds.device)
         for row, kind in zip(out, kinds):
             examples = kind[(kind > 0) & (kind % 4 == LABEL)].unique()  # ascending

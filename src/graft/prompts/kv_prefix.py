@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt of keys and values, and the caches it comes from and goes into."""
+"""Prompts of keys and values, and the caches of transformers that take them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, int]  # heads, head_dim
 
 
 def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
-    """Heads and their size in each layer, or None for a layer without keys of its own; None: as the config says."""
+    """Return heads and head size of each layer, None for one without keys of its own; None: the modules do not say."""
     found: dict[int, Shape | None] = {}
     for module in stack.modules():
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
@@ -31,7 +31,7 @@ def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
 
 
 def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
-    """The pairs as each layer can hold them: cut where its heads are smaller, none where they are larger.
+    """Return the pairs that each layer can hold: cut where its heads are fewer or smaller, None where they are larger.
 
     Raises:
         ValueError: no layer can hold its pair.
@@ -62,7 +62,7 @@ def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None
 
 
 def length(cache: Any) -> int:
-    """How many tokens a cache holds."""
+    """Return how many tokens a cache holds."""
     if cache is None:
         return 0
     if isinstance(cache, (tuple, list)):
@@ -75,28 +75,28 @@ def length(cache: Any) -> int:
 
 
 def holds_tokens(layer: Any) -> bool:
-    """Whether a layer of a cache holds keys and values."""
+    """Say whether a layer of a cache holds keys and values."""
     return hasattr(layer, "get_seq_length")
 
 
 def holds_state(layer: Any) -> bool:
-    """Whether a layer of a cache holds a state only, as those of linear attention and convolutions do."""
+    """Say whether a layer of a cache holds only a state, as for linear attention and convolutions."""
     return hasattr(layer, "conv_states") and not holds_tokens(layer)
 
 
 def is_static(cache: Any) -> bool:
-    """Whether a cache was made for a fixed number of tokens."""
+    """Say whether a cache has room for a fixed number of tokens only."""
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
 
 
 def slides(cache: Any) -> bool:
-    """Whether layers with a window keep no more than that of what they are given."""
+    """Say whether a cache has layers that keep only the tokens of a sliding window."""
     own = getattr(cache, "self_attention_cache", cache)
     return any(getattr(layer, "is_sliding", False) for layer in getattr(own, "layers", ()))
 
 
 def new_cache(config: Any, with_encoder: bool) -> Any:
-    """An empty cache that grows."""
+    """Make an empty cache that grows."""
     import inspect
 
     from transformers import DynamicCache, EncoderDecoderCache
@@ -108,7 +108,7 @@ def new_cache(config: Any, with_encoder: bool) -> Any:
 
 
 def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
-    """Put the pairs into an empty cache, one row per sample."""
+    """Put the pairs into an empty cache, one row per sample, and return it."""
     own = getattr(cache, "self_attention_cache", cache)
     for i, pair in enumerate(pairs):
         if pair is not None:
@@ -118,12 +118,12 @@ def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list
 
 
 def per_row(t: Tensor, batch: int) -> Tensor:
-    """One row per sample: of one row for all, or of one for each before beams."""
+    """Return one row per sample, from one row for all or from one for each sample before beams."""
     return t.expand(batch, *t.shape[1:]) if len(t) == 1 else t.repeat_interleave(batch // len(t), dim=0)
 
 
 def frozen(cache: Any) -> Any:
-    """Have a filled cache give out what it holds and keep nothing: a layer may then run again, in a backward pass."""
+    """Make a filled cache read-only, so that a layer may run again in a backward pass; return it."""
     own = getattr(cache, "self_attention_cache", cache)
     if hasattr(own, "layers"):
         for layer in own.layers:
@@ -135,7 +135,7 @@ def frozen(cache: Any) -> Any:
 
 
 def again(cache: Any) -> Any:
-    """A frozen cache for one run of a layer: what it would keep of an encoder's output is for that run only."""
+    """Return a frozen cache for one run of a layer, with an empty cross-attention cache for that run only."""
     own = getattr(cache, "self_attention_cache", None)
     return cache if own is None else type(cache)(own, type(own)())
 

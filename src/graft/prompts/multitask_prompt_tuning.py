@@ -17,7 +17,7 @@ from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, Enum):
-    """What the shared prompt begins with."""
+    """The initial value of the shared prompt."""
 
     TEXT = "TEXT"  # as prompt tuning
     RANDOM = "RANDOM"
@@ -37,8 +37,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     peft_type: Any = "MULTITASK_PROMPT_TUNING"
     prompt_tuning_init: Any = MultitaskPromptTuningInit.RANDOM  # a MultitaskPromptTuningInit
     prompt_tuning_init_state_dict_path: str | None = None  # weights file of the trained prompt
-    prompt_tuning_init_task: int = 0  # which of its tasks, for EXACT_SOURCE_TASK
-    num_ranks: int = 1  # of the factor per task
+    prompt_tuning_init_task: int = 0  # number of its task, for EXACT_SOURCE_TASK
+    num_ranks: int = 1  # rank of the factor per task
     num_tasks: int = 1
     inits: ClassVar[type[Enum]] = MultitaskPromptTuningInit
 
@@ -50,7 +50,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
 
 class MultitaskPromptEmbedding(PromptEmbedding):
-    """prompt(task) = embedding ⊙ (cols[task] · rows[task])."""
+    """The prompt of a task: embedding ⊙ (cols[task] · rows[task])."""
 
     config = MultitaskPromptTuningConfig
     arguments = ("task_ids",)
@@ -99,7 +99,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
 
 def read(path: str) -> dict[str, Tensor]:
-    """The tensors of a weights file."""
+    """Return the tensors of a weights file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"prompt_tuning_init_state_dict_path='{path}': there is no such file.")
     try:
@@ -108,12 +108,12 @@ def read(path: str) -> dict[str, Tensor]:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # what is wrong with a file shows in many ways
+    except Exception as e:  # damaged files raise errors of many types
         raise CheckpointError(f"prompt_tuning_init_state_dict_path='{path}' cannot be read as tensors: {e}") from e
 
 
 def source_values(cfg: Any) -> dict[str, Tensor]:
-    """What the config takes from a trained prompt."""
+    """Return the tensors that the config takes from a trained prompt, by name."""
     path = cfg.prompt_tuning_init_state_dict_path
     if path is None:
         raise ConfigError(

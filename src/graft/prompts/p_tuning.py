@@ -28,8 +28,8 @@ class PromptEncoderConfig(PromptLearningConfig):
     peft_type: Any = "P_TUNING"
     encoder_reparameterization_type: Any = PromptEncoderReparameterizationType.MLP  # or "LSTM"
     encoder_hidden_size: int | None = None  # None: token_dim
-    encoder_num_layers: int = 2  # of the LSTM
-    encoder_dropout: float = 0.0  # of the LSTM
+    encoder_num_layers: int = 2  # layers of the LSTM
+    encoder_dropout: float = 0.0  # dropout of the LSTM
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +47,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 
 class PromptEncoder(Prompt):
-    """The network is not saved, only what it computes."""
+    """The prompt that a network computes. Files hold only the result."""
 
     config = PromptEncoderConfig
 

@@ -18,14 +18,14 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning: num_virtual_tokens learned keys and values in front of every layer's own."""
 
     peft_type: Any = "PREFIX_TUNING"
-    encoder_hidden_size: int | None = None  # of the projection; None: token_dim
-    prefix_projection: bool = False  # compute keys and values by a small network, which is not saved
+    encoder_hidden_size: int | None = None  # width of the projection; None: token_dim
+    prefix_projection: bool = False  # a small network, which no file holds, computes keys and values
     init_weights: Literal["zero"] | None = None  # "zero": keys and values of zeros
     holds_keys: ClassVar[bool] = True
 
 
 class PrefixEncoder(Prompt):
-    """Its prompt is (tokens, 2 · layers · token_dim): key and value of each layer in turn."""
+    """The prompt of prefix tuning, (tokens, 2 · layers · token_dim): key and value of each layer in turn."""
 
     config = PrefixTuningConfig
 
@@ -59,7 +59,7 @@ class PrefixEncoder(Prompt):
         """Set keys and values: (tokens, 2 · layers · token_dim).
 
         Raises:
-            ValueError: the shape differs, or they are computed by a projection.
+            ValueError: the shape differs, or a projection computes them.
         """
         if self.prefix_projection:
             raise ValueError("Keys and values that a projection computes cannot be set: use prefix_projection=False.")
@@ -73,9 +73,12 @@ def check_shape(values: Tensor, there: Tensor) -> None:
 
 
 def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
-    """Key and value of each layer, (batch, heads, tokens, head_dim), from ([batch,] tokens, 2 · layers · token_dim).
+    """Return key and value of each layer, (batch, heads, tokens, head_dim).
 
-    The layout for an encoder-decoder is PEFT's: the layers are counted in steps of two, and begin again at the end.
+    Follow PEFT for an encoder-decoder: take the pairs of every second layer, then again from the first.
+
+    Args:
+        prompt: ([batch,] tokens, 2 · layers · token_dim).
     """
     prompt = prompt if prompt.dim() == 3 else prompt[None]
     batch, tokens, _ = prompt.shape
@@ -86,6 +89,6 @@ def as_pairs(prompt: Tensor, cfg: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def from_pairs(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
-    """(tokens, 2 · layers · token_dim) from the first tokens of each layer's key and value, (1, heads, T, head_dim)."""
+    """Return a prompt, (tokens, 2 · layers · token_dim): the first tokens of each layer's (1, heads, T, head_dim)."""
     flat = [t[0, :, :tokens].transpose(0, 1).reshape(tokens, -1) for pair in pairs for t in pair]
     return torch.cat(flat, dim=1)

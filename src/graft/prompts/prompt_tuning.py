@@ -16,7 +16,7 @@ from graft.prompts.base import Prompt, words_of
 
 
 class PromptTuningInit(str, Enum):
-    """What a prompt begins with."""
+    """The initial value of a prompt."""
 
     TEXT = "TEXT"  # the embeddings of a text, cut or repeated to length
     SAMPLE_VOCAB = "SAMPLE_VOCAB"  # those of random tokens
@@ -50,7 +50,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
 
 class PromptEmbedding(Prompt):
-    """(tokens, dim), as it is."""
+    """The prompt of prompt tuning: (tokens, dim), without a network."""
 
     config = PromptTuningConfig
 
@@ -70,7 +70,7 @@ class PromptEmbedding(Prompt):
 
 
 def text_ids(cfg: Any) -> Tensor:
-    """Tokens of the initial text, cut or repeated to the number of virtual tokens.
+    """Return the tokens of the initial text, cut or repeated to the number of virtual tokens, (tokens,).
 
     Raises:
         ConfigError: the text has no tokens.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of a prompt under gradient checkpointing, where layers get no cache and run again in backward."""
+"""Keys and values of a prompt under gradient checkpointing: layers get no cache, and run again in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from graft.prompts import kv_prefix
 
-NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # what layers call their cache
+NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
 RUN = "_gradient_checkpointing_func"
 
 
 class Replays:
-    """Gives a prompt's cache to the checkpointed layers of a stack, which transformers takes caches from."""
+    """The way of a prompt's cache into the checkpointed layers of a stack, from which transformers withholds caches."""
 
     def __init__(self, stack: Any):
         self.stack = stack
@@ -29,7 +29,7 @@ class Replays:
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 
     def wanted(self) -> bool:
-        """Whether layers will run again. If they will not, checkpointing goes off: it would only take the cache."""
+        """Say whether layers will run again. If not, switch checkpointing off, which would only withhold the cache."""
         layers = self.layers() if self.stack.module.training else []
         if torch.is_grad_enabled():
             return bool(layers)
@@ -38,10 +38,10 @@ class Replays:
         return False
 
     def start(self, cache: Any) -> None:
-        """Let the layers have `cache` when they run, now and in the backward pass.
+        """Pass `cache` to the layers whenever they run, now and in the backward pass.
 
         Raises:
-            ValueError: nothing here knows how to give it to them, so that the prompt would have no effect.
+            ValueError: no layer here takes a cache, so that the prompt would have no effect.
         """
         module = self.stack.module
         places = {layer: place for layer in self.layers() if layer is not module and (place := cache_place(layer))}
@@ -66,10 +66,10 @@ class Replays:
             self._handle = None
 
     def apart(self, value: Tensor, given: dict[str, Any]) -> Tensor:
-        """`value`, or where checkpointing is reentrant a leaf of the same values.
+        """Return `value`, or under reentrant checkpointing a leaf tensor of the same values.
 
-        Reentrant checkpointing runs one backward pass per layer, and the graph below `value` bears only one: the leaf
-        collects gradients, and they pass on with the gradient of the embeddings, which comes last.
+        Reentrant checkpointing runs one backward pass per layer, and the graph below `value` allows only one: the leaf
+        collects the gradients, and `_HandOver` passes them on with the gradient of the embeddings, which comes last.
         """
         runs = [layer.__dict__[RUN] for layer in self.layers()]
         if not any(getattr(run, "keywords", {}).get("use_reentrant") for run in runs) or not value.requires_grad:
@@ -87,14 +87,14 @@ class Replays:
 
 
 def cache_place(layer: nn.Module) -> tuple[str, int] | None:
-    """Name and position of a layer's cache argument."""
+    """Return name and position of a layer's cache argument, None if it has none."""
     names = list(inspect.signature(layer.forward).parameters)
     found = next((n for n in NAMES if n in names), None)
     return None if found is None else (found, names.index(found))
 
 
 def with_cache(run: Callable, cache: Any, name: str, index: int) -> Callable:
-    """A checkpointing function that passes `cache` to what it runs, then and again in the backward pass."""
+    """Return a checkpointing function that passes `cache` to the layer it runs, also in the backward pass."""
 
     def checkpointed(function: Callable, *args: Any, **options: Any) -> Any:
         def with_prompt(*inputs: Any) -> Any:
@@ -109,7 +109,7 @@ def with_cache(run: Callable, cache: Any, name: str, index: int) -> Callable:
 
 
 class _HandOver(torch.autograd.Function):
-    """Identity on the embeddings; their gradient comes last, and takes along what the leaf has collected."""
+    """The identity on the embeddings. Its backward pass, the last, also passes on the gradients of the leaf."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, value: Tensor, leaf: list[Tensor]) -> Tensor:

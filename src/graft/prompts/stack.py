@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a prompt enters a base model: the stack of layers, whose arguments a hook rewrites."""
+"""The stack of layers of a base model, where a prompt enters: a hook rewrites the stack's arguments."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from graft.prompts.kv_prefix import is_static, length, per_row
 from graft.prompts.replays import Replays
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
-# what says of each token of the input what it is, and what the prompt's tokens are
+# arguments with a number per token, and the number of the prompt's tokens
 KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
-ORDERS = ("perm_mask", "target_mapping")  # XLNet's, of which prompts know nothing
-TEXT_PARTS = ("language_model", "text_model", "decoder")  # of models that read images as well, or of OPT's kind
+ORDERS = ("perm_mask", "target_mapping")  # XLNet's arguments, which have no place for a prompt
+TEXT_PARTS = ("language_model", "text_model", "decoder")  # inside models that read images as well, and OPT
 
 
 def stacks_of(model: Any) -> dict[str, Stack]:
-    """{"main": stack} of a model, or its encoder as "main" and its "decoder"."""
+    """Return {"main": stack} of a model, or its encoder as "main" and its "decoder"."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"main": Stack(model.get_encoder(), model), "decoder": Stack(model.get_decoder(), model)}
     inner = outer = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
@@ -35,31 +35,31 @@ def stacks_of(model: Any) -> dict[str, Stack]:
 
 @dataclass
 class Call:
-    """What enters a stack during one call of the model, and what has become of it."""
+    """The prompt that enters a stack during one call of the model, and how far it got."""
 
     replays: Replays
     tokens: int = 0
     embeddings: Tensor | None = None
     keys: Tensor | None = None
     as_pairs: Callable[[Tensor], Any] | None = None
-    encoded: int = 0  # tokens of a prompt that the encoder's output has in front
+    encoded: int = 0  # tokens of a prompt at the front of the encoder's output
     covered: bool = False  # the attention mask has columns for the prompt already
-    strips: bool = False  # the prompt's tokens are taken out of the output again
+    strips: bool = False  # the output comes back without the prompt's tokens
     visited: bool = False
     entered: bool = False
     widened_outside: bool = False
-    lent: Any = None  # a cache that is there for the prompt only: the output does not show it
+    lent: Any = None  # a cache for the prompt only, which the output leaves out
 
 
 class Stack:
-    """A hook on one module. `put_…` says what enters during the call that has begun; `end` ends that.
+    """A module with the hook by which prompts enter. `put_…` sets the prompt of the call that `begin` began.
 
-    Positions, masks and types that come with the input are those of its own tokens. They are widened for the prompt
-    where it enters, and in each later step, whose cache then holds the prompt.
+    Positions, masks and types that come with the input are those of its own tokens. The hook widens them for the
+    prompt where it enters, and in each later step, whose cache then holds the prompt.
 
     Args:
-        outer: calls `module` where a model reads images as well, and may make masks and positions for it. They are made
-            from the cache, so in later steps `outer` must already see the prompt.
+        outer: the module that calls `module` in a model that reads images as well. It may make masks and positions
+            from the cache, so in later steps it must already see the prompt.
     """
 
     def __init__(self, module: nn.Module, model: Any, outer: Any = None):
@@ -84,8 +84,8 @@ class Stack:
             self._attached = True
 
     def begin(self) -> Call:
-        """Begin a call, without a prompt until one is put. Returns the call around it, for `end`: there is one where a
-        processor of logits calls the model, say."""
+        """Begin a call, as yet without a prompt. Return the call around it, for `end`: calls nest where, say, a logits
+        processor calls the model."""
         outer, self.now = self.now, Call(Replays(self))
         return outer
 
@@ -94,23 +94,23 @@ class Stack:
         self.now = outer
 
     def put_embeddings(self, value: Tensor) -> None:
-        """`value`: (1 or batch, tokens, dim)."""
+        """Put embeddings before the input. `value`: (1 or batch, tokens, dim)."""
         self.now.embeddings, self.now.tokens = value, value.shape[1]
 
     def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], Any]) -> None:
-        """`value`: (tokens, …), from which `as_pairs` makes key and value of each layer."""
+        """Put keys and values before each layer's own: those that `as_pairs` makes of `value` (tokens, …)."""
         self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 
     # facts
 
     @property
     def words(self) -> Any:
-        """The word embeddings that are there now: an adapter may have brought its own."""
+        """The word embeddings that the model has now: an adapter may have its own."""
         return words_in(self.module) or words_in(self.model)
 
     @property
     def width(self) -> int | None:
-        """Of the word embeddings. Layers may be wider, and project them."""
+        """The width of the word embeddings. Layers may be wider, and project them."""
         words = self.words
         return None if words is None else words.weight.shape[1]
 
@@ -173,7 +173,7 @@ class Stack:
             raise ConfigError(f"token_dim={cfg.token_dim}, but {name} has embeddings of {self.width} numbers.")
 
     def check_visited(self) -> None:
-        """Raise if a call came and went without this module: its prompt would have had no effect."""
+        """Raise RuntimeError if the model never ran this module in the call: the prompt had no effect."""
         if self.now.tokens and not self.now.visited:
             raise RuntimeError(
                 f"The base model never called its {type(self.module).__name__}, where the prompt enters: prompt "
@@ -194,7 +194,7 @@ class Stack:
         return (), given
 
     def step(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """The hook on `outer`."""
+        """Widen masks and positions before `outer` in later steps: the hook on it."""
         given = self._given(self.outer_names, args, kwargs)
         first, seen = first_of(given), length(given.get(self.cache_name or ""))
         self.now.widened_outside = bool(self.now.tokens and seen and first is not None)
@@ -204,7 +204,7 @@ class Stack:
         return (), given
 
     def _given(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name. A cache under its old name goes by the new one, as in transformers."""
+        """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
         given = {**dict(zip(names, args)), **kwargs}
         if self.cache_name == NEW_CACHE and given.get(NEW_CACHE) is None and given.get(OLD_CACHE) is not None:
             given[NEW_CACHE] = given.pop(OLD_CACHE)
@@ -225,7 +225,7 @@ class Stack:
     def _enter(self, given: dict[str, Any]) -> None:
         first = first_of(given)
         if first is None:
-            return  # the module will say what is missing
+            return  # the module's own error names the missing argument
         if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
             raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
         if first.dim() < 2:
@@ -275,7 +275,7 @@ class Stack:
                 given[name] = nn.functional.pad(given[name], (self.now.tokens, 0), value=kind)
 
     def _put_per_layer(self, given: dict[str, Any], batch: int) -> None:
-        """Gemma 3n and 4 give each layer embeddings of the ids: the prompt gets those of padding, as images do."""
+        """Put padding's embeddings for the prompt into the per-layer embeddings of Gemma 3n and 4, as for images."""
         module: Any = self.module
         own = given.get("per_layer_inputs")
         if own is None and given.get("input_ids") is not None:
@@ -301,7 +301,7 @@ class Stack:
         if not self.causal and not self.in_pair and mask is None:
             given["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
         elif isinstance(mask, dict) and getattr(self.config, "_attn_implementation", None) == "sdpa":
-            # no mask stands for torch's causal one, in which queries and keys begin together
+            # None would stand for torch's causal mask, in which queries and keys begin together
             causal = torch.ones(first.shape[1], first.shape[1], dtype=torch.bool, device=first.device).tril()
             given["attention_mask"] = {kind: causal[None, None] if m is None else m for kind, m in mask.items()}
 
@@ -311,17 +311,17 @@ class Stack:
     def filled(self, cache: Any, pairs: Any, batch: int) -> Any:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
-        pairs = pairs[: len(self.layers) or None]  # an encoder may have more layers, and is whom the config counts
+        pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more
         return kv_prefix.fill(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:
-        """Where each layer is."""
+        """Return the device of each layer."""
         parts = [self.layers.get(i, self.module) for i in range(layers)]
         where = [next((p.device for p in part.parameters()), self.device) for part in parts]
         return [self.device if d.type == "meta" else d for d in where]
 
     def _widen(self, given: dict[str, Any], total: int, before: int, batch: int) -> None:
-        """Let what counts tokens count the prompt's. `before`: tokens of it that are in this call's input."""
+        """Extend masks and positions to the prompt's tokens, of which the input of this call has `before`."""
         mask, window = given.get("attention_mask"), getattr(self.config, "sliding_window", None)
         cuts = kv_prefix.slides(given.get(self.cache_name or ""))
         if isinstance(mask, dict):
@@ -342,10 +342,10 @@ class Stack:
                     given[name] = torch.cat([own, given[name]], dim=-1)
 
     def _widened(self, mask: Any, total: int, before: int, window: int | None, cuts: bool) -> Any:
-        """The mask with the prompt's tokens.
+        """Return the mask with the prompt's tokens.
 
         Args:
-            window: how far back tokens see in the layers that get this mask, if not to the beginning.
+            window: how many tokens back the layers with this mask see; None: to the beginning.
             cuts: the cache of these layers holds no more than the window.
         """
         tokens = total - self.now.tokens
@@ -382,27 +382,27 @@ class Stack:
 
 
 def mutual(mask: Tensor, shut: float) -> Tensor:
-    """(batch, heads, 1, tokens): what any token may see, but for tokens that see others and are not seen by them, as
-    those that follow a prefix."""
+    """Return which tokens the prompt may see, (batch, heads, 1, tokens): all that some token sees, but none that sees
+    a token which does not see it, as those after a prefix do."""
     sees = mask != shut
     later = (sees & ~sees.transpose(-1, -2)).any(-1)
     return mask.amax(-2, keepdim=True).masked_fill(later[..., None, :], shut)
 
 
 def first_of(given: dict[str, Any]) -> Any:
-    """The input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
+    """Return the input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     return ids if embeds is None else embeds
 
 
 def layers_in(module: nn.Module) -> dict[int, nn.Module]:
-    """A module of each layer, as far as layers know their number."""
+    """Return a module of each layer by the layer's number, where modules have one (`layer_idx`)."""
     numbered = [(getattr(m, "layer_idx", None), m) for m in module.modules()]
     return {i: m for i, m in numbered if isinstance(i, int)}
 
 
 def words_in(module: Any) -> nn.Module | None:
-    """The word embeddings of a model, if it has such."""
+    """Return the word embeddings of a model, if it has any."""
     try:
         words = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -411,7 +411,7 @@ def words_in(module: Any) -> nn.Module | None:
 
 
 def positions_in(module: nn.Module) -> int | None:
-    """How many positions a table of position embeddings has; None if positions are computed."""
+    """Return the size of a table of position embeddings; None if the model computes positions."""
     for name, m in module.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(m, nn.Embedding) and (leaf == "wpe" or ("position" in leaf and "relative" not in leaf)):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config and a model to adapted layers, and the account of what was done."""
+"""Injection: from a config and a model to adapted layers, and the report of it."""

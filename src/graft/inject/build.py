@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make all that carries an adapter, apart from the model, and give it its values."""
+"""Build the carriers of an adapter, apart from the model, and give them their values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfi
 
 
 def build(job: Any) -> None:
-    """Build for an Injection that has found what it will do; if it raises, nothing has happened."""
+    """Build the carriers of an Injection after its `find`; on an error leave nothing behind."""
     heads = choose_heads(job)
     if job.call is None:
         existing = next(iter((*job.tree.layers.values(), *job.tree.wrappers.values())), None)
@@ -45,8 +45,7 @@ def build(job: Any) -> None:
 
 
 def put(parts: Parts, adapter: str, values: Any) -> None:
-    """Give the entries of an adapter their values, and initial ones to what none is for: tensors that are never saved,
-    or are missing from a checkpoint."""
+    """Assign values to an adapter's entries; make initial ones for tensors that the checkpoint does not hold."""
     for entry, value in values:
         entry.assign(value)
     for layer in parts.layers.values():
@@ -62,7 +61,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
 
 
 def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
-    """Make an adapter on a layer, frozen. Return how many of its numbers can train."""
+    """Put an adapter on a layer, frozen. Return how many of its numbers can train."""
     layer.add(method, (method.placeholders if on_meta else method.build)(shared))
     if not on_meta:
         method.init()
@@ -70,7 +69,7 @@ def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, 
 
 
 def share(job: Any) -> None:
-    """Make what all layers share."""
+    """Make the tensors that all layers share."""
     if not job.method.shares:
         return
     sites: list[Site] = list(job.sites.values())
@@ -109,7 +108,7 @@ def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:
 
 
 def add_tokens(job: Any) -> None:
-    """Wrap the embeddings of which single rows train, and the heads on their weight."""
+    """Wrap the embeddings whose single rows train, and the heads tied to them."""
     followers, tree, adapter = job.row_followers, job.tree, job.adapter
     for key in [*(k for k in job.tokens if k not in followers), *followers]:
         wrapper: Any = tree.wrappers.get(key)
@@ -128,7 +127,7 @@ def add_tokens(job: Any) -> None:
 
 
 def follow(job: Any) -> None:
-    """Adapt the modules that share the embedding's weight. They are tied once values are there."""
+    """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
     tree, adapter = job.tree, job.adapter
     for key, source in job.followers.items():
         module = tree.modules[key]
@@ -147,7 +146,7 @@ def follow(job: Any) -> None:
 
 
 def orient(cfg: Any, sites: Iterable[Site]) -> None:
-    """Correct `fan_in_fan_out`, which only restates what the layer type says."""
+    """Set `fan_in_fan_out` as the layer type has it, with a warning if the config differs."""
     if not hasattr(cfg, "fan_in_fan_out"):
         return
     for site in sites:
@@ -162,7 +161,7 @@ def orient(cfg: Any, sites: Iterable[Site]) -> None:
 
 
 def choose_heads(job: Any) -> dict[str, nn.Module]:
-    """The modules that the caller gave for `modules_to_save`, by full path."""
+    """Return the modules that the caller gave for `modules_to_save`, by full path."""
     chosen: dict[str, nn.Module] = {}
     for name, module in (job.heads or {}).items():
         paths = [key for key in job.saved if key == name or key.endswith(f".{name}")]

@@ -25,14 +25,14 @@ from graft.prompts.base import Prompt
 
 
 class Values(Protocol):
-    """The values of a checkpoint, for an injection to put in place of initial ones."""
+    """A checkpoint's values, which an injection assigns in place of initial ones."""
 
     def head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """A module for modules_to_save at a path whose shapes differ from those there, or None."""
+        """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
         ...
 
     def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
-        """Every entry of the adapter and its value, all checked. An entry's `assign` puts a value in place."""
+        """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
         ...
 
 
@@ -42,12 +42,12 @@ class Injection:
 
     Args:
         method: the Method class.
-        call: the model's; a new one where it has none yet.
-        shared: what all layers share; filled in by methods that have such.
-        others: configs of the adapters already there.
+        call: the Call of the model; a new one if it has none yet.
+        shared: the tensors that all layers of the model share; some methods add to it.
+        others: configs of the adapters that the model has, by name.
         upcast: train half-precision adapters in float32.
         on_meta: leave the adapter's tensors on the meta device.
-        values: put in place of initial ones.
+        values: a checkpoint's, in place of initial ones.
         keys: adapt exactly these paths, whatever the config targets.
         heads: modules to use (instead of copies of the base's) for `modules_to_save`, by name.
         tree: a survey of the model, if one was just made.
@@ -68,23 +68,23 @@ class Injection:
     heads: dict[str, nn.Module] | None = None
     tree: Tree = None  # type: ignore[assignment]
     mixed: bool = False
-    prompt: Prompt | None = None  # that the adapter is
+    prompt: Prompt | None = None  # the adapter itself, if it is a prompt
 
     # found by `plan.find`
-    cfg: Any = None  # resolved: a copy of the user's config with targets and the like filled in
+    cfg: Any = None  # copy of the user's config with targets and the like filled in
     report: InjectReport = field(init=False)
     sites: dict[str, Site] = field(default_factory=dict)
-    methods: dict[str, Method] = field(default_factory=dict)  # one for each site, and for those that follow
+    methods: dict[str, Method] = field(default_factory=dict)  # one for each site and each follower, by path
     saved: list[str] = field(default_factory=list)  # paths of modules_to_save
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # embeddings some of whose rows train
-    followers: dict[str, str] = field(default_factory=dict)  # modules on the embedding's weight, and its path
-    row_followers: dict[str, str] = field(default_factory=dict)  # those of them in which the same rows train
-    biases: list[nn.Parameter] = field(default_factory=list)  # of the base, that train
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding → its rows that train
+    followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
+    row_followers: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
+    biases: list[nn.Parameter] = field(default_factory=list)  # those of the base model that train
 
     # made by `build.build`
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    ties: list[tuple[Method, Method]] = field(default_factory=list)  # (of a follower, of what it follows)
+    ties: list[tuple[Method, Method]] = field(default_factory=list)  # (method of a follower, that of its embedding)
 
     @property
     def parts(self) -> Parts:
@@ -104,7 +104,7 @@ class Injection:
         return self
 
     def find(self) -> Injection:
-        """Say what the injection will do, and raise what can go wrong, before the model is touched."""
+        """Find all that the injection will do and raise all that can go wrong, without a change to the model."""
         self.tree = self.tree or survey(self.model)
         self.cfg = copy.copy(self.config)
         plan.find(self)
@@ -112,10 +112,10 @@ class Injection:
 
     @contextmanager
     def restructured(self, keep: bool = True) -> Iterator[None]:
-        """What the method changes in the model itself, undone if the block raises, or afterwards unless `keep`."""
+        """Let the method change the model itself; undo that if the block raises, or afterwards unless `keep`."""
         undo = self.method.restructure(self.config, self.model)
         if undo is not None:
-            self.tree = None  # type: ignore[assignment]  # it shows the model as it was
+            self.tree = None  # type: ignore[assignment]  # the survey shows the model before the change
         try:
             yield
         except BaseException:
@@ -126,14 +126,14 @@ class Injection:
             undo()
 
     def count_saved(self) -> None:
-        """Note in the report the modules that would be trained whole."""
+        """Note in the report the modules that would train whole."""
         for key in self.saved:
             module = self.tree.modules[key]
             size = sum(p.numel() for p in module.parameters())
             self.report.modules_to_save.append(Matched(key, type(module).__name__, size))
 
     def commit(self) -> None:
-        """Attach what was made; nothing here can fail."""
+        """Attach layers and wrappers; freeze the base under its first adapter. Nothing here can fail."""
         tree = self.tree
         if not tree.layers and not tree.wrappers:
             for p in tree.owners:
@@ -152,7 +152,7 @@ class Injection:
             bias.requires_grad = True
 
     def undo(self, shared_before: Iterable[str]) -> None:
-        """Take back what was built. shared_before: names of the containers that were there."""
+        """Take back all that `build` made. shared_before: names of the shared containers before it."""
         for layer in self.layers.values():
             layer.rollback()
             layer.forget(self.adapter)
@@ -169,7 +169,7 @@ def inject(model: nn.Module, config: Any, method: type[Method], adapter: str, **
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Nothing that an injection makes is garbage: looking for some takes longer than the injection itself."""
+    """Pause the garbage collector: an injection makes no garbage, and the search takes longer than the injection."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module names a config selects. Pure functions on names; one matcher, compiled once."""
+"""The module names that a config selects: pure functions on names, and one matcher, compiled once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Names:
         self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
 
     def find(self, path: str) -> str | None:
-        """The entry that matches `path`: the path itself first, then its longest suffix."""
+        """Return the entry that matches `path`: the path itself first, then its longest suffix; None if none does."""
         if self.names:
             names, rest = self.names, path
             while rest not in names:
@@ -62,7 +62,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def suffixes(path: str) -> Iterator[str]:
-    """The parts of a dotted path after each dot, longest first."""
+    """Yield the rest of a dotted path after each dot, the longest first."""
     dot = path.find(".")
     while dot >= 0:
         yield path[dot + 1 :]
@@ -70,10 +70,10 @@ def suffixes(path: str) -> Iterator[str]:
 
 
 class Matcher:
-    """Decides on one module path after another."""
+    """The decision of a config about module paths: called with a path, it returns a Verdict."""
 
     def __init__(self, cfg: Any):
-        chosen = getattr(cfg, "target_paths", None)  # by `Method.prepare`
+        chosen = getattr(cfg, "target_paths", None)  # set by `Method.prepare`
         self.targets = Names(chosen or cfg.target_modules)
         self.excluded = Names(getattr(cfg, "exclude_modules", None))
         saved = getattr(cfg, "modules_to_save", None) or ()
@@ -97,7 +97,7 @@ class Matcher:
         return Verdict("matched", entry)
 
     def layer_of(self, path: str) -> int | None:
-        """The index of the layer that a module is in, as `layers_to_transform` counts."""
+        """Return the index of the block that a module is in, as `layers_to_transform` counts; None if in none."""
         for pattern in self.index_patterns:
             if match := pattern.match(path):
                 return int(match[1])
@@ -105,7 +105,7 @@ class Matcher:
 
 
 def unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
-    """Entries that named nothing, each with the names like it that the model does have, and how often."""
+    """Return the entries that are not `used`, each with similar names in the model and how often they occur."""
     missing = sorted(e for e in entries if e not in used)
     if not missing:
         return {}
@@ -115,7 +115,7 @@ def unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> d
 
 
 def hint(similar: list[tuple[str, int]]) -> str:
-    """'; did you mean …?' or nothing."""
+    """Return '; did you mean …?', or '' if no name is similar."""
     if not similar:
         return ""
     names = " or ".join(f"'{name}' ({n} module{'s' * (n != 1)})" for name, n in similar)
@@ -123,10 +123,10 @@ def hint(similar: list[tuple[str, int]]) -> str:
 
 
 def minimal_names(targets: Iterable[str], others: Iterable[str]) -> set[str]:
-    """The fewest, shortest suffixes that select all of `targets` and none of `others`.
+    """Return the fewest, shortest suffixes that select all of `targets` and none of `others`.
 
     Raises:
-        ValueError: a name is empty, or stands in both.
+        ValueError: there is no target, a name is empty, or one stands in both.
     """
     if isinstance(targets, (str, bytes)) or not targets:
         raise ValueError("target_modules should be a list or set of strings.")

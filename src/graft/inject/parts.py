@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries one adapter, and the registry that knows."""
+"""The carriers of one adapter, and the registry of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graft.prompts.base import Prompt
 
 @dataclass
 class Parts:
-    """What carries one adapter: layers and wrappers by path, what all layers share, a prompt."""
+    """The carriers of one adapter: layers and wrappers by path, the tensors that all layers share, a prompt."""
 
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
@@ -25,7 +25,7 @@ class Parts:
 
     @property
     def prefix(self) -> str:
-        """What keys of a PeftModel begin with: prompts are put into the model as it is, without a tuner around it."""
+        """The beginning of a PeftModel's keys; under a prompt the base model has no tuner around it."""
         return "base_model.model." if self.prompt is None else "base_model."
 
     def carriers(self) -> Iterator[Carrier]:
@@ -35,9 +35,9 @@ class Parts:
             yield self.shared
 
 
-HOLDER = "_graft"  # an attribute of PeftModels and tuners; a name that no base model has
+HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; no base model has one of that name
 
 
 def registry_of(model: Any) -> Any:
-    """The registry of the adapters of a PeftModel or tuner; None of another model."""
+    """Return the registry of a PeftModel or tuner; None for any other model."""
     return model.__dict__.get(HOLDER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an injection will do: which modules, and why not others. Everything that can go wrong is raised here."""
+"""The search for all that an injection will do: which modules, and why not others. Its errors come from here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfi
 
 
 def find(job: Any) -> None:
-    """Fill in what an Injection finds."""
+    """Fill in the fields of an Injection that say what it will do, or raise."""
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     if job.keys is None:
         resolve_targets(cfg, method, model, tree.modules)
@@ -49,7 +49,7 @@ def find(job: Any) -> None:
 
 
 def match(job: Any) -> dict[str, Verdict]:
-    """Find the sites, and note in the report what is left out and what matched nothing."""
+    """Find the sites; note in the report modules left out and entries without a match. Return each path's verdict."""
     cfg, report, tree = job.cfg, job.report, job.tree
     chosen = set(job.keys) if job.keys is not None else None
     matcher = Matcher(cfg) if chosen is None else None
@@ -59,7 +59,7 @@ def match(job: Any) -> dict[str, Verdict]:
             verdict = matcher(key)
         else:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
-        if key in job.followers and verdict.outcome == "matched":  # by a regex: it comes after its embedding
+        if key in job.followers and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
@@ -74,7 +74,7 @@ def match(job: Any) -> dict[str, Verdict]:
 
 
 def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
-    """Raise unless all of these can be adapted."""
+    """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
         why = method.check() or never_called(key, tree)
@@ -94,7 +94,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
 
 
 def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
-    """The paths of the modules that are trained whole."""
+    """Return the paths of the modules that train whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
     wanted = [key for key in tree.modules if saved.matches(key, names) is not None] if names else []
     defaults = getattr(cfg, "_default_heads", ())
@@ -112,7 +112,7 @@ def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: 
 
 
 def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]) -> list[nn.Parameter]:
-    """The base's biases that train. Those of modules trained whole do so in the adapter's copy."""
+    """Return the base model's biases that train. Modules trained whole have their own, in the adapter's copy."""
     bias = getattr(cfg, "bias", "none")
     if bias == "none":
         return []
@@ -160,7 +160,7 @@ def check_tokens(
 
 
 def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport) -> None:
-    """Say what matched nothing: raise if that is everything, else warn and note it in the report."""
+    """Warn of entries that matched nothing and note them in the report; raise if no module matched at all."""
     verdicts = outcomes.values()
     found = {v.outcome for v in verdicts}
     targets = cfg.target_modules
@@ -182,7 +182,7 @@ def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: 
         say_unmatched("layers_to_transform", {i: [] for i in idle}, report)
     if isinstance(targets, (set, list)) and DUMMY not in targets:
         used = {v.entry for v in verdicts if v.entry is not None}
-        # an entry may be hidden behind a longer one that names the same modules
+        # a longer entry may name the same modules, and is the one in `used`
         left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
         say_unmatched("target_modules", unmatched(left, used, outcomes), report)
     for name in getattr(cfg, "patterns", {}):
@@ -225,7 +225,7 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
 
 
 def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, list[int]]:
-    """The modules whose rows a config trains, by path."""
+    """Return the rows that a config trains, by path of their module."""
     wanted = getattr(cfg, "trainable_token_indices", None)
     if not wanted:
         return {}
@@ -243,7 +243,7 @@ def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[
 
 
 def following_tokens(tokens: dict[str, list[int]], cfg: Any, model: nn.Module, tree: Tree) -> dict[str, str]:
-    """The modules on the embedding's weight that train the rows which it trains: {path: embedding's path}."""
+    """Return the modules tied to the embedding that train the same rows: {path: embedding's path}."""
     embedding, tied = tied_to_embedding(model, tree) if tokens else (None, [])
     own = tokens.get(embedding or "")
     following = [k for k in tied if own is not None and tokens.get(k) in (None, own)]

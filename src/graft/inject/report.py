@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The account of an injection: what was matched, skipped and why, what trains. Also what `plan` returns."""
+"""The report of an injection: modules matched, modules skipped and why, numbers that train. `plan` returns one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graft.inject.match import hint
 class Matched(NamedTuple):
     name: str
     type: str
-    parameters: int  # that train
+    parameters: int  # how many numbers train
     shapes: tuple[str, ...] = ()
 
 
@@ -26,9 +26,9 @@ class Skipped(NamedTuple):
 
 @dataclass
 class InjectReport:
-    """What injecting one adapter did, or would do.
+    """The report of the injection of one adapter, done or planned.
 
-    `skipped` lists modules that a target names but that were left out; `untargeted` counts the others by type.
+    `skipped` lists modules that a target names and another field takes out; `untargeted` counts the rest by type.
     """
 
     adapter: str
@@ -38,7 +38,7 @@ class InjectReport:
     untargeted: Counter[str] = field(default_factory=Counter)
     unmatched_targets: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # entry → similar names
     modules_to_save: list[Matched] = field(default_factory=list)
-    other_trainable: int = 0  # biases of the base
+    other_trainable: int = 0  # numbers in biases of the base model
     base_parameters: int = 0
 
     @property
@@ -46,7 +46,7 @@ class InjectReport:
         return sum(m.parameters for m in (*self.matched, *self.modules_to_save)) + self.other_trainable
 
     def table(self):
-        """As a rich Table."""
+        """Return the report as a rich Table."""
         from rich.table import Table
 
         percent = 100 * self.trainable_parameters / max(1, self.trainable_parameters + self.base_parameters)
@@ -90,5 +90,5 @@ class InjectReport:
 
 
 def generic(name: str) -> str:
-    """A path with its layer indices starred, so that alike modules share a line."""
+    """Return a path with stars for indices, so that like modules share a row."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that are trained whole and saved with an adapter (`modules_to_save`): one copy per adapter."""
+"""Modules that an adapter trains whole and saves (`modules_to_save`): one copy per adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 class ModulesToSaveWrapper(Carrier, nn.Module):
-    """Runs the active adapter's own copy of a module; without one, the original.
+    """A wrapper that runs the active adapter's own copy of a module; if it has none, the original.
 
     Copies may differ in shape from the original and from each other: a 5-label head beside one of 2.
     """
@@ -36,7 +36,7 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
         self.key, self.call, self.state = key, call, State()
 
     def add(self, adapter: str, module: nn.Module | None = None) -> None:
-        """Give `adapter` its copy: of `module` if passed, else of the original."""
+        """Give `adapter` its own module: `module` if passed, else a copy of the original."""
         own = standalone(self.original_module) if module is None else module
         if module is not None:
             device, dtype = place_of(self.original_module)
@@ -61,11 +61,11 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
             )
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
-        """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
+        """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
         return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in tensors_of(self.modules_to_save, adapter)}
 
     def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a file holds of an adapter, out of this module's state dict."""
+        """Return the tensors that a file holds of an adapter, from this module's state dict."""
         return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
 
     adapter_layer_names, other_param_names = ("modules_to_save",), ()
@@ -83,7 +83,7 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
 
     @property
     def kept(self) -> nn.Module:
-        """The module that stays when adapters are unloaded, be they disabled or not."""
+        """The module that unloading leaves, whether adapters are disabled or not."""
         for name in self.active_adapters:
             if name in self.modules_to_save:
                 return self.modules_to_save[name]
@@ -119,18 +119,18 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
 
 
 def widened(parts: list[Tensor]) -> list[Tensor]:
-    """Rows of narrower heads padded with -inf: no probability for labels that the row's adapter does not have."""
+    """Pad rows of narrower heads with -inf: labels that the row's adapter does not have get no probability."""
     width = max(p.shape[-1] for p in parts)
     return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in parts]
 
 
 def matches(key: str, names: Sequence[str]) -> str | None:
-    """The entry of modules_to_save that names a module: a plain end of its path, as in PEFT."""
+    """Return the entry of modules_to_save that names a module, if any: a plain end of its path, as in PEFT."""
     return next((n for n in names if key.endswith(n)), None)
 
 
 def add_task_heads(config: Any) -> None:
-    """Have the heads of the config's task trained whole, in place."""
+    """Add the heads of the config's task to its modules_to_save, in place."""
     if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
         warn(
             f"{config.peft_type.value} has no modules_to_save: the head of the {config.task_type.value} model stays as "
@@ -140,11 +140,11 @@ def add_task_heads(config: Any) -> None:
     elif config.task_type in TASK_HEADS:
         names = list(config.modules_to_save or [])
         config.modules_to_save = names + [n for n in TASK_HEADS[config.task_type] if n not in names]
-        config._default_heads = TASK_HEADS[config.task_type]  # that one of them matches nothing is no mistake
+        config._default_heads = TASK_HEADS[config.task_type]  # no model has all of them: no warning
 
 
 def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
-    """Raise if `adapter` cannot train the module whole. `inside`: paths below it that carry other adapters."""
+    """Raise if `adapter` cannot train the module whole. `inside`: paths below it with other adapters."""
     if isinstance(module, (*CONTAINERS, AdapterLayer, TrainableTokensWrapper)):
         why = ""
         if not isinstance(module, CONTAINERS):

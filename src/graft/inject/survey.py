@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One walk of a model: its modules by path, and what adapters have put there already."""
+"""One walk of a model: its modules by path, and the layers and wrappers that adapters have put there."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Place = tuple[nn.Module, str]  # (parent, attribute)
 
 @dataclass
 class Tree:
-    """What one walk of a model finds."""
+    """The result of one walk of a model."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers and wrappers are leaves
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     owners: dict[nn.Parameter, int] = field(default_factory=dict)  # how many modules of the base hold a parameter
-    vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # places of layers that have no adapter left
+    vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # (place, base) where no adapter is left
     parameters: int = 0
     checkpointing: bool = False  # some module has gradient checkpointing switched on
 
     @cached_property
     def paths(self) -> dict[nn.Module, str]:
-        """Where each module stands."""
+        """The path of each module."""
         return {module: path for path, module in self.modules.items()}
 
 
 def survey(model: nn.Module) -> Tree:
-    """Walk `model` once. What adapters added is not looked into; what has lost all of its adapters is not there."""
+    """Walk `model` once, but not into layers and wrappers. One without adapters counts as the module beneath it."""
     tree = Tree()
     seen: set[nn.Module] = set()
 
@@ -112,21 +112,21 @@ def survey(model: nn.Module) -> Tree:
 
 
 def beneath(module: AdapterLayer | Wrapper) -> nn.Module:
-    """The module of the base that an adapter layer or a wrapper stands for."""
+    """Return the module of the base model that an adapter layer or a wrapper stands for."""
     if isinstance(module, AdapterLayer):
         return module.base_layer
     return module.original_module
 
 
 def uncovered(module: nn.Module | None) -> nn.Module | None:
-    """A module as a survey shows it: itself, or what is below it if it has lost all of its adapters."""
+    """Return a module as a survey shows it: the one beneath a layer or wrapper without adapters, else itself."""
     while isinstance(module, ADDED) and not module.adapters:
         module = beneath(module)
     return module
 
 
 def outer_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Each module once, those inside adapter layers left out; several times as fast as `modules()`."""
+    """Yield each module once, but none inside adapter layers; several times as fast as `modules()`."""
     seen, left = {model}, [model]
     while left:
         module = left.pop()
@@ -148,20 +148,20 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
 
 
 def parameter_site(key: str, module: nn.Module, name: str, tree: Tree) -> Site:
-    """The site of one parameter of a module, of which nothing else is known."""
+    """Return the site of one parameter of a module that no op knows."""
     weight = module._parameters[name]
     shared = weight is not None and tree.owners.get(weight, 0) > 1
     return Site(f"{key}.{name}", module, Opaque(name), find_store(module, name), name, shared)
 
 
-# modules that read their children's weights and do not call them
+# types of modules that read their children's weights and do not call them
 READERS: TypeTable[str] = TypeTable(
     {"torch.nn.modules.activation.MultiheadAttention": "reads its weight without calling it"}
 )
 
 
 def never_called(key: str, tree: Tree) -> str | None:
-    """Why an adapter on this module would have no effect, if so."""
+    """Say why an adapter on this module would have no effect; None if it would have one."""
     parent = tree.places[key][0]
     why = READERS.find(type(parent))
     return None if why is None else f"Its parent, a {type(parent).__name__}, {why}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `target_modules` means for a given model: defaults by architecture, "all-linear", compression of long lists."""
+"""The meaning of `target_modules` in a model: defaults by architecture, "all-linear", compression of long lists."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from graft.inject.match import Names, minimal_names
 from graft.inject.survey import uncovered
 
 ALL_LINEAR = "all-linear"
-DUMMY = "dummy-target-modules"  # inject nothing
-COMPRESS_FROM = 20  # as many names are replaced by the suffixes that tell them apart
+DUMMY = "dummy-target-modules"  # inject into no module
+COMPRESS_FROM = 20  # as many names become the shortest suffixes that tell them apart from others
 HEAD_NAMES = ("score", "classifier")
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's own config as a dict; `{"model_type": "custom"}` if it has none."""
+    """Return the model's own config as a dict; `{"model_type": "custom"}` if it has none."""
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         return config.to_dict()  # type: ignore[union-attr]
@@ -64,7 +64,7 @@ def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: d
 
 
 def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:
-    """Names of all linear layers but the output head."""
+    """Return the names of all linear layers but the output head."""
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):
         head = uncovered(model.get_output_embeddings())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings and heads on one weight: which modules are tied, and what a config wants to happen to them together."""
+"""Modules tied to the input embedding (they share its weight), and how a config adapts them together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graft.inject.survey import Tree, uncovered
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
-    """The weight of a module, also below adapter layers and wrappers."""
+    """Return the weight of a module, also of one beneath adapter layers and wrappers."""
     if isinstance(module, AdapterLayer) and (left := merging.tied_weight(module)) is not None:
         return left
     for name in ("token_adapter", "original_module", "base_layer"):
@@ -28,7 +28,7 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
 
 
 def embedding_path(model: Any, tree: Tree) -> str | None:
-    """Path of a model's input embedding, if it tells."""
+    """Return the path of a model's input embedding; None if the model does not tell."""
     if not hasattr(model, "get_input_embeddings"):
         return None
     try:
@@ -39,7 +39,7 @@ def embedding_path(model: Any, tree: Tree) -> str | None:
 
 
 def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
-    """Path of the input embedding and of the modules that hold its weight, too."""
+    """Return the path of the input embedding, and those of the other modules that hold its weight."""
     path, modules = embedding_path(model, tree), tree.modules
     embedding = modules.get(path) if path else None
     weight = weight_of(embedding) if embedding is not None else None
@@ -54,9 +54,9 @@ def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
 
 
 def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict[str, str]:
-    """Rewrite a config so that it names the embedding itself; returns what follows it: {path: embedding's path}.
+    """Rewrite a config so that it names the embedding itself. Return the tied modules: {path: embedding's path}.
 
-    Tied modules are taken out of target_modules and modules_to_save: they follow the embedding.
+    Tied modules leave target_modules and modules_to_save: they follow the embedding.
     """
     ensure = getattr(cfg, "ensure_weight_tying", False)
     embedding, tied = tied_to_embedding(model, tree)

@@ -14,7 +14,7 @@ from graft.core.layer import AdapterLayer
 
 
 class TrainableTokensWrapper(Carrier, nn.Module):
-    """Stands for an embedding (or a head tied to it) some of whose rows train. `token_adapter` does the work."""
+    """A wrapper of an embedding (or a head tied to it) some of whose rows train. `token_adapter` does the work."""
 
     how = "already trained in single rows, through trainable_token_indices"
 
@@ -22,7 +22,7 @@ class TrainableTokensWrapper(Carrier, nn.Module):
         super().__init__()
         self.token_adapter = token_adapter
         self.key = key
-        self.tied: set[str] = set()  # adapters whose rows here are those of the embedding, and not saved
+        self.tied: set[str] = set()  # adapters that use the embedding's rows here; files do not hold them twice
         self.call = token_adapter.call
 
     @property
@@ -35,16 +35,16 @@ class TrainableTokensWrapper(Carrier, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For models that use an embedding's weight without calling it."""
+        """The weight with the active rows, for models that use it without calling the embedding."""
         return self.token_adapter.effective_weight()
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
-        """{name below this module in a file: name in memory}, which transformers' `load_adapter` asks for."""
+        """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
         name = "token_adapter.trainable_tokens_delta"
         return {} if adapter in self.tied else {name: f"{name}.{adapter}"}
 
     def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a file holds of an adapter, out of this module's state dict."""
+        """Return the tensors that a file holds of an adapter, from this module's state dict."""
         return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
 
     adapter_layer_names, other_param_names = ("token_adapter",), ()

@@ -14,7 +14,7 @@ from graft.io.save import registry_of
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's tensors under their original names, without adapters."""
+    """Return the base model's tensors under their original names, without adapters."""
     return {original(k): v for k, v in _base(model).state_dict().items() if not is_added(_base(model), k)}
 
 
@@ -43,7 +43,7 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def is_added(base: nn.Module, key: str) -> bool:
-    """Whether a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
+    """Say whether a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
     module: Any = base
     parts = key.split(".")
     for i, part in enumerate(parts):

@@ -25,7 +25,7 @@ def compose_cartridge_adapters(
 ) -> None:
     """Write a CARTRIDGE adapter that holds the tokens of several saved ones, in that order.
 
-    Its first tokens are frozen as the first adapter's are. A call that fails leaves the files that were there.
+    Freeze as many first tokens as the first adapter does. A call that fails leaves the old files in place.
 
     Args:
         adapter_paths: folders or hub repositories, at least two, for one base model.
@@ -33,7 +33,7 @@ def compose_cartridge_adapters(
         safe_serialization: safetensors; else a torch file, adapter_model.bin.
 
     Raises:
-        ConfigError: there are fewer than two, one is not a CARTRIDGE, or they do not go together.
+        ConfigError: there are fewer than two, one is not a CARTRIDGE, or their sizes or tasks differ.
         CheckpointError: one of them cannot be read.
         ValueError: `output_path` is a file.
     """
@@ -53,7 +53,7 @@ def compose_cartridge_adapters(
 
 
 def cartridge(path: str) -> Any:
-    """The config of a saved cartridge."""
+    """Return the config of a saved cartridge."""
     config: Any = PeftConfig.from_pretrained(path)
     if config.peft_type != "CARTRIDGE":
         raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter (got {config.peft_type.value}).")
@@ -78,7 +78,7 @@ def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
 
 
 def prompt_of(path: str, config: Any) -> Tensor:
-    """What a saved cartridge holds: (tokens, 2 · layers · token_dim)."""
+    """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
     loaded = load_weights(path)
     values = loaded.tensors.get(STORED)
     if values is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One structural map between an adapter's tensors, their names in memory and their names in a file.
 
-Names are built from where a tensor stands, never by looking for an adapter's name inside a key: an adapter may be
-called "0" or "mlp".
+Names follow from where a tensor stands. Nothing looks for an adapter's name inside a key: an adapter may be called
+"0" or "mlp".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graft.inject.parts import Parts
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage.parallel import spread_as
 
-WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # what keys of a PeftModel begin with
+WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Entry:
     path: str = ""  # below the adapter's name
 
     def assign(self, value: Tensor) -> None:
-        """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
+        """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
         value = spread_as(self.tensor, value)
         if not self.tensor.is_meta:
             with torch.no_grad():
@@ -56,14 +56,14 @@ class Entry:
 
 
 class PromptEntry(Entry):
-    """What a prompt method computes, or one of its parameters: see `Prompt.stored`."""
+    """The prompt that a prompt method computes, or one of its parameters: see `Prompt.stored`."""
 
     def assign(self, value: Tensor) -> None:
         self.owner.restore(self.attribute, spread_as(self.tensor, value))  # type: ignore[operator]
 
 
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
-    """All tensors of `adapter` that a checkpoint holds. `prefix`: that of `parts`, or "" without a wrapper."""
+    """Yield an entry for each tensor of `adapter` that a checkpoint holds. `prefix`: that of the model's keys."""
     if parts.prompt is not None:
         for name, tensor in parts.prompt.stored().items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
@@ -99,11 +99,11 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
 
 
 def find(entry: Entry, names: set[str]) -> str | None:
-    """The name under which a file holds an entry."""
+    """Return the one of a file's `names` that holds an entry; None if none does."""
     for name in (entry.file, *entry.also):
         if name in names:
             return name
-    for plain in entry.also:  # PEFT left the name of the adapter it saved, whatever that was, before the deep path
+    for plain in entry.also:  # PEFT leaves the saved adapter's name, whatever it was, before a deep path
         stem, below = entry.stem, plain[len(entry.stem) :]
         named = [n for n in names if n.startswith(f"{stem}.") and n.endswith(below)]
         if len(named) == 1 and "." not in named[0][len(stem) + 1 : -len(below)]:
@@ -112,12 +112,12 @@ def find(entry: Entry, names: set[str]) -> str | None:
 
 
 def without_wrappers(key: str) -> str:
-    """A state dict key without what FSDP and torch.compile put into it."""
+    """Return a state dict key without the parts that FSDP and torch.compile put into it."""
     return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[str, Tensor]:
-    """Keys rewritten by the first {regex: replacement} that fits what follows the wrapper's prefix."""
+    """Rewrite each key, after the prefix, by the first {regex: replacement} that fits."""
     if not mapping:
         return tensors
     out = {}

@@ -24,7 +24,7 @@ WEIGHTS_NAME = "adapter_model.bin"
 
 @dataclass
 class Loaded:
-    """What a weights file holds."""
+    """The content of a weights file."""
 
     tensors: dict[str, Tensor]
     path: str
@@ -32,7 +32,7 @@ class Loaded:
 
 
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
-    """Write weights and config: both are new afterwards, or both are as they were."""
+    """Write weights and config; on an error both stay as they were."""
     if spread := [k for k, t in tensors.items() if is_sharded(t)]:
         raise CheckpointError(
             f"'{spread[0]}' is sharded: each process holds a part of it. Gather the whole tensors on all processes (as "
@@ -51,12 +51,12 @@ def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetenso
             torch.save({k: v.detach().cpu() for k, v in tensors.items()}, path)
 
     files = {name: write_weights, CONFIG_NAME: write_text(config.to_json())}
-    stale = os.path.join(folder, other)  # would hold older values under the other format's name
+    stale = os.path.join(folder, other)  # older values under the other format's name
     write_all({os.path.join(folder, f): write for f, write in files.items()}, remove=(stale,))
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, on the CPU, and no two on one storage, as safetensors wants them."""
+    """Return the tensors as safetensors wants them: contiguous, on the CPU, no two on one storage."""
     seen: set[int] = set()
     out = {}
     for key, t in tensors.items():
@@ -97,8 +97,8 @@ def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded
 
 
 def read_safetensors(path: str) -> Loaded:
-    """Into memory of its own: a mapped file would change a running model when it is overwritten, and kill the process
-    when it is truncated."""
+    """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
+    the process."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -106,8 +106,8 @@ def read_safetensors(path: str) -> Loaded:
         with open(path, "rb") as f:
             data = f.read()
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # safetensors gives it of files only
-    except (SafetensorError, OSError, KeyError) as e:  # a KeyError: of a dtype that torch has not
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
+    except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
     metadata = header.get("__metadata__") or {}
     try:
@@ -120,7 +120,7 @@ def read_safetensors(path: str) -> Loaded:
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
-    """An adapter's tensors by file key. `device`: where to put them; the CPU if None."""
+    """Return an adapter's tensors by file key. `device`: where to put them; the CPU if None."""
     from graft.io.entries import renamed
 
     tensors = load_weights(os.fspath(model_id), **hub).tensors

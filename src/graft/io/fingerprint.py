@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a base model was, in a few bytes: shapes of the adapted weights, and a hash of sampled values."""
+"""The fingerprint of a base model, in a few bytes: shapes of the adapted weights, and a few of their values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from graft.core.layer import AdapterLayer
 from graft.storage.parallel import is_sharded
 
 KEY = "graft_base"  # in the safetensors metadata
-MAX_NAMED = 1024  # beyond that many layers, only a digest of names and shapes is kept
+MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes
 SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
 def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> dict:
-    """Names and shapes of the adapted weights and, where they are the base's own, a few of their values."""
+    """Return names and shapes of the adapted weights and, where they are the base's own, a few of their values."""
     shapes = {key: list(layer.site.shape) for key, layer in layers.items()}
     made: dict = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
     if len(shapes) <= MAX_NAMED:
@@ -28,9 +28,9 @@ def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> di
 
 
 def sample(layer: AdapterLayer) -> list[float] | None:
-    """Evenly spaced values; None where the weight is quantized, merged into, or not there.
+    """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded.
 
-    Nor of a sharded one: asking for its values takes all processes, and one of them may be alone here.
+    To read a sharded weight takes all processes, and one of them may be alone here.
     """
     if not layer.store.exact or layer.merged_adapters or not layer.site.op.known:
         return None
@@ -43,7 +43,7 @@ def sample(layer: AdapterLayer) -> list[float] | None:
 
 
 def same_values(stored: dict, now: dict) -> bool:
-    """Whether two fingerprints could be of the same weights."""
+    """Say whether two fingerprints could be of the same weights."""
     old, new = stored.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return True
@@ -56,7 +56,7 @@ def digest(data: str | bytes) -> str:
 
 
 def difference(stored: dict, now: dict) -> str | None:
-    """In words, how the architectures differ; None if they do not."""
+    """Say in words how the architectures differ; None if they do not."""
     if stored.get("shapes") == now["shapes"]:
         return None
     old, new = stored.get("weights"), now.get("weights")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a dict of tensors into a model with adapters, every key accounted for."""
+"""Loading: from a dict of tensors into a model with adapters, with a report on every key."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from graft.storage.parallel import spread_as
 
 @dataclass
 class LoadReport:
-    """What happened to every key of a checkpoint and every tensor of an adapter."""
+    """The report of a load: every key of the checkpoint, and every tensor of the adapter."""
 
     loaded: list[str] = field(default_factory=list)
     base: list[str] = field(default_factory=list)  # tensors of the base model that the checkpoint brought along
     missing_keys: list[str] = field(default_factory=list)  # tensors of the adapter that it does not hold
     unexpected_keys: list[str] = field(default_factory=list)  # keys that fit nothing
-    mismatched_keys: list[str] = field(default_factory=list)  # other shape, left out as asked
+    mismatched_keys: list[str] = field(default_factory=list)  # keys of another shape, with ignore_mismatched_sizes
 
     def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
         return iter((self.missing_keys, self.unexpected_keys))
@@ -46,7 +46,7 @@ class BaseEntry(NamedTuple):
 
 
 class Values:
-    """The values of one checkpoint, for the parts that carry an adapter. `report` accounts for every key."""
+    """The values of one checkpoint, for the carriers of an adapter. `report` lists every key."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Values:
         self._by_layer: dict[str, set[str]] | None = None
 
     def head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """A copy of a module to save whose first dimension is the checkpoint's: a head with other labels."""
+        """Return a copy of a module to save with the checkpoint's first dimension (its labels), if that differs."""
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         original: Any = getattr(module, "original_module", module)
         shapes = {n: p.shape for n, p in original.named_parameters()}
@@ -77,7 +77,7 @@ class Values:
         return resized(original, other) if other else None
 
     def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
-        """Every entry of the adapter (and tensor of the base that was saved with it) and its value, all checked.
+        """Return every entry of the adapter (and tensor of the base in the same file) with its value, all checked.
 
         Raises:
             AdapterKeyError, BaseModelMismatchError: the checkpoint does not fit.
@@ -112,10 +112,10 @@ class Values:
     def _restored(
         self, layer: Any, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
     ) -> list[tuple[Entry, str | None]]:
-        """The entries of one layer, with the values that its method makes of what the file holds."""
+        """Put the values that a layer's method restores into `tensors`; return its entries and their names there."""
         method = layer.methods[self.adapter]
         places = {(entry.container, entry.path): name for entry, name in held if name is not None}
-        if len(places) < len(held):  # a file may hold other tensors, from which those that are missing follow
+        if len(places) < len(held):  # the file may hold other tensors, from which the method restores missing ones
             stem = held[0][0].stem.removesuffix(held[0][0].container)
             for other in self._below(stem) - set(places.values()):
                 container, _, path = other.removeprefix(stem).partition(".")
@@ -133,7 +133,7 @@ class Values:
         return out
 
     def _below(self, stem: str) -> set[str]:
-        """The file's keys below a layer, but for those of its base."""
+        """Return the file's keys below a layer, but for those of its base layer."""
         if self._by_layer is None:
             self._by_layer = defaultdict(set)
             for name in self.tensors:
@@ -144,13 +144,13 @@ class Values:
         return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
     def base_tensors(self, names: set[str], prefix: str, mismatched: list) -> dict[str, Tensor]:
-        """Those of `names` that are parameters of the base model."""
+        """Return the base model's parameters that `names` name; add those of another shape to `mismatched`."""
         if not names:
             return {}
         held: dict[str, Tensor] = {}
         for path, p in self.model.named_parameters(remove_duplicate=False):
             held[prefix + path] = p
-            if ".base_layer." not in path:  # the layer may be about to be wrapped
+            if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
                 held[f"{prefix}{stem}.base_layer.{leaf}"] = p
         out = {n: held[n] for n in names if n in held}
@@ -208,15 +208,15 @@ class Values:
         warn(text)
 
 
-SETTLED = {f.name for f in fields(PeftConfig)} | {  # by the tensors that there are, or of no weight once they are there
+SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 
 
 def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
-    """Warn of what a file's config says that an adapter of the model, which only gets its values, does not do."""
+    """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
     ours, theirs = here.saved_dict(), there.saved_dict()
-    left = SETTLED | set(here.results)  # which are taken over
+    left = SETTLED | set(here.results)  # these come from the file
     names = [n for n in ours if n not in left and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
     if names:
         differ = ", ".join(f"{n} ({ours[n]!r}, in the file {theirs[n]!r})" for n in names)
@@ -228,13 +228,13 @@ def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
 
 
 def some(items: list[str], most: int = 8) -> str:
-    """A list in full, or its beginning and how many more there are."""
+    """Return a list as text: in full, or its beginning and how many more there are."""
     shown = ", ".join(items[:most])
     return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
 
 
 def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
-    """A copy of `module` whose parameters of those names have those shapes, uninitialised."""
+    """Return a copy of `module` with parameters of other `shapes` (by name), uninitialised."""
     made = standalone(module)
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model with adapters to a dict of tensors."""
+"""Saving: from a model with adapters to a dict of tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graft.io.fingerprint import fingerprint
 
 
 def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
-    """What carries an adapter, the prefix of its keys, and the base model."""
+    """Return the carriers of an adapter, the prefix of its keys, and the base model."""
     model = getattr(model, "_orig_mod", model)
     registry = registry_of(model)
     if registry is not None:
@@ -48,11 +48,11 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter by file key.
+    """Return the tensors of one adapter by file key.
 
     Args:
         state_dict: take the values from here (gathered by FSDP or DeepSpeed), not from the model.
-        save_embedding_layers: True, False, or "auto": when they are targeted or were resized.
+        save_embedding_layers: True, False, or "auto": if they are targets, or the vocabulary has another size.
 
     Raises:
         AdapterNotFoundError: no such adapter.
@@ -77,7 +77,7 @@ def get_peft_model_state_dict(
 
 
 def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """What a file holds of an adapter's tensors on one layer, by file key."""
+    """Return the tensors that a file holds of an adapter on one layer, by file key."""
     places = {(entry.container, entry.path): entry.file for entry in held}
     made = method.stored({place: values[file] for place, file in places.items()}, config)
     stem = held[0].stem.removesuffix(held[0].container)
@@ -85,7 +85,7 @@ def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: An
 
 
 def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
-    """The prompt and modules to save of an adapter with the values that a state dict has for them."""
+    """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
     here = copy.deepcopy(parts)
     owners: dict[str, nn.Module] = {f"{here.prompt.prefix}.{adapter}": here.prompt}  # type: ignore[union-attr,dict-item]
     owners |= {f"{here.prefix}{key}": w for key, w in here.wrappers.items()}
@@ -100,7 +100,7 @@ def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
 
 
 def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_layers: str | bool) -> dict[str, Tensor]:
-    """Tensors of the base model that are saved with an adapter: trained biases and changed embeddings."""
+    """Return the base model's tensors that go into an adapter's file: trained biases and changed embeddings."""
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")
     if bias == "all":
@@ -112,7 +112,7 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
 
 
 def _biases(parts: Parts) -> dict[str, Tensor]:
-    """Biases of the adapted layers, as they are without what is merged."""
+    """Return the biases of the adapted layers, as they are with nothing merged."""
     biases = {f"{key}.base_layer.bias": unmerged(layer)[1] for key, layer in parts.layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
@@ -154,7 +154,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
 
 
 def resized_vocabulary(base: nn.Module, config: Any) -> bool:
-    """Whether the vocabulary differs from that of a local copy of the model's origin. Never asks the network."""
+    """Say whether the vocabulary's size differs from a local copy of the original model. Never ask the network."""
     import json
     import os
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a method's tensors hold a low-rank product: read from its adapters, written for a new one."""
+"""Forms: a method's tensors as a low-rank product, read from its adapters, written for a new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from graft.core.plan import evaluating
 from graft.kernels.hadamard import narrow
 
-Values = dict[tuple[str, str], Tensor]  # by container and path below the adapter's name, as `AdapterLayer.tensors`
+Values = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
 
 
 @dataclass
@@ -39,28 +39,28 @@ class Term:
         return self.groups * min(prod(self.A.shape[1:]), len(self.B) // self.groups)
 
     def product(self) -> tuple[Tensor, Tensor]:
-        """A (groups, r / groups, n), B (groups, m / groups, r / groups)."""
+        """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups)."""
         A, B, groups = self.A, self.B, self.groups
         r = len(A) // groups  # may be 0
         return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
 
 
 class Form(Protocol):
-    apart: ClassVar[bool]  # rules may act on A and B apart
+    apart: ClassVar[bool]  # True: rules may act on A and B apart
 
     def read(self, m: Any, weight: float) -> Term: ...
 
     def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Values:
-        """Tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
+        """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
         ...
 
     def configure(self, cfg: Any, ranks: dict[str, int], patterns: dict[str, int], configs: list[Any]) -> None:
-        """Change `cfg` so that it describes what `write` gives."""
+        """Change `cfg` so that it describes the tensors that `write` returns."""
         ...
 
 
 class LoraForm:
-    """Factors and a scaling."""
+    """The form of LoRA: factors and a scaling."""
 
     apart: ClassVar[bool] = True
 
@@ -84,11 +84,11 @@ class LoraForm:
         cfg.use_rslora = False
         cfg.lora_bias = any(c.lora_bias for c in configs)
         if isinstance(cfg.init_lora_weights, str):
-            cfg.init_lora_weights = True  # some would change the base weight when the adapter is loaded
+            cfg.init_lora_weights = True  # some initialisations would change the base weight on loading
 
 
 class AdaLoraForm:
-    """Singular values E between two factors, B diag(E) A, whose scaling is counted in."""
+    """The form of AdaLoRA: B diag(E) A, where singular values E include the scaling."""
 
     apart: ClassVar[bool] = False
 
@@ -111,11 +111,11 @@ class AdaLoraForm:
         cfg.init_r = cfg.target_r = cfg.lora_alpha = max(1, *ranks.values())
         uneven = any(r != cfg.init_r for r in ranks.values())
         cfg.rank_pattern = {f"{key}.lora_E": [True] * r for key, r in ranks.items()} if uneven else None
-        cfg.inference_mode = True  # one adapter of a model trains at a time
+        cfg.inference_mode = True  # a model trains one AdaLoRA adapter at a time
 
 
 class LohaForm:
-    """The elementwise product of two low-rank matrices: one of them can be any, if the other is all ones."""
+    """The form of LoHa: the elementwise product of two low-rank matrices, one of them all ones when written."""
 
     apart: ClassVar[bool] = False
 
@@ -137,7 +137,7 @@ class LohaForm:
 
 
 def wide(t: Tensor) -> Tensor:
-    """The values, in float32 at least."""
+    """Return the values, in float32 at least."""
     t = t.detach()
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 

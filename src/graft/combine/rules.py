@@ -18,7 +18,7 @@ from graft.core.errors import ConfigError
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ wᵢ tᵢ. Task arithmetic, arXiv 2212.04089."""
+    """Return Σ wᵢ tᵢ. Task arithmetic, arXiv 2212.04089."""
     out = tensors[0] * float(weights[0])
     for t, w in zip(tensors[1:], weights[1:]):
         out.add_(t, alpha=float(w))
@@ -26,31 +26,31 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def magnitude_prune(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """`linear` of what is largest in each. Pruning by magnitude, arXiv 1506.02626."""
+    """Return `linear` of the largest elements of each tensor. Pruning by magnitude, arXiv 1506.02626."""
     return linear([keep_largest(t, density) for t in tensors], weights)
 
 
 def dare_linear(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """`linear` of random parts. DARE, arXiv 2311.03099."""
+    """Return `linear` of random elements of each tensor. DARE, arXiv 2311.03099."""
     return linear([drop_and_rescale(t, density) for t in tensors], weights)
 
 
 def ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """What is largest in each, where it has the majority's sign. TIES, arXiv 2306.01708."""
+    """Return `elect` of the largest elements of each tensor. TIES, arXiv 2306.01708."""
     return elect([keep_largest(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def dare_ties(
     tensors: Sequence[Tensor], weights: Sequence[float], density: float, majority_sign_method: str = "total"
 ) -> Tensor:
-    """Random parts, where they have the majority's sign. arXiv 2311.03099 with 2306.01708."""
+    """Return `elect` of random elements of each tensor. DARE with TIES, arXiv 2311.03099 and 2306.01708."""
     return elect([drop_and_rescale(t, density) for t in tensors], weights, majority_sign_method)
 
 
 def keep_largest(t: Tensor, density: float) -> Tensor:
-    """`t` with all but its ⌊density · n⌋ elements of largest magnitude set to 0."""
+    """Return `t` with all but its ⌊density · n⌋ elements of largest magnitude set to 0."""
     check_density(density)
     if density >= 1:
         return t
@@ -60,7 +60,7 @@ def keep_largest(t: Tensor, density: float) -> Tensor:
 
 
 def drop_and_rescale(t: Tensor, density: float) -> Tensor:
-    """`t` with each element kept with probability `density` and divided by it, so that the expectation stays."""
+    """Keep each element with probability `density` and divide it by that, so that the expectation stays."""
     check_density(density)
     if density >= 1:
         return t
@@ -69,7 +69,7 @@ def drop_and_rescale(t: Tensor, density: float) -> Tensor:
 
 
 def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
-    """±1 by element: the sign of the sum ("total") or of most of them ("frequency"); + in a draw.
+    """Return ±1 by element: the sign of the sum ("total") or of most of them ("frequency"); + in a draw.
 
     Raises:
         ConfigError: another method.
@@ -81,7 +81,7 @@ def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
 
 
 def elect(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str = "total") -> Tensor:
-    """Σ wᵢ tᵢ over those that have the majority's sign, divided by how many these are. Weights do not vote."""
+    """Return Σ wᵢ tᵢ over elements of the majority's sign, divided by their number. Weights do not vote."""
     sign = majority_sign(tensors, majority_sign_method)
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for t, w in zip(tensors, weights):
@@ -92,7 +92,7 @@ def elect(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_met
 
 
 def check_density(density: float) -> None:
-    """Raise ConfigError for a negative one."""
+    """Raise ConfigError for a negative density."""
     if density < 0:
         raise ConfigError(f"Density should be >= 0, got {density}")
 
@@ -101,15 +101,15 @@ def check_density(density: float) -> None:
 
 
 def cat(A: Sequence[Tensor], B: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(A (…, Σr, n), B (…, m, Σr)) of Σ wᵢ Bᵢ Aᵢ, exactly."""
+    """Return A (…, Σr, n) and B (…, m, Σr) with B A = Σ wᵢ Bᵢ Aᵢ, exactly."""
     return torch.cat([a * float(w) for a, w in zip(A, weights)], dim=-2), torch.cat(list(B), dim=-1)
 
 
 def truncate_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The best approximation of B A by a product of `rank`: (Vh (…, rank, n), U S (…, m, rank)), and all S (…, k).
+    """Return the best approximation of B A of `rank`: Vh (…, rank, n), U S (…, m, rank), and all S (…, k).
 
     Costs O((m + n) r²): with B = Q_B R_B and Aᵀ = Q_A R_A, an SVD of the r × r matrix R_B R_Aᵀ. `rank` ≤ min(m, n); one
-    above r adds rows to Vh, orthonormal like the others, that belong to singular values of 0.
+    above r adds orthonormal rows to Vh that belong to singular values of 0.
     """
     more = rank - A.shape[-2]
     if more > 0:
@@ -123,9 +123,9 @@ def truncate_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None)
 
 
 def truncate_matrix(W: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `truncate_product`, of a matrix (…, m, n) of any rank: O(m n min(m, n)).
+    """Return the same for a matrix (…, m, n) of any rank. Costs O(m n min(m, n)).
 
-    An SVD of full size: what pruning leaves has no gap in its spectrum, so that randomised methods
+    Take an SVD of full size: the spectrum of a pruned matrix has no gap, so that randomised methods
     (torch.svd_lowrank) would miss the last triples.
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False, driver=driver)
@@ -133,13 +133,13 @@ def truncate_matrix(W: Tensor, rank: int, driver: str | None = None) -> tuple[Te
 
 
 def clamp_to_quantile(A: Tensor, B: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Both cut off at ± that quantile of their values together."""
+    """Cut both off at ± that quantile of their values together."""
     most = torch.cat([A.flatten(), B.flatten()]).quantile(quantile)
     return A.clamp(-most, most), B.clamp(-most, most)
 
 
 def retained_energy(S: Tensor, rank: int) -> float:
-    """‖truncated‖² / ‖full‖² from all singular values (…, k), of which `rank` were kept; 1 of a matrix of zeros."""
+    """Return ‖truncated‖² / ‖full‖² from all singular values (…, k), of which `rank` stay; 1 for a matrix of zeros."""
     squares = S.square()
     full = float(squares.sum())
     return float(squares[..., :rank].sum()) / full if full else 1.0

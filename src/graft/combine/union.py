@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config of an adapter that is made of others: which layers, which ranks, which modules beside."""
+"""The config of an adapter made of others: its layers, its ranks, its modules to save."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MIXED = (
 
 
 def union_of(configs: Sequence[Any], mixed: str = MIXED) -> Any:
-    """A copy of the first config that targets what any of them does.
+    """Return a copy of the first config that targets all that any of them does.
 
     Raises:
-        ConfigError: some targets are names and others a regular expression, which is said with `mixed`.
+        ConfigError: some targets are names and others a regular expression, with `mixed` as the message.
     """
     cfg = copy.deepcopy(configs[0])
     cfg.target_modules = either([c.target_modules for c in configs], mixed)
@@ -35,7 +35,7 @@ def union_of(configs: Sequence[Any], mixed: str = MIXED) -> Any:
 
 
 def either(targets: Sequence[Any], mixed: str) -> Any:
-    """One value of `target_modules` that selects what any of them does."""
+    """Return one value of `target_modules` that selects all that any of them does."""
     if len({isinstance(t, str) for t in targets}) > 1:
         raise ConfigError(mixed)
     if isinstance(targets[0], str):
@@ -44,7 +44,7 @@ def either(targets: Sequence[Any], mixed: str) -> Any:
 
 
 def name_exactly(cfg: Any, keys: Iterable[str]) -> None:
-    """Have `cfg` target the layers at these paths and no others."""
+    """Make `cfg` target the layers at these paths and no others."""
     cfg.target_modules = "|".join(re.escape(key) for key in keys)
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(cfg, name):
@@ -52,7 +52,7 @@ def name_exactly(cfg: Any, keys: Iterable[str]) -> None:
 
 
 def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
-    """Patterns for the layers whose rank is not the highest: by last names where these tell them apart."""
+    """Return patterns for the layers whose rank is not the highest: by last names where these tell them apart."""
     usual = max(ranks.values())
     by_name: dict[str, set[int]] = {}
     for key, r in ranks.items():
@@ -69,10 +69,10 @@ def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
 
 
 def owners(tuner: Any, names: Sequence[str]) -> dict[str, str]:
-    """Which of the adapters has its own copy of a module, or of some of its rows, by path.
+    """Return the adapter that has its own copy of a module, or of some of its rows, by path.
 
     Raises:
-        ConfigError: two have one of the same module: it is no update that could be added to another.
+        ConfigError: two have a copy of the same module: copies are no updates that add up.
     """
     found = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in tuner.wrappers.items()}
     shared = {key: own for key, own in found.items() if len(own) > 1}
@@ -86,7 +86,7 @@ def owners(tuner: Any, names: Sequence[str]) -> dict[str, str]:
 
 
 def heads(tuner: Any, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
-    """Copies of the modules that were trained whole, for the new adapter. Tied ones follow by themselves."""
+    """Copy the modules trained whole for the new adapter. Tied ones follow by themselves."""
     return {
         key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])
         for key, name in owner.items()

@@ -27,7 +27,7 @@ from graft.core.errors import (
 )
 from graft.core.layer import AdapterLayer
 
-# by name: on tensors, with weights and density
+# rules on tensors with weights and a density, by name
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
     "linear": rules.linear,
     "magnitude_prune": rules.magnitude_prune,
@@ -42,7 +42,7 @@ TYPES = (*ELEMENTWISE, "cat", *SVD)
 
 @dataclass
 class WeightedReport:
-    """What a combination made."""
+    """The report of a combination."""
 
     adapter: str
     combination_type: str
@@ -60,7 +60,7 @@ class WeightedReport:
 
 @dataclass
 class Recipe:
-    """How the terms of a layer become one product."""
+    """The way in which the terms of a layer become one product."""
 
     kind: str
     rank: int | None
@@ -107,7 +107,7 @@ class Recipe:
             warn(text, PeftWarning)
 
     def ranks(self, terms: dict[str, list[Term]]) -> dict[str, int]:
-        """Of the new adapter, by layer."""
+        """Return the rank of the new adapter on each layer."""
         if self.kind in ELEMENTWISE:
             for key, ts in terms.items():
                 if len({t.rank for t in ts}) > 1:
@@ -133,7 +133,7 @@ class Recipe:
         return ranks
 
     def combine(self, terms: list[Term], rank: int) -> tuple[Tensor, Tensor, float | None]:
-        """(A, B, retained energy), with the values of an adapter of this rank in their order."""
+        """Return A, B and the retained energy. A and B have the order of values, not the shape, of an adapter's."""
         scaled = [t.weight * t.scaling for t in terms]
         if self.kind in ELEMENTWISE:
             roots = [math.sqrt(abs(w)) for w in scaled]
@@ -177,20 +177,20 @@ def add_weighted_adapter(
     - `cat`: the same, A and B one below and beside the other, rank Σ rᵢ.
     - `linear`: A = Σ ±√|wᵢsᵢ| Aᵢ and B = Σ √|wᵢsᵢ| Bᵢ, of equal ranks. The product has cross terms Bᵢ Aⱼ besides the
       sum.
-    - `magnitude_prune`, `dare_linear`, `ties`, `dare_ties`: A and B are pruned and combined apart, likewise.
-    - the same with `_svd`: the updates themselves are pruned and combined, then truncated. These are dense matrices, so
-      an SVD of full size cannot be avoided.
+    - `magnitude_prune`, `dare_linear`, `ties`, `dare_ties`: prune A and B and combine them apart, likewise.
+    - the same with `_svd`: prune and combine the updates themselves, then truncate. These are dense matrices, which
+      need an SVD of full size.
 
-    The sums without pruning are never formed: QR of the factors and an SVD of a small matrix do. A single adapter is
-    combined by `linear` if neither `svd_rank`, `svd_clamp` nor `density` says that more than a scaling is wanted.
-    Modules that one of the adapters trains whole are copied.
+    Sums without pruning never become dense matrices: QR of the factors and an SVD of a small matrix do. `linear` takes
+    a single adapter if neither `svd_rank`, `svd_clamp` nor `density` asks for more than a scaling. The new adapter gets
+    copies of the modules that one of the adapters trains whole.
 
     Args:
         svd_clamp: cut the factors off at ± this quantile of their values.
         svd_full_matrices: for compatibility; the result does not depend on it.
-        svd_driver: of torch.linalg.svd, on CUDA.
-        density: what part of the values pruning keeps.
-        majority_sign_method: of ties, "total" (sign of the sum) or "frequency" (of the votes).
+        svd_driver: the driver of torch.linalg.svd, on CUDA.
+        density: the part of the values that pruning keeps.
+        majority_sign_method: for ties, "total" (sign of the sum) or "frequency" (of the votes).
 
     Returns:
         Rank and, where something was truncated, retained energy of each layer.
@@ -277,7 +277,7 @@ TUNER_METHODS: dict[str, Callable[..., Any]] = {
 
 
 def function_for(peft_type: str) -> Callable[..., Any]:
-    """`add_weighted_adapter` of a method's model class."""
+    """Return the `add_weighted_adapter` of a method's model class."""
     return TUNER_METHODS.get(peft_type, refuse)
 
 
@@ -307,7 +307,7 @@ def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list
 
 
 def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, list[tuple[Any, float]]]:
-    """(method, weight) of each adapter on each layer that has any of them.
+    """Return (method, weight) of each adapter on each layer that has any of them.
 
     Raises:
         NotImplementedError: one is of a variant, such as DoRA, that does more than add.
@@ -368,7 +368,7 @@ class Combined:
 
 
 class Place(NamedTuple):
-    """Where a value goes."""
+    """The slot of a layer that a value goes to."""
 
     layer: AdapterLayer
     slot: Slot
@@ -386,7 +386,7 @@ def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[
         tuner.add_adapter(name, cfg, values=Combined(values, owner), heads=union.heads(tuner, owner, cfg))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # all was said when the adapters were added
+        warnings.simplefilter("ignore")  # the user saw them when the adapters came
         try:
             inject()
         except (OtherLayers, NoMatchingPeftModuleError, UnsupportedLayerError):  # exclusions or layer ranges differ

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a saved LoRA adapter can run from slots, and its factors if so. Everything else is refused by name."""
+"""The factors of a saved LoRA adapter that can run from slots, or an error that says why it cannot."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ PLAIN: dict[str, tuple] = {
 
 @dataclass
 class Factors:
-    """One layer of an adapter: y + scaling · x Aᵀ B."""
+    """The factors of an adapter on one layer: y + scaling · x Aᵀ B."""
 
     A: Tensor  # (r, in)
-    B: Tensor  # (r, out), of the file transposed
+    B: Tensor  # (r, out), transposed from the file
     scaling: float
 
 
 @dataclass
 class Known:
-    """An adapter that fits."""
+    """An adapter that fits into a slot."""
 
-    factors: dict[str, Factors] | None  # by layer; None: `read` gets them from where they are kept
+    factors: dict[str, Factors] | None  # by layer; None: `read` reads them from their files
     read: Callable[[], dict[str, Factors]] | None
 
     @property
     def nbytes(self) -> int:
-        """Host memory that it takes."""
+        """Bytes of host memory that it takes."""
         return sum(t.nbytes for f in (self.factors or {}).values() for t in (f.A, f.B))
 
 
@@ -82,7 +82,7 @@ def check_config(name: str, config: Any) -> None:
 def fitted(
     name: str, config: Any, loaded: Loaded, layers: dict[str, SlotLayer], max_rank: int, base: Any
 ) -> dict[str, Factors]:
-    """The factors of an adapter by layer, in memory of their own.
+    """Return the factors of an adapter by layer path, in memory of their own.
 
     Raises:
         ConfigError: it is not plain LoRA, or a rank is above `max_rank`.
@@ -127,5 +127,5 @@ def _pair(name: str, key: str, pair: dict[str, Tensor], cfg: Any, layer: SlotLay
 
 
 def _own(t: Tensor) -> Tensor:
-    """A copy in host memory: files are mapped, and models train on."""
+    """Return a copy in host memory, since state dicts and models may change theirs."""
     return torch.empty(t.shape, dtype=t.dtype).copy_(t)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give an adapter that is in a model the values of another one, in place: compiled code goes on as it is."""
+"""Give a model's adapter the values of another one, in place: compiled code stays valid."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MUST_AGREE = (
     "ensure_weight_tying",
 )
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
-SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # of A and of B: what holds the rank
+SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # attributes of A and of B with the rank
 
 
 def hotswap_adapter(
@@ -46,15 +46,15 @@ def hotswap_adapter(
 ) -> None:
     """Replace the values of a LoRA adapter by those of a saved one, whose ranks and targets may differ.
 
-    Smaller ranks are padded with zeros, layers that the saved adapter does not target become zero. Larger ranks
-    replace the tensors, and code that was compiled is compiled again: see `prepare_model_for_compiled_hotswap`. The
-    adapter's config then describes what the model holds. If anything does not fit, nothing has changed.
+    Zeros fill up smaller ranks, and layers that the saved adapter does not target. Larger ranks replace the tensors,
+    and torch compiles the model again: see `prepare_model_for_compiled_hotswap`. The adapter's config then
+    describes the tensors in the model. If anything does not fit, nothing changes.
 
     Args:
         model_name_or_path: folder or hub repository.
         adapter_name: the adapter in the model; the name stays.
         torch_device: accepted as in PEFT; values go to where the adapter is.
-        **kwargs: `subfolder`, `key_mapping`, and what the hub takes (`revision`, `token`, …).
+        **kwargs: `subfolder`, `key_mapping`, and options of the hub (`revision`, `token`, …).
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -76,39 +76,39 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """As `hotswap_adapter`, from tensors. Their keys may be those of a file or of the model's state dict.
+    """Do as `hotswap_adapter`, from tensors. Their keys may be those of a file or of the model's state dict.
 
     Args:
-        config: of the new adapter: it says its scaling and targets.
+        config: the new adapter's, for its scaling and targets.
         parameter_prefix: accepted as in PEFT; names follow from the structure.
     """
     swap(model, Loaded(dict(state_dict), "the given state dict"), adapter_name, config)
 
 
 class Change(NamedTuple):
-    """What one layer will know of its adapter."""
+    """The facts that a layer will have of its adapter."""
 
     layer: Any
-    rank: int  # of the tensors in the model
+    rank: int  # rank of the tensors in the model
     alpha: float
     scaling: float
 
     @classmethod
     def of(cls, layer: Any, r: int, alpha: float, rslora: bool, rank: int) -> Change:
-        """For an adapter of rank r in tensors of at least that `rank`."""
+        """Return the change for an adapter of rank r in tensors of `rank` ≥ r."""
         scale = math.sqrt if rslora else float
         return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
 
 
 @dataclass
 class Plan:
-    """What a swap will do. Nothing in it can fail but for lack of memory."""
+    """All that a swap will write. Only a lack of memory can make it fail."""
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, value) of one shape
     zeros: list[Tensor] = field(default_factory=list)
-    larger: list[tuple[Entry, Tensor, int]] = field(default_factory=list)  # (…, value, rank): needs more room
+    larger: list[tuple[Entry, Tensor, int]] = field(default_factory=list)  # (…, value, rank): larger values
     changes: list[Change] = field(default_factory=list)
-    found: dict[str, AdapterLayer] = field(default_factory=dict)  # layers that the new adapter has
+    found: dict[str, AdapterLayer] = field(default_factory=dict)  # layers of the new adapter
     missing: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -149,7 +149,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mappin
 
 
 def check_compatible(now: Any, new: Any) -> None:
-    """Raise unless an adapter of config `new` can run in the place of one of config `now`."""
+    """Raise ConfigError unless an adapter of config `new` can run in the place of one of config `now`."""
     kinds = [getattr(c.peft_type, "value", c.peft_type) for c in (now, new)]
     if kinds[0] != kinds[1]:
         raise ConfigError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
@@ -169,7 +169,7 @@ def check_compatible(now: Any, new: Any) -> None:
 
 
 def check_growth(plan: Plan, adapter: str, config: Any) -> None:
-    """Raise if tensors cannot be replaced by larger ones; warn if they should not be."""
+    """Raise ConfigError if larger tensors cannot take the place of tied ones; warn if compiled code will not fit."""
     rank = max(rank for _, _, rank in plan.larger)
     check_tied(adapter, config, rank)
     if any(isinstance(change.layer.scaling[adapter], Tensor) for change in plan.changes):
@@ -214,7 +214,7 @@ def plan_swap(load: Values, parts: Parts) -> Plan:
         else:
             plan.zeros += [entry.tensor for entry in absent]
             plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
-    base = load.base_tensors(set(left), prefix, []) if left else {}  # embeddings are saved with what is on them
+    base = load.base_tensors(set(left), prefix, []) if left else {}  # a file holds embeddings with the adapters on them
     other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
     plan.wrong += [f"{name} is not what the base model has" for name in other]
     faults = [f"unexpected keys found: {some(sorted(left))}"] if left else []
@@ -229,14 +229,14 @@ def plan_swap(load: Values, parts: Parts) -> Plan:
 
 
 def name_in(names: Any, entry: Entry) -> str:
-    """The name under which values have an entry: that of a file, or of the model's state dict."""
+    """Return the one of `names` that is an entry's: in a file, or in the model's state dict; "" if none is."""
     if entry.file in names:
         return entry.file
     return next((n for n in map(without_wrappers, (entry.memory, *entry.also)) if n in names), "")
 
 
 def _take(plan: Plan, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
-    """Note what becomes of values of rank r, in tensors that have room for more or less."""
+    """Add values of rank r to the plan, for tensors of rank `room`."""
     for entry, value in held:
         here = entry.tensor.shape
         shape = here if r == room else shape_at(entry, r)
@@ -258,7 +258,7 @@ def groups_of(entry: Entry) -> int:
 
 
 def shape_at(entry: Entry, r: int) -> torch.Size:
-    """The shape of an adapter's tensor if its rank were r."""
+    """Return the shape that an adapter's tensor would have at rank r."""
     shape = list(entry.tensor.shape)
     dim = RANK_DIM.get(entry.container)
     if dim is not None and len(shape) > 1:
@@ -267,7 +267,7 @@ def shape_at(entry: Entry, r: int) -> torch.Size:
 
 
 def padded(entry: Entry, value: Tensor, r: int) -> Tensor:
-    """A or B with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
+    """Pad A or B with zeros up to rank r; in A of grouped convolutions, at the end of each group."""
     made = value.new_zeros(shape_at(entry, r))
     inside, values = made, value
     if not RANK_DIM[entry.container]:
@@ -287,7 +287,7 @@ def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
 
 
 def described(config: Any, changes: list[Change]) -> Any:
-    """A copy of `config` that says what the layers hold, so that saving it saves the adapter that runs."""
+    """Return a copy of `config` with the ranks and alphas of the layers, so that a file holds what runs."""
     made = copy.copy(config)
     made.r, made.rank_pattern = usual({c.layer.site.key: c.rank for c in changes})
     made.lora_alpha, made.alpha_pattern = usual({c.layer.site.key: c.alpha for c in changes})
@@ -295,6 +295,6 @@ def described(config: Any, changes: list[Change]) -> Any:
 
 
 def usual(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and a pattern for every layer that has another one."""
+    """Return the most frequent value, and a pattern for every layer that has another one."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer with room for many LoRA adapters, and which of them each row of the batch uses."""
+"""A linear layer with slots for many LoRA adapters, and the choice of a slot for each row of the batch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from graft.core.place import moved
 from graft.core.site import Site
 from graft.kernels.eager import eager, has_no_hooks
 
-NONE = 0  # the slot of rows without adapter: zeros
+NONE = 0  # the slot of zeros, for rows without adapter
 
 
 class Choice:
-    """The slot of each row: written by `AdapterSlots`, read by every layer of the model."""
+    """The slot of each row. `AdapterSlots` writes it, every SlotLayer of the model reads it."""
 
     def __init__(self, device: torch.device | None):
-        self.slot: int | None = NONE  # of all rows; None: `index` tells
-        self.mixed = False  # the same as a bool: compiled code is made for one value of what it reads
-        self.index = torch.zeros(1, dtype=torch.long, device=device)  # (batch,), for compiled code also if all agree
-        self.rows: tuple[int, ...] = ()  # what `gathered` was made for
-        self.gathered: dict[SlotLayer, tuple[Tensor, Tensor] | None] = {}  # None: once, and not kept
-        self._indices = {1: self.index}  # by batch size; rewritten in place, so nothing need be compiled again
+        self.slot: int | None = NONE  # the slot of all rows; None: see `index`
+        self.mixed = False  # slot is None; a bool, since code is compiled again for each value that it reads
+        self.index = torch.zeros(1, dtype=torch.long, device=device)  # (batch,); compiled code always reads it
+        self.rows: tuple[int, ...] = ()  # the slots that `gathered` holds
+        self.gathered: dict[SlotLayer, tuple[Tensor, Tensor] | None] = {}  # None: gathered once, not kept
+        self._indices = {1: self.index}  # by batch size; rewritten in place, so that compiled code stays valid
 
     def everywhere(self, slot: int) -> None:
         """Give all rows, however many, the same slot."""
@@ -47,7 +47,7 @@ class Choice:
             self.gathered.clear()
 
     def of(self, batch: int, layer: str) -> Tensor:
-        """The index of a batch."""
+        """Return the slot of each row, (batch,)."""
         if batch == self.index.shape[0]:
             return self.index
         if self.mixed:
@@ -60,12 +60,12 @@ class Choice:
 
 
 class SlotLayer(nn.Module):
-    """`base_layer` and, for each slot, A (r, in) and B (r, out), scaling included: y + x Aᵀ B, by row."""
+    """A base layer with A (r, in) and B (r, out), scaling included, for each slot: y + x Aᵀ B, by row."""
 
     base_layer: Any
     site: Site
     choice: Choice
-    keep: bool  # what was gathered for a batch, for its next forward
+    keep: bool  # keep a mix's gathered factors for its next forward
     output_is_new: bool  # the base layer's output may be overwritten
     methods: ClassVar[dict[str, Any]] = {}
     merged_adapters = ()
@@ -85,7 +85,7 @@ class SlotLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        slot = self.choice.slot if not torch.compiler.is_compiling() else None  # compiled code treats all alike
+        slot = self.choice.slot if not torch.compiler.is_compiling() else None  # one path for compiled code
         if slot == NONE:
             return y
         if slot is not None:
@@ -93,14 +93,14 @@ class SlotLayer(nn.Module):
         return self.add(y, x, *self.gather(x.shape[0]))
 
     def gather(self, batch: int) -> tuple[Tensor, Tensor]:
-        """A (batch, r, in) and B (batch, r, out) of the rows. From a mix's second forward on they are kept."""
+        """Return A (batch, r, in) and B (batch, r, out) of the rows; keep them from a mix's second forward on."""
         index = self.choice.of(batch, self.site.key)
         if torch.compiler.is_compiling() or not self.keep:
             return self.select(index)
         gathered = self.choice.gathered
         pair = gathered.get(self)
         if pair is None:
-            with torch.inference_mode(False):  # kept longer than that may last
+            with torch.inference_mode(False):  # they outlive an inference mode around this
                 pair = self.select(index)
             gathered[self] = pair if self in gathered else None
         return pair
@@ -110,10 +110,10 @@ class SlotLayer(nn.Module):
         return self.A.index_select(0, index), self.B.index_select(0, index)
 
     def add(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """y + x Aᵀ B. A and B of one adapter, or of each row."""
+        """Return y + x Aᵀ B, with A and B of one adapter, or of each row."""
         rows = () if A.dim() == 2 else (x.shape[0],)
         x = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])
-        h = (A @ x.mT).mT if rows else x @ A.mT  # of few tokens per row, two thirds of the time of x Aᵀ
+        h = (A @ x.mT).mT if rows else x @ A.mT  # for few tokens per row, two thirds of the time of x Aᵀ
         if not (self.output_is_new and has_no_hooks(self.base_layer) and (torch.compiler.is_compiling() or eager())):
             return (y + (h @ B).view(y.shape)).to(y.dtype)
         out = y.view(*rows, -1, y.shape[-1])
@@ -125,7 +125,7 @@ class SlotLayer(nn.Module):
             out.addmm_(h, B)
         return y
 
-    # what code around it reads from a linear layer, and what a fingerprint of the base does
+    # attributes of a linear layer that models read, and those of an AdapterLayer that fingerprints read
 
     @property
     def weight(self) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room for adapters that are to be swapped in, made before a model is compiled."""
+"""Room for adapters that will come by hot-swapping, made before a model is compiled."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Make room for what is to be swapped in, so that code which is compiled afterwards need not be compiled again.
+    """Make room for adapters to come, so that a model compiled afterwards need not be compiled again.
 
-    Scalings become tensors, and A and B are padded with zeros. Outputs stay the same. Call it when the first adapter
-    is there and the model is not compiled yet.
+    Turn scalings into tensors and pad A and B with zeros. Outputs stay the same. Call it with the first adapter on the
+    model, before you compile the model.
 
     Args:
         target_rank: the largest rank that will come; None leaves the ranks.
-        config: a LoraConfig or a dict of them, whose ranks become `target_rank`. Those in the model always do.
-        check_compiled: what to do if the model is compiled already.
+        config: a LoraConfig or a dict of them, whose ranks become `target_rank`, as the ranks in the model do.
+        check_compiled: raise, warn or do nothing if the model is compiled already.
 
     Raises:
         ConfigError: there is no LoRA adapter, one has a larger rank, or the model is compiled. Nothing has changed.
@@ -79,7 +79,7 @@ def prepare_model_for_compiled_hotswap(
 
 
 def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> None:
-    """Raise unless tensors of an adapter can be padded to a rank."""
+    """Raise ConfigError unless this can pad an adapter's tensors to a rank."""
     for key, layer in layers.items():
         r, groups = layer.r[adapter], layer.op.groups(layer.base_layer)
         if r > rank:

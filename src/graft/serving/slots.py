@@ -29,17 +29,17 @@ from graft.serving.layer import NONE, Choice, SlotLayer
 
 @dataclass
 class SlotReport:
-    """What is where, and how much memory it takes."""
+    """The report of slots: which adapters are where, and the memory that they take."""
 
     max_adapters: int
     max_rank: int
     layers: int
-    resident: dict[str, int]  # slots by adapter, the one that was used longest ago first
+    resident: dict[str, int]  # slot by adapter, the least recently used one first
     pinned: list[str]
     known: list[str]  # all adapters, in slots or not
     bytes_per_slot: int
     slot_bytes: int  # of all slots and the one that holds zeros
-    gathered_bytes: int  # rows of the last mixed batch, kept for its next step
+    gathered_bytes: int  # factors of the last mixed batch's rows, for its next step
     host_bytes: int  # adapters in host memory
 
     def __str__(self) -> str:
@@ -53,21 +53,21 @@ class SlotReport:
 
 
 class AdapterSlots:
-    """Puts slots for LoRA adapters on the linear layers of a model, and serves from them. For inference.
+    """A model with slots for LoRA adapters on its linear layers. For inference.
 
-    Adapters are made known with `load` and stay in host memory. Those that a batch needs move into slots, in place of
-    the ones that were used longest ago. Buffers never change their shape or place: a compiled model is compiled once,
-    whatever adapters come, go and mix. Not thread-safe: one batch at a time.
+    `load` puts an adapter into host memory. Adapters that a batch needs move into slots, in place of the least recently
+    used ones. Buffers never change their shape or place: torch compiles a model once, whatever adapters come, go and
+    mix. Not thread-safe: one batch at a time.
 
     Args:
-        model: changed in place; `remove` undoes that. It must not carry adapters.
+        model: a model without adapters. It changes in place; `remove` undoes that.
         max_adapters: how many adapters one batch, and the device, can hold.
-        max_rank: smaller ranks are padded with zeros.
+        max_rank: the highest rank of an adapter; zeros fill up smaller ones.
         targets: as `target_modules`: names, one regex, "all-linear", or None for the architecture's default.
         exclude: as `exclude_modules`.
-        dtype: of the slots; None: what `PeftModel.from_pretrained` would use, float32 for a half-precision base.
+        dtype: of the slots; None: as in `PeftModel.from_pretrained`, float32 for a half-precision base.
         keep_gathered: without compiler, keep the factors of a mixed batch's rows from its second forward on, until
-            the mix changes. That takes rows × bytes_per_slot, and saves copying them for every token.
+            the mix changes. That takes rows × bytes_per_slot of memory, and saves a copy for every token.
 
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, AlreadyInjectedError, ConfigError: nothing has changed.
@@ -109,9 +109,9 @@ class AdapterSlots:
         for key, layer in self.layers.items():
             attach(self._places[key], layer)
         self._known: dict[str, Known] = {}
-        self._slots: dict[str, int] = {}  # by adapter, the one that was used longest ago first
+        self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
-        self._using: list[str | tuple[str, ...]] = []  # what the open `using` blocks have chosen
+        self._using: list[str | tuple[str, ...]] = []  # adapters that the open `using` blocks have chosen
         self._free = list(range(max_adapters, NONE, -1))
 
     # adapters
@@ -126,12 +126,12 @@ class AdapterSlots:
         keep: bool = True,
         **hub: Any,
     ) -> None:
-        """Make an adapter known. It takes a slot when a batch needs it, or when it is pinned.
+        """Make an adapter known. It takes a slot when a batch needs it, or with `pin`.
 
         Args:
             source: a folder or hub repository; a state dict, with its `config`; or a PeftModel, with the name of
                 its `adapter`.
-            keep: keep it in host memory; else it is read again whenever it gets a slot (from a folder only).
+            keep: keep it in host memory; else read it again whenever it gets a slot (from a folder only).
             **hub: `subfolder`, `revision`, `token`, …
 
         Raises:
@@ -153,7 +153,7 @@ class AdapterSlots:
         self._known[name] = Known(factors, None) if keep else Known(None, read)
 
     def _source(self, name: str, source: Any, config: Any, adapter: str, hub: dict[str, Any]) -> tuple[Any, Loaded]:
-        """Config and tensors of an adapter."""
+        """Return config and tensors of an adapter."""
         if isinstance(source, nn.Module):
             source = getattr(source, "_orig_mod", source)
             loaded = Loaded(get_peft_model_state_dict(source, None, adapter), "the model")
@@ -227,7 +227,7 @@ class AdapterSlots:
         return {n for chosen in self._using for n in ([chosen] if isinstance(chosen, str) else chosen)}
 
     def _hold(self, names: Sequence[str]) -> None:
-        """See to it that these adapters are in slots. If they cannot be, nothing has changed."""
+        """Put these adapters into slots, or raise RoutingError and change nothing."""
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
         fixed = self._pinned | (self._in_use() - {BASE})
         if len({*wanted, *fixed}) > self.max_adapters:
@@ -245,7 +245,7 @@ class AdapterSlots:
             self._fill(slot, values[name])
             self._slots[name] = slot
         for name in wanted:
-            self._slots[name] = self._slots.pop(name)  # used last
+            self._slots[name] = self._slots.pop(name)  # now the most recently used
 
     def _fill(self, slot: int, factors: dict[str, Factors]) -> None:
         """Write an adapter's values into a slot."""
@@ -301,10 +301,10 @@ class AdapterSlots:
                 self._choice.each([self._slots.get(n, NONE) for n in chosen], device)
 
     def __call__(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's forward.
+        """Run the model's forward.
 
         Args:
-            adapter_names: as in `using`; None: what the block around the call says, or no adapter.
+            adapter_names: as in `using`; None: those of the `using` block around the call, or no adapter.
 
         Raises:
             RoutingError: as `using`, or the number of names is not that of rows.
@@ -313,7 +313,7 @@ class AdapterSlots:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
+        """Run the model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
         model: Any = self.model
         names = self._rows(adapter_names, args, kwargs)
         copies = copies_of(model, kwargs)
@@ -326,8 +326,8 @@ class AdapterSlots:
             return model.generate(*args, **kwargs)
 
     def _rows(self, names: str | Sequence[str] | None, args: tuple, kwargs: dict[str, Any]) -> list[str] | str:
-        """One name per row of the batch, where the inputs tell how many rows there are: compiled code sees no change
-        between one adapter, several, and none."""
+        """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
+        change between one adapter, several, and none."""
         if names is None:
             names = self._using[-1] if self._using else BASE
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
@@ -338,7 +338,7 @@ class AdapterSlots:
                 "Length of `adapter_names` should be the same as the number of inputs, "
                 f"but got {len(names)} and {len(first)} respectively."
             )
-        return list(names) or BASE  # of no rows
+        return list(names) or BASE  # BASE for no rows
 
     # facts
 
@@ -359,7 +359,7 @@ class AdapterSlots:
         )
 
     def remove(self) -> nn.Module:
-        """Take the slots out of the model again, and return it. From then on they serve nothing.
+        """Take the slots out of the model, and return it. From then on they serve nothing.
 
         Raises:
             RoutingError: a `using` block is open.

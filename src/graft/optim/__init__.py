@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that know which matrix of LoRA is which."""
+"""Optimizers that treat LoRA's A and B in different ways."""
 
 from graft.optim.lorafa import LoraFAOptimizer, create_lorafa_optimizer
 from graft.optim.loraplus import create_loraplus_optimizer

@@ -15,7 +15,7 @@ from graft.optim.pairs import gram, pairs
 
 
 class LoraFAOptimizer(Optimizer):
-    """Adam, in which the gradient of B is that of the whole update as far as A, which is fixed, can follow it."""
+    """Adam with the gradient of B projected: that of ΔW as far as the fixed A can follow it."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """LoRA-FA (arXiv 2308.03303): A is frozen, here and now, so that no input needs to be kept for its gradient.
+    """Make an optimizer for LoRA-FA (arXiv 2308.03303). Freezes A at once: no layer keeps its input for A's gradient.
 
     Args:
-        r, lora_alpha, use_rslora: for PEFT's callers; each layer's own scaling is used.
+        r, lora_alpha, use_rslora: without effect, for PEFT's callers; each layer has its own scaling.
     """
     found = list(pairs(model))
     for A, _, _ in found:

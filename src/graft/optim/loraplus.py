@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
+    """Make an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
     One-dimensional parameters learn with B, all others with A; biases and layer norms do not decay.
 
     Args:
-        loraplus_weight_decay: of all others (0).
+        loraplus_weight_decay: decay of all others (0).
         loraplus_lr_embedding: learning rate of adapters on embeddings (1e-6).
         kwargs: for the optimizer.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which matrix of LoRA is which."""
+"""The pairs A and B of LoRA adapters in a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graft.core.layer import AdapterLayer
 
 
 def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
-    """A, B and scaling of each LoRA adapter on a layer that is no embedding."""
+    """Yield A, B and scaling of each LoRA adapter on a layer that is no embedding."""
     for layer in model.modules():
         if isinstance(layer, AdapterLayer) and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
             Bs: Any = layer.lora_B
@@ -22,6 +22,6 @@ def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]
 
 
 def gram(factor: Tensor, damping: float) -> Tensor:
-    """(factor factorᵀ + damping · 1)⁺ of a matrix (r, n), in float32."""
+    """Return (factor factorᵀ + damping · 1)⁺, (r, r), of a matrix (r, n), in float32."""
     factor = factor.float()
     return torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))

@@ -16,12 +16,12 @@ from graft.optim.pairs import gram, pairs
 def create_riemannian_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 0.01, **kwargs: Any
 ) -> Optimizer:
-    """Riemannian preconditioned LoRA (arXiv 2402.02347): before each step, gradients in the metric of B A.
+    """Make an optimizer for Riemannian preconditioned LoRA (arXiv 2402.02347), with gradients in the metric of B A.
 
-    g_A ← (BᵀB + reg)⁺ g_A and g_B ← g_B (AAᵀ + reg)⁺.
+    Before each step g_A ← (BᵀB + reg)⁺ g_A and g_B ← g_B (AAᵀ + reg)⁺.
 
     Raises:
-        ValueError: no pair of A and B trains.
+        ConfigError: no pair of A and B trains, or a step gets a closure.
     """
     both = [(A, B) for A, B, _ in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
     if not both:

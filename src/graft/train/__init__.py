@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training script needs around adapters."""
+"""Helpers for training scripts."""
 
 from graft.train.adalora import adalora_callback, allocate_on_step
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaLoRA in a training loop: what calls its allocator after each optimizer step."""
+"""AdaLoRA in a training loop: calls of its allocator after each optimizer step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def adalora_callback(model: Any) -> Any:
-    """A callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`."""
+    """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`."""
     from transformers import TrainerCallback
 
     class AdaLoraCallback(TrainerCallback):
@@ -20,7 +20,7 @@ def adalora_callback(model: Any) -> Any:
 
 
 def allocate_on_step(optimizer: torch.optim.Optimizer, model: Any, start: int = 0) -> Any:
-    """Have every `optimizer.step()` allocate afterwards. Returns a handle whose `remove()` stops that."""
+    """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that."""
     step = start
 
     def allocate(*_: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices, dtypes, labels and FSDP: small things that training scripts ask for."""
+"""Helpers of training scripts for devices, dtypes, labels and FSDP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "Cartrid
 
 
 def infer_device() -> str:
-    """The best device type there is: cuda, mps, mlu, xpu, npu or cpu."""
+    """Return the first available device type of cuda, mps, mlu, xpu, npu and cpu."""
     for name in ("cuda", "mps", "mlu", "xpu", "npu"):
         backend = getattr(torch, name, None)
         if backend is not None and backend.is_available():
@@ -25,7 +25,7 @@ def infer_device() -> str:
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters to `dtype`, trainable ones to float32; in place."""
+    """Cast frozen parameters to `dtype`, trainable ones to float32; in place."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
@@ -34,9 +34,9 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """FSDP's auto_wrap_policy: trainable leaves by themselves, transformer layers whole.
+    """Return an auto_wrap_policy for FSDP: trainable leaves by themselves, transformer layers whole.
 
-    The layers are named by the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP, else by the model.
+    The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP names the layers' classes, else the model does.
 
     Raises:
         TypeError: the model has no layer of a class that the variable names.
@@ -71,5 +71,5 @@ def transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
 
 
 def no_split_modules(model: nn.Module) -> set[str]:
-    """Names of the classes that must stay on one device, as the transformers models in `model` say."""
+    """Return the names of classes that must stay on one device, as the transformers models in `model` say."""
     return {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}

@@ -24,8 +24,8 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze `model`, widen its half-precision weights (norms, head) to float32, and turn on gradient checkpointing.
 
-    Checkpointing is turned on only where the base is quantized. As in PEFT, a half-precision base that is not
-    quantized is widened as well. Changes the model in place and returns it.
+    Turn on checkpointing only if the base is quantized. As in PEFT, widen a half-precision base that is not quantized
+    as well. Change the model in place and return it.
 
     Args:
         gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`, such as {"use_reentrant": False}.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that other libraries know, for what graft does."""
+"""graft under names that other libraries know."""

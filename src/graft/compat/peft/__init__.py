@@ -9,12 +9,12 @@
 
 or, without touching a script: `python -m graft.compat.peft train.py --lr 1e-3` (or `-m module`).
 
-Call `install` before the first import of peft, and of what looks for it when it is imported (transformers' Trainer,
-accelerate, trl): what has looked already keeps its answer.
+Call `install` before the first import of peft, and of modules that look for it on import (transformers' Trainer,
+accelerate, trl): a module that has looked already keeps its answer.
 
-The package metadata says 0.22.0, because transformers 5.24 accepts nothing older; what graft speaks is 0.21.2, and so
-say the files that it writes. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is
-installed or not. `pip show peft` does not, nor do processes that are spawned (not forked) from this one.
+The package metadata says 0.22.0, because transformers 5.24 accepts nothing older; graft's interface and files are
+those of 0.21.2. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is
+installed or not. `pip show peft` does not, nor do processes that this one spawns (not forks).
 
 Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance;
 issubclass on the class of a layer, deriving from them and patching them have no meaning. Pickles name graft's modules.
@@ -37,14 +37,14 @@ def installed() -> bool:
 
 
 def install(*, force: bool = False, version: str = VERSION) -> None:
-    """Make `import peft` and all below it resolve to graft. Calling it again changes only the version.
+    """Make `import peft` and all below it resolve to graft. A second call changes only the version.
 
     Args:
-        force: also if PEFT has been imported; whoever holds its objects keeps them.
-        version: what `peft.__version__` and the package metadata say.
+        force: also if the program has imported PEFT; code that holds its objects keeps them.
+        version: for `peft.__version__` and the package metadata.
 
     Raises:
-        ImportError: PEFT has been imported already.
+        ImportError: the program has imported PEFT already.
     """
     FINDER.version = version
     if installed():
@@ -62,7 +62,7 @@ def install(*, force: bool = False, version: str = VERSION) -> None:
 
 
 def uninstall() -> None:
-    """Take the alias away again, and put back what `install(force=True)` displaced."""
+    """Take the alias away, and put back the modules that `install(force=True)` displaced."""
     if not installed():
         return
     sys.meta_path.remove(FINDER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's layer classes, for isinstance: graft's layers are all AdapterLayer, told apart by what they hold."""
+"""PEFT's layer classes, for isinstance: an AdapterLayer belongs to one by its methods and its base layer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (name.rpartition(".
 
 
 class _LayerType(type):
-    """isinstance looks at the layer's method and at the type of its base layer."""
+    """The metaclass of PEFT's layer classes: isinstance asks for a layer's methods and the type of its base layer."""
 
     method: type[Method]
-    kind: str | None  # of the base layer; None: any
+    kind: str | None  # type of the base layer; None: any
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
         if "method" not in namespace:
@@ -50,7 +50,7 @@ class _LayerType(type):
 
 
 def kind_of(layer: AdapterLayer) -> str:
-    """PEFT's class name for a layer type; a quantized layer has a class of its own there."""
+    """Return PEFT's class name for a layer type; PEFT has separate classes for quantized layers."""
     base = type(layer.get_base_layer())
     names = [SAME.get(c.__name__, c.__name__) for c in base.__mro__]
     if layer.store.name == "dense":
@@ -58,17 +58,17 @@ def kind_of(layer: AdapterLayer) -> str:
     return names[0]
 
 
-PREFIXES = {"ADALORA": "SVD"}  # where PEFT puts something else than the method's name before the layer type
+PREFIXES = {"ADALORA": "SVD"}  # prefixes of PEFT's class names that are not the method's name
 
 
 def stem(peft_type: str) -> str:
-    """What the class names of a method begin with: "HRA" of HRAConfig."""
+    """Return the beginning of a method's class names: "HRA" for HRAConfig."""
     return METHODS[peft_type].config.removesuffix("Config")
 
 
 def layer_names(peft_type: str) -> list[str]:
-    """Names of a method's layer classes. PEFT puts the method's name before some, so all have that form as well."""
-    if peft_type not in METHODS:  # a prompt is on no layer
+    """Return the names of a method's layer classes, with and without the method's name, which PEFT puts before some."""
+    if peft_type not in METHODS:  # prompts act on no layer
         return []
     own = stem(peft_type)
     return [f"{own}Layer", *KINDS, *(f"{PREFIXES.get(peft_type, own)}{kind}" for kind in KINDS)]
@@ -76,7 +76,7 @@ def layer_names(peft_type: str) -> list[str]:
 
 @cache
 def layer_class(peft_type: str, name: str) -> type | None:
-    """The class of that name, if there is one: `LoraLayer` is any layer of LoRA, `Linear` one on a linear layer."""
+    """Return the class of that name, or None: `LoraLayer` is any layer of LoRA, `Linear` one on a linear layer."""
     own = stem(peft_type)
     if name == f"{own}Layer":
         bases: tuple[type, ...] = (AdapterLayer,)
@@ -92,7 +92,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
 
 
 class AuxiliaryTrainingWrapper(ABC):  # noqa: B024
-    """What stands for a module that trains beside the adapter layers."""
+    """A wrapper of a module that trains beside the adapter layers."""
 
 
 AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How transformers' own `model.load_adapter` finds the place of each tensor of a checkpoint."""
+"""The names by which transformers' own `model.load_adapter` finds the place of each tensor of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from graft.methods import METHODS, method_of
 def build_peft_weight_mapping(
     weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
 ) -> list[Any]:
-    """Renamings from an adapter's file to a model with adapters: no wrapper, the adapter's name after the container.
+    """Return renamings from an adapter's file to a model: drop the prefix, add the adapter's name to the container.
 
-    Conversions of whole base weights (experts fused into one tensor) are left out: adapters of such weights are not
-    in graft yet, so that their keys are reported as unexpected.
+    Leave out conversions of whole base weights (experts fused into one tensor): graft has no adapters of such weights
+    yet, and transformers reports their keys as unexpected.
     """
     from transformers.core_model_loading import WeightRenaming
 

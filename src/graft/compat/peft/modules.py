@@ -19,11 +19,11 @@ from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, WHERE
 from graft.methods import ROWS, method_of
 
 ROOT = "peft"
-VERSION = "0.22.0"  # the least that transformers 5.24 accepts; what graft speaks is 0.21.2
+VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2
 
 
 def face() -> Any:
-    """graft's public names. Looked up at run time: they stand above this package."""
+    """Return the package `graft`, imported at run time, since its public names stand above this package."""
     return import_module("graft")
 
 
@@ -36,7 +36,7 @@ def below(module: str) -> str:
 
 
 def names_in(module: str) -> list[str]:
-    """What a module has: names from the tables and modules inside it."""
+    """Return the names in a module: those of the tables, and modules inside it."""
     path = below(module)
     if path in OF_METHODS:
         own = method_names(*OF_METHODS[path])
@@ -60,7 +60,7 @@ def method_names(peft_type: str, suffix: str) -> list[str]:
 
 
 def resolve(module: str, name: str) -> Any:
-    """The object that `module` has under `name`.
+    """Return the object that `module` has under `name`.
 
     Raises:
         AttributeError: graft has nothing to put there.
@@ -93,7 +93,7 @@ def absent(module: str, name: str) -> str:
 
 
 class AliasModule(ModuleType):
-    """Looks names up when they are first used, as `graft` itself does."""
+    """A module that looks names up on first use, as `graft` itself does."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "__version__" and self.__name__ == ROOT:
@@ -111,7 +111,7 @@ class AliasModule(ModuleType):
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """Answers `importlib.metadata.version("peft")`, by which libraries tell whether PEFT is installed."""
+    """The answer to `importlib.metadata.version("peft")`, by which libraries tell whether PEFT is installed."""
 
     def __init__(self, version: str):
         self._texts = {
@@ -139,7 +139,7 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
             parent, _, last = name.rpartition(".")
             raise ModuleNotFoundError(absent(parent, last), name=parent)
         spec = importlib.machinery.ModuleSpec(name, self, origin="graft.compat.peft")
-        spec.submodule_search_locations = []  # a package, so that a missing name is looked for, and reported, here
+        spec.submodule_search_locations = []  # a package, so that Python asks here for a missing name
         return spec
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -158,10 +158,10 @@ FINDER: Any = Finder()
 
 
 def ours(modules: Iterable[str]) -> list[str]:
-    """Those of `modules` that are called peft, or below it."""
+    """Return those of `modules` that are peft, or below it."""
     return [m for m in modules if m == ROOT or m.startswith(f"{ROOT}.")]
 
 
 def real_peft() -> dict[str, ModuleType]:
-    """The modules of an installed PEFT that are imported already."""
+    """Return the imported modules of an installed PEFT, by name."""
     return {m: sys.modules[m] for m in ours(sys.modules) if not isinstance(sys.modules[m], AliasModule)}

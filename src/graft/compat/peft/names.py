@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands where in PEFT 0.21.2, as data. Whatever concerns a method is derived from the table of methods."""
+"""The names in each module of PEFT 0.21.2, as data. Those of methods follow from the table of methods."""
 
 from __future__ import annotations
 
 from graft.methods import METHODS, ROWS
 
-# names that PEFT has and graft's public face has not, by the module that holds them: "theirs=ours" or the one name
+# PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
     "graft.core.layer": "BaseTunerLayer=AdapterLayer",
     "graft.core.containers": "BufferDict",
@@ -70,7 +70,7 @@ _SUBMODULES = "_get_submodules get_pattern_key transpose"
 
 
 def mapping_name(config: str) -> str:
-    """PEFT's name of the default targets of a method: of LNTuningConfig, TRANSFORMERS_MODELS_TO_LNTUNING_…"""
+    """Return PEFT's name of a method's default targets: for LNTuningConfig, TRANSFORMERS_MODELS_TO_LNTUNING_…"""
     return f"TRANSFORMERS_MODELS_TO_{config.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
 
 
@@ -80,7 +80,7 @@ MAPPINGS: dict[str, str] = {  # → peft_type
 }
 _TARGETS = f"TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING {' '.join(MAPPINGS)}"
 
-# module below `peft` → names in it; "peft" itself holds graft's whole public face besides
+# module below `peft` → names in it; "peft" itself also holds all public names of graft
 MODULES: dict[str, str] = {
     "": "PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
     "auto": f"{_AUTO} {_TASKS} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig TOKENIZER_CONFIG_NAME _BaseAutoPeftModel",
@@ -89,7 +89,7 @@ MODULES: dict[str, str] = {
     "set_peft_model_state_dict set_requires_grad",
     "helpers": "PeftConfig PeftModel check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
     "update_forward_signature update_generate_signature update_signature",
-    "import_utils": "",  # derived from the name asked for: see shims.import_check
+    "import_utils": "",  # see shims.import_check
     "mapping": f"{_MAPPINGS} PEFT_TYPE_TO_MIXED_MODEL_MAPPING get_peft_config inject_adapter_in_model",
     "mapping_func": f"{_PREFIXES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model",
     "mixed_model": "PeftConfig PeftMixedModel",
@@ -137,7 +137,7 @@ MODULES: dict[str, str] = {
 }
 
 
-# what a method has beside its config
+# classes that a method has beside its config
 BESIDE: dict[str, tuple[str, ...]] = {
     "LORA": ("LoraRuntimeConfig",),
     "PROMPT_TUNING": ("PromptTuningInit",),
@@ -147,11 +147,11 @@ BESIDE: dict[str, tuple[str, ...]] = {
 
 
 def folder(peft_type: str) -> str:
-    """The folder of a method below peft.tuners, which has the same name as graft's."""
+    """Return the folder of a method below peft.tuners, which has the same name as graft's."""
     return ROWS[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
-# module below `peft` that a method owns → (peft_type, which of its names are there)
+# module below `peft` that a method owns → (peft_type, suffix of the module)
 OF_METHODS: dict[str, tuple[str, str]] = {
     f"tuners.{folder(peft_type)}{suffix}": (peft_type, suffix)
     for peft_type in ROWS

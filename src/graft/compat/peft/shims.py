@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small things that others import from PEFT and that graft itself does not need under these names."""
+"""Names that other libraries import from PEFT and that graft itself does not use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
-# classes that graft does not have yet, but that others ask isinstance of
+# classes that graft does not have yet, for isinstance in other libraries
 
 
 class _Absent(type):
@@ -39,7 +39,7 @@ class _Absent(type):
 
 
 class LoKrLayer(metaclass=_Absent):
-    """No layer is one. diffusers asks it for its containers before it casts a model's layers."""
+    """A class without instances. diffusers reads its container names before it casts a model's layers."""
 
     adapter_layer_names: tuple[str, ...] = ()
 
@@ -48,7 +48,7 @@ class LoKrLayer(metaclass=_Absent):
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
-    """Whether a config targets the module at path `key`."""
+    """Say whether a config targets the module at path `key`."""
     return Matcher(config)(key).outcome == "matched"
 
 
@@ -57,7 +57,7 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """The first pattern that `key_to_match` ends with at a dot, else `key_to_match` itself."""
+    """Return the first pattern that `key_to_match` ends with at a dot, else `key_to_match` itself."""
     return next((p for p in pattern_keys if re.match(rf"(.*\.)?({p})$", key_to_match)), key_to_match)
 
 
@@ -70,7 +70,7 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 
 
 def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
-    """Those of `adapter_names` (None: the active ones) that are not merged into a layer yet."""
+    """Return those of `adapter_names` (None: the active ones) that are not merged into a layer yet."""
     return not_merged(module, adapter_names)
 
 
@@ -78,7 +78,7 @@ def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = N
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, name in its parent) of the module at path `key`."""
+    """Return (parent, module, name in its parent) of the module at path `key`."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
 
@@ -100,19 +100,19 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """What two tensors on the same memory have in common: (device, address, bytes)."""
+    """Return (device, address, bytes) of a tensor's storage, equal for tensors on the same memory."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """The weight of a layer, dense, whatever holds it."""
+    """Return the weight of a layer, dense, whatever its store."""
     return find_store(module).read(module, "weight")
 
 
 @contextmanager
 def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
-    """Within the block, what DeepSpeed's ZeRO-3 has partitioned is whole; other parameters are so anyway."""
+    """Make parameters that DeepSpeed's ZeRO-3 has partitioned whole within the block; leave others alone."""
     params = [param] if isinstance(param, Tensor) else list(param)
     if any(hasattr(p, "ds_id") for p in params):
         import deepspeed
@@ -128,7 +128,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextMa
     return torch.device("meta")
 
 
-# which packages are there
+# installed packages
 
 PACKAGES = {
     "bnb": "bitsandbytes",
@@ -141,7 +141,7 @@ PACKAGES = {
 
 @cache
 def import_check(name: str) -> Callable[[], bool] | bool | None:
-    """`is_bnb_available` (a function) or `is_transformers_ge_v5_6_0` (a value) by its name; None for any other."""
+    """Return `is_bnb_available` (a function) or `is_transformers_ge_v5_6_0` (a value) by name; None for any other."""
     if name == "is_xpu_available":
         return torch.xpu.is_available
     if match := re.fullmatch(r"is_(\w+)_available", name):

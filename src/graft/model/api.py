@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""get_peft_model and its like: from a model and a config to a PeftModel."""
+"""get_peft_model: from a model and a config to a PeftModel."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def get_peft_model(
     """Inject an adapter into `model`, in place, and wrap it in the PeftModel class of the config's task type.
 
     Args:
-        mixed: a PeftMixedModel, for adapters of several methods.
+        mixed: make a PeftMixedModel, for adapters of several methods.
         autocast_adapter_dtype: train half-precision adapters in float32.
-        revision: of the base model, to be recorded.
+        revision: the base model's, for the config.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
         heads: modules for the config's `modules_to_save`, instead of copies of the base's, by name.
 
@@ -40,7 +40,7 @@ def get_peft_model(
         NoMatchingPeftModuleError: the config targets nothing in this model.
         AlreadyInjectedError: the model has adapters.
         UnsupportedLayerError: it targets a layer type that the method cannot adapt.
-        ConfigError: it does not fit this model otherwise. In each case nothing has changed.
+        ConfigError: it does not fit this model in another way. In each case nothing has changed.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
@@ -76,7 +76,7 @@ def hint_at_name(adapter_name: str, config: Any) -> None:
 
 
 def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
-    """Note in the config which base model this is."""
+    """Write the base model's name and revision into the config."""
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warn(
@@ -94,5 +94,5 @@ def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """The config of the class that `config_dict["peft_type"]` names."""
+    """Make a config of the class that `config_dict["peft_type"]` names."""
     return PeftConfig.resolve(config_dict["peft_type"])(**config_dict)

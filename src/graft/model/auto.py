@@ -16,10 +16,10 @@ ALLOWED_LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 
 
 class AutoPeftModel:
-    """Loads the base model that an adapter's config names, then the adapter."""
+    """A loader of adapters and of the base model that their config names."""
 
     task: ClassVar[str | None] = None
-    auto_class: ClassVar[str | None] = None  # of transformers
+    auto_class: ClassVar[str | None] = None  # transformers' class of the base model
 
     def __init__(self, *args: Any, **kwargs: Any):
         name = type(self).__name__
@@ -39,11 +39,11 @@ class AutoPeftModel:
         """Load the base model at the revision the config records, and the adapter on it.
 
         Args:
-            import_allowlist: libraries that the stored `auto_mapping` may name a base model class of.
-            kwargs: passed on to the base model's from_pretrained.
+            import_allowlist: libraries that the config's `auto_mapping` may import the base model's class from.
+            kwargs: for the base model's from_pretrained.
 
         Raises:
-            ValueError: the adapter is for another task, or its base model cannot be told.
+            ValueError: the adapter is for another task, or its config does not tell the base model.
         """
         hub = hub_keywords(kwargs)
         if revision is not None:
@@ -106,36 +106,36 @@ class AutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """CAUSAL_LM."""
+    """The AutoPeftModel for task type CAUSAL_LM."""
 
     task, auto_class = "CAUSAL_LM", "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """SEQ_2_SEQ_LM."""
+    """The AutoPeftModel for task type SEQ_2_SEQ_LM."""
 
     task, auto_class = "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """SEQ_CLS."""
+    """The AutoPeftModel for task type SEQ_CLS."""
 
     task, auto_class = "SEQ_CLS", "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """TOKEN_CLS."""
+    """The AutoPeftModel for task type TOKEN_CLS."""
 
     task, auto_class = "TOKEN_CLS", "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """QUESTION_ANS."""
+    """The AutoPeftModel for task type QUESTION_ANS."""
 
     task, auto_class = "QUESTION_ANS", "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """FEATURE_EXTRACTION."""
+    """The AutoPeftModel for task type FEATURE_EXTRACTION."""
 
     task, auto_class = "FEATURE_EXTRACTION", "AutoModel"

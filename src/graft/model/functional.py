@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of any model, with or without a PeftModel around it, as functions."""
+"""Functions on the adapters of any model, with or without a PeftModel around it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graft.model.tuner import Tuner
 
 
 def tuner_in(model: Any) -> Registry | None:
-    """The registry of a model's adapters, if there is one."""
+    """Return the registry of a model's adapters; None without a PeftModel or tuner."""
     model = getattr(model, "_orig_mod", model)
     return registry_of(model)
 
@@ -65,10 +65,10 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
-    """Remove an adapter; returns those active now: if none is left, the first of the others (by name) becomes so.
+    """Remove an adapter; return the active ones. If none is left, make the first of the others (by name) active.
 
     Args:
-        prefix: of the method; accepted for PEFT's callers, the layers know it.
+        prefix: the method's; without effect, for PEFT's callers.
 
     Raises:
         AdapterNotFoundError: no layer carries it.
@@ -88,7 +88,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     for part in parts:
         part.forget(adapter_name)
     configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict):  # of a model without a wrapper
+    if isinstance(configs, dict):  # a model without a PeftModel
         configs.pop(adapter_name, None)
     left = [n for n in active if n != adapter_name]
     others = sorted({name for part in parts for name in adapters_of(part)})
@@ -154,7 +154,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Give adapters their input as it is within the block, not in their own dtype (if `active`).
 
-    For adapters whose modules are cast by hooks when they run, as diffusers' layerwise casting does.
+    For hooks that cast an adapter's modules when they run, such as diffusers' layerwise casting.
     """
     layers = [m for m in model.modules() if isinstance(m, AdapterLayer)] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
@@ -168,7 +168,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Paths of the modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
+    """Return the paths of modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
     matcher = Matcher(tuner.peft_config[adapter_name])
     paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
     for key in survey(tuner.model).modules:
@@ -177,7 +177,7 @@ def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a folder or hub repository holds an adapter."""
+    """Say whether a folder or hub repository holds an adapter."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (PeftError, OSError, TypeError, ValueError):

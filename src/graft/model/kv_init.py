@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of keys and values that start as those of a text: from a cache that a model has filled, or from the text."""
+"""Initial values for prompts of keys and values: those of a text, or of a cache that a model has filled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]  # key and value of one layer, each (1, heads, toke
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
-    """The first tokens of a cache as the prompt of a prefix: (tokens, 2 · layers · heads · head_dim).
+    """Return the first tokens of a cache as a prompt, (tokens, 2 · layers · heads · head_dim).
 
     Args:
         past_key_values: of one sequence: a cache of transformers, or an iterable with (key, value) for each layer,
@@ -43,7 +43,7 @@ def initialize_kv_prefix_from_past_key_values(
         num_virtual_tokens: the adapter's own number, or None.
 
     Returns:
-        The prompt that was set, (tokens, 2 · layers · heads · head_dim), in the cache's dtype.
+        The new prompt, (tokens, 2 · layers · heads · head_dim), in the cache's dtype.
 
     Raises:
         ValueError: as `prompt_embeddings_from_past_key_values`; or the adapter holds no keys and values, computes them
@@ -82,14 +82,14 @@ def initialize_kv_prefix_from_text(
 
     Args:
         tokenizer: the base model's.
-        text: at least as many tokens as the adapter has.
+        text: a text of at least as many tokens as the adapter has.
         adapter_name: the active one if None.
         num_virtual_tokens: the adapter's own number, or None.
         use_chat_template: let the tokenizer present the text as a system message, if it has a template for chats.
         max_length: take no more tokens of the text than these.
 
     Returns:
-        The prompt that was set, (tokens, 2 · layers · heads · head_dim), in the base model's dtype.
+        The new prompt, (tokens, 2 · layers · heads · head_dim), in the base model's dtype.
 
     Raises:
         ValueError: the text is too short, the tokenizer another model's, or the adapter does not fit (as in
@@ -109,7 +109,7 @@ def initialize_kv_prefix_from_text(
         )
     if stack.words is not None:
         check_tokens(ids, stack.words, "The text")
-    cache = DynamicCache()  # without the model's config: it keeps what slides out of a window, too
+    cache = DynamicCache()  # without the model's config it also keeps tokens outside a sliding window
     training = [m for m in stack.module.modules() if m.training]
     try:
         with torch.no_grad(), model.disable_adapter():
@@ -122,12 +122,12 @@ def initialize_kv_prefix_from_text(
 
 
 def unwrapped(model: Any) -> Any:
-    """A model as it was before torch.compile."""
+    """Return a model without torch.compile's wrapper."""
     return getattr(model, "_orig_mod", model)
 
 
 def prefix_of(model: Any, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Any]:
-    """Name, config and encoder of an adapter whose keys and values can be set."""
+    """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
     tuner = registry_of(unwrapped(model))
     if tuner is None:
         raise TypeError(
@@ -164,7 +164,7 @@ def prefix_of(model: Any, adapter_name: str | None, num_virtual_tokens: int | No
 
 
 def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | None) -> Tensor:
-    """(1, tokens) of a text, as a system message if the tokenizer has a template for chats."""
+    """Return the tokens of a text, (1, tokens), as a system message if the tokenizer has a template for chats."""
     ids = None
     template = getattr(tokenizer, "chat_template", "unknown") if hasattr(tokenizer, "apply_chat_template") else None
     if use_chat_template and template is not None:
@@ -173,7 +173,7 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: in
                 [{"role": "system", "content": text}],
                 tokenize=True, add_generation_prompt=False, return_tensors="pt", return_dict=False,
             )  # fmt: skip
-        except Exception as e:  # templates refuse what they do not provide for in their own ways
+        except Exception as e:  # templates raise errors of many types
             warn(
                 f"The tokenizer's chat template does not take a system message ({e}): the text goes in without it. "
                 "Pass use_chat_template=False if that is what you want."
@@ -185,7 +185,7 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: in
 
 
 def checked(cache: Any, tokens: int) -> list[Pair]:
-    """Key and value of each layer, after all that could be wrong with a cache."""
+    """Return key and value of each layer of a cache; raise for all that can be wrong with it."""
     if tokens is None or tokens <= 0:
         raise ValueError(f"`num_virtual_tokens` must be positive, got {tokens}.")
     pairs = pairs_in(cache)
@@ -216,7 +216,7 @@ def checked(cache: Any, tokens: int) -> list[Pair]:
 
 
 def pairs_in(cache: Any) -> list[Pair]:
-    """Key and value of each layer of whatever holds such."""
+    """Return key and value of each layer, from a cache or from an iterable of pairs."""
     cache = getattr(cache, "self_attention_cache", cache)
     if hasattr(cache, "layers"):
         return [held(i, layer) for i, layer in enumerate(cache.layers)]
@@ -233,7 +233,7 @@ def pairs_in(cache: Any) -> list[Pair]:
 
 
 def held(index: int, layer: Any) -> Pair:
-    """What one layer of a cache has been given, in the order it came."""
+    """Return keys and values that one layer of a cache holds, in the order in which they came."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     seen = int(layer.get_seq_length()) if keys is not None else 0
     if keys is None or values is None or not seen:

@@ -26,9 +26,9 @@ from graft.model.registry import Registry
 
 
 class LayerRegistry(Registry):
-    """The adapters of one method on a model; of several if `method` is None.
+    """The registry of a model's adapters of one method on layers; of any methods if `method` is None.
 
-    holder: the module that stands around the model, which holds the tensors that layers share.
+    holder: the tuner, which holds the tensors that layers share.
     """
 
     method: type[Method]
@@ -37,7 +37,7 @@ class LayerRegistry(Registry):
     def __init__(self, holder: nn.Module, model: nn.Module, method: type[Method] | None, tree: Tree | None = None):
         self.holder, self.mixed = holder, method is None
         self.method = method  # type: ignore[assignment]
-        self.tree: Tree | None = self.begin(model, tree)  # until the first adapter is there
+        self.tree: Tree | None = self.begin(model, tree)  # for the first injection, None afterwards
         self.checkpointing = self.tree.checkpointing
         self.shared = Shared()
         self.peft_config |= getattr(model, "peft_config", None) or {}
@@ -100,7 +100,7 @@ class LayerRegistry(Registry):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """`add_adapter` of a config that has been put into `peft_config` under that name, as PEFT's callers do."""
+        """Add the adapter whose config the caller has put into `peft_config` under that name, as PEFT's callers do."""
         if model is not self.model:
             raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
         self.check_known([adapter_name])
@@ -163,7 +163,7 @@ class LayerRegistry(Registry):
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """Adapters that are merged into some layer."""
+        """The adapters merged into some layer."""
         return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
 
     def mergeable_layers(self) -> list[AdapterLayer]:
@@ -210,7 +210,7 @@ class LayerRegistry(Registry):
 
             layers = tqdm(layers, desc="Merging", unit="layer")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said above, once
+            warnings.simplefilter("ignore")  # the warnings above say it once
             for layer in layers:
                 layer.merge(False, names, undoable)
 
@@ -230,8 +230,8 @@ class LayerRegistry(Registry):
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """The model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, even if
-        adapters are disabled."""
+        """Return the model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, also
+        while adapters are disabled."""
         survey_places(self.model, self._restore)
         self.layers, self.wrappers = {}, {}
         if "peft_config" in self.model.__dict__:
@@ -251,7 +251,7 @@ class LayerRegistry(Registry):
 
 
 def survey_places(model: nn.Module, act: Any) -> None:
-    """Call `act(parent, name, child)` for every module once, not looking into adapter layers."""
+    """Call `act(parent, name, child)` once for every module that is not inside a layer or wrapper."""
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:

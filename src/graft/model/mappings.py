@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's registries, as views of the table of methods: a method's file is imported when its entry is read."""
+"""PEFT's mappings by peft_type, as views of the table of methods. Reading a value imports the method's file."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from graft.model.tuner import Tuner
 
 
 class MixedModel(Tuner):
-    """Holds the user's model and adapters of any methods on its layers, side by side.
+    """A tuner with adapters of any methods on its model's layers, side by side.
 
-    On a layer, each adapter acts on what those before it made: methods in the order in which they came to the layer,
+    Each adapter acts on the layer that those before it made: methods in the order in which they came to the layer,
     adapters of one method in the order in which they are active.
     """
 
@@ -65,7 +65,7 @@ class PeftMixedModel(PeftModel):
         """Remove one adapter or several.
 
         Raises:
-            ValueError: one is not loaded, or is merged. None is removed then.
+            ValueError: one is not loaded, or is merged. Nothing has changed then.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._registry.check_known(names)
@@ -78,7 +78,7 @@ class PeftMixedModel(PeftModel):
         return self._registry.merge_and_unload(*args, **kwargs)  # type: ignore[no-any-return]
 
     def unload(self) -> nn.Module:
-        """The model without adapters."""
+        """Return the model without adapters."""
         return self._registry.unload()  # type: ignore[no-any-return]
 
 

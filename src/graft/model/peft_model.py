@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PeftModel: the wrapper users hold. Building, adapters, forward, saving and loading."""
+"""PeftModel, the wrapper that users hold: building, adapters, forward, saving and loading."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from graft.model.tuner import tuner_of
 from graft.storage import numel
 
 OF_TASKS: dict[Any, Any] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
-OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # that a PeftModel has where adapters are prompts
+OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
 
 
 class PeftModel(nn.Module):
-    """A base model with adapters. `base_model` is the tuner, `base_model.model` the model that was passed in.
+    """A base model with adapters. `base_model` is the tuner, `base_model.model` the model passed in.
 
-    With a prompt method `base_model` is the model itself: nothing in it is replaced.
+    With a prompt method `base_model` is the model itself.
 
     Args:
         model: any nn.Module; modified in place.
-        peft_config: what to inject.
+        peft_config: the config of the first adapter.
         adapter_name: name of the first adapter, which becomes active.
         autocast_adapter_dtype: train half-precision adapters in float32.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
@@ -82,12 +82,12 @@ class PeftModel(nn.Module):
         self.training = self.base_model.training = model.training
 
     def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
-        """The module that holds the base model and its adapters on layers."""
+        """Make the tuner, which holds the base model and its adapters on layers."""
         return tuner_of(config.peft_type)(model, config, adapter_name, **options)  # type: ignore[no-any-return]
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
-        """The class that loads an adapter of this config."""
+        """Return the class that loads an adapter of this config."""
         return OF_TASKS.get(config.task_type, cls)
 
     @property
@@ -95,7 +95,7 @@ class PeftModel(nn.Module):
         return registry_of(self)
 
     def _extend_config(self, config: PeftConfig) -> None:
-        """Hook for task classes whose models have heads that must be trained."""
+        """Add heads that must train to the config: a hook for task classes."""
 
     def _note_modules_to_save(self, config: Any) -> None:
         names = getattr(config, "modules_to_save", None)
@@ -112,7 +112,7 @@ class PeftModel(nn.Module):
                 return getattr(self._registry, name)
             return getattr(self.base_model, name)
 
-    # what is there
+    # facts
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -151,15 +151,15 @@ class PeftModel(nn.Module):
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
-        """The base model's own, which is in its place: graft does not replace it."""
+        """The base model's own method, which graft does not replace."""
         return self.get_base_model().prepare_inputs_for_generation
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: converting adapters to LoRA is not in graft yet."""
+        """Return False: converting adapters to LoRA is not in graft yet."""
         return False
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
+        """Return (trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
         trainable = total = 0
         for p in self.parameters():
             n = numel(p)
@@ -197,8 +197,8 @@ class PeftModel(nn.Module):
         """Add an adapter, inactive and frozen.
 
         Args:
-            heads: modules to use for the config's `modules_to_save` instead of copies of the base's, by name. They
-                may have other shapes: `heads={"classifier": nn.Linear(384, 5)}` beside a base with 2 labels.
+            heads: modules for the config's `modules_to_save`, instead of copies of the base's, by name. They may
+                have other shapes: `heads={"classifier": nn.Linear(384, 5)}` beside a base with 2 labels.
 
         Raises:
             ValueError: the name is taken, or the config is of another method.
@@ -238,7 +238,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, within the block. Merged adapters are unmerged and stay so."""
+        """Let the base model run alone within the block. Unmerge merged adapters; they stay unmerged."""
         before = {part: part.disable_adapters for part in self._registry.carriers()}
         if len(set(before.values())) > 1:
             warn(
@@ -249,22 +249,22 @@ class PeftModel(nn.Module):
         try:
             yield
         finally:
-            others = bool(before) and all(before.values())  # added within the block
+            others = bool(before) and all(before.values())  # for carriers that come within the block
             for part in self._registry.carriers():
                 part.enable_adapters(not before.get(part, others))
             self._heads_changed()
 
     def _heads_changed(self) -> None:
-        """Hook for task classes whose loss depends on the size of the active head."""
+        """Follow a change of the active heads: a hook for task classes whose loss depends on their size."""
 
     # prompts
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """The active prompt: (batch, tokens, dim), or a cache that holds its keys and values.
+        """Return the active prompt, (batch, tokens, dim), or a cache that holds its keys and values.
 
         Args:
-            task_ids: (batch,), of multitask prompts.
-            max_cache_len: of no use here: the cache grows.
+            task_ids: (batch,), for multitask prompts.
+            max_cache_len: without effect, since the cache grows.
 
         Raises:
             TypeError: the model has no prompts.
@@ -273,7 +273,7 @@ class PeftModel(nn.Module):
         return self._prompts("get_prompt").prompt(batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """What a checkpoint holds of a prompt: (tokens, dim), or (tokens, 2 · layers · token_dim) of keys and values.
+        """Return a prompt as in a checkpoint: (tokens, dim), or keys and values (tokens, 2 · layers · token_dim).
 
         Raises:
             TypeError: the model has no prompts.
@@ -292,7 +292,7 @@ class PeftModel(nn.Module):
     # forward
 
     def _rows(self, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
-        """The rows of a mixed batch, checked."""
+        """Return the rows of a mixed batch, checked; None without names."""
         if names is None:
             return None
         unknown = sorted({n for n in names if n != BASE and n not in self.peft_config})
@@ -307,7 +307,7 @@ class PeftModel(nn.Module):
             )
         tensors = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)]
         rows = [len(t) for t in tensors if t.dim()]
-        if rows and len(names) not in rows:  # all samples may share a tensor, or have several rows in one: layers check
+        if rows and len(names) not in rows:  # samples may share a tensor, or have several rows in one: layers check
             raise RoutingError(
                 "Length of `adapter_names` should be the same as the number of inputs, "
                 f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
@@ -315,7 +315,7 @@ class PeftModel(nn.Module):
         return Rows.of(names, tensors[0].device if tensors else None)
 
     def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run a function of the base model with the arguments that are ours taken out and put to work."""
+        """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
         for name in self.special_peft_forward_args:
             kwargs.pop(name, None)
@@ -327,11 +327,11 @@ class PeftModel(nn.Module):
         return output
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
-        """Hook for task classes: the heads of a mixed batch."""
+        """Prepare for the heads of a mixed batch: a hook for task classes."""
         return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter.
+        """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter.
 
         Raises:
             RoutingError: a name is not loaded, the number of names is wrong, or adapters are merged.
@@ -340,7 +340,7 @@ class PeftModel(nn.Module):
         return self._call(self.get_base_model(), args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate, with `adapter_names` as in `forward`."""
+        """Run the base model's generate, with `adapter_names` as in `forward`."""
         self._registry.check_generate(kwargs)
         names = names_of_rows(kwargs.get("adapter_names"))
         copies = copies_of(self.get_base_model(), kwargs)
@@ -349,7 +349,7 @@ class PeftModel(nn.Module):
         return self._generate_copies(names, copies, args, kwargs)
 
     def _generate_copies(self, names: list[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Each row is repeated; an encoder still sees the rows as they came."""
+        """Run generate where it repeats each row, and so its name; an encoder sees the rows without copies."""
         model: Any = self.get_base_model()
         call = self._registry.call
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
@@ -377,7 +377,7 @@ class PeftModel(nn.Module):
 
     @staticmethod
     def prepare_model_for_gradient_checkpointing(model: Any) -> None:
-        """Let the inputs of the first block require gradients: reentrant checkpointing drops them otherwise."""
+        """Make the first block's inputs require gradients: reentrant checkpointing drops them otherwise."""
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:
             return
@@ -400,15 +400,15 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
 
-        A failed or interrupted save leaves the files that were there.
+        A failed or interrupted save leaves the old files in place.
 
         Args:
             safe_serialization: safetensors; else a torch file, adapter_model.bin.
             selected_adapters: names; all if None.
-            save_embedding_layers: True, False, or "auto": when they are targeted or were resized.
+            save_embedding_layers: True, False, or "auto": if they are targets, or the vocabulary has another size.
             is_main_process: only this process writes.
-            path_initial_model_for_weight_conversion: folder of the adapter as it was before training; a PiSSA or
-                OLoRA adapter is then saved as plain LoRA for the unchanged base.
+            path_initial_model_for_weight_conversion: folder of the adapter as it was before training, to save a
+                PiSSA or OLoRA adapter as plain LoRA for the unchanged base.
 
         Raises:
             ValueError: the path is a file, or a selected adapter is not loaded.
@@ -481,7 +481,7 @@ class PeftModel(nn.Module):
 
         Args:
             model_id: folder or hub repository.
-            is_trainable: leave it in training mode with trainable adapter parameters; else everything is set to eval.
+            is_trainable: let the adapter train, in the mode of `model`; else freeze it and set all to eval.
             config: use this instead of the stored config.
             key_mapping: {regex: replacement} for the checkpoint's keys; by default the model's own conversions.
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
@@ -525,13 +525,13 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter beside those there are, inactive.
+        """Load a saved adapter beside the others, inactive.
 
-        A name that is taken only gets the new values (a warning says where its config is another one), and what trains
-        goes on to, whatever `is_trainable` says.
+        An adapter that has the name already gets only the new values (a warning says where its config differs) and goes
+        on training if it trains, whatever `is_trainable` says.
 
         Returns:
-            What was loaded, missing and left over.
+            The report of keys loaded, missing and left over.
 
         Raises:
             as `from_pretrained`; the model is then as it was.
@@ -568,7 +568,7 @@ class PeftModel(nn.Module):
         return values.report
 
     def _fill(self, adapter_name: str, values: Values, is_trainable: bool) -> None:
-        """Put a checkpoint into an adapter that is there."""
+        """Put a checkpoint's values into an adapter that the model has."""
         parts = self._registry.parts_of(adapter_name)
         prompt: Any = parts.prompt or nn.Module()
         before = len([*prompt.modules()])
@@ -584,7 +584,7 @@ class PeftModel(nn.Module):
     def _loaded(self, adapter_name: str, is_trainable: bool, new: bool = True) -> None:
         if new:
             self._registry.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
-        if not is_trainable and self.training:  # else the adapter has come in the base's mode
+        if not is_trainable and self.training:  # else the adapter has the base's mode already
             self.eval()
         self._heads_changed()
 
@@ -595,7 +595,7 @@ class PeftModel(nn.Module):
 
 
 def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
-    """`adapter_names` as a list."""
+    """Return `adapter_names` as a list; raise TypeError for anything but names."""
     if names is None:
         return None
     if isinstance(names, str):
@@ -616,7 +616,7 @@ CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  #
 
 
 def is_checkpointable(model: nn.Module) -> bool:
-    """Whether a model says whether its gradient checkpointing is on."""
+    """Say whether a model tells if its gradient checkpointing is on."""
     return any(hasattr(type(model), flag) for flag in CHECKPOINTABLE)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`plan`: what a config would do to a model, without touching either."""
+"""`plan`: the report of an injection that leaves model and config alone."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from graft.model.prompts import Prompts
 
 
 def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> InjectReport:
-    """What injecting `config` would do: layers, trainable parameters, skipped modules and why.
+    """Return the report of injecting `config`: layers, trainable parameters, skipped modules and why.
 
-    Nothing is allocated (but a prompt, for a moment) and nothing changes; the model may be on the meta device. Print
-    the result to see a table.
+    Allocate nothing (but a prompt, for a moment) and change nothing; the model may be on the meta device. Print the
+    report to see a table.
 
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
@@ -33,7 +33,7 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
     method = method_of(config.peft_type)
     config = copy.copy(config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says the same, in one place
+        warnings.simplefilter("ignore")  # the report says the same
         add_task_heads(config)
         if config.is_prompt_learning:
             return Prompts.plan(model, config, adapter_name)

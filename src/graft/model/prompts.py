@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts: adapters in front of the input. One place puts them into a model, whatever the method and the task.
 
-A prompt enters where the base model's stack of layers begins (`Stack`), in a hook: a forward pass and every step of
-`generate` come by there, heads and losses are the base model's own, and a cache that holds tokens holds the prompt.
+A prompt enters where the base model's stack of layers begins (`Stack`), in a hook that every forward pass and step of
+`generate` runs. Heads and losses are the base model's own, and a cache that holds tokens holds the prompt.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from graft.prompts.kv_prefix import fitted, length
 from graft.prompts.prefix_tuning import as_pairs
 from graft.prompts.stack import CACHES, OLD_CACHE, Stack, stacks_of
 
-PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token: the prompt's have none
+PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token; the prompt's tokens have none
 PLACE = "prompt_encoder"
 COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
 INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
 class NoLayers(Method):
-    """For the injection of the modules to save: a prompt touches no layer."""
+    """The method for the injection of a prompt's modules to save: it adapts no layer."""
 
 
 class Encoders(Carrier, nn.ModuleDict):
-    """The prompts by adapter."""
+    """The carrier of all prompts, by adapter."""
 
     key = PLACE
 
     def __init__(self) -> None:
         super().__init__()
         self.state = State()
-        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: what never trains
+        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     @property
     def adapters(self) -> list[str]:
@@ -76,7 +76,7 @@ class Encoders(Carrier, nn.ModuleDict):
 
 
 class Prompts(Registry):
-    """A model and the prompts for it. What `Tuner` is to methods that act on layers."""
+    """The registry of a model's prompts."""
 
     several = "only one prompt can be in front of the input at a time"
 
@@ -103,7 +103,7 @@ class Prompts(Registry):
 
     @classmethod
     def plan(cls, model: nn.Module, config: Any, adapter_name: str) -> InjectReport:
-        """What a first prompt would add to `model`."""
+        """Return the report of a first prompt on `model`."""
         prompts = cls.__new__(cls)
         prompts._begin(model, config)
         cfg = copy.copy(config)
@@ -134,7 +134,7 @@ class Prompts(Registry):
         heads: dict[str, nn.Module] | None = None,
         **_: Any,
     ) -> None:
-        """Add a prompt, inactive. If it fails, nothing has changed."""
+        """Add a prompt, inactive. A call that fails changes nothing."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
         prompt, disabled = self._made(cfg), self.disabled
@@ -152,12 +152,12 @@ class Prompts(Registry):
         self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
 
     def _made(self, cfg: Any) -> Prompt:
-        """A prompt on the CPU, with initial values. Completes the config."""
+        """Make a prompt on the CPU, with initial values. Complete the config."""
         self._fit(cfg)
         return self.method(cfg, unwrapped(self.stacks["main"].words))
 
     def _fit(self, cfg: Any) -> None:
-        """Complete the config against the model, or say why it does not fit."""
+        """Complete the config against the model, or raise ConfigError if it does not fit."""
         if cfg.task_type is None:
             raise ConfigError(
                 f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: what becomes of inputs and labels "
@@ -193,7 +193,7 @@ class Prompts(Registry):
             )
 
     def _entered(self, cfg: Any) -> list[Stack]:
-        """The stacks that a prompt goes into."""
+        """Return the stacks that a prompt goes into."""
         if "decoder" not in self.stacks or not (cfg.holds_keys or self._in_decoder(cfg)):
             return [self.stacks["main"]]
         return [self.stacks["decoder"]] if cfg.holds_keys else list(self.stacks.values())
@@ -213,7 +213,7 @@ class Prompts(Registry):
 
     @property
     def active(self) -> tuple[Any, Prompt] | None:
-        """Config and encoder of the prompt that acts now."""
+        """Config and encoder of the prompt that acts now, if one does."""
         if self.prompt_encoder.disable_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
@@ -222,7 +222,7 @@ class Prompts(Registry):
     @contextmanager
     def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
         arguments = {name: kwargs.pop(name, None) for name in self.method.arguments}
-        kwargs.pop("task_ids", None)  # of no concern to other methods
+        kwargs.pop("task_ids", None)  # only multitask prompts take it
         if self.call.rows is not None:
             raise RoutingError(
                 "adapter_names cannot be used with prompt methods: call set_adapter() for each prompt in turn."
@@ -240,7 +240,7 @@ class Prompts(Registry):
                 stack.end(call)
 
     def _ready(self, kwargs: dict[str, Any], arguments: dict[str, Any]) -> tuple[Callable[[Any], Any], Tensor | None]:
-        """What the output of a call goes through, and the prompt that enters. Changes `kwargs`."""
+        """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
         if self.active is None:
             return (lambda output: output), None
         cfg, prompt = self.active
@@ -266,7 +266,7 @@ class Prompts(Registry):
             main.now.strips = True  # the head looks for the last token at its place in input_ids
 
     def _labels(self, cfg: Any, prompt: Prompt, kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """Labels for the prompt's own tokens; what the output goes through in the end."""
+        """Give the prompt's tokens labels in `kwargs`; return a function for the output of the call."""
         labels = kwargs.get("labels")
         if labels is None or cfg.holds_keys:
             return lambda output: output
@@ -279,22 +279,22 @@ class Prompts(Registry):
             kwargs["labels"] = nn.functional.pad(labels, (cfg.num_virtual_tokens, 0), value=IGNORED_LABEL)
             mask = kwargs.get("attention_mask")
             if cfg.task_type == "TOKEN_CLS" and isinstance(mask, Tensor) and mask.shape == labels.shape:
-                # some losses leave out what it masks
+                # some losses leave out masked tokens
                 kwargs["attention_mask"] = nn.functional.pad(mask, (cfg.num_virtual_tokens, 0), value=1)
                 self.stacks["main"].now.covered = True
         return lambda output: output
 
     def _decoder_inputs(self, labels: Tensor, kwargs: dict[str, Any]) -> None:
-        """What the model would make from labels, before they get those of the prompt."""
+        """Make decoder inputs from the labels as the model would, before the prompt's labels join them."""
         if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
             model: Any = self.model
             if hasattr(model, "prepare_decoder_input_ids_from_labels"):
                 ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
-            else:  # M2M100, Blenderbot and others have it in their forward only
+            else:  # M2M100, Blenderbot and others do it in their forward only
                 ids = shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
             kwargs["decoder_input_ids"] = ids
 
-    # what a PeftModel shows
+    # behind names of a PeftModel
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
@@ -305,12 +305,12 @@ class Prompts(Registry):
         return self.stacks["main"].words
 
     def stored(self, adapter_name: str) -> Tensor:
-        """(tokens, width) of a prompt, as in a checkpoint."""
+        """Return a prompt as in a checkpoint, (tokens, width)."""
         self.check_known([adapter_name])
         return self.prompt_encoder[adapter_name].stored()[STORED].cpu()  # type: ignore[operator,no-any-return]
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
-        """The active prompt: (batch, tokens, dim), or a cache of keys and values."""
+        """Return the active prompt, (batch, tokens, dim), or a cache of keys and values."""
         if self.active is None:
             raise ValueError("No prompt is active: call set_adapter(), or leave disable_adapter().")
         cfg, encoder = self.active
@@ -330,12 +330,12 @@ def matched(prompt: Prompt) -> Matched:
 
 
 def unwrapped(words: nn.Module | None) -> nn.Module | None:
-    """The base's own embeddings, where an adapter has others: a new prompt begins from those."""
+    """Return the base model's own embeddings, from which new prompts begin, also if an adapter has others."""
     return getattr(words, "original_module", words)
 
 
 def check_caches(kwargs: dict[str, Any], model: Any) -> None:
-    """Raise for caches that `generate` cannot use with a prompt."""
+    """Raise ValueError for caches that `generate` cannot use with a prompt."""
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
     if kind is not None and "static" in str(kind):
@@ -343,7 +343,7 @@ def check_caches(kwargs: dict[str, Any], model: Any) -> None:
             f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
         )
     held = next((length(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
-    if held:  # generate would skip as many tokens of its input, the prompt's among them
+    if held:  # generate would skip that many tokens of its input, the prompt's among them
         raise ValueError(
             f"generate() got a cache that holds {held} tokens, and would take the prompt's for tokens of the input. A "
             "cache that holds a prompt is continued by forward(); or leave the cache out, to begin anew."
@@ -351,7 +351,7 @@ def check_caches(kwargs: dict[str, Any], model: Any) -> None:
 
 
 def check_assistant(kwargs: dict[str, Any], model: Any, stack: Stack) -> None:
-    """Raise for assisted decoding where it counts the cache's tokens from the front, not from the back."""
+    """Raise ValueError for assisted decoding that counts a cache's tokens from the front, not from the back."""
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
     if stack.cache_name == OLD_CACHE and (lookup or kwargs.get("assistant_model") is not None):
@@ -362,7 +362,7 @@ def check_assistant(kwargs: dict[str, Any], model: Any, stack: Stack) -> None:
 
 
 def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
-    """An encoder's output from elsewhere has no prompt in it."""
+    """Drop `encoder_outputs`, which lack the prompt, with a warning; raise ValueError if there is no other input."""
     if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
@@ -374,7 +374,7 @@ def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
 
 
 def check_rows(value: Tensor, kwargs: dict[str, Any]) -> None:
-    """Raise unless there is one prompt for all samples, or one for each."""
+    """Raise ValueError unless there is one prompt for all samples, or one for each."""
     first = next((t for n in INPUTS if isinstance(t := kwargs.get(n), Tensor)), None)
     if value.dim() == 3 and first is not None and len(value) not in (1, len(first)):
         raise ValueError(f"task_ids has {len(value)} numbers, and the batch {len(first)} samples: pass one for each.")

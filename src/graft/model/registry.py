@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of a model's adapters: which there are, which are active, which carry what."""
+"""The registry of a model's adapters: which it has, which are active, and their carriers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
-    """Raise unless `name` can name a new adapter."""
+    """Raise AdapterNameError unless `name` can name a new adapter."""
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {name!r}.")
     if "." in name:
@@ -44,9 +44,9 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
 
 
 def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> None:
-    """Raise if `model` carries adapters that are in the registry of another PeftModel.
+    """Raise AlreadyInjectedError if `model` carries adapters of another PeftModel's registry.
 
-    Those of a model without a wrapper stand in its own `peft_config`.
+    Adapters of a model without a PeftModel stand in the model's own `peft_config`.
     """
     registered = getattr(model, "peft_config", None) or ()
     foreign = sorted({name for part in parts for name in part.adapters if name not in registered})
@@ -58,7 +58,7 @@ def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> Non
 
 
 def off(parts: Iterable[Any]) -> bool:
-    """Whether there are parts, and all are switched off."""
+    """Say whether there are carriers, and all are switched off."""
     none = True
     for part in parts:
         if not part.disable_adapters:
@@ -69,7 +69,7 @@ def off(parts: Iterable[Any]) -> bool:
 
 @contextmanager
 def unless_it_fails(config: Any) -> Iterator[None]:
-    """What the block writes into a config is taken back if it raises."""
+    """Restore a config's fields if the block raises."""
     before = dict(vars(config))
     try:
         yield
@@ -80,26 +80,26 @@ def unless_it_fails(config: Any) -> Iterator[None]:
 
 
 class Registry:
-    """What `PeftModel` asks about adapters, be they on layers (`LayerRegistry`) or prompts (`Prompts`).
+    """The registry of a model's adapters, which act on layers (`LayerRegistry`) or are prompts (`Prompts`).
 
-    A plain object beside the model: names of its own would hide those of the base model, which wrappers let through.
+    A plain object beside the model: in PeftModel or tuner its names would hide those of the base model.
     """
 
     method: Any  # the Method or Prompt class
-    model: nn.Module  # the base
+    model: nn.Module  # the base model
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
     call: Call
     peft_config: dict[str, Any]
     reports: dict[str, InjectReport]
     active_adapters: list[str]
-    on_change: Callable[[], None] | None = None  # told when other adapters run
+    on_change: Callable[[], None] | None = None  # called when other adapters run
     merged_adapters: Any = ()
-    states: dict[str, Any]  # what methods remember of a training; by adapter
-    several: str  # what to do for more than one active adapter
+    states: dict[str, Any]  # state of methods during training, by adapter
+    several: str  # for errors: how to activate several adapters
 
     def begin(self, model: nn.Module, tree: Tree | None = None) -> Tree:
-        """Begin with what `model` carries already. Return a survey of it: `tree`, if one was just made."""
+        """Register the adapters that `model` carries. Return a survey of it: `tree`, if the caller made one."""
         if registry_of(model) is not None:
             raise AlreadyInjectedError(
                 "The model is a PeftModel already. For another adapter of the method it has, call its add_adapter(); "
@@ -118,20 +118,20 @@ class Registry:
         return self.model.training
 
     def carriers(self) -> Iterator[Any]:
-        """All that carries adapters and can be switched."""
+        """Yield all carriers of adapters."""
         yield from self.layers.values()
         yield from self.wrappers.values()
 
     @property
     def disabled(self) -> bool:
-        """Whether all that carries adapters is switched off."""
+        """True while there are carriers and all are switched off."""
         return off(self.carriers())
 
     def take_in(self, parts: Parts, disabled: bool) -> None:
-        """Register what now carries a new adapter. An injection took out what carried none any more.
+        """Register the carriers of a new adapter, and forget those that have no adapter left.
 
         Args:
-            disabled: whether the others were switched off before.
+            disabled: the others were switched off before: switch off the new ones, too.
         """
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
@@ -140,26 +140,26 @@ class Registry:
                 part.enable_adapters(False)
 
     def parts_of(self, adapter_name: str) -> Parts:
-        """What carries an adapter."""
+        """Return the carriers of an adapter."""
         return Parts(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
         )
 
     def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
-        """Around a call of the model with `kwargs`, which may change; gives what its output goes through."""
+        """Surround a call of the model with `kwargs`, which may change; yield a function for its output."""
         raise NotImplementedError
 
     def check_generate(self, kwargs: dict[str, Any]) -> None:
-        """Raise for arguments of `generate` that adapters cannot do with."""
+        """Raise for arguments of `generate` that do not work with the adapters."""
 
     def check_new(self, adapter_name: str, config: Any) -> None:
-        """Raise unless another adapter can have this name and config."""
+        """Raise AdapterNameError or ConfigError unless another adapter can have this name and config."""
         check_adapter_name(adapter_name, list(self.peft_config))
         self.check_method(config)
 
     def check_method(self, config: Any) -> None:
-        """Raise unless adapters of this method can stand beside those there are."""
+        """Raise ConfigError unless an adapter of this config's method can stand beside the others."""
         if config.peft_type != self.method.config.peft_type:
             mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
             raise ConfigError(
@@ -211,7 +211,7 @@ class Registry:
 
     @property
     def active_adapter(self) -> list[str]:
-        """Setting it is `set_adapter`."""
+        """The active adapters. Setting it is `set_adapter`."""
         return self.active_adapters
 
     @active_adapter.setter

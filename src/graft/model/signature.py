@@ -11,7 +11,7 @@ CALLS = ("forward", "generate")
 
 
 def update_signature(model: Any, method: str = "all") -> None:
-    """Where a method takes just (*args, **kwargs), show the base model's signature and docstring.
+    """Show the base model's signature and docstring on methods that take just (*args, **kwargs).
 
     Args:
         method: "forward", "generate" or "all".
@@ -41,7 +41,7 @@ def takes_anything(function: Any) -> bool:
 
 
 def like(function: Any, example: Any) -> Any:
-    """`function` with the face of `example`."""
+    """Return `function` with the signature and help of `example`."""
 
     @functools.wraps(example)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What state the adapters of a model are in: per layer and overall."""
+"""The status of a model's adapters: per layer and overall."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """ "irregular" where layers differ."""
+    """The status of all layers together: "irregular" where they differ."""
 
     base_model_type: str
     adapter_model_type: str
@@ -49,12 +49,12 @@ class TunerModelStatus:
 
 
 def same(values: list) -> Any:
-    """The one value that all have, or "irregular"."""
+    """Return the one value that all have, or "irregular"."""
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
 
 def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
-    """Adapter layers and modules trained whole, in the order of the model, which is PEFT's."""
+    """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
     tuner = registry_of(model)
     modules = survey(model if tuner is None else tuner.model).modules
     prefix = "" if tuner is None else "model."
@@ -72,7 +72,7 @@ def with_layers(model: Any, caller: str) -> Any:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """One entry per adapter layer.
+    """Return the status of each adapter layer.
 
     Raises:
         ValueError: the model has none.
@@ -110,7 +110,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The layers' states put together.
+    """Return the status of all layers together.
 
     Raises:
         ValueError: the model has no adapter layers.
@@ -143,7 +143,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _merged(layers: list[TunerLayerStatus], merged: list[list[str]]) -> Any:
-    """Merged adapters in order; irregular if a layer has one of them unmerged."""
+    """Return merged adapters in order, or "irregular" if a layer has one of them unmerged."""
     names = list(dict.fromkeys(n for m in merged for n in m))
     for s in layers:
         if any(n in s.available_adapters and n not in s.merged_adapters for n in names):

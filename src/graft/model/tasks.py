@@ -16,7 +16,7 @@ from graft.model.peft_model import OF_TASKS, PeftModel
 
 
 class _WithHead(PeftModel):
-    """A model with a task head, which each adapter has of its own."""
+    """A model with a task head, of which each adapter has its own."""
 
     task: str
 
@@ -30,7 +30,7 @@ class _WithHead(PeftModel):
 
 
 class _Classification(_WithHead):
-    """The base model's loss takes the number of labels from its config: keep that in step with the active head."""
+    """A classifier that keeps its config's number of labels, which the loss reads, in step with the active head."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         model = args[0] if args else kwargs["model"]
@@ -44,7 +44,7 @@ class _Classification(_WithHead):
 
     @contextmanager
     def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
-        """In a mixed batch the logits are as wide as the widest head."""
+        """Set the labels to those of the widest head in a mixed batch, as wide as its logits."""
         if names is None:
             yield
             return
@@ -63,7 +63,7 @@ class _Classification(_WithHead):
         return next((m for n in TASK_HEADS[self.task] if isinstance(m := getattr(model, n, None), nn.Module)), None)
 
     def _width(self, head: nn.Module | None) -> int | None:
-        """Number of labels of a head: the rows of its last weight."""
+        """Return the number of labels of a head: the rows of its last weight."""
         if head is None:
             return None
         head = getattr(head, "active", head)
@@ -80,7 +80,7 @@ class _Classification(_WithHead):
             return
         config: Any = model.config
         config.num_labels = n
-        config.problem_type = self._problem_type  # transformers notes what it inferred from the labels of another head
+        config.problem_type = self._problem_type  # transformers sets it from labels of another head
         if n == before[0]:
             config.id2label, config.label2id = before[1], before[2]
         if hasattr(model, "num_labels"):
@@ -107,26 +107,26 @@ def _forward(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The base model's forward. The names tell transformers' Trainer which columns of a data set to keep."""
+    """Run the base model's forward. The names tell transformers' Trainer which columns of a data set to keep."""
     return self._call(self.get_base_model(), (), _given(locals()))
 
 
 class PeftModelForSequenceClassification(_Classification):
-    """SEQ_CLS. `classifier` or `score` trains with the adapter."""
+    """The PeftModel for task type SEQ_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "SEQ_CLS"
     forward = _forward
 
 
 class PeftModelForTokenClassification(_Classification):
-    """TOKEN_CLS. `classifier` or `score` trains with the adapter."""
+    """The PeftModel for task type TOKEN_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "TOKEN_CLS"
     forward = _forward
 
 
 class PeftModelForCausalLM(PeftModel):
-    """CAUSAL_LM."""
+    """The PeftModel for task type CAUSAL_LM."""
 
     forward = _forward
 
@@ -135,7 +135,7 @@ class PeftModelForCausalLM(PeftModel):
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """SEQ_2_SEQ_LM."""
+    """The PeftModel for task type SEQ_2_SEQ_LM."""
 
     def forward(  # type: ignore[override]
         self,
@@ -159,7 +159,7 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForQuestionAnswering(_WithHead):
-    """QUESTION_ANS. `qa_outputs` trains with the adapter."""
+    """The PeftModel for task type QUESTION_ANS. `qa_outputs` trains with the adapter."""
 
     task = "QUESTION_ANS"
 
@@ -182,7 +182,7 @@ class PeftModelForQuestionAnswering(_WithHead):
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """FEATURE_EXTRACTION."""
+    """The PeftModel for task type FEATURE_EXTRACTION."""
 
     def forward(  # type: ignore[override]
         self,
@@ -201,7 +201,7 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that were passed: a base model need not know those that were not, nor a method `task_ids`."""
+    """Return the arguments that the caller passed: a base model need not know the others, nor a method `task_ids`."""
     method = registry_of(arguments["self"]).method
     ours = {"self", "kwargs", "__class__", "task_ids"} - set(getattr(method, "arguments", ()))
     return {**{k: v for k, v in arguments.items() if v is not None and k not in ours}, **arguments["kwargs"]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuner: a model with adapters on its layers. What PEFT calls `base_model`."""
+"""Tuner: a model with adapters on its layers, PEFT's `base_model`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from graft.model.layer_registry import LayerRegistry
 
 
 class Tuner(nn.Module):
-    """Holds the user's model as `.model`; attributes that PEFT's tuners do not have themselves are the model's.
+    """The user's model as `.model`, with adapters on its layers. Attributes that PEFT's tuners lack are the model's.
 
-    The subclasses (`LoraModel`, …) are made from the table of methods and differ only in their method. By itself it
-    leaves adapters in the base's dtype, where a PeftModel has them trained in float32.
+    `tuner_of` makes the subclasses (`LoraModel`, …) from the table of methods; they differ only in their method. By
+    itself a tuner leaves adapters in the base's dtype; a PeftModel trains them in float32.
     """
 
     _method: type[Method] | None  # None: adapters of any method
@@ -66,7 +66,7 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    # PEFT's names; each is the registry's
+    # PEFT's names for the registry's methods
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Tuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Setting it is `set_adapter`."""
+        """The active adapters. Setting it is `set_adapter`."""
         return registry_of(self).active_adapters  # type: ignore[no-any-return]
 
     @active_adapter.setter
@@ -108,7 +108,7 @@ class Tuner(nn.Module):
         registry_of(self).set_requires_grad(adapter_names, requires_grad)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject the config that has been put into `peft_config` under that name, as PEFT's callers do."""
+        """Inject the config that the caller has put into `peft_config` under that name, as PEFT's callers do."""
         registry_of(self).inject_adapter(model, adapter_name, *args, **kwargs)
 
     def enable_adapter_layers(self) -> None:
@@ -138,13 +138,13 @@ class Tuner(nn.Module):
         return registry_of(self).merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[no-any-return]
 
     def unload(self) -> nn.Module:
-        """The model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, even if
-        adapters are disabled."""
+        """Return the model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, also
+        while adapters are disabled."""
         return registry_of(self).unload()  # type: ignore[no-any-return]
 
     @property
     def target_module_mapping(self) -> dict[str, Any]:
-        """Default target_modules by model_type."""
+        """The method's default target_modules by model_type."""
         return {} if self._method is None else self._method.targets
 
     get_model_config = staticmethod(model_config)
@@ -161,13 +161,13 @@ class Tuner(nn.Module):
 
 
 def tuner_of(peft_type: str) -> Any:
-    """The Tuner subclass of a peft_type, under PEFT's name for it; of a prompt method, the encoder's class."""
+    """Return the Tuner subclass of a peft_type, under PEFT's name for it; for a prompt method, the encoder's class."""
     name = getattr(peft_type, "value", peft_type)
     return method_of(name) if name in PROMPTS else _tuner_class(name)
 
 
 def for_tuner(function: Any) -> Any:
-    """A function (or property) of a registry as one of the tuner."""
+    """Return a function (or property) of a registry as one of the tuner."""
     if isinstance(function, property):
         read: Any = function.fget
         return property(lambda self: read(registry_of(self)))
@@ -206,12 +206,12 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Inject an adapter and return the same model, unwrapped: keys have no `base_model.model.` prefix.
 
-    With `state_dict`, exactly the layers that it has tensors for are adapted, whatever the config targets. Adapters
+    With `state_dict`, adapt exactly the layers that it has tensors for; warn if the config targets others. Adapters
     have the base's dtype, half precision too: only a PeftModel widens it.
 
     Raises:
-        ValueError: the method needs a wrapper (it shares tensors between layers), or the config and the state dict
-            do not fit (as a warning if they merely differ).
+        ValueError: the method needs a PeftModel, as prompts do, and methods whose layers share tensors.
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model`; nothing has changed.
     """
     method = method_of(peft_config.peft_type)
     if peft_config.is_prompt_learning:

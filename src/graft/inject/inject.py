@@ -79,7 +79,7 @@ class Injection:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding → its rows that train
     followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
     row_followers: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
-    biases: list[nn.Parameter] = field(default_factory=list)  # those of the base model that train
+    biases: list[nn.Parameter] = field(default_factory=list)  # biases of the base model that train
 
     # made by `build.build`
     layers: dict[str, AdapterLayer] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from graft.inject.match import hint
 class Matched(NamedTuple):
     name: str
     type: str
-    parameters: int  # how many numbers train
+    parameters: int  # numbers that train
     shapes: tuple[str, ...] = ()
 
 

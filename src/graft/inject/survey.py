@@ -31,7 +31,7 @@ class Tree:
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    owners: dict[nn.Parameter, int] = field(default_factory=dict)  # how many modules of the base hold a parameter
+    owners: dict[nn.Parameter, int] = field(default_factory=dict)  # number of the base's modules that hold a parameter
     vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # (place, base) where no adapter is left
     parameters: int = 0
     checkpointing: bool = False  # some module has gradient checkpointing switched on

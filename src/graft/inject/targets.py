@@ -17,7 +17,7 @@ from graft.inject.survey import uncovered
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
-COMPRESS_FROM = 20  # as many names become the shortest suffixes that tell them apart from others
+COMPRESS_FROM = 20  # names: this many become the shortest suffixes that tell them apart from others
 HEAD_NAMES = ("score", "classifier")
 
 

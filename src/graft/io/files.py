@@ -28,7 +28,7 @@ class Loaded:
 
     tensors: dict[str, Tensor]
     path: str
-    fingerprint: dict | None = None  # of the base model, if graft wrote the file
+    fingerprint: dict | None = None  # the base model's, if graft wrote the file
 
 
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:

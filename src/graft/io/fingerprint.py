@@ -9,7 +9,7 @@ import json
 from graft.core.layer import AdapterLayer
 from graft.storage.parallel import is_sharded
 
-KEY = "graft_base"  # in the safetensors metadata
+KEY = "graft_base"  # key in the safetensors metadata
 MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes
 SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base

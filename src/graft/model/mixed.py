@@ -24,7 +24,7 @@ class MixedModel(Tuner):
     _method = None
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse.
+        """Refuse to combine adapters.
 
         Raises:
             NotImplementedError: always.

@@ -19,7 +19,7 @@ from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 class MultitaskPromptTuningInit(str, Enum):
     """The initial value of the shared prompt."""
 
-    TEXT = "TEXT"  # as prompt tuning
+    TEXT = "TEXT"  # embeddings of a text, as in prompt tuning
     RANDOM = "RANDOM"
     AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"  # the mean of the tasks of a trained prompt
     EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"  # one task of a trained prompt

@@ -19,7 +19,7 @@ class PromptTuningInit(str, Enum):
     """The initial value of a prompt."""
 
     TEXT = "TEXT"  # the embeddings of a text, cut or repeated to length
-    SAMPLE_VOCAB = "SAMPLE_VOCAB"  # those of random tokens
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"  # embeddings of random tokens
     RANDOM = "RANDOM"  # normal numbers
 
 

@@ -38,7 +38,7 @@ class SlotReport:
     pinned: list[str]
     known: list[str]  # all adapters, in slots or not
     bytes_per_slot: int
-    slot_bytes: int  # of all slots and the one that holds zeros
+    slot_bytes: int  # bytes of all slots and the one of zeros
     gathered_bytes: int  # factors of the last mixed batch's rows, for its next step
     host_bytes: int  # adapters in host memory
 

@@ -16,7 +16,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Factors(NamedTuple):
     """W' = gain ⊙ (W + scale · outer ⊙ B (inner ⊙ A)). A method makes it anew for each call.
 
-    A and B are tensors, or modules that are called and have a `weight`; a bias of B shifts that of the layer.
+    A and B are tensors, or callables with a `weight`: modules, or a sum in place of a product with ones. A bias of B
+    shifts that of the layer.
     """
 
     A: Any  # (r, fan_in)
@@ -87,7 +88,8 @@ class LowRank(Effect):
 class Update(Effect):
     """W' = W + ΔW, b' = b + Δb. `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; canonical, (out, in, *kernel).
 
-    ΔW may be a tensor, or a value that kernels know a cheaper way for (`Hadamard`).
+    ΔW may be a tensor, or a value that is not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the
+    tensor; `columns(ids)`, what an embedding looks up; and `linear_with`, a cheaper way for x (W + ΔW)ᵀ.
     """
 
     delta: Callable[..., Any]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.core.dropout import share_dropped
 from graft.core.effect import Factors
 from graft.core.lean import Linear
-from graft.kernels import decomposed, hadamard, one_product
+from graft.kernels import decomposed, one_product
 from graft.kernels.eager import has_no_hooks
 from graft.kernels.low_rank import add_low_rank, autocast, dropout, low_rank_linear
 from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
@@ -121,12 +121,12 @@ def _outer(f: Factors) -> Tensor:
 def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     """x (W + ΔW)ᵀ + b in one product; None where two are cheaper, or ΔW would be rounded to the dtype of W."""
     W, base, op = layer.weight_now, layer.base_layer, layer.op
-    if not (worth_it(x) and W.dtype == x.dtype == dtype):
+    if not (worth_it(x) and W.dtype == x.dtype):
         return None
     b = base.bias
     if bias is not None:
         b = bias if b is None else b + bias
     call, back = partial(op.call, base), op.input_gradient
-    if type(delta) is hadamard.Hadamard:
-        return hadamard.linear_with(W, b, x, delta, call, back) if bias is None else None
-    return one_product.linear_with(W, b, x, delta, call, back)
+    if not isinstance(delta, Tensor):
+        return delta.linear_with(W, b, x, call, back) if bias is None else None  # type: ignore[no-any-return]
+    return one_product.linear_with(W, b, x, delta, call, back) if W.dtype == dtype else None

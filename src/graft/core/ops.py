@@ -191,8 +191,12 @@ class Embedding(Op):
     def factor_modules(self, m, r, bias, fill=True, device=None):
         return None
 
+    def scaled(self, m, rows):
+        """Rows of another table, as the module would output them."""
+        return rows
+
     def lookup(self, m, places, rows):
-        """Rows of another table, as the module would output them. rows (n, embedding_dim)."""
+        """The same of those at `places`. rows (n, embedding_dim)."""
         rows = rows if m.max_norm is None else rows.clone()  # which torch renormalises in place
         return F.embedding(places, rows, None, m.max_norm, m.norm_type)
 
@@ -200,11 +204,14 @@ class Embedding(Op):
 class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
+    def scaled(self, m, rows):
+        return rows * m.embed_scale
+
     def call(self, m, x, W, b):
-        return super().call(m, x, W, b) * m.embed_scale
+        return self.scaled(m, super().call(m, x, W, b))
 
     def lookup(self, m, places, rows):
-        return super().lookup(m, places, rows) * m.embed_scale
+        return self.scaled(m, super().lookup(m, places, rows))
 
 
 SCALED_EMBEDDING = ScaledEmbedding()

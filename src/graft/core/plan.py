@@ -80,6 +80,11 @@ def dense(delta: Any) -> Tensor:
     return delta if isinstance(delta, Tensor) else delta.dense()  # type: ignore[no-any-return]
 
 
+def formed(layer: Any, effect: Update) -> Any:
+    """ΔW as the adapter gives it: a tensor, or a value."""
+    return effect.delta(layer.W0) if effect.of_weight else effect.delta()
+
+
 def delta_of(layer: Any, effect: Effect) -> Tensor:
     """ΔW, canonical, in the adapter's dtype, products of half precision in float32."""
     if isinstance(effect, LowRank):
@@ -88,7 +93,7 @@ def delta_of(layer: Any, effect: Effect) -> Tensor:
             A, B = A.float(), B.float()
         return layer.op.product(A, B, layer.site.shape)  # type: ignore[no-any-return]
     if isinstance(effect, Update):
-        return dense(effect.delta(layer.W0) if effect.of_weight else effect.delta())
+        return dense(formed(layer, effect))
     raise TypeError(f"a {type(effect).__name__} has no ΔW")
 
 
@@ -128,7 +133,15 @@ def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
     if effect.branch is not None:
         y = effect.branch(x)
         return y if bias is None else y + op.channels(bias)  # type: ignore[no-any-return]
-    return op.call(layer.base_layer, x, delta_of(layer, effect).to(m.dtype), bias)  # type: ignore[no-any-return]
+    return applied(layer, m, formed(layer, effect), bias, x)
+
+
+def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+    """ΔW x + Δb. Of ids, only the columns that they name, where ΔW is not formed yet."""
+    op, base = layer.op, layer.base_layer
+    if op.takes_ids and not isinstance(delta, Tensor):
+        return op.scaled(base, delta.columns(x).to(m.dtype))  # type: ignore[no-any-return]
+    return op.call(base, x, dense(delta).to(m.dtype), bias)  # type: ignore[no-any-return]
 
 
 def part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
@@ -173,13 +186,13 @@ def join_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor) -> Tensor:
 
 
 def join_update(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
-    if effect.branch is None and effect.dropout is None:
-        delta = effect.delta(layer.W0) if effect.of_weight else effect.delta()
+    if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
+        delta = formed(layer, effect)
         bias = None if effect.bias is None else effect.bias()
         out = fused.updated(layer, delta, bias, x, m.dtype)
         if out is None:
             y = layer.base_layer(x)
-            out = (y + layer.op.call(layer.base_layer, m.cast(x), dense(delta).to(m.dtype), bias)).to(y.dtype)
+            out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
         return out
     y = layer.base_layer(x)
     return (y + update_part(layer, m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
@@ -328,8 +341,8 @@ def _fold(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kw
     out = W.dtype if op.takes_ids else x.dtype
     for method, step in plan.steps[: n + 1]:
         W, b = fold_step(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
-    x = x if op.takes_ids else x.to(W.dtype)
-    return op.call(layer.base_layer, x, W, b).to(out)  # type: ignore[no-any-return]
+    y = op.call(layer.base_layer, x if op.takes_ids else x.to(W.dtype), W, b)
+    return y.to(out) if y.dtype == W.dtype else y  # type: ignore[no-any-return]  # autocast chose another
 
 
 def _add(plan: Chain, n: int, m: Any, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:

@@ -27,8 +27,8 @@ class Shared(Carrier):
     def adapters(self) -> list[str]:
         return list(dict.fromkeys(name for container in self.containers.values() for name in container))
 
-    def hold(self, adapter: str, values: dict[str, Any], where: tuple[Any, Any], upcast: bool) -> None:
-        """Put what `Method.share` made into containers. It is frozen.
+    def hold(self, adapter: str, values: dict[str, Any], where: tuple[Any, Any], upcast: bool) -> int:
+        """Put what `Method.share` made into containers. It is frozen. Returns how many of its numbers can train.
 
         where: device and dtype of the base weights.
         """
@@ -42,6 +42,7 @@ class Shared(Carrier):
             place(container, adapter, *where, upcast)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
+        return sum(slot.tensor.numel() for slot in self.slots(adapter) if slot.trains)
 
     def slots(self, adapter: str) -> list[Slot]:
         never = self.never.get(adapter, set())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from graft.kernels.eager import only_backward
 from graft.kernels.function import Function
@@ -40,6 +41,17 @@ class Hadamard(NamedTuple):
 
     def dense(self) -> Tensor:
         return self.scale * product(*self[:4]).reshape(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Those of ΔW that `ids` (…) name: (…, out)."""
+        return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
+        input_gradient: Callable[..., Tensor],
+    ) -> Tensor | None:  # fmt: skip
+        """As the function; None where the sum would round ΔW."""
+        return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
 
 
 def linear_with(

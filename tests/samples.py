@@ -85,6 +85,12 @@ EXCLUDE = [
 ]
 DEFAULT_TARGETS = dict(target_modules=None)
 
+
+def sized(rows: list[tuple], **config) -> list[tuple]:
+    """Rows with more fields, for methods whose default sizes are too large for the tiny models."""
+    return [(name, model, {**config, **own}, unlike) for name, model, own, unlike in rows]
+
+
 _lora = dict(r=3, lora_alpha=5)
 _lin = ["lin0", "fc1"]  # layers of "mlp" that have a bias
 
@@ -266,6 +272,51 @@ METHODS: dict[str, list[tuple]] = {
         *LAYERS,
         *CHOICE,
         *EXCLUDE,
+    ],
+    "HIRA": [
+        *row("plain", "mlp embedding conv1d conv2d conv3d llama t5 bert", r=3),
+        # else graft corrects it in the config, and PEFT only says so
+        *row("plain", "conv1D gpt2", r=3, fan_in_fan_out=True),
+        *row("default_targets", "llama opt bert", r=3, **DEFAULT_TARGETS),
+        *row("default_targets", "gpt2", r=3, fan_in_fan_out=True, **DEFAULT_TARGETS),
+        *row("dropout", "mlp conv1d conv2d embedding llama", r=3, hira_dropout=0.3),
+        *row("random", "mlp conv2d embedding", r=3, init_weights=False),
+        *row("none", "mlp conv1d", r=3, init_weights=None),
+        *row("gaussian", "mlp embedding", r=3, init_weights="gaussian"),
+        # PEFT takes the other initialisation there
+        *row("gaussian", "conv2d", "init rng", r=3, init_weights="gaussian"),
+        *row("dilated", "conv2d", r=3, target_modules=["dilated", "rect"]),
+        # PEFT's update of the embedding lacks the factor of the embedding
+        *row("embed", "gemma3", "forward merge", r=3, target_modules=["embed_tokens", "q_proj"]),
+        *LAYERS,
+        *CHOICE,
+        *EXCLUDE,
+    ],
+    "MISS": [
+        *row("plain", "mlp llama t5 bert-qa", r=4),
+        *row("default_targets", "llama opt t5", r=4, **DEFAULT_TARGETS),
+        *row("uneven", "mlp llama", r=7),
+        *row("mini", "mlp llama", r=4, mini_r=3, target_modules=["fc2", "v_proj"], init_weights="mini"),
+        *row("mini_1", "mlp", r=5, init_weights="mini"),
+        *row("bat", "mlp llama t5", r=2, init_weights="bat"),
+        *row("dropout", "mlp llama", r=2, miss_dropout=0.3),
+        *row("random", "mlp llama", r=4, init_weights=False),
+        *row("bias_all", "mlp", r=4, bias="all"),
+        *row("bias_miss_only", "bert", r=4, bias="MiSS_only"),
+        *sized([*LAYERS, *CHOICE, *EXCLUDE], r=4),
+    ],
+    "VBLORA": [
+        *row("plain", "mlp conv1D", r=3, num_vectors=9, vector_length=2),
+        *row("plain", "llama gpt2 t5 bert", r=2, num_vectors=7, vector_length=12, topk=3),
+        *row("default_targets", "llama opt gpt2 bert", num_vectors=7, vector_length=12, **DEFAULT_TARGETS),
+        *row("topk_saved", "mlp", num_vectors=9, vector_length=2, save_only_topk_weights=True),
+        *row("topk_saved", "llama", num_vectors=300, vector_length=6, topk=3, save_only_topk_weights=True),
+        *row("dropout", "mlp conv1D", r=3, num_vectors=9, vector_length=2, vblora_dropout=0.3),
+        *row("wide", "mlp", num_vectors=9, vector_length=2, init_vector_bank_bound=0.7, init_logits_std=1.3),
+        *row("bias_all", "mlp", num_vectors=9, vector_length=2, bias="all"),
+        *row("bias_vblora_only", "bert", num_vectors=9, vector_length=4, bias="vblora_only"),
+        *row("fan_in_fan_out", "gpt2", num_vectors=9, vector_length=12, fan_in_fan_out=True),
+        *sized([*LAYERS, *CHOICE, *EXCLUDE], num_vectors=9, vector_length=1),
     ],
     "LN_TUNING": [
         *row("plain", "mlp", target_modules=["norm"]),

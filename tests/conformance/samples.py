@@ -59,6 +59,17 @@ SAMPLES = [
     Sample("OFT", "shared", dict(oft_block_size=3, block_share=True)),
     Sample("HRA", config=dict(r=4)),
     Sample("HRA", "orthogonal", dict(r=2, apply_GS=True), identity=False),
+    Sample("HIRA", config=dict(r=3)),
+    Sample("HIRA", "random", dict(r=2, init_weights=False), identity=False),
+    Sample("MISS", config=dict(r=4), subtracts=True),
+    Sample("MISS", "mini", dict(r=4, mini_r=2, init_weights="mini"), subtracts=True),
+    Sample("MISS", "bat", dict(r=2, init_weights="bat")),
+    Sample(
+        "VBLORA",
+        config=dict(r=3, num_vectors=7, vector_length=2, topk=3, init_vector_bank_bound=0.5),
+        identity=False,
+        subtracts=True,
+    ),
     Sample(
         "ADALORA",
         config=dict(init_r=4, target_r=2, lora_alpha=6, total_step=9),
@@ -99,8 +110,8 @@ LAYERS = [
     Layer("linear", lambda: nn.Linear(10, 6), (4, 10)),
     Layer("linear-no-bias", lambda: nn.Linear(10, 6, bias=False), (10,), "no-bias"),
     Layer("Conv1D", hf_conv1d, (4, 10)),
-    Layer("embedding", lambda: nn.Embedding(11, 6, padding_idx=2), (5,), "embedding", ids=11),
-    Layer("conv1d", lambda: nn.Conv1d(6, 9, 3, stride=2, padding=1), (6, 11), "conv"),
+    Layer("embedding", lambda: nn.Embedding(11, 6, padding_idx=2), (5,), "embedding odd-in", ids=11),
+    Layer("conv1d", lambda: nn.Conv1d(6, 9, 3, stride=2, padding=1), (6, 11), "conv odd-out"),
     Layer(
         "conv1d-circular",
         lambda: nn.Conv1d(6, 4, 3, padding=2, padding_mode="circular", bias=False),
@@ -118,7 +129,7 @@ LAYERS = [
     Layer("conv2d-dilated", lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), (4, 7, 5), "conv"),
     Layer("conv2d-same", lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), (4, 7, 5), "conv"),
     Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 7, 5), "conv grouped"),
-    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5), "conv grouped"),
+    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5), "conv grouped odd-in"),
     Layer("conv3d", lambda: nn.Conv3d(4, 6, 2, stride=(1, 2, 1), padding=1), (4, 3, 4, 2), "conv"),
     Layer("conv3d-grouped", lambda: nn.Conv3d(4, 6, 2, groups=2), (4, 3, 4, 2), "conv grouped"),
     Layer("norm", lambda: nn.LayerNorm(10), (4, 10), "norm"),
@@ -201,8 +212,10 @@ class Cell:
 
 
 def trainable(layer: graft.AdapterLayer, adapter: str) -> list[nn.Parameter]:
-    """The parameters of an adapter that are not frozen for good."""
-    return [slot.tensor for slot in layer.slots(adapter) if slot.trains]
+    """The parameters of an adapter that are not frozen for good, those that it shares with other layers too."""
+    shared = [getattr(layer, key) for key in layer.attached]
+    own = [slot.tensor for slot in layer.slots(adapter) if slot.trains]
+    return own + [c[adapter] for c in shared if isinstance(c, nn.ParameterDict) and adapter in c]
 
 
 @torch.no_grad()
@@ -226,6 +239,8 @@ REFUSED = [
     *((s.method, "norm", UnsupportedLayerError, "LayerNorm.* not supported") for s in SAMPLES if s.method not in WHOLE),
     ("IA3-feedforward", "embedding", UnsupportedLayerError, "embedding's input cannot be scaled"),
     ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
+    ("MISS-bat VBLORA", "odd-in", UnsupportedLayerError, "must be divisible by"),
+    ("MISS-bat MISS-mini VBLORA", "odd-out", UnsupportedLayerError, "must be divisible by"),
     ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
 ]
 UNMERGEABLE = [

@@ -11,7 +11,7 @@ import graft
 from graft.core.call import Call, Rows
 from graft.core.layer import AdapterLayer
 from graft.core.shared import Shared
-from graft.inject.inject import add_adapter
+from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find, trainable
 from tests.models import seeded
@@ -122,7 +122,8 @@ def test_each_acts_on_the_layer_that_those_before_it_made(a, b, on):
 @every_pair
 def test_gradients_reach_both(a, b, on):
     layer, x = carried(on, a, b).train(), inputs(on)
-    layer.set_adapter(["a", "b"])
+    for carrier in (layer, layer.shared):
+        carrier.set_adapter(["a", "b"])
     with seeded(5):
         y = layer(x)
         (y * torch.randn_like(y)).sum().backward()

@@ -55,6 +55,9 @@ CHANGED = {  # what its mathematics is called
     "OFT": {"pre", "post", "fold"},
     "HRA": {"pre", "fold"},
     "IA3": {"pre", "post", "fold"},
+    "HIRA": {"delta"},
+    "MISS": {"factors", "fold"},
+    "VBLORA": {"factors"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

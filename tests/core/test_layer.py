@@ -492,7 +492,7 @@ def test_the_delta_weight_is_what_merging_adds(sample):
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.method not in ("TRAINABLE_TOKENS", "LN_TUNING")], ids=str)
 def test_under_autocast(sample):
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     with seeded(0):
         options = {**sample.config, "feedforward_modules": ["2"]} if sample.method == "IA3" else sample.config
         model = graft.get_peft_model(

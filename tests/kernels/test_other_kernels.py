@@ -14,7 +14,7 @@ import graft
 import graft.core.fused as fused_forms
 from graft.core.dropout import share_dropped
 from graft.core.effect import LowRank
-from graft.kernels import hadamard, householder, orthogonal, scaled_low_rank
+from graft.kernels import hadamard, householder, modulated, orthogonal, scaled_low_rank
 from graft.kernels.low_rank import FUSED_FROM
 from graft.kernels.worth import worth_it
 from tests.models import seeded
@@ -214,6 +214,64 @@ def test_one_product_with_a_hadamard_product_equals_two(x_grad):
     assert len(exact) == 5 + x_grad
 
 
+# W ⊙ (B A)
+
+
+def modulated_values(dtype=torch.float32, x_grad=True):
+    with seeded(8):
+        x, B, A = randn((2, ROWS // 2, IN), (OUT, 3), (3, IN))
+        W, W0, bias = randn((OUT, IN), (OUT, IN), (OUT,), grad=False)
+    fixed = [t.to(dtype) for t in (W, bias, W0)]
+    return fixed, [x.detach().to(dtype).requires_grad_(x_grad), B, A]
+
+
+def modulating(W, bias, W0):
+    """In one product, and the reference."""
+
+    def one(x, B, A):
+        w, s, w0 = (t.to(x.dtype) for t in (W, bias, W0))
+        return modulated.Modulated(w0, B, A).linear_with(w, s, x, nn.functional.linear, input_gradient)
+
+    return one, lambda x, B, A: modulated.plain(*(t.to(A.dtype) for t in (W, bias, x, W0)), B, A).to(x.dtype)
+
+
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_one_product_with_a_modulated_weight_equals_two(x_grad):
+    fixed, values = modulated_values(x_grad=x_grad)
+    one, two = modulating(*fixed)
+    exact = results(two, wide(values))
+    assert max(errors(results(one, values), exact)) < 1e-6
+    assert len(exact) == 3 + x_grad
+
+
+def test_one_product_with_a_modulated_weight_in_half_precision_errs_no_more():
+    fixed, values = modulated_values(torch.bfloat16)
+    one, two = modulating(*fixed)
+    not_worse(one, two, values)
+    narrow = modulated.Modulated(fixed[2].float(), *(t.bfloat16() for t in values[1:]))
+    assert narrow.linear_with(fixed[0].float(), None, values[0], nn.functional.linear, input_gradient) is None
+
+
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+def test_a_modulated_weight_formed_and_by_columns(stored):
+    _, (_, B, A) = modulated_values()
+    with seeded(8):
+        (W,) = randn((OUT, IN) if stored == "(out, in)" else (IN, OUT), grad=False)
+        ids = torch.randint(IN, (2, 5))
+    delta = modulated.Modulated(W if stored == "(out, in)" else W.T, B, A)
+    dense = delta.dense()
+    assert_close(dense, delta.W * (B @ A), rtol=1e-5, atol=1e-5)
+    assert dense.stride() == delta.W.stride()
+    assert_close(delta.columns(ids), dense.T[ids], rtol=1e-5, atol=1e-5)
+
+
+def test_a_hadamard_product_by_columns():
+    with seeded(6):
+        factors = randn((OUT, 3), (3, IN), (OUT, 3), (3, IN))
+        ids = torch.randint(IN, (2, 5))
+    assert_close(product(*factors).columns(ids), product(*factors).dense().T[ids], rtol=1e-5, atol=1e-5)
+
+
 # second derivatives
 
 
@@ -232,6 +290,10 @@ def test_second_derivatives():
         (lambda x, d, b: scaled_low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
         (lambda x, d, b: scaled_low_rank.linear_with(W, None, x, A, B, d, b, linear, input_gradient), (x, d, b)),
         (lambda x, *f: hadamard.linear_with(W, None, x, product(*f), linear, input_gradient), (x, *factors)),
+        (
+            lambda x, B, A: modulated.Modulated(2 * W, B, A).linear_with(W, None, x, linear, input_gradient),
+            (x, *factors[:2]),
+        ),
     ):
         values = [t.detach().requires_grad_() for t in values]
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
@@ -248,6 +310,11 @@ CONFIGS = {
     "LOHA-wide": lambda lib, **o: lib.LoHaConfig(r=5, alpha=5 * SCALE, **o),
     "OFT": lambda lib, **o: lib.OFTConfig(oft_block_size=4, **o),
     "HRA": lambda lib, **o: lib.HRAConfig(r=4, **o),
+    "HIRA": lambda lib, **o: lib.HiraConfig(r=4, **o),
+    "MISS": lambda lib, **o: lib.MissConfig(r=6, **o),
+    "MISS-mini": lambda lib, **o: lib.MissConfig(r=6, mini_r=4, init_weights="mini", **o),
+    "MISS-bat": lambda lib, **o: lib.MissConfig(r=4, init_weights="bat", **o),
+    "VBLORA": lambda lib, **o: lib.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, **o),
     "ADALORA": lambda lib, **o: lib.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4 * SCALE, total_step=9, **o),
 }
 ALL = list(CONFIGS)
@@ -339,12 +406,14 @@ def test_forward_and_gradients_are_those_of_the_folded_weight(name, conv1d, rows
         assert_close(made(inputs(rows)).double(), exact["y"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["VERA", "LOHA-narrow", "LOHA-wide", "ADALORA"])
+@pytest.mark.parametrize("name", ["VERA", "LOHA-narrow", "LOHA-wide", "ADALORA", "HIRA", "VBLORA"])
 def test_the_fused_form_runs_where_it_should(name, monkeypatch):
     """The tests above would pass without it."""
-    owner, fused = {"VERA": (fused_forms, "linear_with"), "LOHA-wide": (hadamard, "linear_with")}.get(
-        name, (fused_forms, "low_rank_linear")
-    )
+    owner, fused = {
+        "VERA": (fused_forms, "linear_with"),
+        "LOHA-wide": (hadamard, "linear_with"),
+        "HIRA": (modulated.Modulated, "linear_with"),
+    }.get(name, (fused_forms, "low_rank_linear"))
     calls = []
     real = getattr(owner, fused)
     monkeypatch.setattr(owner, fused, lambda *args: calls.append(1) or real(*args))
@@ -444,7 +513,7 @@ def test_a_base_weight_that_trains_gets_its_gradient(name):
     close(outcome(made, inputs()), exact)
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in ALL if n != "MISS-bat"])  # whose weight is folded
 def test_a_hook_on_the_base_layer_is_called(name):
     made = model(name)
     layer, seen = made.base_model.model[0], []
@@ -583,6 +652,8 @@ def kept(layer, x):
         ("OFT", 2 * IN * 4),  # Q and R
         ("HRA", IN * 4 + ROWS * 4),  # U and x U; less than the many small ones below
         ("ADALORA", 4 * IN + ROWS * 4),  # A scaled, and x Aᵀ
+        ("HIRA", 0),
+        ("MISS", ROWS * 6),  # the sums of shards
     ],
 )
 def test_bytes_kept_for_backward(name, numbers, dtype):

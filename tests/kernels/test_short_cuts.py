@@ -28,8 +28,20 @@ CONFIGS = {
     "LOHA-wide": lambda **o: graft.LoHaConfig(**ON, r=5, alpha=5, **o),
     "OFT": lambda **o: graft.OFTConfig(**ON, oft_block_size=4, **o),
     "HRA": lambda **o: graft.HRAConfig(**ON, r=4, **o),
+    "HIRA": lambda **o: graft.HiraConfig(**ON, r=4, **o),
+    "MISS": lambda **o: graft.MissConfig(**ON, r=6, **o),
+    "MISS-bat": lambda **o: graft.MissConfig(**ON, r=4, init_weights="bat", **o),
+    "VBLORA": lambda **o: graft.VBLoRAConfig(**ON, r=3, num_vectors=9, vector_length=4, **o),
 }
-DROPOUT = {"LORA": "lora_dropout", "DORA": "lora_dropout", "VERA": "vera_dropout", "ADALORA": "lora_dropout"}
+DROPOUT = {
+    "LORA": "lora_dropout",
+    "DORA": "lora_dropout",
+    "VERA": "vera_dropout",
+    "ADALORA": "lora_dropout",
+    "HIRA": "hira_dropout",
+    "MISS": "miss_dropout",
+    "VBLORA": "vblora_dropout",
+}
 every = pytest.mark.parametrize("name", CONFIGS)
 dropping = pytest.mark.parametrize("name", DROPOUT)
 
@@ -82,7 +94,7 @@ def test_a_hook_on_the_magnitudes_is_called_and_counts():
     assert_close(layer(inputs()) - b, 2 * (y - b), rtol=1e-4, atol=1e-4)
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "MISS-bat"])  # whose weight is folded
 @pytest.mark.parametrize("gradient", [True, False])
 def test_hooks_on_all_modules_see_inputs_and_outputs(name, gradient):
     made = model(name)

@@ -61,6 +61,10 @@ def config(method: str = "LORA", **options: Any) -> Any:
         options.setdefault("feedforward_modules", [])
     if method == "OFT":
         options |= dict(r=0, oft_block_size=2)
+    if method == "MISS":
+        options.setdefault("r", 2)
+    if method == "VBLORA":
+        options.setdefault("vector_length", 2)
     return cls(**{"target_modules": [f"l{i}" for i in range(10)], **options})
 
 
@@ -89,7 +93,7 @@ def exercise(model: Any) -> None:
 # modules
 
 
-@pytest.mark.parametrize("method", ["LORA", "IA3", "VERA", "LOHA", "OFT", "HRA", "LN_TUNING"])
+@pytest.mark.parametrize("method", ["LORA", "IA3", "VERA", "LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "LN_TUNING"])
 def test_injection_is_linear(method):
     few, many = (calls(lambda n=n: graft.get_peft_model(Stack(n), config(method))) for n in (FEW, MANY))
     assert many <= MODULES_ALLOWED * few

@@ -40,7 +40,11 @@ def compare(steps, sample):
 
 
 def add(name):
-    return lambda lib, model, sample: model.add_adapter(name, sample.config(lib))
+    def step(lib, model, sample):
+        models.seed(2)
+        model.add_adapter(name, sample.config(lib))
+
+    return step
 
 
 def switch(name, **options):

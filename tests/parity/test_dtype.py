@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+import graft
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, gradients, output, randomize, shapes
 from tests.samples import SAMPLES, alike, each
@@ -29,10 +30,14 @@ def test_dtypes_and_values(sample, autocast):
     """Initial values too: some are drawn in float32 and rounded."""
     ours, theirs = (adapt(lib, sample, base=low(sample), autocast_adapter_dtype=autocast) for lib in LIBS)
     assert shapes(ours) == shapes(theirs)
-    close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
+    if "init" not in sample.unlike:
+        close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
 
 
-@pytest.mark.parametrize("sample", [s for s in HALF if s.method != "VERA"], ids=str)
+INJECTABLE = [s for s in HALF if not graft.method_of(s.method).shares and "init" not in s.unlike]
+
+
+@pytest.mark.parametrize("sample", INJECTABLE, ids=str)
 def test_without_a_peft_model(sample):
     """Then it stays half precision: transformers' and diffusers' add_adapter inject so."""
     seen = []

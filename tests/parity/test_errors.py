@@ -13,6 +13,7 @@ from tests.samples import each, first
 from tests.trees import Config, tree
 
 LORA, VERA, OFT, HEAD = first("LORA"), first("VERA"), first("OFT"), first("LORA", "mlp", "head")
+VBLORA, TOPK = first("VBLORA"), first("VBLORA", "mlp", "topk_saved")
 
 
 def inject(cls, model="mlp", adapter="default", **config):
@@ -65,6 +66,13 @@ def reshape(tmp_path):
     tensors = load_file(path)
     key = next(k for k in tensors if "lora_A" in k)
     save_file({**tensors, key: tensors[key][:, :-1].contiguous()}, path, metadata={"format": "pt"})
+
+
+def train_on(lib, tmp_path):
+    """Go on from a file that holds the largest logits alone."""
+    adapt(lib, TOPK).save_pretrained(tmp_path)
+    model = lib.PeftModel.from_pretrained(models.make("mlp"), str(tmp_path), is_trainable=True)
+    return output(model.train(), TOPK)
 
 
 def touch(tmp_path):
@@ -152,6 +160,42 @@ CASES = {
         ValueError,
         "`r` should be a positive integer value but the value passed is 0",
     ),
+    **{
+        f"{cls}_r": (
+            inject(cls, r=0, target_modules=["fc1"], **sizes),
+            ValueError,
+            "should be a positive integer value",
+        )
+        for cls, sizes in (("HiraConfig", {}), ("MissConfig", {}), ("VBLoRAConfig", dict(vector_length=2)))
+    },
+    "miss_wide": (
+        inject("MissConfig", r=13, target_modules=["fc1"]),
+        ValueError,
+        "`r` (13) must be less than or equal to in_features (12)",
+    ),
+    "miss_bat": (inject("MissConfig", r=5, init_weights="bat", target_modules=["fc1"]), ValueError, "divisible"),
+    "miss_mini": (
+        inject("MissConfig", r=4, mini_r=3, init_weights="mini", target_modules=["fc1"]),
+        ValueError,
+        "divisible by",
+    ),
+    "vblora_length": (
+        inject("VBLoRAConfig", vector_length=5, target_modules=["fc1"]),
+        ValueError,
+        "`in_features` 12 must be divisible by `vector_length` 5",
+    ),
+    "vblora_topk": (
+        inject("VBLoRAConfig", vector_length=2, topk=0, target_modules=["fc1"]),
+        ValueError,
+        "`topk` 0 should be a positive integer value",
+    ),
+    "hira_init": (inject("HiraConfig", init_weights="xavier", target_modules=["fc1"]), ValueError, "xavier"),
+    "inject_shared_bank": (
+        lambda lib, p: lib.inject_adapter_in_model(VBLORA.config(lib), models.make("mlp")),
+        ValueError,
+        "Please use `get_peft_model` instead.",
+    ),
+    "vblora_trains_on": (train_on, RuntimeError, "Found infinity values in VB-LoRA logits"),
     "rank_pattern_zero": (
         inject("LoraConfig", rank_pattern={"fc1": 0}, target_modules=["fc1"]),
         ValueError,
@@ -367,7 +411,7 @@ def test_unknown_adapters_of_every_method(sample, lib):
 
 
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize("method", ["LOHA", "OFT", "HRA", "IA3", "VERA"])
+@pytest.mark.parametrize("method", ["LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "IA3", "VERA"])
 def test_unsupported_layers(method, lib):
     """A bare module is no layer that any of them can adapt."""
     sample = first(method)

@@ -5,12 +5,13 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+import graft
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize, shapes, trainable
 from tests.samples import SAMPLES, each, first
 
 # methods with tensors that all layers share need a tuner to hold them
-INJECTABLE = [s for s in each("plain head", "mlp llama conv2d") if s.method != "VERA"]
+INJECTABLE = [s for s in each("plain head", "mlp llama conv2d") if not graft.method_of(s.method).shares]
 
 
 def inject(lib, sample, adapter="default", **options):

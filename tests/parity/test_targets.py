@@ -154,6 +154,9 @@ OTHERS = {
     "LoHaConfig": {},
     "OFTConfig": {},
     "HRAConfig": {},
+    "HiraConfig": {},
+    "MissConfig": dict(r=2),
+    "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
 }
 # layer types that PEFT refuses for some of these methods; messages that differ by method
@@ -176,6 +179,8 @@ def test_other_methods(cls, case):
         assert isinstance(ours.error, (ValueError, TypeError))
     elif cls == "VeraConfig" and case == "dummy":
         assert ours.error is None
+    elif cls == "VBLoRAConfig" and case == "dummy":  # what layers share stands on one of them, at least
+        assert "No layers types compatible" in str(ours.error)
     else:
         assert_same(ours, theirs)
 
@@ -189,6 +194,9 @@ MAPS = {
     "LoHaConfig": ("LOHA", {}),
     "OFTConfig": ("OFT", dict(oft_block_size=2)),
     "HRAConfig": ("HRA", {}),
+    "HiraConfig": ("HIRA", {}),
+    "MissConfig": ("MISS", dict(r=2)),
+    "VBLoRAConfig": ("VBLORA", dict(vector_length=1)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

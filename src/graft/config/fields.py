@@ -52,10 +52,9 @@ class LayerRange(PeftConfig):
 
 
 @dataclass(kw_only=True)
-class RankPatterns(PeftConfig):
+class RankPattern(PeftConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)  # rank by layer name or regex
-    alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
-    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +63,12 @@ class RankPatterns(PeftConfig):
     def _check_patterns(self) -> None:
         for pattern, r in (self.rank_pattern or {}).items():
             require_positive_rank(r, f" in rank_pattern['{pattern}']")
+
+
+@dataclass(kw_only=True)
+class RankPatterns(RankPattern):
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
 
 def require_positive_rank(r: int, where: str = "") -> None:

@@ -103,6 +103,8 @@ ADALORA = _table(
     ("nemotron_h", ["q_proj", "k_proj", "v_proj", "o_proj"]),
 )
 
+VBLORA = {**ADALORA, "roberta": ["query", "value"]}
+
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

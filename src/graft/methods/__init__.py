@@ -26,6 +26,9 @@ METHODS: dict[str, Row] = {
     "LOHA": Row("methods.loha:LoHa", "LoHaConfig", "LoHaModel"),
     "OFT": Row("methods.oft:OFT", "OFTConfig", "OFTModel"),
     "HRA": Row("methods.hra:HRA", "HRAConfig", "HRAModel"),
+    "HIRA": Row("methods.hira:HiRA", "HiraConfig", "HiraModel"),
+    "MISS": Row("methods.miss:MiSS", "MissConfig", "MissModel"),
+    "VBLORA": Row("methods.vblora:VBLoRA", "VBLoRAConfig", "VBLoRAModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

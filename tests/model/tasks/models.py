@@ -181,6 +181,9 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "LOHA": dict(r=3, alpha=4),
     "OFT": dict(oft_block_size=4),
     "HRA": dict(r=4),
+    "HIRA": dict(r=3),
+    "MISS": dict(r=4),
+    "VBLORA": dict(r=3, num_vectors=9, vector_length=12),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }
@@ -194,12 +197,13 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 METHODS = LAYER_METHODS | PROMPTS
 
-SPREAD = {"OFT": 0.1, "VERA": 1.5}  # standard deviation of trained values, where it is not 0.4
+SPREAD = {"OFT": 0.1, "VERA": 1.5, "HIRA": 0.8}  # standard deviation of trained values, where it is not 0.4
 
 # where there are no defaults: "model_type" of the config → target_modules
 _norms = ["input_layernorm", "post_attention_layernorm", "norm"]
 EXPLICIT: dict[str, dict[str, Any]] = {
     "ADALORA": {"mixtral": ["q_proj", "v_proj"]},
+    "VBLORA": {"mixtral": ["q_proj", "v_proj"]},
     "LN_TUNING": {
         "opt": ["self_attn_layer_norm", "final_layer_norm"],
         "gpt_neox": ["input_layernorm", "post_attention_layernorm"],

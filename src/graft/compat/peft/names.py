@@ -79,6 +79,7 @@ MAPPINGS: dict[str, str] = {  # → peft_type
     mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
 }
 _TARGETS = f"TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING {' '.join(MAPPINGS)}"
+_EXPORTED = _TARGETS.replace(" TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING", "")  # which PEFT forgot
 
 # module below `peft` → names in it; "peft" itself also holds all public names of graft
 MODULES: dict[str, str] = {
@@ -117,7 +118,7 @@ MODULES: dict[str, str] = {
     f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "
     "_maybe_include_all_linear_layers cast_adapter_dtype check_target_module_exists delete_adapter "
     "inspect_matched_modules set_adapter set_requires_grad",
-    "utils": f"{_FILES} {_STATE} {_TRAINING} {_TARGETS} {_WRAPPERS} ALLOWED_COMPUTE_DTYPES "
+    "utils": f"{_FILES} {_STATE} {_TRAINING} {_EXPORTED} {_WRAPPERS} ALLOWED_COMPUTE_DTYPES "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType UPCAST_DTYPES "
     "_get_submodules transpose",
     "utils.constants": f"{_FILES} {_DISCOVERY} {_TARGETS} ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
@@ -127,7 +128,7 @@ MODULES: dict[str, str] = {
     "prepare_model_for_compiled_hotswap",
     "utils.integrations": "dequantize_module_weight gather_params_ctx init_empty_weights",
     "utils.merge_utils": "dare_linear dare_ties magnitude_based_pruning magnitude_prune task_arithmetic ties",
-    "utils.other": f"{_FILES} {_DISCOVERY} {_TARGETS} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
+    "utils.other": f"{_FILES} {_DISCOVERY} {_EXPORTED} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
     "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "
     "id_tensor_storage match_target_against_key",
     "utils.peft_types": "PeftType TaskType",

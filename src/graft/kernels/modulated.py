@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""W ⊙ (B A): dense, or in one product with the weight it is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from graft.kernels.function import Function
+
+
+def plain(W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """The reference: x (W + W0 ⊙ B A)ᵀ + bias. W and W0 (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
+    y = x @ W.T + x @ (W0 * (B @ A)).T
+    return y if bias is None else y + bias
+
+
+class Modulated(NamedTuple):
+    """ΔW = W ⊙ (B A), not formed yet. W gets no gradient."""
+
+    W: Tensor  # (out, in, *kernel)
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, in · kernel)
+
+    def dense(self) -> Tensor:
+        return self.W * product(self.B, self.A, self.W).view(self.W.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Those of ΔW that `ids` (…) name: (…, out)."""
+        return embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
+        input_gradient: Callable[..., Tensor],
+    ) -> Tensor | None:  # fmt: skip
+        """x (W + ΔW)ᵀ + bias, keeping x and the factors; None if these are of a narrower dtype than W.
+
+        W and bias get no gradient.
+
+        Args:
+            call: from x, a weight and bias to a linear layer's output.
+            input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+        """
+        if torch.promote_types(W.dtype, self.A.dtype) != self.A.dtype:
+            return None
+        return _OneProduct.apply(x, W, bias, *self, call, input_gradient)  # type: ignore[no-any-return]
+
+
+def product(B: Tensor, A: Tensor, like: Tensor) -> Tensor:
+    """B A, (out, n), in the memory layout of `like`: what is stored as (in, out) is multiplied as such."""
+    return (A.T @ B.T).T if like.dim() == 2 and not like.is_contiguous() else B @ A
+
+
+class _OneProduct(Function):
+    """Computes in the dtype of the factors, rounds the output once, and keeps everything as it came."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Any, W0: Tensor, B: Tensor, A: Tensor, call: Any, input_gradient: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, W, W0, B, A)
+        ctx.input_gradient = input_gradient
+        bias = None if bias is None else bias.to(A.dtype)
+        return call(x.to(A.dtype), _sum(W, W0, B, A), bias).to(x.dtype)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, W, W0, B, A = ctx.saved_tensors
+        rows, flat = (t.reshape(-1, t.shape[-1]).to(A.dtype) for t in (g, x))
+        dx = dB = dA = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.input_gradient(rows, _sum(W, W0, B, A)).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            inner = (rows.T @ flat) * W0  # of B A
+            dB, dA = inner @ A.T, B.T @ inner
+        return dx, None, None, None, dB, dA, None, None
+
+
+def _sum(W: Tensor, W0: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    P = product(B, A, W)
+    return torch.addcmul(W, W0, P) if W.dtype == P.dtype else (W0 * P).add_(W)

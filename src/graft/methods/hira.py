@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, ICLR 2025, openreview.net/forum?id=TwJrTz9cRS."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Update
+from graft.core.method import Method
+from graft.kernels.modulated import Modulated
+
+
+@dataclass(kw_only=True)
+class HiraConfig(Targeted, LayerRange, RankPattern):
+    """HiRA: ΔW = W ⊙ (B A), of any rank that W has, from factors of rank r."""
+
+    peft_type: Any = "HIRA"
+    r: int = 32
+    hira_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    init_weights: bool | Literal["gaussian"] | None = True  # of A; B is zero. False or None: both random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class HiRA(Method):
+    """ΔW = W₀ ⊙ (B A). As ΔW has the shape of the weight, so have the factors of a convolution with groups."""
+
+    config = HiraConfig
+    prefix = "hira_"
+    targets = LORA
+    empty: ClassVar[dict[str, Any]] = {
+        f"hira_{x}": nn.ParameterDict() for x in ("A", "B", "embedding_A", "embedding_B")
+    }
+
+    hira_A: nn.Parameter  # (r, in / groups, *kernel)
+    hira_B: nn.Parameter  # (out, r, 1, …)
+    hira_embedding_A: nn.Parameter  # (r, vocabulary)
+    hira_embedding_B: nn.Parameter  # (embedding_dim, r)
+    hira_dropout: nn.Module
+
+    def describe(self):
+        return Update(self.delta, of_weight=True, dropout=self.dropout)
+
+    def build(self, shared):
+        site, r = self.site, self.cfg.r
+        kernel = site.shape[2:]
+        A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))
+        where = "hira_embedding_" if site.op.takes_ids else "hira_"
+        dropout = nn.Dropout(self.cfg.hira_dropout) if self.cfg.hira_dropout > 0 else nn.Identity()
+        return {"r": r, "hira_dropout": dropout, f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
+
+    def init(self) -> None:
+        start, (A, B) = self.cfg.init_weights, self.pair
+        if not start:
+            return
+        if self.site.op.takes_ids:
+            nn.init.zeros_(A)
+            nn.init.normal_(B)
+            return
+        if start == "gaussian":
+            nn.init.normal_(A, std=1 / self.cfg.r)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, …) and B (out, r, …)."""
+        if self.site.op.takes_ids:
+            return self.hira_embedding_A, self.hira_embedding_B
+        return self.hira_A, self.hira_B
+
+    def dropout(self) -> nn.Module:
+        return self.hira_dropout
+
+    def delta(self, W0: Tensor) -> Modulated:  # type: ignore[override]
+        A, B = self.pair
+        return Modulated(W0, B.flatten(1), A.flatten(1))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiSS: Matrix Shard Sharing, arXiv 2409.15371."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Factors, Rewrite
+from graft.core.errors import ConfigError, warn
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class MissConfig(Targeted, LayerRange):
+    """MiSS: all shards of r input features share one block D (r, out): ΔW = [Dᵀ Dᵀ …]."""
+
+    peft_type: Any = "MISS"
+    r: int = 64  # width of a shard
+    miss_dropout: float = 0.0
+    mini_r: int = 1  # of "mini": how many outputs a block has
+    bias: str = "none"  # which base biases train: none, all, miss_only
+    init_weights: bool | Literal["bat", "mini"] = True  # the variant; True: the plain one, False: of a random D
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.mini_r <= 0:
+            raise ConfigError(f"`mini_r` should be a positive integer value but the value passed is {self.mini_r}")
+        if self.init_weights == "bat" and self.miss_dropout:
+            warn("miss_dropout has no effect with init_weights='bat', which has no product of the input by itself.")
+
+
+class Shards:
+    """The sum of an input's shards: x ↦ (x₀ + x_r + x_2r + …, x₁ + …, …). What a matrix of ones does, without it."""
+
+    def __init__(self, r: int, fan_in: int, like: Tensor):
+        self.r, self.fan_in, self.like = r, fan_in, like
+
+    def __call__(self, x: Tensor) -> Tensor:
+        whole = self.fan_in - self.fan_in % self.r
+        z = x[..., :whole].unflatten(-1, (-1, self.r)).sum(-2)
+        return z if whole == self.fan_in else z + nn.functional.pad(x[..., whole:], (0, self.r - self.fan_in + whole))
+
+    @property
+    def weight(self) -> Tensor:
+        """(r, fan_in)"""
+        eye = torch.eye(self.r, dtype=self.like.dtype, device=self.like.device)
+        return eye.repeat(1, -(-self.fan_in // self.r))[:, : self.fan_in]
+
+
+class MiSS(Method):
+    """ΔW[o, i] = D[i mod r, o]: a shard sum of the input, times D."""
+
+    config = MissConfig
+    prefix = "miss_"
+    targets = LORA
+
+    miss_block: nn.Parameter  # (r, out); of Mini (r, mini_r), of Bat (out / r, r, r)
+    miss_dropout: nn.Module
+
+    @classmethod
+    def variant(cls, cfg: MissConfig) -> type[Method]:
+        return {"bat": Bat, "mini": Mini}.get(cfg.init_weights, cls)  # type: ignore[arg-type]
+
+    def check(self) -> str | None:
+        why = super().check()
+        if why is None and self.cfg.r > self.site.fan_in:
+            return f"`r` ({self.cfg.r}) must be less than or equal to in_features ({self.site.fan_in})"
+        return why
+
+    def build(self, shared):
+        cfg = self.cfg
+        return dict(
+            miss_r=cfg.r,
+            miss_mini_r=cfg.mini_r,
+            miss_dropout=nn.Dropout(cfg.miss_dropout) if cfg.miss_dropout > 0 else nn.Identity(),
+            miss_block=nn.Parameter(torch.zeros(self.shape)),
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the block."""
+        return self.cfg.r, self.site.out_features
+
+    def init(self) -> None:
+        if self.cfg.init_weights is False:
+            nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
+
+    def factors(self) -> Factors:
+        A: Any = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
+        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # no vectors: the layer's own function needs a weight
+            A = A.weight
+        return Factors(A, self.block.T, dropout=self.miss_dropout)
+
+    @property
+    def block(self) -> Tensor:
+        """D, (r, out)."""
+        return self.miss_block
+
+
+class Mini(MiSS):
+    """D repeats a block of few outputs."""
+
+    def check(self) -> str | None:
+        out, mini_r = self.site.out_features, self.cfg.mini_r
+        return super().check() or (
+            f"out_features ({out}) must be divisible by `mini_r` ({mini_r})" if out % mini_r else None
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.cfg.r, self.cfg.mini_r
+
+    @property
+    def block(self) -> Tensor:
+        return self.miss_block.repeat(1, self.site.out_features // self.cfg.mini_r)
+
+
+class Bat(MiSS):
+    """Of blocks (r, r), W_mn becomes W_mn + W_mn D_m + D_m."""
+
+    def check(self) -> str | None:
+        out, fan_in, r = self.site.out_features, self.site.fan_in, self.cfg.r
+        return super().check() or (
+            f"in_features ({fan_in}) and out_features ({out}) must be divisible by `r` ({r}): the weight consists of "
+            "[r, r] blocks"
+            if out % r or fan_in % r
+            else None
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.site.out_features // self.cfg.r, self.cfg.r, self.cfg.r
+
+    def describe(self):
+        return Rewrite(self.fold)  # not an update: of two, the second acts on what the first made, as it was trained to
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        D = self.miss_block.to(W.dtype)
+        blocks = W.reshape(len(D), -1, self.cfg.r)  # (m, rows of every n, r)
+        new = torch.baddbmm(blocks, blocks, D).view(len(D), self.cfg.r, -1, self.cfg.r) + D[:, :, None]
+        return new.view(W.shape), b

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, arXiv 2405.15179."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.targets import VBLORA
+from graft.core.effect import Factors
+from graft.core.method import Method, Tensors
+from graft.core.random import skip
+from graft.core.site import Site
+from graft.kernels.eager import eager, watched
+from graft.methods.vblora.config import VBLoRAConfig
+from graft.methods.vblora.savable import print_savable_parameters, savable_parameters
+
+LOGITS = ("vblora_logits_A", "vblora_logits_B")
+INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # follow the names of logits in a file of the largest alone
+
+
+class VBLoRA(Method):
+    """ΔW = B A. Each L numbers of a row of A, or of a column of B, mix the vectors of the k largest logits."""
+
+    config = VBLoRAConfig
+    prefix = "vblora_"
+    targets = VBLORA
+    tuner_methods: ClassVar[dict[str, Any]] = {
+        "get_nb_savable_parameters": savable_parameters,
+        "print_savable_parameters": print_savable_parameters,
+    }
+
+    vblora_logits_A: nn.Parameter  # (r, in / L, vectors)
+    vblora_logits_B: nn.Parameter  # (out / L, r, vectors)
+    vblora_vector_bank: nn.Parameter  # (vectors, L), shared
+    vblora_dropout: nn.Module
+
+    @classmethod
+    def share(cls, sites: Sequence[Site], cfg: VBLoRAConfig, existing, others):
+        bank = torch.empty(cfg.num_vectors, cfg.vector_length)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before its logits, and keeps the last
+            for site in sites:
+                nn.init.uniform_(bank, -cfg.init_vector_bank_bound, cfg.init_vector_bank_bound)
+                for shape in logits_of(site, cfg):
+                    torch.empty(shape).normal_()
+        return dict(vblora_vector_bank=nn.Parameter(bank))
+
+    def check(self) -> str | None:
+        why, L = super().check(), self.cfg.vector_length
+        for name, size in (("in_features", self.site.fan_in), ("out_features", self.site.out_features)):
+            if why is None and size % L:
+                why = f"`{name}` {size} must be divisible by `vector_length` {L}"
+        return why
+
+    def build(self, shared):
+        A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
+        dropout = nn.Dropout(self.cfg.vblora_dropout) if self.cfg.vblora_dropout > 0 else nn.Identity()
+        own = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
+        return own | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
+
+    def init(self) -> None:
+        skip(torch.empty(self.cfg.num_vectors, self.cfg.vector_length))  # see `share`
+        for logits in (self.vblora_logits_A, self.vblora_logits_B):
+            nn.init.normal_(logits, std=self.cfg.init_logits_std)
+
+    def factors(self) -> Factors:
+        A, B = self.mixed(self.vblora_logits_A), self.mixed(self.vblora_logits_B)
+        return Factors(A.flatten(1), B.transpose(1, 2).flatten(0, 1), dropout=self.vblora_dropout)
+
+    def mixed(self, logits: Tensor) -> Tensor:
+        """(…, vectors) → (…, L)"""
+        largest, index = logits.topk(self.cfg.topk, dim=-1)
+        vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())
+        return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether there are no logits but the largest."""
+        logits = self.vblora_logits_A[0, 0]
+        return not logits.is_meta and bool(logits.isneginf().any())
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any) -> Iterator[Callable[[Any], Any]]:
+        """Refuse to train what came from a file of the largest logits."""
+        if eager() and not (watched() or tuner.disabled):
+            for name in tuner.active_adapters if call.rows is None else call.rows.names:
+                m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
+                if isinstance(m, cls) and m.layer.training and m.truncated:
+                    raise RuntimeError(
+                        f"Found infinity values in VB-LoRA logits: adapter '{name}' was saved with "
+                        "save_only_topk_weights, without what training needs. Call eval() to run it."
+                    )
+        with super().around(tuner, call) as finish:
+            yield finish
+
+    def stored(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
+        """With `save_only_topk_weights`, for logits the indices of the largest, and their weights but for the last."""
+        out = dict(values)
+        for name in LOGITS if cfg.save_only_topk_weights else ():
+            largest, index = out.pop((name, "")).topk(cfg.topk, dim=-1)
+            out[name + INDICES, ""] = index.to(cfg.index_type)
+            out[name + WEIGHTS, ""] = largest.softmax(-1)[..., :-1].contiguous()
+        return out
+
+    def restored(self, stored: Tensors, cfg: VBLoRAConfig) -> Tensors:
+        """Logits with the same largest ones; the others are -inf."""
+        out = dict(stored)
+        for name in LOGITS:
+            if (name + INDICES, "") in out and (name + WEIGHTS, "") in out:
+                index, first = out.pop((name + INDICES, "")).long(), out.pop((name + WEIGHTS, ""))
+                last = (1 - first.sum(-1, keepdim=True)).clamp(min=0)  # rounded, it may be less
+                empty = first.new_full((*index.shape[:-1], cfg.num_vectors), -torch.inf)
+                out[name, ""] = empty.scatter(-1, index, torch.cat([first, last], -1).log())
+        return out
+
+
+def logits_of(site: Site, cfg: VBLoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the logits of A and B."""
+    L, n, r = cfg.vector_length, cfg.num_vectors, cfg.r
+    return (r, site.fan_in // L, n), (site.out_features // L, r, n)

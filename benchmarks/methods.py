@@ -106,6 +106,7 @@ class Kept(Part):
 
 EVERY = dict(target_modules=list(LINEAR))  # the seven layers of a block that the floor has, too
 ADALORA = EVERY | dict(init_r=12, target_r=8, total_step=1000, lora_alpha=SCALING * 12)
+MINI = dict(init_weights="mini", mini_r=4)
 TOKEN_IDS = dict(token_indices=list(range(5, 500, 7)))
 HALF: dict[str, Any] = dict(dtype=torch.bfloat16, long=True)
 
@@ -118,6 +119,11 @@ CASES = [
     Case("LoHa r 32", "LoHaConfig", EVERY | dict(r=32, alpha=SCALING * 32), None, long=True),  # a dense gradient
     Case("OFT block 32", "OFTConfig", EVERY | dict(oft_block_size=32), long=True),
     Case("HRA r 8", "HRAConfig", EVERY | dict(r=8), long=True),
+    Case("HiRA r 32", "HiraConfig", EVERY | dict(r=32), None, long=True),  # a dense gradient
+    Case("MiSS r 64", "MissConfig", EVERY, long=True),
+    Case("MiSS r 64, mini", "MissConfig", EVERY | MINI, long=True),
+    Case("MiSS r 64, bat", "MissConfig", EVERY | dict(init_weights="bat"), None, long=True),  # a dense gradient
+    Case("VB-LoRA r 4", "VBLoRAConfig", EVERY | dict(vector_length=64), long=True),
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),
     Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),
@@ -129,6 +135,10 @@ CASES = [
     Case("LoHa r 8, bf16 base", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8), **HALF),
     Case("OFT block 32, bf16 base", "OFTConfig", EVERY | dict(oft_block_size=32), **HALF),
     Case("HRA r 8, bf16 base", "HRAConfig", EVERY | dict(r=8), **HALF),
+    Case("HiRA r 32, bf16 base", "HiraConfig", EVERY | dict(r=32), None, **HALF),
+    Case("MiSS r 64, bf16 base", "MissConfig", EVERY, **HALF),
+    Case("MiSS r 64, bat, bf16 base", "MissConfig", EVERY | dict(init_weights="bat"), None, **HALF),
+    Case("VB-LoRA r 4, bf16 base", "VBLoRAConfig", EVERY | dict(vector_length=64), **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
 ]
 BENCHES = [bench for case in CASES for bench in case.benches()]

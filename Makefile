@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: test check bench demo demo-lm clean
+.PHONY: test test-all mutations check bench demo demo-lm clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,12 @@ bench: $(VENV)/.test
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.test
+	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2
+
+mutations: $(VENV)/.test
+	$(BIN)/python -m tests.mutations
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -265,4 +265,17 @@ CELLS = [
     for store in STORES
     if (not store.layers or layer.name in store.layers) and sample.method not in store.unfit.split()
 ]
+
+
+def features(cell: Cell) -> list[tuple]:
+    """What a law should meet: the sample, the layer, the storage, the method on this kind of layer."""
+    kind = cell.layer.traits.replace("no-bias", "").strip() or cell.layer.name.removesuffix("-no-bias")
+    return [
+        ("sample", str(cell.sample)),
+        ("layer", cell.layer.name),
+        ("store", cell.store.name, cell.sample.method),
+        ("kind", kind, cell.sample.method),
+    ]
+
+
 REFUSALS = [(*pair, *found) for pair in PAIRS if (found := find(REFUSED, *pair)) is not None]

@@ -11,14 +11,26 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import ADAPTERS, CELLS, ELSEWHERE, REFUSALS, SAMPLES, Cell, Net, disturb, trainable
+from tests.conformance.samples import (
+    ADAPTERS,
+    CELLS,
+    ELSEWHERE,
+    REFUSALS,
+    SAMPLES,
+    Cell,
+    Net,
+    disturb,
+    features,
+    trainable,
+)
+from tests.covering import law
 from tests.looks import layers, merged
 from tests.models import seeded
 
 NAMES = ["other", "__base__", "default", "other", "default"]  # a mixed batch
 
-every = pytest.mark.parametrize("cell", CELLS, ids=str)
-mergeable = pytest.mark.parametrize("cell", [c for c in CELLS if c.unmergeable is None], ids=str)
+every = law("cell", CELLS, features)
+mergeable = law("cell", [c for c in CELLS if c.unmergeable is None], features)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

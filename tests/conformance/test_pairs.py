@@ -14,6 +14,7 @@ from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find, trainable
+from tests.covering import law
 from tests.models import seeded
 
 ON = {layer.name: layer for layer in LAYERS}
@@ -39,7 +40,20 @@ def pairs(name: str, first: bool = False) -> list[tuple[Sample, Sample, Layer]]:
 
 
 CASES = [*pairs("linear"), *pairs("conv2d", True), *pairs("embedding", True), *pairs("Conv1D", True)]
-every_pair = pytest.mark.parametrize("a, b, on", CASES, ids=str)
+
+
+def features(case: tuple[Sample, Sample, Layer]) -> list[tuple]:
+    """What a law should meet: both methods in this order, each sample first and second, each layer with each method."""
+    a, b, on = case
+    return [(a.method, b.method), (1, str(a)), (2, str(b)), (1, a.method, on.name), (2, b.method, on.name)]
+
+
+class Case(tuple):
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+every_pair = law("a, b, on", [Case(c) for c in CASES], features)
 
 
 def carried(on: Layer, *samples: Sample) -> AdapterLayer:

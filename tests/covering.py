@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cells of a matrix of laws run by default: a covering array. `make test-all` runs the full product.
+
+Every law meets every sample of every method, every layer type, every storage, and every method on every kind of layer
+that it can adapt. Which cell serves which of these depends on the law's name, so that together the laws meet far more.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import pytest
+
+EVERYTHING = os.environ.get("GRAFT_TESTS") == "all"
+
+
+def cover(law: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Hashable]]) -> list[Any]:
+    """A few cells that have all the features that any cell has, in their order.
+
+    Greedy: again and again the cell with the most features that are not covered yet.
+    """
+    if EVERYTHING:
+        return list(cells)
+    order = sorted(range(len(cells)), key=lambda i: zlib.crc32(f"{law} {cells[i]}".encode()))
+    have = {i: set(features(cells[i])) for i in order}
+    left = set().union(*have.values()) if have else set()
+    chosen = []
+    while left:
+        best = max(order, key=lambda i: len(have[i] & left))
+        chosen.append(best)
+        left -= have[best]
+    return [cells[i] for i in sorted(chosen)]
+
+
+def law(names: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Hashable]]) -> Callable[[Any], Any]:
+    """Decorate a test with the cells that its law meets."""
+
+    def decorate(test: Any) -> Any:
+        return pytest.mark.parametrize(names, cover(test.__name__, cells, features), ids=str)(test)
+
+    return decorate

@@ -50,7 +50,7 @@ class Shards:
 
     @property
     def weight(self) -> Tensor:
-        """(r, fan_in)"""
+        """The matrix of ones, (r, fan_in)."""
         eye = torch.eye(self.r, dtype=self.like.dtype, device=self.like.device)
         return eye.repeat(1, -(-self.fan_in // self.r))[:, : self.fan_in]
 
@@ -62,12 +62,12 @@ class MiSS(Method):
     prefix = "miss_"
     targets = LORA
 
-    miss_block: nn.Parameter  # (r, out); of Mini (r, mini_r), of Bat (out / r, r, r)
+    miss_block: nn.Parameter  # (r, out); of MiniMiSS (r, mini_r), of BatMiSS (out / r, r, r)
     miss_dropout: nn.Module
 
     @classmethod
     def variant(cls, cfg: MissConfig) -> type[Method]:
-        return {"bat": Bat, "mini": Mini}.get(cfg.init_weights, cls)  # type: ignore[arg-type]
+        return {"bat": BatMiSS, "mini": MiniMiSS}.get(cfg.init_weights, cls)  # type: ignore[arg-type]
 
     def check(self) -> str | None:
         why = super().check()
@@ -86,7 +86,7 @@ class MiSS(Method):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the block."""
+        """The block's."""
         return self.cfg.r, self.site.out_features
 
     def init(self) -> None:
@@ -105,7 +105,7 @@ class MiSS(Method):
         return self.miss_block
 
 
-class Mini(MiSS):
+class MiniMiSS(MiSS):
     """D repeats a block of few outputs."""
 
     def check(self) -> str | None:
@@ -123,7 +123,7 @@ class Mini(MiSS):
         return self.miss_block.repeat(1, self.site.out_features // self.cfg.mini_r)
 
 
-class Bat(MiSS):
+class BatMiSS(MiSS):
     """Of blocks (r, r), W_mn becomes W_mn + W_mn D_m + D_m."""
 
     def check(self) -> str | None:
@@ -140,7 +140,8 @@ class Bat(MiSS):
         return self.site.out_features // self.cfg.r, self.cfg.r, self.cfg.r
 
     def describe(self):
-        return Rewrite(self.fold)  # not an update: of two, the second acts on what the first made, as it was trained to
+        # no update of W₀: in PEFT, too, the second of two acts on what the first made, in the forward pass and merged
+        return Rewrite(self.fold)
 
     def fold(self, W: Tensor, b: Tensor | None):
         D = self.miss_block.to(W.dtype)

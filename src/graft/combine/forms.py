@@ -13,7 +13,7 @@ from torch import Tensor
 from graft.core.plan import evaluating
 from graft.kernels.hadamard import narrow
 
-Values = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
+Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Form(Protocol):
 
     def read(self, m: Any, weight: float) -> Term: ...
 
-    def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Values:
+    def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Tensors:
         """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
         ...
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.combine import rules, union
-from graft.combine.forms import FORMS, Form, Term, Values, wide
+from graft.combine.forms import FORMS, Form, Tensors, Term, wide
 from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterNotFoundError,
@@ -246,7 +246,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     cfg = union.union_of(configs, mixed)
     cfg.feedforward_modules = union.either([c.feedforward_modules for c in configs], mixed)
     tuner.check_new(adapter_name, cfg)
-    values: dict[str, Values] = {}
+    values: dict[str, Tensors] = {}
     for key, parts in parts_of(tuner, names, weights).items():
         if len({m.is_feedforward for m, _ in parts}) > 1:
             raise ConfigError(
@@ -347,7 +347,7 @@ class OtherLayers(Exception):
 class Combined:
     """The values of a new adapter: of each layer by path, and token rows of the adapter that has them."""
 
-    def __init__(self, values: dict[str, Values], owner: dict[str, str]):
+    def __init__(self, values: dict[str, Tensors], owner: dict[str, str]):
         self.values, self.owner = values, owner
 
     def head(self, key: str, module: nn.Module) -> None:
@@ -358,16 +358,16 @@ class Combined:
             raise OtherLayers
         out = []
         for key, layer in parts.layers.items():
-            out += [(Place(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
+            out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
         for key, wrapper in parts.wrappers.items():
             if "token_adapter" in wrapper._modules:
                 layer = wrapper.token_adapter
                 rows = layer.methods[self.owner[key]].trainable_tokens_delta
-                out += [(Place(layer, slot), rows) for slot in layer.slots(name) if slot.saved]
+                out += [(Target(layer, slot), rows) for slot in layer.slots(name) if slot.saved]
         return out
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """The slot of a layer that a value goes to."""
 
     layer: AdapterLayer
@@ -379,7 +379,7 @@ class Place(NamedTuple):
         self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
 
 
-def put(tuner: Any, name: str, cfg: Any, values: dict[str, Values], owner: dict[str, str]) -> None:
+def put(tuner: Any, name: str, cfg: Any, values: dict[str, Tensors], owner: dict[str, str]) -> None:
     """Inject the new adapter with its values in it."""
 
     def inject() -> None:

@@ -38,8 +38,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
 
 def _base(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
-    tuner = registry_of(model)
-    return tuner.model if tuner is not None else model
+    registry = registry_of(model)
+    return registry.model if registry is not None else model
 
 
 def is_added(base: nn.Module, key: str) -> bool:

@@ -15,6 +15,7 @@ from graft.config.atomic import write_all, write_text
 from graft.config.base import CONFIG_NAME
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError
+from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
 from graft.storage.parallel import is_sharded
 
@@ -105,8 +106,9 @@ def read_safetensors(path: str) -> Loaded:
     try:
         with open(path, "rb") as f:
             data = f.read()
-        tensors = load(data)
+        found = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
+        tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
     except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
     metadata = header.get("__metadata__") or {}
@@ -121,8 +123,6 @@ def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors by file key. `device`: where to put them; the CPU if None."""
-    from graft.io.entries import renamed
-
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:
         tensors = {k: v.to(device) for k, v in tensors.items()}

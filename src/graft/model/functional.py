@@ -20,8 +20,8 @@ from graft.model.registry import Registry
 from graft.model.tuner import Tuner
 
 
-def tuner_in(model: Any) -> Registry | None:
-    """Return the registry of a model's adapters; None without a PeftModel or tuner."""
+def registry_in(model: Any) -> Registry | None:
+    """Return the registry of a model's adapters; None without a PeftModel or registry."""
     model = getattr(model, "_orig_mod", model)
     return registry_of(model)
 
@@ -52,9 +52,9 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         ValueError: two of them cannot be active together.
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    tuner = tuner_in(model)
-    if tuner is not None:
-        tuner.set_adapter(names, inference_mode)
+    registry = registry_in(model)
+    if registry is not None:
+        registry.set_adapter(names, inference_mode)
         return
     parts = parts_in(model)
     check_there(parts, names)
@@ -74,10 +74,10 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         AdapterNotFoundError: no layer carries it.
         ValueError: it is merged.
     """
-    tuner = tuner_in(model)
-    if tuner is not None:
-        tuner.delete_adapter(adapter_name)
-        return list(tuner.active_adapters)
+    registry = registry_in(model)
+    if registry is not None:
+        registry.delete_adapter(adapter_name)
+        return list(registry.active_adapters)
     parts = parts_in(model)
     check_there(parts, [adapter_name])
     if any(adapter_name in layer.merged_adapters for layer in parts if isinstance(layer, AdapterLayer)):

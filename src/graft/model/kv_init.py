@@ -128,23 +128,23 @@ def unwrapped(model: Any) -> Any:
 
 def prefix_of(model: Any, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Any]:
     """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
-    tuner = registry_of(unwrapped(model))
-    if tuner is None:
+    registry = registry_of(unwrapped(model))
+    if registry is None:
         raise TypeError(
             f"model must be a PeftModel with a CARTRIDGE or PREFIX_TUNING adapter, got {type(model).__name__}."
         )
     if adapter_name is None:
-        if not tuner.active_adapters:
-            raise ValueError(f"No adapter is active: pass adapter_name, one of {', '.join(tuner.peft_config)}.")
-        adapter_name = tuner.active_adapters[0]
-    tuner.check_known([adapter_name])
-    config = tuner.peft_config[adapter_name]
+        if not registry.active_adapters:
+            raise ValueError(f"No adapter is active: pass adapter_name, one of {', '.join(registry.peft_config)}.")
+        adapter_name = registry.active_adapters[0]
+    registry.check_known([adapter_name])
+    config = registry.peft_config[adapter_name]
     if not getattr(config, "holds_keys", False):
         raise ValueError(
             f"Adapter '{adapter_name}' must be a CARTRIDGE or PREFIX_TUNING adapter (got {config.peft_type.value}): "
             "others hold no keys and values."
         )
-    encoder = tuner.prompt_encoder[adapter_name]
+    encoder = registry.prompt_encoder[adapter_name]
     if getattr(encoder, "prefix_projection", False):
         raise ValueError(
             "Initialization from KV cache is not supported for prefix tuning with `prefix_projection=True`: keys and "

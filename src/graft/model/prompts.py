@@ -143,10 +143,10 @@ class Prompts(Registry):
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
             values=values, keys=(), heads=heads, prompt=prompt,
         )  # fmt: skip
-        account = matched(prompt)
+        own = matched(prompt)
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
-        done.report.matched.append(account)
+        done.report.matched.append(own)
         self.take_in(done.parts, disabled)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report

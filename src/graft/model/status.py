@@ -55,9 +55,9 @@ def same(values: list) -> Any:
 
 def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
-    tuner = registry_of(model)
-    modules = survey(model if tuner is None else tuner.model).modules
-    prefix = "" if tuner is None else "model."
+    registry = registry_of(model)
+    modules = survey(model if registry is None else registry.model).modules
+    prefix = "" if registry is None else "model."
     return {f"{prefix}{k}": m for k, m in modules.items() if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))}
 
 
@@ -118,16 +118,16 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     model = with_layers(model, "get_model_status")
     layers = get_layer_status(model)
-    tuner = registry_of(model)
-    wrapped = tuner is not None
-    base: Any = tuner.model if wrapped else model
+    registry = registry_of(model)
+    wrapped = registry is not None
+    base: Any = registry.model if wrapped else model
     configs = getattr(model, "peft_config", None) or {}
     adapters = sorted({a for s in layers for a in s.available_adapters})
     merged = [s.merged_adapters for s in layers]
     params = list(model.parameters())
     return TunerModelStatus(
         base_model_type=type(base).__name__,
-        adapter_model_type=type(tuner.holder).__name__ if wrapped else "None",
+        adapter_model_type=type(registry.holder).__name__ if wrapped else "None",
         peft_types={name: c.peft_type.value for name, c in configs.items()} if wrapped else {},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),

@@ -34,7 +34,7 @@ def stacks_of(model: Any) -> dict[str, Stack]:
 
 
 @dataclass
-class Call:
+class Visit:
     """The prompt that enters a stack during one call of the model, and how far it got."""
 
     replays: Replays
@@ -73,7 +73,7 @@ class Stack:
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._attached = False
-        self.now = Call(Replays(self))
+        self.now = Visit(Replays(self))
 
     def attach(self) -> None:
         if not self._attached:
@@ -83,13 +83,13 @@ class Stack:
                 self.outer.register_forward_pre_hook(self.step, with_kwargs=True)
             self._attached = True
 
-    def begin(self) -> Call:
+    def begin(self) -> Visit:
         """Begin a call, as yet without a prompt. Return the call around it, for `end`: calls nest where, say, a logits
         processor calls the model."""
-        outer, self.now = self.now, Call(Replays(self))
+        outer, self.now = self.now, Visit(Replays(self))
         return outer
 
-    def end(self, outer: Call) -> None:
+    def end(self, outer: Visit) -> None:
         self.now.replays.clear()
         self.now = outer
 

@@ -38,7 +38,7 @@ PLAIN: dict[str, tuple] = {
 
 
 @dataclass
-class Factors:
+class SlotFactors:
     """The factors of an adapter on one layer: y + scaling · x Aᵀ B."""
 
     A: Tensor  # (r, in)
@@ -50,8 +50,8 @@ class Factors:
 class Known:
     """An adapter that fits into a slot."""
 
-    factors: dict[str, Factors] | None  # by layer; None: `read` reads them from their files
-    read: Callable[[], dict[str, Factors]] | None
+    factors: dict[str, SlotFactors] | None  # by layer; None: `read` reads them from their files
+    read: Callable[[], dict[str, SlotFactors]] | None
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +81,7 @@ def check_config(name: str, config: Any) -> None:
 
 def fitted(
     name: str, config: Any, loaded: Loaded, layers: dict[str, SlotLayer], max_rank: int, base: Any
-) -> dict[str, Factors]:
+) -> dict[str, SlotFactors]:
     """Return the factors of an adapter by layer path, in memory of their own.
 
     Raises:
@@ -112,7 +112,7 @@ def fitted(
     return {key: _pair(name, key, pair, config.at(key), layers[key], max_rank) for key, pair in found.items()}
 
 
-def _pair(name: str, key: str, pair: dict[str, Tensor], cfg: Any, layer: SlotLayer, max_rank: int) -> Factors:
+def _pair(name: str, key: str, pair: dict[str, Tensor], cfg: Any, layer: SlotLayer, max_rank: int) -> SlotFactors:
     A, B, r = pair["A"], pair["B"], cfg.r
     if r > max_rank:
         raise ConfigError(f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}.")
@@ -123,7 +123,7 @@ def _pair(name: str, key: str, pair: dict[str, Tensor], cfg: Any, layer: SlotLay
             f"{wanted[0]} and {wanted[1]} by its config and the base model."
         )
     scaling = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
-    return Factors(_own(A), _own(B.T), scaling)
+    return SlotFactors(_own(A), _own(B.T), scaling)
 
 
 def _own(t: Tensor) -> Tensor:

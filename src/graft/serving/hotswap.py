@@ -101,7 +101,7 @@ class Change(NamedTuple):
 
 
 @dataclass
-class Plan:
+class Swap:
     """All that a swap will write. Only a lack of memory can make it fail."""
 
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, value) of one shape
@@ -168,7 +168,7 @@ def check_compatible(now: Any, new: Any) -> None:
             )
 
 
-def check_growth(plan: Plan, adapter: str, config: Any) -> None:
+def check_growth(plan: Swap, adapter: str, config: Any) -> None:
     """Raise ConfigError if larger tensors cannot take the place of tied ones; warn if compiled code will not fit."""
     rank = max(rank for _, _, rank in plan.larger)
     check_tied(adapter, config, rank)
@@ -185,13 +185,13 @@ def check_tied(adapter: str, config: Any, rank: int) -> None:
         )
 
 
-def plan_swap(load: Values, parts: Parts) -> Plan:
+def plan_swap(load: Values, parts: Parts) -> Swap:
     """Find a value for every tensor of the adapter, and a tensor for every value.
 
     Raises:
         AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes differ.
     """
-    plan, targeted = Plan(), Matcher(load.config)
+    plan, targeted = Swap(), Matcher(load.config)
     left = {without_wrappers(k): v for k, v in load.tensors.items()}
     prefix = parts.prefix if any(k.startswith("base_model.") for k in left) else ""
     for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
@@ -235,7 +235,7 @@ def name_in(names: Any, entry: Entry) -> str:
     return next((n for n in map(without_wrappers, (entry.memory, *entry.also)) if n in names), "")
 
 
-def _take(plan: Plan, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
+def _take(plan: Swap, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
     """Add values of rank r to the plan, for tensors of rank `room`."""
     for entry, value in held:
         here = entry.tensor.shape

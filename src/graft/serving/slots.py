@@ -23,7 +23,7 @@ from graft.io.load import some
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.registry import check_adapter_name
-from graft.serving.fit import Factors, Known, fitted
+from graft.serving.fit import Known, SlotFactors, fitted
 from graft.serving.layer import NONE, Choice, SlotLayer
 
 
@@ -88,24 +88,24 @@ class AdapterSlots:
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max_rank)
-        plan = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
-        carrying = [*plan.tree.layers, *plan.tree.wrappers]
+        found = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
+        carrying = [*found.tree.layers, *found.tree.wrappers]
         if carrying:
             raise AlreadyInjectedError(
                 f"The model carries adapters already, on {some(carrying, 2)}: unload() them, or pass the base model."
             )
-        for key, site in plan.sites.items():
+        for key, site in found.sites.items():
             if not site.op.linear:
                 raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
         self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
-        first = next(iter(plan.sites.values()))
+        first = next(iter(found.sites.values()))
         with torch.inference_mode(False):
             self._choice = Choice(first.store.where(first.module)[0])
             self.layers = {
                 key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype)
-                for key, site in plan.sites.items()
+                for key, site in found.sites.items()
             }
-        self._places = {key: plan.tree.places[key] for key in plan.sites}
+        self._places = {key: found.tree.places[key] for key in found.sites}
         for key, layer in self.layers.items():
             attach(self._places[key], layer)
         self._known: dict[str, Known] = {}
@@ -146,7 +146,7 @@ class AdapterSlots:
         if not keep and isinstance(source, (nn.Module, Mapping)):
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
 
-        def read() -> dict[str, Factors]:
+        def read() -> dict[str, SlotFactors]:
             return self._fit(name, *self._source(name, source, config, adapter, hub))
 
         factors = read()
@@ -170,7 +170,7 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded
 
-    def _fit(self, name: str, config: Any, loaded: Loaded) -> dict[str, Factors]:
+    def _fit(self, name: str, config: Any, loaded: Loaded) -> dict[str, SlotFactors]:
         loaded.tensors = renamed(loaded.tensors, getattr(self.model, "_checkpoint_conversion_mapping", None))
         with torch.inference_mode(False), torch.no_grad():
             return fitted(name, config, loaded, self.layers, self.max_rank, self.model)
@@ -247,7 +247,7 @@ class AdapterSlots:
         for name in wanted:
             self._slots[name] = self._slots.pop(name)  # now the most recently used
 
-    def _fill(self, slot: int, factors: dict[str, Factors]) -> None:
+    def _fill(self, slot: int, factors: dict[str, SlotFactors]) -> None:
         """Write an adapter's values into a slot."""
         targets, values, scaled, scalings, empty = [], [], [], [], []
         for key, layer in self.layers.items():

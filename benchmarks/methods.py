@@ -124,6 +124,8 @@ CASES = [
     Case("MiSS r 64, mini", "MissConfig", EVERY | MINI, long=True),
     Case("MiSS r 64, bat", "MissConfig", EVERY | dict(init_weights="bat"), None, long=True),  # a dense gradient
     Case("VB-LoRA r 4", "VBLoRAConfig", EVERY | dict(vector_length=64), long=True),
+    Case("RoAd", "RoadConfig", EVERY, long=True),
+    Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),
     Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),
@@ -139,6 +141,7 @@ CASES = [
     Case("MiSS r 64, bf16 base", "MissConfig", EVERY, **HALF),
     Case("MiSS r 64, bat, bf16 base", "MissConfig", EVERY | dict(init_weights="bat"), None, **HALF),
     Case("VB-LoRA r 4, bf16 base", "VBLoRAConfig", EVERY | dict(vector_length=64), **HALF),
+    Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
 ]
 BENCHES = [bench for case in CASES for bench in case.benches()]

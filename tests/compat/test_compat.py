@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 from graft.compat.peft.layers import AuxiliaryTrainingWrapper, layer_class
-from graft.compat.peft.names import MAPPINGS, MODULES, OF_METHODS, WHERE
+from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, WHERE
 from graft.compat.peft.shims import LoKrLayer
 from graft.methods import METHODS, method_of
 from tests.pair import both
@@ -53,9 +53,17 @@ def test_names_are_where_peft_has_them(path):
 
 def test_every_name_stands_for_something():
     listed = {name for names in MODULES.values() for name in names.split()}
+    listed |= {name for names in BESIDE.values() for name in names}
     assert set(WHERE) <= listed, "a name that no module hands out"
     for holder, name in WHERE.values():
         assert hasattr(importlib.import_module(holder), name), (holder, name)
+
+
+@pytest.mark.parametrize("peft_type", [t for t in BESIDE if t in METHODS])
+def test_what_a_method_has_beside_its_config_is_where_peft_has_it(peft_type):
+    folder = next(path for path, t in METHOD_FOLDERS.items() if t == peft_type)
+    theirs = importlib.import_module(f"peft.{folder}.config")
+    assert [name for name in BESIDE[peft_type] if not hasattr(theirs, name)] == []
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

@@ -70,6 +70,9 @@ SAMPLES = [
         identity=False,
         subtracts=True,
     ),
+    Sample("ROAD", config=dict(group_size=2)),
+    Sample("ROAD", "road_2", dict(group_size=2, variant="road_2")),
+    Sample("ROAD", "road_4", dict(group_size=6, variant="road_4")),
     Sample(
         "ADALORA",
         config=dict(init_r=4, target_r=2, lora_alpha=6, total_step=9),
@@ -106,17 +109,18 @@ def hf_conv1d() -> nn.Module:
     return layer
 
 
+# traits of numbers of channels: `odd-in`, `odd-out`, `uneven` (out is no multiple of 6), `torn` (odd in each group)
 LAYERS = [
     Layer("linear", lambda: nn.Linear(10, 6), (4, 10)),
     Layer("linear-no-bias", lambda: nn.Linear(10, 6, bias=False), (10,), "no-bias"),
     Layer("Conv1D", hf_conv1d, (4, 10)),
     Layer("embedding", lambda: nn.Embedding(11, 6, padding_idx=2), (5,), "embedding odd-in", ids=11),
-    Layer("conv1d", lambda: nn.Conv1d(6, 9, 3, stride=2, padding=1), (6, 11), "conv odd-out"),
+    Layer("conv1d", lambda: nn.Conv1d(6, 9, 3, stride=2, padding=1), (6, 11), "conv odd-out uneven"),
     Layer(
         "conv1d-circular",
         lambda: nn.Conv1d(6, 4, 3, padding=2, padding_mode="circular", bias=False),
         (6, 7),
-        "conv no-bias",
+        "conv no-bias uneven",
     ),
     Layer("conv2d", lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 7, 5), "conv"),
     Layer("conv2d-point", lambda: nn.Conv2d(4, 6, 1), (4, 3, 5), "conv"),
@@ -128,10 +132,10 @@ LAYERS = [
     ),
     Layer("conv2d-dilated", lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), (4, 7, 5), "conv"),
     Layer("conv2d-same", lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), (4, 7, 5), "conv"),
-    Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 7, 5), "conv grouped"),
-    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5), "conv grouped odd-in"),
+    Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 7, 5), "conv grouped torn"),
+    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5), "conv grouped odd-in uneven"),
     Layer("conv3d", lambda: nn.Conv3d(4, 6, 2, stride=(1, 2, 1), padding=1), (4, 3, 4, 2), "conv"),
-    Layer("conv3d-grouped", lambda: nn.Conv3d(4, 6, 2, groups=2), (4, 3, 4, 2), "conv grouped"),
+    Layer("conv3d-grouped", lambda: nn.Conv3d(4, 6, 2, groups=2), (4, 3, 4, 2), "conv grouped torn"),
     Layer("norm", lambda: nn.LayerNorm(10), (4, 10), "norm"),
 ]
 
@@ -242,10 +246,13 @@ REFUSED = [
     ("MISS-bat VBLORA", "odd-in", UnsupportedLayerError, "must be divisible by"),
     ("MISS-bat MISS-mini VBLORA", "odd-out", UnsupportedLayerError, "must be divisible by"),
     ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
+    ("ROAD", "odd-out", ConfigError, "must be divisible by group_size"),
+    ("ROAD-road_4", "uneven", ConfigError, "must be divisible by group_size"),
 ]
 UNMERGEABLE = [
     ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot
     ("LORA-bias", "no-bias", RuntimeError, "the base layer has no bias"),
+    ("ROAD", "torn", NotImplementedError, "in two groups"),  # of the convolution
 ]
 
 

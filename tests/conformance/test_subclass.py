@@ -54,6 +54,7 @@ CHANGED = {  # what its mathematics is called
     "LOHA": {"factors", "delta"},
     "OFT": {"pre", "post", "fold"},
     "HRA": {"pre", "fold"},
+    "ROAD": {"post", "fold"},
     "IA3": {"pre", "post", "fold"},
     "HIRA": {"delta"},
     "MISS": {"factors", "fold"},

@@ -14,7 +14,7 @@ import graft
 import graft.core.fused as fused_forms
 from graft.core.dropout import share_dropped
 from graft.core.effect import LowRank
-from graft.kernels import hadamard, householder, modulated, orthogonal, scaled_low_rank
+from graft.kernels import hadamard, householder, modulated, orthogonal, planar, scaled_low_rank
 from graft.kernels.low_rank import FUSED_FROM
 from graft.kernels.worth import worth_it
 from tests.models import seeded
@@ -118,6 +118,34 @@ def test_rotating_in_half_precision_errs_no_more():
     with seeded(2):
         x, R = randn((2, ROWS // 2, 12), (3, 4, 4))
     not_worse(orthogonal.rotate, orthogonal.plain_rotate, [x.detach().bfloat16().requires_grad_(), R])
+
+
+# pairs of channels
+
+
+def turns(dtype=torch.float32):
+    with seeded(2):
+        z, c, s = randn((2, ROWS // 2, 12), (3, 2, 2), (3, 2, 2))
+    return z.detach().to(dtype).requires_grad_(), c, s
+
+
+def test_turning_equals_the_plain_formula():
+    values = turns()
+    exact = results(planar.plain, wide(values))
+    assert max(errors(results(planar.turn, values), exact)) < 1e-6
+    with torch.no_grad():
+        assert_close(planar.turn(*values).double(), exact[0], rtol=1e-5, atol=1e-6)
+    z, c, s = wide(values)
+    R = torch.diag(c.flatten().detach())
+    for k in range(3):
+        for j in range(2):
+            first, second = 4 * k + j, 4 * k + 2 + j
+            R[first, second], R[second, first] = s[k, 0, j].detach(), s[k, 1, j].detach()
+    assert_close(exact[0], z.detach() @ R.T)
+
+
+def test_turning_in_half_precision_errs_no_more():
+    not_worse(planar.turn, planar.plain, turns(torch.bfloat16))
 
 
 # low rank, scaled by vectors
@@ -279,12 +307,14 @@ def test_second_derivatives():
     with seeded(7):
         x, u, v, R = randn((ROWS, 8), (8, 2), (2, 6), (2, 4, 4), dtype=torch.float64)
         d, b, *factors = randn((3,), (6,), (6, 2), (2, 8), (6, 2), (2, 8), dtype=torch.float64)
+        c, s = randn((2, 2, 2), (2, 2, 2), dtype=torch.float64)
         W, A, B, y = randn((6, 8), (3, 8), (6, 3), (ROWS, 6), dtype=torch.float64, grad=False)
     U, T = (t.detach().requires_grad_() for t in householder.compact(u))
     linear = nn.functional.linear
     for function, values in (
         (householder.reflect, (x, U, T)),
         (orthogonal.rotate, (x, R)),
+        (planar.turn, (x, c, s)),
         (lambda Q: orthogonal.orthogonal(Q, 5), (orthogonal.skew(v * 0.1, 4),)),
         (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
         (lambda x, d, b: scaled_low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
@@ -315,6 +345,8 @@ CONFIGS = {
     "MISS-mini": lambda lib, **o: lib.MissConfig(r=6, mini_r=4, init_weights="mini", **o),
     "MISS-bat": lambda lib, **o: lib.MissConfig(r=4, init_weights="bat", **o),
     "VBLORA": lambda lib, **o: lib.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, **o),
+    "ROAD": lambda lib, **o: lib.RoadConfig(group_size=4, **o),
+    "ROAD-4": lambda lib, **o: lib.RoadConfig(group_size=4, variant="road_4", **o),
     "ADALORA": lambda lib, **o: lib.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4 * SCALE, total_step=9, **o),
 }
 ALL = list(CONFIGS)
@@ -662,3 +694,10 @@ def test_bytes_kept_for_backward(name, numbers, dtype):
     x = inputs(dtype=dtype)
     small = 4 * 3 * (IN + 200)  # norms, T and the like
     assert numbers * 4 <= kept(layer, x) <= numbers * 4 + small < ROWS * IN * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turning_keeps_the_output_of_the_base_layer_as_it_came(dtype):
+    layer = model("ROAD", dtype=dtype).base_model.model[0]
+    z = ROWS * OUT * dtype.itemsize
+    assert z <= kept(layer, inputs(dtype=dtype)) < z + 4 * 10 * OUT

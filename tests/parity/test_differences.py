@@ -89,6 +89,7 @@ SIZES = {
     "HIRA": dict(r=3),
     "MISS": dict(r=4),
     "VBLORA": dict(r=3, num_vectors=9, vector_length=1),
+    "ROAD": dict(group_size=2),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -131,6 +131,9 @@ CASES = {
         ValueError,
         "`feedforward_modules` should be a subset of `target_modules`",
     ),
+    "road_variant": (config("RoadConfig", variant="road_3"), ValueError, "Invalid variant road_3 specified."),
+    "road_odd": (config("RoadConfig", group_size=5), ValueError, "The group_size must be divisible by 2"),
+    "road_none": (config("RoadConfig", group_size=0), ValueError, "The group_size must be divisible by 2"),
     "oft_two_sizes": (config("OFTConfig", r=4), ValueError, "oft_block_size"),
     "oft_no_size": (config("OFTConfig", r=0, oft_block_size=0), ValueError, "oft_block_size"),
     "unknown_field": (config("LoraConfig", rnak=4), TypeError, "rnak"),
@@ -196,6 +199,11 @@ CASES = {
         "Please use `get_peft_model` instead.",
     ),
     "vblora_trains_on": (train_on, RuntimeError, "Found infinity values in VB-LoRA logits"),
+    "road_group": (
+        inject("RoadConfig", group_size=8, target_modules=["fc1"]),
+        ValueError,
+        "The out_features of the base layer must be divisible by group_size (8)",
+    ),
     "rank_pattern_zero": (
         inject("LoraConfig", rank_pattern={"fc1": 0}, target_modules=["fc1"]),
         ValueError,
@@ -411,7 +419,7 @@ def test_unknown_adapters_of_every_method(sample, lib):
 
 
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize("method", ["LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "IA3", "VERA"])
+@pytest.mark.parametrize("method", ["LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "ROAD", "IA3", "VERA"])
 def test_unsupported_layers(method, lib):
     """A bare module is no layer that any of them can adapt."""
     sample = first(method)

@@ -162,7 +162,7 @@ def test_structure(sample):
 
 
 ATTRIBUTES = dict.fromkeys(
-    ["LORA", "IA3", "VERA", "LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "LN_TUNING"],
+    ["LORA", "IA3", "VERA", "LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "ROAD", "LN_TUNING"],
     "active_adapters merged merged_adapters disable_adapters",
 )
 ATTRIBUTES["LORA"] += " r lora_alpha scaling use_rslora in_features out_features fan_in_fan_out"
@@ -170,6 +170,7 @@ ATTRIBUTES["HIRA"] += " r in_features out_features"
 ATTRIBUTES["MISS"] += " miss_r miss_mini_r in_features out_features"
 ATTRIBUTES["VBLORA"] += " r topk in_features out_features fan_in_fan_out"
 ATTRIBUTES["LOHA"] += " r alpha scaling rank_dropout module_dropout"
+ATTRIBUTES["ROAD"] += " variant group_size"
 
 
 @pytest.mark.parametrize("sample", each(models="mlp conv1D conv2d embedding"), ids=str)

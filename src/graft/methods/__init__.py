@@ -29,6 +29,7 @@ METHODS: dict[str, Row] = {
     "HIRA": Row("methods.hira:HiRA", "HiraConfig", "HiraModel"),
     "MISS": Row("methods.miss:MiSS", "MissConfig", "MissModel"),
     "VBLORA": Row("methods.vblora:VBLoRA", "VBLoRAConfig", "VBLoRAModel"),
+    "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

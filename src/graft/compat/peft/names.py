@@ -10,6 +10,7 @@ HELD: dict[str, str] = {
     "graft.core.layer": "BaseTunerLayer=AdapterLayer",
     "graft.core.containers": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
+    "graft.methods.road": "RoadVariant",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
@@ -141,6 +142,7 @@ MODULES: dict[str, str] = {
 # classes that a method has beside its config
 BESIDE: dict[str, tuple[str, ...]] = {
     "LORA": ("LoraRuntimeConfig",),
+    "ROAD": ("RoadVariant",),
     "PROMPT_TUNING": ("PromptTuningInit",),
     "P_TUNING": ("PromptEncoderReparameterizationType",),
     "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningInit",),

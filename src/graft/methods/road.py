@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoAd: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, arXiv 2409.00119."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targets
+from graft.config.targets import LORA
+from graft.core.effect import Rewrite
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.kernels.planar import turn
+
+RoadVariant = Literal["road_1", "road_2", "road_4"]
+# angles of a pair, and its scales: (those of c and of s, those of each channel), 1 if both have the same
+LAYOUT = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
+
+
+@dataclass(kw_only=True)
+class RoadConfig(Targets):
+    """RoAd: each pair of output channels is turned by an angle and scaled. Channels j and j + g / 2 are a pair.
+
+    Raises:
+        ConfigError: an unknown variant, or a group that has no halves.
+    """
+
+    peft_type: Any = "ROAD"
+    variant: str = "road_1"  # an angle and a scale per pair; road_2: per channel; road_4: per entry of the 2 × 2
+    group_size: int = 64  # g; divides the channels of every layer
+    init_weights: bool = True  # the identity; else random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in LAYOUT:
+            raise ConfigError(f"Invalid variant {self.variant} specified. Known ones: {', '.join(LAYOUT)}.")
+        if self.group_size <= 0 or self.group_size % 2:
+            raise ConfigError(
+                f"The group_size must be divisible by 2 when using RoadLayer, and positive, but got {self.group_size}."
+            )
+
+
+class Road(Method):
+    """R (W x + b): of each pair, (c₁ z₁ - s₁ z₂, c₂ z₂ + s₂ z₁), c = α cos θ, s = α sin θ."""
+
+    config = RoadConfig
+    prefix = "road_"
+    targets = LORA
+
+    road_theta: nn.Parameter  # (n / 2), (n) or (2 n), n = out
+    road_alpha: nn.Parameter  # as road_theta
+
+    def check(self) -> str | None:
+        n, g = self.site.out_features, self.cfg.group_size
+        if n % g:
+            raise ConfigError(
+                f"The out_features of the base layer must be divisible by group_size ({g}) when using RoadLayer: layer "
+                f"'{self.site.key}' has {n}. Choose another group_size, or do not target this layer."
+            )
+        return super().check()
+
+    def describe(self):
+        op, per_group = self.site.op, self.cfg.group_size
+        torn = self.site.out_features // op.groups(self.site.module) % per_group if op.known else 0
+        why = "A pair of channels that are in two groups of a convolution has no kernel" if torn else None
+        return Rewrite(self.fold, post=self.post, fixed=why)
+
+    def build(self, shared):
+        size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
+        return dict(
+            variant=self.cfg.variant,
+            group_size=self.cfg.group_size,
+            road_theta=nn.Parameter(torch.empty(size)),
+            road_alpha=nn.Parameter(torch.empty(size)),
+        )
+
+    def init(self) -> None:
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.road_theta)
+            nn.init.ones_(self.road_alpha)
+        else:
+            nn.init.normal_(self.road_theta, mean=0.0, std=0.5)
+            nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.turned(y, 1 - len(self.site.shape))
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        if self.effect.fixed is not None:
+            raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
+        return self.turned(W, 0), None if b is None else self.turned(b, 0)
+
+    def turned(self, z: Tensor, dim: int) -> Tensor:
+        """R z, channels in `dim`."""
+        (of, each), half = LAYOUT[self.cfg.variant], self.cfg.group_size // 2
+        dtype = torch.promote_types(self.road_theta.dtype, z.dtype)
+        both = (self.road_theta, self.road_alpha)
+        theta, alpha = (p.to(dtype).view(-1, of, each, half).unbind(1) for p in both)
+        c, s = alpha[0] * theta[0].cos(), alpha[-1] * theta[-1].sin()  # (groups, each, half)
+        c, s = torch.cat((c[:, :1], c[:, -1:]), 1), torch.cat((-s[:, :1], s[:, -1:]), 1)
+        return turn(z, c, s) if dim == -1 else turn(z.movedim(dim, -1), c, s).movedim(-1, dim)

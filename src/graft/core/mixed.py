@@ -86,8 +86,8 @@ class Mixed:
             if plan is None:
                 return None
             f = plan.steps[0][1].factors()  # type: ignore[attr-defined]
-            found = None if f.inner is not None or f.outer is not None else fused.plain(f)
+            found = None if f.outer is not None else fused.plain(f)
             if found is None or found[2]:
                 return None
-            factors.append((found[0], found[1], fused.scale_of(f)))
+            factors.append((*fused.scaled(found[0], found[1], f), fused.scale_of(f)))
         return add_groups(y, x, factors, order, sizes, in_order) if fits(y, x, factors, sizes) else None

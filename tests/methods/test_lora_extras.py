@@ -71,6 +71,25 @@ def test_a_converted_adapter_is_plain_lora_for_the_original_base(how, rslora, tm
     assert {k: v.shape for k, v in saved[graft][1].items()} == {k: v.shape for k, v in saved[peft][1].items()}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(modules_to_save=["lm_head"]), dict(use_dora=True), dict(target_modules=["embed_tokens", "q_proj"])],
+    ids=lambda o: next(iter(o)),
+)
+def test_a_conversion_keeps_what_is_neither_a_nor_b(options, tmp_path):
+    """PEFT drops modules trained whole, magnitudes and embeddings."""
+    config = graft.LoraConfig(
+        **dict(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa") | options
+    )
+    model = graft.get_peft_model(llama(), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    expected = logits(nudge(model))
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert_close(logits(graft.PeftModel.from_pretrained(llama(), tmp_path / "end")), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_a_conversion_that_would_shift_the_base_again_is_refused(tmp_path):
     model = graft.get_peft_model(llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"))
     model.save_pretrained(tmp_path / "start")

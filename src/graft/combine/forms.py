@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graft.core.plan import evaluating
 from graft.kernels.hadamard import narrow
+from graft.methods import method_of
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
 
@@ -59,23 +60,28 @@ class Form(Protocol):
         ...
 
 
+def factors_of(m: Any, weight: float) -> Term:
+    """The factors of a method, with the vectors between and around them counted in."""
+    with evaluating(m.layer):
+        f = m.factors()
+    A, B = f._replace(scale=None).matrices()
+    return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, m.site.op.groups(m.site.module))
+
+
 class LoraForm:
     """The form of LoRA: factors and a scaling."""
 
     apart: ClassVar[bool] = True
 
     def read(self, m, weight):
-        A, B = m.pair
-        return Term(wide(A), wide(B), m.scaling, weight, m.layer.op.groups(m.layer.base_layer))
+        return factors_of(m, weight)
 
     def write(self, A, B, parts, cfg):
-        layer = parts[0][0].layer
-        if layer.op.takes_ids:
-            return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
-        values = {("lora_A", "weight"): A, ("lora_B", "weight"): B}
-        if cfg.lora_bias:
+        m = parts[0][0]
+        values = method_of(cfg.peft_type).variant(cfg)(m.site, cfg, m.name).holding(A, B)
+        if cfg.lora_bias and not m.site.op.takes_ids:
             shifts = [wide(m.lora_B.bias) * (w * m.scaling) for m, w in parts if m.lora_bias]
-            values["lora_B", "bias"] = torch.stack(shifts).sum(0) if shifts else B.new_zeros(layer.out_features)
+            values["lora_B", "bias"] = torch.stack(shifts).sum(0) if shifts else B.new_zeros(m.site.out_features)
         return values
 
     def configure(self, cfg, ranks, patterns, configs):
@@ -93,8 +99,7 @@ class AdaLoraForm:
     apart: ClassVar[bool] = False
 
     def read(self, m, weight):
-        A, B = m.factors().matrices()
-        return Term(wide(A), wide(B), 1.0, weight)
+        return factors_of(m, weight)
 
     def write(self, A, B, parts, cfg):
         B = B.flatten(0, 1)

@@ -27,7 +27,7 @@ from graft.io.entries import Entry, entries, without_wrappers
 from graft.io.files import Loaded
 from graft.io.load import Values, some
 from graft.io.save import config_of, parts_of
-from graft.methods.lora.init import changes_base
+from graft.methods.lora import LoRA
 
 MUST_AGREE = (
     "use_rslora",
@@ -160,12 +160,17 @@ def check_compatible(now: Any, new: Any) -> None:
         if a != b:
             raise ConfigError(f"Configs are incompatible: for {name}, {a} != {b}")
     for config, which in ((now, "in the model"), (new, "to be swapped in")):
-        if changes_base(config.init_lora_weights):
-            raise ConfigError(
-                f"The adapter {which} belongs to base weights that init_lora_weights={config.init_lora_weights!r} "
-                "changed, and others to the base as it was. Save it as plain LoRA, with "
-                "path_initial_model_for_weight_conversion."
-            )
+        check_base(config, which)
+
+
+def check_base(config: Any, which: str) -> None:
+    """Raise if an adapter's initialisation changes the base, which others have as it was."""
+    setting = LoRA.variant(config).changes_base(config)  # type: ignore[attr-defined]
+    if setting is not None:
+        raise ConfigError(
+            f"The adapter {which} belongs to base weights that {setting} changed, and others to the base as it was. "
+            "PiSSA and OLoRA can be saved as plain LoRA, with path_initial_model_for_weight_conversion."
+        )
 
 
 def check_growth(plan: Swap, adapter: str, config: Any) -> None:

@@ -15,7 +15,7 @@ from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import config_of
 from graft.methods.lora import LoRA
-from graft.serving.hotswap import Change, check_tied, described, grow, padded, shape_at
+from graft.serving.hotswap import Change, check_base, check_tied, described, grow, padded, shape_at
 
 
 def prepare_model_for_compiled_hotswap(
@@ -62,6 +62,8 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` after "
             "loading the first LoRA adapter and before loading the second."
         )
+    for name, layers in on.items():
+        check_base(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
     with torch.inference_mode(False), torch.no_grad():
         if target_rank is not None:
             for name, layers in on.items():

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.core.errors import ConfigError, warn
 
+VARIANTS = {"use_dora": "dora:DoRA"}  # field that asks for it → "module:Class" beside this
+
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
     "target_parameters": None,
@@ -85,7 +87,14 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         for name, off in NOT_YET.items():
             if getattr(self, name) != off:
                 raise NotImplementedError(f"LoraConfig.{name} is not in graft yet: leave it at {off!r}.")
+        if len(self.variants) > 1:
+            raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
         self._check_init()
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The fields that ask for a variant."""
+        return tuple(sorted(name for name in VARIANTS if getattr(self, name)))
 
     def _check_init(self) -> None:
         init = self.init_lora_weights

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graft.core.errors import ConfigError, warn
 from graft.methods.lora.config import CONVERTED
+from graft.methods.lora.lora import LoRA
 
 
 def subtract_initial(
@@ -23,7 +24,8 @@ def subtract_initial(
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
 
     Raises:
-        ConfigError: the initial adapter's own initialisation would shift the base again, or alpha / √r cannot be kept.
+        ConfigError: the initial adapter's own initialisation would shift the base again, alpha / √r cannot be kept, or
+            the variant changes the base weights, too.
     """
     if not hasattr(config, "init_lora_weights"):
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
@@ -43,12 +45,12 @@ def subtract_initial(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported with rsLoRA and "
             "rank_pattern or alpha_pattern: the scaling of those layers cannot be kept."
         )
-    out = {}
+    out = dict(tensors)  # what is neither A nor B, such as magnitudes and modules trained whole, stays
     for key, now in tensors.items():
         before = initial[key].to(now) if key in initial else None
-        if "lora_A" in key:
+        if "lora_A" in key or "lora_embedding_A" in key:
             out[key] = torch.cat([now, before], dim=0)  # type: ignore[list-item]
-        elif "lora_B" in key:
+        elif "lora_B" in key or "lora_embedding_B" in key:
             out[key] = torch.cat([now, -before], dim=1)  # type: ignore[list-item,operator]
     made = copy.deepcopy(config)
     made.init_lora_weights = True
@@ -56,4 +58,7 @@ def subtract_initial(
     made.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     made.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
     made.alpha_pattern = {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
+    setting = LoRA.variant(made).changes_base(made)  # type: ignore[attr-defined]
+    if setting is not None:
+        raise ConfigError(f"An adapter with {setting} has no form for the base weights as they were: save it as it is.")
     return out, made

@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.config.targets import LORA
 from graft.core.effect import Factors, LowRank
 from graft.core.lean import Identity, bare
-from graft.core.method import Method
+from graft.core.method import Method, Tensors
 from graft.core.ops import META
 from graft.methods.lora import checks, init
-from graft.methods.lora.config import LoraConfig
+from graft.methods.lora.config import VARIANTS, LoraConfig
 from graft.methods.lora.replicate import replicate
+
+
+def beside(where: str) -> Any:
+    """What a file beside this one defines, imported when it is first used: "module:name"."""
+    module, name = where.split(":")
+    return getattr(import_module(f"graft.methods.lora.{module}"), name)
 
 
 class LoRA(Method):
@@ -39,9 +46,7 @@ class LoRA(Method):
 
     @classmethod
     def variant(cls, cfg: LoraConfig) -> type[Method]:
-        from graft.methods.lora.dora import DoRA
-
-        return DoRA if cfg.use_dora else cls
+        return next((beside(VARIANTS[name]) for name in cfg.variants), cls)
 
     @classmethod
     def restructure(cls, cfg: LoraConfig, model: nn.Module):
@@ -82,8 +87,14 @@ class LoRA(Method):
     def init(self) -> None:
         init.initialise(self, self.cfg.init_lora_weights)
 
+    @classmethod
+    def changes_base(cls, cfg: LoraConfig) -> str | None:
+        """The setting by which `init` changes the base weight, or None."""
+        how = cfg.init_lora_weights
+        return f"init_lora_weights={how!r}" if init.changes_base(how) else None
+
     def inits_from_weight(self) -> bool:
-        return init.changes_base(self.cfg.init_lora_weights)
+        return self.changes_base(self.cfg) is not None
 
     def tie(self, source: Method) -> None:
         """Of a head tied to an embedding: (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""
@@ -96,6 +107,12 @@ class LoRA(Method):
         if self.site.op.takes_ids:
             return self.lora_embedding_A, self.lora_embedding_B
         return self.lora_A.weight, self.lora_B.weight  # type: ignore[return-value]
+
+    def holding(self, A: Tensor, B: Tensor) -> Tensors:
+        """Values of the adapter's tensors with which ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""
+        if self.site.op.takes_ids:
+            return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
+        return {("lora_A", "weight"): A, ("lora_B", "weight"): B}
 
     def describe(self):
         return LowRank(self.factors, fixed=checks.unmergeable(self.site, self.cfg))

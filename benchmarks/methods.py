@@ -108,9 +108,11 @@ EVERY = dict(target_modules=list(LINEAR))  # the seven layers of a block that th
 ADALORA = EVERY | dict(init_r=12, target_r=8, total_step=1000, lora_alpha=SCALING * 12)
 MINI = dict(init_weights="mini", mini_r=4)
 TOKEN_IDS = dict(token_indices=list(range(5, 500, 7)))
+KASA = EVERY | dict(r=16, lora_alpha=SCALING * 16, kasa_config={})
 HALF: dict[str, Any] = dict(dtype=torch.bfloat16, long=True)
 
 CASES = [
+    Case("KaSA r 16", "LoraConfig", KASA, long=True),
     Case("IA3", "IA3Config", long=True),  # on the layers that its authors chose
     Case(
         "VeRA r 256", "VeraConfig", EVERY | dict(r=256), None, long=True
@@ -132,6 +134,7 @@ CASES = [
     Case("prefix tuning", "PrefixTuningConfig", PROMPT, long=True),
     Case("prompt tuning", "PromptTuningConfig", PROMPT, long=True),
     Case("P-tuning", "PromptEncoderConfig", PROMPT | dict(encoder_hidden_size=64), long=True),
+    Case("KaSA r 16, bf16 base", "LoraConfig", KASA, **HALF),
     Case("IA3, bf16 base", "IA3Config", **HALF),
     Case("VeRA r 256, bf16 base", "VeraConfig", EVERY | dict(r=256), None, **HALF),
     Case("LoHa r 8, bf16 base", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8), **HALF),

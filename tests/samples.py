@@ -125,6 +125,15 @@ METHODS: dict[str, list[tuple]] = {
         *row("dora", "mlp conv1D embedding conv1d conv2d conv3d llama gpt2 t5 bert", **_lora, use_dora=True),
         *row("dora_dropout", "mlp conv1D", **_lora, use_dora=True, lora_dropout=0.3),
         *row("dora_pissa", "mlp", **_lora, use_dora=True, init_lora_weights="pissa"),
+        *row("kasa", "mlp llama t5 bert", **_lora, kasa_config={}),
+        *row("kasa_dropout", "mlp", **_lora, lora_dropout=0.3, kasa_config=dict(beta=0.3, gamma=0.01)),
+        *row(
+            "kasa_patterns", "llama", **_lora, kasa_config={}, rank_pattern={"q_proj": 5}, alpha_pattern={"v_proj": 7}
+        ),
+        *row("kasa_rslora", "mlp", **_lora, kasa_config={}, use_rslora=True, init_lora_weights="gaussian"),
+        *row("kasa_lora_bias", "mlp", **_lora, kasa_config={}, target_modules=_lin, lora_bias=True),
+        *row("kasa_pissa", "mlp", **_lora, kasa_config={}, init_lora_weights="pissa"),
+        *row("kasa_random", "mlp", **_lora, kasa_config={}, init_lora_weights=False, modules_to_save=["head"]),
         *row("pissa", "mlp conv1D llama embedding", **_lora, init_lora_weights="pissa"),
         *row("pissa_niter", "mlp conv1D", **_lora, init_lora_weights="pissa_niter_4"),
         *row("pissa_rslora", "mlp", **_lora, init_lora_weights="pissa", use_rslora=True),

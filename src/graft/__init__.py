@@ -24,7 +24,7 @@ _NAMES: dict[str, str] = {
         "graft.config.base": "PeftConfig",
         "graft.config.enums": "TaskType",
         "graft.methods": "PeftType method_of",
-        "graft.methods.lora": "LoraRuntimeConfig",
+        "graft.methods.lora": "KasaConfig LoraRuntimeConfig",
         "graft.prompts.prompt_tuning": "PromptTuningInit",
         "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",
         "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",

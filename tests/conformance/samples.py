@@ -36,6 +36,7 @@ class Sample:
     subtracts: bool = False  # unmerging subtracts the update, so the weight comes back rounded
     identity: bool = True  # a fresh adapter changes nothing
     together: bool = True  # two adapters can be active at once
+    rewrites: bool = False  # the base weight, for good; so it stands only beside its like
 
     def __str__(self) -> str:
         return f"{self.method}-{self.label}" if self.label else self.method
@@ -49,6 +50,7 @@ SAMPLES = [
     Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
     Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
     Sample("LORA", "dora", dict(r=4, lora_alpha=6, use_dora=True)),
+    Sample("LORA", "kasa", dict(r=4, lora_alpha=6, kasa_config={}), subtracts=True, identity=False, rewrites=True),
     Sample("IA3", config=dict(feedforward_modules=[])),
     Sample("IA3", "feedforward", dict(feedforward_modules=["layer"])),
     Sample("VERA", config=dict(r=3), subtracts=True),
@@ -190,6 +192,10 @@ class Cell:
             net.layer = self.store.hold(net.layer)
         return net.eval()
 
+    def bare(self) -> nn.Module:
+        """The base model as adapters leave it."""
+        return self.fresh().unload() if self.sample.rewrites else self.base()
+
     def fresh(self, adapters: Iterable[str] = ("default",), base: nn.Module | None = None, **options):
         """A model with adapters as they start."""
         with seeded(1):
@@ -247,6 +253,7 @@ REFUSED = [
     ("MISS-bat MISS-mini VBLORA", "odd-out", UnsupportedLayerError, "must be divisible by"),
     ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
     ("ROAD", "odd-out", ConfigError, "must be divisible by group_size"),
+    *(("LORA-kasa", trait, UnsupportedLayerError, "adapts linear layers only") for trait in ("conv", "embedding")),
     ("ROAD-road_4", "uneven", ConfigError, "must be divisible by group_size"),
 ]
 UNMERGEABLE = [

@@ -91,7 +91,7 @@ def test_disabled_adapters_leave_the_base(cell):
     x, model = cell.inputs(), cell.trained(ADAPTERS)
     expected = model(x)
     with model.disable_adapter():
-        assert torch.equal(model(x), cell.base()(x))
+        assert torch.equal(model(x), cell.bare()(x))
     assert torch.equal(model(x), expected)
 
 
@@ -131,7 +131,7 @@ def test_a_safe_merge_refuses_values_that_are_not_finite(cell):
     unchanged(model, before)
     assert merged(model) == []
     with model.disable_adapter():
-        assert torch.equal(model(x), cell.base()(x))
+        assert torch.equal(model(x), cell.bare()(x))
 
 
 @mergeable
@@ -237,7 +237,7 @@ def test_a_mixed_batch_is_its_rows_one_by_one(cell):
     mixed = model(x, adapter_names=NAMES)
     equal(mixed, torch.cat([y for _, y in one_by_one(model, x, NAMES)]), cell)
     with model.disable_adapter():
-        assert torch.equal(model(x, adapter_names=NAMES), cell.base()(x))
+        assert torch.equal(model(x, adapter_names=NAMES), cell.bare()(x))
 
 
 @every
@@ -375,5 +375,5 @@ def test_compiles_without_a_break(cell):
     assert (first - second).abs().max() > 1e-3
     equal(compiled(x), second, cell)
     with model.disable_adapter():
-        equal(compiled(x), cell.base()(x), cell)
+        equal(compiled(x), cell.bare()(x), cell)
     equal(compiled(x), second, cell)

@@ -36,7 +36,7 @@ def pairs(name: str, first: bool = False) -> list[tuple[Sample, Sample, Layer]]:
     found = fitting(layer)
     if first:
         found = list({s.method: s for s in reversed(found)}.values())
-    return [(a, b, layer) for a in found for b in found]
+    return [(a, b, layer) for a in found for b in found if a.rewrites == b.rewrites]
 
 
 CASES = [*pairs("linear"), *pairs("conv2d", True), *pairs("embedding", True), *pairs("Conv1D", True)]
@@ -181,6 +181,17 @@ def test_an_adapter_made_while_another_is_merged_is_the_same(a, b, on):
     x = inputs(on)
     with torch.no_grad():
         close(made(True)(x), made(False)(x))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_changes_the_weight_stands_only_beside_its_like(first):
+    plain, kasa = SAMPLES[0], next(s for s in SAMPLES if s.rewrites)
+    layer = carried(ON["linear"], plain if first else kasa)
+    weight = layer.base_layer.weight.clone()
+    cfg = (kasa if first else plain).make("other")
+    with pytest.raises(ValueError, match=r"KaSA cannot be combined with adapters that don't use KaSA.*'b' beside 'a'"):
+        place(graft.method_of("LORA").variant(cfg)(layer.site, cfg, "b"), layer, cfg, layer.shared)
+    assert layer.adapters == ["a"] and torch.equal(layer.base_layer.weight, weight)
 
 
 def test_a_module_that_stands_in_for_the_layer_stands_alone():

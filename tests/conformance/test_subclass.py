@@ -130,7 +130,7 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
     names = ["default", "__base__"] * 2 + ["default"]
     mixed = model.eval()(x, adapter_names=names)
     close(mixed[::2], y[::2])
-    close(mixed[1::2], cell.base()(x)[1::2])
+    close(mixed[1::2], cell.bare()(x)[1::2])
     # its weight
     if layer.methods["default"].effect.additive:
         W = layer.site.module.weight + layer.get_delta_weight("default")

@@ -12,8 +12,13 @@ from tests.samples import SAMPLES, alike, each
 HALF = [
     s
     for s in alike("forward")
-    if s.name in ("plain", "head", "bias_all", "tokens", "gaussian", "pissa", "unsaved", "random")
+    if s.name in ("plain", "head", "bias_all", "tokens", "gaussian", "pissa", "kasa", "unsaved", "random")
 ]
+
+
+def rounding(sample) -> float:
+    """KaSA takes components out of the weight, where PEFT adds up the others: the last bit may differ."""
+    return 2**-7 if sample.name == "kasa" else 0
 
 
 def low(sample, dtype=torch.bfloat16):
@@ -31,7 +36,7 @@ def test_dtypes_and_values(sample, autocast):
     ours, theirs = (adapt(lib, sample, base=low(sample), autocast_adapter_dtype=autocast) for lib in LIBS)
     assert shapes(ours) == shapes(theirs)
     if "init" not in sample.unlike:
-        close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
+        close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), rounding(sample))
 
 
 INJECTABLE = [s for s in HALF if not graft.method_of(s.method).shares and "init" not in s.unlike]
@@ -45,7 +50,7 @@ def test_without_a_peft_model(sample):
         models.seed(1)
         seen.append(lib.inject_adapter_in_model(sample.config(lib), low(sample)))
     assert shapes(seen[0]) == shapes(seen[1])
-    close_dicts(*(dict(m.state_dict()) for m in seen), 0)
+    close_dicts(*(dict(m.state_dict()) for m in seen), rounding(sample))
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -134,6 +134,12 @@ CASES = {
     "road_variant": (config("RoadConfig", variant="road_3"), ValueError, "Invalid variant road_3 specified."),
     "road_odd": (config("RoadConfig", group_size=5), ValueError, "The group_size must be divisible by 2"),
     "road_none": (config("RoadConfig", group_size=0), ValueError, "The group_size must be divisible by 2"),
+    "kasa_negative": (
+        lambda lib, p: lib.KasaConfig(beta=-1e-3),
+        ValueError,
+        "`beta` must be non-negative, got -0.001.",
+    ),
+    "kasa_type": (config("LoraConfig", kasa_config=3), TypeError, "KasaConfig"),
     "oft_two_sizes": (config("OFTConfig", r=4), ValueError, "oft_block_size"),
     "oft_no_size": (config("OFTConfig", r=0, oft_block_size=0), ValueError, "oft_block_size"),
     "unknown_field": (config("LoraConfig", rnak=4), TypeError, "rnak"),
@@ -203,6 +209,28 @@ CASES = {
         inject("RoadConfig", group_size=8, target_modules=["fc1"]),
         ValueError,
         "The out_features of the base layer must be divisible by group_size (8)",
+    ),
+    "kasa_rank": (
+        inject("LoraConfig", r=12, kasa_config={}, target_modules=["fc1"]),
+        ValueError,
+        "KaSA requires `r` (12) to be smaller than min(in_features, out_features) (12)",
+    ),
+    "kasa_dora": (
+        inject("LoraConfig", kasa_config={}, use_dora=True, target_modules=["fc1"]),
+        ValueError,
+        "Invalid or unsupported variant combination: ('kasa_config', 'use_dora')",
+    ),
+    "kasa_conv": (inject("LoraConfig", "conv2d", kasa_config={}, target_modules=["point"]), ValueError, ""),
+    "kasa_embedding": (inject("LoraConfig", "embedding", kasa_config={}, target_modules=["emb"]), ValueError, ""),
+    "kasa_beside_lora": (
+        on(lambda lib, m: m.add_adapter("b", LORA.config(lib, kasa_config=lib.KasaConfig()))),
+        ValueError,
+        "KaSA cannot be combined with adapters that don't use KaSA",
+    ),
+    "lora_beside_kasa": (
+        on(lambda lib, m: m.add_adapter("b", LORA.config(lib)), first("LORA", name="kasa")),
+        ValueError,
+        "KaSA cannot be combined with adapters that don't use KaSA",
     ),
     "rank_pattern_zero": (
         inject("LoraConfig", rank_pattern={"fc1": 0}, target_modules=["fc1"]),

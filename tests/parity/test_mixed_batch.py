@@ -14,7 +14,7 @@ LORA = [
     s
     for s in SAMPLES
     if s.method == "LORA"
-    and s.name in ("plain", "dropout", "lora_bias", "rslora", "tokens", "embed", "tasks", "lm_head")
+    and s.name in ("plain", "dropout", "lora_bias", "rslora", "tokens", "embed", "tasks", "lm_head", "kasa")
     and s.model not in ("conv3d", "bert", "deberta", "opt")
 ]
 # whose own heads do not see the rows, as LoRA's do
@@ -31,7 +31,7 @@ def two_adapters(lib, sample):
 @pytest.mark.parametrize("sample", LORA + ROAD + HEADS, ids=str)
 def test_mixed_batch(sample):
     ours, theirs = (output(two_adapters(lib, sample), sample, adapter_names=NAMES) for lib in LIBS)
-    close(ours, theirs)
+    close(ours, theirs, 5e-5 if sample.name == "kasa" else 1e-5)  # of which PEFT truncates the base twice
 
 
 def row_by_row(model, sample, names):

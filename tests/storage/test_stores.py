@@ -15,7 +15,7 @@ from tests.models import seeded
 
 X = torch.linspace(-1, 1, 700).view(70, 10)
 FIT = [s for s in SAMPLES if s.method != "LN_TUNING"]  # which trains a copy of the layer
-NEEDS = {"LORA-dora", "TRAINABLE_TOKENS"}  # the weight, in the forward pass or to begin with
+NEEDS = {"LORA-dora", "LORA-kasa", "TRAINABLE_TOKENS"}  # the weight, in the forward pass or to begin with
 
 
 def net(kind):
@@ -38,6 +38,12 @@ def build(sample, kind):
 
 @pytest.mark.parametrize("sample", FIT, ids=str)
 def test_a_weight_that_cannot_be_written_runs_and_refuses_merging(sample):
+    if sample.rewrites:
+        base = net(ReadOnly)
+        with pytest.raises(UnsupportedLayerError, match="layer '0', which it would change: read-only weights cannot"):
+            graft.get_peft_model(base, make_for(sample, "0"))
+        assert type(base[0]) is ReadOnly
+        return
     expected = build(sample, Rounded)(X)
     model = build(sample, ReadOnly)
     assert_close(model(X), expected)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from graft.core.errors import ConfigError
 from graft.core.plan import evaluating
 from graft.kernels.hadamard import narrow
 from graft.methods import method_of
@@ -91,6 +92,19 @@ class LoraForm:
         cfg.lora_bias = any(c.lora_bias for c in configs)
         if isinstance(cfg.init_lora_weights, str):
             cfg.init_lora_weights = True  # some initialisations would change the base weight on loading
+        check_base_stays(cfg, ranks, configs)
+
+
+def check_base_stays(cfg: Any, ranks: dict[str, int], configs: list[Any]) -> None:
+    """Raise if the new adapter's variant would take more out of the base weights than those of the others did."""
+    setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
+    for key, r in ranks.items() if setting else ():
+        before = max(c.at(key).r for c in configs)
+        if r != before:
+            raise ConfigError(
+                f"With {setting} the rank says what the base weight lacks. On layer '{key}' it would be {r} in place "
+                f"of {before}: use a combination that keeps it, such as linear, or svd with svd_rank={before}."
+            )
 
 
 class AdaLoraForm:

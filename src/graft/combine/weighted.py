@@ -216,7 +216,7 @@ def add_weighted_adapter(
     ranks = recipe.ranks(terms)
     form.configure(cfg, ranks, union.rank_patterns(ranks), configs)
     tuner.check_new(adapter_name, cfg)
-    warn_if_base_changed(tuner, names, adapter_name)
+    warn_if_base_changed(tuner, names, adapter_name, cfg)
     report = WeightedReport(adapter_name, kind, ranks)
     values = {}
     for key, found in parts.items():
@@ -326,7 +326,10 @@ def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, li
     return found
 
 
-def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str) -> None:
+def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str, cfg: Any) -> None:
+    """Warn unless the new adapter changes a fresh base likewise."""
+    if tuner.method.variant(cfg)(None, cfg, adapter_name).inits_from_weight():
+        return
     changed = [
         n
         for n in dict.fromkeys(names)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, warn
 
 
 def as_set(names):
@@ -69,6 +69,17 @@ class RankPattern(PeftConfig):
 class RankPatterns(RankPattern):
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+
+def sub_config(value: Any, cls: type[Any]) -> Any:
+    """Make the config inside another of the dict that a file has for it; report and leave out keys it does not know."""
+    if not isinstance(value, dict):
+        return value
+    known = {f.name for f in fields(cls) if f.init}
+    unknown = sorted(set(value) - {f.name for f in fields(cls)})
+    if unknown:
+        warn(f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored.")
+    return cls(**{k: v for k, v in value.items() if k in known})
 
 
 def require_positive_rank(r: int, where: str = "") -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.core import merging
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State
-from graft.core.errors import UnsupportedLayerError, warn
+from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.holding import Holding
 from graft.core.lean import begin, lean
 from graft.core.method import Method
@@ -96,7 +96,15 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     # adapters
 
     def add(self, method: Method, values: dict[str, Any]) -> None:
-        """Take in an adapter: a method, and what its `build` declared."""
+        """Take in an adapter: a method, and what its `build` declared.
+
+        Raises:
+            ConfigError: it cannot be beside one that is here.
+        """
+        for other in self.methods.values():
+            why = method.excludes(other.cfg) or other.excludes(method.cfg)
+            if why is not None:
+                raise ConfigError(f"{why}: '{method.name}' beside '{other.name}', on layer '{self.site.key}'.")
         method.layer = self
         self.hold(method, values)
         self.methods[method.name] = method
@@ -189,8 +197,15 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         Raises:
             UnsupportedLayerError: the weight cannot be read or written.
         """
+        if self.site.on_meta:
+            warn(
+                "The initialisation changes base weights that are on the meta device: give them values from a model "
+                "that has been adapted so, or adapt the model when they have theirs.",
+                PeftWarning,
+            )
+            return
         base, name = self.base_layer, self.site.parameter
-        why = None if self.site.on_meta else self.store.unread(base, name) or self.store.fixed(base, name)
+        why = self.store.unread(base, name) or self.store.fixed(base, name)
         if why is not None:
             raise UnsupportedLayerError(
                 f"An adapter cannot be initialised from the weight of layer '{self.site.key}', which it would change: "

@@ -134,6 +134,11 @@ class Method:
     def check_together(cls, methods: Sequence[Any]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
 
+    @classmethod
+    def excludes(cls, other: Any) -> str | None:
+        """Say why an adapter of the config `other` cannot be beside one of this class, or None. Asked both ways."""
+        return None
+
     def check(self) -> str | None:
         """Say why this site cannot be adapted, or None. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__

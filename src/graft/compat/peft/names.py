@@ -105,8 +105,8 @@ MODULES: dict[str, str] = {
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
-    "tuners": "LoraRuntimeConfig MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit "
-    + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
+    "tuners": "KasaConfig LoraRuntimeConfig MultitaskPromptTuningInit PromptEncoderReparameterizationType "
+    "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
@@ -141,7 +141,7 @@ MODULES: dict[str, str] = {
 
 # classes that a method has beside its config
 BESIDE: dict[str, tuple[str, ...]] = {
-    "LORA": ("LoraRuntimeConfig",),
+    "LORA": ("LoraRuntimeConfig", "KasaConfig"),
     "ROAD": ("RoadVariant",),
     "PROMPT_TUNING": ("PromptTuningInit",),
     "P_TUNING": ("PromptEncoderReparameterizationType",),

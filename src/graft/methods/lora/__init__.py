@@ -3,5 +3,6 @@
 
 from graft.methods.lora.config import LoraConfig, LoraRuntimeConfig
 from graft.methods.lora.lora import LoRA
+from graft.methods.lora.sub_configs import KasaConfig
 
-__all__ = ["LoRA", "LoraConfig", "LoraRuntimeConfig"]
+__all__ = ["KasaConfig", "LoRA", "LoraConfig", "LoraRuntimeConfig"]

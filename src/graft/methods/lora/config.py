@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
+from graft.methods.lora.sub_configs import KasaConfig
 
-VARIANTS = {"use_dora": "dora:DoRA"}  # field that asks for it → "module:Class" beside this
+VARIANTS = {"use_dora": "dora:DoRA", "kasa_config": "kasa:KaSA"}  # field that asks for it → "module:Class" beside this
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
@@ -19,7 +20,6 @@ NOT_YET = {
     "monteclora_config": None,
     "use_bdlora": None,
     "arrow_config": None,
-    "kasa_config": None,
     "use_qalora": False,
     "megatron_config": None,
 }
@@ -71,7 +71,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     target_parameters: list[str] | None = None
     use_bdlora: Any = None
     arrow_config: Any = None
-    kasa_config: Any = None
+    kasa_config: KasaConfig | dict | None = None  # KaSA (arXiv 2412.06071): singular values apart, on a truncated base
     ensure_weight_tying: bool = False  # adapt tied embeddings together
 
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
@@ -87,6 +87,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         for name, off in NOT_YET.items():
             if getattr(self, name) != off:
                 raise NotImplementedError(f"LoraConfig.{name} is not in graft yet: leave it at {off!r}.")
+        self.kasa_config = sub_config(self.kasa_config, KasaConfig)
         if len(self.variants) > 1:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
         self._check_init()

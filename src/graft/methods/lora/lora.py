@@ -26,6 +26,15 @@ def beside(where: str) -> Any:
     return getattr(import_module(f"graft.methods.lora.{module}"), name)
 
 
+def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+    """The regularisation of KaSA adapters, to be added to a training loss; 0.0 without any.
+
+    Args:
+        adapter_names: which ones; the active ones if None.
+    """
+    return beside("kasa:loss")(tuner, adapter_names)  # type: ignore[no-any-return]
+
+
 class LoRA(Method):
     config = LoraConfig
     prefix = "lora_"
@@ -35,6 +44,7 @@ class LoRA(Method):
         **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
     }
     unnamed = frozenset({"lora_magnitude_vector"})
+    tuner_methods: ClassVar[dict[str, Any]] = {"_get_kasa_loss": kasa_loss}
 
     lora_A: nn.Module  # weight (r, in), for convolutions (r, in, *kernel)
     lora_B: nn.Module  # weight (out, r), for convolutions (out, r / groups, 1, …)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models, arXiv 2412.06071.
+
+ΔW = s · B diag(d) A, on the base weight without its r smallest singular components.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.effect import Factors
+from graft.core.errors import AdapterNotFoundError, ConfigError
+from graft.core.method import Tensors
+from graft.kernels.orthogonal import gram_distance
+from graft.methods.lora.lora import LoRA
+
+
+class KaSA(LoRA):
+    """d (r,) trains; the base weight stays without the components, whatever becomes of the adapter."""
+
+    lora_diag: nn.Parameter  # (r,)
+
+    def check(self) -> str | None:
+        site, r = self.site, self.cfg.r
+        if site.op.known and not site.op.linear:
+            return "KaSA takes singular components out of a matrix: it adapts linear layers only"
+        if site.op.known and r >= min(site.shape):
+            raise ConfigError(
+                f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({min(site.shape)}) of "
+                f"layer '{site.key}', or nothing would be left of its weight."
+            )
+        return super().check()
+
+    @classmethod
+    def changes_base(cls, cfg: Any) -> str | None:
+        return "kasa_config"
+
+    @classmethod
+    def excludes(cls, other: Any) -> str | None:
+        if getattr(other, "kasa_config", None) is not None:
+            return None
+        return "KaSA cannot be combined with adapters that don't use KaSA, since it changes the base weights"
+
+    def build(self, shared, device=None):
+        return super().build(shared, device) | dict(lora_diag=nn.Parameter(torch.empty(self.cfg.r, device=device)))
+
+    def init(self) -> None:
+        super().init()
+        self.lora_diag.data.normal_()
+        others = [m.cfg.r for m in self.layer.methods.values() if m is not self and isinstance(m, KaSA)]
+        if self.cfg.r > max(others, default=0):  # or the weight is without these already
+            self.layer.rewrite_base(without_smallest(self.layer.W0, self.cfg.r))
+
+    def factors(self) -> Factors:
+        return super().factors()._replace(inner=self.lora_diag)
+
+    def holding(self, A: Tensor, B: Tensor) -> Tensors:
+        return super().holding(A, B) | {("lora_diag", ""): A.new_ones(A.numel() // self.site.fan_in)}
+
+    def loss(self) -> Tensor:
+        """β ‖d‖² + γ (‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖), in float32."""
+        A, B = (p.float() for p in self.pair)
+        cfg = self.cfg.kasa_config
+        return cfg.beta * self.lora_diag.float().square().sum() + cfg.gamma * (gram_distance(B.T) + gram_distance(A))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def without_smallest(W: Tensor, r: int) -> Tensor:
+    """W (out, in) without its r smallest singular components, at least in float32 inside."""
+    wide = W.to(torch.promote_types(W.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    return (wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype)
+
+
+def loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+    """Σ of `KaSA.loss` over layers and adapters, the active ones if None; 0.0 without any."""
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    names = [names] if isinstance(names, str) else names
+    unknown = [name for name in names if name not in tuner.peft_config]
+    if unknown:
+        raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found.")
+    found = [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
+    return sum((m.loss() for m in found if isinstance(m, KaSA)), 0.0)

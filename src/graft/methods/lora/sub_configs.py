@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a LoraConfig holds besides plain values: settings of one variant each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graft.core.errors import ConfigError
+
+
+@dataclass
+class KasaConfig:
+    """Weights of KaSA's regularisation, which is `LoraModel._get_kasa_loss()`; the training loop adds it.
+
+    Raises:
+        ConfigError: a weight is negative.
+    """
+
+    beta: float = 1e-4  # of ‖d‖²
+    gamma: float = 1e-3  # of ‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "gamma"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` must be non-negative, got {getattr(self, name)}.")

@@ -59,6 +59,7 @@ SAMPLES = [
     Sample("OFT", config=dict(oft_block_size=3)),
     Sample("OFT", "exact", dict(oft_block_size=3, use_cayley_neumann=False)),
     Sample("OFT", "shared", dict(oft_block_size=3, block_share=True)),
+    Sample("OFT", "constrained", dict(oft_block_size=3, coft=True, eps=0.9)),
     Sample("HRA", config=dict(r=4)),
     Sample("HRA", "orthogonal", dict(r=2, apply_GS=True), identity=False),
     Sample("HIRA", config=dict(r=3)),

@@ -339,6 +339,7 @@ CONFIGS = {
     "LOHA-narrow": lambda lib, **o: lib.LoHaConfig(r=2, alpha=2 * SCALE, **o),
     "LOHA-wide": lambda lib, **o: lib.LoHaConfig(r=5, alpha=5 * SCALE, **o),
     "OFT": lambda lib, **o: lib.OFTConfig(oft_block_size=4, **o),
+    "OFT-constrained": lambda lib, **o: lib.OFTConfig(oft_block_size=4, coft=True, eps=0.5, **o),
     "HRA": lambda lib, **o: lib.HRAConfig(r=4, **o),
     "HIRA": lambda lib, **o: lib.HiraConfig(r=4, **o),
     "MISS": lambda lib, **o: lib.MissConfig(r=6, **o),

@@ -39,6 +39,11 @@ def only_backward() -> bool:
     return is_dynamo_compiling() or not (_is_tracing() or forward_ad._current_level >= 0)
 
 
+def functional() -> bool:
+    """Whether a functional transform runs, within which nothing may be written."""
+    return not is_dynamo_compiling() and _are_functorch_transforms_active()
+
+
 def watched() -> bool:
     """Whether a dispatch mode sees operations one by one, and may give them tensors without values."""
     return _len_torch_dispatch_stack() > 0

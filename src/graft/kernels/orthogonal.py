@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels.eager import autocast_dtype, eager
+from graft.kernels.eager import autocast_dtype, eager, functional
 from graft.kernels.function import Function
 from graft.kernels.worth import worth_it
 
@@ -28,6 +28,19 @@ def constrain(v: Tensor, eps: float) -> Tensor:
     limit = eps / math.sqrt(v.shape[0])
     norm = v.norm(dim=1, keepdim=True) * math.sqrt(2)  # of Q, which holds every entry twice
     return v * (limit / norm).clamp(max=1)
+
+
+def constrained(v: Tensor, eps: float) -> Tensor:
+    """As `constrain`, for projected descent: the gradient at the projected point counts as that of v, and the backward
+    pass moves v there, so that the step after it starts from that point. The forward pass writes nothing."""
+    out = v + (constrain(v.detach(), eps) - v.detach())
+    if out.requires_grad and not functional():
+
+        def move(g: Tensor) -> None:
+            v.data.copy_(constrain(v.data, eps))
+
+        out.register_hook(move)
+    return out
 
 
 def cayley(Q: Tensor, terms: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
-from graft.kernels.orthogonal import constrain, orthogonal, rotate, skew
+from graft.kernels.orthogonal import constrained, orthogonal, rotate, skew
 
 
 @dataclass(kw_only=True)
@@ -110,12 +110,8 @@ class OFT(Method):
     def R(self) -> Tensor:
         """(blocks, b, b); one block if they are shared."""
         v: Tensor = self.rotation.weight
-        if self.eps is not None:  # projected descent: the gradient is that at the projected point, and so is the step
-            inside = constrain(v.detach(), self.eps)
-            if self.layer.training:
-                v.data.copy_(inside)
-            else:
-                v = v + (inside - v.detach())
+        if self.eps is not None:
+            v = constrained(v, self.eps)
         wide = torch.promote_types(v.dtype, torch.float32)  # solvers have no half precision
         R = orthogonal(skew(v.to(wide), self.block_size), self.terms)
         if self.module_dropout and self.layer.training:

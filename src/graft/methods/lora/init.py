@@ -8,16 +8,13 @@ so that W + scaling · B A stays what it was.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.random import kaiming_bound
-
-if TYPE_CHECKING:
-    from graft.methods.lora.lora import LoRA
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,11 +23,11 @@ def changes_base(how: bool | str) -> bool:
     return isinstance(how, str) and (how == "olora" or how.startswith("pissa"))
 
 
-def initialise(lora: LoRA, how: bool | str) -> None:
+def initialise(lora: Any, how: bool | str) -> None:
     A, B = (p.data for p in lora.pair)
     op = lora.site.op
     if lora.lora_bias and how is not False:
-        lora.lora_B.bias.data.zero_()  # type: ignore[union-attr,operator]
+        lora.lora_B.bias.data.zero_()
     if op.takes_ids:
         if isinstance(how, str):
             text = f"init_lora_weights={how!r} has no meaning for the embedding '{lora.site.key}': default used."
@@ -70,7 +67,7 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 
 
 @torch.no_grad()
-def _from_weight(lora: LoRA, how: str, A: Tensor, B: Tensor) -> None:
+def _from_weight(lora: Any, how: str, A: Tensor, B: Tensor) -> None:
     layer, r, s = lora.layer, A.shape[0], lora.scaling
     W = layer.W0
     if W.dtype not in FLOATS:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import graft
-from graft.methods.miss import Shards
+from graft.kernels.shards import Repeated, Shards
 from tests import models
 from tests.pair import LIBS, close, output, randomize
 from tests.samples import Sample, first
@@ -25,6 +25,14 @@ def test_a_sum_of_shards_is_a_product_with_ones(fan_in):
     shards = Shards(4, fan_in, x)
     close(shards(x), x @ shards.weight.T)
     assert shards.weight.shape == (4, fan_in) and set(shards.weight.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_repeated_block_is_a_matrix(times):
+    z, D = torch.linspace(-1, 1, 24).view(2, 3, 4), torch.linspace(0, 1, 20).view(4, 5)
+    block = Repeated(D, times)
+    close(block(z), z @ block.weight.T)
+    assert block.weight.shape == (5 * times, 4)
 
 
 def test_variants_share_a_layer(tmp_path):

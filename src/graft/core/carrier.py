@@ -30,6 +30,11 @@ class Carrier:
 
     state: State
     key: str  # path in the model
+    inner_name: str  # of the child that leads to the base's module
+    claim: str  # how adapters hold the module, in messages: "it … adapter(s) ['a']"
+    takes_rows = False  # single rows of the module train
+    adapter_layer: Any = None  # the layer that does its work
+    base_module: Any  # of the base, which it stands for
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -129,3 +134,13 @@ class Carrier:
             left = sorted(self.adapters)[:1]
             warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
         self.set_adapter(left)
+
+
+def carrier_of(module: Any) -> Any:
+    """Return a module that is a carrier; None for any other."""
+    return module if isinstance(module, Carrier) else None
+
+
+def layer_in(module: Any) -> Any:
+    """Return the adapter layer that a module is or holds; None if it is no carrier, or trains whole."""
+    return module.adapter_layer if isinstance(module, Carrier) else None

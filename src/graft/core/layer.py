@@ -59,6 +59,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     out_features: int
     fan_in: int
     output_is_new: bool  # the base layer's output may be overwritten
+    inner_name, claim = "base_layer", "carries"
     cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
 
     def __init__(self, site: Site, call: Call):
@@ -84,6 +85,16 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     def base_layer(self) -> Any:
         """Quicker than `nn.Module.__getattr__`, which would find it, too."""
         return self._modules["base_layer"]
+
+    @property
+    def adapter_layer(self) -> AdapterLayer:  # type: ignore[override]
+        return self
+
+    @property
+    def base_module(self) -> Any:  # type: ignore[override]
+        return self._modules["base_layer"]
+
+    kept = base_module  # when adapters are unloaded
 
     @property
     def key(self) -> str:  # type: ignore[override]

@@ -8,14 +8,13 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import matches_end
+from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
-from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.inject import saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import Tree, kind_of, never_called, site_of
 from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import embedding_path, expand, tied_to_embedding
@@ -144,10 +143,8 @@ def check_tokens(
         why = None
         if key in adapted:
             why = f"adapter '{adapter}' has it in target_modules as well: take it out of one of the two"
-        elif isinstance(module, AdapterLayer):
-            why = f"it carries adapter(s) {module.adapters}: load '{adapter}' into another model"
-        elif isinstance(module, ModulesToSaveWrapper):
-            why = f"it is {module.how} of adapter(s) {module.adapters}: load '{adapter}' into another model"
+        elif (carrier := carrier_of(module)) is not None and not carrier.takes_rows:
+            why = f"it {carrier.claim} adapter(s) {carrier.adapters}: load '{adapter}' into another model"
         if why is not None:
             raise UnsupportedLayerError(
                 f"trainable_token_indices cannot be applied to modules of type {type(module)}, {name}: {why}."

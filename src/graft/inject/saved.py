@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
 from graft.core.call import Call, Rows
-from graft.core.carrier import Carrier, State
+from graft.core.carrier import Carrier, State, carrier_of, layer_in
 from graft.core.containers import Slot, slots_of, tensors_of
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
-from graft.core.layer import AdapterLayer
-from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -44,6 +42,12 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
             own.train(self.original_module.training)
         own.requires_grad_(False)
         self.modules_to_save[adapter] = own
+
+    inner_name, claim = "original_module", f"is {how} of"
+
+    @property
+    def base_module(self) -> nn.Module:  # type: ignore[override]
+        return self.original_module
 
     def slots(self, adapter: str) -> list[Slot]:
         return list(slots_of("modules_to_save", self.modules_to_save, adapter, ()))
@@ -145,11 +149,9 @@ def add_task_heads(config: Any) -> None:
 
 def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
     """Raise if `adapter` cannot train the module whole. `inside`: paths below it with other adapters."""
-    if isinstance(module, (*CONTAINERS, AdapterLayer, TrainableTokensWrapper)):
-        why = ""
-        if not isinstance(module, CONTAINERS):
-            how = f"is {module.how} of" if isinstance(module, TrainableTokensWrapper) else "carries"
-            why = f": it {how} adapter(s) {module.adapters}"
+    if isinstance(module, CONTAINERS) or layer_in(module) is not None:
+        carrier = carrier_of(module)
+        why = "" if carrier is None else f": it {carrier.claim} adapter(s) {carrier.adapters}"
         raise UnsupportedLayerError(
             f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}'){why}. Adapter '{adapter}': "
             "name other modules, or load it into another model."

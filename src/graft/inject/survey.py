@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from graft.core import merging
+from graft.core.carrier import carrier_of, layer_in
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque, find_op
 from graft.core.site import Site
@@ -19,7 +20,6 @@ from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
-ADDED = (AdapterLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 Place = tuple[nn.Module, str]  # (parent, attribute)
 
 
@@ -74,11 +74,8 @@ def survey(model: nn.Module) -> Tree:
                     numbers += p.numel()
 
     def look_into(module: nn.Module, path: str) -> None:
-        if isinstance(module, AdapterLayer) and module.methods:
-            tree.layers[path] = module
-            shared(module)
-        elif isinstance(module, ADDED):
-            wrapped(module, path)
+        if (carrier := carrier_of(module)) is not None:
+            wrapped(carrier, path)
         elif module._modules:
             visit(module, path)
 
@@ -89,19 +86,21 @@ def survey(model: nn.Module) -> Tree:
         if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
-    def wrapped(module: AdapterLayer | Wrapper, path: str) -> None:
-        base = beneath(module)
-        if not module.adapters and path:
+    def wrapped(module: Any, path: str) -> None:
+        base, layer = module.base_module, module.adapter_layer
+        if not module.adapters:
+            if not path:  # the model itself
+                return
             tree.vacant.append((places[path], base))
             seen.add(base)
             modules[path] = base
             count(base)
             look_into(base, path)
-        elif isinstance(module, TrainableTokensWrapper):
-            tree.wrappers[path] = module
-            shared(module.token_adapter)
-        elif isinstance(module, ModulesToSaveWrapper):
-            tree.wrappers[path] = module
+            return
+        (tree.layers if layer is module else tree.wrappers)[path] = module
+        if layer is not None:
+            shared(layer)
+        else:
             for part in base.modules():
                 count(part)
 
@@ -111,37 +110,17 @@ def survey(model: nn.Module) -> Tree:
     return tree
 
 
-def beneath(module: AdapterLayer | Wrapper) -> nn.Module:
-    """Return the module of the base model that an adapter layer or a wrapper stands for."""
-    if isinstance(module, AdapterLayer):
-        return module.base_layer
-    return module.original_module
-
-
 def uncovered(module: nn.Module | None) -> nn.Module | None:
     """Return a module as a survey shows it: the one beneath a layer or wrapper without adapters, else itself."""
-    while isinstance(module, ADDED) and not module.adapters:
-        module = beneath(module)
+    while (carrier := carrier_of(module)) is not None and not carrier.adapters:
+        module = carrier.base_module
     return module
 
 
-def outer_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield each module once, but none inside adapter layers; several times as fast as `modules()`."""
-    seen, left = {model}, [model]
-    while left:
-        module = left.pop()
-        yield module
-        if module._modules and not isinstance(module, AdapterLayer):
-            new = [m for m in module._modules.values() if m is not None and m not in seen]
-            seen.update(new)
-            left += new
-
-
 def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
-    if isinstance(module, TrainableTokensWrapper):
-        module = module.token_adapter
-    if isinstance(module, AdapterLayer):
-        return module.site
+    layer = layer_in(module)
+    if layer is not None:
+        return layer.site  # type: ignore[no-any-return]
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners.get(weight, 0) > 1
     return Site(key, module, find_op(module), find_store(module), shared=shared)
@@ -168,4 +147,6 @@ def never_called(key: str, tree: Tree) -> str | None:
 
 
 def kind_of(module: nn.Module) -> str:
-    return module.site.type_name if isinstance(module, AdapterLayer) else type(module).__name__
+    carrier = carrier_of(module)
+    own = carrier is None or carrier.adapter_layer is not carrier
+    return type(module).__name__ if own else str(carrier.site.type_name)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError
-from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.inject.match import Names, minimal_names
@@ -74,8 +74,8 @@ def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    op = module.op if isinstance(module, AdapterLayer) else find_op(module)
-    return op.linear
+    layer = layer_in(module)
+    return find_op(module).linear if layer is None else layer.op.linear
 
 
 def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from graft.core import merging
+from graft.core.carrier import carrier_of, layer_in
 from graft.core.errors import warn
-from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.match import Names
 from graft.inject.saved import matches
@@ -18,12 +18,11 @@ from graft.inject.survey import Tree, uncovered
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
     """Return the weight of a module, also of one beneath adapter layers and wrappers."""
-    if isinstance(module, AdapterLayer) and (left := merging.tied_weight(module)) is not None:
+    layer, carrier = layer_in(module), carrier_of(module)
+    if layer is not None and (left := merging.tied_weight(layer)) is not None:
         return left
-    for name in ("token_adapter", "original_module", "base_layer"):
-        inner = module._modules.get(name)
-        if inner is not None:
-            return weight_of(inner)
+    if carrier is not None:
+        return weight_of(carrier.base_module)
     return module._parameters.get("weight")
 
 

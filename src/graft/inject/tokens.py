@@ -25,6 +25,16 @@ class TrainableTokensWrapper(Carrier, nn.Module):
         self.tied: set[str] = set()  # adapters that use the embedding's rows here; files do not hold them twice
         self.call = token_adapter.call
 
+    inner_name, claim, takes_rows = "token_adapter", f"is {how} of", True
+
+    @property
+    def adapter_layer(self) -> AdapterLayer:  # type: ignore[override]
+        return self.token_adapter
+
+    @property
+    def base_module(self) -> nn.Module:  # type: ignore[override]
+        return self.token_adapter.base_layer
+
     @property
     def original_module(self) -> nn.Module:
         return self.token_adapter.base_layer

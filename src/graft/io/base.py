@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.core.layer import AdapterLayer
-from graft.inject.saved import ModulesToSaveWrapper
+from graft.core.carrier import carrier_of
 from graft.io.save import registry_of
 
 
@@ -47,10 +46,8 @@ def is_added(base: nn.Module, key: str) -> bool:
     module: Any = base
     parts = key.split(".")
     for i, part in enumerate(parts):
-        if isinstance(module, AdapterLayer):
-            if part != "base_layer":
-                return True
-        elif isinstance(module, ModulesToSaveWrapper) and part != "original_module":
+        carrier = carrier_of(module)
+        if carrier is not None and part != carrier.inner_name:
             return True
         if i == len(parts) - 1:
             return False

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import Parts
-from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage.parallel import spread_as
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
@@ -67,8 +67,8 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     if parts.prompt is not None:
         for name, tensor in parts.prompt.stored().items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
-    tokens = {f"{k}.token_adapter": w for k, w in parts.wrappers.items() if isinstance(w, TrainableTokensWrapper)}
-    rows = {key: w.token_adapter for key, w in tokens.items() if adapter not in w.tied}
+    tokens: dict[str, Any] = {f"{k}.{w.inner_name}": w for k, w in parts.wrappers.items() if w.takes_rows}
+    rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         unnamed = layer.methods[adapter].unnamed
         for slot in layer.slots(adapter):
@@ -85,7 +85,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
                 file, also = memory, (file,)
             yield Entry(memory, file, also, slot.owner, slot.attribute, slot.tensor, stem, layer, container, path)
     for key, wrapper in parts.wrappers.items():
-        if isinstance(wrapper, TrainableTokensWrapper):
+        if wrapper.takes_rows:
             continue
         for slot in wrapper.slots(adapter):
             if slot.saved:

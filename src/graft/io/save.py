@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.targets import EMBEDDING_NAMES
+from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
-from graft.core.layer import AdapterLayer
 from graft.core.merging import unmerged
 from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
@@ -144,7 +144,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
     layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     out: dict[str, Tensor] = {}
     for key, module in base.named_modules():
-        if isinstance(module, AdapterLayer):
+        if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in module.base_layer.named_parameters()}
                 out[f"{key}.base_layer.weight"] = unmerged(module)[0]

@@ -15,6 +15,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Factors, Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
+from graft.kernels.shards import Repeated, Shards
 
 
 @dataclass(kw_only=True)
@@ -35,24 +36,6 @@ class MissConfig(Targeted, LayerRange):
             raise ConfigError(f"`mini_r` should be a positive integer value but the value passed is {self.mini_r}")
         if self.init_weights == "bat" and self.miss_dropout:
             warn("miss_dropout has no effect with init_weights='bat', which has no product of the input by itself.")
-
-
-class Shards:
-    """The sum of an input's shards: x ↦ (x₀ + x_r + x_2r + …, x₁ + …, …). What a matrix of ones does, without it."""
-
-    def __init__(self, r: int, fan_in: int, like: Tensor):
-        self.r, self.fan_in, self.like = r, fan_in, like
-
-    def __call__(self, x: Tensor) -> Tensor:
-        whole = self.fan_in - self.fan_in % self.r
-        z = x[..., :whole].unflatten(-1, (-1, self.r)).sum(-2)
-        return z if whole == self.fan_in else z + nn.functional.pad(x[..., whole:], (0, self.r - self.fan_in + whole))
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix of ones, (r, fan_in)."""
-        eye = torch.eye(self.r, dtype=self.like.dtype, device=self.like.device)
-        return eye.repeat(1, -(-self.fan_in // self.r))[:, : self.fan_in]
 
 
 class MiSS(Method):
@@ -94,15 +77,11 @@ class MiSS(Method):
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
 
     def factors(self) -> Factors:
-        A: Any = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
-        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # no vectors: the layer's own function needs a weight
-            A = A.weight
-        return Factors(A, self.block.T, dropout=self.miss_dropout)
-
-    @property
-    def block(self) -> Tensor:
-        """D, (r, out)."""
-        return self.miss_block
+        A = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
+        B = Repeated(self.miss_block, self.site.out_features // self.miss_block.shape[1])
+        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # no vectors: the layer's own function takes matrices
+            return Factors(A.weight, B.weight, dropout=self.miss_dropout)
+        return Factors(A, B, dropout=self.miss_dropout)
 
 
 class MiniMiSS(MiSS):
@@ -117,10 +96,6 @@ class MiniMiSS(MiSS):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.cfg.r, self.cfg.mini_r
-
-    @property
-    def block(self) -> Tensor:
-        return self.miss_block.repeat(1, self.site.out_features // self.cfg.mini_r)
 
 
 class BatMiSS(MiSS):

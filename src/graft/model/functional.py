@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.core.carrier import layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.place import place
@@ -31,12 +32,8 @@ def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:
     return [*tree.layers.values(), *tree.wrappers.values()]
 
 
-def adapters_of(part: AdapterLayer | Wrapper) -> list[str]:
-    return list(part.methods) if isinstance(part, AdapterLayer) else part.adapters
-
-
 def check_there(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
-    have = dict.fromkeys(name for part in parts for name in adapters_of(part))
+    have = dict.fromkeys(name for part in parts for name in part.adapters)
     unknown = [n for n in names if n not in have]
     if unknown:
         raise AdapterNotFoundError(
@@ -80,7 +77,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         return list(registry.active_adapters)
     parts = parts_in(model)
     check_there(parts, [adapter_name])
-    if any(adapter_name in layer.merged_adapters for layer in parts if isinstance(layer, AdapterLayer)):
+    if any(adapter_name in part.merged_adapters for part in parts):
         raise ValueError(
             f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
         )
@@ -91,7 +88,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     if isinstance(configs, dict):  # a model without a PeftModel
         configs.pop(adapter_name, None)
     left = [n for n in active if n != adapter_name]
-    others = sorted({name for part in parts for name in adapters_of(part)})
+    others = sorted({name for part in parts for name in part.adapters})
     if active and not left and others:
         left = others[:1]
         warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
@@ -110,7 +107,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     check_there(parts, names)
     for part in parts:
         for name in names:
-            if name in adapters_of(part):
+            if name in part.adapters:
                 part.require_grad(name, requires_grad)
 
 
@@ -156,7 +153,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
     For hooks that cast an adapter's modules when they run, such as diffusers' layerwise casting.
     """
-    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)] if active else []
+    layers = [m for m in model.modules() if layer_in(m) is m] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
     for layer in layers:
         layer.cast_input_dtype_enabled = False

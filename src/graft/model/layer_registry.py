@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
+from graft.core.carrier import carrier_of
 from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
@@ -19,8 +20,7 @@ from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
-from graft.inject.survey import Tree, Wrapper
-from graft.inject.tokens import TrainableTokensWrapper
+from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
 
@@ -167,7 +167,7 @@ class LayerRegistry(Registry):
         return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
 
     def mergeable_layers(self) -> list[AdapterLayer]:
-        rows = [w.token_adapter for w in self.wrappers.values() if isinstance(w, TrainableTokensWrapper)]
+        rows = [w.adapter_layer for w in self.wrappers.values() if w.adapter_layer is not None]
         return [*self.layers.values(), *rows]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -240,10 +240,9 @@ class LayerRegistry(Registry):
         return self.model
 
     def _restore(self, parent: nn.Module, name: str, child: nn.Module) -> None:
-        if isinstance(child, AdapterLayer):
-            parent._modules[name] = child.base_layer
-        elif isinstance(child, Wrapper):
-            parent._modules[name] = child.kept
+        carrier = carrier_of(child)
+        if carrier is not None:
+            parent._modules[name] = carrier.kept
 
     def _keys_in(self, state_dict: dict[str, Tensor], config: Any) -> set[str]:
         mark = f".{self.method_for(config).prefix}"
@@ -259,7 +258,7 @@ def survey_places(model: nn.Module, act: Any) -> None:
             if child is None:
                 continue
             act(module, name, child)
-            if id(child) in seen or isinstance(child, AdapterLayer | Wrapper):
+            if id(child) in seen or carrier_of(child) is not None:
                 continue
             seen.add(id(child))
             visit(child)

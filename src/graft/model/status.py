@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from graft.core.carrier import carrier_of
 from graft.core.layer import AdapterLayer
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import survey
@@ -58,7 +59,8 @@ def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     registry = registry_of(model)
     modules = survey(model if registry is None else registry.model).modules
     prefix = "" if registry is None else "model."
-    return {f"{prefix}{k}": m for k, m in modules.items() if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))}
+    carriers = {k: carrier_of(module) for k, module in modules.items()}
+    return {f"{prefix}{k}": c for k, c in carriers.items() if c is not None and not c.takes_rows}
 
 
 def with_layers(model: Any, caller: str) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.layer import AdapterLayer
+from graft.core.carrier import layer_in
 
 
 def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
     """Yield A, B and scaling of each LoRA adapter on a layer that is no embedding."""
     for layer in model.modules():
-        if isinstance(layer, AdapterLayer) and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
+        if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
             Bs: Any = layer.lora_B
             for name, A in layer.lora_A.items():
                 yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]

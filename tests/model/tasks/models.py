@@ -184,6 +184,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "HIRA": dict(r=3),
     "MISS": dict(r=4),
     "VBLORA": dict(r=3, num_vectors=9, vector_length=12),
+    "ROAD": dict(variant="road_2", group_size=4),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

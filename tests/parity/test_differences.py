@@ -361,14 +361,9 @@ def test_plan_tells_what_injection_does(sample, meta):
 
     model = adapt(graft, sample)
     assert [m.name for m in plan.matched] == list(model.targeted_module_names)
-    if (
-        not (
-            sample.kwargs.get("inference_mode")
-            or sample.kwargs.get("bias")
-            or sample.kwargs.get("trainable_token_indices")
-        )
-        and sample.method != "VBLORA"
-    ):  # reports do not count yet what layers share
+    if not (
+        sample.kwargs.get("inference_mode") or sample.kwargs.get("bias") or sample.kwargs.get("trainable_token_indices")
+    ):
         assert plan.trainable_parameters == model.get_nb_trainable_parameters()[0]
     assert all(m.name in str(plan) for m in plan.matched) or len(plan.matched) > 1
 

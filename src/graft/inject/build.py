@@ -79,7 +79,7 @@ def share(job: Any) -> None:
         )
     values = job.method.share(sites, job.cfg, job.shared.containers, job.others)
     where = sites[0].store.where(sites[0].module)
-    job.shared.hold(job.adapter, values, where, job.upcast and job.method.upcast)
+    job.report.other_trainable += job.shared.hold(job.adapter, values, where, job.upcast and job.method.upcast)
 
 
 def add_layers(job: Any) -> None:

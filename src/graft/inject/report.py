@@ -38,7 +38,7 @@ class InjectReport:
     untargeted: Counter[str] = field(default_factory=Counter)
     unmatched_targets: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # entry → similar names
     modules_to_save: list[Matched] = field(default_factory=list)
-    other_trainable: int = 0  # numbers in biases of the base model
+    other_trainable: int = 0  # numbers in biases of the base model, and in what layers share
     base_parameters: int = 0
 
     @property

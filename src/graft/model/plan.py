@@ -48,7 +48,8 @@ def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectRep
         shared = Shared()
         if method.shares:
             sites = list(made.sites.values())
-            shared.hold(adapter_name, method.share(sites, made.cfg, {}, {}), (None, None), False)
+            values = method.share(sites, made.cfg, {}, {})
+            report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
         for key in made.sites:
             report.matched.append(matched(made.methods[key], shared.attached()))
     sizes = {m.name: m.parameters for m in report.matched}

@@ -16,12 +16,25 @@ class State:
     """What changes when adapters are switched. A plain object: setting an attribute of a module takes ten times as
     long."""
 
-    __slots__ = ("active", "disabled", "trainable")
+    __slots__ = ("active", "disabled", "slots", "trainable")
 
     def __init__(self) -> None:
         self.active: list[str] = []
         self.disabled = False
-        self.trainable: set[str] = set()  # adapters that require gradients
+        self.trainable: Sequence[str] = ()  # adapters that require gradients
+        self.slots: dict[str, list[Slot]] = {}  # by adapter, as they were last seen; of layers
+
+    def let_train(self, adapter: str, on: bool) -> bool:
+        """Whether its parameters stand where they were last seen, and so require gradients now, or none."""
+        try:
+            for slot in self.slots[adapter]:
+                if slot.trains:
+                    if slot.held[adapter] is not slot.root:
+                        return False
+                    slot.where[slot.attribute].requires_grad = on
+        except KeyError:
+            return False
+        return True
 
 
 class Carrier:
@@ -80,13 +93,18 @@ class Carrier:
         for slot in self.slots(adapter):
             if slot.trains:
                 slot.tensor.requires_grad = requires_grad
-        (self.state.trainable.add if requires_grad else self.state.trainable.discard)(adapter)
+
+    def _let_train(self, adapter: str, on: bool) -> None:
+        if not self.state.let_train(adapter, on):
+            self.require_grad(adapter, on)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         have = self.adapters
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in have:
                 self.require_grad(name, requires_grad)
+                others = [n for n in self.state.trainable if n != name]
+                self.state.trainable = [*others, name] if requires_grad else others
 
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
@@ -97,14 +115,13 @@ class Carrier:
 
     def activate(self, names: list[str], train: bool) -> None:
         """`set_adapter` of what has been checked."""
-        state, have = self.state, self.adapters
-        for name in [n for n in state.trainable if not (train and n in names)]:
-            self.require_grad(name, False)
-        if train:
-            for name in names:
-                if name in have:
-                    self.require_grad(name, True)
-        state.active = names
+        state, on = self.state, names if train else ()
+        for name in state.trainable:
+            if name not in on:
+                self._let_train(name, False)
+        for name in on:
+            self._let_train(name, True)
+        state.active, state.trainable = names, on
         self.changed()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -115,9 +132,11 @@ class Carrier:
     def forget(self, adapter: str) -> None:
         """Forget `adapter` and its tensors."""
         self.drop(adapter)
-        self.state.trainable.discard(adapter)
-        if adapter in self.state.active:
-            self.state.active = [a for a in self.state.active if a != adapter]
+        state = self.state
+        if adapter in state.trainable:
+            state.trainable = [a for a in state.trainable if a != adapter]
+        if adapter in state.active:
+            state.active = [a for a in state.active if a != adapter]
         self.changed()
 
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -131,23 +132,24 @@ class Attached(NamedTuple):
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of what is kept in plain dicts
 
 
-class Slot(NamedTuple):
+@dataclass(slots=True, eq=False)  # made and read in less time than a tuple with names
+class Slot:
     """Where one tensor of an adapter stands."""
 
     container: str
     path: str  # below the adapter's name
     owner: nn.Module
     attribute: str
-    is_parameter: bool  # not a buffer
+    where: dict[str, Any]  # the owner's parameters or buffers
+    is_parameter: bool
     trains: bool  # and not for ever frozen
     saved: bool
-    held: dict[str, Any]  # the modules of the container, by adapter; empty if the tensor itself stands in it
+    held: dict[str, Any]  # the modules of the container, by adapter; None if the tensor itself stands in it
     root: nn.Module | None  # what `held` had for the adapter when this was written down; None: not to be relied on
 
     @property
     def tensor(self) -> Tensor:
-        held = self.owner._parameters if self.is_parameter else self.owner._buffers
-        return held[self.attribute]  # type: ignore[return-value]
+        return self.where[self.attribute]  # type: ignore[no-any-return]
 
     def assign(self, value: Tensor, device: Any = None) -> None:
         """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
@@ -158,10 +160,7 @@ class Slot(NamedTuple):
             return
         if value.device != device or value.dtype != here.dtype:
             value = value.to(device=device, dtype=here.dtype)
-        if self.is_parameter:
-            self.owner._parameters[self.attribute] = nn.Parameter(value, requires_grad=here.requires_grad)
-        else:
-            self.owner._buffers[self.attribute] = value
+        self.where[self.attribute] = nn.Parameter(value, here.requires_grad) if self.is_parameter else value
 
 
 def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Iterator[Slot]:
@@ -173,10 +172,11 @@ def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Itera
     saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
     for path, owner, name, tensor in tensors_of(container, adapter, transient=True):
         is_parameter = name in owner._parameters
+        where = owner._parameters if is_parameter else owner._buffers
         trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
         root = top if owner is top else None  # deeper, any module on the way may become another
-        held = container._modules if path else {}
-        yield Slot(key, path, owner, name, is_parameter, trains, (id(owner), name) in saved, held, root)
+        held = container._modules if path else {adapter: None}
+        yield Slot(key, path, owner, name, where, is_parameter, trains, (id(owner), name) in saved, held, root)
 
 
 def container_for(value: Any) -> Any:

@@ -21,10 +21,10 @@ class Holding:
     attached: set[str]  # names of containers that belong to the model, not to this layer
     scaling: dict[str, float]  # of methods that have one
     scaling_at_start: dict[str, float]
-    _slots: dict[str, list[Slot]]  # by adapter, see `slots`
+    state: Any
 
     def begin_holding(self) -> None:
-        self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={}, _slots={})
+        self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
 
     def hold(self, method: Any, values: dict[str, Any]) -> None:
         """Put what `Method.build` declared into containers."""
@@ -60,10 +60,10 @@ class Holding:
                 container._modules[adapter] = value
                 if not value._modules and not value._buffers:
                     value.__dict__["training"] = training
-                    held = container._modules
-                    for name, p in value._parameters.items():
+                    held, where = container._modules, value._parameters
+                    for name, p in where.items():
                         if p is not None:
-                            slots.append(Slot(key, name, value, name, True, p.requires_grad, True, held, value))
+                            slots.append(Slot(key, name, value, name, where, True, p.requires_grad, True, held, value))
                 else:
                     value.train(training)
                     slots += slots_of(key, container, adapter)
@@ -73,7 +73,7 @@ class Holding:
         for key, container in method.empty.items():
             if key not in modules and key not in own:
                 own[key] = container
-        self._slots[adapter] = slots
+        self.state.slots[adapter] = slots
         if "scaling" in values:
             self.scaling_at_start[adapter] = values["scaling"]
 
@@ -92,9 +92,9 @@ class Holding:
     def _widen(self, key: str, container: Any) -> AnyDict:
         """Have a container hold anything: methods of two kinds call different things by its name."""
         wider = self._modules[key] = AnyDict(container)  # type: ignore[attr-defined]
-        for name, slots in self._slots.items():
+        for name, slots in self.state.slots.items():
             moved = iter(slots_of(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
-            self._slots[name] = [next(moved) if s.container == key else s for s in slots]
+            self.state.slots[name] = [next(moved) if s.container == key else s for s in slots]
         return wider
 
     def place(self, adapter: str, upcast: bool = True) -> int:
@@ -106,14 +106,13 @@ class Holding:
         upcast = upcast and self.methods[adapter].upcast  # type: ignore[attr-defined]
         widens = upcast and dtype in UPCAST
         size = 0
-        for slot in self._slots[adapter]:  # as they were just made
-            owner, attribute = slot.owner, slot.attribute
-            t: Any = owner._parameters[attribute] if slot.is_parameter else owner._buffers[attribute]
+        for slot in self.state.slots[adapter]:  # as they were just made
+            t = slot.tensor
             if slot.trains:
                 size += t.numel()
                 t.requires_grad = False
             if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
-                place_tensor(owner, attribute, device, dtype, upcast)
+                place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
         return size
 
     def let_go(self, adapter: str) -> None:
@@ -127,15 +126,14 @@ class Holding:
                 container._modules.pop(adapter, None)
             elif adapter in container:
                 del container[adapter]
-        self._slots.pop(adapter, None)
+        self.state.slots.pop(adapter, None)
         self.scaling_at_start.pop(adapter, None)
 
     def slots(self, adapter: str) -> list[Slot]:
         """Where its tensors stand now. Looked up again where a module has been replaced, pruned or parametrized."""
-        slots: list[Slot] = self._slots.get(adapter, [])
+        slots: list[Slot] = self.state.slots.get(adapter, [])
         for slot in slots:
-            held = slot.owner._parameters if slot.is_parameter else slot.owner._buffers
-            if slot.held.get(adapter) is not slot.root or slot.attribute not in held:
+            if slot.held.get(adapter) is not slot.root or slot.attribute not in slot.where:
                 break
         else:
             return slots
@@ -144,7 +142,7 @@ class Holding:
             return list(slots_of(place, ModuleDict({adapter: self.base_layer}), adapter))  # type: ignore[attr-defined]
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
         slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]  # type: ignore[attr-defined]
-        self._slots[adapter] = slots
+        self.state.slots[adapter] = slots
         return slots
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
@@ -154,9 +152,8 @@ class Holding:
                 yield slot, slot.tensor
 
     def first_tensor(self, adapter: str) -> Tensor:
-        slot = self._slots[adapter][0]
-        held = slot.owner._parameters if slot.is_parameter else slot.owner._buffers
-        tensor = held.get(slot.attribute)
+        slot = self.state.slots[adapter][0]
+        tensor = slot.where.get(slot.attribute)
         if tensor is None or slot.held.get(adapter) is not slot.root:
             tensor = self.slots(adapter)[0].tensor
         return tensor

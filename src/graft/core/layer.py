@@ -28,7 +28,7 @@ from graft.kernels.eager import eager, has_no_hooks
 class LayerState(State):
     """What changes when adapters of a layer are switched or merged."""
 
-    __slots__ = ("merged", "mixes", "original", "plan", "plans", "undo")
+    __slots__ = ("merged", "mix", "original", "plan", "plans", "undo")
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class LayerState(State):
         self.original: Any = None  # the base weight before an injection that is still under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
         self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of those that run
-        self.mixes: dict[tuple[str | None, ...], Mixed] = {}
+        self.mix: Mixed | None = None  # of the last batch whose rows used several
 
 
 @lean
@@ -121,7 +121,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.methods[method.name] = method
         if method.config not in self.kinds:
             self.kinds.append(method.config)
-        self.forget_plans()
+        self.forget_plans(method.name)
 
     def drop(self, adapter: str) -> None:
         if adapter in self.state.merged:
@@ -129,11 +129,10 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
                 f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
             )
         self.let_go(adapter)
-        self.methods.pop(adapter, None)
-        have = {m.config for m in self.methods.values()}
-        if len(have) < len(self.kinds):
-            self.kinds[:] = [kind for kind in self.kinds if kind in have]
-        self.forget_plans()
+        gone = self.methods.pop(adapter, None)
+        if gone is not None and all(m.config is not gone.config for m in self.methods.values()):
+            self.kinds.remove(gone.config)
+        self.forget_plans(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
@@ -154,9 +153,11 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""
-        if not enabled and self.state.merged:
+        state = self.state
+        if not enabled and state.merged:
             self.unmerge()
-        super().enable_adapters(enabled)
+        state.disabled = not enabled
+        self.changed()
 
     def changed(self) -> None:
         """Decide, once per change, what `forward` does."""
@@ -165,18 +166,26 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             state.plan = None
             return
         names = tuple(state.active)
-        if names not in state.plans:
-            state.plans[names] = plan_of(self, names)
-        state.plan = state.plans[names]
+        state.plan = state.plans[names] if names in state.plans else self.plan_for(names)
+
+    def plan_for(self, names: tuple[str, ...]) -> Plan | None:
+        """What these adapters do here; None if the layer carries none of them."""
+        plans = self.state.plans
+        if names not in plans:
+            plans[names] = plan_of(self, names)
+        return plans[names]
 
     def place_of_whole(self, adapter: str) -> str | None:
         """The container in which the base layer stands while the adapter's module stands in its place."""
         m = self.methods.get(adapter)
         return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
 
-    def forget_plans(self) -> None:
-        self.state.plans.clear()
-        self.state.mixes.clear()
+    def forget_plans(self, adapter: str) -> None:
+        """Those in which an adapter that comes or goes has a part."""
+        plans = self.state.plans
+        for names in [names for names in plans if adapter in names]:
+            del plans[names]
+        self.state.mix = None
 
     # the base weight
 
@@ -250,9 +259,9 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         """What the layer does in a batch with these adapters in it."""
         state = self.state
         names = () if state.disabled else rows.names
-        mix = state.mixes.get(names)
-        if mix is None:
-            mix = state.mixes[names] = Mixed(self, names)
+        mix = state.mix
+        if mix is None or mix.names != names:
+            mix = state.mix = Mixed(self, names)
         return mix
 
     @property

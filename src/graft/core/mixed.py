@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +11,16 @@ from torch import Tensor
 from graft.core import fused
 from graft.core.call import Rows
 from graft.core.effect import LowRank
-from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, part_of, plan_of, refuse_gates
+from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, part_of, refuse_gates
 from graft.kernels.mixed import add_groups, fits
 
 
 class Mixed:
     """What a layer does with the rows of a batch, by the names of the adapters in it (None: no adapter)."""
 
-    def __init__(self, layer: Any, names: Sequence[str | None]):
-        self.layer = layer
-        self.plans: dict[str | None, Plan | None] = {n: None if n is None else plan_of(layer, [n]) for n in names}
+    def __init__(self, layer: Any, names: tuple[str | None, ...]):
+        self.layer, self.names = layer, names
+        self.plans: dict[str | None, Plan | None] = {n: None if n is None else layer.plan_for((n,)) for n in names}
         plans = [plan for plan in self.plans.values() if plan is not None]
         self.whole = any(isinstance(plan, Whole) for plan in plans)
         self.adds = not any(isinstance(plan, (Chain, Folded, Instead)) for plan in plans)

@@ -106,9 +106,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     parts = parts_in(model)
     check_there(parts, names)
     for part in parts:
-        for name in names:
-            if name in part.adapters:
-                part.require_grad(name, requires_grad)
+        part.set_requires_grad(names, requires_grad)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -47,7 +47,8 @@ class Carrier:
     claim: str  # how adapters hold the module, in messages: "it … adapter(s) ['a']"
     takes_rows = False  # single rows of the module train
     adapter_layer: Any = None  # the layer that does its work
-    base_module: Any  # of the base, which it stands for
+    replaces = True  # a module of the base, whose place it takes
+    base_module: Any  # that module
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -156,8 +157,8 @@ class Carrier:
 
 
 def carrier_of(module: Any) -> Any:
-    """Return a module that is a carrier; None for any other."""
-    return module if isinstance(module, Carrier) else None
+    """Return a module that is a carrier in the place of another; None for any other."""
+    return module if isinstance(module, Carrier) and module.replaces else None
 
 
 def layer_in(module: Any) -> Any:

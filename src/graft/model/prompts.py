@@ -45,6 +45,7 @@ class Encoders(Carrier, nn.ModuleDict):
     """The carrier of all prompts, by adapter."""
 
     key = PLACE
+    replaces = False
 
     def __init__(self) -> None:
         super().__init__()

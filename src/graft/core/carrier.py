@@ -95,10 +95,6 @@ class Carrier:
             if slot.trains:
                 slot.tensor.requires_grad = requires_grad
 
-    def _let_train(self, adapter: str, on: bool) -> None:
-        if not self.state.let_train(adapter, on):
-            self.require_grad(adapter, on)
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         have = self.adapters
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
@@ -118,10 +114,11 @@ class Carrier:
         """`set_adapter` of what has been checked."""
         state, on = self.state, names if train else ()
         for name in state.trainable:
-            if name not in on:
-                self._let_train(name, False)
+            if name not in on and not state.let_train(name, False):
+                self.require_grad(name, False)
         for name in on:
-            self._let_train(name, True)
+            if not state.let_train(name, True):
+                self.require_grad(name, True)
         state.active, state.trainable = names, on
         self.changed()
 
@@ -138,7 +135,7 @@ class Carrier:
             state.trainable = [a for a in state.trainable if a != adapter]
         if adapter in state.active:
             state.active = [a for a in state.active if a != adapter]
-        self.changed()
+            self.changed()
 
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
         """Forget `adapter`. If it was active, the others that were stay so; if there are none, those that

@@ -117,8 +117,9 @@ class Holding:
 
     def let_go(self, adapter: str) -> None:
         """Drop an adapter's tensors and facts."""
-        modules, own = self._modules, self.__dict__  # type: ignore[attr-defined]
-        for key in self.containers:
+        own = self.__dict__
+        modules = own["_modules"]
+        for key in own["containers"]:
             container: Any = modules.get(key)
             if container is None:
                 own[key].pop(adapter, None)
@@ -126,8 +127,8 @@ class Holding:
                 container._modules.pop(adapter, None)
             elif adapter in container:
                 del container[adapter]
-        self.state.slots.pop(adapter, None)
-        self.scaling_at_start.pop(adapter, None)
+        own["state"].slots.pop(adapter, None)
+        own["scaling_at_start"].pop(adapter, None)
 
     def slots(self, adapter: str) -> list[Slot]:
         """Where its tensors stand now. Looked up again where a module has been replaced, pruned or parametrized."""

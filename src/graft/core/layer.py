@@ -39,6 +39,13 @@ class LayerState(State):
         self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of those that run
         self.mix: Mixed | None = None  # of the last batch whose rows used several
 
+    def forget(self, adapter: str) -> None:
+        """Forget what an adapter that comes or goes has a part in."""
+        for names in list(self.plans):
+            if adapter in names:
+                del self.plans[names]
+        self.mix = None
+
 
 @lean
 class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
@@ -121,18 +128,20 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.methods[method.name] = method
         if method.config not in self.kinds:
             self.kinds.append(method.config)
-        self.forget_plans(method.name)
+        self.state.forget(method.name)
 
     def drop(self, adapter: str) -> None:
-        if adapter in self.state.merged:
+        state, methods = self.state, self.methods
+        if adapter in state.merged:
             raise ValueError(
                 f"Cannot delete adapter(s) ['{adapter}'] while they are merged. Please unmerge them first."
             )
         self.let_go(adapter)
-        gone = self.methods.pop(adapter, None)
-        if gone is not None and all(m.config is not gone.config for m in self.methods.values()):
-            self.kinds.remove(gone.config)
-        self.forget_plans(adapter)
+        methods.pop(adapter, None)
+        if not methods or len(self.kinds) > 1:
+            have = {m.config for m in methods.values()}
+            self.kinds[:] = [kind for kind in self.kinds if kind in have]
+        state.forget(adapter)
 
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
@@ -179,13 +188,6 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         """The container in which the base layer stands while the adapter's module stands in its place."""
         m = self.methods.get(adapter)
         return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
-
-    def forget_plans(self, adapter: str) -> None:
-        """Those in which an adapter that comes or goes has a part."""
-        plans = self.state.plans
-        for names in [names for names in plans if adapter in names]:
-            del plans[names]
-        self.state.mix = None
 
     # the base weight
 

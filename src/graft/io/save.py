@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged
+from graft.core.method import Method
 from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
 from graft.io.entries import Entry, entries, without_wrappers
@@ -64,20 +66,25 @@ def get_peft_model_state_dict(
     if given is not None and parts.prompt is not None:
         parts, given = with_values(parts, given, adapter_name), None
     out: dict[str, Tensor] = {}
-    for layer, group in groupby(entries(parts, adapter_name, prefix), lambda entry: entry.layer):
+    for layer, group in groupby(entries(parts, adapter_name, prefix), attrgetter("layer")):
         held = list(group)
-        for entry in held:
-            if given is not None and entry.memory not in given:
-                raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter_name}'.")
-        values = {entry.file: entry.tensor if given is None else given[entry.memory] for entry in held}
+        values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
         out |= values if layer is None else stored(layer.methods[adapter_name], held, values, config)
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
         out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)
     return out
 
 
+def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
+    if entry.memory not in given:
+        raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter}'.")
+    return given[entry.memory]
+
+
 def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Return the tensors that a file holds of an adapter on one layer, by file key."""
+    if type(method).stored is Method.stored:
+        return values
     places = {(entry.container, entry.path): entry.file for entry in held}
     made = method.stored({place: values[file] for place, file in places.items()}, config)
     stem = held[0].stem.removesuffix(held[0].container)

@@ -140,7 +140,8 @@ def spread(encoder: nn.Module, number: int = 1) -> None:
 
 def adapted(name: str, method: str, **more):
     """A tiny model with a prompt, in eval mode."""
-    model = graft.get_peft_model(base(name), config(name, method, **more)).eval()
+    with seeded(1):  # not all of a prompt trains and is spread
+        model = graft.get_peft_model(base(name), config(name, method, **more)).eval()
     spread(model.prompt_encoder["default"])
     return model
 

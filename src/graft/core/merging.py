@@ -24,15 +24,17 @@ def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
     """Those of `names` (None: the active ones) that are not merged yet. Says what is merged already."""
     if isinstance(names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {names!r}: write ['{names}'].")
-    names = layer.active_adapters if names is None else names
-    left = [n for n in names if n not in layer.merged_adapters]
-    say_merged(layer.merged_adapters, names, left, replaces(layer, left))
+    done = layer.state.merged
+    names = layer.state.active if names is None else names
+    left = [n for n in names if n not in done]
+    if done:
+        say_merged(done, names, left, replaces(layer, left))
     return left
 
 
 def replaces(layer: Any, names: Sequence[str]) -> bool:
     """Whether one of these adapters stands in for the whole layer."""
-    return any(layer.methods[n].effect.whole for n in names if n in layer.methods)
+    return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
 
 def say_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], replaces: bool) -> None:
@@ -73,7 +75,7 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return
-    if layer.disable_adapters and undoable:
+    if layer.state.disabled and undoable:
         raise ValueError(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}' while adapters are disabled: it would act with "
             "them at once. Enable them first (or leave the disable_adapter() block); merge_and_unload() works as it is."
@@ -89,7 +91,7 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
             if safe and not all(p.isfinite().all() for m in methods for p in m.effect.module().parameters()):  # type: ignore[attr-defined]
                 raise ValueError(_broken(names, key))
         return
-    check_together(layer, [layer.methods[n] for n in layer.merged_adapters] + methods)
+    check_together(layer, [layer.methods[n] for n in layer.state.merged] + methods)
     if safe:
         with layer.store.at_hand(layer, None):
             everything, start = in_order(layer, names)
@@ -100,22 +102,20 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
 
 def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
     """Why these adapters cannot be written into this layer, if so."""
-    for m in methods:
-        if m.effect.fixed is not None:
-            return m.effect.fixed
-    if any(m.effect.whole for m in methods):
+    effects = [m.effect for m in methods]
+    for effect in effects:
+        if effect.fixed is not None:
+            return effect.fixed  # type: ignore[no-any-return]
+    if any([effect.whole for effect in effects]):
         return None
     base, store = layer.base_layer, layer.store
     why = store.fixed(base, layer.site.parameter)
-    if why is None and any(shifts(m) for m in methods):
-        why = store.fixed(base, "bias")
-    return why
-
-
-def shifts(m: Any) -> bool:
-    """Whether an adapter changes the bias."""
-    with evaluating(m.layer):
-        return m.effect.additive and shift_of(m.effect) is not None
+    bias = None if why is not None else store.fixed(base, "bias")
+    if bias is not None:
+        with evaluating(layer):
+            shifted = any([effect.additive and shift_of(effect) is not None for effect in effects])
+        why = bias if shifted else None
+    return why  # type: ignore[no-any-return]
 
 
 def _broken(names: Sequence[str], key: str) -> str:
@@ -129,6 +129,8 @@ def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] |
     """The steps of all that will be merged; and of `names` alone, if they can go on top of what is merged."""
     done = layer.state.merged
     steps = ordered(layer, [layer.methods[n] for n in (*done, *names) if n in layer.methods])
+    if not done:
+        return steps, steps
     new = [step for step in steps if step[0].name not in done]
     on_top = steps[len(steps) - len(new) :] == new or all(effect.additive for _, effect in steps)
     return steps, new if on_top else None

@@ -8,8 +8,7 @@ outside in, outputs come back; folding weights in the same order gives the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,16 +59,18 @@ def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
     return kind(layer, steps)
 
 
-@contextmanager
-def evaluating(layer: Any) -> Iterator[None]:
-    """Ask adapters what they do when they do not train, so that nothing random is merged."""
-    own = layer.__dict__
-    before = own["training"]
-    own["training"] = False
-    try:
-        yield
-    finally:
-        own["training"] = before
+class evaluating:
+    """Ask adapters of a layer what they do when they do not train, so that nothing random is merged."""
+
+    def __init__(self, layer: Any):
+        self.own = layer.__dict__
+
+    def __enter__(self) -> None:
+        self.before = self.own["training"]
+        self.own["training"] = False
+
+    def __exit__(self, *error: Any) -> None:
+        self.own["training"] = self.before
 
 
 # what one adapter adds

@@ -169,12 +169,19 @@ def inject(model: nn.Module, config: Any, method: type[Method], adapter: str, **
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the garbage collector: an injection makes no garbage, and the search takes longer than the injection."""
+    """Pause the garbage collector: an injection makes no garbage, and the search takes longer than the injection.
+
+    Count what was made as old afterwards. Python would search it at once otherwise, as young: 0.4 s of 1.1 s for 10,000
+    modules.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():  # what a caller has frozen stays so
+            gc.freeze()
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

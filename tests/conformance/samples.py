@@ -1,90 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three axes of the matrix as tables: methods (`SAMPLES`), layers (`LAYERS`), weight storage (`STORES`).
+"""The three axes of the matrix: methods (`SAMPLES`, of tests/samples), layers (`LAYERS`), weight storage (`STORES`).
 
-A new method adds a line to `SAMPLES`, a new layer type one to `LAYERS`, a new store one to `STORES`; every law of
-test_matrix.py then holds for it. What a method cannot do stands in `REFUSED` and `UNMERGEABLE` with the reason, and is
-tested to fail in that way.
+A new layer type adds a line to `LAYERS`, a new store one to `STORES`; every law of test_matrix.py then holds for it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import graft
-from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft.core.errors import UnsupportedLayerError
+from tests import samples
 from tests.conformance import stores
 from tests.looks import layers_of
 from tests.models import seeded
+from tests.samples.laws import Sample
 
 ADAPTERS = ("default", "other")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A method and a configuration that shows one of its ways to act."""
-
-    method: str
-    label: str = ""
-    config: dict[str, Any] = field(default_factory=dict, hash=False)
-    other: dict[str, Any] = field(default_factory=dict, hash=False)  # where a second adapter must differ
-    subtracts: bool = False  # unmerging subtracts the update, so the weight comes back rounded
-    identity: bool = True  # a fresh adapter changes nothing
-    together: bool = True  # two adapters can be active at once
-    rewrites: bool = False  # the base weight, for good; so it stands only beside its like
-
-    def __str__(self) -> str:
-        return f"{self.method}-{self.label}" if self.label else self.method
-
-    def make(self, adapter: str = "default"):
-        values = {**self.config, **(self.other if adapter == "other" else {})}
-        return graft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](target_modules=["layer"], **copy.deepcopy(values))
-
-
-SAMPLES = [
-    Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
-    Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
-    Sample("LORA", "dora", dict(r=4, lora_alpha=6, use_dora=True)),
-    Sample("LORA", "kasa", dict(r=4, lora_alpha=6, kasa_config={}), subtracts=True, identity=False, rewrites=True),
-    Sample("IA3", config=dict(feedforward_modules=[])),
-    Sample("IA3", "feedforward", dict(feedforward_modules=["layer"])),
-    Sample("VERA", config=dict(r=3), subtracts=True),
-    Sample("LOHA", config=dict(r=3, alpha=5)),
-    Sample("LOHA", "effective", dict(r=3, alpha=5, use_effective_conv2d=True)),
-    Sample("OFT", config=dict(oft_block_size=3)),
-    Sample("OFT", "exact", dict(oft_block_size=3, use_cayley_neumann=False)),
-    Sample("OFT", "shared", dict(oft_block_size=3, block_share=True)),
-    Sample("OFT", "constrained", dict(oft_block_size=3, coft=True, eps=0.9)),
-    Sample("HRA", config=dict(r=4)),
-    Sample("HRA", "orthogonal", dict(r=2, apply_GS=True), identity=False),
-    Sample("HIRA", config=dict(r=3)),
-    Sample("HIRA", "random", dict(r=2, init_weights=False), identity=False),
-    Sample("MISS", config=dict(r=4), subtracts=True),
-    Sample("MISS", "mini", dict(r=4, mini_r=2, init_weights="mini"), subtracts=True),
-    Sample("MISS", "bat", dict(r=2, init_weights="bat")),
-    Sample(
-        "VBLORA",
-        config=dict(r=3, num_vectors=7, vector_length=2, topk=3, init_vector_bank_bound=0.5),
-        identity=False,
-        subtracts=True,
-    ),
-    Sample("ROAD", config=dict(group_size=2)),
-    Sample("ROAD", "road_2", dict(group_size=2, variant="road_2")),
-    Sample("ROAD", "road_4", dict(group_size=6, variant="road_4")),
-    Sample(
-        "ADALORA",
-        config=dict(init_r=4, target_r=2, lora_alpha=6, total_step=9),
-        other=dict(inference_mode=True),  # one trains at a time
-        subtracts=True,
-    ),
-    Sample("TRAINABLE_TOKENS", config=dict(token_indices=[4, 1, 3]), other=dict(token_indices=[0, 5])),
-    Sample("LN_TUNING", together=False),
-]
+SAMPLES = samples.LAWS
 # on whole attentions: their laws have tests of their own
 ELSEWHERE = {"ADAPTION_PROMPT": "methods/test_adaption_prompt.py"}
 
@@ -242,26 +181,12 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
 
 # methods or samples, a trait of the layer → what is raised, and why
 
-TOKENS = ("TRAINABLE_TOKENS", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token")
 WHOLE = ["LN_TUNING"]  # they take any module
 REFUSED = [
-    (TOKENS[0], "conv", *TOKENS[1:]),
-    (TOKENS[0], "norm", *TOKENS[1:]),
     *((s.method, "norm", UnsupportedLayerError, "LayerNorm.* not supported") for s in SAMPLES if s.method not in WHOLE),
-    ("IA3-feedforward", "embedding", UnsupportedLayerError, "embedding's input cannot be scaled"),
-    ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
-    ("MISS-bat VBLORA", "odd-in", UnsupportedLayerError, "must be divisible by"),
-    ("MISS-bat MISS-mini VBLORA", "odd-out", UnsupportedLayerError, "must be divisible by"),
-    ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
-    ("ROAD", "odd-out", ConfigError, "must be divisible by group_size"),
-    *(("LORA-kasa", trait, UnsupportedLayerError, "adapts linear layers only") for trait in ("conv", "embedding")),
-    ("ROAD-road_4", "uneven", ConfigError, "must be divisible by group_size"),
+    *samples.REFUSED,
 ]
-UNMERGEABLE = [
-    ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot
-    ("LORA-bias", "no-bias", RuntimeError, "the base layer has no bias"),
-    ("ROAD", "torn", NotImplementedError, "in two groups"),  # of the convolution
-]
+UNMERGEABLE = samples.UNMERGEABLE
 
 
 def find(reasons: list[tuple], sample: Sample, layer: Layer) -> tuple[type[Exception], str] | None:

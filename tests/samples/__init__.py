@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample configurations of every method that adapts layers: a file for each, and whoever adds a method adds one.
+
+A file has up to four tables. `LAWS`: configurations that show the ways in which the method acts, for the laws of
+tests/conformance. `REFUSED` and `UNMERGEABLE`: what those cannot do (names of samples, a trait of the layer, the error
+and a part of its text), tested to fail in that way. `PARITY`: rows on which graft is compared with PEFT everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from tests.samples import laws
+from tests.samples.parity import Sample
+
+_files: list[Any] = [
+    importlib.import_module(f"{__name__}.{info.name}")
+    for info in pkgutil.iter_modules(__path__)
+    if info.name not in ("laws", "parity")
+]
+LAWS: list[laws.Sample] = [sample for file in _files for sample in file.LAWS]
+REFUSED: list[tuple] = [entry for file in _files for entry in getattr(file, "REFUSED", ())]
+UNMERGEABLE: list[tuple] = [entry for file in _files for entry in getattr(file, "UNMERGEABLE", ())]
+METHODS: dict[str, list[tuple]] = {file.LAWS[0].method: file.PARITY for file in _files if hasattr(file, "PARITY")}
+ELSEWHERE = {  # compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions
+    "ADALORA": "methods/test_adalora.py",
+    "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
+}
+
+SAMPLES = [
+    Sample(method, name, model, config, unlike)
+    for method, rows in METHODS.items()
+    for name, model, config, unlike in rows
+]
+
+
+def each(name: str = "plain", models: str = "mlp llama") -> list[Sample]:
+    """The samples of that name on those models, every method: for what needs no variety of configurations."""
+    return [s for s in SAMPLES if s.name in name.split() and s.model in models.split()]
+
+
+def first(method: str, model: str = "mlp", name: str = "plain") -> Sample:
+    return next(s for s in SAMPLES if (s.method, s.name, s.model) == (method, name, model))
+
+
+def alike(aspect: str) -> list[Sample]:
+    """The samples in which PEFT is the oracle for that aspect."""
+    return [s for s in SAMPLES if aspect not in s.unlike]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the samples are made of on which every law of tests/conformance has to hold."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import graft
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A method and a configuration that shows one of its ways to act."""
+
+    method: str
+    label: str = ""
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    other: dict[str, Any] = field(default_factory=dict, hash=False)  # where a second adapter must differ
+    subtracts: bool = False  # unmerging subtracts the update, so the weight comes back rounded
+    identity: bool = True  # a fresh adapter changes nothing
+    together: bool = True  # two adapters can be active at once
+    rewrites: bool = False  # the base weight, for good; so it stands only beside its like
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.label}" if self.label else self.method
+
+    def make(self, adapter: str = "default"):
+        values = {**self.config, **(self.other if adapter == "other" else {})}
+        return graft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](target_modules=["layer"], **copy.deepcopy(values))

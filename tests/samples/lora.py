@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples of LoRA."""
+
+from graft.core.errors import ConfigError, UnsupportedLayerError
+from tests.samples.laws import Sample
+from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, TARGETS, row
+
+_lora = dict(r=3, lora_alpha=5)
+_lin = ["lin0", "fc1"]  # layers of "mlp" that have a bias
+
+LAWS = [
+    Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
+    Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
+    Sample("LORA", "dora", dict(r=4, lora_alpha=6, use_dora=True)),
+    Sample("LORA", "kasa", dict(r=4, lora_alpha=6, kasa_config={}), subtracts=True, identity=False, rewrites=True),
+]
+REFUSED = [
+    ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
+    ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
+    *(("LORA-kasa", trait, UnsupportedLayerError, "adapts linear layers only") for trait in ("conv", "embedding")),
+]
+UNMERGEABLE = [
+    ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot
+    ("LORA-bias", "no-bias", RuntimeError, "the base layer has no bias"),
+]
+PARITY = [
+    *row("plain", " ".join(TARGETS), **_lora),
+    *row("default_targets", "llama gpt2 opt neox t5 bert deberta gemma3", **DEFAULT_TARGETS),
+    *row("tasks", "llama gpt2", **_lora, task_type="CAUSAL_LM"),
+    *row("tasks", "t5", **_lora, task_type="SEQ_2_SEQ_LM"),
+    *row("tasks", "bert-tok", **_lora, task_type="TOKEN_CLS"),
+    *row("tasks", "bert-qa", **_lora, task_type="QUESTION_ANS"),
+    *row("tasks", "bert", **_lora, task_type="FEATURE_EXTRACTION"),
+    *row("rslora", "mlp conv2d embedding", r=5, lora_alpha=7, use_rslora=True),
+    *row("float_alpha", "mlp", r=3, lora_alpha=4.11),
+    *row("dropout", "mlp conv1D conv1d conv2d embedding llama", **_lora, lora_dropout=0.3),
+    *row(
+        "patterns",
+        "llama",
+        **_lora,
+        rank_pattern={r"layers\.1\.self_attn\.q_proj": 5, "down_proj": 2},
+        alpha_pattern={"^model.layers.0.self_attn.v_proj": 11, "q_proj": 7},
+    ),
+    *row("patterns", "conv2d", **_lora, rank_pattern={"point": 4}, alpha_pattern={"conv": 7}),
+    *row("patterns", "embedding", **_lora, rank_pattern={"emb": 5}, alpha_pattern={"emb": 3.3}),
+    *row("bias_all", "mlp opt conv2d", **_lora, bias="all"),
+    *row("bias_lora_only", "mlp bert gpt2", **_lora, bias="lora_only"),
+    *row("lora_bias", "mlp", **_lora, target_modules=_lin, lora_bias=True),
+    *row("lora_bias", "conv1D conv2d conv1d", **_lora, lora_bias=True),
+    *row("init_false", "mlp conv1D embedding conv1d conv2d conv3d", **_lora, init_lora_weights=False),
+    *row("gaussian", "mlp conv1D embedding conv2d conv3d", **_lora, init_lora_weights="gaussian"),
+    *row("orthogonal", "mlp conv1D", r=4, lora_alpha=5, init_lora_weights="orthogonal"),
+    *row("dora", "mlp conv1D embedding conv1d conv2d conv3d llama gpt2 t5 bert", **_lora, use_dora=True),
+    *row("dora_dropout", "mlp conv1D", **_lora, use_dora=True, lora_dropout=0.3),
+    *row("dora_pissa", "mlp", **_lora, use_dora=True, init_lora_weights="pissa"),
+    *row("kasa", "mlp llama t5 bert", **_lora, kasa_config={}),
+    *row("kasa_dropout", "mlp", **_lora, lora_dropout=0.3, kasa_config=dict(beta=0.3, gamma=0.01)),
+    *row("kasa_patterns", "llama", **_lora, kasa_config={}, rank_pattern={"q_proj": 5}, alpha_pattern={"v_proj": 7}),
+    *row("kasa_rslora", "mlp", **_lora, kasa_config={}, use_rslora=True, init_lora_weights="gaussian"),
+    *row("kasa_lora_bias", "mlp", **_lora, kasa_config={}, target_modules=_lin, lora_bias=True),
+    *row("kasa_pissa", "mlp", **_lora, kasa_config={}, init_lora_weights="pissa"),
+    *row("kasa_random", "mlp", **_lora, kasa_config={}, init_lora_weights=False, modules_to_save=["head"]),
+    *row("pissa", "mlp conv1D llama embedding", **_lora, init_lora_weights="pissa"),
+    *row("pissa_niter", "mlp conv1D", **_lora, init_lora_weights="pissa_niter_4"),
+    *row("pissa_rslora", "mlp", **_lora, init_lora_weights="pissa", use_rslora=True),
+    *row("olora", "mlp llama", **_lora, init_lora_weights="olora"),
+    *row("fan_in_fan_out", "gpt2 conv1D", **_lora, fan_in_fan_out=True),
+    *row("grouped", "conv1d conv2d", r=4, lora_alpha=5, target_modules=["grouped"]),
+    # PEFT takes a 1x1x1 kernel for a 1x1 kernel and cannot merge it
+    *row("point", "conv3d", "merge", **_lora, target_modules=["point"]),
+    *row("rect", "conv2d", **_lora, target_modules=["rect", "point"]),
+    *row("tokens", "llama gpt2 opt", **_lora, trainable_token_indices=[3, 5, 8]),
+    *row("tokens_by_name", "llama", **_lora, trainable_token_indices={"embed_tokens": [2, 9]}),
+    *row(
+        "tokens_two",
+        "embedding",
+        **_lora,
+        target_modules=["lin"],
+        trainable_token_indices={"emb": [4], "pos": [1, 2]},
+    ),
+    *row("embed", "llama gemma3", **_lora, target_modules=["embed_tokens", "q_proj"]),
+    *row("lm_head", "llama", **_lora, target_modules=["lm_head"]),
+    *row("head_mixed", "mlp", **_lora, target_modules=["fc1", "head"], modules_to_save=["lin0", "norm"]),
+    # PEFT builds a linear layer for the tied head and throws it away
+    *row("tied_save", "opt", "rng", **_lora, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    # PEFT initialises the shared factors a second time through the head, and merges them twice
+    *row(
+        "tied_target",
+        "opt",
+        "init rng merge",
+        **_lora,
+        target_modules=["embed_tokens", "q_proj"],
+        ensure_weight_tying=True,
+    ),
+    *row("replicated", "llama", "merge", **_lora, layer_replication=[(0, 2), (0, 1), (1, 2)]),
+    *LAYERS,
+    *CHOICE,
+    *EXCLUDE,
+]

@@ -45,6 +45,16 @@ def nudge(model):
     return model.eval()
 
 
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_from_a_weight_without_values_says_that_something_is_missing(how):
+    with torch.device("meta"):
+        base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    config = graft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=how)
+    with pytest.warns(graft.PeftWarning, match="changes base weights that are on the meta device"):
+        model = graft.get_peft_model(base, config)
+    assert all(p.is_meta for p in model.parameters())
+
+
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_converted_adapter_is_plain_lora_for_the_original_base(how, rslora, tmp_path):

@@ -36,9 +36,7 @@ def initialise(lora: Any, how: bool | str) -> None:
             A.zero_()
             B.normal_()
     elif how is True:
-        bound = kaiming_bound(A[0].numel())
-        A.uniform_(-bound, bound)
-        B.zero_()
+        _plain(A, B)
     elif how is False:
         pass  # as the modules of A and B initialise themselves
     elif how.lower() == "gaussian":
@@ -53,6 +51,12 @@ def initialise(lora: Any, how: bool | str) -> None:
         _orthogonal(A, B)
     else:
         _from_weight(lora, how, A, B)
+
+
+def _plain(A: Tensor, B: Tensor) -> None:
+    bound = kaiming_bound(A[0].numel())
+    A.uniform_(-bound, bound)
+    B.zero_()
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:
@@ -70,6 +74,10 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 def _from_weight(lora: Any, how: str, A: Tensor, B: Tensor) -> None:
     layer, r, s = lora.layer, A.shape[0], lora.scaling
     W = layer.W0
+    if lora.site.on_meta:
+        layer.rewrite_base(W)  # warns, as there is nothing to begin with
+        _plain(A, B)
+        return
     if W.dtype not in FLOATS:
         name = "OLoRA" if how == "olora" else "PiSSA"
         raise TypeError(

@@ -44,6 +44,7 @@ MUTATIONS = [
         "core/plan.py",
         "steps.insert(0, (m, effect))",
         "steps.append((m, effect))",
+        "tests/parity/test_adapters.py",
     ),
     Mutation("merging on top, whatever acts before", "core/merging.py", "new if on_top else None", "new"),
     Mutation(

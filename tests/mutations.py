@@ -108,8 +108,8 @@ MUTATIONS = [
     Mutation(
         "an inactive adapter trains",
         "core/carrier.py",
-        "self._let_train(name, False)",
-        "pass",
+        "state.let_train(name, False)",
+        "True",
     ),
 ]
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter is: a Method on a Site, run by an AdapterLayer. Knows torch and kernels, nothing else."""
+"""The core: an adapter is a Method on a Site, run by an AdapterLayer. It knows torch and kernels, nothing else."""

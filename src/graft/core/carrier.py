@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One life cycle for all that carries tensors of adapters: layers, wrappers, prompts, what layers share."""
+"""The life cycle of all that carries tensors of adapters: layers, wrappers, prompts, shared tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from graft.core.errors import warn
 
 
 class State:
-    """What changes when adapters are switched. A plain object: setting an attribute of a module takes ten times as
-    long."""
+    """The state of a carrier that changes as adapters are switched. A plain object: setting an attribute of a module
+    takes ten times as long."""
 
     __slots__ = ("active", "disabled", "slots", "trainable")
 
@@ -22,10 +22,10 @@ class State:
         self.active: list[str] = []
         self.disabled = False
         self.trainable: Sequence[str] = ()  # adapters that require gradients
-        self.slots: dict[str, list[Slot]] = {}  # by adapter, as they were last seen; of layers
+        self.slots: dict[str, list[Slot]] = {}  # of layers: by adapter, as last seen
 
     def let_train(self, adapter: str, on: bool) -> bool:
-        """Whether its parameters stand where they were last seen, and so require gradients now, or none."""
+        """Let an adapter's parameters train or not. Return False if one no longer stands where it was last seen."""
         try:
             for slot in self.slots[adapter]:
                 if slot.trains:
@@ -38,16 +38,16 @@ class State:
 
 
 class Carrier:
-    """Base of what can carry adapters. A subclass says which it has (`adapters`), where their tensors stand (`slots`),
-    how it forgets one (`drop`), and what follows when other adapters run (`changed`)."""
+    """Base of all that can carry adapters. A subclass says which it has (`adapters`), where their tensors stand
+    (`slots`), how it forgets one (`drop`), and what follows when other adapters run (`changed`)."""
 
     state: State
     key: str  # path in the model
-    inner_name: str  # of the child that leads to the base's module
+    inner_name: str  # name of the child that leads to the base model's module
     claim: str  # how adapters hold the module, in messages: "it … adapter(s) ['a']"
     takes_rows = False  # single rows of the module train
     adapter_layer: Any = None  # the layer that does its work
-    replaces = True  # a module of the base, whose place it takes
+    replaces = True  # it takes the place of a module of the base model
     base_module: Any  # that module
 
     @property
@@ -59,7 +59,7 @@ class Carrier:
         raise NotImplementedError
 
     def slots(self, adapter: str) -> Sequence[Slot]:
-        """Where the tensors of an adapter stand now."""
+        """Return the slots in which an adapter's tensors stand now."""
         raise NotImplementedError
 
     def drop(self, adapter: str) -> None:
@@ -111,7 +111,7 @@ class Carrier:
         self.activate(names, not inference_mode)
 
     def activate(self, names: list[str], train: bool) -> None:
-        """`set_adapter` of what has been checked."""
+        """Do as `set_adapter`, without its check."""
         state, on = self.state, names if train else ()
         for name in state.trainable:
             if name not in on and not state.let_train(name, False):
@@ -138,8 +138,8 @@ class Carrier:
             self.changed()
 
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
-        """Forget `adapter`. If it was active, the others that were stay so; if there are none, those that
-        `new_active_adapters` names become so, or the first (by name) that is left."""
+        """Forget `adapter`. If it was active, activate `new_active_adapters`; if None, the others that were active; if
+        there are none, the first (by name) that is left."""
         was_active = adapter in self.active_adapters
         self.forget(adapter)
         if not was_active:
@@ -154,7 +154,7 @@ class Carrier:
 
 
 def carrier_of(module: Any) -> Any:
-    """Return a module that is a carrier in the place of another; None for any other."""
+    """Return the module if it is a carrier in the place of another; None for any other."""
     return module if isinstance(module, Carrier) and module.replaces else None
 
 

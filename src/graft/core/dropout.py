@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dropout a hand-written backward pass can take over."""
+"""The dropout that a hand-written backward pass can take over."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from graft.kernels.eager import has_no_hooks, watched
 
 
 def share_dropped(dropout: nn.Module) -> float | None:
-    """The share of inputs that a method's dropout takes out now; None of a module that has to be called: one that is
-    not torch's, has hooks, drops everything, or whose draws a dispatch mode has to see."""
+    """Return the share of inputs that a method's dropout takes out now. None for a module that the layer has to call:
+    one that is not torch's, has hooks, drops everything, or whose draws a dispatch mode has to see."""
     kind = type(dropout)
     if not has_no_hooks(dropout) or kind not in (Identity, nn.Identity, nn.Dropout):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter does to its layer, said once. Forward, rows of a mixed batch, merging and conversion follow."""
+"""Effects: the five kinds of change that an adapter makes to its layer. The core derives every path from them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Factors(NamedTuple):
-    """W' = gain ⊙ (W + scale · outer ⊙ B (inner ⊙ A)). A method makes it anew for each call.
+    """The parts of a low-rank effect, made for one call: W' = gain ⊙ (W + scale · outer ⊙ B (inner ⊙ A)).
 
     A and B are tensors, or callables with a `weight`: modules, or a sum in place of a product with ones. A bias of B
-    shifts that of the layer.
+    shifts the layer's.
     """
 
     A: Any  # (r, fan_in)
     B: Any  # (out, r)
     scale: Any = None  # None: 1
-    dropout: nn.Module | None = None  # on the input of A; with a gain, on that of W too
+    dropout: nn.Module | None = None  # acts on the input of A; with a gain, on W's, too
     inner: Tensor | None = None  # (r,)
     outer: Tensor | None = None  # (out,)
     gain: Tensor | None = None  # (out,)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """A (r, fan_in) and B (out, r) whose product is the whole update, scale and vectors included."""
+        """Return A (r, fan_in) and B (out, r) whose product B A is the whole update, with scale and vectors."""
         A, B = matrix(self.A).flatten(1), matrix(self.B).flatten(1)
         if self.inner is not None:
             A = self.inner[:, None] * A
@@ -38,7 +38,7 @@ class Factors(NamedTuple):
         return A, B if self.scale is None else B * self.scale
 
     def shift(self) -> Tensor | None:
-        """What is added to the layer's bias, (out,)."""
+        """Return the update of the layer's bias, (out,); None if B has no bias."""
         bias = getattr(self.B, "bias", None)
         if bias is None:
             return None
@@ -47,7 +47,7 @@ class Factors(NamedTuple):
 
 
 def matrix(factor: Any) -> Tensor:
-    """The tensor of a factor."""
+    """Return the tensor of a factor: itself, or its `weight`."""
     return factor if isinstance(factor, Tensor) else factor.weight
 
 
@@ -55,29 +55,29 @@ def matrix(factor: Any) -> Tensor:
 class Effect:
     """Base of the five kinds. The site and the config decide the kind once; its functions run at each call."""
 
-    of_weight: bool = False  # reads W₀, the weight as it was without any adapter
-    fixed: str | None = None  # why it has no merged form
+    of_weight: bool = False  # it reads W₀, the weight as it is without any adapter
+    fixed: str | None = None  # the reason why it has no merged form; None if it has one
 
-    whole: ClassVar[bool] = False  # stands in for the layer
+    whole: ClassVar[bool] = False  # it runs in place of the layer
     inward: bool = False  # of several active adapters, each acts on the layer that those after it made
 
     @property
     def additive(self) -> bool:
-        """Whether y = base(x) + part(x)."""
+        """Say whether y = base(x) + part(x)."""
         return True
 
     @property
     def reads(self) -> bool:
-        """Whether a forward pass needs the values of the weight."""
+        """Say whether a forward pass needs the values of the weight."""
         return self.of_weight
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Effect):
-    """W' = gain ⊙ (W + B A), as `factors` says."""
+    """A product of two matrices, by its `factors`: W' = gain ⊙ (W + B A)."""
 
     factors: Callable[[], Factors]
-    gains: bool = False  # there is a gain
+    gains: bool = False  # the factors have a gain
 
     @property
     def additive(self) -> bool:
@@ -86,26 +86,27 @@ class LowRank(Effect):
 
 @dataclass(frozen=True, eq=False)
 class Update(Effect):
-    """W' = W + ΔW, b' = b + Δb. `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; canonical, (out, in, *kernel).
+    """An update of the weight: W' = W + ΔW, b' = b + Δb.
 
-    ΔW may be a tensor, or a value that is not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the
-    tensor; `columns(ids)`, what an embedding looks up; and `linear_with`, a cheaper way for x (W + ΔW)ᵀ.
+    `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). ΔW is a tensor, or a value that is
+    not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the tensor; `columns(ids)`, the part that an
+    embedding looks up; and `linear_with`, a cheaper way to x (W + ΔW)ᵀ.
     """
 
     delta: Callable[..., Any]
     branch: Callable[[Tensor], Tensor] | None = None  # x → ΔW x, where that is cheaper
     bias: Callable[[], Tensor] | None = None  # Δb, (out,)
-    dropout: Callable[[], nn.Module] | None = None  # on the input
-    draws: bool = False  # ΔW is random in training: it must not be computed twice for one call
+    dropout: Callable[[], nn.Module] | None = None  # acts on the input
+    draws: bool = False  # ΔW is random in training: a call must not compute it twice
 
 
 @dataclass(frozen=True, eq=False)
 class Rewrite(Effect):
-    """(W, b) become `merged(W, b)`. The forward pass is pre → layer → post, or the layer's function with f(W).
+    """A function of weight and bias: (W', b') = merged(W, b). Forward is pre → layer → post, or the layer with W'.
 
     Args:
-        pre: x → x', for f(W) x = W x'.
-        post: (x, y) → y', from x as it came here and the output y.
+        pre: x → x', where W' x = W x'.
+        post: (x, y) → y', from the input before `pre` and the output.
         apart: `post` acts on the output without its bias.
     """
 
@@ -129,10 +130,10 @@ class Rewrite(Effect):
 
 @dataclass(frozen=True, eq=False)
 class Branch(Effect):
-    """y = base(x) + branch(x), with no merged form.
+    """A branch beside the layer, without a merged form: y = base(x) + branch(x).
 
-    `input_of`: for a module of several inputs that returns a tuple, x, (batch, …), from the module and all its
-    arguments by name; y is the first of what it returns.
+    `input_of`, for a module with several inputs that returns a tuple: (module, its arguments by name) → x, (batch, …).
+    y is then the first item of the tuple.
     """
 
     branch: Callable[[Tensor], Tensor]
@@ -142,7 +143,7 @@ class Branch(Effect):
 
 @dataclass(frozen=True, eq=False)
 class Replace(Effect):
-    """The module runs in place of the layer."""
+    """A module that runs in place of the layer."""
 
     module: Callable[[], nn.Module]
 

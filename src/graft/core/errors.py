@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every exception and warning class of graft, and how a warning is given."""
+"""The exceptions and warnings of graft, and the function that warns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 
 class UnsupportedLayerError(PeftError, TypeError, ValueError):
-    """A target was matched whose layer type the method cannot adapt."""
+    """A target has a layer type that the method cannot adapt."""
 
 
 class ConfigError(PeftError, ValueError):
@@ -33,11 +33,11 @@ class ConfigTypeError(PeftError, TypeError, ValueError):
 
 
 class AdapterNotFoundError(PeftError, ValueError):
-    """No adapter of that name is loaded."""
+    """The model has no adapter of that name."""
 
 
 class AdapterNameError(PeftError, KeyError, ValueError):
-    """The name cannot be given to an adapter."""
+    """No adapter can have this name."""
 
     __str__ = Exception.__str__  # KeyError would show the text in quotes
 
@@ -47,7 +47,7 @@ class AlreadyInjectedError(PeftError, ValueError):
 
 
 class RoutingError(PeftError, ValueError):
-    """The rows of a batch cannot be given to the adapters that were asked for."""
+    """The rows of a batch do not fit the adapters that the caller names for them."""
 
 
 class AdapterKeyError(PeftError, RuntimeError, ValueError):
@@ -66,7 +66,7 @@ INSIDE = ("graft.", "contextlib", "torch.nn.modules.module", "torch.utils._conte
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn whoever called graft, however deep inside this is."""
+    """Warn at the line that called graft, however deep inside graft this is."""
     level = 2
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(INSIDE):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel stands for which effect. Each takes plain tensors; modules with hooks are called one by one instead.
+"""The choice of a kernel for an effect. Kernels take plain tensors; a layer calls modules with hooks one by one.
 
-The layer asks first whether its own output may be written to and its weight used past a call (`may_fuse`).
+The layer checks first (`may_fuse`) that a kernel may overwrite its output, and use its weight without calling it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_p
 from graft.kernels.worth import worth_it
 
 LINEARS = frozenset({Linear, nn.Linear})
-PLAIN = frozenset({Tensor, nn.Parameter})  # no subclass, such as a shard
+PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards
 
 
 def plain(f: Factors) -> tuple[Tensor, Tensor, float] | None:
-    """A, B and the share that dropout takes out, if all that the factors compute is W x + s · B A dropout(x), vectors
-    aside, on a linear layer. Otherwise None: modules have to be called."""
+    """Return A, B and the share that dropout takes out, if the factors compute no more than W x + s · B A dropout(x),
+    vectors aside, on a linear layer. None if the layer has to call modules."""
     A, B = f.A, f.B
     if type(A) in LINEARS:
         if type(B) not in LINEARS or B._parameters["bias"] is not None or not (has_no_hooks(A) and has_no_hooks(B)):
@@ -40,13 +40,13 @@ def plain(f: Factors) -> tuple[Tensor, Tensor, float] | None:
 
 
 def weight_of(linear: Any) -> Tensor:
-    """Its weight; quicker than the attribute, where nothing computes it (a parametrization)."""
+    """Return the weight of a linear layer. Only a parametrization needs the attribute, which is slower."""
     weight = linear._parameters.get("weight")
     return linear.weight if weight is None else weight
 
 
 def is_fixed(A: Tensor, B: Tensor) -> bool:
-    """Whether only the vectors between and around the factors train."""
+    """Say whether only the vectors between and around the factors train."""
     return not (A.requires_grad or B.requires_grad)
 
 
@@ -55,13 +55,13 @@ def scale_of(f: Factors) -> Any:
 
 
 def scaled(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
-    """The factors with the vectors in them."""
+    """Return the factors with the vectors in them."""
     A = A if f.inner is None else f.inner[:, None] * A
     return A, B if f.outer is None else f.outer[:, None] * B
 
 
 def joined(layer: Any, f: Factors, x: Tensor) -> Tensor | None:
-    """The layer's output with these factors, both in one; None if no kernel does that."""
+    """Return the layer's output with these factors, both from one kernel; None if there is no such kernel."""
     found = plain(f)
     if found is None:
         return None
@@ -83,7 +83,7 @@ def joined(layer: Any, f: Factors, x: Tensor) -> Tensor | None:
 
 
 def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
-    """y, in its memory, with the factors' part added; None if no kernel does that."""
+    """Add the factors' part to y, in its memory, and return y; None if no kernel does that."""
     found = plain(f)
     if found is None:
         return None
@@ -119,7 +119,7 @@ def _outer(f: Factors) -> Tensor:
 
 
 def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """x (W + ΔW)ᵀ + b in one product; None where two are cheaper, or ΔW would be rounded to the dtype of W."""
+    """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
     W, base, op = layer.weight_now, layer.base_layer, layer.op
     if not (worth_it(x) and W.dtype == x.dtype):
         return None

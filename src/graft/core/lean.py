@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch's modules without dictionaries for hooks until somebody asks for one.
 
-An adapter adds up to seven modules to a layer, as its names in memory are PEFT's. Eleven dictionaries of hooks are two
-thirds of what a module costs, and hardly any of these modules gets a hook.
+An adapter adds up to seven modules to a layer, as its names in memory are PEFT's. Two thirds of a module's cost are
+eleven dictionaries for hooks, and hardly any of these modules gets a hook.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=type[nn.Module])
 
 
 class _Later:
-    """A dictionary that a module gets when it is first asked for."""
+    """A dictionary that a module gets when somebody first asks for it."""
 
     def __init__(self, name: str, kind: type):
         self.name, self.kind = name, kind
@@ -30,15 +30,15 @@ class _Later:
 
 
 def lean(cls: M) -> M:
-    """Class decorator: instances made by `bare` have no hooks' dictionaries at first."""
+    """Decorate a class so that its instances, made by `bare`, have no dictionaries for hooks at first."""
     for name, kind in _HOOKS.items():
         setattr(cls, name, _Later(name, kind))
     return cls
 
 
 def begin(module: nn.Module, **facts: Any) -> None:
-    """What `nn.Module.__init__` does, for an instance of a lean class; and set facts that are no modules or tensors,
-    past `nn.Module.__setattr__`, which takes 1 µs for each."""
+    """Do for an instance of a lean class as `nn.Module.__init__` does. Set facts, which are no modules or tensors, past
+    `nn.Module.__setattr__`, which takes 1 µs for each."""
     held = module.__dict__
     held.update(_PLAIN)
     held.update(facts)
@@ -47,7 +47,7 @@ def begin(module: nn.Module, **facts: Any) -> None:
 
 
 def bare(cls: type[Any]) -> Any:
-    """An instance of a lean class, begun and no more, in a quarter of the time that `nn.Module.__init__` takes."""
+    """Make an instance of a lean class that is begun and no more, in a quarter of the time of `nn.Module.__init__`."""
     module = object.__new__(cls)
     begin(module)
     return module

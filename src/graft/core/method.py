@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter on one site. A subclass declares its tensors and says once, by an effect, what they do to the layer."""
+"""The mathematics of one adapter on one site. A subclass declares its tensors and, once, their effect on the layer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from graft.core.site import Site
 if TYPE_CHECKING:
     from graft.core.call import Call
 
-FACT_TYPES = ("float", "int", "bool", "str", "list", "dict")  # annotations of what a layer keeps in plain dicts
-SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # hooks that say one thing twice
+FACT_TYPES = ("float", "int", "bool", "str", "list", "dict")  # annotations of facts, which a layer keeps in plain dicts
+SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
 OWN = frozenset({"layer", "name", "site", "cfg", "effect"})
 
 # {(container, path below the adapter's name): tensor}
@@ -28,43 +28,43 @@ Tensors = dict[tuple[str, str], Tensor]
 
 
 def _reader(name: str) -> property:
-    """Read a declared value from the layer; quicker than `__getattr__`, which would find it, too."""
+    """Return a property that reads a declared value from the layer. `__getattr__` would find it, too, but slower."""
 
     def read(self: Any) -> Any:
         own = self.layer.__dict__
-        return (own[name] if name in own else own["_modules"][name])[self.name]  # facts are kept in dicts
+        return (own[name] if name in own else own["_modules"][name])[self.name]  # facts stand in plain dicts
 
     return property(read)
 
 
 class Method:
-    """A bound view: the tensors live on the layer, and `self.lora_A` reads `layer.lora_A[self.name]`.
+    """One adapter on one site. Its tensors stand on the layer: `self.lora_A` reads `layer.lora_A[self.name]`.
 
-    Declare tensors with `build` (and `share`, `init`). Say what they do by the first of these that the formula allows:
+    A subclass makes tensors in `build` (and `share`, `init`). It gives the first of these that its formula allows:
 
     - `factors` → `Factors`: ΔW of low rank.
     - `delta` → ΔW.
     - `describe` → any other `Effect`.
 
     Attributes:
-        site: where it acts, with the shape of the weight.
-        cfg: the config of this site, with what its patterns say here.
+        site: the module that it adapts, with the shape of the weight.
+        cfg: the config as its patterns resolve it for this site.
         layer: the AdapterLayer; None before `build`.
     """
 
     config: ClassVar[Any]  # its PeftConfig class
-    prefix: ClassVar[str]  # what its containers' names begin with, as in checkpoints
-    upcast: ClassVar[bool] = True  # half-precision adapters are trained in float32
+    prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
+    upcast: ClassVar[bool] = True  # adapters in half precision train in float32
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
-    tuner_methods: ClassVar[dict[str, Any]] = {}  # what it adds to the model class: functions of (tuner, …)
-    always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding run its own parameters, too
+    tuner_methods: ClassVar[dict[str, Any]] = {}  # functions of (tuner, …) that its model class gets as methods
+    always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
-    compresses_targets: ClassVar[bool] = True  # long lists of names may be shortened to suffixes
+    compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
 
-    # derived from what a subclass declares
-    layer_names: ClassVar[tuple[str, ...]] = ()  # containers of what trains
+    # derived from the declarations of a subclass
+    layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
 
     layer: Any
@@ -86,7 +86,7 @@ class Method:
         self.site, self.cfg, self.name, self.layer = site, cfg, name, None
 
     def __getattr__(self, key: str) -> Any:
-        # dunder names and what `__init__` sets must fail here, or copy and pickle recurse without end
+        # fail for dunder names and the attributes that `__init__` sets, or copy and pickle recurse without end
         if key.startswith("__") or key in OWN or self.layer is None:
             raise AttributeError(f"{type(self).__name__} has no '{key}'" + ("" if key in OWN else " yet"))
         return getattr(self.layer, key)[self.name]
@@ -95,39 +95,39 @@ class Method:
 
     @classmethod
     def variant(cls, cfg: Any) -> type[Method]:
-        """The subclass that serves a config, where some of its fields change the mathematics."""
+        """Return the subclass for a config, some fields of which change the mathematics."""
         return cls
 
     @classmethod
     def default_targets(cls, model: Any) -> list[str] | str | None:
-        """target_modules for a config that names none."""
+        """Return `target_modules` for a config that names none; None if the method knows none for this model."""
         return cls.targets.get(getattr(getattr(model, "config", None), "model_type", "custom"))
 
     @classmethod
     def prepare(cls, cfg: Any, model: nn.Module) -> None:
-        """Complete and check the config, whose targets are known by now, against the model."""
+        """Complete the config for this model, or raise. Its `target_modules` are set by now."""
 
     @classmethod
     def restructure(cls, cfg: Any, model: nn.Module) -> Callable[[], None] | None:
-        """Change the model itself, before anything is matched; return what undoes it."""
+        """Change the model itself, before the search for targets; return a function that undoes it."""
         return None
 
     @classmethod
     def share(
         cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]
     ) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
-        """What lives once per model, by name: parameters and modules train.
+        """Make the tensors that all layers of the model share, by name. Parameters and modules train.
 
         Args:
-            existing: containers of what the other adapters share, by name.
-            others: their configs.
+            existing: containers of the tensors that other adapters share, by name.
+            others: configs of these adapters, by name.
         """
         return {}
 
     @classmethod
     @contextmanager
     def around(cls, tuner: Any, call: Call) -> Iterator[Callable[[Any], Any]]:
-        """Surround one call of the model; yield what its output goes through."""
+        """Surround one call of the model; yield the function through which its output goes."""
         yield _as_it_is
 
     @classmethod
@@ -136,11 +136,14 @@ class Method:
 
     @classmethod
     def excludes(cls, other: Any) -> str | None:
-        """Say why an adapter of the config `other` cannot be beside one of this class, or None. Asked both ways."""
+        """Say why an adapter with the config `other` cannot stand beside one of this class; None if it can.
+
+        A layer asks both adapters about each other.
+        """
         return None
 
     def check(self) -> str | None:
-        """Say why this site cannot be adapted, or None. There are no tensors yet."""
+        """Say why the method cannot adapt this site; None if it can. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__
         if not site.op.known and not (effect.whole or getattr(effect, "input_of", None)):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
@@ -155,22 +158,22 @@ class Method:
         return None
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """What the adapter adds to its layer: parameters, modules, tensors (buffers) and plain facts, by name.
+        """Make all that the adapter adds to its layer, by name: parameters, modules, tensors (buffers), plain facts.
 
         A parameter that does not require gradients never trains.
         """
         raise NotImplementedError
 
     def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """The same with all tensors on the meta device, where values are yet to come."""
+        """Make the same with all tensors on the meta device, where values come later."""
         with META:
             return self.build(shared)
 
     def init(self) -> None:
-        """Fill in the values; skipped when they are about to be loaded."""
+        """Set initial values. Before a load it runs only if `inits_from_weight`."""
 
     def inits_from_weight(self) -> bool:
-        """Whether `init` reads or changes the base weight, so that it must run before values are loaded, too."""
+        """Say whether `init` reads or changes the base weight, so that it must run before a load, too."""
         return False
 
     def tie(self, source: Method) -> None:
@@ -180,25 +183,25 @@ class Method:
         )
 
     def stored(self, values: Tensors, cfg: Any) -> Tensors:
-        """What a checkpoint holds of the adapter's tensors; `cfg` is the adapter's whole config."""
+        """Return a file's tensors from those in memory. cfg: the adapter's config, for all sites."""
         return values
 
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
-        """The reverse; `cfg` is that of the checkpoint."""
+        """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
         return stored
 
     # act
 
     def factors(self) -> Any:
-        """`Factors` with ΔW = scale · B A."""
+        """Return `Factors` with ΔW = scale · B A."""
         raise NotImplementedError
 
     def delta(self) -> Any:
-        """ΔW, canonical: (out, in, *kernel)."""
+        """Return ΔW, canonical: (out, in, *kernel)."""
         raise NotImplementedError
 
     def describe(self) -> Effect:
-        """The effect: `LowRank(self.factors)` or `Update(self.delta)`, whichever was overridden last.
+        """Return the effect: `LowRank(self.factors)` or `Update(self.delta)`, whichever the most derived class has.
 
         It may depend on the site and the config, and on nothing else.
         """
@@ -206,18 +209,18 @@ class Method:
 
     @cached_property
     def effect(self) -> Effect:
-        """What `describe` says, kept."""
+        """The result of `describe`, kept."""
         return self.describe()
 
     # facts
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype it computes in: that of its first tensor."""
+        """The dtype in which the adapter computes: that of its first tensor."""
         return self.layer.first_tensor(self.name).dtype  # type: ignore[no-any-return]
 
     def cast(self, x: Tensor) -> Tensor:
-        """x in the dtype of the adapter. Ids stay as they are."""
+        """Return x in the dtype of the adapter. Ids stay as they are."""
         return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
 
 
@@ -226,7 +229,7 @@ def _as_it_is(output: Any) -> Any:
 
 
 def _last(cls: type, *hooks: str) -> str:
-    """The hook that was overridden last: by the most derived class."""
+    """Return the hook that the most derived class overrides."""
     for base in cls.__mro__:
         for hook in hooks:
             if hook in vars(base):
@@ -235,8 +238,8 @@ def _last(cls: type, *hooks: str) -> str:
 
 
 def _refuse_half_an_override(cls: type[Method]) -> None:
-    """Raise TypeError for a subclass that changes one of several hooks that say the same."""
-    if "describe" in vars(cls) or cls.describe is Method.describe:  # which asks who came last
+    """Raise TypeError if a class overrides one of several hooks that say the same, and inherits another."""
+    if "describe" in vars(cls) or cls.describe is Method.describe:  # that one asks for the most derived hook
         return
     for group in SAME_MATHS:
         own = [hook for hook in group if hook in vars(cls)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer in a batch whose rows use different adapters: one plan for each adapter in it, in training as well."""
+"""The run of a layer in a batch whose rows use different adapters: one plan for each adapter, in training, too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graft.kernels.mixed import add_groups, fits
 
 
 class Mixed:
-    """What a layer does with the rows of a batch, by the names of the adapters in it (None: no adapter)."""
+    """The plans of a layer for the rows of a batch. names: the adapters in the batch; None for rows without one."""
 
     def __init__(self, layer: Any, names: tuple[str | None, ...]):
         self.layer, self.names = layer, names
@@ -51,10 +51,10 @@ class Mixed:
         return self.layer.base_layer(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        """y with each adapter's part added to the rows that use it."""
+        """Add each adapter's part to the rows of y that use it; return y."""
         layer, gates = self.layer, self.layer.call.gates
         if y.is_leaf and y.requires_grad:
-            y = y.clone()  # a hook made it so; it cannot be added to in place
+            y = y.clone()  # a hook made it a leaf, which takes no addition in place
         fuse = layer.may_fuse
         if fuse and self.products and gates is None:
             out = self.add_products(rows, x, y)
@@ -75,7 +75,7 @@ class Mixed:
         return y
 
     def add_products(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
-        """The same, where all adapters are nothing but two matrices; None if some are more, or drop inputs."""
+        """Do the same by grouped products. None if an adapter is more than two matrices, or drops inputs."""
         if rows.grouped is None:
             return None
         names, order, sizes, in_order = rows.grouped

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PEFT's callers read from a layer and do with it, beyond what graft itself needs."""
+"""PEFT's names on a layer, for callers of PEFT: attributes and methods beyond those that graft itself needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graft.core.plan import delta_of, evaluating
 
 
 class PeftNames:
-    """Part of an AdapterLayer."""
+    """The part of an AdapterLayer with these names."""
 
     # the base layer
 
@@ -26,12 +26,12 @@ class PeftNames:
 
     @property
     def fan_in_fan_out(self: Any) -> bool:
-        """Whether the base layer stores (in, out)."""
+        """Say whether the base layer stores (in, out)."""
         return self.op.transposed and not self.op.takes_ids
 
     @property
     def is_target_conv_1d_layer(self: Any) -> bool:
-        """Whether the base layer is transformers' Conv1D."""
+        """Say whether the base layer is transformers' Conv1D."""
         return self.site.type_name == "Conv1D"
 
     @property
@@ -45,11 +45,11 @@ class PeftNames:
         return base  # type: ignore[no-any-return]
 
     def get_base_weight(self: Any) -> Tensor:
-        """As the base layer stores it, dense."""
+        """Return the weight as the base layer stores it, dense."""
         return self.store.read(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        """ΔW of `adapter` in the orientation that the base layer stores."""
+        """Return ΔW of `adapter` in the orientation that the base layer stores."""
         if adapter not in self.methods:
             raise AdapterNotFoundError(f"Adapter {adapter} not found on layer '{self.site.key}'.")
         with evaluating(self):
@@ -67,12 +67,12 @@ class PeftNames:
 
     @property
     def active_adapter(self: Any) -> list[str]:
-        """A list here and on the tuner; on a PeftModel a name."""
+        """The active adapters: a list here and on the tuner, a name on a PeftModel."""
         return self.state.active  # type: ignore[no-any-return]
 
     @property
     def adapter_layer_names(self: Any) -> tuple[str, ...]:
-        """Containers of what trains, empty ones too; those that a variant of the method adds come last."""
+        """Containers of tensors that train, empty ones, too; those that a variant of the method adds come last."""
         names = dict.fromkeys(n for m in self.methods.values() for n in m.layer_names)
         return tuple(n for n in names if n in self._modules or n in self.__dict__)
 
@@ -94,7 +94,7 @@ class PeftNames:
         self._rescale(lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
 
     def unscale_layer(self: Any, scale: float | None = None) -> None:
-        """Divide the current scaling of the active adapters by `scale`, or reset it."""
+        """Divide the current scaling of the active adapters by `scale`; reset it if None."""
         start = self.scaling_at_start
         self._rescale(lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device and dtype of what an adapter adds: the base weight's, then float32 where training needs it."""
+"""Device and dtype of an adapter's tensors: those of the base weight, then float32 where training needs it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FLOAT8 = tuple(
     for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
     if hasattr(torch, name)
 )
-UPCAST = (torch.float16, torch.bfloat16, *_FLOAT8)  # trained in float32 unless the user says otherwise
+UPCAST = (torch.float16, torch.bfloat16, *_FLOAT8)  # adapters in these train in float32 unless the user says otherwise
 
 
 def moved(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> Tensor:
-    """`t` on `device`; floats rounded to `dtype` (as PEFT's values are) and then widened if `upcast`."""
+    """Return `t` on `device`; floats rounded to `dtype`, as PEFT rounds them, and then widened if `upcast`."""
     if t.is_floating_point() or t.is_complex():
         if t.is_floating_point() and dtype is not None:
             t = t.to(dtype)
@@ -55,7 +55,7 @@ def place_parameter(owner: nn.Module, name: str, p: nn.Parameter, device, dtype,
 
 
 def place(container, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
-    """Move and cast what `container` holds for `adapter`. Integer tensors keep their dtype."""
+    """Move and cast the tensors of `adapter` in `container`. Integer tensors keep their dtype."""
     if isinstance(container, nn.ModuleDict):
         place_module(container[adapter], device, dtype, upcast)
     elif isinstance(container, nn.ParameterDict):

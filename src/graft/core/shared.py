@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layers of a model share: held once, by the tuner, in containers that also stand on each layer."""
+"""The tensors that all layers of a model share. The tuner holds them once, in containers that each layer shows, too."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from graft.core.place import place
 
 
 class Shared(Carrier):
-    """Containers by name, each keyed by adapter."""
+    """The carrier of shared tensors: containers by name, each keyed by adapter."""
 
     key = ""
 
     def __init__(self) -> None:
         self.state = State()
         self.containers: dict[str, Any] = {}
-        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: what never trains
+        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
 
     @property
     def adapters(self) -> list[str]:
         return list(dict.fromkeys(name for container in self.containers.values() for name in container))
 
     def hold(self, adapter: str, values: dict[str, Any], where: tuple[Any, Any], upcast: bool) -> int:
-        """Put what `Method.share` made into containers. It is frozen. Returns how many of its numbers can train.
+        """Put the tensors that `Method.share` made into containers, frozen. Return how many of their numbers can train.
 
         where: device and dtype of the base weights.
         """
@@ -55,11 +55,11 @@ class Shared(Carrier):
         self.never.pop(adapter, None)
 
     def attached(self) -> dict[str, Attached]:
-        """For `Method.build`: what stands on each layer, too."""
+        """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
     def take_out(self, names: Iterable[str]) -> None:
-        """Drop containers that an injection made which has failed."""
+        """Drop the containers that a failed injection made."""
         for name in list(names):
             del self.containers[name]
 

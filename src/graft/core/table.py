@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table whose rows are found by a type's qualified name, so that no optional package is imported to fill it."""
+"""A table with the qualified names of types for keys, so that it can name types of packages that are not imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class TypeTable(Generic[T]):
-    """Maps `"package.module.Class"` to an entry; `find` takes the first class of the MRO that has one."""
+    """A map from `"package.module.Class"` to an entry. `find` takes the first class of the MRO that has one."""
 
     def __init__(self, rows: Mapping[str, T]):
         self._rows = dict(rows)
-        self._found: WeakKeyDictionary[type, int] = WeakKeyDictionary()  # which class of a type's MRO, -1 for none
+        self._found: WeakKeyDictionary[type, int] = WeakKeyDictionary()  # index in a type's MRO, -1 for none
 
     def add(self, qualified_name: str, entry: T) -> None:
         self._rows[qualified_name] = entry
@@ -29,7 +29,7 @@ class TypeTable(Generic[T]):
         return None if origin is None else self._rows[qualified(origin)]
 
     def origin(self, cls: type) -> type | None:
-        """The class of the MRO that has an entry."""
+        """Return the first class of the MRO that has an entry; None if none has."""
         place = self._found.get(cls)
         if place is None:
             places = (i for i, base in enumerate(cls.__mro__) if qualified(base) in self._rows)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure functions on tensors, each with what it computes in its docstring."""
+"""Kernels: pure functions on tensors, each beside a plain reference."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The product with DoRA's weight, ratio ⊙ (W + scale · B A), for a linear layer whose own weight takes no gradient.
 
-Dropout acts on what is scaled by `ratio` and on its share of W x, not on W x itself:
+Dropout acts on the low-rank part and on the change (ratio - 1) ⊙ W x, not on W x itself:
 x ↦ W x + b + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x', where x' = dropout(x).
 """
 
@@ -18,7 +18,7 @@ from graft.kernels.device import form_for, gathers
 from graft.kernels.function import Function
 from graft.kernels.low_rank import gradients, seed_for
 
-SPARSE_TO = 0.15  # share of dropped inputs up to which W x' comes from W x and the few that are dropped
+SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the product of the few dropped ones
 
 
 def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Any = 1):
@@ -40,13 +40,13 @@ def linear(
     scale: float,
     p: float,
 ) -> Tensor:
-    """As `plain`, in the dtype of base(x) = W x + b. `base`, `input_gradient` and `W` as in `low_rank_linear`."""
+    """Compute `plain` in the dtype of base(x) = W x + b. base, input_gradient, W: as in `low_rank_linear`."""
     form = form_for(products, x, A, B)
     return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p), form)  # type: ignore[no-any-return]
 
 
 class _Linear(Function):
-    """Keeps x, h = x' Aᵀ, and what `ratio` multiplies."""
+    """`linear`, which keeps x, h = x' Aᵀ and z, the part that `ratio` scales, for the backward pass."""
 
     @staticmethod
     def forward(
@@ -105,7 +105,7 @@ class _Linear(Function):
 
 
 def _again(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    """Gradients that have gradients: those of the plain form."""
+    """Return gradients that have gradients: those of the plain form."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed, form = ctx.options
     mask = form.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which form of a kernel runs: plain torch, or Triton's on a GPU. Nothing else chooses by device.
+"""The choice of a kernel's form: plain torch, or Triton on a GPU. Nothing else chooses by device.
 
-Triton's forms run where GRAFT_TRITON=1 asks for them: they are tested in Triton's interpreter, and not yet on a GPU.
+The Triton forms run only with GRAFT_TRITON=1: tests run them in Triton's interpreter, and no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # what the Triton forms take: they sum in float32
-CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bfloat16
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})  # for the Triton forms, which sum in float32
+CAPABILITY = (8, 0)  # the least that an NVIDIA GPU needs: the first with bfloat16
 
 _forced: bool | None = None if os.environ.get("GRAFT_TRITON") == "1" else False
 
@@ -29,7 +29,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def uses_triton(*tensors: Tensor) -> bool:
-    """Whether the Triton form serves these tensors, which stand on one device."""
+    """Say whether the Triton form serves these tensors, which stand on one device."""
     first = tensors[0]
     wanted = first.is_cuda and has_triton(first.device) if _forced is None else _forced
     return wanted and all(t.dtype in DTYPES for t in tensors)
@@ -37,17 +37,17 @@ def uses_triton(*tensors: Tensor) -> bool:
 
 @cache
 def triton_form(name: str) -> ModuleType:
-    """The module in `kernels/triton/` that goes with `graft.kernels.<…>`. Imports triton."""
+    """Import triton and return the module in `kernels/triton/` that goes with `graft.kernels.<…>`."""
     return import_module(name.replace("graft.kernels.", "graft.kernels.triton."))
 
 
 def gathers(x: Tensor) -> bool:
-    """Whether products of few elements, picked by index, are cheaper than those of all."""
+    """Say whether products of few elements, picked by index, are cheaper than those of all."""
     return x.device.type == "cpu"
 
 
 def form_for(plain: ModuleType, *tensors: Tensor) -> ModuleType:
-    """`plain`, or the module with the Triton forms of its functions."""
+    """Return `plain`, or the module with the Triton forms of its functions."""
     return triton_form(plain.__name__) if uses_triton(*tensors) else plain
 
 

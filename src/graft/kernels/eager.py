@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether operations and modules do what is written and nothing more, so that short cuts past them are allowed."""
+"""Checks that operations and modules do as written and nothing more, so that kernels may take short cuts past them."""
 
 # ruff: noqa: RUF019 - a membership test takes half of the time of `get`
 
@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as modules
 
-# on all modules; filled and emptied in place
+# hooks on all modules; torch fills and empties these in place
 BEFORE, AFTER = modules._global_forward_pre_hooks, modules._global_forward_hooks
 BACKWARD_BEFORE, BACKWARD = modules._global_backward_pre_hooks, modules._global_backward_hooks
 
 
 def eager() -> bool:
-    """Whether operations run as they are written, and nothing more: no compiler to fuse them or tracer to record them,
+    """Say whether operations run as written, and nothing more: no compiler fuses them, no tracer records them, there is
     no functional transform or forward-mode derivative, no hook on all modules. Every layer asks at every call."""
     return not (
         is_dynamo_compiling()
@@ -34,24 +34,24 @@ def eager() -> bool:
 
 
 def only_backward() -> bool:
-    """Whether an autograd.Function may stand for operations that has a rule for vmap and can be compiled: no tracer
-    records them, no forward-mode derivative is wanted."""
+    """Say whether an autograd.Function that has a rule for vmap, and compiles, may stand for operations: no tracer
+    records them, and nobody wants a forward-mode derivative."""
     return is_dynamo_compiling() or not (_is_tracing() or forward_ad._current_level >= 0)
 
 
 def functional() -> bool:
-    """Whether a functional transform runs, within which nothing may be written."""
+    """Say whether a functional transform runs; code within it must not write to tensors."""
     return not is_dynamo_compiling() and _are_functorch_transforms_active()
 
 
 def watched() -> bool:
-    """Whether a dispatch mode sees operations one by one, and may give them tensors without values."""
+    """Say whether a dispatch mode sees operations one by one, and may give them tensors without values."""
     return _len_torch_dispatch_stack() > 0
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does nothing but its forward, so that it need not be called. Whether there are hooks on
-    all modules, `eager` tells."""
+    """Say whether calling a module does nothing but its forward, so that code may go past the call. For hooks on all
+    modules ask `eager`."""
     held = module.__dict__  # a lean module may have no dictionaries for hooks
     return not (
         ("_forward_hooks" in held and held["_forward_hooks"])
@@ -63,7 +63,7 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device; None if it is off, or unknown there (meta)."""
+    """Return the dtype of autocast on this device; None if it is off, or the device has none (meta)."""
     if not _is_any_autocast_enabled():
         return None
     kind = device.type

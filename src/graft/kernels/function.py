@@ -14,7 +14,7 @@ from graft.kernels.eager import autocast_dtype
 
 
 class Function(torch.autograd.Function):
-    """With one output. Its `backward` casts what has to be cast, and autocast around backward() changes nothing."""
+    """A Function with one output. Its `backward` does all casts itself; autocast around backward() changes nothing."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(a b) ⊙ (c d): dense, as factors of rank r², or in one product with the weight it is added to."""
+"""The matrix (a b) ⊙ (c d): dense, as factors of rank r², or within one product, added to a weight."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def plain(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def is_narrow(r: int, out: int, n: int) -> bool:
-    """Whether factors of rank r² are the better choice: less work, and at most half of the dense matrix's memory."""
+    """Say whether factors of rank r² are the better choice: less work, at most half of the dense matrix's memory."""
     return 2 * r * r * (out + n) < out * n
 
 
 def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) with (a b) ⊙ (c d) = B A: products of all pairs of rows, and of columns. A (r², n), B (out, r²)."""
+    """Return (A, B) with (a b) ⊙ (c d) = B A: products of all pairs of rows, of columns. A (r², n), B (out, r²)."""
     return (b[:, None] * d).flatten(0, 1), (a[:, :, None] * c[:, None]).flatten(1)
 
 
@@ -43,14 +43,14 @@ class Hadamard(NamedTuple):
         return self.scale * product(*self[:4]).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Those of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
         return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
         input_gradient: Callable[..., Tensor],
     ) -> Tensor | None:  # fmt: skip
-        """As the function; None where the sum would round ΔW."""
+        """Call the function `linear_with`; return None where the sum would round ΔW."""
         return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
 
 
@@ -58,17 +58,17 @@ def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, delta: Hadamard, call: Callable[..., Tensor],
     input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
-    """x (W + ΔW)ᵀ + bias, keeping x and the factors. W and bias get no gradient; one dtype.
+    """Return x (W + ΔW)ᵀ + bias; keep x, W and the factors. W and bias get no gradient; all have one dtype.
 
     Args:
-        call: from x, a weight and bias to a linear layer's output.
-        input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+        call: (x, weight, bias) → the output of a linear layer.
+        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
     """
     return _OneProduct.apply(x, W, bias, *delta[:5], call, input_gradient)  # type: ignore[no-any-return]
 
 
 def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """As `plain`, keeping only the factors for backward: the products are as large as the weight."""
+    """Compute `plain`; keep only the factors for the backward pass, as the products are as large as the weight."""
     return _Product.apply(a, b, c, d) if only_backward() else plain(a, b, c, d)  # type: ignore[no-any-return]
 
 
@@ -89,7 +89,7 @@ class _Product(Function):
 
 
 def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-    """Of a, b, c and d, from that of (a b) ⊙ (c d)."""
+    """Return the gradients of a, b, c and d from that of (a b) ⊙ (c d)."""
     left = grad * (c @ d)
     right = grad * (a @ b)
     return left @ b.T, a.T @ left, right @ d.T, c.T @ right

@@ -13,7 +13,7 @@ from graft.kernels.worth import worth_it
 
 
 def compact(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, T) of (I - 2 û_1 û_1ᵀ) (I - 2 û_2 û_2ᵀ) …, û_k the normalised columns of u. u, U (n, r), T (r, r)."""
+    """Return (U, T) of (I - 2 û_1 û_1ᵀ) (I - 2 û_2 û_2ᵀ) …, û_k the normalised columns of u. u, U (n, r), T (r, r)."""
     U = u / u.norm(dim=0)
     half = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
     # T⁻¹ = ½ I + striu(UᵀU)
@@ -21,7 +21,7 @@ def compact(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_schmidt(u: Tensor) -> Tensor:
-    """The columns of u made orthonormal one after another; one that depends on those before it becomes 0."""
+    """Make the columns of u orthonormal one after another; one that depends on those before it becomes 0."""
     columns: list[Tensor] = []
     for column in u.unbind(1):
         v = column
@@ -40,7 +40,7 @@ def plain(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
 
 
 def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
-    """As `plain`, with no temporary of full width; keeps x as it came and r numbers per row."""
+    """Compute `plain` without a temporary of full width; keep x as it came and r numbers per row."""
     return _Reflect.apply(x, U, T) if worth_it(x) else plain(x, U, T)  # type: ignore[no-any-return]
 
 

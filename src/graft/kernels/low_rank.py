@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y + s · dropout(x) Aᵀ Bᵀ, added into y's own memory, with little kept for the backward pass.
+"""The sum y + s · dropout(x) Aᵀ Bᵀ in y's own memory; it keeps little for the backward pass.
 
 The products are those of `products.py` or their Triton forms, as `device.py` chooses.
 """
@@ -28,7 +28,7 @@ def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """As `plain`; y's memory holds the result.
+    """Compute `plain`; y's memory holds the result.
 
     y must be fresh: nothing else may need its values, not even its own backward pass (a linear layer's does not).
     """
@@ -52,11 +52,11 @@ def low_rank_linear(
     scale: float,
     p: float = 0.0,
 ) -> Tensor:
-    """`add_low_rank` to base(x), with one gradient of x for both; that of W is not computed.
+    """Call `add_low_rank` on base(x), with one gradient of x for both. W gets no gradient.
 
     Args:
         base: a linear layer without hooks.
-        input_gradient: from the gradient of its output (rows, out) and W to that of its input (rows, in).
+        input_gradient: (gradient of its output (rows, out), W) → gradient of its input (rows, in).
         W: its weight, as `input_gradient` takes it.
     """
     if not fuses(x, p) or not torch.is_grad_enabled():
@@ -66,15 +66,16 @@ def low_rank_linear(
 
 
 def fuses(x: Tensor, p: float) -> bool:
-    """Whether an autograd.Function pays. x (…, in).
+    """Say whether an autograd.Function pays. x (…, in).
 
-    With dropout also without gradients: reentrant checkpointing runs first without, then with them, for one mask.
+    With dropout it does also without gradients: reentrant checkpointing runs first without, then with them, and both
+    runs need one mask.
     """
     return (torch.is_grad_enabled() or p > 0) and x.numel() >= FUSED_FROM * x.shape[-1]
 
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
-    """`factors` in the dtype that autocast computes in, if it is on."""
+    """Return `factors` in the dtype of autocast if it is on, else as they are."""
     dtype = autocast_dtype(x.device)
     return factors if dtype is None else [f.to(dtype) for f in factors]
 
@@ -88,7 +89,7 @@ def seed_for(p: float) -> int:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """torch's dropout, which for many rows keeps a seed for the backward pass instead of a mask."""
+    """Do torch's dropout; for many rows keep a seed for the backward pass instead of a mask."""
     if not eager() or x.numel() < FUSED_FROM * x.shape[-1]:
         return nn.functional.dropout(x, p)
     return _Dropout.apply(x, p, new_seed())  # type: ignore[no-any-return]
@@ -106,7 +107,7 @@ class _Dropout(Function):
 
 
 class _AddLowRank(Function):
-    """Keeps x as it came (its memory is often kept anyway), and h = x Aᵀ of r numbers per row."""
+    """`add_low_rank`, which keeps x as it came (others often keep it anyway) and h = x Aᵀ, r numbers per row."""
 
     @staticmethod
     def forward(
@@ -131,7 +132,7 @@ class _AddLowRank(Function):
 
 
 class _LowRankLinear(Function):
-    """The same together with the base layer, whose gradient the low-rank one is added to."""
+    """`low_rank_linear`: the same together with the base layer, to whose gradient of x it adds its own."""
 
     @staticmethod
     def forward(
@@ -168,9 +169,9 @@ def gradients(
     need: Sequence[bool],
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, A and B, as far as there is need, from that of the output. g (rows, out).
+    """Return the gradients of x, A and B, as far as there is need, from that of the output, g (rows, out).
 
-    dx: a gradient of x (rows, in), to which the other is added in place.
+    dx: a gradient of x (rows, in) that takes in the other, in place.
     """
     need_x, need_A, need_B = need
     drop: dict[str, Any] = dict(p=p, seed=seed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.kernels.device import triton_form, uses_triton
 
-STACKED = 2**20  # numbers in the stacked factors: copying more costs more than a loop over the adapters
+STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than a loop over the adapters
 
 Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scaling
 
@@ -18,8 +18,8 @@ Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scali
 def plain(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int]) -> Tensor:
     """The reference: y with s · x Aᵀ Bᵀ added to the rows of each (A, B, s).
 
-    y (batch, …, out), x (batch, …, in); `order`: the rows of the first adapter, then of the second, …; as many as in
-    `sizes`.
+    y (batch, …, out), x (batch, …, in). order: the rows of the first adapter, then of the second, …; sizes: how many
+    each has.
     """
     out = y.clone()
     for index, (A, B, s) in zip(order.split(list(sizes)), factors):
@@ -28,7 +28,7 @@ def plain(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence
 
 
 def fits(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
-    """Whether `add_groups` can serve them: any that share a dtype, but for a batched product with gradients."""
+    """Say whether `add_groups` can serve them: all of one dtype and, with gradients and no Triton, cheap to stack."""
     A = factors[0][0]
     if any(a.dtype != A.dtype or b.dtype != A.dtype for a, b, _ in factors):
         return False
@@ -38,7 +38,7 @@ def fits(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
 def add_groups(
     y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int], in_order: bool = False
 ) -> Tensor:
-    """As `plain`, in y's memory, if it `fits`. in_order: `order` counts all rows from the first to the last."""
+    """Compute `plain` in y's memory, if it `fits`. in_order: `order` counts all rows from the first to the last."""
     if uses_triton(y, x, factors[0][0]):
         return triton_form(__name__).add_groups(y, x, factors, order, sizes)  # type: ignore[no-any-return]
     groups = (x if in_order else x.index_select(0, order)).to(factors[0][0].dtype)
@@ -55,7 +55,7 @@ def add_groups(
 
 
 def _alike(factors: Factors, sizes: Sequence[int]) -> bool:
-    """Whether one batched product covers them all."""
+    """Say whether one batched product covers them all."""
     first = factors[0][0]
     return len(set(sizes)) == 1 and all(A.shape == first.shape for A, _, _ in factors)
 
@@ -66,7 +66,7 @@ def _small(factors: Factors) -> bool:
 
 
 def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | None) -> Tensor:
-    """order: None if all of y's rows are in order."""
+    """Add all by one batched product. order: None if all of y's rows are in order."""
     A, B = torch.stack([A for A, _, _ in factors]), torch.stack([B for _, B, _ in factors])
     h = torch.bmm(groups.reshape(len(factors), -1, groups.shape[-1]), A.mT)
     scales = [s for _, _, s in factors]
@@ -81,7 +81,7 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
 
 
 def _add(y: Tensor, order: Tensor | None, added: Tensor) -> Tensor:
-    """y with rows added to those of `order`, in y's memory; rounded once."""
+    """Add rows to those of `order` (None: to all), in y's memory, with one rounding; return y."""
     if order is None:
         added = added.view(y.shape)
         return y.add_(added) if y.dtype == added.dtype else y.copy_(y + added)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W ⊙ (B A): dense, or in one product with the weight it is added to."""
+"""The matrix W ⊙ (B A): dense, or within one product, added to a weight."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class Modulated(NamedTuple):
         return self.W * product(self.B, self.A, self.W).view(self.W.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Those of ΔW that `ids` (…) name: (…, out)."""
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
         return embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
         input_gradient: Callable[..., Tensor],
     ) -> Tensor | None:  # fmt: skip
-        """x (W + ΔW)ᵀ + bias, keeping x and the factors; None if these are of a narrower dtype than W.
+        """Return x (W + ΔW)ᵀ + bias; keep x and the factors. Return None if these have a narrower dtype than W.
 
         W and bias get no gradient.
 
         Args:
-            call: from x, a weight and bias to a linear layer's output.
-            input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+            call: (x, weight, bias) → the output of a linear layer.
+            input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
         """
         if torch.promote_types(W.dtype, self.A.dtype) != self.A.dtype:
             return None
@@ -51,12 +51,12 @@ class Modulated(NamedTuple):
 
 
 def product(B: Tensor, A: Tensor, like: Tensor) -> Tensor:
-    """B A, (out, n), in the memory layout of `like`: what is stored as (in, out) is multiplied as such."""
+    """Return B A, (out, n), in the memory layout of `like`, which may be stored as (in, out)."""
     return (A.T @ B.T).T if like.dim() == 2 and not like.is_contiguous() else B @ A
 
 
 class _OneProduct(Function):
-    """Computes in the dtype of the factors, rounds the output once, and keeps everything as it came."""
+    """`linear_with`, which computes in the dtype of the factors, rounds the output once, and keeps all as it came."""
 
     @staticmethod
     def forward(
@@ -75,7 +75,7 @@ class _OneProduct(Function):
         if ctx.needs_input_grad[0]:
             dx = ctx.input_gradient(rows, _sum(W, W0, B, A)).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            inner = (rows.T @ flat) * W0  # of B A
+            inner = (rows.T @ flat) * W0  # gradient of B A
             dB, dA = inner @ A.T, B.T @ inner
         return dx, None, None, None, dB, dA, None, None
 

@@ -13,7 +13,7 @@ def plain_row_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """‖W + BA‖ per row in at least float32: ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ, whose terms may cancel."""
+    """Return ‖W + BA‖ per row, in at least float32: the terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
     square = torch.linalg.vector_norm(W, dim=1).square()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x (W + ΔW)ᵀ + b: one product where x Wᵀ + x ΔWᵀ takes two."""
+"""The linear layer x (W + ΔW)ᵀ + b: one product where x Wᵀ + x ΔWᵀ takes two."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor, call: Callable[..., Tensor],
     input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
-    """As `plain`. W gets no gradient. Of the sum nothing is kept: the backward pass forms it again.
+    """Compute `plain`. W gets no gradient. The backward pass forms the sum again, so that nothing keeps it.
 
     Args:
-        call: from x, a weight and bias to a linear layer's output.
-        input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+        call: (x, weight, bias) → the output of a linear layer.
+        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
     """
     return _OneProduct.apply(x, delta, W, bias, call, input_gradient)  # type: ignore[no-any-return]
 

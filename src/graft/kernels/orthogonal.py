@@ -15,7 +15,7 @@ from graft.kernels.worth import worth_it
 
 
 def skew(v: Tensor, size: int) -> Tensor:
-    """(blocks, size, size) skew-symmetric, from strict upper triangles row by row."""
+    """Return skew-symmetric (blocks, size, size) from strict upper triangles, row by row."""
     rows, cols = torch.triu_indices(size, size, 1, device=v.device)
     Q = v.new_zeros(v.shape[0], size, size).index_put(
         (torch.arange(v.shape[0], device=v.device)[:, None], rows, cols), v
@@ -26,13 +26,13 @@ def skew(v: Tensor, size: int) -> Tensor:
 def constrain(v: Tensor, eps: float) -> Tensor:
     """Scale each block so that its Frobenius norm is at most eps / √blocks."""
     limit = eps / math.sqrt(v.shape[0])
-    norm = v.norm(dim=1, keepdim=True) * math.sqrt(2)  # of Q, which holds every entry twice
+    norm = v.norm(dim=1, keepdim=True) * math.sqrt(2)  # norm of Q, which holds every entry twice
     return v * (limit / norm).clamp(max=1)
 
 
 def constrained(v: Tensor, eps: float) -> Tensor:
-    """As `constrain`, for projected descent: the gradient at the projected point counts as that of v, and the backward
-    pass moves v there, so that the step after it starts from that point. The forward pass writes nothing."""
+    """Do as `constrain`, for projected descent: the gradient at the projected point counts as that of v, and the
+    backward pass moves v there, so that the next step starts from that point. The forward pass writes nothing."""
     out = v + (constrain(v.detach(), eps) - v.detach())
     if out.requires_grad and not functional():
 
@@ -44,7 +44,7 @@ def constrained(v: Tensor, eps: float) -> Tensor:
 
 
 def cayley(Q: Tensor, terms: int | None) -> Tensor:
-    """(I - Q)(I + Q)⁻¹; or the truncated series of its inverse, I + 2Q + 2Q² + … + Qⁿ⁻¹ (as PEFT has it)."""
+    """Return (I - Q)(I + Q)⁻¹; with `terms`, PEFT's truncated series of its inverse, I + 2Q + 2Q² + … + Qⁿ⁻¹."""
     I = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     if terms is None:
         return torch.linalg.solve(I + Q, I - Q, left=False)
@@ -60,7 +60,7 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
 
 
 def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
-    """As `cayley`, keeping no powers of Q for the backward pass."""
+    """Compute `cayley`; keep no powers of Q for the backward pass."""
     fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and autocast_dtype(Q.device) is None
     return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)  # type: ignore[no-any-return]
 
@@ -90,7 +90,7 @@ class _Orthogonal(Function):
 
 
 def _inner(Q: Tensor, terms: int) -> list[Tensor]:
-    """2I + Q, 2I + Q (2I + Q), …: the series is I + Q times the last, so that no power of Q stands alone."""
+    """Return 2I + Q, 2I + Q (2I + Q), …: the series is I + Q times the last, so that no power of Q stands alone."""
     two = 2 * _eye(Q)
     found = [two + Q]
     for _ in range(max(terms, 4) - 3):
@@ -109,7 +109,7 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """As `plain_rotate`, by one batched product, keeping x as it came."""
+    """Compute `plain_rotate` by one batched product; keep x as it came."""
     return _Rotate.apply(x, R) if worth_it(x) else _rotated(x, R)  # type: ignore[no-any-return]
 
 
@@ -136,5 +136,5 @@ class _Rotate(Function):
 
 
 def gram_distance(P: Tensor) -> Tensor:
-    """‖P Pᵀ - I‖_F: how far the rows of P are from orthonormal."""
+    """Return ‖P Pᵀ - I‖_F: how far the rows of P are from orthonormal."""
     return torch.linalg.norm(P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of channels turned and scaled: in each group of g, channel j is paired with j + g / 2."""
+"""Rotation and scaling of pairs of channels: in each group of g, channels j and j + g / 2 are a pair."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plain(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
 
 
 def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """As `plain`, of many rows with no copy of the halves; keeps z as it came."""
+    """Compute `plain`, for many rows without a copy of the halves; keep z as it came."""
     if torch.is_grad_enabled():
         return _Turn.apply(z, c, s) if worth_it(z) else plain(z, c, s)  # type: ignore[no-any-return]
     return _turned(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain(z, c, s)

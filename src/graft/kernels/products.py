@@ -2,7 +2,7 @@
 """The products of a low-rank update in plain torch: the references of those in `triton/products.py`.
 
 x (rows, n) is wide, h (rows, r) narrow. Dropout, of the share p, acts on the wide side: on the same elements for the
-same seed. `kept` says on which, so that a second derivative can see another form's choice.
+same seed. An argument `kept` replaces the choice of elements: for a second derivative, by that of another form.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from graft.kernels.device import gathers
 
-BLOCK = 256  # rows that are cast at once
+BLOCK = 256  # rows in a cast
 Choice = Callable[[Tensor, float, int], Tensor]
 
 
 @lru_cache(maxsize=1)  # several products of one layer ask for the same, one after another
 def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Where dropout puts zeros: each of `size` places with probability p < 1, the same for the same seed.
+    """Return where dropout puts zeros: each of `size` places with probability p < 1, the same for the same seed.
 
-    Found by the gaps between them, which are geometric: one random number per zero, not one per place. Not to be
-    written to.
+    The gaps between zeros are geometric, which takes one random number per zero, not one per place. Do not write to
+    the result: it is cached.
     """
     g = torch.Generator(device).manual_seed(seed)
     draws = int(size * p + 6 * math.sqrt(size * p)) + 16  # enough but for one time in 10⁹
@@ -38,7 +38,7 @@ def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
 
 
 def kept(like: Tensor, p: float, seed: int) -> Tensor:
-    """Which elements dropout keeps, as a mask."""
+    """Return a mask of the elements that dropout keeps."""
     if not gathers(like):  # `places` would wait for the device
         g = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
         return torch.rand(like.shape, generator=g, device=like.device) >= p
@@ -47,16 +47,16 @@ def kept(like: Tensor, p: float, seed: int) -> Tensor:
     return mask
 
 
-mask_of = kept  # under another name, for functions with an argument `kept`
+mask_of = kept  # another name, for functions with an argument `kept`
 
 
 def dropped(x: Tensor, p: float, seed: int, kept: Choice = kept) -> Tensor:
-    """dropout(x)."""
+    """Return dropout(x)."""
     return torch.where(kept(x, p, seed), x * (1 / (1 - p)), 0) if p else x
 
 
 def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int, kept: Choice | None = None) -> Tensor:
-    """(1 - p) · dropout(x) in `dtype`: the factor is cheaper on the narrow side."""
+    """Return (1 - p) · dropout(x) in `dtype`: the factor is cheaper on the narrow side."""
     if not p:
         return x.to(dtype)
     if kept is not None or not gathers(x):
@@ -67,12 +67,12 @@ def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int, kept: Choice | No
 
 
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A wide tensor in the dtype of the products; done once, as several take it."""
+    """Cast a wide tensor to the dtype of the products, once for the several that take it."""
     return x.to(dtype)
 
 
 def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0, kept: Choice | None = None) -> Tensor:
-    """scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W."""
+    """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W."""
     if p or x.dtype != W.dtype:
         x, scale = zeroed(x, W.dtype, p, seed, kept), scale / (1 - p)
     h = nn.functional.linear(x, W)
@@ -80,22 +80,22 @@ def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0
 
 
 def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0, kept: Choice | None = None) -> Tensor:
-    """dropout(h Wᵀ). h (rows, r), W (n, r) → (rows, n), in `dtype`."""
+    """Return dropout(h Wᵀ). h (rows, r), W (n, r) → (rows, n), in `dtype`."""
     return zeroed(h * (1 / (1 - p)) @ W.T if p else h @ W.T, h.dtype, p, seed, kept).to(dtype)
 
 
 def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
-    """y + dropout(scale · h Wᵀ) in y's memory. y (…, n), h (rows, r), W (n, r)."""
+    """Return y + dropout(scale · h Wᵀ) in y's memory. y (…, n), h (rows, r), W (n, r)."""
     flat = y.view(-1, y.shape[-1])
     if not p and y.dtype == h.dtype:
         flat.addmm_(h, W.T, alpha=scale)
         return y
     dtype = torch.promote_types(y.dtype, h.dtype)
-    wide = flat.to(dtype)  # so that the sum is rounded once
+    wide = flat.to(dtype)  # to round the sum once
     h, W, scale = h.to(dtype), W.to(dtype), scale / (1 - p)
     if p and not gathers(y):
         wide.add_(zeroed(h @ W.T, dtype, p, seed), alpha=scale)
-    elif p:  # what is to stay as it is comes back afterwards
+    elif p:  # put the elements without an addition back afterwards
         where = places(y.numel(), p, seed, y.device)
         before = wide.view(-1).index_select(0, where)
         wide.addmm_(h, W.T, alpha=scale).view(-1).index_copy_(0, where, before)
@@ -107,23 +107,23 @@ def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: 
 
 
 def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0, kept: Choice | None = None) -> Tensor:
-    """hᵀ dropout(x). h (rows, r), x (rows, n) → (r, n), in the dtype of h."""
+    """Return hᵀ dropout(x). h (rows, r), x (rows, n) → (r, n), in the dtype of h."""
     product = h.T @ zeroed(x, h.dtype, p, seed, kept)
     return product * (1 / (1 - p)) if p else product
 
 
 def outer_wide(x: Tensor, h: Tensor, scale: float) -> Tensor:
-    """scale · xᵀ h. x (rows, n), h (rows, r) → (n, r), in the dtype of h."""
+    """Return scale · xᵀ h. x (rows, n), h (rows, r) → (n, r), in the dtype of h."""
     return ((h.T @ x.to(h.dtype)) * scale).T  # xᵀ h takes twice as long
 
 
 def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients of h and W through scale · h Wᵀ. g (rows, n), W (n, r), h (rows, r) → (rows, r), (n, r)."""
+    """Return gradients of h and W through scale · h Wᵀ. g (rows, n), W (n, r), h (rows, r) → (rows, r), (n, r)."""
     if g.dtype == h.dtype or torch.is_grad_enabled():
         return down(g, W.T, scale), outer_wide(g, h, scale)
     dh, dW = torch.empty_like(h), h.new_zeros(W.shape[::-1])
     for part, narrow, out in zip(g.split(BLOCK), h.split(BLOCK), dh.split(BLOCK)):
-        wide = part.to(h.dtype)  # stays in the cache for both
+        wide = part.to(h.dtype)  # small enough to stay in the cache for both
         torch.mm(wide, W, out=out)
         dW.addmm_(narrow.T, wide)
     return dh.mul_(scale), dW.mul_(scale).T

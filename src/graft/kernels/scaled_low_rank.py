@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y + b ⊙ ((d ⊙ (x Aᵀ)) Bᵀ) with fixed A and B: added into y's own memory, or in one product with the weight behind y.
+"""The sum y + b ⊙ ((d ⊙ (x Aᵀ)) Bᵀ), A and B fixed: in y's own memory, or in one product with the weight behind y.
 
-Of the activations, only x Aᵀ is kept for the backward pass.
+Of the activations the backward pass needs only x Aᵀ.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def plain(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
 
 
 def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """As `plain`; y's memory may hold the result, so nothing else may need its values. B gets no gradient."""
+    """Compute `plain`. y's memory may hold the result, so nothing else may need its values. B gets no gradient."""
     return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain(y, h, B, d, b)  # type: ignore[no-any-return]
 
 
 def one_product_pays(rows: int, out: int, n: int) -> bool:
-    """Whether forming W + ΔW, once in each direction, costs less than three products with the factors.
+    """Say whether forming W + ΔW, once in each direction, costs less than three products with the factors.
 
-    2 out · n against rows (2 out + n), times r; more, as the sums with W come on top.
+    The costs are 2 out · n and rows (2 out + n), times r. The sums with W come on top: hence 3.
     """
     return 3 * out * n < rows * (2 * out + n)
 
@@ -40,13 +40,13 @@ def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
     call: Callable[..., Tensor], input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
-    """`plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
+    """Compute `plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
 
-    Only d, b and x get gradients. All are of one dtype.
+    Only d, b and x get gradients. All have one dtype.
 
     Args:
-        call: from x, a weight and bias to a linear layer's output.
-        input_gradient: from the gradient of its output (rows, out) and the weight to that of its input (rows, n).
+        call: (x, weight, bias) → the output of a linear layer.
+        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
     """
     h = x.reshape(-1, x.shape[-1]) @ A.T
     return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)  # type: ignore[no-any-return]
@@ -55,7 +55,7 @@ def linear_with(
 def vector_gradients(
     G: Tensor, B: Tensor, d: Tensor, b: Tensor, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of d and b, from G = gᵀ h (out, r): nothing of the width of y is needed again."""
+    """Return the gradients of d and b from G = gᵀ h (out, r), without another product of the width of y."""
     dd = b @ (G * B) if need[0] else None
     db = (G * B) @ d if need[1] else None
     return dd, db
@@ -83,7 +83,7 @@ class _AddScaled(Function):
 
 
 class _OneProduct(Function):
-    """h = x Aᵀ comes from outside, so that a second derivative finds x through it. Its gradient is in that of x."""
+    """`linear_with`. The caller makes h = x Aᵀ, so that a second derivative finds x. The gradient of x includes h's."""
 
     @staticmethod
     def forward(

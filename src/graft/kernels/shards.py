@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with matrices that repeat, without these matrices: a sum of shards of the input, a repeated output."""
+"""Products with repetitive matrices, without these matrices: a sum of shards of the input, a repeated output."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Shards(NamedTuple):
 
     r: int
     fan_in: int
-    like: Tensor  # of the dtype and device of `weight`
+    like: Tensor  # has the dtype and device that `weight` gets
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(…, fan_in) → (…, r)"""
+        """Map (…, fan_in) to (…, r)."""
         whole = self.fan_in - self.fan_in % self.r
         z = x[..., :whole].unflatten(-1, (-1, self.r)).sum(-2)
         return z if whole == self.fan_in else z + nn.functional.pad(x[..., whole:], (0, self.r - self.fan_in + whole))
@@ -36,11 +36,11 @@ class Repeated(NamedTuple):
     times: int
 
     def __call__(self, z: Tensor) -> Tensor:
-        """(…, r) → (…, out)"""
+        """Map (…, r) to (…, out)."""
         y = z @ self.D
         return y if self.times == 1 else y.repeat(*[1] * (y.dim() - 1), self.times)
 
     @property
     def weight(self) -> Tensor:
-        """(out, r)"""
+        """The matrix [D D …]ᵀ, (out, r)."""
         return (self.D if self.times == 1 else self.D.repeat(1, self.times)).T

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products in which only some elements of x (rows, n) take part: those at `places`, indices into x as a flat list.
 
-Without them a product costs a share of the full one that is several times theirs: at 5 % of the elements, a sixth to a
-third on a CPU.
+With 5 % of the elements, such a product takes a sixth to a third of the time of the full one on a CPU.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ def plain_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
 
 
 def starts(places: Tensor, rows: int, n: int) -> Tensor:
-    """Where each row of x begins in `places`, which are in order. (rows + 1,)"""
+    """Return where each row of x begins in `places`, which are in order. (rows + 1,)"""
     return torch.searchsorted(places, torch.arange(0, (rows + 1) * n, n, device=places.device))
 
 
 def part(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """x, with zeros but at `places`, times Wᵀ. x (rows, n), W (out, n) → (rows, out), at least float32."""
+    """Multiply x, with zeros but at `places`, by Wᵀ. x (rows, n), W (out, n) → (rows, out), at least float32."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     rows, n = x.shape
     values = x.reshape(-1).index_select(0, places).to(dtype)
@@ -40,7 +39,7 @@ def part(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
 
 
 def entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """(g W) at `places` only. g (rows, out), W (out, n) → (places,), at least float32."""
+    """Return (g W) at `places` only. g (rows, out), W (out, n) → (places,), at least float32."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     shape = g.shape[0], W.shape[1]
     pattern = torch.sparse_csr_tensor(

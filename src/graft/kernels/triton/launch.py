@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the kernels: sizes of tiles, the grid, the device."""
+"""The start of a kernel: sizes of tiles, the grid, the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graft.kernels.triton import tiles
 
-LEAST, MOST = 16, 64  # sides of a tile: what tensor cores take, and what leaves room for float32
+LEAST, MOST = 16, 64  # sides of a tile: the least for tensor cores, the most with room for float32
 
 
 class Segments(NamedTuple):
@@ -20,7 +20,7 @@ class Segments(NamedTuple):
     order: Tensor  # samples, adapter by adapter
     tokens: int  # rows of a sample
     table: Tensor  # (adapters, 8): where each one's rows begin and end, and its factor
-    longest: int  # rows
+    longest: int  # rows of the longest segment
 
 
 def product(
@@ -35,10 +35,10 @@ def product(
     mixed: str = "",
     segments: Segments | None = None,
 ) -> Tensor:
-    """`out`, with scale · drop(a bᵀ) written or added to it. a (M, K), b (N, K), out (M, N).
+    """Write scale · drop(a bᵀ) to `out`, or add it, and return `out`. a (M, K), b (N, K), out (M, N).
 
-    drop, mixed: "a" or "out", on which dropout acts, and which is in the order of the batch. With `segments`, b is the
-    largest of the factors.
+    drop: "a" or "out", on which dropout acts; mixed: "a" or "out", which is in the order of the batch. With `segments`,
+    b is the largest of the factors.
     """
     M, (N, K) = segments.longest if segments else len(a), b.shape
     BM, BN, BK = side(M), side(N), side(K)
@@ -59,7 +59,7 @@ def outer(
     seed: int = 0,
     segments: Segments | None = None,
 ) -> Tensor:
-    """`out`, with scale · hᵀ drop(x) written to it. h (M, R), x (M, N), out (R, N), with `segments` one for each."""
+    """Write scale · hᵀ drop(x) to `out` and return it. h (M, R), x (M, N), out (R, N), with `segments` one for each."""
     M, R, N = segments.longest if segments else len(h), h.shape[1], x.shape[1]
     BM, BR, BN = side(M), side(R), side(N)
     options = dict(MIXED=segments is not None, DROP=p > 0, BM=BM, BR=BR, BN=BN)
@@ -69,7 +69,7 @@ def outer(
 
 
 def side(size: int) -> int:
-    """A power of two that covers `size`, within the limits."""
+    """Return the power of two that covers `size`, within the limits."""
     return min(max(1 << (size - 1).bit_length(), LEAST), MOST)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`add_groups` of `kernels/mixed.py` for adapters of any ranks and numbers of rows, in place of copies of factors and
-rows: the kernels find both by address."""
+"""The function `add_groups` of `kernels/mixed.py`, for adapters of any ranks and numbers of rows. It copies neither
+factors nor rows: the kernels find both by address."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_groups(
     return _AddGroups.apply(y, x, order, tuple(sizes), [s for _, _, s in factors], *flat)  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=4096)  # of all layers of a model: the same numbers at every step
+@lru_cache(maxsize=4096)  # for all layers of a model, which ask for the same at every step
 def _numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(-1, 8)
 
@@ -42,7 +42,7 @@ def _bits(value: float) -> int:
 
 
 class Groups:
-    """The segments of a batch, to be combined with one factor (n, k) per adapter."""
+    """The segments of a batch, for use with one factor (n, k) per adapter."""
 
     def __init__(self, x: Tensor, order: Tensor, sizes: Sequence[int]):
         self.order, self.sizes = order.to(x.device), sizes
@@ -50,7 +50,7 @@ class Groups:
         self.rows = len(order) * self.tokens
 
     def using(self, factors: Sequence[Tensor], scales: Sequence[float] | None = None) -> dict[str, Any]:
-        """Arguments of a kernel: the largest factor, and the segments with the addresses of all."""
+        """Return arguments of a kernel: the largest factor, and the segments with the addresses of all."""
         values: list[int] = []
         start = 0
         for size, W, s in zip(self.sizes, factors, scales or [1.0] * len(factors)):
@@ -63,7 +63,7 @@ class Groups:
 
 
 class _AddGroups(Function):
-    """Keeps x, the factors, and h = s · x Aᵀ of the rows with an adapter."""
+    """`add_groups`, which keeps x, the factors, and h = s · x Aᵀ of the rows with an adapter."""
 
     @staticmethod
     def forward(

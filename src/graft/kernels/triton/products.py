@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of `kernels/products.py` without what those write in between: casts, masks, sums of full width."""
+"""The functions of `kernels/products.py` without their intermediate tensors: casts, masks, sums of full width."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from graft.kernels.triton import launch
 
 
 def kept(like: Tensor, p: float, seed: int) -> Tensor:
-    """The choice of this form's dropout, as a mask. like (rows, n)."""
+    """Return a mask of the elements that this form's dropout keeps. like (rows, n)."""
     ones = like.new_ones(max(like.shape), 1, dtype=torch.float32)
     return up(ones[: like.shape[0]], ones[: like.shape[1]], torch.float32, p, seed) > 0
 
 
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x  # cast as it is read
+    return x  # the kernels cast as they read
 
 
 def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:

@@ -2,9 +2,9 @@
 """The two kernels: tiles of a product along a factor's rows, and of one along the batch.
 
 Both read tensors in their own dtype and strides, multiply in the factors' dtype and sum in float32. In a mixed batch
-(SGMV: Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285) each segment has its own factor, found by address, of its own
-rank; `table` holds a line of eight numbers for each (`mixed.py`). h and the like hold one segment after another; rows
-of the batch are found through `order`, its samples, of `tokens` rows each.
+(SGMV: Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285) each segment has its own factor, of its own rank, at an
+address in `table`, which holds a line of eight numbers for each (`mixed.py`). h and the like hold one segment after
+another; `order` says where their samples, of `tokens` rows each, stand in the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def rows_in_batch(m, stop, order, tokens):
-    """Where rows m of the segments stand in the batch."""
+    """Return where rows m of the segments stand in the batch."""
     sample = tl.load(order + m // tokens, mask=m < stop, other=0)
     return sample * tokens + m % tokens
 
@@ -25,8 +25,8 @@ INTERPRETED = tl.constexpr(not isinstance(rows_in_batch, triton.JITFunction))
 
 @triton.jit
 def plus_product(total, a, b, PRECISION: tl.constexpr):
-    """total + a b, both in one dtype."""
-    if INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+    """Return total + a b; a and b have one dtype."""
+    if INTERPRETED:  # the interpreter's dot takes the bits of bfloat16 for integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -34,15 +34,15 @@ def plus_product(total, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def kept(seed, row, column, width, p):
-    """Which elements of a (rows, width) matrix dropout keeps."""
+    """Return a mask of the elements of a (rows, width) matrix that dropout keeps."""
     return tl.rand(seed, row[:, None] * width + column[None, :]) >= p
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "seed"])  # they change from call to call
+@triton.jit(do_not_specialize=["M", "tokens", "seed"])  # these change from call to call
 def product(
     a,  # (M, K)
     b,  # (N, K); in a mixed batch the largest one
-    out,  # (M, N): scale · a bᵀ, or added to what it holds
+    out,  # (M, N): scale · a bᵀ, or the sum with its values
     table,
     order,
     tokens,

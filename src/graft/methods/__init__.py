@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of methods: one line each. A method's file is imported when it is first used."""
+"""The table of methods, a row for each. The first use of a method imports its file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PeftType.__doc__ = "The methods, by the name that adapter_config.json uses."
 
 @cache
 def method_of(peft_type: str) -> Any:
-    """The Method class of a peft_type, or the Prompt class; imports its file.
+    """Return the Method or Prompt class of a peft_type; import its file.
 
     Raises:
         ConfigError: there is no such method.
@@ -69,7 +69,7 @@ def method_of(peft_type: str) -> Any:
 
 
 def config_of(peft_type: str) -> type[PeftConfig]:
-    """The config class of a peft_type."""
+    """Return the config class of a peft_type."""
     return method_of(peft_type).config
 
 

@@ -26,7 +26,7 @@ class AdaptionPromptConfig(PeftConfig):
     """
 
     peft_type: Any = "ADAPTION_PROMPT"
-    target_modules: str | None = None  # what the attentions are called; None: by architecture
+    target_modules: str | None = None  # name of the attentions; None: by architecture
     adapter_len: int | None = None  # tokens per layer
     adapter_layers: int | None = None  # how many blocks, counted from the output
 
@@ -62,7 +62,7 @@ class AdaptionPrompt(Method):
 
     @classmethod
     def prepare(cls, cfg: Any, model: nn.Module) -> None:
-        default = cls.default_targets(model)  # refuses other models
+        default = cls.default_targets(model)  # raises for other models
         name = cfg.target_modules or default
         for needed in ("adapter_len", "adapter_layers"):
             if getattr(cfg, needed) is None:
@@ -73,7 +73,7 @@ class AdaptionPrompt(Method):
                 f"Config specifies more adapter layers '{cfg.adapter_layers}' than the model has '{len(paths)}'. "
                 f"Modules called '{name}' are counted."
             )
-        cfg.target_paths = set(paths[-cfg.adapter_layers :])  # no field: of this model, and not saved
+        cfg.target_paths = set(paths[-cfg.adapter_layers :])  # no field: it holds for this model only
 
     def check(self) -> str | None:
         have = self.site.module._modules.keys()
@@ -99,7 +99,7 @@ class AdaptionPrompt(Method):
 
     @staticmethod
     def input_of(module: Any, call: dict[str, Any]) -> Tensor:
-        """The queries, which the attention does not hand out. (batch, tokens, heads, head_dim)"""
+        """Compute the queries, which the attention does not return. (batch, tokens, heads, head_dim)"""
         x, shape = call["hidden_states"], (-1, module.head_dim)
         if fused(module):
             return module.c_attn(x).chunk(3, -1)[0].unflatten(-1, shape)
@@ -109,7 +109,7 @@ class AdaptionPrompt(Method):
         return q * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
 
     def cast(self, x: Tensor) -> Tensor:
-        return x  # the prompt follows instead
+        return x  # `branch` casts the prompt instead
 
     def branch(self, q: Tensor) -> Tensor:
         attention = self.layer.base_layer
@@ -126,5 +126,5 @@ class AdaptionPrompt(Method):
 
 
 def fused(attention: nn.Module) -> bool:
-    """Whether one layer makes queries, keys and values, and what it gives is not projected once more."""
+    """Say whether one layer makes queries, keys and values, as in GPT-2; the prompt's output then has no projection."""
     return "c_attn" in attention._modules

@@ -25,7 +25,7 @@ class HiraConfig(Targeted, LayerRange, RankPattern):
     r: int = 32
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    init_weights: bool | Literal["gaussian"] | None = True  # of A; B is zero. False or None: both random
+    init_weights: bool | Literal["gaussian"] | None = True  # values of A; B is zero. False or None: both random
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,7 +33,7 @@ class HiraConfig(Targeted, LayerRange, RankPattern):
 
 
 class HiRA(Method):
-    """ΔW = W₀ ⊙ (B A). As ΔW has the shape of the weight, so have the factors of a convolution with groups."""
+    """ΔW = W₀ ⊙ (B A). A has the inputs that the weight stores: in / groups for a convolution with groups."""
 
     config = HiraConfig
     prefix = "hira_"
@@ -75,7 +75,7 @@ class HiRA(Method):
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, …) and B (out, r, …)."""
+        """The factors A (r, …) and B (out, r, …)."""
         if self.site.op.takes_ids:
             return self.hira_embedding_A, self.hira_embedding_B
         return self.hira_A, self.hira_B

@@ -34,7 +34,7 @@ class HRAConfig(Targeted, LayerRange):
 
 
 class HRA(Method):
-    """W H: H = Π (I - 2 û_k û_kᵀ), k = 1 … r, on the input; of convolutions and embeddings, on the weight."""
+    """W H, H = Π (I - 2 û_k û_kᵀ), k = 1 … r. H acts on the input; in convolutions and embeddings, on the weight."""
 
     config = HRAConfig
     prefix = "hra_"
@@ -63,7 +63,7 @@ class HRA(Method):
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(U, T) with H = I - U T Uᵀ. U (fan_in, r), T (r, r)."""
+        """Return (U, T) with H = I - U T Uᵀ. U (fan_in, r), T (r, r)."""
         u = self.hra_u.to(torch.promote_types(dtype, torch.float32))
         if self.hra_apply_GS:
             U, T = gram_schmidt(u), 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)

@@ -23,7 +23,7 @@ class IA3Config(Targeted):
     """IA3: a learned factor per output channel, y ⊙ l, or per input channel of feed-forward layers, W (x ⊙ l)."""
 
     peft_type: Any = "IA3"
-    feedforward_modules: list[str] | set[str] | str | None = None  # of target_modules, those whose input is scaled
+    feedforward_modules: list[str] | set[str] | str | None = None  # target_modules with a factor on the input
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_ia3_weights: bool = True  # ones; else N(0, 1)
 
@@ -38,12 +38,12 @@ class IA3Config(Targeted):
 
 
 class IA3(Method):
-    """y ⊙ l, l (out,); of feed-forward layers W (x ⊙ l), l (in,)."""
+    """y ⊙ l, l (out,); in feed-forward layers W (x ⊙ l), l (in,)."""
 
     config = IA3Config
     prefix = "ia3_"
     targets = TARGETS
-    compresses_targets = False  # feedforward_modules would no longer be among them
+    compresses_targets = False  # or feedforward_modules would no longer be among them
 
     ia3_l: nn.Parameter  # (out, 1); feed-forward (1, in); convolutions (1, channels, 1, …)
     is_feedforward: bool
@@ -66,7 +66,7 @@ class IA3(Method):
 
     @property
     def inner(self) -> bool:
-        """Whether the input is scaled, as the config says."""
+        """Say whether the config scales this layer's input."""
         return _is_feedforward(self.site.key, self.cfg)
 
     def describe(self):

@@ -42,7 +42,7 @@ class LNTuning(Method):
         return dict(ln_tuning_layers=made)
 
     def placeholders(self, shared):
-        """Copies again: nothing is drawn."""
+        """Build a copy again, which draws no random values."""
         return self.build(shared)
 
     def copied(self) -> nn.Module:

@@ -35,7 +35,7 @@ class LoHaConfig(Targeted, LayerRange, RankPatterns):
 
 
 class LoHa(Method):
-    """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b); of convolutions, optionally, each product with a kernel factor t between."""
+    """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b); in convolutions, optionally, with a kernel factor t within each product."""
 
     config = LoHaConfig
     prefix = "hada_"
@@ -53,7 +53,7 @@ class LoHa(Method):
 
     @property
     def cp(self) -> bool:
-        """Whether the kernel of a convolution is factored, too."""
+        """Say whether the adapter factors the kernel of a convolution, too."""
         return self.cfg.use_effective_conv2d and math.prod(self.site.shape[2:]) > 1
 
     def describe(self):
@@ -95,15 +95,15 @@ class LoHa(Method):
                 nn.init.kaiming_uniform_(getattr(self, f"hada_{name}"), a=math.sqrt(5))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a, b, c, d of ΔW = scaling · (a b) ⊙ (c d), as matrices; in training with dropout."""
+        """Return a, b, c, d of ΔW = scaling · (a b) ⊙ (c d), as matrices; in training with dropout."""
         a, b, c, d = (getattr(self, f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        if self.cp:  # the kernel's factor counts as b's
+        if self.cp:  # b and d take in the kernel's factors
             b, d = kernel_of(self.hada_t1, b), kernel_of(self.hada_t2, d)
             a, c = a.T, c.T
         return self.dropped(a), b, c, d
 
     def dropped(self, rows: Tensor) -> Tensor:
-        """`rows` (out, …), in training less what dropout takes out."""
+        """Return `rows` (out, …), in training with zeros where dropout takes rows out."""
         if not self.layer.training:
             return rows
         if self.rank_dropout:
@@ -114,7 +114,7 @@ class LoHa(Method):
         return rows
 
     def factors(self) -> Factors:
-        """Of rank r², where that is cheaper than ΔW."""
+        """Return factors of rank r², for where they are cheaper than ΔW."""
         return Factors(*narrow(*self.parts()), scale=self.scaling)
 
     def delta(self) -> Hadamard:
@@ -122,5 +122,5 @@ class LoHa(Method):
 
 
 def kernel_of(t: Tensor, b: Tensor) -> Tensor:
-    """Σ_j t[i, j] b[j]: (r, in / groups · kernel size)."""
+    """Return Σ_j t[i, j] b[j], (r, in / groups · kernel size)."""
     return torch.einsum("ijk,jq->iqk", t.flatten(2), b).flatten(1)

@@ -25,9 +25,9 @@ class MissConfig(Targeted, LayerRange):
     peft_type: Any = "MISS"
     r: int = 64  # width of a shard
     miss_dropout: float = 0.0
-    mini_r: int = 1  # of "mini": how many outputs a block has
+    mini_r: int = 1  # for "mini": how many outputs a block has
     bias: str = "none"  # which base biases train: none, all, miss_only
-    init_weights: bool | Literal["bat", "mini"] = True  # the variant; True: the plain one, False: of a random D
+    init_weights: bool | Literal["bat", "mini"] = True  # a variant; True: plain, False: with a random D
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class MiSS(Method):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The block's."""
+        """The shape of the block."""
         return self.cfg.r, self.site.out_features
 
     def init(self) -> None:
@@ -79,13 +79,13 @@ class MiSS(Method):
     def factors(self) -> Factors:
         A = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
         B = Repeated(self.miss_block, self.site.out_features // self.miss_block.shape[1])
-        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # no vectors: the layer's own function takes matrices
+        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # inputs are no vectors: the layer takes matrices
             return Factors(A.weight, B.weight, dropout=self.miss_dropout)
         return Factors(A, B, dropout=self.miss_dropout)
 
 
 class MiniMiSS(MiSS):
-    """D repeats a block of few outputs."""
+    """MiSS whose D repeats a block of few outputs."""
 
     def check(self) -> str | None:
         out, mini_r = self.site.out_features, self.cfg.mini_r
@@ -99,7 +99,7 @@ class MiniMiSS(MiSS):
 
 
 class BatMiSS(MiSS):
-    """Of blocks (r, r), W_mn becomes W_mn + W_mn D_m + D_m."""
+    """MiSS on blocks (r, r) of the weight: W_mn becomes W_mn + W_mn D_m + D_m."""
 
     def check(self) -> str | None:
         out, fan_in, r = self.site.out_features, self.site.fan_in, self.cfg.r
@@ -115,7 +115,7 @@ class BatMiSS(MiSS):
         return self.site.out_features // self.cfg.r, self.cfg.r, self.cfg.r
 
     def describe(self):
-        # no update of W₀: in PEFT, too, the second of two acts on what the first made, in the forward pass and merged
+        # no Update of W₀: as in PEFT, the second of two adapters acts on the weight that the first made
         return Rewrite(self.fold)
 
     def fold(self, W: Tensor, b: Tensor | None):

@@ -61,7 +61,7 @@ class Rotation(nn.Module):
 
 
 class OFT(Method):
-    """W (x R), R per block (I - Q)(I + Q)⁻¹ or the series of its inverse. Of convolutions, the weight is rotated."""
+    """W (x R), R per block (I - Q)(I + Q)⁻¹ or the series of its inverse. In convolutions, R rotates the weight."""
 
     config = OFTConfig
     prefix = "oft_"
@@ -70,12 +70,12 @@ class OFT(Method):
     oft_R: Rotation  # weight (blocks, b (b - 1) / 2)
     oft_embedding_R: Rotation
     block_size: int
-    blocks: int  # that R has; more than there are in the weight if they are shared
+    blocks: int  # number of blocks in R; if they share one, `oft_R` has only that
 
     def describe(self):
         if self.site.op.takes_ids:
             return Rewrite(self.fold, post=self.post)
-        kernel = len(self.site.shape) > 2  # it sees overlapping patches: rotate the weight
+        kernel = len(self.site.shape) > 2  # overlapping patches: rotate the weight
         return Rewrite(self.fold, pre=None if kernel else self.pre, inward=True)
 
     def build(self, shared):
@@ -108,7 +108,7 @@ class OFT(Method):
         return self.oft_embedding_R if self.site.op.takes_ids else self.oft_R
 
     def R(self) -> Tensor:
-        """(blocks, b, b); one block if they are shared."""
+        """Return the blocks of R, (blocks, b, b); one if they share it."""
         v: Tensor = self.rotation.weight
         if self.eps is not None:
             v = constrained(v, self.eps)
@@ -126,12 +126,12 @@ class OFT(Method):
         return self.rotate(y)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """x R, block by block. x (…, n)."""
+        """Return x R, block by block. x (…, n)."""
         return rotate(x, self.R().to(self.dtype).expand(self.blocks, -1, -1))
 
     def fold(self, W: Tensor, b: Tensor | None):
         R = self.R().to(W.dtype)
-        if self.site.op.takes_ids:  # the output is rotated: Rᵀ W
+        if self.site.op.takes_ids:  # R rotates the output: Rᵀ W
             blocks = W.reshape(self.blocks, self.block_size, -1)
             return (R.mT @ blocks).reshape(W.shape), b
         blocks = W.reshape(W.shape[0], self.blocks, self.block_size, 1)
@@ -139,5 +139,5 @@ class OFT(Method):
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of n nearest to `wanted`, the smaller of two; n itself if that is less."""
+    """Return the divisor of n nearest to `wanted`, the smaller of two; n itself if `wanted` is no less."""
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d)) if wanted < n else n

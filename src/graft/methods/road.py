@@ -18,13 +18,13 @@ from graft.core.method import Method
 from graft.kernels.planar import turn
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
-# angles of a pair, and its scales: (those of c and of s, those of each channel), 1 if both have the same
+# numbers of angles, and of scales, that a pair has: (2 if c and s have their own, 2 if both channels have their own)
 LAYOUT = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 
 
 @dataclass(kw_only=True)
 class RoadConfig(Targets):
-    """RoAd: each pair of output channels is turned by an angle and scaled. Channels j and j + g / 2 are a pair.
+    """RoAd: rotation and scaling of each pair of output channels. Channels j and j + g / 2 are a pair.
 
     Raises:
         ConfigError: an unknown variant, or a group that has no halves.
@@ -32,7 +32,7 @@ class RoadConfig(Targets):
 
     peft_type: Any = "ROAD"
     variant: str = "road_1"  # an angle and a scale per pair; road_2: per channel; road_4: per entry of the 2 × 2
-    group_size: int = 64  # g; divides the channels of every layer
+    group_size: int = 64  # g; must divide the channels of every layer
     init_weights: bool = True  # the identity; else random
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class Road(Method):
         return self.turned(W, 0), None if b is None else self.turned(b, 0)
 
     def turned(self, z: Tensor, dim: int) -> Tensor:
-        """R z, channels in `dim`."""
+        """Return R z. dim: the dimension of z that counts channels."""
         (of, each), half = LAYOUT[self.cfg.variant], self.cfg.group_size // 2
         dtype = torch.promote_types(self.road_theta.dtype, z.dtype)
         both = (self.road_theta, self.road_alpha)

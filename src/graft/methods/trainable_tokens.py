@@ -19,7 +19,7 @@ from graft.core.method import Method
 
 @dataclass(kw_only=True)
 class TrainableTokensConfig(PeftConfig):
-    """Trains the embedding rows of `token_indices`; all others stay as they are."""
+    """Trainable tokens: the embedding rows `token_indices` train; all others stay as they are."""
 
     peft_type: Any = "TRAINABLE_TOKENS"
     token_indices: list[int] = field(default_factory=list)
@@ -103,7 +103,7 @@ class TrainableTokens(Method):
         return torch.where(hit.unsqueeze(-1), own.to(y.dtype), y)
 
     def order_to_token(self) -> Tensor:
-        """(k,) token of each row."""
+        """Return the token of each row, (k,)."""
         return self.sorted_tokens[self.order_of_tokens.argsort()]
 
     def fold(self, W: Tensor, b: Tensor | None):
@@ -114,7 +114,7 @@ class TrainableTokens(Method):
 
 
 def input_embedding(model: Any) -> str | None:
-    """Path of a model's input embedding, if it tells."""
+    """Return the path of a model's input embedding; None if the model does not tell."""
     if not hasattr(model, "get_input_embeddings"):
         return None
     try:

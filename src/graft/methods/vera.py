@@ -27,7 +27,7 @@ class VeraConfig(Targets, LayerRange):
     peft_type: Any = "VERA"
     r: int = 256
     projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # store A and B too, so that a checkpoint does not depend on the generator
+    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
     vera_dropout: float = 0.0
     d_initial: float = 0.1
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -45,7 +45,7 @@ class VeraConfig(Targets, LayerRange):
 
 
 class VeRA(Method):
-    """ΔW = diag(λ_b) B diag(λ_d) A. A (r, in) and B (out, r) are cut from matrices that all layers share."""
+    """ΔW = diag(λ_b) B diag(λ_d) A. A (r, in) and B (out, r) are parts of matrices that all layers share."""
 
     config = VeraConfig
     prefix = "vera_lambda_"

@@ -13,7 +13,7 @@ from graft.methods.lora.config import LoraConfig
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
-    """AdaLoRA: LoRA in the form of a singular value decomposition, whose least important values are pruned in training.
+    """AdaLoRA: LoRA in the form of a singular value decomposition; training prunes its least important values.
 
     Call `model.base_model.update_and_allocate(step)` after each optimizer step, before gradients are zeroed; or use
     `graft.train.adalora_callback` (transformers' Trainer) or `graft.train.allocate_on_step` (any optimizer).
@@ -23,12 +23,12 @@ class AdaLoraConfig(LoraConfig):
     target_r: int = 8  # average rank at the end
     init_r: int = 12  # rank of every layer at the start
     tinit: int = 0  # steps before pruning begins
-    tfinal: int = 0  # steps at the end with the ranks that were found
+    tfinal: int = 0  # steps at the end, in which ranks stay as they are
     deltaT: int = 1  # steps between two allocations
     beta1: float = 0.85  # smoothing of the sensitivity
     beta2: float = 0.85  # smoothing of its uncertainty
     orth_reg_weight: float = 0.5  # weight of the loss that keeps A and B orthogonal
-    total_step: int | None = None  # number of training steps; must be given
+    total_step: int | None = None  # number of training steps; required
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: what each layer kept
 
     patterns: ClassVar[dict[str, str]] = {}
@@ -65,7 +65,7 @@ class AdaLoraConfig(LoraConfig):
             warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.")
 
     def _check_patterns(self) -> None:
-        """The rank pattern holds masks here."""
+        """Check nothing: the rank pattern holds masks here."""
 
     def saved_dict(self) -> dict[str, Any]:
         values = super().saved_dict()
@@ -74,7 +74,7 @@ class AdaLoraConfig(LoraConfig):
         return values
 
     def kept(self, key: str) -> list[bool] | None:
-        """Which singular values the layer at `key` kept, once that is known."""
+        """Return the mask of the singular values that the layer at `key` kept; None while there is none."""
         for name, mask in (self.rank_pattern or {}).items():
             if name == f"{key}.lora_E" or name.startswith(f"{key}.lora_E."):
                 return mask

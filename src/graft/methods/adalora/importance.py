@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a loss depends on each parameter, smoothed over steps (AdaLoRA, arXiv 2303.10512, section 3.2)."""
+"""The dependence of a loss on each parameter, smoothed over steps (AdaLoRA, arXiv 2303.10512, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class Importance:
         spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
 
     def score(self, name: str, p: Tensor) -> Tensor:
-        """Of each element of `p`; 0 if it never had a gradient, as in an expert that got no token."""
+        """Return the score of each element of `p`; 0 if it never had a gradient, as in an expert without tokens."""
         return self.mean[name] * self.spread[name] if name in self.mean else torch.zeros_like(p)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LoRA cannot do, said before it is tried."""
+"""Checks for all that LoRA cannot do, before anything tries it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
 
 
 def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
-    """Why an adapter on this layer has no merged form."""
+    """Say why an adapter on this layer has no merged form; None if it has one."""
     if site.op.known and site.op.groups(site.module) > 1:
         return "Merging is not supported for _ConvNd layers with groups > 1! A mixes the groups"
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:

@@ -10,7 +10,7 @@ from graft.config.fields import LayerRange, RankPatterns, Targeted, require_posi
 from graft.core.errors import ConfigError, warn
 from graft.methods.lora.sub_configs import KasaConfig
 
-VARIANTS = {"use_dora": "dora:DoRA", "kasa_config": "kasa:KaSA"}  # field that asks for it → "module:Class" beside this
+VARIANTS = {"use_dora": "dora:DoRA", "kasa_config": "kasa:KaSA"}  # field that selects it → "module:Class" beside this
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
@@ -29,7 +29,7 @@ CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that change the base
 
 @dataclass
 class LoraRuntimeConfig:
-    """Choices about this machine; never saved."""
+    """Choices for this machine, which no file holds."""
 
     ephemeral_gpu_offload: bool = False
 
@@ -94,7 +94,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The fields that ask for a variant."""
+        """The fields with a value that selects a variant."""
         return tuple(sorted(name for name in VARIANTS if getattr(self, name)))
 
     def _check_init(self) -> None:

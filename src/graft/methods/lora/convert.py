@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Save a PiSSA or OLoRA adapter as plain LoRA for the base model as it was: ΔW = s (B A - B₀ A₀)."""
+"""Conversion of a PiSSA or OLoRA adapter to plain LoRA for the base model as it was: ΔW = s (B A - B₀ A₀)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graft.methods.lora.lora import LoRA
 def subtract_initial(
     initial: dict[str, Tensor], initial_config: Any, tensors: dict[str, Tensor], config: Any
 ) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and config of the converted adapter, of twice the rank.
+    """Return tensors and config of the converted adapter, which has twice the rank.
 
     Args:
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
@@ -45,7 +45,7 @@ def subtract_initial(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported with rsLoRA and "
             "rank_pattern or alpha_pattern: the scaling of those layers cannot be kept."
         )
-    out = dict(tensors)  # what is neither A nor B, such as magnitudes and modules trained whole, stays
+    out = dict(tensors)  # all but A and B stay: magnitudes, say, and modules trained whole
     for key, now in tensors.items():
         before = initial[key].to(now) if key in initial else None
         if "lora_A" in key or "lora_embedding_A" in key:

@@ -26,7 +26,7 @@ class Magnitude(nn.Module):
 
 
 class DoRA(LoRA):
-    """m (out,) trains, and the norm counts as a constant."""
+    """LoRA with magnitudes m (out,) that train; the norm counts as a constant."""
 
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
 
@@ -56,5 +56,5 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """‖W + ΔW‖ per output channel, (out,)."""
+        """Return ‖W + ΔW‖ per output channel, (out,)."""
         return row_norms(self.layer.W0.flatten(1), *super().factors().matrices())

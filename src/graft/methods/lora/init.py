@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How LoRA starts: kaiming (2106.09685), gaussian, orthogonal, OLoRA (2406.01775), PiSSA (2404.02948).
+"""LoRA's initialisations: kaiming (arXiv 2106.09685), gaussian, orthogonal, OLoRA (2406.01775), PiSSA (2404.02948).
 
-A function here fills A (r, in) and B (out, r); those that start from the base weight W take their part out of it,
-so that W + scaling · B A stays what it was.
+A function here fills A (r, in) and B (out, r). One that starts from the base weight W takes its part out of W, so that
+W + scaling · B A stays as it was.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def initialise(lora: Any, how: bool | str) -> None:
     elif how is True:
         _plain(A, B)
     elif how is False:
-        pass  # as the modules of A and B initialise themselves
+        pass  # the modules of A and B have initialised themselves
     elif how.lower() == "gaussian":
         A.normal_(std=1 / A.shape[0])
         B.zero_()
@@ -60,7 +60,7 @@ def _plain(A: Tensor, B: Tensor) -> None:
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:
-    """A's rows and B's columns are built on orthogonal halves of one random basis, so that B A = 0."""
+    """Build A's rows and B's columns on orthogonal halves of one random basis, so that B A = 0."""
     r = A.shape[0]
     if r % 2:
         raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
@@ -75,7 +75,7 @@ def _from_weight(lora: Any, how: str, A: Tensor, B: Tensor) -> None:
     layer, r, s = lora.layer, A.shape[0], lora.scaling
     W = layer.W0
     if lora.site.on_meta:
-        layer.rewrite_base(W)  # warns, as there is nothing to begin with
+        layer.rewrite_base(W)  # warns: there are no values to start from
         _plain(A, B)
         return
     if W.dtype not in FLOATS:
@@ -97,7 +97,7 @@ def _olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def _pissa(W: Tensor, r: int, s: float, how: str) -> tuple[Tensor, Tensor]:
-    """The r largest singular triples of W, shared out evenly between A and B."""
+    """Return A and B: the r largest singular triples of W, with an even share for each."""
     if how == "pissa":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         U, S, Vh = U[:, :r], S[:r], Vh[:r]

@@ -19,7 +19,7 @@ from graft.methods.lora.lora import LoRA
 
 
 class KaSA(LoRA):
-    """d (r,) trains; the base weight stays without the components, whatever becomes of the adapter."""
+    """LoRA with a d (r,) that trains. The base weight stays without the components, whatever becomes of the adapter."""
 
     lora_diag: nn.Parameter  # (r,)
 
@@ -51,7 +51,7 @@ class KaSA(LoRA):
         super().init()
         self.lora_diag.data.normal_()
         others = [m.cfg.r for m in self.layer.methods.values() if m is not self and isinstance(m, KaSA)]
-        if self.cfg.r > max(others, default=0):  # or the weight is without these already
+        if self.cfg.r > max(others, default=0):  # else the weight is without these already
             self.layer.rewrite_base(without_smallest(self.layer.W0, self.cfg.r))
 
     def factors(self) -> Factors:
@@ -61,7 +61,7 @@ class KaSA(LoRA):
         return super().holding(A, B) | {("lora_diag", ""): A.new_ones(A.numel() // self.site.fan_in)}
 
     def loss(self) -> Tensor:
-        """β ‖d‖² + γ (‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖), in float32."""
+        """Return β ‖d‖² + γ (‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖), in float32."""
         A, B = (p.float() for p in self.pair)
         cfg = self.cfg.kasa_config
         return cfg.beta * self.lora_diag.float().square().sum() + cfg.gamma * (gram_distance(B.T) + gram_distance(A))  # type: ignore[no-any-return]
@@ -69,14 +69,14 @@ class KaSA(LoRA):
 
 @torch.no_grad()
 def without_smallest(W: Tensor, r: int) -> Tensor:
-    """W (out, in) without its r smallest singular components, at least in float32 inside."""
+    """Return W (out, in) without its r smallest singular components; compute in at least float32."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
     return (wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype)
 
 
 def loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Σ of `KaSA.loss` over layers and adapters, the active ones if None; 0.0 without any."""
+    """Return the sum of `KaSA.loss` over layers and adapters (None: the active ones); 0.0 without any."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in tuner.peft_config]

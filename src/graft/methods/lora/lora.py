@@ -21,13 +21,13 @@ from graft.methods.lora.replicate import replicate
 
 
 def beside(where: str) -> Any:
-    """What a file beside this one defines, imported when it is first used: "module:name"."""
+    """Import a file of this folder and return a name in it: "module:name"."""
     module, name = where.split(":")
     return getattr(import_module(f"graft.methods.lora.{module}"), name)
 
 
 def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """The regularisation of KaSA adapters, to be added to a training loss; 0.0 without any.
+    """Return the regularisation of KaSA adapters, for a training loss; 0.0 without any.
 
     Args:
         adapter_names: which ones; the active ones if None.
@@ -87,7 +87,7 @@ class LoRA(Method):
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
         checks.say_unmergeable(site, cfg)
-        fill = cfg.init_lora_weights is False  # anything else overwrites what is drawn here
+        fill = cfg.init_lora_weights is False  # any other initialisation overwrites these values
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
         return values | dict(lora_A=A, lora_B=B)
 
@@ -99,7 +99,7 @@ class LoRA(Method):
 
     @classmethod
     def changes_base(cls, cfg: LoraConfig) -> str | None:
-        """The setting by which `init` changes the base weight, or None."""
+        """Return the setting by which `init` changes the base weight; None if it does not."""
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if init.changes_base(how) else None
 
@@ -107,19 +107,19 @@ class LoRA(Method):
         return self.changes_base(self.cfg) is not None
 
     def tie(self, source: Method) -> None:
-        """Of a head tied to an embedding: (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""
+        """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""
         A, B = source.pair
         self.lora_A.weight.data, self.lora_B.weight.data = B.data.T, A.data.T
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, …) and B (out, …) as they are stored."""
+        """The parameters A (r, …) and B (out, …), as the layer stores them."""
         if self.site.op.takes_ids:
             return self.lora_embedding_A, self.lora_embedding_B
         return self.lora_A.weight, self.lora_B.weight  # type: ignore[return-value]
 
     def holding(self, A: Tensor, B: Tensor) -> Tensors:
-        """Values of the adapter's tensors with which ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""
+        """Return values of the adapter's tensors with which ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""
         if self.site.op.takes_ids:
             return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
         return {("lora_A", "weight"): A, ("lora_B", "weight"): B}

@@ -16,7 +16,7 @@ LISTS = ("layers", "layer", "h")  # what transformers calls the list of layers
 
 
 def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:
-    """Replace the model's list of layers by the layers of these (start, end) ranges. Returns what undoes it.
+    """Replace the model's list of layers by the layers of these (start, end) ranges. Return a function that undoes it.
 
     Raises:
         ConfigError: there is no such list, a range is outside it, or other ranges were replicated before.

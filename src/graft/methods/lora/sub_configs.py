@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a LoraConfig holds besides plain values: settings of one variant each."""
+"""The configs within a LoraConfig: settings of one variant each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graft.core.errors import ConfigError
 
 @dataclass
 class KasaConfig:
-    """Weights of KaSA's regularisation, which is `LoraModel._get_kasa_loss()`; the training loop adds it.
+    """Weights of KaSA's regularisation, `LoraModel._get_kasa_loss()`, which the training loop adds to its loss.
 
     Raises:
         ConfigError: a weight is negative.

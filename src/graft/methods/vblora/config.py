@@ -39,6 +39,6 @@ class VBLoRAConfig(Targeted, LayerRange):
 
     @property
     def index_type(self) -> torch.dtype:
-        """The smallest that counts the vectors, for files."""
+        """The smallest integer type that counts the vectors, for files."""
         sizes = ((2**8, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
         return next((dtype for most, dtype in sizes if self.num_vectors < most), torch.int64)

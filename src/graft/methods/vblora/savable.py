@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a file of VB-LoRA holds."""
+"""The size of a file of VB-LoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def savable_parameters(tuner: Any, adapter: str = "default") -> tuple[int, int]:
-    """How many numbers a file of `adapter` holds, in units of four bytes: of VB-LoRA, and others that train."""
+    """Return how many numbers a file of `adapter` holds, in units of four bytes: VB-LoRA's, and others that train."""
     tuner.check_known([adapter])
     cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared]
     added = {id(slot.tensor) for c in carriers for name in c.adapters for slot in c.slots(name)}

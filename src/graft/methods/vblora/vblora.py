@@ -20,7 +20,7 @@ from graft.methods.vblora.config import VBLoRAConfig
 from graft.methods.vblora.savable import print_savable_parameters, savable_parameters
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
-INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # follow the names of logits in a file of the largest alone
+INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # ends of names in files with the largest logits alone
 
 
 class VBLoRA(Method):
@@ -42,7 +42,7 @@ class VBLoRA(Method):
     @classmethod
     def share(cls, sites: Sequence[Site], cfg: VBLoRAConfig, existing, others):
         bank = torch.empty(cfg.num_vectors, cfg.vector_length)
-        with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before its logits, and keeps the last
+        with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before the logits, and keeps the last
             for site in sites:
                 nn.init.uniform_(bank, -cfg.init_vector_bank_bound, cfg.init_vector_bank_bound)
                 for shape in logits_of(site, cfg):
@@ -72,21 +72,21 @@ class VBLoRA(Method):
         return Factors(A.flatten(1), B.transpose(1, 2).flatten(0, 1), dropout=self.vblora_dropout)
 
     def mixed(self, logits: Tensor) -> Tensor:
-        """(…, vectors) → (…, L)"""
+        """Mix the bank's vectors by logits, (…, vectors) → (…, L)."""
         largest, index = logits.topk(self.cfg.topk, dim=-1)
         vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())
         return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)
 
     @property
     def truncated(self) -> bool:
-        """Whether there are no logits but the largest."""
+        """Say whether there are no logits but the largest."""
         logits = self.vblora_logits_A[0, 0]
         return not logits.is_meta and bool(logits.isneginf().any())
 
     @classmethod
     @contextmanager
     def around(cls, tuner: Any, call: Any) -> Iterator[Callable[[Any], Any]]:
-        """Refuse to train what came from a file of the largest logits."""
+        """Refuse to train an adapter from a file that holds only the largest logits."""
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
@@ -99,7 +99,7 @@ class VBLoRA(Method):
             yield finish
 
     def stored(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
-        """With `save_only_topk_weights`, for logits the indices of the largest, and their weights but for the last."""
+        """With `save_only_topk_weights`, return indices of the largest logits and their weights but for the last."""
         out = dict(values)
         for name in LOGITS if cfg.save_only_topk_weights else ():
             largest, index = out.pop((name, "")).topk(cfg.topk, dim=-1)
@@ -108,7 +108,7 @@ class VBLoRA(Method):
         return out
 
     def restored(self, stored: Tensors, cfg: VBLoRAConfig) -> Tensors:
-        """Logits with the same largest ones; the others are -inf."""
+        """Return logits with the same largest ones; the others are -inf."""
         out = dict(stored)
         for name in LOGITS:
             if (name + INDICES, "") in out and (name + WEIGHTS, "") in out:
@@ -120,6 +120,6 @@ class VBLoRA(Method):
 
 
 def logits_of(site: Site, cfg: VBLoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the logits of A and B."""
+    """Return the shapes of the logits of A and B."""
     L, n, r = cfg.vector_length, cfg.num_vectors, cfg.r
     return (r, site.fan_in // L, n), (site.out_features // L, r, n)

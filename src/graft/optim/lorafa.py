@@ -15,7 +15,7 @@ from graft.optim.pairs import gram, pairs
 
 
 class LoraFAOptimizer(Optimizer):
-    """Adam with the gradient of B projected: that of ΔW as far as the fixed A can follow it."""
+    """Adam with a projected gradient of B, which follows that of ΔW as far as the fixed A allows."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Make an optimizer for LoRA-FA (arXiv 2308.03303). Freezes A at once: no layer keeps its input for A's gradient.
+    """Make an optimizer for LoRA-FA (arXiv 2308.03303). Freeze A at once: no layer keeps its input for A's gradient.
 
     Args:
-        r, lora_alpha, use_rslora: without effect, for PEFT's callers; each layer has its own scaling.
+        r, lora_alpha, use_rslora: without effect, for callers of PEFT; each layer has its own scaling.
     """
     found = list(pairs(model))
     for A, _, _ in found:

@@ -19,7 +19,7 @@ def create_loraplus_optimizer(
     Args:
         loraplus_weight_decay: decay of all others (0).
         loraplus_lr_embedding: learning rate of adapters on embeddings (1e-6).
-        kwargs: for the optimizer.
+        kwargs: arguments of the optimizer.
     """
     decay, lr_embedding = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}

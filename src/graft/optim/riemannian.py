@@ -30,7 +30,7 @@ def create_riemannian_optimizer(
 
     @torch.no_grad()
     def precondition(_: Any, inputs: tuple, options: dict[str, Any]) -> None:
-        if len(inputs) > 1 or options.get("closure") is not None:  # it would compute other gradients
+        if len(inputs) > 1 or options.get("closure") is not None:  # a closure would compute other gradients
             raise ConfigError("An optimizer with Riemannian preconditioning does not support closures.")
         for A, B in both:
             if A.grad is not None and B.grad is not None:

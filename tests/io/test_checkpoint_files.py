@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -153,8 +154,8 @@ def test_a_save_that_fails_while_writing_tensors_leaves_the_old_files(tmp_path, 
     adapted().save_pretrained(tmp_path, safe_serialization=safe)
     before = files(tmp_path)
 
-    def half(tensors, path, *_, **__):
-        with open(path, "wb") as f:
+    def half(tensors, file, *_, **__):
+        with open(file, "wb") if safe else nullcontext(file) as f:
             f.write(b"half a file")
         raise Failure
 
@@ -178,12 +179,12 @@ def test_a_save_that_fails_while_writing_the_config_leaves_the_old_files(saved, 
     assert files(saved) == before
 
 
-def test_a_save_that_fails_at_the_model_card_leaves_a_loadable_adapter_and_no_litter(saved, monkeypatch):
+def test_a_model_card_that_fails_does_not_fail_the_save(saved, monkeypatch):
     model = adapted(number=2, r=3)
     (saved / "README.md").write_text("# Mine\n")  # which gets more text
     with monkeypatch.context() as patch:
         done = fail_at(patch, 3)
-        with pytest.raises(Failure):
+        with pytest.warns(graft.PeftWarning, match=r"is saved; .*README.md could not be written"):
             model.save_pretrained(saved)
     assert done[:3] == [TENSORS, CONFIG, "README.md"]
     assert set(files(saved)) == {CONFIG, TENSORS, "README.md"}

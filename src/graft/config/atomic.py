@@ -1,60 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write several files so that either all of them are new or all are as they were."""
+"""Put files in place whole: each is written under a name that no other call uses, synced, then renamed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
+import platform
+import re
+import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+Write = Callable[[str], None]  # writes to a path, at which an empty file stands already
+TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9a-f]{16}\.tmp")
+LONGEST = 24 * 3600  # seconds after which a temporary file of another machine belongs to no running save
 
 
-def write_all(writers: dict[str, Callable[[str], None]], remove: tuple[str, ...] = ()) -> None:
-    """Write each file (path → function of a path) under a temporary name, sync, then rename them all.
+def replace(path: str, write: Write) -> None:
+    """Write a file. Whatever happens meanwhile, the path holds the old one or the new one, whole."""
+    with Scratch(os.path.dirname(path) or ".") as scratch:
+        os.replace(scratch.write(os.path.basename(path), write), path)
+        sync(scratch.folder)
 
-    `remove`: files that the new ones make stale. On failure the old files are back in place.
-    """
-    temporary = {path: f"{path}.tmp" for path in writers}
-    kept = {path: f"{path}.old" for path in writers}
-    done: list[str] = []
+
+class Scratch:
+    """The temporary files of one call in one folder. Leaving the block deletes those that have not been renamed."""
+
+    def __init__(self, folder: str):
+        self.folder, self.made = folder, list[str]()
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for path in self.made:
+            with suppress(OSError):  # the next save clears what cannot be deleted now
+                os.remove(path)
+
+    def create(self, of: str) -> str:
+        """Make an empty file; return its path. A file or link that is there already is an error, never used."""
+        path = self._name(of)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
+        return path
+
+    def write(self, of: str, write: Write) -> str:
+        """Make a file, and have the disk confirm what `write` writes to it; return its path."""
+        path = self.create(of)
+        write(path)
+        sync(path)
+        return path
+
+    def keep(self, path: str) -> str | None:
+        """Give a file a second name and return that; None if there is no such file, or there are no hard links."""
+        kept = self._name(os.path.basename(path))
+        try:
+            os.link(path, kept, follow_symlinks=False)
+        except (OSError, NotImplementedError):
+            return None
+        return kept
+
+    def leave(self, path: str) -> None:
+        """Do not delete this file."""
+        self.made.remove(path)
+
+    def _name(self, of: str) -> str:
+        path = os.path.join(self.folder, f".{of}.{machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        self.made.append(path)
+        return path
+
+
+def left_over(folder: str) -> dict[str, str]:
+    """Return the temporary files in a folder whose process is no more: path → what it is of. Links count, too."""
+    with os.scandir(folder) as found:
+        names = {entry.path: match for entry in found if (match := TEMPORARY.fullmatch(entry.name))}
+    return {path: match["of"] for path, match in names.items() if not in_use(path, match["machine"], int(match["pid"]))}
+
+
+def in_use(path: str, where: str, pid: int) -> bool:
+    """Say whether the process that made a temporary file may still run."""
+    if where == machine() and os.name == "posix" and not alive(pid):  # elsewhere `os.kill` would end it
+        return False
     try:
-        for path, write in writers.items():
-            write(temporary[path])
-            sync(temporary[path])
-        for path in writers:
-            if os.path.exists(path):
-                keep(path, kept[path])
-            done.append(path)
-            os.replace(temporary[path], path)
-        done = []
-        for path in remove:
-            if os.path.exists(path):
-                os.remove(path)
-        for folder in {os.path.dirname(path) or "." for path in writers}:
-            sync(folder)
-    finally:
-        for path in done:  # only after a failure
-            if os.path.exists(kept[path]):
-                os.replace(kept[path], path)
-            elif not os.path.exists(temporary[path]):
-                os.remove(path)
-        for path in (*temporary.values(), *kept.values()):
-            if os.path.exists(path):
-                os.remove(path)
+        return time.time() - os.lstat(path).st_mtime < LONGEST
+    except FileNotFoundError:
+        return True
 
 
-def keep(path: str, copy: str) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
-    if os.path.exists(copy):
-        os.remove(copy)
+def alive(pid: int) -> bool:
     try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copy2(path, copy)
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
-def write_text(text: str) -> Callable[[str], None]:
+@cache
+def machine() -> str:
+    """Return a token of this boot of this machine and of this space of process ids, in which a number is a process."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            here = f.read() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        here = platform.node()
+    return hashlib.sha256(here.encode()).hexdigest()[:8]
+
+
+def write_text(text: str) -> Write:
     def write(path: str) -> None:
-        with open(path, "w", encoding="utf-8") as f:
+        with open(path, "w", encoding="utf-8", newline="") as f:
             f.write(text)
 
     return write

@@ -16,13 +16,13 @@ from enum import Enum
 from functools import cache
 from typing import Any, ClassVar
 
-from graft.config.atomic import write_all, write_text
+from graft.config.atomic import replace, write_text
 from graft.config.enums import TaskType
-from graft.config.hub import fetch
 from graft.config.keywords import hub_keywords
+from graft.config.pair import CONFIG_NAME, found_in
+from graft.config.stored import Stored
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, warn
 
-CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 
 
@@ -102,8 +102,7 @@ class PeftConfig:
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
-        path = os.path.join(save_directory, CONFIG_NAME)
-        write_all({path: write_text(self.to_json(auto_mapping_dict))})
+        replace(os.path.join(save_directory, CONFIG_NAME), write_text(self.to_json(auto_mapping_dict)))
 
     def to_json(self, auto_mapping_dict: dict | None = None) -> str:
         """Return the text of adapter_config.json."""
@@ -131,10 +130,8 @@ class PeftConfig:
             ConfigError: its peft_type is unknown.
         """
         hub = hub_keywords(kwargs)
-        path = fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        if path is None:
-            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        loaded = cls.from_json_file(path)
+        stored = Stored(pretrained_model_name_or_path, subfolder, cls.from_json_file, **hub)
+        loaded = stored.of(found_in(stored.folder))
         known = {f.name for f in fields(PeftConfig)}
         if (
             "peft_type" not in loaded

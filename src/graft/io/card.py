@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from graft.config.atomic import write_all, write_text
+from graft.config.atomic import replace, write_text
 from graft.config.base import FORMAT_VERSION
 
 VERSIONS = "### Framework versions"
@@ -30,7 +30,7 @@ def write_card(model: Any, folder: str) -> None:
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or base.__dict__.get("name_or_path")
     kind = model.peft_type.value
     before = None
-    if os.path.exists(path):
+    if os.path.isfile(path) and not os.path.islink(path):  # a link may lead to a text that is not for others to see
         with open(path, encoding="utf-8-sig", newline="") as f:
             before = f.read()
         card = ModelCard(before)
@@ -59,4 +59,4 @@ def write_card(model: Any, folder: str) -> None:
     text = str(card)
     if text != before:
         os.makedirs(folder, exist_ok=True)
-        write_all({path: write_text(text)})
+        replace(path, write_text(text))

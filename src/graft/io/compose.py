@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.config.base import PeftConfig
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
-from graft.io.files import load_weights, save_adapter
+from graft.io.files import Loaded, load_pair, save_adapter
 from graft.io.fingerprint import fingerprint
 from graft.prompts.base import STORED
 
@@ -44,20 +43,21 @@ def compose_cartridge_adapters(
         raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}.")
     if os.path.isfile(output_path):
         raise ValueError(f"Provided path ({output_path}) should be a directory, not a file")
-    configs = [cartridge(path) for path in paths]
+    pairs = [cartridge(path) for path in paths]
+    configs = [config for config, _ in pairs]
     for path, config in zip(paths[1:], configs[1:]):
         check_alike(paths[0], configs[0], path, config)
-    values = torch.cat([prompt_of(path, config) for path, config in zip(paths, configs)])
+    values = torch.cat([prompt_of(config, loaded) for config, loaded in pairs])
     composed = replace(configs[0], num_virtual_tokens=len(values), inference_mode=True)
     save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, fingerprint({}))
 
 
-def cartridge(path: str) -> Any:
-    """Return the config of a saved cartridge."""
-    config: Any = PeftConfig.from_pretrained(path)
+def cartridge(path: str) -> tuple[Any, Loaded]:
+    """Return config and tensors of a saved cartridge."""
+    config, loaded = load_pair(path)
     if config.peft_type != "CARTRIDGE":
         raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter (got {config.peft_type.value}).")
-    return config
+    return config, loaded
 
 
 def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
@@ -77,9 +77,8 @@ def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
         )
 
 
-def prompt_of(path: str, config: Any) -> Tensor:
+def prompt_of(config: Any, loaded: Loaded) -> Tensor:
     """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
-    loaded = load_weights(path)
     values = loaded.tensors.get(STORED)
     if values is None:
         raise CheckpointError(f"{loaded.path} does not hold '{STORED}': it is no cartridge's weights file.")

@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing an adapter's files. Writes are atomic and local."""
+"""Reading and writing an adapter's files, which change together. Writes are local."""
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graft.config.atomic import write_all, write_text
-from graft.config.base import CONFIG_NAME
+from graft.config import notes, pair
+from graft.config.base import PeftConfig
 from graft.config.hub import fetch
+from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
+from graft.config.pair import TORCH as WEIGHTS_NAME
+from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
 from graft.storage.parallel import is_sharded
 
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-WEIGHTS_NAME = "adapter_model.bin"
+GATHER = (
+    "Gather the whole tensors on all processes (as torch.distributed.checkpoint.state_dict.get_model_state_dict does, "
+    "or accelerate's get_state_dict) and pass them as save_pretrained(…, state_dict=…)."
+)
+LOOKS = 5  # times to look for the weights again that another process has replaced by some of the other format
 
 
 @dataclass
@@ -30,30 +37,39 @@ class Loaded:
     tensors: dict[str, Tensor]
     path: str
     fingerprint: dict | None = None  # the base model's, if graft wrote the file
+    noted: notes.Noted | None = None  # what the file says of itself
 
 
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
     """Write weights and config; on an error both stay as they were."""
-    if spread := [k for k, t in tensors.items() if is_sharded(t)]:
-        raise CheckpointError(
-            f"'{spread[0]}' is sharded: each process holds a part of it. Gather the whole tensors on all processes (as "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict does) and pass them as save_pretrained(…, "
-            "state_dict=…)."
-        )
+    check(folder, tensors)
     os.makedirs(folder, exist_ok=True)
-    name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safetensors else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
+    text = config.to_json()
+    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text}
 
-    def write_weights(path: str) -> None:
+    def write(path: str) -> None:
         if safetensors:
             from safetensors.torch import save_file
 
-            save_file(separate(tensors), path, metadata={"format": "pt", KEY: json.dumps(fingerprint)})
+            save_file(separate(tensors), path, metadata={"format": "pt", **noted})
+            notes.sort(path)
         else:
-            torch.save({k: v.detach().cpu() for k, v in tensors.items()}, path)
+            with open(path, "wb") as f:  # given a path, torch writes its name into the file
+                torch.save({k: v.detach().cpu() for k, v in tensors.items()}, f)
+            notes.add(path, noted)
 
-    files = {name: write_weights, CONFIG_NAME: write_text(config.to_json())}
-    stale = os.path.join(folder, other)  # older values under the other format's name
-    write_all({os.path.join(folder, f): write for f, write in files.items()}, remove=(stale,))
+    pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text)
+
+
+def check(folder: str, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError for tensors that are no adapter: none at all, or parts."""
+    if not tensors:
+        raise CheckpointError(
+            f"There is no tensor to save into {folder}: the adapter is not in the model (any more). Save it before "
+            "merge_and_unload(), unload() or delete_adapter(), or save the base model with its own save_pretrained()."
+        )
+    if spread := [k for k, t in tensors.items() if is_sharded(t)]:
+        raise CheckpointError(f"'{spread[0]}' is sharded: each process holds a part of it. {GATHER}")
 
 
 def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,31 +86,52 @@ def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any, Loaded]:
+    """Read an adapter's config and tensors from a folder or hub repository, as one save wrote them.
+
+    Raises:
+        CheckpointError: one of them is not there, or damaged.
+        ConfigError: the config is not valid.
+    """
+    stored = Stored(where, subfolder, PeftConfig.from_json_file, **hub)
+    loaded = load_weights(where, subfolder, **hub)
+    return PeftConfig.from_peft_type(**stored.of(loaded.noted)), loaded
+
+
 def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded:
     """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
 
     Raises:
         CheckpointError: there is no weights file, or it is damaged.
     """
-    path = fetch(where, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-    if path is not None:
-        return read_safetensors(path)
-    path = fetch(where, WEIGHTS_NAME, subfolder=subfolder, **hub)
-    if path is None:
-        place = os.path.join(where, subfolder) if subfolder else where
-        raise CheckpointError(
-            f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
-            "the hub."
-        )
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
+    for _ in range(LOOKS):
+        for name, read in ((SAFETENSORS_WEIGHTS_NAME, read_safetensors), (WEIGHTS_NAME, read_torch)):
+            path = fetch(where, name, subfolder=subfolder, **hub)
+            if path is not None:
+                with suppress(FileNotFoundError):
+                    return read(path)
+    place = os.path.join(where, subfolder) if subfolder else where
+    raise CheckpointError(
+        f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
+        "the hub."
+    )
+
+
+def read_torch(path: str) -> Loaded:
+    with open(path, "rb") as f:
+        stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
+        f.seek(0)
+        try:
+            tensors = torch.load(f, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise CheckpointError(
+                f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects."
+            ) from e
     if not isinstance(tensors, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
     ):
         raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
-    return Loaded(tensors, path)
+    return Loaded(tensors, path, base_in(noted, path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
 
 
 def read_safetensors(path: str) -> Loaded:
@@ -105,18 +142,24 @@ def read_safetensors(path: str) -> Loaded:
 
     try:
         with open(path, "rb") as f:
-            data = f.read()
+            data, stamp = f.read(), notes.stamp(f.fileno())
         found = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
         tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
-    metadata = header.get("__metadata__") or {}
+    noted = notes.texts(header.get("__metadata__"))
+    return Loaded(tensors, path, base_in(noted, path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
+
+
+def base_in(noted: dict[str, str], path: str) -> Any:
+    """Return the fingerprint of the base model that a file holds."""
     try:
-        stored = json.loads(metadata.get(KEY) or "null")
+        return json.loads(noted.get(KEY) or "null")
     except json.JSONDecodeError as e:
         raise CheckpointError(f"{path} has a damaged note on its base model ({e}): save or download it again.") from e
-    return Loaded(tensors, path, stored)
 
 
 def load_peft_weights(

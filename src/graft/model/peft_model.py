@@ -424,6 +424,7 @@ class PeftModel(nn.Module):
             )
         if not is_main_process:
             return
+        made = {}
         for name in names:
             tensors = save.get_peft_model_state_dict(
                 self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
@@ -432,14 +433,19 @@ class PeftModel(nn.Module):
             if path_initial_model_for_weight_conversion is not None:
                 from graft.methods.lora.convert import subtract_initial
 
-                initial = files.load_weights(path_initial_model_for_weight_conversion).tensors
-                before = PeftConfig.from_pretrained(path_initial_model_for_weight_conversion)
-                tensors, config = subtract_initial(initial, before, tensors, config)
+                before, initial = files.load_pair(path_initial_model_for_weight_conversion)
+                tensors, config = subtract_initial(initial.tensors, before, tensors, config)
             self._describe_base(config)
             config.inference_mode = True
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
-            files.save_adapter(folder, tensors, config, safe_serialization, save.base_fingerprint(self, name))
-        self.create_or_update_model_card(save_directory)
+            files.check(folder, tensors)
+            made[folder] = tensors, config, save.base_fingerprint(self, name)
+        for folder, (tensors, config, base) in made.items():
+            files.save_adapter(folder, tensors, config, safe_serialization, base)
+        try:
+            self.create_or_update_model_card(save_directory)
+        except Exception as e:  # of many types: a README.md may hold anything
+            warn(f"The adapter is saved; {save_directory}/README.md could not be written: {e}", PeftWarning)
 
     def _describe_base(self, config: Any) -> None:
         base = self.get_base_model()
@@ -492,14 +498,15 @@ class PeftModel(nn.Module):
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
         warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING)
-        hub = hub_keywords(kwargs)
+        source = hub_keywords(kwargs) | {"where": os.fspath(model_id), "subfolder": kwargs.get("subfolder")}
         if config is None:
-            config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
-        elif not isinstance(config, PeftConfig):
+            config, loaded = files.load_pair(**source)
+        elif isinstance(config, PeftConfig):
+            loaded = files.load_weights(**source)
+        else:
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
         with unless_it_fails(config):
             _for_loading(config, is_trainable)
-            loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore)
             made = cls._class_for(config)(
@@ -540,11 +547,10 @@ class PeftModel(nn.Module):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
         hub = hub_keywords(kwargs)
-        config = PeftConfig.from_pretrained(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
+        config, loaded = files.load_pair(os.fspath(model_id), kwargs.get("subfolder"), **hub)
         new = adapter_name not in self.peft_config
         if new:
             _for_loading(config, is_trainable)
-        loaded = files.load_weights(os.fspath(model_id), subfolder=kwargs.get("subfolder"), **hub)
         ignore = kwargs.get("ignore_mismatched_sizes", False)
         values = Values(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
         if new:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
 from graft.config.keywords import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
@@ -65,8 +64,8 @@ def hotswap_adapter(
     """
     warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping"})
     where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
-    config = PeftConfig.from_pretrained(where, **hub)
-    swap(model, files.load_weights(where, **hub), adapter_name, config, kwargs.get("key_mapping"))
+    config, loaded = files.load_pair(where, **hub)
+    swap(model, loaded, adapter_name, config, kwargs.get("key_mapping"))
 
 
 def hotswap_adapter_from_state_dict(

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
 from graft.config.keywords import HUB_KEYWORDS
 from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.inject.inject import Injection, attach
 from graft.io.entries import renamed
-from graft.io.files import Loaded, load_weights
+from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.load import some
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.methods.lora import LoRA, LoraConfig
@@ -160,12 +159,13 @@ class AdapterSlots:
             config = config or config_of(source, adapter)
         elif isinstance(source, Mapping):
             loaded = Loaded(dict(source), "the given state dict")
+        elif config is not None:
+            loaded = load_weights(os.fspath(source), **hub)
         else:
             try:
-                config = config or PeftConfig.from_pretrained(os.fspath(source), **hub)
+                config, loaded = load_pair(os.fspath(source), **hub)
             except NotImplementedError as e:
                 raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
-            loaded = load_weights(os.fspath(source), **hub)
         if config is None:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded

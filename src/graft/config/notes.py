@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes that a weights file carries beside its tensors, by name: the adapter's config, facts on its base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import IO, Any
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
+START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
+RECORD = "graft.json"  # what holds them in a torch file, which is a zip archive
+LARGEST = 100_000_000  # bytes: safetensors reads no longer header
+Stamp = tuple[int, int, int]
+
+
+@dataclass
+class Noted:
+    """A weights file, and what it says of itself."""
+
+    path: str
+    config: str | None  # the text of adapter_config.json, if graft wrote the file
+    stamp: Stamp | None
+
+
+def look(path: str) -> Noted | None:
+    """Return what a weights file says of itself, without its tensors; None if there is no such file."""
+    try:
+        with open(path, "rb") as f:
+            notes = in_torch(f) if path.endswith(".bin") else in_safetensors(f)
+            return Noted(path, notes.get(CONFIG), stamp(f.fileno()))
+    except OSError:
+        return None
+
+
+def stamp(file: str | int) -> Stamp | None:
+    """Return what tells one file from those that replace it at its path; None if there is none."""
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def in_safetensors(f: IO[bytes]) -> dict[str, str]:
+    size = int.from_bytes(f.read(8), "little")
+    header = f.read(min(size, LARGEST))
+    try:
+        return texts(metadata(header)[0]) if header.startswith(START) else {}
+    except (ValueError, RecursionError):
+        return {}  # a damaged file, of which reading its tensors tells
+
+
+def metadata(header: bytes) -> tuple[Any, int]:
+    """Return the notes in a safetensors header, and how many bytes they take."""
+    text = header[len(START) :].decode()
+    notes, end = json.JSONDecoder().raw_decode(text)
+    return notes, len(text[:end].encode())
+
+
+def sort(path: str) -> None:
+    """Put the notes of a safetensors file in order, which safetensors writes in a random one."""
+    with open(path, "r+b") as f:
+        notes, size = metadata(f.read(int.from_bytes(f.read(8), "little")))
+        text = json.dumps(notes, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as long, or the two disagree on how to write a character
+            f.seek(8 + len(START))
+            f.write(text.ljust(size))
+
+
+def add(path: str, notes: dict[str, str]) -> None:
+    """Add notes to a torch file, whose readers pass by what they do not know."""
+    with ZipFile(path, "a") as archive:
+        archive.writestr(ZipInfo(f"archive/{RECORD}"), json.dumps(notes, sort_keys=True))
+
+
+def in_torch(f: IO[bytes]) -> dict[str, str]:
+    try:
+        with ZipFile(f) as archive:
+            name = next((n for n in archive.namelist() if n.endswith(f"/{RECORD}")), None)
+            if name is None or archive.getinfo(name).file_size > LARGEST:
+                return {}
+            return texts(json.loads(archive.read(name)))
+    except (BadZipFile, ValueError, RecursionError, NotImplementedError, EOFError):
+        return {}
+
+
+def texts(notes: Any) -> dict[str, str]:
+    return {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two files of an adapter, which change together: the weights, and adapter_config.json.
+
+The weights hold the text of the config as well. So there is one moment at which a save happens: when the new weights
+get their name. adapter_config.json, which other libraries read and people edit, follows. While it does, a mark stands
+in the folder: an empty file whose name says of which weights and of which config. By it a reader tells a config that a
+save has yet to replace, or that another save put beside these weights, from one that somebody edited.
+
+No lock is taken, since network file systems may not have them, and a process that is stopped would stop all others. Any
+number of processes may save into one folder: the last to finish sees to it that the two files agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from typing import Any
+
+from graft.config import notes
+from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, replace, sync, write_text
+from graft.core.errors import CheckpointError
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS, TORCH = "adapter_model.safetensors", "adapter_model.bin"  # readers take the first that is there
+MARK = "saving-"
+ROUNDS = 100
+
+
+def save(folder: str, name: str, write: Write, text: str) -> None:
+    """Replace an adapter in a folder: its weights, which `write` writes and which hold `text`, and its config.
+
+    A call that fails leaves the old files. One that is cut short leaves the old adapter or the new one.
+
+    Args:
+        name: of the weights' file. One of the other format, which would be stale, goes.
+        text: of adapter_config.json.
+    """
+    left = left_over(folder)
+    clear(path for path, of in left.items() if not of.startswith(MARK))
+    weights, config = os.path.join(folder, name), os.path.join(folder, CONFIG_NAME)
+    stale = os.path.join(folder, TORCH if name == SAFETENSORS else SAFETENSORS)
+    old = {path: notes.stamp(path) for path in (stale, weights)}
+    with Scratch(folder) as scratch:
+        new = scratch.write(name, write)
+        new_config = scratch.write(CONFIG_NAME, write_text(text))
+        kept = {path: scratch.keep(path) for path in old}
+        made = notes.stamp(new)
+        mark = scratch.create(f"{MARK}{token(made)}-{token(text)}")
+        try:
+            os.replace(new, weights)
+            if old[stale] is not None and notes.stamp(stale) == old[stale]:  # and not another process's new one
+                os.remove(stale)
+            os.replace(new_config, config)
+            agree(folder, text)
+            sync(folder)
+        except BaseException as e:
+            if os.path.lexists(new):
+                raise  # nothing has changed
+            if not os.path.lexists(new_config):  # both are in place
+                scratch.leave(mark)
+                raise
+            try:
+                put_back(weights, stale, made, old, kept)
+            except OSError:
+                scratch.leave(mark)
+                raise CheckpointError(
+                    f"{weights} is saved, and graft loads it, but {config} is still the old one ({e}): other libraries "
+                    "would take the two together. Save again."
+                ) from e
+            raise
+    clear(path for path, of in left.items() if of.startswith(MARK))
+
+
+def agree(folder: str, text: str) -> None:
+    """Make the config that of the weights: another process may have put its own there since `text` was written."""
+    for _ in range(ROUNDS):
+        weights = found_in(folder)
+        if weights is None or weights.config is None or weights.config == text:
+            return
+        text = weights.config
+        replace(os.path.join(folder, CONFIG_NAME), write_text(text))
+
+
+def found_in(folder: str) -> notes.Noted | None:
+    """Return the weights that a reader of this folder takes; None if there are none."""
+    found = (notes.look(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
+    return next((weights for weights in found if weights is not None), None)
+
+
+def put_back(weights: str, stale: str, made: Any, old: dict[str, Any], kept: dict[str, str | None]) -> None:
+    """Undo what a save has done to the weights, unless another process has put its own there since.
+
+    Raises:
+        OSError: there are no hard links to the old ones, or they cannot be renamed.
+    """
+    if any(old[path] is not None and kept[path] is None for path in old):
+        raise OSError("the old weights have no second name")
+    if kept[stale] and not os.path.lexists(stale):
+        os.replace(kept[stale], stale)  # type: ignore[arg-type]
+    if notes.stamp(weights) == made:
+        if kept[weights]:
+            os.replace(kept[weights], weights)  # type: ignore[arg-type]
+        else:
+            os.remove(weights)
+
+
+def clear(paths: Any) -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.remove(path)
+
+
+# marks
+
+
+def marked(folder: str) -> set[str]:
+    """Return the tokens of weights and configs that the marks in a folder name."""
+    with os.scandir(folder) as found:
+        names = [match["of"] for entry in found if (match := TEMPORARY.fullmatch(entry.name))]
+    return {part for name in names if name.startswith(MARK) for part in name.removeprefix(MARK).split("-")}
+
+
+def token(of: Any) -> str:
+    """Return what stands in a mark for a stamp of weights, or for the text of a config."""
+    return hashlib.sha256(of if isinstance(of, bytes) else str(of).encode()).hexdigest()[:16]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config of a saved adapter, of which there are two copies: adapter_config.json, and one in the weights' file.
+
+They differ where somebody edited adapter_config.json, which counts, and where a save has replaced the weights and not
+yet the config, or was cut short between the two: then the copy in the weights counts. See `pair.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from graft.config import notes
+from graft.config.hub import fetch
+from graft.config.pair import CONFIG_NAME, found_in, marked, token
+from graft.core.errors import CheckpointError, PeftWarning, warn
+
+PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
+DESCRIBING = {  # fields that say nothing of what an adapter computes
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+}  # fmt: skip
+
+
+class Stored:
+    """The adapter_config.json of a folder or hub repository, read before the weights are.
+
+    Args:
+        read: returns the fields in a file.
+
+    Raises:
+        CheckpointError: there is no config, or it cannot be read.
+    """
+
+    def __init__(
+        self, where: str | os.PathLike, subfolder: str | None, read: Callable[[str], dict[str, Any]], **hub: Any
+    ):
+        path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
+        self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
+        self.path, self._read = os.path.join(self.folder, CONFIG_NAME), read
+        self.beside = self._now()
+        if self.beside is None and self.of(found_in(self.folder)) is None:
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{where}'")
+
+    def _now(self) -> Any:
+        return self._read(self.path) if os.path.isfile(self.path) else None
+
+    def of(self, weights: notes.Noted | None) -> Any:
+        """Return the fields that belong to weights which were read since; None if there are none."""
+        beside = self.beside
+        if weights is None or weights.config is None:
+            return beside
+        inside = fields_in(weights.config, weights.path)
+        end = time.monotonic() + PATIENCE
+        while beside != inside:
+            saving = self._is_marked(weights.stamp)  # asked first: a save takes its mark away when all is done
+            before, beside = beside, self._now()
+            if notes.stamp(weights.path) != weights.stamp:
+                return inside  # another save came: its config may be beside already
+            if not saving and beside == before:
+                self._say_edited(beside, inside, weights.path)
+                return inside if beside is None else beside
+            if time.monotonic() > end:
+                self._say_cut_short(weights.path)
+                return inside
+            time.sleep(PAUSE)
+        return inside
+
+    def _is_marked(self, stamp: notes.Stamp | None) -> bool:
+        """Say whether a save, under way or cut short, has brought these weights or what is beside them."""
+        marks = marked(self.folder)
+        if not marks or token(stamp) in marks:
+            return bool(marks)
+        if not os.path.isfile(self.path):
+            return False
+        with open(self.path, "rb") as f:
+            return token(f.read()) in marks
+
+    def _say_edited(self, beside: Any, inside: dict[str, Any], weights: str) -> None:
+        if beside is None:
+            warn(f"There is no {self.path}: the config comes from {weights}. Other libraries need both.", PeftWarning)
+            return
+        names = [n for n in sorted({*beside, *inside} - DESCRIBING) if plain(beside.get(n)) != plain(inside.get(n))]
+        if names:
+            differ = ", ".join(f"{n} ({beside.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
+            warn(
+                f"{self.path} is not the config that the weights beside it were saved with: {differ}. It counts, as "
+                "edited by hand; delete it to load what was saved.",
+                PeftWarning,
+            )
+
+    def _say_cut_short(self, weights: str) -> None:
+        warn(
+            f"A save was cut short: {self.path} belongs to another adapter than {weights}, whose own config is used. "
+            "Other libraries would take the two together: save the adapter again.",
+            PeftWarning,
+        )
+
+
+def fields_in(text: str, where: str) -> dict[str, Any]:
+    """Return the fields of the config that a weights file holds."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{where} holds a damaged config ({e}): save or download it again.") from e
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"The config that {where} holds is a {type(fields).__name__}: save or download it again.")
+    return fields
+
+
+def plain(value: Any) -> Any:
+    """Return a value as it counts: the order of a list of names means nothing, nor does one that is empty."""
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = sorted(value)
+    return value or None

@@ -37,21 +37,22 @@ class Stored:
     def __init__(
         self, where: str | os.PathLike, subfolder: str | None, read: Callable[[str], dict[str, Any]], **hub: Any
     ):
+        self.where, self._read = where, read
         path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
         self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
-        self.path, self._read = os.path.join(self.folder, CONFIG_NAME), read
+        self.path = os.path.join(self.folder, CONFIG_NAME)
         self.beside = self._now()
-        if self.beside is None and self.of(found_in(self.folder)) is None:
-            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{where}'")
+        if self.beside is None:
+            self.of(found_in(self.folder))
 
     def _now(self) -> Any:
         return self._read(self.path) if os.path.isfile(self.path) else None
 
-    def of(self, weights: notes.Noted | None) -> Any:
-        """Return the fields that belong to weights which were read since; None if there are none."""
+    def of(self, weights: notes.Noted | None) -> dict[str, Any]:
+        """Return the fields that belong to weights which were read since."""
         beside = self.beside
         if weights is None or weights.config is None:
-            return beside
+            return self._needed(beside)
         inside = fields_in(weights.config, weights.path)
         end = time.monotonic() + PATIENCE
         while beside != inside:
@@ -60,8 +61,8 @@ class Stored:
             if notes.stamp(weights.path) != weights.stamp:
                 return inside  # another save came: its config may be beside already
             if not saving and beside == before:
-                self._say_edited(beside, inside, weights.path)
-                return inside if beside is None else beside
+                self._say_edited(self._needed(beside), inside)
+                return beside
             if time.monotonic() > end:
                 self._say_cut_short(weights.path)
                 return inside
@@ -78,16 +79,18 @@ class Stored:
         with open(self.path, "rb") as f:
             return token(f.read()) in marks
 
-    def _say_edited(self, beside: Any, inside: dict[str, Any], weights: str) -> None:
-        if beside is None:
-            warn(f"There is no {self.path}: the config comes from {weights}. Other libraries need both.", PeftWarning)
-            return
+    def _needed(self, fields: Any) -> Any:
+        if fields is None:
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'")
+        return fields
+
+    def _say_edited(self, beside: dict[str, Any], inside: dict[str, Any]) -> None:
         names = [n for n in sorted({*beside, *inside} - DESCRIBING) if plain(beside.get(n)) != plain(inside.get(n))]
         if names:
             differ = ", ".join(f"{n} ({beside.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
             warn(
                 f"{self.path} is not the config that the weights beside it were saved with: {differ}. It counts, as "
-                "edited by hand; delete it to load what was saved.",
+                "edited since.",
                 PeftWarning,
             )
 

@@ -21,12 +21,9 @@ from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
+from graft.io.whole import GATHER
 from graft.storage.parallel import is_sharded
 
-GATHER = (
-    "Gather the whole tensors on all processes (as torch.distributed.checkpoint.state_dict.get_model_state_dict does, "
-    "or accelerate's get_state_dict) and pass them as save_pretrained(…, state_dict=…)."
-)
 LOOKS = 5  # times to look for the weights again that another process has replaced by some of the other format
 
 

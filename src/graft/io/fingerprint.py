@@ -7,7 +7,7 @@ import hashlib
 import json
 
 from graft.core.layer import AdapterLayer
-from graft.storage.parallel import is_sharded
+from graft.storage.parallel import is_sharded, is_whole
 
 KEY = "graft_base"  # key in the safetensors metadata
 MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes
@@ -35,7 +35,7 @@ def sample(layer: AdapterLayer) -> list[float] | None:
     if not layer.store.exact or layer.merged_adapters or not layer.site.op.known:
         return None
     W = layer.store.read(layer.get_base_layer(), layer.site.parameter).detach()
-    if W.is_meta or is_sharded(W):
+    if W.is_meta or is_sharded(W) or not is_whole(W):
         return None
     flat = W.reshape(-1)
     picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]

@@ -20,6 +20,7 @@ from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
 from graft.io.entries import Entry, entries, without_wrappers
 from graft.io.fingerprint import fingerprint
+from graft.io.whole import check_entries, check_value
 
 
 def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
@@ -59,6 +60,7 @@ def get_peft_model_state_dict(
     Raises:
         AdapterNotFoundError: no such adapter.
         AdapterKeyError: `state_dict` lacks one of its tensors.
+        CheckpointError: a tensor is a part of one: it has to be gathered.
     """
     parts, prefix, base = parts_of(model, adapter_name)
     given = None if state_dict is None else {without_wrappers(k): v for k, v in state_dict.items()}
@@ -69,9 +71,12 @@ def get_peft_model_state_dict(
     for layer, group in groupby(entries(parts, adapter_name, prefix), attrgetter("layer")):
         held = list(group)
         values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
+        check_entries(held, values, parts, adapter_name)
         out |= values if layer is None else stored(layer.methods[adapter_name], held, values, config)
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
-        out[f"{prefix}{name}"] = tensor if given is None else given.get(f"{prefix}{name}", tensor)
+        key = f"{prefix}{name}"
+        out[key] = tensor if given is None else given.get(key, tensor)
+        check_value(key, out[key], tensor, adapter_name)
     return out
 
 
@@ -100,6 +105,7 @@ def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
         for name, tensor in owner.state_dict(keep_vars=True).items():
             key = f"{path}.{name}"
             if key in given:
+                check_value(key, given[key], tensor, adapter)
                 tensor.data = given[key].detach()
             elif f".{adapter}." in f"{key}.":
                 raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")

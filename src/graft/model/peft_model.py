@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
 from graft.core.call import BASE, Rows, copies_of
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
+from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, RoutingError, warn
 from graft.inject.build import put
 from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save
@@ -400,7 +400,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
 
-        A failed or interrupted save leaves the old files in place.
+        A failed save leaves the old files in place; one that is cut short leaves the old adapter or the new one. Any
+        number of processes may save into one folder at once: it ends with the whole adapter of one of them.
 
         Args:
             safe_serialization: safetensors; else a torch file, adapter_model.bin.
@@ -412,6 +413,7 @@ class PeftModel(nn.Module):
 
         Raises:
             ValueError: the path is a file, or a selected adapter is not loaded.
+            CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
         if os.path.isfile(save_directory):
@@ -422,6 +424,8 @@ class PeftModel(nn.Module):
             raise ValueError(
                 f"You passed an invalid `selected_adapters` arguments, {unknown}: loaded are {list(self.peft_config)}."
             )
+        if not names and selected_adapters is None:
+            raise CheckpointError(f"There is nothing to save into {save_directory}: the model has no adapter.")
         if not is_main_process:
             return
         made = {}
@@ -437,7 +441,7 @@ class PeftModel(nn.Module):
                 tensors, config = subtract_initial(initial.tensors, before, tensors, config)
             self._describe_base(config)
             config.inference_mode = True
-            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            folder = folder_of(name, save_directory)
             files.check(folder, tensors)
             made[folder] = tensors, config, save.base_fingerprint(self, name)
         for folder, (tensors, config, base) in made.items():
@@ -616,6 +620,19 @@ def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
             f"adapter_names takes names, got {wrong} (by row): '{BASE}' stands for a row without an adapter."
         )
     return names
+
+
+def folder_of(adapter: str, directory: str) -> str:
+    """Return the folder an adapter is saved to; refuse a link, which may have come with a folder from elsewhere."""
+    if adapter == "default":
+        return directory
+    folder = os.path.join(directory, adapter)
+    if os.path.islink(folder):
+        raise CheckpointError(
+            f"'{folder}' is a symbolic link, and adapter '{adapter}' would be written to where it leads: remove the "
+            "link, or save to that folder itself."
+        )
+    return folder
 
 
 CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4

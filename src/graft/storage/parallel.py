@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of which each process holds a part: DTensor, as FSDP2 and tensor parallelism make them."""
+"""Tensors of which each process holds a part: DTensor, as FSDP2 and tensor parallelism make them, and others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from torch import Tensor
 
 def is_sharded(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"
+
+
+def is_whole(t: Tensor) -> bool:
+    """Say whether a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
+    return bool(t.numel()) and "_fsdp_flattened" not in t.__dict__
 
 
 def spread_as(like: Tensor, value: Tensor) -> Tensor:

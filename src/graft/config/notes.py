@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
 RECORD = "graft.json"  # what holds them in a torch file, which is a zip archive
 LARGEST = 100_000_000  # bytes: safetensors reads no longer header
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Stamp = tuple[int, int, int]
 
 
@@ -39,8 +41,10 @@ def stamp(file: str | int) -> Stamp | None:
     """Return what tells one file from those that replace it at its path; None if there is none."""
     try:
         facts = os.stat(file)
-    except OSError:
-        return None
+    except OSError as e:
+        if e.errno in NOWHERE:
+            return None
+        raise
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
@@ -70,9 +74,9 @@ def sort(path: str) -> None:
             f.write(text.ljust(size))
 
 
-def add(path: str, notes: dict[str, str]) -> None:
-    """Add notes to a torch file, whose readers pass by what they do not know."""
-    with ZipFile(path, "a") as archive:
+def add(f: IO[bytes], notes: dict[str, str]) -> None:
+    """Add notes to a torch file, open for reading and writing. Its readers pass by what they do not know."""
+    with ZipFile(f, "a") as archive:
         archive.writestr(ZipInfo(f"archive/{RECORD}"), json.dumps(notes, sort_keys=True))
 
 

@@ -42,8 +42,8 @@ class Stored:
         self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
         self.path = os.path.join(self.folder, CONFIG_NAME)
         self.beside = self._now()
-        if self.beside is None:
-            self.of(found_in(self.folder))
+        if self.beside is None and getattr(found_in(self.folder), "config", None) is None:
+            self._needed(None)
 
     def _now(self) -> Any:
         return self._read(self.path) if os.path.isfile(self.path) else None

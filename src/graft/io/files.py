@@ -51,9 +51,9 @@ def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetenso
             save_file(separate(tensors), path, metadata={"format": "pt", **noted})
             notes.sort(path)
         else:
-            with open(path, "wb") as f:  # given a path, torch writes its name into the file
+            with open(path, "w+b") as f:  # given a path, torch writes its name into the file
                 torch.save({k: v.detach().cpu() for k, v in tensors.items()}, f)
-            notes.add(path, noted)
+                notes.add(f, noted)
 
     pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text)
 

@@ -70,7 +70,7 @@ def kills(folder: Path, times: int, together: int, formats: list[bool]) -> Count
         if random.random() < 0.2:
             save(folder, 1, formats[0])
             names = {n for n in os.listdir(folder) if n not in (CONFIG, CARD) and not n.startswith("adapter_model.")}
-            ended["with litter after the next save" if names else "clean after the next save"] += 1
+            ended[f"litter after the next save: {sorted(names)}" if names else "clean after the next save"] += 1
     return ended
 
 

@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 import graft
+import graft.io.files
 
 CONFIG, TENSORS, BIN, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
 LAYERS = ["0", "1"]
@@ -67,7 +67,7 @@ def edit(folder: Path, **fields: Any) -> None:
 # faults
 
 CALLS = {os: "open fsync replace link remove scandir mkdir stat lstat", builtins: "open", io: "open"}
-WRITERS = {safetensors.torch: "save_file", torch: "save"}  # they write without Python's functions
+WRITERS = {graft.io.files: "write_safetensors", torch: "save"}  # they write the tensors, in many calls
 
 
 class Kill(BaseException):
@@ -108,7 +108,7 @@ def faults(folder: Path, at: int | None = None, how: Callable[[Callable[[], Any]
             if len(seen) - 1 != at:
                 return real(*args, **options)
             if module in WRITERS:  # it was in the middle of the file
-                with open(args[1], "wb") if isinstance(args[1], str) else nullcontext(args[1]) as f:
+                with open(where, "wb") if where else nullcontext(args[1]) as f:
                     f.write(b"half a file")
             return how(lambda: real(*args, **options))
 

@@ -62,9 +62,9 @@ class Scratch:
             return None
         return kept
 
-    def leave(self, path: str) -> None:
-        """Do not delete this file."""
-        self.made.remove(path)
+    def leave(self, of: str) -> None:
+        """Do not delete the files whose `of` begins so."""
+        self.made = [path for path in self.made if not os.path.basename(path).startswith(f".{of}")]
 
     def _name(self, of: str) -> str:
         path = os.path.join(self.folder, f".{of}.{machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp")

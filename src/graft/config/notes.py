@@ -51,27 +51,12 @@ def stamp(file: str | int) -> Stamp | None:
 def in_safetensors(f: IO[bytes]) -> dict[str, str]:
     size = int.from_bytes(f.read(8), "little")
     header = f.read(min(size, LARGEST))
+    if not header.startswith(START):
+        return {}
     try:
-        return texts(metadata(header)[0]) if header.startswith(START) else {}
+        return texts(json.JSONDecoder().raw_decode(header[len(START) :].decode())[0])
     except (ValueError, RecursionError):
         return {}  # a damaged file, of which reading its tensors tells
-
-
-def metadata(header: bytes) -> tuple[Any, int]:
-    """Return the notes in a safetensors header, and how many bytes they take."""
-    text = header[len(START) :].decode()
-    notes, end = json.JSONDecoder().raw_decode(text)
-    return notes, len(text[:end].encode())
-
-
-def sort(path: str) -> None:
-    """Put the notes of a safetensors file in order, which safetensors writes in a random one."""
-    with open(path, "r+b") as f:
-        notes, size = metadata(f.read(int.from_bytes(f.read(8), "little")))
-        text = json.dumps(notes, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # as long, or the two disagree on how to write a character
-            f.seek(8 + len(START))
-            f.write(text.ljust(size))
 
 
 def add(f: IO[bytes], notes: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from graft.config import notes
-from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, replace, sync, write_text
+from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_text
 from graft.core.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -46,24 +46,25 @@ def save(folder: str, name: str, write: Write, text: str) -> None:
         new_config = scratch.write(CONFIG_NAME, write_text(text))
         kept = {path: scratch.keep(path) for path in old}
         made = notes.stamp(new)
-        mark = scratch.create(f"{MARK}{token(made)}-{token(text)}")
+        scratch.create(mark_of(made, text))
         try:
             os.replace(new, weights)
             if old[stale] is not None and notes.stamp(stale) == old[stale]:  # and not another process's new one
-                os.remove(stale)
+                with suppress(FileNotFoundError):  # another process was quicker
+                    os.remove(stale)
             os.replace(new_config, config)
-            agree(folder, text)
+            agree(scratch, text)
             sync(folder)
         except BaseException as e:
             if os.path.lexists(new):
                 raise  # nothing has changed
             if not os.path.lexists(new_config):  # both are in place
-                scratch.leave(mark)
+                scratch.leave(MARK)
                 raise
             try:
                 put_back(weights, stale, made, old, kept)
             except OSError:
-                scratch.leave(mark)
+                scratch.leave(MARK)
                 raise CheckpointError(
                     f"{weights} is saved, and graft loads it, but {config} is still the old one ({e}): other libraries "
                     "would take the two together. Save again."
@@ -72,20 +73,27 @@ def save(folder: str, name: str, write: Write, text: str) -> None:
     clear(path for path, of in left.items() if of.startswith(MARK))
 
 
-def agree(folder: str, text: str) -> None:
+def agree(scratch: Scratch, text: str) -> None:
     """Make the config that of the weights: another process may have put its own there since `text` was written."""
     for _ in range(ROUNDS):
-        weights = found_in(folder)
+        weights = found_in(scratch.folder)
         if weights is None or weights.config is None or weights.config == text:
             return
         text = weights.config
-        replace(os.path.join(folder, CONFIG_NAME), write_text(text))
+        scratch.create(mark_of(weights.stamp, text))
+        os.replace(scratch.write(CONFIG_NAME, write_text(text)), os.path.join(scratch.folder, CONFIG_NAME))
 
 
 def found_in(folder: str) -> notes.Noted | None:
     """Return the weights that a reader of this folder takes; None if there are none."""
     found = (notes.look(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
     return next((weights for weights in found if weights is not None), None)
+
+
+def stamp_in(folder: str) -> notes.Stamp | None:
+    """Return the stamp of the weights that a reader of this folder takes."""
+    stamps = (notes.stamp(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
+    return next((stamp for stamp in stamps if stamp is not None), None)
 
 
 def put_back(weights: str, stale: str, made: Any, old: dict[str, Any], kept: dict[str, str | None]) -> None:
@@ -119,6 +127,10 @@ def marked(folder: str) -> set[str]:
     with os.scandir(folder) as found:
         names = [match["of"] for entry in found if (match := TEMPORARY.fullmatch(entry.name))]
     return {part for name in names if name.startswith(MARK) for part in name.removeprefix(MARK).split("-")}
+
+
+def mark_of(stamp: notes.Stamp | None, text: str) -> str:
+    return f"{MARK}{token(stamp)}-{token(text)}"
 
 
 def token(of: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from graft.config import notes
 from graft.config.hub import fetch
-from graft.config.pair import CONFIG_NAME, found_in, marked, token
+from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
 from graft.core.errors import CheckpointError, PeftWarning, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -58,7 +58,7 @@ class Stored:
         while beside != inside:
             saving = self._is_marked(weights.stamp)  # asked first: a save takes its mark away when all is done
             before, beside = beside, self._now()
-            if notes.stamp(weights.path) != weights.stamp:
+            if stamp_in(os.path.dirname(weights.path)) != weights.stamp:
                 return inside  # another save came: its config may be beside already
             if not saving and beside == before:
                 self._say_edited(self._needed(beside), inside)

@@ -21,6 +21,7 @@ from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
+from graft.io.tensors import write_safetensors
 from graft.io.whole import GATHER
 from graft.storage.parallel import is_sharded
 
@@ -46,10 +47,7 @@ def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetenso
 
     def write(path: str) -> None:
         if safetensors:
-            from safetensors.torch import save_file
-
-            save_file(separate(tensors), path, metadata={"format": "pt", **noted})
-            notes.sort(path)
+            write_safetensors(path, tensors, {"format": "pt", **noted})
         else:
             with open(path, "w+b") as f:  # given a path, torch writes its name into the file
                 torch.save({k: v.detach().cpu() for k, v in tensors.items()}, f)
@@ -67,20 +65,6 @@ def check(folder: str, tensors: dict[str, Tensor]) -> None:
         )
     if spread := [k for k, t in tensors.items() if is_sharded(t)]:
         raise CheckpointError(f"'{spread[0]}' is sharded: each process holds a part of it. {GATHER}")
-
-
-def separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors wants them: contiguous, on the CPU, no two on one storage."""
-    seen: set[int] = set()
-    out = {}
-    for key, t in tensors.items():
-        t = t.detach().cpu().contiguous()
-        storage = t.untyped_storage().data_ptr()
-        if storage in seen and t.numel():
-            t = t.clone()
-        seen.add(storage)
-        out[key] = t
-    return out
 
 
 def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any, Loaded]:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write tensors as safetensors, into a file that is there already.
+
+What safetensors' own `save_file` writes has its metadata in a random order, and goes through a temporary file that a
+process which is killed leaves behind under a name nobody can recognise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import CheckpointError
+
+BUFFER = 2**20  # bytes: many tensors are small
+
+
+def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
+    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    held = dict(sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for key, t in held.items():
+        if t.nbytes and not t.data_ptr():  # a subclass that holds its values elsewhere
+            raise CheckpointError(f"'{key}' is a {type(t).__name__} without values of its own: pass it dense.")
+        begin, end = end, end + t.nbytes
+        header[key] = {"dtype": name_of(t.dtype), "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", BUFFER) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in held.values():
+            if t.nbytes:
+                f.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+
+
+@cache
+def name_of(dtype: torch.dtype) -> str:
+    """Return what safetensors calls a dtype."""
+    from safetensors.torch import save
+
+    data = save({"x": torch.empty(0, dtype=dtype)})
+    return str(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["x"]["dtype"])

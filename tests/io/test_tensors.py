@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors files that graft writes are those of safetensors, but for the order of metadata."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+import graft
+from graft.io.tensors import write_safetensors
+
+DTYPES = ["float64", "float32", "bfloat16", "bool", "float16", "int64", "uint8", "float8_e4m3fn"]
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:4], DTYPES], ids=["a dtype of each width", "all dtypes"])
+def test_files_equal_those_of_safetensors(tmp_path, dtypes):
+    made = {f"b{i}": (torch.arange(3 * i) % 2).to(getattr(torch, d)).reshape(3, i) for i, d in enumerate(dtypes)}
+    made |= {"a": torch.randn(4, 3).t(), 'é\n"': nn.Parameter(torch.randn(1)), "scalar": torch.tensor(2.0)}
+    made["tied"] = made["b1"]
+    write_safetensors(str(tmp_path / "x"), made, {"format": "pt"})
+    plain = {key: t.detach().contiguous() for key, t in made.items()} | {"tied": made["b1"].clone()}
+    if dtypes != DTYPES:  # of one width, it puts them in the order in which it declares them
+        assert (tmp_path / "x").read_bytes() == save(plain, {"format": "pt"})
+    read = load_file(tmp_path / "x")
+    assert read.keys() == plain.keys()
+    assert all(t.dtype == plain[key].dtype and torch.equal(t, plain[key]) for key, t in read.items())
+
+
+def test_metadata_is_in_order(tmp_path):
+    write_safetensors(str(tmp_path / "x"), {"a": torch.ones(1)}, {k: 'ß"' for k in "zyxabc"})
+    data = (tmp_path / "x").read_bytes()
+    assert list(json.loads(data[8 : 8 + data[0]])["__metadata__"]) == list("abcxyz")
+
+
+class Hollow(torch.Tensor):
+    """A tensor that holds its values elsewhere, as quantized ones do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return args[0]
+
+
+def test_a_tensor_without_values_is_refused(tmp_path):
+    made = torch.Tensor._make_wrapper_subclass(Hollow, (2, 2))
+    with pytest.raises(graft.CheckpointError, match="'a' is a Hollow without values of its own"):
+        write_safetensors(str(tmp_path / "x"), {"a": made}, {})

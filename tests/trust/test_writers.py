@@ -169,6 +169,50 @@ def test_a_save_that_was_overtaken_and_killed(tmp_path, then):
     assert held(tmp_path) == (2, 2) and len(os.listdir(tmp_path)) == 3
 
 
+def test_a_save_that_was_overtaken_twice_and_killed(tmp_path):
+    """It puts right the config for the second save while a third one comes."""
+    adapter(1).save_pretrained(tmp_path)
+
+    def run():
+        real, others = os.replace, [4, 3]
+
+        def replace(source, target):
+            if os.path.basename(target) != CONFIG:
+                return real(source, target)
+            os.replace = real
+            adapter(others.pop()).save_pretrained(tmp_path)
+            os.replace = replace
+            real(source, target)
+            if not others:
+                killed(None)
+
+        os.replace = replace
+        adapter(2).save_pretrained(tmp_path)
+
+    assert in_child(run) == 9
+    assert held(tmp_path) == (4, 4)
+
+
+def test_weights_that_others_of_a_better_format_replaced_while_they_were_read(tmp_path, monkeypatch):
+    adapter(2).save_pretrained(tmp_path)
+    before = (tmp_path / CONFIG).read_bytes()
+    adapter(1).save_pretrained(tmp_path, safe_serialization=False)
+    os.link(tmp_path / BIN, tmp_path / "kept")
+    (tmp_path / CONFIG).write_bytes(before)  # the second save has yet to replace it
+    real = adapter_files.load_weights
+
+    def load(*args, **options):
+        made = real(*args, **options)
+        adapter(2).save_pretrained(tmp_path)
+        os.link(tmp_path / "kept", tmp_path / BIN)  # as if it had come back from a save at the same time
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_files, "load_weights", load)
+        assert held(tmp_path) == (1, 1)
+    assert held(tmp_path) == (2, 2)
+
+
 @pytest.mark.parametrize("old", [True, False, None], ids=["safetensors", "bin", "PEFT's"])
 @pytest.mark.parametrize("new", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("when", ["before the weights", "after the weights", "between the formats"])

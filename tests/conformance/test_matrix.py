@@ -121,6 +121,29 @@ def test_unmerging_restores(cell):
 
 
 @mergeable
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_comes_back_bit_for_bit(cell, dtype):
+    x = cell.inputs() if cell.layer.ids else cell.inputs().to(dtype)
+    model = disturb(cell.fresh(ADAPTERS, base=cell.base().to(dtype)))
+    before, base = weights(model), copy.deepcopy(model)
+    with base.disable_adapter():
+        expected = base(x)
+    for names in ([["default"]], [["default"], ["other"]], [["default", "other"]]):
+        if not cell.sample.together and names != [["default"]]:
+            continue
+        for some in names:
+            model.base_model.set_adapter(some)
+            model.merge_adapter(some)
+        assert any(not torch.equal(t, before[name]) for name, t in weights(model).items())
+        model.unmerge_adapter()
+        unchanged(model, before)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    unchanged(model, before)
+
+
+@mergeable
 def test_a_safe_merge_refuses_values_that_are_not_finite(cell):
     x, model = cell.inputs(), cell.trained()
     before = weights(model)

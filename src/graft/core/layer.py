@@ -199,7 +199,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     @property
     def W0(self) -> Tensor:
         """Canonical, as it is without any adapter."""
-        return self.op.canon(merging.unmerged(self)[0]) if self.state.undo else self.weight_now
+        return self.op.canon(merging.unmerged(self)) if self.state.undo else self.weight_now
 
     @property
     def base_trains(self) -> bool:

@@ -4,6 +4,9 @@
 Weights fold in the order in which adapters act (`plan.ordered`). What is merged later goes on top if it acts later; if
 it acts before something that is merged already, all are taken out and folded anew, so that merging a, then b, equals
 both at once.
+
+Unmerging gives a weight in half precision back bit for bit: the first merge keeps a copy of it. In float32 and float64
+a merge that only adds products keeps their factors and subtracts them again, which costs no copy and rounds.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.effect import LowRank, Replace
+from graft.core.effect import HALF, LowRank, Replace
 from graft.core.errors import warn
 from graft.core.plan import Step, evaluating, fold_step, ordered, shift_of
+
+FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
 
 
 def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
@@ -156,8 +161,7 @@ def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Te
     b: Any = getattr(layer.base_layer, "bias", None)
     W = layer.weight_now
     if from_w0:
-        W, b = unmerged(layer)
-        W = layer.op.canon(W)
+        W, b = layer.op.canon(unmerged(layer)), unmerged_bias(layer)
     dtype = W.dtype
     W = W.to(torch.promote_types(dtype, torch.float32))
     wide = None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
@@ -169,56 +173,64 @@ def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Te
 
 
 def in_place(layer: Any) -> Tensor | None:
-    """The base weight as a matrix (out, fan_in) that low-rank updates can be added to in place, or None."""
+    """The base weight as a matrix (out, fan_in) that products can be added to in place, or None."""
     if not layer.store.live or layer.site.shared:
         return None
     W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
-    plain = type(W) is Tensor and W.dtype in (torch.float32, torch.float64)  # no other, such as one shard of it
-    return W if plain and W.dim() == 2 else None
+    if type(W) is not Tensor or W.dtype not in (*FULL, *HALF) or W.dim() < 2:  # another type: one shard of it, say
+        return None
+    return W if W.dim() == 2 else W.flatten(1) if W.is_contiguous() else None
 
 
-def _low_rank(steps: Sequence[Step]) -> list[Any] | None:
-    """The factors of steps that are nothing but products."""
+def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
+    """A and B of each step, if all are nothing but products that are added to the weight."""
     found = []
     for _, effect in steps:
         if not (isinstance(effect, LowRank) and effect.additive):
             return None
-        found.append(effect.factors())
+        f = effect.factors()
+        if f.shift() is not None:
+            return None
+        A, B = f.matrices()
+        found.append((A.detach(), B.detach()))
     return found
 
 
-def _add_in_place(layer: Any, W: Tensor, names: list[str], factors: list[Any], undoable: bool) -> None:
-    kept = []
-    for f in factors:
-        A, B = (t.detach() for t in f.matrices())
-        W.addmm_(B.to(W.dtype), A.to(W.dtype))
-        kept.append((A.clone(), B.clone()) if undoable else (A, B))
-    if undoable:
-        layer.state.undo.append(("subtract", kept, None))
-    layer.state.merged += names
+def _add(W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> None:
+    """Add to W, or subtract, in place; half precision in float32, rounded once."""
+    wide = W.to(torch.promote_types(W.dtype, torch.float32))
+    for A, B in products:
+        wide.addmm_(B.to(wide), A.to(wide), alpha=sign)
+    if wide is not W:
+        W.copy_(wide)
+
+
+def _snapshot(layer: Any) -> Any:
+    """The base weight as it is; None if a snapshot is kept already, which takes out all later merges as well."""
+    if any(kind == "restore" for kind, _, _ in layer.state.undo):
+        return None
+    return layer.store.snapshot(layer.base_layer, layer.site.parameter, layer.site.shared)
 
 
 @torch.no_grad()
 def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    base, name, shared = layer.base_layer, layer.site.parameter, layer.site.shared
-    factors, state = _low_rank(steps), layer.state
-    matrix = None if factors is None else in_place(layer)
-    if factors is not None and matrix is not None and all(f.shift() is None for f in factors):
-        _add_in_place(layer, matrix, names, factors, undoable)
+    base, name, shared, state = layer.base_layer, layer.site.parameter, layer.site.shared, layer.state
+    products = _products(steps)
+    W = None if products is None else in_place(layer)
+    if products is not None and W is not None:
+        if undoable and W.dtype in FULL:
+            # kept, so that what is subtracted is what was added, whatever happens to the adapter
+            state.undo.append(("subtract", [(A.clone(), B.clone()) for A, B in products], None))
+        elif undoable:  # half precision has lost what subtracting would have to give back
+            state.undo.append(("restore", _snapshot(layer), None))
+        _add(W, products)
+        state.merged += names
         return
     W, bias = folded(layer, steps)
     old: Any = getattr(base, "bias", None)
     shifted = bias is not None and bias is not old
     if undoable:
-        old_bias = old.detach().clone() if shifted else None
-        if factors is not None and layer.store.exact and not shared:
-            # kept, so that what is subtracted is what was added, whatever happens to the adapter
-            state.undo.append(
-                ("subtract", [tuple(t.detach().clone() for t in f.matrices()) for f in factors], old_bias)
-            )
-        else:  # the first snapshot undoes all later merges too
-            first = not any(kind == "restore" for kind, _, _ in state.undo)
-            state.undo.append(("restore", layer.store.snapshot(base, name, shared) if first else None, old_bias))
+        state.undo.append(("restore", _snapshot(layer), old.detach().clone() if shifted else None))
     replaced = layer.store.write(base, name, layer.op.uncanon(W), shared)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
@@ -273,17 +285,22 @@ def lifted(layer: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def unmerged(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (as stored) and bias as they are without what is merged."""
-    W = layer.store.read(layer.base_layer, layer.site.parameter)
-    bias: Any = getattr(layer.base_layer, "bias", None)
-    for kind, state, old in reversed(layer.state.undo):
+def unmerged(layer: Any) -> Tensor:
+    """The weight, as stored, without what is merged."""
+    W: Tensor = layer.store.read(layer.base_layer, layer.site.parameter)
+    for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
             W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
         elif state is not None:
             W = layer.store.kept(layer.base_layer, layer.site.parameter, state).to(W.device)  # the model may have moved
-        bias = bias if old is None else old.to(bias.device)
-    return W, bias
+    return W
+
+
+def unmerged_bias(layer: Any) -> Tensor | None:
+    """The bias without what is merged."""
+    bias: Any = getattr(layer.base_layer, "bias", None)
+    first = next((old for _, _, old in layer.state.undo if old is not None), None)
+    return bias if first is None else first.to(bias.device)
 
 
 def tied_weight(layer: Any) -> nn.Parameter | None:
@@ -301,9 +318,8 @@ def _without(layer: Any, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Ten
 def _subtract(layer: Any, factors: list[tuple[Tensor, Tensor]]) -> None:
     matrix = in_place(layer)
     if matrix is not None:
-        for A, B in reversed(factors):
-            matrix.addmm_(B.to(matrix), A.to(matrix), alpha=-1)
+        _add(matrix, factors[::-1], -1)
         return
-    name = layer.site.parameter
+    name = layer.site.parameter  # the model was sharded since, say
     W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)
     layer.store.write(layer.base_layer, name, layer.op.uncanon(W), False)

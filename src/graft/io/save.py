@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
-from graft.core.merging import unmerged
+from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Method
 from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
@@ -126,7 +126,7 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
 
 def _biases(parts: Parts) -> dict[str, Tensor]:
     """Return the biases of the adapted layers, as they are with nothing merged."""
-    biases = {f"{key}.base_layer.bias": unmerged(layer)[1] for key, layer in parts.layers.items()}
+    biases = {f"{key}.base_layer.bias": unmerged_bias(layer) for key, layer in parts.layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
 
@@ -160,7 +160,8 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
         if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in module.base_layer.named_parameters()}
-                out[f"{key}.base_layer.weight"] = unmerged(module)[0]
+                if module.store.unread(module.base_layer, module.site.parameter) is None:
+                    out[f"{key}.base_layer.weight"] = unmerged(module)
         elif not targeted and any(module is m for m in layers):
             out |= {f"{key}.{n}": p for n, p in module.named_parameters()}
     return out

@@ -50,8 +50,11 @@ class Dense:
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False):
+        """Return the weight's values, where the weight itself is kept between calls; if it is tied, the weight."""
         p = getattr(m, name)
-        return p if shared else p.detach().clone()
+        if shared:
+            return p
+        return p.detach().to("cpu", copy=True) if hooks_of(m) else p.detach().clone()
 
     def kept(self, m: nn.Module, name: str, state) -> Tensor:
         return state

@@ -2,9 +2,11 @@
 """Merging beside everything else that can be done meanwhile: switching, disabling, moving, computed weights, shards."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -12,8 +14,10 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.model import functional
+from tests.conformance.samples import disturb
 from tests.core.test_layer import Net, X, adapted, config, same, weights
 from tests.looks import merged
+from tests.models import seeded
 
 
 def said(record):
@@ -132,6 +136,69 @@ def test_dora_under_a_merge_follows_the_model_to_another_device():
     assert model.base_model.model.one.methods["y"].norm().is_meta
 
 
+# half precision
+
+
+class Words(nn.Module):
+    """A model whose head may have the embedding's weight."""
+
+    def __init__(self, tie):
+        super().__init__()
+        self.emb, self.lin, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        if tie:
+            self.head.weight = self.emb.weight
+
+    def get_input_embeddings(self):
+        return self.emb
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        return self.head(self.lin(self.emb(ids)))
+
+
+def words(*others, tie, **options):
+    with seeded(0):
+        base = Words(tie).bfloat16().eval()
+    model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["emb", "lin"], **options), "x")
+    for name in others:
+        model.add_adapter(name, graft.LoraConfig(r=2, target_modules=["emb", "lin"], use_dora=True))
+    return disturb(model)
+
+
+def test_tied_weights_in_half_precision_come_back_bit_for_bit():
+    model, ids = words("y", tie=True), torch.arange(9)
+    before, y = weights(model), model(ids)
+    for names in (["x"], ["y"], ["x", "y"]):
+        model.merge_adapter(names)
+        model.unmerge_adapter()
+        assert same(weights(model), before)
+    assert torch.equal(model(ids), y)
+    base = model.base_model.model
+    assert base.emb.base_layer.weight is base.head.weight
+
+
+def test_what_is_saved_of_a_base_in_half_precision_is_as_it_was(tmp_path):
+    model = words(bias="all", tie=False)
+    folders = tmp_path / "plain", tmp_path / "merged"
+    for folder in folders:
+        if folder.name == "merged":
+            model.merge_adapter(["x"])
+        model.save_pretrained(folder, save_embedding_layers=True)
+    plain, merged_one = (load_file(next(folder.rglob("*.safetensors"))) for folder in folders)
+    assert any(".emb." in key and "lora" not in key for key in plain)
+    assert same(merged_one, plain)
+
+
+def test_a_later_merge_needs_no_copy_of_its_own():
+    model = adapted("x", "y", base=Net().bfloat16().eval())
+    model.merge_adapter(["x"])
+    model.merge_adapter(["y"])
+    kept = [kept for _, kept, _ in model.base_model.model.one.state.undo]
+    assert [t is not None for t in kept] == [True, False]
+
+
 # weights that are computed
 
 COMPUTED = {
@@ -199,22 +266,25 @@ def mesh():
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dora", [False, True])
-def test_sharded_weights_merge(mesh, dora):
+def test_sharded_weights_merge(mesh, dora, dtype):
     from torch.distributed.fsdp import fully_shard
 
-    model = adapted("x", use_dora=dora)
-    y = model(X)
+    model = adapted("x", use_dora=dora, base=Net().to(dtype).eval())
+    x = X.to(dtype)
+    close = partial(assert_close, **(dict(rtol=0.05, atol=0.05) if dtype is torch.bfloat16 else {}))
+    y = model(x)
     for layer in (model.base_model.model.one, model.base_model.model.two):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert_close(model(X), y)
+    close(model(x), y)
     weight = model.base_model.model.one.base_layer.weight
     before = weight.full_tensor().clone()
     with torch.no_grad():
         model.merge_adapter()
         assert not torch.equal(weight.full_tensor(), before)
-        assert_close(model(X), y)
+        close(model(x), y)
         model.unmerge_adapter()
-        assert_close(weight.full_tensor(), before)
-        assert_close(model(X), y)
+        assert torch.equal(weight.full_tensor(), before)
+        close(model(x), y)

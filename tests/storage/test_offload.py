@@ -64,6 +64,21 @@ def test_an_offloaded_base_runs_merges_and_unmerges(method, wrapped_first, offlo
 
 
 @torch.no_grad()
+def test_an_offloaded_weight_in_half_precision_comes_back_bit_for_bit(offload):
+    base = net().bfloat16()
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    offload(base)
+    model = adapted("LORA", base)
+    model.merge_adapter()
+    kept = base.one.state.undo[0][1]
+    assert kept.device == CPU and kept.dtype == torch.bfloat16
+    model.unmerge_adapter()
+    hook = base.one.base_layer._hf_hook
+    for name in ("weight", "bias"):
+        assert torch.equal(hook.weights_map[name], before[f"one.{name}"])
+
+
+@torch.no_grad()
 def test_merging_leaves_what_others_offloaded(offload):
     """The tensors that accelerate was given may be those of another model as well."""
     base, twin = net(), net()

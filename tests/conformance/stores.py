@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are not held as plain tensors: one that rounds, one that cannot be written, one that cannot be read."""
+"""Weights that are not held as plain tensors: rounded ones, that can be read and written, or only read, or neither."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from graft.storage import STORES
 STEPS = 2**15 - 1
 
 
-class Rounded(nn.Linear):
-    """Holds its weight in steps of its largest value."""
+class Coded(nn.Linear):
+    """Holds its weight in steps of its largest value, in a way that no store knows."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -32,6 +32,10 @@ class Rounded(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense().to(x.dtype), self.bias)
+
+
+class Rounded(Coded):
+    pass
 
 
 class ReadOnly(Rounded):
@@ -109,7 +113,7 @@ for kind, store in ((Rounded, RoundedStore()), (ReadOnly, ReadOnlyStore()), (Opa
     OPS.add(name, OPS.find(nn.Linear))  # used as a linear layer is
 
 
-def held(layer: nn.Module, kind: type[Rounded] = Rounded) -> nn.Module:
+def held(layer: nn.Module, kind: type[Coded] = Rounded) -> nn.Module:
     """A linear layer with its weight held in another way."""
     made = kind(layer.in_features, layer.out_features, layer.bias is not None)
     made.hold(layer.weight)

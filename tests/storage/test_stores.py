@@ -10,7 +10,7 @@ import graft
 from graft.core.effect import Rewrite
 from graft.core.errors import UnsupportedLayerError
 from tests.conformance.samples import SAMPLES, disturb
-from tests.conformance.stores import Opaque, ReadOnly, Rounded, held
+from tests.conformance.stores import Coded, Opaque, ReadOnly, Rounded, held
 from tests.models import seeded
 
 X = torch.linspace(-1, 1, 700).view(70, 10)
@@ -55,20 +55,25 @@ def test_a_weight_that_cannot_be_written_runs_and_refuses_merging(sample):
     assert type(model.unload()[0]) is ReadOnly
 
 
+UNREADABLE = {Opaque: "opaque weights cannot be read", Coded: "its weight holds int16"}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
 @pytest.mark.parametrize("sample", FIT, ids=str)
-def test_a_weight_that_cannot_be_read_runs_or_is_refused_at_once(sample):
+def test_a_weight_that_cannot_be_read_runs_or_is_refused_at_once(sample, kind):
+    why = UNREADABLE[kind]
     if str(sample) in NEEDS:
-        base = net(Opaque)
-        with pytest.raises(UnsupportedLayerError, match=r"0 \(Opaque\).*needs its weight, and opaque weights cannot"):
+        base = net(kind)
+        with pytest.raises(UnsupportedLayerError, match=rf"0 \({kind.__name__}\).*needs its weight, and {why}"):
             graft.get_peft_model(base, make_for(sample, "0"))
-        assert type(base[0]) is Opaque
+        assert type(base[0]) is kind
         return
-    model = build(sample, Opaque)
+    model = build(sample, kind)
     assert_close(model(X), build(sample, Rounded)(X))
     loss = model(X).pow(2).sum()
     loss.backward()
     assert any(p.grad is not None for p in model.parameters())
-    with pytest.raises(NotImplementedError, match="layer '0': opaque weights cannot be read"):
+    with pytest.raises(NotImplementedError, match=f"layer '0': {why}"):
         model.merge_adapter()
 
 

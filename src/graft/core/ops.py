@@ -290,6 +290,7 @@ class Opaque(Op):
 OPS: TypeTable[Op] = TypeTable(
     {
         "torch.nn.modules.linear.Linear": Linear(),
+        "transformers.models.falcon.modeling_falcon.FalconLinear": Linear(),  # writes out what nn.Linear does
         "transformers.pytorch_utils.Conv1D": Conv1D(),
         "torch.nn.modules.sparse.Embedding": Embedding(),
         "torch.nn.modules.conv.Conv1d": Conv(F.conv1d, nn.Conv1d, 1),
@@ -305,6 +306,15 @@ def is_stock(module: nn.Module) -> bool:
     kind: Any = type(module)
     known: Any = OPS.origin(kind)
     return known is not None and kind.forward is known.forward
+
+
+def replaced_forward(module: nn.Module) -> type | None:
+    """The class of the table whose forward a module's class has replaced; None if its Op says what it does instead."""
+    kind = type(module)
+    known: Any = OPS.origin(kind)
+    if known is None or kind.forward is known.forward or find_op(module) is not OPS.find(kind):
+        return None
+    return known  # type: ignore[no-any-return]
 
 
 def find_op(module: nn.Module) -> Op:

@@ -17,7 +17,7 @@ from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.storage import find_store
+from graft.storage import find_store, find_tensor_store
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Place = tuple[nn.Module, str]  # (parent, attribute)
@@ -130,7 +130,7 @@ def parameter_site(key: str, module: nn.Module, name: str, tree: Tree) -> Site:
     """Return the site of one parameter of a module that no op knows."""
     weight = module._parameters[name]
     shared = weight is not None and tree.owners.get(weight, 0) > 1
-    return Site(f"{key}.{name}", module, Opaque(name), find_store(module, name), name, shared)
+    return Site(f"{key}.{name}", module, Opaque(name), find_tensor_store(module, name), name, shared)
 
 
 # types of modules that read their children's weights and do not call them

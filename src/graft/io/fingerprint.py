@@ -32,9 +32,10 @@ def sample(layer: AdapterLayer) -> list[float] | None:
 
     To read a sharded weight takes all processes, and one of them may be alone here.
     """
-    if not layer.store.exact or layer.merged_adapters or not layer.site.op.known:
+    base, name = layer.get_base_layer(), layer.site.parameter
+    if not layer.store.exact or layer.merged_adapters or not layer.site.op.known or layer.store.unread(base, name):
         return None
-    W = layer.store.read(layer.get_base_layer(), layer.site.parameter).detach()
+    W = layer.store.read(base, name).detach()
     if W.is_meta or is_sharded(W) or not is_whole(W):
         return None
     flat = W.reshape(-1)

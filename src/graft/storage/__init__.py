@@ -8,23 +8,37 @@ from torch import nn
 
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage.dense import Dense
+from graft.storage.dense import PLAIN, Dense, strange_tensor
+from graft.storage.foreign import Foreign, strange_forward
 from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
 
 DENSE: Store = Dense()
+FOREIGN: Store = Foreign()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
-PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def find_store(module: nn.Module, name: str = "weight") -> Store:
-    """Return the store of a module's tensor: that of the module's type, else of the tensor's type, else DENSE."""
+def find_store(module: nn.Module) -> Store:
+    """Return the store of a module's weight: that of the module's type, else of the weight's type, else DENSE.
+
+    A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN.
+    """
     store = STORES.find(type(module))
-    if store is None:
-        kind = type(module._parameters.get(name))
-        store = TENSORS.find(kind) if kind not in PLAIN else None
-    return store or DENSE
+    if store is not None:
+        return store
+    return of_tensor(module, "weight") if strange_forward(module) is None else FOREIGN
+
+
+def find_tensor_store(module: nn.Module, name: str) -> Store:
+    """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
+    return STORES.find(type(module)) or of_tensor(module, name)
+
+
+def of_tensor(module: nn.Module, name: str) -> Store:
+    kind = type(module._parameters.get(name))
+    store = None if kind in PLAIN else TENSORS.find(kind)
+    return store or (DENSE if strange_tensor(module, name) is None else FOREIGN)
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -41,4 +55,15 @@ def numel(p: Any) -> int:
     return n
 
 
-__all__ = ["DENSE", "STORES", "TENSORS", "Dense", "find_store", "numel", "place_of", "standalone"]
+__all__ = [
+    "DENSE",
+    "FOREIGN",
+    "STORES",
+    "TENSORS",
+    "Dense",
+    "find_store",
+    "find_tensor_store",
+    "numel",
+    "place_of",
+    "standalone",
+]

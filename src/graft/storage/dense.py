@@ -4,11 +4,37 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graft.core.table import TypeTable
 from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
+
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # narrower ones have a scale somewhere
+PLAIN = (Tensor, nn.Parameter)
+LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that can be read and written as plain ones are
+    {
+        "torch.distributed.tensor.DTensor": True,
+        "torch._subclasses.fake_tensor.FakeTensor": True,
+        "torch.nn.parameter.UninitializedParameter": True,
+    }
+)
+
+
+def strange_tensor(m: nn.Module, name: str) -> str | None:
+    """Say why a tensor of a module is not a plain one of floating-point numbers; None if it is, or is computed."""
+    t: Any = m._parameters.get(name)
+    t = m._buffers.get(name) if t is None else t
+    if t is None:
+        return None
+    kind = type(t)
+    if kind not in PLAIN and not LIKE_PLAIN.find(kind):
+        return f"its {name} is of type {kind.__name__}, which graft does not know"
+    if t.dtype not in NUMBERS:
+        return f"its {name} holds {str(t.dtype).removeprefix('torch.')}, not plain floating-point numbers"
+    return None
 
 
 class Dense:
@@ -16,7 +42,9 @@ class Dense:
     exact = live = True
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        return f"its {name} is offloaded: it is there only while the module itself is called" if hooks_of(m) else None
+        if hooks_of(m):
+            return f"its {name} is offloaded: it is there only while the module itself is called"
+        return strange_tensor(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         return getattr(m, name)
@@ -30,6 +58,8 @@ class Dense:
                 f"its {name} is computed from other tensors: make it one of its own first, with torch's "
                 "parametrize.remove_parametrizations, remove_weight_norm or prune.remove"
             )
+        if (why := strange_tensor(m, name)) is not None:
+            return why
         if t.is_meta and is_tied(m, name):
             return f"its {name} is offloaded and tied to that of another module: have the model on real devices first"
         if t.is_meta and not hooks_of(m):

@@ -70,7 +70,7 @@ def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
     x = torch.randn(4, 5, 3)
     with pytest.raises(graft.RoutingError, match="'flat' received 20 rows"):
         model(x, adapter_names=FIRST)
-    assert registry_of(model).call.rows is None
+    assert not registry_of(model).call.open
     model(x)
 
 
@@ -126,7 +126,7 @@ def test_names_are_checked_before_anything_runs():
     with pytest.raises(graft.RoutingError, match=r"merged adapters.*unmerge_adapter.*default"):
         model(x, adapter_names=["b", "b"])
     model.unmerge_adapter()
-    assert registry_of(model).call.rows is None
+    assert not registry_of(model).call.open
     model(x, adapter_names=["b", BASE])
 
 
@@ -206,7 +206,7 @@ def test_recomputed_layers_see_their_rows(method, targets, reentrant):
     model = llama(method, targets, reentrant)
     for _ in range(2):
         equal(backward(model, FIRST), expected)
-        assert registry_of(model).call.rows is None
+        assert not registry_of(model).call.open
 
 
 @CHECKPOINTING
@@ -299,7 +299,7 @@ def test_higher_derivatives_and_retained_graphs():
     (g,) = torch.autograd.grad(y, x, create_graph=True)
     g.square().sum().backward(retain_graph=True)
     y.backward()
-    assert registry_of(model).call.rows is None
+    assert not registry_of(model).call.open
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -362,7 +362,7 @@ def test_rows_come_back_whatever_the_output_is(kind, reentrant):
         for _ in range(2):
             unpack(model(X, adapter_names=FIRST)).square().sum().backward()
             found.append(gradients(model))
-            assert registry_of(model).call.rows is None
+            assert not registry_of(model).call.open
     for other in found[1:]:
         equal(other, found[0])
 

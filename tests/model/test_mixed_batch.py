@@ -187,7 +187,7 @@ def test_a_generation_that_fails_leaves_nothing_behind(how):
     with pytest.raises(KeyError):
         model.generate(**batch, adapter_names=NAMES, max_new_tokens=2, **OPTIONS[how])
     hook.remove()
-    assert registry_of(model).call.rows is None
+    assert not registry_of(model).call.open
     assert torch.equal(models.output(model, batch), expected)
     for names, error in ((["zz"] * 4, "non-existing"), (["b"], "same as the number of inputs")):
         with pytest.raises(graft.RoutingError, match=error):

@@ -271,7 +271,7 @@ def test_what_are_no_names(names, text):
     model = adapted("a", "b")
     with pytest.raises(TypeError, match=text):
         model(X, adapter_names=names)
-    assert registry_of(model).call.rows is None
+    assert not registry_of(model).call.open
 
 
 @pytest.mark.parametrize("first", [torch.ones(1), torch.ones(1, 4), torch.tensor(2.0)], ids=["1", "1x4", "scalar"])

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from threading import get_ident
+from functools import cached_property, partial
+from threading import get_ident, local
 from types import NoneType
 from typing import Any, Protocol
 
@@ -87,18 +87,64 @@ class Gates(Protocol):
         ...
 
 
+OFF = Rows(0, ())  # of a call with all adapters disabled
+UNCLEAR = Rows(0, ())  # of a backward pass of calls with other rows each
+
+
+class Here(local):
+    """What one thread does with the model."""
+
+    def __init__(self) -> None:  # runs in each thread
+        self.rows: Rows | None = None  # of its call
+        self.off = 0  # blocks of `disabled` around it
+
+
+@dataclass
+class Restored:
+    """What stands for the layers that a backward pass runs again."""
+
+    rows: Rows | None
+    threads: tuple[int, int]  # that of the call, and that of the backward pass
+
+
 class Call:
-    """The rows of the current call. One object per model, shared by all its adapter layers."""
+    """What a layer has to know of the call that it is in. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
-        self.rows: Rows | None = None
         self.gates: Gates | None = None
         self.state: dict[str, Any] = {}  # what layers hand on to those that run later
         self.arguments: dict[str, Any] = {}  # of the model
+        # an entry for each thing for which layers have to ask `current`: no thread comes between append and pop
+        self.open: list[None] = []
+        self.here = Here()
+        self.blocks: list[None] = []  # of `disabled`, in any thread
         self._calls: dict[int, Rows | None] = {}  # of the calls under way, by thread
-        self._task: tuple[int, Rows | None] | None = None  # the backward pass that `rows` was last put back for
-        self._ambiguous = False
+        self._restored: dict[int, Restored] = {}  # by backward pass
         self._untold: Rows | None = None  # of the last call, if nothing will put them back for its backward pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no call."""
+        return {"gates": self.gates, "state": self.state, "arguments": self.arguments}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        Call.__init__(self)
+        self.__dict__.update(kept)
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows of this thread's call."""
+        return self.here.rows
+
+    @rows.setter
+    def rows(self, rows: Rows | None) -> None:
+        self._put(rows)
+
+    def _put(self, rows: Rows | None) -> None:
+        before, self.here.rows = self.here.rows, rows
+        if before is None and rows is not None:
+            self.open.append(None)
+        elif before is not None and rows is None:
+            self.open.pop()
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
@@ -108,14 +154,40 @@ class Call:
             RoutingError: other threads run the model as well, and this batch or theirs is mixed.
         """
         self._drop_stale()
-        if self._untold is not None:
-            self._untold = self.rows = None
+        self._tell(None)
         with self._alone(rows):
-            before, self.rows = self.rows, rows
+            before = self.here.rows
+            self._put(rows)
             try:
                 yield
             finally:
-                self.rows = before
+                self._put(before)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Disable all adapters within the block, for this thread alone."""
+        self.here.off += 1
+        self.open.append(None)
+        self.blocks.append(None)
+        try:
+            yield
+        finally:
+            self.here.off -= 1
+            self.open.pop()
+            self.blocks.pop()
+
+    @property
+    def off(self) -> bool:
+        """Whether all adapters are disabled for the call that a layer is in."""
+        return bool(self.open) and self.current() is OFF
+
+    def by_itself(self) -> AbstractContextManager[None]:
+        """Keep other threads from calling the model within the block, which writes to its weights.
+
+        Raises:
+            RoutingError: one calls it now; or it does meanwhile, and gets the error.
+        """
+        return self._alone(WRITING)
 
     @contextmanager
     def _alone(self, rows: Rows | None) -> Iterator[None]:
@@ -124,10 +196,7 @@ class Call:
         calls[thread] = rows  # before the others are looked at, so that of two threads one at least sees the other
         try:
             if len(calls) > 1 and any(r is not None for r in list(calls.values())):
-                raise RoutingError(
-                    "two threads run this model at once, and at least one of the batches is mixed (adapter_names), so "
-                    "that its rows would be taken for those of the other. Run mixed batches one after another."
-                )
+                raise RoutingError(WHILE_WRITING if any(r is WRITING for r in list(calls.values())) else TWO_THREADS)
             yield
         finally:
             if nested:
@@ -140,48 +209,92 @@ class Call:
 
         If nothing in the output tells when that pass begins, layers that it runs again will be refused.
         """
-        told = False
+        told, thread = False, get_ident()
+        if self.here.off:
+            rows = OFF
         for t in tensors_in(output):
             if t.grad_fn is not None:
-                t.register_hook(lambda _grad: self._restore(rows))
+                t.register_hook(lambda _grad: self._restore(rows, thread))
                 told = True
         if rows is not None and not (told or self._calls):
-            self._untold = self.rows = rows
+            self._tell(rows)
 
-    def _restore(self, rows: Rows | None) -> None:
+    def _tell(self, untold: Rows | None) -> None:
+        before, self._untold = self._untold, untold
+        if before is None and untold is not None:
+            self.open.append(None)
+        elif before is not None and untold is None:
+            self.open.pop()
+
+    def _restore(self, rows: Rows | None, thread: int) -> None:
         task = torch._C._current_graph_task_id()
-        if self._task is None or self._task[0] != task:
-            self._task, self.rows = (task, rows), rows
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
-        elif self._task[1] is not rows:
-            self._ambiguous = True
-            self.rows = self.rows or rows  # so that layers ask, and are told
+        known = self._restored.get(task)
+        if known is None:
+            self._restored[task] = Restored(rows, (thread, get_ident()))
+            if rows is not None:
+                self.open.append(None)
+            end = partial(self._end, task)
+            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+        elif known.rows is not rows:
+            if known.rows is None:
+                self.open.append(None)  # so that layers ask, and are told
+            known.rows = UNCLEAR
 
-    def _end(self) -> None:
-        self._task, self.rows = None, self._untold
-        self._ambiguous = False
+    def _end(self, task: int) -> None:
+        restored = self._restored.pop(task, None)
+        if restored is not None and restored.rows is not None:
+            self.open.pop()
 
     def _drop_stale(self) -> None:
         """A backward pass that failed never came to its end, and left its rows."""
-        if self._task is not None and torch._C._current_graph_task_id() == -1:
-            self._end()
+        if self._restored and torch._C._current_graph_task_id() == -1:
+            for task, restored in list(self._restored.items()):
+                if get_ident() in restored.threads:  # which would be in that pass
+                    self._end(task)
 
     def current(self) -> Rows | None:
-        self._drop_stale()
-        if self._ambiguous:
-            raise RoutingError(
-                "one backward pass covers two mixed-batch forward passes under gradient checkpointing, so the rows "
-                "of a recomputed layer are ambiguous. Call backward() after each forward, or turn checkpointing off."
-            )
-        if self._untold is not None and self._task is None:
+        """The rows of the call that a layer is in, if any; OFF if adapters are disabled."""
+        if self._restored or self._untold is not None:
             if torch._C._current_graph_task_id() != -1:
-                raise RoutingError(
-                    "a backward pass recomputes layers of a mixed batch (gradient checkpointing), and their rows are "
-                    "not known: no tensor with a gradient was found in what the model returned. Let it return tensors "
-                    "in tuples, dicts, dataclasses or attributes of objects, or turn checkpointing off."
-                )
-            self._untold = self.rows = None  # another forward pass, past the model's own
-        return self.rows
+                return self._in_backward()
+            self._drop_stale()
+            self._tell(None)  # another forward pass, past the model's own
+        here = self.here
+        return OFF if here.off else here.rows
+
+    def _in_backward(self) -> Rows | None:
+        restored = self._restored
+        own = restored.get(torch._C._current_graph_task_id())
+        if own is None and restored:  # a pass within one
+            found = {id(r.rows): r for r in list(restored.values())}
+            own = next(iter(found.values())) if len(found) == 1 else Restored(UNCLEAR, (0, 0))
+        if own is None and self._untold is OFF and self.here.off:
+            return OFF
+        if own is None:
+            raise RoutingError(
+                "a backward pass recomputes layers of a mixed batch (gradient checkpointing), and their rows are not "
+                "known, or of a call with disabled adapters: no tensor with a gradient was found in what the model "
+                "returned. Let it return tensors in tuples, dicts, dataclasses or attributes of objects, or turn "
+                "checkpointing off."
+            )
+        if own.rows is UNCLEAR:
+            raise RoutingError(
+                "one backward pass covers two mixed-batch forward passes (or one with disabled adapters) under "
+                "gradient checkpointing, so the rows of a recomputed layer are ambiguous. Call backward() after each "
+                "forward, or turn checkpointing off."
+            )
+        return own.rows
+
+
+WRITING = Rows(0, ())  # of a thread that changes weights
+TWO_THREADS = (
+    "two threads run this model at once, and at least one of the batches is mixed (adapter_names), so that its rows "
+    "would be taken for those of the other. Run mixed batches one after another."
+)
+WHILE_WRITING = (
+    "a thread takes merged adapters out of the weights (disable_adapter() does) while another one runs the model. Call "
+    "unmerge_adapter() before several threads run it, or keep adapters unmerged."
+)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

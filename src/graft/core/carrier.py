@@ -16,9 +16,10 @@ class State:
     """The state of a carrier that changes as adapters are switched. A plain object: setting an attribute of a module
     takes ten times as long."""
 
-    __slots__ = ("active", "disabled", "slots", "trainable")
+    __slots__ = ("active", "call", "disabled", "slots", "trainable")
 
-    def __init__(self) -> None:
+    def __init__(self, call: Any = None) -> None:
+        self.call = call  # which may have adapters disabled
         self.active: list[str] = []
         self.disabled = False
         self.trainable: Sequence[str] = ()  # adapters that require gradients
@@ -82,7 +83,9 @@ class Carrier:
 
     @property
     def disable_adapters(self) -> bool:
-        return self.state.disabled
+        """Whether they are switched off, or disabled for the call that this thread is in."""
+        state = self.state
+        return state.disabled or (state.call is not None and state.call.off)
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
         for slot in self.slots(adapter):

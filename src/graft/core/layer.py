@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.call import Call
+from graft.core.call import OFF, Call
 from graft.core.carrier import Carrier, State
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.holding import Holding
@@ -30,8 +30,8 @@ class LayerState(State):
 
     __slots__ = ("merged", "mix", "original", "plan", "plans", "undo")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
         self.merged: list[str] = []
         self.undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
         self.original: Any = None  # the base weight before an injection that is still under way
@@ -76,7 +76,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             op=site.op,
             store=site.store,
             call=call,
-            state=LayerState(),
+            state=LayerState(call),
             methods={},
             kinds=[],
             in_features=site.in_features,
@@ -208,7 +208,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     def effective_weight(self) -> Tensor:
         """The weight with what runs folded in, as the base layer stores it; gradients flow."""
-        plan = self.state.plan
+        plan = None if self.call.off else self.state.plan
         if plan is None:
             return self.store.read(self.base_layer, self.site.parameter)
         return self.op.uncanon(plan.fold(self.weight_now, getattr(self.base_layer, "bias", None))[0])
@@ -250,8 +250,8 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     # forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.call.rows is not None and (rows := self.call.current()) is not None:
-            return self.mix_of(rows).run(rows, *args, **kwargs)
+        if self.call.open and (rows := self.call.current()) is not None:
+            return self.base_layer(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
         plan = self.state.plan
         if plan is None:
             return self.base_layer(*args, **kwargs)

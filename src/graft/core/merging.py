@@ -80,10 +80,11 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return
-    if layer.state.disabled and undoable:
+    if undoable and (layer.state.disabled or layer.call.blocks):
         raise ValueError(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}' while adapters are disabled: it would act with "
-            "them at once. Enable them first (or leave the disable_adapter() block); merge_and_unload() works as it is."
+            "them at once. Enable them first (or leave the disable_adapter() block, which may be another thread's); "
+            "merge_and_unload() works as it is."
         )
     why = fixed(layer, methods)
     if why is not None:

@@ -31,7 +31,7 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
-        self.key, self.call, self.state = key, call, State()
+        self.key, self.call, self.state = key, call, State(call)
 
     def add(self, adapter: str, module: nn.Module | None = None) -> None:
         """Give `adapter` its own module: `module` if passed, else a copy of the original."""
@@ -102,7 +102,7 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
             return getattr(self.active, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.call.rows is not None and (rows := self.call.current()) is not None and not self.disable_adapters:
+        if self.call.open and (rows := self.call.current()) is not None and not self.disable_adapters:
             return self._forward_rows(rows, *args, **kwargs)
         return self.active(*args, **kwargs)
 

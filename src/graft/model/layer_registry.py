@@ -40,6 +40,7 @@ class LayerRegistry(Registry):
         self.tree: Tree | None = self.begin(model, tree)  # for the first injection, None afterwards
         self.checkpointing = self.tree.checkpointing
         self.shared = Shared()
+        self.shared.state.call = self.call
         self.peft_config |= getattr(model, "peft_config", None) or {}
 
     def method_for(self, config: Any) -> type[Method]:
@@ -66,7 +67,7 @@ class LayerRegistry(Registry):
         self.check_new(adapter_name, config)
         if state_dict is not None:
             keys = self._keys_in(state_dict, config)
-        tree, self.tree, disabled = self.tree, None, self.disabled
+        tree, self.tree, disabled = self.tree, None, self.switched_off
         method = self.method_for(config)
         done = inject(
             self.model,

@@ -238,21 +238,16 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Let the base model run alone within the block. Unmerge merged adapters; they stay unmerged."""
-        before = {part: part.disable_adapters for part in self._registry.carriers()}
-        if len(set(before.values())) > 1:
-            warn(
-                "The model contains some adapter layers that are enabled and others that are disabled. "
-                "This is most likely unintentional. They are put back as they were after the block."
-            )
-        self._registry.disable_adapter_layers()
-        try:
+        """Let the base model run alone within the block, in the thread that is in it.
+
+        Other threads go on computing with adapters, also one that is started within the block. Unmerge merged
+        adapters; they stay unmerged.
+
+        Raises:
+            RoutingError: adapters are merged, and another thread runs the model.
+        """
+        with self._registry.disabled_here():
             yield
-        finally:
-            others = bool(before) and all(before.values())  # for carriers that come within the block
-            for part in self._registry.carriers():
-                part.enable_adapters(not before.get(part, others))
-            self._heads_changed()
 
     def _heads_changed(self) -> None:
         """Follow a change of the active heads: a hook for task classes whose loss depends on their size."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import ConfigError, RoutingError, warn
@@ -47,9 +48,9 @@ class Encoders(Carrier, nn.ModuleDict):
     key = PLACE
     replaces = False
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__()
-        self.state = State()
+        self.state = State(call)
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     @property
@@ -99,7 +100,7 @@ class Prompts(Registry):
     def _begin(self, model: nn.Module, config: Any, tree: Tree | None = None) -> None:
         self.checkpointing = self.begin(model, tree).checkpointing
         self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
-        self.prompt_encoder = Encoders()
+        self.prompt_encoder = Encoders(self.call)
         self.stacks = stacks_of(model)
 
     @classmethod
@@ -138,7 +139,7 @@ class Prompts(Registry):
         """Add a prompt, inactive. A call that fails changes nothing."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
-        prompt, disabled = self._made(cfg), self.disabled
+        prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)
         done = inject(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -55,16 +55,6 @@ def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> Non
             f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For another "
             "adapter beside them call load_adapter() or add_adapter() of that PeftModel; to start over, its unload()."
         )
-
-
-def off(parts: Iterable[Any]) -> bool:
-    """Say whether there are carriers, and all are switched off."""
-    none = True
-    for part in parts:
-        if not part.disable_adapters:
-            return False
-        none = False
-    return not none
 
 
 @contextmanager
@@ -124,8 +114,14 @@ class Registry:
 
     @property
     def disabled(self) -> bool:
+        """True while there are carriers and all are switched off, or disabled for what this thread calls."""
+        return self.switched_off or self.call.off
+
+    @property
+    def switched_off(self) -> bool:
         """True while there are carriers and all are switched off."""
-        return off(self.carriers())
+        off = [part.state.disabled for part in self.carriers()]
+        return bool(off) and all(off)
 
     def take_in(self, parts: Parts, disabled: bool) -> None:
         """Register the carriers of a new adapter, and forget those that have no adapter left.
@@ -257,6 +253,35 @@ class Registry:
         self._changed()
 
     def disable_adapter_layers(self) -> None:
+        self._warn_of_biases()
+        for part in self.carriers():
+            part.enable_adapters(False)
+        self._changed()
+
+    @contextmanager
+    def disabled_here(self) -> Iterator[None]:
+        """Let the base model run alone within the block, for this thread. Unmerge merged adapters; they stay unmerged.
+
+        Raises:
+            RoutingError: adapters are merged, and another thread runs the model.
+        """
+        if len({part.state.disabled for part in self.carriers()}) > 1:
+            warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. "
+                "This is most likely unintentional. They are put back as they were after the block."
+            )
+        self._warn_of_biases()
+        try:
+            with self.call.disabled():  # from here on no thread can merge
+                if self.merged_adapters:
+                    with self.call.by_itself():
+                        self.unmerge_adapter()
+                self._changed()
+                yield
+        finally:
+            self._changed()
+
+    def _warn_of_biases(self) -> None:
         for config in (self.peft_config.get(name) for name in self.active_adapters):
             bias = getattr(config, "bias", "none")
             if bias != "none":
@@ -264,6 +289,3 @@ class Registry:
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
                     "output as the base model would without adaption."
                 )
-        for part in self.carriers():
-            part.enable_adapters(False)
-        self._changed()

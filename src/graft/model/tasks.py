@@ -44,8 +44,10 @@ class _Classification(_WithHead):
 
     @contextmanager
     def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Set the labels to those of the widest head in a mixed batch, as wide as its logits."""
+        """Set the labels to those of the head that runs, of the widest one in a mixed batch, as wide as its logits."""
         if names is None:
+            if self._registry.call.open:  # some thread's call has others
+                self._heads_changed()
             yield
             return
         head = self._head()

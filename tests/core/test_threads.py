@@ -5,6 +5,7 @@ import copy
 import pickle
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.conformance.samples import disturb
 from tests.looks import layers, merged, registry_of
 from tests.models import seeded
 
+pytestmark = pytest.mark.filterwarnings("ignore:This thread was started while another one:graft.PeftWarning")
 X = torch.linspace(-1, 1, 18).view(6, 3)
 
 
@@ -99,6 +101,21 @@ def test_other_threads_keep_their_adapters(method):
     assert torch.equal(model(X), on) and not registry_of(model).call.open
 
 
+def test_a_thread_that_may_have_been_started_for_the_block_is_told():
+    model = adapted()
+    asked, entered = threading.Event(), threading.Event()
+    early = threading.Thread(target=lambda: (asked.wait(10), model(X), entered.set()))
+    early.start()
+    with model.disable_adapter():
+        with pytest.warns(graft.PeftWarning, match="For the base model, open one in this thread"):
+            in_thread(lambda: model(X))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            asked.set()
+            assert entered.wait(10)
+    early.join()
+
+
 def test_the_block_and_the_switch_are_apart():
     model = adapted()
     on, off = model(X), base()(X)
@@ -108,6 +125,14 @@ def test_the_block_and_the_switch_are_apart():
         model.base_model.enable_adapter_layers()
         assert torch.equal(model(X), off) and torch.equal(in_thread(lambda: model(X)), on)
     assert torch.equal(model(X), on)
+
+
+def test_a_block_that_another_thread_leaves():
+    model = adapted()
+    on, block = model(X), model.disable_adapter()
+    block.__enter__()
+    in_thread(lambda: block.__exit__(None, None, None))
+    assert torch.equal(model(X), on) and torch.equal(in_thread(lambda: model(X)), on)
 
 
 def test_many_threads_at_once():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from threading import enumerate as enumerate_threads
 from threading import get_ident, local
 from types import NoneType
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import RoutingError
+from graft.core.errors import PeftWarning, RoutingError, warn
 
 BASE = "__base__"  # the row uses no adapter
 LIMIT = 100_000  # objects of an output that are looked at
@@ -96,7 +97,7 @@ class Here(local):
 
     def __init__(self) -> None:  # runs in each thread
         self.rows: Rows | None = None  # of its call
-        self.off = 0  # blocks of `disabled` around it
+        self.off: list[None] = []  # blocks of `disabled` around it
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Call:
         # an entry for each thing for which layers have to ask `current`: no thread comes between append and pop
         self.open: list[None] = []
         self.here = Here()
-        self.blocks: list[None] = []  # of `disabled`, in any thread
+        self.blocks: list[frozenset[int | None]] = []  # of `disabled`: the threads that there were when each began
         self._calls: dict[int, Rows | None] = {}  # of the calls under way, by thread
         self._restored: dict[int, Restored] = {}  # by backward pass
         self._untold: Rows | None = None  # of the last call, if nothing will put them back for its backward pass
@@ -155,6 +156,8 @@ class Call:
         """
         self._drop_stale()
         self._tell(None)
+        if self.blocks and not self.here.off and not torch.compiler.is_compiling():
+            self._warn_of_block()
         with self._alone(rows):
             before = self.here.rows
             self._put(rows)
@@ -166,15 +169,25 @@ class Call:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable all adapters within the block, for this thread alone."""
-        self.here.off += 1
+        before, off = threads_now(), self.here.off  # of this thread, whichever leaves the block
+        off.append(None)
         self.open.append(None)
-        self.blocks.append(None)
+        self.blocks.append(before)
         try:
             yield
         finally:
-            self.here.off -= 1
+            off.pop()
             self.open.pop()
-            self.blocks.pop()
+            self.blocks.remove(before)
+
+    def _warn_of_block(self) -> None:
+        """Warn in a thread that may have been started for a block, such as one that streams what `generate` makes."""
+        if any(get_ident() not in before for before in list(self.blocks)):
+            warn(
+                "This thread was started while another one is in a disable_adapter() block, and runs the model with "
+                "adapters: a block holds for the thread that is in it. For the base model, open one in this thread.",
+                PeftWarning,
+            )
 
     @property
     def off(self) -> bool:
@@ -248,8 +261,12 @@ class Call:
     def _drop_stale(self) -> None:
         """A backward pass that failed never came to its end, and left its rows."""
         if self._restored and torch._C._current_graph_task_id() == -1:
+            here, alive = get_ident(), threads_now()
             for task, restored in list(self._restored.items()):
-                if get_ident() in restored.threads:  # which would be in that pass
+                own, passing = restored.threads
+                if here == passing or (
+                    here == own and passing not in alive
+                ):  # it would be in there
                     self._end(task)
 
     def current(self) -> Rows | None:
@@ -263,11 +280,12 @@ class Call:
         return OFF if here.off else here.rows
 
     def _in_backward(self) -> Rows | None:
-        restored = self._restored
-        own = restored.get(torch._C._current_graph_task_id())
-        if own is None and restored:  # a pass within one
-            found = {id(r.rows): r for r in list(restored.values())}
-            own = next(iter(found.values())) if len(found) == 1 else Restored(UNCLEAR, (0, 0))
+        own = self._restored.get(torch._C._current_graph_task_id())
+        if own is None and self._restored:  # a pass within one
+            some = list(self._restored.values())
+            some = [r for r in some if get_ident() in r.threads] or some
+            found = {id(r.rows): r for r in some}
+            own = some[0] if len(found) == 1 else Restored(UNCLEAR, (0, 0))
         if own is None and self._untold is OFF and self.here.off:
             return OFF
         if own is None:
@@ -295,6 +313,10 @@ WHILE_WRITING = (
     "a thread takes merged adapters out of the weights (disable_adapter() does) while another one runs the model. Call "
     "unmerge_adapter() before several threads run it, or keep adapters unmerged."
 )
+
+
+def threads_now() -> frozenset[int | None]:
+    return frozenset(thread.ident for thread in enumerate_threads())
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -264,9 +264,7 @@ class Call:
             here, alive = get_ident(), threads_now()
             for task, restored in list(self._restored.items()):
                 own, passing = restored.threads
-                if here == passing or (
-                    here == own and passing not in alive
-                ):  # it would be in there
+                if here == passing or (here == own and passing not in alive):  # it would be in there
                     self._end(task)
 
     def current(self) -> Rows | None:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft.core.ops import replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage.dense import PLAIN, Dense, strange_tensor
-from graft.storage.foreign import Foreign, strange_forward
+from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
+from graft.storage.foreign import Foreign
 from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
 
@@ -27,7 +28,7 @@ def find_store(module: nn.Module) -> Store:
     store = STORES.find(type(module))
     if store is not None:
         return store
-    return of_tensor(module, "weight") if strange_forward(module) is None else FOREIGN
+    return FOREIGN if replaced_forward(module) is not None else of_tensor(module, "weight")
 
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
@@ -36,9 +37,11 @@ def find_tensor_store(module: nn.Module, name: str) -> Store:
 
 
 def of_tensor(module: nn.Module, name: str) -> Store:
-    kind = type(module._parameters.get(name))
-    store = None if kind in PLAIN else TENSORS.find(kind)
-    return store or (DENSE if strange_tensor(module, name) is None else FOREIGN)
+    t = module._parameters.get(name)
+    kind = type(t)
+    if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
+        return DENSE
+    return TENSORS.find(kind) or (DENSE if strange_tensor(module, name) is None else FOREIGN)
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from graft.core.table import TypeTable
 from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
 
-NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # narrower ones have a scale somewhere
-PLAIN = (Tensor, nn.Parameter)
+NUMBERS = frozenset(
+    {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+)  # narrower ones have a scale somewhere
+PLAIN = frozenset({Tensor, nn.Parameter})
 LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that can be read and written as plain ones are
     {
         "torch.distributed.tensor.DTensor": True,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter each row of the current batch uses: written once per call, read by every layer."""
+"""The state of a call: which adapter each row of the batch uses, and whether adapters are disabled for this thread.
+
+The model writes it once per call, every layer reads it.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ UNCLEAR = Rows(0, ())  # of a backward pass of calls with other rows each
 
 
 class Here(local):
-    """What one thread does with the model."""
+    """The part of a Call that is of one thread."""
 
     def __init__(self) -> None:  # runs in each thread
         self.rows: Rows | None = None  # of its call
@@ -102,14 +105,14 @@ class Here(local):
 
 @dataclass
 class Restored:
-    """What stands for the layers that a backward pass runs again."""
+    """The rows for layers that a backward pass runs again."""
 
     rows: Rows | None
     threads: tuple[int, int]  # that of the call, and that of the backward pass
 
 
 class Call:
-    """What a layer has to know of the call that it is in. One object per model, shared by all its adapter layers."""
+    """The state of the calls under way. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
         self.gates: Gates | None = None
@@ -124,7 +127,7 @@ class Call:
         self._untold: Rows | None = None  # of the last call, if nothing will put them back for its backward pass
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no call."""
+        """Leave calls under way out: a copy is in none."""
         return {"gates": self.gates, "state": self.state, "arguments": self.arguments}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -191,7 +194,7 @@ class Call:
 
     @property
     def off(self) -> bool:
-        """Whether all adapters are disabled for the call that a layer is in."""
+        """True within a call for which all adapters are disabled."""
         return bool(self.open) and self.current() is OFF
 
     def by_itself(self) -> AbstractContextManager[None]:
@@ -259,7 +262,7 @@ class Call:
             self.open.pop()
 
     def _drop_stale(self) -> None:
-        """A backward pass that failed never came to its end, and left its rows."""
+        """Drop the rows of a backward pass that failed, and so never came to its end."""
         if self._restored and torch._C._current_graph_task_id() == -1:
             here, alive = get_ident(), threads_now()
             for task, restored in list(self._restored.items()):
@@ -268,7 +271,7 @@ class Call:
                     self._end(task)
 
     def current(self) -> Rows | None:
-        """The rows of the call that a layer is in, if any; OFF if adapters are disabled."""
+        """Return the rows of the call that a layer is in, if it has any; OFF if adapters are disabled for it."""
         if self._restored or self._untold is not None:
             if torch._C._current_graph_task_id() != -1:
                 return self._in_backward()

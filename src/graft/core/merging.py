@@ -174,7 +174,7 @@ def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Te
 
 
 def in_place(layer: Any) -> Tensor | None:
-    """The base weight as a matrix (out, fan_in) that products can be added to in place, or None."""
+    """Return the base weight as a matrix (out, fan_in) to which merging can add products in place, or None."""
     if not layer.store.live or layer.site.shared:
         return None
     W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
@@ -184,7 +184,7 @@ def in_place(layer: Any) -> Tensor | None:
 
 
 def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
-    """A and B of each step, if all are nothing but products that are added to the weight."""
+    """Return A and B of each step, if all are nothing but products that merging adds to the weight; else None."""
     found = []
     for _, effect in steps:
         if not (isinstance(effect, LowRank) and effect.additive):
@@ -207,7 +207,7 @@ def _add(W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) ->
 
 
 def _snapshot(layer: Any) -> Any:
-    """The base weight as it is; None if a snapshot is kept already, which takes out all later merges as well."""
+    """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
     return layer.store.snapshot(layer.base_layer, layer.site.parameter, layer.site.shared)

@@ -309,7 +309,7 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> type | None:
-    """The class of the table whose forward a module's class has replaced; None if its Op says what it does instead."""
+    """Return the class of the table whose forward a module's class has replaced; None if its Op knows the new one."""
     kind = type(module)
     known: Any = OPS.origin(kind)
     if known is None or kind.forward is known.forward or find_op(module) is not OPS.find(kind):

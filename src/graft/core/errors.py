@@ -62,6 +62,19 @@ class BaseModelMismatchError(PeftError, ValueError):
     """A checkpoint was made for a base model of another architecture."""
 
 
+class HubError(CheckpointError, OSError):
+    """The hub cannot be reached, or does not give a file that may be there."""
+
+
+class NonFiniteError(CheckpointError):
+    """A checkpoint holds NaN or an infinite number."""
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text for an error: the beginning if it is long."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 INSIDE = ("graft.", "contextlib", "torch.nn.modules.module", "torch.utils._contextlib")
 
 

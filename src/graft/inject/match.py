@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.core.errors import ConfigError
+from graft.core.patterns import pattern
 
 Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "untargeted"]
-LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+MOST_HINTS, LONGEST_NAME = 100, 100  # entries for which similar names are sought, which takes a while; characters
+LAYER_INDEX = pattern("", "layers_pattern", r".*?\.[^.]*\.(\d+)\.")
 WHY = {
     "excluded": "named by exclude_modules",
     "saved": "trained whole, through modules_to_save",
@@ -36,8 +36,8 @@ class Verdict:
 class Names:
     """A set of names, each matching a path that equals it or ends with it after a dot; or one regex on whole paths."""
 
-    def __init__(self, names: Iterable[str] | str | None):
-        self.regex = compiled(names) if isinstance(names, str) else None
+    def __init__(self, names: Iterable[str] | str | None, field: str = "target_modules"):
+        self.regex = pattern(names, field) if isinstance(names, str) else None
         self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
 
     def find(self, path: str) -> str | None:
@@ -50,15 +50,8 @@ class Names:
                     return None
             return rest
         if self.regex is not None:
-            return self.regex.pattern if self.regex.fullmatch(path) else None
+            return self.regex.text if self.regex.fullmatch(path) else None
         return None
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as e:
-        raise ConfigError(f"{pattern!r} is not a regular expression: {e}. Give a list to name modules plainly.") from e
 
 
 def suffixes(path: str) -> Iterator[str]:
@@ -75,19 +68,20 @@ class Matcher:
     def __init__(self, cfg: Any):
         chosen = getattr(cfg, "target_paths", None)  # set by `Method.prepare`
         self.targets = Names(chosen or cfg.target_modules)
-        self.excluded = Names(getattr(cfg, "exclude_modules", None))
+        self.excluded = Names(getattr(cfg, "exclude_modules", None), "exclude_modules")
         saved = getattr(cfg, "modules_to_save", None) or ()
-        self.saved = re.compile("|".join(rf"(^|.*\.){m}($|\..*)" for m in saved)) if saved else None
+        self.saved = [pattern(m, "modules_to_save", rf"(^|.*\.){m}($|\..*)") for m in saved]
         indices = getattr(cfg, "layers_to_transform", None)
         self.indices = {indices} if isinstance(indices, int) else set(indices or ())
-        pattern = getattr(cfg, "layers_pattern", None) or ()
-        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-        self.index_patterns = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns] or [LAYER_INDEX]
+        lists = getattr(cfg, "layers_pattern", None) or ()
+        lists = [lists] if isinstance(lists, str) else list(lists)
+        self.index_patterns = [pattern(name, "layers_pattern", rf"(?:^|.*?\.){name}\.(\d+)\.") for name in lists]
+        self.index_patterns = self.index_patterns or [LAYER_INDEX]
 
     def __call__(self, path: str) -> Verdict:
         if self.excluded.find(path) is not None:
             return Verdict("excluded", self.targets.find(path))
-        if self.saved is not None and self.saved.match(path):
+        if self.saved and any(saved.match(path) for saved in self.saved):
             return Verdict("saved", self.targets.find(path))
         entry = self.targets.find(path)
         if entry is None:
@@ -98,8 +92,8 @@ class Matcher:
 
     def layer_of(self, path: str) -> int | None:
         """Return the index of the block that a module is in, as `layers_to_transform` counts; None if in none."""
-        for pattern in self.index_patterns:
-            if match := pattern.match(path):
+        for within in self.index_patterns:
+            if match := within.match(path):
                 return int(match[1])
         return None
 
@@ -110,7 +104,8 @@ def unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> d
     if not missing:
         return {}
     have = Counter(path.rpartition(".")[2] for path in paths)
-    close = {e: difflib.get_close_matches(e.rpartition(".")[2], have, n=2, cutoff=0.6) for e in missing}
+    sought = {e: e.rpartition(".")[2] if i < MOST_HINTS else "" for i, e in enumerate(missing)}
+    close = {e: difflib.get_close_matches(end[:LONGEST_NAME], have, n=2, cutoff=0.6) for e, end in sought.items()}
     return {entry: [(name, have[name]) for name in names] for entry, names in close.items()}
 
 

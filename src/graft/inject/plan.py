@@ -20,6 +20,8 @@ from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import embedding_path, expand, tied_to_embedding
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 
+MOST_WARNINGS = 100  # about entries of one field
+
 
 def find(job: Any) -> None:
     """Fill in the fields of an Injection that say what it will do, or raise."""
@@ -104,8 +106,10 @@ def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
 
 def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport) -> None:
     """Warn of entries of a config's field that matched nothing, and note them in the report."""
-    for entry, similar in entries.items():
+    for entry, similar in list(entries.items())[:MOST_WARNINGS]:
         warn(f"{name} entry '{entry}' matched nothing{hint(similar)}", PeftWarning)
+    if len(entries) > MOST_WARNINGS:
+        warn(f"{name}: {len(entries) - MOST_WARNINGS} more entries matched nothing", PeftWarning)
     prefix = "" if name == "target_modules" else f"{name}: "
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
@@ -184,7 +188,7 @@ def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: 
         say_unmatched("target_modules", unmatched(left, used, outcomes), report)
     for name in getattr(cfg, "patterns", {}):
         matched = [k for k, v in outcomes.items() if v.outcome == "matched"]
-        idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k) for k in matched))
+        idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k, name) for k in matched))
         if idle:
             text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."
             warn(text, RuntimeWarning)

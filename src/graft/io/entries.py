@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
+from graft.core.patterns import pattern
 from graft.inject.parts import Parts
 from graft.storage.parallel import spread_as
 
@@ -116,18 +118,40 @@ def without_wrappers(key: str) -> str:
     return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[str, Tensor]:
-    """Rewrite each key, after the prefix, by the first {regex: replacement} that fits."""
+def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None, must_fit: bool = False) -> dict[str, Tensor]:
+    """Rewrite each key, after the prefix, by the first {regex: replacement} that fits.
+
+    Args:
+        must_fit: warn if the mapping changes no key.
+
+    Raises:
+        ConfigError: one of the patterns is no regular expression, or a replacement does not fit it.
+        AdapterKeyError: two keys get one name.
+    """
     if not mapping:
         return tensors
-    out = {}
+    patterns = []
+    for text, replacement in mapping.items():
+        patterns.append((pattern(text, "key_mapping"), replacement))
+        try:
+            re.sub(text, replacement, "")
+        except (re.error, IndexError) as e:
+            raise ConfigError(f"{replacement!r} of key_mapping cannot replace {text!r}: {e}.") from e
+    out: dict[str, Tensor] = {}
+    hits = 0
     for key, tensor in tensors.items():
         prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")
         rest = key[len(prefix) :]
-        for pattern, replacement in mapping.items():
-            new, n = re.subn(pattern, replacement, rest)
+        for wanted, replacement in patterns:
+            new, n = wanted.subn(replacement, rest)
             if n:
-                rest = new
+                rest, hits = new, hits + 1
                 break
+        if prefix + rest in out:
+            raise AdapterKeyError(
+                f"Two keys of the checkpoint become '{prefix + rest}' by key_mapping, one is '{key}'."
+            )
         out[prefix + rest] = tensor
+    if must_fit and not hits:
+        warn(f"key_mapping={mapping} fits none of the checkpoint's keys, such as '{next(iter(out), '')}'.", PeftWarning)
     return out

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -16,6 +15,7 @@ from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Method
+from graft.inject.match import Names
 from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
 from graft.io.entries import Entry, entries, without_wrappers
@@ -138,7 +138,8 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
     targets = getattr(config, "target_modules", None)
     targeted = False
     if isinstance(targets, str) and targets != "all-linear":
-        targeted = any(k.endswith(EMBEDDING_NAMES) and re.fullmatch(targets, k) for k, _ in base.named_modules())
+        named = Names(targets)
+        targeted = any(k.endswith(EMBEDDING_NAMES) and named.find(k) for k, _ in base.named_modules())
     elif targets and not isinstance(targets, str):
         targeted = any(name in targets for name in EMBEDDING_NAMES)
     if save == "auto":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from graft.config.targets import IA3_FEEDFORWARD
 from graft.core.effect import Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.patterns import pattern
 
 
 @dataclass(kw_only=True)
@@ -104,5 +104,5 @@ class IA3(Method):
 
 def _is_feedforward(key: str, cfg: IA3Config) -> bool:
     if isinstance(cfg.feedforward_modules, str):
-        return re.fullmatch(cfg.feedforward_modules, key) is not None
+        return pattern(cfg.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
     return any(key.endswith(name) for name in cfg.feedforward_modules or ())

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import matches_end
 from graft.core.merging import not_merged
+from graft.core.patterns import pattern
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, all_linear
@@ -52,13 +54,13 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     return Matcher(config)(key).outcome == "matched"
 
 
-def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    return re.fullmatch(target_pattern, key)
+def match_target_against_key(target_pattern: str, key: str) -> Any:
+    return pattern(target_pattern, "target_modules").fullmatch(key)
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     """Return the first pattern that `key_to_match` ends with at a dot, else `key_to_match` itself."""
-    return next((p for p in pattern_keys if re.match(rf"(.*\.)?({p})$", key_to_match)), key_to_match)
+    return next((p for p in pattern_keys if matches_end(p, key_to_match, "the patterns")), key_to_match)
 
 
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:

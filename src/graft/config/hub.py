@@ -8,9 +8,17 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from graft.core.errors import HubError
+
 
 def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """Return the local path of one file of an adapter; None if there is none, or the hub cannot be reached."""
+    """Return the local path of one file of an adapter; None if there is none.
+
+    Without the hub (HF_HUB_OFFLINE, `local_files_only`) its cache is all there is: see `not_asked`.
+
+    Raises:
+        HubError: the hub cannot be reached, there is no such repository or revision, or another failure.
+    """
     where = os.fspath(where)
     folder = os.path.join(where, subfolder) if subfolder else where
     path = os.path.join(folder, filename)
@@ -18,13 +26,44 @@ def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None,
         return path
     if os.path.isdir(where) or not looks_like_repository(where):
         return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return hf_hub_download(where, filename, subfolder=subfolder, **hub)
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+    except errors.LocalEntryNotFoundError as e:
+        if offline(**hub):
+            return None
+        raise HubError(f"'{filename}' of '{where}' is not in the cache, and the hub cannot be reached: {e}") from e
+    except (errors.EntryNotFoundError, errors.HFValidationError):
         return None
+    except errors.GatedRepoError as e:
+        raise HubError(f"'{where}' on the hub is gated: ask for access to it, and log in or pass `token`. {e}") from e
+    except errors.RepositoryNotFoundError as e:
+        raise HubError(
+            f"Can't find '{filename}' at '{where}': there is no such folder, and the hub has no such repository, or it "
+            f"is private (log in or pass `token`). {e}"
+        ) from e
+    except errors.RevisionNotFoundError as e:
+        raise HubError(f"The repository '{where}' on the hub has no revision '{hub.get('revision')}'. {e}") from e
+    except Exception as e:  # of the network, the hub or the disk
+        raise HubError(f"'{filename}' of '{where}' cannot be fetched from the hub: {type(e).__name__}: {e}") from e
+
+
+def offline(local_files_only: bool = False, **_: Any) -> bool:
+    from huggingface_hub import constants
+
+    return bool(local_files_only or constants.HF_HUB_OFFLINE)
+
+
+def not_asked(where: str | os.PathLike, **hub: Any) -> str:
+    """Return a note for errors about a missing file: the hub was not asked, if it was not; else ''."""
+    where = os.fspath(where)
+    if os.path.isdir(where) or not looks_like_repository(where) or not offline(**hub):
+        return ""
+    return (
+        ": there is no such folder, the hub's cache does not have it, and the hub was not asked, since HF_HUB_OFFLINE "
+        "or local_files_only is set"
+    )
 
 
 def looks_like_repository(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
 from graft.config.keywords import hub_keywords
+from graft.core.errors import CheckpointError, ConfigError, shortened
 from graft.model.peft_model import PeftModel
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -40,10 +41,12 @@ class AutoPeftModel:
 
         Args:
             import_allowlist: libraries that the config's `auto_mapping` may import the base model's class from.
-            kwargs: for the base model's from_pretrained.
+            kwargs: for the base model's from_pretrained. `trust_remote_code` (False) is for its tokenizer, too;
+                `allow_nonfinite` for the adapter.
 
         Raises:
             ValueError: the adapter is for another task, or its config does not tell the base model.
+            ConfigError: its `auto_mapping` names no class that can be loaded.
         """
         hub = hub_keywords(kwargs)
         if revision is not None:
@@ -54,11 +57,15 @@ class AutoPeftModel:
                 f"The config at '{pretrained_model_name_or_path}' does not name its base model: load that yourself."
             )
         base_class = cls._base_class(stored, import_allowlist)
+        trusted = kwargs.get("trust_remote_code", False)
+        if base_class.__module__.partition(".")[0] == "transformers":  # which would ask the user otherwise
+            kwargs["trust_remote_code"] = trusted
+        own = {k: kwargs.pop(k) for k in ("allow_nonfinite",) if k in kwargs}
         base = base_class.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
-        cls._fit_vocabulary(base, pretrained_model_name_or_path)
+        cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **hub
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **own, **hub
         )
 
     @classmethod
@@ -84,23 +91,40 @@ class AutoPeftModel:
             raise ValueError(
                 "Cannot tell the base model's class: the config has neither a task type nor an auto_mapping."
             )
-        library = mapping["parent_library"]
+        library, name = (mapping.get(key) for key in ("parent_library", "base_model_class"))
+        if not (isinstance(library, str) and isinstance(name, str)):
+            raise ConfigError(
+                "The config's auto_mapping must name the base model's class and its library, as base_model_class and "
+                f"parent_library; it is {shortened(repr(mapping))}."
+            )
         allowed = allowlist if allowlist is not None else list(ALLOWED_LIBRARIES)
         if not any(library == a or library.startswith(f"{a}.") for a in allowed):
             raise ValueError(
                 f"The base model class is to be imported from '{library}', which is not in the import allowlist "
                 f"{allowed}. If you trust it, pass import_allowlist."
             )
-        return getattr(importlib.import_module(library), mapping["base_model_class"])
+        try:
+            found = getattr(importlib.import_module(library), name, None)
+        except (ImportError, ValueError, TypeError) as e:
+            raise ConfigError(f"auto_mapping: the library '{shortened(library)}' cannot be imported: {e}") from e
+        if not (isinstance(found, type) and hasattr(found, "from_pretrained")):
+            raise ConfigError(f"auto_mapping: '{shortened(name)}' of '{library}' is no class of models to load.")
+        return found
 
     @staticmethod
-    def _fit_vocabulary(base: Any, where: str) -> None:
+    def _fit_vocabulary(base: Any, where: str, trust_remote_code: bool) -> None:
         """Resize the embeddings if the adapter's folder holds a larger tokenizer."""
         if not os.path.isfile(os.path.join(where, "tokenizer_config.json")):
             return
         from transformers import AutoTokenizer
 
-        size = len(AutoTokenizer.from_pretrained(where))
+        try:
+            size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code))
+        except Exception as e:  # of many types, where files of a tokenizer are damaged
+            raise CheckpointError(
+                f"The tokenizer beside the adapter in '{where}' cannot be loaded ({e}). If it brings code that you "
+                "trust, pass trust_remote_code=True; or load the base model yourself."
+            ) from e
         if size > base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(size)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.prompts.base import Prompt, words_of
 
 
@@ -72,13 +72,18 @@ class PromptEmbedding(Prompt):
 def text_ids(cfg: Any) -> Tensor:
     """Return the tokens of the initial text, cut or repeated to the number of virtual tokens, (tokens,).
 
+    Code that a tokenizer brings never runs: the config may come from anywhere.
+
     Raises:
         ConfigError: the text has no tokens.
         OSError: there is no such tokenizer.
     """
     from transformers import AutoTokenizer
 
-    options = {k: v for k, v in (cfg.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+    options = dict(cfg.tokenizer_kwargs or {})
+    if options.get("trust_remote_code"):
+        warn("tokenizer_kwargs: trust_remote_code is ignored, since a config may come from anywhere.", PeftWarning)
+    options["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)
     except OSError as e:

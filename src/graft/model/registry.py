@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,13 +12,23 @@ from torch import nn
 
 from graft.core.call import BASE, Call
 from graft.core.containers import BufferDict
-from graft.core.errors import AdapterNameError, AdapterNotFoundError, AlreadyInjectedError, ConfigError, warn
+from graft.core.errors import (
+    AdapterNameError,
+    AdapterNotFoundError,
+    AlreadyInjectedError,
+    ConfigError,
+    shortened,
+    warn,
+)
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
+
+
+LONGEST_NAME = 255  # bytes
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
@@ -31,6 +42,15 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
     if "/" in name or "\\" in name or name == BASE:
         raise AdapterNameError(
             f"'{name}' cannot name an adapter: names become folders, and '{BASE}' stands for the base model."
+        )
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= LONGEST_NAME or "\0" in name:
+        raise AdapterNameError(
+            f"{shortened(repr(name))} cannot name an adapter: names become folders, and file systems take up to "
+            f"{LONGEST_NAME} bytes of valid text without NUL."
         )
     if name in _TAKEN:
         raise AdapterNameError(

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
-import re
 import types
 import typing
 from collections.abc import Callable
@@ -19,9 +17,12 @@ from typing import Any, ClassVar
 from graft.config.atomic import replace, write_text
 from graft.config.enums import TaskType
 from graft.config.keywords import hub_keywords
+from graft.config.numbers import check_numbers
 from graft.config.pair import CONFIG_NAME, found_in
+from graft.config.reading import read_object
 from graft.config.stored import Stored
-from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, warn
+from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, shortened, warn
+from graft.core.patterns import ending
 
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 
@@ -51,12 +52,12 @@ class PeftConfig:
     patterns: ClassVar[dict[str, str]] = {}  # field with overrides by layer path → field that they override
     runtime_fields: ClassVar[tuple[str, ...]] = ()  # fields that no file holds
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
+    counters: ClassVar[tuple[str, ...]] = ()  # numbers that are no sizes: seeds, and steps of training
 
     def __post_init__(self) -> None:
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
-        check_types(self)
-        check_numbers(self)
+        validate(self)
         if self.peft_type is not None:
             self.peft_type = self.peft_types(self.peft_type)
         if self.task_type is not None:
@@ -75,7 +76,7 @@ class PeftConfig:
         changes = {}
         for pattern_field, name in self.patterns.items():
             for pattern, value in (getattr(self, pattern_field) or {}).items():
-                if matches_end(pattern, key):
+                if matches_end(pattern, key, pattern_field):
                     changes[name] = value
                     break
         if not changes:
@@ -127,7 +128,8 @@ class PeftConfig:
 
         Raises:
             CheckpointError: there is no such file, or it is not valid JSON.
-            ConfigError: its peft_type is unknown.
+            HubError: the hub cannot be reached, or does not give the file.
+            ConfigError: its peft_type is unknown, or another field has a value that cannot be.
         """
         hub = hub_keywords(kwargs)
         stored = Stored(pretrained_model_name_or_path, subfolder, cls.from_json_file, **hub)
@@ -141,14 +143,19 @@ class PeftConfig:
             raise TypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
-        return cls.from_peft_type(**{k: v for k, v in kwargs.items() if k not in hub} | loaded)
+        try:
+            return cls.from_peft_type(**{k: v for k, v in kwargs.items() if k not in hub} | loaded)
+        except PeftError as e:
+            raise type(e)(f"{e} It stands in {stored.path}.") from e
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Make a config of the class that `peft_type` names, from plain data."""
-        target = cls
-        if kwargs.get("peft_type"):
-            target = PeftConfig.resolve(kwargs["peft_type"])
+        target, kind = cls, kwargs.get("peft_type")
+        if kind is not None and not isinstance(kind, str):
+            raise ConfigTypeError(f"peft_type must be the name of a method, got {described(kind)}.")
+        if kind:
+            target = PeftConfig.resolve(kind)
         return target.tolerant(target.check_kwargs(**kwargs))
 
     @classmethod
@@ -172,21 +179,12 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
-        try:
-            with open(path_json_file) as f:
-                loaded = json.load(f)
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise CheckpointError(
-                f"{path_json_file} is not valid JSON ({e}): it is truncated or was edited by hand."
-            ) from e
-        if not isinstance(loaded, dict):
-            raise CheckpointError(f"{path_json_file} holds a {type(loaded).__name__}, not the fields of an adapter.")
-        return loaded
+        return read_object(path_json_file)
 
 
-def matches_end(pattern: str, key: str) -> bool:
-    """Say whether `pattern`, a regular expression, matches the end of a layer path, from its start or from a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", key) is not None
+def matches_end(pattern: str, key: str, field: str) -> bool:
+    """Say whether a regular expression of `field` matches the end of a layer path, from its start or from a dot."""
+    return ending(pattern, field).match(key) is not None
 
 
 def plain(value: Any) -> Any:
@@ -206,32 +204,34 @@ def plain(value: Any) -> Any:
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def hints(cls) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def check_types(config: PeftConfig) -> None:
-    """Raise ConfigTypeError for the first field whose value its annotation does not allow."""
-    hints = _hints(type(config))  # type: ignore[arg-type]
+def validate(config: Any) -> None:
+    """Raise ConfigTypeError or ConfigError for the first field of a dataclass that has a value it cannot have."""
+    check_types(config)
+    check_numbers(config, hints(type(config)))  # type: ignore[arg-type]
+
+
+def check_types(config: Any) -> None:
+    """Raise ConfigTypeError for the first field of a dataclass whose value its annotation does not allow."""
+    wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):
         value = getattr(config, f.name)
-        if not fits(value, hints[f.name]):
+        if not fits(value, wanted[f.name]):
             allowed = str(f.type).replace("NoneType", "None")
             raise ConfigTypeError(
-                f"{type(config).__name__}.{f.name} must be {allowed}, got {value!r} of type {type(value).__name__}."
+                f"{type(config).__name__}.{f.name} must be {allowed}, got {described(value)} of type "
+                f"{type(value).__name__}."
             )
 
 
-def check_numbers(config: PeftConfig) -> None:
-    """Raise ConfigError for the first dropout outside [0, 1] or number that is not finite."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if not isinstance(value, (int, float)):
-            continue
-        if f.name.endswith("dropout") and not 0 <= value <= 1:
-            raise ConfigError(f"`{f.name}` must be a probability, between 0 and 1, got {value}.")
-        if not math.isfinite(value):
-            raise ConfigError(f"`{f.name}` must be a finite number, got {value}.")
+def described(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def fits(value: Any, hint: Any) -> bool:

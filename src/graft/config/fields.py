@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import ConfigError, PeftWarning, warn
+
+MOST_LISTS = 100  # entries of layers_pattern; each is tried on every module
 
 
 def as_set(names):
@@ -47,6 +49,8 @@ class LayerRange(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if isinstance(self.layers_pattern, list) and len(self.layers_pattern) > MOST_LISTS:
+            raise ConfigError(f"`layers_pattern` has {len(self.layers_pattern):,} entries: {MOST_LISTS} is the most.")
         if self.layers_pattern and self.layers_to_transform in (None, []):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
@@ -69,6 +73,12 @@ class RankPattern(PeftConfig):
 class RankPatterns(RankPattern):
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)  # alpha by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.patterns.get("alpha_pattern")
+        if name is not None and 0 in (getattr(self, name), *(self.alpha_pattern or {}).values()):
+            warn(f"`{name}` is 0 on some or all layers: the adapter has no effect there.", PeftWarning)
 
 
 def sub_config(value: Any, cls: type[Any]) -> Any:

@@ -7,14 +7,13 @@ yet the config, or was cut short between the two: then the copy in the weights c
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from graft.config import notes
-from graft.config.hub import fetch
+from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
 from graft.core.errors import CheckpointError, PeftWarning, warn
 
@@ -104,10 +103,7 @@ class Stored:
 
 def fields_in(text: str, where: str) -> dict[str, Any]:
     """Return the fields of the config that a weights file holds."""
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{where} holds a damaged config ({e}): save or download it again.") from e
+    fields = parsed(text, f"The config that {where} holds")
     if not isinstance(fields, dict):
         raise CheckpointError(f"The config that {where} holds is a {type(fields).__name__}: save or download it again.")
     return fields

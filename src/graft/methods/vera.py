@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class VeraConfig(Targets, LayerRange):
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, vera_only
     init_weights: bool = True
+
+    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,8 @@ from graft.core.method import Method, Tensors
 from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate, warn_if_forgotten
 from graft.methods.adalora.config import AdaLoraConfig
 
+TENSORS = ("lora_A", "lora_B", "lora_E")
+
 
 class AdaLoRA(Method):
     """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r): of the least important, E becomes 0 in training."""
@@ -81,8 +83,15 @@ class AdaLoRA(Method):
             return stored
         out = {}
         for (name, path), t in stored.items():
+            if name not in TENSORS:
+                out[name, path] = t
+                continue
             here, dim = getattr(self, name), triples(name)
-            if t.shape != here.shape and (len(kept), sum(kept)) == (here.shape[dim], t.shape[dim]):
+            if (
+                t.dim() == here.dim()
+                and t.shape != here.shape
+                and (len(kept), sum(kept)) == (here.shape[dim], t.shape[dim])
+            ):
                 whole = torch.zeros_like(here) if name == "lora_E" else here.detach().clone()
                 t = whole.index_copy_(dim, where(kept, here), t.to(here))
             out[name, path] = t

@@ -33,6 +33,7 @@ class AdaLoraConfig(LoraConfig):
 
     patterns: ClassVar[dict[str, str]] = {}
     results: ClassVar[tuple[str, ...]] = ("rank_pattern",)
+    counters: ClassVar[tuple[str, ...]] = ("total_step", "tinit", "tfinal", "deltaT")
 
     def __post_init__(self) -> None:
         if self.use_dora:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, PeftWarning, shortened, warn
 from graft.core.random import kaiming_bound
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,6 +73,11 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 @torch.no_grad()
 def _from_weight(lora: Any, how: str, A: Tensor, B: Tensor) -> None:
     layer, r, s = lora.layer, A.shape[0], lora.scaling
+    if s <= 0 or r > min(B.shape[0], A.shape[1]):
+        raise ConfigError(
+            f"init_lora_weights={how!r} needs a positive lora_alpha and a rank that the weight of '{layer.site.key}' "
+            f"can have, at most {min(B.shape[0], A.shape[1])}: r={r}, lora_alpha={lora.cfg.lora_alpha}."
+        )
     W = layer.W0
     if lora.site.on_meta:
         layer.rewrite_base(W)  # warns: there are no values to start from
@@ -102,6 +107,8 @@ def _pissa(W: Tensor, r: int, s: float, how: str) -> tuple[Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         U, S, Vh = U[:, :r], S[:r], Vh[:r]
     elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
+        if len(match[1]) > 3:
+            raise ConfigError(f"init_lora_weights='{shortened(how)}' asks for too many iterations: 999 is the most.")
         U, S, V = torch.svd_lowrank(W, r, niter=int(match[1]))
         Vh = V.T
     else:

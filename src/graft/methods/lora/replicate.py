@@ -12,6 +12,7 @@ from torch import nn
 
 from graft.core.errors import ConfigError
 
+MOST_COPIES = 32
 LISTS = ("layers", "layer", "h")  # what transformers calls the list of layers
 
 
@@ -31,6 +32,12 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
     owner, name, layers = _layers(model)
     if not all(0 <= start < end <= len(layers) for start, end in ranges):
         raise ConfigError(f"layer_replication={ranges} names layers outside the model's {len(layers)}.")
+    depth_wanted = sum(end - start for start, end in ranges)
+    if depth_wanted > MOST_COPIES * len(layers):
+        raise ConfigError(
+            f"layer_replication asks for {depth_wanted:,} layers, of a model that has {len(layers)}: at most "
+            f"{MOST_COPIES} times as many can be made."
+        )
     new, used = nn.ModuleList(), set()
     for index in chain.from_iterable(range(start, end) for start, end in ranges):
         layer = layers[index]

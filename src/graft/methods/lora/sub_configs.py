@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graft.config.base import validate
 from graft.core.errors import ConfigError
 
 
@@ -20,6 +21,7 @@ class KasaConfig:
     gamma: float = 1e-3  # of ‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖
 
     def __post_init__(self) -> None:
+        validate(self)
         for name in ("beta", "gamma"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"`{name}` must be non-negative, got {getattr(self, name)}.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import VBLORA
 from graft.core.effect import Factors
+from graft.core.errors import CheckpointError
 from graft.core.method import Method, Tensors
 from graft.core.random import skip
 from graft.core.site import Site
@@ -112,11 +113,29 @@ class VBLoRA(Method):
         out = dict(stored)
         for name in LOGITS:
             if (name + INDICES, "") in out and (name + WEIGHTS, "") in out:
-                index, first = out.pop((name + INDICES, "")).long(), out.pop((name + WEIGHTS, ""))
+                index, first = out.pop((name + INDICES, "")), out.pop((name + WEIGHTS, ""))
+                check_largest(getattr(self, name).shape, index, first, cfg.topk, f"{self.site.key}.{name}")
+                index = index.long()
                 last = (1 - first.sum(-1, keepdim=True)).clamp(min=0)  # rounded, it may be less
                 empty = first.new_full((*index.shape[:-1], cfg.num_vectors), -torch.inf)
                 out[name, ""] = empty.scatter(-1, index, torch.cat([first, last], -1).log())
         return out
+
+
+def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, where: str) -> None:
+    """Raise CheckpointError unless these are indices and weights of the largest logits, all but the last."""
+    rows, n = shape[:-1], shape[-1]
+    if index.shape != (*rows, topk) or first.shape != (*rows, topk - 1) or index.is_floating_point():
+        why = f"shapes {tuple(index.shape)} and {tuple(first.shape)}"
+    elif int(index.min()) < 0 or int(index.max()) >= n:
+        why = f"an index outside the bank of {n} vectors"
+    elif not first.is_floating_point() or bool((first < 0).any()):
+        why = "a weight that is none"
+    else:
+        return
+    raise CheckpointError(
+        f"{where}{INDICES} and {WEIGHTS} have {why}: they are not the {topk} largest of logits of shape {tuple(shape)}."
+    )
 
 
 def logits_of(site: Site, cfg: VBLoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

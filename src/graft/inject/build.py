@@ -16,6 +16,7 @@ from graft.core.site import Site
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.size import made_early
 from graft.inject.survey import site_of
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -24,6 +25,8 @@ from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfi
 def build(job: Any) -> None:
     """Build the carriers of an Injection after its `find`; on an error leave nothing behind."""
     heads = choose_heads(job)
+    if job.values is not None:
+        job.values.check_room(made_early(job))
     if job.call is None:
         existing = next(iter((*job.tree.layers.values(), *job.tree.wrappers.values())), None)
         job.call = existing.call if existing is not None else Call()

@@ -31,6 +31,10 @@ class Values(Protocol):
         """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
         ...
 
+    def check_room(self, numbers: float) -> None:
+        """Raise if that many numbers, to be made before the values are known, are out of proportion."""
+        ...
+
     def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
         """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
         ...

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
+from graft.io.check import check_tensors
 from graft.io.files import Loaded, load_pair, save_adapter
 from graft.io.fingerprint import fingerprint
 from graft.prompts.base import STORED
@@ -79,6 +80,7 @@ def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
 
 def prompt_of(config: Any, loaded: Loaded) -> Tensor:
     """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
+    check_tensors(loaded.tensors, loaded.path)
     values = loaded.tensors.get(STORED)
     if values is None:
         raise CheckpointError(f"{loaded.path} does not hold '{STORED}': it is no cartridge's weights file.")

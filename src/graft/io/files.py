@@ -14,13 +14,14 @@ from torch import Tensor
 
 from graft.config import notes, pair
 from graft.config.base import PeftConfig
-from graft.config.hub import fetch
+from graft.config.hub import fetch, not_asked
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
+from graft.io.check import check_archive
 from graft.io.entries import renamed
-from graft.io.fingerprint import KEY
+from graft.io.fingerprint import KEY, read_note
 from graft.io.tensors import write_safetensors
 from graft.io.whole import GATHER
 from graft.storage.parallel import is_sharded
@@ -94,15 +95,16 @@ def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded
     place = os.path.join(where, subfolder) if subfolder else where
     raise CheckpointError(
         f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
-        "the hub."
+        f"the hub{not_asked(where, **hub)}."
     )
 
 
 def read_torch(path: str) -> Loaded:
     with open(path, "rb") as f:
         stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
-        f.seek(0)
         try:
+            check_archive(f)
+            f.seek(0)
             tensors = torch.load(f, map_location="cpu", weights_only=True)
         except Exception as e:
             raise CheckpointError(
@@ -112,7 +114,7 @@ def read_torch(path: str) -> Loaded:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
     ):
         raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
-    return Loaded(tensors, path, base_in(noted, path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
+    return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
 
 
 def read_safetensors(path: str) -> Loaded:
@@ -132,15 +134,7 @@ def read_safetensors(path: str) -> Loaded:
     except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
     noted = notes.texts(header.get("__metadata__"))
-    return Loaded(tensors, path, base_in(noted, path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
-
-
-def base_in(noted: dict[str, str], path: str) -> Any:
-    """Return the fingerprint of the base model that a file holds."""
-    try:
-        return json.loads(noted.get(KEY) or "null")
-    except json.JSONDecodeError as e:
-        raise CheckpointError(f"{path} has a damaged note on its base model ({e}): save or download it again.") from e
+    return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
 
 
 def load_peft_weights(
@@ -150,4 +144,4 @@ def load_peft_weights(
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:
         tensors = {k: v.to(device) for k, v in tensors.items()}
-    return renamed(tensors, key_mapping)
+    return renamed(tensors, key_mapping, must_fit=True)

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
+from graft.config.base import fits
+from graft.config.reading import parsed
+from graft.core.errors import CheckpointError
 from graft.core.layer import AdapterLayer
 from graft.storage.parallel import is_sharded, is_whole
 
 KEY = "graft_base"  # key in the safetensors metadata
 MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes
+NOTE: dict[str, Any] = {"n": int, "shapes": str, "weights": dict[str, list[int]], "sample": dict[str, list[float]]}
 SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
@@ -25,6 +30,26 @@ def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> di
         chosen = sorted(layers)[:: max(1, len(layers) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
         made["sample"] = {key: values for key in chosen if (values := sample(layers[key])) is not None}
     return made
+
+
+def read_note(text: str | None, path: str) -> dict | None:
+    """Return the fingerprint that a file holds, if it holds one.
+
+    Raises:
+        CheckpointError: it is no fingerprint. The text names the file and the field.
+    """
+    if not text:
+        return None
+    where = f"{path}: the note '{KEY}' on its base model"
+    note = parsed(text, where)
+    if note is None:
+        return None
+    if not isinstance(note, dict):
+        raise CheckpointError(f"{where} is a {type(note).__name__}, not an object: save or download the file again.")
+    for name, hint in NOTE.items():
+        if name in note and not fits(note[name], hint):
+            raise CheckpointError(f"{where} has a field '{name}' of another type: save or download the file again.")
+    return note
 
 
 def sample(layer: AdapterLayer) -> list[float] | None:

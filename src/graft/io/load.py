@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from graft.config.base import PeftConfig
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
 from graft.inject.build import put
 from graft.inject.parts import Parts
+from graft.io.check import check_room, check_tensors
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, same_values
@@ -34,6 +36,9 @@ class LoadReport:
 
     def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
         return iter((self.missing_keys, self.unexpected_keys))
+
+
+Mismatch = tuple[str, Any, Any]  # name in the file, shape there, shape in the model
 
 
 class BaseEntry(NamedTuple):
@@ -57,24 +62,39 @@ class Values:
         strict: bool = True,
         key_mapping: dict[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
+        allow_nonfinite: bool = False,
     ):
-        if key_mapping is None:
-            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        check_tensors(loaded.tensors, loaded.path, allow_nonfinite)
+        own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
-        self.tensors = renamed(loaded.tensors, key_mapping)
+        self.tensors = renamed(loaded.tensors, own if key_mapping is None else key_mapping, key_mapping is not None)
         self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
         self.ignore_mismatched_sizes = ignore_mismatched_sizes
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
 
     def head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """Return a copy of a module to save with the checkpoint's first dimension (its labels), if that differs."""
+        """Return a copy of a module to save with the checkpoint's first dimension (its labels), if that differs.
+
+        Raises:
+            AdapterKeyError: a weight and its bias would have different numbers of labels.
+        """
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         original: Any = getattr(module, "original_module", module)
         shapes = {n: p.shape for n, p in original.named_parameters()}
         stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
         other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
-        return resized(original, other) if other else None
+        torn = torn_apart(shapes, shapes | other) if other else None
+        if torn is None or self.ignore_mismatched_sizes:
+            return resized(original, other) if other and torn is None else None
+        raise AdapterKeyError(
+            f"'{key}' of adapter '{self.adapter}' would get a {torn[0]} of shape {tuple(torn[1])} and a bias of shape "
+            f"{tuple(torn[2])}, by {self.path}: these are of heads of different sizes."
+        )
+
+    def check_room(self, numbers: float) -> None:
+        """Raise CheckpointError if the config asks for far more numbers than the file holds."""
+        check_room(numbers, self.tensors, self.adapter, self.path)
 
     def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
         """Return every entry of the adapter (and tensor of the base in the same file) with its value, all checked.
@@ -86,28 +106,73 @@ class Values:
         names = set(self.tensors)
         bare = not any(n.startswith("base_model.") for n in names)
         found: list[tuple[Entry, str]] = []
-        mismatched = []
+        mismatched: list[Mismatch] = []
         used: set[str] = set()
         prefix = "" if bare else parts.prefix
-        for layer, group in groupby(entries(parts, self.adapter, prefix), lambda entry: entry.layer):
-            held = [(entry, find(entry, names)) for entry in group]
+        groups = [
+            (layer, [(entry, find(entry, names)) for entry in group])
+            for layer, group in groupby(entries(parts, self.adapter, prefix), lambda entry: entry.layer)
+        ]
+        for layer, held in groups:
+            if layer is None:  # layers may restore values that are as large as what they share
+                self._refuse([m for entry, name in held if (m := self._mismatch(entry, name)) is not None])
+        for layer, held in groups:
             if layer is not None:
                 held = self._restored(layer, held, names, used)
             for entry, name in held:
                 if name is None:
                     self.report.missing_keys.append(entry.file)
-                elif self.tensors[name].shape != entry.tensor.shape:
-                    mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
+                elif (wrong := self._mismatch(entry, name)) is not None:
+                    mismatched.append(wrong)
                 else:
                     found.append((entry, name))
         used |= {name for _, name in found} | {name for name, _, _ in mismatched}
-        base = self.base_tensors(names - used, "" if bare else parts.prefix, mismatched)
+        base = self.base_tensors(names - used, prefix, mismatched)
         self.report.unexpected_keys = sorted(names - used - set(base))
+        self.report.missing_keys += self._missing_biases(parts, prefix)
+        self._check_dtypes([(name, entry.tensor) for entry, name in found] + [*base.items()])
         self._complain(mismatched)
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         own: list[tuple[Any, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
         return own + [(BaseEntry(target), self.tensors[name]) for name, target in base.items()]
+
+    def _mismatch(self, entry: Entry, name: str | None) -> Mismatch | None:
+        shape = entry.tensor.shape if name is None else self.tensors[name].shape
+        return None if name is None or shape == entry.tensor.shape else (name, shape, entry.tensor.shape)
+
+    def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
+        """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""
+        wrong = [
+            f"'{name}' has dtype {self.tensors[name].dtype}, where {here.dtype} is needed"
+            for name, here in found
+            if self.tensors[name].is_floating_point() != here.is_floating_point()
+        ]
+        if wrong:
+            raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {some(wrong)}.")
+
+    def _missing_biases(self, parts: Parts, prefix: str) -> list[str]:
+        """Return the base model's biases that the config trains and the file does not hold."""
+        kind = getattr(self.config, "bias", "none")
+        if kind == "none":
+            return []
+        has_bias = (
+            key for key, layer in parts.layers.items() if layer.get_base_layer()._parameters.get("bias") is not None
+        )
+        wanted = {f"{key}.base_layer.bias": f"{key}.bias" for key in has_bias}
+        if kind == "all":
+            carriers = parts.layers.keys() | parts.wrappers.keys()
+            names = (name for name, _ in self.model.named_parameters() if "bias" in name)
+            wanted |= {name: name for name in names if carriers.isdisjoint(ancestors(name))}
+        missing = [a for a, b in wanted.items() if not {prefix + a, prefix + b} & self.tensors.keys()]
+        if kind != "all" and missing and len(missing) == len(wanted):
+            warn(
+                f"Adapter '{self.adapter}' trained biases of the base model (bias='{kind}'), and {self.path} holds "
+                "none of them, as PEFT writes it: outputs will differ from training.",
+                PeftWarning,
+            )
+            return []
+        return [prefix + name for name in sorted(missing)]
 
     def _restored(
         self, layer: Any, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
@@ -143,7 +208,7 @@ class Values:
                     owner, dot, _ = owner.rpartition(".")
         return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
-    def base_tensors(self, names: set[str], prefix: str, mismatched: list) -> dict[str, Tensor]:
+    def base_tensors(self, names: set[str], prefix: str, mismatched: list[Mismatch]) -> dict[str, Tensor]:
         """Return the base model's parameters that `names` name; add those of another shape to `mismatched`."""
         if not names:
             return {}
@@ -178,22 +243,22 @@ class Values:
                 PeftWarning,
             )
 
-    def _complain(self, mismatched: list) -> None:
+    def _refuse(self, mismatched: list[Mismatch]) -> None:
+        """Raise AdapterKeyError for shapes that differ, unless they are to be ignored."""
+        if mismatched and not self.ignore_mismatched_sizes:
+            raise AdapterKeyError(
+                f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {sizes(mismatched)}. Use the config "
+                "it was saved with, or pass ignore_mismatched_sizes=True to leave these out."
+            )
+
+    def _complain(self, mismatched: list[Mismatch]) -> None:
         report = self.report
+        self._refuse(mismatched)
         if mismatched:
-            lines = [
-                f"size mismatch for {n}: {tuple(a)} in the checkpoint, {tuple(b)} in the model"
-                for n, a, b in mismatched
-            ]
-            if not self.ignore_mismatched_sizes:
-                raise AdapterKeyError(
-                    f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {some(lines)}. Use the config it "
-                    "was saved with, or pass ignore_mismatched_sizes=True to leave these out."
-                )
             report.mismatched_keys = [n for n, _, _ in mismatched]
             warn(
                 f"Some weights of adapter '{self.adapter}' were not initialized from the model checkpoint and are "
-                f"being ignored because you passed `ignore_mismatched_sizes=True`: {some(lines)}"
+                f"being ignored because you passed `ignore_mismatched_sizes=True`: {sizes(mismatched)}"
             )
         parts = []
         if report.missing_keys:
@@ -227,6 +292,29 @@ def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
         )
 
 
+def sizes(mismatched: list[Mismatch]) -> str:
+    return some(
+        [f"size mismatch for {n}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for n, a, b in mismatched]
+    )
+
+
+def torn_apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return name and shape of a weight, and the shape of its bias, which counted the same and no longer do."""
+    for name, shape in before.items():
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in before and before[bias][:1] == shape[:1] and after[bias][:1] != after[name][:1]:
+            return name, after[name], after[bias]
+    return None
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """Yield the paths of all modules that a parameter is in."""
+    dot = name.rfind(".")
+    while dot > 0:
+        yield name[:dot]
+        dot = name.rfind(".", 0, dot)
+
+
 def some(items: list[str], most: int = 8) -> str:
     """Return a list as text: in full, or its beginning and how many more there are."""
     shown = ", ".join(items[:most])
@@ -254,16 +342,22 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
     strict: bool = False,
+    allow_nonfinite: bool = False,
 ) -> LoadReport:
     """Put tensors by file key into an adapter that the model has.
+
+    Args:
+        allow_nonfinite: let NaN and infinite numbers pass.
 
     Raises:
         AdapterKeyError: a shape differs or, with `strict`, a key is missing or left over.
         AdapterNotFoundError: no such adapter.
+        CheckpointError: a tensor is not a plain one of finite real numbers.
     """
     model = getattr(model, "_orig_mod", model)
     parts, _, base = parts_of(model, adapter_name)
     loaded = Loaded(dict(peft_model_state_dict), "the given state dict")
-    values = Values(base, config_of(model, adapter_name), adapter_name, loaded, strict, None, ignore_mismatched_sizes)
+    config = config_of(model, adapter_name)
+    values = Values(base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite)
     put(parts, adapter_name, values.of(parts, adapter_name))
     return values.report

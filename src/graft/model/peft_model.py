@@ -480,6 +480,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         strict: bool = True,
+        allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Inject a saved adapter into `model` and load its values.
@@ -490,11 +491,14 @@ class PeftModel(nn.Module):
             config: use this instead of the stored config.
             key_mapping: {regex: replacement} for the checkpoint's keys; by default the model's own conversions.
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
+            allow_nonfinite: load NaN and infinite numbers, too.
 
         Raises:
             AdapterKeyError: tensors are missing or left over (only if strict), or have other shapes.
             BaseModelMismatchError: the checkpoint was made for another architecture (only if strict).
             CheckpointError: the folder holds no adapter, or its files are damaged.
+            NonFiniteError: tensors hold NaN or infinite numbers.
+            HubError: the hub cannot be reached, or does not give a file.
         """
         warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING)
         source = hub_keywords(kwargs) | {"where": os.fspath(model_id), "subfolder": kwargs.get("subfolder")}
@@ -507,7 +511,7 @@ class PeftModel(nn.Module):
         with unless_it_fails(config):
             _for_loading(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
-            values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore)
+            values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             made = cls._class_for(config)(
                 model,
                 config,
@@ -529,6 +533,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         strict: bool = True,
+        allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> LoadReport:
         """Load a saved adapter beside the others, inactive.
@@ -551,7 +556,8 @@ class PeftModel(nn.Module):
         if new:
             _for_loading(config, is_trainable)
         ignore = kwargs.get("ignore_mismatched_sizes", False)
-        values = Values(self.get_base_model(), config, adapter_name, loaded, strict, key_mapping, ignore)
+        base = self.get_base_model()
+        values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
         if new:
             self.add_adapter(
                 adapter_name,

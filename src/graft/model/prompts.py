@@ -24,6 +24,7 @@ from graft.core.method import Method
 from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport, Matched
+from graft.inject.size import size
 from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
@@ -111,6 +112,7 @@ class Prompts(Registry):
         cfg = copy.copy(config)
         made = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
         made.count_saved()
+        prompts._fit(cfg)
         with torch.random.fork_rng(devices=()):
             made.report.matched.append(matched(prompts._made(cfg)))
         return made.report
@@ -139,6 +141,9 @@ class Prompts(Registry):
         """Add a prompt, inactive. A call that fails changes nothing."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
+        self._fit(cfg)
+        if values is not None:
+            values.check_room(size(lambda: [self._made(cfg)]))
         prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)
         done = inject(
@@ -154,8 +159,7 @@ class Prompts(Registry):
         self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
 
     def _made(self, cfg: Any) -> Prompt:
-        """Make a prompt on the CPU, with initial values. Complete the config."""
-        self._fit(cfg)
+        """Make a prompt of a complete config, on the CPU, with initial values."""
         return self.method(cfg, unwrapped(self.stacks["main"].words))
 
     def _fit(self, cfg: Any) -> None:

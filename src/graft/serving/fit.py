@@ -80,19 +80,27 @@ def check_config(name: str, config: Any) -> None:
 
 
 def fitted(
-    name: str, config: Any, loaded: Loaded, layers: dict[str, SlotLayer], max_rank: int, base: Any
+    name: str,
+    config: Any,
+    loaded: Loaded,
+    layers: dict[str, SlotLayer],
+    max_rank: int,
+    base: Any,
+    allow_nonfinite: bool = False,
 ) -> dict[str, SlotFactors]:
     """Return the factors of an adapter by layer path, in memory of their own.
 
     Raises:
+        CheckpointError: a tensor is not a plain one of finite real numbers.
         ConfigError: it is not plain LoRA, or a rank is above `max_rank`.
         AdapterKeyError: it targets other modules, or its tensors are not those that its config describes.
         BaseModelMismatchError: it was made for another architecture.
     """
     check_config(name, config)
+    load = Values(base, config, name, loaded, allow_nonfinite=allow_nonfinite)
     found: dict[str, dict[str, Tensor]] = {}
     other = []
-    for key, tensor in loaded.tensors.items():
+    for key, tensor in load.tensors.items():
         path, _, leaf = key.removeprefix("base_model.model.").rpartition(".lora_")
         if path in layers and leaf in ("A.weight", "B.weight"):
             found.setdefault(path, {})[leaf[0]] = tensor
@@ -108,7 +116,7 @@ def fitted(
     lost += [f"{key}.lora_{x}" for key, pair in found.items() for x in "AB" if x not in pair]
     if lost or not found:
         raise AdapterKeyError(f"Adapter '{name}' does not fit: {loaded.path} lacks {some(lost) or 'any LoRA tensor'}.")
-    Values(base, config, name, loaded).check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
+    load.check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
     return {key: _pair(name, key, pair, config.at(key), layers[key], max_rank) for key, pair in found.items()}
 
 
@@ -122,6 +130,8 @@ def _pair(name: str, key: str, pair: dict[str, Tensor], cfg: Any, layer: SlotLay
             f"Adapter '{name}' does not fit: on '{key}' A is {tuple(A.shape)} and B {tuple(B.shape)}, which should be "
             f"{wanted[0]} and {wanted[1]} by its config and the base model."
         )
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise AdapterKeyError(f"Adapter '{name}' does not fit: on '{key}' A is {A.dtype} and B {B.dtype}, no floats.")
     scaling = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
     return SlotFactors(_own(A), _own(B.T), scaling)
 

@@ -53,7 +53,8 @@ def hotswap_adapter(
         model_name_or_path: folder or hub repository.
         adapter_name: the adapter in the model; the name stays.
         torch_device: accepted as in PEFT; values go to where the adapter is.
-        **kwargs: `subfolder`, `key_mapping`, and options of the hub (`revision`, `token`, …).
+        **kwargs: `subfolder`, `key_mapping`, `allow_nonfinite` (let NaN and infinite numbers pass), and options of the
+            hub (`revision`, `token`, …).
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -62,10 +63,11 @@ def hotswap_adapter(
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
-    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping"})
+    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping", "allow_nonfinite"})
     where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
     config, loaded = files.load_pair(where, **hub)
-    swap(model, loaded, adapter_name, config, kwargs.get("key_mapping"))
+    options = {k: kwargs[k] for k in ("key_mapping", "allow_nonfinite") if k in kwargs}
+    swap(model, loaded, adapter_name, config, **options)
 
 
 def hotswap_adapter_from_state_dict(
@@ -112,7 +114,7 @@ class Swap:
     wrong: list[str] = field(default_factory=list)
 
 
-def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mapping: Any = None) -> None:
+def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options: Any) -> None:
     """Check everything, then write."""
     model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
     parts, _, base = parts_of(model, adapter)
@@ -124,7 +126,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, key_mappin
             f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights of "
             f"{some(merged, 2)}: call unmerge_adapter() before."
         )
-    load = Values(base, config, adapter, loaded, key_mapping=key_mapping)
+    load = Values(base, config, adapter, loaded, **options)
     with collector_paused():
         plan = plan_swap(load, parts)
     load.check_base(Parts(plan.found, {}))
@@ -199,7 +201,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     left = {without_wrappers(k): v for k, v in load.tensors.items()}
     prefix = parts.prefix if any(k.startswith("base_model.") for k in left) else ""
     for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
-        held = [(entry, left.pop(name_in(left, entry), None)) for entry in group]
+        held = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in held if value is None]
         if layer is None or held[0][0].container not in RANK_DIM:  # modules to save, token rows
             plan.missing += [entry.file for entry in absent]
@@ -232,11 +234,11 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     return plan
 
 
-def name_in(names: Any, entry: Entry) -> str:
-    """Return the one of `names` that is an entry's: in a file, or in the model's state dict; "" if none is."""
+def name_in(names: Any, entry: Entry) -> str | None:
+    """Return the one of `names` that is an entry's: in a file, or in the model's state dict; None if none is."""
     if entry.file in names:
         return entry.file
-    return next((n for n in map(without_wrappers, (entry.memory, *entry.also)) if n in names), "")
+    return next((n for n in map(without_wrappers, (entry.memory, *entry.also)) if n in names), None)
 
 
 def _take(plan: Swap, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
@@ -246,6 +248,8 @@ def _take(plan: Swap, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 
         shape = here if r == room else shape_at(entry, r)
         if value.shape != shape:
             plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, expected is {tuple(shape)}")
+        elif value.is_floating_point() != entry.tensor.is_floating_point():
+            plan.wrong.append(f"{entry.file} has dtype {value.dtype}, where {entry.tensor.dtype} is needed")
         elif entry.tensor.is_meta:
             plan.wrong.append(f"{entry.file} is on the meta device, without values: load an adapter before swapping it")
         elif r > room and shape != here:

@@ -16,7 +16,6 @@ from graft.config.keywords import HUB_KEYWORDS
 from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.inject.inject import Injection, attach
-from graft.io.entries import renamed
 from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.load import some
 from graft.io.save import config_of, get_peft_model_state_dict
@@ -123,6 +122,7 @@ class AdapterSlots:
         config: Any = None,
         adapter: str = "default",
         keep: bool = True,
+        allow_nonfinite: bool = False,
         **hub: Any,
     ) -> None:
         """Make an adapter known. It takes a slot when a batch needs it, or with `pin`.
@@ -131,6 +131,7 @@ class AdapterSlots:
             source: a folder or hub repository; a state dict, with its `config`; or a PeftModel, with the name of
                 its `adapter`.
             keep: keep it in host memory; else read it again whenever it gets a slot (from a folder only).
+            allow_nonfinite: load NaN and infinite numbers, too.
             **hub: `subfolder`, `revision`, `token`, …
 
         Raises:
@@ -146,7 +147,7 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
 
         def read() -> dict[str, SlotFactors]:
-            return self._fit(name, *self._source(name, source, config, adapter, hub))
+            return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
 
         factors = read()
         self._known[name] = Known(factors, None) if keep else Known(None, read)
@@ -170,10 +171,9 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded
 
-    def _fit(self, name: str, config: Any, loaded: Loaded) -> dict[str, SlotFactors]:
-        loaded.tensors = renamed(loaded.tensors, getattr(self.model, "_checkpoint_conversion_mapping", None))
+    def _fit(self, name: str, config: Any, loaded: Loaded, allow_nonfinite: bool) -> dict[str, SlotFactors]:
         with torch.inference_mode(False), torch.no_grad():
-            return fitted(name, config, loaded, self.layers, self.max_rank, self.model)
+            return fitted(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
     def unload(self, name: str) -> None:
         """Forget an adapter, and free its slot and host memory.

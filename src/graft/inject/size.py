@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The size of what an injection makes before it has seen a checkpoint's values: counted without memory for it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.containers import Transient
+from graft.core.ops import META
+
+
+def made_early(job: Any) -> float:
+    """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
+    total = 0.0
+    if job.method.shares and job.sites:
+        sites = list(job.sites.values())
+        total += size(lambda: job.method.share(sites, job.cfg, job.shared.containers, job.others).values())
+    early = [job.methods[key] for key in job.sites if job.methods[key].inits_from_weight()]
+    total += sum(size(lambda m=method: m.placeholders({}).values()) for method in early)  # type: ignore[misc]
+    for key, indices in job.tokens.items():
+        weight = getattr(job.tree.modules[key], "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            total += len(indices) * weight.shape[1]
+    return total
+
+
+def size(make: Callable[[], Iterable[Any]]) -> float:
+    """Count the numbers of the tensors and modules that `make` returns, made on the meta device."""
+    try:
+        with META, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is made for good
+            return sum(numbers(value) for value in make())
+    except (RuntimeError, OverflowError):  # shapes that no tensor can have
+        return math.inf
+
+
+def numbers(value: Any) -> int:
+    if isinstance(value, Transient):
+        value = value.tensor
+    if isinstance(value, nn.Module):
+        return sum(t.numel() for t in (*value.parameters(), *value.buffers()))
+    return value.numel() if isinstance(value, Tensor) else 0

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a file, looked at before any of them is put into a model."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections import defaultdict
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import CheckpointError, NonFiniteError
+
+NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW}
+INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32}
+NAMED = 4  # tensors that an error names
+ROOM, TIMES = 2**25, 64  # numbers that a config may ask for: so many, and so many times what the file holds
+
+
+def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool = False) -> None:
+    """Raise unless each tensor is a plain one with values of its own.
+
+    Args:
+        path: where they come from, for errors.
+        allow_nonfinite: let NaN and infinite numbers pass.
+
+    Raises:
+        CheckpointError: one is sparse, nested, quantized or complex, on the meta device, or of an unusual dtype.
+        NonFiniteError: one holds NaN or an infinite number.
+    """
+    for name, t in tensors.items():
+        why = fault(t)
+        if why is not None:
+            raise CheckpointError(f"'{name}' in {path} {why}: adapters are plain tensors of real numbers.")
+    if allow_nonfinite:
+        return
+    bad = nonfinite(tensors)
+    if bad:
+        others = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        raise NonFiniteError(
+            f"NaN or infinite numbers are in {', '.join(bad[:NAMED])}{others}, of {path}: training has diverged, or "
+            "the file is damaged. Pass allow_nonfinite=True to load it all the same."
+        )
+
+
+def fault(t: Tensor) -> str | None:
+    """Say what keeps a tensor from being put into an adapter; None if nothing does."""
+    if t.dtype in FLOATS or t.dtype in INTEGERS:
+        if t.layout is torch.strided and not t.is_nested:
+            return "is on the meta device, without values" if t.is_meta else None
+        return "is sparse or nested"
+    return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
+
+
+@torch.no_grad()
+def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or an infinite number. A sum, which is quick, shows each of them."""
+    sums: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, t in tensors.items():
+        if t.is_floating_point():
+            sums[t.dtype, t.device].append((name, (t.float() if t.dtype in NARROW else t).sum()))
+    suspects: list[str] = []
+    for named in sums.values():
+        fine = torch.stack([total for _, total in named]).isfinite()
+        if not fine.all():
+            suspects += [name for (name, _), good in zip(named, fine.tolist()) if not good]
+    return [name for name in suspects if not tensors[name].float().isfinite().all()]
+
+
+def check_room(numbers: float, tensors: dict[str, Tensor], adapter: str, path: str) -> None:
+    """Raise CheckpointError if a config asks for far more numbers than the file beside it holds."""
+    held = sum(t.numel() for t in tensors.values())
+    if numbers > ROOM + TIMES * held:
+        size = f"{int(numbers):,} numbers" if numbers < float("inf") else "more numbers than can be counted"
+        raise CheckpointError(
+            f"The config of adapter '{adapter}' describes {size}, and {path} holds {held:,}: the two do not belong "
+            "together, or one of them was tampered with."
+        )
+
+
+def check_archive(file: IO[bytes]) -> None:
+    """Raise ValueError for a torch file that holds more than it has bytes: torch does not compress what it writes."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        held = sum(info.file_size for info in archive.infolist())
+    if held > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"it would become {held:,} bytes, more than it has")

@@ -154,7 +154,7 @@ class PeftConfig:
         target, kind = cls, kwargs.get("peft_type")
         if kind is not None and not isinstance(kind, str):
             raise ConfigTypeError(f"peft_type must be the name of a method, got {described(kind)}.")
-        if kind:
+        if kind is not None:
             target = PeftConfig.resolve(kind)
         return target.tolerant(target.check_kwargs(**kwargs))
 

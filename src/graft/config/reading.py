@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from typing import Any
 
 from graft.core.errors import CheckpointError
@@ -13,6 +14,7 @@ from graft.core.errors import CheckpointError
 LARGEST = 2**24  # bytes of a file
 DEEPEST = 32  # containers inside each other
 DIGITS = 300  # of a whole number: more do not fit a float
+LONG = re.compile(rf"[0-9]{{{DIGITS + 1}}}")
 
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {LARGEST:,}, so it is none.")
     with open(path, "rb") as f:
         loaded = parsed(f.read(LARGEST + 1), str(path))
+    check(loaded, str(path), "", 0)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not the fields of an adapter.")
     return loaded
@@ -35,18 +38,16 @@ def parsed(text: str | bytes, what: str) -> Any:
     """Return the value of a JSON text. `what`: where it stands, for errors.
 
     Raises:
-        CheckpointError: it is no JSON, nested too deeply, or has a number that is not finite.
+        CheckpointError: it is no JSON, or nested too deeply for Python.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        value = json.loads(text, parse_int=whole, object_pairs_hook=once)
+        return json.loads(text, parse_int=whole if LONG.search(text) else None, object_pairs_hook=once)
     except RecursionError as e:
         raise CheckpointError(f"{what} nests lists and objects more than {DEEPEST} deep: no adapter does.") from e
     except ValueError as e:  # of JSON or UTF-8
         raise CheckpointError(f"{what} is not valid JSON ({e}): it is truncated or was edited by hand.") from e
-    check(value, what, "", 0)
-    return value
 
 
 def whole(digits: str) -> float:
@@ -72,5 +73,5 @@ def check(value: Any, what: str, field: str, depth: int) -> None:
         if depth >= DEEPEST:
             raise CheckpointError(f"{what}: the field '{field}' nests lists and objects more than {DEEPEST} deep.")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            if not isinstance(inner, (str, bool)):
+            if type(inner) in (float, list, dict):
                 check(inner, what, field or str(key), depth + 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.core.containers import Transient
 from graft.core.ops import META
@@ -29,12 +30,24 @@ def made_early(job: Any) -> float:
     return total
 
 
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that code makes, also of those that it drops."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
 def size(make: Callable[[], Iterable[Any]]) -> float:
-    """Count the numbers of the tensors and modules that `make` returns, made on the meta device."""
+    """Count the numbers that `make` needs room for: in what it returns, or in its largest tensor. Run it on meta."""
     try:
-        with META, warnings.catch_warnings():
+        with META, Largest() as largest, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is made for good
-            return sum(numbers(value) for value in make())
+            return max(sum(numbers(value) for value in make()), largest.numbers)
     except (RuntimeError, OverflowError):  # shapes that no tensor can have
         return math.inf
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import zipfile
 from collections import defaultdict
-from typing import IO
+from collections.abc import Iterator
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from torch import Tensor
 from graft.core.errors import CheckpointError, NonFiniteError
 
 NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW}
-INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32}
+KNOWN = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW, torch.bool, torch.uint8, torch.int8,
+         torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32}  # fmt: skip
+SMALL, TOGETHER = 2**14, 2**20  # numbers of a tensor, and of several that are summed up in one pass
 NAMED = 4  # tensors that an error names
-ROOM, TIMES = 2**25, 64  # numbers that a config may ask for: so many, and so many times what the file holds
+ROOM, TIMES = 2**24, 64  # numbers that a config may ask for: so many, and so many times what the file holds
 
 
 def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool = False) -> None:
@@ -48,26 +50,53 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
 
 def fault(t: Tensor) -> str | None:
     """Say what keeps a tensor from being put into an adapter; None if nothing does."""
-    if t.dtype in FLOATS or t.dtype in INTEGERS:
-        if t.layout is torch.strided and not t.is_nested:
-            return "is on the meta device, without values" if t.is_meta else None
+    if t.dtype not in KNOWN:
+        return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
+    if t.layout is not torch.strided or t.is_nested:
         return "is sparse or nested"
-    return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
+    if t.is_meta:
+        return "is on the meta device, without values"
+    repeats = not t.is_contiguous() and t.numel() * t.itemsize > t.untyped_storage().nbytes()
+    return "repeats its numbers" if repeats else None
 
 
 @torch.no_grad()
 def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of tensors that hold NaN or an infinite number. A sum, which is quick, shows each of them."""
-    sums: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
+    """Return the names of tensors that hold NaN or an infinite number."""
+    return [name for named in together(tensors) if not finite_sum(named) for name, t in named if not finite(t)]
+
+
+def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Yield the floating tensors in groups: large ones alone, small ones of one dtype and device with others."""
+    groups: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
+    sizes: dict[Any, int] = defaultdict(int)
     for name, t in tensors.items():
-        if t.is_floating_point():
-            sums[t.dtype, t.device].append((name, (t.float() if t.dtype in NARROW else t).sum()))
-    suspects: list[str] = []
-    for named in sums.values():
-        fine = torch.stack([total for _, total in named]).isfinite()
-        if not fine.all():
-            suspects += [name for (name, _), good in zip(named, fine.tolist()) if not good]
-    return [name for name in suspects if not tensors[name].float().isfinite().all()]
+        if not t.is_floating_point():
+            continue
+        n = t.numel()
+        if n > SMALL:
+            yield [(name, t)]
+            continue
+        kind = t.dtype, t.device
+        groups[kind].append((name, t))
+        sizes[kind] += n
+        if sizes[kind] > TOGETHER:
+            yield groups.pop(kind)
+            sizes[kind] = 0
+    yield from groups.values()
+
+
+def finite_sum(named: list[tuple[str, Tensor]]) -> bool:
+    """Say whether the sum of tensors is finite, which is quick to see. If it is not, it may have overflowed."""
+    first = named[0][1]
+    if first.dtype in NARROW:
+        return False
+    flat = first if len(named) == 1 else torch._utils._flatten_dense_tensors([t for _, t in named])
+    return bool(flat.sum().isfinite())
+
+
+def finite(t: Tensor) -> bool:
+    return bool((t.float() if t.dtype in NARROW else t).isfinite().all())
 
 
 def check_room(numbers: float, tensors: dict[str, Tensor], adapter: str, path: str) -> None:

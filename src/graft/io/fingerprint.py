@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
-from graft.config.base import fits
 from graft.config.reading import parsed
 from graft.core.errors import CheckpointError
 from graft.core.layer import AdapterLayer
@@ -15,7 +16,6 @@ from graft.storage.parallel import is_sharded, is_whole
 
 KEY = "graft_base"  # key in the safetensors metadata
 MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes
-NOTE: dict[str, Any] = {"n": int, "shapes": str, "weights": dict[str, list[int]], "sample": dict[str, list[float]]}
 SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
@@ -32,6 +32,27 @@ def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> di
     return made
 
 
+def lists_of(*kinds: type) -> Callable[[Any], bool]:
+    """Return a function that says whether a value is a dict of lists of finite numbers of these types."""
+
+    def is_right(value: Any) -> bool:
+        if not isinstance(value, dict) or not {type(inner) for inner in value.values()} <= {list}:
+            return False
+        return {type(n) for inner in value.values() for n in inner} <= {*kinds} and (
+            float not in kinds or all(math.isfinite(n) for inner in value.values() for n in inner)
+        )
+
+    return is_right
+
+
+NOTE: dict[str, Callable[[Any], bool]] = {
+    "n": lambda value: type(value) is int,
+    "shapes": lambda value: type(value) is str,
+    "weights": lists_of(int),
+    "sample": lists_of(int, float),
+}
+
+
 def read_note(text: str | None, path: str) -> dict | None:
     """Return the fingerprint that a file holds, if it holds one.
 
@@ -46,8 +67,8 @@ def read_note(text: str | None, path: str) -> dict | None:
         return None
     if not isinstance(note, dict):
         raise CheckpointError(f"{where} is a {type(note).__name__}, not an object: save or download the file again.")
-    for name, hint in NOTE.items():
-        if name in note and not fits(note[name], hint):
+    for name, is_right in NOTE.items():
+        if name in note and not is_right(note[name]):
             raise CheckpointError(f"{where} has a field '{name}' of another type: save or download the file again.")
     return note
 
@@ -94,4 +115,6 @@ def difference(stored: dict, now: dict) -> str | None:
     if missing := sorted(set(old) - set(new)):
         return f"{len(missing)} adapted layers of its base are not in this model, such as '{missing[0]}'"
     extra = sorted(set(new) - set(old))
+    if not extra:
+        return "the note on its base contradicts itself, so that the file is damaged"
     return f"{len(extra)} targeted layers of this model were not in its base, such as '{extra[0]}'"

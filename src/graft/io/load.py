@@ -115,15 +115,16 @@ class Values:
         ]
         for layer, held in groups:
             if layer is None:  # layers may restore values that are as large as what they share
-                self._refuse([m for entry, name in held if (m := self._mismatch(entry, name)) is not None])
+                both = [(name, self.tensors[name].shape, entry.tensor.shape) for entry, name in held if name]
+                self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
         for layer, held in groups:
             if layer is not None:
                 held = self._restored(layer, held, names, used)
             for entry, name in held:
                 if name is None:
                     self.report.missing_keys.append(entry.file)
-                elif (wrong := self._mismatch(entry, name)) is not None:
-                    mismatched.append(wrong)
+                elif self.tensors[name].shape != entry.tensor.shape:
+                    mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
                 else:
                     found.append((entry, name))
         used |= {name for _, name in found} | {name for name, _, _ in mismatched}
@@ -136,10 +137,6 @@ class Values:
         self.report.base = sorted(base)
         own: list[tuple[Any, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
         return own + [(BaseEntry(target), self.tensors[name]) for name, target in base.items()]
-
-    def _mismatch(self, entry: Entry, name: str | None) -> Mismatch | None:
-        shape = entry.tensor.shape if name is None else self.tensors[name].shape
-        return None if name is None or shape == entry.tensor.shape else (name, shape, entry.tensor.shape)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""

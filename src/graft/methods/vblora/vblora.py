@@ -21,6 +21,7 @@ from graft.methods.vblora.config import VBLoRAConfig
 from graft.methods.vblora.savable import print_savable_parameters, savable_parameters
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
+ROUNDED = 1.05  # the most that weights in half precision can sum up to
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # ends of names in files with the largest logits alone
 
 
@@ -129,8 +130,8 @@ def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, wh
         why = f"shapes {tuple(index.shape)} and {tuple(first.shape)}"
     elif int(index.min()) < 0 or int(index.max()) >= n:
         why = f"an index outside the bank of {n} vectors"
-    elif not first.is_floating_point() or bool((first < 0).any()):
-        why = "a weight that is none"
+    elif not first.is_floating_point() or bool((first.float() < 0).any() | (first.float().sum(-1) > ROUNDED).any()):
+        why = "weights that are negative, or sum up to more than 1"
     else:
         return
     raise CheckpointError(

@@ -263,7 +263,7 @@ def fault(seed: Seed, way: str, model: Any, name: str, where: str, before: dict[
         wanted = json.loads(Path(where, CONFIG).read_text(encoding="utf-8-sig"))
         mine = json.loads(config.to_json())
         for field in wanted.keys() & mine.keys() - FREE:
-            if field == "modules_to_save":  # the heads of the task join them
+            if field == "modules_to_save" and mine[field]:  # the heads of the task join them
                 wanted[field] = [*(wanted[field] or []), *(mine[field] or [])]
             if alike(wanted[field]) != alike(mine[field]) and wanted[field] is not None:
                 return f"the config's {field} is {str(mine[field])[:80]}, in the file {str(wanted[field])[:80]}"

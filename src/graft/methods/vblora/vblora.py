@@ -126,10 +126,17 @@ class VBLoRA(Method):
 def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, where: str) -> None:
     """Raise CheckpointError unless these are indices and weights of the largest logits, all but the last."""
     rows, n = shape[:-1], shape[-1]
-    if index.shape != (*rows, topk) or first.shape != (*rows, topk - 1) or index.is_floating_point():
+    if (
+        index.shape != (*rows, topk)
+        or first.shape != (*rows, topk - 1)
+        or index.is_floating_point()
+        or index.dtype is torch.bool
+    ):
         why = f"shapes {tuple(index.shape)} and {tuple(first.shape)}"
     elif int(index.min()) < 0 or int(index.max()) >= n:
         why = f"an index outside the bank of {n} vectors"
+    elif topk > 1 and bool((index.long().sort(-1)[0].diff() == 0).any()):
+        why = "one index twice"
     elif not first.is_floating_point() or bool((first.float() < 0).any() | (first.float().sum(-1) > ROUNDED).any()):
         why = "weights that are negative, or sum up to more than 1"
     else:

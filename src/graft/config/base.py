@@ -143,10 +143,15 @@ class PeftConfig:
             raise TypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
+        return cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, stored.path)
+
+    @classmethod
+    def from_file(cls, values: dict[str, Any], path: str) -> PeftConfig:
+        """Make a config of the fields in a file. Errors name the file."""
         try:
-            return cls.from_peft_type(**{k: v for k, v in kwargs.items() if k not in hub} | loaded)
+            return cls.from_peft_type(**values)
         except PeftError as e:
-            raise type(e)(f"{e} It stands in {stored.path}.") from e
+            raise type(e)(f"{e} It stands in {path}.") from e
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

@@ -77,7 +77,7 @@ def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any
     """
     stored = Stored(where, subfolder, PeftConfig.from_json_file, **hub)
     loaded = load_weights(where, subfolder, **hub)
-    return PeftConfig.from_peft_type(**stored.of(loaded.noted)), loaded
+    return PeftConfig.from_file(stored.of(loaded.noted), stored.path), loaded
 
 
 def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded:

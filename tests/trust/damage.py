@@ -20,8 +20,17 @@ from tests.trust.good import BIN, CONFIG, TENSORS, Folder, seeds
 Damage = Callable[[random.Random, Folder], None]
 DAMAGES: dict[str, tuple[int, Damage]] = {}  # by name: weight and function
 MARK = "GRAFT_FUZZ_MARK"  # environment variable: a file that no code may write
-PATHOLOGICAL = ["(a+)+$", "(.*)*x", "(([a-z])+.)+[A-Z]([a-z])+$", "(l|la|lay|a|y|e|r|s)+x", "((.*)(.*)(.*))*!", "(.*a){25}",
-                "(?:.?){40}.{40}!", "(\\w*\\.?)*$!", "((a{1,99}){1,99}){1,99}"]  # fmt: skip
+PATHOLOGICAL = [
+    "(a+)+$",
+    "(.*)*x",
+    "(([a-z])+.)+[A-Z]([a-z])+$",
+    "(l|la|lay|a|y|e|r|s)+x",
+    "((.*)(.*)(.*))*!",
+    "(.*a){25}",
+    "(?:.?){40}.{40}!",
+    "(\\w*\\.?)*$!",
+    "((a{1,99}){1,99}){1,99}",
+]
 INVALID = [
     "(",
     "[",
@@ -34,8 +43,15 @@ INVALID = [
     "(" * 3000 + ")" * 3000,
     "(?z)",
 ]
-REGEX_FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern",
-                "feedforward_modules")  # fmt: skip
+REGEX_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_pattern",
+    "feedforward_modules",
+)
 
 
 def damage(weight: int = 1) -> Callable[[Damage], Damage]:
@@ -62,8 +78,31 @@ def edited(folder: Folder, change: Callable[[dict], Any]) -> None:
 def anything(rng: random.Random, depth: int = 0) -> Any:
     """Return a JSON value of any type and size."""
     numbers = [0, 1, 2, 3, -1, 7, 10**6, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.0, -0.5, 1.5, 1e-300, 1e300]
-    texts = ["", "a", "LORA", "fc1", ".*", "all-linear", "none", "all", "pissa", "pissa_niter_99999999", "olora", "\0", "..",
-             "../../x", "/etc/passwd", "é" * 300, "a" * 5000, "orthogonal", "gaussian", "bat", "mini", "TEXT", "\ud800"]  # fmt: skip
+    texts = [
+        "",
+        "a",
+        "LORA",
+        "fc1",
+        ".*",
+        "all-linear",
+        "none",
+        "all",
+        "pissa",
+        "pissa_niter_99999999",
+        "olora",
+        "\0",
+        "..",
+        "../../x",
+        "/etc/passwd",
+        "é" * 300,
+        "a" * 5000,
+        "orthogonal",
+        "gaussian",
+        "bat",
+        "mini",
+        "TEXT",
+        "\ud800",
+    ]
     simple = [rng.choice(numbers), rng.choice(texts), None, True, False]
     if depth > 3 or rng.random() < 0.7:
         return rng.choice(simple)
@@ -145,11 +184,27 @@ def deep_nesting(rng, folder):
 @damage(1)
 def odd_config_text(rng, folder):
     text = folder[CONFIG]
-    folder[CONFIG] = rng.choice([
-        b"", b"[]", b"3", b"null", b'"x"', b"{}", b"{", text[: rng.randrange(len(text))], text + b"x", b"\xef\xbb\xbf" + text,
-        b"\xff\xfe" + text, text.replace(b",", b",,", 1), text[:-2] + b', "r": 1, "r": 2}', text.decode().encode("utf-16"),
-        b"{" * 100_000, b'{"a": "' + b"x" * 20_000_000 + b'"}', b"[" + b"1," * 200_000 + b"1]",
-    ])  # fmt: skip
+    folder[CONFIG] = rng.choice(
+        [
+            b"",
+            b"[]",
+            b"3",
+            b"null",
+            b'"x"',
+            b"{}",
+            b"{",
+            text[: rng.randrange(len(text))],
+            text + b"x",
+            b"\xef\xbb\xbf" + text,
+            b"\xff\xfe" + text,
+            text.replace(b",", b",,", 1),
+            text[:-2] + b', "r": 1, "r": 2}',
+            text.decode().encode("utf-16"),
+            b"{" * 100_000,
+            b'{"a": "' + b"x" * 20_000_000 + b'"}',
+            b"[" + b"1," * 200_000 + b"1]",
+        ]
+    )
 
 
 @damage(2)
@@ -189,10 +244,12 @@ def many_entries(rng, folder):
             field = rng.choice(fields)
             names = [f"name{i}.fc{i % 7}" for i in range(n)]
             config[field] = (
-                list(range(n)) if field in ("layers_to_transform", "token_indices", "cpt_token_ids")
-                else dict.fromkeys(names, 3) if field.endswith("k_pattern") or field.startswith("alpha")
+                list(range(n))
+                if field in ("layers_to_transform", "token_indices", "cpt_token_ids")
+                else dict.fromkeys(names, 3)
+                if field.endswith("k_pattern") or field.startswith("alpha")
                 else names
-            )  # fmt: skip
+            )
 
     edited(folder, change)
 
@@ -200,19 +257,55 @@ def many_entries(rng, folder):
 @damage(2)
 def known_option(rng, folder):
     options = [
-        {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True},
-        {"layer_replication": [[0, 10**6]]}, {"layer_replication": [[0, 1]] * 5000}, {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"}, {"init_lora_weights": "pissa_niter_100000"}, {"kasa_config": {"beta": "x"}},
-        {"kasa_config": {}}, {"trainable_token_indices": [0] * 10**5}, {"trainable_token_indices": {"emb": [0, 1]}},
-        {"modules_to_save": ["head"]}, {"modules_to_save": ["layers"]}, {"modules_to_save": [""]}, {"lora_alpha": 0},
-        {"task_type": "SEQ_CLS"}, {"fan_in_fan_out": True}, {"save_only_topk_weights": True}, {"save_projection": False},
-        {"num_cayley_neumann_terms": 10**6}, {"eps": -1.0}, {"eps": 0.0, "coft": True}, {"rank_pattern": {"fc1": 10**6}},
-        {"alpha_pattern": {"fc1": 1e30}}, {"auto_mapping": {}}, {"auto_mapping": {"parent_library": "os"}},
-        {"num_virtual_tokens": 10**7}, {"num_layers": 10**5}, {"token_dim": 10**6}, {"num_tasks": 10**6}, {"num_ranks": 10**6},
-        {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x", "tokenizer_name_or_path": ".",
-         "tokenizer_kwargs": {"trust_remote_code": True}}, {"inference_mode": False}, {"adapter_len": 10**7}, {"r": 10**7},
-        {"num_vectors": 10**7}, {"vector_length": 1}, {"topk": 3}, {"projection_prng_key": 2**70}, {"target_modules": []},
-    ]  # fmt: skip
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 10**6]]},
+        {"layer_replication": [[0, 1]] * 5000},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "pissa_niter_100000"},
+        {"kasa_config": {"beta": "x"}},
+        {"kasa_config": {}},
+        {"trainable_token_indices": [0] * 10**5},
+        {"trainable_token_indices": {"emb": [0, 1]}},
+        {"modules_to_save": ["head"]},
+        {"modules_to_save": ["layers"]},
+        {"modules_to_save": [""]},
+        {"lora_alpha": 0},
+        {"task_type": "SEQ_CLS"},
+        {"fan_in_fan_out": True},
+        {"save_only_topk_weights": True},
+        {"save_projection": False},
+        {"num_cayley_neumann_terms": 10**6},
+        {"eps": -1.0},
+        {"eps": 0.0, "coft": True},
+        {"rank_pattern": {"fc1": 10**6}},
+        {"alpha_pattern": {"fc1": 1e30}},
+        {"auto_mapping": {}},
+        {"auto_mapping": {"parent_library": "os"}},
+        {"num_virtual_tokens": 10**7},
+        {"num_layers": 10**5},
+        {"token_dim": 10**6},
+        {"num_tasks": 10**6},
+        {"num_ranks": 10**6},
+        {
+            "prompt_tuning_init": "TEXT",
+            "prompt_tuning_init_text": "x",
+            "tokenizer_name_or_path": ".",
+            "tokenizer_kwargs": {"trust_remote_code": True},
+        },
+        {"inference_mode": False},
+        {"adapter_len": 10**7},
+        {"r": 10**7},
+        {"num_vectors": 10**7},
+        {"vector_length": 1},
+        {"topk": 3},
+        {"projection_prng_key": 2**70},
+        {"target_modules": []},
+    ]
     edited(folder, lambda config: config.update(rng.choice(options)))
 
 
@@ -293,8 +386,10 @@ def edited_header(rng, folder):
         entry[rng.choice(list(entry))] = anything(rng)
     else:
         header[rng.choice(["", "extra", "base_model.model.head.weight", "base_model.model.lin0.base_layer.weight"])] = {
-            "dtype": "F32", "shape": [0], "data_offsets": [0, 0],
-        }  # fmt: skip
+            "dtype": "F32",
+            "shape": [0],
+            "data_offsets": [0, 0],
+        }
     folder[TENSORS] = packed(header, body)
 
 
@@ -342,10 +437,24 @@ def other_tensors(rng, folder):
         flat = t.clone().flatten()
         if flat.numel() and flat.is_floating_point():
             flat[rng.randrange(flat.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
-        tensors[name] = rng.choice([
-            flat.view(t.shape), flat.view(t.shape), t.long(), t.bool(), t.half(), t.double(), t.bfloat16(), t.T if t.dim() == 2 else t[:1],
-            t[:-1], torch.cat([t, t]), torch.zeros(()), torch.zeros(0), t.to(torch.float8_e4m3fn), t * 1e30,
-        ])  # fmt: skip
+        tensors[name] = rng.choice(
+            [
+                flat.view(t.shape),
+                flat.view(t.shape),
+                t.long(),
+                t.bool(),
+                t.half(),
+                t.double(),
+                t.bfloat16(),
+                t.T if t.dim() == 2 else t[:1],
+                t[:-1],
+                torch.cat([t, t]),
+                torch.zeros(()),
+                torch.zeros(0),
+                t.to(torch.float8_e4m3fn),
+                t * 1e30,
+            ]
+        )
         if rng.random() < 0.1:
             tensors[rng.choice(["", "x", name + "x"])] = torch.ones(2)
 
@@ -395,11 +504,27 @@ def torch_file(rng, folder):
     t = tensors[key].float()
     meta = torch.empty(t.shape, device="meta")
     kinds: list[Any] = [
-        t.to_sparse(), meta, t.to(torch.complex64), torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), t.requires_grad_(),
-        torch.nn.Parameter(t), t[:1].expand(t.shape) if t.dim() else t, t.long(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        [t], None, 3, "x", {"a": t}, Payload(), t.double() * float("nan"), torch.ones(1).expand(10**6, 10**4), t.to(torch.float8_e5m2),
-        torch.empty(10**6, 10**6, device="meta"), torch.sparse_coo_tensor(torch.zeros(2, 1).long(), torch.ones(1), (10**7, 10**7)),
-    ]  # fmt: skip
+        t.to_sparse(),
+        meta,
+        t.to(torch.complex64),
+        torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        t.requires_grad_(),
+        torch.nn.Parameter(t),
+        t[:1].expand(t.shape) if t.dim() else t,
+        t.long(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        [t],
+        None,
+        3,
+        "x",
+        {"a": t},
+        Payload(),
+        t.double() * float("nan"),
+        torch.ones(1).expand(10**6, 10**4),
+        t.to(torch.float8_e5m2),
+        torch.empty(10**6, 10**6, device="meta"),
+        torch.sparse_coo_tensor(torch.zeros(2, 1).long(), torch.ones(1), (10**7, 10**7)),
+    ]
     tensors[key] = rng.choice(kinds)
     whole: list[Any] = [tensors] * 8 + [
         [tensors],
@@ -413,10 +538,17 @@ def torch_file(rng, folder):
     ]
     data = saved(rng.choice(whole), _use_new_zipfile_serialization=rng.random() < 0.8)
     if rng.random() < 0.15:
-        data = rng.choice([
-            pickle.dumps(Payload()), pickle.dumps({"a": Payload()}), data[: len(data) // 2], b"PK\3\4" + b"\0" * 50,
-            bomb(), b"\x80\x02" + b"(" * 10_000, b"\x80\x04\x8d" + (2**60).to_bytes(8, "little"),
-        ])  # fmt: skip
+        data = rng.choice(
+            [
+                pickle.dumps(Payload()),
+                pickle.dumps({"a": Payload()}),
+                data[: len(data) // 2],
+                b"PK\3\4" + b"\0" * 50,
+                bomb(),
+                b"\x80\x02" + b"(" * 10_000,
+                b"\x80\x04\x8d" + (2**60).to_bytes(8, "little"),
+            ]
+        )
     folder[BIN] = data
 
 
@@ -475,10 +607,17 @@ def code(rng, folder):
     folder["config.json"] = json.dumps({"model_type": "evil", "auto_map": mapping}).encode()
     folder["tokenizer_config.json"] = json.dumps({"tokenizer_class": "T", "auto_map": mapping}).encode()
     library = rng.choice(["evil", "os", "subprocess", "transformers", "transformers.evil", "", "..", 3, None])
-    edited(folder, lambda config: config.update(
-        auto_mapping=rng.choice([{"parent_library": library, "base_model_class": "T"}, {"base_model_class": "system"}, {}, mapping]),
-        base_model_name_or_path=rng.choice([".", "evil", None]), auto_map=mapping, tokenizer_kwargs={"trust_remote_code": True},
-    ))  # fmt: skip
+    edited(
+        folder,
+        lambda config: config.update(
+            auto_mapping=rng.choice(
+                [{"parent_library": library, "base_model_class": "T"}, {"base_model_class": "system"}, {}, mapping]
+            ),
+            base_model_name_or_path=rng.choice([".", "evil", None]),
+            auto_map=mapping,
+            tokenizer_kwargs={"trust_remote_code": True},
+        ),
+    )
 
 
 @damage(1)

@@ -225,8 +225,18 @@ def tensors_in(where: str) -> dict[str, Tensor]:
         return torch.load(os.path.join(where, BIN), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
     data = Path(path).read_bytes()
     n = int.from_bytes(data[:8], "little")
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
-              "U8": torch.uint8, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+    dtypes = {
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F64": torch.float64,
+        "I64": torch.int64,
+        "U8": torch.uint8,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+    }
     out = {}
     for name, entry in json.loads(data[8 : 8 + n]).items():
         if name != "__metadata__":
@@ -240,9 +250,24 @@ def tensors_in(where: str) -> dict[str, Tensor]:
     return out
 
 
-FREE = {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "peft_type", "task_type",
-        "runtime_config", "fan_in_fan_out", "num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules",
-        "encoder_hidden_size", "num_virtual_tokens", "auto_map"}  # fmt: skip
+FREE = {
+    "inference_mode",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_type",
+    "task_type",
+    "runtime_config",
+    "fan_in_fan_out",
+    "num_layers",
+    "token_dim",
+    "num_attention_heads",
+    "num_transformer_submodules",
+    "encoder_hidden_size",
+    "num_virtual_tokens",
+    "auto_map",
+}
 
 
 def fault(seed: Seed, way: str, model: Any, name: str, where: str, before: dict[str, Any]) -> str | None:

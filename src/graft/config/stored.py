@@ -15,6 +15,7 @@ from typing import Any
 from graft.config import notes
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
+from graft.config.reading import parsed
 from graft.core.errors import CheckpointError, PeftWarning, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -36,7 +37,7 @@ class Stored:
     def __init__(
         self, where: str | os.PathLike, subfolder: str | None, read: Callable[[str], dict[str, Any]], **hub: Any
     ):
-        self.where, self._read = where, read
+        self.where, self.hub, self._read = where, hub, read
         path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
         self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
         self.path = os.path.join(self.folder, CONFIG_NAME)
@@ -80,7 +81,7 @@ class Stored:
 
     def _needed(self, fields: Any) -> Any:
         if fields is None:
-            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'")
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'" + not_asked(self.where, **self.hub))
         return fields
 
     def _say_edited(self, beside: dict[str, Any], inside: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from graft.config.enums import TaskType
 from graft.config.keywords import hub_keywords
 from graft.config.numbers import check_numbers
 from graft.config.pair import CONFIG_NAME, found_in
+from graft.config.patterns import ending
 from graft.config.reading import read_object
 from graft.config.stored import Stored
 from graft.core.errors import ConfigError, ConfigTypeError, PeftError, shortened, warn
-from graft.core.patterns import ending
 
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 

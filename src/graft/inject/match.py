@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.core.patterns import pattern
+from graft.config.patterns import pattern
 
 Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "untargeted"]
 MOST_HINTS, LONGEST_NAME = 100, 100  # entries for which similar names are sought, which takes a while; characters

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.patterns import pattern
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.patterns import pattern
 from graft.inject.parts import Parts
 from graft.storage.parallel import spread_as
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Targeted, as_set
+from graft.config.patterns import pattern
 from graft.config.targets import IA3 as TARGETS
 from graft.config.targets import IA3_FEEDFORWARD
 from graft.core.effect import Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.core.patterns import pattern
 
 
 @dataclass(kw_only=True)

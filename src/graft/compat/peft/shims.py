@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import matches_end
+from graft.config.patterns import pattern
 from graft.core.merging import not_merged
-from graft.core.patterns import pattern
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, all_linear

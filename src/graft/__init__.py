@@ -35,6 +35,7 @@ _NAMES: dict[str, str] = {
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
         "graft.model.plan": "plan",
+        "graft.model.audit": "AuditReport audit",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "
         "PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification",

@@ -10,6 +10,7 @@ from torch import nn
 
 from graft.core.containers import Slot
 from graft.core.errors import warn
+from graft.core.names import one_or_several
 
 
 class State:
@@ -100,7 +101,7 @@ class Carrier:
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         have = self.adapters
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        for name in one_or_several(adapter_names, "set_requires_grad"):
             if name in have:
                 self.require_grad(name, requires_grad)
                 others = [n for n in self.state.trainable if n != name]
@@ -108,7 +109,7 @@ class Carrier:
 
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = one_or_several(adapters, "set_adapter")
         if len(names) > 1:
             self.check_active(names)
         self.activate(names, not inference_mode)

@@ -75,7 +75,9 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-INSIDE = ("graft.", "contextlib", "torch.nn.modules.module", "torch.utils._contextlib")
+INSIDE = (  # modules that stand between a caller and a warning
+    "graft.", "contextlib", "torch.nn.modules.module", "torch.utils._contextlib", "torch.autograd", "torch._tensor",
+)  # fmt: skip
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:

@@ -18,6 +18,7 @@ from graft.core.holding import Holding
 from graft.core.lean import begin, lean
 from graft.core.method import Method
 from graft.core.mixed import Mixed
+from graft.core.names import one_or_several
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Plan, plan_of
@@ -148,7 +149,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
 
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = one_or_several(adapters, "set_adapter")
         if len(names) > 1:
             self.check_active(names)
         if self.state.merged and not (names == self.state.active and self.is_merged(names)):
@@ -282,19 +283,24 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         """Write the adapters into the base weight, which then does their work alone.
 
         Args:
-            safe_merge: check that the result is finite before anything is written.
+            safe_merge: compute the result first and check that it is finite; else check the adapters' own tensors.
             adapter_names: which ones; the active ones if None.
             undoable: keep what `unmerge` needs.
 
         Raises:
-            ValueError: `safe_merge` found a value that is not finite, or adapters are disabled.
+            ValueError: a value is not finite, or adapters are disabled.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
         """
         names = [n for n in merging.not_merged(self, adapter_names) if n in self.methods]
         if names:
             merging.check(self, names, safe_merge, undoable)
-            merging.merge(self, names, undoable)
-            self.changed()
+            merging.check_finite([self], names)
+            self.merge_checked(names, undoable)
+
+    def merge_checked(self, names: list[str], undoable: bool) -> None:
+        """`merge` of adapters that are here and have been checked."""
+        merging.merge(self, names, undoable)
+        self.changed()
 
     def unmerge(self) -> None:
         """Take merged adapters out again: by subtraction where that is exact enough, else from a snapshot."""

@@ -11,7 +11,8 @@ a merge that only adds products keeps their factors and subtracts them again, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from graft.core.effect import HALF, LowRank, Replace
 from graft.core.errors import warn
+from graft.core.finite import largest
+from graft.core.names import several
 from graft.core.plan import Step, evaluating, fold_step, ordered, shift_of
 
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
@@ -27,10 +30,8 @@ FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weight
 
 def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
     """Those of `names` (None: the active ones) that are not merged yet. Says what is merged already."""
-    if isinstance(names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {names!r}: write ['{names}'].")
     done = layer.state.merged
-    names = layer.state.active if names is None else names
+    names = layer.state.active if names is None else several(names, "adapter_names")
     left = [n for n in names if n not in done]
     if done:
         say_merged(done, names, left, replaces(layer, left))
@@ -95,7 +96,7 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
         check_together(layer, methods)
         with layer.store.at_hand(layer, None) if safe else nullcontext():
             if safe and not all(p.isfinite().all() for m in methods for p in m.effect.module().parameters()):  # type: ignore[attr-defined]
-                raise ValueError(_broken(names, key))
+                raise ValueError(_broken(layer, names))
         return
     check_together(layer, [layer.methods[n] for n in layer.state.merged] + methods)
     if safe:
@@ -103,7 +104,7 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
             everything, start = in_order(layer, names)
             W, b = folded(layer, everything if start is None else start, from_w0=start is None)
         if not (W.isfinite().all() and (b is None or b.isfinite().all())):
-            raise ValueError(_broken(names, key))
+            raise ValueError(_broken(layer, names))
 
 
 def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
@@ -124,11 +125,34 @@ def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
     return why  # type: ignore[no-any-return]
 
 
-def _broken(names: Sequence[str], key: str) -> str:
+def _broken(layer: Any, names: Sequence[str]) -> str:
+    wrong = [
+        f"'{slot.container}.{name}'" for name, slot, t in _tensors(layer, names) if not math.isfinite(*largest([t]))
+    ]
+    which = f": {', '.join(wrong)} holds values that are not finite" if wrong else ""
     return (
-        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (layer '{key}'); the "
-        "base weight was left as it is."
+        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (layer "
+        f"'{layer.site.key}'{which}); the base weight was left as it is."
     )
+
+
+def _tensors(layer: Any, names: Sequence[str]) -> Iterator[tuple[str, Any, Tensor]]:
+    for name in names:
+        if name in layer.methods:
+            for slot, t in layer.tensors(name, transient=True):
+                yield name, slot, t
+
+
+def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
+    """Raise ValueError if these adapters would write values that are not finite, which no unmerging takes out again.
+
+    Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
+    method may make something finite of it, as VB-LoRA does of its logits.
+    """
+    found = [(layer, t) for layer in layers for _, _, t in _tensors(layer, names)]
+    worst = largest([t for _, t in found])
+    for layer in dict.fromkeys(layer for (layer, _), x in zip(found, worst) if not math.isfinite(x)):
+        check(layer, names, safe=True, undoable=False)
 
 
 def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:

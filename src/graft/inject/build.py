@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 from graft.core.call import Call
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
+from graft.core.merging import lifted
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.inject.parts import Parts
@@ -48,9 +50,16 @@ def build(job: Any) -> None:
 
 
 def put(parts: Parts, adapter: str, values: Any) -> None:
-    """Assign values to an adapter's entries; make initial ones for tensors that the checkpoint does not hold."""
-    for entry, value in values:
-        entry.assign(value)
+    """Assign values to an adapter's entries; make initial ones for tensors that the checkpoint does not hold.
+
+    An adapter that is merged stays so, with the new values.
+    """
+    with ExitStack() as stack:
+        for carrier in (*parts.layers.values(), *parts.wrappers.values()):
+            if adapter in carrier.merged_adapters:
+                stack.enter_context(lifted(carrier.adapter_layer))
+        for entry, value in values:
+            entry.assign(value)
     for layer in parts.layers.values():
         if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):
             continue
@@ -94,6 +103,17 @@ def add_layers(job: Any) -> None:
         nowhere = (loads or site.on_meta) and not method.inits_from_weight()
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
         job.report.matched.append(Matched(key, site.type_name, size))
+    say_scaled_to_nothing(job)
+
+
+def say_scaled_to_nothing(job: Any) -> None:
+    nothing = [key for key, layer in job.layers.items() if layer.scaling_at_start.get(job.adapter) == 0]
+    if nothing:
+        warn(
+            f"Adapter '{job.adapter}' has a scaling of 0 on {len(nothing)} of {len(job.layers)} layers, such as "
+            f"'{nothing[0]}': it does nothing there and cannot train. Give it an alpha or alpha_pattern other than 0.",
+            PeftWarning,
+        )
 
 
 def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:

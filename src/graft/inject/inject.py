@@ -89,6 +89,7 @@ class Injection:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     ties: list[tuple[Method, Method]] = field(default_factory=list)  # (method of a follower, that of its embedding)
+    frozen_before: set[str] | None = None  # the base's parameters that did not train, by name; None if none did
 
     @property
     def parts(self) -> Parts:
@@ -140,6 +141,7 @@ class Injection:
         """Attach layers and wrappers; freeze the base under its first adapter. Nothing here can fail."""
         tree = self.tree
         if not tree.layers and not tree.wrappers:
+            self.frozen_before = frozen(self.model, tree)
             for p in tree.owners:
                 p.requires_grad = False
         for where, base in tree.vacant:
@@ -169,6 +171,16 @@ class Injection:
 def inject(model: nn.Module, config: Any, method: type[Method], adapter: str, **options: Any) -> Injection:
     """Put `adapter` on `model`, in place, inactive and frozen: see `Injection` for the options and errors."""
     return Injection(model, config, method, adapter, **options).run()
+
+
+def frozen(model: nn.Module, tree: Tree) -> set[str] | None:
+    """Name the parameters that do not train, before a first adapter freezes all; None if none trains."""
+    still = [p for p in tree.owners if not p.requires_grad]
+    if len(still) == len(tree.owners):
+        return None
+    if not still:
+        return set()
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 @contextmanager

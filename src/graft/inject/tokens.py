@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot
 from graft.core.layer import AdapterLayer
+from graft.core.names import one_or_several
 
 
 class TrainableTokensWrapper(Carrier, nn.Module):
@@ -83,7 +84,7 @@ class TrainableTokensWrapper(Carrier, nn.Module):
             )
 
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = one_or_several(adapters, "set_adapter")
         self.check_active(names)
         self.token_adapter.set_adapter(names, inference_mode)
 

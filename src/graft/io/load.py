@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
 from graft.inject.build import put
-from graft.inject.parts import Parts
+from graft.inject.parts import Parts, registry_of
 from graft.io.check import check_room, check_tensors
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.files import Loaded
@@ -357,4 +357,7 @@ def set_peft_model_state_dict(
     config = config_of(model, adapter_name)
     values = Values(base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite)
     put(parts, adapter_name, values.of(parts, adapter_name))
+    registry = registry_of(model)
+    if registry is not None:
+        registry.states.pop(adapter_name, None)  # which belongs to the values from before
     return values.report

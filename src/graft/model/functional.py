@@ -13,6 +13,7 @@ from graft.config.base import PeftConfig
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, warn
 from graft.core.layer import AdapterLayer
+from graft.core.names import one_or_several
 from graft.core.place import place
 from graft.inject.match import Matcher
 from graft.inject.survey import Wrapper, survey
@@ -48,7 +49,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         AdapterNotFoundError: no layer carries one of them.
         ValueError: two of them cannot be active together.
     """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    names = one_or_several(adapter_name, "set_adapter")
     registry = registry_in(model)
     if registry is not None:
         registry.set_adapter(names, inference_mode)
@@ -102,7 +103,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     Raises:
         AdapterNotFoundError: no layer carries one of them.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    names = one_or_several(adapter_names, "set_requires_grad")
     parts = parts_in(model)
     check_there(parts, names)
     for part in parts:

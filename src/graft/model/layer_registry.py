@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from graft.core.carrier import carrier_of
 from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
+from graft.core.names import several
 from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts
@@ -41,6 +41,7 @@ class LayerRegistry(Registry):
         self.checkpointing = self.tree.checkpointing
         self.shared = Shared()
         self.shared.state.call = self.call
+        self.frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
         self.peft_config |= getattr(model, "peft_config", None) or {}
 
     def method_for(self, config: Any) -> type[Method]:
@@ -89,6 +90,8 @@ class LayerRegistry(Registry):
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)
         self.take_in(done.parts, disabled)
+        if self.frozen_before is None:
+            self.frozen_before = done.frozen_before
         self.peft_config[adapter_name] = config
         self.reports[adapter_name] = done.report
         return done.report
@@ -145,15 +148,23 @@ class LayerRegistry(Registry):
     def check_new(self, adapter_name: str, config: Any) -> None:
         super().check_new(adapter_name, config)
         method = self.method_for(config)
-        same = {name: c for name, c in self.peft_config.items() if c.peft_type == config.peft_type}
-        if method.single_trainable and not config.inference_mode:
-            others = [name for name, c in same.items() if not c.inference_mode]
-            if others:
-                raise ConfigError(
-                    f"{method.__name__} supports only 1 trainable adapter. When using multiple adapters, set "
-                    f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
-                )
+        if not config.inference_mode:
+            self._check_alone(adapter_name, config)
         check_bias(config, method, iter(self.peft_config.values()))
+
+    def check_trainable(self, adapter_name: str) -> None:
+        self._check_alone(adapter_name, self.peft_config[adapter_name])
+
+    def _check_alone(self, adapter_name: str, config: Any) -> None:
+        """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
+        method = self.method_for(config)
+        same = {n: c for n, c in self.peft_config.items() if c.peft_type == config.peft_type and n != adapter_name}
+        others = [name for name, c in same.items() if not c.inference_mode]
+        if method.single_trainable and others:
+            raise ConfigError(
+                f"{method.__name__} supports only 1 trainable adapter. When using multiple adapters, set "
+                f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
+            )
 
     def carriers(self) -> Iterator[Any]:
         yield from super().carriers()
@@ -174,19 +185,19 @@ class LayerRegistry(Registry):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (the active ones if None) into the base weights; `unmerge_adapter` takes them out again.
 
+        Args:
+            safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
+                Without it only the adapters' own tensors are checked, not whether a sum overflows half precision.
+
         Raises:
             AdapterNotFoundError: one of them is not loaded.
-            ValueError: `safe_merge` found values that are not finite, or adapters are disabled. Nothing is merged then.
+            ValueError: values are not finite, a name is there twice, or adapters are disabled. Nothing is merged then.
             NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
         """
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        if isinstance(adapter_names, str):
-            raise TypeError(
-                f"adapter_names should be a list of strings, got {adapter_names!r}: write ['{adapter_names}']."
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else several(adapter_names, "adapter_names")
         self.check_known(names)
         done = self.merged_adapters
         wanted, names = names, [n for n in names if n not in done]
@@ -196,6 +207,7 @@ class LayerRegistry(Registry):
             return
         for layer in layers:
             merging.check(layer, names, safe_merge, undoable)
+        merging.check_finite(layers, names)
         left = [n for n in self.active_adapters if n not in names and n not in done]
         if not undoable:
             silent = left
@@ -210,10 +222,10 @@ class LayerRegistry(Registry):
             from tqdm import tqdm
 
             layers = tqdm(layers, desc="Merging", unit="layer")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the warnings above say it once
-            for layer in layers:
-                layer.merge(False, names, undoable)
+        for layer in layers:
+            here = [n for n in names if n in layer.methods]
+            if here:
+                layer.merge_checked(here, undoable)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
@@ -231,13 +243,20 @@ class LayerRegistry(Registry):
         return self.unload()
 
     def unload(self) -> nn.Module:
-        """Return the model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, also
-        while adapters are disabled."""
+        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
+
+        Modules in `modules_to_save` keep the active adapter's values, also while adapters are disabled. A base that had
+        adapters before this registry was made stays frozen.
+        """
         survey_places(self.model, self._restore)
         self.layers, self.wrappers = {}, {}
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
         retie(self.model)
+        if self.frozen_before is not None:
+            for name, p in self.model.named_parameters(remove_duplicate=False):
+                if p.is_floating_point():
+                    p.requires_grad_(name not in self.frozen_before)
         return self.model
 
     def _restore(self, parent: nn.Module, name: str, child: nn.Module) -> None:

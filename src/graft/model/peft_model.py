@@ -17,6 +17,7 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
 from graft.core.call import BASE, Rows, copies_of
 from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, RoutingError, warn
+from graft.core.names import several
 from graft.inject.build import put
 from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save
@@ -319,6 +320,9 @@ class PeftModel(nn.Module):
             output = finish(function(*inputs, **kwargs))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._registry.call.keep_for_backward(output, rows)
+            watch = self._registry.watch
+            if watch is not None and rows is None:
+                watch.follow(output, (*inputs, *kwargs.values()))
         return output
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
@@ -413,7 +417,7 @@ class PeftModel(nn.Module):
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else several(selected_adapters, "selected_adapters")
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(
@@ -538,8 +542,12 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """Load a saved adapter beside the others, inactive.
 
-        An adapter that has the name already gets only the new values (a warning says where its config differs) and goes
-        on training if it trains, whatever `is_trainable` says.
+        An adapter that has the name already gets only the new values (a warning says where its config differs). It goes
+        on training if it trains, and stays merged if it is merged.
+
+        Args:
+            is_trainable: let the adapter train: from now on if it is active, else from `set_adapter` on, and leave the
+                model in its mode. If False, set the model to eval mode, with a warning if others are training.
 
         Returns:
             The report of keys loaded, missing and left over.
@@ -571,6 +579,8 @@ class PeftModel(nn.Module):
                 f"{config.peft_type}: load it under another name into another model."
             )
         else:
+            if is_trainable:
+                self._registry.check_trainable(adapter_name)
             say_kept(adapter_name, values.path, self.peft_config[adapter_name], config)
             self._fill(adapter_name, values, is_trainable)
             for name in config.results:
@@ -584,6 +594,7 @@ class PeftModel(nn.Module):
         prompt: Any = parts.prompt or nn.Module()
         before = len([*prompt.modules()])
         put(parts, adapter_name, values.of(parts, adapter_name))
+        self._registry.states.pop(adapter_name, None)  # which belongs to the values from before
         if is_trainable and len([*prompt.modules()]) < before:
             warn(
                 f"Adapter '{adapter_name}' was a prompt computed by a network. The file holds the prompt and not the "
@@ -593,9 +604,20 @@ class PeftModel(nn.Module):
             )
 
     def _loaded(self, adapter_name: str, is_trainable: bool, new: bool = True) -> None:
+        active = adapter_name in self.active_adapters
         if new:
-            self._registry.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+            self._registry.set_requires_grad(adapter_name, is_trainable and active)
+        elif is_trainable:
+            self.peft_config[adapter_name].inference_mode = False
+            if active:
+                self._registry.set_requires_grad(adapter_name)
         if not is_trainable and self.training:  # else the adapter has the base's mode already
+            if new and any(p.requires_grad for p in self.parameters()):
+                warn(
+                    f"Adapter '{adapter_name}' was loaded for inference (is_trainable=False), which set the model to "
+                    "eval mode while other parameters train: call model.train() before training goes on.",
+                    PeftWarning,
+                )
             self.eval()
         self._heads_changed()
 

@@ -21,9 +21,11 @@ from graft.core.errors import (
     warn,
 )
 from graft.core.layer import AdapterLayer
+from graft.core.names import one_or_several
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
+from graft.model.watch import Watch
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -106,6 +108,8 @@ class Registry:
     on_change: Callable[[], None] | None = None  # called when other adapters run
     merged_adapters: Any = ()
     states: dict[str, Any]  # state of methods during training, by adapter
+    watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
+    watched: set[str]  # adapters for which that was set up
     several: str  # for errors: how to activate several adapters
 
     def begin(self, model: nn.Module, tree: Tree | None = None) -> Tree:
@@ -121,6 +125,7 @@ class Registry:
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self.states = {}, {}, [], {}
+        self.watched = set()
         return found
 
     @property
@@ -182,6 +187,9 @@ class Registry:
                 f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type}."
             )
 
+    def check_trainable(self, adapter_name: str) -> None:
+        """Raise ConfigError unless this adapter can train beside those that do."""
+
     def check_known(self, names: Sequence[str]) -> None:
         unknown = sorted(n for n in names if n not in self.peft_config)
         if unknown:
@@ -200,7 +208,7 @@ class Registry:
             AdapterNotFoundError: one of them is not loaded.
             ValueError: two of them cannot be active together.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = one_or_several(adapter_name, "set_adapter")
         self.check_known(names)
         if len(names) > 1:
             for part in self.carriers():
@@ -213,6 +221,9 @@ class Registry:
         for part in self.carriers():
             part.activate(names, not inference_mode)
         self.active_adapters = names
+        if not self.watched.issuperset(names):
+            self.watched.update(names)
+            self.watch = Watch(self)
         self._changed()
 
     def mergeable_layers(self) -> list[AdapterLayer]:
@@ -249,6 +260,7 @@ class Registry:
         del self.peft_config[adapter_name]
         self.reports.pop(adapter_name, None)
         self.states.pop(adapter_name, None)
+        self.watched.discard(adapter_name)
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:
@@ -260,7 +272,7 @@ class Registry:
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of any adapters, active or not, train or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = one_or_several(adapter_names, "set_requires_grad")
         self.check_known(names)
         for part in self.carriers():
             part.set_requires_grad(names, requires_grad)

@@ -64,7 +64,8 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        with registry_of(self).acting(kwargs) as finish:
+            return finish(self.model(*args, **kwargs))
 
     # PEFT's names for the registry's methods
 
@@ -120,9 +121,13 @@ class Tuner(nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (the active ones if None) into the base weights; `unmerge_adapter` takes them out again.
 
+        Args:
+            safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
+                Without it only the adapters' own tensors are checked, not whether a sum overflows half precision.
+
         Raises:
             AdapterNotFoundError: one of them is not loaded.
-            ValueError: `safe_merge` found values that are not finite, or adapters are disabled. Nothing is merged then.
+            ValueError: values are not finite, a name is there twice, or adapters are disabled. Nothing is merged then.
             NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
         """
         registry_of(self).merge_adapter(adapter_names, safe_merge)
@@ -138,8 +143,10 @@ class Tuner(nn.Module):
         return registry_of(self).merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[no-any-return]
 
     def unload(self) -> nn.Module:
-        """Return the model without adapter layers. Modules in `modules_to_save` keep the active adapter's values, also
-        while adapters are disabled."""
+        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
+
+        Modules in `modules_to_save` keep the active adapter's values, also while adapters are disabled.
+        """
         return registry_of(self).unload()  # type: ignore[no-any-return]
 
     @property

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of adapters, as callers give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def one_or_several(names: str | Iterable[str], argument: str) -> list[str]:
+    """Return names as a list; one name may stand for a list of it. Raises as `several`."""
+    return [names] if isinstance(names, str) else several(names, argument)
+
+
+def several(names: Iterable[str], argument: str) -> list[str]:
+    """Return names as a list.
+
+    Raises:
+        TypeError: it is a string, or holds something that is no name.
+        ValueError: a name is there twice: an adapter acts once.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"{argument} should be a list of strings, got {names!r}: write ['{names}'].")
+    found = list(names)
+    if len(found) > 1 or not all([isinstance(name, str) for name in found]):
+        check(found, argument)
+    return found
+
+
+def check(names: list[str], argument: str) -> None:
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"{argument} takes names of adapters, got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{argument} holds {twice} twice, and an adapter acts once: name each adapter one time.")

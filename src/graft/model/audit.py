@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audit: which of a model's adapters got gradients, and which parameters train, are saved, are optimized."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.finite import largest
+from graft.inject.parts import Parts, registry_of
+from graft.inject.report import generic
+from graft.inject.survey import survey
+from graft.io.entries import entries
+from graft.io.load import some
+from graft.io.save import base_tensors, config_of, parts_of
+
+NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part
+
+
+@dataclass
+class AuditReport:
+    """What an audit found. A list that is empty found nothing; `str` shows the others, each with its remedy.
+
+    Entries of the first three are adapters where they act, as "layers.0.q_proj ('default')"; of the others, parameters.
+    """
+
+    never_called: list[str] = field(default_factory=list)  # known if the audit ran the model itself
+    no_gradient: list[str] = field(default_factory=list)
+    zero_gradient: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    nothing_trains: list[str] = field(default_factory=list)  # active adapters of a model in which nothing trains
+    not_trained: list[str] = field(default_factory=list)  # of active adapters: would be saved, and are frozen
+    not_saved: list[str] = field(default_factory=list)
+    not_optimized: list[str] = field(default_factory=list)
+    after: str = ""  # which backward passes left the gradients; empty: there were none to look at
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not any(getattr(self, name) for name in SECTIONS)
+
+    def __str__(self) -> str:
+        when = f"After {self.after}" if self.after else "Before any backward pass, so without a look at gradients"
+        lines = [
+            f"{when}: " + ("nothing is wrong with the adapters." if self.ok else "not all adapters train as set up.")
+        ]
+        for name, (title, remedy) in SECTIONS.items():
+            found = getattr(self, name)
+            if found:
+                alike = Counter(generic(entry) for entry in found)
+                shown = [entry if n == 1 else f"{entry} × {n}" for entry, n in alike.items()]
+                lines.append(f"- {title} ({len(found)}): {some(shown)}. {remedy}")
+        return "\n".join(lines)
+
+
+SECTIONS = {  # {field: (what is wrong, what helps)}
+    "never_called": (
+        "the forward pass never called",
+        "The model uses these modules' weights past them, or not at all: leave them out with exclude_modules.",
+    ),
+    "no_gradient": (
+        "active, but no gradient came there",
+        "The forward pass did not call these modules, or what they return does not reach the loss: no_grad() or "
+        "detach() on the way, adapters disabled or merged, or gradient checkpointing of inputs without gradients "
+        "(call model.enable_input_require_grads()). Leave out with exclude_modules what the model does not call.",
+    ),
+    "zero_gradient": (
+        "active, but all gradients are zero",
+        "Their scaling is 0, all their factors are 0 (re-initialise the adapter), or the loss does not depend on them.",
+    ),
+    "not_finite": (
+        "gradients that are not finite",
+        "The loss or an activation overflows: look at inputs and loss, lower the learning rate, or train in bfloat16.",
+    ),
+    "nothing_trains": (
+        "a backward pass ran, and no parameter of the model requires gradients; active are",
+        "Load with is_trainable=True, or call set_adapter(name).",
+    ),
+    "not_trained": (
+        "would be saved, but are frozen",
+        "If they should train, call model.set_requires_grad(name), or load with is_trainable=True.",
+    ),
+    "not_saved": (
+        "train, but save_pretrained() writes no file with them",
+        "Name their modules in modules_to_save (or set bias), save them yourself, or freeze them.",
+    ),
+    "not_optimized": (
+        "train, but are not in the optimizer",
+        "Make the optimizer after the adapters were added and activated, or add_param_group() them.",
+    ),
+}
+
+
+class Part(NamedTuple):
+    """An active adapter on one of its carriers, and its parameters that require gradients."""
+
+    carrier: Any
+    adapter: str
+    parameters: list[nn.Parameter]
+
+    @property
+    def label(self) -> str:
+        why = "" if not self.carrier.disable_adapters else ", disabled"
+        why = ", merged" if self.adapter in self.carrier.merged_adapters else why
+        return f"{self.carrier.key or 'shared by layers'} ('{self.adapter}'{why})"
+
+
+def audit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[], Tensor] | None = None,
+) -> AuditReport:
+    """Report what of a model's active adapters does not train, is not saved, or is not optimized.
+
+    Call it between `backward()` and `zero_grad()`, or pass `loss`. Before any backward pass it says only what needs no
+    gradients. A model in training looks at itself once, and warns: see `model/watch.py`.
+
+    Args:
+        model: with adapters; a PeftModel, a module that carries adapters, or a wrapper (DDP, torch.compile) of one.
+        optimizer: which must hold all parameters that train.
+        loss: runs the model and returns its loss, such as `lambda: model(**batch).loss`. The audit runs it and a
+            backward pass, sees which modules are called, and puts back the gradients that were there.
+
+    Example:
+        >>> print(graft.audit(model, optimizer, loss=lambda: model(**batch).loss))
+    """
+    model = unwrapped(model)
+    registry = registry_of(model)
+    if registry is None:
+        tree = survey(model)
+        carriers: list[Any] = [*tree.layers.values(), *tree.wrappers.values()]
+        names = list(dict.fromkeys(name for carrier in carriers for name in carrier.adapters))
+    else:
+        carriers, names = list(registry.carriers()), list(registry.peft_config)
+    report = AuditReport()
+    if loss is None:
+        look(parts_of_active(carriers), report)
+        report.after = "a backward pass" if any(p.grad is not None for p in model.parameters()) else ""
+    else:
+        with tried(model, carriers, loss) as called:
+            look(parts_of_active(carriers), report, called)
+        report.after = "a backward pass of its own"
+    if not report.after:
+        report.no_gradient.clear()
+    report.not_trained = frozen(carriers)
+    held = {name: parts_of(model, name) for name in names}
+    report.not_saved = unsaved(
+        model, [(name, parts, base, config_of(model, name)) for name, (parts, _, base) in held.items()]
+    )
+    if optimizer is not None:
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    return report
+
+
+def unwrapped(model: Any) -> Any:
+    while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
+        model = model._modules.get("module", model._modules.get("_orig_mod"))
+    return model
+
+
+def parts_of_active(carriers: Iterable[Any]) -> list[Part]:
+    """Return the parts that should get gradients."""
+    found = []
+    for carrier in carriers:
+        active = carrier.active_adapters
+        if not active:
+            continue
+        have = carrier.adapters
+        for name in active:
+            if name in have:
+                parameters = [p for p in carrier.parameters_of(name) if p.requires_grad]
+                if parameters:
+                    found.append(Part(carrier, name, parameters))
+    return found
+
+
+def states(parts: Iterable[Part]) -> list[str]:
+    """Say what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
+    held = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
+    sizes = iter(largest([g for grads in held for g in grads]))
+    out = []
+    for grads in held:
+        most = [next(sizes) for _ in grads]
+        if not most:
+            out.append(NONE)
+        elif not math.isfinite(sum(most)):  # one after the other: max() would pass nan by
+            out.append(BROKEN)
+        else:
+            out.append(FINE if any(most) else ZERO)
+    return out
+
+
+def look(parts: list[Part], report: AuditReport, called: set[int] | None = None) -> None:
+    """Enter into a report what is wrong with the gradients of these parts.
+
+    called: ids of the modules that ran; None: not known.
+    """
+    for part, state in zip(parts, states(parts)):
+        if state == NONE and called is not None and part.carrier.replaces and id(part.carrier) not in called:
+            report.never_called.append(part.label)
+        elif state == NONE:
+            report.no_gradient.append(part.label)
+        elif state == ZERO:
+            report.zero_gradient.append(part.label)
+        elif state == BROKEN:
+            report.not_finite.append(part.label)
+
+
+@contextmanager
+def tried(model: nn.Module, carriers: Iterable[Any], loss: Callable[[], Tensor]) -> Iterator[set[int]]:
+    """Run forward and backward; yield ids of the carriers that ran, and put gradients back after the block."""
+    before = [(p, p.grad) for p in model.parameters()]
+    called: set[int] = set()
+
+    def note(module: nn.Module, _: Any) -> None:
+        called.add(id(module))
+
+    handles = [c.register_forward_pre_hook(note) for c in carriers if isinstance(c, nn.Module)]
+    try:
+        for p, _ in before:
+            p.grad = None
+        with torch.enable_grad():
+            loss().backward()
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in before:
+            p.grad = grad
+
+
+# what trains and what is saved
+
+
+def frozen(carriers: Iterable[Any]) -> list[str]:
+    """Name the parameters of active adapters that a file holds and that do not require gradients."""
+    return [
+        f"{carrier.key}.{slot.container} ('{name}')"
+        for carrier in carriers
+        for name in carrier.active_adapters
+        if name in carrier.adapters
+        for slot in carrier.slots(name)
+        if slot.trains and slot.saved and not slot.tensor.requires_grad
+    ]
+
+
+def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, Any]]) -> list[str]:
+    """Name the parameters of the model that require gradients and are in no adapter's file.
+
+    adapters: (name, carriers, base model, config) of each.
+    """
+    training = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved: set[int] = set()
+    for adapter, parts, base, config in adapters:
+        saved |= {id(entry.tensor) for entry in entries(parts, adapter, "")}
+        if parts.prompt is not None:  # the file holds the prompt that they compute
+            saved |= {id(p) for p in parts.prompt.parameters()}
+        own = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # saving will say it
+            saved |= {own[name] for name in base_tensors(base, parts, config, "auto") if name in own}
+    return [name for name, p in training.items() if id(p) not in saved]

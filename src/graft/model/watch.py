@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The audit that a model in training makes of itself, once: one warning for what does not train.
+
+It looks when a backward pass ends, at the gradients that this left. What is certain at once, it says at once: nothing
+on the layers got a gradient while something else did; gradients that are not finite in a model without float16; base
+parameters that train and are not saved; a model in which nothing trains at all. A single layer without gradients may
+belong to an expert that got no token, a head of another task, a layer that was dropped: such a layer it watches, and
+says so only when `PASSES` backward passes have left nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.call import tensors_in
+from graft.core.errors import PeftWarning, warn
+from graft.inject.saved import ModulesToSaveWrapper
+from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
+from graft.storage.parallel import is_sharded
+
+PASSES = 8  # backward passes after which a layer without gradients is no coincidence
+LOOKS = 64  # backward passes after which to give up where none of them left gradients
+KEPT_ELSEWHERE = ("ds_id", "_hp_mapping", "main_grad")  # attributes that DeepSpeed and Megatron give to parameters
+SHARDED = ("FSDP", "FullyShardedDataParallel")  # beginnings of class names
+
+
+class Watch:
+    """Waits for the first backward passes of a model and looks at the gradients. A plain object, without hooks on
+    modules or parameters: only the outputs of the calls that it follows tell it that a backward pass begins."""
+
+    def __init__(self, registry: Any) -> None:
+        self.registry = registry
+        self.passes = self.looks = 0
+        self.task: int | None = None  # the backward pass under way
+        self.half = False  # a call ran in float16, where gradients may overflow and a scaler skips the step
+        self.moving = False  # a call had inputs with gradients, for which a backward pass may have run
+        self.suspects: list[tuple[Any, str]] | None = None  # (carrier, adapter); None: no pass was looked at yet
+
+    def follow(self, output: Any, inputs: Iterable[Any]) -> None:
+        """Look once the backward pass of this call's output ends."""
+        first = True
+        for t in tensors_in(output):
+            if t.grad_fn is None:
+                continue
+            t.register_hook(self._begins)
+            if first:
+                first, kind = False, t.device.type
+                self.half |= in_float16(kind)
+                self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
+
+    def _begins(self, _grad: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._ends)  # type: ignore[attr-defined]
+
+    def _ends(self) -> None:
+        self.task = None
+        if self.registry.watch is not self:
+            return
+        self.looks += 1
+        report = self._first() if self.suspects is None else self._again()
+        if report is not None or self.looks >= LOOKS:
+            self.registry.watch = None
+        if report is not None and not report.ok:
+            warn(f"{report}\nThis is said once; graft.audit(model) says it again.", PeftWarning)
+
+    def _first(self) -> AuditReport | None:
+        """Return the report if the watch is over, else None."""
+        registry, model = self.registry, self.registry.model
+        parts = parts_of_active(registry.carriers())
+        if not parts:
+            return self._nothing_trains(model)
+        found = list(zip(parts, states(parts)))
+        mine = {id(p) for part in parts for p in part.parameters}
+        others = [p for p in parameters_in(model) if p.requires_grad and p.grad is not None and id(p) not in mine]
+        if not others and all([state in (NONE, ZERO) for _, state in found]):
+            return None  # the loss was flat, or something takes gradients away
+        report = AuditReport(after="the first backward pass", not_saved=self._unsaved(others))
+        if BROKEN in [state for _, state in found] and not self._in_half(model):
+            report.not_finite = [part.label for part, state in found if state == BROKEN]
+        suspects = [(part, state) for part, state in found if state == NONE or (state == ZERO and not has_rows(part))]
+        if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, parts):
+            return report
+        if all([state == NONE for part, state in found if not isinstance(part.carrier, ModulesToSaveWrapper)]):
+            report.no_gradient = [part.label for part, _ in suspects]
+            return report
+        self.passes, self.suspects = 1, [(part.carrier, part.adapter) for part, _ in suspects]
+        return None if suspects and report.ok else report
+
+    def _again(self) -> AuditReport | None:
+        parts = parts_of_active(self.registry.carriers())
+        suspected = {(id(carrier), adapter) for carrier, adapter in self.suspects or ()}
+        left = [part for part in parts if (id(part.carrier), part.adapter) in suspected]
+        rest = [part for part in parts if (id(part.carrier), part.adapter) not in suspected]
+        if not any(p.grad is not None for part in rest for p in part.parameters):
+            return None
+        self.passes += 1
+        found = [(part, state) for part, state in zip(left, states(left)) if state in (NONE, ZERO)]
+        self.suspects = [(part.carrier, part.adapter) for part, _ in found]
+        if found and self.passes < PASSES:
+            return None
+        return AuditReport(
+            after=f"{self.passes} backward passes",
+            no_gradient=[part.label for part, state in found if state == NONE],
+            zero_gradient=[part.label for part, state in found if state == ZERO],
+        )
+
+    def _nothing_trains(self, model: nn.Module) -> AuditReport | None:
+        """Report a pass for nothing: neither a parameter nor an input of the call was to get a gradient."""
+        if self.moving or not model.training or any(p.requires_grad for p in model.parameters()):
+            return None
+        active = self.registry.active_adapters
+        return AuditReport(after="the first backward pass", nothing_trains=[repr(name) for name in active])
+
+    def _unsaved(self, others: list[nn.Parameter]) -> list[str]:
+        """Name those of the base's parameters with gradients that no file would hold."""
+        if not others:
+            return []
+        registry = self.registry
+        adapters = [(n, registry.parts_of(n), registry.model, c) for n, c in registry.peft_config.items()]
+        got = {id(p) for p in others}
+        parameters = dict(registry.model.named_parameters())
+        return [name for name in unsaved(registry.model, adapters) if id(parameters[name]) in got]
+
+    def _in_half(self, model: nn.Module) -> bool:
+        return self.half or any([p.dtype == torch.float16 for p in model.parameters()])
+
+
+def parameters_in(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a model, some twice; quicker than `parameters()`, for which depth counts."""
+    left, seen = [model], set()
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            yield from [p for p in module._parameters.values() if p is not None]
+            left += [child for child in module._modules.values() if child is not None]
+
+
+def has_rows(part: Part) -> bool:
+    """Say whether a part may train rows of a table, of which a batch uses some."""
+    layer = part.carrier.adapter_layer
+    return part.carrier.takes_rows or (layer is not None and layer.op.takes_ids)
+
+
+def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
+    """Say whether something may have taken gradients away from parameters, or keeps them sharded: FSDP, DeepSpeed,
+    Megatron, an optimizer that steps within the backward pass."""
+    parameters = [p for part in parts for p in part.parameters]
+    return any(
+        not p.numel() or is_sharded(p) or p._post_accumulate_grad_hooks or any(hasattr(p, a) for a in KEPT_ELSEWHERE)
+        for p in parameters
+    ) or any(type(m).__name__.startswith(SHARDED) for m in model.modules())
+
+
+def in_float16(kind: str) -> bool:
+    """Say whether autocast computes in float16 on a type of device."""
+    return (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and torch.get_autocast_dtype(kind) == torch.float16
+    )

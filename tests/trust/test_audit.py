@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does not train is said, once, and nothing else is."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import graft
+from graft.model.watch import PASSES
+from tests import models
+from tests.conformance.samples import LAYERS, SAMPLES, STORES, Cell
+from tests.looks import registry_of
+from tests.models import seeded
+from tests.prompts import samples as prompts
+
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+class Net(nn.Module):
+    """Two ways through it: `spare` runs only if asked for, `lost` runs and nothing comes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.spare, self.lost, self.emb = nn.Linear(6, 6), nn.Linear(6, 6), nn.Embedding(9, 6)
+
+    def forward(self, x, spare=False):
+        self.lost(x)
+        y = self.inner(x).tanh()
+        return self.head(self.spare(y) if spare else y)
+
+
+def lora(*targets, **options):
+    return graft.LoraConfig(**{"r": 2, "target_modules": list(targets or ["inner"]), **options})
+
+
+def adapted(*targets, **options):
+    with seeded(0):
+        return graft.get_peft_model(Net(), lora(*targets, **options))
+
+
+def said(*calls):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls:
+            call()
+    return [str(w.message) for w in caught if "graft.audit(model)" in str(w.message)]
+
+
+def step(model, **kwargs):
+    return lambda: model(X, **kwargs).square().mean().backward()
+
+
+# by itself
+
+
+def test_a_model_that_trains_as_set_up_hears_nothing():
+    model = adapted("inner", "head")
+    assert said(*[step(model)] * 3) == []
+    assert registry_of(model).watch is None  # and is not looked at any longer
+
+
+def test_a_layer_that_no_gradient_reaches_is_said_after_some_passes():
+    model = adapted("inner", "lost", "spare")
+    assert said(*[step(model)] * (PASSES - 1)) == []
+    (text,) = said(*[step(model)] * 20)
+    assert f"After {PASSES} backward passes" in text and "no gradient came there (2)" in text
+    assert (
+        "lost ('default')" in text and "spare ('default')" in text and "inner" not in text and "exclude_modules" in text
+    )
+
+
+def test_a_layer_that_comes_late_is_no_finding():
+    """An expert that got no token, a head of another task, a layer that was dropped."""
+    model = adapted("inner", "spare")
+    calls = [step(model)] * (PASSES - 1) + [step(model, spare=True)] + [step(model)] * PASSES
+    assert said(*calls) == []
+
+
+def test_a_new_adapter_is_looked_at_as_well():
+    model = adapted("inner")
+    assert said(step(model)) == []
+    model.add_adapter("b", lora("inner", "lost"))
+    model.set_adapter("b")
+    assert "lost ('b')" in said(*[step(model)] * PASSES)[0]
+
+
+def test_no_gradient_on_any_layer_is_said_at_once():
+    model = adapted("inner", modules_to_save=["head"])
+    inner = model.base_model.model.inner
+    inner.register_forward_hook(lambda module, args, y: y.detach())
+    with pytest.warns(
+        graft.PeftWarning, match=r"first backward pass[\s\S]*no gradient came there \(1\): \[inner"
+    ) as caught:
+        step(model)()
+    assert caught[0].filename == __file__
+    assert said(step(model)) == []
+
+
+def test_training_while_merged_or_disabled_is_said_at_once():
+    for change, word in (("merge_adapter", "merged"), ("disable_adapter_layers", "disabled")):
+        model = adapted("inner")
+        getattr(model.base_model, change)()
+        model.base_model.model.head.weight.requires_grad_(True)
+        assert f"inner ('default', {word})" in said(step(model))[0]
+
+
+def test_zeros_are_said_after_some_passes():
+    model = adapted("inner", "head")
+    for p in model.base_model.model.inner.parameters_of("default"):
+        p.data.zero_()  # of two factors that are zero neither gets a gradient
+    (text,) = said(*[step(model)] * PASSES)
+    assert "all gradients are zero (1): [inner ('default')]" in text
+
+
+def test_gradients_that_are_not_finite_are_said_at_once():
+    model = adapted("inner", "head")
+    (text,) = said(lambda: (model(X) * float("inf")).sum().backward())
+    assert "not finite (2)" in text and "head ('default')" in text
+
+
+def test_an_overflow_in_float16_is_a_scalers_business():
+    model = adapted("inner")
+    with torch.autocast("cpu", torch.float16):
+        assert said(lambda: (model(X).float() * float("inf")).sum().backward()) == []
+
+
+def test_base_parameters_that_train_and_are_not_saved():
+    model = adapted("inner", bias="lora_only")
+    model.base_model.model.head.weight.requires_grad_(True)
+    (text,) = said(step(model))
+    assert "train, but save_pretrained() writes no file with them (1): [head.weight]" in text
+
+
+def test_nothing_trains_at_all(tmp_path):
+    """Gradient checkpointing makes the embeddings' output require gradients, so that backward() passes in silence."""
+
+    class WithTokens(Net):
+        def forward(self, ids):
+            return super().forward(self.emb(ids))
+
+    def loaded():
+        model = graft.PeftModel.from_pretrained(WithTokens(), tmp_path)
+        model.get_base_model().emb.register_forward_hook(lambda module, args, y: y.requires_grad_(True))
+        return model.train()
+
+    adapted("inner").save_pretrained(tmp_path)
+    ids = torch.arange(4)
+    model = loaded()
+    (text,) = said(lambda: model(ids).sum().backward())
+    assert "no parameter of the model requires gradients" in text and "is_trainable=True" in text
+    model = loaded().eval()
+    assert said(lambda: model(ids).sum().backward()) == []
+
+
+def test_a_frozen_model_behind_one_that_trains_is_in_order(tmp_path):
+    adapted("inner").save_pretrained(tmp_path)
+    model, front = graft.PeftModel.from_pretrained(Net(), tmp_path).train(), nn.Linear(6, 6)
+    assert said(lambda: model(front(X)).sum().backward()) == []
+
+
+def test_a_flat_loss_or_gradients_taken_elsewhere_say_nothing():
+    model = adapted("inner", "head")
+    assert said(*[lambda: (model(X) * 0).sum().backward()] * 99) == []
+    model = adapted("inner", "lost")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    assert said(*[step(model)] * 99) == [] and registry_of(model).watch is None
+    model = adapted("inner")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert said(lambda: torch.autograd.grad(model(X).sum(), trained)) == []
+
+
+def test_rows_of_a_table_that_a_batch_lacks():
+    model = graft.get_peft_model(models.make("llama"), lora("q_proj", trainable_token_indices={"embed_tokens": [5, 8]}))
+    ids = torch.tensor([[1, 2, 3]])
+    assert said(*[lambda: model(input_ids=ids).logits.square().mean().backward()] * (PASSES + 1)) == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    with seeded(0):
+        model = graft.get_peft_model(Checkpointed(), lora("inner", "head"))
+    x = X.clone().requires_grad_(True)
+    assert said(lambda: model(x).sum().backward(), lambda: model(x).sum().backward()) == []
+    assert registry_of(model).watch is None
+
+
+def test_copies_and_files_of_a_model_under_watch():
+    model = adapted("inner", "lost")
+    step(model)()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert registry_of(again).watch.registry is registry_of(again)
+        assert len(said(*[step(again)] * PASSES)) == 1
+
+
+def test_a_compiled_model_is_left_alone():
+    model = adapted("inner")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert said(step(compiled), step(compiled)) == []
+
+
+SITES = {"LN_TUNING": "norm", "TRAINABLE_TOKENS": "embedding"}
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_no_method_gives_a_false_alarm(sample):
+    layer = next(layer for layer in LAYERS if layer.name == SITES.get(sample.method, "linear"))
+    cell = Cell(sample, layer, STORES[0])
+    for model in (cell.fresh(), cell.trained(), cell.fresh(("default", "other"))):
+        assert said(*[lambda model=model: model(cell.inputs()).square().mean().backward()] * (PASSES + 1)) == []
+        assert registry_of(model).watch is None and graft.audit(model).ok
+
+
+@pytest.mark.parametrize("sample", prompts.SAMPLES, ids=str)
+def test_no_prompt_gives_a_false_alarm(sample):
+    model, inputs = prompts.adapt(graft, sample), prompts.batch(sample)
+    assert said(*[lambda: model(**inputs).loss.backward()] * (PASSES + 1)) == []
+    assert registry_of(model).watch is None and graft.audit(model).ok
+
+
+# on request
+
+
+def test_a_report_of_all_that_an_audit_can_see():
+    model = adapted("inner", "lost", "spare", modules_to_save=["head"])
+    base = model.base_model.model
+    base.emb.weight.requires_grad_(True)
+    base.inner.lora_A["default"].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if p.requires_grad and "head" not in n], lr=0.1)
+    before = graft.audit(model, optimizer)
+    assert not before.no_gradient and str(before).startswith("Before any backward pass")
+    report = graft.audit(model, optimizer, loss=lambda: model(X).square().mean())
+    assert report.never_called == ["spare ('default')"] and report.no_gradient == ["lost ('default')"]
+    assert report.not_trained == before.not_trained == ["inner.lora_A ('default')"]
+    assert report.not_saved == before.not_saved == ["base_model.model.emb.weight"]
+    assert report.not_optimized == [f"base_model.model.head.modules_to_save.default.{n}" for n in ("weight", "bias")]
+    assert not report.ok and all(p.grad is None for p in model.parameters())
+    text = str(report)
+    for word in ("spare ('default')", "emb.weight", "add_param_group", "modules_to_save", "set_requires_grad"):
+        assert word in text
+
+
+def test_a_report_on_a_model_without_a_wrapper_and_on_wrapped_ones():
+    model = graft.inject_adapter_in_model(lora("inner", "lost"), Net())
+    step(model)()
+    assert graft.audit(model).no_gradient == ["lost ('default')"]
+    model = adapted("inner", "lost")
+    step(model)()
+    assert graft.audit(nn.DataParallel(model)).no_gradient == ["lost ('default')"]
+    assert graft.audit(torch.compile(model)).no_gradient == ["lost ('default')"]
+
+
+def test_long_lists_are_shortened():
+    blocks = nn.Sequential(*[nn.Sequential(nn.Tanh(), nn.Linear(6, 6)) for _ in range(30)])
+    model = graft.get_peft_model(blocks, lora(*[f"{i}.1" for i in range(30)]))
+    model(X).sum().backward()
+    for p in model.parameters():
+        p.grad = None
+    next(p for p in model.parameters() if p.requires_grad).grad = torch.ones(2, 6)
+    text = str(graft.audit(model))
+    assert "no gradient came there (29)" in text and "*.1 ('default') × 29" in text and len(text) < 900
+
+
+def test_all_is_well():
+    model = adapted("inner", "head", bias="all", modules_to_save=["emb"])
+    step(model)()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    report = graft.audit(model, optimizer)
+    report.no_gradient = [entry for entry in report.no_gradient if not entry.startswith("emb")]  # not in this batch
+    assert report.ok and str(report) == "After a backward pass: nothing is wrong with the adapters."

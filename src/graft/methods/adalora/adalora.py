@@ -14,8 +14,9 @@ from graft.config.targets import ADALORA
 from graft.core.containers import Transient
 from graft.core.effect import Factors
 from graft.core.method import Method, Tensors
-from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate, warn_if_forgotten
+from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate
 from graft.methods.adalora.config import AdaLoraConfig
+from graft.methods.adalora.forgotten import warn_if_forgotten
 
 TENSORS = ("lora_A", "lora_B", "lora_E")
 
@@ -100,12 +101,14 @@ class AdaLoRA(Method):
     @classmethod
     @contextmanager
     def around(cls, tuner: Any, call: Any) -> Iterator[Callable[[Any], Any]]:
-        """Add the orthogonal regularisation to the loss of a training step."""
+        """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
 
         def with_loss(output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return output
+            warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
-            if isinstance(loss, Tensor) and tuner.training and torch.is_grad_enabled():
-                warn_if_forgotten(tuner)
+            if isinstance(loss, Tensor) and tuner.training:
                 output.loss = loss + orthogonal_loss(tuner)
             return output
 

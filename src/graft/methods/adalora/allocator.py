@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.errors import PeftWarning, warn
 from graft.kernels.orthogonal import gram_distance
+from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.importance import Importance
 
 
@@ -53,9 +53,10 @@ class Allocator:
 
 
 def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
-    """The adapter that trains, and its methods by layer."""
+    """The AdaLoRA adapter that trains, and its methods by layer."""
     for name in tuner.active_adapters:
-        if not tuner.peft_config[name].inference_mode:
+        config = tuner.peft_config[name]
+        if isinstance(config, AdaLoraConfig) and not config.inference_mode:
             return name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
     return None
 
@@ -120,21 +121,3 @@ def orthogonal_loss(tuner: Any) -> Tensor | float:
     if found is None or weight <= 0:
         return 0.0
     return weight * torch.stack([gram_distance(P) for m in found[1].values() for P in (m.lora_A, m.lora_B.T)]).mean()
-
-
-def warn_if_forgotten(tuner: Any) -> None:
-    """Say so if an optimizer step has changed the adapter and nobody has allocated."""
-    found = trainable(tuner)
-    if found is None or not found[1]:
-        return
-    state = allocator_of(tuner, found[0])
-    version = next(iter(found[1].values())).lora_A._version
-    state.version = version if state.version is None else state.version
-    if version != state.version and not (state.called or state.warned):
-        state.warned = True
-        warn(
-            f"AdaLoRA adapter '{found[0]}' took an optimizer step without update_and_allocate(): its ranks will never "
-            "adapt. Call model.base_model.update_and_allocate(step) after each step, or use "
-            "graft.train.adalora_callback (Trainer) or graft.train.allocate_on_step (any optimizer).",
-            PeftWarning,
-        )

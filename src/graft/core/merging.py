@@ -149,9 +149,14 @@ def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
     Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
     method may make something finite of it, as VB-LoRA does of its logits.
     """
-    found = [(layer, t) for layer in layers for _, _, t in _tensors(layer, names)]
-    worst = largest([t for _, t in found])
-    for layer in dict.fromkeys(layer for (layer, _), x in zip(found, worst) if not math.isfinite(x)):
+    held, tensors = [], []
+    for layer in layers:
+        for name in names:
+            if name in layer.methods:
+                slots = layer.slots(name)
+                tensors += [slot.tensor for slot in slots]
+                held += [layer] * len(slots)
+    for layer in dict.fromkeys(layer for layer, x in zip(held, largest(tensors)) if not math.isfinite(x)):
         check(layer, names, safe=True, undoable=False)
 
 

@@ -95,7 +95,8 @@ def share(job: Any) -> None:
 
 
 def add_layers(job: Any) -> None:
-    shared, loads = job.shared.attached(), job.on_meta or job.values is not None
+    shared, loads, adapter = job.shared.attached(), job.on_meta or job.values is not None, job.adapter
+    nothing = []
     for key, site in job.sites.items():
         layer = job.tree.layers.get(key) or AdapterLayer(site, job.call)
         job.layers[key] = layer
@@ -103,14 +104,11 @@ def add_layers(job: Any) -> None:
         nowhere = (loads or site.on_meta) and not method.inits_from_weight()
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
         job.report.matched.append(Matched(key, site.type_name, size))
-    say_scaled_to_nothing(job)
-
-
-def say_scaled_to_nothing(job: Any) -> None:
-    nothing = [key for key, layer in job.layers.items() if layer.scaling_at_start.get(job.adapter) == 0]
+        if layer.scaling_at_start.get(adapter) == 0:
+            nothing.append(key)
     if nothing:
         warn(
-            f"Adapter '{job.adapter}' has a scaling of 0 on {len(nothing)} of {len(job.layers)} layers, such as "
+            f"Adapter '{adapter}' has a scaling of 0 on {len(nothing)} of {len(job.layers)} layers, such as "
             f"'{nothing[0]}': it does nothing there and cannot train. Give it an alpha or alpha_pattern other than 0.",
             PeftWarning,
         )

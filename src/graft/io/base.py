@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
-from graft.io.save import registry_of
+from graft.inject.parts import registry_of
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint of a base model, in a few bytes: shapes of the adapted weights, and a few of their values."""
+"""The fingerprint of a base model, in a few bytes: shapes of weights, and a few of their values.
+
+The weights are those that the adapter acts on; for a prompt, those of the model's blocks. A base that was changed in
+other weights, or between the values that are sampled, is out of reach: `io/digests.py` sees every bit of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,18 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from graft.config.reading import parsed
+from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
-from graft.core.layer import AdapterLayer
+from graft.core.ops import find_op
+from graft.core.site import Site
+from graft.inject.parts import Parts
+from graft.inject.survey import survey
+from graft.storage import find_store
 from graft.storage.parallel import is_sharded, is_whole
 
 KEY = "graft_base"  # key in the safetensors metadata
@@ -20,15 +31,48 @@ SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
-def fingerprint(layers: dict[str, AdapterLayer], with_values: bool = True) -> dict:
-    """Return names and shapes of the adapted weights and, where they are the base's own, a few of their values."""
-    shapes = {key: list(layer.site.shape) for key, layer in layers.items()}
+class Weight(NamedTuple):
+    """A weight of the base model."""
+
+    site: Site
+    module: nn.Module
+    merged: bool = False  # it does an adapter's work as well
+
+
+def weights_of(parts: Parts, base: nn.Module) -> dict[str, Weight]:
+    """Return the weights by which an adapter knows its base: those it acts on; those of all blocks for a prompt."""
+    if parts.prompt is not None:
+        return blocks(base)
+    return {
+        key: Weight(layer.site, layer.get_base_layer(), bool(layer.merged_adapters))
+        for key, layer in parts.layers.items()
+    }
+
+
+def blocks(base: nn.Module) -> dict[str, Weight]:
+    """Return the weights of a model's numbered blocks, by path below the model without its head.
+
+    Heads and vocabularies, which may be others for another task, are not among them.
+    """
+    body = f"{getattr(base, 'base_model_prefix', None) or ''}."
+    found = {}
+    for key, module in survey(base).modules.items():
+        if carrier_of(module) is None and any([part.isdigit() for part in key.split(".")]):
+            op = find_op(module)
+            if op.known and not op.takes_ids:
+                found[key.removeprefix(body)] = Weight(Site(key, module, op, find_store(module)), module)
+    return found
+
+
+def fingerprint(weights: dict[str, Weight], with_values: bool = True) -> dict:
+    """Return names and shapes of weights and, where they are the base's own, a few of their values."""
+    shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
     made: dict = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
     if len(shapes) <= MAX_NAMED:
         made["weights"] = shapes
-    if with_values and layers:
-        chosen = sorted(layers)[:: max(1, len(layers) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
-        made["sample"] = {key: values for key in chosen if (values := sample(layers[key])) is not None}
+    if with_values and weights:
+        chosen = sorted(weights)[:: max(1, len(weights) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+        made["sample"] = {key: values for key in chosen if (values := sample(weights[key])) is not None}
     return made
 
 
@@ -50,6 +94,7 @@ NOTE: dict[str, Callable[[Any], bool]] = {
     "shapes": lambda value: type(value) is str,
     "weights": lists_of(int),
     "sample": lists_of(int, float),
+    "full": lambda value: isinstance(value, dict) and {type(digest) for digest in value.values()} <= {str},
 }
 
 
@@ -73,15 +118,15 @@ def read_note(text: str | None, path: str) -> dict | None:
     return note
 
 
-def sample(layer: AdapterLayer) -> list[float] | None:
+def sample(weight: Weight) -> list[float] | None:
     """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded.
 
     To read a sharded weight takes all processes, and one of them may be alone here.
     """
-    base, name = layer.get_base_layer(), layer.site.parameter
-    if not layer.store.exact or layer.merged_adapters or not layer.site.op.known or layer.store.unread(base, name):
+    site, base, name = weight.site, weight.module, weight.site.parameter
+    if not site.store.exact or weight.merged or not site.op.known or site.store.unread(base, name):
         return None
-    W = layer.store.read(base, name).detach()
+    W = site.store.read(base, name).detach()
     if W.is_meta or is_sharded(W) or not is_whole(W):
         return None
     flat = W.reshape(-1)
@@ -100,6 +145,24 @@ def same_values(stored: dict, now: dict) -> bool:
 
 def digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+
+
+def in_common(stored: dict, now: dict) -> tuple[dict, dict] | None:
+    """Return two fingerprints of a model's blocks with the weights that both have; None if one has no names.
+
+    One may lack weights that are there: in modules of a type of which only the other can read the shape.
+    """
+    old, new = stored.get("weights"), now.get("weights")
+    if not old or not new:
+        return None
+    shared = old.keys() & new.keys()
+    if not shared:  # another model
+        return stored, now
+    both = []
+    for made in (stored, now):
+        weights = {key: made["weights"][key] for key in sorted(shared)}
+        both.append({**made, "weights": weights, "shapes": digest(json.dumps(weights, sort_keys=True))})
+    return both[0], both[1]
 
 
 def difference(stored: dict, now: dict) -> str | None:

@@ -16,9 +16,10 @@ from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarni
 from graft.inject.build import put
 from graft.inject.parts import Parts, registry_of
 from graft.io.check import check_room, check_tensors
+from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.files import Loaded
-from graft.io.fingerprint import difference, fingerprint, same_values
+from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of
 from graft.io.save import changes_base, config_of, parts_of
 from graft.storage import standalone
 from graft.storage.parallel import spread_as
@@ -223,8 +224,14 @@ class Values:
     def check_base(self, parts: Parts) -> None:
         if not self.fingerprint:
             return
-        now = fingerprint(parts.layers, with_values=not changes_base(parts, self.adapter))
-        differs = difference(self.fingerprint, now)
+        stored = self.fingerprint
+        now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
+        if parts.prompt is not None:
+            both = in_common(stored, now)
+            if both is None:
+                return
+            stored, now = both
+        differs = difference(stored, now)
         if differs:
             text = (
                 f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. Load the base "
@@ -233,10 +240,14 @@ class Values:
             if self.strict:
                 raise BaseModelMismatchError(text)
             warn(text, PeftWarning)
-        elif not same_values(self.fingerprint, now):
+            return
+        full = stored.get("full") or {}
+        others = changed(full, digests(self.model, names=full)) if full else []
+        if others or not same_values(stored, now):
+            which = f" ({len(others)} of {len(full)} tensors differ: {some(others)})" if others else ""
             warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "
-                "with other weights: expect other outputs than in training.",
+                f"with other weights{which}: expect other outputs than in training.",
                 PeftWarning,
             )
 

@@ -18,8 +18,10 @@ from graft.core.method import Method
 from graft.inject.match import Names
 from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
+from graft.io.base import original
+from graft.io.digests import digests
 from graft.io.entries import Entry, entries, without_wrappers
-from graft.io.fingerprint import fingerprint
+from graft.io.fingerprint import fingerprint, weights_of
 from graft.io.whole import check_entries, check_value
 
 
@@ -186,9 +188,16 @@ def resized_vocabulary(base: nn.Module, config: Any) -> bool:
     return True
 
 
-def base_fingerprint(model: nn.Module, adapter: str) -> dict:
-    parts, _, _ = parts_of(model, adapter)
-    return fingerprint(parts.layers, with_values=not changes_base(parts, adapter))
+def base_fingerprint(model: nn.Module, adapter: str, full: bool = False) -> dict:
+    """Return the fingerprint of an adapter's base. full: with digests of all tensors that the adapter leaves alone."""
+    parts, _, base = parts_of(model, adapter)
+    changes = changes_base(parts, adapter)
+    made = fingerprint(weights_of(parts, base), with_values=not changes)
+    if full:
+        own = set(base_tensors(base, parts, config_of(model, adapter), False))
+        own |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()
+        made["full"] = digests(base, without={original(name) for name in own})
+    return made
 
 
 def changes_base(parts: Parts, adapter: str) -> bool:

@@ -395,6 +395,7 @@ class PeftModel(nn.Module):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
+        fingerprint: str = "sampled",
         **kwargs: Any,
     ) -> None:
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
@@ -409,12 +410,19 @@ class PeftModel(nn.Module):
             is_main_process: only this process writes.
             path_initial_model_for_weight_conversion: folder of the adapter as it was before training, to save a
                 PiSSA or OLoRA adapter as plain LoRA for the unchanged base.
+            fingerprint: of the base model, in a safetensors file, by which a load notices another base. "sampled" holds
+                shapes and 64 values of the adapted weights, and so cannot see a change elsewhere; "full" a digest of
+                each tensor of the base, which saving and every load then read in full.
 
         Raises:
             ValueError: the path is a file, or a selected adapter is not loaded.
             CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
+        if fingerprint not in ("sampled", "full"):
+            raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
+        if fingerprint == "full" and not safe_serialization:
+            raise ValueError('fingerprint="full" needs safe_serialization=True: a torch file has no place for it.')
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else several(selected_adapters, "selected_adapters")
@@ -442,7 +450,7 @@ class PeftModel(nn.Module):
             config.inference_mode = True
             folder = folder_of(name, save_directory)
             files.check(folder, tensors)
-            made[folder] = tensors, config, save.base_fingerprint(self, name)
+            made[folder] = tensors, config, save.base_fingerprint(self, name, full=fingerprint == "full")
         for folder, (tensors, config, base) in made.items():
             files.save_adapter(folder, tensors, config, safe_serialization, base)
         try:

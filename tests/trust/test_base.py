@@ -97,6 +97,8 @@ def test_a_full_fingerprint_leaves_out_what_the_adapter_changes(options, tmp_pat
     model = graft.get_peft_model(models.make("opt"), lora(**options))
     for p in model.parameters():
         p.data += p.requires_grad * 0.1
+    model.save_pretrained(tmp_path, fingerprint="full")
+    assert said(lambda: graft.PeftModel.from_pretrained(models.make("opt"), tmp_path)) == []
     model.base_model.merge_adapter()
     model.save_pretrained(tmp_path, fingerprint="full")
     assert note(tmp_path)["full"]

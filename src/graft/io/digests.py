@@ -9,30 +9,27 @@ from collections.abc import Container, Mapping
 import torch
 from torch import Tensor, nn
 
-from graft.core.merging import unmerged
 from graft.inject.survey import survey
 from graft.io.base import get_base_model_state_dict
 from graft.storage.parallel import is_sharded
 
 
 def digests(base: nn.Module, names: Container[str] | None = None, without: Container[str] = ()) -> dict[str, str]:
-    """Return "dtype:digest" of each tensor of the base model, as it is without adapters, by its original name.
+    """Return "dtype:digest" of each tensor of the base model by its original name.
 
-    Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded or on the meta device.
+    Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded or on the meta device,
+    and layers that something is merged into.
 
     Args:
         names: those to look at; all if None.
         without: those to leave out.
     """
-    tensors = get_base_model_state_dict(base)
-    for key, layer in survey(base).layers.items():
-        if layer.merged_adapters:
-            W, b = unmerged(layer)
-            tensors |= {f"{key}.{layer.site.parameter}": W} | ({} if b is None else {f"{key}.bias": b})
+    merged = {key for key, layer in survey(base).layers.items() if layer.merged_adapters}
     return {
         name: digest(t)
-        for name, t in tensors.items()
+        for name, t in get_base_model_state_dict(base).items()
         if (names is None or name in names) and name not in without and not (t.is_meta or is_sharded(t))
+        if name.rpartition(".")[0] not in merged
     }
 
 

@@ -412,7 +412,8 @@ class PeftModel(nn.Module):
                 PiSSA or OLoRA adapter as plain LoRA for the unchanged base.
             fingerprint: of the base model, in a safetensors file, by which a load notices another base. "sampled" holds
                 shapes and 64 values of the adapted weights, and so cannot see a change elsewhere; "full" a digest of
-                each tensor of the base, which saving and every load then read in full.
+                each tensor of the base, which saving and every load then read in full. Save it before merging: what
+                unmerging in float32 gives back has other last bits.
 
         Raises:
             ValueError: the path is a file, or a selected adapter is not loaded.

@@ -181,7 +181,8 @@ def is_told(e: BaseException) -> bool:
         return True
     raised_in = traceback.extract_tb(e.__traceback__)[-1]
     own = f"{os.sep}graft{os.sep}" in raised_in.filename and (raised_in.line or "").startswith("raise")
-    return (isinstance(e, SAYS) and own) or (isinstance(e, OSError) and "base model" not in str(e) and bool(str(e)))
+    base_model = f"{os.sep}transformers{os.sep}" in raised_in.filename and isinstance(e, ValueError)  # of AutoPeftModel
+    return (isinstance(e, SAYS) and own) or base_model or (isinstance(e, OSError) and bool(str(e)))
 
 
 def shown(e: BaseException) -> str:

@@ -21,13 +21,26 @@ from tests.samples import SAMPLES, Sample, first
 CONFIG, TENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Folder = dict[str, bytes]
 _OTHERS = {  # (method, name, model) beside the plain ones
-    ("LORA", "head", "mlp"), ("LORA", "bias_all", "mlp"), ("LORA", "bias_lora_only", "mlp"), ("LORA", "dora", "mlp"),
-    ("LORA", "kasa", "mlp"), ("LORA", "dora_pissa", "mlp"), ("LORA", "patterns", "llama"), ("LORA", "regex", "llama"),
-    ("LORA", "classify", "bert-seq"), ("LORA", "lora_bias", "mlp"), ("LORA", "plain", "embedding"),
-    ("LORA", "plain", "conv2d"), ("VERA", "unsaved", "mlp"), ("VBLORA", "topk_saved", "mlp"),
-    ("OFT", "coft", "mlp"), ("MISS", "bat", "mlp"), ("TRAINABLE_TOKENS", "rows", "embedding"),
-    ("LORA", "lm_head", "llama"), ("LORA", "layers", "mlp"),
-}  # fmt: skip
+    ("LORA", "head", "mlp"),
+    ("LORA", "bias_all", "mlp"),
+    ("LORA", "bias_lora_only", "mlp"),
+    ("LORA", "dora", "mlp"),
+    ("LORA", "kasa", "mlp"),
+    ("LORA", "dora_pissa", "mlp"),
+    ("LORA", "patterns", "llama"),
+    ("LORA", "regex", "llama"),
+    ("LORA", "classify", "bert-seq"),
+    ("LORA", "lora_bias", "mlp"),
+    ("LORA", "plain", "embedding"),
+    ("LORA", "plain", "conv2d"),
+    ("VERA", "unsaved", "mlp"),
+    ("VBLORA", "topk_saved", "mlp"),
+    ("OFT", "coft", "mlp"),
+    ("MISS", "bat", "mlp"),
+    ("TRAINABLE_TOKENS", "rows", "embedding"),
+    ("LORA", "lm_head", "llama"),
+    ("LORA", "layers", "mlp"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: test test-all mutations check bench demo demo-lm clean
+.PHONY: test test-all mutations fuzz check bench demo demo-lm clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ test-all: $(VENV)/.test
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -W ignore -m tests.trust.fuzz --n 10000 $(FUZZ)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -123,15 +123,14 @@ class VBLoRA(Method):
         return out
 
 
+def is_index(t: Tensor) -> bool:
+    return not t.is_floating_point() and t.dtype is not torch.bool
+
+
 def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, where: str) -> None:
     """Raise CheckpointError unless these are indices and weights of the largest logits, all but the last."""
     rows, n = shape[:-1], shape[-1]
-    if (
-        index.shape != (*rows, topk)
-        or first.shape != (*rows, topk - 1)
-        or index.is_floating_point()
-        or index.dtype is torch.bool
-    ):
+    if index.shape != (*rows, topk) or first.shape != (*rows, topk - 1) or not is_index(index):
         why = f"shapes {tuple(index.shape)} and {tuple(first.shape)}"
     elif int(index.min()) < 0 or int(index.max()) >= n:
         why = f"an index outside the bank of {n} vectors"

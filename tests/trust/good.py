@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 import graft
 from tests import models
 from tests.prompts import samples as prompts
-from tests.samples import SAMPLES, Sample, first
+from tests.samples import SAMPLES, Sample
 
 CONFIG, TENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Folder = dict[str, bytes]
@@ -60,6 +59,9 @@ class Seed:
 def samples() -> list[tuple[Sample, bool]]:
     found = [s for s in SAMPLES if s.name == "plain" and s.model == "mlp"]
     found += [s for s in SAMPLES if (s.method, s.name, s.model) in _OTHERS and s not in found]
+    found += [
+        Sample("ADALORA", "plain", "mlp", dict(target_modules=["lin0", "fc1"], init_r=4, target_r=2, total_step=9))
+    ]
     found += [Sample("ADAPTION_PROMPT", "plain", "llama", dict(adapter_len=3, adapter_layers=2))]
     rows = [prompts.first(method) for method in prompts.METHODS]
     return [(s, False) for s in found] + [(s, True) for s in rows]
@@ -96,8 +98,4 @@ def seeds() -> tuple[Seed, ...]:
                 model.save_pretrained(folder, safe_serialization=safe)
                 files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "README.md"}
                 out.append(Seed(f"{sample}{'' if safe else '-bin'}", sample.method, sample.model, is_prompt, files))
-    return tuple(out)
-
-
-def lora(**config: Any) -> Any:
-    return first("LORA").config(graft, **config)
+    return tuple(sorted(out, key=lambda seed: seed.name))

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, errors
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -267,6 +268,38 @@ def test_a_torch_file_that_unpacks_to_more_than_it_has_is_refused(saved):
         for info in old.infolist():
             new.writestr(info.filename, old.read(info))
     with pytest.raises(graft.CheckpointError, match="more than it has"):
+        load(saved)
+
+
+TOPK = {
+    "twice": (lambda index, weight: (torch.zeros_like(index), weight), "one index twice"),
+    "outside": (lambda index, weight: (index + 100, weight), "outside the bank"),
+    "bool": (lambda index, weight: (index.bool(), weight), "shapes"),
+    "shape": (lambda index, weight: (index[..., :1], weight), "shapes"),
+    "sum": (lambda index, weight: (index, weight + 2), "sum up to more"),
+    "negative": (lambda index, weight: (index, -weight - 1), "negative"),
+}
+
+
+@pytest.mark.parametrize("case", TOPK)
+def test_indices_of_a_bank_are_checked(tmp_path, case):
+    change, words = TOPK[case]
+    made = dict(num_vectors=8, vector_length=4, topk=2, save_only_topk_weights=True)
+    model = layered(tmp_path, graft.VBLoRAConfig, made=made)
+    tensors = tensors_of(tmp_path)
+    index = next(name for name in tensors if name.endswith("_topk_indices"))
+    weight = index.replace("indices", "weights")
+    tensors[index], tensors[weight] = change(tensors[index], tensors[weight])
+    write(tmp_path, tensors)
+    with pytest.raises(graft.CheckpointError, match=words):
+        load(tmp_path, base=model)
+
+
+def test_a_note_that_contradicts_itself(saved):
+    with safe_open(saved / TENSORS, "pt") as f:
+        note = json.loads(f.metadata()[KEY])
+    write(saved, tensors_of(saved), {KEY: json.dumps(note | {"shapes": "0" * 16})})
+    with pytest.raises(graft.BaseModelMismatchError, match="contradicts itself"):
         load(saved)
 
 

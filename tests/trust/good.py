@@ -59,9 +59,8 @@ class Seed:
 def samples() -> list[tuple[Sample, bool]]:
     found = [s for s in SAMPLES if s.name == "plain" and s.model == "mlp"]
     found += [s for s in SAMPLES if (s.method, s.name, s.model) in _OTHERS and s not in found]
-    found += [
-        Sample("ADALORA", "plain", "mlp", dict(target_modules=["lin0", "fc1"], init_r=4, target_r=2, total_step=9))
-    ]
+    pruned = dict(target_modules=["lin0", "fc1"], init_r=4, target_r=2, total_step=9)
+    found += [Sample("ADALORA", "plain", "mlp", pruned)]
     found += [Sample("ADAPTION_PROMPT", "plain", "llama", dict(adapter_len=3, adapter_layers=2))]
     rows = [prompts.first(method) for method in prompts.METHODS]
     return [(s, False) for s in found] + [(s, True) for s in rows]

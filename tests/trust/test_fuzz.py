@@ -8,7 +8,7 @@ from tests.trust.fuzz import GOOD, outcomes
 
 pytestmark = pytest.mark.graft_only
 
-CASES = 400
+CASES = 200
 
 
 def test_damaged_foreign_and_malicious_folders():

@@ -49,6 +49,12 @@ def tensors_of(folder):
 SLOW, NAME = "(a|aa)+", "a" * 40 + "b"
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    monkeypatch.setattr(patterns, "BUDGET", 0.1)
+
+
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     "field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "layers_pattern"]
 )
@@ -64,9 +70,10 @@ def test_a_pattern_is_refused_by_name_and_in_time(field, text, words):
     start = time.perf_counter()
     with pytest.raises(graft.ConfigError, match=f"{re.escape(repr(text))} of {field}.*{words}"):
         graft.get_peft_model(model, graft.LoraConfig(**settings))
-    assert time.perf_counter() - start < 4 * patterns.BUDGET
+    assert time.perf_counter() - start < 5
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_slow_pattern_of_key_mapping_and_of_feed_forward_modules():
     model = nn.ModuleDict({NAME: nn.Linear(3, 3)})
     with pytest.raises(graft.ConfigError, match="feedforward_modules takes too long"):
@@ -275,7 +282,7 @@ TOPK = {
     "twice": (lambda index, weight: (torch.zeros_like(index), weight), "one index twice"),
     "outside": (lambda index, weight: (index + 100, weight), "outside the bank"),
     "bool": (lambda index, weight: (index.bool(), weight), "shapes"),
-    "shape": (lambda index, weight: (index[..., :1], weight), "shapes"),
+    "shape": (lambda index, weight: (index[..., :1].contiguous(), weight), "shapes"),
     "sum": (lambda index, weight: (index, weight + 2), "sum up to more"),
     "negative": (lambda index, weight: (index, -weight - 1), "negative"),
 }

@@ -35,7 +35,7 @@ def digests(base: nn.Module, names: Container[str] | None = None, without: Conta
 
 def digest(t: Tensor) -> str:
     data = t.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return f"{str(t.dtype).removeprefix('torch.')}:{hashlib.sha256(memoryview(data.numpy())).hexdigest()[:16]}"
+    return f"{str(t.dtype).removeprefix('torch.')}:{hashlib.sha256(data.numpy()).hexdigest()[:16]}"  # type: ignore[arg-type]  # an array is a buffer
 
 
 def changed(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -49,6 +49,12 @@ def test_a_prompt_carries_the_fingerprint_of_its_base(method, tmp_path):
     assert "with other weights: expect other outputs" in text
 
 
+def test_a_composed_cartridge_carries_the_fingerprint_of_its_parts(tmp_path):
+    prompts.adapt(graft, prompts.first("CARTRIDGE")).save_pretrained(tmp_path / "one")
+    graft.compose_cartridge_adapters([tmp_path / "one"] * 2, output_path=tmp_path / "two")
+    assert note(tmp_path / "two") == note(tmp_path / "one")
+
+
 def test_a_prompt_on_another_head_vocabulary_or_dtype_is_no_other_base(tmp_path):
     prompt().save_pretrained(tmp_path)
     larger, half = base(), base().bfloat16()

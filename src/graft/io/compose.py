@@ -50,7 +50,8 @@ def compose_cartridge_adapters(
         check_alike(paths[0], configs[0], path, config)
     values = torch.cat([prompt_of(config, loaded) for config, loaded in pairs])
     composed = replace(configs[0], num_virtual_tokens=len(values), inference_mode=True)
-    save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, fingerprint({}))
+    base = next((loaded.fingerprint for _, loaded in pairs if loaded.fingerprint), fingerprint({}))
+    save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, base)
 
 
 def cartridge(path: str) -> tuple[Any, Loaded]:

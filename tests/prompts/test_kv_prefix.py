@@ -588,7 +588,7 @@ def test_a_failed_write_leaves_the_old_files(cartridges, step, safe, tmp_path, m
         return real(*args, **kwargs)
 
     owner, name = {
-        "write": ("safetensors.torch", "save_file") if safe else ("torch", "save"),
+        "write": ("graft.io.files", "write_safetensors") if safe else ("torch", "save"),
         "sync": ("os", "fsync"),
         "replace": ("os", "replace"),
     }[step]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graft
-from graft.core import patterns
+from graft.config import patterns
 from graft.core.errors import HubError, NonFiniteError
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY

@@ -91,7 +91,7 @@ def finite_sum(named: list[tuple[str, Tensor]]) -> bool:
     first = named[0][1]
     if first.dtype in NARROW:
         return False
-    flat = first if len(named) == 1 else torch._utils._flatten_dense_tensors([t for _, t in named])
+    flat = first if len(named) == 1 else torch.cat([t.reshape(-1) for _, t in named])
     return bool(flat.sum().isfinite())
 
 

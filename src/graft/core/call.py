@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graft.core.errors import PeftWarning, RoutingError, warn
 
 BASE = "__base__"  # the row uses no adapter
-LIMIT = 100_000  # objects of an output that are looked at
+LIMIT = 100_000  # objects of an output that `tensors_in` visits
 
 
 @dataclass
@@ -45,13 +45,13 @@ class Rows:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """Puts the concatenated segments back into the order of the batch."""
+        """The index that puts the concatenated segments back into the order of the batch."""
         return torch.argsort(torch.cat([index for _, index in self.segments]))
 
     @cached_property
     def grouped(self) -> tuple[list[str], Tensor, list[int], bool] | None:
         """The adapters, their rows, adapter by adapter, how many each has, and whether this is the batch as it stands;
-        if there are several adapters."""
+        None unless there are several adapters."""
         own = [(name, index) for name, index in self.segments if name is not None]
         if len(own) < 2:
             return None
@@ -60,7 +60,7 @@ class Rows:
         return [name for name, _ in own], order, [len(index) for _, index in own], in_order
 
     def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
-        """`x` with one row per sample. Ids that all samples share, such as positions, are repeated."""
+        """Return `x` with one row per sample. Repeat ids that all samples share, such as positions."""
         if x.shape[0] == self.batch:
             return x
         if x.shape[0] == 1 and ids:
@@ -73,33 +73,33 @@ class Rows:
 
 
 def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """How often the `generate` of a model repeats each row: for beams, or for several samples."""
+    """Return how often the `generate` of a model repeats each row: for beams, or for several samples."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     settings = ("num_beams", "num_return_sequences")
     return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
 
 
 class Gates(Protocol):
-    """How much each adapter counts in a call, for mixtures of adapters."""
+    """The weight of each adapter in a call, for mixtures of adapters."""
 
     def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
-        """What `adapter` adds to the output of `layer`, weighed."""
+        """Weigh the part that `adapter` adds to the output of `layer`."""
         ...
 
     def rows(self, index: Tensor) -> Gates:
-        """The gates of some rows of the batch."""
+        """Return the gates of some rows of the batch."""
         ...
 
 
-OFF = Rows(0, ())  # of a call with all adapters disabled
-UNCLEAR = Rows(0, ())  # of a backward pass of calls with other rows each
+OFF = Rows(0, ())  # stands for a call with all adapters disabled
+UNCLEAR = Rows(0, ())  # stands for the rows of a backward pass over calls with different rows
 
 
 class Here(local):
     """The part of a Call that is of one thread."""
 
     def __init__(self) -> None:  # runs in each thread
-        self.rows: Rows | None = None  # of its call
+        self.rows: Rows | None = None  # of the thread's call
         self.off: list[None] = []  # blocks of `disabled` around it
 
 
@@ -116,7 +116,7 @@ class Call:
 
     def __init__(self) -> None:
         self.gates: Gates | None = None
-        self.state: dict[str, Any] = {}  # what layers hand on to those that run later
+        self.state: dict[str, Any] = {}  # values that layers hand on to those that run later
         self.arguments: dict[str, Any] = {}  # of the model
         # an entry for each thing for which layers have to ask `current`: no thread comes between append and pop
         self.open: list[None] = []
@@ -152,7 +152,7 @@ class Call:
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
-        """Have `rows` stand here within the block.
+        """Show `rows` to the layers within the block.
 
         Raises:
             RoutingError: other threads run the model as well, and this batch or theirs is mixed.
@@ -221,9 +221,9 @@ class Call:
                 del calls[thread]
 
     def keep_for_backward(self, output: Any, rows: Rows | None) -> None:
-        """Gradient checkpointing runs layers again in the backward pass: have `rows` stand there again.
+        """Show `rows` again in the backward pass, in which gradient checkpointing runs layers again.
 
-        If nothing in the output tells when that pass begins, layers that it runs again will be refused.
+        If nothing in the output tells when that pass begins, layers refuse to run again.
         """
         told, thread = False, get_ident()
         if self.here.off:
@@ -305,7 +305,7 @@ class Call:
         return own.rows
 
 
-WRITING = Rows(0, ())  # of a thread that changes weights
+WRITING = Rows(0, ())  # stands for a thread that changes weights
 TWO_THREADS = (
     "two threads run this model at once, and at least one of the batches is mixed (adapter_names), so that its rows "
     "would be taken for those of the other. Run mixed batches one after another."
@@ -321,7 +321,7 @@ def threads_now() -> frozenset[int | None]:
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Those in containers and in attributes of objects, such as dataclasses and caches, but not of modules."""
+    """Yield the tensors in containers and in attributes of objects, such as dataclasses and caches, but not modules."""
     seen: set[int] = set()
     found = [output]
     while found and len(seen) < LIMIT:

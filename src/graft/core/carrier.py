@@ -20,7 +20,7 @@ class State:
     __slots__ = ("active", "call", "disabled", "slots", "trainable")
 
     def __init__(self, call: Any = None) -> None:
-        self.call = call  # which may have adapters disabled
+        self.call = call  # the Call, which may disable adapters
         self.active: list[str] = []
         self.disabled = False
         self.trainable: Sequence[str] = ()  # adapters that require gradients
@@ -84,7 +84,7 @@ class Carrier:
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether they are switched off, or disabled for the call that this thread is in."""
+        """Say whether adapters are switched off, or disabled for the call that this thread is in."""
         state = self.state
         return state.disabled or (state.call is not None and state.call.off)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Containers keyed by adapter name, which of them a declared value belongs in, and the slots in them."""
+"""Containers keyed by adapter name, the choice of one for a declared value, and the slots in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graft.core.lean import ModuleDict, bare
 
 
 class BufferDict(nn.Module):
-    """Buffers by name: what `nn.ParameterDict` is for parameters."""
+    """Buffers by name, as `nn.ParameterDict` has parameters."""
 
     def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
@@ -58,7 +58,7 @@ class AnyDict(nn.Module):
 
     def __init__(self, other: Any) -> None:
         super().__init__()
-        self.transient: set[str] = set()  # names of what is not part of a checkpoint
+        self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
             self[name] = other[name]
             if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.persistent):
@@ -113,7 +113,7 @@ class AnyDict(nn.Module):
 
 
 class Transient:
-    """A tensor or parameter that is not part of a checkpoint: recomputed or seeded again on load."""
+    """A tensor or parameter that is not part of a checkpoint: a load computes or draws it again."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -129,12 +129,12 @@ class Attached(NamedTuple):
     container: Any
 
 
-FACTS = frozenset({float, int, bool, str, type(None)})  # types of what is kept in plain dicts
+FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which stand in plain dicts
 
 
 @dataclass(slots=True, eq=False)  # made and read in less time than a tuple with names
 class Slot:
-    """Where one tensor of an adapter stands."""
+    """The place of one tensor of an adapter."""
 
     container: str
     path: str  # below the adapter's name
@@ -142,17 +142,17 @@ class Slot:
     attribute: str
     where: dict[str, Any]  # the owner's parameters or buffers
     is_parameter: bool
-    trains: bool  # and not for ever frozen
+    trains: bool  # False: frozen for ever
     saved: bool
     held: dict[str, Any]  # the modules of the container, by adapter; None if the tensor itself stands in it
-    root: nn.Module | None  # what `held` had for the adapter when this was written down; None: not to be relied on
+    root: nn.Module | None  # the module in `held` when this slot was made; None: look the slot up again
 
     @property
     def tensor(self) -> Tensor:
         return self.where[self.attribute]  # type: ignore[no-any-return]
 
     def assign(self, value: Tensor, device: Any = None) -> None:
-        """Put `value` in place: copied into an existing tensor (an optimizer may hold it), taken over from meta."""
+        """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
         here = self.tensor
         if not here.is_meta:
             with torch.no_grad():
@@ -164,7 +164,7 @@ class Slot:
 
 
 def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Iterator[Slot]:
-    """The slots that `container`, called `key`, has for an adapter.
+    """Yield the slots that `container`, called `key`, has for an adapter.
 
     never: (container, path) of parameters that never train; None: those that do not require gradients now.
     """
@@ -180,7 +180,7 @@ def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Itera
 
 
 def container_for(value: Any) -> Any:
-    """An empty container of the kind that holds `value` for each adapter."""
+    """Make an empty container of the kind that holds `value` for each adapter."""
     if isinstance(value, nn.Module):
         return bare(ModuleDict)
     if not isinstance(value, (Tensor, Transient)):
@@ -195,12 +195,12 @@ def container_for(value: Any) -> Any:
 
 
 def takes(container: Any, value: Any) -> bool:
-    """Whether a container holds values of this kind."""
+    """Say whether a container holds values of this kind."""
     return type(container) is AnyDict or type(container) is type(container_for(value))
 
 
 def module_of(container: Any, adapter: str) -> nn.Module | None:
-    """The module that a container holds for `adapter`, if it holds modules."""
+    """Return the module that a container holds for `adapter`; None if it holds none."""
     if isinstance(container, (nn.ModuleDict, AnyDict, dict)) and adapter in container:
         value = container[adapter]
         return value if isinstance(value, nn.Module) else None
@@ -208,7 +208,7 @@ def module_of(container: Any, adapter: str) -> nn.Module | None:
 
 
 def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(path below the adapter's name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
+    """Yield (path below its name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
     root = module_of(container, adapter)
     if root is not None:
         for prefix, module in root.named_modules(remove_duplicate=False) if root._modules else (("", root),):

@@ -59,7 +59,7 @@ class CheckpointError(PeftError, ValueError):
 
 
 class BaseModelMismatchError(PeftError, ValueError):
-    """A checkpoint was made for a base model of another architecture."""
+    """A checkpoint belongs to a base model of another architecture."""
 
 
 class HubError(CheckpointError, OSError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a layer keeps the tensors of its adapters: containers by PEFT's names, keyed by adapter, and slots in them."""
+"""The tensors that a layer holds for its adapters: containers by PEFT's names, keyed by adapter, and slots in them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from graft.core.place import UPCAST, place_tensor
 
 
 class Holding:
-    """Part of an AdapterLayer. Facts (plain numbers and the like) are kept in dicts beside the containers."""
+    """The part of an AdapterLayer that holds tensors, and facts (plain numbers and the like) in dicts beside them."""
 
-    containers: list[str]  # all names, of facts too
+    containers: list[str]  # all names, those of facts too
     holders: list[str]  # those of them that are modules
     attached: set[str]  # names of containers that belong to the model, not to this layer
-    scaling: dict[str, float]  # of methods that have one
+    scaling: dict[str, float]  # by adapter, of methods that have one
     scaling_at_start: dict[str, float]
     state: Any
 
@@ -27,7 +27,7 @@ class Holding:
         self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
 
     def hold(self, method: Any, values: dict[str, Any]) -> None:
-        """Put what `Method.build` declared into containers."""
+        """Put the values that `Method.build` returned into containers."""
         adapter = method.name
         slots: list[Slot] = []
         own, modules, known = self.__dict__, self._modules, self.containers  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ class Holding:
             self.__dict__[key] = container
 
     def _widen(self, key: str, container: Any) -> AnyDict:
-        """Have a container hold anything: methods of two kinds call different things by its name."""
+        """Make a container hold anything: methods of two kinds call different things by its name."""
         wider = self._modules[key] = AnyDict(container)  # type: ignore[attr-defined]
         for name, slots in self.state.slots.items():
             moved = iter(slots_of(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
@@ -100,7 +100,7 @@ class Holding:
     def place(self, adapter: str, upcast: bool = True) -> int:
         """Move a new adapter to the base weight's device and dtype, half precision to float32 if `upcast`.
 
-        It is frozen. Returns how many of its numbers can train.
+        Freeze it. Return how many of its numbers can train.
         """
         device, dtype = self.store.where(self.base_layer)  # type: ignore[attr-defined]
         upcast = upcast and self.methods[adapter].upcast  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ class Holding:
         own["scaling_at_start"].pop(adapter, None)
 
     def slots(self, adapter: str) -> list[Slot]:
-        """Where its tensors stand now. Looked up again where a module has been replaced, pruned or parametrized."""
+        """Return the slots in which its tensors stand now; look them up again after a module is replaced or pruned."""
         slots: list[Slot] = self.state.slots.get(adapter, [])
         for slot in slots:
             if slot.held.get(adapter) is not slot.root or slot.attribute not in slot.where:
@@ -147,7 +147,7 @@ class Holding:
         return slots
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
-        """The slots of all that a checkpoint holds, and their tensors. `transient`: also of what it does not hold."""
+        """Yield the slots of all tensors in a checkpoint, with the tensors. transient: and of those not in it."""
         for slot in self.slots(adapter):
             if slot.saved or transient:
                 yield slot, slot.tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterLayer: a base layer and the adapters on it. The only place where Method, Op and Store meet."""
+"""AdapterLayer: a base layer and the adapters on it. Method, Op and Store meet only here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from graft.kernels.eager import eager, has_no_hooks
 
 
 class LayerState(State):
-    """What changes when adapters of a layer are switched or merged."""
+    """The state of a layer that changes as adapters are switched or merged."""
 
     __slots__ = ("merged", "mix", "original", "plan", "plans", "undo")
 
@@ -37,11 +37,11 @@ class LayerState(State):
         self.undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
         self.original: Any = None  # the base weight before an injection that is still under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
-        self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of those that run
-        self.mix: Mixed | None = None  # of the last batch whose rows used several
+        self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run
+        self.mix: Mixed | None = None  # that of the last mixed batch
 
     def forget(self, adapter: str) -> None:
-        """Forget what an adapter that comes or goes has a part in."""
+        """Forget the plans in which an adapter that comes or goes has a part."""
         for names in list(self.plans):
             if adapter in names:
                 del self.plans[names]
@@ -50,7 +50,7 @@ class LayerState(State):
 
 @lean
 class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
-    """Runs `base_layer` with the active adapters.
+    """The carrier that runs `base_layer` with the active adapters.
 
     Containers such as `lora_A` are keyed by adapter, so that names in memory are PEFT's:
     `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
@@ -66,7 +66,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     in_features: int
     out_features: int
     fan_in: int
-    output_is_new: bool  # the base layer's output may be overwritten
+    output_is_new: bool  # adapters may overwrite the base layer's output
     inner_name, claim = "base_layer", "carries"
     cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
 
@@ -91,7 +91,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     @property
     def base_layer(self) -> Any:
-        """Quicker than `nn.Module.__getattr__`, which would find it, too."""
+        """The base layer; `nn.Module.__getattr__` would find it, too, but slower."""
         return self._modules["base_layer"]
 
     @property
@@ -102,7 +102,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     def base_module(self) -> Any:  # type: ignore[override]
         return self._modules["base_layer"]
 
-    kept = base_module  # when adapters are unloaded
+    kept = base_module  # the module that unloading leaves
 
     @property
     def key(self) -> str:  # type: ignore[override]
@@ -115,10 +115,10 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     # adapters
 
     def add(self, method: Method, values: dict[str, Any]) -> None:
-        """Take in an adapter: a method, and what its `build` declared.
+        """Take in an adapter: a method, and the values that its `build` returned.
 
         Raises:
-            ConfigError: it cannot be beside one that is here.
+            ConfigError: it cannot stand beside one that the layer has.
         """
         for other in self.methods.values():
             why = method.excludes(other.cfg) or other.excludes(method.cfg)
@@ -158,7 +158,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.activate(names, not inference_mode)
 
     def is_merged(self, names: list[str]) -> bool:
-        """Whether what is merged is what these adapters do here, and nothing else."""
+        """Say whether of the merged adapters there are just these."""
         return self.state.merged == [n for n in names if n in self.methods]
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -170,7 +170,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.changed()
 
     def changed(self) -> None:
-        """Decide, once per change, what `forward` does."""
+        """Decide on the plan of `forward`, once per change."""
         state = self.state
         if state.disabled or state.merged:
             state.plan = None
@@ -179,14 +179,14 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         state.plan = state.plans[names] if names in state.plans else self.plan_for(names)
 
     def plan_for(self, names: tuple[str, ...]) -> Plan | None:
-        """What these adapters do here; None if the layer carries none of them."""
+        """Return the plan for these adapters; None if the layer carries none of them."""
         plans = self.state.plans
         if names not in plans:
             plans[names] = plan_of(self, names)
         return plans[names]
 
     def place_of_whole(self, adapter: str) -> str | None:
-        """The container in which the base layer stands while the adapter's module stands in its place."""
+        """Return the container in which the base layer stands while the adapter's module stands in its place."""
         m = self.methods.get(adapter)
         return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
 
@@ -194,12 +194,12 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     @property
     def weight_now(self) -> Tensor:
-        """Canonical, with what is merged into it."""
+        """The canonical weight, with all that is merged into it."""
         return self.op.canon(self.store.read(self.base_layer, self.site.parameter))
 
     @property
     def W0(self) -> Tensor:
-        """Canonical, as it is without any adapter."""
+        """The canonical weight, as it is without any adapter."""
         return self.op.canon(merging.unmerged(self)) if self.state.undo else self.weight_now
 
     @property
@@ -208,17 +208,17 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         return self.weight_now.requires_grad or (b is not None and b.requires_grad)
 
     def effective_weight(self) -> Tensor:
-        """The weight with what runs folded in, as the base layer stores it; gradients flow."""
+        """Return the weight with the plan folded in, as the base layer stores it; gradients flow."""
         plan = None if self.call.off else self.state.plan
         if plan is None:
             return self.store.read(self.base_layer, self.site.parameter)
         return self.op.uncanon(plan.fold(self.weight_now, getattr(self.base_layer, "bias", None))[0])
 
     def rewrite_base(self, W: Tensor) -> None:
-        """Make W (canonical) the weight without adapters; what is merged stays so. `rollback` undoes it until `settle`.
+        """Make W (canonical) the weight without adapters; merged ones stay so. `rollback` undoes it until `settle`.
 
         Raises:
-            UnsupportedLayerError: the weight cannot be read or written.
+            UnsupportedLayerError: the store cannot read or write the weight.
         """
         if self.site.on_meta:
             warn(
@@ -259,7 +259,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         return plan.run(*args, **kwargs)
 
     def mix_of(self, rows: Any) -> Mixed:
-        """What the layer does in a batch with these adapters in it."""
+        """Return the layer's plans for a batch with these rows."""
         state = self.state
         names = () if state.disabled else rows.names
         mix = state.mix
@@ -269,12 +269,12 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     @property
     def may_fuse(self) -> bool:
-        """Whether the base layer's output may be written to, and its weight used past a call, now."""
+        """Say whether a kernel may now write to the base layer's output, and use its weight without calling it."""
         return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @cached_property
     def argument_names(self) -> tuple[str, ...]:
-        """Of the base layer's positional arguments."""
+        """Names of the base layer's positional arguments."""
         return tuple(inspect.signature(self.base_layer.forward).parameters)
 
     # merging
@@ -303,7 +303,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.changed()
 
     def unmerge(self) -> None:
-        """Take merged adapters out again: by subtraction where that is exact enough, else from a snapshot."""
+        """Take merged adapters out again: by subtraction if that is exact enough, else from a snapshot."""
         if not self.state.merged:
             warn("Already unmerged. Nothing to do.")
             return

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging: the base weight takes over the work of adapters, and gives it back. Written once for every method.
 
-Weights fold in the order in which adapters act (`plan.ordered`). What is merged later goes on top if it acts later; if
-it acts before something that is merged already, all are taken out and folded anew, so that merging a, then b, equals
-both at once.
+Weights fold in the order in which adapters act (`plan.ordered`). An adapter merged later goes on top if it acts later;
+if it acts before a merged one, `merge` takes all out and folds anew, so that merging a, then b, equals both at once.
 
 Unmerging gives a weight in half precision back bit for bit: the first merge keeps a copy of it. In float32 and float64
 a merge that only adds products keeps their factors and subtracts them again, which costs no copy and rounds.
@@ -29,7 +28,7 @@ FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weight
 
 
 def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
-    """Those of `names` (None: the active ones) that are not merged yet. Says what is merged already."""
+    """Return those of `names` (None: the active ones) that are not merged yet. Warn of those that are."""
     done = layer.state.merged
     names = layer.state.active if names is None else several(names, "adapter_names")
     left = [n for n in names if n not in done]
@@ -39,7 +38,7 @@ def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
 
 
 def replaces(layer: Any, names: Sequence[str]) -> bool:
-    """Whether one of these adapters stands in for the whole layer."""
+    """Say whether one of these adapters stands in for the whole layer."""
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
 
@@ -76,7 +75,7 @@ def check_together(layer: Any, methods: Sequence[Any]) -> None:
 
 
 def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
-    """Raise what merging would raise, writing nothing. `safe` computes the weights, to see that they are finite."""
+    """Raise the errors of merging, without writing. safe: compute the weights, and raise unless they are finite."""
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
@@ -108,7 +107,7 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
 
 
 def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
-    """Why these adapters cannot be written into this layer, if so."""
+    """Say why merging cannot write these adapters into this layer; None if it can."""
     effects = [m.effect for m in methods]
     for effect in effects:
         if effect.fixed is not None:
@@ -161,7 +160,7 @@ def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
 
 
 def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
-    """The steps of all that will be merged; and of `names` alone, if they can go on top of what is merged."""
+    """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None."""
     done = layer.state.merged
     steps = ordered(layer, [layer.methods[n] for n in (*done, *names) if n in layer.methods])
     if not done:
@@ -172,7 +171,7 @@ def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] |
 
 
 def merge(layer: Any, names: list[str], undoable: bool) -> None:
-    """Merge adapters that have been checked."""
+    """Merge adapters after `check`."""
     if replaces(layer, names):
         _swap(layer, names)
         return
@@ -187,7 +186,7 @@ def merge(layer: Any, names: list[str], undoable: bool) -> None:
 
 @torch.no_grad()
 def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Weight (canonical) and bias with `steps` folded in: at least float32 inside, rounded once at the end."""
+    """Return weight (canonical) and bias with `steps` folded in, in at least float32, with one rounding at the end."""
     b: Any = getattr(layer.base_layer, "bias", None)
     W = layer.weight_now
     if from_w0:
@@ -227,7 +226,7 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
 
 
 def _add(W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> None:
-    """Add to W, or subtract, in place; half precision in float32, rounded once."""
+    """Add products to W, or subtract them, in place; round half precision once."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in products:
         wide.addmm_(B.to(wide), A.to(wide), alpha=sign)
@@ -249,7 +248,7 @@ def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) 
     W = None if products is None else in_place(layer)
     if products is not None and W is not None:
         if undoable and W.dtype in FULL:
-            # kept, so that what is subtracted is what was added, whatever happens to the adapter
+            # copies, so that unmerging subtracts the same products, whatever happens to the adapter
             state.undo.append(("subtract", [(A.clone(), B.clone()) for A, B in products], None))
         elif undoable:  # half precision has lost what subtracting would have to give back
             state.undo.append(("restore", _snapshot(layer), None))
@@ -277,7 +276,7 @@ def _swap(layer: Any, names: list[str]) -> None:
 
 
 def _change_places(layer: Any, adapter: str) -> None:
-    """The base layer and the adapter's module stand where the other stood (PEFT's layout while merged)."""
+    """Put the base layer and the adapter's module where the other stood (PEFT's layout while merged)."""
     container = getattr(layer, layer.methods[adapter].layer_names[0])
     layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
 
@@ -302,7 +301,7 @@ def unmerge(layer: Any) -> None:
 
 @contextmanager
 def lifted(layer: Any) -> Iterator[None]:
-    """Take what is merged out within the block, and fold it in again on what the block leaves."""
+    """Take merged adapters out within the block, and fold them in again on the weight that the block leaves."""
     names = list(layer.state.merged)
     if not names or replaces(layer, names):
         yield
@@ -316,7 +315,7 @@ def lifted(layer: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def unmerged(layer: Any) -> Tensor:
-    """The weight, as stored, without what is merged."""
+    """Return the weight, as stored, without merged adapters."""
     W: Tensor = layer.store.read(layer.base_layer, layer.site.parameter)
     for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
@@ -327,14 +326,14 @@ def unmerged(layer: Any) -> Tensor:
 
 
 def unmerged_bias(layer: Any) -> Tensor | None:
-    """The bias without what is merged."""
+    """Return the bias without merged adapters."""
     bias: Any = getattr(layer.base_layer, "bias", None)
     first = next((old for _, _, old in layer.state.undo if old is not None), None)
     return bias if first is None else first.to(bias.device)
 
 
 def tied_weight(layer: Any) -> nn.Parameter | None:
-    """The weight that a merged layer has left to the modules it is tied to, and shares with them again afterwards."""
+    """Return the weight that a merged layer has left to the modules tied to it, and shares again after unmerging."""
     return next((w for kind, w, _ in layer.state.undo if kind == "restore" and isinstance(w, nn.Parameter)), None)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each layer type uses its weight. The only place that knows orientations and calls `F.linear` and its like.
+"""The use of the weight in each layer type. Only this file knows orientations and calls `F.linear` and its like.
 
 Everywhere else a weight is canonical: `(out, in, *kernel)`.
 """
@@ -24,9 +24,9 @@ META = torch.device("meta")
 
 
 def linear(in_features: int, out_features: int, bias: bool, fill: bool = True, device: Any = None) -> nn.Linear:
-    """`nn.Linear`, with the values that its constructor would draw, in a quarter of the time; none on meta.
+    """Make an `nn.Linear` with the values that its constructor would draw, in a quarter of the time; none on meta.
 
-    Without `fill` the generator advances as if they were drawn, and the values are undefined.
+    Without `fill` the generator advances as if to draw them, and the values are undefined.
     """
     m = bare(LeanLinear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
@@ -50,22 +50,22 @@ class Op:
     """One layer type. A new one overrides what differs from `nn.Linear`."""
 
     known = True
-    linear = False  # what target_modules="all-linear" means
+    linear = False  # target_modules="all-linear" names it
     transposed = False  # the module stores (in, out)
     output_is_new = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
-    opaque = False  # all that can be had of the layer is its output with another weight
+    opaque = False  # the layer gives nothing but its output with another weight
 
     def variant(self, m: Any) -> Op:
-        """The Op that serves this module, where what it holds changes its function."""
+        """Return the Op for this module: another one if an attribute changes the module's function."""
         return self
 
     def dims(self, m: Any) -> tuple[int, int]:
-        """(out, in): features or channels."""
+        """Return (out, in): features or channels."""
         return m.out_features, m.in_features
 
     def shape(self, m: Any) -> tuple[int, ...]:
-        """Shape of the canonical weight, known even where the weight itself is packed or on meta."""
+        """Return the shape of the canonical weight, also if the weight itself is packed or on meta."""
         return self.dims(m)
 
     def canon(self, W: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ class Op:
         return W
 
     def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """The layer's own function with another (canonical) weight and bias."""
+        """Run the layer's own function with another (canonical) weight and bias."""
         return F.linear(x, W, b)
 
     def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The canonical weight B A. A (r, fan_in), B (out, r).
+        """Return the canonical weight B A. A (r, fan_in), B (out, r).
 
         Raises:
             NotImplementedError: the ranks differ, as in a grouped convolution whose A mixes the groups.
@@ -92,33 +92,33 @@ class Op:
         return (B @ A).view(shape)
 
     def input_gradient(self, g: Tensor, W: Tensor) -> Tensor:
-        """From the gradient of a linear layer's output (rows, out) to that of its input (rows, in)."""
+        """Return the gradient of a linear layer's input (rows, in) from that of its output (rows, out)."""
         return g @ W
 
     def factorable(self, m: Any) -> bool:
-        """Whether `down` and `up` together can do what a low-rank weight does."""
+        """Say whether `down` and `up` together can do the work of a low-rank weight."""
         return True
 
     def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
-        """From the input to r channels. A (r, in·kernel)."""
+        """Map the input to r channels. A (r, in·kernel)."""
         return F.linear(x, A)
 
     def up(self, m: Any, z: Tensor, B: Tensor) -> Tensor:
-        """From r channels to the output. B (out, r)."""
+        """Map r channels to the output. B (out, r)."""
         return F.linear(z, B)
 
     def channels(self, v: Tensor) -> Tensor:
-        """A vector over features or channels, shaped to broadcast over this layer's activations."""
+        """Shape a vector over features or channels so that it broadcasts over this layer's activations."""
         return v
 
     def groups(self, m: Any) -> int:
-        """Of channels that do not mix."""
+        """Return the number of groups of channels that do not mix."""
         return 1
 
     def factor_modules(
         self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module] | None:
-        """Two modules whose composition is a rank-r update of this layer; None where there are none.
+        """Make two modules whose composition is a rank-r update of this layer; None where there are none.
 
         Args:
             fill: with the values that torch's constructors draw; else they may be undefined.
@@ -192,12 +192,12 @@ class Embedding(Op):
         return None
 
     def scaled(self, m, rows):
-        """Rows of another table, as the module would output them."""
+        """Return rows of another table as the module would output them."""
         return rows
 
     def lookup(self, m, places, rows):
-        """The same of those at `places`. rows (n, embedding_dim)."""
-        rows = rows if m.max_norm is None else rows.clone()  # which torch renormalises in place
+        """Return those of the rows (n, embedding_dim) at `places`, as the module would output them."""
+        rows = rows if m.max_norm is None else rows.clone()  # torch renormalises them in place
         return F.embedding(places, rows, None, m.max_norm, m.norm_type)
 
 
@@ -283,7 +283,7 @@ class Opaque(Op):
         return self.shape(m)[0], self.shape(m)[1]
 
     def apply(self, m, args, kwargs, W):
-        """The module's output with W in the place of its parameter."""
+        """Return the module's output with W in place of its parameter."""
         return functional_call(m, {self.parameter: W}, args, kwargs)
 
 
@@ -302,7 +302,7 @@ UNKNOWN = Unknown()
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Whether it runs the forward of its row in the table, and nothing of its own."""
+    """Say whether a module runs the forward of its row in the table, and nothing of its own."""
     kind: Any = type(module)
     known: Any = OPS.origin(kind)
     return known is not None and kind.forward is known.forward
@@ -318,5 +318,5 @@ def replaced_forward(module: nn.Module) -> type | None:
 
 
 def find_op(module: nn.Module) -> Op:
-    """The Op of a module; `UNKNOWN` if no table row covers its type."""
+    """Return the Op of a module; `UNKNOWN` if no row of the table covers its type."""
     return (OPS.find(type(module)) or UNKNOWN).variant(module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer does with the adapters that are active: decided when they change, run at each call.
+"""Plans: the work of a layer with its active adapters. The layer decides it when they change, and runs it at each call.
 
 An adapter acts on the layer that those before it made: y = mₙ(… m₁(base)). Methods stand in the order in which they
 came to the layer, adapters of one method in that of their activation (inward ones in reverse). Inputs go from the
@@ -20,11 +20,11 @@ from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, U
 from graft.core.errors import RoutingError
 from graft.kernels.low_rank import dropout
 
-Step = tuple[Any, Effect]  # (method, what it does)
+Step = tuple[Any, Effect]  # (method, its effect)
 
 
 def ordered(layer: Any, methods: Iterable[Any]) -> list[Step]:
-    """The steps of these methods of a layer, the innermost first."""
+    """Return the steps of these methods of a layer, the innermost first."""
     kinds = layer.kinds
     rank = {kind: i for i, kind in enumerate(kinds)}
     groups: dict[int, list[Step]] = {}
@@ -41,7 +41,7 @@ def ordered(layer: Any, methods: Iterable[Any]) -> list[Step]:
 
 
 def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
-    """The plan for those of `names` that the layer carries; None if it carries none."""
+    """Return the plan for those of `names` that the layer carries; None if it carries none."""
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return None
@@ -60,7 +60,7 @@ def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
 
 
 class evaluating:
-    """Ask adapters of a layer what they do when they do not train, so that nothing random is merged."""
+    """A block in which a layer's adapters do not train, so that merging takes up nothing random."""
 
     def __init__(self, layer: Any):
         self.own = layer.__dict__
@@ -73,21 +73,21 @@ class evaluating:
         self.own["training"] = self.before
 
 
-# what one adapter adds
+# the part of one adapter
 
 
 def dense(delta: Any) -> Tensor:
-    """ΔW as a tensor."""
+    """Return ΔW as a tensor."""
     return delta if isinstance(delta, Tensor) else delta.dense()  # type: ignore[no-any-return]
 
 
 def formed(layer: Any, effect: Update) -> Any:
-    """ΔW as the adapter gives it: a tensor, or a value."""
+    """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet."""
     return effect.delta(layer.W0) if effect.of_weight else effect.delta()
 
 
 def delta_of(layer: Any, effect: Effect) -> Tensor:
-    """ΔW, canonical, in the adapter's dtype, products of half precision in float32."""
+    """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32."""
     if isinstance(effect, LowRank):
         A, B = effect.factors().matrices()
         if A.dtype in HALF:
@@ -99,7 +99,7 @@ def delta_of(layer: Any, effect: Effect) -> Tensor:
 
 
 def shift_of(effect: Effect) -> Tensor | None:
-    """Δb, if an additive adapter shifts the bias as well."""
+    """Return Δb of an additive adapter; None if it does not shift the bias."""
     if isinstance(effect, LowRank):
         return effect.factors().shift()
     bias = getattr(effect, "bias", None)
@@ -107,7 +107,7 @@ def shift_of(effect: Effect) -> Tensor | None:
 
 
 def low_rank_part(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
-    """scale · outer ⊙ B (inner ⊙ A dropout(x)), modules called one by one."""
+    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)); call modules one by one."""
     op, base, A, B = layer.op, layer.base_layer, f.A, f.B
     x = m.cast(x)
     if f.dropout is not None and not op.takes_ids:
@@ -125,7 +125,7 @@ def low_rank_part(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
 
 
 def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
-    """ΔW dropout(x) + Δb."""
+    """Return ΔW dropout(x) + Δb."""
     op = layer.op
     x = m.cast(x)
     if effect.dropout is not None and not op.takes_ids:
@@ -138,7 +138,7 @@ def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
 
 
 def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-    """ΔW x + Δb. Of ids, only the columns that they name, where ΔW is not formed yet."""
+    """Return ΔW x + Δb. For ids, form only the columns that they name, if ΔW is not formed yet."""
     op, base = layer.op, layer.base_layer
     if op.takes_ids and not isinstance(delta, Tensor):
         return op.scaled(base, delta.columns(x).to(m.dtype))  # type: ignore[no-any-return]
@@ -146,7 +146,7 @@ def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> T
 
 
 def part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
-    """What an additive adapter adds to the output."""
+    """Return the part that an additive adapter adds to the output."""
     if isinstance(effect, LowRank):
         return low_rank_part(layer, m, effect.factors(), x)
     if isinstance(effect, Update):
@@ -154,7 +154,7 @@ def part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
     return effect.branch(m.cast(x))  # type: ignore[attr-defined,no-any-return]
 
 
-Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method, effect, x, y, whether y may be written)
+Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method, effect, x, y, may it write to y?)
 
 
 def add_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
@@ -215,7 +215,7 @@ JOIN: dict[type, Callable[[Any, Any, Any, Tensor], Tensor]] = {
 
 
 def fold_step(layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight (canonical) and bias of the layer with one more adapter on it."""
+    """Return weight (canonical) and bias of the layer with one more adapter on it."""
     if isinstance(effect, Rewrite):
         return effect.merged(W, b)
     if isinstance(effect, LowRank):
@@ -236,7 +236,7 @@ def fold_step(layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None) -
 
 
 class Plan:
-    """`steps`: the innermost first."""
+    """Base of the plans. steps: the innermost first."""
 
     def __init__(self, layer: Any, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
@@ -245,7 +245,7 @@ class Plan:
         raise NotImplementedError
 
     def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Weight (canonical) and bias of a plain layer that acts as base and adapters (the first n) together."""
+        """Return weight (canonical) and bias of a plain layer that acts as base and (first n) adapters together."""
         for m, effect in self.steps[:n]:
             W, b = fold_step(self.layer, m, effect, W, b)
         return W, b
@@ -272,7 +272,7 @@ class Sum(Plan):
         return self.add(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), fuse)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
-        """y with the parts of the steps from `first` on. fuse: y may be written to, modules without hooks passed by."""
+        """Add the parts of the steps from `first` on to y. fuse: write to y, and pass modules without hooks by."""
         dtype = y.dtype
         for add, m, effect in self.adds[first:]:
             y = add(self.layer, m, effect, x, y, fuse)
@@ -298,14 +298,14 @@ class Chain(Plan):
         return self.through(len(self.steps), x, args, kwargs)
 
     def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Any:
-        """The output of the layer with the first n steps on it."""
+        """Return the output of the layer with the first n steps on it."""
         if n == 0:
             return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
         m, effect = self.steps[n - 1]
         return self.ways[n - 1](self, n - 1, m, effect, x, args, kwargs)
 
     def bias(self, n: int) -> Tensor | None:
-        """The bias of the layer with the first n steps on it."""
+        """Return the bias of the layer with the first n steps on it."""
         b = getattr(self.layer.base_layer, "bias", None)
         if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in self.steps[:n]):
             return self.fold(self.layer.weight_now, b, n)[1]
@@ -317,7 +317,7 @@ class Chain(Plan):
 
 
 def way(effect: Effect) -> str:
-    """How a step of a chain runs."""
+    """Return the key in `WAYS` of the function that runs a step of a chain."""
     if isinstance(effect, Rewrite):
         return "fold" if effect.folds else "rewrite"
     return "gain" if isinstance(effect, LowRank) and effect.gains else "add"
@@ -336,7 +336,7 @@ def _rewrite(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any,
 
 
 def _fold(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """The layer's own function with the folded weight: nothing else sees what a kernel sees."""
+    """Run the layer's own function with the folded weight: nothing else sees the patches that a kernel sees."""
     layer, op = plan.layer, plan.layer.op
     W, b = layer.weight_now, getattr(layer.base_layer, "bias", None)
     out = W.dtype if op.takes_ids else x.dtype
@@ -352,7 +352,7 @@ def _add(plan: Chain, n: int, m: Any, effect: Effect, x: Tensor, args: Any, kwar
 
 
 def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself."""
+    """Return b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself."""
     layer, op = plan.layer, plan.layer.op
     f = effect.factors()
     fuse = n == 0 and layer.may_fuse
@@ -384,7 +384,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "a
 
 
 class Folded(Plan):
-    """A weight that nobody knows how to use but its module: fold, then call the module with that in its place."""
+    """A weight that only its module knows how to use: fold, then call the module with the folded weight."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
@@ -395,7 +395,7 @@ class Folded(Plan):
 
 
 class Whole(Plan):
-    """A module of several inputs: what adapters add, they add to the first item of what it returns."""
+    """A module with several inputs that returns a tuple, to whose first item adapters add."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         y, *others = self.layer.base_layer(*args, **kwargs)

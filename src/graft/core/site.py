@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Site is one place to adapt; a Store is where its weight lives."""
+"""A Site, one place to adapt, and the protocol of a Store, which holds weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from graft.core.ops import Op
 
 
 class Store(Protocol):
-    """How the weight of a module is held: dense, 4-bit, sharded, …"""
+    """The way in which a module holds its weight: dense, 4-bit, sharded, …"""
 
     name: str
-    live: bool  # `read` gives the tensor itself, which may be added to in place
-    exact: bool  # writing and reading back loses nothing, so an update can be subtracted again
+    live: bool  # `read` gives the tensor itself, and the core may add to it in place
+    exact: bool  # writing and reading back loses nothing, so that subtraction takes an update out again
 
     def unread(self, m: nn.Module, name: str) -> str | None: ...  # why a call cannot read this tensor, if so
     def fixed(self, m: nn.Module, name: str) -> str | None: ...  # why merging cannot read and write it, if so
@@ -35,7 +35,7 @@ class Store(Protocol):
 
 @dataclass
 class Site:
-    """One module (and one of its parameters) that an adapter can be put on, and the facts a method may ask for."""
+    """One module (and one of its parameters) that can take an adapter, and the facts that a method may ask for."""
 
     key: str  # path in the model
     module: nn.Module
@@ -57,7 +57,7 @@ class Site:
 
     @property
     def on_meta(self) -> bool:
-        """Whether there is no weight yet, so that values for it would be lost."""
+        """Say whether there is no weight yet, so that values for it would be lost."""
         device = self.store.where(self.module)[0]
         return device is not None and device.type == "meta"
 

@@ -22,7 +22,7 @@ TENSORS = ("lora_A", "lora_B", "lora_E")
 
 
 class AdaLoRA(Method):
-    """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r): of the least important, E becomes 0 in training."""
+    """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r). Training sets the least important of E to 0."""
 
     config = AdaLoraConfig
     prefix = "lora_"
@@ -68,17 +68,17 @@ class AdaLoRA(Method):
         return Factors(self.lora_A, self.lora_B, dropout=self.lora_dropout, inner=E)
 
     def stored(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
-        """Checkpoints hold the singular triples that were kept."""
+        """Return the singular triples that the layer kept."""
         kept = cfg.kept(self.site.key)
         if kept is None:
             return values
         return {
             (name, path): t.index_select(triples(name), where(kept, t)) if len(kept) == t.shape[triples(name)] else t
-            for (name, path), t in values.items()  # an adapter that was loaded has no others
+            for (name, path), t in values.items()  # an adapter from a file has no others
         }
 
     def restored(self, stored: Tensors, cfg: AdaLoraConfig) -> Tensors:
-        """The triples that were kept go back to their places; the others have the singular value 0."""
+        """Put the triples of the file in their places; the others get the singular value 0."""
         kept = cfg.kept(self.site.key)
         if kept is None:
             return stored
@@ -116,7 +116,7 @@ class AdaLoRA(Method):
 
 
 def triples(container: str) -> int:
-    """The dimension that counts singular triples."""
+    """Return the dimension that counts singular triples."""
     return 1 if container == "lora_B" else 0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaLoRA's allocator: how important each singular value is, and how many may stay (arXiv 2303.10512, section 3)."""
+"""AdaLoRA's allocator: the importance of singular values, and how many may stay (arXiv 2303.10512, section 3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graft.methods.adalora.importance import Importance
 
 
 def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
-    """(number of singular values that may stay, whether to prune now) at a step: cubic from `start` to `target`."""
+    """Return how many singular values may stay at a step, cubic from `start` to `target`, and whether to prune now."""
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
         return start, False
@@ -25,16 +25,16 @@ def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
 
 
 class Allocator:
-    """State of the allocation between two steps."""
+    """The state of the allocation between two steps."""
 
     def __init__(self, cfg: Any):
         self.importance = Importance(cfg.beta1, cfg.beta2)
         self.called = self.warned = False
-        self.version: int | None = None  # of a parameter, when it was first seen
+        self.version: int | None = None  # of a parameter, at first sight
 
     @torch.no_grad()
     def allocate(self, methods: dict[str, Any], keep: int) -> dict[str, list[bool]]:
-        """Set all but the `keep` most important singular values to 0. Returns what stays, by layer."""
+        """Set all but the `keep` most important singular values to 0. Return masks of those that stay, by layer."""
         scores = {key: self.triplet_scores(key, m) for key, m in methods.items()}
         values = torch.cat(list(scores.values()))
         drop = len(values) - keep
@@ -47,13 +47,13 @@ class Allocator:
         return masks
 
     def triplet_scores(self, key: str, m: Any) -> Tensor:
-        """(r,) of each singular value with its two vectors."""
+        """Return the importance of each singular value with its two vectors, (r,)."""
         A, B, E = (self.importance.score(f"{key}.lora_{x}", getattr(m, f"lora_{x}")) for x in "ABE")
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
 
 
 def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
-    """The AdaLoRA adapter that trains, and its methods by layer."""
+    """Return the AdaLoRA adapter that trains, and its methods by layer; None if none does."""
     for name in tuner.active_adapters:
         config = tuner.peft_config[name]
         if isinstance(config, AdaLoraConfig) and not config.inference_mode:
@@ -107,15 +107,15 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
 
 @torch.no_grad()
 def reapply(methods: dict[str, Any], cfg: Any) -> None:
-    """Keep at 0 what the optimizer has moved away from it."""
+    """Set singular values to 0 again that the optimizer has moved away from it."""
     for key, m in methods.items():
         mask = cfg.kept(key)
-        if mask is not None and len(mask) == len(m.lora_E):  # an adapter that was loaded has no others
+        if mask is not None and len(mask) == len(m.lora_E):  # an adapter from a file has no others
             m.lora_E.masked_fill_(~torch.tensor(mask, device=m.lora_E.device)[:, None], 0.0)
 
 
 def orthogonal_loss(tuner: Any) -> Tensor | float:
-    """orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains."""
+    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains."""
     found = trainable(tuner)
     weight = tuner.peft_config[found[0]].orth_reg_weight if found else 0.0
     if found is None or weight <= 0:

@@ -13,7 +13,7 @@ from torch import nn
 from graft.core.errors import ConfigError
 
 MOST_COPIES = 32
-LISTS = ("layers", "layer", "h")  # what transformers calls the list of layers
+LISTS = ("layers", "layer", "h")  # names of the list of layers in transformers
 
 
 def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:

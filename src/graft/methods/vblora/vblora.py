@@ -117,7 +117,7 @@ class VBLoRA(Method):
                 index, first = out.pop((name + INDICES, "")), out.pop((name + WEIGHTS, ""))
                 check_largest(getattr(self, name).shape, index, first, cfg.topk, f"{self.site.key}.{name}")
                 index = index.long()
-                last = (1 - first.sum(-1, keepdim=True)).clamp(min=0)  # rounded, it may be less
+                last = (1 - first.sum(-1, keepdim=True)).clamp(min=0)  # rounding may leave less
                 empty = first.new_full((*index.shape[:-1], cfg.num_vectors), -torch.inf)
                 out[name, ""] = empty.scatter(-1, index, torch.cat([first, last], -1).log())
         return out

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +43,17 @@ class OFTConfig(Targeted, LayerRange):
                 f"Either `r` or `oft_block_size` must be non-zero, and not both: r={self.r}, "
                 f"oft_block_size={self.oft_block_size}. Set the one that does not apply to 0."
             )
-        if not 1 <= self.num_cayley_neumann_terms <= MOST_TERMS:
+        if not 1 <= self.num_cayley_neumann_terms <= MOST_TERMS or self.eps < 0:
             raise ConfigError(
-                f"`num_cayley_neumann_terms` must be between 1 and {MOST_TERMS}, got {self.num_cayley_neumann_terms}: "
-                "each is a product of matrices in every forward pass."
+                f"`num_cayley_neumann_terms` must be from 1 to {MOST_TERMS}, and `eps` not negative: they are "
+                f"{self.num_cayley_neumann_terms} and {self.eps}."
             )
-        if self.eps < 0:
-            raise ConfigError(f"`eps` must not be negative, got {self.eps}: it is how far Q may be from 0.")
 
     @classmethod
     def check_kwargs(cls, **kwargs):
         if "oft_block_size" not in kwargs:
             raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
-        parts = str(kwargs.get("peft_version") or "0").split(".")[:2]
-        version = tuple(int(p) for p in parts if re.fullmatch("[0-9]{1,9}", p))
+        version = tuple(int(p[:9]) for p in str(kwargs.get("peft_version") or "0").split(".")[:2] if p.isdecimal())
         if kwargs.get("use_cayley_neumann") and version < (0, 18):
             warn("The Cayley-Neumann series changed in PEFT 0.18.0: outputs will differ from training.")
         return kwargs

@@ -62,27 +62,26 @@ def test_gates_weigh_what_each_adapter_adds(a, b, rows):
     layer, call = layers(made)["0"], registry_of(made).call
     base = layer.base_layer(x)
     expected = base + sum(gates.apply(layer, name, x @ layer.get_delta_weight(name).T) for name in ("a", "b"))
-    call.gates = gates
-    y = made(x)
+    names = ["a", "__base__", "b", "a"] * (rows // 4)
+    with call.giving(gates):
+        y = made(x)
+        mixed = made(x, adapter_names=names)
     assert_close(y, expected, rtol=1e-5, atol=1e-5)
     y.sum().backward()
-    names = ["a", "__base__", "b", "a"] * (rows // 4)
-    mixed = made(x, adapter_names=names)
     for row, name in enumerate(names[:8]):
         part = 0 if name == "__base__" else gates.weights[name][row] * (x[row] @ layer.get_delta_weight(name).T)
         assert_close(mixed[row], base[row] + part, rtol=1e-5, atol=1e-5)
-    call.gates = None
     assert (made(x) - y).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("b", ["OFT", "LN_TUNING"])
 def test_what_does_more_than_add_refuses_gates(b):
     made = model("LORA", b)
-    registry_of(made).call.gates = GATES
-    made.set_adapter("a")
-    made(X)
-    made.set_adapter("b")
-    with pytest.raises(graft.RoutingError, match=r"layer '0' do more than add .* gates"):
+    with registry_of(made).call.giving(GATES):
+        made.set_adapter("a")
         made(X)
-    with pytest.raises(graft.RoutingError, match="gates"):
-        made(X, adapter_names=["a", "b", "a", "b"])
+        made.set_adapter("b")
+        with pytest.raises(graft.RoutingError, match=r"layer '0' do more than add .* gates"):
+            made(X)
+        with pytest.raises(graft.RoutingError, match="gates"):
+            made(X, adapter_names=["a", "b", "a", "b"])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a call: which adapter each row of the batch uses, and whether adapters are disabled for this thread.
+"""The state of a call: which adapter each row of the batch uses, how much adapters count, facts about each row such as
+task ids, and whether adapters are disabled for this thread.
 
 The model writes it once per call, every layer reads it.
 """
@@ -13,7 +14,7 @@ from functools import cached_property, partial
 from threading import enumerate as enumerate_threads
 from threading import get_ident, local
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -95,19 +96,81 @@ OFF = Rows(0, ())  # stands for a call with all adapters disabled
 UNCLEAR = Rows(0, ())  # stands for the rows of a backward pass over calls with different rows
 
 
+class PerRow(Protocol):
+    """A fact about each row of a batch: a tensor, or what can be indexed and repeated like one."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+    def repeat_interleave(self, repeats: int, dim: int) -> Any: ...
+
+
+NO_FACTS: Mapping[Any, Any] = {}  # one object: identity tells calls without facts
+
+
+class Given(NamedTuple):
+    """All that a call says of its rows."""
+
+    rows: Rows | None = None
+    gates: Gates | None = None
+    facts: Mapping[Any, PerRow] = NO_FACTS
+
+    def __bool__(self) -> bool:
+        return self.rows is not None or self.gates is not None or bool(self.facts)
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """Equal for what is of one call."""
+        return id(self.rows), id(self.gates), id(self.facts)
+
+    def only(self, index: Tensor) -> Given:
+        """Return gates and facts of some rows of the batch."""
+        gates = None if self.gates is None else self.gates.rows(index)
+        return Given(self.rows, gates, {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS)
+
+    def repeated(self, copies: int) -> Given:
+        """Return the same for a batch with `copies` of each row. Whoever makes gates makes them for that batch."""
+        rows = self.rows
+        if rows is not None:
+            names = [name for name, index in rows.segments for _ in index.tolist()]
+            inverse = rows.inverse.tolist()
+            names = [names[i] for i in inverse for _ in range(copies)]
+            rows = Rows.of([BASE if n is None else n for n in names], rows.segments[0][1].device)
+        return Given(rows, self.gates, {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS)
+
+
+NOTHING, ALL_OFF, AMBIGUOUS = Given(), Given(OFF), Given(UNCLEAR)
+
+
+@dataclass
+class Run:
+    """A run of the model that is about to begin, for `Method.around`, which may change `kwargs`."""
+
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    own: dict[str, Any]  # arguments that are graft's and not the model's
+    rows: Rows | None = None
+    generates: bool = False  # the model's `generate` runs, and it its forward several times
+    copies: int = 1  # of each row, which `generate` makes
+
+    def argument(self, name: str) -> Any:
+        """Return an argument of the model; the caller need not name the first."""
+        value = self.kwargs.get(name)
+        return self.inputs[0] if value is None and name == "input_ids" and self.inputs else value
+
+
 class Here(local):
     """The part of a Call that is of one thread."""
 
     def __init__(self) -> None:  # runs in each thread
-        self.rows: Rows | None = None  # of the thread's call
+        self.given = NOTHING  # of the thread's call
+        self.narrow: Given | None = None  # the part of it that a layer sees while it runs some of the rows
         self.off: list[None] = []  # blocks of `disabled` around it
 
 
 @dataclass
 class Restored:
-    """The rows for layers that a backward pass runs again."""
+    """What is given for layers that a backward pass runs again."""
 
-    rows: Rows | None
+    given: Given
     threads: tuple[int, int]  # that of the call, and that of the backward pass
 
 
@@ -115,20 +178,18 @@ class Call:
     """The state of the calls under way. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
-        self.gates: Gates | None = None
         self.state: dict[str, Any] = {}  # values that layers hand on to those that run later
-        self.arguments: dict[str, Any] = {}  # of the model
         # an entry for each thing for which layers have to ask `current`: no thread comes between append and pop
         self.open: list[None] = []
         self.here = Here()
         self.blocks: list[frozenset[int | None]] = []  # of `disabled`: the threads that there were when each began
         self._calls: dict[int, Rows | None] = {}  # of the calls under way, by thread
         self._restored: dict[int, Restored] = {}  # by backward pass
-        self._untold: Rows | None = None  # of the last call, if nothing will put them back for its backward pass
+        self._untold = NOTHING  # of the last call, if nothing will put it back for its backward pass
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave calls under way out: a copy is in none."""
-        return {"gates": self.gates, "state": self.state, "arguments": self.arguments}
+        return {"state": self.state}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         Call.__init__(self)
@@ -137,18 +198,25 @@ class Call:
     @property
     def rows(self) -> Rows | None:
         """The rows of this thread's call."""
-        return self.here.rows
+        return self.here.given.rows
 
     @rows.setter
     def rows(self, rows: Rows | None) -> None:
-        self._put(rows)
+        self.put(self.here.given._replace(rows=rows))
 
-    def _put(self, rows: Rows | None) -> None:
-        before, self.here.rows = self.here.rows, rows
-        if before is None and rows is not None:
+    @property
+    def given(self) -> Given:
+        """All that this thread's call says of its rows."""
+        return self.here.given
+
+    def put(self, given: Given) -> Given:
+        """Have all this stand here for this thread; return what did."""
+        before, self.here.given = self.here.given, given
+        if given and not before:
             self.open.append(None)
-        elif before is not None and rows is None:
+        elif before and not given:
             self.open.pop()
+        return before
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
@@ -158,16 +226,26 @@ class Call:
             RoutingError: other threads run the model as well, and this batch or theirs is mixed.
         """
         self._drop_stale()
-        self._tell(None)
+        self._tell(NOTHING)
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
         with self._alone(rows):
-            before = self.here.rows
-            self._put(rows)
+            before = self.put(self.here.given._replace(rows=rows))
             try:
                 yield
             finally:
-                self._put(before)
+                self.put(before)
+
+    @contextmanager
+    def giving(self, gates: Gates | None = None, facts: Mapping[Any, PerRow] = NO_FACTS) -> Iterator[None]:
+        """Have `gates`, and `facts` beside those that are here, stand here within the block."""
+        given = self.here.given
+        gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS
+        before = self.put(Given(given.rows, gates, facts))
+        try:
+            yield
+        finally:
+            self.put(before)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -220,45 +298,45 @@ class Call:
             else:
                 del calls[thread]
 
-    def keep_for_backward(self, output: Any, rows: Rows | None) -> None:
-        """Show `rows` again in the backward pass, in which gradient checkpointing runs layers again.
+    def keep_for_backward(self, output: Any, given: Given) -> None:
+        """Show all this again in the backward pass, in which gradient checkpointing runs layers again.
 
         If nothing in the output tells when that pass begins, layers refuse to run again.
         """
         told, thread = False, get_ident()
         if self.here.off:
-            rows = OFF
+            given = ALL_OFF
         for t in tensors_in(output):
             if t.grad_fn is not None:
-                t.register_hook(lambda _grad: self._restore(rows, thread))
+                t.register_hook(lambda _grad: self._restore(given, thread))
                 told = True
-        if rows is not None and not (told or self._calls):
-            self._tell(rows)
+        if given and not (told or self._calls):
+            self._tell(given)
 
-    def _tell(self, untold: Rows | None) -> None:
+    def _tell(self, untold: Given) -> None:
         before, self._untold = self._untold, untold
-        if before is None and untold is not None:
+        if untold and not before:
             self.open.append(None)
-        elif before is not None and untold is None:
+        elif before and not untold:
             self.open.pop()
 
-    def _restore(self, rows: Rows | None, thread: int) -> None:
+    def _restore(self, given: Given, thread: int) -> None:
         task = torch._C._current_graph_task_id()
         known = self._restored.get(task)
         if known is None:
-            self._restored[task] = Restored(rows, (thread, get_ident()))
-            if rows is not None:
+            self._restored[task] = Restored(given, (thread, get_ident()))
+            if given:
                 self.open.append(None)
             end = partial(self._end, task)
             torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
-        elif known.rows is not rows:
-            if known.rows is None:
+        elif known.given.identity != given.identity:
+            if not known.given:
                 self.open.append(None)  # so that layers ask, and are told
-            known.rows = UNCLEAR
+            known.given = AMBIGUOUS
 
     def _end(self, task: int) -> None:
         restored = self._restored.pop(task, None)
-        if restored is not None and restored.rows is not None:
+        if restored is not None and restored.given:
             self.open.pop()
 
     def _drop_stale(self) -> None:
@@ -272,23 +350,46 @@ class Call:
 
     def current(self) -> Rows | None:
         """Return the rows of the call that a layer is in, if it has any; OFF if adapters are disabled for it."""
-        if self._restored or self._untold is not None:
+        return self.now().rows
+
+    def weights(self) -> Gates | None:
+        """Return the gates of the call that a layer is in."""
+        return self.now().gates
+
+    def fact(self, name: Any) -> Any:
+        """Return a fact about each row that a layer sees now; None if nobody gave it."""
+        return self.now().facts.get(name)
+
+    def now(self) -> Given:
+        """Return all that is given for the layer that asks.
+
+        Raises:
+            RoutingError: the backward pass runs the layer again, and it is not known for which call.
+        """
+        here = self.here
+        if here.narrow is not None:
+            return here.narrow
+        if self._restored or self._untold:
             if torch._C._current_graph_task_id() != -1:
                 return self._in_backward()
             self._drop_stale()
-            self._tell(None)  # another forward pass, past the model's own
-        here = self.here
-        return OFF if here.off else here.rows
+            self._tell(NOTHING)  # another forward pass, past the model's own
+        return ALL_OFF if here.off else here.given
 
-    def _in_backward(self) -> Rows | None:
+    def narrowed(self, given: Given | None) -> Given | None:
+        """Have a layer see only this while it runs some of the rows; return what stood here, to be put back."""
+        before, self.here.narrow = self.here.narrow, given
+        return before
+
+    def _in_backward(self) -> Given:
         own = self._restored.get(torch._C._current_graph_task_id())
         if own is None and self._restored:  # a pass within one
             some = list(self._restored.values())
             some = [r for r in some if get_ident() in r.threads] or some
-            found = {id(r.rows): r for r in some}
-            own = some[0] if len(found) == 1 else Restored(UNCLEAR, (0, 0))
-        if own is None and self._untold is OFF and self.here.off:
-            return OFF
+            found = {r.given.identity: r for r in some}
+            own = some[0] if len(found) == 1 else Restored(AMBIGUOUS, (0, 0))
+        if own is None and self._untold.rows is OFF and self.here.off:
+            return ALL_OFF
         if own is None:
             raise RoutingError(
                 "a backward pass recomputes layers of a mixed batch (gradient checkpointing), and their rows are not "
@@ -296,13 +397,13 @@ class Call:
                 "returned. Let it return tensors in tuples, dicts, dataclasses or attributes of objects, or turn "
                 "checkpointing off."
             )
-        if own.rows is UNCLEAR:
+        if own.given.rows is UNCLEAR:
             raise RoutingError(
                 "one backward pass covers two mixed-batch forward passes (or one with disabled adapters) under "
-                "gradient checkpointing, so the rows of a recomputed layer are ambiguous. Call backward() after each "
-                "forward, or turn checkpointing off."
+                "gradient checkpointing, so the rows of a recomputed layer are ambiguous (or their task ids, "
+                "invocations, gates). Call backward() after each forward, or turn checkpointing off."
             )
-        return own.rows
+        return own.given
 
 
 WRITING = Rows(0, ())  # stands for a thread that changes weights

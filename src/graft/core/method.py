@@ -17,7 +17,7 @@ from graft.core.ops import META, OPS, is_stock
 from graft.core.site import Site
 
 if TYPE_CHECKING:
-    from graft.core.call import Call
+    from graft.core.call import Call, Run
 
 FACT_TYPES = ("float", "int", "bool", "str", "list", "dict")  # annotations of facts, which a layer keeps in plain dicts
 SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
@@ -62,10 +62,12 @@ class Method:
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
+    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
+    surrounds: ClassVar[bool] = False  # `around` does something
 
     layer: Any
 
@@ -79,6 +81,7 @@ class Method:
             if name.startswith(getattr(cls, "prefix", "")) and not fact and not name.endswith("dropout"):
                 cls.layer_names = (*cls.layer_names, name)
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
+        cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
         _refuse_half_an_override(cls)
 
@@ -126,9 +129,9 @@ class Method:
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Call) -> Iterator[Callable[[Any], Any]]:
-        """Surround one call of the model; yield the function through which its output goes."""
-        yield _as_it_is
+    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Surround one run of the model in which adapters of this class act; yield the function for its output."""
+        yield as_it_is
 
     @classmethod
     def check_together(cls, methods: Sequence[Any]) -> None:
@@ -224,7 +227,8 @@ class Method:
         return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
 
 
-def _as_it_is(output: Any) -> Any:
+def as_it_is(output: Any) -> Any:
+    """Return an output unchanged."""
     return output
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from graft.core import fused
 from graft.core.call import Rows
 from graft.core.effect import LowRank
-from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, part_of, refuse_gates
+from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates
 from graft.kernels.mixed import add_groups, fits
 
 
@@ -28,7 +28,7 @@ class Mixed:
         self.idle = not plans
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
-        layer, gates = self.layer, self.layer.call.gates
+        layer = self.layer
         if self.idle:
             return layer.base_layer(*args, **kwargs)
         if self.whole:
@@ -41,9 +41,14 @@ class Mixed:
             return self.one(rows.segments[0][0], x, args, kwargs)
         if self.adds:
             return self.add(rows, x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
-        if gates is not None:
-            refuse_gates(layer)
-        parts = [self.one(name, x.index_select(0, index), args, kwargs) for name, index in rows.segments]
+        refuse_gates(layer)
+        given, parts = layer.call.now(), []
+        for name, index in rows.segments:
+            before = layer.call.narrowed(given.only(index))
+            try:
+                parts.append(self.one(name, x.index_select(0, index), args, kwargs))
+            finally:
+                layer.call.narrowed(before)
         return torch.cat(parts).index_select(0, rows.inverse)
 
     def one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Any:
@@ -51,8 +56,10 @@ class Mixed:
         return self.layer.base_layer(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
-        """Add each adapter's part to the rows of y that use it; return y."""
-        layer, gates = self.layer, self.layer.call.gates
+        """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
+        layer, call = self.layer, self.layer.call
+        given = call.now()
+        gates, facts = given.gates, given.facts
         if y.is_leaf and y.requires_grad:
             y = y.clone()  # a hook made it a leaf, which takes no addition in place
         fuse = layer.may_fuse
@@ -65,12 +72,14 @@ class Mixed:
             if plan is None:
                 continue
             own, part = x.index_select(0, index), y.index_select(0, index)
-            if gates is None:
+            if gates is None and not facts:
                 part = plan.add(own, part, fuse)
             else:
-                few = gates.rows(index)
-                for m, effect in plan.steps:
-                    part = part + few.apply(layer, m.name, part_of(layer, m, effect, own))
+                before = call.narrowed(given.only(index))
+                try:
+                    part = plan.add(own, part, fuse) if gates is None else plan.gated(own, part)
+                finally:
+                    call.narrowed(before)
             y.index_copy_(0, index, part.to(y.dtype))
         return y
 

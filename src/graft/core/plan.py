@@ -262,8 +262,8 @@ class Sum(Plan):
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        if layer.call.gates is not None:
-            return self.gated(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), layer.call.gates)
+        if layer.call.open and layer.call.weights() is not None:
+            return self.gated(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
         fuse = layer.may_fuse
         if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
             m, effect = self.steps[0]
@@ -278,8 +278,9 @@ class Sum(Plan):
             y = add(self.layer, m, effect, x, y, fuse)
         return y.to(dtype)
 
-    def gated(self, x: Tensor, y: Tensor, gates: Any) -> Tensor:
-        dtype = y.dtype
+    def gated(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the parts of all steps, weighed by the gates of the call."""
+        dtype, gates = y.dtype, self.layer.call.weights()
         for m, effect in self.steps:
             y = y + gates.apply(self.layer, m.name, part_of(self.layer, m, effect, x))
         return y.to(dtype)
@@ -293,7 +294,7 @@ class Chain(Plan):
         self.ways = [WAYS[way(effect)] for _, effect in self.steps]
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.call.gates is not None:
+        if self.layer.call.open:
             refuse_gates(self.layer)
         return self.through(len(self.steps), x, args, kwargs)
 
@@ -388,7 +389,7 @@ class Folded(Plan):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        if layer.call.gates is not None:
+        if layer.call.open:
             refuse_gates(layer)
         W, _ = self.fold(layer.weight_now, None)
         return layer.op.apply(layer.base_layer, args, kwargs, W)
@@ -407,7 +408,7 @@ class Whole(Plan):
         return effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})  # type: ignore[no-any-return]
 
     def add(self, x: Tensor, y: Tensor, fuse: bool = False, first: int = 0) -> Tensor:
-        gates = self.layer.call.gates
+        gates = self.layer.call.weights() if self.layer.call.open else None
         for m, effect in self.steps[first:]:
             part = part_of(self.layer, m, effect, x)
             y = y + (part if gates is None else gates.apply(self.layer, m.name, part))
@@ -418,13 +419,16 @@ class Instead(Plan):
     """A module that runs in place of the layer."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.call.gates is not None:
+        if self.layer.call.open:
             refuse_gates(self.layer)
         effect: Any = self.steps[0][1]
         return effect.module()(*args, **kwargs)
 
 
 def refuse_gates(layer: Any) -> None:
+    """Raise if the call has gates."""
+    if layer.call.weights() is None:
+        return
     raise RoutingError(
         f"Adapters of layer '{layer.site.key}' do more than add to its output, so that gates (of a mixture) cannot "
         "weigh them: leave them out of the mixture, or deactivate them."

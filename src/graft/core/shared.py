@@ -17,6 +17,7 @@ class Shared(Carrier):
     """The carrier of shared tensors: containers by name, each keyed by adapter."""
 
     key = ""
+    keyed = True  # names in memory contain that of the adapter
 
     def __init__(self) -> None:
         self.state = State()
@@ -65,3 +66,18 @@ class Shared(Carrier):
 
     def modules(self) -> dict[str, nn.Module]:
         return dict(self.containers)
+
+
+class OnTuner(Shared):
+    """The same for one adapter of a model, whose modules stand on the tuner by their own names."""
+
+    keyed = False
+
+    def __init__(self, adapter: str, modules: dict[str, nn.Module]):
+        super().__init__()
+        for name, module in modules.items():
+            self.containers[name] = container_for(module)
+            self.containers[name][adapter] = module
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {name: module for name, container in self.containers.items() for module in container.values()}

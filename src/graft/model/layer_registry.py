@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
+from graft.core.call import Run
 from graft.core.carrier import carrier_of
 from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
-from graft.core.method import Method
+from graft.core.method import Method, as_it_is
 from graft.core.names import several
 from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
@@ -42,7 +43,11 @@ class LayerRegistry(Registry):
         self.shared = Shared()
         self.shared.state.call = self.call
         self.frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
+        self.surrounding: dict[Any, type[Method]] = {}  # classes that surround runs of the model, by adapter
+        self.arguments: set[str] = set()
         self.peft_config |= getattr(model, "peft_config", None) or {}
+        for name, config in self.peft_config.items():
+            self._note(name, config)
 
     def method_for(self, config: Any) -> type[Method]:
         return method_of(config.peft_type) if self.mixed else self.method  # type: ignore[no-any-return]
@@ -68,6 +73,18 @@ class LayerRegistry(Registry):
         self.check_new(adapter_name, config)
         if state_dict is not None:
             keys = self._keys_in(state_dict, config)
+        return self._inject(
+            adapter_name,
+            config,
+            upcast=autocast_adapter_dtype,
+            on_meta=low_cpu_mem_usage,
+            values=values,
+            keys=keys,
+            heads=heads,
+        )
+
+    def _inject(self, adapter_name: str, config: Any, **options: Any) -> InjectReport:
+        """Inject an adapter that has been checked, and register it."""
         tree, self.tree, disabled = self.tree, None, self.switched_off
         method = self.method_for(config)
         done = inject(
@@ -78,13 +95,9 @@ class LayerRegistry(Registry):
             call=self.call,
             shared=self.shared,
             others={n: c for n, c in self.peft_config.items() if c.peft_type == config.peft_type},
-            upcast=autocast_adapter_dtype,
-            on_meta=low_cpu_mem_usage,
-            values=values,
-            keys=keys,
-            heads=heads,
             tree=tree,
             mixed=self.mixed,
+            **options,
         )
         for name, container in self.shared.modules().items():
             if name not in self.holder._modules:
@@ -93,8 +106,16 @@ class LayerRegistry(Registry):
         if self.frozen_before is None:
             self.frozen_before = done.frozen_before
         self.peft_config[adapter_name] = config
+        self._note(adapter_name, config)
         self.reports[adapter_name] = done.report
         return done.report
+
+    def _note(self, adapter_name: str, config: Any) -> None:
+        method = method_of(config.peft_type).variant(config)
+        self.surrounding.pop(adapter_name, None)
+        if method.surrounds:
+            self.surrounding[adapter_name] = method
+        self.arguments |= set(method.arguments)
 
     def inject_adapter(
         self,
@@ -119,22 +140,21 @@ class LayerRegistry(Registry):
         return parts
 
     @contextmanager
-    def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
-        if not self.mixed:
-            with self.method.around(self, self.call) as finish:
-                yield finish
+    def acting(self, run: Run) -> Iterator[Callable[[Any], Any]]:
+        names = self.active_adapters if run.rows is None else run.rows.names
+        methods = [self.surrounding[name] for name in names if name in self.surrounding] if self.surrounding else ()
+        if not methods:
+            yield as_it_is
             return
         with ExitStack() as stack:
-            active = (self.peft_config[name] for name in self.active_adapters)
-            methods = dict.fromkeys(method_of(config.peft_type) for config in active)
-            steps = [stack.enter_context(method.around(self, self.call)) for method in methods]
+            steps = [stack.enter_context(method.around(self, self.call, run)) for method in dict.fromkeys(methods)]
 
-            def finish_all(output: Any) -> Any:
+            def finish(output: Any) -> Any:
                 for step in steps:
                     output = step(output)
                 return output
 
-            yield finish_all
+            yield finish
 
     def check_method(self, config: Any) -> None:
         if not self.mixed:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
-from graft.core.call import BASE, Rows, copies_of
+from graft.core.call import BASE, Call, Rows, Run, copies_of
 from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.names import several
 from graft.inject.build import put
@@ -310,19 +310,25 @@ class PeftModel(nn.Module):
             )
         return Rows.of(names, tensors[0].device if tensors else None)
 
-    def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any], generates: bool = False) -> Any:
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
-        for name in self.special_peft_forward_args:
-            kwargs.pop(name, None)
+        registry = self._registry
+        call, taken = registry.call, (*self.special_peft_forward_args, *registry.arguments)
+        own = {name: kwargs.pop(name) for name in taken if name in kwargs}
         rows = self._rows(names, inputs, kwargs)
-        with self._registry.call.using(rows), self._heads_of(names), self._registry.acting(kwargs) as finish:
+        run = Run(inputs, kwargs, own, rows, generates)
+        run.copies = copies_of(registry.model, kwargs) if generates else 1
+        with call.using(rows), self._heads_of(names), registry.acting(run) as finish:
+            if run.copies > 1 and call.given:
+                with spread(call, run.copies, self.get_base_model()):
+                    return finish(function(*inputs, **kwargs))
             output = finish(function(*inputs, **kwargs))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._registry.call.keep_for_backward(output, rows)
-            watch = self._registry.watch
-            if watch is not None and rows is None:
-                watch.follow(output, (*inputs, *kwargs.values()))
+            given = call.given
+        if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
+            call.keep_for_backward(output, given)
+            if registry.watch is not None and rows is None:
+                registry.watch.follow(output, (*inputs, *kwargs.values()))
         return output
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
@@ -341,38 +347,7 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's generate, with `adapter_names` as in `forward`."""
         self._registry.check_generate(kwargs)
-        names = names_of_rows(kwargs.get("adapter_names"))
-        copies = copies_of(self.get_base_model(), kwargs)
-        if names is None or copies == 1:
-            return self._call(self.get_base_model().generate, args, kwargs | {"adapter_names": names})
-        return self._generate_copies(names, copies, args, kwargs)
-
-    def _generate_copies(self, names: list[str], copies: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run generate where it repeats each row, and so its name; an encoder sees the rows without copies."""
-        model: Any = self.get_base_model()
-        call = self._registry.call
-        kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-        rows = self._rows(names, args, kwargs)
-        assert rows is not None
-        device = rows.segments[0][1].device
-        spread = Rows.of([n for n in names for _ in range(copies)], device)
-        handles = []
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            encoder = model.get_encoder()
-
-            def narrow(*_: Any) -> None:
-                call.rows = rows
-
-            def widen(*_: Any) -> None:
-                call.rows = spread
-
-            handles = [encoder.register_forward_pre_hook(narrow), encoder.register_forward_hook(widen)]
-        try:
-            with call.using(spread), self._registry.acting(kwargs) as finish:
-                return finish(model.generate(*args, **kwargs))
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self._call(self.get_base_model().generate, args, kwargs, generates=True)
 
     @staticmethod
     def prepare_model_for_gradient_checkpointing(model: Any) -> None:
@@ -505,6 +480,7 @@ class PeftModel(nn.Module):
             key_mapping: {regex: replacement} for the checkpoint's keys; by default the model's own conversions.
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
             allow_nonfinite: load NaN and infinite numbers, too.
+            kwargs: for the hub; and of X-LoRA `adapters`, where the experts are.
 
         Raises:
             AdapterKeyError: tensors are missing or left over (only if strict), or have other shapes.
@@ -513,7 +489,6 @@ class PeftModel(nn.Module):
             NonFiniteError: tensors hold NaN or infinite numbers.
             HubError: the hub cannot be reached, or does not give a file.
         """
-        warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING)
         source = hub_keywords(kwargs) | {"where": os.fspath(model_id), "subfolder": kwargs.get("subfolder")}
         if config is None:
             config, loaded = files.load_pair(**source)
@@ -521,7 +496,9 @@ class PeftModel(nn.Module):
             loaded = files.load_weights(**source)
         else:
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
         with unless_it_fails(config):
+            config.take({name: kwargs[name] for name in config.taken_on_loading if name in kwargs})
             _for_loading(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
@@ -665,6 +642,29 @@ def folder_of(adapter: str, directory: str) -> str:
             "link, or save to that folder itself."
         )
     return folder
+
+
+@contextmanager
+def spread(call: Call, copies: int, model: Any) -> Iterator[None]:
+    """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
+    rows without copies."""
+    once, handles = call.given, []
+    copied = once.repeated(copies)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = model.get_encoder()
+        handles.append(encoder.register_forward_pre_hook(lambda *_: discard(call.put(once))))
+        handles.append(encoder.register_forward_hook(lambda *_: discard(call.put(copied))))
+    call.put(copied)
+    try:
+        yield
+    finally:
+        call.put(once)
+        for handle in handles:
+            handle.remove()
+
+
+def discard(_: Any) -> None:
+    """Return nothing, as a hook has to that changes nothing."""
 
 
 CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4

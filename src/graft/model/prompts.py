@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.call import Call
+from graft.core.call import Call, Run
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import ConfigError, RoutingError, warn
@@ -101,6 +101,7 @@ class Prompts(Registry):
     def _begin(self, model: nn.Module, config: Any, tree: Tree | None = None) -> None:
         self.checkpointing = self.begin(model, tree).checkpointing
         self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
+        self.arguments = set(self.method.arguments)
         self.prompt_encoder = Encoders(self.call)
         self.stacks = stacks_of(model)
 
@@ -226,8 +227,8 @@ class Prompts(Registry):
         return self.peft_config[name], self.prompt_encoder[name]  # type: ignore[return-value]
 
     @contextmanager
-    def acting(self, kwargs: dict[str, Any]) -> Iterator[Callable[[Any], Any]]:
-        arguments = {name: kwargs.pop(name, None) for name in self.method.arguments}
+    def acting(self, run: Run) -> Iterator[Callable[[Any], Any]]:
+        kwargs, arguments = run.kwargs, {name: run.own.get(name) for name in self.method.arguments}
         kwargs.pop("task_ids", None)  # only multitask prompts take it
         if self.call.rows is not None:
             raise RoutingError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from graft.core.call import BASE, Call
+from graft.core.call import BASE, Call, Run
 from graft.core.containers import BufferDict
 from graft.core.errors import (
     AdapterNameError,
@@ -110,6 +110,7 @@ class Registry:
     states: dict[str, Any]  # state of methods during training, by adapter
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
     watched: set[str]  # adapters for which that was set up
+    arguments: set[str]  # of a call of the model that are the methods' own
     several: str  # for errors: how to activate several adapters
 
     def begin(self, model: nn.Module, tree: Tree | None = None) -> Tree:
@@ -167,8 +168,8 @@ class Registry:
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
         )
 
-    def acting(self, kwargs: dict[str, Any]) -> AbstractContextManager[Callable[[Any], Any]]:
-        """Surround a call of the model with `kwargs`, which may change; yield a function for its output."""
+    def acting(self, run: Run) -> AbstractContextManager[Callable[[Any], Any]]:
+        """Surround a run of the model, whose `kwargs` may change; yield a function for its output."""
         raise NotImplementedError
 
     def check_generate(self, kwargs: dict[str, Any]) -> None:

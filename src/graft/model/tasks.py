@@ -204,8 +204,7 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that the caller passed: a base model need not know the others, nor a method `task_ids`."""
-    method = registry_of(arguments["self"]).method
-    ours = {"self", "kwargs", "__class__", "task_ids"} - set(getattr(method, "arguments", ()))
+    ours = {"self", "kwargs", "__class__", "task_ids"} - registry_of(arguments["self"]).arguments
     return {**{k: v for k, v in arguments.items() if v is not None and k not in ours}, **arguments["kwargs"]}
 
 

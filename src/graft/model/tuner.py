@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
 
+from graft.core.call import Run
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.inject.match import Matcher
@@ -47,13 +49,16 @@ class Tuner(nn.Module):
                     f"{list(peft_config)}: pass one, then add_adapter() the others."
                 )
             peft_config = peft_config[adapter_name]
-        registry = LayerRegistry(self, model, self._method, tree)
+        registry = self._registry_for(model, tree)
         self.__dict__[HOLDER] = registry
         self.model = model
         registry.add_adapter(
             adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict, **options
         )
         registry.set_adapter(adapter_name, inference_mode=registry.peft_config[adapter_name].inference_mode)
+
+    def _registry_for(self, model: nn.Module, tree: Tree | None) -> LayerRegistry:
+        return LayerRegistry(self, model, self._method, tree)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,7 +69,9 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with registry_of(self).acting(kwargs) as finish:
+        registry = registry_of(self)
+        own = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
+        with registry.acting(Run(args, kwargs, own)) as finish:
             return finish(self.model(*args, **kwargs))
 
     # PEFT's names for the registry's methods
@@ -190,11 +197,11 @@ def for_tuner(function: Any) -> Any:
 def _tuner_class(name: str) -> type[Tuner]:
     from graft.combine import weighted  # not needed to import graft
 
-    method = method_of(name)
+    method, (module, base) = method_of(name), METHODS[name].base.split(":")
     members = {"_method": method, "__module__": __name__, "__doc__": Tuner.__doc__}
     own = method.tuner_methods | {"add_weighted_adapter": weighted.function_for(name)}
     members |= {key: for_tuner(value) for key, value in own.items()}
-    return type(METHODS[name].tuner, (Tuner,), members)
+    return type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)
 
 
 def __getattr__(name: str) -> Any:  # `pickle` finds the generated classes here

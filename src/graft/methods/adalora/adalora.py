@@ -100,7 +100,7 @@ class AdaLoRA(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
         """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
 
         def with_loss(output: Any) -> Any:

@@ -85,7 +85,7 @@ class VBLoRA(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
         """Refuse to train an adapter from a file that holds only the largest logits."""
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
@@ -95,7 +95,7 @@ class VBLoRA(Method):
                         f"Found infinity values in VB-LoRA logits: adapter '{name}' was saved with "
                         "save_only_topk_weights, without what training needs. Call eval() to run it."
                     )
-        with super().around(tuner, call) as finish:
+        with super().around(tuner, call, run) as finish:
             yield finish
 
     def stored(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:

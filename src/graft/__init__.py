@@ -24,7 +24,7 @@ _NAMES: dict[str, str] = {
         "graft.config.base": "PeftConfig",
         "graft.config.enums": "TaskType",
         "graft.methods": "PeftType method_of",
-        "graft.methods.lora": "KasaConfig LoraRuntimeConfig",
+        "graft.methods.lora": "ArrowConfig KasaConfig LoraRuntimeConfig",
         "graft.prompts.prompt_tuning": "PromptTuningInit",
         "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",
         "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",
@@ -34,6 +34,7 @@ _NAMES: dict[str, str] = {
         "graft.model.api": "get_peft_config get_peft_model",
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
+        "graft.model.arrow": "create_arrow_model",
         "graft.model.plan": "plan",
         "graft.model.audit": "AuditReport audit",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "

@@ -60,6 +60,8 @@ PARITY = [
     *row("kasa_lora_bias", "mlp", **_lora, kasa_config={}, target_modules=_lin, lora_bias=True),
     *row("kasa_pissa", "mlp", **_lora, kasa_config={}, init_lora_weights="pissa"),
     *row("kasa_random", "mlp", **_lora, kasa_config={}, init_lora_weights=False, modules_to_save=["head"]),
+    # the tokens are in two rows of three
+    *row("alora", "llama gpt2", **_lora, task_type="CAUSAL_LM", alora_invocation_tokens=[11, 10]),
     *row("pissa", "mlp conv1D llama embedding", **_lora, init_lora_weights="pissa"),
     *row("pissa_niter", "mlp conv1D", **_lora, init_lora_weights="pissa_niter_4"),
     *row("pissa_rslora", "mlp", **_lora, init_lora_weights="pissa", use_rslora=True),

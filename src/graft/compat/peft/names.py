@@ -11,6 +11,7 @@ HELD: dict[str, str] = {
     "graft.core.containers": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
     "graft.methods.road": "RoadVariant",
+    "graft.methods.xlora.classifier": "XLoraClassifier",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
@@ -36,7 +37,7 @@ HELD: dict[str, str] = {
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
-    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer "
+    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer calculate_alora_offsets "
     "TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
     "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
@@ -75,7 +76,11 @@ def mapping_name(config: str) -> str:
     return f"TRANSFORMERS_MODELS_TO_{config.removesuffix('Config').upper()}_TARGET_MODULES_MAPPING"
 
 
-WITHOUT_TARGETS = ("TRAINABLE_TOKENS", "ADAPTION_PROMPT")  # methods that have no default targets by architecture
+WITHOUT_TARGETS = (
+    "TRAINABLE_TOKENS",
+    "ADAPTION_PROMPT",
+    "XLORA",
+)  # methods that have no default targets by architecture
 MAPPINGS: dict[str, str] = {  # → peft_type
     mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
 }
@@ -105,11 +110,14 @@ MODULES: dict[str, str] = {
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
-    "tuners": "KasaConfig LoraRuntimeConfig MultitaskPromptTuningInit PromptEncoderReparameterizationType "
+    "tuners": "ArrowConfig KasaConfig LoraRuntimeConfig create_arrow_model MultitaskPromptTuningInit "
+    "PromptEncoderReparameterizationType "
     "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
+    "tuners.lora.arrow": "create_arrow_model",
+    "tuners.lora.variants": "calculate_alora_offsets",
     "tuners.lokr": "LoKrLayer",
     "tuners.lokr.layer": "LoKrLayer",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BasePromptEncoder BaseTuner BaseTunerLayer BufferDict PeftConfig "
@@ -119,6 +127,7 @@ MODULES: dict[str, str] = {
     f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "
     "_maybe_include_all_linear_layers cast_adapter_dtype check_target_module_exists delete_adapter "
     "inspect_matched_modules set_adapter set_requires_grad",
+    "tuners.xlora.classifier": "XLoraClassifier",
     "utils": f"{_FILES} {_STATE} {_TRAINING} {_EXPORTED} {_WRAPPERS} ALLOWED_COMPUTE_DTYPES "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType UPCAST_DTYPES "
     "_get_submodules transpose",
@@ -141,7 +150,7 @@ MODULES: dict[str, str] = {
 
 # classes that a method has beside its config
 BESIDE: dict[str, tuple[str, ...]] = {
-    "LORA": ("LoraRuntimeConfig", "KasaConfig"),
+    "LORA": ("LoraRuntimeConfig", "KasaConfig", "ArrowConfig"),
     "ROAD": ("RoadVariant",),
     "PROMPT_TUNING": ("PromptTuningInit",),
     "P_TUNING": ("PromptEncoderReparameterizationType",),

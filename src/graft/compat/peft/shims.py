@@ -21,6 +21,7 @@ from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, all_linear
 from graft.inject.tied import tied_to_embedding
+from graft.methods.lora.invocations import last
 from graft.methods.trainable_tokens import input_embedding
 from graft.storage import find_store
 
@@ -92,6 +93,20 @@ def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> 
 def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return tied_to_embedding(base, survey(base))[1]
+
+
+# aLoRA
+
+
+def calculate_alora_offsets(
+    peft_config: dict[str, Any], active_adapter: str, input_ids: Tensor, adapter_names: list[str] | None = None
+) -> list[int | None]:
+    """Return how far before its end each row invokes its aLoRA adapter; None where it does not, or uses no such one."""
+    found: list[int | None] = []
+    for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids)):
+        tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
+        found.append((tokens and int(last(row[None], torch.tensor(tokens, device=row.device)))) or None)
+    return found
 
 
 # tensors

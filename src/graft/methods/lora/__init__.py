@@ -3,6 +3,6 @@
 
 from graft.methods.lora.config import LoraConfig, LoraRuntimeConfig
 from graft.methods.lora.lora import LoRA
-from graft.methods.lora.sub_configs import KasaConfig
+from graft.methods.lora.sub_configs import ArrowConfig, KasaConfig
 
-__all__ = ["KasaConfig", "LoRA", "LoraConfig", "LoraRuntimeConfig"]
+__all__ = ["ArrowConfig", "KasaConfig", "LoRA", "LoraConfig", "LoraRuntimeConfig"]

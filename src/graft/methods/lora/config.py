@@ -8,18 +8,21 @@ from typing import Any, ClassVar
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
-from graft.methods.lora.sub_configs import KasaConfig
+from graft.methods.lora.sub_configs import ArrowConfig, KasaConfig
 
-VARIANTS = {"use_dora": "dora:DoRA", "kasa_config": "kasa:KaSA"}  # field that selects it → "module:Class" beside this
+VARIANTS = {  # field that selects it → "module:Class" beside this
+    "use_dora": "dora:DoRA",
+    "kasa_config": "kasa:KaSA",
+    "alora_invocation_tokens": "alora:ALoRA",
+    "arrow_config": "arrow:Arrow",
+}
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
     "target_parameters": None,
     "velora_config": None,
-    "alora_invocation_tokens": None,
     "monteclora_config": None,
     "use_bdlora": None,
-    "arrow_config": None,
     "use_qalora": False,
     "megatron_config": None,
 }
@@ -61,7 +64,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     lora_ga_config: Any = None
     use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
     velora_config: Any = None
-    alora_invocation_tokens: list[int] | None = None
+    alora_invocation_tokens: list[int] | None = None  # aLoRA (arXiv 2504.12397): acts from their last occurrence on
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: Any = None
@@ -70,7 +73,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     lora_bias: bool = False  # B has a bias
     target_parameters: list[str] | None = None
     use_bdlora: Any = None
-    arrow_config: Any = None
+    arrow_config: ArrowConfig | dict | None = None  # a router over the other adapters: see `create_arrow_model`
     kasa_config: KasaConfig | dict | None = None  # KaSA (arXiv 2412.06071): singular values apart, on a truncated base
     ensure_weight_tying: bool = False  # adapt tied embeddings together
 
@@ -88,9 +91,23 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
             if getattr(self, name) != off:
                 raise NotImplementedError(f"LoraConfig.{name} is not in graft yet: leave it at {off!r}.")
         self.kasa_config = sub_config(self.kasa_config, KasaConfig)
+        self.arrow_config = sub_config(self.arrow_config, ArrowConfig)
         if len(self.variants) > 1:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
+        self._check_invocation()
         self._check_init()
+
+    def _check_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return
+        if not tokens or min(tokens) < 0:
+            raise ConfigError(
+                f"`alora_invocation_tokens` must be the ids of one token or more, got {tokens}: aLoRA begins to act "
+                "where they stand. Leave it None for an adapter that always acts."
+            )
+        if self.task_type != "CAUSAL_LM":
+            warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
     @property
     def variants(self) -> tuple[str, ...]:

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrow: Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157.
+
+The router adapter has no update of its own: it sends each token through the other LoRA adapters of the layer, the
+experts, by how much the token points in the direction that an expert acts on most. With GenKnowSub
+(aclanthology.org/2025.acl-short.54) experts act without what they share with adapters of general knowledge.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from graft.core.effect import Branch
+from graft.core.errors import RoutingError
+from graft.methods.lora.lora import LoRA
+
+GENERAL = re.compile(r"gks_\d+")  # names of adapters of general knowledge, which are no experts
+STEPS, EPS = 15, 1e-8  # of the power iteration
+
+
+class Router(nn.Module):
+    """The directions of the experts, as long as these keep their values."""
+
+    prototypes: Tensor | None  # (experts, in)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("prototypes", None, persistent=False)
+        self.of: list[tuple[Tensor, int]] = []  # the tensors that they were made of, with their versions
+
+    def current(self, tensors: list[Tensor]) -> bool:
+        return len(self.of) == len(tensors) and all(
+            a is b and version == b._version for (a, version), b in zip(self.of, tensors)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "of": []}  # a copy has tensors of its own
+
+
+class Arrow(LoRA):
+    lora_arrow: nn.Module  # the Router, without parameters
+
+    def check(self) -> str | None:
+        if self.site.op.known and not self.site.op.linear:
+            return "Arrow compares features of tokens, and so it routes on linear layers only"
+        return super().check()
+
+    def build(self, shared, device=None):
+        return super().build(shared, device) | dict(lora_arrow=Router())
+
+    def describe(self):
+        return Branch(self.branch, fixed="Cannot merge an active Arrow router adapter. Remove it first")
+
+    def factors(self):
+        raise NotImplementedError(
+            f"Adapter '{self.name}' is an Arrow router, which has no update of its own: name its experts."
+        )
+
+    def branch(self, x: Tensor) -> Tensor:
+        general, experts = self.others()
+        A, B = self.matrices(general, experts)
+        cfg, E = self.cfg.arrow_config, len(experts)
+        score, which = (x @ self.directions(general, experts, A, B).T).abs().topk(cfg.top_k, dim=-1)  # (…, top_k)
+        share = torch.zeros(*x.shape[:-1], E, device=x.device, dtype=x.dtype)
+        share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))
+        share = share * torch.tensor([m.scaling for m in experts], device=x.device, dtype=x.dtype)
+        z = (x @ A.flatten(0, 1).T).unflatten(-1, (E, -1)) * share[..., None]  # (…, experts, r)
+        return self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)  # type: ignore[no-any-return]
+
+    def others(self) -> tuple[list[Any], list[Any]]:
+        """Return the adapters of general knowledge on this layer, and the experts: all others but routers."""
+        named = self.cfg.arrow_config.gks_adapter_names or ()
+        general, experts = [], []
+        for name, m in self.layer.methods.items():
+            if name in named or GENERAL.fullmatch(name):
+                general.append(m)
+            elif not isinstance(m, Arrow):
+                experts.append(m)
+        return general, experts
+
+    def matrices(self, general: list[Any], experts: list[Any]) -> tuple[Tensor, Tensor]:
+        """Return A (experts, r, in) and B (experts, out, r), without general knowledge."""
+        try:
+            A, B = (torch.stack([m.pair[i] for m in experts]) for i in (0, 1))
+            if self.cfg.arrow_config.use_gks:
+                A, B = (M - torch.stack([m.pair[i] for m in general]).mean(0) for i, M in ((0, A), (1, B)))
+        except RuntimeError as e:  # of torch, about sizes
+            raise RoutingError(why_not(self, general, experts)) from e
+        return A, B
+
+    def directions(self, general: list[Any], experts: list[Any], A: Tensor, B: Tensor) -> Tensor:
+        """Return the top right singular vector of each expert, (experts, in); find it anew if an expert has changed."""
+        router: Any = self.lora_arrow
+        if is_dynamo_compiling() and router.prototypes is not None and len(router.prototypes) == len(experts):
+            return router.prototypes  # type: ignore[no-any-return]
+        tensors = [t for m in (*experts, *general) for t in m.pair]
+        if router.current(tensors):
+            return router.prototypes  # type: ignore[no-any-return]
+        if self.cfg.arrow_config.top_k > len(experts) or not all(is_plain(m) for m in experts):
+            raise RoutingError(why_not(self, general, experts))
+        with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+            seed = self.cfg.arrow_config.rng_seed
+            found = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
+        router.prototypes, router.of = found, [(t, t._version) for t in tensors]
+        return found
+
+
+def is_plain(m: Any) -> bool:
+    return type(m) is LoRA and not m.lora_bias
+
+
+def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
+    """Return the input (in,) of norm 1 that B A answers most: power iteration on (B A)ᵀ B A from a random start."""
+    generator = None if seed is None else torch.Generator(A.device).manual_seed(int(seed))
+    gram = B.T @ B  # (r, r)
+    v = torch.randn(A.shape[1], dtype=A.dtype, device=A.device, generator=generator)
+    v = v / (v.norm() + EPS)
+    for _ in range(STEPS):
+        w = A.T @ (gram @ (A @ v))
+        v = w / (w.norm() + EPS)
+    return v
+
+
+def why_not(router: Arrow, general: list[Any], experts: list[Any]) -> str:
+    """Say why a router cannot run on its layer."""
+    start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
+    cfg, names = router.cfg.arrow_config, [m.name for m in experts]
+    other = [m.name for m in experts if not is_plain(m)]
+    if other:
+        return f"{start}experts must be plain LoRA, without bias, and {other} are not. Delete these adapters."
+    if cfg.top_k > len(experts):
+        return f"{start}top_k={cfg.top_k} is more than its {len(experts)} experts {names}. Lower top_k, or load others."
+    if cfg.use_gks and not general:
+        return f"{start}GenKnowSub (use_gks) needs adapters of general knowledge, 'gks_0' and so on, and it has none."
+    shapes = {m.name: tuple(m.pair[0].shape) for m in (*experts, *general)}
+    return f"{start}experts and general adapters must have one rank, and A has the shapes {shapes}."

@@ -16,6 +16,7 @@ class Row(NamedTuple):
     method: str  # "module:Class" below graft
     config: str  # public name of its config
     tuner: str  # public name of the model class that holds it; of a prompt, its encoder
+    base: str = "model.tuner:Tuner"  # what that class derives from, "module:Class" below graft
 
 
 METHODS: dict[str, Row] = {
@@ -34,6 +35,8 @@ METHODS: dict[str, Row] = {
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
+    "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
+    "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),
     "ADAPTION_PROMPT": Row("methods.adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
 }
 PROMPTS: dict[str, Row] = {

@@ -24,8 +24,12 @@ ADAPTERS = ("default", "other")
 
 
 SAMPLES = samples.LAWS
-# on whole attentions: their laws have tests of their own
-ELSEWHERE = {"ADAPTION_PROMPT": "methods/test_adaption_prompt.py"}
+# on whole attentions, with task ids, with experts: their laws have tests of their own
+ELSEWHERE = {
+    "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
+    "POLY": "methods/test_poly.py",
+    "XLORA": "methods/test_xlora.py",
+}
 
 
 @dataclass(frozen=True)

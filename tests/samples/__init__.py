@@ -24,9 +24,13 @@ LAWS: list[laws.Sample] = [sample for file in _files for sample in file.LAWS]
 REFUSED: list[tuple] = [entry for file in _files for entry in getattr(file, "REFUSED", ())]
 UNMERGEABLE: list[tuple] = [entry for file in _files for entry in getattr(file, "UNMERGEABLE", ())]
 METHODS: dict[str, list[tuple]] = {file.LAWS[0].method: file.PARITY for file in _files if hasattr(file, "PARITY")}
-ELSEWHERE = {  # compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions
+# compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions, calls take task ids,
+# adapters are experts
+ELSEWHERE = {
     "ADALORA": "methods/test_adalora.py",
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
+    "POLY": "methods/test_poly.py",
+    "XLORA": "methods/test_xlora.py",
 }
 
 SAMPLES = [

@@ -51,6 +51,7 @@ class PeftConfig:
     is_adaption_prompt: ClassVar[bool] = False
     patterns: ClassVar[dict[str, str]] = {}  # field with overrides by layer path → field that they override
     runtime_fields: ClassVar[tuple[str, ...]] = ()  # fields that no file holds
+    taken_on_loading: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take` knows
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
     counters: ClassVar[tuple[str, ...]] = ()  # numbers that are no sizes: seeds, and steps of training
 
@@ -143,7 +144,15 @@ class PeftConfig:
             raise TypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
-        return cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, stored.path)
+        made = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, stored.path)
+        made.read_from(pretrained_model_name_or_path, subfolder, **hub)
+        return made
+
+    def take(self, options: dict[str, Any]) -> None:
+        """Take those of the options of a load that `taken_on_loading` names."""
+
+    def read_from(self, where: str, subfolder: str | None = None, **hub: Any) -> None:
+        """Note where the config was read: a hook for those that have other checkpoints beside them."""
 
     @classmethod
     def from_file(cls, values: dict[str, Any], path: str) -> PeftConfig:

@@ -93,10 +93,12 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             if slot.saved:
                 memory = f"{prefix}{key}.{slot.container}.{adapter}.{slot.path}"
                 yield Entry(memory, f"{prefix}{key}.{slot.path}", (), slot.owner, slot.attribute, slot.tensor)
-    for slot in parts.shared.slots(adapter) if parts.shared is not None else ():
+    shared = parts.shared
+    for slot in () if shared is None else shared.slots(adapter):
         if slot.saved:
             below = f".{slot.path}" if slot.path else ""
-            memory, file = (f"base_model.{slot.container}{name}{below}" for name in (f".{adapter}", ""))
+            file = f"base_model.{slot.container}{below}"
+            memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file  # type: ignore[union-attr]
             yield Entry(memory, file, (), slot.owner, slot.attribute, slot.tensor)
 
 

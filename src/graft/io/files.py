@@ -77,7 +77,9 @@ def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any
     """
     stored = Stored(where, subfolder, PeftConfig.from_json_file, **hub)
     loaded = load_weights(where, subfolder, **hub)
-    return PeftConfig.from_file(stored.of(loaded.noted), stored.path), loaded
+    config = PeftConfig.from_file(stored.of(loaded.noted), stored.path)
+    config.read_from(os.fspath(where), subfolder, **hub)
+    return config, loaded
 
 
 def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded:

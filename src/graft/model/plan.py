@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.shared import Shared
 from graft.inject.inject import Injection
@@ -37,6 +38,8 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
         add_task_heads(config)
         if config.is_prompt_learning:
             return Prompts.plan(model, config, adapter_name)
+        if not hasattr(config, "target_modules"):
+            raise ConfigError(f"{config.peft_type.value} adapts no layers itself: plan its experts, one by one.")
         made = Injection(model, config, method, adapter_name)
         with made.restructured(keep=False):
             return _plan(made.find(), method, adapter_name)

@@ -39,7 +39,8 @@ every = pytest.mark.parametrize("cell", CELLS, ids=str)
 
 
 def test_every_cell_is_there():
-    assert set(METHODS) == set(ROWS) - {"ADAPTION_PROMPT"}  # which knows three architectures: a file of its own
+    # of three architectures, with task ids, with experts: each has a file of its own
+    assert set(METHODS) == set(ROWS) - {"ADAPTION_PROMPT", "POLY", "XLORA"}
     assert {model.task for model in MODELS.values()} == set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING) == set(TASKS)
     assert len(MODELS) == 20 and len(PRODUCT) == 380
     assert Counter(cell.task for cell in CELLS) == {

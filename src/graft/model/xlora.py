@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner of X-LoRA: LoRA adapters, the experts, and a classifier that weighs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.errors import CheckpointError, ConfigError
+from graft.core.ops import META
+from graft.core.shared import OnTuner
+from graft.inject.build import put
+from graft.inject.parts import Parts
+from graft.inject.report import InjectReport
+from graft.inject.survey import Tree
+from graft.io import files
+from graft.io.load import Values
+from graft.methods import method_of
+from graft.methods.xlora.api import check_top_k
+from graft.methods.xlora.classifier import XLoraClassifier
+from graft.methods.xlora.config import XLoraConfig
+from graft.methods.xlora.xlora import CLASSIFIER
+from graft.model.layer_registry import LayerRegistry
+from graft.model.registry import check_adapter_name
+from graft.model.tuner import Tuner
+
+OTHERS = ("base_model.lora_model.", f"base_model.{CLASSIFIER}.")  # in PEFT's files of experts, which are not only that
+
+
+class XLoraRegistry(LayerRegistry):
+    """The registry of an X-LoRA adapter and its experts, which are adapters by their own names and run with it."""
+
+    owner = ""  # name of the X-LoRA adapter
+    experts: tuple[str, ...] = ()
+    gate: OnTuner | None = None  # carries the classifier
+    places: dict[str, int]  # path of a layer → its place among the classifier's weights
+    expert_places: dict[str, int]
+
+    def method_for(self, config: Any) -> Any:
+        return method_of(config.peft_type)
+
+    @property
+    def classifier(self) -> XLoraClassifier:
+        return getattr(self.holder, CLASSIFIER)  # type: ignore[no-any-return]
+
+    def carriers(self) -> Iterator[Any]:
+        yield from super().carriers()
+        if self.gate is not None:
+            yield self.gate
+
+    def parts_of(self, adapter_name: str) -> Parts:
+        parts = super().parts_of(adapter_name)
+        if adapter_name == self.owner:
+            parts.shared = self.gate
+        return parts
+
+    # adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: XLoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        values: Any = None,
+        keys: Any = None,
+        heads: dict[str, nn.Module] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> InjectReport:
+        """Load the experts and make the classifier. All or nothing.
+
+        Raises:
+            ConfigError: there is an X-LoRA adapter already, or there are no experts, or X-LoRA cannot weigh one.
+            CheckpointError: an expert is not where the config says.
+        """
+        self.check_new(adapter_name, config)
+        if not (heads is None and keys is None and state_dict is None):
+            raise ConfigError("X-LoRA takes its layers from its experts: pass neither heads, keys nor a state_dict.")
+        found = {name: self._expert(adapter_name, config, name) for name in config.adapters or {}}
+        if not found:
+            raise ConfigError("X-LoRA needs experts: name them in XLoraConfig.adapters, {name: path}.")
+        check_top_k(config.top_k_lora, len(found))
+        with self._all_or_nothing():
+            for name, (expert, loaded) in found.items():
+                own = Values(self.model, expert, name, loaded)
+                self._inject(name, expert, upcast=autocast_adapter_dtype, values=own)
+            self._check_experts(found)
+            self._gather(adapter_name, config, list(found), low_cpu_mem_usage)
+            report = InjectReport(adapter_name, config.peft_type.value)
+            report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
+            if values is not None:
+                put(self.parts_of(adapter_name), adapter_name, values.of(self.parts_of(adapter_name), adapter_name))
+        self.peft_config = {adapter_name: config, **self.peft_config}
+        self._note(adapter_name, config)
+        self.reports[adapter_name] = report
+        return report
+
+    def _expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[Any, files.Loaded]:
+        """Read an expert: from beside the config, where that is a checkpoint of its own, else from where it says."""
+        check_adapter_name(name, [*self.peft_config, owner])
+        where = config.adapters[name]  # type: ignore[index]
+        places: list[tuple[str, str | None, dict[str, Any]]] = [(where, None, {})]
+        if name in config.beside:
+            places.insert(0, config.beside[name])
+        error: Exception | None = None
+        for folder, sub, hub in places:
+            try:
+                expert, loaded = files.load_pair(folder, sub, **hub)
+            except CheckpointError as e:
+                error = error or e
+                continue
+            if sub is None or not any(key.startswith(OTHERS) for key in loaded.tensors):
+                break
+        else:
+            raise CheckpointError(
+                f"Expert '{name}' of X-LoRA adapter '{owner}' is neither beside its config nor at '{where}' ({error}): "
+                "name its folder in XLoraConfig.adapters, or pass from_pretrained(…, adapters={…})."
+            )
+        if expert.peft_type != "LORA":
+            raise ConfigError(f"Expert '{name}' of X-LoRA is {expert.peft_type.value}: only LoRA adapters can be.")
+        if expert.use_dora:
+            raise ConfigError(f"X-LoRA currently does not support LoRA layers with DoRA (expert '{name}').")
+        expert.inference_mode = False
+        return expert, loaded
+
+    def _check_experts(self, names: Any) -> None:
+        for key, layer in self.layers.items():
+            for m in (layer.methods[name] for name in names if name in layer.methods):
+                op = layer.site.op
+                if not (m.effect.additive and (op.linear or op.takes_ids)):
+                    raise ConfigError(
+                        f"X-LoRA weighs what experts add at each token, which it cannot on layer '{key}' "
+                        f"({layer.site.type_name}, {type(m).__name__}) of expert '{m.name}'."
+                    )
+
+    def _gather(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
+        """Make the classifier, for the layers in the order in which they stand in the model."""
+        modules = {id(m): i for i, (_, m) in enumerate(self.model.named_modules())}
+        order = sorted(self.layers, key=lambda key: modules[id(self.layers[key])])
+        self.places = {key: i for i, key in enumerate(order)}
+        self.expert_places = {name: i for i, name in enumerate(names)}
+        first = self.layers[order[0]]
+        where = dict(device=first.store.where(first.base_layer)[0], dtype=next(self.model.parameters()).dtype)
+        if on_meta:
+            where["device"] = META
+        made = XLoraClassifier(config, len(names), len(order), where)
+        self.gate = OnTuner(adapter_name, {CLASSIFIER: made})
+        self.gate.state.call = self.call
+        self.owner, self.experts = adapter_name, tuple(names)
+        self.holder.add_module(CLASSIFIER, made)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            yield
+        except BaseException:
+            self.unload()
+            self.holder._modules.pop(CLASSIFIER, None)
+            for p in trained:
+                p.requires_grad = True
+            raise
+
+    def check_new(self, adapter_name: str, config: Any) -> None:
+        super().check_new(adapter_name, config)
+        if self.layers:
+            raise ConfigError(
+                f"The model has adapters ({', '.join(self.peft_config)}), and X-LoRA needs one without: load it into "
+                "another."
+            )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active: X-LoRA with its experts, or experts by themselves, as plain LoRA."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        together = self.owner in names
+        if together:
+            names = [self.owner, *self.experts]
+        super().set_adapter(names, inference_mode)
+        if together and not self.peft_config[self.owner].use_trainable_adapters:
+            self.set_requires_grad(self.experts, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.experts:
+            raise ConfigError(f"'{adapter_name}' is an expert of X-LoRA adapter '{self.owner}', which needs it.")
+        super().delete_adapter(adapter_name)
+        self.gate, self.owner, self.experts = None, "", ()
+        del self.holder._modules[CLASSIFIER]
+
+    def _merge(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> None:
+        if self.owner in self.active_adapters:
+            raise NotImplementedError(
+                "X-LoRA weighs its experts anew at every token, which no weight does: it cannot be merged. To merge "
+                "some experts as they are, call set_adapter() with their names before."
+            )
+        super()._merge(adapter_names, *args, **kwargs)
+
+
+class XLoraTuner(Tuner):
+    """See `Tuner`; and the classifier, as `internal_xlora_classifier`."""
+
+    def _registry_for(self, model: nn.Module, tree: Tree | None) -> XLoraRegistry:
+        if getattr(getattr(model, "config", None), "use_cache", False):
+            raise ConfigError(
+                "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
+            )
+        return XLoraRegistry(self, model, self._method, tree)
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self.eval()
+
+    @property
+    def xlora_config(self) -> XLoraConfig:
+        return self.internal_xlora_classifier.config  # type: ignore[no-any-return]

@@ -72,8 +72,14 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5, what: str = "")
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
 
+def common(tensors: dict) -> dict:
+    """Without what only graft holds: what PiSSA and its like took out of the base."""
+    return {name: t for name, t in tensors.items() if ".lora_shift." not in name}
+
+
 def close_dicts(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
     """Same keys; tensors within the tolerance (0: equal in every bit), None only opposite None."""
+    ours, theirs = common(ours), common(theirs)
     assert sorted(ours) == sorted(theirs)
     for key, t in theirs.items():
         assert (ours[key] is None) == (t is None), key
@@ -82,7 +88,7 @@ def close_dicts(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
 
 
 def shapes(model: nn.Module) -> dict[str, tuple]:
-    return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    return {name: (tuple(t.shape), t.dtype) for name, t in common(model.state_dict()).items()}
 
 
 def trainable(model: nn.Module) -> set[str]:

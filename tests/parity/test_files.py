@@ -35,6 +35,8 @@ def test_saved_by_one_loaded_by_the_other(sample, tmp_path):
     close_dicts(load_file(tmp_path / "ours" / WEIGHTS), load_file(tmp_path / "theirs" / WEIGHTS), 0)
     assert json_of(tmp_path / "ours") == json_of(tmp_path / "theirs")
 
+    if "reload" in sample.unlike:
+        return
     expected = load(LIBS[1], sample, tmp_path / "theirs")
     tensors = {k: v.clone() for k, v in expected.state_dict().items()}  # constrained OFT changes them in forward
     for lib, source in ((LIBS[0], "theirs"), (LIBS[1], "ours"), (LIBS[0], "ours")):

@@ -42,6 +42,10 @@ class AdapterNameError(PeftError, KeyError, ValueError):
     __str__ = Exception.__str__  # KeyError would show the text in quotes
 
 
+class CalibrationError(PeftError, ValueError):
+    """Data cannot initialise an adapter: there is none, too little, or some layers see nothing of it."""
+
+
 class AlreadyInjectedError(PeftError, ValueError):
     """The model has adapters already."""
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,13 +29,13 @@ from graft.kernels.eager import eager, has_no_hooks
 class LayerState(State):
     """The state of a layer that changes as adapters are switched or merged."""
 
-    __slots__ = ("merged", "mix", "original", "plan", "plans", "undo")
+    __slots__ = ("merged", "mix", "plan", "plans", "takebacks", "undo")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.merged: list[str] = []
         self.undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
-        self.original: Any = None  # the base weight before an injection that is still under way
+        self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
         self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run
         self.mix: Mixed | None = None  # that of the last mixed batch
@@ -235,18 +235,24 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
                 f"{why}. Or choose another initialisation."
             )
         with merging.lifted(self):
-            if self.state.original is None:
-                self.state.original = self.store.snapshot(base, name, False)
+            before = self.store.snapshot(base, name, False)
+            self.on_rollback(lambda: self.store.restore(base, name, before))
             self.store.write(base, name, self.op.uncanon(W), False)
 
+    def on_rollback(self, takeback: Callable[[], None]) -> None:
+        """Have `rollback` call `takeback`, with nothing merged, unless `settle` comes first."""
+        self.state.takebacks = [*(self.state.takebacks or ()), takeback]
+
     def rollback(self) -> None:
-        if self.state.original is not None:
+        """Undo what an initialisation did beside filling in values, its last step first."""
+        takebacks, self.state.takebacks = self.state.takebacks, None
+        if takebacks:
             with merging.lifted(self):
-                self.store.restore(self.base_layer, self.site.parameter, self.state.original)
-        self.state.original = None
+                for takeback in reversed(takebacks):
+                    takeback()
 
     def settle(self) -> None:
-        self.state.original = None
+        self.state.takebacks = None
 
     # forward
 

@@ -173,11 +173,18 @@ class Method:
             return self.build(shared)
 
     def init(self) -> None:
-        """Set initial values. Before a load it runs only if `inits_from_weight`."""
+        """Set initial values. Before a load it runs only if `inits_before_load`."""
 
     def inits_from_weight(self) -> bool:
-        """Say whether `init` reads or changes the base weight, so that it must run before a load, too."""
+        """Say whether `init` reads or changes the base weight."""
         return False
+
+    def inits_before_load(self) -> bool:
+        """Say whether `init` must run before a load, too; not if `loaded` makes up for it."""
+        return self.inits_from_weight()
+
+    def loaded(self) -> None:
+        """Follow the values of a checkpoint, which have just been put into the adapter's tensors."""
 
     def tie(self, source: Method) -> None:
         """Use the tensors of `source`, the same adapter on the embedding that this layer's weight is tied to."""

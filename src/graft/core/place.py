@@ -36,11 +36,17 @@ def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype |
                 module._buffers[name] = moved(b, device, dtype, upcast)
 
 
+class Exact(nn.Module):
+    """A module whose buffers move with the base weight and keep their dtype."""
+
+
 def place_tensor(owner: nn.Module, name: str, device, dtype, upcast: bool) -> None:
     """Move and cast a parameter or buffer of a module."""
     p = owner._parameters.get(name)
     if p is not None:
         place_parameter(owner, name, p, device, dtype, upcast)
+    elif isinstance(owner, Exact):
+        owner._buffers[name] = moved(owner._buffers[name], device, None, False)  # type: ignore[arg-type]
     else:
         owner._buffers[name] = moved(owner._buffers[name], device, dtype, upcast)  # type: ignore[arg-type]
 

@@ -70,6 +70,9 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
         made = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
         for slot in empty:
             slot.assign(made[slot.container, slot.path], layer.store.where(layer.base_layer)[0])
+        spare.rollback()  # the base weight changes by what the layer itself holds
+    for layer in parts.layers.values():
+        layer.methods[adapter].loaded()
 
 
 def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
@@ -95,13 +98,16 @@ def share(job: Any) -> None:
 
 
 def add_layers(job: Any) -> None:
-    shared, loads, adapter = job.shared.attached(), job.on_meta or job.values is not None, job.adapter
+    shared, loads, adapter = job.shared.attached(), job.values is not None, job.adapter
     nothing = []
     for key, site in job.sites.items():
         layer = job.tree.layers.get(key) or AdapterLayer(site, job.call)
         job.layers[key] = layer
         method = job.methods[key]
-        nowhere = (loads or site.on_meta) and not method.inits_from_weight()
+        if loads:
+            nowhere = not method.inits_before_load()
+        else:
+            nowhere = (job.on_meta or site.on_meta) and not method.inits_from_weight()
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:

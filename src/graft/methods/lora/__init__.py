@@ -3,6 +3,16 @@
 
 from graft.methods.lora.config import LoraConfig, LoraRuntimeConfig
 from graft.methods.lora.lora import LoRA
-from graft.methods.lora.sub_configs import ArrowConfig, KasaConfig
+from graft.methods.lora.sub_configs import ArrowConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig
 
-__all__ = ["ArrowConfig", "KasaConfig", "LoRA", "LoraConfig", "LoraRuntimeConfig"]
+__all__ = [
+    "ArrowConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoRA",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraRuntimeConfig",
+]

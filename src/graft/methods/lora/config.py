@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
-from graft.methods.lora.sub_configs import ArrowConfig, KasaConfig
+from graft.methods.lora.sub_configs import ArrowConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig
 
 VARIANTS = {  # field that selects it → "module:Class" beside this
     "use_dora": "dora:DoRA",
@@ -26,8 +26,14 @@ NOT_YET = {
     "use_qalora": False,
     "megatron_config": None,
 }
-INITS_NOT_YET = ("eva", "corda", "lora_ga", "loftq", "mica")
-CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that change the base weight
+INITS_NOT_YET = ("mica",)
+CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight
+TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ", "eva": "EVA"}
+SETTINGS: dict[str, tuple[str, Any]] = {  # field with the settings of one init → (that init, class of the settings)
+    "eva_config": ("eva", EvaConfig),
+    "corda_config": ("corda", CordaConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
+}
 
 
 @dataclass
@@ -54,14 +60,15 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, lora_only
     use_rslora: bool = False
-    init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N
+    init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, eva,
+    # corda, lora_ga; the last three begin with data
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
-    loftq_config: dict = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    loftq_config: dict | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files
+    eva_config: EvaConfig | dict | None = None
+    corda_config: CordaConfig | dict | None = None
+    lora_ga_config: LoraGAConfig | dict | None = None
     use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
     velora_config: Any = None
     alora_invocation_tokens: list[int] | None = None  # aLoRA (arXiv 2504.12397): acts from their last occurrence on
@@ -109,6 +116,15 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         if self.task_type != "CAUSAL_LM":
             warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
+    def _check_loftq(self) -> None:
+        if self.init_lora_weights == "loftq":
+            if not self.loftq_config:
+                raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+            self.loftq_config = vars(sub_config(self.loftq_config, LoftQConfig)).copy()
+        elif self.loftq_config:
+            warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
+            self.loftq_config = {}
+
     @property
     def variants(self) -> tuple[str, ...]:
         """The fields with a value that selects a variant."""
@@ -118,13 +134,15 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         init = self.init_lora_weights
         if init in INITS_NOT_YET:
             raise NotImplementedError(f"init_lora_weights={init!r} is not in graft yet.")
-        for name in ("eva", "corda"):
-            if getattr(self, f"{name}_config") is not None:
-                text = f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'."
-                warn(text)
-        if self.loftq_config:
-            warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
-            self.loftq_config = {}
+        for name, (how, cls) in SETTINGS.items():
+            setattr(self, name, sub_config(getattr(self, name), cls))
+            if getattr(self, name) is not None and init != how:
+                warn(f"`{name}` specified but will be ignored when `init_lora_weights` is not '{how}'.")
+            elif getattr(self, name) is None and init == how:
+                title = TITLES[how]
+                warn(f"`init_lora_weights` is '{how}' but `{name}` is not specified. Using default {title} config.")
+                setattr(self, name, cls())
+        self._check_loftq()
         if self.lora_bias and not isinstance(init, bool):
             raise ConfigError(
                 "The argument lora_bias=True is only supported with the plain initialisations, True and False, not "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion of a PiSSA or OLoRA adapter to plain LoRA for the base model as it was: ΔW = s (B A - B₀ A₀)."""
+"""Conversion of a PiSSA, OLoRA, CorDA or LoRA-GA adapter to plain LoRA for the base as it was: ΔW = s (B A - B₀ A₀)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from graft.core.errors import ConfigError, warn
 from graft.methods.lora.config import CONVERTED
 from graft.methods.lora.lora import LoRA
+from graft.methods.lora.shift import NAME
+
+MARK = f".{NAME}."
 
 
 def subtract_initial(
@@ -24,8 +27,8 @@ def subtract_initial(
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
 
     Raises:
-        ConfigError: the initial adapter's own initialisation would shift the base again, alpha / √r cannot be kept, or
-            the variant changes the base weights, too.
+        ConfigError: the initial adapter's own initialisation would shift the base again, or it is not what this one
+            began with; alpha / √r cannot be kept, or the variant changes the base weights, too.
     """
     if not hasattr(config, "init_lora_weights"):
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
@@ -45,8 +48,9 @@ def subtract_initial(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported with rsLoRA and "
             "rank_pattern or alpha_pattern: the scaling of those layers cannot be kept."
         )
-    out = dict(tensors)  # all but A and B stay: magnitudes, say, and modules trained whole
-    for key, now in tensors.items():
+    check_initial(initial, tensors)
+    out = {key: t for key, t in tensors.items() if MARK not in key}  # all but A and B stays: magnitudes, heads
+    for key, now in tuple(out.items()):
         before = initial[key].to(now) if key in initial else None
         if "lora_A" in key or "lora_embedding_A" in key:
             out[key] = torch.cat([now, before], dim=0)  # type: ignore[list-item]
@@ -62,3 +66,17 @@ def subtract_initial(
     if setting is not None:
         raise ConfigError(f"An adapter with {setting} has no form for the base weights as they were: save it as it is.")
     return out, made
+
+
+def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raise unless `initial` began with what was taken out of the base weights."""
+    for key, A in tensors.items():
+        layer, mark, name = key.partition(MARK)
+        before = initial.get(f"{layer}.lora_A.weight")
+        if not mark or name != "A" or before is None:
+            continue
+        if before.shape != A.shape or not torch.allclose(before.to(A), A, rtol=1e-2, atol=1e-2 * float(A.abs().max())):
+            raise ConfigError(
+                f"The adapter in path_initial_model_for_weight_conversion is not what this one began with, by A of "
+                f"'{layer}': pass the folder to which this adapter was saved before it trained."
+            )

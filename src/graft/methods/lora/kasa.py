@@ -38,6 +38,13 @@ class KaSA(LoRA):
     def changes_base(cls, cfg: Any) -> str | None:
         return "kasa_config"
 
+    @property
+    def keeps_shift(self) -> bool:
+        return False  # the weight is made anew on loading, in one go with the truncation
+
+    def inits_before_load(self) -> bool:
+        return True
+
     @classmethod
     def excludes(cls, other: Any) -> str | None:
         if getattr(other, "kasa_config", None) is not None:

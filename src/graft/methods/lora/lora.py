@@ -15,7 +15,7 @@ from graft.core.effect import Factors, LowRank
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.core.ops import META
-from graft.methods.lora import checks, init
+from graft.methods.lora import checks, init, shift
 from graft.methods.lora.config import VARIANTS, LoraConfig
 from graft.methods.lora.replicate import replicate
 
@@ -89,7 +89,10 @@ class LoRA(Method):
         checks.say_unmergeable(site, cfg)
         fill = cfg.init_lora_weights is False  # any other initialisation overwrites these values
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
-        return values | dict(lora_A=A, lora_B=B)
+        values |= dict(lora_A=A, lora_B=B)
+        if self.keeps_shift:
+            values[shift.NAME] = shift.Shift(self.shift_rank, site.shape, device)
+        return values
 
     def placeholders(self, shared):
         return self.build(shared, META)
@@ -101,10 +104,36 @@ class LoRA(Method):
     def changes_base(cls, cfg: LoraConfig) -> str | None:
         """Return the setting by which `init` changes the base weight; None if it does not."""
         how = cfg.init_lora_weights
-        return f"init_lora_weights={how!r}" if init.changes_base(how) else None
+        return f"init_lora_weights={how!r}" if init.kind_of(how) else None
 
     def inits_from_weight(self) -> bool:
         return self.changes_base(self.cfg) is not None
+
+    @property
+    def keeps_shift(self) -> bool:
+        """Whether the adapter holds what `init` takes out of the base weight."""
+        return self.site.op.linear and init.kind_of(self.cfg.init_lora_weights) is not None
+
+    @property
+    def shift_rank(self) -> int:
+        """The rank of that: LoftQ takes nothing out before it quantizes for the first time."""
+        cfg = self.cfg
+        return 0 if cfg.init_lora_weights == "loftq" and cfg.loftq_config["loftq_iter"] == 1 else cfg.r
+
+    def inits_before_load(self) -> bool:
+        return False
+
+    def stored(self, values: Tensors, cfg: LoraConfig) -> Tensors:
+        if self.keeps_shift and init.kind_of(cfg.init_lora_weights) is None:  # a caller says: for the base as it is now
+            return {place: t for place, t in values.items() if place[0] != shift.NAME}
+        return values
+
+    def restored(self, stored: Tensors, cfg: LoraConfig) -> Tensors:
+        return shift.restored(self, stored) if self.keeps_shift else stored
+
+    def loaded(self) -> None:
+        if self.keeps_shift:
+            shift.loaded(self)
 
     def tie(self, source: Method) -> None:
         """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EVA: Explained Variance Adaptation, arXiv 2410.07170. Principal components of inputs, and who gets which rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEED = 42  # of the random projections: every process finds the same components
+
+
+class Components:
+    """The n largest principal components of rows that come batch by batch (Ross et al., IJCV 77, 2008).
+
+    Each batch is decomposed together with what is known: its rows less their mean, the components times their singular
+    values, and the shift of the mean.
+    """
+
+    def __init__(self, n: int, tau: float):
+        self.n, self.tau = n, tau
+        self.rows = 0
+        self.mean: Any = None  # (in,), float64
+        self.squares: Any = None  # (in,): sums of squared deviations, float64
+        self.V: Any = None  # (n, in)
+        self.S: Any = None  # (n,)
+        self.converged = torch.zeros(n, dtype=torch.bool)
+
+    def add(self, X: Tensor) -> None:
+        """Take in rows X (m, in) with m ≥ n."""
+        m, seen = len(X), self.rows
+        X = X.float()
+        mean = X.mean(0, dtype=torch.float64)
+        centred = X - mean.float()
+        squares = centred.double().square().sum(0)
+        if seen:
+            apart = self.mean - mean
+            weight = seen * m / (seen + m)
+            squares = self.squares + squares + weight * apart.square()
+            mean = mean + apart * (seen / (seen + m))
+            centred = torch.cat([self.S[:, None] * self.V, centred, (weight**0.5 * apart).float()[None]])
+        V, S = largest(centred, self.n)
+        if seen:
+            self.converged = (torch.cosine_similarity(V, self.V) >= self.tau).cpu()
+        self.rows, self.mean, self.squares, self.V, self.S = seen + m, mean, squares, V, S
+
+    @property
+    def explained(self) -> Tensor:
+        """Shares of the variance, (n,)."""
+        return (self.S.double().square() / self.squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+
+
+def largest(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the n largest right singular vectors of X as rows, each with its largest number positive; singular values."""
+    devices = [X.device] if X.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(SEED)
+        _, S, V = torch.svd_lowrank(X, q=2 * n, niter=4)
+    V = V.T[:n]
+    signs = V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
+    return V * signs, S[:n]
+
+
+def distribute(
+    found: dict[str, Components], owner: dict[str, str], most: dict[str, int], budget: int
+) -> dict[str, int]:
+    """Return the rank of each layer: `budget` in all goes to the components that explain most of their layer.
+
+    Args:
+        owner: layer → the layer with the same inputs whose components it shares, maybe itself.
+        most: the largest rank that a layer can have.
+    """
+    keys, shares = [], []
+    for key, source in owner.items():
+        own = found[source].explained[: most[key]]
+        keys += [key] * len(own)
+        shares.append(own)
+    order = torch.cat(shares).argsort(descending=True, stable=True)[:budget].tolist()
+    ranks = dict.fromkeys(owner, 0)
+    for i in order:
+        ranks[keys[i]] += 1
+    for key, source in owner.items():  # the components that are watched are those of the owner
+        if ranks[source] < ranks[key]:
+            ranks[source], ranks[key] = ranks[key], ranks[source]
+    return ranks

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoftQ: LoRA-Fine-Tuning-Aware Quantization, arXiv 2310.08659.
+
+The base weight becomes Q, quantized values in its own dtype, and A, B begin with what is lost: Q + s · B A ≈ W. Plain
+torch: no device and no package is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import ConfigError
+from graft.methods.lora.start import Start
+
+NF4 = (  # quantiles of a normal distribution, QLoRA (arXiv 2305.14314), appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64  # values that share a scale
+
+
+def start(lora: Any, W: Tensor) -> Start:
+    """Quantize and decompose what that loses, in turns."""
+    if not lora.layer.store.exact:
+        raise ConfigError(
+            f"LoftQ quantizes the base itself, and layer '{lora.site.key}' is quantized already: pass the model as it "
+            "was before, or use replace_lora_weights_loftq."
+        )
+    bits, rounds = (lora.cfg.loftq_config[name] for name in ("loftq_bits", "loftq_iter"))
+    A, B = W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
+    for _ in range(rounds):
+        taken_A, taken_B = A, B
+        Q = quantized(W - taken_B @ taken_A if len(taken_A) else W, bits)
+        A, B = decomposed(W - Q, lora.cfg.r)
+    root = lora.scaling**0.5
+    return Start(A / root, B / root, taken_A, taken_B)
+
+
+def decomposed(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and B (out, r) whose product is nearest to W, each with the roots of the singular values."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = S[:r].sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def quantized(W: Tensor, bits: int) -> Tensor:
+    """Return W (out, in) as 4 or 8 bits hold it."""
+    return nf4(W) if bits == 4 else int8(W)
+
+
+def nf4(W: Tensor) -> Tensor:
+    """Round to the nearest of 16 values, times the largest absolute value in each block of 64."""
+    codes = torch.tensor(NF4, device=W.device, dtype=W.dtype)
+    flat = W.reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    unit = blocks / scale.clamp(min=torch.finfo(W.dtype).tiny)
+    between = (codes[1:] + codes[:-1]) / 2
+    return (codes[torch.bucketize(unit, between)] * scale).view(-1)[: len(flat)].view(W.shape)
+
+
+def int8(W: Tensor) -> Tensor:
+    """Round to 127 steps of the largest absolute value in each row, either way."""
+    scale = W.abs().amax(1, keepdim=True) / 127
+    return (W / scale.clamp(min=torch.finfo(W.dtype).tiny)).round() * scale

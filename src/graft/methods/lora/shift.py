@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an initialisation takes out of a base weight: kept with the adapter, and taken out of a fresh base on loading.
+
+PiSSA, OLoRA, CorDA and LoRA-GA make W ← W - B A, LoftQ W ← Q(W - B A). The file holds A, B and a few values of the
+weight before and after, so that the same base is made again without the data, the generator's state, or the same SVD;
+and so that a base that has been changed so already is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.method import Tensors
+from graft.core.place import Exact
+from graft.methods.lora.config import TITLES
+
+NAME = "lora_shift"  # container
+SAMPLES = 16
+TOLERANCE = 2**-7  # relative: a base in half precision is the same base
+
+
+class Shift(Exact):
+    """B A of one layer, in float32: rounded, it would not make the same base again."""
+
+    A: Tensor  # (k, in)
+    B: Tensor  # (out, k), times the scaling
+    sample: Tensor  # (2, n): evenly spaced values of the base weight before, and after
+
+    def __init__(self, k: int, shape: tuple[int, ...], device: Any = None):
+        super().__init__()
+        out, fan_in = shape
+        kind: Any = dict(device=device, dtype=torch.float32)
+        self.register_buffer("A", torch.zeros(k, fan_in, **kind))
+        self.register_buffer("B", torch.zeros(out, k, **kind))
+        self.register_buffer("sample", torch.zeros(2, min(SAMPLES, out * fan_in), **kind))
+        self.done = False  # the base has been changed
+        self.before: tuple[Tensor, Tensor] | None = None  # A and B while a file's others are taking their place
+
+
+def sample(W: Tensor) -> Tensor:
+    """Return evenly spaced values of a matrix."""
+    n = min(SAMPLES, W.numel())
+    at = torch.arange(n, device=W.device) * (W.numel() // n)
+    return W.detach()[at // W.shape[1], at % W.shape[1]].float()
+
+
+def without(lora: Any, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return the weight that W (out, in) becomes."""
+    wide = W.to(torch.promote_types(W.dtype, torch.float32))
+    if len(A):
+        wide = wide - B.to(wide) @ A.to(wide)
+    if lora.cfg.init_lora_weights == "loftq":
+        from graft.methods.lora.loftq import quantized
+
+        wide = quantized(wide, lora.cfg.loftq_config["loftq_bits"])
+    return wide.to(W.dtype)
+
+
+def take_out(lora: Any, A: Tensor, B: Tensor) -> None:
+    """Change the base weight, and note that in the adapter."""
+    layer, W = lora.layer, lora.layer.W0
+    if len(layer.methods) > 1:
+        title = title_of(lora)
+        warn(
+            f"{title} changes the base weights of the model and should thus not be used with other adapters. Consider "
+            f"saving the {title} adapter as plain LoRA, with path_initial_model_for_weight_conversion."
+        )
+    changed = without(lora, W, A, B)
+    if lora.keeps_shift:
+        shift = lora.lora_shift
+        shift.A, shift.B = A.detach().float(), B.detach().float()
+        shift.sample, shift.done = torch.stack([sample(W), sample(changed)]), True
+    layer.rewrite_base(changed)
+
+
+def title_of(lora: Any) -> str:
+    how = lora.cfg.init_lora_weights
+    return TITLES["pissa" if how.startswith("pissa") else how]
+
+
+# files
+
+
+def restored(lora: Any, stored: Tensors) -> Tensors:
+    """Complete a file's tensors: one of PEFT holds no shift, which is then computed anew where that is possible."""
+    shift = lora.lora_shift
+    stored_shift = {place[1]: t for place, t in stored.items() if place[0] == NAME}
+    complete = stored_shift.keys() >= {"A", "B", "sample"}
+    shift.before = None
+    if shift.done:
+        here = {(NAME, n): getattr(shift, n) for n in ("A", "B", "sample")}
+        if not complete:  # the base stays as this adapter has it
+            return stored | here
+        if not all(torch.equal(stored_shift[n].to(here[NAME, n]), here[NAME, n]) for n in "AB"):
+            if lora.cfg.init_lora_weights == "loftq":
+                raise ConfigError(
+                    f"Adapter '{lora.name}' cannot take the values of this file: on layer '{lora.site.key}' LoftQ has "
+                    "quantized another weight, which cannot be undone. Load it onto a fresh base model."
+                )
+            shift.before = here[NAME, "A"].clone(), here[NAME, "B"].clone()
+        return stored
+    return stored if complete else stored | computed(lora)
+
+
+def computed(lora: Any) -> Tensors:
+    """Return the shift of a file that does not hold it, as the initialisation makes it from the weight."""
+    from graft.methods.lora.start import start_of
+
+    site, cfg = lora.site, lora.cfg
+    made = Shift(lora.shift_rank, site.shape)
+    if site.on_meta:
+        return {(NAME, n): getattr(made, n) for n in ("A", "B", "sample")}
+    W = lora.layer.W0
+    seen = sample(W).expand(2, -1)
+    if cfg.init_lora_weights == "lora_ga" and not hasattr(lora.site.module, "_peft_loraga_grad"):
+        warn(
+            f"The file of adapter '{lora.name}' does not hold what LoRA-GA took out of the base weights: it is right "
+            "on the base as LoRA-GA left it, and on no other.",
+            PeftWarning,
+        )
+        return {(NAME, "A"): made.A, (NAME, "B"): made.B, (NAME, "sample"): seen}
+    start = start_of(lora, W)
+    return {(NAME, "A"): start.taken_A, (NAME, "B"): start.taken_B, (NAME, "sample"): seen}
+
+
+def loaded(lora: Any) -> None:
+    """Change the base weight as the file's shift says, unless it has been changed so already."""
+    shift, layer = lora.lora_shift, lora.layer
+    if shift.done:
+        if shift.before is not None:
+            (A, B), W = shift.before, layer.W0
+            shift.before = None
+            wide = W.to(torch.promote_types(W.dtype, torch.float32))
+            layer.rewrite_base((wide + (B @ A - shift.B @ shift.A).to(wide)).to(W.dtype))
+            layer.settle()
+        return
+    if lora.site.on_meta:
+        layer.rewrite_base(layer.W0)  # warns, as there is nothing to change
+        return
+    here, (fresh, changed) = sample(layer.W0), shift.sample.to(layer.W0.device)
+    known = torch.dist(here, fresh), torch.dist(here, changed)
+    if known[1] < known[0]:
+        shift.done = True
+        warn(
+            f"The base model has been changed already as the {title_of(lora)} initialisation of adapter '{lora.name}' "
+            "does it: it stays as it is.",
+            PeftWarning,
+        )
+        return
+    if not torch.allclose(here, fresh, rtol=TOLERANCE, atol=TOLERANCE * 1e-2):
+        warn(
+            f"The {title_of(lora)} initialisation of adapter '{lora.name}' changed a base model with other weights: "
+            "expect other outputs than in training.",
+            PeftWarning,
+        )
+    take_out(lora, shift.A, shift.B)

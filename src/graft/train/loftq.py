@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoftQ (arXiv 2310.08659) for a model that is quantized already: A, B begin with what the quantization lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.hub import fetch
+from graft.core.errors import CheckpointError, ConfigError
+from graft.inject.parts import registry_of
+from graft.methods.lora.loftq import decomposed
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: Any,
+    model_path: str | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Set A and B of every quantized layer so that with them it is nearest to what it was before the quantization.
+
+    Args:
+        model_path: folder with the original weights as safetensors, one file or several; or that file. By default the
+            copy that the hub's cache has of the base model.
+        callback: called with the model and a layer's path after each layer; if it returns False, the layer gets its
+            values back.
+
+    Raises:
+        TypeError: the model is no PeftModel.
+        ConfigError: no layer of the adapter is quantized, or it is not LoRA.
+        CheckpointError, FileNotFoundError: the weights are not there, or do not fit.
+    """
+    registry = registry_of(peft_model)
+    if registry is None:
+        raise TypeError("The passed model does not appear to be a valid PeftModel")
+    registry.check_known([adapter_name])
+    held = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
+    layers = {key: m for key, m in held.items() if not m.store.exact and m.op.linear and hasattr(m, "lora_A")}
+    if not layers:
+        raise ConfigError("No bnb LoRA module found on the model: no layer of the adapter is quantized.")
+    weights = Weights(model_path or name_of(registry.model), registry.model)
+    files = {key: weights.file_of(key, layer) for key, layer in layers.items()}
+    for key, layer in layers.items():
+        method = layer.methods[adapter_name]
+        W0 = layer.W0.float()
+        A, B = decomposed(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
+        root = method.scaling**0.5
+        before = [p.detach().clone() for p in method.pair]
+        for p, value in zip(method.pair, (A / root, B / root)):
+            p.copy_(value)
+        if callback is not None and not callback(peft_model, key):
+            for p, value in zip(method.pair, before):
+                p.copy_(value)
+
+
+def name_of(model: Any) -> str:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not name:
+        raise ConfigError(
+            "The provided model does not appear to be a transformers model or is a local model. In this case, you must "
+            "pass the model_path argument that points to the safetensors file."
+        )
+    return str(name)
+
+
+class Weights:
+    """The tensors of a base model's safetensors files, read one by one."""
+
+    def __init__(self, where: str, model: Any):
+        self.where = os.path.dirname(where) or "." if where.endswith(".safetensors") else where
+        path = where if where.endswith(".safetensors") else fetch(where, FILE, local_files_only=True)
+        index = None if path and os.path.isfile(path) else fetch(self.where, INDEX, local_files_only=True)
+        if index is not None:
+            with open(index) as f:
+                self.files = json.load(f)["weight_map"]
+        elif path and os.path.isfile(path):
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as f:
+                self.files = dict.fromkeys(f.keys(), os.path.basename(path))
+            self.where = os.path.dirname(path)
+        else:
+            raise FileNotFoundError(
+                f"Could not find file for {where}, ensure that there is a (sharded) safetensors file of the model."
+            )
+        prefix = getattr(model, "base_model_prefix", "")
+        self.prefix = f"{prefix}." if prefix else ""
+
+    def file_of(self, key: str, layer: Any) -> tuple[str, str, Any]:
+        """Return path and name of a layer's weight, checked."""
+        from safetensors import safe_open
+
+        name = f"{key}.{layer.site.parameter}"
+        if name not in self.files and name.startswith(self.prefix):
+            name = name.removeprefix(self.prefix)
+        if name not in self.files:
+            raise CheckpointError(f"{self.where} has no weight for layer '{key}': is it the base model's folder?")
+        path = fetch(self.where, self.files[name], local_files_only=True)
+        if path is None:
+            raise FileNotFoundError(f"{self.where} lacks {self.files[name]}, which its index names.")
+        with safe_open(path, framework="pt") as f:
+            shape = tuple(f.get_slice(name).get_shape())
+        if sorted(shape) != sorted(layer.site.shape):
+            raise CheckpointError(
+                f"The weight of layer '{key}' is {shape} in {path}, and {tuple(layer.site.shape)} in the model."
+            )
+        return path, name, layer.op
+
+    def read(self, path: str, name: str, op: Any) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as f:
+            return op.canon(f.get_tensor(name))  # type: ignore[no-any-return]

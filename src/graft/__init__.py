@@ -17,14 +17,14 @@ _NAMES: dict[str, str] = {
     name: module
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
-        "BaseModelMismatchError CheckpointError ConfigError ConfigTypeError NoMatchingPeftModuleError PeftError "
-        "PeftWarning RoutingError UnsupportedLayerError",
+        "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError "
+        "NoMatchingPeftModuleError PeftError PeftWarning RoutingError UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",
         "graft.config.base": "PeftConfig",
         "graft.config.enums": "TaskType",
         "graft.methods": "PeftType method_of",
-        "graft.methods.lora": "ArrowConfig KasaConfig LoraRuntimeConfig",
+        "graft.methods.lora": "ArrowConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig",
         "graft.prompts.prompt_tuning": "PromptTuningInit",
         "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",
         "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",
@@ -54,6 +54,10 @@ _NAMES: dict[str, str] = {
         "graft.io.save": "get_peft_model_state_dict",
         "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
         "graft.serving.room": "prepare_model_for_compiled_hotswap",
+        "graft.train.corda": "preprocess_corda",
+        "graft.train.eva": "get_eva_state_dict initialize_lora_eva_weights",
+        "graft.train.loftq": "replace_lora_weights_loftq",
+        "graft.train.loraga": "preprocess_loraga",
         "graft.train.helpers": "cast_mixed_precision_params shift_tokens_right",
         "graft.train.kbit": "prepare_model_for_kbit_training",
     }.items()

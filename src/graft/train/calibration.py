@@ -30,9 +30,10 @@ def linear_methods(model: nn.Module, config: Any, how: str) -> dict[str, Any]:
     found = Injection(model, config, method_of("LORA"), "default").find().methods
     linear = {key: m for key, m in found.items() if m.site.op.linear}
     if not linear:
+        kinds = ", ".join(sorted({m.site.type_name for m in found.values()}))
         raise ConfigError(
             f"No supported layers found for init_lora_weights='{how}': it begins with data of linear layers, and "
-            f"target_modules={config.target_modules} names {', '.join(sorted({m.site.type_name for m in found.values()}))}."
+            f"target_modules={config.target_modules} names {kinds}."
         )
     return linear
 

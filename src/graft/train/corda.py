@@ -41,7 +41,8 @@ def preprocess_corda(
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
             raise ConfigError(
-                f"Layer '{key}' has {min(m.site.shape)} singular triples, and its rank is {m.cfg.r}: choose a smaller r."
+                f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples: "
+                "choose a smaller r."
             )
     found = stored(cfg.cache_file)
     if found is not None:

@@ -289,7 +289,8 @@ def get_eva_state_dict(
         ranks = {key: m.cfg.r for key, m in methods.items()}
     if isinstance(prepare_layer_inputs_fn, Mapping) and (unknown := sorted({*prepare_layer_inputs_fn} - {*layers})):
         raise ConfigError(
-            f"prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: {unknown}"
+            "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
+            f"{some(unknown)}"
         )
     if dist.is_initialized() and gather_distributed_inputs:
         warn(

@@ -39,7 +39,7 @@ def names_in(module: str) -> list[str]:
     """Return the names in a module: those of the tables, and modules inside it."""
     path = below(module)
     if path in OF_METHODS:
-        own = method_names(*OF_METHODS[path])
+        own = [*method_names(*OF_METHODS[path]), *MODULES.get(path, "").split()]
     else:
         own = [*MODULES[path].split(), *(face().__all__ if path == "" else ())]
     start = f"{path}." if path else ""

@@ -31,6 +31,10 @@ HELD: dict[str, str] = {
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
     "graft.model.mixed": "MixedModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
     "graft.model.tuner": "BaseTuner=Tuner",
+    "graft.methods.lora.corda": "CordaEigens",
+    "graft.methods.lora.loftq": "loftq_init",
+    "graft.train.eva": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
+    "prepare_model_inputs_fn_language_modeling",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
     "graft.train.kbit": "prepare_model_for_kbit_training",
@@ -68,6 +72,7 @@ _STATE = (
 _DISCOVERY = "EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND"
 _WRAPPERS = "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper"
 _TRAINING = "cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right"
+_EVA = "get_eva_state_dict initialize_lora_eva_weights"
 _SUBMODULES = "_get_submodules get_pattern_key transpose"
 
 
@@ -110,8 +115,8 @@ MODULES: dict[str, str] = {
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
-    "tuners": "ArrowConfig KasaConfig LoraRuntimeConfig create_arrow_model MultitaskPromptTuningInit "
-    "PromptEncoderReparameterizationType "
+    "tuners": "ArrowConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig create_arrow_model "
+    f"MultitaskPromptTuningInit PromptEncoderReparameterizationType {_EVA} preprocess_loraga "
     "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
@@ -120,6 +125,11 @@ MODULES: dict[str, str] = {
     "tuners.lora.variants": "calculate_alora_offsets",
     "tuners.lokr": "LoKrLayer",
     "tuners.lokr.layer": "LoKrLayer",
+    "tuners.lora": f"{_EVA} preprocess_loraga",  # beside those that follow from the table of methods
+    "tuners.lora.corda": "CordaConfig CordaEigens LoraConfig preprocess_corda",
+    "tuners.lora.eva": f"{_EVA} LoraConfig forward_fn_dict prepare_layer_inputs_fn_language_modeling "
+    "prepare_model_inputs_fn_language_modeling",
+    "tuners.lora.loraga": "LoraConfig preprocess_loraga",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BasePromptEncoder BaseTuner BaseTunerLayer BufferDict PeftConfig "
     "NoMatchingPeftModuleError PeftType PeftWarning TaskType check_adapters_to_merge init_empty_weights "
     "match_target_against_key "
@@ -130,13 +140,14 @@ MODULES: dict[str, str] = {
     "tuners.xlora.classifier": "XLoraClassifier",
     "utils": f"{_FILES} {_STATE} {_TRAINING} {_EXPORTED} {_WRAPPERS} ALLOWED_COMPUTE_DTYPES "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType UPCAST_DTYPES "
-    "_get_submodules transpose",
+    "_get_submodules replace_lora_weights_loftq transpose",
     "utils.constants": f"{_FILES} {_DISCOVERY} {_TARGETS} ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
     "DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME UPCAST_DTYPES",
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap",
     "utils.integrations": "dequantize_module_weight gather_params_ctx init_empty_weights",
+    "utils.loftq_utils": "loftq_init replace_lora_weights_loftq",
     "utils.merge_utils": "dare_linear dare_ties magnitude_based_pruning magnitude_prune task_arithmetic ties",
     "utils.other": f"{_FILES} {_DISCOVERY} {_EXPORTED} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
     "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "
@@ -150,7 +161,15 @@ MODULES: dict[str, str] = {
 
 # classes that a method has beside its config
 BESIDE: dict[str, tuple[str, ...]] = {
-    "LORA": ("LoraRuntimeConfig", "KasaConfig", "ArrowConfig"),
+    "LORA": (
+        "LoraRuntimeConfig",
+        "KasaConfig",
+        "ArrowConfig",
+        "LoftQConfig",
+        "EvaConfig",
+        "CordaConfig",
+        "LoraGAConfig",
+    ),
     "ROAD": ("RoadVariant",),
     "PROMPT_TUNING": ("PromptTuningInit",),
     "P_TUNING": ("PromptEncoderReparameterizationType",),

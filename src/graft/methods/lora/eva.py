@@ -52,7 +52,7 @@ class Components:
 
 
 def largest(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the n largest right singular vectors of X as rows, each with its largest number positive; singular values."""
+    """Return right singular vectors of X as rows, each with its largest number positive, and n singular values."""
     devices = [X.device] if X.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(SEED)

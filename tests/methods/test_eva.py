@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EVA, against PEFT on the same data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.methods.lora.eva import Components
+from tests import models
+from tests.looks import layers
+from tests.pair import json_of
+
+WIDTHS = torch.tensor([3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05])
+
+
+def batches(n=6, seed=5):
+    """Inputs of "mlp" whose directions differ in how much they vary."""
+    with models.seeded(seed):
+        turn = torch.linalg.qr(torch.randn(10, 10))[0]
+        return [{"x": (torch.randn(8, 12, 10) * WIDTHS) @ turn} for _ in range(n)]
+
+
+def config(lib, **options):
+    return lib.LoraConfig(
+        **dict(
+            r=3,
+            lora_alpha=5,
+            target_modules=["lin0", "fc1", "fc2"],
+            init_lora_weights="eva",
+            eva_config=lib.EvaConfig(rho=2.0),
+        )
+        | options
+    )
+
+
+PLAIN = dict(prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False)
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, t in theirs.items():
+        assert ours[name].shape == t.shape, name
+        assert_close(ours[name].abs(), t.abs().float(), atol=2e-3, rtol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_components_and_ranks_are_pefts(rho, whiten):
+    made = []
+    for lib in (graft, peft):
+        options = config(lib, eva_config=lib.EvaConfig(rho=rho, whiten=whiten), rank_pattern={"lin0": 4})
+        made.append(lib.get_eva_state_dict(models.make("mlp"), batches(), options, **PLAIN))
+    same(*made)
+    assert rho == 1.0 or len({len(t) for t in made[0].values()}) > 1
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("adjust", [False, True])
+def test_the_adapter_is_pefts_afterwards(adjust, low_cpu_mem_usage, tmp_path):
+    made = {}
+    for lib in (graft, peft):
+        cfg = config(lib, eva_config=lib.EvaConfig(adjust_scaling_factors=adjust))
+        model = lib.get_peft_model(models.make("mlp"), cfg, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        lib.initialize_lora_eva_weights(model, batches(), **PLAIN)
+        model.save_pretrained(tmp_path / lib.__name__)
+        made[lib] = model
+    ours, theirs = (made[lib].state_dict() for lib in (graft, peft))
+    same(ours, theirs)
+    a, b = (made[lib].peft_config["default"] for lib in (graft, peft))
+    assert a.rank_pattern == b.rank_pattern and a.alpha_pattern == b.alpha_pattern and a.rank_pattern
+    assert set(a.target_modules) == set(b.target_modules)
+    assert json_of(tmp_path / "graft") == json_of(tmp_path / "peft")
+    x = batches(1)[0]
+    assert_close(made[graft](**x), models.make("mlp")(**x))
+    trains = lambda m: {n for n, p in m.named_parameters() if p.requires_grad}
+    assert trains(made[graft]) == trains(made[peft])
+    for source in ("graft", "peft"):
+        loaded = graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path / source)
+        assert_close(loaded(**x), made[graft](**x))
+
+
+def test_a_language_model_leaves_out_what_is_masked():
+    made = []
+    for lib in (graft, peft):
+        x = models.inputs("llama", 30)
+        labels = torch.where(x["input_ids"] > 10, x["input_ids"], -100)
+        data = [{**x, "labels": labels}, {**x, "labels": x["input_ids"]}]
+        cfg = config(lib, target_modules=["q_proj", "v_proj", "down_proj"], r=2)
+        model = lib.get_peft_model(models.make("llama"), cfg)
+        made.append(lib.get_eva_state_dict(model, data, show_progress_bar=False))
+    same(*made)
+    assert all(name.startswith("base_model.model.model.layers.") for name in made[0])
+
+
+def test_layers_that_get_no_rank_lose_the_adapter():
+    made = {}
+    for lib in (graft, peft):
+        model = lib.get_peft_model(models.make("mlp"), config(lib))
+        prefix = "base_model.model."
+        values = {f"{prefix}layers.{i}.fc1": torch.randn(2 * i, 12) for i in range(3)}
+        values |= {f"{prefix}layers.{i}.fc2": torch.randn(3, 20) for i in range(2)}
+        if lib is peft:
+            peft.initialize_lora_eva_weights(model, eva_state_dict=dict(values))
+        else:
+            with pytest.warns(graft.PeftWarning, match="with init_lora_weights=True .*lin0, layers.2.fc2"):
+                graft.initialize_lora_eva_weights(model, eva_state_dict=values)
+        made[lib] = model
+    ours, theirs = made[graft], made[peft]
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert type(ours.get_base_model().layers[0].fc1) is nn.Linear and "layers.0.fc1" not in layers(ours)
+    assert ours.peft_config["default"].alpha_pattern == theirs.peft_config["default"].alpha_pattern
+    assert layers(ours)["layers.2.fc1"].scaling["default"] == 5 / 3
+    x = batches(1)[0]
+    assert_close(ours(**x), models.make("mlp")(**x))
+    ours(**x).sum().backward()
+    assert layers(ours)["layers.2.fc1"].lora_B["default"].weight.grad is not None
+
+
+def test_components_are_those_of_all_rows_together():
+    with models.seeded(1):
+        X = torch.randn(300, 10) * WIDTHS + torch.randn(10)
+    found = Components(4, 0.99)
+    for part in X.split([60, 100, 140]):
+        found.add(part)
+    _, S, Vh = torch.linalg.svd(X - X.mean(0), full_matrices=False)
+    assert_close((found.V @ Vh[:4].T).abs(), torch.eye(4), atol=2e-2, rtol=0)
+    assert_close(found.S, S[:4], atol=1e-1, rtol=1e-2)
+    assert_close(found.mean.float(), X.mean(0)) and assert_close(found.squares.sum().float(), S.square().sum())
+    assert found.converged.shape == (4,)
+
+
+# too little
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.a(x)
+
+
+def small(*names, **options):
+    return graft.LoraConfig(**dict(r=2, target_modules=list(names), init_lora_weights="eva", eva_config={}) | options)
+
+
+@pytest.mark.parametrize(
+    "names, data, text",
+    [
+        ("a", [], "dataloader is empty"),
+        ("ab", [dict(x=torch.randn(9, 6))], r"gave no input for 1 of 2 layers: \[b\]"),
+        ("a", [dict(x=torch.randn(3, 6))], r"too few samples .*a \(4 rows needed, at most 3 in a batch\)"),
+        ("a", [dict(x=torch.full((9, 6), float("nan")))], "inputs of layer 'a' are not finite"),
+    ],
+)
+def test_data_that_say_too_little(names, data, text):
+    for model, cfg in ((Net(), small(*names)), (graft.get_peft_model(Net(), small(*names)), None)):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(graft.CalibrationError, match=text.replace("[b]", "[.*b]").replace("a (", "a (")):
+            graft.get_eva_state_dict(model, data, cfg, **PLAIN)
+        if cfg is None:
+            with pytest.raises(graft.CalibrationError):
+                graft.initialize_lora_eva_weights(model, data, **PLAIN)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert not any(m._forward_hooks for m in model.modules()) and model.training
+
+
+def test_what_never_settles_ends(monkeypatch):
+    monkeypatch.setattr("graft.train.eva.MAX_PASSES", 2)
+    with pytest.raises(graft.CalibrationError, match="1 layers still turn after 2 passes"):
+        with models.seeded(0):
+            data = [dict(x=torch.randn(5, 6)) for _ in range(2)]
+        graft.get_eva_state_dict(Net(), data, small("a", eva_config=graft.EvaConfig(tau=1.0)), **PLAIN)
+
+
+def test_bad_input():
+    data = [dict(x=torch.randn(20, 6))]
+    with pytest.raises(ValueError, match="peft_config is required"):
+        graft.get_eva_state_dict(Net(), data)
+    with pytest.raises(ValueError, match="model must be a PeftModel"):
+        graft.initialize_lora_eva_weights(Net(), data)
+    with pytest.raises(graft.ConfigError, match="rank of layer 'a' is 7, and its inputs have 6"):
+        graft.get_eva_state_dict(Net(), data, small("a", r=7), **PLAIN)
+    with pytest.raises(TypeError, match="inputs must be a dictionary"):
+        graft.get_eva_state_dict(Net(), [torch.randn(9, 6)], small("a"), show_progress_bar=False)
+    with pytest.raises(ValueError, match=r"names were not found in the model: \[c\]"):
+        graft.get_eva_state_dict(Net(), data, small("a"), prepare_layer_inputs_fn={"c": None})
+    plain = graft.get_peft_model(Net(), graft.LoraConfig(r=2, target_modules=["a"]))
+    with pytest.raises(ValueError, match="can only be used with `init_lora_weights='eva'`"):
+        graft.initialize_lora_eva_weights(plain, data)
+    model = graft.get_peft_model(Net(), small("a"))
+    with pytest.raises(ValueError, match="dataloader is required"):
+        graft.initialize_lora_eva_weights(model)
+    for values, text in (
+        ({"b": torch.randn(2, 6)}, r"values for \[b\], where adapter 'default' is not"),
+        ({"a": torch.randn(2, 5)}, r"shape \(2, 5\), expected is \(rank, 6\)"),
+        ({"a": torch.randn(0, 6)}, "gives no layer of adapter 'default' a rank"),
+    ):
+        with pytest.raises(graft.CalibrationError, match=text):
+            graft.initialize_lora_eva_weights(model, eva_state_dict=values)
+    for wrong, text in ((dict(rho=0.5), "`rho` must be >= 1.0"), (dict(tau=2.0), "`tau` must be between 0.0 and 1.0")):
+        with pytest.raises(ValueError, match=text):
+            graft.EvaConfig(**wrong)
+    with pytest.warns(UserWarning, match="`eva_config` is not specified. Using default EVA config"):
+        assert graft.LoraConfig(init_lora_weights="eva").eva_config == graft.EvaConfig()
+
+
+TWO = """
+import os, sys, torch, torch.distributed as dist
+import graft
+from tests.methods.test_eva import PLAIN, batches, config
+from tests import models
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+mine = [{"x": b["x"][:3] if rank == 0 else b["x"][3:]} for b in batches(4)]
+found = graft.get_eva_state_dict(models.make("mlp"), mine, config(graft), **PLAIN)
+torch.save(found, f"{sys.argv[3]}/{rank}.pt")
+"""
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TWO, str(rank), str(tmp_path / "store"), str(tmp_path)], env=env
+        )
+        for rank in range(2)
+    ]
+    assert [p.wait(timeout=120) for p in started] == [0, 0]
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = graft.get_eva_state_dict(models.make("mlp"), batches(4), config(graft), **PLAIN)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    same(a, alone)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoftQ: quantization in plain torch, and replacing the values of an adapter on a quantized model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.methods.lora.loftq import BLOCK, NF4, loftq_init, quantized
+from tests import models
+from tests.conformance.stores import Rounded, held
+from tests.looks import layers
+
+
+def weight(out=24, fan_in=40):
+    with models.seeded(0):
+        return torch.randn(out, fan_in)
+
+
+def test_four_bits_are_the_nearest_of_sixteen_values():
+    W = weight()
+    Q = quantized(W, 4)
+    blocks = W.flatten().split(BLOCK)
+    for w, q in zip(blocks, Q.flatten().split(BLOCK)):
+        scale = w.abs().max()
+        values = torch.tensor(NF4) * scale
+        assert_close(q, values[(w[:, None] - values).abs().argmin(1)])
+    assert torch.equal(quantized(Q, 4), Q)  # a quantized weight stays
+    assert len(blocks[-1]) == BLOCK and len(quantized(weight(3, 5), 4).flatten()) == 15
+
+
+def test_eight_bits_are_steps_of_a_row():
+    W = weight()
+    step = W.abs().amax(1, keepdim=True) / 127
+    assert ((quantized(W, 8) - W).abs() <= step / 2 + 1e-7).all()
+    assert_close(quantized(W, 8) / step, (quantized(W, 8) / step).round())
+    assert not quantized(torch.zeros(2, 3), 8).any() and not quantized(torch.zeros(2, 3), 4).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_more_rounds_come_nearer(bits):
+    W, r = weight(), 6
+    errors = []
+    for rounds in (1, 2, 5):
+        Q, A, B = loftq_init(W, bits, r, rounds)
+        errors.append(float((W - Q - B @ A).norm()))
+        assert_close(B @ A, torch.linalg.svd(W - Q)[0][:, :r] @ torch.linalg.svd(W - Q)[0][:, :r].T @ (W - Q))
+    assert errors[0] > errors[1] > errors[2] and errors[0] < (W - quantized(W, bits)).norm()
+    with pytest.raises(ValueError, match="`loftq_bits` must be one of 4, 8"):
+        loftq_init(W, 3, r)
+    with pytest.raises(ValueError, match="`loftq_iter` must be at least 1"):
+        loftq_init(W, 4, r, 0)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv1D"])
+@pytest.mark.parametrize("alpha", [6, 15])
+def test_the_adapter_makes_up_for_what_is_lost(name, alpha):
+    """For any scaling; PEFT leaves it out of A and B."""
+    target = {"mlp": "lin0", "conv1D": "c_fc"}[name]
+    options = dict(r=6, lora_alpha=alpha, target_modules=[target], init_lora_weights="loftq")
+    model = graft.get_peft_model(models.make(name), graft.LoraConfig(**options, loftq_config=dict(loftq_iter=2)))
+    layer = layers(model)[target]
+    W = layer.op.canon(dict(models.make(name).named_parameters())[f"{target}.weight"])
+    Q, A, B = loftq_init(W, 4, 6, 2)
+    assert_close(layer.W0, Q)
+    assert_close(layer.op.canon(layer.get_delta_weight("default")), B @ A, atol=1e-5, rtol=1e-4)
+
+
+def test_the_config():
+    with pytest.raises(ValueError, match="`loftq_config` must be specified"):
+        graft.LoraConfig(init_lora_weights="loftq")
+    cfg = graft.LoraConfig(init_lora_weights="loftq", loftq_config=graft.LoftQConfig(loftq_bits=8))
+    assert cfg.loftq_config == dict(loftq_bits=8, loftq_iter=1)
+    with pytest.warns(UserWarning, match="`loftq_config` specified but will be ignored"):
+        assert graft.LoraConfig(loftq_config=dict(loftq_bits=8)).loftq_config == {}
+
+
+def test_a_quantized_base_is_refused():
+    base = nn.Sequential(held(nn.Linear(8, 6)))
+    cfg = graft.LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq", loftq_config=dict(loftq_bits=4))
+    with pytest.raises(graft.ConfigError, match="'0' is quantized already"):
+        graft.get_peft_model(base, cfg)
+
+
+# replacing
+
+
+class Coarse(Rounded):
+    """Few steps: much is lost."""
+
+    def hold(self, W):
+        super().hold((W / W.abs().max() * 7).round() / 7 * W.abs().max())
+
+
+def coarse():
+    with models.seeded(0):
+        base = nn.ModuleDict({"lin": nn.Linear(20, 16), "other": nn.Linear(20, 16), "plain": nn.Linear(20, 16)})
+    tensors = {k: v.clone() for k, v in base.state_dict().items()}
+    for name in ("lin", "other"):
+        base[name] = held(base[name], Coarse)
+    cfg = graft.LoraConfig(r=4, lora_alpha=12, target_modules=["lin", "other", "plain"])
+    return graft.get_peft_model(base, cfg), tensors
+
+
+@pytest.fixture(autouse=True)
+def stores():
+    from graft.core.ops import OPS
+    from graft.storage import STORES
+
+    name = f"{Coarse.__module__}.{Coarse.__qualname__}"
+    STORES.add(name, STORES.find(Rounded))
+    OPS.add(name, OPS.find(nn.Linear))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_values_are_replaced_by_what_was_lost(sharded, tmp_path):
+    model, tensors = coarse()
+    if sharded:
+        files = {name: f"model-{i}.safetensors" for i, name in enumerate(tensors)}
+        for name, file in files.items():
+            save_file({name: tensors[name]}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    plain = layers(model)["plain"].lora_A["default"].weight.clone()
+    graft.replace_lora_weights_loftq(model, str(tmp_path / "model.safetensors" if not sharded else tmp_path))
+    for name in ("lin", "other"):
+        layer, W = layers(model)[name], tensors[f"{name}.weight"]
+        lost = W - layer.W0
+        best = torch.linalg.svdvals(lost)[4:].norm()
+        assert_close((lost - layer.get_delta_weight("default")).norm(), best, atol=1e-4, rtol=1e-4)
+    assert torch.equal(layers(model)["plain"].lora_A["default"].weight, plain)
+
+
+def test_a_callback_decides(tmp_path):
+    model, tensors = coarse()
+    save_file(tensors, tmp_path / "model.safetensors")
+    asked = []
+
+    def callback(m, name):
+        assert m is model and layers(model)[name].lora_B["default"].weight.any()
+        asked.append(name)
+        return name == "lin"
+
+    graft.replace_lora_weights_loftq(model, str(tmp_path), callback=callback)
+    assert asked == ["lin", "other"]
+    assert layers(model)["lin"].lora_B["default"].weight.any()
+    assert not layers(model)["other"].lora_B["default"].weight.any()
+
+
+def test_what_cannot_be_replaced(tmp_path):
+    model, tensors = coarse()
+    with pytest.raises(TypeError, match="valid PeftModel"):
+        graft.replace_lora_weights_loftq(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="pass the model_path argument"):
+        graft.replace_lora_weights_loftq(model)
+    with pytest.raises(FileNotFoundError, match="Could not find file"):
+        graft.replace_lora_weights_loftq(model, str(tmp_path))
+    plain = graft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), graft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="No bnb LoRA module found"):
+        graft.replace_lora_weights_loftq(plain, str(tmp_path))
+    for wrong, text in ((tensors["lin.weight"][:3], "is \\(3, 20\\)"), (None, "no weight for layer 'other'")):
+        kept = {k: v for k, v in tensors.items() if k != "other.weight"} | (
+            {} if wrong is None else {"other.weight": wrong}
+        )
+        save_file(kept, tmp_path / "model.safetensors")
+        with pytest.raises(graft.CheckpointError, match=text):
+            graft.replace_lora_weights_loftq(model, str(tmp_path))
+        assert not layers(model)["lin"].lora_B["default"].weight.any()

@@ -91,7 +91,7 @@ def test_files_take_the_place_of_data(tmp_path, preprocess):
             assert_close(t, states[0][key], atol=1e-5, rtol=1e-5)
     torch.save({"model.layers.0.self_attn.q_proj": torch.eye(24)}, covariances)
     with pytest.raises(graft.CheckpointError, match=r"covariances.pt lacks 'model"):
-        graft.preprocess_corda(base, config(graft, "llama", covariance_file=covariances))
+        graft.preprocess_corda(models.make("llama"), config(graft, "llama", covariance_file=covariances))
     (tmp_path / "eigens.pt").write_bytes(b"nonsense")
     with pytest.raises(graft.CheckpointError, match="delete it, and it will be made anew"):
         graft.preprocess_corda(models.make("llama"), config(graft, "llama", cache_file=str(tmp_path / "eigens.pt")))

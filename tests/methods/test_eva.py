@@ -33,8 +33,8 @@ def batches(n=6, seed=5):
 def config(lib, **options):
     return lib.LoraConfig(
         **dict(
-            r=3,
-            lora_alpha=5,
+            r=4,
+            lora_alpha=6,
             target_modules=["lin0", "fc1", "fc2"],
             init_lora_weights="eva",
             eva_config=lib.EvaConfig(rho=2.0),
@@ -58,7 +58,7 @@ def same(ours, theirs):
 def test_components_and_ranks_are_pefts(rho, whiten):
     made = []
     for lib in (graft, peft):
-        options = config(lib, eva_config=lib.EvaConfig(rho=rho, whiten=whiten), rank_pattern={"lin0": 4})
+        options = config(lib, eva_config=lib.EvaConfig(rho=rho, whiten=whiten), rank_pattern={"lin0": 5})
         made.append(lib.get_eva_state_dict(models.make("mlp"), batches(), options, **PLAIN))
     same(*made)
     assert rho == 1.0 or len({len(t) for t in made[0].values()}) > 1
@@ -107,8 +107,8 @@ def test_layers_that_get_no_rank_lose_the_adapter():
     for lib in (graft, peft):
         model = lib.get_peft_model(models.make("mlp"), config(lib))
         prefix = "base_model.model."
-        values = {f"{prefix}layers.{i}.fc1": torch.randn(2 * i, 12) for i in range(3)}
-        values |= {f"{prefix}layers.{i}.fc2": torch.randn(3, 20) for i in range(2)}
+        values = {f"{prefix}layers.{i}.fc1": torch.randn(3 * i, 12) for i in range(3)}
+        values |= {f"{prefix}layers.{i}.fc2": torch.randn(4, 20) for i in range(2)}
         if lib is peft:
             peft.initialize_lora_eva_weights(model, eva_state_dict=dict(values))
         else:
@@ -119,7 +119,7 @@ def test_layers_that_get_no_rank_lose_the_adapter():
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert type(ours.get_base_model().layers[0].fc1) is nn.Linear and "layers.0.fc1" not in layers(ours)
     assert ours.peft_config["default"].alpha_pattern == theirs.peft_config["default"].alpha_pattern
-    assert layers(ours)["layers.2.fc1"].scaling["default"] == 5 / 3
+    assert layers(ours)["layers.2.fc1"].scaling["default"] == 6 / 4
     x = batches(1)[0]
     assert_close(ours(**x), models.make("mlp")(**x))
     ours(**x).sum().backward()
@@ -135,7 +135,8 @@ def test_components_are_those_of_all_rows_together():
     _, S, Vh = torch.linalg.svd(X - X.mean(0), full_matrices=False)
     assert_close((found.V @ Vh[:4].T).abs(), torch.eye(4), atol=2e-2, rtol=0)
     assert_close(found.S, S[:4], atol=1e-1, rtol=1e-2)
-    assert_close(found.mean.float(), X.mean(0)) and assert_close(found.squares.sum().float(), S.square().sum())
+    assert_close(found.mean.float(), X.mean(0))
+    assert_close(found.squares.sum().float(), S.square().sum())
     assert found.converged.shape == (4,)
 
 
@@ -159,15 +160,15 @@ def small(*names, **options):
     "names, data, text",
     [
         ("a", [], "dataloader is empty"),
-        ("ab", [dict(x=torch.randn(9, 6))], r"gave no input for 1 of 2 layers: \[b\]"),
+        ("ab", [dict(x=torch.randn(9, 6))], r"gave no input for 1 of 2 layers: \[(base_model.model.)?b\]"),
         ("a", [dict(x=torch.randn(3, 6))], r"too few samples .*a \(4 rows needed, at most 3 in a batch\)"),
-        ("a", [dict(x=torch.full((9, 6), float("nan")))], "inputs of layer 'a' are not finite"),
+        ("a", [dict(x=torch.full((9, 6), float("nan")))], r"inputs of layer '(base_model.model.)?a' are not finite"),
     ],
 )
 def test_data_that_say_too_little(names, data, text):
     for model, cfg in ((Net(), small(*names)), (graft.get_peft_model(Net(), small(*names)), None)):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(graft.CalibrationError, match=text.replace("[b]", "[.*b]").replace("a (", "a (")):
+        with pytest.raises(graft.CalibrationError, match=text):
             graft.get_eva_state_dict(model, data, cfg, **PLAIN)
         if cfg is None:
             with pytest.raises(graft.CalibrationError):
@@ -217,29 +218,28 @@ def test_bad_input():
 
 
 TWO = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 import graft
-from tests.methods.test_eva import PLAIN, batches, config
-from tests import models
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-mine = [{"x": b["x"][:3] if rank == 0 else b["x"][3:]} for b in batches(4)]
-found = graft.get_eva_state_dict(models.make("mlp"), mine, config(graft), **PLAIN)
-torch.save(found, f"{sys.argv[3]}/{rank}.pt")
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+model, cfg, data = torch.load(f"{folder}/input.pt", weights_only=False)
+mine = [{"input": b["input"][:3] if rank == 0 else b["input"][3:]} for b in data]
+options = dict(prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False)
+found = graft.get_eva_state_dict(model, mine, cfg, **options)
+torch.save(found, f"{folder}/{rank}.pt")
 """
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", TWO, str(rank), str(tmp_path / "store"), str(tmp_path)], env=env
-        )
-        for rank in range(2)
-    ]
+    with models.seeded(0):
+        model = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 5))
+    data = [{"input": b["x"]} for b in batches(4)]
+    cfg = config(graft, target_modules=["0", "1"])
+    torch.save((model, cfg, data), tmp_path / "input.pt")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-W", "ignore", "-c", TWO]
+    started = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=env) for rank in range(2)]
     assert [p.wait(timeout=120) for p in started] == [0, 0]
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = graft.get_eva_state_dict(models.make("mlp"), batches(4), config(graft), **PLAIN)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    same(a, alone)
+    same(a, graft.get_eva_state_dict(model, data, cfg, **PLAIN))

@@ -67,6 +67,7 @@ PARITY = [
     *row("pissa_niter", "mlp conv1D", "reload", **_lora, init_lora_weights="pissa_niter_4"),
     *row("pissa_rslora", "mlp", **_lora, init_lora_weights="pissa", use_rslora=True),
     *row("olora", "mlp llama", **_lora, init_lora_weights="olora"),
+    *row("eva", "mlp conv1D", **_lora, init_lora_weights="eva", eva_config=dict(rho=1.5)),
     *row("fan_in_fan_out", "gpt2 conv1D", **_lora, fan_in_fan_out=True),
     *row("grouped", "conv1d conv2d", r=4, lora_alpha=5, target_modules=["grouped"]),
     # PEFT takes a 1x1x1 kernel for a 1x1 kernel and cannot merge it

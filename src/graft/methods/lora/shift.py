@@ -82,6 +82,10 @@ def title_of(lora: Any) -> str:
     return TITLES["pissa" if how.startswith("pissa") else how]
 
 
+def near(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
+
+
 # files
 
 
@@ -142,8 +146,7 @@ def loaded(lora: Any) -> None:
         layer.rewrite_base(layer.W0)  # warns, as there is nothing to change
         return
     here, (fresh, changed) = sample(layer.W0), shift.sample.to(layer.W0.device)
-    known = torch.dist(here, fresh), torch.dist(here, changed)
-    if known[1] < known[0]:
+    if torch.dist(here, changed) < torch.dist(here, fresh) and near(here, changed):
         shift.done = True
         warn(
             f"The base model has been changed already as the {title_of(lora)} initialisation of adapter '{lora.name}' "
@@ -151,7 +154,7 @@ def loaded(lora: Any) -> None:
             PeftWarning,
         )
         return
-    if not torch.allclose(here, fresh, rtol=TOLERANCE, atol=TOLERANCE * 1e-2):
+    if not near(here, fresh):
         warn(
             f"The {title_of(lora)} initialisation of adapter '{lora.name}' changed a base model with other weights: "
             "expect other outputs than in training.",

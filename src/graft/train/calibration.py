@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.atomic import write_all
+from graft.config.atomic import replace
 from graft.core.errors import CalibrationError, CheckpointError, ConfigError
 from graft.inject.inject import Injection
 from graft.io.load import some
@@ -80,7 +80,7 @@ def store(path: str | None, tensors: dict[str, Tensor]) -> None:
     """Write a cache, if there is a path for it."""
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_all({path: lambda where: torch.save(tensors, where)})
+        replace(path, lambda where: torch.save(tensors, where))
 
 
 def of_file(found: dict[str, Tensor], name: str, path: str | None) -> Tensor:

@@ -26,7 +26,7 @@ class CordaEigens:
 
 
 def start(lora: Any, W: Tensor) -> Start:
-    """The triples that `preprocess_corda` has chosen, shared out evenly between A and B."""
+    """Return the triples that `preprocess_corda` has chosen, with an even share for A and B."""
     site, r, s = lora.site, lora.cfg.r, lora.scaling
     module = site.module
     if EIGENS not in module.__dict__:

@@ -47,7 +47,7 @@ class Components:
 
     @property
     def explained(self) -> Tensor:
-        """Shares of the variance, (n,)."""
+        """Return each component's share of the variance, (n,)."""
         return (self.S.double().square() / self.squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
 
 

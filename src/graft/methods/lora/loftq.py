@@ -25,7 +25,7 @@ BLOCK = 64  # values that share a scale
 
 
 def start(lora: Any, W: Tensor) -> Start:
-    """Quantize and decompose what that loses, in turns."""
+    """Quantize W, and decompose what that loses, in turns."""
     if not lora.layer.store.exact:
         raise ConfigError(
             f"LoftQ quantizes the base itself, and layer '{lora.site.key}' is quantized already: pass the model as it "

@@ -111,12 +111,12 @@ class LoRA(Method):
 
     @property
     def keeps_shift(self) -> bool:
-        """Whether the adapter holds what `init` takes out of the base weight."""
+        """Say whether the adapter holds what `init` takes out of the base weight."""
         return self.site.op.linear and init.kind_of(self.cfg.init_lora_weights) is not None
 
     @property
     def shift_rank(self) -> int:
-        """The rank of that: LoftQ takes nothing out before it quantizes for the first time."""
+        """Return the rank of that: LoftQ takes nothing out before it quantizes for the first time."""
         cfg = self.cfg
         return 0 if cfg.init_lora_weights == "loftq" and cfg.loftq_config["loftq_iter"] == 1 else cfg.r
 

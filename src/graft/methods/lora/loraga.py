@@ -15,7 +15,7 @@ GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT
 
 
 def start(lora: Any, W: Tensor) -> Start:
-    """Singular vectors of the gradient: some of the first 2r for A, some for B."""
+    """Return singular vectors of the gradient: some of the first 2r for A, some for B."""
     site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
     module = site.module
     if GRADIENT not in module.__dict__:

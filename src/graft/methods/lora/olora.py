@@ -12,6 +12,6 @@ from graft.methods.lora.start import Start
 
 
 def start(lora: Any, W: Tensor) -> Start:
-    """The first r columns and rows of W = Q R."""
+    """Return the first r columns and rows of W = Q R."""
     Q, R = torch.linalg.qr(W)
     return Start.of(R[: lora.cfg.r], Q[:, : lora.cfg.r], lora.scaling)

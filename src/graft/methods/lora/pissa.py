@@ -14,7 +14,7 @@ from graft.methods.lora.start import Start
 
 
 def start(lora: Any, W: Tensor) -> Start:
-    """The r largest singular triples of W, shared out evenly between A and B."""
+    """Return the r largest singular triples of W, with an even share for A and B."""
     how, r, s = lora.cfg.init_lora_weights, lora.cfg.r, lora.scaling
     if how == "pissa":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

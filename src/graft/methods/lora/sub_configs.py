@@ -28,6 +28,7 @@ class LoftQConfig:
     loftq_iter: int = 1  # rounds of quantizing and decomposing
 
     def __post_init__(self) -> None:
+        validate(self)
         require("loftq_bits", self.loftq_bits, (4, 8))
         if self.loftq_iter < 1:
             raise ConfigError(f"`loftq_iter` must be at least 1, got {self.loftq_iter}.")
@@ -49,6 +50,7 @@ class EvaConfig:
     adjust_scaling_factors: bool = True  # change alpha with the rank, so that the scaling stays
 
     def __post_init__(self) -> None:
+        validate(self)
         if self.rho < 1.0:
             raise ConfigError(f"`rho` must be >= 1.0, got {self.rho}.")
         if not 0.0 <= self.tau <= 1.0:
@@ -71,6 +73,7 @@ class CordaConfig:
     prune_temporary_fields: bool = True  # accepted as in PEFT; graft leaves no such fields on modules
 
     def __post_init__(self) -> None:
+        validate(self)
         require("corda_method", self.corda_method, ("ipm", "kpm"))
 
 
@@ -87,6 +90,7 @@ class LoraGAConfig:
     stable_gamma: int = 16  # of "stable"
 
     def __post_init__(self) -> None:
+        validate(self)
         require("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
         require("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
         if self.stable_gamma <= 0:

@@ -14,7 +14,6 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
-from graft.core.method import Method
 from graft.inject.match import Names
 from graft.inject.parts import Parts, registry_of
 from graft.inject.survey import survey
@@ -90,7 +89,7 @@ def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
 
 def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Return the tensors that a file holds of an adapter on one layer, by file key."""
-    if type(method).stored is Method.stored:
+    if method.stores_as_held:
         return values
     places = {(entry.container, entry.path): entry.file for entry in held}
     made = method.stored({place: values[file] for place, file in places.items()}, config)

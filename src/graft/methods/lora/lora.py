@@ -112,7 +112,8 @@ class LoRA(Method):
     @property
     def keeps_shift(self) -> bool:
         """Say whether the adapter holds what `init` takes out of the base weight."""
-        return self.site.op.linear and init.kind_of(self.cfg.init_lora_weights) is not None
+        how = self.cfg.init_lora_weights
+        return type(how) is str and init.kind_of(how) is not None and self.site.op.linear
 
     @property
     def shift_rank(self) -> int:
@@ -124,9 +125,13 @@ class LoRA(Method):
         return False
 
     def stored(self, values: Tensors, cfg: LoraConfig) -> Tensors:
-        if self.keeps_shift and init.kind_of(cfg.init_lora_weights) is None:  # a caller says: for the base as it is now
+        if init.kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
+
+    @property
+    def stores_as_held(self) -> bool:
+        return type(self).stored is LoRA.stored and not self.keeps_shift
 
     def restored(self, stored: Tensors, cfg: LoraConfig) -> Tensors:
         return shift.restored(self, stored) if self.keeps_shift else stored

@@ -24,7 +24,8 @@ _NAMES: dict[str, str] = {
         "graft.config.base": "PeftConfig",
         "graft.config.enums": "TaskType",
         "graft.methods": "PeftType method_of",
-        "graft.methods.lora": "ArrowConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig",
+        "graft.methods.lora": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
+        "LoraRuntimeConfig MontecloraConfig VeloraConfig",
         "graft.prompts.prompt_tuning": "PromptTuningInit",
         "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",
         "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import graft
 from graft.serving import AdapterSlots
-from tests.models import seeded
+from tests.models import nudged, seeded
 
 LIBS = (graft, peft)
 R = 3
@@ -29,16 +29,6 @@ def config(lib=graft, r=R, **options):
     return lib.LoraConfig(
         r=r, lora_alpha=5, target_modules=["0", "2"], kasa_config=lib.KasaConfig(beta=0.1, gamma=0.3), **options
     )
-
-
-def nudged(model):
-    """Values that depend on names only."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                with seeded(sum(map(ord, name))):
-                    p.add_(torch.randn(p.shape), alpha=0.3)
-    return model.eval()
 
 
 def adapted(lib=graft, base=None, adapters=("default",), ranks=(R, R), **options):

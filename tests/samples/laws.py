@@ -21,6 +21,7 @@ class Sample:
     subtracts: bool = False  # unmerging subtracts the update, so the weight comes back rounded
     identity: bool = True  # a fresh adapter changes nothing
     together: bool = True  # two adapters can be active at once
+    draws: bool = False  # its adapters are random in training
     rewrites: bool = False  # the base weight, for good; so it stands only beside its like
 
     def __str__(self) -> str:

@@ -7,14 +7,39 @@ from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, TARGE
 
 _lora = dict(r=3, lora_alpha=5)
 _lin = ["lin0", "fc1"]  # layers of "mlp" that have a bias
+_velora = dict(num_groups=4, scale=0.7, init_type="random")  # what a batch gives depends on its rows
+_monte = dict(num_samples=3, sample_scaler=0.2, kl_loss_weight=0.3, use_entropy=True, buffer_size=1)
+
+
+def _blocks(side, nblocks=2, patterns=("layer", "0")):
+    return {f"target_modules_bd_{side}": list(patterns), "nblocks": nblocks}
+
 
 LAWS = [
     Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
     Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
     Sample("LORA", "dora", dict(r=4, lora_alpha=6, use_dora=True)),
     Sample("LORA", "kasa", dict(r=4, lora_alpha=6, kasa_config={}), subtracts=True, identity=False, rewrites=True),
+    Sample("LORA", "bdlora-a", dict(r=4, lora_alpha=6, use_bdlora=_blocks("a")), subtracts=True),
+    Sample("LORA", "bdlora-b", dict(r=4, lora_alpha=6, use_bdlora=_blocks("b")), subtracts=True),
+    Sample("LORA", "velora", dict(r=4, lora_alpha=6, velora_config=_velora), subtracts=True),
+    Sample("LORA", "monteclora", dict(r=4, lora_alpha=6, monteclora_config=_monte), subtracts=True, draws=True),
+    Sample("LORA", "mica", dict(r=4, lora_alpha=6, init_lora_weights="mica"), subtracts=True),
+    Sample("LORA", "qalora", dict(r=4, lora_alpha=6, use_qalora=True, qalora_group_size=5), subtracts=True),
 ]
 REFUSED = [
+    *(
+        (f"LORA-{name}", trait, error, "adapts linear layers only")
+        for trait in ("conv", "embedding")
+        for name, error in (
+            ("bdlora-a", UnsupportedLayerError),
+            ("bdlora-b", UnsupportedLayerError),
+            ("velora", UnsupportedLayerError),
+            ("qalora", ConfigError),
+        )
+    ),
+    ("LORA-mica", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has one for each"),
+    ("LORA-monteclora", "grouped", UnsupportedLayerError, "A mixes its groups"),
     ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
     ("LORA-dora", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has no ΔW"),
     *(("LORA-kasa", trait, UnsupportedLayerError, "adapts linear layers only") for trait in ("conv", "embedding")),
@@ -62,6 +87,19 @@ PARITY = [
     *row("kasa_random", "mlp", **_lora, kasa_config={}, init_lora_weights=False, modules_to_save=["head"]),
     # the tokens are in two rows of three
     *row("alora", "llama gpt2", **_lora, task_type="CAUSAL_LM", alora_invocation_tokens=[11, 10]),
+    *row("bdlora", "mlp llama", **_lora, use_bdlora=_blocks("a", 1, ("lin", "fc", "proj"))),
+    *row("bdlora_a", "mlp", r=4, lora_alpha=5, use_bdlora=_blocks("a", 2, ("lin", "fc"))),
+    *row("bdlora_b", "mlp", r=4, lora_alpha=5, lora_dropout=0.3, use_bdlora=_blocks("b", 2, ("lin", "fc"))),
+    *row("bdlora_loose", "llama", **_lora, use_bdlora=_blocks("b", 3, ("down",)) | {"match_strict": False}),
+    *row("bdlora_false", "mlp", **_lora, init_lora_weights=False, use_bdlora=_blocks("a", 1, ("lin", "fc"))),
+    *row("velora", "mlp conv1D llama", **_lora, velora_config=dict(num_groups=5, scale=0.8)),
+    *row("velora_random", "mlp", **_lora, velora_config=dict(num_groups=3, init_type="random")),
+    *row("velora_once", "mlp", **_lora, velora_config=dict(num_groups=40, init_type="batch_average_once")),
+    *row("velora_dropout", "mlp", **_lora, lora_dropout=0.3, velora_config={}),
+    *row("velora_pissa", "mlp", **_lora, init_lora_weights="pissa", velora_config={}),
+    *row("velora_bias", "mlp", **_lora, target_modules=_lin, lora_bias=True, velora_config={}),
+    *row("mica", "mlp conv1D embedding llama", **_lora, init_lora_weights="mica"),
+    *row("mica_patterns", "llama", **_lora, init_lora_weights="mica", rank_pattern={"q_proj": 5}, use_rslora=True),
     *row("pissa", "mlp conv1D llama", **_lora, init_lora_weights="pissa"),
     # PEFT draws it anew on loading, and so takes something else out of the base
     *row("pissa_niter", "mlp conv1D", "reload", **_lora, init_lora_weights="pissa_niter_4"),

@@ -92,6 +92,8 @@ class LoraForm:
         cfg.lora_bias = any(c.lora_bias for c in configs)
         if isinstance(cfg.init_lora_weights, str):
             cfg.init_lora_weights = True  # some initialisations would change the base weight on loading
+        if not method_of(cfg.peft_type).variant(cfg).holds_any:
+            cfg.drop_variant()
         check_base_stays(cfg, ranks, configs)
 
 

@@ -16,8 +16,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Factors(NamedTuple):
     """The parts of a low-rank effect, made for one call: W' = gain ⊙ (W + scale · outer ⊙ B (inner ⊙ A)).
 
-    A and B are tensors, or callables with a `weight`: modules, or a sum in place of a product with ones. A bias of B
-    shifts the layer's.
+    A and B are tensors, or callables with a `weight`: modules, a sum in place of a product with ones, a `Compact` or a
+    `Product`. A bias of B shifts the layer's.
     """
 
     A: Any  # (r, fan_in)
@@ -44,6 +44,31 @@ class Factors(NamedTuple):
             return None
         bias = bias if self.outer is None else bias * self.outer
         return bias if self.scale is None else bias * self.scale
+
+
+class Compact(NamedTuple):
+    """A factor whose module holds fewer numbers than its matrix. Kernels take the matrix, or call the module if it has
+    hooks."""
+
+    module: Any  # its forward is the product
+    expand: Callable[[Tensor], Tensor]  # from its weight to the matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.expand(self.module.weight)
+
+
+class Product(NamedTuple):
+    """A factor whose product is computed in a way of its own, such as with another backward pass."""
+
+    call: Callable[[Tensor], Tensor]  # casts its input
+    weight: Tensor  # what else is said of the factor follows from the plain matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x)
 
 
 def matrix(factor: Any) -> Tensor:

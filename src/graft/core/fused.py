@@ -6,6 +6,7 @@ The layer checks first (`may_fuse`) that a kernel may overwrite its output, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import Factors
+from graft.core.effect import Compact, Factors, Product
 from graft.core.lean import Linear
 from graft.kernels import decomposed, one_product
 from graft.kernels.eager import has_no_hooks
-from graft.kernels.low_rank import add_low_rank, autocast, dropout, low_rank_linear
+from graft.kernels.low_rank import add_low_rank, add_product, autocast, dropout, low_rank_linear
 from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
 from graft.kernels.worth import worth_it
 
@@ -28,15 +29,25 @@ PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards
 def plain(f: Factors) -> tuple[Tensor, Tensor, float] | None:
     """Return A, B and the share that dropout takes out, if the factors compute no more than W x + s · B A dropout(x),
     vectors aside, on a linear layer. None if the layer has to call modules."""
-    A, B = f.A, f.B
-    if type(A) in LINEARS:
-        if type(B) not in LINEARS or B._parameters["bias"] is not None or not (has_no_hooks(A) and has_no_hooks(B)):
-            return None
-        A, B = weight_of(A), weight_of(B)
-    if type(A) not in PLAIN or type(B) not in PLAIN:
+    A, B = tensor_of(f.A), tensor_of(f.B)
+    if A is None or B is None:
         return None
     p = 0.0 if f.dropout is None else share_dropped(f.dropout)
     return None if p is None else (A, B, p)
+
+
+def tensor_of(factor: Any) -> Tensor | None:
+    """Return the matrix of a factor; None if to call it is more than a product with that."""
+    kind = type(factor)
+    if kind in LINEARS:
+        if factor._parameters["bias"] is not None or not has_no_hooks(factor):
+            return None
+        factor = weight_of(factor)
+    elif kind is Compact:
+        if not has_no_hooks(factor.module):
+            return None
+        factor = factor.weight
+    return factor if type(factor) in PLAIN else None
 
 
 def weight_of(linear: Any) -> Tensor:
@@ -64,7 +75,7 @@ def joined(layer: Any, f: Factors, x: Tensor) -> Tensor | None:
     """Return the layer's output with these factors, both from one kernel; None if there is no such kernel."""
     found = plain(f)
     if found is None:
-        return None
+        return called(f, x, partial(layer.base_layer, x))
     A, B, p = found
     base, op = layer.base_layer, layer.op
     if f.gain is not None:
@@ -86,13 +97,25 @@ def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
     """Add the factors' part to y, in its memory, and return y; None if no kernel does that."""
     found = plain(f)
     if found is None:
-        return None
+        return called(f, x, lambda: y)
     A, B, p = found
     if f.inner is not None or f.outer is not None:
         if f.inner is not None and f.outer is not None and is_fixed(A, B):
             return _add_around_fixed(A, B, f, x, y, p)
         A, B = scaled(A, B, f)
     return add_low_rank(y, x, A, B, scale_of(f), p)
+
+
+def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
+    """Return the output with an A that is a `Product`, which this calls; None for others. base: gives what to add to."""
+    if type(f.A) is not Product or f.gain is not None:
+        return None
+    B, p = tensor_of(f.B), 0.0 if f.dropout is None else share_dropped(f.dropout)
+    if B is None or p is None:
+        return None
+    h = f.A(dropout(x, p) if p else x)
+    h = h if f.inner is None else h * f.inner
+    return add_product(base(), h, B if f.outer is None else f.outer[:, None] * B, scale_of(f))
 
 
 def _around_fixed(layer: Any, A: Tensor, B: Tensor, f: Factors, x: Tensor, p: float) -> Tensor:

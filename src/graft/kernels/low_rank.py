@@ -42,6 +42,15 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
     return plain(y, x, A, B, scale, p)
 
 
+def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return y + s · h Bᵀ. y (…, out) must be fresh, as in `add_low_rank`, and may hold the result. h (…, r), B (out, r)."""
+    (B,) = autocast(h, B)
+    h = h.to(B.dtype)
+    if not fuses(h, 0.0):
+        return (y + h @ B.T * scale).to(y.dtype)
+    return _AddProduct.apply(y, h, B, scale, form_for(products, y, h, B))  # type: ignore[no-any-return]
+
+
 def low_rank_linear(
     base: Callable[[Tensor], Tensor],
     input_gradient: Callable[[Tensor, Tensor], Tensor],
@@ -129,6 +138,21 @@ class _AddLowRank(Function):
             None,
             None,
         )
+
+
+class _AddProduct(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float, form: Any) -> Tensor:
+        ctx.save_for_backward(h, B)
+        ctx.options = scale, form
+        return form.add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (h, B), (scale, form) = ctx.saved_tensors, ctx.options
+        form = products if torch.is_grad_enabled() else form  # a second derivative needs operations that have one
+        dh, dB = form.through_up(g.reshape(-1, g.shape[-1]), B, h.reshape(-1, h.shape[-1]), scale)
+        return g, dh.view(h.shape), dB, None, None
 
 
 class _LowRankLinear(Function):

@@ -74,7 +74,7 @@ def matched(method: Method, shared: dict[str, Any]) -> Matched:
     site, values = method.site, method.placeholders(shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
-    return Matched(site.key, site.type_name, sum(p.numel() for _, p in sized), shapes)
+    return Matched(site.key, site.type_name, sum(p.numel() for _, p in sized if p.requires_grad), shapes)
 
 
 def _parameters(value: Any) -> list[Tensor]:

@@ -34,6 +34,7 @@ PLAIN: dict[str, tuple] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
+    "velora_config": (None,),
 }
 
 

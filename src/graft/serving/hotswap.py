@@ -32,6 +32,9 @@ MUST_AGREE = (
     "use_rslora",
     "lora_dropout",
     "use_dora",
+    "use_qalora",
+    "velora_config",
+    "monteclora_config",
     "layer_replication",
     "trainable_token_indices",
     "ensure_weight_tying",
@@ -165,12 +168,17 @@ def check_compatible(now: Any, new: Any) -> None:
 
 
 def check_base(config: Any, which: str) -> None:
-    """Raise if an adapter's initialisation changes the base, which others have as it was."""
+    """Raise if an adapter's initialisation changes the base, which others have as it was, or its rank cannot change."""
     setting = LoRA.variant(config).changes_base(config)  # type: ignore[attr-defined]
     if setting is not None:
         raise ConfigError(
             f"The adapter {which} belongs to base weights that {setting} changed, and others to the base as it was. "
             "PiSSA and OLoRA can be saved as plain LoRA, with path_initial_model_for_weight_conversion."
+        )
+    if config.use_bdlora is not None:
+        raise ConfigError(
+            f"The adapter {which} has block-diagonal factors (use_bdlora), which zeros cannot fill up to another rank: "
+            "load it with load_adapter()."
         )
 
 

@@ -37,6 +37,7 @@ HELD: dict[str, str] = {
     "prepare_model_inputs_fn_language_modeling",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
+    "graft.train.monteclora": "MontecloraTrainerMixin",
     "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
@@ -99,8 +100,8 @@ MODULES: dict[str, str] = {
     "config": "CONFIG_NAME PeftConfig PeftConfigMixin PeftType PromptLearningConfig TaskType",
     "functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
     "set_peft_model_state_dict set_requires_grad",
-    "helpers": "PeftConfig PeftModel check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
-    "update_forward_signature update_generate_signature update_signature",
+    "helpers": "MontecloraTrainerMixin PeftConfig PeftModel check_if_peft_model disable_input_dtype_casting "
+    "rescale_adapter_scale update_forward_signature update_generate_signature update_signature",
     "import_utils": "",  # see shims.import_check
     "mapping": f"{_MAPPINGS} PEFT_TYPE_TO_MIXED_MODEL_MAPPING get_peft_config inject_adapter_in_model",
     "mapping_func": f"{_PREFIXES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model",
@@ -115,8 +116,9 @@ MODULES: dict[str, str] = {
     "init_empty_weights load_peft_weights set_peft_model_state_dict shift_tokens_right",
     "tuners.mixed": "MixedModel",
     "tuners.mixed.model": "MixedModel",
-    "tuners": "ArrowConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig create_arrow_model "
-    f"MultitaskPromptTuningInit PromptEncoderReparameterizationType {_EVA} preprocess_loraga "
+    "tuners": "ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig "
+    "MontecloraConfig VeloraConfig create_arrow_model MultitaskPromptTuningInit PromptEncoderReparameterizationType "
+    f"{_EVA} preprocess_loraga "
     "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
@@ -165,6 +167,9 @@ BESIDE: dict[str, tuple[str, ...]] = {
         "LoraRuntimeConfig",
         "KasaConfig",
         "ArrowConfig",
+        "BdLoraConfig",
+        "MontecloraConfig",
+        "VeloraConfig",
         "LoftQConfig",
         "EvaConfig",
         "CordaConfig",

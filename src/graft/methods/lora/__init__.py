@@ -3,10 +3,21 @@
 
 from graft.methods.lora.config import LoraConfig, LoraRuntimeConfig
 from graft.methods.lora.lora import LoRA
-from graft.methods.lora.sub_configs import ArrowConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig
+from graft.methods.lora.sub_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
 __all__ = [
     "ArrowConfig",
+    "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
     "KasaConfig",
@@ -15,4 +26,6 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "VeloraConfig",
 ]

@@ -39,6 +39,21 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
         )
 
 
+def only_linear(site: Site, what: str) -> str | None:
+    """Say why a variant cannot adapt a layer that is not linear, or None. what: what it does with features."""
+    return None if site.op.linear or not site.op.known else f"{what}: it adapts linear layers only"
+
+
+def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
+    """Raise ConfigError for an initialisation that needs A (r, in) and B (out, r), where a variant has other shapes."""
+    how = cfg.init_lora_weights
+    if isinstance(how, str) and how.lower() not in ("gaussian", "orthogonal"):
+        raise ConfigError(
+            f"With {option}, A or B of layer '{site.key}' has a shape that init_lora_weights={how!r} cannot fill: "
+            "choose True, False, 'gaussian' or 'orthogonal'."
+        )
+
+
 def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
     """Say why an adapter on this layer has no merged form; None if it has one."""
     if site.op.known and site.op.groups(site.module) > 1:

@@ -3,30 +3,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
-from graft.methods.lora.sub_configs import ArrowConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig
+from graft.methods.lora.sub_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
-VARIANTS = {  # field that selects it → "module:Class" beside this
+VARIANTS = {  # field, or value of init_lora_weights, that selects it → "module:Class" beside this
     "use_dora": "dora:DoRA",
     "kasa_config": "kasa:KaSA",
     "alora_invocation_tokens": "alora:ALoRA",
     "arrow_config": "arrow:Arrow",
+    "use_bdlora": "bdlora:BdLoRA",
+    "velora_config": "velora:VeLoRA",
+    "monteclora_config": "monteclora:MonteCLoRA",
+    "mica": "mica:MiCA",
+    "use_qalora": "qalora:QALoRA",
 }
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
     "target_parameters": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-    "use_qalora": False,
     "megatron_config": None,
 }
-INITS_NOT_YET = ("mica",)
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight
 TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ", "eva": "EVA"}
 SETTINGS: dict[str, tuple[str, Any]] = {  # field with the settings of one init → (that init, class of the settings)
@@ -60,8 +70,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, lora_only
     use_rslora: bool = False
-    init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, eva,
-    # corda, lora_ga; the last three begin with data
+    init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, mica,
+    # eva, corda, lora_ga; the last three begin with data
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
@@ -70,16 +80,16 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     corda_config: CordaConfig | dict | None = None
     lora_ga_config: LoraGAConfig | dict | None = None
     use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
-    velora_config: Any = None
+    velora_config: VeloraConfig | dict | None = None  # VeLoRA (arXiv 2405.17991): keeps projections of inputs to train
     alora_invocation_tokens: list[int] | None = None  # aLoRA (arXiv 2504.12397): acts from their last occurrence on
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: Any = None
+    use_qalora: bool = False  # QA-LoRA (arXiv 2309.14717): A sees sums over groups of inputs
+    qalora_group_size: int = 16  # inputs in a group
+    monteclora_config: MontecloraConfig | dict | None = None  # MonteCLoRA (arXiv 2411.04358): A is random in training
     layer_replication: list[tuple[int, int]] | None = None  # stack these ranges of layers, sharing weights
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False  # B has a bias
     target_parameters: list[str] | None = None
-    use_bdlora: Any = None
+    use_bdlora: BdLoraConfig | dict | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
     arrow_config: ArrowConfig | dict | None = None  # a router over the other adapters: see `create_arrow_model`
     kasa_config: KasaConfig | dict | None = None  # KaSA (arXiv 2412.06071): singular values apart, on a truncated base
     ensure_weight_tying: bool = False  # adapt tied embeddings together
@@ -99,6 +109,9 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
                 raise NotImplementedError(f"LoraConfig.{name} is not in graft yet: leave it at {off!r}.")
         self.kasa_config = sub_config(self.kasa_config, KasaConfig)
         self.arrow_config = sub_config(self.arrow_config, ArrowConfig)
+        self.velora_config = sub_config(self.velora_config, VeloraConfig)
+        self.monteclora_config = sub_config(self.monteclora_config, MontecloraConfig)
+        self.use_bdlora = sub_config(self.use_bdlora, BdLoraConfig)
         if len(self.variants) > 1:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
         self._check_invocation()
@@ -127,13 +140,20 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The fields with a value that selects a variant."""
-        return tuple(sorted(name for name in VARIANTS if getattr(self, name)))
+        """The names in VARIANTS that the values select."""
+        init = self.init_lora_weights
+        start = init.lower() if isinstance(init, str) else None
+        return tuple(sorted(name for name in VARIANTS if name == start or getattr(self, name, None)))
+
+    def drop_variant(self) -> None:
+        """Make this a config of plain LoRA."""
+        selected = self.variants
+        for f in fields(self):
+            if f.name in selected:
+                setattr(self, f.name, f.default)
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
-        if init in INITS_NOT_YET:
-            raise NotImplementedError(f"init_lora_weights={init!r} is not in graft yet.")
         for name, (how, cls) in SETTINGS.items():
             setattr(self, name, sub_config(getattr(self, name), cls))
             if getattr(self, name) is not None and init != how:

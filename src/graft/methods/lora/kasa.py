@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Factors
-from graft.core.errors import AdapterNotFoundError, ConfigError
+from graft.core.errors import ConfigError
 from graft.core.method import Tensors
 from graft.kernels.orthogonal import gram_distance
-from graft.methods.lora.lora import LoRA
+from graft.methods.lora.lora import LoRA, adapters_of
 
 
 class KaSA(LoRA):
@@ -84,10 +84,4 @@ def without_smallest(W: Tensor, r: int) -> Tensor:
 
 def loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the sum of `KaSA.loss` over layers and adapters (None: the active ones); 0.0 without any."""
-    names = tuner.active_adapters if adapter_names is None else adapter_names
-    names = [names] if isinstance(names, str) else names
-    unknown = [name for name in names if name not in tuner.peft_config]
-    if unknown:
-        raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found.")
-    found = [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
-    return sum((m.loss() for m in found if isinstance(m, KaSA)), 0.0)
+    return sum((m.loss() for m in adapters_of(tuner, adapter_names, KaSA)), 0.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import LORA
 from graft.core.effect import Factors, LowRank
+from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.core.ops import META
@@ -35,6 +36,30 @@ def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tenso
     return beside("kasa:loss")(tuner, adapter_names)  # type: ignore[no-any-return]
 
 
+def monteclora_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+    """Return the variational loss of MonteCLoRA adapters, which the training loop adds; 0.0 without any, and in eval mode.
+
+    Args:
+        adapter_names: which ones; the active ones if None.
+    """
+    return beside("monteclora:loss")(tuner, adapter_names)  # type: ignore[no-any-return]
+
+
+def adapters_of(tuner: Any, adapter_names: str | list[str] | None, kind: type[Method]) -> list[Any]:
+    """Return the adapters of a class on all layers; `adapter_names` None: of those that are active.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+    """
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    names = [names] if isinstance(names, str) else names
+    unknown = [name for name in names if name not in tuner.peft_config]
+    if unknown:
+        raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found.")
+    found = [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
+    return [m for m in found if isinstance(m, kind)]
+
+
 class LoRA(Method):
     config = LoraConfig
     prefix = "lora_"
@@ -44,7 +69,11 @@ class LoRA(Method):
         **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
     }
     unnamed = frozenset({"lora_magnitude_vector"})
-    tuner_methods: ClassVar[dict[str, Any]] = {"_get_kasa_loss": kasa_loss}
+    tuner_methods: ClassVar[dict[str, Any]] = {
+        "_get_kasa_loss": kasa_loss,
+        "_get_monteclora_loss": monteclora_loss,
+    }
+    holds_any: ClassVar[bool] = True  # its tensors can hold any product; of others combinations are plain LoRA
 
     lora_A: nn.Module  # weight (r, in), for convolutions (r, in, *kernel)
     lora_B: nn.Module  # weight (out, r), for convolutions (out, r / groups, 1, …)

@@ -9,6 +9,8 @@ from typing import Any
 from graft.config.base import validate
 from graft.core.errors import ConfigError
 
+DIRECTIONS = ("batch_average", "batch_average_once", "random")
+
 
 def require(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Raise ConfigError unless `value` is one of those known."""
@@ -135,3 +137,71 @@ class ArrowConfig:
             raise ConfigError("top_k cannot be negative.")
         if self.router_temperature <= 0:
             raise ConfigError("router_temperature must be greater than 0.")
+
+
+@dataclass
+class BdLoraConfig:
+    """Which factors BD-LoRA makes block-diagonal: the ones that a server splits over its devices.
+
+    For row-sharded modules (output and down projections) that is A, for column-sharded ones (q, k, v, up, gate) B.
+
+    Raises:
+        ConfigError: a pattern stands in both lists, or `nblocks` is not positive.
+    """
+
+    target_modules_bd_a: list[str] | None = None  # parts of the paths of modules whose A is block-diagonal
+    target_modules_bd_b: list[str] | None = None  # the same for B
+    nblocks: int = 1  # how many blocks such a factor has
+    match_strict: bool = True  # an adapted module that fits no pattern is an error; else it gets plain LoRA
+
+    def __post_init__(self) -> None:
+        validate(self)
+        a, b = self.target_modules_bd_a, self.target_modules_bd_b
+        if set(a or ()) & set(b or ()):
+            raise ConfigError(f"Found overlapping modules in target_modules_bd lists: {a} (A) and {b} (B).")
+        if self.nblocks <= 0:
+            raise ConfigError(f"`nblocks` should be positive, got {self.nblocks}.")
+
+
+@dataclass
+class VeloraConfig:
+    """What VeLoRA keeps of the inputs of A for the backward pass.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    num_groups: int = 64  # numbers that are kept of each input vector: more are more exact and take more memory
+    scale: float = 1.0  # of what is put together again from them
+    init_type: str = "batch_average"  # the direction of the projection: of each batch, of the first, random
+
+    def __post_init__(self) -> None:
+        validate(self)
+        for name in ("num_groups", "scale"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` should be positive, got {getattr(self, name)}.")
+        if self.init_type not in DIRECTIONS:
+            raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {DIRECTIONS}.")
+
+
+@dataclass
+class MontecloraConfig:
+    """How MonteCLoRA draws A in training, and weights of its loss, `LoraModel._get_monteclora_loss()`, which
+    `graft.train.MontecloraTrainerMixin` or the training loop adds.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    num_samples: int = 8  # matrices that one draw of A averages
+    use_entropy: bool = False  # the loss has Σ w² of their weights w
+    dirichlet_prior: float = 0.1  # concentration of the prior of w
+    sample_scaler: float = 1e-4  # of the noise
+    kl_loss_weight: float = 1e-5  # of the distance from the priors
+    buffer_size: int = 150  # draws that PEFT makes ahead; graft makes each when it is used
+
+    def __post_init__(self) -> None:
+        validate(self)
+        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` must be greater than 0.")

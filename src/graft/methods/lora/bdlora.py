@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BD-LoRA: Block-Diagonal LoRA, arXiv 2510.23346. A or B is block-diagonal, so that devices of a server share it out.
+
+Block k of a factor (m, n) has rows k m / nb … and columns k n / nb …; the blocks are kept one below the other.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.effect import Compact, Factors
+from graft.core.errors import ConfigError
+from graft.core.random import skip
+from graft.methods.lora import checks
+from graft.methods.lora.lora import LoRA
+
+
+class BlockDiagonal(nn.Module):
+    """The product with a block-diagonal matrix (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int, nblocks: int, device: torch.device | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.nblocks = in_features, out_features, nblocks
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // nblocks, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = self.weight.view(self.nblocks, -1, self.weight.shape[1])
+        return torch.einsum("...kn,kmn->...km", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Put the blocks in place: (out, in / nblocks) → (out, in)."""
+        return torch.block_diag(*weight.chunk(self.nblocks))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
+
+
+class BdLoRA(LoRA):
+    """`side` says which of A and B is block-diagonal here; where none is, this is LoRA."""
+
+    holds_any = False
+
+    @cached_property
+    def side(self) -> str:
+        cfg, key = self.cfg.use_bdlora, self.site.key
+        patterns = {"A": cfg.target_modules_bd_a or (), "B": cfg.target_modules_bd_b or ()}
+        return "".join(side for side, parts in patterns.items() if any(part in key for part in parts))
+
+    def check(self) -> str | None:
+        site, side, cfg = self.site, self.side, self.cfg.use_bdlora
+        if side == "AB":
+            raise ConfigError(f"Target {site.key} matches both A and B block-diagonal patterns: take it out of one.")
+        if not side and cfg.match_strict:
+            raise ConfigError(
+                f"Target {site.key} matches neither A nor B block-diagonal patterns. If this is intentional, set "
+                "match_strict=False in BdLoraConfig."
+            )
+        why = side and checks.only_linear(site, "BD-LoRA's blocks are of the features of linear layers")
+        if why or not side:
+            return why or super().check()
+        checks.plain_start(site, self.cfg, "use_bdlora")
+        width = site.in_features if side == "A" else site.out_features
+        if width % cfg.nblocks or self.cfg.r % cfg.nblocks:
+            raise ConfigError(
+                f"{side} of layer '{site.key}' has sizes {width} and r={self.cfg.r}, not divisible by {cfg.nblocks} "
+                "(nblocks)."
+            )
+        if side == "B" and self.cfg.lora_bias:
+            raise ConfigError(f"lora_bias=True is not supported for the block-diagonal B of layer '{site.key}'.")
+        return super().check()
+
+    def build(self, shared, device=None):
+        values, site, r, n = super().build(shared, device), self.site, self.cfg.r, self.cfg.use_bdlora.nblocks
+        if self.side == "A":
+            values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)
+        elif self.side == "B":
+            values["lora_B"] = BlockDiagonal(r, site.out_features, n, device)
+        return values
+
+    def init(self) -> None:
+        super().init()
+        if self.side == "A":
+            if self.cfg.init_lora_weights is True:  # as if all of A had been drawn before, which PEFT does
+                skip(torch.empty(self.cfg.r, self.site.in_features - self.lora_A.weight.shape[1]))
+            nn.init.kaiming_uniform_(self.lora_A.weight)
+        elif self.side == "B":
+            self.lora_B.weight.data.zero_()
+
+    def factors(self) -> Factors:
+        f = super().factors()
+        if self.side == "A":
+            return f._replace(A=Compact(f.A, f.A.matrix))
+        return f._replace(B=Compact(f.B, f.B.matrix)) if self.side else f

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiCA: Minor Component Adaptation, arXiv 2604.01694.
+
+The columns of B are the left singular vectors of W with the r smallest singular values. Only A trains.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft.core.method import Method
+from graft.methods.lora.lora import LoRA
+
+
+class MiCA(LoRA):
+    """B is frozen for good, A begins at zero."""
+
+    def check(self) -> str | None:
+        site, r = self.site, self.cfg.r
+        if site.op.known and site.op.groups(site.module) > 1:
+            return "MiCA takes singular vectors of a matrix, and a convolution with groups > 1 has one for each"
+        if site.op.known and r > min(site.out_features, site.fan_in):
+            raise ConfigError(
+                f"MiCA requires `r` <= min(in_features, out_features) but got r={r} for layer '{site.key}', whose "
+                f"weight has shape {site.shape}."
+            )
+        return super().check()
+
+    def build(self, shared, device=None):
+        values = super().build(shared, device)
+        B = values["lora_embedding_B"] if self.site.op.takes_ids else values["lora_B"].weight
+        B.requires_grad_(False)
+        return values
+
+    def init(self) -> None:
+        layer, site = self.layer, self.site
+        if site.on_meta:
+            return
+        why = site.store.unread(site.module, site.parameter)
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"Target module {site.key} ({site.type_name}) is not supported. MiCA needs its weight, and {why}."
+            )
+        A, B = (p.data for p in self.pair)
+        A.zero_()
+        B.copy_(minor(layer.W0.flatten(1), len(A)).view(B.shape))
+
+    def tie(self, source: Method) -> None:
+        raise ConfigError(
+            f"MiCA freezes B, which the tied layer '{self.site.key}' would have as its A: leave ensure_weight_tying "
+            "off, or choose another init_lora_weights."
+        )
+
+
+@torch.no_grad()
+def minor(W: Tensor, r: int) -> Tensor:
+    """Return the left singular vectors of W (out, in) of its r smallest singular values, (out, r)."""
+    U, _, _ = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
+    return U[:, -r:]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QA-LoRA: Quantization-Aware Low-Rank Adaptation, arXiv 2309.14717.
+
+A (r, in / g) sees means over groups of g inputs, times their number in / g. So ΔW is constant within each group, as
+the zero points of a base are that is quantized by groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.effect import Compact, Factors
+from graft.core.errors import ConfigError
+from graft.core.random import skip
+from graft.methods.lora import checks
+from graft.methods.lora.lora import LoRA
+
+
+class Pooled(nn.Module):
+    """A linear layer on means over groups of `size` inputs times their number: (…, in_features) → (…, out_features)."""
+
+    def __init__(self, size: int, in_features: int, out_features: int, device: torch.device | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.size = in_features, out_features, size
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // size, device=device))
+
+    @property
+    def factor(self) -> float:
+        """What a sum over one group counts with."""
+        return self.in_features / self.size**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.size)).sum(-1) @ (self.weight * self.factor).T
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the matrix whose product with x is `forward`: (out, in / size) → (out, in)."""
+        return (weight * self.factor).repeat_interleave(self.size, 1)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, size={self.size}"
+
+
+class QALoRA(LoRA):
+    """`lora_A` has a weight (r, in / g)."""
+
+    holds_any = False
+
+    def check(self) -> str | None:
+        site, size = self.site, self.cfg.qalora_group_size
+        why = checks.only_linear(site, "QA-LoRA sums groups of the features of linear layers")
+        if why is not None:
+            raise ConfigError(f"use_qalora=True has no meaning for layer '{site.key}' ({site.type_name}): {why}.")
+        if size <= 0 or site.in_features % size:
+            raise ConfigError(
+                f"`use_qalora=True` requires `module.in_features` ({site.in_features}) to be divisible by "
+                f"'qalora_group_size' ({size}), on layer '{site.key}'."
+            )
+        checks.plain_start(site, self.cfg, "use_qalora")
+        return super().check()
+
+    def build(self, shared, device=None):
+        size = self.cfg.qalora_group_size
+        return super().build(shared, device) | dict(lora_A=Pooled(size, self.site.in_features, self.cfg.r, device))
+
+    def init(self) -> None:
+        how, A = self.cfg.init_lora_weights, self.lora_A.weight
+        if how is True:  # as if a whole A had been drawn before, which PEFT does
+            skip(torch.empty(self.cfg.r, self.site.in_features))
+        super().init()
+        if how is False:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+    def factors(self) -> Factors:
+        f = super().factors()
+        return f._replace(A=Compact(f.A, f.A.matrix))

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections, arXiv 2405.17991.
+
+LoRA, whose training keeps projections of A's inputs in place of these: the gradient of A is approximate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graft.core.effect import Factors, Product
+from graft.kernels.eager import functional
+from graft.kernels.sketch import mean_direction, sketched_product, unit, width
+from graft.methods.lora import checks
+from graft.methods.lora.lora import LoRA
+
+
+class VeLoRA(LoRA):
+    """A buffer `lora_velora_embed`, (D,), has the direction of the projection: zero until a batch gives it."""
+
+    holds_any = False
+
+    def check(self) -> str | None:
+        return checks.only_linear(self.site, "VeLoRA projects groups of an input vector") or super().check()
+
+    def build(self, shared, device=None):
+        direction = torch.zeros(width(self.site.in_features, self.cfg.velora_config.num_groups), device=device)
+        return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
+
+    def init(self) -> None:
+        super().init()
+        if self.cfg.velora_config.init_type == "random":
+            self.lora_velora_embed.copy_(unit(self.lora_velora_embed.normal_()))
+
+    def factors(self) -> Factors:
+        f = super().factors()
+        if self.layer.training and torch.is_grad_enabled() and not functional():
+            return f._replace(A=Product(self.product, self.pair[0]))
+        return f
+
+    def product(self, x: Tensor) -> Tensor:
+        cfg = self.cfg.velora_config
+        return sketched_product(x, self.pair[0], self.direction(x), cfg.num_groups, cfg.scale)
+
+    @torch.no_grad()
+    def direction(self, x: Tensor) -> Tensor:
+        """Return v for a batch x (…, in): a new tensor if x gives it, as another backward pass may still need the last."""
+        v, cfg = self.lora_velora_embed, self.cfg.velora_config
+        if cfg.init_type == "random" or (cfg.init_type == "batch_average_once" and self.is_ready()):
+            return v
+        new = mean_direction(x, cfg.num_groups).to(v.dtype)
+        v.copy_(new)
+        self.layer.lora_velora_initialized[self.name] = True
+        return new
+
+    def is_ready(self) -> bool:
+        """Say whether a batch or a file has given a direction. It waits for the device once, at the first batch."""
+        if not self.lora_velora_initialized:
+            self.layer.lora_velora_initialized[self.name] = bool(self.lora_velora_embed.any())
+        return self.lora_velora_initialized  # type: ignore[no-any-return]

@@ -109,10 +109,16 @@ ADALORA = EVERY | dict(init_r=12, target_r=8, total_step=1000, lora_alpha=SCALIN
 MINI = dict(init_weights="mini", mini_r=4)
 TOKEN_IDS = dict(token_indices=list(range(5, 500, 7)))
 KASA = EVERY | dict(r=16, lora_alpha=SCALING * 16, kasa_config={})
+VELORA = EVERY | dict(r=16, lora_alpha=SCALING * 16, velora_config=dict(num_groups=64))
+OUTPUTS = ["o_proj", "down_proj"]  # which servers split by their inputs
+BLOCKS = dict(target_modules_bd_a=OUTPUTS, target_modules_bd_b=[m for m in LINEAR if m not in OUTPUTS], nblocks=4)
+BDLORA = EVERY | dict(r=16, lora_alpha=SCALING * 16, use_bdlora=BLOCKS)
 HALF: dict[str, Any] = dict(dtype=torch.bfloat16, long=True)
 
 CASES = [
     Case("KaSA r 16", "LoraConfig", KASA, long=True),
+    Case("VeLoRA r 16", "LoraConfig", VELORA, long=True),
+    Case("BD-LoRA r 16", "LoraConfig", BDLORA, long=True),
     Case("IA3", "IA3Config", long=True),  # on the layers that its authors chose
     Case(
         "VeRA r 256", "VeraConfig", EVERY | dict(r=256), None, long=True

@@ -80,3 +80,18 @@ def test_riemannian_refusals():
     made = optimizers.create_riemannian_optimizer(adapt(graft, first("LORA")), torch.optim.SGD, lr=0.1)
     with pytest.raises(ValueError, match="closures"):
         made.step(lambda: 0.0)
+
+
+PARTS = [dict(use_bdlora=dict(target_modules_bd_a=["0"])), dict(use_qalora=True, qalora_group_size=2)]
+
+
+@pytest.mark.parametrize("option", PARTS, ids=str)
+def test_factors_that_are_kept_in_part_are_refused(option):
+    config = graft.LoraConfig(r=2, target_modules=["0"], **option)
+    model = graft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 6)), config)
+    for make in (
+        lambda: optimizers.create_lorafa_optimizer(model),
+        lambda: optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1),
+    ):
+        with pytest.raises(graft.ConfigError, match=f"needs A and B as matrices, .*{next(iter(option))} keeps a part"):
+            make()

@@ -107,7 +107,7 @@ def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
 
 
 def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
-    """Return the output with an A that is a `Product`, which this calls; None for others. base: gives what to add to."""
+    """Return the output with an A that is a `Product`, which this calls; else None. base: gives what to add to."""
     if type(f.A) is not Product or f.gain is not None:
         return None
     B, p = tensor_of(f.B), 0.0 if f.dropout is None else share_dropped(f.dropout)

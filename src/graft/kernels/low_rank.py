@@ -43,7 +43,10 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
 
 def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return y + s · h Bᵀ. y (…, out) must be fresh, as in `add_low_rank`, and may hold the result. h (…, r), B (out, r)."""
+    """Return y + s · h Bᵀ. y (…, out), h (…, r), B (out, r).
+
+    y must be fresh, as for `add_low_rank`: its memory may hold the result.
+    """
     (B,) = autocast(h, B)
     h = h.to(B.dtype)
     if not fuses(h, 0.0):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.carrier import layer_in
+from graft.core.errors import ConfigError
 
 
 def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
@@ -18,7 +19,19 @@ def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
             Bs: Any = layer.lora_B
             for name, A in layer.lora_A.items():
+                check_whole(layer, name)
                 yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]
+
+
+def check_whole(layer: Any, adapter: str) -> None:
+    """Raise ConfigError if the weights of A and B are not the matrices that they stand for."""
+    cfg = layer.methods[adapter].cfg
+    for option in ("use_bdlora", "use_qalora"):
+        if getattr(cfg, option):
+            raise ConfigError(
+                f"This optimizer needs A and B as matrices, and of adapter '{adapter}' (layer '{layer.key}') {option} "
+                "keeps a part: choose another optimizer, such as LoRA+."
+            )
 
 
 def gram(factor: Tensor, damping: float) -> Tensor:

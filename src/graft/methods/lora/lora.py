@@ -37,7 +37,7 @@ def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tenso
 
 
 def monteclora_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the variational loss of MonteCLoRA adapters, which the training loop adds; 0.0 without any, and in eval mode.
+    """Return MonteCLoRA adapters' variational loss, which the training loop adds; 0.0 without any, or in eval mode.
 
     Args:
         adapter_names: which ones; the active ones if None.

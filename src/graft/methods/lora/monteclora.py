@@ -125,8 +125,10 @@ class MonteCLoRA(LoRA):
 
 
 def loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the mean of `Sampler.loss` over layers and adapters (None: the active ones). It is 0.0 without any, and for
-    layers in eval mode."""
+    """Return the mean of `Sampler.loss` over layers and adapters (None: the active ones).
+
+    It is 0.0 without any, and for layers in eval mode.
+    """
     found = adapters_of(tuner, adapter_names, MonteCLoRA)
     total = sum((m.lora_monteclora_sampler.loss() for m in found if m.layer.training), 0.0)
     return total / len(found) if found else 0.0

@@ -45,7 +45,7 @@ class VeLoRA(LoRA):
 
     @torch.no_grad()
     def direction(self, x: Tensor) -> Tensor:
-        """Return v for a batch x (…, in): a new tensor if x gives it, as another backward pass may still need the last."""
+        """Return v for a batch x (…, in). Where x gives it, it is new: a backward pass may still need the last one."""
         v, cfg = self.lora_velora_embed, self.cfg.velora_config
         if cfg.init_type == "random" or (cfg.init_type == "batch_average_once" and self.is_ready()):
             return v

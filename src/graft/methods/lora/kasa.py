@@ -15,7 +15,7 @@ from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Tensors
 from graft.kernels.orthogonal import gram_distance
-from graft.methods.lora.lora import LoRA, adapters_of
+from graft.methods.lora.lora import LoRA
 
 
 class KaSA(LoRA):
@@ -80,8 +80,3 @@ def without_smallest(W: Tensor, r: int) -> Tensor:
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
     return (wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype)
-
-
-def loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the sum of `KaSA.loss` over layers and adapters (None: the active ones); 0.0 without any."""
-    return sum((m.loss() for m in adapters_of(tuner, adapter_names, KaSA)), 0.0)

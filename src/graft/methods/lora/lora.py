@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from graft.config.targets import LORA
 from graft.core.effect import Factors, LowRank
-from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.core.ops import META
 from graft.methods.lora import checks, init, shift
 from graft.methods.lora.config import VARIANTS, LoraConfig
+from graft.methods.lora.losses import kasa_loss, monteclora_loss
 from graft.methods.lora.replicate import replicate
 
 
@@ -25,39 +25,6 @@ def beside(where: str) -> Any:
     """Import a file of this folder and return a name in it: "module:name"."""
     module, name = where.split(":")
     return getattr(import_module(f"graft.methods.lora.{module}"), name)
-
-
-def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the regularisation of KaSA adapters, for a training loss; 0.0 without any.
-
-    Args:
-        adapter_names: which ones; the active ones if None.
-    """
-    return beside("kasa:loss")(tuner, adapter_names)  # type: ignore[no-any-return]
-
-
-def monteclora_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return MonteCLoRA adapters' variational loss, which the training loop adds; 0.0 without any, or in eval mode.
-
-    Args:
-        adapter_names: which ones; the active ones if None.
-    """
-    return beside("monteclora:loss")(tuner, adapter_names)  # type: ignore[no-any-return]
-
-
-def adapters_of(tuner: Any, adapter_names: str | list[str] | None, kind: type[Method]) -> list[Any]:
-    """Return the adapters of a class on all layers; `adapter_names` None: of those that are active.
-
-    Raises:
-        AdapterNotFoundError: the model has no adapter of that name.
-    """
-    names = tuner.active_adapters if adapter_names is None else adapter_names
-    names = [names] if isinstance(names, str) else names
-    unknown = [name for name in names if name not in tuner.peft_config]
-    if unknown:
-        raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found.")
-    found = [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
-    return [m for m in found if isinstance(m, kind)]
 
 
 class LoRA(Method):

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Chi2
 
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.methods.lora.lora import LoRA, adapters_of
+from graft.methods.lora.lora import LoRA
 
 
 class Sampler(nn.Module):
@@ -75,7 +76,7 @@ def wishart_diagonal(r: int, like: Tensor) -> Tensor:
     It comes from Bartlett's decomposition L Lᵀ, with L drawn in the order of torch's `Wishart`.
     """
     freedom = r - torch.arange(r, device=like.device, dtype=torch.float32)
-    diagonal = 2 * torch._standard_gamma(freedom / 2)  # χ²
+    diagonal = Chi2(freedom, validate_args=False).sample()
     i, j = torch.tril_indices(r, r, -1, device=like.device)
     below = torch.zeros(r, r, device=like.device)
     below[i, j] = torch.randn(r * (r - 1) // 2, device=like.device)
@@ -123,12 +124,6 @@ class MonteCLoRA(LoRA):
         A = self.pair[0].flatten(1)
         return f._replace(A=A + self.lora_monteclora_sampler(A.shape[1]))
 
-
-def loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the mean of `Sampler.loss` over layers and adapters (None: the active ones).
-
-    It is 0.0 without any, and for layers in eval mode.
-    """
-    found = adapters_of(tuner, adapter_names, MonteCLoRA)
-    total = sum((m.lora_monteclora_sampler.loss() for m in found if m.layer.training), 0.0)
-    return total / len(found) if found else 0.0
+    def loss(self) -> Tensor | float:
+        """Return `Sampler.loss`; 0.0 in eval mode."""
+        return self.lora_monteclora_sampler.loss() if self.layer.training else 0.0  # type: ignore[no-any-return]

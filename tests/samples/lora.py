@@ -98,6 +98,8 @@ PARITY = [
     *row("velora_dropout", "mlp", **_lora, lora_dropout=0.3, velora_config={}),
     *row("velora_pissa", "mlp", **_lora, init_lora_weights="pissa", velora_config={}),
     *row("velora_bias", "mlp", **_lora, target_modules=_lin, lora_bias=True, velora_config={}),
+    # PEFT draws ahead while it builds a layer, from other numbers in training: methods/test_monteclora.py
+    *row("monteclora", "mlp conv1D", "gradients init rng", **_lora, monteclora_config=dict(buffer_size=1)),
     *row("mica", "mlp conv1D embedding llama", **_lora, init_lora_weights="mica"),
     *row("mica_patterns", "llama", **_lora, init_lora_weights="mica", rank_pattern={"q_proj": 5}, use_rslora=True),
     *row("pissa", "mlp conv1D llama", **_lora, init_lora_weights="pissa"),

@@ -82,12 +82,13 @@ class BdLoRA(LoRA):
 
     def init(self) -> None:
         super().init()
+        A, B = self.pair
         if self.side == "A":
             if self.cfg.init_lora_weights is True:  # as if all of A had been drawn before, which PEFT does
-                skip(torch.empty(self.cfg.r, self.site.in_features - self.lora_A.weight.shape[1]))
-            nn.init.kaiming_uniform_(self.lora_A.weight)
+                skip(torch.empty(self.cfg.r, self.site.in_features - A.shape[1]))
+            nn.init.kaiming_uniform_(A)
         elif self.side == "B":
-            self.lora_B.weight.data.zero_()
+            nn.init.zeros_(B)
 
     def factors(self) -> Factors:
         f = super().factors()

@@ -22,13 +22,16 @@ from graft.methods.lora.lora import LoRA
 class Sampler(nn.Module):
     """Draws the noise of an A of r rows. The loss refers to the last draw."""
 
+    gaussian_var_prior: Tensor  # (r, r), diagonal: variances of the last draw
+    expert_weights: Tensor  # (n,): w of the last draw
+
     def __init__(self, r: int, cfg: Any, device: torch.device | None = None):
         super().__init__()
         n, self.cfg = cfg.num_samples, cfg
         self.std_prior = nn.Parameter(torch.empty(r, device=device))  # logarithms of standard deviations
         self.expert_weights_prior = nn.Parameter(torch.empty(n, device=device))  # of concentrations
-        self.register_buffer("gaussian_var_prior", torch.eye(r, device=device))  # variances of the last draw
-        self.register_buffer("expert_weights", torch.full((n,), 1 / n, device=device))  # w of the last draw
+        self.register_buffer("gaussian_var_prior", torch.eye(r, device=device))
+        self.register_buffer("expert_weights", torch.full((n,), 1 / n, device=device))
         self.drawn: tuple[Tensor, Tensor] | None = None  # what both came from
 
     def init(self) -> None:
@@ -51,7 +54,7 @@ class Sampler(nn.Module):
     def last(self) -> tuple[Tensor, Tensor]:
         """Return variances (r,) and weights (n,) of the last draw, as functions of the parameters."""
         if self.drawn is None:
-            return self.gaussian_var_prior.diagonal(), self.expert_weights  # type: ignore[operator]
+            return self.gaussian_var_prior.diagonal(), self.expert_weights
         chi2, z = self.drawn
         variances = ((2 * self.std_prior).exp() * chi2).clip(min=1e-3)
         concentration = self.expert_weights_prior.exp().clamp(min=1e-6)
@@ -94,7 +97,7 @@ def dirichlet_divergence(a: Tensor, b: Tensor) -> Tensor:
 
 
 class MonteCLoRA(LoRA):
-    lora_monteclora_sampler: nn.Module
+    lora_monteclora_sampler: Sampler
 
     holds_any = False
 
@@ -126,4 +129,4 @@ class MonteCLoRA(LoRA):
 
     def loss(self) -> Tensor | float:
         """Return `Sampler.loss`; 0.0 in eval mode."""
-        return self.lora_monteclora_sampler.loss() if self.layer.training else 0.0  # type: ignore[no-any-return]
+        return self.lora_monteclora_sampler.loss() if self.layer.training else 0.0

@@ -66,12 +66,12 @@ class QALoRA(LoRA):
         return super().build(shared, device) | dict(lora_A=Pooled(size, self.site.in_features, self.cfg.r, device))
 
     def init(self) -> None:
-        how, A = self.cfg.init_lora_weights, self.lora_A.weight
+        how = self.cfg.init_lora_weights
         if how is True:  # as if a whole A had been drawn before, which PEFT does
             skip(torch.empty(self.cfg.r, self.site.in_features))
         super().init()
         if how is False:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.pair[0], a=math.sqrt(5))
 
     def factors(self) -> Factors:
         f = super().factors()

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graft
 from graft.config import patterns
 from graft.core.errors import HubError, NonFiniteError
+from graft.io.check import check_tensors
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
 from graft.serving import AdapterSlots
@@ -259,6 +260,19 @@ def test_numbers_that_are_not_finite_can_be_asked_for(saved):
     graft.set_peft_model_state_dict(model, tensors, allow_nonfinite=True)
     AdapterSlots(models.make("mlp"), 1, 4, targets=["lin0", "fc1"]).load("a", saved, allow_nonfinite=True)
     assert all(t.isnan().any() for t in (p for n, p in model.named_parameters() if name.replace(".weight", ".b") in n))
+
+
+class DTensor(torch.Tensor):
+    """A tensor that says it is sharded; to compute with it would take all processes."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function.__name__ not in ("sum", "reshape", "isfinite")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_sharded_tensors_are_not_looked_into():
+    check_tensors({"a": torch.ones(3).as_subclass(DTensor)}, "the given state dict")
 
 
 def test_large_half_precision_numbers_are_finite(saved):

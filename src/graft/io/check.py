@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import CheckpointError, NonFiniteError
+from graft.storage.parallel import is_sharded
 
 NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
 KNOWN = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW, torch.bool, torch.uint8, torch.int8,
@@ -71,7 +72,7 @@ def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     groups: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
     sizes: dict[Any, int] = defaultdict(int)
     for name, t in tensors.items():
-        if not t.is_floating_point():
+        if not t.is_floating_point() or (type(t) is not Tensor and is_sharded(t)):  # to look takes all processes
             continue
         n = t.numel()
         if n > SMALL:

@@ -11,7 +11,7 @@ _velora = dict(num_groups=4, scale=0.7, init_type="random")  # what a batch give
 _monte = dict(num_samples=3, sample_scaler=0.2, kl_loss_weight=0.3, use_entropy=True, buffer_size=1)
 
 
-def _blocks(side, nblocks=2, patterns=("layer", "0")):
+def _blocks(side, nblocks=2, patterns=("layer", "0", "2")):
     return {f"target_modules_bd_{side}": list(patterns), "nblocks": nblocks}
 
 

@@ -106,7 +106,8 @@ class AdaLoRA(Method):
         def with_loss(output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return output
-            warn_if_forgotten(tuner)
+            if not torch.compiler.is_compiling():  # a version is no number that can be traced
+                warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
             if isinstance(loss, Tensor) and tuner.training:
                 output.loss = loss + orthogonal_loss(tuner)

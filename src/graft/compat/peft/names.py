@@ -128,7 +128,7 @@ MODULES: dict[str, str] = {
     "tuners.lokr": "LoKrLayer",
     "tuners.lokr.layer": "LoKrLayer",
     "tuners.lora": f"{_EVA} preprocess_loraga",  # beside those that follow from the table of methods
-    "tuners.lora.corda": "CordaConfig CordaEigens LoraConfig preprocess_corda",
+    "tuners.lora.corda": "CordaEigens LoraConfig preprocess_corda",
     "tuners.lora.eva": f"{_EVA} LoraConfig forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
     "tuners.lora.loraga": "LoraConfig preprocess_loraga",

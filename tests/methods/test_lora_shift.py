@@ -295,6 +295,12 @@ def test_a_rank_above_the_dimensions(how):
     assert type(model.lin0) is nn.Linear
 
 
+@pytest.mark.parametrize("how", ["pissa_niter_2", "corda", "lora_ga"])
+def test_kasa_takes_none_that_loading_cannot_repeat(how):
+    with pytest.raises(graft.ConfigError, match=f"kasa_config cannot stand with init_lora_weights='{how}'"):
+        config(how, kasa_config={})
+
+
 def test_beside_others_it_warns():
     model = graft.get_peft_model(base(), graft.LoraConfig(target_modules=TARGETS))
     with pytest.warns(UserWarning, match="PiSSA changes the base weights of the model and should thus not be used"):

@@ -16,7 +16,7 @@ from graft.inject.match import Matcher
 from graft.inject.parts import Parts
 from graft.io.files import Loaded
 from graft.io.load import Values, some
-from graft.methods.lora.config import CONVERTED
+from graft.methods.lora.choices import CONVERTED
 from graft.serving.layer import SlotLayer
 
 # fields of a LoraConfig that add something to A and B or run them in another way, and the value that leaves them off

@@ -8,42 +8,9 @@ from typing import Any, ClassVar
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
-from graft.methods.lora.sub_configs import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    MontecloraConfig,
-    VeloraConfig,
-)
-
-VARIANTS = {  # field, or value of init_lora_weights, that selects it → "module:Class" beside this
-    "use_dora": "dora:DoRA",
-    "kasa_config": "kasa:KaSA",
-    "alora_invocation_tokens": "alora:ALoRA",
-    "arrow_config": "arrow:Arrow",
-    "use_bdlora": "bdlora:BdLoRA",
-    "velora_config": "velora:VeLoRA",
-    "monteclora_config": "monteclora:MonteCLoRA",
-    "mica": "mica:MiCA",
-    "use_qalora": "qalora:QALoRA",
-}
-
-# fields whose mechanism graft does not have yet, and the value that leaves it off
-NOT_YET = {
-    "target_parameters": None,
-    "megatron_config": None,
-}
-CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight
-TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ", "eva": "EVA"}
-SETTINGS: dict[str, tuple[str, Any]] = {  # field with the settings of one init → (that init, class of the settings)
-    "eva_config": ("eva", EvaConfig),
-    "corda_config": ("corda", CordaConfig),
-    "lora_ga_config": ("lora_ga", LoraGAConfig),
-}
+from graft.methods.lora.choices import CONVERTED, NOT_YET, SETTINGS, TITLES, VARIANTS
+from graft.methods.lora.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from graft.methods.lora.sub_configs import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 
 @dataclass
@@ -163,6 +130,11 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
                 warn(f"`init_lora_weights` is '{how}' but `{name}` is not specified. Using default {title} config.")
                 setattr(self, name, cls())
         self._check_loftq()
+        if self.kasa_config and isinstance(init, str) and init.startswith(("pissa_niter", "corda", "lora_ga")):
+            raise ConfigError(
+                f"kasa_config cannot stand with init_lora_weights={init!r}: loading makes KaSA's base anew, which "
+                "takes an initialisation that gives the same values each time."
+            )
         if self.lora_bias and not isinstance(init, bool):
             raise ConfigError(
                 "The argument lora_bias=True is only supported with the plain initialisations, True and False, not "

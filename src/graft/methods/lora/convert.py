@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError, warn
-from graft.methods.lora.config import CONVERTED
+from graft.methods.lora.choices import CONVERTED
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from graft.core.errors import ConfigError
 from graft.core.random import kaiming_bound
-from graft.methods.lora.start import STARTS, begin, kind_of
+from graft.methods.lora import shift
+from graft.methods.lora.start import STARTS, kind_of, start_of
 
 KNOWN = ("True", "False", "gaussian", "orthogonal", "eva", "pissa_niter_[number]", *STARTS)
 
@@ -37,7 +38,7 @@ def initialise(lora: Any, how: bool | str) -> None:
     elif how == "orthogonal" and A.dim() == 2:
         _orthogonal(A, B)
     elif how == "eva" and site.op.linear:
-        _plain(A, B)  # until `initialize_lora_eva_weights`
+        B.zero_()  # and A as its module initialises itself, until `initialize_lora_eva_weights`
     else:
         why = "has no meaning" if how in KNOWN else "is unknown"
         raise ConfigError(
@@ -66,3 +67,28 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
     odd, even = Q[0::2], Q[1::2]  # (r/2, r) each
     A.copy_((torch.randn(A.shape[1], r // 2) @ odd).T / 10)
     B.copy_((torch.randn(r // 2, B.shape[0]).T @ even) / 10)
+
+
+@torch.no_grad()
+def begin(lora: Any, A: Tensor, B: Tensor) -> None:
+    """Fill in A and B, and change the base weight."""
+    site, how = lora.site, lora.cfg.init_lora_weights
+    if not site.op.linear:
+        raise ConfigError(
+            f"init_lora_weights={how!r} takes its part out of the weight of a linear layer and has no meaning for "
+            f"'{site.key}' ({site.type_name}): take that out of target_modules, or give it an adapter of its own with "
+            "another initialisation."
+        )
+    if site.shared:
+        raise ConfigError(
+            f"init_lora_weights={how!r} would change the weight of layer '{site.key}', which another module uses as "
+            "well: take the layer out of target_modules, or choose another initialisation."
+        )
+    W = lora.layer.W0
+    if site.on_meta:
+        lora.layer.rewrite_base(W)  # warns, as there is nothing to begin with
+        return
+    start = start_of(lora, W)
+    A.copy_(start.A)
+    B.copy_(start.B)
+    shift.take_out(lora, start.taken_A, start.taken_B)

@@ -15,10 +15,12 @@ from graft.core.effect import Factors, LowRank
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.core.ops import META
-from graft.methods.lora import checks, init, shift
-from graft.methods.lora.config import VARIANTS, LoraConfig
+from graft.methods.lora import checks, shift
+from graft.methods.lora.choices import VARIANTS
+from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.losses import kasa_loss, monteclora_loss
 from graft.methods.lora.replicate import replicate
+from graft.methods.lora.started import Started
 
 
 def beside(where: str) -> Any:
@@ -27,7 +29,7 @@ def beside(where: str) -> Any:
     return getattr(import_module(f"graft.methods.lora.{module}"), name)
 
 
-class LoRA(Method):
+class LoRA(Started):
     config = LoraConfig
     prefix = "lora_"
     targets = LORA
@@ -83,7 +85,7 @@ class LoRA(Method):
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
         checks.say_unmergeable(site, cfg)
-        fill = cfg.init_lora_weights is False  # any other initialisation overwrites these values
+        fill = cfg.init_lora_weights in (False, "eva")  # any other initialisation overwrites these values
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
         values |= dict(lora_A=A, lora_B=B)
         if self.keeps_shift:
@@ -92,49 +94,6 @@ class LoRA(Method):
 
     def placeholders(self, shared):
         return self.build(shared, META)
-
-    def init(self) -> None:
-        init.initialise(self, self.cfg.init_lora_weights)
-
-    @classmethod
-    def changes_base(cls, cfg: LoraConfig) -> str | None:
-        """Return the setting by which `init` changes the base weight; None if it does not."""
-        how = cfg.init_lora_weights
-        return f"init_lora_weights={how!r}" if init.kind_of(how) else None
-
-    def inits_from_weight(self) -> bool:
-        return self.changes_base(self.cfg) is not None
-
-    @property
-    def keeps_shift(self) -> bool:
-        """Say whether the adapter holds what `init` takes out of the base weight."""
-        how = self.cfg.init_lora_weights
-        return type(how) is str and init.kind_of(how) is not None and self.site.op.linear
-
-    @property
-    def shift_rank(self) -> int:
-        """Return the rank of that: LoftQ takes nothing out before it quantizes for the first time."""
-        cfg = self.cfg
-        return 0 if cfg.init_lora_weights == "loftq" and cfg.loftq_config["loftq_iter"] == 1 else cfg.r
-
-    def inits_before_load(self) -> bool:
-        return False
-
-    def stored(self, values: Tensors, cfg: LoraConfig) -> Tensors:
-        if init.kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
-            return {place: t for place, t in values.items() if place[0] != shift.NAME}
-        return values
-
-    @property
-    def stores_as_held(self) -> bool:
-        return type(self).stored is LoRA.stored and not self.keeps_shift
-
-    def restored(self, stored: Tensors, cfg: LoraConfig) -> Tensors:
-        return shift.restored(self, stored) if self.keeps_shift else stored
-
-    def loaded(self) -> None:
-        if self.keeps_shift:
-            shift.loaded(self)
 
     def tie(self, source: Method) -> None:
         """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError
-from graft.methods.lora import shift
-from graft.methods.lora.config import TITLES
+from graft.methods.lora.choices import TITLES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STARTS = {  # init → "module:function" beside this, which takes the adapter and W (out, in) in float32
@@ -72,28 +71,3 @@ def check_rank(lora: Any, times: int) -> None:
             f"init_lora_weights={cfg.init_lora_weights!r} needs a positive lora_alpha and a rank that the weight of "
             f"'{lora.site.key}' can have, at most {most}: r={cfg.r}, lora_alpha={cfg.lora_alpha}."
         )
-
-
-@torch.no_grad()
-def begin(lora: Any, A: Tensor, B: Tensor) -> None:
-    """Fill in A and B, and change the base weight."""
-    site, how = lora.site, lora.cfg.init_lora_weights
-    if not site.op.linear:
-        raise ConfigError(
-            f"init_lora_weights={how!r} takes its part out of the weight of a linear layer and has no meaning for "
-            f"'{site.key}' ({site.type_name}): take that out of target_modules, or give it an adapter of its own with "
-            "another initialisation."
-        )
-    if site.shared:
-        raise ConfigError(
-            f"init_lora_weights={how!r} would change the weight of layer '{site.key}', which another module uses as "
-            "well: take the layer out of target_modules, or choose another initialisation."
-        )
-    W = lora.layer.W0
-    if site.on_meta:
-        lora.layer.rewrite_base(W)  # warns, as there is nothing to begin with
-        return
-    start = start_of(lora, W)
-    A.copy_(start.A)
-    B.copy_(start.B)
-    shift.take_out(lora, start.taken_A, start.taken_B)

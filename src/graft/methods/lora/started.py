@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of LoRA that decides how an adapter starts, and keeps what that takes out of the base weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graft.core.method import Method, Tensors
+from graft.methods.lora import init, shift, shift_files
+
+
+class Started(Method):
+    def init(self) -> None:
+        init.initialise(self, self.cfg.init_lora_weights)
+
+    @classmethod
+    def changes_base(cls, cfg: Any) -> str | None:
+        """Return the setting by which `init` changes the base weight; None if it does not."""
+        how = cfg.init_lora_weights
+        return f"init_lora_weights={how!r}" if init.kind_of(how) else None
+
+    def inits_from_weight(self) -> bool:
+        return self.changes_base(self.cfg) is not None
+
+    @property
+    def keeps_shift(self) -> bool:
+        """Say whether the adapter holds what `init` takes out of the base weight."""
+        how = self.cfg.init_lora_weights
+        return type(how) is str and init.kind_of(how) is not None and self.site.op.linear
+
+    @property
+    def shift_rank(self) -> int:
+        """Return the rank of that: LoftQ takes nothing out before it quantizes for the first time."""
+        cfg = self.cfg
+        return 0 if cfg.init_lora_weights == "loftq" and cfg.loftq_config["loftq_iter"] == 1 else cfg.r
+
+    def inits_before_load(self) -> bool:
+        return False
+
+    def stored(self, values: Tensors, cfg: Any) -> Tensors:
+        if init.kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
+            return {place: t for place, t in values.items() if place[0] != shift.NAME}
+        return values
+
+    @property
+    def stores_as_held(self) -> bool:
+        return type(self).stored is Started.stored and not self.keeps_shift
+
+    def restored(self, stored: Tensors, cfg: Any) -> Tensors:
+        return shift_files.restored(self, stored) if self.keeps_shift else stored
+
+    def loaded(self) -> None:
+        if self.keeps_shift:
+            shift_files.loaded(self)

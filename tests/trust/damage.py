@@ -557,7 +557,10 @@ def bomb() -> bytes:
     """Return a torch file, one of whose parts is 800 MB of zeros, compressed."""
     source = saved({"a": torch.zeros(4)})
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(source)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(io.BytesIO(source)) as old,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
+    ):
         for info in old.infolist():
             with new.open(info.filename, "w") as part:
                 if info.filename.endswith("data/0"):

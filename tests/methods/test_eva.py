@@ -227,6 +227,7 @@ mine = [{"input": b["input"][:3] if rank == 0 else b["input"][3:]} for b in data
 options = dict(prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False)
 found = graft.get_eva_state_dict(model, mine, cfg, **options)
 torch.save(found, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
 """
 
 

@@ -26,7 +26,11 @@ def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, ad
     Raises:
         CheckpointError: one has not the shape that the adapter's tensor has, by what stands there or by the config.
     """
-    odd = [e for e in held if values[e.file].shape != e.tensor.shape or not is_whole(e.tensor)]
+    odd = [
+        e
+        for e in held
+        if not is_whole(e.tensor) or ((value := values[e.file]) is not e.tensor and value.shape != e.tensor.shape)
+    ]
     shapes = shapes_of(odd[0].layer, adapter, parts) if odd and odd[0].layer is not None else {}
     for entry in odd:
         check_value(entry.memory, values[entry.file], entry.tensor, adapter, shapes.get((entry.container, entry.path)))

@@ -62,10 +62,10 @@ MUTATIONS = [
     Mutation(
         "a gate is ignored",
         "core/plan.py",
-        "if layer.call.gates is not None:\n            return self.gated",
+        "if layer.call.open and layer.call.weights() is not None:\n            return self.gated",
         "if False:\n            return self.gated",
     ),
-    Mutation("a gate of other rows", "core/mixed.py", "few = gates.rows(index)", "few = gates.rows(index.flip(0) * 0)"),
+    Mutation("a gate of other rows", "core/call.py", "self.gates.rows(index)", "self.gates.rows(index.flip(0) * 0)"),
     Mutation(
         "W₀ is the weight as it is",
         "core/layer.py",

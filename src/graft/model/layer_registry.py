@@ -52,6 +52,11 @@ class LayerRegistry(Registry):
     def method_for(self, config: Any) -> type[Method]:
         return method_of(config.peft_type) if self.mixed else self.method  # type: ignore[no-any-return]
 
+    def alike(self, config: Any) -> dict[str, Any]:
+        """Return the configs of the adapters of the same method, by name."""
+        method = method_of(config.peft_type)
+        return {name: c for name, c in self.peft_config.items() if method_of(c.peft_type) is method}
+
     # adapters
 
     def add_adapter(
@@ -94,7 +99,7 @@ class LayerRegistry(Registry):
             adapter_name,
             call=self.call,
             shared=self.shared,
-            others={n: c for n, c in self.peft_config.items() if c.peft_type == config.peft_type},
+            others=self.alike(config),
             tree=tree,
             mixed=self.mixed,
             **options,
@@ -178,8 +183,7 @@ class LayerRegistry(Registry):
     def _check_alone(self, adapter_name: str, config: Any) -> None:
         """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
         method = self.method_for(config)
-        same = {n: c for n, c in self.peft_config.items() if c.peft_type == config.peft_type and n != adapter_name}
-        others = [name for name, c in same.items() if not c.inference_mode]
+        others = [n for n, c in self.alike(config).items() if n != adapter_name and not c.inference_mode]
         if method.single_trainable and others:
             raise ConfigError(
                 f"{method.__name__} supports only 1 trainable adapter. When using multiple adapters, set "

@@ -487,6 +487,17 @@ def test_the_delta_weight_is_what_merging_adds(sample):
         layer.get_delta_weight("zz")
 
 
+@pytest.mark.parametrize("method", ["IA3", "ALoRA"])
+def test_an_adapter_without_a_delta_says_so(method):
+    options = (
+        dict(feedforward_modules=[]) if method == "IA3" else dict(alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+    )
+    config = graft.IA3Config if method == "IA3" else graft.LoraConfig
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(6, 6)), config(target_modules=["0"], **options))
+    with pytest.raises(NotImplementedError, match=f"'default' has no ΔW on layer '0': {method} does not add"):
+        layers(model)["0"].get_delta_weight("default")
+
+
 # dtypes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.core.effect import LowRank, Update
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
 from graft.core.plan import delta_of, evaluating
 
@@ -49,11 +50,21 @@ class PeftNames:
         return self.store.read(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        """Return ΔW of `adapter` in the orientation that the base layer stores."""
+        """Return ΔW of `adapter` in the orientation that the base layer stores.
+
+        Raises:
+            NotImplementedError: the adapter does something else than add to the weight.
+        """
         if adapter not in self.methods:
             raise AdapterNotFoundError(f"Adapter {adapter} not found on layer '{self.site.key}'.")
+        effect = self.methods[adapter].effect
+        if not isinstance(effect, (LowRank, Update)):
+            raise NotImplementedError(
+                f"Adapter '{adapter}' has no ΔW on layer '{self.site.key}': {type(self.methods[adapter]).__name__} "
+                "does not add to the weight. Call the layer to see what the adapter does."
+            )
         with evaluating(self):
-            return self.op.uncanon(delta_of(self, self.methods[adapter].effect))  # type: ignore[no-any-return]
+            return self.op.uncanon(delta_of(self, effect))  # type: ignore[no-any-return]
 
     # adapters
 

@@ -2,9 +2,9 @@
 """Rows and adapters: grouping, what cannot be routed, and what a backward pass recomputes."""
 
 import copy
-import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +19,7 @@ from tests import models
 from tests.conformance.samples import disturb
 from tests.looks import layers, registry_of
 from tests.models import seeded
+from tests.threads import at_once
 
 FIRST, SECOND = ["default", "b", BASE, "b"], ["b", "b", "default", BASE]
 
@@ -410,16 +411,7 @@ def test_mixed_batches_of_several_threads_are_right_or_refused():
                 assert "one after another" in str(e)
                 outcomes.append(None)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(*(partial(work, i) for i in range(3)))
     assert len(outcomes) == 450 and False not in outcomes and True in outcomes
     assert torch.equal(model(X, adapter_names=batches[1]), expected[1])
 

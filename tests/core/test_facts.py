@@ -2,8 +2,7 @@
 """Facts of a call: a value for each row, which methods read in their layers wherever these run."""
 
 import copy
-import sys
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from graft.core.call import BASE, NO_FACTS, Call, Given, Rows
 from graft.methods.poly.tasks import TASKS
 from tests.looks import layers, registry_of
 from tests.models import seeded
+from tests.threads import at_once
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
 FACT = torch.tensor([0, 1, 2, 1])
@@ -92,16 +92,7 @@ def test_each_thread_has_its_own():
     def work(i):
         found.extend((i, model(X, task_ids=facts[i])) for _ in range(60))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(*(partial(work, i) for i in range(3)))
     assert len(found) == 180 and all(torch.equal(y, expected[i]) for i, y in found)
     assert not registry_of(model).call.open
 

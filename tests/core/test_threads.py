@@ -3,7 +3,6 @@
 
 import copy
 import pickle
-import sys
 import threading
 import warnings
 
@@ -19,6 +18,7 @@ from tests import models
 from tests.conformance.samples import disturb
 from tests.looks import layers, merged, registry_of
 from tests.models import seeded
+from tests.threads import at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:This thread was started while another one:graft.PeftWarning")
 X = torch.linspace(-1, 1, 18).view(6, 3)
@@ -153,16 +153,7 @@ def test_many_threads_at_once():
             if not torch.equal(model(X), on):
                 wrong.append("on again")
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=f) for f in (plain, block, block, plain)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(plain, block, block, plain)
     assert not wrong and not registry_of(model).call.open
 
 

@@ -123,15 +123,3 @@ def faults(folder: Path, at: int | None = None, how: Callable[[Callable[[], Any]
     finally:
         for module, name, real in undo:
             setattr(module, name, real)
-
-
-def in_child(run: Callable[[], Any]) -> int:
-    """Run in a copy of this process; return its exit code."""
-    pid = os.fork()
-    if not pid:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -10,7 +10,8 @@ import pytest
 
 import graft
 from graft.config import atomic
-from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, in_child, killed
+from tests.threads import in_child
+from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed
 
 SECRET = b"not for others"
 

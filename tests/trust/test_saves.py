@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 import graft
+from tests.threads import in_child
 from tests.trust.folders import (
     BIN,
     CARD,
@@ -24,7 +25,6 @@ from tests.trust.folders import (
     files,
     full,
     held,
-    in_child,
     interrupted,
     killed,
     net,

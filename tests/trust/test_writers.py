@@ -12,7 +12,8 @@ import pytest
 import graft
 from graft.config import atomic
 from graft.io import files as adapter_files
-from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, in_child, killed, net
+from tests.threads import in_child, start
+from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed, net
 
 ROUNDS = 25
 
@@ -21,18 +22,6 @@ ROUNDS = 25
 def impatient(monkeypatch):
     """Wait less for a save that was cut short."""
     monkeypatch.setattr("graft.config.stored.PATIENCE", 0.02, raising=False)
-
-
-def start(run) -> int:
-    """Run in a copy of this process; return its id."""
-    pid = os.fork()
-    if not pid:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return pid
 
 
 def ended(pids: list[int]) -> list[int]:

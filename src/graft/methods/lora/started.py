@@ -10,6 +10,8 @@ from graft.methods.lora import init, shift, shift_files
 
 
 class Started(Method):
+    """Starts by `init_lora_weights`, and holds a `Shift` on each layer whose base weight that changes."""
+
     def init(self) -> None:
         init.initialise(self, self.cfg.init_lora_weights)
 

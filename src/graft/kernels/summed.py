@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight W + Σ s · B A that is never formed where a module multiplies by it: `summed` gives a tensor that stands for
+the sum, of one matrix or of a stack, such as that of experts.
+
+Selecting from a stack, transposing, and products with inputs use W, A and B apart, so that the cost is that of the
+matrices in use. Any other operation sees the sum itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graft.kernels.low_rank import autocast
+
+Part = tuple[Tensor, Tensor, float]  # A (…, r, in), B (…, out, r), s
+
+
+class Summed(Tensor):
+    """W + Σ s · B A with W (…, out, in); `flipped`: with the last two dimensions of the sum exchanged."""
+
+    W: Tensor
+    parts: list[Part]
+    flipped: bool
+
+    @staticmethod
+    def __new__(cls, W: Tensor, parts: list[Part], flipped: bool) -> Summed:
+        shown = W.mT if flipped else W
+        made: Summed = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shown.shape, strides=shown.stride(), dtype=W.dtype, device=W.device, requires_grad=False
+        )
+        made.W, made.parts, made.flipped = W, parts, flipped
+        return made
+
+    def formed(self) -> Tensor:
+        """Return the sum as a plain tensor, in the dtype of W."""
+        W = self.W
+        for A, B, s in self.parts:
+            W = W + (s * (B @ A)).to(W.dtype)
+        return W.mT if self.flipped else W
+
+    def times(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return x (W + Σ s · B A)ᵀ. product: (x, M) → x M, for M (…, in, out)."""
+        y = product(x, self.W.mT)
+        for A, B, s in self.parts:
+            A, B = autocast(x, A, B)
+            y = y + (product(product(x.to(A.dtype), A.mT), B.mT) * s).to(y.dtype)
+        return y
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in FACTS:
+                return function(*args, **kwargs)
+            apart = APART.get(function) or BY_NAME.get(getattr(function, "__name__", ""))
+            if apart is not None:
+                out = apart(function, *args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+            return function(*form(args), **form(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return function(*form(args), **form(kwargs or {}))
+
+
+def summed(W: Tensor, parts: list[Part], flipped: bool = False) -> Tensor:
+    """Return a tensor that stands for W + Σ s · B A.
+
+    Args:
+        W: (…, out, in).
+        parts: A (…, r, in), B (…, out, r) and s of each product.
+        flipped: show the sum as (…, in, out).
+    """
+    return Summed(W, parts, flipped)
+
+
+def form(value: Any) -> Any:
+    """Put the sums themselves in the place of what stands for them."""
+    if isinstance(value, Summed):
+        return value.formed()
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(form(v) for v in value)
+    if isinstance(value, dict):
+        return {key: form(v) for key, v in value.items()}
+    return value
+
+
+def _select(function: Any, W: Summed, index: Any) -> Any:
+    one = isinstance(index, int) or (isinstance(index, Tensor) and not index.is_floating_point() and index.dim() < 2)
+    if not one or W.W.dim() != 3 or (isinstance(index, Tensor) and index.dtype == torch.bool):
+        return NotImplemented
+    return Summed(W.W[index], [(A[index], B[index], s) for A, B, s in W.parts], W.flipped)
+
+
+def _transpose(function: Any, W: Summed, a: int, b: int) -> Any:
+    last = {W.dim() - 1, W.dim() - 2}
+    if {a % W.dim(), b % W.dim()} != last:
+        return NotImplemented
+    return Summed(W.W, W.parts, not W.flipped)
+
+
+def _t(function: Any, W: Summed) -> Any:
+    return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
+
+
+def _same(function: Any, W: Summed, *args: Any, **kwargs: Any) -> Any:
+    return W
+
+
+def _linear(function: Any, x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, Summed) or weight.dim() != 2 or isinstance(x, Summed):
+        return NotImplemented
+    y = _right(torch.matmul, x, Summed(weight.W, weight.parts, not weight.flipped))
+    return y if y is NotImplemented or bias is None else y + bias
+
+
+def _matmul(function: Any, x: Any, y: Any) -> Any:
+    """Multiply by a sum from either side: M x is (xᵀ Mᵀ)ᵀ."""
+    if isinstance(x, Summed) and isinstance(y, Summed):
+        return NotImplemented
+    if isinstance(y, Summed):
+        return _right(function, x, y)
+    if x.dim() < 2 or y.dim() < 2:
+        return NotImplemented
+    out = _right(function, y.mT, Summed(x.W, x.parts, not x.flipped))
+    return out if out is NotImplemented else out.mT
+
+
+def _right(function: Any, x: Tensor, M: Summed) -> Any:
+    if not M.flipped or x.dim() < 2:  # x M with M (in, out) as shown: the sum is stored as (out, in)
+        if x.dim() < 2:
+            return NotImplemented
+        M = Summed(M.W.mT, [(B.mT, A.mT, s) for A, B, s in M.parts], True)
+    return M.times(x, function)
+
+
+def _grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multiply rows of x, sorted by expert, by the matrices of a stack. offs: where the rows of each end."""
+    offs = kwargs.get("offs", args[0] if args else None)
+    if not isinstance(M, Summed) or isinstance(x, Summed) or offs is None or M.dim() != 3:
+        return NotImplemented
+    if not M.flipped:
+        M = Summed(M.W.mT, [(B.mT, A.mT, s) for A, B, s in M.parts], True)
+    y = function(x, M.W.mT, *args, **kwargs)
+    sizes = torch.diff(offs, prepend=offs.new_zeros(1)).tolist()
+    sizes.append(len(x) - sum(sizes))  # rows of no expert
+    rows = x.split(sizes)
+    used = [e for e, n in enumerate(sizes[:-1]) if n]
+    for A, B, s in M.parts:
+        A, B = autocast(x, A, B)
+        pieces = [((rows[e].to(A.dtype) @ A[e].mT) @ B[e].mT * s).to(y.dtype) for e in used]
+        y = y + torch.cat([*pieces, y.new_zeros(sizes[-1], y.shape[1])])
+    return y
+
+
+def _got(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
+MT = _got("mT")
+FACTS = {
+    _got("shape"), _got("dtype"), _got("device"), _got("ndim"), _got("requires_grad"), _got("is_leaf"), _got("layout"),
+    _got("is_cuda"), _got("is_cpu"), _got("is_sparse"), _got("is_quantized"), _got("is_meta"), _got("grad_fn"),
+    _got("itemsize"), _got("_backward_hooks"),
+    Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
+    Tensor.get_device, Tensor.is_contiguous, Tensor.element_size, Tensor.ndimension, torch.is_floating_point,
+    torch.numel,
+}  # fmt: skip
+APART: dict[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _select,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.t: _t,
+    torch.t: _t,
+    _got("T"): _t,
+    MT: _t,
+    Tensor.contiguous: _same,
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: lambda function, M, x: _matmul(torch.matmul, x, M),
+    torch.bmm: _matmul,
+    Tensor.bmm: _matmul,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+}
+BY_NAME = {"grouped_mm": _grouped, "_grouped_mm": _grouped, "grouped_mm_fallback": _grouped}

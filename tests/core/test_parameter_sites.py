@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.call import Call, Rows
-from graft.core.layer import AdapterLayer
+from graft.core.errors import RoutingError
+from graft.core.layer import layer_for
 from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import parameter_site, survey
@@ -38,7 +39,7 @@ CONFIGS = {
 def carried(*methods):
     with seeded(0):
         module = nn.ModuleDict({"m": Gated()}).requires_grad_(False)
-        layer = AdapterLayer(parameter_site("m", module["m"], "w", survey(module)), Call())
+        layer = layer_for(parameter_site("m", module["m"], "w", survey(module)), Call())
         for name, method in zip("ab", methods):
             cfg = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["m"], **CONFIGS[method])
             m, shared = graft.method_of(method)(layer.site, cfg, name), Shared()
@@ -74,15 +75,17 @@ def test_forward_is_the_module_with_the_folded_parameter(a, b):
     assert layer.get_delta_weight("a").shape == (6, 10) if layer.methods["a"].effect.additive else True
 
 
-def test_rows_use_either():
+def test_rows_with_different_adapters_are_refused():
+    """A module may flatten, repeat or sort its inputs: which of them belong to which row is its own business."""
     layer = carried("LORA", "OFT")
-    names = ["b", "__base__", "a", "b"]
-    layer.call.rows = Rows.of(names)
+    layer.call.rows = Rows.of(["b", "__base__", "a", "b"])
+    with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
+        layer(X, gate=GATE)
+    layer.call.rows = Rows.of(["b"] * 4)
     mixed = layer(X, gate=GATE)
     layer.call.rows = None
-    for row, name in enumerate(names):
-        layer.set_adapter([] if name == "__base__" else [name])
-        assert_close(mixed[row], layer(X[row : row + 1], gate=GATE)[0])
+    layer.set_adapter(["b"])
+    assert_close(mixed, layer(X, gate=GATE))
 
 
 def test_it_compiles_without_a_break():

@@ -56,6 +56,8 @@ def test_the_collector_is_as_it_was(enabled, fails):
 class Failing:
     """Values that do not come."""
 
+    names = ()
+
     def head(self, key, module):
         return None
 

@@ -350,6 +350,8 @@ class OtherLayers(Exception):
 class Combined:
     """The values of a new adapter: of each layer by path, and token rows of the adapter that has them."""
 
+    names = ()  # of no file
+
     def __init__(self, values: dict[str, Tensors], owner: dict[str, str]):
         self.values, self.owner = values, owner
 

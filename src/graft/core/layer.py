@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import inspect
+import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from graft.core import merging
 from graft.core.call import OFF, Call
@@ -21,7 +24,7 @@ from graft.core.mixed import Mixed
 from graft.core.names import one_or_several
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import Plan, plan_of
+from graft.core.plan import Plan, plan_of, refuse_gates
 from graft.core.site import Site, Store
 from graft.kernels.eager import eager, has_no_hooks
 
@@ -46,6 +49,21 @@ class LayerState(State):
             if adapter in names:
                 del self.plans[names]
         self.mix = None
+
+
+class Lock:
+    """A lock that a child process never finds held."""
+
+    def __init__(self) -> None:
+        self.begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        self.it = threading.RLock()
+
+
+SWAPS = Lock()
 
 
 @lean
@@ -207,6 +225,17 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         b = getattr(self.base_layer, "bias", None)
         return self.weight_now.requires_grad or (b is not None and b.requires_grad)
 
+    def plan_of_reader(self) -> Plan | None:
+        """Return the plan of the adapters that act now, for a parent that reads the weight; None for the base alone."""
+        if self.call.open:
+            rows = self.call.current()
+            if rows is OFF:
+                return None
+            if rows is not None:
+                return self.mix_of(rows).only(rows)
+            refuse_gates(self)
+        return self.state.plan
+
     def effective_weight(self) -> Tensor:
         """Return the weight with the plan folded in, as the base layer stores it; gradients flow."""
         plan = None if self.call.off else self.state.plan
@@ -315,3 +344,32 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             return
         merging.unmerge(self)
         self.changed()
+
+
+class ParameterLayer(AdapterLayer):
+    """The layer of a parameter that its module uses in ways of its own.
+
+    While the module runs, another tensor stands in the parameter's place, so that threads run such modules in turn.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return super().forward(*args, **kwargs)
+        with SWAPS.it:
+            return super().forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the module's own attributes, which modules around it may ask for; of the parameter, the sum."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", ()):
+                raise
+        if name == self.site.parameter:
+            return self.effective_weight()
+        return getattr(self.base_layer, name)
+
+
+def layer_for(site: Site, call: Call) -> AdapterLayer:
+    """Make the layer of a site."""
+    return ParameterLayer(site, call) if site.op.opaque else AdapterLayer(site, call)

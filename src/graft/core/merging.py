@@ -202,13 +202,13 @@ def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Te
 
 
 def in_place(layer: Any) -> Tensor | None:
-    """Return the base weight as a matrix (out, fan_in) to which merging can add products in place, or None."""
+    """Return the base weight if merging can add products to it in place: a matrix (out, fan_in), or a stack."""
     if not layer.store.live or layer.site.shared:
         return None
     W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
     if type(W) is not Tensor or W.dtype not in (*FULL, *HALF) or W.dim() < 2:  # another type: one shard of it, say
         return None
-    return W if W.dim() == 2 else W.flatten(1) if W.is_contiguous() else None
+    return W if W.dim() == 2 or layer.op.opaque else W.flatten(1) if W.is_contiguous() else None
 
 
 def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
@@ -225,11 +225,12 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     return found
 
 
-def _add(W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> None:
+def _add(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> None:
     """Add products to W, or subtract them, in place; round half precision once."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
-    for A, B in products:
-        wide.addmm_(B.to(wide), A.to(wide), alpha=sign)
+    for both in products:
+        for part, A, B in op.matrices(wide, *both):
+            part.addmm_(B.to(wide), A.to(wide), alpha=sign)
     if wide is not W:
         W.copy_(wide)
 
@@ -252,7 +253,7 @@ def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) 
             state.undo.append(("subtract", [(A.clone(), B.clone()) for A, B in products], None))
         elif undoable:  # half precision has lost what subtracting would have to give back
             state.undo.append(("restore", _snapshot(layer), None))
-        _add(W, products)
+        _add(layer.op, W, products)
         state.merged += names
         return
     W, bias = folded(layer, steps)
@@ -347,7 +348,7 @@ def _without(layer: Any, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Ten
 def _subtract(layer: Any, factors: list[tuple[Tensor, Tensor]]) -> None:
     matrix = in_place(layer)
     if matrix is not None:
-        _add(matrix, factors[::-1], -1)
+        _add(layer.op, matrix, factors[::-1], -1)
         return
     name = layer.site.parameter  # the model was sharded since, say
     W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)

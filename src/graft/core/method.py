@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FACT_TYPES = ("float", "int", "bool", "str", "list", "dict")  # annotations of facts, which a layer keeps in plain dicts
 SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
-OWN = frozenset({"layer", "name", "site", "cfg", "effect"})
+OWN = frozenset({"layer", "name", "site", "cfg", "effect", "along"})
 
 # {(container, path below the adapter's name): tensor}
 Tensors = dict[tuple[str, str], Tensor]
@@ -69,6 +69,7 @@ class Method:
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
 
+    along: bool = False  # the config names the module around the site, and the site came with that
     layer: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

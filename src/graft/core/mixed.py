@@ -11,6 +11,7 @@ from torch import Tensor
 from graft.core import fused
 from graft.core.call import Rows
 from graft.core.effect import LowRank
+from graft.core.errors import RoutingError
 from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates
 from graft.kernels.mixed import add_groups, fits
 
@@ -25,12 +26,16 @@ class Mixed:
         self.whole = any(isinstance(plan, Whole) for plan in plans)
         self.adds = not any(isinstance(plan, (Chain, Folded, Instead)) for plan in plans)
         self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
+        self.folded = any(isinstance(plan, Folded) for plan in plans)
         self.idle = not plans
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         if self.idle:
             return layer.base_layer(*args, **kwargs)
+        if self.folded:
+            one = self.only(rows)
+            return layer.base_layer(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole:
             plan: Any = next(plan for plan in self.plans.values() if plan is not None)
             y, *others = layer.base_layer(*args, **kwargs)
@@ -50,6 +55,21 @@ class Mixed:
             finally:
                 layer.call.narrowed(before)
         return torch.cat(parts).index_select(0, rows.inverse)
+
+    def only(self, rows: Rows) -> Any:
+        """Return the plan that all rows use, of a weight that its module uses in ways of its own.
+
+        Raises:
+            RoutingError: rows use different ones.
+        """
+        if not self.idle and len(rows.segments) > 1:
+            site = self.layer.site
+            raise RoutingError(
+                f"Layer '{site.key}' ({site.type_name}) does not support mixed adapter batches: the weight is used in "
+                "ways of their own by the modules around it, which do not say which inputs belong to which row. Give "
+                "all rows of a batch one adapter, or make adapters that leave this layer out."
+            )
+        return self.plans[rows.segments[0][0]]
 
     def one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Any:
         plan = self.plans[name]

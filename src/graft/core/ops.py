@@ -7,14 +7,16 @@ Everywhere else a weight is canonical: `(out, in, *kernel)`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling as compiling
 from torch.func import functional_call
 
+from graft.core.carrier import carrier_of
 from graft.core.lean import Linear as LeanLinear
 from graft.core.lean import bare
 from graft.core.random import kaiming_bound, skip
@@ -91,6 +93,10 @@ class Op:
             )
         return (B @ A).view(shape)
 
+    def matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the parts of W that are matrices, each with the factors of its product."""
+        yield W, A, B
+
     def input_gradient(self, g: Tensor, W: Tensor) -> Tensor:
         """Return the gradient of a linear layer's input (rows, in) from that of its output (rows, out)."""
         return g @ W
@@ -113,6 +119,10 @@ class Op:
 
     def groups(self, m: Any) -> int:
         """Return the number of groups of channels that do not mix."""
+        return 1
+
+    def stack(self, m: Any) -> int:
+        """Return the number of matrices that the weight is a stack of."""
         return 1
 
     def factor_modules(
@@ -269,22 +279,71 @@ class Conv(Op):
 
 
 class Opaque(Op):
-    """A parameter of a module that uses it in ways of its own, such as the fused weights of experts."""
+    """A parameter of a module that uses it in ways of its own: a matrix, or a stack of them, such as those of experts.
+
+    Of a stack, canonical (n, out, in), A (n·r, in) holds the rows of one matrix after the other and B (out, r·n) the
+    columns of all matrices in turn: PEFT's layout. `transposed`: the module stores (n, in, out).
+    """
 
     opaque = True
 
-    def __init__(self, parameter: str):
-        self.parameter = parameter
+    def __init__(self, parameter: str, transposed: bool = False):
+        self.parameter, self.transposed = parameter, transposed
+
+    def canon(self, W):
+        return W.mT if self.transposed else W
+
+    uncanon = canon
 
     def shape(self, m):
-        return tuple(getattr(m, self.parameter).shape)
+        shape = tuple(getattr(m, self.parameter).shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def dims(self, m):
-        return self.shape(m)[0], self.shape(m)[1]
+        shape = self.shape(m)
+        return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
 
-    def apply(self, m, args, kwargs, W):
-        """Return the module's output with W in place of its parameter."""
-        return functional_call(m, {self.parameter: W}, args, kwargs)
+    def stack(self, m):
+        shape = self.shape(m)
+        return shape[0] if len(shape) > 2 else 1
+
+    def product(self, A, B, shape):
+        if len(shape) < 3:
+            return super().product(A, B, shape)
+        A, B = self.each(A, B, shape[0])
+        return B @ A
+
+    def matrices(self, W, A, B):
+        if W.dim() < 3:
+            yield W, A, B
+        else:
+            yield from zip(W, *self.each(A, B, len(W)))
+
+    @staticmethod
+    def each(A: Tensor, B: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of each matrix of a stack, (n, r, in) and (n, out, r), from those of all."""
+        return A.view(n, -1, A.shape[1]), B.view(B.shape[0], -1, n).permute(2, 0, 1)
+
+    def factor_modules(self, m, r, bias, fill=True, device=None):
+        out_features, in_features = self.dims(m)
+        r *= self.stack(m)
+        return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
+
+    def apply(self, layer, args, kwargs, W):
+        """Return the output of a layer's base with W in place of the parameter."""
+        base, name, path = layer.base_layer, self.parameter, self.parameter
+        owner = base
+        while (inner := carrier_of(owner)) is not None:  # a layer of another parameter stands between
+            owner, path = inner.base_module, f"{inner.inner_name}.{path}"
+        if compiling():
+            return functional_call(base, {path: W}, args, kwargs)
+        held = owner._parameters
+        real = held[name]
+        held[name] = W
+        try:
+            return base(*args, **kwargs)
+        finally:
+            held[name] = real
 
 
 OPS: TypeTable[Op] = TypeTable(

@@ -19,10 +19,15 @@ class PeftNames:
 
     @property
     def weight(self: Any) -> Tensor:
+        """The base layer's weight; where a parent reads it and does not call the layer, with what the adapters do."""
+        if self.site.is_read and (plan := self.plan_of_reader()) is not None:
+            return self.op.uncanon(plan.folded_now()[0])  # type: ignore[no-any-return]
         return self.get_base_layer().weight  # type: ignore[no-any-return]
 
     @property
     def bias(self: Any) -> Tensor | None:
+        if self.site.is_read and (plan := self.plan_of_reader()) is not None:
+            return plan.folded_now()[1]  # type: ignore[no-any-return]
         return self.get_base_layer().bias  # type: ignore[no-any-return]
 
     @property

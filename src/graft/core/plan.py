@@ -16,9 +16,11 @@ from torch import Tensor
 
 from graft.core import fused
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update, matrix
 from graft.core.errors import RoutingError
+from graft.kernels.eager import eager, watched
 from graft.kernels.low_rank import dropout
+from graft.kernels.summed import summed
 
 Step = tuple[Any, Effect]  # (method, its effect)
 
@@ -214,12 +216,26 @@ JOIN: dict[type, Callable[[Any, Any, Any, Tensor], Tensor]] = {
 # weights
 
 
-def fold_step(layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return weight (canonical) and bias of the layer with one more adapter on it."""
+def same_inputs(f: Factors) -> Factors:
+    """Return factors whose dropout has taken columns out of A, in training: the same inputs of all rows."""
+    if f.dropout is None or share_dropped(f.dropout) == 0:
+        return f
+    A = matrix(f.A)
+    kept = f.dropout(torch.ones_like(A[0]))
+    return f._replace(A=A * kept, dropout=None)
+
+
+def fold_step(
+    layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None, drops: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight (canonical) and bias of the layer with one more adapter on it.
+
+    drops: let dropout take out inputs of the update, the same for all rows.
+    """
     if isinstance(effect, Rewrite):
         return effect.merged(W, b)
     if isinstance(effect, LowRank):
-        f = effect.factors()
+        f = same_inputs(effect.factors()) if drops else effect.factors()
         A, B = f.matrices()
         if A.dtype in HALF:
             A, B = A.float(), B.float()
@@ -228,7 +244,11 @@ def fold_step(layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None) -
         if f.gain is not None:
             W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
     else:
-        W = W + delta_of(layer, effect).to(W.dtype)
+        delta = delta_of(layer, effect).to(W.dtype)
+        dropout = getattr(effect, "dropout", None) if drops else None
+        if dropout is not None:
+            delta = delta * dropout()(torch.ones_like(W[0]))
+        W = W + delta
         shift = shift_of(effect)
     if shift is not None:
         b = shift if b is None else b + shift.to(b.dtype)
@@ -248,6 +268,17 @@ class Plan:
         """Return weight (canonical) and bias of a plain layer that acts as base and (first n) adapters together."""
         for m, effect in self.steps[:n]:
             W, b = fold_step(self.layer, m, effect, W, b)
+        return W, b
+
+    def folded_now(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (canonical) and bias with which the module runs, which uses them in ways of its own.
+
+        There dropout takes out the same inputs for all rows of a call.
+        """
+        layer = self.layer
+        W, b = layer.weight_now, None if layer.op.opaque else getattr(layer.base_layer, "bias", None)
+        for m, effect in self.steps:
+            W, b = fold_step(layer, m, effect, W, b, drops=True)
         return W, b
 
 
@@ -385,14 +416,36 @@ WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "a
 
 
 class Folded(Plan):
-    """A weight that only its module knows how to use: fold, then call the module with the folded weight."""
+    """A weight that only its module knows how to use: fold, then call the module with the folded weight.
+
+    A sum of products is not formed: the module gets a tensor that stands for it, so that of a stack only the matrices
+    in use cost anything.
+    """
+
+    def __init__(self, layer: Any, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        self.sums = all(isinstance(effect, LowRank) and effect.additive for _, effect in self.steps)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         if layer.call.open:
             refuse_gates(layer)
-        W, _ = self.fold(layer.weight_now, None)
-        return layer.op.apply(layer.base_layer, args, kwargs, W)
+        W = self.stand_in()
+        return layer.op.apply(layer, args, kwargs, layer.op.uncanon(self.folded_now()[0]) if W is None else W)
+
+    def stand_in(self) -> Any:
+        """Return a tensor that stands for the sum; None where operations do not run as written."""
+        layer = self.layer
+        if not (self.sums and eager() and not watched()):
+            return None
+        op, W = layer.op, layer.weight_now
+        if type(W) not in fused.PLAIN or W.dim() < 2:
+            return None
+        parts = []
+        for _, effect in self.steps:
+            A, B = same_inputs(effect.factors()).matrices()  # type: ignore[attr-defined]
+            parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
+        return summed(W, parts, op.transposed)
 
 
 class Whole(Plan):

@@ -37,12 +37,14 @@ class Store(Protocol):
 class Site:
     """One module (and one of its parameters) that can take an adapter, and the facts that a method may ask for."""
 
-    key: str  # path in the model
+    key: str  # path in the model: of the module, or of a parameter that is a target itself
     module: nn.Module
     op: Op
     store: Store
     parameter: str = "weight"
     shared: bool = False  # the weight is tied to another module
+    path: str = ""  # of the module; "": as `key`
+    is_read: bool = False  # the module's parent reads weight and bias, and does not call the module
     out_features: int = field(init=False)  # or channels
     in_features: int = field(init=False)  # or channels; `fan_in` counts the kernel as well
     shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)
@@ -50,10 +52,16 @@ class Site:
     def __post_init__(self) -> None:
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
+        self.path = self.path or self.key
 
     @property
     def fan_in(self) -> int:
         return prod(self.shape[1:])
+
+    @property
+    def by_itself(self) -> bool:
+        """Say whether what is adapted is a tensor, and not a call of the module."""
+        return self.op.opaque or self.is_read
 
     @property
     def on_meta(self) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from graft.core.call import Call
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.layer import AdapterLayer
+from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Method
 from graft.core.site import Site
@@ -64,7 +64,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
         if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):
             continue
         empty = [slot for slot, tensor in layer.tensors(adapter, transient=True) if tensor.is_meta]
-        spare, method = AdapterLayer(layer.site, layer.call), layer.methods[adapter]
+        spare, method = layer_for(layer.site, layer.call), layer.methods[adapter]
         shared = {} if parts.shared is None else parts.shared.attached()
         add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
         made = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
@@ -101,7 +101,7 @@ def add_layers(job: Any) -> None:
     shared, loads, adapter = job.shared.attached(), job.values is not None, job.adapter
     nothing = []
     for key, site in job.sites.items():
-        layer = job.tree.layers.get(key) or AdapterLayer(site, job.call)
+        layer = job.tree.layers.get(key) or layer_for(site, job.call)
         job.layers[key] = layer
         method = job.methods[key]
         if loads:
@@ -177,7 +177,13 @@ def orient(cfg: Any, sites: Iterable[Site]) -> None:
     if not hasattr(cfg, "fan_in_fan_out"):
         return
     for site in sites:
-        if not site.op.known or site.op.takes_ids or len(site.shape) != 2 or cfg.fan_in_fan_out == site.op.transposed:
+        if (
+            not site.op.known
+            or site.op.opaque
+            or site.op.takes_ids
+            or len(site.shape) != 2
+            or cfg.fan_in_fan_out == site.op.transposed
+        ):
             continue
         kind = "Conv1D" if site.op.transposed else "torch.nn.Linear"
         warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,14 +18,17 @@ from graft.core.method import Method
 from graft.core.shared import Shared
 from graft.core.site import Site
 from graft.inject import build, plan
-from graft.inject.parts import Parts
+from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Place, Tree, Wrapper, survey
 from graft.prompts.base import Prompt
+from graft.storage import innermost
 
 
 class Values(Protocol):
-    """A checkpoint's values, which an injection assigns in place of initial ones."""
+    """A checkpoint's values, which an injection assigns in place of initial ones. `names`: its keys."""
+
+    names: Collection[str]
 
     def head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
@@ -79,6 +82,7 @@ class Injection:
     report: InjectReport = field(init=False)
     sites: dict[str, Site] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)  # one for each site and each follower, by path
+    along: set[str] = field(default_factory=set)  # paths of sites that came with that of the module around them
     saved: list[str] = field(default_factory=list)  # paths of modules_to_save
     tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding → its rows that train
     followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
@@ -146,10 +150,17 @@ class Injection:
                 p.requires_grad = False
         for where, base in tree.vacant:
             attach(where, base)
+        nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
             layer.settle()
-            if key not in tree.layers:
+            if key in tree.layers:
+                continue
+            if layer.op.opaque:
+                nests.setdefault(layer.site.path, []).append(layer)
+            else:
                 attach(tree.places[key], layer)
+        for path, layers in nests.items():
+            nest(tree.places[path], layers, innermost(tree.modules[path]))
         for key, wrapper in self.wrappers.items():
             if key not in tree.wrappers:
                 wrapper.train(tree.modules[key].training)
@@ -207,6 +218,15 @@ def attach(place: Place, module: nn.Module) -> None:
     if "activation_relu_or_gelu" in parent.__dict__:
         parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
     parent._modules[name] = module  # setattr would only look the old one up again
+
+
+def nest(place: Place, layers: list[AdapterLayer], base: nn.Module) -> None:
+    """Put layers of parameters of one module around it, each around those of the parameters before its own."""
+    inner: nn.Module = base
+    for layer in inside_out(layers) if layers else ():
+        layer._modules["base_layer"] = inner
+        inner = layer
+    attach(place, inner)
 
 
 def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:

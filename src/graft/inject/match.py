@@ -65,9 +65,10 @@ def suffixes(path: str) -> Iterator[str]:
 class Matcher:
     """The decision of a config about module paths: called with a path, it returns a Verdict."""
 
-    def __init__(self, cfg: Any):
+    def __init__(self, cfg: Any, parameters: bool = False):
+        """parameters: decide about the paths of parameters, by `target_parameters`."""
         chosen = getattr(cfg, "target_paths", None)  # set by `Method.prepare`
-        self.targets = Names(chosen or cfg.target_modules)
+        self.targets = Names(cfg.target_parameters if parameters else chosen or cfg.target_modules)
         self.excluded = Names(getattr(cfg, "exclude_modules", None), "exclude_modules")
         saved = getattr(cfg, "modules_to_save", None) or ()
         self.saved = [pattern(m, "modules_to_save", rf"(^|.*\.){m}($|\..*)") for m in saved]

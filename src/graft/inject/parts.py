@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,42 @@ from graft.inject.survey import Wrapper
 from graft.prompts.base import Prompt
 
 
+class Nests:
+    """Where layers stand in a model's names: below layers of other parameters of their module, or of one around it."""
+
+    def __init__(self, layers: Iterable[AdapterLayer]):
+        self.nests: dict[str, list[AdapterLayer]] = {}
+        for layer in layers:
+            if layer.op.opaque:
+                self.nests.setdefault(layer.site.path, []).append(layer)
+        for path, nest in self.nests.items():
+            self.nests[path] = inside_out(nest)
+
+    def path(self, key: str, layer: AdapterLayer | None = None) -> str:
+        """Return the path of a layer, or of another carrier at `key`, as it stands in names."""
+        if not self.nests:
+            return key
+        own = layer if layer is not None and layer.op.opaque else None
+        out: list[str] = []
+        above = ""
+        for part in (key if own is None else own.site.path).split("."):
+            below = self.nests.get(above, [])
+            out += ["base_layer"] * len(below)
+            above = f"{above}.{part}" if above else part
+            out.append(part)
+        if own is not None:
+            nest = self.nests[above]
+            out += ["base_layer"] * (len(nest) - 1 - nest.index(own))
+        return ".".join(out)
+
+
+def inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
+    """Sort layers of parameters of one module as they stand around it: the module's first parameter innermost."""
+    layers = list(layers)
+    order = list(layers[0].site.module._parameters)
+    return sorted(layers, key=lambda layer: order.index(layer.site.parameter))
+
+
 @dataclass
 class Parts:
     """The carriers of one adapter: layers and wrappers by path, the tensors that all layers share, a prompt."""
@@ -22,6 +58,7 @@ class Parts:
     wrappers: dict[str, Wrapper]
     shared: Shared | None = None
     prompt: Prompt | None = None
+    all_layers: dict[str, AdapterLayer] | None = None  # of the model, those of other adapters too; None: `layers`
 
     @property
     def prefix(self) -> str:

@@ -9,13 +9,15 @@ from torch import nn
 
 from graft.config.base import matches_end
 from graft.core.carrier import carrier_of
+from graft.core.effect import Branch
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.method import Method
 from graft.core.site import Site
-from graft.inject import saved
+from graft.inject import experts, saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
+from graft.inject.parameters import children_of, parameters_of, why_not_composed
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.survey import Tree, kind_of, never_called, site_of
+from graft.inject.survey import Tree, kind_of, site_of
 from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import embedding_path, expand, tied_to_embedding
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -26,7 +28,10 @@ MOST_WARNINGS = 100  # about entries of one field
 def find(job: Any) -> None:
     """Fill in the fields of an Injection that say what it will do, or raise."""
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
+    tree.ops = getattr(cfg, "_custom_modules", None) or {}
     if job.keys is None:
+        if hasattr(cfg, "target_parameters"):
+            experts.convert(cfg, model, tree, () if job.values is None else job.values.names)
         resolve_targets(cfg, method, model, tree.modules)
     method.prepare(cfg, model)
     job.followers = expand(cfg, method, model, tree) if job.keys is None else {}
@@ -37,6 +42,7 @@ def find(job: Any) -> None:
     variant = method.variant(cfg)
     for key, site in adapted.items():
         job.methods[key] = variant(site, cfg.at(job.followers.get(key, key)), adapter)
+        job.methods[key].along = key in job.along
     check_sites(job.methods, tree, job.mixed)
     job.saved = modules_to_save_of(cfg, tree, job.report)
     for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
@@ -45,7 +51,7 @@ def find(job: Any) -> None:
     job.tokens = token_targets(cfg, model, tree, adapter)
     job.row_followers = following_tokens(job.tokens, cfg, model, tree)
     check_tokens(job.tokens, job.row_followers, adapted, job.saved, tree, adapter)
-    job.biases = biases_of(cfg, model, [tree.modules[key] for key in adapted], job.saved)
+    job.biases = biases_of(cfg, model, [tree.modules[key] for key in adapted if key in tree.modules], job.saved)
     job.report.other_trainable = sum(b.numel() for b in job.biases)
 
 
@@ -69,8 +75,19 @@ def match(job: Any) -> dict[str, Verdict]:
             report.skipped.append(Skipped(key, kind_of(module), verdict.why))
         elif not module._modules:
             report.untargeted[kind_of(module)] += 1
+    for key in [key for key, site in job.sites.items() if site.op.opaque]:
+        site = job.sites.pop(key)
+        for path in (f"{key}.{child}" for child in children_of(site.module)):
+            job.sites[path] = site_of(path, tree.modules[path], tree)
+            job.along.add(path)
+        job.sites[key] = site
+    parameters: dict[str, Site] = {}
+    if getattr(cfg, "target_parameters", None):
+        parameters, idle = parameters_of(job)
+        say_unmatched("target_parameters", idle, report)
+        job.sites |= parameters
     if matcher is not None:
-        report_on(cfg, matcher, outcomes, report)
+        report_on(cfg, matcher, outcomes, report, list(parameters))
     return outcomes
 
 
@@ -78,7 +95,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
     """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
-        why = method.check() or never_called(key, tree)
+        why = why_not_composed(site.module) or method.check() or by_itself(method)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -88,10 +105,25 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
         if wrapper is not None:
             why = f"It is {wrapper.how} of adapter(s) {wrapper.adapters}"
         if why is not None:
+            what = "Target module" if key in tree.modules else "Target parameter"
             raise UnsupportedLayerError(
-                f"Target module {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
+                f"{what} {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
                 f"({type(method).__name__}): take the module out with exclude_modules, or name other target_modules."
             )
+
+
+def by_itself(method: Method) -> str | None:
+    """Say why a method cannot adapt a tensor that modules use in ways of their own; None if it can."""
+    site, effect = method.site, method.effect
+    if not site.by_itself:
+        return None
+    name = type(method).__name__
+    if effect.whole or isinstance(effect, Branch):
+        return f"The weight is used without a call of the layer, so that {name} would have no effect"
+    if effect.fixed is not None:
+        return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"
+    why = site.store.unread(site.module, site.parameter)
+    return None if why is None else f"{name} needs its weight, and {why}"
 
 
 def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
@@ -160,13 +192,19 @@ def check_tokens(
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
 
-def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport) -> None:
+def report_on(
+    cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport, parameters: list[str]
+) -> None:
     """Warn of entries that matched nothing and note them in the report; raise if no module matched at all."""
     verdicts = outcomes.values()
     found = {v.outcome for v in verdicts}
     targets = cfg.target_modules
     excluded = bool(found & {"excluded", "saved"})
-    if "matched" not in found and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,)):
+    if (
+        "matched" not in found
+        and not parameters
+        and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,))
+    ):
         raise NoMatchingPeftModuleError(f"{nothing_matched(cfg, outcomes, excluded)} Adapter '{report.adapter}'.")
     exclude = getattr(cfg, "exclude_modules", None)
     if exclude and not excluded:
@@ -187,7 +225,7 @@ def report_on(cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: 
         left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
         say_unmatched("target_modules", unmatched(left, used, outcomes), report)
     for name in getattr(cfg, "patterns", {}):
-        matched = [k for k, v in outcomes.items() if v.outcome == "matched"]
+        matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k, name) for k in matched))
         if idle:
             text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."

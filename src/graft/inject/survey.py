@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from graft.core import merging
 from graft.core.carrier import carrier_of, layer_in
 from graft.core.layer import AdapterLayer
-from graft.core.ops import Opaque, find_op
+from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.storage import find_store, find_tensor_store
+from graft.storage import find_store, find_tensor_store, innermost, of_tensor
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Place = tuple[nn.Module, str]  # (parent, attribute)
@@ -33,6 +34,10 @@ class Tree:
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     owners: dict[nn.Parameter, int] = field(default_factory=dict)  # number of the base's modules that hold a parameter
     vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # (place, base) where no adapter is left
+    nests: dict[str, list[AdapterLayer]] = field(
+        default_factory=dict
+    )  # layers of parameters of one module, by its path
+    ops: dict[type, Op] = field(default_factory=dict)  # of types of modules that only this injection knows
     parameters: int = 0
     checkpointing: bool = False  # some module has gradient checkpointing switched on
 
@@ -75,7 +80,11 @@ def survey(model: nn.Module) -> Tree:
 
     def look_into(module: nn.Module, path: str) -> None:
         if (carrier := carrier_of(module)) is not None:
-            wrapped(carrier, path)
+            nest = nest_of(carrier)
+            if nest:
+                nested(nest, path)
+            else:
+                wrapped(carrier, path)
         elif module._modules:
             visit(module, path)
 
@@ -85,6 +94,19 @@ def survey(model: nn.Module) -> Tree:
             count(part)
         if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
+
+    def nested(nest: list[AdapterLayer], path: str) -> None:
+        base, live = innermost(nest[0]), [layer for layer in nest if layer.adapters]
+        if not live:
+            modules[path] = base
+        tree.nests[path] = live
+        tree.layers.update({layer.site.key: layer for layer in live})
+        seen.add(base)
+        count(base)
+        for layer in live:
+            if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
+                owners[tied] = owners.get(tied, 0) + 1
+        visit(base, path)
 
     def wrapped(module: Any, path: str) -> None:
         base, layer = module.base_module, module.adapter_layer
@@ -117,33 +139,65 @@ def uncovered(module: nn.Module | None) -> nn.Module | None:
     return module
 
 
-def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
-    layer = layer_in(module)
-    if layer is not None:
-        return layer.site  # type: ignore[no-any-return]
-    weight = module._parameters.get("weight")
-    shared = weight is not None and tree.owners.get(weight, 0) > 1
-    return Site(key, module, find_op(module), find_store(module), shared=shared)
+def nest_of(carrier: Any) -> list[AdapterLayer]:
+    """Return the layers of a module's parameters that stand around it, the innermost first; [] if there are none."""
+    nest: list[AdapterLayer] = []
+    while isinstance(carrier, AdapterLayer) and carrier.op.opaque:
+        nest.insert(0, carrier)
+        carrier = carrier.base_layer
+    return nest
 
 
-def parameter_site(key: str, module: nn.Module, name: str, tree: Tree) -> Site:
-    """Return the site of one parameter of a module that no op knows."""
-    weight = module._parameters[name]
-    shared = weight is not None and tree.owners.get(weight, 0) > 1
-    return Site(f"{key}.{name}", module, Opaque(name), find_tensor_store(module, name), name, shared)
+class Composed(NamedTuple):
+    """A module whose weights are a parameter of its own and those of children that it reads and does not call."""
+
+    parameter: str
+    children: tuple[str, ...]
+    why_not: Callable[[Any], str | None]  # for some modules of the type
 
 
-# types of modules that read their children's weights and do not call them
-READERS: TypeTable[str] = TypeTable(
-    {"torch.nn.modules.activation.MultiheadAttention": "reads its weight without calling it"}
+COMPOSED: TypeTable[Composed] = TypeTable(
+    {
+        "torch.nn.modules.activation.MultiheadAttention": Composed(
+            "in_proj_weight",
+            ("out_proj",),
+            lambda m: (
+                "Only same embed for query/key/value is supported as of now for MultiheadAttention"
+                if m.in_proj_weight is None
+                else None
+            ),
+        )
+    }
 )
 
 
-def never_called(key: str, tree: Tree) -> str | None:
-    """Say why an adapter on this module would have no effect; None if it would have one."""
-    parent = tree.places[key][0]
-    why = READERS.find(type(parent))
-    return None if why is None else f"Its parent, a {type(parent).__name__}, {why}"
+def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
+    layer = layer_in(module)
+    if layer is not None and layer.site.key == layer.site.path:
+        return layer.site  # type: ignore[no-any-return]
+    if key in tree.nests:
+        module = innermost(module)
+    composed = COMPOSED.find(type(module))
+    if composed is not None and composed.why_not(module) is None:
+        return parameter_site(key, module, composed.parameter, tree, key)
+    weight = module._parameters.get("weight")
+    shared = weight is not None and tree.owners.get(weight, 0) > 1
+    reader = COMPOSED.find(type(tree.places[key][0])) if key in tree.places else None
+    is_read = reader is not None and key.rpartition(".")[2] in reader.children
+    own = tree.ops.get(type(module))
+    op, store = (find_op(module), find_store(module)) if own is None else (own, of_tensor(module, "weight"))
+    return Site(key, module, op, store, shared=shared, is_read=is_read)
+
+
+def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str | None = None) -> Site:
+    """Return the site of one parameter of a module, which uses it in ways of its own. key: `path.name` if None.
+
+    A stack of matrices is taken as (n, out, in), or as (n, in, out) where the module says `is_transposed`.
+    """
+    weight: Any = module._parameters[name]
+    shared = weight is not None and tree.owners.get(weight, 0) > 1
+    op = Opaque(name, weight.dim() > 2 and bool(getattr(module, "is_transposed", False)))
+    return Site(key or f"{path}.{name}", module, op, find_tensor_store(module, name), name, shared, path)
 
 
 def kind_of(module: nn.Module) -> str:

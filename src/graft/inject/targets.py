@@ -39,6 +39,8 @@ def model_type(model: nn.Module) -> str:
 
 def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Complete `cfg.target_modules` in place."""
+    if cfg.target_modules is None and getattr(cfg, "target_parameters", None):
+        return
     if cfg.target_modules is None:
         defaults = method.default_targets(model)
         if defaults is None:

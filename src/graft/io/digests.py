@@ -24,7 +24,7 @@ def digests(base: nn.Module, names: Container[str] | None = None, without: Conta
         names: those to look at; all if None.
         without: those to leave out.
     """
-    merged = {key for key, layer in survey(base).layers.items() if layer.merged_adapters}
+    merged = {layer.site.path for layer in survey(base).layers.values() if layer.merged_adapters}
     return {
         name: digest(t)
         for name, t in get_base_model_state_dict(base).items()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.config.patterns import pattern
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.inject.parts import Parts
+from graft.inject.parts import Nests, Parts
 from graft.storage.parallel import spread_as
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
@@ -69,30 +69,35 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     if parts.prompt is not None:
         for name, tensor in parts.prompt.stored().items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
+    in_model = Nests((parts.layers if parts.all_layers is None else parts.all_layers).values())
+    in_file = Nests(parts.layers.values())
     tokens: dict[str, Any] = {f"{k}.{w.inner_name}": w for k, w in parts.wrappers.items() if w.takes_rows}
     rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         unnamed = layer.methods[adapter].unnamed
+        here, there = in_model.path(key, layer), in_file.path(key, layer)
         for slot in layer.slots(adapter):
             if not slot.saved:
                 continue
             container, path = slot.container, slot.path
-            stem = f"{prefix}{key}.{container}"
+            stem = f"{prefix}{there}.{container}"
             below = f".{path}" if path else ""
-            memory, file = f"{stem}.{adapter}{below}", f"{stem}{below}"
+            memory, file = f"{prefix}{here}.{container}.{adapter}{below}", f"{stem}{below}"
             also: tuple[str, ...] = ()
             if container in unnamed:
                 file, also = stem, (file,)
             elif "." in path:
-                file, also = memory, (file,)
+                file, also = f"{stem}.{adapter}{below}", (file,)
             yield Entry(memory, file, also, slot.owner, slot.attribute, slot.tensor, stem, layer, container, path)
     for key, wrapper in parts.wrappers.items():
         if wrapper.takes_rows:
             continue
         for slot in wrapper.slots(adapter):
             if slot.saved:
-                memory = f"{prefix}{key}.{slot.container}.{adapter}.{slot.path}"
-                yield Entry(memory, f"{prefix}{key}.{slot.path}", (), slot.owner, slot.attribute, slot.tensor)
+                memory = f"{prefix}{in_model.path(key)}.{slot.container}.{adapter}.{slot.path}"
+                yield Entry(
+                    memory, f"{prefix}{in_file.path(key)}.{slot.path}", (), slot.owner, slot.attribute, slot.tensor
+                )
     shared = parts.shared
     for slot in () if shared is None else shared.slots(adapter):
         if slot.saved:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from graft.inject.parts import Parts, registry_of
 from graft.io.check import check_room, check_tensors
 from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
+from graft.io.experts import fused
 from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of
 from graft.io.save import changes_base, config_of, parts_of
@@ -74,6 +75,10 @@ class Values:
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
 
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
     def head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a copy of a module to save with the checkpoint's first dimension (its labels), if that differs.
 
@@ -104,12 +109,13 @@ class Values:
             AdapterKeyError, BaseModelMismatchError: the checkpoint does not fit.
         """
         self.check_base(parts)
+        bare = not any(n.startswith("base_model.") for n in self.tensors)
+        prefix = "" if bare else parts.prefix
+        self.tensors = fused(self.tensors, parts, prefix)
         names = set(self.tensors)
-        bare = not any(n.startswith("base_model.") for n in names)
         found: list[tuple[Entry, str]] = []
         mismatched: list[Mismatch] = []
         used: set[str] = set()
-        prefix = "" if bare else parts.prefix
         groups = [
             (layer, [(entry, find(entry, names)) for entry in group])
             for layer, group in groupby(entries(parts, self.adapter, prefix), lambda entry: entry.layer)
@@ -155,7 +161,9 @@ class Values:
         if kind == "none":
             return []
         has_bias = (
-            key for key, layer in parts.layers.items() if layer.get_base_layer()._parameters.get("bias") is not None
+            key
+            for key, layer in parts.layers.items()
+            if not layer.op.opaque and layer.get_base_layer()._parameters.get("bias") is not None
         )
         wanted = {f"{key}.base_layer.bias": f"{key}.bias" for key in has_bias}
         if kind == "all":

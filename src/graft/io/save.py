@@ -38,7 +38,7 @@ def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
     wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
     if not layers and not wrappers:
         raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
-    return Parts(layers, wrappers), "", model
+    return Parts(layers, wrappers, all_layers=tree.layers), "", model
 
 
 def config_of(model: nn.Module, adapter: str) -> Any:
@@ -127,7 +127,8 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
 
 def _biases(parts: Parts) -> dict[str, Tensor]:
     """Return the biases of the adapted layers, as they are with nothing merged."""
-    biases = {f"{key}.base_layer.bias": unmerged_bias(layer) for key, layer in parts.layers.items()}
+    layers = {key: layer for key, layer in parts.layers.items() if not layer.op.opaque}
+    biases = {f"{key}.base_layer.bias": unmerged_bias(layer) for key, layer in layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
 

@@ -21,9 +21,11 @@ from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
-from graft.inject.survey import Tree
+from graft.inject.survey import Tree, nest_of
+from graft.io.base import original
 from graft.methods import method_of
 from graft.model.registry import Registry
+from graft.storage import innermost
 
 
 class LayerRegistry(Registry):
@@ -286,15 +288,18 @@ class LayerRegistry(Registry):
     def _restore(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         carrier = carrier_of(child)
         if carrier is not None:
-            parent._modules[name] = carrier.kept
+            parent._modules[name] = innermost(child) if nest_of(child) else carrier.kept
 
     def _keys_in(self, state_dict: dict[str, Tensor], config: Any) -> set[str]:
         mark = f".{self.method_for(config).prefix}"
-        return {k.rsplit(mark, 1)[0].replace("_orig_mod.", "") for k in state_dict if mark in k}
+        return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
 
 def survey_places(model: nn.Module, act: Any) -> None:
-    """Call `act(parent, name, child)` once for every module that is not inside a layer or wrapper."""
+    """Call `act(parent, name, child)` once for every module that is not inside a layer or wrapper.
+
+    Modules inside one whose parameters are adapted are not inside a layer.
+    """
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:
@@ -302,6 +307,8 @@ def survey_places(model: nn.Module, act: Any) -> None:
             if child is None:
                 continue
             act(module, name, child)
+            if nest_of(child):
+                child = innermost(child)
             if id(child) in seen or carrier_of(child) is not None:
                 continue
             seen.add(id(child))

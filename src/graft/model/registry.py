@@ -166,6 +166,7 @@ class Registry:
         return Parts(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
+            all_layers=self.layers,
         )
 
     def acting(self, run: Run) -> AbstractContextManager[Callable[[Any], Any]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from graft.core.carrier import carrier_of
 from graft.core.layer import AdapterLayer
+from graft.inject.parts import Nests
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import survey
 from graft.io.save import registry_of
@@ -57,10 +58,17 @@ def same(values: list) -> Any:
 def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
     registry = registry_of(model)
-    modules = survey(model if registry is None else registry.model).modules
+    tree = survey(model if registry is None else registry.model)
     prefix = "" if registry is None else "model."
-    carriers = {k: carrier_of(module) for k, module in modules.items()}
-    return {f"{prefix}{k}": c for k, c in carriers.items() if c is not None and not c.takes_rows}
+    paths = Nests(tree.layers.values())
+    found: dict[str, AdapterLayer | ModulesToSaveWrapper] = {}
+    for key, module in tree.modules.items():
+        carrier = carrier_of(module)
+        for layer in reversed(tree.nests.get(key, ())):
+            found[f"{prefix}{paths.path(key, layer)}"] = layer
+        if carrier is not None and key not in tree.nests and not carrier.takes_rows:
+            found[f"{prefix}{paths.path(key)}"] = carrier
+    return found
 
 
 def with_layers(model: Any, caller: str) -> Any:

@@ -163,11 +163,13 @@ class Tuner(nn.Module):
 
     get_model_config = staticmethod(model_config)
 
-    targeted_parameter_names: tuple[str, ...] = ()  # parameters by themselves are not targets in graft yet
-
     @property
     def targeted_module_names(self) -> list[str]:
-        return list(registry_of(self).layers)
+        return [key for key, layer in registry_of(self).layers.items() if layer.site.path == key]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        return [key for key, layer in registry_of(self).layers.items() if layer.site.path != key]
 
     @property
     def prefix(self) -> str:

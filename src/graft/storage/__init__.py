@@ -13,6 +13,7 @@ from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import Foreign
 from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
+from graft.storage.within import Within, innermost
 
 DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
@@ -33,7 +34,7 @@ def find_store(module: nn.Module) -> Store:
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
-    return STORES.find(type(module)) or of_tensor(module, name)
+    return Within(STORES.find(type(module)) or of_tensor(module, name), name)
 
 
 def of_tensor(module: nn.Module, name: str) -> Store:
@@ -66,7 +67,9 @@ __all__ = [
     "Dense",
     "find_store",
     "find_tensor_store",
+    "innermost",
     "numel",
+    "of_tensor",
     "place_of",
     "standalone",
 ]

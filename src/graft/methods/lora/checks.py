@@ -28,6 +28,8 @@ def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
 def check_site(site: Site, cfg: LoraConfig) -> None:
     """Raise ConfigError for a rank or a bias that this layer cannot have."""
     require_positive_rank(cfg.r)
+    if site.op.opaque:
+        check_parameter(site, cfg)
     if cfg.lora_bias and site.op.takes_ids:
         raise ConfigError(f"lora_bias=True is not supported for Embedding (layer '{site.key}').")
     groups = site.op.groups(site.module) if site.op.known else 1
@@ -36,6 +38,21 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
             f"Targeting a {site.type_name} with groups={groups} and rank {cfg.r} (layer '{site.key}'). Currently, "
             "support is limited to conv layers where the rank is divisible by groups. Either choose a different rank "
             "or do not target this specific layer."
+        )
+
+
+def check_parameter(site: Site, cfg: LoraConfig) -> None:
+    """Raise ConfigError for an option that has no meaning for a parameter which its module uses in ways of its own."""
+    what = "MultiheadAttention" if site.path == site.key else "ParamWrapper"
+    options = {name: getattr(cfg, name) for name in ("lora_bias", "fan_in_fan_out")}
+    options |= {name: True for name in cfg.variants if name != "use_dora" or len(site.shape) > 2}
+    how = cfg.init_lora_weights
+    if len(site.shape) > 2 and isinstance(how, str) and how.lower() != "gaussian":
+        options[f"init_lora_weights={how!r}"] = True
+    wrong = [name for name, on in options.items() if on]
+    if wrong:
+        raise ConfigError(
+            f"lora.{what} does not work with {', '.join(wrong)} (layer '{site.key}'): leave it out, or that layer."
         )
 
 

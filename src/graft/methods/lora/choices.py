@@ -21,7 +21,6 @@ VARIANTS = {  # field, or value of init_lora_weights, that selects it → "modul
 
 # fields whose mechanism graft does not have yet, and the value that leaves it off
 NOT_YET = {
-    "target_parameters": None,
     "megatron_config": None,
 }
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight

@@ -6,9 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from torch import nn
+
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
-from graft.core.errors import ConfigError, warn
-from graft.methods.lora.choices import CONVERTED, NOT_YET, SETTINGS, TITLES, VARIANTS
+from graft.core.errors import ConfigError
+from graft.methods.lora import config_checks
+from graft.methods.lora.choices import NOT_YET, VARIANTS
 from graft.methods.lora.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from graft.methods.lora.sub_configs import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
@@ -55,12 +58,13 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     layer_replication: list[tuple[int, int]] | None = None  # stack these ranges of layers, sharing weights
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False  # B has a bias
-    target_parameters: list[str] | None = None
+    target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
     use_bdlora: BdLoraConfig | dict | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
     arrow_config: ArrowConfig | dict | None = None  # a router over the other adapters: see `create_arrow_model`
     kasa_config: KasaConfig | dict | None = None  # KaSA (arXiv 2412.06071): singular values apart, on a truncated base
     ensure_weight_tying: bool = False  # adapt tied embeddings together
 
+    _custom_modules: ClassVar[Any] = None  # an instance may have its own
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
 
@@ -81,29 +85,20 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         self.use_bdlora = sub_config(self.use_bdlora, BdLoraConfig)
         if len(self.variants) > 1:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
-        self._check_invocation()
-        self._check_init()
+        config_checks.check_invocation(self)
+        config_checks.check_start(self)
 
-    def _check_invocation(self) -> None:
-        tokens = self.alora_invocation_tokens
-        if tokens is None:
-            return
-        if not tokens or min(tokens) < 0:
-            raise ConfigError(
-                f"`alora_invocation_tokens` must be the ids of one token or more, got {tokens}: aLoRA begins to act "
-                "where they stand. Leave it None for an adapter that always acts."
-            )
-        if self.task_type != "CAUSAL_LM":
-            warn("aLoRA is currently only supported for CAUSAL_LM task.")
+    def _register_custom_module(self, mapping: dict[type[nn.Module], Any]) -> None:
+        """Let an injection adapt modules of further types. No file holds this: say it again before a load.
 
-    def _check_loftq(self) -> None:
-        if self.init_lora_weights == "loftq":
-            if not self.loftq_config:
-                raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
-            self.loftq_config = vars(sub_config(self.loftq_config, LoftQConfig)).copy()
-        elif self.loftq_config:
-            warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
-            self.loftq_config = {}
+        Args:
+            mapping: type of modules → the type that it works like, such as nn.Linear; or an `Op` that says how it uses
+                its weight.
+
+        Raises:
+            TypeError: a value is neither, such as a layer class written for PEFT.
+        """
+        self.__dict__["_custom_modules"] = {**(self._custom_modules or {}), **config_checks.ops_of(mapping)}
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -118,33 +113,3 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         for f in fields(self):
             if f.name in selected:
                 setattr(self, f.name, f.default)
-
-    def _check_init(self) -> None:
-        init = self.init_lora_weights
-        for name, (how, cls) in SETTINGS.items():
-            setattr(self, name, sub_config(getattr(self, name), cls))
-            if getattr(self, name) is not None and init != how:
-                warn(f"`{name}` specified but will be ignored when `init_lora_weights` is not '{how}'.")
-            elif getattr(self, name) is None and init == how:
-                title = TITLES[how]
-                warn(f"`init_lora_weights` is '{how}' but `{name}` is not specified. Using default {title} config.")
-                setattr(self, name, cls())
-        self._check_loftq()
-        if self.kasa_config and isinstance(init, str) and init.startswith(("pissa_niter", "corda", "lora_ga")):
-            raise ConfigError(
-                f"kasa_config cannot stand with init_lora_weights={init!r}: loading makes KaSA's base anew, which "
-                "takes an initialisation that gives the same values each time."
-            )
-        if self.lora_bias and not isinstance(init, bool):
-            raise ConfigError(
-                "The argument lora_bias=True is only supported with the plain initialisations, True and False, not "
-                f"with init_lora_weights={init!r}."
-            )
-        if self.lora_bias and self.use_dora:
-            raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
-        patterned = self.rank_pattern or self.alpha_pattern
-        if self.use_rslora and patterned and isinstance(init, str) and init.startswith(CONVERTED):
-            warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of "
-                "modified base weights: the saved adapter cannot be converted to plain LoRA."
-            )

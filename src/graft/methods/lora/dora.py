@@ -42,7 +42,7 @@ class DoRA(LoRA):
 
     def init(self) -> None:
         super().init()
-        if self.layer.weight.is_meta:
+        if self.site.on_meta:
             return
         m: Any = self.lora_magnitude_vector.weight
         m.data = self.norm().to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)

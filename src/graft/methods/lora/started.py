@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from graft.core.method import Method, Tensors
-from graft.methods.lora import init, shift, shift_files
+from graft.methods.lora import attention, init, shift, shift_files
 
 
 class Started(Method):
@@ -40,16 +40,19 @@ class Started(Method):
         return False
 
     def stored(self, values: Tensors, cfg: Any) -> Tensors:
+        if self.along:
+            values = attention.to_file(values)
         if init.kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
 
     @property
     def stores_as_held(self) -> bool:
-        return type(self).stored is Started.stored and not self.keeps_shift
+        return type(self).stored is Started.stored and not self.keeps_shift and not self.along
 
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
-        return shift_files.restored(self, stored) if self.keeps_shift else stored
+        stored = shift_files.restored(self, stored) if self.keeps_shift else stored
+        return attention.from_file(stored) if self.along else stored
 
     def loaded(self) -> None:
         if self.keeps_shift:

@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters that are targets themselves (`target_parameters`), above all stacks of experts, against PEFT."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
+from tests.looks import layers
+from tests.models import seeded
+from tests.threads import at_once
+
+SIZES = dict(
+    vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    num_experts_per_tok=2, max_position_embeddings=64,
+)  # fmt: skip
+IDS = torch.arange(28).view(2, 14) % 31
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4))
+
+
+def qwen():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = dict(intermediate_size=24, moe_intermediate_size=8, shared_expert_intermediate_size=12, num_experts=4)
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, decoder_sparse_step=2))
+
+
+def gpt_oss():  # stores (experts, in, out)
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=8, intermediate_size=24, num_local_experts=4))
+
+
+def llama4():  # multiplies all experts at once; stores (experts, in, out), which PEFT takes for (experts, out, in)
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = SIZES | dict(num_experts_per_tok=1)
+    return Llama4ForCausalLM(
+        Llama4TextConfig(**sizes, head_dim=8, intermediate_size=24, intermediate_size_mlp=24, num_local_experts=4)
+    )
+
+
+MODELS = {f.__name__: f for f in (mixtral, qwen, gpt_oss, llama4)}
+
+
+def base(name):
+    with seeded(0):
+        model = MODELS[name]()
+        for n, p in model.named_parameters():
+            if "experts" in n:
+                nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def adapted(lib, name, adapter="default", model=None, **config):
+    values = dict(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=BOTH, init_lora_weights=False)
+    with seeded(1):
+        return lib.get_peft_model(base(name) if model is None else model, lib.LoraConfig(**values | config), adapter)
+
+
+def logits(model):
+    return model(IDS).logits
+
+
+def delta(layer, adapter="default"):
+    return layer.get_delta_weight(adapter)
+
+
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+def test_names_values_outputs_and_gradients_are_pefts(name):
+    ours, theirs = adapted(graft, name), adapted(peft, name)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert ours.base_model.targeted_parameter_names == theirs.base_model.targeted_parameter_names
+    losses = [model(IDS, labels=IDS) for model in (ours, theirs)]
+    assert_close(losses[0].logits, losses[1].logits, rtol=1e-5, atol=1e-5)
+    for loss in losses:
+        loss.loss.backward()
+    grads = {n: p.grad for n, p in ours.named_parameters()}
+    wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert sum("experts" in n for n in wanted) >= 4
+    for n, grad in wanted.items():
+        assert_close(grads[n], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_files_go_both_ways(name, tmp_path):
+    ours = adapted(graft, name)
+    ours.save_pretrained(tmp_path / "ours")
+    adapted(peft, name).save_pretrained(tmp_path / "theirs")
+    a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    expected = logits(ours)
+    loaded = graft.PeftModel.from_pretrained(base(name), tmp_path / "theirs", low_cpu_mem_usage=True)
+    assert_close(logits(loaded), expected)
+    assert_close(logits(peft.PeftModel.from_pretrained(base(name), tmp_path / "ours")), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_merging_disabling_and_unloading(name):
+    model, plain = adapted(graft, name), base(name)
+    expected, before = logits(model), {n: p.clone() for n, p in plain.named_parameters()}
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(plain))
+    model.merge_adapter()
+    assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    bare = copy.deepcopy(model).unload()
+    assert {n for n, _ in bare.named_parameters()} == before.keys() and type(bare) is type(plain)
+    assert all(torch.allclose(p, before[n], atol=1e-6) for n, p in bare.named_parameters())
+    merged = model.merge_and_unload()
+    assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+def test_every_implementation_of_experts_sees_the_sum(how):
+    model = adapted(graft, "mixtral")
+    model.get_base_model().set_experts_implementation(how)
+    expected = logits(copy.deepcopy(model).merge_and_unload())
+    assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_experts_in_use_cost_anything(monkeypatch):
+    from graft.kernels.summed import Summed
+
+    monkeypatch.setattr(Summed, "formed", lambda self: pytest.fail("formed the whole stack"))
+    for name, how in (("mixtral", "eager"), ("mixtral", "grouped_mm"), ("gpt_oss", "eager"), ("llama4", "eager")):
+        model = adapted(graft, name)
+        if name != "llama4":
+            model.get_base_model().set_experts_implementation(how)
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_half_precision_comes_back_bit_for_bit(name):
+    model = adapted(graft, name, model=base(name).bfloat16())
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+    expected = logits(model)
+    model.merge_adapter()
+    near, far = ((y - expected).float().abs().mean() for y in (logits(model), logits(base(name).bfloat16())))
+    assert near < far / 4
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
+    model = adapted(graft, "mixtral", target_parameters=BOTH[:1], target_modules=None)
+    alone = {"default": logits(model)}
+    with seeded(2):
+        model.add_adapter("b", graft.LoraConfig(r=3, target_parameters=BOTH[1:], init_lora_weights=False))
+        model.add_adapter("c", graft.LoraConfig(r=1, target_parameters=[*BOTH, "gate.weight"], init_lora_weights=False))
+    assert torch.equal(logits(model), alone["default"])
+    keys = model.state_dict().keys()
+    stem = "base_model.model.model.layers.0.mlp.experts."
+    assert {f"{stem}base_layer.lora_A.default.weight", f"{stem}lora_A.b.weight", f"{stem}lora_A.c.weight"} <= keys
+    for adapter in "bc":
+        model.set_adapter(adapter)
+        alone[adapter] = logits(model)
+    model.base_model.set_adapter(["default", "b", "c"])
+    together = logits(model)
+    model.merge_adapter()
+    assert_close(logits(model), together, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    for adapter, folder in (("default", tmp_path), ("b", tmp_path / "b"), ("c", tmp_path / "c")):
+        for lib in (graft, peft):
+            assert_close(logits(lib.PeftModel.from_pretrained(base("mixtral"), folder)), alone[adapter],
+                         rtol=1e-5, atol=1e-5)  # fmt: skip
+    model.delete_adapter("default")
+    model.set_adapter("b")
+    assert_close(logits(model), alone["b"])
+    model.delete_adapter("c")
+    with seeded(3):
+        model.add_adapter("d", graft.LoraConfig(r=1, target_parameters=BOTH, target_modules=["q_proj"]))
+    assert_close(logits(model), alone["b"])
+    assert type(model.unload()) is type(base("mixtral"))
+
+
+def test_rank_pattern_names_parameters():
+    config = dict(rank_pattern={"experts.down_proj": 5}, alpha_pattern={"experts.down_proj": 10})
+    ours, theirs = (adapted(lib, "mixtral", **config).state_dict() for lib in (graft, peft))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_dropout_takes_the_same_inputs_out_of_all_rows():
+    """PEFT refuses dropout here. The module reads a weight, so that rows cannot drop inputs of their own."""
+    model = adapted(graft, "mixtral", lora_dropout=0.5, target_modules=None)
+    expected = logits(model)
+    model.train()
+    draws = []
+    for i in range(400):
+        with seeded(i), torch.no_grad():
+            draws.append(layers(model)["model.layers.0.mlp.experts.down_proj"].state.plan.folded_now()[0])
+    layer = layers(model)["model.layers.0.mlp.experts.down_proj"]
+    change = torch.stack(draws) - layer.weight_now
+    assert_close(change.mean(0), delta(layer), rtol=0.3, atol=0.3)
+    assert ((change == 0).all(dim=(1, 2)) | (change != 0).any(dim=(1, 2))).all(), "whole columns of all experts"
+    with seeded(5):
+        a = logits(model)
+    with seeded(5):
+        assert torch.equal(logits(model), a)
+    assert not torch.equal(a, expected)
+    model.eval()
+    assert torch.equal(logits(model), expected)
+
+
+def test_gradient_checkpointing_and_compiling():
+    model = adapted(graft, "gpt_oss")
+    model.train()
+
+    def gradients():
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients()
+    assert expected.keys() == found.keys()
+    for n, grad in expected.items():
+        assert_close(found[n], grad)
+
+
+class Stack(nn.Module):
+    """Two stacks and a matrix, and a layer below."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 6, 10)), nn.Parameter(torch.randn(3, 10, 6))
+        self.flat, self.line = nn.Parameter(torch.randn(10, 10)), nn.Parameter(torch.randn(10))
+        self.lin = nn.Linear(10, 10)
+
+    def forward(self, x, which=1):
+        x = self.lin(x) @ self.flat + self.line
+        return torch.relu(x @ self.up[which].T) @ self.down[which].T
+
+
+def stack():
+    with seeded(0):
+        return nn.ModuleDict({"m": Stack(), "out": nn.Linear(10, 10)})
+
+
+def run(model, x):
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner["out"](inner["m"](x))
+
+
+X = torch.linspace(-1, 1, 40).view(4, 10)
+LAYERS = dict(target_parameters=["m.up", "m.down", "flat"], target_modules=["lin", "out"])
+
+
+def of_stack(lib=graft, **config):
+    values = dict(r=2, lora_alpha=3, init_lora_weights=False, **LAYERS)
+    with seeded(1):
+        return lib.get_peft_model(stack(), lib.LoraConfig(**values | config))
+
+
+def test_layers_below_a_module_whose_parameters_are_targets(tmp_path):
+    ours, theirs = of_stack(), of_stack(peft)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    expected = run(theirs, X)
+    assert_close(run(ours, X), expected)
+    ours.save_pretrained(tmp_path)
+    assert_close(run(graft.PeftModel.from_pretrained(stack(), tmp_path), X), expected)
+    assert_close(run(peft.PeftModel.from_pretrained(stack(), tmp_path), X), expected)
+    names = [s.name for s in graft.get_layer_status(ours)]
+    assert sorted(names) == sorted(s.name for s in peft.get_layer_status(theirs))
+    ours.merge_adapter()
+    assert_close(run(ours, X), expected)
+    plain = ours.merge_and_unload()
+    assert_close(run(plain, X), expected)
+    assert plain.state_dict().keys() == stack().state_dict().keys()
+
+
+def test_copies_are_equal_and_independent():
+    model = of_stack()
+    expected = run(model, X)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(run(other, X), expected)
+        with torch.no_grad():
+            for n, p in other.named_parameters():
+                if "lora_B" in n:
+                    p.zero_()
+        assert torch.equal(run(model, X), expected) and not torch.equal(run(other, X), expected)
+
+
+def test_threads_do_not_see_each_others_weights():
+    model = of_stack().eval()
+    expected = run(model, X)
+    with model.disable_adapter():
+        plain = run(model, X)
+    wrong = []
+
+    def adapted_calls():
+        wrong.extend(i for i in range(60) if not torch.equal(run(model, X), expected))
+
+    def plain_calls():
+        with model.disable_adapter():
+            wrong.extend(i for i in range(60) if not torch.equal(run(model, X), plain))
+
+    with torch.no_grad():
+        at_once(adapted_calls, adapted_calls, plain_calls)
+    assert not wrong
+
+
+def test_it_compiles_without_a_break():
+    model = of_stack()
+    compiled = torch.compile(model.get_base_model()["m"], fullgraph=True, backend="eager")
+    assert_close(compiled(X), model.get_base_model()["m"](X))
+
+
+def test_dora_on_a_matrix():
+    """PEFT has none on parameters; the algebra does."""
+    model = of_stack(use_dora=True, target_parameters=["flat"])
+    with torch.no_grad():
+        expected = run(model, X)
+        model.merge_adapter()
+        assert_close(run(model, X), expected)
+
+
+REFUSED = [
+    (dict(target_parameters=["m.line"]), UnsupportedLayerError, "only 2d and 3d are supported.*'default'"),
+    (dict(target_parameters=["lin.weight"]), UnsupportedLayerError,
+     "Trying to wrap an `nn.Parameter` of layer 'm.lin' of type Linear, which is not a valid target"),
+    (dict(use_dora=True), ConfigError, "lora.ParamWrapper does not work with use_dora"),
+    (dict(lora_bias=True), ConfigError, "lora.ParamWrapper does not work with lora_bias"),
+    (dict(fan_in_fan_out=True), ConfigError, "lora.ParamWrapper does not work with fan_in_fan_out"),
+    (dict(init_lora_weights="pissa"), ConfigError, "does not work with init_lora_weights='pissa'"),
+    (dict(alora_invocation_tokens=[1]), UnsupportedLayerError, "aLoRA .* linear layers only"),
+    (dict(target_parameters=["nope"], target_modules=[]), ConfigError, "No `target_modules` passed but also no"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config, error, text", REFUSED, ids=[" ".join(map(str, c)) for c, *_ in REFUSED])
+@pytest.mark.filterwarnings("ignore")
+def test_a_refusal_changes_nothing(config, error, text):
+    model = stack()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    values = dict(r=2, **LAYERS) | config
+    with pytest.raises((error, ValueError), match=text):
+        graft.get_peft_model(model, graft.LoraConfig(**values))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert type(model["m"]) is Stack
+
+
+def test_parametrized_parameters_and_those_of_the_model_itself_are_refused():
+    model = stack()
+    parametrize.register_parametrization(model["m"], "flat", nn.Tanh())
+    with pytest.raises(UnsupportedLayerError, match="remove_parametrizations"):
+        graft.get_peft_model(model, graft.LoraConfig(target_parameters=["m.flat"]))
+    with pytest.raises(ConfigError, match=r"top-level module is not supported \(parameter 'flat'\)"):
+        graft.get_peft_model(Stack(), graft.LoraConfig(target_parameters=["flat"]))
+    with pytest.raises(TypeError, match="must be a list of strings or None"):
+        graft.LoraConfig(target_parameters="flat")
+
+
+def test_exclusions_and_layers_apply_to_parameters():
+    """PEFT ignores both for parameters."""
+    model = adapted(graft, "mixtral", exclude_modules=[BOTH[1]], layers_to_transform=[1])
+    assert model.base_model.targeted_parameter_names == ["model.layers.1.mlp.experts.gate_up_proj"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_with_different_adapters_are_refused():
+    model = adapted(graft, "mixtral")
+    expected = logits(model)
+    with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
+        model(IDS, adapter_names=["default", "__base__"])
+    assert torch.equal(model(IDS, adapter_names=["default", "default"]).logits, expected)
+
+
+def test_what_matches_nothing_is_said():
+    with pytest.warns(graft.PeftWarning, match="target_parameters entry 'gate_up' matched nothing"):
+        adapted(graft, "mixtral", target_parameters=["gate_up", BOTH[1]])
+
+
+# experts of old names
+
+
+def old_file(folder, lib_config, parts, block):
+    """A checkpoint from before experts were fused: a matrix A and B for each part of each expert."""
+    tensors = {}
+    with seeded(5):
+        for e in range(4):
+            for part, (out, fan_in) in parts.items():
+                stem = f"base_model.model.model.layers.1.{block}.experts.{e}.{part}"
+                tensors[f"{stem}.lora_A.weight"] = torch.randn(2, fan_in)
+                tensors[f"{stem}.lora_B.weight"] = torch.randn(out, 2)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    lib_config.save_pretrained(folder)
+    return tensors
+
+
+@pytest.mark.parametrize("name, names, block, width", [
+    ("mixtral", ("w1", "w3", "w2"), "block_sparse_moe", 24), ("qwen", ("gate_proj", "up_proj", "down_proj"), "mlp", 8)
+])  # fmt: skip
+@torch.no_grad()
+def test_old_checkpoints_load_into_stacks(tmp_path, name, names, block, width):
+    """PEFT converts Mixtral's, and loses Qwen's without a word."""
+    gate, up, down = names
+    parts = {gate: (width, 16), up: (width, 16), down: (16, width)}
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=list(names), layers_to_transform=[1])
+    tensors = old_file(tmp_path / "old", config, parts, block)
+    model = graft.PeftModel.from_pretrained(base(name), tmp_path / "old", strict=False)
+    expected = base(name)
+    experts = expected.model.layers[1].mlp.experts
+
+    def change(e, part):
+        stem = f"base_model.model.model.layers.1.{block}.experts.{e}.{part}"
+        return 1.5 * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+
+    for e in range(4):
+        experts.gate_up_proj[e] += torch.cat([change(e, gate), change(e, up)])
+        experts.down_proj[e] += change(e, down)
+    assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "new")
+    assert_close(logits(graft.PeftModel.from_pretrained(base(name), tmp_path / "new")), logits(expected),
+                 rtol=1e-5, atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [["w1", "w2", "w3"], ["w1", "w3", "gate", "q_proj"], "all-linear",
+                                     r".*\.(w1|w3|q_proj)"], ids=str)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_old_names_in_a_config_become_pefts_new_ones(targets):
+    ours, theirs = (lib.LoraConfig(r=2, lora_alpha=3, target_modules=targets) for lib in (graft, peft))
+    with seeded(1):
+        a = graft.get_peft_model(base("mixtral"), ours).state_dict()
+    with seeded(1):
+        b = peft.get_peft_model(base("mixtral"), theirs).state_dict()
+    for field in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert a.keys() == b.keys() and {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
+
+
+def test_half_of_what_is_fused_cannot_be_adapted():
+    with pytest.raises(ValueError, match=r"Cannot convert PEFT target.*w1 without also targeting w3 because they are"):
+        graft.get_peft_model(base("mixtral"), graft.LoraConfig(target_modules=["w1"]))
+
+
+# modules of the caller's own types
+
+
+class Scaled(nn.Module):
+    """Works like a linear layer, and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 10, 6
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def test_types_of_modules_that_a_config_registers():
+    config = graft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    with pytest.raises(UnsupportedLayerError):
+        graft.get_peft_model(nn.ModuleDict({"layer": Scaled()}), config)
+    with pytest.raises(TypeError, match="does not say how Scaled uses its weight"):
+        config._register_custom_module({Scaled: peft.tuners.lora.Linear})
+    config._register_custom_module({Scaled: nn.Linear})
+    model = graft.get_peft_model(nn.ModuleDict({"layer": Scaled()}), config)
+    layer = model.get_base_model()["layer"]
+    expected = X @ (layer.base_layer.weight + delta(layer)).T + layer.base_layer.bias
+    assert_close(layer(X), expected)
+    model.merge_adapter()
+    assert_close(layer(X), expected)
+    assert "_custom_modules" not in config.to_dict()

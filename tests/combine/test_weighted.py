@@ -130,9 +130,112 @@ def test_methods_that_cannot_hold_a_sum_say_so(name):
     cfg = lambda: getattr(graft, name)(r=2, target_modules=["lin"])
     model = graft.get_peft_model(base(), cfg(), "x")
     model.add_adapter("y", cfg())
-    with pytest.raises(NotImplementedError, match=r"cannot be combined into one.*set_adapter\(\[…\]\), or merge them"):
+    with pytest.raises(
+        NotImplementedError, match=r"combined into one.*set_adapter\(\[…\]\), or merge them.*PeftMixedModel"
+    ):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new")
     assert list(model.peft_config) == ["x", "y"]
+
+
+OF_ANY = {  # methods with a ΔW whose parameters hold no sum, and others that have a form of their own
+    "v": ("VeraConfig", dict(r=5)),
+    "h": ("HiraConfig", dict(r=2)),
+    "m": ("MissConfig", dict(r=3)),
+    "d": ("LoraConfig", dict(r=2, lora_alpha=5, use_dora=True)),
+    "o": ("LoHaConfig", dict(r=2)),
+}
+WEIGHT = {"v": 0.7, "h": -0.4, "m": 1.3, "d": 0.5, "o": -1.1}
+
+
+def mixture(targets, names=tuple(OF_ANY), **more):
+    model = None
+    for name in names:
+        kind, values = {**OF_ANY, **more}[name]
+        config = getattr(graft, kind)(target_modules=list(targets), **values)
+        if model is None:
+            model = graft.get_peft_model(base(), config, name, mixed=True)
+        else:
+            model.add_adapter(name, config)
+    with torch.no_grad(), seeded(5):
+        for p_name, p in model.named_parameters():
+            if any(f".{name}." in f"{p_name}." for name in names):
+                p.add_(torch.randn(p.shape), alpha=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("key", ["lin", "c1d", "emb", "conv"])
+def test_a_lora_adapter_holds_the_sum_of_others_of_any_methods(key):
+    model = mixture([key])
+    wanted = sum(w * added(model, key, n) for n, w in WEIGHT.items())
+    report = model.add_weighted_adapter([*WEIGHT], [*WEIGHT.values()], "new", combination_type="exact")
+    assert model.peft_config["new"].peft_type == "LORA" and model.active_adapters == ["o"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".new" in n)
+    assert_close(added(model, key, "new"), wanted, rtol=1e-3, atol=1e-3)
+    assert report.energy[key] > 0.99999
+
+
+@pytest.mark.parametrize("key", ["lin", "c1d", "conv"])
+def test_truncated_as_well_as_can_be(key):
+    model = mixture([key], "vho")
+    report = model.add_weighted_adapter(["v", "h", "o"], [0.7, -0.4, 1.2], "new", svd_rank=2)
+    full = sum(w * delta(model, key, n).double() for n, w in zip("vho", (0.7, -0.4, 1.2)))
+    full = layer(model, key).op.canon(full).flatten(1)
+    lost = torch.linalg.svdvals(full)[2:].square().sum()
+    made = layer(model, key).op.canon(delta(model, key, "new")).double().flatten(1)
+    assert_close((made - full).square().sum(), lost, rtol=1e-3, atol=1e-6)
+    assert report.ranks == {key: 2} and abs(report.energy[key] - float(1 - lost / full.square().sum())) < 1e-4
+
+
+def test_groups_of_a_convolution_stay_apart():
+    model = mixture(["grouped"], "hmol", l=("LoraConfig", dict(r=4, lora_alpha=3)))
+    weights = [0.7, -0.4, 1.2, -0.9]
+    wanted = sum(w * added(model, "grouped", n) for n, w in zip("hmol", weights))
+    model.add_weighted_adapter([*"hmol"], weights, "new", combination_type="exact")
+    assert_close(added(model, "grouped", "new"), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_combination_of_any_methods_survives_a_file(tmp_path):
+    model = mixture(["lin", "out", "conv"], "vhm")
+    model.add_weighted_adapter(["v", "h", "m"], [1.0, 0.5, -0.5], "new", combination_type="exact")
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    loaded = graft.PeftModel.from_pretrained(base(), tmp_path / "new").eval()
+    model.set_adapter("new")
+    assert_close(loaded(**batch()), model(**batch()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, options", [("linear", {}), ("svd", {"svd_rank": 3}), ("ties", {"density": 0.6})])
+def test_adapters_of_one_method_combine_in_a_mixed_model_as_in_their_own(kind, options):
+    more = {n: ("LoraConfig", dict(r=2, lora_alpha=a)) for n, a in (("x", 2.74), ("y", 5.5))}
+    model = mixture(["lin", "conv"], "xyv", **more)
+    alone = graft.get_peft_model(base(), model.peft_config["x"], "x")
+    alone.add_adapter("y", model.peft_config["y"])
+    alone.load_state_dict(model.state_dict(), strict=False)
+    for m in (model, alone):
+        m.add_weighted_adapter(["x", "y"], [0.7, -0.3], "new", combination_type=kind, **options)
+    for key in ("lin", "conv"):
+        for a, b in zip(factors(model, key, "new"), factors(alone, key, "new")):
+            assert_close(a, b)
+
+
+def test_ia3_in_a_mixed_model_adds_its_vectors():
+    more = {n: ("IA3Config", dict(feedforward_modules=[])) for n in "xy"}
+    model = mixture(["lin"], "xyv", **more)
+    model.add_weighted_adapter(["x", "y"], [0.7, 0.3], "new")
+    l = layer(model, "lin").ia3_l
+    assert_close(l["new"], 0.7 * l["x"] + 0.3 * l["y"])
+
+
+@pytest.mark.parametrize("kind, text", [("svd", "IA3 does not add to the weight"), ("linear", "means nothing for")])
+def test_what_has_no_sum_in_a_mixed_model_changes_nothing(kind, text):
+    model = mixture(["lin"], "via", i=("IA3Config", dict(feedforward_modules=[])), a=("VeraConfig", dict(r=5)))
+    before = snapshot(model)
+    names = ["v", "i"] if kind == "svd" else ["v", "a"]
+    with pytest.raises(NotImplementedError, match=text):
+        model.add_weighted_adapter(names, [1.0, 1.0], "new", combination_type=kind)
+    after = snapshot(model)
+    assert list(model.peft_config) == ["v", "i", "a"] and after.keys() == before.keys()
+    with pytest.raises(graft.AdapterNotFoundError, match="zz"):
+        model.add_weighted_adapter(["v", "zz"], [1.0, 1.0], "new")
 
 
 def lohas(targets, **options):

@@ -193,8 +193,6 @@ def test_what_a_mixed_model_refuses():
         model.add_adapter("a", config("OFT"))
     with pytest.raises(graft.NoMatchingPeftModuleError):
         model.add_adapter("b", config("OFT", targets=["zz"]))
-    with pytest.raises(NotImplementedError, match="Weighted adapters are not supported"):
-        model.base_model.add_weighted_adapter(["a"], [1.0], "c")
     with pytest.raises(graft.AdapterNotFoundError, match="zz"):
         model.set_adapter(["a", "zz"])
     assert set(model.state_dict()) == before and list(model.peft_config) == ["a"]

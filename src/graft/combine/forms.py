@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from graft.combine import union
+from graft.core.changes import change_of, why_none, wide
 from graft.core.errors import ConfigError
 from graft.core.plan import evaluating
 from graft.kernels.hadamard import narrow
@@ -47,18 +50,31 @@ class Term:
         return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
 
 
-class Form(Protocol):
-    apart: ClassVar[bool]  # True: rules may act on A and B apart
+class Form:
+    """The way in which adapters of a combination are read, and the new one is written."""
 
-    def read(self, m: Any, weight: float) -> Term: ...
+    apart: ClassVar[bool] = False  # True: rules may act on A and B apart
+
+    def begin(self, configs: Sequence[Any]) -> Any:
+        """Return a config for the layers that any of these selects."""
+        return union.union_of(configs)
+
+    def why_not(self, m: Any) -> str | None:
+        """Say why a method cannot be read; None if it can."""
+        if m.effect.additive or type(m) is method_of(m.cfg.peft_type):
+            return None
+        return f"{type(m).__name__} does more than add a low-rank update"
+
+    def read(self, m: Any, weight: float) -> Term:
+        return factors_of(m, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Tensors:
         """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
-        ...
+        raise NotImplementedError
 
-    def configure(self, cfg: Any, ranks: dict[str, int], patterns: dict[str, int], configs: list[Any]) -> None:
+    def configure(self, cfg: Any, ranks: dict[str, int], patterns: dict[str, int], configs: Sequence[Any]) -> None:
         """Change `cfg` so that it describes the tensors that `write` returns."""
-        ...
+        raise NotImplementedError
 
 
 def factors_of(m: Any, weight: float) -> Term:
@@ -69,21 +85,22 @@ def factors_of(m: Any, weight: float) -> Term:
     return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, m.site.op.groups(m.site.module))
 
 
-class LoraForm:
+class LoraForm(Form):
     """The form of LoRA: factors and a scaling."""
 
     apart: ClassVar[bool] = True
-
-    def read(self, m, weight):
-        return factors_of(m, weight)
 
     def write(self, A, B, parts, cfg):
         m = parts[0][0]
         values = method_of(cfg.peft_type).variant(cfg)(m.site, cfg, m.name).holding(A, B)
         if cfg.lora_bias and not m.site.op.takes_ids:
-            shifts = [wide(m.lora_B.bias) * (w * m.scaling) for m, w in parts if m.lora_bias]
+            shifts = [shift * w for m, w in parts if (shift := self.shift(m)) is not None]
             values["lora_B", "bias"] = torch.stack(shifts).sum(0) if shifts else B.new_zeros(m.site.out_features)
         return values
+
+    def shift(self, m: Any) -> Tensor | None:
+        """Return what an adapter adds to the layer's bias."""
+        return wide(m.lora_B.bias) * m.scaling if m.lora_bias else None
 
     def configure(self, cfg, ranks, patterns, configs):
         cfg.r = cfg.lora_alpha = max(ranks.values())  # scaling 1
@@ -97,7 +114,7 @@ class LoraForm:
         check_base_stays(cfg, ranks, configs)
 
 
-def check_base_stays(cfg: Any, ranks: dict[str, int], configs: list[Any]) -> None:
+def check_base_stays(cfg: Any, ranks: dict[str, int], configs: Sequence[Any]) -> None:
     """Raise if the new adapter's variant would take more out of the base weights than those of the others did."""
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():
@@ -109,13 +126,49 @@ def check_base_stays(cfg: Any, ranks: dict[str, int], configs: list[Any]) -> Non
             )
 
 
-class AdaLoraForm:
-    """The form of AdaLoRA: B diag(E) A, where singular values E include the scaling."""
+class UpdateForm(LoraForm):
+    """Plain LoRA, from adapters of any methods that have a ΔW. A new one for each combination."""
 
     apart: ClassVar[bool] = False
 
+    def __init__(self) -> None:
+        self.shifted = False  # one of them changes a bias
+
+    def begin(self, configs):
+        return union.plain_lora(configs)
+
+    def why_not(self, m):
+        return why_none(m)
+
     def read(self, m, weight):
-        return factors_of(m, weight)
+        A, B, shift = change_of(m)
+        self.shifted |= shift is not None
+        if B is None:  # ΔW itself: the product with an identity of its shorter side
+            one = torch.eye(min(A.shape[1:]), dtype=A.dtype, device=A.device).expand(len(A), -1, -1)
+            A, B = (A, one) if A.shape[1] <= A.shape[2] else (one, A)
+        return Term(of_all_groups(A, m.site).flatten(0, 1), B.flatten(0, 1), 1.0, weight, len(A))
+
+    def shift(self, m):
+        return change_of(m).shift
+
+    def configure(self, cfg, ranks, patterns, configs):
+        super().configure(cfg, ranks, patterns, ())
+        cfg.lora_bias = self.shifted
+
+
+def of_all_groups(A: Tensor, site: Any) -> Tensor:
+    """Return A (groups, r, n) as LoRA's A sees inputs, those of all groups: with zeros for those of other groups."""
+    groups, r, n = A.shape
+    if groups == 1 or n > site.fan_in:
+        return A
+    out = A.new_zeros(groups, r, groups, n)
+    each = torch.arange(groups, device=A.device)
+    out[each, :, each] = A
+    return out.flatten(2)
+
+
+class AdaLoraForm(Form):
+    """The form of AdaLoRA: B diag(E) A, where singular values E include the scaling."""
 
     def write(self, A, B, parts, cfg):
         B = B.flatten(0, 1)
@@ -135,10 +188,8 @@ class AdaLoraForm:
         cfg.inference_mode = True  # a model trains one AdaLoRA adapter at a time
 
 
-class LohaForm:
+class LohaForm(Form):
     """The form of LoHa: the elementwise product of two low-rank matrices, one of them all ones when written."""
-
-    apart: ClassVar[bool] = False
 
     def read(self, m, weight):
         with evaluating(m.layer):
@@ -155,12 +206,6 @@ class LohaForm:
         cfg.r = cfg.alpha = max(ranks.values())  # scaling 1
         cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
         cfg.use_effective_conv2d = False
-
-
-def wide(t: Tensor) -> Tensor:
-    """Return the values, in float32 at least."""
-    t = t.detach()
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 FORMS: dict[str, Form] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm(), "LOHA": LohaForm()}

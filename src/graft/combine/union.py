@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from graft.core.errors import ConfigError
+from graft.methods import config_of
 
 MIXED = (
     "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` type "
@@ -18,20 +19,33 @@ MIXED = (
 )
 
 
-def union_of(configs: Sequence[Any], mixed: str = MIXED) -> Any:
-    """Return a copy of the first config that targets all that any of them does.
+def union_of(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> Any:
+    """Return a copy of `like`, by default the first config, that targets all that any of the configs does.
 
     Raises:
         ConfigError: some targets are names and others a regular expression, with `mixed` as the message.
     """
-    cfg = copy.deepcopy(configs[0])
+    cfg = copy.deepcopy(configs[0] if like is None else like)
     cfg.target_modules = either([c.target_modules for c in configs], mixed)
     for name in ("layer_replication", "trainable_token_indices"):
         if hasattr(cfg, name):
-            setattr(cfg, name, next((v for c in configs if (v := getattr(c, name)) is not None), None))
-    saved = [name for c in configs for name in c.modules_to_save or ()]
+            setattr(cfg, name, next((v for c in configs if (v := getattr(c, name, None)) is not None), None))
+    saved = [name for c in configs for name in getattr(c, "modules_to_save", None) or ()]
     cfg.modules_to_save = list(dict.fromkeys(saved)) or None
     return cfg
+
+
+def plain_lora(configs: Sequence[Any]) -> Any:
+    """Return a config of plain LoRA that targets all that any of these configs of any methods does."""
+    first = configs[0]
+    like = config_of("LORA")(
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
+    )
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        setattr(like, name, getattr(first, name, None))
+    return union_of(configs, like=like)
 
 
 def either(targets: Sequence[Any], mixed: str) -> Any:

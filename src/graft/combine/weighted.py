@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.combine import rules, union
-from graft.combine.forms import FORMS, Form, Tensors, Term, wide
+from graft.combine.forms import FORMS, Form, Tensors, Term, UpdateForm
+from graft.core.changes import wide
 from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterNotFoundError,
@@ -26,6 +27,7 @@ from graft.core.errors import (
     warn,
 )
 from graft.core.layer import AdapterLayer
+from graft.methods import method_of
 
 # rules on tensors with weights and a density, by name
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
@@ -202,16 +204,16 @@ def add_weighted_adapter(
         NotImplementedError: adapters of this kind have no combination of this type.
     """
     names, weights = checked(tuner, adapters, weights)
-    peft_type = tuner.method.config.peft_type
-    form, kind = FORMS[peft_type], combination_type
+    peft_type, kind = kind_of(tuner, names), combination_type
+    form = FORMS.get(peft_type) or UpdateForm()
     if len(names) == 1 and kind in TYPES and svd_rank is svd_clamp is density is None:
         kind = "linear" if form.apart else "cat"
     recipe = Recipe(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
     recipe.check(form, peft_type)
     configs = [tuner.peft_config[name] for name in names]
+    parts = parts_of(tuner, names, weights, form)
     owner = union.owners(tuner, names)
-    cfg = union.union_of(configs)
-    parts = parts_of(tuner, names, weights)
+    cfg = form.begin(configs)
     terms = {key: [form.read(m, w) for m, w in found] for key, found in parts.items()}
     ranks = recipe.ranks(terms)
     form.configure(cfg, ranks, union.rank_patterns(ranks), configs)
@@ -247,7 +249,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     cfg.feedforward_modules = union.either([c.feedforward_modules for c in configs], mixed)
     tuner.check_new(adapter_name, cfg)
     values: dict[str, Tensors] = {}
-    for key, parts in parts_of(tuner, names, weights).items():
+    for key, parts in parts_of(tuner, names, weights, Form()).items():
         if len({m.is_feedforward for m, _ in parts}) > 1:
             raise ConfigError(
                 f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others: one scales "
@@ -259,13 +261,29 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     return WeightedReport(adapter_name, "linear")
 
 
+def add_weighted_of_any(
+    tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+) -> WeightedReport:
+    """Combine adapters of a mixed model: those of one method as a model of that method does, others as plain LoRA.
+
+    See `add_weighted_adapter`. A ΔW without factors counts with the rank of a full matrix: pass `svd_rank`.
+
+    Raises:
+        NotImplementedError: an adapter has no ΔW, as IA3 or OFT, which act on inputs and outputs.
+    """
+    alike = [tuner.peft_config[name].peft_type == "IA3" for name in adapters if name in tuner.peft_config]
+    combine = add_weighted_vectors if alike and all(alike) else add_weighted_adapter
+    return combine(tuner, adapters, weights, adapter_name, *args, **kwargs)
+
+
 def refuse(tuner: Any, *args: Any, **kwargs: Any) -> None:
     """Raise: the parameters of this method cannot hold a sum of updates."""
     method = tuner.method
     why = "their parameters cannot hold a sum of what they do"
     remedy = (
         "Activate them together instead, model.base_model.set_adapter([…]), or merge them, "
-        "model.merge_adapter(adapter_names=[…])"
+        "model.merge_adapter(adapter_names=[…]). Those that have a ΔW combine into a LoRA adapter in a PeftMixedModel, "
+        "get_peft_model(…, mixed=True), or after graft.save_as_lora"
     )
     raise NotImplementedError(f"{method.__name__} adapters cannot be combined into one: {why}. {remedy}.")
 
@@ -282,6 +300,11 @@ def function_for(peft_type: str) -> Callable[..., Any]:
 
 
 # steps
+
+
+def kind_of(tuner: Any, names: list[str]) -> str:
+    """Return the peft_type of these adapters, or all of theirs in one text."""
+    return ", ".join(sorted({tuner.peft_config[name].peft_type.value for name in names}))
 
 
 def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
@@ -306,20 +329,21 @@ def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list
     return names, numbers
 
 
-def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, list[tuple[Any, float]]]:
+def parts_of(tuner: Any, names: list[str], weights: list[float], form: Form) -> dict[str, list[tuple[Any, float]]]:
     """Return (method, weight) of each adapter on each layer that has any of them.
 
     Raises:
-        NotImplementedError: one is of a variant, such as DoRA, that does more than add.
+        NotImplementedError: one has nothing that `form` can read, such as DoRA, which does more than add.
     """
     found: dict[str, list[tuple[Any, float]]] = {}
     for key, layer in tuner.layers.items():
         parts = [(layer.methods[n], w) for n, w in zip(names, weights) if n in layer.methods]
         for m, _ in parts:
-            if not (m.effect.additive or type(m) is tuner.method):
+            why = form.why_not(m)
+            if why is not None:
                 raise NotImplementedError(
-                    f"{type(m).__name__} adapters cannot be combined: '{m.name}' does more to layer '{key}' than add a "
-                    "low-rank update. Merge adapters into the base instead, one after the other."
+                    f"{type(m).__name__} adapters cannot be combined: of '{m.name}' on layer '{key}', {why}. Merge "
+                    "adapters into the base instead, one after the other."
                 )
         if parts:
             found[key] = parts
@@ -328,19 +352,21 @@ def parts_of(tuner: Any, names: list[str], weights: list[float]) -> dict[str, li
 
 def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str, cfg: Any) -> None:
     """Warn unless the new adapter changes a fresh base likewise."""
-    if tuner.method.variant(cfg)(None, cfg, adapter_name).inits_from_weight():
+    if changes_base(cfg):
         return
-    changed = [
-        n
-        for n in dict.fromkeys(names)
-        if any(n in layer.methods and layer.methods[n].inits_from_weight() for layer in tuner.layers.values())
-    ]
+    changed = [n for n in dict.fromkeys(names) if changes_base(tuner.peft_config[n])]
     if changed:
         warn(
             f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
             "it is now, and will not fit a fresh one.",
             PeftWarning,
         )
+
+
+def changes_base(cfg: Any) -> bool:
+    """Say whether the initialisation of adapters with this config changes the base weights."""
+    setting = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
+    return setting is not None and setting(cfg) is not None
 
 
 class OtherLayers(Exception):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.inject.parts import registry_of
 from graft.methods import METHODS
 from graft.model.peft_model import PeftModel
 from graft.model.tuner import Tuner
@@ -23,16 +24,20 @@ class MixedModel(Tuner):
 
     _method = None
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to combine adapters.
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add an adapter, inactive and frozen, that combines others: those of one method that can hold a sum (LoRA,
+        AdaLoRA, LoHa, IA3) into one of their kind, all others with a ΔW into a plain LoRA adapter.
+
+        Arguments are those of `add_weighted_adapter` of a model of one method.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: an adapter has no ΔW. Nothing has changed.
         """
-        raise NotImplementedError(
-            f"Weighted adapters are not supported for {type(self).__name__} (yet). Combine adapters of one method in a "
-            "PeftModel, and load the result here."
-        )
+        from graft.combine.weighted import add_weighted_of_any  # not needed to import graft
+
+        return add_weighted_of_any(registry_of(self), adapters, weights, adapter_name, *args, **kwargs)
 
 
 class PeftMixedModel(PeftModel):

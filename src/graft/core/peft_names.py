@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.core.changes import why_none
 from graft.core.effect import LowRank, Update
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
 from graft.core.plan import delta_of, evaluating
@@ -70,6 +71,10 @@ class PeftNames:
             )
         with evaluating(self):
             return self.op.uncanon(delta_of(self, effect))  # type: ignore[no-any-return]
+
+    def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
+        """Say whether plain LoRA can hold what an adapter does to this layer: see `graft.convert_to_lora`."""
+        return adapter_name in self.methods and why_none(self.methods[adapter_name]) is None
 
     # adapters
 

@@ -81,6 +81,15 @@ def get_peft_model_state_dict(
     return out
 
 
+def describe_base(config: Any, base: nn.Module) -> None:
+    """Complete what the config of a file says of the base model."""
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+    if config.task_type is None:
+        cls = type(base)
+        config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+
 def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
     if entry.memory not in given:
         raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter}'.")

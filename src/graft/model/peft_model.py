@@ -156,8 +156,8 @@ class PeftModel(nn.Module):
         return self.get_base_model().prepare_inputs_for_generation
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: converting adapters to LoRA is not in graft yet."""
-        return False
+        """Say whether plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
+        return self._registry.supports_lora_conversion(adapter_name)  # type: ignore[no-any-return]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
@@ -422,7 +422,7 @@ class PeftModel(nn.Module):
 
                 before, initial = files.load_pair(path_initial_model_for_weight_conversion)
                 tensors, config = subtract_initial(initial.tensors, before, tensors, config)
-            self._describe_base(config)
+            save.describe_base(config, self.get_base_model())
             config.inference_mode = True
             folder = folder_of(name, save_directory)
             files.check(folder, tensors)
@@ -433,14 +433,6 @@ class PeftModel(nn.Module):
             self.create_or_update_model_card(save_directory)
         except Exception as e:  # of many types: a README.md may hold anything
             warn(f"The adapter is saved; {save_directory}/README.md could not be written: {e}", PeftWarning)
-
-    def _describe_base(self, config: Any) -> None:
-        base = self.get_base_model()
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
-        if config.task_type is None:
-            cls = type(base)
-            config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         from graft.io.card import write_card

@@ -203,6 +203,11 @@ class Registry:
         if merged:
             raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether plain LoRA can hold what an adapter does to all of its layers; False if there are none."""
+        layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.
 

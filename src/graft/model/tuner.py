@@ -76,6 +76,10 @@ class Tuner(nn.Module):
 
     # PEFT's names for the registry's methods
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
+        return registry_of(self).supports_lora_conversion(adapter_name)  # type: ignore[no-any-return]
+
     @property
     def peft_config(self) -> dict[str, Any]:
         return registry_of(self).peft_config  # type: ignore[no-any-return]

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter of any method as plain LoRA: the update of each layer becomes a product B A."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.combine import rules, union
+from graft.combine.forms import Tensors, of_all_groups
+from graft.combine.weighted import changes_base
+from graft.core.changes import Change, change_of, why_none
+from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
+from graft.core.layer import AdapterLayer
+from graft.core.ops import META
+from graft.inject.match import Matcher
+from graft.inject.survey import survey
+from graft.methods import method_of
+
+Layers = dict[str, AdapterLayer]  # by path
+Spectrum = tuple[Tensor, Tensor, Tensor]  # Vh (groups, k, n), U S (groups, m, k), S (groups, k)
+
+
+def convert(
+    base: nn.Module,
+    layers: Layers,
+    adapter: str,
+    cfg: Any,
+    rank: int | float,
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[Any, dict[str, Tensors]]:
+    """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
+    check(layers, adapter, cfg, rank)
+    if cfg.peft_type == "LORA":
+        warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that, "
+            "unless it is to have another rank."
+        )
+    if changes_base(cfg):
+        warn(
+            f"The initialisation of '{adapter}' changed the base weights: as plain LoRA it belongs to the base model "
+            "as it is now, and will not fit a fresh one.",
+            PeftWarning,
+        )
+    decompose = spectrum if compile_kwargs is None else torch.compile(spectrum, **compile_kwargs)
+    held: dict[str, Change] = {}
+    for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
+        change = change_of(layer.methods[adapter])
+        held[key] = Change(*of_rank(change, rank, decompose), change.shift)
+    made = union.plain_lora([cfg])
+    configure(made, base, {key: A.shape[0] * A.shape[1] for key, (A, _, _) in held.items()}, rank)
+    made.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+    made.lora_bias = any(shift is not None for _, _, shift in held.values())
+    return made, {key: values_on(layers[key].methods[adapter], change, made) for key, change in held.items()}
+
+
+# checks
+
+
+def check(layers: Layers, adapter: str, cfg: Any, rank: Any) -> None:
+    """Raise unless LoRA of this rank can hold what the adapter does to each layer."""
+    check_rank(rank)
+    if not layers:
+        raise ConfigTypeError("Could not detect any layer that supports LoRA conversion.")
+    wrong = [key for key, layer in layers.items() if not layer.supports_lora_conversion(adapter)]
+    if wrong:
+        kinds = sorted({type(layers[key].methods[adapter]).__name__ for key in wrong})
+        why = why_none(layers[wrong[0]].methods[adapter]) or "its layer says so"
+        raise ConfigTypeError(
+            f"Some module types on this model do not support LoRA conversion: {', '.join(kinds)}. On layer "
+            f"'{wrong[0]}', {why}."
+        )
+    if getattr(cfg, "bias", "none") != "none":
+        raise ConfigError(
+            f"The adapter's config sets bias={cfg.bias}, this is not supported right now: LoRA's tensors cannot hold "
+            "the biases of the base model that it trained."
+        )
+    for key, layer in layers.items() if isinstance(rank, int) else ():
+        groups = layer.op.groups(layer.base_layer)
+        most = groups * min(layer.out_features // groups, layer.fan_in)
+        if rank > most:
+            raise ConfigError(
+                f"The chosen rank {rank} is larger than the weight shape ({most}), please choose a lower rank: layer "
+                f"'{key}' has none above."
+            )
+        if rank % groups:
+            raise ConfigError(f"Layer '{key}' has {groups} groups, by which rank {rank} is not divisible.")
+
+
+def check_rank(rank: Any) -> None:
+    """Raise for what is neither a rank, an int, nor a part of the energy, a float."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise ConfigTypeError(f"rank must be an int, or a float for the part of ‖ΔW‖² to keep, got {rank!r}.")
+    if isinstance(rank, int) and rank <= 0:
+        raise ConfigError(f"Passing a rank of {rank} doesn't make sense, please pass a valid value.")
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ConfigError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+
+
+# updates
+
+
+def spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
+    """Return all singular triples of B A; of A if there is no B."""
+    if B is None:
+        return rules.truncate_matrix(A, min(A.shape[-2:]))
+    return rules.truncate_product(A, B, min(*A.shape[-2:], B.shape[-2]))
+
+
+def of_rank(change: Change, rank: int | float, decompose: Callable[..., Spectrum]) -> tuple[Tensor, Tensor]:
+    """Return A (groups, k, n) and B (groups, m, k) whose product comes closest to ΔW; its own, if they have the rank.
+
+    A float asks for the smallest k, at least 1, with that part of ‖ΔW‖².
+    """
+    A, B, _ = change
+    if isinstance(rank, int):
+        k = rank // len(A)
+        if B is not None and A.shape[1] <= k:
+            return (A, B) if A.shape[1] == k else rules.truncate_product(A, B, k)[:2]  # with rows that can learn
+        Vh, US, _ = decompose(A, B)
+        return Vh[:, :k], US[..., :k]
+    Vh, US, S = decompose(A, B)
+    energy = S.square().sum(0).cumsum(0)  # of the first 1, 2, … triples
+    k = min(int((energy < rank * energy[-1]).sum()) + 1, len(energy))
+    return (A, B) if B is not None and A.shape[1] == k else (Vh[:, :k], US[..., :k])
+
+
+def shown(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """Show a progress bar."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc="Converting to LoRA", unit="layer", total=total)
+
+
+# LoRA
+
+
+def configure(cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | float) -> None:
+    """Make `cfg` give these layers of `base` these ranks, with scaling 1, and leave all others alone."""
+    if isinstance(rank, int):
+        cfg.r = cfg.lora_alpha = rank
+    else:
+        cfg.r = cfg.lora_alpha = 1
+        cfg.rank_pattern = dict(ranks)
+        if any(cfg.at(key).r != r for key, r in ranks.items()):  # one path ends with another
+            cfg.rank_pattern = {f"^{re.escape(key)}": r for key, r in ranks.items()}
+        cfg.alpha_pattern = dict(cfg.rank_pattern)
+    matcher = Matcher(cfg)
+    if {key for key in survey(base).modules if matcher(key).outcome == "matched"} != set(ranks):
+        union.name_exactly(cfg, ranks)
+
+
+def values_on(m: Any, change: Change, cfg: Any) -> Tensors:
+    """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
+    site, B = m.site, change.B.flatten(0, 1)  # type: ignore[union-attr]
+    A = of_all_groups(change.A, site).flatten(0, 1)
+    values = method_of("LORA")(site, cfg, m.name).holding(A, B)
+    if cfg.lora_bias:
+        if site.op.takes_ids:
+            raise ConfigError(f"The adapter changes biases, which LoRA cannot beside the embedding '{site.key}'.")
+        values["lora_B", "bias"] = B.new_zeros(site.out_features) if change.shift is None else change.shift
+    if not site.op.takes_ids:
+        for name, factor in zip("AB", site.op.factor_modules(site.module, len(A), False, False, META)):
+            values[f"lora_{name}", "weight"] = values[f"lora_{name}", "weight"].reshape(factor.weight.shape)
+    return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in values.items()}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert_to_lora, save_as_lora: an adapter of any method that has a ΔW, as plain LoRA."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.combine.convert import convert
+from graft.core.errors import ConfigTypeError
+from graft.inject.parts import Parts
+from graft.io import files, save
+from graft.io.entries import entries
+from graft.io.fingerprint import fingerprint, weights_of
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Return the LoraConfig and the tensors of a LoRA adapter that does what another one does; change nothing.
+
+    An update that is a product of that rank is taken as it is; of any other, an SVD gives the product that comes
+    closest. Modules that the adapter trains whole come along. Put the result into a fresh base model by
+
+        config, tensors = graft.convert_to_lora(model, rank=16)
+        model = graft.get_peft_model(base, config)
+        graft.set_peft_model_state_dict(model, tensors)
+
+    An adapter can be converted if it adds to weights, or computes new ones from them; not if it acts on inputs and
+    outputs (IA3, OFT, HRA, RoAd), at some positions only (aLoRA), or is a prompt.
+
+    Args:
+        rank: that of every layer. A float, above 0 and up to 1: the part of ‖ΔW‖² that each layer keeps, in the lowest
+            rank that has it.
+        compile_kwargs: arguments of torch.compile, to compile the decomposition.
+
+    Raises:
+        TypeError: the model has no adapter on layers, or this one has no ΔW on some layer.
+        ValueError: a layer cannot have that rank; the adapter trains biases of the base, or is not loaded.
+    """
+    parts, prefix, base, config = found(model, adapter_name)
+    made, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs)
+    tensors = {
+        f"{prefix}{key}.{container}" + (f".{path}" if path else ""): t
+        for key, held in values.items()
+        for (container, path), t in held.items()
+    }
+    for entry in entries(Parts({}, parts.wrappers), adapter_name, prefix):
+        tensors[entry.file] = entry.tensor.detach().clone()
+    return made, tensors
+
+
+def save_as_lora(
+    path: str | os.PathLike,
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Write what `convert_to_lora` returns: adapter_model.safetensors and adapter_config.json, in the folder `path`.
+
+    Raises:
+        TypeError, ValueError: as `convert_to_lora`; nothing is written.
+    """
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    parts, _, base, _ = found(model, adapter_name)
+    save.describe_base(config, base)
+    files.save_adapter(os.fspath(path), tensors, config, True, fingerprint(weights_of(parts, base)))
+
+
+def found(model: Any, adapter: str) -> tuple[Parts, str, nn.Module, Any]:
+    """Return the carriers of an adapter, the prefix of its keys, its base model and its config."""
+    model = getattr(model, "_orig_mod", model)
+    config = save.config_of(model, adapter)
+    if config is None and not getattr(model, "peft_config", None):
+        raise ConfigTypeError("Could not detect any layer that supports LoRA conversion. The model has no adapters.")
+    return *save.parts_of(model, adapter), config

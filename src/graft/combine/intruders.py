@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intruder dimensions, arXiv 2410.21228: singular vectors of W + ΔW that are like none of W's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.combine import rules, union
+from graft.combine.forms import factors_of
+from graft.combine.weighted import put, warn_if_base_changed
+from graft.core.changes import wide
+from graft.core.errors import ConfigError
+from graft.inject.parts import registry_of
+
+
+@torch.no_grad()
+def reduce_intruder_dimension(
+    peft_model: Any,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    logging_sink: Callable[[str], Any] = print,
+) -> None:
+    """Add an adapter like a LoRA adapter, with its intruder dimensions scaled down, and activate it.
+
+    Fine-tuning puts them into a weight, and they make a model forget. One is a left singular vector uᵢ of W + ΔW, among
+    the first `top_k`, of which the cosine with each of W's is below `threshold_epsilon`. The new adapter, of the same
+    rank, comes closest to ΔW + (λ - 1) Σ σᵢ uᵢ vᵢᵀ.
+
+    Args:
+        mitigation_lambda: λ, what is left of an intruder: 1 leaves all, 0 nothing.
+        logging_sink: takes a line of text about each layer.
+
+    Raises:
+        ConfigError: adapters of the model are not LoRA, or this one does more than add B A. Nothing has changed.
+        AdapterNotFoundError: there is no adapter of the old name.
+        AdapterNameError: there is one of the new name, or no adapter can have it.
+    """
+    registry = registry_of(peft_model)
+    if registry is None or not any(config.peft_type == "LORA" for config in registry.peft_config.values()):
+        raise ConfigError("The provided model is not using LoRA and is therefore not supported.")
+    registry.check_known([old_adapter_name])
+    cfg = copy.deepcopy(registry.peft_config[old_adapter_name])
+    parts = registry.parts_of(old_adapter_name)
+    layers = parts.layers
+    check(layers, old_adapter_name, cfg)
+    if isinstance(cfg.init_lora_weights, str):
+        cfg.init_lora_weights = True  # the base weights have been changed already
+    registry.check_new(new_adapter_name, cfg)
+    warn_if_base_changed(registry, [old_adapter_name], new_adapter_name, cfg)
+    values = {}
+    for key, layer in layers.items():
+        m = layer.methods[old_adapter_name]
+        values[key] = {(slot.container, slot.path): slot.tensor for slot in layer.slots(old_adapter_name)}
+        found = intruders(layer.W0, m, top_k, threshold_epsilon)
+        logging_sink(f"{parts.prefix}{key}: " + (f"Intruders: {len(found[1])}" if len(found[1]) else "No intruders"))
+        if len(found[1]):
+            values[key] |= m.holding(*without(m, *found, mitigation_lambda))
+    put(registry, new_adapter_name, cfg, values, union.owners(registry, [old_adapter_name]))
+    logging_sink(f"Enabling new adapter {new_adapter_name}")
+    registry.set_adapter(new_adapter_name)
+
+
+def check(layers: dict[str, Any], adapter: str, cfg: Any) -> None:
+    """Raise ConfigError unless B A is all that the adapter does, and its tensors can hold any other."""
+    if cfg.peft_type != "LORA":
+        raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")
+    for key, layer in layers.items():
+        m = layer.methods[adapter]
+        if not (m.effect.additive and m.holds_any) or layer.op.groups(layer.base_layer) > 1:
+            raise ConfigError(
+                f"Intruder dimensions of '{adapter}' cannot be reduced: on layer '{key}' ({type(m).__name__}, "
+                f"{layer.site.type_name}) it is no plain product B A with the shape of the weight."
+            )
+
+
+def product(m: Any) -> tuple[Tensor, Tensor]:
+    """Return A (r, n) and B (out, r) with ΔW = B A."""
+    term = factors_of(m, 1.0)
+    (A,), (B,) = term.product()
+    return A, B * term.scaling
+
+
+def intruders(W: Tensor, m: Any, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n)."""
+    W, (A, B) = wide(W).flatten(1), product(m)
+    U, S, Vh = torch.linalg.svd(W + B @ A, full_matrices=False)
+    own = torch.linalg.svd(W, full_matrices=False).U
+    new = (U[:, :top_k].T @ own).abs().amax(dim=1) < epsilon
+    return U[:, :top_k][:, new], S[:top_k][new], Vh[:top_k][new]
+
+
+def without(m: Any, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """Return A and B of the adapter, whose scaling they do not contain, with only `part` of these triples."""
+    A, B = product(m)
+    rank = len(A)
+    A, B, S = rules.truncate_product(torch.cat([A, Vh]), torch.cat([B, U * ((part - 1) * S)], dim=1), rank)
+    root = S[:rank].sqrt()  # share the size out to both, as training does
+    return A * root[:, None], B / torch.where(root > 0, root, 1.0) / m.scaling

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KappaTune, arXiv 2506.16289: adapt the layers whose weights are conditioned best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.carrier import layer_in
+from graft.core.errors import PeftWarning, warn
+from graft.inject.survey import survey
+from graft.inject.targets import is_linear
+from graft.storage import find_store
+
+EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")  # ends of names of the fused weights of experts
+FLOOR = 1e-8  # added to the smallest singular value
+
+
+class KappaTuneSelector:
+    """The condition numbers κ = σ_max / (σ_min + 1e-8) of a model's weights, by name; small ones first.
+
+    A weight with a small κ has singular values of one size: it holds much, and changing it harms little of that.
+
+    Args:
+        max_dim_size_to_analyze: leave out layers with more inputs or outputs than this: an SVD of them takes long.
+        moe_param_suffixes: ends of the names of parameters (experts, m, n) whose κ is the mean over the experts.
+        show_progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_dim_size_to_analyze: int = 16384,
+        moe_param_suffixes: Sequence[str] | None = None,
+        show_progress: bool = True,
+    ):
+        ends = EXPERTS if moe_param_suffixes is None else tuple(moe_param_suffixes)
+        self.max_dim_size_to_analyze, self.moe_param_suffixes = max_dim_size_to_analyze, ends
+        self.modules: dict[str, float] = {}  # κ by name of the layer
+        self.parameters: dict[str, float] = {}  # κ by name of the parameter
+        unread: list[str] = []
+        for name, module in shown(survey(model).modules.items(), show_progress):
+            W = weight_of(module)
+            if W is None:
+                unread += [name] if is_linear(module) else []
+            elif max(W.shape) <= max_dim_size_to_analyze:
+                self.modules[name] = float(condition(W))
+        for name, p in model.named_parameters():
+            if p.dim() == 3 and name.endswith(ends) and max(p.shape[1:]) <= max_dim_size_to_analyze:
+                self.parameters[name] = sum(float(condition(W)) for W in p.detach()) / len(p)
+        if unread:
+            text = f"KappaTune leaves out {len(unread)} layers whose weight cannot be read, such as '{unread[0]}'."
+            warn(text, PeftWarning)
+
+    def get_best_targets(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Return names of layers, smallest κ first: `num_modules` of them, else the part `top_p` (at least one), else
+        those with κ ≤ `threshold`, else all."""
+        return best(self.modules, top_p, num_modules, threshold)
+
+    def get_best_target_parameters(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Return names of experts' parameters, chosen likewise."""
+        return best(self.parameters, top_p, num_modules, threshold)
+
+
+def find_kappa_target_modules(
+    model: nn.Module,
+    top_p: float = 0.2,
+    max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: Sequence[str] | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[str] | None]:
+    """Return `target_modules`, and `target_parameters` or None: the part `top_p` of each with the smallest κ.
+
+    See `KappaTuneSelector`.
+    """
+    selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
+    return {
+        "target_modules": selector.get_best_targets(top_p=top_p),
+        "target_parameters": selector.get_best_target_parameters(top_p=top_p) or None,
+    }
+
+
+def best(kappas: dict[str, float], top_p: float | None, number: int | None, threshold: float | None) -> list[str]:
+    names = sorted(kappas, key=lambda name: kappas[name])
+    if number is not None:
+        return names[:number]
+    if top_p is not None:
+        return names[: max(1, int(len(names) * top_p))]
+    return names if threshold is None else [name for name in names if kappas[name] <= threshold]
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """Return the weight of a linear layer without adapters; None for another module, or if it cannot be read."""
+    if not is_linear(module):
+        return None
+    layer = layer_in(module)
+    base, store = (module, find_store(module)) if layer is None else (layer.base_layer, layer.store)
+    if store.unread(base, "weight") is not None:
+        return None
+    W: Tensor = store.read(module, "weight") if layer is None else layer.W0
+    return None if W.is_meta else W
+
+
+def condition(W: Tensor) -> Tensor:
+    """Return κ of a matrix."""
+    S = torch.linalg.svdvals(W.detach().to(torch.promote_types(W.dtype, torch.float32)))
+    return S[0] / (S[-1] + FLOOR)
+
+
+def shown(items: Iterable[Any], progressbar: bool) -> Iterator[Any]:
+    if progressbar:
+        from tqdm import tqdm
+
+        items = tqdm(items, desc="Condition numbers", unit="module")
+    yield from items

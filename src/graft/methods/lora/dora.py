@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Factors, LowRank
+from graft.kernels.eager import eager
 from graft.kernels.norm import row_norms
+from graft.methods.lora.caching import DoraCaching, Kept
 from graft.methods.lora.lora import LoRA
 
 
@@ -29,6 +31,7 @@ class DoRA(LoRA):
     """LoRA with magnitudes m (out,) that train; the norm counts as a constant."""
 
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
+    kept: Kept | None = None
 
     def check(self) -> str | None:
         if self.site.op.known and self.site.op.groups(self.site.module) > 1:
@@ -57,4 +60,16 @@ class DoRA(LoRA):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Return ‖W + ΔW‖ per output channel, (out,)."""
+        if DoraCaching.on and eager():
+            if not self.layer.training:
+                return self.kept_norm()
+            self.kept = None
         return row_norms(self.layer.W0.flatten(1), *super().factors().matrices())
+
+    def kept_norm(self) -> Tensor:
+        """Return the same, computed once for each state of the tensors that it depends on."""
+        of, kept = (self.layer.weight, *self.pair), self.kept
+        if kept is None or not kept.holds(of, self.scaling):
+            norm = row_norms(self.layer.W0.flatten(1), *super().factors().matrices())
+            kept = self.kept = Kept(norm, of, self.scaling)
+        return kept.norm

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers for LoRA: the same steps as PEFT's, and the formulas."""
 
+import sys
+from types import ModuleType
+
 import peft.optimizers
 import pytest
 import torch
@@ -61,6 +64,42 @@ def test_groups_of_loraplus(sample):
         )
         seen.append([(sorted(p.shape for p in g["params"]), g["lr"], g["weight_decay"]) for g in made.param_groups])
     assert seen[0] == seen[1]
+
+
+class Manager:
+    """In the place of the one of bitsandbytes, which is not installed."""
+
+    def __init__(self):
+        self.seen = []
+
+    def register_module_override(self, module, name, options):
+        self.seen.append((module, name, options))
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    made, bnb, optim = Manager(), ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    optim.GlobalOptimManager = type("GlobalOptimManager", (), {"get_instance": staticmethod(lambda: made)})
+    bnb.optim = optim
+    monkeypatch.setitem(sys.modules, "bitsandbytes", bnb)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    return made
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit", "Adam", "AdamW32bit"])
+def test_loraplus_keeps_embeddings_in_32_bits(name, manager):
+    """Of optimizers that hold their state in 8."""
+    kind = type(name, (torch.optim.Adam,), {})
+    seen = []
+    for model, lib in zip(both(first("LORA", "embedding")), (optimizers, peft.optimizers)):
+        made = lib.create_loraplus_optimizer(model, kind, lr=0.01, loraplus_lr_ratio=4.0)
+        assert type(made) is kind
+        embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        assert [m for m, _, _ in manager.seen] == (embeddings if "8bit" in name else [])
+        seen.append([options for _, *options in manager.seen])
+        manager.seen.clear()
+    assert seen[0] == seen[1]
+    assert seen[0] == ([["weight", {"optim_bits": 32}]] * 2 if "8bit" in name else [])
 
 
 def test_lorafa_freezes_a():

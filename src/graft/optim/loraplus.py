@@ -8,13 +8,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # of bitsandbytes
+
 
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
     """Make an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
-    One-dimensional parameters learn with B, all others with A; biases and layer norms do not decay.
+    One-dimensional parameters learn with B, all others with A; biases and layer norms do not decay. An 8-bit Adam of
+    bitsandbytes keeps the state of embeddings that train in 32 bits.
 
     Args:
         loraplus_weight_decay: decay of all others (0).
@@ -36,4 +39,17 @@ def create_loraplus_optimizer(
     fast = lr * loraplus_lr_ratio
     rates = {"A": (lr, decay), "embedding": (lr_embedding, decay), "B": (fast, decay), "B without decay": (fast, 0.0)}
     made = [{"params": groups[k], "lr": rate, "weight_decay": wd} for k, (rate, wd) in rates.items()]
-    return optimizer_cls(made, **kwargs)  # type: ignore[arg-type]
+    optimizer = optimizer_cls(made, **kwargs)  # type: ignore[arg-type]
+    if optimizer_cls.__name__ in EIGHT_BIT:
+        keep_embeddings_wide(model)
+    return optimizer
+
+
+def keep_embeddings_wide(model: nn.Module) -> None:
+    """Have bitsandbytes hold the state of embeddings in 32 bits: of most tokens a step sees nothing, of some much."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -26,6 +26,8 @@ _NAMES: dict[str, str] = {
         "graft.methods": "PeftType method_of",
         "graft.methods.lora": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
         "LoraRuntimeConfig MontecloraConfig VeloraConfig",
+        "graft.methods.lora.caching": "DoraCaching",
+        "graft.combine.intruders": "reduce_intruder_dimension",
         "graft.prompts.prompt_tuning": "PromptTuningInit",
         "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",
         "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",
@@ -36,6 +38,7 @@ _NAMES: dict[str, str] = {
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
         "graft.model.arrow": "create_arrow_model",
+        "graft.model.convert": "convert_to_lora save_as_lora",
         "graft.model.plan": "plan",
         "graft.model.audit": "AuditReport audit",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "
@@ -60,6 +63,7 @@ _NAMES: dict[str, str] = {
         "graft.train.loftq": "replace_lora_weights_loftq",
         "graft.train.loraga": "preprocess_loraga",
         "graft.train.helpers": "cast_mixed_precision_params shift_tokens_right",
+        "graft.train.kappa": "KappaTuneSelector find_kappa_target_modules",
         "graft.train.kbit": "prepare_model_for_kbit_training",
     }.items()
     for name in names.split()

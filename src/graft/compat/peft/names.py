@@ -100,8 +100,9 @@ MODULES: dict[str, str] = {
     "config": "CONFIG_NAME PeftConfig PeftConfigMixin PeftType PromptLearningConfig TaskType",
     "functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
     "set_peft_model_state_dict set_requires_grad",
-    "helpers": "MontecloraTrainerMixin PeftConfig PeftModel check_if_peft_model disable_input_dtype_casting "
-    "rescale_adapter_scale update_forward_signature update_generate_signature update_signature",
+    "helpers": "DoraCaching KappaTuneSelector MontecloraTrainerMixin PeftConfig PeftModel check_if_peft_model "
+    "disable_input_dtype_casting find_kappa_target_modules rescale_adapter_scale update_forward_signature "
+    "update_generate_signature update_signature",
     "import_utils": "",  # see shims.import_check
     "mapping": f"{_MAPPINGS} PEFT_TYPE_TO_MIXED_MODEL_MAPPING get_peft_config inject_adapter_in_model",
     "mapping_func": f"{_PREFIXES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftConfig PeftMixedModel PeftModel get_peft_model",
@@ -127,10 +128,13 @@ MODULES: dict[str, str] = {
     "tuners.lora.variants": "calculate_alora_offsets",
     "tuners.lokr": "LoKrLayer",
     "tuners.lokr.layer": "LoKrLayer",
-    "tuners.lora": f"{_EVA} preprocess_loraga",  # beside those that follow from the table of methods
+    # beside those that follow from the table of methods
+    "tuners.lora": f"{_EVA} convert_to_lora create_arrow_model preprocess_loraga save_as_lora",
     "tuners.lora.corda": "CordaEigens LoraConfig preprocess_corda",
     "tuners.lora.eva": f"{_EVA} LoraConfig forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
+    "tuners.lora.conversion": "LoraConfig convert_to_lora save_as_lora",
+    "tuners.lora.intruders": "reduce_intruder_dimension",
     "tuners.lora.loraga": "LoraConfig preprocess_loraga",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BasePromptEncoder BaseTuner BaseTunerLayer BufferDict PeftConfig "
     "NoMatchingPeftModuleError PeftType PeftWarning TaskType check_adapters_to_merge init_empty_weights "

@@ -156,3 +156,17 @@ def test_refusals_change_nothing(make, old, error, text):
     assert after[:2] == before[:2] and all(torch.equal(after[2][k], t) for k, t in before[2].items())
     with pytest.raises(graft.ConfigError, match="not using LoRA"):
         graft.reduce_intruder_dimension(models.make("mlp"))
+
+
+def test_stacks_of_matrices_are_refused():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.randn(3, 6, 10))
+
+    base = torch.nn.ModuleDict({"experts": Experts()})
+    model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_parameters=["experts.up"]))
+    with pytest.raises(graft.ConfigError, match="no plain product"):
+        graft.reduce_intruder_dimension(model)
+    with pytest.raises(TypeError, match="no LoRA layer stands for 'Experts'"):
+        graft.convert_to_lora(model, 2)

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: test test-all mutations fuzz check bench demo demo-lm clean
+.PHONY: test test-all mutations fuzz check bench demo demo-lm compare clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ check: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(DEMO)
+
+compare: $(VENV)/.demo-lm
+	$(BIN)/python -m examples.compare $(COMPARE)
 
 demo-lm: $(VENV)/.demo-lm
 	$(BIN)/python -m examples.demo_lm $(DEMO)

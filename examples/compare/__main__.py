@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter methods side by side on one task of a real language model: the dates of `make demo-lm`, equal steps.
+
+Run `make compare`, or `python -m examples.compare --help`. Prints a table and leaves a picture, the numbers and the
+table as Markdown in `out/`. Results of an earlier run are kept unless --again is given, so that a run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from examples.compare.choices import CHOICES, FAMILY
+from examples.compare.picture import draw
+from examples.demo.cli import add_common, make_out, parse_common, run
+from examples.demo.data import DemoError
+from examples.demo.display import console
+from examples.demo_lm.model import model_source
+
+STEPS, HELD_OUT = 60, 100
+COLUMNS = ("method", "", "exact match", "lenient", "loss", "step", "prepare", "peak memory", "file", "parameters", "lr")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the comparison; return what it writes to compare.json."""
+    args = parse(argv)
+    steps, held_out = (3, 10) if args.quick else (args.steps or STEPS, HELD_OUT)
+    with console.status("reading the model; the first time it is converted, which takes half a minute"):
+        source = model_source(args.model)
+    file = args.out / "compare.json"
+    settings = {"steps": steps, "seed": args.seed, "held_out": held_out}
+    results = {} if args.again else earlier(file, settings)
+    names = args.methods or list(FAMILY if args.lora else CHOICES)
+    for name in names:
+        if name not in results:
+            results[name] = compare(name, source, **settings)
+            file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
+    results = {name: results[name] for name in CHOICES if name in results}
+    console.print(table(results, held_out))
+    (args.out / "compare.md").write_text(markdown(results, held_out))
+    draw(results, held_out, args.out / "compare.png")
+    console.rule(f"{file} · {args.out / 'compare.md'} · {args.out / 'compare.png'}")
+    return {"settings": settings, "methods": results}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("methods", nargs="*", help=f"which ones (default: all): {', '.join(CHOICES)}")
+    parser.add_argument("--model", help="a llama with a chat template: path or hub id (default: the carrier package's)")
+    parser.add_argument("--lora", action="store_true", help="LoRA and its relatives only")
+    parser.add_argument("--again", action="store_true", help="forget the results of earlier runs")
+    add_common(parser, Path("out"), {"dates": STEPS})
+    args = parse_common(parser, argv)
+    unknown = [name for name in args.methods if name not in CHOICES]
+    if unknown:
+        parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
+    make_out(parser, args.out)
+    return args
+
+
+def earlier(file: Path, settings: dict[str, int]) -> dict[str, Any]:
+    """Return the results of an earlier run with the same settings."""
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return before["methods"] if before.get("settings") == settings else {}
+
+
+def compare(name: str, source: str, steps: int, seed: int, held_out: int) -> dict[str, Any]:
+    """Train and judge a method in a process of its own, behind a progress bar."""
+    command = [sys.executable, "-m", "examples.compare.one", name, source, str(steps), str(seed), str(held_out)]
+    columns = TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}")
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
+        Progress(*columns, TimeElapsedColumn(), console=console) as bar,
+    ):
+        task = bar.add_task(name, total=steps, what="reads the model")
+        for line in child.stdout or ():
+            event = json.loads(line)
+            if "result" in event:
+                bar.update(task, what=f"exact {event['result']['exact']:.2f}")
+                return event["result"]  # type: ignore[no-any-return]
+            what = "answers" if event.get("answering") else f"loss {event['loss']:.3f}"
+            bar.update(task, completed=event["step"], what=what)
+        errors = (child.stderr.read() if child.stderr else "").strip().splitlines()
+    raise DemoError(f"{name} ended without a result: {errors[-1] if errors else 'no message'}")
+
+
+def cells(name: str, m: dict[str, Any], n: int) -> list[str]:
+    p = m["exact"]
+    return [
+        name,
+        m["note"],
+        f"{p:.2f} ± {(p * (1 - p) / n) ** 0.5:.2f}",
+        f"{m['lenient']:.2f}",
+        f"{m['loss']:.3f}",
+        f"{m['cpu_seconds'] / m['steps']:.2f} s",
+        f"{m['prepare_seconds']:.0f} s",
+        f"{m['peak_memory'] / 1e9:.2f} GB",
+        f"{m['bytes'] / 1e3:.0f} kB",
+        f"{m['parameters']:,}",
+        f"{m['lr']:g}",
+    ]
+
+
+def rows(results: dict[str, Any], n: int) -> list[list[str]]:
+    return [cells(name, m, n) for name, m in results.items()]
+
+
+def table(results: dict[str, Any], n: int) -> Table:
+    made = Table(title=f"dates, {n} held-out questions", title_justify="left")
+    for i, name in enumerate(COLUMNS):
+        made.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows(results, n):
+        made.add_row(*row)
+    return made
+
+
+def markdown(results: dict[str, Any], n: int) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(results, n)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that are compared: a config each, a learning rate, and what some need before or during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+import graft
+from examples.demo_lm import methods as demo
+from examples.demo_lm.chat import training_batch
+from examples.demo_lm.data import Task
+from examples.demo_lm.training import BATCH, batches
+
+CALIBRATION = 8  # batches, where an initialisation looks at data
+LR = 3e-3  # chosen for LoRA on validation dates; its relatives train with the same
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method as it is used here.
+
+    Attributes:
+        config: training steps → config.
+        before: (model, config, batches) of a base, before the adapter comes.
+        after: (model, batches) of the adapted model, before training.
+        loss: (model) → what is added to the loss.
+        after_step: given the optimizer and the model, registers what is to happen after each step.
+        invocation: the text from which on an aLoRA acts.
+    """
+
+    config: Callable[..., Any]
+    lr: float = LR
+    note: str = "r 4, q and v"
+    before: Callable[[nn.Module, Any, list[dict[str, Tensor]]], None] | None = None
+    after: Callable[[nn.Module, list[dict[str, Tensor]]], None] | None = None
+    loss: Callable[[nn.Module], Tensor] | None = None
+    after_step: Callable[..., Any] | None = None
+    invocation: str | None = None
+
+    def made(self, steps: int, tokenizer: Any) -> Any:
+        """Return the config."""
+        if self.invocation is None:
+            return self.config(steps)
+        return self.config(steps, alora_invocation_tokens=tokenizer(self.invocation).input_ids)
+
+
+def lora(steps: int, **fields: Any) -> Any:
+    return graft.LoraConfig(
+        **{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "target_modules": demo.ATTENTION, **fields}
+    )
+
+
+def of(method: str, **fields: Any) -> Callable[[int], Any]:
+    """Return a function that makes the config of another method on the same layers."""
+
+    def make(steps: int) -> Any:
+        cls = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+        return cls(task_type="CAUSAL_LM", target_modules=demo.ATTENTION, **fields)
+
+    return make
+
+
+def calibration(tokenizer: Any, task: Task, seed: int) -> list[dict[str, Tensor]]:
+    """Return batches of training pairs for initialisations that look at data."""
+    return [training_batch(tokenizer, task.instruction, pairs) for pairs in picked(task, seed)]
+
+
+def picked(task: Task, seed: int) -> Iterator[Any]:
+    return batches(task.train, BATCH, CALIBRATION, seed + 1)
+
+
+def eva(model: nn.Module, data: list[dict[str, Tensor]]) -> None:
+    graft.initialize_lora_eva_weights(model, data, show_progress_bar=False)
+
+
+def corda(model: nn.Module, config: Any, data: list[dict[str, Tensor]]) -> None:
+    def run() -> None:
+        for batch in data:
+            model(**batch)
+
+    graft.preprocess_corda(model, config, run_model=run)
+
+
+def loraga(model: nn.Module, config: Any, data: list[dict[str, Tensor]]) -> None:
+    def step() -> None:
+        for batch in data:
+            model(**batch).loss.backward()
+
+    graft.preprocess_loraga(model, config, step)
+
+
+def kasa_loss(model: nn.Module) -> Tensor:
+    return model.base_model._get_kasa_loss()  # type: ignore[union-attr,operator,no-any-return]
+
+
+FAMILY: dict[str, Choice] = {
+    "LoRA": Choice(lora),
+    "rsLoRA": Choice(partial(lora, use_rslora=True, lora_alpha=8), note="r 4, α 8, q and v"),
+    "DoRA": Choice(partial(lora, use_dora=True)),
+    "PiSSA": Choice(partial(lora, init_lora_weights="pissa_niter_4")),
+    "OLoRA": Choice(partial(lora, init_lora_weights="olora"), 1e-3),
+    "orthogonal": Choice(partial(lora, init_lora_weights="orthogonal")),
+    "EVA": Choice(partial(lora, init_lora_weights="eva", eva_config=graft.EvaConfig(rho=1.0)), after=eva),
+    "CorDA": Choice(
+        partial(lora, init_lora_weights="corda", corda_config=graft.CordaConfig(corda_method="ipm")), before=corda
+    ),
+    "LoRA-GA": Choice(partial(lora, init_lora_weights="lora_ga", lora_ga_config=graft.LoraGAConfig()), before=loraga),
+    "KaSA": Choice(partial(lora, kasa_config=graft.KasaConfig()), loss=kasa_loss),
+    "MiCA": Choice(partial(lora, init_lora_weights="mica")),
+    "aLoRA": Choice(lora, note="r 4, q and v, for the answer only", invocation="<|im_start|>assistant"),
+}
+OTHERS: dict[str, Choice] = {
+    "AdaLoRA": Choice(demo.adalora, 1e-2, "r 6 → 4, q and v", after_step=demo.OTHERS["AdaLoRA"].after_step),
+    "IA3": Choice(demo.ia3, 1e-1, "k, v, down"),
+    "VeRA": Choice(of("VERA", r=64), 2e-2, "r 64, q and v"),
+    "LoHa": Choice(of("LOHA", r=4, alpha=16), LR, "r 4, q and v"),
+    "OFT": Choice(of("OFT", oft_block_size=32), LR, "blocks of 32, q and v"),
+    "HRA": Choice(of("HRA", r=4), LR, "r 4, q and v"),
+    "HiRA": Choice(of("HIRA", r=16), 1e-2, "r 16, q and v"),
+    "MiSS": Choice(of("MISS", r=8), LR, "r 8, q and v"),
+    "RoAd": Choice(of("ROAD", group_size=64), 1e-2, "q and v"),
+    "prefix tuning": Choice(demo.prefix_tuning, 3e-2, "20 tokens"),
+    "prompt tuning": Choice(demo.prompt_tuning, 1e-1, "20 tokens"),
+}
+CHOICES = FAMILY | OTHERS

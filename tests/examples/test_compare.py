@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of methods without its weights: every method of LoRA's family on a tiny model, table and picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from examples.compare import __main__ as compare
+from examples.compare import one
+from examples.compare.choices import CHOICES, FAMILY
+from examples.demo_lm import data
+from tests.examples.test_demo_lm import tokenizer, write  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tokenizer):  # noqa: F811
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    tokens = dict(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.filterwarnings("ignore")
+def test_a_method_trains_saves_and_answers(name, source, capsys):
+    task = data.dates(0, held_out=4, train=100, write=write)
+    base = LlamaForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    result = one.run(CHOICES[name], base, source, task, steps=2, seed=0)
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["step"] for event in events] == [1, 2, 2] and events[-1]["answering"]
+    assert 0 <= result["exact"] <= result["lenient"] <= 1
+    assert result["bytes"] > 500 and result["parameters"] > 100 and result["peak_memory"] > 1e8
+
+
+def test_table_picture_and_going_on(tmp_path, monkeypatch):
+    made = dict(exact=0.5, lenient=0.6, loss=0.1, seconds=3.0, steps=3, cpu_seconds=2.0, prepare_seconds=0.0,
+                peak_memory=2e9, bytes=40_000, parameters=1000, lr=0.003, note="r 4")  # fmt: skip
+    calls = []
+    monkeypatch.setattr(compare, "model_source", lambda source: source)
+    monkeypatch.setattr(compare, "compare", lambda name, *a, **b: calls.append(name) or made)
+    arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
+    compare.main([*arguments, "LoRA"])
+    results = compare.main([*arguments, "--lora"])
+    assert calls == list(FAMILY) and list(results["methods"]) == list(FAMILY), "what is there is not done again"
+    assert "| LoRA | r 4 | 0.50 ± 0.16 |" in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    compare.main([*arguments, "--again", "LoRA"])
+    assert calls[-1] == "LoRA"
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "Lora"])
+
+
+def test_a_child_that_fails_is_reported(monkeypatch):
+    monkeypatch.setattr(compare.sys, "executable", "/bin/false")
+    with pytest.raises(compare.DemoError, match="LoRA ended without a result: no message"):
+        compare.compare("LoRA", "/nowhere", steps=1, seed=0, held_out=1)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import graft
 from benchmarks import (
+    experts,
     files,
     guard,
     imports,
@@ -46,6 +47,7 @@ BENCHES = [
         training,
         methods,
         inference,
+        experts,
         serving,
     )
     for bench in group.BENCHES

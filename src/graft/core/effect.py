@@ -96,6 +96,11 @@ class Effect:
         """Say whether a forward pass needs the values of the weight."""
         return self.of_weight
 
+    @property
+    def keeps_weight(self) -> bool:
+        """Say whether its merged form changes the bias alone."""
+        return False
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Effect):
@@ -113,16 +118,21 @@ class LowRank(Effect):
 class Update(Effect):
     """An update of the weight: W' = W + ΔW, b' = b + Δb.
 
-    `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). ΔW is a tensor, or a value that is
-    not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the tensor; `columns(ids)`, the part that an
-    embedding looks up; and `linear_with`, a cheaper way to x (W + ΔW)ᵀ.
+    `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). None: the weight stays as it is.
+    ΔW is a tensor, or a value that is not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the tensor;
+    `columns(ids)`, the part that an embedding looks up; `product(x)`, x ΔWᵀ for few rows (None if forming ΔW pays); and
+    `linear_with`, a cheaper way to x (W + ΔW)ᵀ.
     """
 
-    delta: Callable[..., Any]
+    delta: Callable[..., Any] | None
     branch: Callable[[Tensor], Tensor] | None = None  # x → ΔW x, where that is cheaper
     bias: Callable[[], Tensor] | None = None  # Δb, (out,)
     dropout: Callable[[], nn.Module] | None = None  # acts on the input
     draws: bool = False  # ΔW is random in training: a call must not compute it twice
+
+    @property
+    def keeps_weight(self) -> bool:
+        return self.delta is None
 
 
 @dataclass(frozen=True, eq=False)

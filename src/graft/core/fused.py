@@ -149,6 +149,8 @@ def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch
     b = base.bias
     if bias is not None:
         b = bias if b is None else b + bias
+    if delta is None:
+        return op.call(base, x, W, b) if W.dtype == dtype else None  # type: ignore[no-any-return]
     call, back = partial(op.call, base), op.input_gradient
     if not isinstance(delta, Tensor):
         return delta.linear_with(W, b, x, call, back) if bias is None else None  # type: ignore[no-any-return]

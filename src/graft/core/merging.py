@@ -259,6 +259,12 @@ def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) 
     W, bias = folded(layer, steps)
     old: Any = getattr(base, "bias", None)
     shifted = bias is not None and bias is not old
+    if all([effect.keeps_weight for _, effect in steps]):
+        if undoable:
+            state.undo.append(("bias", None, old.detach().clone()))
+        base.bias.data.copy_(bias)
+        state.merged += names
+        return
     if undoable:
         state.undo.append(("restore", _snapshot(layer), old.detach().clone() if shifted else None))
     replaced = layer.store.write(base, name, layer.op.uncanon(W), shared)

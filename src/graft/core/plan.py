@@ -84,7 +84,9 @@ def dense(delta: Any) -> Tensor:
 
 
 def formed(layer: Any, effect: Update) -> Any:
-    """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet."""
+    """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet; None if there is none."""
+    if effect.delta is None:
+        return None
     return effect.delta(layer.W0) if effect.of_weight else effect.delta()
 
 
@@ -96,7 +98,8 @@ def delta_of(layer: Any, effect: Effect) -> Tensor:
             A, B = A.float(), B.float()
         return layer.op.product(A, B, layer.site.shape)  # type: ignore[no-any-return]
     if isinstance(effect, Update):
-        return dense(formed(layer, effect))
+        delta = formed(layer, effect)
+        return torch.zeros(layer.site.shape) if delta is None else dense(delta)
     raise TypeError(f"a {type(effect).__name__} has no ΔW")
 
 
@@ -140,10 +143,16 @@ def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
 
 
 def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return ΔW x + Δb. For ids, form only the columns that they name, if ΔW is not formed yet."""
+    """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only the columns that ids name, or nothing if that pays."""
     op, base = layer.op, layer.base_layer
-    if op.takes_ids and not isinstance(delta, Tensor):
-        return op.scaled(base, delta.columns(x).to(m.dtype))  # type: ignore[no-any-return]
+    if delta is None:
+        return op.channels(bias)  # type: ignore[no-any-return]
+    if not isinstance(delta, Tensor):
+        if op.takes_ids:
+            return op.scaled(base, delta.columns(x).to(m.dtype))  # type: ignore[no-any-return]
+        y = delta.product(x) if op.linear else None
+        if y is not None:
+            return y if bias is None else y + bias  # type: ignore[no-any-return]
     return op.call(base, x, dense(delta).to(m.dtype), bias)  # type: ignore[no-any-return]
 
 
@@ -244,11 +253,12 @@ def fold_step(
         if f.gain is not None:
             W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
     else:
-        delta = delta_of(layer, effect).to(W.dtype)
-        dropout = getattr(effect, "dropout", None) if drops else None
-        if dropout is not None:
-            delta = delta * dropout()(torch.ones_like(W[0]))
-        W = W + delta
+        if not effect.keeps_weight:
+            delta = delta_of(layer, effect).to(W.dtype)
+            dropout = getattr(effect, "dropout", None) if drops else None
+            if dropout is not None:
+                delta = delta * dropout()(torch.ones_like(W[0]))
+            W = W + delta
         shift = shift_of(effect)
     if shift is not None:
         b = shift if b is None else b + shift.to(b.dtype)

@@ -46,6 +46,9 @@ class Hadamard(NamedTuple):
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
         return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
 
+    def product(self, x: Tensor) -> None:
+        """Say that for few rows, too, the matrix has to be formed."""
+
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
         input_gradient: Callable[..., Tensor],

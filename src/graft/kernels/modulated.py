@@ -33,6 +33,9 @@ class Modulated(NamedTuple):
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
         return embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
 
+    def product(self, x: Tensor) -> None:
+        """Say that for few rows, too, the matrix has to be formed."""
+
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
         input_gradient: Callable[..., Tensor],

@@ -14,11 +14,12 @@ from graft.core.lean import ModuleDict, bare
 
 
 class BufferDict(nn.Module):
-    """Buffers by name, as `nn.ParameterDict` has parameters."""
+    """Buffers by name, as `nn.ParameterDict` has parameters. persistent: in the state dict; filed: in checkpoints."""
 
-    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
+    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False, filed: bool | None = None):
         super().__init__()
         self.persistent = persistent
+        self.filed = persistent if filed is None else filed
         for name, value in (buffers or {}).items():
             self[name] = value
 
@@ -61,7 +62,7 @@ class AnyDict(nn.Module):
         self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
             self[name] = other[name]
-            if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.persistent):
+            if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.filed):
                 self.transient.add(name)
 
     def _held(self, name: object) -> dict[str, Any] | None:
@@ -75,7 +76,8 @@ class AnyDict(nn.Module):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if isinstance(value, Transient):
-            self.transient.add(name)
+            if not isinstance(value, Filed):
+                self.transient.add(name)
             value = value.tensor
         held = self._held(name)
         if held is not None:
@@ -117,6 +119,10 @@ class Transient:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
+
+
+class Filed(Transient):
+    """A tensor that a checkpoint holds, and the state dict does not: PEFT keeps it outside of the module's tensors."""
 
 
 class TransientParameterDict(nn.ParameterDict):
@@ -190,7 +196,7 @@ def container_for(value: Any) -> Any:
     if isinstance(value, Transient) and isinstance(value.tensor, nn.Parameter):
         return TransientParameterDict()
     if isinstance(value, Transient):
-        return BufferDict(persistent=False)
+        return BufferDict(persistent=False, filed=isinstance(value, Filed))
     return BufferDict(persistent=True)
 
 
@@ -225,5 +231,5 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
     elif isinstance(container, AnyDict):
         if adapter in container and (transient or adapter not in container.transient):
             yield "", container, adapter, container[adapter]
-    elif isinstance(container, BufferDict) and (transient or container.persistent) and adapter in container:
+    elif isinstance(container, BufferDict) and (transient or container.filed) and adapter in container:
         yield "", container, adapter, container[adapter]

@@ -68,7 +68,7 @@ class Holding:
                     value.train(training)
                     slots += slots_of(key, container, adapter)
                 continue
-            container[adapter] = value.tensor if kind is Transient else value
+            container[adapter] = value.tensor if isinstance(value, Transient) else value
             slots += slots_of(key, container, adapter)
         for key, container in method.empty.items():
             if key not in modules and key not in own:

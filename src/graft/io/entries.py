@@ -39,6 +39,10 @@ class Entry:
     container: str = ""
     path: str = ""  # below the adapter's name
 
+    @property
+    def in_state_dict(self) -> bool:
+        return self.attribute not in self.owner._non_persistent_buffers_set
+
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
         value = spread_as(self.tensor, value)

@@ -19,7 +19,8 @@ from graft.core.site import Site
 if TYPE_CHECKING:
     from graft.core.call import Call, Run
 
-FACT_TYPES = ("float", "int", "bool", "str", "list", "dict")  # annotations of facts, which a layer keeps in plain dicts
+# annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
+STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
 SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
 OWN = frozenset({"layer", "name", "site", "cfg", "effect", "along"})
 
@@ -78,8 +79,8 @@ class Method:
             if name in vars(cls):
                 continue
             setattr(cls, name, _reader(name))
-            fact = str(getattr(annotation, "__name__", annotation)).startswith(FACT_TYPES)
-            if name.startswith(getattr(cls, "prefix", "")) and not fact and not name.endswith("dropout"):
+            still = str(getattr(annotation, "__name__", annotation)).startswith(STILL)
+            if name.startswith(getattr(cls, "prefix", "")) and not still and not name.endswith("dropout"):
                 cls.layer_names = (*cls.layer_names, name)
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
@@ -179,6 +180,10 @@ class Method:
     def inits_from_weight(self) -> bool:
         """Say whether `init` reads or changes the base weight."""
         return False
+
+    def changes_weight(self) -> bool:
+        """Say whether `init` changes the base weight."""
+        return self.inits_from_weight()
 
     def inits_before_load(self) -> bool:
         """Say whether `init` must run before a load, too; not if `loaded` makes up for it."""

@@ -107,7 +107,7 @@ def add_layers(job: Any) -> None:
         if loads:
             nowhere = not method.inits_before_load()
         else:
-            nowhere = (job.on_meta or site.on_meta) and not method.inits_from_weight()
+            nowhere = not (method.changes_weight() if site.on_meta else not job.on_meta or method.inits_from_weight())
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:

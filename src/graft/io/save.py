@@ -91,6 +91,8 @@ def describe_base(config: Any, base: nn.Module) -> None:
 
 
 def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
+    if not entry.in_state_dict:
+        return entry.tensor
     if entry.memory not in given:
         raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter}'.")
     return given[entry.memory]
@@ -211,4 +213,4 @@ def base_fingerprint(model: nn.Module, adapter: str, full: bool = False) -> dict
 
 def changes_base(parts: Parts, adapter: str) -> bool:
     methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
-    return any(m is not None and m.inits_from_weight() for m in methods)
+    return any(m is not None and m.changes_weight() for m in methods)

@@ -77,7 +77,7 @@ class PeftConfig:
         changes = {}
         for pattern_field, name in self.patterns.items():
             for pattern, value in (getattr(self, pattern_field) or {}).items():
-                if matches_end(pattern, key, pattern_field):
+                if self.reaches(pattern, key, pattern_field):
                     changes[name] = value
                     break
         if not changes:
@@ -86,6 +86,10 @@ class PeftConfig:
         for name, value in changes.items():
             setattr(here, name, value)
         return here
+
+    def reaches(self, text: str, key: str, field: str) -> bool:
+        """Say whether a pattern of `field`, one of `patterns`, fits layer path `key`."""
+        return matches_end(text, key, field)
 
     # dicts and files
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from graft.config.base import matches_end
 from graft.core.carrier import carrier_of
 from graft.core.effect import Branch
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
@@ -226,7 +225,7 @@ def report_on(
         say_unmatched("target_modules", unmatched(left, used, outcomes), report)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
-        idle = sorted(p for p in getattr(cfg, name) or () if not any(matches_end(p, k, name) for k in matched))
+        idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))
         if idle:
             text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."
             warn(text, RuntimeWarning)

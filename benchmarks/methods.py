@@ -135,6 +135,7 @@ CASES = [
     Case("VB-LoRA r 4", "VBLoRAConfig", EVERY | dict(vector_length=64), long=True),
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
+    Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),
     Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),

@@ -90,6 +90,7 @@ SIZES = {
     "MISS": dict(r=4),
     "VBLORA": dict(r=3, num_vectors=9, vector_length=1),
     "ROAD": dict(group_size=2),
+    "BEFT": {},
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests import models
 from tests.pair import LIBS, adapt, both, trainable
-from tests.samples import SAMPLES, each, first
+from tests.samples import METHODS, SAMPLES, each, first
 
 STATES = {
     "fresh": lambda lib, m, s: None,
@@ -161,10 +161,7 @@ def test_structure(sample):
         _ = model.no_such_attribute
 
 
-ATTRIBUTES = dict.fromkeys(
-    ["LORA", "IA3", "VERA", "LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "ROAD", "LN_TUNING"],
-    "active_adapters merged merged_adapters disable_adapters",
-)
+ATTRIBUTES = dict.fromkeys(METHODS, "active_adapters merged merged_adapters disable_adapters")
 ATTRIBUTES["LORA"] += " r lora_alpha scaling use_rslora in_features out_features fan_in_fan_out"
 ATTRIBUTES["HIRA"] += " r in_features out_features"
 ATTRIBUTES["MISS"] += " miss_r miss_mini_r in_features out_features"

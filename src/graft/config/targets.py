@@ -105,6 +105,16 @@ ADALORA = _table(
 
 VBLORA = {**ADALORA, "roberta": ["query", "value"]}
 
+BEFT = _table(
+    ("t5 mt5", ["v"]),
+    ("roberta bert", ["value"]),
+    (
+        "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3",
+        ["v_proj"],
+    ),
+    ("deberta-v2", ["value_proj"]),
+)
+
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

@@ -34,6 +34,7 @@ METHODS: dict[str, Row] = {
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),
+    "BEFT": Row("methods.beft:BEFT", "BeftConfig", "BeftModel"),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),

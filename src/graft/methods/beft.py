@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes, arXiv 2509.15974."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targets
+from graft.config.targets import BEFT as TARGETS
+from graft.core.effect import Update
+from graft.core.errors import PeftWarning, warn
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class BeftConfig(Targets):
+    """BEFT: a shift of each layer's output, y + c; by default of value projections."""
+
+    peft_type: Any = "BEFT"
+    init_weights: bool = True  # zero; else N(0, 1)
+
+
+class BEFT(Method):
+    """y + c. An embedding has no bias: there c is an update of every row, ΔW = c 1ᵀ."""
+
+    config = BeftConfig
+    prefix = "beft_"
+    targets = TARGETS
+
+    beft_bias: nn.Parameter  # (1, out)
+
+    def describe(self):
+        if self.site.op.takes_ids:
+            return Update(self.delta, branch=self.branch)
+        has_bias = getattr(self.site.module, "bias", None) is not None
+        return Update(None, bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
+
+    def build(self, shared):
+        if self.effect.fixed is not None:
+            warn(f"Base layer '{self.site.key}' has no bias: BEFT adapters on it cannot be merged.", PeftWarning)
+        return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
+
+    def init(self) -> None:
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.beft_bias)
+
+    def shift(self) -> Tensor:
+        """Return c, (out,)."""
+        return self.beft_bias.flatten()
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Return what every row of an embedding gets, as the module would output it."""
+        return self.site.op.scaled(self.layer.base_layer, self.shift())  # type: ignore[attr-defined,no-any-return]
+
+    def delta(self) -> Tensor:
+        return self.shift()[:, None].expand(self.site.shape)

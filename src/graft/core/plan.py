@@ -143,7 +143,7 @@ def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
 
 
 def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only the columns that ids name, or nothing if that pays."""
+    """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only columns that ids name, or nothing where that pays."""
     op, base = layer.op, layer.base_layer
     if delta is None:
         return op.channels(bias)  # type: ignore[no-any-return]

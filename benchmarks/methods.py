@@ -135,6 +135,9 @@ CASES = [
     Case("VB-LoRA r 4", "VBLoRAConfig", EVERY | dict(vector_length=64), long=True),
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
+    Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
+    Case("SHiRA r 32", "ShiraConfig", EVERY, None, long=True),  # a dense gradient where a tenth of a weight trains
+    Case("SHiRA r 8, bf16 base", "ShiraConfig", EVERY | dict(r=8), None, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),

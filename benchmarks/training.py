@@ -84,6 +84,11 @@ class Held:
         self.tensor = tensor
 
 
+def parts(t: Tensor) -> tuple[Tensor, ...]:
+    """Return the dense tensors that a tensor consists of."""
+    return (t._indices(), t._values()) if t.layout == torch.sparse_coo else (t,)
+
+
 def kept(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Bytes of the tensors that autograd keeps until the backward pass, each memory once, without parameters and
     buffers, and without what a graph kept that was dropped before."""
@@ -97,7 +102,7 @@ def kept(model: nn.Module, batch: dict[str, Tensor]) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         loss = model(**batch, use_cache=False).last_hidden_state
-    storages = {s.data_ptr(): s.nbytes() for s in (held.tensor.untyped_storage() for held in alive)}
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for held in alive for t in parts(held.tensor))}
     del loss
     return float(sum(size for pointer, size in storages.items() if pointer not in own))
 

@@ -228,7 +228,8 @@ def test_transformers_own_integration():
                     p.data.copy_(torch.randn(p.shape, generator=g) * 0.1)
 
         samples = [s for s in each("plain", "llama") + each("lm_head", "llama")]
-        samples = [s for s in samples if not graft.method_of(s.method).shares]
+        # transformers fills the state dict, where SHiRA has no places: they are those of the seed, as with PEFT
+        samples = [s for s in samples if not graft.method_of(s.method).shares and s.method != "SHIRA"]
         # the wrappers say themselves where their tensors belong
         saved = hasattr(graft.ModulesToSaveWrapper, "adapter_state_dict_load_map")
         for sample in samples if saved else [s for s in samples if s.name == "plain"]:

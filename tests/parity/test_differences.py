@@ -91,6 +91,7 @@ SIZES = {
     "VBLORA": dict(r=3, num_vectors=9, vector_length=1),
     "ROAD": dict(group_size=2),
     "BEFT": {},
+    "SHIRA": dict(r=1),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -35,6 +35,7 @@ METHODS: dict[str, Row] = {
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),
     "BEFT": Row("methods.beft:BEFT", "BeftConfig", "BeftModel"),
+    "SHIRA": Row("methods.shira:SHiRA", "ShiraConfig", "ShiraModel"),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),

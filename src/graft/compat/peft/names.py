@@ -11,6 +11,7 @@ HELD: dict[str, str] = {
     "graft.core.containers": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
     "graft.methods.road": "RoadVariant",
+    "graft.methods.shira.masks": "random_mask",
     "graft.methods.xlora.classifier": "XLoraClassifier",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
@@ -136,6 +137,7 @@ MODULES: dict[str, str] = {
     "tuners.lora.conversion": "LoraConfig convert_to_lora save_as_lora",
     "tuners.lora.intruders": "reduce_intruder_dimension",
     "tuners.lora.loraga": "LoraConfig preprocess_loraga",
+    "tuners.shira.mask_functions": "random_mask",
     "tuners.tuners_utils": "AuxiliaryTrainingWrapper BasePromptEncoder BaseTuner BaseTunerLayer BufferDict PeftConfig "
     "NoMatchingPeftModuleError PeftType PeftWarning TaskType check_adapters_to_merge init_empty_weights "
     "match_target_against_key "

@@ -138,6 +138,9 @@ CASES = [
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
     Case("SHiRA r 32", "ShiraConfig", EVERY, None, long=True),  # a dense gradient where a tenth of a weight trains
     Case("SHiRA r 8, bf16 base", "ShiraConfig", EVERY | dict(r=8), None, **HALF),
+    Case("Super-Tuning", "SupertuningConfig", EVERY),
+    Case("Super-Tuning r 16", "SupertuningConfig", EVERY | dict(r=16), long=True),
+    Case("Super-Tuning, bf16 base", "SupertuningConfig", EVERY, None, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),

@@ -31,6 +31,8 @@ def other_maths(method: type[Method], kinds: set[str]) -> type[Method]:
         hooks["factors"] = factors
     if "delta" in kinds:
         hooks["delta"] = lambda self, *W0: FACTOR * dense(super(made, self).delta(*W0))
+    if "branch" in kinds:
+        hooks["branch"] = lambda self, x: FACTOR * super(made, self).branch(x)
     if "shift" in kinds:
         hooks["shift"] = lambda self: FACTOR * super(made, self).shift()
     if "pre" in kinds:
@@ -63,6 +65,7 @@ CHANGED = {  # what its mathematics is called
     "VBLORA": {"factors"},
     "BEFT": {"shift"},
     "SHIRA": {"delta"},
+    "SUPERTUNING": {"delta", "branch"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

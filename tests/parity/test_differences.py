@@ -92,6 +92,7 @@ SIZES = {
     "ROAD": dict(group_size=2),
     "BEFT": {},
     "SHIRA": dict(r=1),
+    "SUPERTUNING": dict(sparsity=0.8),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -36,6 +36,7 @@ METHODS: dict[str, Row] = {
     ),
     "BEFT": Row("methods.beft:BEFT", "BeftConfig", "BeftModel"),
     "SHIRA": Row("methods.shira:SHiRA", "ShiraConfig", "ShiraModel"),
+    "SUPERTUNING": Row("methods.supertuning:SuperTuning", "SupertuningConfig", "SupertuningModel"),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),

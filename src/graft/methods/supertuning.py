@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Super-Tuning: the largest entries of each weight train, beside a low-rank update if wanted. arXiv 2607.09287."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targets
+from graft.config.targets import LORA
+from graft.core.containers import Transient
+from graft.core.effect import Factors, Update
+from graft.core.errors import ConfigError, warn
+from graft.core.method import Method
+from graft.core.ops import linear
+from graft.core.plan import applied, low_rank_part
+from graft.kernels.scattered import Scattered
+
+MOST = 2**31  # entries of a weight that int32 counts
+SAVING = "Super-Tuning indices must be saved for all adapters or none (save_precomputed_indices)"
+
+
+@dataclass(kw_only=True)
+class SupertuningConfig(Targets):
+    """Super-Tuning: a share of 1 - sparsity of the entries of each weight train, those of largest magnitude."""
+
+    peft_type: Any = "SUPERTUNING"
+    sparsity: float = 0.99  # share of the entries that stay; in [0, 1)
+    select_top: bool = True  # False: the entries of smallest magnitude
+    r: int | None = None  # rank of a LoRA update beside them; None: there is none
+    lora_alpha: float | None = None  # its update counts alpha / r times; None: twice
+    lora_dropout: float = 0.0  # acts on its input
+    init_weights: bool = True  # zero updates; else random
+    save_precomputed_indices: bool = True  # put the places into files, which then do not depend on the weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(f"`sparsity` must be in the range [0, 1), got {self.sparsity}.")
+        if self.r is not None and self.r <= 0:
+            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}")
+        if self.r is None and self.lora_alpha is not None:
+            raise ConfigError("`lora_alpha` is set, but `r` is None: there is no low-rank update to scale.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout` must be in the range [0, 1), got {self.lora_dropout}.")
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if not self.save_precomputed_indices:
+            warn(
+                "Specified to not save the indices of the entries: a load finds them again by the magnitudes of the "
+                "base weight, which has to be the same; among equal ones the choice may differ."
+            )
+
+
+class SuperTuning(Method):
+    """ΔW = v at the places of the largest |W₀|, plus s · B A."""
+
+    config = SupertuningConfig
+    prefix = "supertuning_"
+    targets = LORA
+
+    supertuning_values: nn.Parameter  # v (k,)
+    supertuning_indices: Tensor  # (k,) int32: places in the weight as a flat list, the largest first
+    supertuning_lora_A: nn.Linear  # weight (r, fan_in)
+    supertuning_lora_B: nn.Linear  # weight (out, r)
+    supertuning_lora_dropout: nn.Module
+    scaling: float
+
+    @property
+    def size(self) -> int:
+        """The number of entries that train."""
+        return int(math.prod(self.site.shape) * (1 - self.cfg.sparsity))
+
+    def check(self) -> str | None:
+        site = self.site
+        if site.op.known and (self.size < 1 or math.prod(site.shape) > MOST):
+            raise ConfigError(
+                f"sparsity={self.cfg.sparsity} leaves {self.size} entries of layer '{site.key}', {site.shape}: "
+                f"at least one is needed, of at most {MOST}."
+            )
+        return super().check()
+
+    def excludes(self, other: Any) -> str | None:  # type: ignore[override]
+        saves = getattr(other, "save_precomputed_indices", self.cfg.save_precomputed_indices)
+        return None if saves == self.cfg.save_precomputed_indices else SAVING
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def inits_before_load(self) -> bool:
+        return not self.cfg.save_precomputed_indices
+
+    def describe(self):
+        return Update(self.delta, branch=None if self.cfg.r is None else self.branch)
+
+    def changes_weight(self) -> bool:
+        return False
+
+    def build(self, shared):
+        cfg, site = self.cfg, self.site
+        keep = (lambda t: t) if cfg.save_precomputed_indices else Transient
+        values = dict(
+            supertuning_values=nn.Parameter((torch.zeros if cfg.init_weights else torch.randn)(self.size)),
+            supertuning_indices=keep(torch.zeros(self.size, dtype=torch.int32)),
+        )
+        if cfg.r is None:
+            return values
+        return values | dict(
+            r=cfg.r,
+            scaling=cfg.lora_alpha / cfg.r,
+            supertuning_lora_A=linear(site.fan_in, cfg.r, bias=False),
+            supertuning_lora_B=linear(cfg.r, site.out_features, bias=False),
+            supertuning_lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else nn.Identity(),
+        )
+
+    @torch.no_grad()
+    def init(self) -> None:
+        cfg, W = self.cfg, self.layer.W0.detach()
+        largest = W.abs().flatten().topk(self.size, largest=cfg.select_top)
+        self.supertuning_indices.copy_(largest.indices)
+        if cfg.r is not None:
+            nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
+            if cfg.init_weights:
+                nn.init.zeros_(self.supertuning_lora_B.weight)
+            else:
+                nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
+
+    def entries(self) -> Scattered:
+        return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape)
+
+    def factors_beside(self) -> Factors:
+        pair: Any = self.supertuning_lora_A, self.supertuning_lora_B
+        A, B = pair if self.site.op.linear else (m.weight for m in pair)
+        return Factors(A, B, self.scaling, self.supertuning_lora_dropout)
+
+    def delta(self) -> Any:
+        if self.cfg.r is None:
+            return self.entries()
+        A, B = self.factors_beside().matrices()
+        return self.entries().dense() + (B @ A).view(self.site.shape)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Return ΔW x, where dropout acts on the input of A alone."""
+        part = applied(self.layer, self, self.entries(), None, x)
+        return part + low_rank_part(self.layer, self, self.factors_beside(), x)

@@ -141,6 +141,8 @@ CASES = [
     Case("Super-Tuning", "SupertuningConfig", EVERY),
     Case("Super-Tuning r 16", "SupertuningConfig", EVERY | dict(r=16), long=True),
     Case("Super-Tuning, bf16 base", "SupertuningConfig", EVERY, None, **HALF),
+    Case("DEFT r 8", "DeftConfig", EVERY),
+    Case("DEFT r 8, bf16 base", "DeftConfig", EVERY, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),

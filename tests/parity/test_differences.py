@@ -93,6 +93,7 @@ SIZES = {
     "BEFT": {},
     "SHIRA": dict(r=1),
     "SUPERTUNING": dict(sparsity=0.8),
+    "DEFT": dict(r=2),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 
@@ -120,7 +121,7 @@ def test_unmerging_is_exact(sample):
     for _ in range(3):
         model.merge_adapter()
         model.unmerge_adapter()
-    subtracts = ("LORA", "VERA", "LOHA", "MISS", "VBLORA")
+    subtracts = ("LORA", "VERA", "LOHA", "MISS", "VBLORA", "DEFT", "PSOFT")
     close_dicts(dict(model.state_dict()), before, 1e-6 if sample.method in subtracts else 0)
 
 

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models, NeurIPS 2025; with `para`, PaRa."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Factors, LowRank, Product
+from graft.core.method import Method
+from graft.kernels.projection import onto
+
+
+@dataclass(kw_only=True)
+class DeftConfig(Targeted, LayerRange):
+    """DEFT: what the weight does in the space of P's columns is replaced by P R."""
+
+    peft_type: Any = "DEFT"
+    r: int = 8
+    decomposition_method: Literal["relu", "qr"] = "relu"  # how P becomes the pair of projections
+    init_scale: float = 1.0  # of a random R
+    alpha: int | None = None  # R counts alpha / r times; None: once
+    para: bool = False  # PaRa: there is no R, the space is only taken out
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    deft_dropout: float = 0.0  # acts on the input of R
+    init_weights: bool = True  # R makes up for what P takes out; else random
+    bias: str = "none"  # which base biases train: none, all, deft_only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class DEFT(Method):
+    """ΔW = Q (s R - Zᵀ W₀); Q = P and Z = relu(P), or both are an orthonormal basis of P's columns."""
+
+    config = DeftConfig
+    prefix = "deft_"
+    targets = LORA
+
+    deft_P: nn.Parameter  # (out, r), r at most out
+    deft_R: nn.Parameter  # (r, fan_in); PaRa has none
+    deft_dropout: nn.Module
+    scaling: float
+
+    def describe(self):
+        return LowRank(self.factors, of_weight=True)
+
+    def inits_from_weight(self) -> bool:
+        return self.cfg.init_weights and not self.cfg.para
+
+    def inits_before_load(self) -> bool:
+        return False
+
+    def changes_weight(self) -> bool:
+        return False
+
+    def build(self, shared):
+        cfg, site = self.cfg, self.site
+        r = min(cfg.r, site.out_features)
+        values = dict(
+            r=r,
+            scaling=cfg.alpha / cfg.r if cfg.alpha else 1.0,
+            deft_dropout=nn.Dropout(cfg.deft_dropout) if cfg.deft_dropout > 0 else nn.Identity(),
+            deft_P=nn.Parameter(torch.empty(site.out_features, r)),
+        )
+        return values if cfg.para else values | dict(deft_R=nn.Parameter(torch.empty(r, site.fan_in)))
+
+    def init(self) -> None:
+        cfg = self.cfg
+        nn.init.normal_(self.deft_P, std=0.02)
+        if cfg.para:
+            return
+        if not cfg.init_weights:
+            nn.init.normal_(self.deft_R, std=0.02 * cfg.init_scale)
+            return
+        with torch.no_grad():
+            _, Z = self.projections()
+            self.deft_R.copy_(onto(Z, self.W0) / self.scaling)
+
+    @property
+    def W0(self) -> Tensor:
+        return self.layer.W0.detach().flatten(1)  # type: ignore[no-any-return]
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """Return Q and Z (out, r), in at least float32."""
+        P = self.deft_P.to(torch.promote_types(self.deft_P.dtype, torch.float32))
+        if self.cfg.decomposition_method == "relu":
+            return P, P.relu()
+        Q = torch.linalg.qr(P).Q
+        return Q, Q
+
+    def factors(self) -> Factors:
+        Q, Z = self.projections()
+        kept, B = -onto(Z, self.W0).to(self.dtype), Q.to(self.dtype)
+        if self.cfg.para:
+            return Factors(kept, B)
+        own, op = self.scaling * self.deft_R, self.site.op
+        drops = self.cfg.deft_dropout > 0 and self.layer.training and not op.takes_ids
+        if drops and op.factorable(self.site.module):
+            return Factors(Product(partial(self.down, own, kept), own + kept), B)
+        return Factors(own + kept, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
+
+    def down(self, own: Tensor, kept: Tensor, x: Tensor) -> Tensor:
+        """Return own dropout(x) + kept x: dropout acts on the input of R alone."""
+        op, base, x = self.layer.op, self.layer.base_layer, x.to(self.dtype)
+        return op.down(base, self.deft_dropout(x), own) + op.down(base, x, kept)  # type: ignore[no-any-return]

@@ -143,6 +143,8 @@ CASES = [
     Case("Super-Tuning, bf16 base", "SupertuningConfig", EVERY, None, **HALF),
     Case("DEFT r 8", "DeftConfig", EVERY),
     Case("DEFT r 8, bf16 base", "DeftConfig", EVERY, **HALF),
+    Case("BOFT block 4", "BOFTConfig", EVERY),
+    Case("BOFT block 4, bf16 base", "BOFTConfig", EVERY, None, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),

@@ -55,7 +55,8 @@ def hf_conv1d() -> nn.Module:
     return layer
 
 
-# traits of numbers of channels: `odd-in`, `odd-out`, `uneven` (out is no multiple of 6), `torn` (odd in each group)
+# traits of numbers of channels: `odd-in`, `odd-patch` (what an output reads), `odd-out`, `uneven` (out is no multiple
+# of 6), `torn` (odd in each group)
 LAYERS = [
     Layer("linear", lambda: nn.Linear(10, 6), (4, 10)),
     Layer("linear-no-bias", lambda: nn.Linear(10, 6, bias=False), (10,), "no-bias"),
@@ -79,7 +80,12 @@ LAYERS = [
     Layer("conv2d-dilated", lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), (4, 7, 5), "conv"),
     Layer("conv2d-same", lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), (4, 7, 5), "conv"),
     Layer("conv2d-grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 7, 5), "conv grouped torn"),
-    Layer("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), (4, 5, 5), "conv grouped odd-in uneven"),
+    Layer(
+        "conv2d-depthwise",
+        lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1),
+        (4, 5, 5),
+        "conv grouped odd-in odd-patch uneven",
+    ),
     Layer("conv3d", lambda: nn.Conv3d(4, 6, 2, stride=(1, 2, 1), padding=1), (4, 3, 4, 2), "conv"),
     Layer("conv3d-grouped", lambda: nn.Conv3d(4, 6, 2, groups=2), (4, 3, 4, 2), "conv grouped torn"),
     Layer("norm", lambda: nn.LayerNorm(10), (4, 10), "norm"),

@@ -36,14 +36,14 @@ def other_maths(method: type[Method], kinds: set[str]) -> type[Method]:
     if "shift" in kinds:
         hooks["shift"] = lambda self: FACTOR * super(made, self).shift()
     if "pre" in kinds:
-        hooks["pre"] = lambda self, x: FACTOR * super(made, self).pre(x)
+        hooks["pre"] = lambda self, x: (1 if self.effect.post else FACTOR) * super(made, self).pre(x)
     if "post" in kinds:
         hooks["post"] = lambda self, x, y: FACTOR * super(made, self).post(x, y)
     if "fold" in kinds:
 
         def fold(self, W, b):
             W, b = super(made, self).fold(W, b)
-            after = self.effect.post is not None
+            after = self.effect.post is not None and not self.effect.apart
             return FACTOR * W, FACTOR * b if after and b is not None else b
 
         hooks["fold"] = fold
@@ -67,6 +67,7 @@ CHANGED = {  # what its mathematics is called
     "SHIRA": {"delta"},
     "SUPERTUNING": {"delta", "branch"},
     "DEFT": {"factors"},
+    "BOFT": {"pre", "post", "fold"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

@@ -94,6 +94,7 @@ SIZES = {
     "SHIRA": dict(r=1),
     "SUPERTUNING": dict(sparsity=0.8),
     "DEFT": dict(r=2),
+    "BOFT": dict(boft_block_size=3),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

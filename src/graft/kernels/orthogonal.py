@@ -135,6 +135,27 @@ class _Rotate(Function):
         return dx, torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
 
 
+def shuffled(n: int, size: int, level: int) -> Tensor:
+    """Return the order (n,) in which a butterfly factor takes its inputs: of 2^level blocks, half blocks of the first
+    half and of the second in turn."""
+    return torch.arange(n).view(-1, 2, 1 << level, size // 2).transpose(1, 2).flatten()
+
+
+def butterfly(x: Tensor, R: Tensor, orders: Tensor | None, transpose: bool = False) -> Tensor:
+    """Return x R_F … R_1, or x (R_F … R_1)ᵀ; each factor is block-diagonal in an order of its own.
+
+    x (…, n), R (F, blocks, b, b), orders (F, 2, n): the order of each factor and its inverse; None: as they stand.
+    """
+    levels = range(len(R))
+    for i in levels if transpose else reversed(levels):
+        factor = R[i].mT if transpose else R[i]
+        if orders is None:
+            x = rotate(x, factor)
+        else:
+            x = rotate(x.index_select(-1, orders[i, 0]), factor).index_select(-1, orders[i, 1])
+    return x
+
+
 def gram_distance(P: Tensor) -> Tensor:
     """Return ‖P Pᵀ - I‖_F: how far the rows of P are from orthonormal."""
     return torch.linalg.norm(P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype))

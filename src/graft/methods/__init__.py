@@ -38,6 +38,7 @@ METHODS: dict[str, Row] = {
     "SHIRA": Row("methods.shira:SHiRA", "ShiraConfig", "ShiraModel"),
     "SUPERTUNING": Row("methods.supertuning:SuperTuning", "SupertuningConfig", "SupertuningModel"),
     "DEFT": Row("methods.deft:DEFT", "DeftConfig", "DeftModel"),
+    "BOFT": Row("methods.boft:BOFT", "BOFTConfig", "BOFTModel"),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),

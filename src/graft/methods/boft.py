@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BOFT: Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted
+from graft.config.targets import LORA
+from graft.core.containers import Transient
+from graft.core.effect import Rewrite
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.kernels.orthogonal import butterfly, orthogonal, shuffled
+
+
+@dataclass(kw_only=True)
+class BOFTConfig(Targeted, LayerRange):
+    """BOFT: s ⊙ W (x R), R a product of butterfly factors. Give either the block size or the number of blocks."""
+
+    peft_type: Any = "BOFT"
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1  # 1: R is block-diagonal
+    boft_dropout: float = 0.0  # replaces blocks of one factor by the identity in training
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, boft_only
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, blocks = self.boft_block_size, self.boft_block_num
+        if (size == 0) == (blocks == 0) or size < 0 or blocks < 0:
+            raise ConfigError(
+                f"Either `boft_block_size` ({size}) or `boft_block_num` ({blocks}) must be non-zero, and not both. Set "
+                "the one that does not apply to 0."
+            )
+        if self.boft_n_butterfly_factor < 1:
+            raise ConfigError(f"`boft_n_butterfly_factor` must be positive, got {self.boft_n_butterfly_factor}.")
+
+
+class BOFT(Method):
+    """s ⊙ W (x R) + b, R = R_F … R_1, R_i = P_i blockdiag((I - S)(I + S)⁻¹) P_iᵀ. In convolutions R turns the weight,
+    of embeddings the output."""
+
+    config = BOFTConfig
+    prefix = "boft_"
+    targets = LORA
+
+    boft_R: nn.Parameter  # (F, blocks, b, b); S is its skew-symmetric part
+    boft_s: nn.Parameter  # (out, 1), of convolutions (1, out)
+    boft_orders: Tensor  # (F, 2, n): P_i and its inverse as indices
+
+    def describe(self):
+        if self.site.op.takes_ids:
+            return Rewrite(self.fold, post=self.post)
+        if len(self.site.shape) > 2:  # overlapping patches: turn the weight
+            return Rewrite(self.fold)
+        return Rewrite(self.fold, pre=self.pre, post=self.post, apart=True)
+
+    @property
+    def width(self) -> int:
+        """The number of channels that R turns."""
+        return self.site.out_features if self.site.op.takes_ids else self.site.fan_in
+
+    @property
+    def blocks(self) -> int:
+        return self.cfg.boft_block_num or self.width // self.cfg.boft_block_size  # type: ignore[no-any-return]
+
+    def check(self) -> str | None:
+        why = super().check()
+        if why is None and (wrong := unfit(self.width, self.cfg)):
+            raise ConfigError(f"{wrong} (layer '{self.site.key}'). Choose other blocks, or do not target this layer.")
+        return why
+
+    def build(self, shared):
+        cfg, n, blocks = self.cfg, self.width, self.blocks
+        F, b, out = cfg.boft_n_butterfly_factor, n // blocks, self.site.out_features
+        values = dict(
+            boft_block_size=b,
+            boft_block_num=blocks,
+            boft_dropout=cfg.boft_dropout,
+            boft_R=nn.Parameter(torch.empty(F, blocks, b, b)),
+            boft_s=nn.Parameter(torch.empty((1, out) if len(self.site.shape) > 2 else (out, 1))),
+        )
+        if F == 1:
+            return values
+        orders = [shuffled(n, b, level) for level in range(F)]
+        return values | dict(boft_orders=Transient(torch.stack([torch.stack((o, o.argsort())) for o in orders])))
+
+    def init(self) -> None:
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.boft_R)
+            nn.init.ones_(self.boft_s)
+        else:
+            nn.init.normal_(self.boft_R, mean=0.0, std=0.1)
+            nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
+
+    def R(self) -> Tensor:
+        """Return the blocks of all factors, (F, blocks, b, b), in at least float32."""
+        B = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32))  # solvers have no half precision
+        F, D, b, _ = B.shape
+        S = (B - B.mT) / 2
+        R: Tensor = orthogonal(S.flatten(0, 1), None).view(B.shape)
+        if self.cfg.boft_dropout and self.layer.training:
+            chosen = torch.randperm(D, device=B.device) >= D - int(self.cfg.boft_dropout * D)
+            level = torch.arange(F, device=B.device) == torch.randint(F, (), device=B.device)
+            R = torch.where((level[:, None] & chosen)[..., None, None], torch.eye(b, device=B.device, dtype=B.dtype), R)
+        return R
+
+    def turned(self, x: Tensor, dtype: torch.dtype, transpose: bool = False) -> Tensor:
+        """Return x R, or x Rᵀ, by blocks in `dtype`. x (…, n)."""
+        orders = self.boft_orders if self.cfg.boft_n_butterfly_factor > 1 else None
+        return butterfly(x, self.R().to(dtype), orders, transpose)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return self.turned(x, self.dtype)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.site.op.takes_ids:
+            y = self.turned(y, self.dtype)
+        return y * self.boft_s.flatten()
+
+    def fold(self, W: Tensor, b: Tensor | None):
+        s = self.boft_s.flatten().to(W.dtype)
+        if self.site.op.takes_ids:  # R turns what is looked up: columns
+            return (self.turned(W.T, W.dtype) * s).T, b
+        turned = self.turned(W.flatten(1), W.dtype, transpose=True)
+        return (turned * s[:, None]).view(W.shape), b
+
+
+def unfit(n: int, cfg: BOFTConfig) -> str | None:
+    """Say why n channels do not have these blocks and factors; None if they have."""
+    size, blocks, F = cfg.boft_block_size, cfg.boft_block_num, cfg.boft_n_butterfly_factor
+    name, given = ("boft_block_num", blocks) if blocks else ("boft_block_size", size)
+    if n % given:
+        return f"in_features ({n}) must be divisible by {name} ({given})"
+    blocks = blocks or n // size
+    size = n // blocks
+    if F > 1 and (size % 2 or blocks % 2):
+        return f"With several butterfly factors, block size ({size}) and number of blocks ({blocks}) must be even"
+    if n % (size << F - 1) or math.log2(blocks) < F:
+        return f"boft_n_butterfly_factor ({F}) is too large for {blocks} blocks of size {size}"
+    return None

@@ -145,6 +145,8 @@ CASES = [
     Case("DEFT r 8, bf16 base", "DeftConfig", EVERY, **HALF),
     Case("BOFT block 4", "BOFTConfig", EVERY),
     Case("BOFT block 4, bf16 base", "BOFTConfig", EVERY, None, **HALF),
+    Case("PSOFT r 32", "PsoftConfig", EVERY, flat=0.97),  # B (R - I), whatever the batch
+    Case("PSOFT r 32, bf16 base", "PsoftConfig", EVERY, flat=0.97, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),

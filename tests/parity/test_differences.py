@@ -95,6 +95,7 @@ SIZES = {
     "SUPERTUNING": dict(sparsity=0.8),
     "DEFT": dict(r=2),
     "BOFT": dict(boft_block_size=3),
+    "PSOFT": dict(r=3),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -67,6 +67,8 @@ def test_outputs(sample, autocast):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
 def test_other_dtypes(sample, dtype):
+    if sample.method == "PSOFT" and dtype is torch.float64:
+        pytest.skip("PEFT computes the basis of single and half precision only")
     ours, theirs = (randomize(adapt(lib, sample, base=low(sample, dtype)), sample).eval() for lib in LIBS)
     assert shapes(ours) == shapes(theirs)
     a, b = (models.output(m, batch(sample, dtype)) for m in (ours, theirs))

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PSOFT: Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, arXiv 2505.11235."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.targets import LORA
+from graft.core.effect import Factors, Product
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.place import Exact
+from graft.kernels.orthogonal import orthogonal, skew
+from graft.methods.psoft.config import PsoftConfig
+
+
+class Turn(nn.Module):
+    """R (r, r) as the strict upper triangle of Q or as it is, and the factors of its rows and columns."""
+
+    def __init__(self, r: int, cfg: PsoftConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(r * (r - 1) // 2 if cfg.psoft_orth else (r, r)))
+        self.vector_b = nn.Parameter(torch.ones(r)) if cfg.psoft_mag_b else None
+        self.vector_a = nn.Parameter(torch.ones(r)) if cfg.psoft_mag_a else None
+
+
+class Basis(Exact):
+    """The singular components within which R turns, in at least float32."""
+
+    A: Tensor  # (r, fan_in)
+    B: Tensor  # (out, r)
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "AB":  # `init` makes both
+            self.register_buffer(name, torch.empty(0), persistent=False)
+
+
+class PSOFT(Method):
+    """ΔW = s · B (R - I) A, where s · B A are the r largest singular components of W₀, which neither trains nor is
+    saved."""
+
+    config = PsoftConfig
+    prefix = "psoft_"
+    targets = LORA
+
+    psoft_R: Turn
+    psoft_basis: Basis
+    psoft_dropout: nn.Module
+    scaling: float
+
+    def check(self) -> str | None:
+        r, most = self.cfg.r, min(self.site.out_features, self.site.fan_in)
+        if self.site.op.known and r > most:
+            raise ConfigError(
+                f"`r` ({r}) must be at most min(in_features, out_features) ({most}) of layer '{self.site.key}'."
+            )
+        return super().check()
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def changes_weight(self) -> bool:
+        return False
+
+    def build(self, shared):
+        cfg, r = self.cfg, self.cfg.r
+        return dict(
+            r=r,
+            scaling=cfg.psoft_alpha / r,
+            psoft_R=Turn(r, cfg),
+            psoft_basis=Basis(),
+            psoft_dropout=nn.Dropout(cfg.psoft_dropout) if cfg.psoft_dropout > 0 else nn.Identity(),
+        )
+
+    @torch.no_grad()
+    def init(self) -> None:
+        cfg, R = self.cfg, self.psoft_R.weight
+        if cfg.psoft_orth:
+            nn.init.zeros_(R) if cfg.init_weights else nn.init.normal_(R, mean=0.0, std=0.1)
+        else:
+            nn.init.eye_(R)
+            if not cfg.init_weights:
+                R.add_(torch.randn_like(R), alpha=0.1)
+        U, S, V = self.largest()
+        S = S / self.scaling
+        if cfg.ab_svd_init == "pissa_init":
+            S = S.sqrt()
+            V = S[:, None] * V
+        self.psoft_basis.A, self.psoft_basis.B = V.clone(), U * S
+
+    def largest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the r largest singular components of W₀: U (out, r), S (r,), V (r, fan_in)."""
+        cfg, W = self.cfg, self.layer.W0.detach().flatten(1)
+        W = W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()
+        if cfg.psoft_svd == "full":
+            U, S, V = torch.linalg.svd(W, full_matrices=False)
+            return U[:, : cfg.r], S[: cfg.r], V[: cfg.r]
+        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+            (torch.cuda if W.is_cuda else torch.default_generator).manual_seed(cfg.random_seed)
+            U, S, V = torch.svd_lowrank(W, q=cfg.r, niter=cfg.psoft_svd_lowrank_niter)
+        return U, S, V.T
+
+    def R(self) -> Tensor:
+        """Return R (r, r), in at least float32."""
+        cfg, own = self.cfg, self.psoft_R
+        R = own.weight.to(torch.promote_types(own.weight.dtype, torch.float32))
+        if cfg.psoft_orth:
+            Q = skew(R[None], cfg.r)
+            if cfg.cayley_neumann_eps is not None and cfg.use_cayley_neumann:
+                Q = Q * (cfg.cayley_neumann_eps / Q.norm().clamp(min=1e-12)).clamp(max=1)
+            # the series is that of (I + Q) (I - Q)⁻¹
+            R = orthogonal(Q, cfg.num_cayley_neumann_terms)[0] if cfg.use_cayley_neumann else orthogonal(-Q, None)[0]
+        R = R if own.vector_b is None else own.vector_b[:, None] * R
+        return R if own.vector_a is None else R * own.vector_a
+
+    def factors(self) -> Factors:
+        R, A, B = self.R(), self.psoft_basis.A, self.psoft_basis.B
+        turned = B @ (R - torch.eye(len(R), dtype=R.dtype, device=R.device))
+        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # the layer takes matrices of one dtype with its input
+            A, turned = A.to(self.dtype), turned.to(self.dtype)
+            return Factors(A, turned, self.scaling, self.psoft_dropout)
+        # A is fixed: nobody needs x for its gradient
+        return Factors(Product(partial(into, A), A), turned, self.scaling, self.psoft_dropout)
+
+
+def into(A: Tensor, x: Tensor) -> Tensor:
+    """Return x Aᵀ in the dtype of A."""
+    return x.to(A.dtype) @ A.T

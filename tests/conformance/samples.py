@@ -175,7 +175,8 @@ def trainable(layer: graft.AdapterLayer, adapter: str) -> list[nn.Parameter]:
     """The parameters of an adapter that are not frozen for good, those that it shares with other layers too."""
     shared = [getattr(layer, key) for key in layer.attached]
     own = [slot.tensor for slot in layer.slots(adapter) if slot.trains]
-    return own + [c[adapter] for c in shared if isinstance(c, nn.ParameterDict) and adapter in c]
+    held = [c[adapter] for c in shared if isinstance(c, (nn.ParameterDict, nn.ModuleDict)) and adapter in c]
+    return own + [p for c in held for p in ([c] if isinstance(c, nn.Parameter) else c.parameters())]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests import models
 from tests.pair import LIBS, adapt, output
-from tests.samples import each, first
+from tests.samples import METHODS, each, first
 from tests.trees import Config, tree
 
 LORA, VERA, OFT, HEAD = first("LORA"), first("VERA"), first("OFT"), first("LORA", "mlp", "head")
@@ -460,7 +460,7 @@ def test_unknown_adapters_of_every_method(sample, lib):
 
 
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize("method", ["LOHA", "OFT", "HRA", "HIRA", "MISS", "VBLORA", "ROAD", "IA3", "VERA"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"LORA", "TINYLORA", "LN_TUNING", "TRAINABLE_TOKENS"}))
 def test_unsupported_layers(method, lib):
     """A bare module is no layer that any of them can adapt."""
     sample = first(method)

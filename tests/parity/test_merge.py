@@ -70,8 +70,9 @@ def test_merge_one_of_two(sample):
 
 
 def break_one_layer(model):
-    """Make the last layer's adapter infinite; returns how to mend it."""
-    broken = [p for n, p in model.named_parameters() if p.requires_grad and "layers.2" in n][-1]
+    """Make the last layer's adapter infinite, or what layers share if it has no more; returns how to mend it."""
+    found = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    broken = ([p for n, p in found if "layers.2" in n] or [p for _, p in found])[-1]
     kept = broken.detach().clone()
     broken.data.fill_(torch.inf)
     return lambda: broken.data.copy_(kept)

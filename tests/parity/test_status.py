@@ -168,6 +168,8 @@ ATTRIBUTES["MISS"] += " miss_r miss_mini_r in_features out_features"
 ATTRIBUTES["VBLORA"] += " r topk in_features out_features fan_in_fan_out"
 ATTRIBUTES["LOHA"] += " r alpha scaling rank_dropout module_dropout"
 ATTRIBUTES["ROAD"] += " variant group_size"
+for _name in ("PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"):
+    ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"
 
 
 @pytest.mark.parametrize("sample", each(models="mlp conv1D conv2d embedding"), ids=str)

@@ -43,7 +43,9 @@ class Holding:
                     known.append(key)
                 continue
             if kind is Attached:  # the container itself, of the whole model, stands here
-                if key not in modules:
+                if not isinstance(value.container, nn.Module):  # plain facts of the whole model
+                    own[key] = value.container
+                elif key not in modules:
                     self.add_module(key, value.container)  # type: ignore[attr-defined]
                     self.attached.add(key)
                 continue

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.containers import slots_of
 from graft.core.effect import HALF, LowRank, Replace
 from graft.core.errors import warn
 from graft.core.finite import largest
@@ -148,14 +149,16 @@ def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
     Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
     method may make something finite of it, as VB-LoRA does of its logits.
     """
-    held, tensors = [], []
+    held: dict[int, tuple[Tensor, list[Any]]] = {}  # by identity: each tensor, and the layers that use it
     for layer in layers:
         for name in names:
             if name in layer.methods:
-                slots = layer.slots(name)
-                tensors += [slot.tensor for slot in slots]
-                held += [layer] * len(slots)
-    for layer in dict.fromkeys(layer for layer, x in zip(held, largest(tensors)) if not math.isfinite(x)):
+                shared = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], name))
+                for slot in (*layer.slots(name), *shared):
+                    held.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(layer)
+    sizes = largest([tensor for tensor, _ in held.values()])
+    broken = [layer for (_, users), x in zip(held.values(), sizes) if not math.isfinite(x) for layer in users]
+    for layer in dict.fromkeys(broken):
         check(layer, names, safe=True, undoable=False)
 
 

@@ -64,6 +64,7 @@ class Method:
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
+    shares_from_weight: ClassVar[bool] = False  # `share` reads base weights, from which what is merged is then out
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train

@@ -119,7 +119,7 @@ def low_rank_part(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
         x = f.dropout(x)
     by_tensors = isinstance(A, Tensor)
     if by_tensors and not op.factorable(base):
-        return op.call(base, x, op.product(*f.matrices(), layer.site.shape), None)  # type: ignore[no-any-return]
+        return op.call(base, x, op.product(*f.matrices(), layer.site.shape), f.shift())  # type: ignore[no-any-return]
     z = op.down(base, x, A) if by_tensors else A(x)
     if f.inner is not None:
         z = z * op.channels(f.inner)

@@ -21,7 +21,8 @@ class Shared(Carrier):
 
     def __init__(self) -> None:
         self.state = State()
-        self.containers: dict[str, Any] = {}
+        self.containers: dict[str, Any] = {}  # "a.b": b within a module a
+        self.groups: dict[str, nn.Module] = {}  # these modules
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
 
     @property
@@ -37,7 +38,7 @@ class Shared(Carrier):
         for name, value in values.items():
             container = self.containers.get(name)
             if container is None:
-                container = self.containers[name] = container_for(value)
+                container = self._open(name, value)
             container[adapter] = value.tensor if isinstance(value, Transient) else value
             slots += list(slots_of(name, container, adapter))
             place(container, adapter, *where, upcast)
@@ -59,13 +60,25 @@ class Shared(Carrier):
         """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
+    def _open(self, name: str, value: Any) -> Any:
+        """Make a container for values like this one."""
+        container = self.containers[name] = container_for(value)
+        group, dot, inner = name.rpartition(".")
+        if dot:
+            self.groups.setdefault(group, nn.Module()).add_module(inner, container)
+        return container
+
     def take_out(self, names: Iterable[str]) -> None:
         """Drop the containers that a failed injection made."""
         for name in list(names):
             del self.containers[name]
+            group, dot, inner = name.rpartition(".")
+            if dot:
+                del self.groups[group]._modules[inner]
 
     def modules(self) -> dict[str, nn.Module]:
-        return dict(self.containers)
+        own = {name: c for name, c in self.containers.items() if isinstance(c, nn.Module) and "." not in name}
+        return own | self.groups
 
 
 class OnTuner(Shared):

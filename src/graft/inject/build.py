@@ -77,6 +77,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
 
 def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
     """Put an adapter on a layer, frozen. Return how many of its numbers can train."""
+    method.layer = layer  # which has the weight
     layer.add(method, (method.placeholders if on_meta else method.build)(shared))
     if not on_meta:
         method.init()
@@ -92,7 +93,11 @@ def share(job: Any) -> None:
         raise ConfigError(
             f"No layers types compatible with {job.method.__name__} were found: it needs some to size what they share."
         )
-    values = job.method.share(sites, job.cfg, job.shared.containers, job.others)
+    with ExitStack() as stack:
+        for layer in job.tree.layers.values() if job.method.shares_from_weight else ():
+            if layer.merged_adapters:
+                stack.enter_context(lifted(layer))
+        values = job.method.share(sites, job.cfg, job.shared.containers, job.others)
     where = sites[0].store.where(sites[0].module)
     job.report.other_trainable += job.shared.hold(job.adapter, values, where, job.upcast and job.method.upcast)
 

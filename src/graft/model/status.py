@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from graft.core.carrier import carrier_of
+from graft.core.containers import slots_of
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import Nests
 from graft.inject.saved import ModulesToSaveWrapper
@@ -81,6 +82,12 @@ def with_layers(model: Any, caller: str) -> Any:
     return model
 
 
+def shared_parameters(layer: Any, adapter: str) -> list[nn.Parameter]:
+    """Return the parameters of an adapter that a layer shares with others."""
+    slots = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], adapter))
+    return [slot.tensor for slot in slots if slot.is_parameter]  # type: ignore[misc]
+
+
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of each adapter layer.
 
@@ -95,9 +102,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         grads: dict[str, Any] = {}
         devices = {}
         for adapter in adapters:
-            flags = [p.requires_grad for p in layer.parameters_of(adapter)]
-            grads[adapter] = same(flags) if flags else False
-            devices[adapter] = sorted({p.device.type for p in layer.parameters_of(adapter)})
+            found = list(layer.parameters_of(adapter)) or shared_parameters(layer, adapter)
+            grads[adapter] = same([p.requires_grad for p in found]) if found else False
+            devices[adapter] = sorted({p.device.type for p in found})
         out.append(
             TunerLayerStatus(
                 name=key,

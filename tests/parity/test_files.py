@@ -42,7 +42,9 @@ def test_saved_by_one_loaded_by_the_other(sample, tmp_path):
     for lib, source in ((LIBS[0], "theirs"), (LIBS[1], "ours"), (LIBS[0], "ours")):
         result = outcome(lambda lib=lib, source=source: load(lib, sample, tmp_path / source))
         assert result.error is None, (lib.__name__, source, result.error)
-        assert not result.warned("missing adapter keys") and not result.warned("Unexpected keyword arguments")
+        copies = lib is LIBS[1] and sample.method == "RANDLORA"  # of what layers share, which graft does not write
+        assert copies or not result.warned("missing adapter keys")
+        assert not result.warned("Unexpected keyword arguments")
         assert type(result.value).__name__ == type(expected).__name__
         close_dicts(dict(result.value.state_dict()), tensors, 1e-6)
         if "forward" not in sample.unlike:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.patterns import pattern
+from graft.core.containers import Slot
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import Nests, Parts
@@ -108,7 +109,13 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             below = f".{slot.path}" if slot.path else ""
             file = f"base_model.{slot.container}{below}"
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file  # type: ignore[union-attr]
-            yield Entry(memory, file, (), slot.owner, slot.attribute, slot.tensor)
+            yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
+
+
+def aliases(parts: Parts, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
+    """Return the names of a shared tensor below the layers that show it: some of PEFT's files have copies there."""
+    layers = (key for key, layer in parts.layers.items() if slot.container in layer.attached)
+    return tuple(f"{prefix}{key}.{slot.container}{below}" for key in layers)
 
 
 def find(entry: Entry, names: set[str]) -> str | None:

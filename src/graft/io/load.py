@@ -135,6 +135,7 @@ class Values:
                 else:
                     found.append((entry, name))
         used |= {name for _, name in found} | {name for name, _, _ in mismatched}
+        used |= names & {n for layer, held in groups if layer is None for entry, _ in held for n in entry.also}
         base = self.base_tensors(names - used, prefix, mismatched)
         self.report.unexpected_keys = sorted(names - used - set(base))
         self.report.missing_keys += self._missing_biases(parts, prefix)

@@ -88,9 +88,16 @@ def joined(layer: Any, f: Factors, x: Tensor) -> Tensor | None:
         if f.inner is not None and f.outer is not None and is_fixed(A, B):
             return _around_fixed(layer, A, B, f, x, p)
         A, B = scaled(A, B, f)
-    if torch.is_grad_enabled():
-        return low_rank_linear(base, op.input_gradient, layer.weight_now, x, A, B, scale_of(f), p)
-    return add_low_rank(base(x), x, A, B, scale_of(f), p)
+    if not torch.is_grad_enabled():
+        return add_low_rank(base(x), x, A, B, scale_of(f), p)
+    if B.requires_grad and not A.requires_grad:
+        return _with_fixed_down(A, B, f, x, base(x), p)
+    W, scale = layer.weight_now, scale_of(f)
+    if p == 0 and worth_it(x) and W.dtype == x.dtype == A.dtype:
+        rows, needs = x.numel() // x.shape[-1], (A.requires_grad, B.requires_grad)
+        if one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), *needs):
+            return one_product.low_rank_with(W, base.bias, x, A, B, scale, partial(op.call, base), op.input_gradient)
+    return low_rank_linear(base, op.input_gradient, W, x, A, B, scale, p)
 
 
 def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
@@ -103,7 +110,16 @@ def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
         if f.inner is not None and f.outer is not None and is_fixed(A, B):
             return _add_around_fixed(A, B, f, x, y, p)
         A, B = scaled(A, B, f)
+    if torch.is_grad_enabled() and B.requires_grad and not A.requires_grad:
+        return _with_fixed_down(A, B, f, x, y, p)
     return add_low_rank(y, x, A, B, scale_of(f), p)
+
+
+def _with_fixed_down(A: Tensor, B: Tensor, f: Factors, x: Tensor, y: Tensor, p: float) -> Tensor:
+    """Add to y the part of factors of which A gets no gradient, so that the backward pass needs no x."""
+    (A,) = autocast(x, A)
+    x = x.to(A.dtype)
+    return add_product(y, (dropout(x, p) if p else x) @ A.T, B, scale_of(f))
 
 
 def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:

@@ -27,6 +27,7 @@ CONFIGS = {
     "MISS": dict(r=2),
     "VBLORA": dict(r=2, num_vectors=5, vector_length=2),
     "ROAD": dict(group_size=2),
+    "PVERA": dict(r=3),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

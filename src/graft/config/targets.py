@@ -117,6 +117,10 @@ BEFT = _table(
 
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 
+PVERA = {**PHI_ATTENTION, "dinov2": ["query", "value"]}
+
+
+
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 TASK_HEADS: dict[str, list[str]] = {  # new modules of a task's model: they train, and files hold them

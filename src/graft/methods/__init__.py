@@ -24,6 +24,7 @@ METHODS: dict[str, Row] = {
     "ADALORA": Row("methods.adalora:AdaLoRA", "AdaLoraConfig", "AdaLoraModel"),
     "IA3": Row("methods.ia3:IA3", "IA3Config", "IA3Model"),
     "VERA": Row("methods.vera:VeRA", "VeraConfig", "VeraModel"),
+    "PVERA": Row("methods.pvera:PVeRA", "PveraConfig", "PveraModel"),
     "LOHA": Row("methods.loha:LoHa", "LoHaConfig", "LoHaModel"),
     "OFT": Row("methods.oft:OFT", "OFTConfig", "OFTModel"),
     "HRA": Row("methods.hra:HRA", "HRAConfig", "HRAModel"),

@@ -40,10 +40,7 @@ class VeraConfig(Targets, LayerRange):
         super().__post_init__()
         require_positive_rank(self.r)
         if not self.save_projection:
-            warn(
-                "Specified to not save vera_A and vera_B: they are drawn again from `projection_prng_key` on load, "
-                "which gives the same values only if torch's generator is the same."
-            )
+            warn_unsaved("vera_A and vera_B")
 
 
 class VeRA(Method):
@@ -61,31 +58,7 @@ class VeRA(Method):
 
     @classmethod
     def share(cls, sites: Sequence[Site], cfg: VeraConfig, existing, others):
-        wide_out, wide_in = max(s.out_features for s in sites), max(s.fan_in for s in sites)
-        for name, other in others.items():
-            for field in ("projection_prng_key", "save_projection", "r"):
-                if getattr(other, field) != getattr(cfg, field):
-                    raise ConfigError(
-                        "VeRA projections are shared: they must be saved for all adapters or none, and drawn alike. "
-                        f"{field} is {getattr(cfg, field)}, but adapter '{name}' has {getattr(other, field)}."
-                    )
-        if existing and others:
-            A, B = (existing[f"vera_{x}"][next(iter(others))] for x in "AB")
-            for name, size, needed in (("vera_A", A.shape[1], wide_in), ("vera_B", B.shape[0], wide_out)):
-                if size < needed:
-                    raise ConfigError(
-                        f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the "
-                        "widest layers first."
-                    )
-        else:
-            generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
-            A, B = torch.empty(cfg.r, wide_in), torch.empty(wide_out, cfg.r)
-            for matrix in (A, B):  # kaiming uniform: the bound follows from the number of inputs
-                bound = math.sqrt(6 / matrix.shape[1])
-                if not matrix.is_meta:
-                    matrix.uniform_(-bound, bound, generator=generator)
-        keep = (lambda t: t) if cfg.save_projection else Transient
-        return dict(vera_A=keep(A), vera_B=keep(B))
+        return projections(cls, ("vera_A", "vera_B"), cfg.r, sites, cfg, existing, others)
 
     def build(self, shared):
         cfg = self.cfg
@@ -104,3 +77,52 @@ class VeRA(Method):
     def factors(self) -> Factors:
         A, B = self.vera_A[:, : self.site.fan_in], self.vera_B[: self.site.out_features]
         return Factors(A, B, dropout=self.vera_dropout, inner=self.vera_lambda_d, outer=self.vera_lambda_b)
+
+
+def check_alike(method: type[Method], cfg: Any, others: dict[str, Any], fields: Sequence[str]) -> None:
+    """Raise ConfigError if an adapter that shares its projections with others differs from them in one of `fields`."""
+    for name, other in others.items():
+        for field in fields:
+            if getattr(other, field) != getattr(cfg, field):
+                raise ConfigError(
+                    f"{method.__name__} projections are shared: they must be saved for all adapters or none, and drawn "
+                    f"alike. {field} is {getattr(cfg, field)}, but adapter '{name}' has {getattr(other, field)}."
+                )
+
+
+def check_wide(name: str, size: int, needed: int) -> None:
+    """Raise ConfigError if projections that an earlier adapter has drawn are too small for this one."""
+    if size < needed:
+        raise ConfigError(
+            f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the widest layers "
+            "first."
+        )
+
+
+def projections(
+    method: type[Method], names: tuple[str, str], rows: int, sites: Sequence[Site], cfg: Any, existing: dict[str, Any],
+    others: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Draw A (rows, widest in), then B (widest out, r), from one generator; or take those of the other adapters."""
+    check_alike(method, cfg, others, ("projection_prng_key", "save_projection", "r"))
+    wide_out, wide_in = max(s.out_features for s in sites), max(s.fan_in for s in sites)
+    if existing and others:
+        A, B = (existing[name][next(iter(others))] for name in names)
+        check_wide(names[0], A.shape[1], wide_in)
+        check_wide(names[1], B.shape[0], wide_out)
+    else:
+        generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
+        A, B = torch.empty(rows, wide_in), torch.empty(wide_out, cfg.r)
+        for matrix in (A, B):  # kaiming uniform: the bound follows from the number of inputs
+            bound = math.sqrt(6 / matrix.shape[1])
+            if not matrix.is_meta:
+                matrix.uniform_(-bound, bound, generator=generator)
+    keep = (lambda t: t) if cfg.save_projection else Transient
+    return {names[0]: keep(A), names[1]: keep(B)}
+
+
+def warn_unsaved(names: str) -> None:
+    warn(
+        f"Specified to not save {names}: they are drawn again from `projection_prng_key` on load, which gives the same "
+        "values only if torch's generator is the same."
+    )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, arXiv 2512.07703."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.targets import PVERA
+from graft.core.effect import Factors, Product
+from graft.core.method import Method
+from graft.core.site import Site
+from graft.kernels.eager import eager
+from graft.methods.vera import projections, warn_unsaved
+
+
+@dataclass(kw_only=True)
+class PveraConfig(Targets, LayerRange):
+    """PVeRA: VeRA whose hidden values are random in training, with a mean and a variance that depend on the input."""
+
+    peft_type: Any = "PVERA"
+    r: int = 256
+    projection_prng_key: int = 0  # seed of A and B
+    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, pvera_only
+    init_weights: bool = True
+    sample_at_inference: bool = False  # be random there, too; merged weights have the means
+    generator_seed: int | None = None  # of a generator for each layer; None: torch's. Compiled code takes torch's
+
+    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key", "generator_seed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if not self.save_projection:
+            warn_unsaved("pvera_A and pvera_B")
+
+
+class PVeRA(Method):
+    """(μ, log σ²) = λ_d ⊙ A x; y += λ_b ⊙ B (μ + ε σ), ε ~ N(0, 1). Without ε this is ΔW = diag(λ_b) B diag(λ_d) A."""
+
+    config = PveraConfig
+    prefix = "pvera_lambda_"
+    targets = PVERA
+
+    pvera_lambda_b: nn.Parameter  # (out,)
+    pvera_lambda_d: nn.Parameter  # (2 r,), of means, then of variances
+    pvera_A: Tensor  # (2 r, widest in), shared
+    pvera_B: Tensor  # (widest out, r), shared
+    pvera_dropout: nn.Module
+
+    def __init__(self, site: Site, cfg: PveraConfig, name: str):
+        super().__init__(site, cfg, name)
+        self.generator: torch.Generator | None = None
+        self.before: Tensor | None = None  # the generator's state before the last draw
+
+    @classmethod
+    def share(cls, sites: Sequence[Site], cfg: PveraConfig, existing, others):
+        return projections(cls, ("pvera_A", "pvera_B"), 2 * cfg.r, sites, cfg, existing, others)
+
+    def check(self) -> str | None:
+        if self.site.op.known and self.site.op.groups(self.site.module) > 1:
+            return "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
+        return super().check()
+
+    def build(self, shared):
+        cfg = self.cfg
+        return shared | dict(
+            r=cfg.r,
+            pvera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
+            pvera_lambda_d=nn.Parameter(torch.randn(2 * cfg.r)),
+            pvera_dropout=nn.Dropout(cfg.pvera_dropout) if cfg.pvera_dropout > 0 else nn.Identity(),
+        )
+
+    def init(self) -> None:
+        if self.cfg.init_weights:
+            nn.init.constant_(self.pvera_lambda_d, self.cfg.d_initial)
+            nn.init.zeros_(self.pvera_lambda_b)
+
+    def factors(self) -> Factors:
+        r, d, b = self.cfg.r, self.pvera_lambda_d, self.pvera_lambda_b
+        A, B = self.pvera_A[:, : self.site.fan_in], self.pvera_B[: self.site.out_features]
+        if not (self.layer.training or self.cfg.sample_at_inference):
+            return Factors(A[:r], B, dropout=self.pvera_dropout, inner=d[:r], outer=b)
+        return Factors(Product(self.sample, d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
+
+    def sample(self, x: Tensor) -> Tensor:
+        """Return μ + ε σ, with r channels, for an input that dropout has seen."""
+        op, A, d = self.site.op, self.pvera_A[:, : self.site.fan_in], self.pvera_lambda_d
+        x = self.cast(x)
+        h = op.down(self.layer.base_layer, x, A if op.takes_ids else A.to(x.dtype)) * op.channels(d)
+        mean, log_variance = h.chunk(2, dim=1 - len(self.site.shape))
+        std = (0.5 * log_variance).exp()
+        return mean + self.noise(std) * std
+
+    def noise(self, std: Tensor) -> Tensor:
+        if self.cfg.generator_seed is None or not eager():
+            return torch.randn_like(std)
+        if self.generator is None:
+            self.generator = torch.Generator("cpu").manual_seed(self.cfg.generator_seed)
+        if torch._C._current_graph_task_id() != -1 and self.before is not None:  # the layer runs again, checkpointed
+            self.generator.set_state(self.before)
+        self.before = self.generator.get_state()
+        return torch.randn(std.shape, generator=self.generator, dtype=std.dtype, device="cpu").to(std.device)

@@ -134,6 +134,7 @@ CASES = [
     Case("MiSS r 64, bat", "MissConfig", EVERY | dict(init_weights="bat"), None, long=True),  # a dense gradient
     Case("VB-LoRA r 4", "VBLoRAConfig", EVERY | dict(vector_length=64), long=True),
     Case("PVeRA r 256", "PveraConfig", EVERY | dict(r=256), None, long=True),  # as VeRA
+    Case("RandLoRA r 32", "RandLoraConfig", EVERY, None, long=True),  # of full rank
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),

@@ -70,6 +70,7 @@ CHANGED = {  # what its mathematics is called
     "BOFT": {"pre", "post", "fold"},
     "PSOFT": {"factors"},
     "PVERA": {"factors"},
+    "RANDLORA": {"factors"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

@@ -28,6 +28,7 @@ CONFIGS = {
     "VBLORA": dict(r=2, num_vectors=5, vector_length=2),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
+    "RANDLORA": dict(r=2, randlora_alpha=3),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

@@ -96,6 +96,7 @@ SIZES = {
     "BOFT": dict(boft_block_size=3),
     "PSOFT": dict(r=3),
     "PVERA": dict(r=4),
+    "RANDLORA": dict(r=4, randlora_alpha=5),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -198,6 +198,7 @@ MAPS = {
     "MissConfig": ("MISS", dict(r=2)),
     "VBLoRAConfig": ("VBLORA", dict(vector_length=1)),
     "PveraConfig": ("PVERA", dict(r=2)),
+    "RandLoraConfig": ("RANDLORA", dict(r=2)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

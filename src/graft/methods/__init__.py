@@ -32,6 +32,7 @@ METHODS: dict[str, Row] = {
     "MISS": Row("methods.miss:MiSS", "MissConfig", "MissModel"),
     "VBLORA": Row("methods.vblora:VBLoRA", "VBLoRAConfig", "VBLoRAModel"),
     "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
+    "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

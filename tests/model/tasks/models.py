@@ -186,6 +186,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "VBLORA": dict(r=3, num_vectors=9, vector_length=12),
     "ROAD": dict(variant="road_2", group_size=4),
     "PVERA": dict(r=5),
+    "RANDLORA": dict(r=5, randlora_alpha=7),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

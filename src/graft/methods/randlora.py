@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RandLoRA: Full-rank parameter-efficient fine-tuning of large models, arXiv 2502.00987."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.containers import Transient
+from graft.core.effect import Factors
+from graft.core.method import Method
+from graft.core.random import kaiming_bound
+from graft.core.site import Site
+from graft.kernels.diagonals import between_diagonals
+from graft.methods.vera import check_alike, check_wide, warn_unsaved
+
+SHARED = ("projection_prng_key", "save_projection", "r", "sparse", "very_sparse")
+
+
+@dataclass(kw_only=True)
+class RandLoraConfig(Targets, LayerRange):
+    """RandLoRA: a sum of random products of rank r, as many as give full rank, with trained diagonals between them."""
+
+    peft_type: Any = "RANDLORA"
+    r: int = 32  # of each product: the more, the fewer there are, and the fewer numbers train
+    projection_prng_key: int = 0  # seed of A and B
+    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
+    sparse: bool = False  # A and B of -1, 0 and 1, two thirds of them 0
+    very_sparse: bool = False  # the same, with more zeros: all but 1/√d, d the smaller width of the widest layer
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    randlora_alpha: int = 640  # ΔW has the factor randlora_alpha / r
+    bias: str = "none"  # which base biases train: none, all, randlora_only
+    init_weights: bool = True  # λ is 0; else random
+
+    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if not self.save_projection:
+            warn_unsaved("randlora_A and randlora_B")
+
+
+class RandLoRA(Method):
+    """ΔW = s Σₙ Bₙ diag(λₙ) A diag(γₙ), transposed where out < in. d is the smaller of in and out, D the other."""
+
+    config = RandLoraConfig
+    prefix = "randlora_"
+    targets = LORA
+
+    randlora_lambda: nn.Parameter  # (r, n), n = ⌈d / r⌉
+    randlora_gamma: nn.Parameter  # (n, d)
+    randlora_A: Tensor  # (r, 1, largest d), shared
+    randlora_B: Tensor  # (largest D, largest n, r), shared
+    randlora_dropout: nn.Module
+    scaling: float
+
+    @classmethod
+    def share(cls, sites: Sequence[Site], cfg: RandLoraConfig, existing, others):
+        check_alike(cls, cfg, others, SHARED)
+        sizes = [sorted((s.out_features, s.fan_in)) for s in sites]
+        d, D = max(size[0] for size in sizes), max(size[1] for size in sizes)
+        if existing and others:
+            A, B = (existing[f"randlora_{x}"][next(iter(others))] for x in "AB")
+            check_wide("randlora_A", A.shape[2], d)
+            check_wide("randlora_B", B.shape[0], D)
+        else:
+            wide = sorted((max(s.out_features for s in sites), max(s.fan_in for s in sites)))  # as PEFT sizes them
+            A, B = (ternary if cfg.sparse or cfg.very_sparse else uniform)(cfg, *wide)
+        keep = (lambda t: t) if cfg.save_projection else Transient
+        return dict(randlora_A=keep(A), randlora_B=keep(B))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """n, d and D."""
+        d, D = sorted((self.site.out_features, self.site.fan_in))
+        return -(-d // self.cfg.r), d, D
+
+    def build(self, shared):
+        cfg, (n, d, _) = self.cfg, self.sizes
+        return shared | dict(
+            r=cfg.r,
+            scaling=cfg.randlora_alpha / cfg.r,
+            randlora_lambda=nn.Parameter(torch.randn(cfg.r, n)),
+            randlora_gamma=nn.Parameter(torch.ones(n, d)),
+            randlora_dropout=nn.Dropout(cfg.randlora_dropout) if cfg.randlora_dropout > 0 else nn.Identity(),
+        )
+
+    def init(self) -> None:
+        n, d, D = self.sizes
+        nn.init.constant_(self.randlora_gamma, 1 / max(n, d) if self.cfg.init_weights else 1 / D)
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.randlora_lambda)
+
+    def factors(self) -> Factors:
+        n, d, D = self.sizes
+        # rank by product, and product by rank: PEFT pairs the two in the order in which each has them
+        small = between_diagonals(self.randlora_lambda, self.randlora_A[:, 0, :d], self.randlora_gamma)
+        large = self.randlora_B[:D, :n].flatten(1)
+        A, B = (small, large) if self.site.fan_in == d else (large.T, small.T)
+        return Factors(A, B, scale=self.scaling, dropout=self.randlora_dropout)
+
+
+def uniform(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
+    """Draw A (r, 1, d) and B (D, n, r) with the standard deviation 1, in bfloat16, as PEFT does."""
+    n, r = -(-d // cfg.r), cfg.r
+    generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
+    A, *parts = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((r, 1, d), *[(D, 1, r)] * n))
+    for t in (A, *parts):
+        bound = kaiming_bound(t.shape[-1])
+        if not t.is_meta:
+            t.uniform_(-bound, bound, generator=generator)
+    B = torch.cat(parts, 1)
+    return (A / A.std()).float(), (B / B.std()).float()
+
+
+def ternary(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
+    """Draw A (r, 1, d) and B (D, n, r) of three values, with the standard deviation 1."""
+    share = 1 / (2 * (d**0.5 if cfg.very_sparse else 3))  # of the values below 0
+    generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
+    found = []
+    for shape in ((cfg.r, 1, d), (D, -(-d // cfg.r), cfg.r)):
+        t = torch.empty(shape)
+        if not t.is_meta:
+            t.uniform_(generator=generator)
+        t = (t > 1 - share).float() - (t < share).float()
+        found.append(t / t.std())
+    return found[0], found[1]

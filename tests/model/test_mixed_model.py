@@ -29,6 +29,7 @@ CONFIGS = {
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),
+    "UNILORA": dict(r=2, theta_d_length=9),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

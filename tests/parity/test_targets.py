@@ -199,6 +199,7 @@ MAPS = {
     "VBLoRAConfig": ("VBLORA", dict(vector_length=1)),
     "PveraConfig": ("PVERA", dict(r=2)),
     "RandLoraConfig": ("RANDLORA", dict(r=2)),
+    "UniLoraConfig": ("UNILORA", {}),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

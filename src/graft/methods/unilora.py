@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uni-LoRA: One Vector is All You Need, arXiv 2506.00799."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.containers import Transient
+from graft.core.effect import Factors
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.random import skip
+from graft.core.site import Site
+from graft.methods.vera import check_alike
+
+
+@dataclass(kw_only=True)
+class UniLoraConfig(Targets, LayerRange):
+    """UniLoRA: LoRA whose numbers, in all layers, are those of one trained vector θ, each many times over."""
+
+    peft_type: Any = "UNILORA"
+    r: int = 4
+    proj_seed: int = 42  # of the places that each number of θ has
+    theta_d_length: int = 256
+    unilora_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, unilora_only
+    init_theta_d_bound: float = 0.02  # θ begins uniform within it
+    init_weights: bool = True  # False: normal
+    save_indices: bool = False  # put the places into files, which then do not depend on what else is adapted
+
+    counters: ClassVar[tuple[str, ...]] = ("proj_seed",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for name in ("theta_d_length", "init_theta_d_bound"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` should be positive, but the value passed is {getattr(self, name)}")
+        if self.bias not in ("none", "all", "unilora_only"):
+            raise ConfigError(f"`bias` must be one of none, all, unilora_only, got {self.bias!r}")
+        if self.proj_seed < 0:
+            raise ConfigError(f"`proj_seed` must not be negative, got {self.proj_seed}")
+
+
+class Places:
+    """The number of θ at each place of A and B of all layers, drawn once for the model: (places,)."""
+
+    def __init__(self, sites: Sequence[Site], cfg: UniLoraConfig):
+        self.first: dict[str, int] = {}  # the place where a layer begins, by path
+        total = 0
+        for site in sites:
+            self.first[site.key] = total
+            total += cfg.r * (site.fan_in + site.out_features)
+        self.index = drawn(total, cfg.theta_d_length, cfg.proj_seed)
+        if self.index.is_meta:
+            self.scale = torch.empty(total)
+        else:
+            self.scale = self.index.bincount(minlength=cfg.theta_d_length).rsqrt()[self.index]
+
+    def of(self, site: Site, r: int) -> list[Tensor]:
+        """Return factors of A (r, in) and B (out, r), and indices of both."""
+        start, a, b = self.first[site.key], r * site.fan_in, r * site.out_features
+        shapes = ((r, site.fan_in), (site.out_features, r))
+        return [
+            part.view(shape)
+            for t in (self.scale, self.index)
+            for part, shape in zip(t[start : start + a + b].split((a, b)), shapes)
+        ]
+
+
+class UniLoRA(Method):
+    """ΔW = B A. A place that holds the number k of θ has the value θ[k] / √(how many places hold k)."""
+
+    config = UniLoraConfig
+    prefix = "unilora_"
+    targets = LORA
+
+    unilora_theta_d: nn.Parameter  # (length,), shared
+    unilora_indices_A: Tensor  # (r, in)
+    unilora_indices_B: Tensor  # (out, r)
+    unilora_scales_A: Tensor  # (r, in)
+    unilora_scales_B: Tensor  # (out, r)
+    unilora_dropout: nn.Module
+
+    @classmethod
+    def share(cls, sites: Sequence[Site], cfg: UniLoraConfig, existing, others):
+        check_alike(cls, cfg, others, ("save_indices",))
+        theta = torch.empty(cfg.theta_d_length)
+        if cfg.init_weights:
+            nn.init.uniform_(theta, -cfg.init_theta_d_bound, cfg.init_theta_d_bound)
+        else:
+            nn.init.normal_(theta)
+        return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(sites, cfg))
+
+    def build(self, shared):
+        cfg = self.cfg
+        places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
+        keep = (lambda t: t) if cfg.save_indices else Transient
+        names = [f"unilora_{what}_{x}" for what in ("scales", "indices") for x in "AB"]  # a floating one first
+        own = dict(
+            r=cfg.r, unilora_dropout=nn.Dropout(cfg.unilora_dropout) if cfg.unilora_dropout > 0 else nn.Identity()
+        )
+        return shared | own | {name: keep(t) for name, t in zip(names, places)}
+
+    def init(self) -> None:
+        skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT
+
+    def factors(self) -> Factors:
+        A = self.values(self.unilora_indices_A, self.unilora_scales_A)
+        B = self.values(self.unilora_indices_B, self.unilora_scales_B)
+        return Factors(A, B, dropout=self.unilora_dropout)
+
+    def values(self, index: Tensor, scale: Tensor) -> Tensor:
+        theta = self.unilora_theta_d.to(index.device)
+        return theta.index_select(0, index.flatten()).view(index.shape) * scale
+
+
+def drawn(places: int, length: int, seed: int) -> Tensor:
+    """Deal the numbers below `length` out to the places, each as often as the others but for one, as PEFT does."""
+    out = torch.empty(places, dtype=torch.int64)
+    if out.is_meta:
+        return out
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    times, rest = divmod(places, length)
+    found = np.repeat(np.arange(length), times)
+    if rest:
+        found = np.concatenate([found, rng.choice(length, size=rest, replace=False)])
+    rng.shuffle(found)
+    return torch.from_numpy(found)

@@ -136,6 +136,7 @@ CASES = [
     Case("PVeRA r 256", "PveraConfig", EVERY | dict(r=256), None, long=True),  # as VeRA
     Case("RandLoRA r 32", "RandLoraConfig", EVERY, None, long=True),  # of full rank
     Case("UniLoRA r 4", "UniLoraConfig", EVERY, long=True),
+    Case("TinyLoRA r 2", "TinyLoraConfig", EVERY, long=True),
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),

@@ -72,6 +72,7 @@ CHANGED = {  # what its mathematics is called
     "PVERA": {"factors"},
     "RANDLORA": {"factors"},
     "UNILORA": {"factors"},
+    "TINYLORA": {"factors"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

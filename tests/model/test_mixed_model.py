@@ -30,6 +30,7 @@ CONFIGS = {
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),
     "UNILORA": dict(r=2, theta_d_length=9),
+    "TINYLORA": dict(u=5),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

@@ -99,6 +99,7 @@ SIZES = {
     "PVERA": dict(r=4),
     "RANDLORA": dict(r=4, randlora_alpha=5),
     "UNILORA": dict(r=3, theta_d_length=11),
+    "TINYLORA": dict(u=5),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -34,6 +34,7 @@ METHODS: dict[str, Row] = {
     "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
     "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "UNILORA": Row("methods.unilora:UniLoRA", "UniLoraConfig", "UniLoraModel"),
+    "TINYLORA": Row("methods.tinylora:TinyLoRA", "TinyLoraConfig", "TinyLoraModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

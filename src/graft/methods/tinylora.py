@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TinyLoRA: Learning to Reason in 13 Parameters, arXiv 2602.04118."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.containers import Transient
+from graft.core.effect import Factors
+from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.method import Method
+from graft.core.site import Site
+from graft.methods.vera import check_alike
+
+
+@dataclass(kw_only=True)
+class TinyLoraConfig(Targets, LayerRange):
+    """TinyLoRA: a vector of u numbers, for one layer or for many, that mixes random r × r matrices between the singular
+    vectors of the weight."""
+
+    peft_type: Any = "TINYLORA"
+    r: int = 2  # how many singular vectors
+    u: int = 64  # numbers that train, for each group of layers
+    weight_tying: float = 0.0  # from 0, a vector for each layer, to 1, one for all
+    projection_seed: int = 42  # of the random matrices
+    save_projection: bool = True  # put them into files, too, which then do not depend on the generator
+    init_v_bound: float = 0.02  # of the vectors, if they begin random
+    tinylora_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, tinylora_only
+    init_weights: bool | Literal["uniform"] = True  # vectors of zeros; False or "uniform": random
+
+    counters: ClassVar[tuple[str, ...]] = ("projection_seed",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.u <= 0:
+            raise ConfigError(f"`u` should be a positive integer value but the value passed is {self.u}")
+        if not 0 <= self.weight_tying <= 1:
+            raise ConfigError(f"`weight_tying` should be between 0 and 1 but the value passed is {self.weight_tying}")
+
+
+class TinyLoRA(Method):
+    """ΔW = B (Σ v_k P_k) A, with B diag(s) A the best approximation of W₀ of rank r. Embeddings have Aᵀ (…)ᵀ Bᵀ."""
+
+    config = TinyLoraConfig
+    prefix = "tinylora_"
+    targets = LORA
+
+    tinylora_A: Tensor  # (r, in); of embeddings (r, embedding_dim)
+    tinylora_B: Tensor  # (out, r); of embeddings (vocabulary, r)
+    tinylora_P: Tensor  # (u, r, r)
+    tinylora_v: nn.Module  # parameters (u,) of all groups of layers, shared
+    tinylora_dropout: nn.Module
+    tinylora_group: int
+
+    @classmethod
+    def share(cls, sites: Sequence[Site], cfg: TinyLoraConfig, existing, others):
+        check_alike(cls, cfg, others, ("save_projection",))
+        groups = max(1, round(len(sites) * (1 - cfg.weight_tying)))
+        vectors = nn.ParameterDict()
+        for group in range(groups):
+            v = torch.zeros(cfg.u)
+            if cfg.init_weights is not True:
+                nn.init.uniform_(v, -cfg.init_v_bound, cfg.init_v_bound)
+            vectors[str(group)] = nn.Parameter(v)
+        return dict(
+            tinylora_v=vectors, tinylora_places={site.key: (n, groups, len(sites)) for n, site in enumerate(sites)}
+        )
+
+    @property
+    def rank(self) -> int:
+        """r, as far as the weight has that many singular vectors."""
+        return min(self.cfg.r, self.site.fan_in, self.site.out_features)
+
+    def build(self, shared):
+        cfg, site, r = self.cfg, self.site, self.rank
+        places = shared["tinylora_places"].container[self.name] if shared else {}
+        place, groups, layers = places.get(site.key, (0, 1, 1))
+        rows, columns = (site.fan_in, site.out_features) if site.op.takes_ids else (site.out_features, site.fan_in)
+        P = torch.empty(cfg.u, r, r)
+        if not P.is_meta:
+            P.normal_(0, r**-0.5, generator=torch.Generator("cpu").manual_seed(cfg.projection_seed + place))
+        return shared | dict(
+            tinylora_A=torch.zeros(r, columns),
+            tinylora_B=torch.zeros(rows, r),
+            tinylora_P=P if cfg.save_projection else Transient(P),
+            tinylora_group=min(place // max(1, layers // groups), groups - 1),
+            tinylora_dropout=nn.Dropout(cfg.tinylora_dropout) if cfg.tinylora_dropout > 0 else nn.Identity(),
+            r=r,
+        )
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def inits_before_load(self) -> bool:
+        return False  # a file holds A and B
+
+    @torch.no_grad()
+    def init(self) -> None:
+        if self.site.on_meta:
+            warn(
+                f"TinyLoRA starts from the weight of layer '{self.site.key}', which is on the meta device: load an "
+                "adapter, or adapt the model when it has its values.",
+                PeftWarning,
+            )
+            return
+        W = self.layer.W0.flatten(1)
+        found = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)
+        U, S, V = (t.to(W.dtype) for t in found)  # rounded before the square root, as PEFT does
+        root = S[: self.rank].sqrt()
+        self.tinylora_A.copy_(root[:, None] * V[: self.rank])
+        self.tinylora_B.copy_(U[:, : self.rank] * root)
+
+    def factors(self) -> Factors:
+        P, v = self.tinylora_P, getattr(self.tinylora_v, str(self.tinylora_group))
+        R = (v.to(P.device) @ P.flatten(1)).view(P.shape[1:])
+        A, B = self.tinylora_A, self.tinylora_B
+        if self.site.op.takes_ids:
+            return Factors(B.T, (R @ A).T, dropout=self.tinylora_dropout)
+        return Factors(A, B @ R, dropout=self.tinylora_dropout)

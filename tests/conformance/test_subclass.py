@@ -73,6 +73,7 @@ CHANGED = {  # what its mathematics is called
     "RANDLORA": {"factors"},
     "UNILORA": {"factors"},
     "TINYLORA": {"factors"},
+    "GRALORA": {"factors"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

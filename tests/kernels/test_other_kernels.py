@@ -346,6 +346,7 @@ CONFIGS = {
     "MISS-mini": lambda lib, **o: lib.MissConfig(r=6, mini_r=4, init_weights="mini", **o),
     "MISS-bat": lambda lib, **o: lib.MissConfig(r=4, init_weights="bat", **o),
     "VBLORA": lambda lib, **o: lib.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, **o),
+    "GRALORA": lambda lib, **o: lib.GraloraConfig(r=4, alpha=4 * SCALE, hybrid_r=2, **o),
     "ROAD": lambda lib, **o: lib.RoadConfig(group_size=4, **o),
     "ROAD-4": lambda lib, **o: lib.RoadConfig(group_size=4, variant="road_4", **o),
     "ADALORA": lambda lib, **o: lib.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4 * SCALE, total_step=9, **o),

@@ -32,6 +32,7 @@ CONFIGS = {
     "MISS": lambda **o: graft.MissConfig(**ON, r=6, **o),
     "MISS-bat": lambda **o: graft.MissConfig(**ON, r=4, init_weights="bat", **o),
     "VBLORA": lambda **o: graft.VBLoRAConfig(**ON, r=3, num_vectors=9, vector_length=4, **o),
+    "GRALORA": lambda **o: graft.GraloraConfig(**ON, r=4, alpha=5, **o),
 }
 DROPOUT = {
     "LORA": "lora_dropout",
@@ -41,6 +42,7 @@ DROPOUT = {
     "HIRA": "hira_dropout",
     "MISS": "miss_dropout",
     "VBLORA": "vblora_dropout",
+    "GRALORA": "gralora_dropout",
 }
 every = pytest.mark.parametrize("name", CONFIGS)
 dropping = pytest.mark.parametrize("name", DROPOUT)

@@ -26,6 +26,7 @@ CONFIGS = {
     "HIRA": dict(r=2),
     "MISS": dict(r=2),
     "VBLORA": dict(r=2, num_vectors=5, vector_length=2),
+    "GRALORA": dict(r=2, alpha=3),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),

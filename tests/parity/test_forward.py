@@ -10,7 +10,7 @@ from tests.samples import SAMPLES, alike
 
 DROPOUT = [s for s in SAMPLES if any("dropout" in key for key in s.kwargs)]
 # the others draw for each layer and call even when nothing is dropped, or never drop: test_differences.py
-SEEDED = ("LORA", "VERA", "HIRA", "MISS", "VBLORA", "RANDLORA", "UNILORA", "TINYLORA", "FROD")
+SEEDED = ("LORA", "VERA", "HIRA", "MISS", "VBLORA", "RANDLORA", "UNILORA", "TINYLORA", "FROD", "GRALORA")
 SAME_MASKS = [s for s in DROPOUT if s.method in SEEDED]
 
 

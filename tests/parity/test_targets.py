@@ -155,6 +155,7 @@ OTHERS = {
     "OFTConfig": {},
     "HRAConfig": {},
     "HiraConfig": {},
+    "GraloraConfig": dict(r=2),
     "MissConfig": dict(r=2),
     "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
@@ -201,6 +202,7 @@ MAPS = {
     "RandLoraConfig": ("RANDLORA", dict(r=2)),
     "UniLoraConfig": ("UNILORA", {}),
     "TinyLoraConfig": ("TINYLORA", {}),
+    "GraloraConfig": ("GRALORA", dict(r=2)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

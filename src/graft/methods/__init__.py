@@ -31,6 +31,7 @@ METHODS: dict[str, Row] = {
     "HIRA": Row("methods.hira:HiRA", "HiraConfig", "HiraModel"),
     "MISS": Row("methods.miss:MiSS", "MissConfig", "MissModel"),
     "VBLORA": Row("methods.vblora:VBLoRA", "VBLoRAConfig", "VBLoRAModel"),
+    "GRALORA": Row("methods.gralora:GraLoRA", "GraloraConfig", "GraloraModel"),
     "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
     "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "UNILORA": Row("methods.unilora:UniLoRA", "UniLoraConfig", "UniLoraModel"),

@@ -189,6 +189,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "RANDLORA": dict(r=5, randlora_alpha=7),
     "UNILORA": dict(r=3, theta_d_length=50),
     "TINYLORA": dict(u=7),
+    "GRALORA": dict(r=4, alpha=5, hybrid_r=2),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

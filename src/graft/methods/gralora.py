@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GraLoRA: Granular Low-Rank Adaptation, arXiv 2505.20355."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Factors
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.core.ops import linear
+from graft.kernels.blocks import Inputs, Outputs
+
+
+@dataclass(kw_only=True)
+class GraloraConfig(Targets, LayerRange):
+    """GraLoRA: k × k blocks of the weight, each with factors of its own; together of rank up to k r.
+
+    Raises:
+        ConfigError: k does not divide r, or one of the numbers is too small.
+    """
+
+    peft_type: Any = "GRALORA"
+    r: int = 32  # rank of each row, and of each column, of blocks
+    hybrid_r: int = 0  # rank of a plain low-rank update beside the blocks
+    alpha: float = 64  # the scaling is alpha / (r + hybrid_r)
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2  # the weight has k × k blocks; must divide r and the widths of all layers
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, gralora_only
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.hybrid_r < 0:
+            raise ConfigError(f"`hybrid_r` must be 0 or more, got {self.hybrid_r}")
+        if self.gralora_k <= 0:
+            raise ConfigError(
+                f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}"
+            )
+        if self.r % self.gralora_k:
+            raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
+
+
+class GraLoRA(Method):
+    """ΔW = s · the blocks (A_n[:, j] B_j[n, :])ᵀ, j = 1 … k of the output, n of the input; and s · B A, if hybrid."""
+
+    config = GraloraConfig
+    prefix = "gralora_"
+    targets = LORA
+    empty: ClassVar[dict[str, Any]] = {f"gralora_{x}_general": nn.ModuleDict() for x in "AB"}
+
+    gralora_A: nn.Parameter  # (k, in / k, r)
+    gralora_B: nn.Parameter  # (k, r, out / k)
+    gralora_A_general: nn.Module  # weight (hybrid_r, in)
+    gralora_B_general: nn.Module  # weight (out, hybrid_r)
+    gralora_dropout: nn.Module
+    scaling: float
+
+    def check(self) -> str | None:
+        why, k = super().check(), self.cfg.gralora_k
+        for name, size in (("in_features", self.site.fan_in), ("out_features", self.site.out_features)):
+            if why is None and size % k:
+                why = f"{name} should be divisible by gralora_k, but got {size} and {k}"
+        return why
+
+    def build(self, shared):
+        cfg, site, k = self.cfg, self.site, self.cfg.gralora_k
+        A, B = self.blocks()
+        values = dict(
+            gralora_A=nn.Parameter(A),
+            gralora_B=nn.Parameter(B),
+            r=cfg.r,
+            hybrid_r=cfg.hybrid_r,
+            gralora_k=k,
+            alpha=cfg.alpha,
+            scaling=cfg.alpha / (cfg.r + cfg.hybrid_r),
+            gralora_dropout=nn.Dropout(cfg.gralora_dropout) if cfg.gralora_dropout > 0 else nn.Identity(),
+        )
+        if cfg.hybrid_r:
+            values["gralora_A_general"] = linear(site.fan_in, cfg.hybrid_r, False, fill=False)
+            values["gralora_B_general"] = linear(cfg.hybrid_r, site.out_features, False, fill=False)
+        return values
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Draw A and B: as PEFT, block by block, and before the modules of the plain update."""
+        cfg, k = self.cfg, self.cfg.gralora_k
+        sizes = self.site.fan_in // k, self.site.out_features // k
+        A, B = [], []
+        for _ in range(k):
+            A.append(drawn(cfg.r, sizes[0]).T)
+            B.append(torch.zeros(cfg.r, sizes[1]) if cfg.init_weights else drawn(sizes[1], cfg.r).T)
+        return torch.stack(A), torch.stack(B)
+
+    def init(self) -> None:
+        if not self.cfg.hybrid_r:
+            return
+        A: Any = self.gralora_A_general.weight
+        B: Any = self.gralora_B_general.weight
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if self.cfg.init_weights:
+            nn.init.zeros_(B)
+        else:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+
+    def factors(self) -> Factors:
+        A, B = (getattr(self, f"gralora_{x}_general") if self.cfg.hybrid_r else None for x in "AB")
+        A, B = Inputs(self.gralora_A, A), Outputs(self.gralora_B, B)
+        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # inputs are no vectors: the layer takes matrices
+            A, B = A.weight, B.weight
+        return Factors(A, B, scale=self.scaling, dropout=self.gralora_dropout)
+
+
+def drawn(out: int, fan_in: int) -> Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(out, fan_in), a=math.sqrt(5))

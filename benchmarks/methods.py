@@ -138,6 +138,7 @@ CASES = [
     Case("UniLoRA r 4", "UniLoraConfig", EVERY, long=True),
     Case("TinyLoRA r 2", "TinyLoraConfig", EVERY, long=True),
     Case("GraLoRA r 32", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), long=True),
+    Case("DeLoRA r 8", "DeloraConfig", EVERY | dict(r=8), long=True),
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
@@ -170,6 +171,7 @@ CASES = [
     Case("MiSS r 64, bat, bf16 base", "MissConfig", EVERY | dict(init_weights="bat"), None, **HALF),
     Case("VB-LoRA r 4, bf16 base", "VBLoRAConfig", EVERY | dict(vector_length=64), **HALF),
     Case("GraLoRA r 32, bf16 base", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), **HALF),
+    Case("DeLoRA r 8, bf16 base", "DeloraConfig", EVERY | dict(r=8), **HALF),
     Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
 ]

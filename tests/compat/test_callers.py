@@ -72,7 +72,7 @@ OFFLOADS = {
     "memory": lambda model, folder: cpu_offload(model, torch.device("cpu")),
     "disk": lambda model, folder: disk_offload(model, folder, torch.device("cpu")),
 }
-PLAIN = [s for s in each("plain", "mlp") if s.method != "HIRA"]  # which needs the weight
+PLAIN = [s for s in each("plain", "mlp") if s.method not in ("HIRA", "DELORA")]  # which need the weight
 OFFLOADED = [*PLAIN, first("LORA", "mlp", "head"), first("LORA", "llama"), first("LORA", "conv1D")]
 
 

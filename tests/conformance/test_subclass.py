@@ -74,6 +74,7 @@ CHANGED = {  # what its mathematics is called
     "UNILORA": {"factors"},
     "TINYLORA": {"factors"},
     "GRALORA": {"factors"},
+    "DELORA": {"factors"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

@@ -33,6 +33,7 @@ CONFIGS = {
     "MISS-bat": lambda **o: graft.MissConfig(**ON, r=4, init_weights="bat", **o),
     "VBLORA": lambda **o: graft.VBLoRAConfig(**ON, r=3, num_vectors=9, vector_length=4, **o),
     "GRALORA": lambda **o: graft.GraloraConfig(**ON, r=4, alpha=5, **o),
+    "DELORA": lambda **o: graft.DeloraConfig(**ON, r=4, delora_lambda=2, **o),
 }
 DROPOUT = {
     "LORA": "lora_dropout",

@@ -27,6 +27,7 @@ CONFIGS = {
     "MISS": dict(r=2),
     "VBLORA": dict(r=2, num_vectors=5, vector_length=2),
     "GRALORA": dict(r=2, alpha=3),
+    "DELORA": dict(r=2, delora_lambda=2),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),

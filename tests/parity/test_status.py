@@ -168,6 +168,7 @@ ATTRIBUTES["MISS"] += " miss_r miss_mini_r in_features out_features"
 ATTRIBUTES["VBLORA"] += " r topk in_features out_features fan_in_fan_out"
 ATTRIBUTES["LOHA"] += " r alpha scaling rank_dropout module_dropout"
 ATTRIBUTES["GRALORA"] += " r alpha scaling gralora_k hybrid_r"
+ATTRIBUTES["DELORA"] += " r"
 ATTRIBUTES["ROAD"] += " variant group_size"
 for _name in ("PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"):
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"

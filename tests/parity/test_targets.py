@@ -156,6 +156,7 @@ OTHERS = {
     "HRAConfig": {},
     "HiraConfig": {},
     "GraloraConfig": dict(r=2),
+    "DeloraConfig": {},
     "MissConfig": dict(r=2),
     "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
@@ -203,6 +204,7 @@ MAPS = {
     "UniLoraConfig": ("UNILORA", {}),
     "TinyLoraConfig": ("TINYLORA", {}),
     "GraloraConfig": ("GRALORA", dict(r=2)),
+    "DeloraConfig": ("DELORA", {}),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

@@ -16,7 +16,7 @@ from tests.models import seeded
 X = torch.linspace(-1, 1, 700).view(70, 10)
 FIT = [s for s in SAMPLES if s.method != "LN_TUNING"]  # which trains a copy of the layer
 # the weight, in the forward pass or to begin with
-NEEDS = {"LORA-dora", "LORA-kasa", "LORA-mica", "HIRA", "HIRA-random", "MISS-bat", "TRAINABLE_TOKENS"}
+NEEDS = {"LORA-dora", "LORA-kasa", "LORA-mica", "HIRA", "HIRA-random", "MISS-bat", "DELORA", "TRAINABLE_TOKENS"}
 
 
 def net(kind):

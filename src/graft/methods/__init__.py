@@ -32,6 +32,7 @@ METHODS: dict[str, Row] = {
     "MISS": Row("methods.miss:MiSS", "MissConfig", "MissModel"),
     "VBLORA": Row("methods.vblora:VBLoRA", "VBLoRAConfig", "VBLoRAModel"),
     "GRALORA": Row("methods.gralora:GraLoRA", "GraloraConfig", "GraloraModel"),
+    "DELORA": Row("methods.delora:DeLoRA", "DeloraConfig", "DeloraModel"),
     "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
     "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "UNILORA": Row("methods.unilora:UniLoRA", "UniLoraConfig", "UniLoraModel"),

@@ -190,6 +190,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "UNILORA": dict(r=3, theta_d_length=50),
     "TINYLORA": dict(u=7),
     "GRALORA": dict(r=4, alpha=5, hybrid_r=2),
+    "DELORA": dict(r=2, delora_lambda=40),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, arXiv 2503.18225."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Factors
+from graft.core.method import Method
+
+SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
+
+
+@dataclass(kw_only=True)
+class DeloraConfig(Targeted, LayerRange, RankPattern):
+    """DeLoRA: ΔW of rank r whose terms have the strength λ / r, whatever the lengths of their vectors."""
+
+    peft_type: Any = "DELORA"
+    r: int = 8
+    delora_lambda: float = 15  # λ in the beginning; it trains
+    module_dropout: float = 0.0  # of the input
+    bias: Literal["none", "all", "delora_only"] = "none"  # which base biases train
+    init_weights: bool = True
+    lambda_pattern: dict[str, float] | None = field(default_factory=dict)  # λ by layer name or regex
+
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class DeLoRA(Method):
+    """ΔW = Σ λ / r · b_k (a_k ⊙ w)ᵀ / (‖a_k‖ ‖b_k‖), w the norms of the columns of W₀."""
+
+    config = DeloraConfig
+    prefix = "delora_"
+    targets = LORA
+
+    delora_A: nn.Parameter  # (r, fan_in)
+    delora_B: nn.Parameter  # (out, r)
+    delora_lambda: nn.Parameter  # (1,)
+    delora_dropout: nn.Module
+
+    def build(self, shared):
+        cfg, site = self.cfg, self.site
+        return dict(
+            delora_A=nn.Parameter(torch.empty(cfg.r, site.fan_in)),
+            delora_B=nn.Parameter(torch.empty(site.out_features, cfg.r)),
+            delora_lambda=nn.Parameter(torch.empty(1)),
+            delora_w_norm=torch.ones(site.fan_in),  # a buffer
+            r=cfg.r,
+            delora_dropout=nn.Dropout(cfg.module_dropout) if cfg.module_dropout > 0 else nn.Identity(),
+        )
+
+    def init(self) -> None:
+        nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.delora_B)
+        else:
+            nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
+        self.delora_lambda.data.fill_(self.cfg.delora_lambda)
+        if not self.site.on_meta:
+            W = self.layer.W0.detach().flatten(1)
+            self.delora_w_norm.copy_(torch.linalg.vector_norm(W, dim=0))
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def inits_before_load(self) -> bool:
+        return False  # the file has the norms
+
+    def factors(self) -> Factors:
+        A, B = self.delora_A, self.delora_B
+        lengths = [v.norm(dim=dim).clamp(min=SHORTEST) for v, dim in ((A, 1), (B, 0))]
+        strength = self.delora_lambda / (len(A) * lengths[0] * lengths[1])  # (r,)
+        return Factors(A * self.delora_w_norm, B, inner=strength, dropout=self.delora_dropout)

@@ -139,6 +139,7 @@ CASES = [
     Case("TinyLoRA r 2", "TinyLoraConfig", EVERY, long=True),
     Case("GraLoRA r 32", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), long=True),
     Case("DeLoRA r 8", "DeloraConfig", EVERY | dict(r=8), long=True),
+    Case("C3A block 64", "C3AConfig", EVERY | dict(block_size=64), None, long=True),  # a transform of every row
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
@@ -172,6 +173,7 @@ CASES = [
     Case("VB-LoRA r 4, bf16 base", "VBLoRAConfig", EVERY | dict(vector_length=64), **HALF),
     Case("GraLoRA r 32, bf16 base", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), **HALF),
     Case("DeLoRA r 8, bf16 base", "DeloraConfig", EVERY | dict(r=8), **HALF),
+    Case("C3A block 64, bf16 base", "C3AConfig", EVERY | dict(block_size=64), None, **HALF),
     Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
 ]

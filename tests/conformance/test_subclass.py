@@ -16,7 +16,7 @@ FACTOR = 1.37  # no power of two, of which products are exact
 
 
 def other_maths(method: type[Method], kinds: set[str]) -> type[Method]:
-    """A subclass with other mathematics, by the hooks that its method has: factors, ΔW, or pre, post and fold."""
+    """A subclass with other mathematics, by its method's hooks: factors, ΔW and a branch, or pre, post and fold."""
     hooks = {}
     if "factors" in kinds:
 
@@ -75,6 +75,7 @@ CHANGED = {  # what its mathematics is called
     "TINYLORA": {"factors"},
     "GRALORA": {"factors"},
     "DELORA": {"factors"},
+    "C3A": {"delta", "branch"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

@@ -34,6 +34,7 @@ CONFIGS = {
     "VBLORA": lambda **o: graft.VBLoRAConfig(**ON, r=3, num_vectors=9, vector_length=4, **o),
     "GRALORA": lambda **o: graft.GraloraConfig(**ON, r=4, alpha=5, **o),
     "DELORA": lambda **o: graft.DeloraConfig(**ON, r=4, delora_lambda=2, **o),
+    "C3A": lambda **o: graft.C3AConfig(**ON, block_size=4, **o),
 }
 DROPOUT = {
     "LORA": "lora_dropout",

@@ -1,13 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with matrices of a structure that saves work: as with the whole matrix."""
+"""Products with matrices of a structure that saves work: as with the whole matrix, forward and backward."""
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from graft.kernels import blocks
+from graft.kernels import blocks, circular
+from graft.kernels.circular import Circulant
 from tests.models import seeded
+
+ROWS = 7
+
+
+def drawn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class Shaped:
+    """A product by its function, and its whole matrix by its value."""
+
+    def __init__(self, value, times):
+        self.value, self.times = value, times
+
+    def __getattr__(self, name):
+        return getattr(self.value, name)
+
+
+def circulant(m, n, b):
+    def make(w):
+        return Shaped(Circulant(w, 1.0, (m * b, n * b)), lambda x: circular.product(x, w))
+
+    return make, (m, n, b)
+
+
+with seeded(0):
+    CASES = {
+        "circulant": circulant(2, 3, 5),
+        "circulant even": circulant(3, 1, 6),
+    }
+every = pytest.mark.parametrize("name", CASES)
+
+
+def case(name):
+    make, size = CASES[name]
+    with seeded(1):
+        c = drawn(*size)
+        x = drawn(ROWS, make(c).dense().shape[1])
+    return make, c, x
+
+
+@every
+def test_a_product_is_that_with_the_whole_matrix(name):
+    make, c, x = case(name)
+    value = make(c)
+    y = x @ value.dense().T
+    assert y.abs().mean() > 1e-3
+    assert_close(value.times(x), y)
+    assert_close(value.times(x.view(1, ROWS, -1)), y[None])
+    assert_close(value.times(x[0]), y[0])
+    assert_close(value.times(x[:0]), y[:0])
+    assert_close(value.times(x.float()).double(), y, rtol=1e-4, atol=1e-4)
+    single = make(c.float()).times(x.bfloat16())
+    assert single.dtype == torch.float32 or name.startswith("kron")
+
+
+@every
+def test_gradients_of_both_orders(name):
+    make, c, x = case(name)
+    values = c.requires_grad_(), x[:3].requires_grad_()
+    assert torch.autograd.gradcheck(lambda c, x: make(c).times(x), values, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda c, x: make(c).times(x), values, fast_mode=True)
+
+
+@every
+def test_columns_of_an_embedding(name):
+    make, c, _ = case(name)
+    W = make(c).dense()
+    ids = torch.arange(W.shape[1]).flip(0).view(1, -1)
+    assert_close(make(c).columns(ids), W.T[ids])
+
+
+@every
+def test_transforms_of_functions(name):
+    make, c, x = case(name)
+    W, v = make(c).dense(), x.flip(0)
+    assert_close(torch.func.vmap(lambda x: make(c).times(x))(x), x @ W.T)
+    assert_close(torch.func.jvp(lambda x: make(c).times(x), (x,), (v,))[1], v @ W.T)
+    one = torch.func.grad(lambda c, x: make(c).times(x).square().sum())
+    assert_close(torch.func.vmap(one, (None, 0))(c, x), torch.stack([one(c, row) for row in x]))
+
+
+@every
+def test_what_the_backward_pass_needs(name):
+    """x and the description; no transform of x, no matrix."""
+    make, c, x = case(name)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        make(c.requires_grad_()).times(x.requires_grad_())
+    large = [t for t in seen if t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()]
+    assert all(t.numel() <= c.numel() * 2 for t in large)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

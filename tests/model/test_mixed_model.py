@@ -28,6 +28,7 @@ CONFIGS = {
     "VBLORA": dict(r=2, num_vectors=5, vector_length=2),
     "GRALORA": dict(r=2, alpha=3),
     "DELORA": dict(r=2, delora_lambda=2),
+    "C3A": dict(block_size=2),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),

@@ -9,7 +9,8 @@ from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, outcome
 from tests.samples import alike, each, first
 
 ONE_OF_EACH = each(models="mlp")
-SUM = [s for s in ONE_OF_EACH if s.method != "LN_TUNING"]  # methods with which several adapters can be active
+# methods with which several adapters can be active; of C3A, PEFT gives the second the output of the first
+SUM = [s for s in ONE_OF_EACH if s.method not in ("LN_TUNING", "C3A")]
 
 
 def observe(model, sample):
@@ -153,7 +154,7 @@ def test_second_adapter_starts_with_the_same_values(sample):
     close_dicts(*values, 0)
 
 
-@pytest.mark.parametrize("sample", [s for s in alike("forward") if s.model == "llama" and s.name == "plain"], ids=str)
+@pytest.mark.parametrize("sample", [s for s in alike("gradients") if s.model == "llama" and s.name == "plain"], ids=str)
 def test_gradients_with_two_active(sample):
     results = []
     for lib, model in zip(LIBS, both(sample)):

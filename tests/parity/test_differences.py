@@ -102,6 +102,7 @@ SIZES = {
     "TINYLORA": dict(u=5),
     "GRALORA": dict(r=4, alpha=5),
     "DELORA": dict(r=3),
+    "C3A": dict(block_size=2, init_weights=True),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 
@@ -187,9 +188,12 @@ def test_copied_containers_move_between_libraries(tmp_path):
         close(output(loaded, CONTAINER), output(model, CONTAINER))
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if "gradients" in s.unlike], ids=str)
+WRONG = [s for s in SAMPLES if "gradients" in s.unlike and s.model in ("mlp", "conv1d", "conv2d")]
+
+
+@pytest.mark.parametrize("sample", WRONG, ids=str)
 def test_gradients_are_derivatives(sample):
-    """PEFT's hand-written backward of the factored LoHa kernel mixes up its two halves."""
+    """PEFT's hand-written backward of the factored LoHa kernel mixes up its two halves; C3A's gives x a wrong one."""
     model = randomize(adapt(graft, sample), sample).double().eval()
     batch = {k: v.double() for k, v in models.inputs(sample.model).items()}
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

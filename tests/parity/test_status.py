@@ -169,6 +169,7 @@ ATTRIBUTES["VBLORA"] += " r topk in_features out_features fan_in_fan_out"
 ATTRIBUTES["LOHA"] += " r alpha scaling rank_dropout module_dropout"
 ATTRIBUTES["GRALORA"] += " r alpha scaling gralora_k hybrid_r"
 ATTRIBUTES["DELORA"] += " r"
+ATTRIBUTES["C3A"] += " block_size"
 ATTRIBUTES["ROAD"] += " variant group_size"
 for _name in ("PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"):
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"

@@ -157,6 +157,7 @@ OTHERS = {
     "HiraConfig": {},
     "GraloraConfig": dict(r=2),
     "DeloraConfig": {},
+    "C3AConfig": dict(block_size=1),
     "MissConfig": dict(r=2),
     "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
@@ -205,6 +206,7 @@ MAPS = {
     "TinyLoraConfig": ("TINYLORA", {}),
     "GraloraConfig": ("GRALORA", dict(r=2)),
     "DeloraConfig": ("DELORA", {}),
+    "C3AConfig": ("C3A", dict(block_size=1)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

@@ -191,6 +191,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "TINYLORA": dict(u=7),
     "GRALORA": dict(r=4, alpha=5, hybrid_r=2),
     "DELORA": dict(r=2, delora_lambda=40),
+    "C3A": dict(block_size=12),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }
@@ -204,7 +205,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 METHODS = LAYER_METHODS | PROMPTS
 
-SPREAD = {"OFT": 0.1, "VERA": 1.5, "HIRA": 0.8}  # standard deviation of trained values, where it is not 0.4
+SPREAD = {"C3A": 3.0, "OFT": 0.1, "VERA": 1.5, "HIRA": 0.8}  # standard deviation of trained values, where it is not 0.4
 
 # where there are no defaults: "model_type" of the config → target_modules
 _norms = ["input_layernorm", "post_attention_layernorm", "norm"]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""C3A: Parameter-Efficient Fine-Tuning via Circular Convolution, arXiv 2407.19342."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targets
+from graft.config.targets import FOURIER
+from graft.core.effect import Update
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.kernels.circular import Circulant, product
+
+
+@dataclass(kw_only=True)
+class C3AConfig(Targets, LayerRange):
+    """C3A: ΔW of circulant blocks b × b, each described by b numbers.
+
+    Raises:
+        ConfigError: a block size that is not positive.
+    """
+
+    peft_type: Any = "C3A"
+    block_size: int = 256  # b; must divide the widths of all layers
+    bias: str = "none"  # which base biases train: none, all, c3a_only
+    block_size_pattern: dict[str, int] | None = field(default_factory=dict)  # b by layer name or regex
+    # False: "xavier_uniform"; True: zeros
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = "xavier_uniform"
+
+    patterns: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for b in (self.block_size, *(self.block_size_pattern or {}).values()):
+            if b <= 0:
+                raise ConfigError(f"`block_size` should be a positive integer value but the value passed is {b}")
+
+
+class C3A(Method):
+    """ΔW[m b + t, n b + s] = w[m, n, (s - t) mod b] / in."""
+
+    config = C3AConfig
+    prefix = "c3a_"
+    targets = FOURIER
+
+    c3a_kernel: nn.Parameter  # (out / b, in / b, b)
+
+    def describe(self):
+        vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
+        return Update(self.delta, branch=self.branch if vectors else None)
+
+    def check(self) -> str | None:
+        why, b = super().check(), self.cfg.block_size
+        for name, size in (("input size", self.site.fan_in), ("output size", self.site.out_features)):
+            if why is None and size % b:
+                why = f"The block size should be a factor of the {name}: that is {size}, and `block_size` is {b}"
+        return why
+
+    def build(self, shared):
+        b = self.cfg.block_size
+        return dict(
+            c3a_kernel=nn.Parameter(torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)),
+            block_size=b,
+        )
+
+    def init(self) -> None:
+        start, fan_in, w = self.cfg.init_weights, self.site.fan_in, self.c3a_kernel
+        if start is True:
+            nn.init.zeros_(w)
+        elif start == "gaussian":
+            nn.init.normal_(w)
+        else:
+            bound = 1 / fan_in if start == "kaiming_uniform" else 6 / (fan_in + self.site.out_features)
+            nn.init.uniform_(w, -math.sqrt(bound), math.sqrt(bound))
+
+    def delta(self) -> Circulant:
+        return Circulant(self.c3a_kernel, 1 / self.site.fan_in, self.site.shape)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return product(x, self.c3a_kernel, 1 / self.site.fan_in)

@@ -140,6 +140,7 @@ CASES = [
     Case("GraLoRA r 32", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), long=True),
     Case("DeLoRA r 8", "DeloraConfig", EVERY | dict(r=8), long=True),
     Case("C3A block 64", "C3AConfig", EVERY | dict(block_size=64), None, long=True),  # a transform of every row
+    Case("FourierFT n 1000", "FourierFTConfig", EVERY, None, long=True),  # a transform of every row
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
@@ -174,6 +175,7 @@ CASES = [
     Case("GraLoRA r 32, bf16 base", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), **HALF),
     Case("DeLoRA r 8, bf16 base", "DeloraConfig", EVERY | dict(r=8), **HALF),
     Case("C3A block 64, bf16 base", "C3AConfig", EVERY | dict(block_size=64), None, **HALF),
+    Case("FourierFT n 1000, bf16 base", "FourierFTConfig", EVERY, None, **HALF),
     Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
 ]

@@ -76,6 +76,7 @@ CHANGED = {  # what its mathematics is called
     "GRALORA": {"factors"},
     "DELORA": {"factors"},
     "C3A": {"delta", "branch"},
+    "FOURIERFT": {"delta", "branch"},
 }
 UNCHANGED = {"LN_TUNING": "a module is all there is", "TRAINABLE_TOKENS": "rows have no mathematics"}
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

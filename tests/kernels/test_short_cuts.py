@@ -35,6 +35,7 @@ CONFIGS = {
     "GRALORA": lambda **o: graft.GraloraConfig(**ON, r=4, alpha=5, **o),
     "DELORA": lambda **o: graft.DeloraConfig(**ON, r=4, delora_lambda=2, **o),
     "C3A": lambda **o: graft.C3AConfig(**ON, block_size=4, **o),
+    "FOURIERFT": lambda **o: graft.FourierFTConfig(**ON, n_frequency=70, scaling=40, **o),
 }
 DROPOUT = {
     "LORA": "lora_dropout",

@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from graft.kernels import blocks, circular
+from graft.kernels import blocks, circular, transformed
 from graft.kernels.circular import Circulant
+from graft.kernels.fourier import Spectrum, Waves
+from graft.kernels.transformed import Sparse
+from graft.kernels.wavelet import Plain
 from tests.models import seeded
 
 ROWS = 7
@@ -15,6 +18,21 @@ ROWS = 7
 
 def drawn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def entries(n, out, fan_in):
+    places = torch.randperm(out * fan_in)[:n]
+    return places // fan_in, places % fan_in
+
+
+def spectrum(out, fan_in):
+    u, v = entries(out * fan_in // 2, out, fan_in)
+    return lambda c: Spectrum(c, torch.stack((u, v)), (out, fan_in), 3.7, (out, fan_in)), (len(u),)
+
+
+def scattered(out, fan_in):
+    u, v = entries(17, out, fan_in)
+    return lambda c: Sparse(c[None], u, v, Plain(out), Plain(fan_in), (out, fan_in)), (17,)
 
 
 class Shaped:
@@ -38,6 +56,10 @@ with seeded(0):
     CASES = {
         "circulant": circulant(2, 3, 5),
         "circulant even": circulant(3, 1, 6),
+        "fourier": spectrum(9, 7),
+        "fourier even": spectrum(8, 10),
+        "fourier mixed": spectrum(1, 6),
+        "entries": scattered(6, 9),
     }
 every = pytest.mark.parametrize("name", CASES)
 
@@ -100,6 +122,25 @@ def test_what_the_backward_pass_needs(name):
         make(c.requires_grad_()).times(x.requires_grad_())
     large = [t for t in seen if t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()]
     assert all(t.numel() <= c.numel() * 2 for t in large)
+
+
+@pytest.mark.parametrize("S", [Waves(7), Waves(8), Plain(5)], ids=str)
+def test_a_synthesis_is_the_analysis_transposed(S):
+    x = drawn(3, S.n)
+    d, z = S.factors(torch.arange(S.size))[:, None], [drawn(S.size, 3) for _ in S.analysis(x)]
+    back = S.synthesis([d * part for part in z])
+    assert_close(sum((a * b).sum() for a, b in zip(S.analysis(x), z)), (back * x).sum())
+    whole = S.analysis(torch.eye(S.n, dtype=torch.float64))
+    for part, elements in zip(whole, S.at(torch.arange(S.size), torch.arange(S.n), x.dtype)):
+        assert_close(elements, part)
+
+
+def test_sums_are_gathered_in_pieces(monkeypatch):
+    make, c, x = case("entries")
+    whole = torch.func.grad(lambda c: make(c).times(x).square().sum())(c)
+    monkeypatch.setattr(transformed, "AT_ONCE", 2 * ROWS)
+    make(c.requires_grad_()).times(x).square().sum().backward()
+    assert_close(c.grad, whole)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

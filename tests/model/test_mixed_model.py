@@ -29,6 +29,7 @@ CONFIGS = {
     "GRALORA": dict(r=2, alpha=3),
     "DELORA": dict(r=2, delora_lambda=2),
     "C3A": dict(block_size=2),
+    "FOURIERFT": dict(n_frequency=9, scaling=11),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),

@@ -103,6 +103,7 @@ SIZES = {
     "GRALORA": dict(r=4, alpha=5),
     "DELORA": dict(r=3),
     "C3A": dict(block_size=2, init_weights=True),
+    "FOURIERFT": dict(n_frequency=20, scaling=37, init_weights=True),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

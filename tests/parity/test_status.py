@@ -170,6 +170,7 @@ ATTRIBUTES["LOHA"] += " r alpha scaling rank_dropout module_dropout"
 ATTRIBUTES["GRALORA"] += " r alpha scaling gralora_k hybrid_r"
 ATTRIBUTES["DELORA"] += " r"
 ATTRIBUTES["C3A"] += " block_size"
+ATTRIBUTES["FOURIERFT"] += " fourierft_n_frequency fourierft_scaling fourierft_random_loc_seed"
 ATTRIBUTES["ROAD"] += " variant group_size"
 for _name in ("PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"):
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"

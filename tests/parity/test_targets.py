@@ -158,6 +158,7 @@ OTHERS = {
     "GraloraConfig": dict(r=2),
     "DeloraConfig": {},
     "C3AConfig": dict(block_size=1),
+    "FourierFTConfig": dict(n_frequency=1),
     "MissConfig": dict(r=2),
     "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
@@ -207,6 +208,7 @@ MAPS = {
     "GraloraConfig": ("GRALORA", dict(r=2)),
     "DeloraConfig": ("DELORA", {}),
     "C3AConfig": ("C3A", dict(block_size=1)),
+    "FourierFTConfig": ("FOURIERFT", dict(n_frequency=1)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

@@ -192,6 +192,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "GRALORA": dict(r=4, alpha=5, hybrid_r=2),
     "DELORA": dict(r=2, delora_lambda=40),
     "C3A": dict(block_size=12),
+    "FOURIERFT": dict(n_frequency=40, scaling=40),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

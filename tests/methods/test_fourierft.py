@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FourierFT: where its coefficients stand, and products without the update."""
+
+import pytest
+import torch
+from torch import nn
+
+import graft
+from graft.methods.fourierft import places
+from tests import models
+from tests.pair import LIBS, close
+
+CONFIG = dict(target_modules=["0"], n_frequency=30, scaling=11)
+
+
+def made(base, **options):
+    models.seed(1)
+    return graft.get_peft_model(nn.Sequential(base), graft.FourierFTConfig(**CONFIG | options))
+
+
+def test_places_are_pefts_and_no_layer_draws_them_again():
+    layers = []
+    for lib in LIBS:
+        model = lib.get_peft_model(nn.Sequential(nn.Linear(10, 12)), lib.FourierFTConfig(**CONFIG))
+        layers.append(model.base_model.model[0])
+    assert torch.equal(*(layer.indices["default"] for layer in layers))
+    assert places(12, 10, 30, 777) is places(12, 10, 30, 777)
+    assert not any("indices" in key for key in layers[0].state_dict())
+
+
+def test_a_call_forms_no_update(monkeypatch):
+    """One with few rows, such as a step of decoding, takes no transform of the whole weight."""
+    model = made(nn.Linear(10, 12))
+    x = torch.linspace(-1, 1, 30).view(3, 10).requires_grad_()
+    expected = model(x)
+    monkeypatch.setattr(torch.fft, "ifft2", None)
+    close(model(x), expected)
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_file_has_the_coefficients_alone(low_cpu_mem_usage, tmp_path):
+    model = made(nn.Linear(10, 12), random_loc_seed=5)
+    x = torch.linspace(-1, 1, 30).view(3, 10)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(model.unload(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    close(loaded(x), expected, 0)
+    assert loaded.base_model.model[0].indices["default"].device == x.device
+
+
+def test_an_empty_batch():
+    model, x = made(nn.Linear(10, 12)), torch.zeros(0, 10, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (0, 12) and x.grad.shape == x.shape
+
+
+def test_a_large_vocabulary_is_never_transformed():
+    model = made(nn.Embedding(50, 12))
+    layer, ids = model.base_model.model[0], torch.tensor([[3, 49], [0, 3]])
+    close(model(ids), layer.base_layer(ids) + layer.get_delta_weight("default")[ids], 1e-5)
+
+
+def test_the_pattern_reaches_modules_at_the_top():
+    assert made(nn.Linear(10, 12), n_frequency_pattern={"0": 7}).base_model.model[0].indices["default"].shape == (2, 7)
+
+
+def test_numbers_that_cannot_be():
+    with pytest.raises(graft.ConfigError, match="`random_loc_seed` must be a number"):
+        graft.FourierFTConfig(random_loc_seed=None)
+    with pytest.raises(graft.ConfigError, match="`n_frequency` should be a positive integer"):
+        graft.FourierFTConfig(n_frequency_pattern={"0": 0})
+    with pytest.raises(graft.UnsupportedLayerError, match=r"passed is 121 and the product is 120"):
+        made(nn.Linear(10, 12), n_frequency=121)

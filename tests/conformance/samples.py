@@ -190,7 +190,7 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
     return model
 
 
-# methods or samples, a trait of the layer → what is raised, and why
+# methods or samples, a trait of the layer ("": any) → what is raised, and why
 
 WHOLE = ["LN_TUNING"]  # they take any module
 REFUSED = [
@@ -203,7 +203,8 @@ UNMERGEABLE = samples.UNMERGEABLE
 def find(reasons: list[tuple], sample: Sample, layer: Layer) -> tuple[type[Exception], str] | None:
     """What is raised for this pair, and a part of the text."""
     for names, trait, error, text in reasons:
-        if {sample.method, str(sample)} & set(names.split()) and trait in layer.traits.split():
+        fits = not trait or trait in layer.traits.split()
+        if fits and {sample.method, str(sample)} & set(names.split()):
             return error, text
     return None
 

@@ -6,7 +6,7 @@ import torch
 
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, outcome, output, randomize
-from tests.samples import alike, each, first
+from tests.samples import alike, each, first, mergeable
 
 
 def without_norms(samples):
@@ -18,7 +18,7 @@ def module_types(model):
     return {name: type(m) for name, m in model.named_modules()}
 
 
-@pytest.mark.parametrize("sample", alike("merge"), ids=str)
+@pytest.mark.parametrize("sample", mergeable(alike("merge")), ids=str)
 def test_merge_and_unload(sample):
     pair = [randomize(m, sample).eval() for m in both(sample)]
     ours, theirs = (outcome(m.merge_and_unload) for m in pair)
@@ -32,7 +32,9 @@ def test_merge_and_unload(sample):
     close(output(ours.value, sample), output(theirs.value, sample))
 
 
-@pytest.mark.parametrize("sample", each(models="mlp llama conv1D conv1d conv2d conv3d embedding t5"), ids=str)
+@pytest.mark.parametrize(
+    "sample", mergeable(each(models="mlp llama conv1D conv1d conv2d conv3d embedding t5")), ids=str
+)
 @pytest.mark.parametrize("safe", [False, True])
 def test_merge_and_unmerge_in_place(sample, safe):
     results = []
@@ -58,7 +60,7 @@ def test_unload_gives_the_base_back(sample):
     assert not hasattr(ours, "peft_config")
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@pytest.mark.parametrize("sample", mergeable(each(models="mlp")), ids=str)
 def test_merge_one_of_two(sample):
     """Merging names the adapters; what is not merged stays out of the result."""
     merged = []
@@ -79,7 +81,7 @@ def break_one_layer(model):
 
 
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize("sample", without_norms(each(models="mlp")), ids=str)
+@pytest.mark.parametrize("sample", without_norms(mergeable(each(models="mlp"))), ids=str)
 def test_safe_merge_refuses_what_is_not_finite(sample, lib):
     model = randomize(adapt(lib, sample), sample)
     break_one_layer(model)
@@ -88,7 +90,7 @@ def test_safe_merge_refuses_what_is_not_finite(sample, lib):
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", without_norms(each(models="mlp")), ids=str)
+@pytest.mark.parametrize("sample", without_norms(mergeable(each(models="mlp"))), ids=str)
 def test_refused_merge_changes_nothing(sample):
     """PEFT leaves the layers before the broken one merged."""
     model = randomize(adapt(LIBS[0], sample), sample)

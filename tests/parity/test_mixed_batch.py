@@ -6,7 +6,7 @@ import torch
 
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, outcome, output, randomize
-from tests.samples import DRAWS, SAMPLES, each, first
+from tests.samples import DRAWS, SAMPLES, by_row, each, first
 
 NAMES = ["b", "__base__", "default"]
 # PEFT implements mixed batches for LoRA and RoAd; on the other methods it runs the wrong adapter in silence
@@ -51,7 +51,9 @@ def row_by_row(model, sample, names):
 
 
 EVERY = [
-    s for s in SAMPLES if s.name in ("plain", "kernel", "dilated", "grouped") and s.model not in ("opt", "deberta")
+    s
+    for s in by_row(SAMPLES)
+    if s.name in ("plain", "kernel", "dilated", "grouped") and s.model not in ("opt", "deberta")
 ]
 
 
@@ -79,7 +81,7 @@ def test_layers_that_do_not_see_rows(model_name):
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", each(models="mlp llama") + HEADS, ids=str)
+@pytest.mark.parametrize("sample", by_row(each(models="mlp llama")) + HEADS, ids=str)
 def test_trains_several_adapters_at_once(sample):
     """Each adapter's gradient comes from its own rows and no others. PEFT refuses mixed batches in training."""
     model = two_adapters(LIBS[0], sample).train(sample.method not in DRAWS)

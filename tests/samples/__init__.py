@@ -46,6 +46,17 @@ def each(name: str = "plain", models: str = "mlp llama") -> list[Sample]:
     return [s for s in SAMPLES if s.name in name.split() and s.model in models.split()]
 
 
+def mergeable(samples: list[Sample]) -> list[Sample]:
+    """Those of methods that have a merged form on some layers at least."""
+    never = {name for names, trait, *_ in UNMERGEABLE if not trait for name in names.split()}
+    return [s for s in samples if s.method not in never]
+
+
+def by_row(samples: list[Sample]) -> list[Sample]:
+    """Those of methods in which what a row gets does not depend on other rows."""
+    return [s for s in samples if all(law.by_row for law in LAWS if law.method == s.method)]
+
+
 def first(method: str, model: str = "mlp", name: str = "plain") -> Sample:
     return next(s for s in SAMPLES if (s.method, s.name, s.model) == (method, name, model))
 

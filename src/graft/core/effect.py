@@ -143,12 +143,15 @@ class Rewrite(Effect):
         pre: x → x', where W' x = W x'.
         post: (x, y) → y', from the input before `pre` and the output.
         apart: `post` acts on the output without its bias.
+        block: the site is a module with several inputs, of which `pre` gets the first; what `post` gets is its output,
+            the first item if that is a tuple. It has no weight, and so no merged form.
     """
 
     merged: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     pre: Callable[[Tensor], Tensor] | None = None
     post: Callable[[Tensor, Tensor], Tensor] | None = None
     apart: bool = False
+    block: bool = False
 
     @property
     def additive(self) -> bool:

@@ -169,5 +169,5 @@ def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch
         return op.call(base, x, W, b) if W.dtype == dtype else None  # type: ignore[no-any-return]
     call, back = partial(op.call, base), op.input_gradient
     if not isinstance(delta, Tensor):
-        return delta.linear_with(W, b, x, call, back) if bias is None else None  # type: ignore[no-any-return]
+        return delta.linear_with(W, b, x, call, back)  # type: ignore[no-any-return]
     return one_product.linear_with(W, b, x, delta, call, back) if W.dtype == dtype else None

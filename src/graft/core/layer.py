@@ -107,6 +107,15 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.begin_holding()
         self._modules["base_layer"] = site.module
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            held = self.__dict__
+            if name.startswith("__") or "op" not in held or held["op"].known or "base_layer" not in held["_modules"]:
+                raise
+            return getattr(held["_modules"]["base_layer"], name)  # a model may read attributes of its blocks
+
     @property
     def base_layer(self) -> Any:
         """The base layer; `nn.Module.__getattr__` would find it, too, but slower."""
@@ -219,6 +228,11 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     def W0(self) -> Tensor:
         """The canonical weight, as it is without any adapter."""
         return self.op.canon(merging.unmerged(self)) if self.state.undo else self.weight_now
+
+    @property
+    def b0(self) -> Tensor | None:
+        """The bias, as it is without any adapter; None if the layer has none."""
+        return merging.unmerged_bias(self)
 
     @property
     def base_trains(self) -> bool:

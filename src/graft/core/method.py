@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -56,23 +57,26 @@ class Method:
     config: ClassVar[Any]  # its PeftConfig class
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     upcast: ClassVar[bool] = True  # adapters in half precision train in float32
+    upcast_shared: ClassVar[bool] = True  # and so do the tensors that layers share
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
     tuner_methods: ClassVar[dict[str, Any]] = {}  # functions of (tuner, …) that its model class gets as methods
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
+    in_files: ClassVar[dict[str, str]] = {}  # containers whose files have this for the adapter's name; "": nothing
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
     shares_from_weight: ClassVar[bool] = False  # `share` reads base weights, from which what is merged is then out
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
-    shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
+    shares: ClassVar[bool] = False  # `share` or `accompany` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
 
     along: bool = False  # the config names the module around the site, and the site came with that
     layer: Any
+    sources: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are those of another layer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,7 +89,7 @@ class Method:
                 cls.layer_names = (*cls.layer_names, name)
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
-        cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
+        cls.shares = any(getattr(cls, f).__func__ is not getattr(Method, f).__func__ for f in ("share", "accompany"))
         _refuse_half_an_override(cls)
 
     def __init__(self, site: Site, cfg: Any, name: str):
@@ -131,6 +135,17 @@ class Method:
         return {}
 
     @classmethod
+    def accompany(
+        cls, model: nn.Module, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
+        """Do as `share`, knowing the model that is adapted, for what stands beside it."""
+        return cls.share(sites, cfg, existing, others)
+
+    @classmethod
+    def relate(cls, methods: Sequence[Method]) -> None:
+        """Set `sources` of those layers of one adapter that use tensors of others. There are no tensors yet."""
+
+    @classmethod
     @contextmanager
     def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
         """Surround one run of the model in which adapters of this class act; yield the function for its output."""
@@ -151,7 +166,8 @@ class Method:
     def check(self) -> str | None:
         """Say why the method cannot adapt this site; None if it can. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__
-        if not site.op.known and not (effect.whole or getattr(effect, "input_of", None)):
+        whole = effect.whole or getattr(effect, "input_of", None) or getattr(effect, "block", False)
+        if not (site.op.known or whole):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
         reads = effect.reads or self.inits_from_weight()
         why = site.store.unread(site.module, site.parameter) if reads else None

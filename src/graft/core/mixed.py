@@ -12,7 +12,7 @@ from graft.core import fused
 from graft.core.call import Rows
 from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
-from graft.core.plan import Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates
+from graft.core.plan import Block, Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates, with_first
 from graft.kernels.mixed import add_groups, fits
 
 
@@ -24,7 +24,8 @@ class Mixed:
         self.plans: dict[str | None, Plan | None] = {n: None if n is None else layer.plan_for((n,)) for n in names}
         plans = [plan for plan in self.plans.values() if plan is not None]
         self.whole = any(isinstance(plan, Whole) for plan in plans)
-        self.adds = not any(isinstance(plan, (Chain, Folded, Instead)) for plan in plans)
+        self.block = any(isinstance(plan, Block) for plan in plans)
+        self.adds = not any(isinstance(plan, (Block, Chain, Folded, Instead)) for plan in plans)
         self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
         self.folded = any(isinstance(plan, Folded) for plan in plans)
         self.idle = not plans
@@ -41,6 +42,8 @@ class Mixed:
             y, *others = layer.base_layer(*args, **kwargs)
             x = rows.take(plan.input(args, kwargs), layer.site.key)
             return self.add(rows, x, y), *others
+        if self.block:
+            return self.around(rows, args, kwargs)
         x, args = rows.take(args[0], layer.site.key, layer.op.takes_ids), args[1:]
         if len(rows.segments) == 1:
             return self.one(rows.segments[0][0], x, args, kwargs)
@@ -74,6 +77,26 @@ class Mixed:
     def one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Any:
         plan = self.plans[name]
         return self.layer.base_layer(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
+
+    def around(self, rows: Rows, args: Any, kwargs: Any) -> Any:
+        """Run a module with several inputs once; before and after it, the adapters of each row."""
+        refuse_gates(self.layer)
+        plans: dict[str | None, Any] = self.plans
+        some = [(plans[name], index) for name, index in rows.segments if plans[name] is not None]
+        x, call = some[0][0].input(args, kwargs)
+        x = rows.take(x, self.layer.site.key)
+        inner, given = x, []
+        for plan, index in some:
+            own, seen = plan.before(x.index_select(0, index))
+            given.append(seen)
+            inner = inner.index_copy(0, index, own)
+
+        def after(y: Tensor) -> Tensor:
+            for (plan, index), seen in zip(some, given):
+                y = y.index_copy(0, index, plan.after(seen, y.index_select(0, index)))
+            return y
+
+        return with_first(call(inner), after)
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""

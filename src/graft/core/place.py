@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import BufferDict
+from graft.core.containers import AnyDict, BufferDict
 
 _FLOAT8 = tuple(
     getattr(torch, name)
@@ -33,7 +33,7 @@ def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype |
                 place_parameter(module, name, p, device, dtype, upcast)
         for name, b in module._buffers.items():
             if b is not None:
-                module._buffers[name] = moved(b, device, dtype, upcast)
+                module._buffers[name] = moved(b, device, dtype, False)
 
 
 class Exact(nn.Module):
@@ -48,6 +48,7 @@ def place_tensor(owner: nn.Module, name: str, device, dtype, upcast: bool) -> No
     elif isinstance(owner, Exact):
         owner._buffers[name] = moved(owner._buffers[name], device, None, False)  # type: ignore[arg-type]
     else:
+        upcast = upcast and isinstance(owner, (BufferDict, AnyDict))  # as in PEFT: not those of an adapter's modules
         owner._buffers[name] = moved(owner._buffers[name], device, dtype, upcast)  # type: ignore[arg-type]
 
 

@@ -56,6 +56,8 @@ def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
         kind = Instead
     elif any(isinstance(e, Branch) and e.input_of for e in effects):
         kind = Whole
+    elif any(isinstance(e, Rewrite) and e.block for e in effects):
+        kind = Block
     else:
         kind = Sum if all(e.additive for e in effects) else Chain
     return kind(layer, steps)
@@ -476,6 +478,42 @@ class Whole(Plan):
             part = part_of(self.layer, m, effect, x)
             y = y + (part if gates is None else gates.apply(self.layer, m.name, part))
         return y
+
+
+class Block(Plan):
+    """A module with several inputs, before and after which adapters act."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        x, call = self.input(args, kwargs)
+        inner, given = self.before(x)
+        return with_first(call(inner), lambda y: self.after(given, y))
+
+    def input(self, args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Return the first input, and the module as a function of it."""
+        layer = self.layer
+        if args:
+            return args[0], lambda x: layer.base_layer(x, *args[1:], **kwargs)
+        name = layer.argument_names[0]
+        return kwargs[name], lambda x: layer.base_layer(**{**kwargs, name: x})
+
+    def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the input that the module gets, and what each step got."""
+        given = []
+        for _, effect in reversed(self.steps):
+            given.append(x)
+            x = effect.pre(x).to(x.dtype)  # type: ignore[attr-defined]
+        return x, given[::-1]
+
+    def after(self, given: list[Tensor], y: Tensor) -> Tensor:
+        """Return the output, from the module's."""
+        for (_, effect), x in zip(self.steps, given):
+            y = effect.post(x, y).to(y.dtype)  # type: ignore[attr-defined]
+        return y
+
+
+def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the output of a module with its tensor, or the first item of its tuple, changed."""
+    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
 
 class Instead(Plan):

@@ -24,16 +24,25 @@ class Shared(Carrier):
         self.containers: dict[str, Any] = {}  # "a.b": b within a module a
         self.groups: dict[str, nn.Module] = {}  # these modules
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
+        self.in_files: dict[str, str] = {}  # see `Method.in_files`
 
     @property
     def adapters(self) -> list[str]:
         return list(dict.fromkeys(name for container in self.containers.values() for name in container))
 
-    def hold(self, adapter: str, values: dict[str, Any], where: tuple[Any, Any], upcast: bool) -> int:
+    def hold(
+        self,
+        adapter: str,
+        values: dict[str, Any],
+        where: tuple[Any, Any],
+        upcast: bool,
+        in_files: dict[str, str] | None = None,
+    ) -> int:
         """Put the tensors that `Method.share` made into containers, frozen. Return how many of their numbers can train.
 
         where: device and dtype of the base weights.
         """
+        self.in_files |= in_files or {}
         slots = []
         for name, value in values.items():
             container = self.containers.get(name)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from graft.core.call import Call
@@ -42,6 +43,8 @@ def build(job: Any) -> None:
         follow(job)
         if job.values is not None:
             put(job.parts, job.adapter, job.values.of(job.parts, job.adapter))
+        else:
+            join(job.layers.values(), job.adapter)
         for tied, source in job.ties:
             tied.tie(source)
     except BaseException:
@@ -54,6 +57,8 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
 
     An adapter that is merged stays so, with the new values.
     """
+    related = [layer for layer in parts.layers.values() if layer.methods[adapter].sources]
+    part(related, adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
             if adapter in carrier.merged_adapters:
@@ -73,6 +78,43 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
         spare.rollback()  # the base weight changes by what the layer itself holds
     for layer in parts.layers.values():
         layer.methods[adapter].loaded()
+    join(related, adapter, only_equal=True)
+
+
+def part(layers: Iterable[AdapterLayer], adapter: str) -> None:
+    """Give each layer tensors of its own in place of those that it has from others."""
+    for layer in layers:
+        for slot in layer.slots(adapter):
+            if slot.container in layer.methods[adapter].sources and not slot.tensor.is_meta:
+                slot.where[slot.attribute] = nn.Parameter(slot.tensor.detach().clone(), slot.tensor.requires_grad)
+
+
+def join(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False) -> None:
+    """Give each layer the tensors that it has from others; with `only_equal`, where it has the same values."""
+    apart = []
+    for layer in layers:
+        for container, source in layer.methods[adapter].sources.items():
+            own, others = (
+                [s for s in held.slots(adapter) if s.container == container] for held in (layer, source.layer)
+            )
+            for mine, theirs in zip(own, others):
+                a, b = mine.tensor, theirs.tensor
+                if not only_equal or a.is_meta or b.is_meta or torch.equal(a, b.to(a.device)):
+                    mine.where[mine.attribute] = b
+                else:
+                    apart.append(f"{layer.key}.{container}")
+    if apart:
+        warn(
+            f"Layers of adapter '{adapter}' share tensors, and the checkpoint has other values for {len(apart)}, "
+            f"such as '{apart[0]}', as PEFT trains an adapter that is not a model's first: these stay apart.",
+            PeftWarning,
+        )
+
+
+def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
+    """Count the numbers that train in tensors of other layers."""
+    sources = layer.methods[adapter].sources
+    return sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in sources) if sources else 0
 
 
 def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
@@ -97,9 +139,10 @@ def share(job: Any) -> None:
         for layer in job.tree.layers.values() if job.method.shares_from_weight else ():
             if layer.merged_adapters:
                 stack.enter_context(lifted(layer))
-        values = job.method.share(sites, job.cfg, job.shared.containers, job.others)
+        values = job.method.accompany(job.model, sites, job.cfg, job.shared.containers, job.others)
     where = sites[0].store.where(sites[0].module)
-    job.report.other_trainable += job.shared.hold(job.adapter, values, where, job.upcast and job.method.upcast)
+    upcast = job.upcast and job.method.upcast and job.method.upcast_shared
+    job.report.other_trainable += job.shared.hold(job.adapter, values, where, upcast, job.method.in_files)
 
 
 def add_layers(job: Any) -> None:
@@ -114,6 +157,7 @@ def add_layers(job: Any) -> None:
         else:
             nowhere = not (method.changes_weight() if site.on_meta else not job.on_meta or method.inits_from_weight())
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
+        size -= trainable_from_others(layer, adapter)
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:
             nothing.append(key)

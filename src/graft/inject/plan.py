@@ -43,6 +43,7 @@ def find(job: Any) -> None:
         job.methods[key] = variant(site, cfg.at(job.followers.get(key, key)), adapter)
         job.methods[key].along = key in job.along
     check_sites(job.methods, tree, job.mixed)
+    variant.relate([job.methods[key] for key in job.sites])
     job.saved = modules_to_save_of(cfg, tree, job.report)
     for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]

@@ -20,7 +20,9 @@ def made_early(job: Any) -> float:
     total = 0.0
     if job.method.shares and job.sites:
         sites = list(job.sites.values())
-        total += size(lambda: job.method.share(sites, job.cfg, job.shared.containers, job.others).values())
+        total += size(
+            lambda: job.method.accompany(job.model, sites, job.cfg, job.shared.containers, job.others).values()
+        )
     early = [job.methods[key] for key in job.sites if job.methods[key].inits_from_weight()]
     total += sum(size(lambda m=method: m.placeholders({}).values()) for method in early)  # type: ignore[misc]
     for key, indices in job.tokens.items():

@@ -46,6 +46,8 @@ class Entry:
 
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
+        where: Any = self.owner._parameters if self.attribute in self.owner._parameters else self.owner._buffers
+        self.tensor = where[self.attribute]  # it may have become another since this entry was made
         value = spread_as(self.tensor, value)
         if not self.tensor.is_meta:
             with torch.no_grad():
@@ -54,12 +56,9 @@ class Entry:
         device = None if self.layer is None else self.layer.store.where(self.layer.base_layer)[0]
         if value.device != device or value.dtype != self.tensor.dtype:
             value = value.to(device=device, dtype=self.tensor.dtype)
-        if self.attribute in self.owner._parameters:
+        if where is self.owner._parameters:
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
-            self.owner._parameters[self.attribute] = value
-        else:
-            self.owner._buffers[self.attribute] = value
-        self.tensor = value
+        where[self.attribute] = self.tensor = value
 
 
 class PromptEntry(Entry):
@@ -79,7 +78,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     tokens: dict[str, Any] = {f"{k}.{w.inner_name}": w for k, w in parts.wrappers.items() if w.takes_rows}
     rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
-        unnamed = layer.methods[adapter].unnamed
+        unnamed, in_files = layer.methods[adapter].unnamed, layer.methods[adapter].in_files
         here, there = in_model.path(key, layer), in_file.path(key, layer)
         for slot in layer.slots(adapter):
             if not slot.saved:
@@ -91,6 +90,9 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             also: tuple[str, ...] = ()
             if container in unnamed:
                 file, also = stem, (file,)
+            elif container in in_files:
+                name = in_files[container]
+                file, also = f"{stem}.{name}{below}" if name else file, (file, f"{stem}.{adapter}{below}")
             elif "." in path:
                 file, also = f"{stem}.{adapter}{below}", (file,)
             yield Entry(memory, file, also, slot.owner, slot.attribute, slot.tensor, stem, layer, container, path)
@@ -107,7 +109,8 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     for slot in () if shared is None else shared.slots(adapter):
         if slot.saved:
             below = f".{slot.path}" if slot.path else ""
-            file = f"base_model.{slot.container}{below}"
+            literal = shared.in_files.get(slot.container)  # type: ignore[union-attr]
+            file = f"base_model.{slot.container}{f'.{literal}' if literal else ''}{below}"
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file  # type: ignore[union-attr]
             yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
 

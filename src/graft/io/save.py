@@ -69,9 +69,14 @@ def get_peft_model_state_dict(
     if given is not None and parts.prompt is not None:
         parts, given = with_values(parts, given, adapter_name), None
     out: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for layer, group in groupby(entries(parts, adapter_name, prefix), attrgetter("layer")):
         held = list(group)
         values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
+        for e in held if layer is not None and layer.methods[adapter_name].sources else ():
+            if id(e.tensor) in seen:  # another layer's: a file has a copy for each
+                values[e.file] = values[e.file].detach().clone()
+        seen |= {id(e.tensor) for e in held}
         check_entries(held, values, parts, adapter_name)
         out |= values if layer is None else stored(layer.methods[adapter_name], held, values, config)
     for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():

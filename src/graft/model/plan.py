@@ -51,7 +51,7 @@ def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectRep
         shared = Shared()
         if method.shares:
             sites = list(made.sites.values())
-            values = method.share(sites, made.cfg, {}, {})
+            values = method.accompany(made.model, sites, made.cfg, {}, {})
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
         for key in made.sites:
             report.matched.append(matched(made.methods[key], shared.attached()))
@@ -74,7 +74,12 @@ def matched(method: Method, shared: dict[str, Any]) -> Matched:
     site, values = method.site, method.placeholders(shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
-    return Matched(site.key, site.type_name, sum(p.numel() for _, p in sized if p.requires_grad), shapes)
+    return Matched(
+        site.key,
+        site.type_name,
+        sum(p.numel() for name, p in sized if p.requires_grad and name not in method.sources),
+        shapes,
+    )
 
 
 def _parameters(value: Any) -> list[Tensor]:

@@ -61,7 +61,7 @@ def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, delta: Hadamard, call: Callable[..., Tensor],
     input_gradient: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
-    """Return x (W + ΔW)ᵀ + bias; keep x, W and the factors. W and bias get no gradient; all have one dtype.
+    """Return x (W + ΔW)ᵀ + bias; keep x, W and the factors. W gets no gradient; all have one dtype.
 
     Args:
         call: (x, weight, bias) → the output of a linear layer.
@@ -117,4 +117,5 @@ class _OneProduct(Function):
         if ctx.needs_input_grad[0]:
             a, b, c, d = factors
             dx = input_gradient(rows, torch.addcmul(W, a @ b, c @ d, value=scale)).view(x.shape)
-        return dx, None, None, *factor_gradients((rows.T @ flat) * scale, *factors), None, None, None
+        dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, *factor_gradients((rows.T @ flat) * scale, *factors), None, None, None

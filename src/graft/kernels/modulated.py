@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix W ⊙ (B A): dense, or within one product, added to a weight."""
+"""The matrix W ⊙ (B A) + D C: dense, or within one product, added to a weight."""
 
 from __future__ import annotations
 
@@ -13,25 +13,34 @@ from torch.nn.functional import embedding
 from graft.kernels.function import Function
 
 
-def plain(W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """The reference: x (W + W0 ⊙ B A)ᵀ + bias. W and W0 (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
+def plain(
+    W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, B: Tensor, A: Tensor,
+    D: Tensor | None = None, C: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The reference: x (W + W0 ⊙ B A + D C)ᵀ + bias. W (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
     y = x @ W.T + x @ (W0 * (B @ A)).T
+    if D is not None and C is not None:
+        y = y + x @ (D @ C).T
     return y if bias is None else y + bias
 
 
 class Modulated(NamedTuple):
-    """ΔW = W ⊙ (B A), not formed yet. W gets no gradient."""
+    """ΔW = W ⊙ (B A) + D C, not formed yet. W gets no gradient."""
 
     W: Tensor  # (out, in, *kernel)
     B: Tensor  # (out, r)
     A: Tensor  # (r, in · kernel)
+    D: Tensor | None = None  # (out, r); None: no D C
+    C: Tensor | None = None  # (r, in · kernel)
 
     def dense(self) -> Tensor:
-        return self.W * product(self.B, self.A, self.W).view(self.W.shape)
+        delta = self.W * product(self.B, self.A, self.W).view(self.W.shape)
+        return delta if self.D is None else delta + product(self.D, self.C, self.W).view(self.W.shape)  # type: ignore[arg-type]
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
-        return embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
+        own = embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
+        return own if self.D is None else own + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
 
     def product(self, x: Tensor) -> None:
         """Say that for few rows, too, the matrix has to be formed."""
@@ -42,7 +51,7 @@ class Modulated(NamedTuple):
     ) -> Tensor | None:  # fmt: skip
         """Return x (W + ΔW)ᵀ + bias; keep x and the factors. Return None if these have a narrower dtype than W.
 
-        W and bias get no gradient.
+        W gets no gradient.
 
         Args:
             call: (x, weight, bias) → the output of a linear layer.
@@ -63,26 +72,34 @@ class _OneProduct(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Any, W0: Tensor, B: Tensor, A: Tensor, call: Any, input_gradient: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, W, W0, B, A)
-        ctx.input_gradient = input_gradient
+        ctx: Any, x: Tensor, W: Tensor, bias: Any, W0: Tensor, B: Tensor, A: Tensor, D: Any, C: Any,
+        call: Any, input_gradient: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, W, W0, B, A, D, C)
+        ctx.input_gradient, ctx.bias_dtype = input_gradient, None if bias is None else bias.dtype
         bias = None if bias is None else bias.to(A.dtype)
-        return call(x.to(A.dtype), _sum(W, W0, B, A), bias).to(x.dtype)  # type: ignore[no-any-return]
+        return call(x.to(A.dtype), _sum(W, W0, B, A, D, C), bias).to(x.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, W, W0, B, A = ctx.saved_tensors
+        x, W, W0, B, A, D, C = ctx.saved_tensors
+        need = ctx.needs_input_grad
         rows, flat = (t.reshape(-1, t.shape[-1]).to(A.dtype) for t in (g, x))
-        dx = dB = dA = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.input_gradient(rows, _sum(W, W0, B, A)).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            inner = (rows.T @ flat) * W0  # gradient of B A
+        dx = dbias = dB = dA = dD = dC = None
+        if need[0]:
+            dx = ctx.input_gradient(rows, _sum(W, W0, B, A, D, C)).to(x.dtype).view(x.shape)
+        if need[2]:
+            dbias = rows.sum(0).to(ctx.bias_dtype)
+        if any(need[4:8]):
+            inner = rows.T @ flat  # gradient of ΔW
+            if need[6] or need[7]:
+                dD, dC = inner @ C.T, D.T @ inner
+            inner = inner * W0 if torch.is_grad_enabled() else inner.mul_(W0)  # gradient of B A
             dB, dA = inner @ A.T, B.T @ inner
-        return dx, None, None, None, dB, dA, None, None
+        return dx, None, dbias, None, dB, dA, dD, dC, None, None
 
 
-def _sum(W: Tensor, W0: Tensor, B: Tensor, A: Tensor) -> Tensor:
+def _sum(W: Tensor, W0: Tensor, B: Tensor, A: Tensor, D: Tensor | None, C: Tensor | None) -> Tensor:
     P = product(B, A, W)
-    return torch.addcmul(W, W0, P) if W.dtype == P.dtype else (W0 * P).add_(W)
+    S = torch.addcmul(W, W0, P) if W.dtype == P.dtype else (W0 * P).add_(W)
+    return S if D is None or C is None else S.addmm_(D, C)

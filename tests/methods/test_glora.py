@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLoRA: its formula, its kinds of tensors, and how its adapters add up."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import graft
+from tests import models
+from tests.pair import LIBS, close, output, randomize
+from tests.samples import Sample, first
+
+KINDS = {
+    "lora": {},
+    "vector": dict(config_A_B="vector", config_C="vector", config_D_E="vector"),
+    "constant": dict(config_A_B="constant"),
+    "none": dict(config_A_B="none", config_C="none", config_D_E="none"),
+}
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+def net() -> nn.Sequential:
+    with models.seeded(0):
+        return nn.Sequential(nn.Linear(8, 6))
+
+
+def adapted(kind: str, *names: str):
+    model = graft.get_peft_model(net(), graft.GloraConfig(target_modules=["0"], r=2, **KINDS[kind]), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, graft.GloraConfig(target_modules=["0"], r=2, **KINDS[kind]))
+    return randomize(model, Sample("GLORA", "", "mlp", {})).eval()
+
+
+def whole(support, shape):
+    """A tensor of GLoRA in full."""
+    if support.kind == "none":
+        return support.zeros
+    return support.Xd @ support.Xu if support.kind == "lora" else support.X.expand(shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_formula(kind):
+    model = adapted(kind, "default")
+    layer, base = model.base_model.model[0], net()[0]
+    shapes = dict(A=(6, 8), B=(6, 8), C=(8, 1), D=(6,), E=(6,))
+    A, B, C, D, E = (whole(getattr(layer, f"glora_{n}")["default"], shape) for n, shape in shapes.items())
+    W = base.weight * (1 + A) + B
+    b = base.bias * (1 + D) + E + (base.weight @ C)[:, 0]
+    close(model(X), X @ W.T + b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_act_on_the_weight_as_it_was(kind):
+    """In any order, merged or not: W + W ⊙ (A₁ + A₂) + B₁ + B₂, and the same of the bias."""
+    model, base = adapted(kind, "default", "b"), net()
+    alone = []
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        alone.append(model(X))
+    model.base_model.set_adapter(["default", "b"])
+    close(model(X), sum(alone) - base(X))
+    for steps in (["default", "b"], ["b", "default"]):
+        for name in steps:
+            model.merge_adapter([name])
+        close(model(X), sum(alone) - base(X))
+        model.unmerge_adapter()
+        close(model.base_model.model[0].base_layer.weight, base[0].weight, 0)
+        close(model.base_model.model[0].base_layer.bias, base[0].bias, 0)
+
+
+def test_unmerging_where_a_weight_became_zero():
+    """PEFT divides by 1 + A, which is 0 here."""
+    kept = []
+    for lib in LIBS:
+        model = lib.get_peft_model(net(), lib.GloraConfig(target_modules=["0"], config_A_B="constant"))
+        model.base_model.model[0].glora_A["default"].X.data.fill_(-1)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        kept.append(model.base_model.model[0].base_layer.weight.detach())
+    close(kept[0], net()[0].weight, 0)
+    assert not kept[1].isfinite().all()
+
+
+def test_a_mixed_batch_trains():
+    """PEFT refuses it in training."""
+    model = adapted("lora", "default", "b").train()
+    model.set_requires_grad(["default", "b"])
+    model(X, adapter_names=["default", "b", "__base__"]).square().sum().backward()
+    layer = model.base_model.model[0]
+    assert all(p.grad is not None for name in ("default", "b") for p in layer.parameters_of(name))
+    with pytest.raises(ValueError):
+        theirs = peft.get_peft_model(net(), peft.GloraConfig(target_modules=["0"])).train()
+        theirs(X, adapter_names=["default"] * 3)
+
+
+def test_a_base_bias_that_trains_gets_its_whole_gradient():
+    """b' = b + b ⊙ D + …"""
+    found = []
+    for lib in LIBS:
+        sample = first("GLORA", "mlp", "bias_all")
+        model = randomize(lib.get_peft_model(models.make("mlp"), sample.config(lib)), sample)
+        output(model, sample).square().sum().backward()
+        found.append(model.base_model.model.lin0.base_layer.bias.grad)
+    close(*found)
+
+
+@pytest.mark.parametrize("field", ["config_A_B", "config_C", "config_D_E"])
+def test_unknown_kinds(field):
+    for lib in LIBS:
+        with pytest.raises(ValueError, match=field):
+            lib.GloraConfig(**{field: "matrix"})
+    with pytest.raises(graft.ConfigError, match="`r` should be a positive integer"):
+        graft.GloraConfig(r=0)

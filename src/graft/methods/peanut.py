@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers, arXiv 2410.01870."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Factors, LowRank
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+from graft.kernels.narrow import product
+
+F = nn.functional
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as transformers names them
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "relu6": F.relu6, "mish": F.mish, "leaky_relu": F.leaky_relu,
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class PeanutConfig(Targeted, LayerRange):
+    """PEANuT: ΔWᵀ = scaling · f(Wᵀ) B. f is a narrow network that sees the weight: σ(Wᵀ A), `depth` pairs of layers.
+
+    Raises:
+        ConfigError: a rank that is not positive, a negative depth, or an unknown activation.
+    """
+
+    peft_type: Any = "PEANUT"
+    r: int = 32
+    depth: int = 0  # number of encoders, and of decoders
+    act_fn: str = "relu"  # σ, by its name in transformers
+    scaling: float = 1.0
+    init_weights: bool = True  # B is zero; else random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.depth < 0:
+            raise ConfigError(f"`depth` should be a non-negative integer but the value passed is {self.depth}")
+        activation(self.act_fn)
+
+
+class PEANuT(Method):
+    """ΔW = scaling · B z, z = σ(A W₀) (r, in); encoders z ← σ(E z), decoders z ← σ(D z) + input of its encoder."""
+
+    config = PeanutConfig
+    prefix = "peanut_"
+    targets = LORA
+    in_files: ClassVar[dict[str, str]] = {"peanut_encoders": "", "peanut_decoders": ""}
+
+    peanut_A: nn.Linear  # (r, out)
+    peanut_B: nn.Linear  # (out, r)
+    peanut_encoders: nn.ModuleList  # depth × (r, r)
+    peanut_decoders: nn.ModuleList
+    scaling: float
+
+    def describe(self):
+        return LowRank(self.factors, of_weight=True)
+
+    def build(self, shared):
+        cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
+        A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another
+        encoders, decoders = (nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(cfg.depth)) for _ in "ED")
+        B = nn.Linear(r, out, bias=False)
+        facts = dict(r=r, scaling=cfg.scaling)
+        return facts | dict(peanut_A=A, peanut_B=B, peanut_encoders=encoders, peanut_decoders=decoders)
+
+    def init(self) -> None:
+        random = () if self.cfg.init_weights else (self.peanut_B,)
+        for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders, *random):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # type: ignore[arg-type]
+        if not random:
+            nn.init.zeros_(self.peanut_B.weight)
+
+    def factors(self) -> Factors:
+        act = activation(self.cfg.act_fn)
+        z = act(product(self.peanut_A.weight, self.layer.W0.flatten(1)))
+        given = []
+        for encoder in self.peanut_encoders:
+            given.append(z)
+            z = act(encoder.weight @ z)  # type: ignore[operator]
+        for decoder in self.peanut_decoders:
+            z = act(decoder.weight @ z) + given.pop()  # type: ignore[operator]
+        return Factors(z, self.peanut_B.weight, self.scaling)
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return an activation function by the name that transformers has for it.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError:
+        ACT2FN = {}  # type: ignore[assignment]
+    if name not in ACT2FN:
+        known = ", ".join(dict.fromkeys([*ACTIVATIONS, *ACT2FN]))
+        raise ConfigError(f"Unsupported activation function: {name!r}. Known ones: {known}.")
+    return ACTIVATIONS.setdefault(name, ACT2FN[name])

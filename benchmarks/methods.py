@@ -156,6 +156,11 @@ CASES = [
     Case("PSOFT r 32", "PsoftConfig", EVERY, flat=0.97),  # B (R - I), whatever the batch
     Case("PSOFT r 32, bf16 base", "PsoftConfig", EVERY, flat=0.97, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
+    Case("GLoRA r 8", "GloraConfig", EVERY, None, long=True),  # a dense gradient
+    Case("GLoRA, numbers by row", "GloraConfig", EVERY | dict(config_A_B="vector"), long=True),
+    Case("PEANuT r 32", "PeanutConfig", EVERY, long=True),
+    Case("PEANuT r 32, depth 2", "PeanutConfig", EVERY | dict(depth=2), long=True),
+    Case("Lily r 32", "LilyConfig", EVERY, long=True),
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),
     Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),
@@ -177,6 +182,9 @@ CASES = [
     Case("C3A block 64, bf16 base", "C3AConfig", EVERY | dict(block_size=64), None, **HALF),
     Case("FourierFT n 1000, bf16 base", "FourierFTConfig", EVERY, None, **HALF),
     Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
+    Case("GLoRA r 8, bf16 base", "GloraConfig", EVERY, None, **HALF),
+    Case("PEANuT r 32, bf16 base", "PeanutConfig", EVERY, **HALF),
+    Case("Lily r 32, bf16 base", "LilyConfig", EVERY, **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
 ]
 BENCHES = [bench for case in CASES for bench in case.benches()]

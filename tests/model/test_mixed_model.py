@@ -35,6 +35,8 @@ CONFIGS = {
     "RANDLORA": dict(r=2, randlora_alpha=3),
     "UNILORA": dict(r=2, theta_d_length=9),
     "TINYLORA": dict(u=5),
+    "GLORA": dict(r=2),
+    "PEANUT": dict(r=2, act_fn="tanh"),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

@@ -39,6 +39,9 @@ METHODS: dict[str, Row] = {
     "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "UNILORA": Row("methods.unilora:UniLoRA", "UniLoraConfig", "UniLoraModel"),
     "TINYLORA": Row("methods.tinylora:TinyLoRA", "TinyLoraConfig", "TinyLoraModel"),
+    "GLORA": Row("methods.glora:GLoRA", "GloraConfig", "GloraModel"),
+    "PEANUT": Row("methods.peanut:PEANuT", "PeanutConfig", "PeanutModel"),
+    "LILY": Row("methods.lily:Lily", "LilyConfig", "LilyModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

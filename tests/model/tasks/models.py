@@ -193,6 +193,9 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "DELORA": dict(r=2, delora_lambda=40),
     "C3A": dict(block_size=12),
     "FOURIERFT": dict(n_frequency=40, scaling=40),
+    "GLORA": dict(r=3),
+    "PEANUT": dict(r=4, depth=1),
+    "LILY": dict(r=3),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lily: Low-Rank Interconnected Adaptation across Layers, arXiv 2407.09946."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Branch
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class LilyConfig(Targeted, LayerRange):
+    """Lily: a down-projection for every few layers, up-projections that all layers of a kind mix by a router.
+
+    Raises:
+        ConfigError: r < 1, stride_A < 1 or num_B < 2.
+    """
+
+    peft_type: Any = "LILY"
+    r: int = 32
+    stride_A: int = 1  # so many consecutive layers of a kind share A
+    num_B: int = 2  # up-projections that all layers of a kind share
+    scaling: float = 1.0
+    init_weights: bool = True  # B is zero; else random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.stride_A < 1:
+            raise ConfigError(f"`stride_A` should be a positive integer value but the value passed is {self.stride_A}")
+        if self.num_B < 2:
+            raise ConfigError(f"`num_B` should be at least 2, for there to be a mixture, but it is {self.num_B}")
+
+
+class Lily(Method):
+    """scaling · B̄ A x, B̄ = Σ p_e B_e, p the mean over all tokens of the call of softmax(router A x).
+
+    Layers are of a kind if the same entry of `target_modules` names them and their weights have one shape.
+    """
+
+    config = LilyConfig
+    prefix = "lily_"
+    targets = LORA
+
+    lily_A: nn.Linear  # (r, in · kernel)
+    lily_B: nn.Linear  # weight (num_B · r, out): the B_e, transposed, one after another
+    lily_router: nn.Linear  # (num_B, r)
+    scaling: float
+
+    @classmethod
+    def relate(cls, methods: Sequence[Method]) -> None:
+        kinds: dict[Any, list[Method]] = {}
+        for method in methods:
+            kinds.setdefault((entry_of(method.cfg.target_modules, method.site.key), method.site.shape), []).append(
+                method
+            )
+        for kind in kinds.values():
+            for i, method in enumerate(kind):
+                first = i - i % method.cfg.stride_A
+                sources = {"lily_A": kind[first]} if first < i else {}
+                method.sources = sources | ({"lily_B": kind[0]} if i else {})
+
+    def check(self) -> str | None:
+        if self.site.op.known and not self.site.op.factorable(self.site.module):
+            return "Its groups of channels do not mix, and Lily's projections would mix them"
+        return super().check()
+
+    def describe(self):
+        return Branch(self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
+
+    def build(self, shared):
+        cfg, site = self.cfg, self.site
+        return dict(
+            r=cfg.r,
+            num_B=cfg.num_B,
+            stride_A=cfg.stride_A,
+            scaling=cfg.scaling,
+            lily_A=nn.Linear(site.fan_in, cfg.r, bias=False),
+            lily_B=nn.Linear(site.out_features, cfg.num_B * cfg.r, bias=False),
+            lily_router=nn.Linear(cfg.r, cfg.num_B, bias=False),
+        )
+
+    def init(self) -> None:
+        random = () if self.cfg.init_weights else (self.lily_B,)
+        for layer in (self.lily_A, self.lily_router, *random):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+        if not random:
+            nn.init.zeros_(self.lily_B.weight)
+
+    def branch(self, x: Tensor) -> Tensor:
+        op, base = self.site.op, self.layer.base_layer
+        h = op.down(base, x, self.lily_A.weight.to(x.device))
+        p = self.lily_router(h.movedim(1 - len(self.site.shape), -1)).softmax(-1).flatten(0, -2).mean(0)
+        B = p @ self.lily_B.weight.to(p.device).view(self.cfg.num_B, -1)
+        return op.up(base, h, B.view(self.cfg.r, -1).T) * self.scaling
+
+
+def entry_of(targets: Any, key: str) -> str:
+    """Return the entry of `target_modules` that names a layer, the longest if there are several; a regex itself."""
+    if isinstance(targets, str):
+        return targets
+    return max((entry for entry in targets or () if key.endswith(entry)), key=len, default=key)

@@ -161,6 +161,7 @@ CASES = [
     Case("PEANuT r 32", "PeanutConfig", EVERY, long=True),
     Case("PEANuT r 32, depth 2", "PeanutConfig", EVERY | dict(depth=2), long=True),
     Case("Lily r 32", "LilyConfig", EVERY, long=True),
+    Case("SHADOW", "ShadowConfig", dict(task_type="FEATURE_EXTRACTION"), None, batch=ids, long=True),  # another network
     Case("AdaLoRA", "AdaLoraConfig", ADALORA, long=True),
     Case("LN tuning", "LNTuningConfig", long=True),
     Case("trainable tokens", "TrainableTokensConfig", TOKEN_IDS, batch=ids, long=True),

@@ -24,10 +24,11 @@ ADAPTERS = ("default", "other")
 
 
 SAMPLES = samples.LAWS
-# on whole attentions, with task ids, with experts: their laws have tests of their own
+# on whole attentions or blocks, with task ids, with experts: their laws have tests of their own
 ELSEWHERE = {
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
     "POLY": "methods/test_poly.py",
+    "SHADOW": "methods/test_shadow.py",
     "XLORA": "methods/test_xlora.py",
 }
 

@@ -10,7 +10,6 @@ import graft
 from tests import models
 from tests.looks import layers_of
 from tests.pair import adapt, close, close_dicts, outcome, output, randomize
-from tests.samples import LAWS, METHODS, SAMPLES, Sample, each, first
 from tests.samples import METHODS, SAMPLES, Sample, each, first, mergeable
 from tests.trees import Config, tree
 

@@ -25,12 +25,13 @@ REFUSED: list[tuple] = [entry for file in _files for entry in getattr(file, "REF
 UNMERGEABLE: list[tuple] = [entry for file in _files for entry in getattr(file, "UNMERGEABLE", ())]
 METHODS: dict[str, list[tuple]] = {file.LAWS[0].method: file.PARITY for file in _files if hasattr(file, "PARITY")}
 DRAWS = {sample.method for sample in LAWS if sample.draws}  # random in training, whatever drops out
-# compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions, calls take task ids,
-# adapters are experts
+# compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions or blocks, calls take
+# task ids, adapters are experts
 ELSEWHERE = {
     "ADALORA": "methods/test_adalora.py",
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
     "POLY": "methods/test_poly.py",
+    "SHADOW": "methods/test_shadow.py",
     "XLORA": "methods/test_xlora.py",
 }
 

@@ -42,6 +42,7 @@ METHODS: dict[str, Row] = {
     "GLORA": Row("methods.glora:GLoRA", "GloraConfig", "GloraModel"),
     "PEANUT": Row("methods.peanut:PEANuT", "PeanutConfig", "PeanutModel"),
     "LILY": Row("methods.lily:Lily", "LilyConfig", "LilyModel"),
+    "SHADOW": Row("methods.shadow:Shadow", "ShadowConfig", "ShadowModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

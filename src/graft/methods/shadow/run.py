@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of the shadow network before each forward pass of the model, and its loss after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.method import as_it_is
+from graft.methods.shadow.cache import NAMES, empty, unpack, with_cache
+from graft.methods.shadow.loss import shadow_loss
+from graft.methods.shadow.state import FACT, States
+
+TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  # arguments that the network gets, too
+
+
+@contextmanager
+def surround(tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+    """Run shadow networks before a forward pass, or before each that `generate` makes; yield what follows it."""
+    if tuner.disabled:
+        yield as_it_is
+        return
+    active = tuner.active_adapters if run.rows is None else run.rows.names
+    names = [n for n in active if n is not None and tuner.peft_config[n].peft_type == "SHADOW"]
+    if not run.generates:
+        one = Pass(tuner, call, names, run.inputs, run.kwargs)
+        with call.giving(facts={FACT: one.states}):
+            yield one.finish
+        return
+    thread = get_ident()
+    passes: list[Pass] = []
+
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if get_ident() != thread:  # others may run the model as well
+            return None
+        one = Pass(tuner, call, names, args, kwargs)
+        passes[:] = [one]
+        call.put(call.given._replace(facts={**call.given.facts, FACT: one.states}))
+        return args, kwargs
+
+    def after(_model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return passes.pop().finish(output) if get_ident() == thread else None
+
+    handles = [
+        tuner.model.register_forward_pre_hook(before, with_kwargs=True),
+        tuner.model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        with call.giving():
+            yield as_it_is
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Pass:
+    """One forward pass: its arguments, the states of its blocks, and what its output is completed by."""
+
+    def __init__(self, tuner: Any, call: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.tuner, self.call, self.names = tuner, call, names
+        self.given = {**dict(zip(signature(tuner.model.forward).parameters, args)), **kwargs}
+        self.shadows = unpack(tuner.model, kwargs, self.given.get("use_cache"))
+        self.starts: dict[str, Tensor] = {}  # states before the first block, of all rows
+        self.states = States(self.seed)
+        if self.has_inputs:
+            for name in names:
+                self.starts[name] = self.start(name)
+
+    @property
+    def has_inputs(self) -> bool:
+        return any(self.given.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+
+    def start(self, name: str, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Return the state before the first block, (rows, tokens, hidden): the network's output, projected."""
+        held = self.tuner.shared.containers
+        network, projection = held["shadow_backbone"][name], held["shadow_projection"][name]
+        takes = signature(network.forward).parameters
+        own = {key: self.given[key] for key in TAKEN if key in takes and self.given.get(key) is not None}
+        ids = self.given.get("input_ids")
+        if inputs_embeds is None:
+            inputs_embeds = self.given.get("inputs_embeds")
+        if inputs_embeds is None and hasattr(network, "needs_embeddings"):
+            inputs_embeds = self.tuner.model.get_input_embeddings()(ids)
+        if inputs_embeds is not None:
+            own["inputs_embeds"] = inputs_embeds.to(next(network.parameters()).dtype)
+        else:
+            own["input_ids"] = ids
+        cache_name = next((n for n in NAMES if n in takes), None)
+        if cache_name is not None:
+            own["use_cache"] = self.shadows is not None
+            if self.shadows is not None:
+                own[cache_name] = self.shadows.setdefault(name, empty(network))
+        return projection(network(**own).last_hidden_state)  # type: ignore[no-any-return]
+
+    def seed(self, name: str, h: Tensor) -> Tensor:
+        """Return the state of an adapter's rows."""
+        start = self.starts.get(name)
+        if start is None:
+            start = self.start(name, h)
+            self.starts[name] = start
+            return start
+        rows = self.call.rows
+        index = None if rows is None else dict(rows.segments)[name]
+        return start if index is None else start.index_select(0, index)
+
+    def finish(self, output: Any) -> Any:
+        """Return the model's output with the shadow network's loss, and with its cache."""
+        if self.shadows:
+            output = with_cache(output, self.shadows)
+        labels = self.given.get("labels")
+        if labels is None:
+            return output
+        for name in self.names:
+            output = self.with_loss(output, name, labels)
+        return output
+
+    def with_loss(self, output: Any, name: str, labels: Tensor) -> Any:
+        cfg = self.tuner.peft_config[name]
+        loss = shadow_loss(self.tuner, cfg, name, self.starts[name], self.given)
+        if loss is None:
+            return output
+        self.tuner.states[name] = loss.detach()
+        weighed = cfg.auxiliary_loss_weight * loss
+        if isinstance(output, tuple):
+            return (output[0] + weighed, *output[1:])
+        output.loss = output.loss + weighed
+        output.shadow_loss = loss.detach()
+        return output

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SHADOW (ShadowPEFT), which has no paper yet: a small network beside the model, and blocks that read its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from graft.core.effect import Rewrite
+from graft.core.errors import ConfigError, RoutingError
+from graft.core.method import Method
+from graft.methods.shadow import network
+from graft.methods.shadow.config import ShadowConfig
+from graft.methods.shadow.detached import unload
+from graft.methods.shadow.run import surround
+from graft.methods.shadow.state import FACT
+
+LITERAL = "default"  # PEFT's files have this for the adapter's name
+OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
+BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")
+
+
+class Shadow(Method):
+    """h' = h + α Up Down (h - s) goes into a block; s' = (1 - g) s + g T(y), g = σ(G(y)), follows from its output y."""
+
+    config = ShadowConfig
+    prefix = "shadow_"
+    compresses_targets = False
+    upcast_shared = False
+    in_files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), LITERAL)
+    tuner_methods: ClassVar[dict[str, Any]] = {
+        "last_shadow_loss": property(network.last_loss),
+        "unload_shadow": unload,
+    }
+
+    shadow_down: nn.Linear  # (r, hidden)
+    shadow_up: nn.Linear  # (hidden, r)
+    shadow_update_transform: nn.Sequential  # T
+    shadow_update_gate: nn.Sequential  # G
+    shadow_dropout: nn.Module
+
+    last = False  # no block reads the state after this one
+
+    @classmethod
+    def default_targets(cls, model: Any) -> list[str]:
+        return network.blocks_of(model)
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        cfg.hidden_size = network.hidden_size(model)  # no field: it holds for this model only
+
+    @classmethod
+    def accompany(cls, model: nn.Module, sites, cfg: ShadowConfig, existing, others):
+        if others and "SEQ_CLS" in (cfg.task_type, *(c.task_type for c in others.values())):
+            raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
+        return network.beside(model, cfg)
+
+    @classmethod
+    def relate(cls, methods: Sequence[Any]) -> None:
+        for method in methods[-1:]:
+            method.last = True
+
+    @classmethod
+    def check_together(cls, methods: Sequence[Any]) -> None:
+        names = [m.name for m in methods]
+        raise ValueError(f"SHADOW supports exactly one active adapter at a time, got {names}: each has its own state.")
+
+    def describe(self):
+        why = "SHADOW adapts whole blocks by a state that changes from token to token, which no weight does"
+        return Rewrite(self.refuse, pre=self.pre, post=self.post, block=True, fixed=why)
+
+    def build(self, shared):
+        cfg, d = self.cfg, self.cfg.hidden_size
+        u = cfg.update_hidden_size or cfg.r
+        return dict(
+            shadow_down=nn.Linear(d, cfg.r, bias=False),
+            shadow_up=nn.Linear(cfg.r, d, bias=False),
+            shadow_update_transform=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
+            shadow_update_gate=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
+            shadow_dropout=nn.Dropout(cfg.shadow_dropout) if cfg.shadow_dropout > 0 else nn.Identity(),
+            shadow_alpha=cfg.shadow_alpha,
+        )
+
+    def init(self) -> None:
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.shadow_up.weight)
+
+    def refuse(self, W: Tensor, b: Tensor | None):
+        raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
+
+    def state(self) -> Any:
+        """Return the states of the call."""
+        states = self.layer.call.fact(FACT)
+        if states is None:
+            raise RoutingError(
+                f"layer '{self.site.key}' of SHADOW adapter '{self.name}' has no state to read: call the PeftModel (or "
+                "its base_model), which runs the shadow network, and not the model inside."
+            )
+        return states
+
+    def pre(self, h: Tensor) -> Tensor:
+        s, x = self.state().take(self.name, h), h.to(self.dtype)
+        if s.shape != h.shape:
+            raise ValueError(
+                f"the shadow state has shape {tuple(s.shape)}, and layer '{self.site.key}' gets {tuple(h.shape)}: "
+                "SHADOW needs blocks that all see the same tokens."
+            )
+        difference = self.shadow_dropout(self.shadow_down(x - s.to(x)))
+        return x + self.cfg.shadow_alpha * self.shadow_up(difference)  # type: ignore[no-any-return]
+
+    def post(self, h: Tensor, y: Tensor) -> Tensor:
+        now = self.state().now
+        if self.last:
+            now.pop(self.name, None)
+            return y
+        x = y.to(self.dtype)
+        s, gate = now[self.name].to(x), self.shadow_update_gate(x).sigmoid()
+        now[self.name] = s + gate * (self.shadow_update_transform(x) - s)
+        return y
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+        """Run the shadow network before the model, and add its loss to the model's."""
+        with super().around(tuner, call, run) as _, surround(tuner, call, run) as finish:
+            yield finish

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SHADOW: its blocks, its network and its loss are PEFT's; what follows in mixed batches, generation and files."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
+
+import graft
+from tests import models
+from tests.pair import LIBS, close, close_dicts, randomize, shapes, trainable
+from tests.samples import Sample
+
+X = models.inputs("llama")
+IDS = X["input_ids"]
+ROWS = ["b", "__base__", "default"]
+CONFIGS = {
+    "plain": {},
+    "narrow": dict(shadow_hidden_size=16, shadow_num_attention_heads=2, shadow_intermediate_size=20),
+    "deep": dict(shadow_num_hidden_layers=2, update_hidden_size=5, r=3, shadow_alpha=0.37),
+    "own words": dict(share_embeddings=False, init_weights=False, auxiliary_loss_weight=0.3),
+    "some blocks": dict(target_modules=["layers.1"]),
+    "range": dict(target_modules=["layers.0", "layers.1"], layers_to_transform=1, layers_pattern="model"),
+}
+CELLS = [(config, "llama") for config in CONFIGS if config != "range"]
+CELLS += [("plain", name) for name in ("gpt2", "opt", "neox", "gemma3")]
+
+
+def adapted(lib=graft, name="llama", adapter="default", base=None, **options):
+    base = models.make(name) if base is None else base
+    models.seed(1)
+    return lib.get_peft_model(base, lib.ShadowConfig(**{"task_type": "CAUSAL_LM"} | options), adapter)
+
+
+def moved(model, name="llama"):
+    """Every value of the adapters away from where it starts; nothing is dropped."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return randomize(model, Sample("SHADOW", "", name, {})).eval()
+
+
+def two(**options):
+    model = adapted(**options)
+    model.add_adapter("b", graft.ShadowConfig(task_type="CAUSAL_LM"))
+    return moved(model)
+
+
+def alone(model, name, call):
+    if name == "__base__":
+        with model.disable_adapter():
+            return call()
+    model.set_adapter(name)
+    return call()
+
+
+def classifier(labels=3, kind=None):
+    config = LlamaConfig(
+        vocab_size=41, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.25, pad_token_id=0, num_labels=labels, problem_type=kind,
+    )  # fmt: skip
+    with models.seeded(0):
+        return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("config, name", CELLS, ids=str)
+def test_it_is_that_of_peft(config, name):
+    """Names, initial values, outputs, losses and gradients."""
+    made = [adapted(lib, name, **CONFIGS[config]) for lib in LIBS]
+    ours, theirs = made
+    close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
+    assert shapes(ours) == shapes(theirs) and trainable(ours) == trainable(theirs)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    assert ours.peft_config["default"].target_modules == theirs.peft_config["default"].target_modules
+    found, inputs = [], models.inputs(name)
+    for lib, model in zip(LIBS, made):
+        moved(model, name).train()
+        close_dicts(lib.get_peft_model_state_dict(model), graft.get_peft_model_state_dict(ours), 0)
+        output = model(**inputs, labels=inputs["input_ids"])
+        output.loss.backward()
+        close(model.base_model.last_shadow_loss, output.shadow_loss)
+        found.append((output, {n: p.grad for n, p in model.named_parameters()}))
+    (a, ours_grads), (b, theirs_grads) = found
+    for key in ("logits", "loss", "shadow_loss"):
+        close(getattr(a, key), getattr(b, key))
+    close_dicts(ours_grads, theirs_grads)
+
+
+@pytest.mark.parametrize("labels, kind", [(3, None), (1, None), (3, "multi_label_classification")])
+def test_classification_is_that_of_peft(labels, kind, tmp_path):
+    ids = IDS.clone()
+    ids[0, -2:] = 0
+    wanted = {(3, None): torch.tensor([0, 2, 1]), (1, None): torch.tensor([0.3, 0.1, 0.9])}
+    y = wanted.get((labels, kind), torch.eye(3))
+    found = []
+    for lib in LIBS:
+        model = moved(adapted(lib, base=classifier(labels, kind), task_type="SEQ_CLS"))
+        output = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=y)
+        output.loss.backward()
+        found.append((output, {n: p.grad for n, p in model.named_parameters()}, lib.get_peft_model_state_dict(model)))
+        model.save_pretrained(tmp_path / lib.__name__)
+    close(found[0][0].loss, found[1][0].loss)
+    close(found[0][0].shadow_loss, found[1][0].shadow_loss)
+    close_dicts(found[0][1], found[1][1])
+    close_dicts(found[0][2], found[1][2], 0)
+    for source in LIBS:
+        loaded = graft.PeftModel.from_pretrained(classifier(labels, kind), tmp_path / source.__name__)
+        close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(graft.ConfigError, match="one adapter only for SEQ_CLS"):
+        loaded.add_adapter("b", graft.ShadowConfig(task_type="SEQ_CLS"))
+
+
+@pytest.mark.parametrize("source, target", [LIBS, LIBS[::-1], (graft, graft)], ids=lambda lib: lib.__name__)
+def test_files(source, target, tmp_path):
+    model = moved(adapted(source))
+    model.save_pretrained(tmp_path)
+    for name in ("default", "other"):
+        loaded = target.PeftModel.from_pretrained(models.make("llama"), tmp_path, adapter_name=name).eval()
+        close(loaded(**X).logits, model(**X).logits)
+
+
+def test_loading_beside_another_and_without_memory(tmp_path):
+    """PEFT cannot load it with low_cpu_mem_usage."""
+    model = two()
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(models.make("llama"), tmp_path, low_cpu_mem_usage=True)
+    loaded.load_adapter(tmp_path / "b", "b")
+    for name in ("b", "default"):
+        model.set_adapter(name), loaded.set_adapter(name)
+        close(loaded(**X).logits, model(**X).logits)
+    with pytest.raises(NotImplementedError):
+        peft.PeftModel.from_pretrained(models.make("llama"), tmp_path, low_cpu_mem_usage=True)
+
+
+def test_a_fresh_adapter_and_a_disabled_one_change_nothing():
+    base, model = models.make("llama"), adapted()
+    assert torch.equal(model(**X).logits, base(**X).logits)
+    moved(model)
+    assert not torch.allclose(model(**X).logits, base(**X).logits, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(model(**X).logits, base(**X).logits)
+
+
+def test_hidden_states_are_pefts():
+    ours, theirs = (moved(adapted(lib))(**X, output_hidden_states=True) for lib in LIBS)
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        close(a, b)
+
+
+# mixed batches
+
+
+def test_a_mixed_batch_is_its_rows_one_by_one():
+    model = two()
+    mixed = model(**X, adapter_names=ROWS).logits
+    for i, name in enumerate(ROWS):
+        row = {k: v[i : i + 1] for k, v in X.items()}
+        close(mixed[i : i + 1], alone(model, name, lambda row=row: model(**row).logits))
+
+
+def test_a_mixed_batch_trains():
+    model = two().train()
+    grads = []
+    for names in (ROWS, None):
+        model.zero_grad()
+        model.set_requires_grad(["default", "b"])
+        parts = [model(**X, adapter_names=names).logits] if names else []
+        for i, name in enumerate(() if names else ROWS):
+            row = {k: v[i : i + 1] for k, v in X.items()}
+            parts.append(alone(model, name, lambda row=row: model(**row).logits))
+            model.set_requires_grad(["default", "b"])
+        y = torch.cat(parts)
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    close_dicts(*grads, 1e-4)
+
+
+# generation
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_a_cache_is_that_without(beams):
+    """PEFT's differs, under transformers 5.24."""
+    whole = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, num_beams=beams)
+    ours, theirs = (moved(adapted(lib)) for lib in LIBS)
+    plain = ours.generate(**whole, use_cache=False)
+    assert torch.equal(ours.generate(**whole), plain)
+    assert torch.equal(theirs.generate(**whole, use_cache=False), plain)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_of_a_mixed_batch(beams):
+    model, options = two(), dict(max_new_tokens=5, do_sample=False, num_beams=beams)
+    ones = torch.ones_like(IDS)
+    mixed = model.generate(input_ids=IDS, attention_mask=ones, adapter_names=ROWS, **options)
+    for i, name in enumerate(ROWS):
+        row = dict(input_ids=IDS[i : i + 1], attention_mask=ones[:1])
+        found = alone(model, name, lambda row=row: model.generate(**row, **options))[0]
+        assert torch.equal(mixed[i, : len(found)], found)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_by_hand():
+    model = moved(adapted())
+    whole = model(input_ids=IDS).logits
+    first = model(input_ids=IDS[:, :4])
+    kept = pickle.loads(pickle.dumps(copy.deepcopy(first.past_key_values)))
+    close(model(input_ids=IDS[:, 4:], past_key_values=first.past_key_values).logits, whole[:, 4:])
+    order = torch.tensor([2, 0, 1])
+    kept.reorder_cache(order)
+    kept.crop(-1)
+    assert kept.get_seq_length() == 3
+    close(model(input_ids=IDS[order, 3:], past_key_values=kept).logits, whole[order, 3:])
+    plain = DynamicCache()
+    model(input_ids=IDS[:, :4], past_key_values=plain)
+    with pytest.raises(ValueError, match="tokens that the shadow network has not seen"):
+        model(input_ids=IDS[:, 4:], past_key_values=plain)
+
+
+def test_other_ways_to_call():
+    model = moved(adapted())
+    expected = model(**X, labels=IDS)
+    embeds = model.get_input_embeddings()(IDS)
+    close(model(inputs_embeds=embeds, attention_mask=X["attention_mask"]).logits, expected.logits)
+    close(model(IDS, X["attention_mask"]).logits, expected.logits)
+    close(model(**X, labels=IDS, return_dict=False)[0], expected.loss)
+    close(model.base_model(**X).logits, expected.logits)
+    with pytest.raises(graft.core.errors.RoutingError, match="has no state to read: call the PeftModel"):
+        model.get_base_model()(**X)
+
+
+# training
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    grads = []
+    for on in (False, True):
+        model = moved(adapted()).train()
+        if on:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**X, labels=IDS).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    close_dicts(*grads)
+
+
+def test_dtypes_in_half_precision_are_pefts():
+    """Blocks train in float32, the network has the base's dtype."""
+    ours, theirs = (adapted(lib, base=models.make("llama").bfloat16()) for lib in LIBS)
+    assert shapes(ours) == shapes(theirs)
+    exact = moved(adapted())(**X).logits
+    assert (moved(ours)(**X).logits - exact).norm() < 0.02 * exact.norm()
+
+
+def test_it_compiles_without_a_break():
+    torch._dynamo.reset()
+    model = moved(adapted())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        close(compiled(**X, use_cache=False).logits, model(**X).logits)
+    torch._dynamo.reset()
+
+
+# the life of an adapter
+
+
+def test_one_is_active_and_none_is_merged():
+    model = two()
+    for lib in LIBS:
+        with pytest.raises(NotImplementedError):
+            adapted(lib).merge_adapter()
+    with pytest.raises(ValueError, match="exactly one active adapter at a time"):
+        model.base_model.set_adapter(["default", "b"])
+    with pytest.raises(ValueError, match="cannot be injected without a wrapper"):
+        graft.inject_adapter_in_model(graft.ShadowConfig(), models.make("llama"))
+    model.set_adapter("b")
+    assert all(".b." in name for name in trainable(model))
+    model.delete_adapter("default")
+    assert not any(".default." in name for name in model.state_dict())
+    assert torch.equal(model.unload()(**X).logits, models.make("llama")(**X).logits)
+
+
+def test_a_copy_is_equal():
+    model = moved(adapted())
+    assert torch.equal(copy.deepcopy(model)(**X).logits, model(**X).logits)
+
+
+@pytest.mark.parametrize("sizes", ["plain", "narrow"])
+def test_the_network_by_itself(sizes, tmp_path):
+    """PEFT writes such a model, too, and reads random values from the file."""
+    pair = [moved(adapted(lib, **CONFIGS[sizes])) for lib in LIBS]
+    ours, theirs = (m.base_model.unload_shadow() for m in pair)
+    close(ours(**X).logits, theirs(**X).logits)
+    assert ours.state_dict().keys() - theirs.state_dict().keys() <= {"backbone.embed_tokens.weight"}
+    apart = pair[0].base_model.unload_shadow(copy=True).eval()
+    close(apart(**X).logits, ours(**X).logits)
+    assert not {p.data_ptr() for p in apart.parameters()} & {p.data_ptr() for p in pair[0].parameters()}
+    close(apart(**X, labels=IDS).loss, pair[0](**X, labels=IDS).shadow_loss)
+    options = dict(max_new_tokens=3, do_sample=False)
+    assert torch.equal(apart.generate(**X, **options), apart.generate(**X, **options, use_cache=False))
+    assert torch.equal(pickle.loads(pickle.dumps(apart))(**X).logits, apart(**X).logits)
+    for number, model in enumerate((apart, pair[1].base_model.unload_shadow(copy=True))):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        again = adapted(shadow_model=str(folder)).eval()
+        close(again.base_model.unload_shadow()(**X).logits, ours(**X).logits)
+        assert not any(p.requires_grad for p in again.base_model.shadow_backbone["default"].embed_tokens.parameters())
+
+
+def test_a_network_from_a_folder(tmp_path):
+    """Any backbone, with a projection that is new."""
+    models.make("gpt2").transformer.save_pretrained(tmp_path)
+    pair = [adapted(lib, shadow_model=str(tmp_path)) for lib in LIBS]
+    close_dicts(dict(pair[0].state_dict()), dict(pair[1].state_dict()), 0)
+    assert trainable(pair[0]) == trainable(pair[1])
+    close(*(moved(m)(**X).logits for m in pair))
+
+
+@pytest.mark.parametrize("options", [dict(shadow_model="a/b", shadow_hidden_size=8), dict(layers_pattern="layers")])
+def test_bad_configs(options):
+    for lib in LIBS:
+        with pytest.raises(ValueError):
+            lib.ShadowConfig(**options)
+    with pytest.raises(graft.ConfigError, match="should be a positive integer"):
+        graft.ShadowConfig(r=0)
+
+
+def test_models_without_blocks():
+    for name in ("mlp", "t5"):
+        before = models.make(name)
+        with pytest.raises((AttributeError, graft.ConfigError), match=r"blocks|hidden_size"):
+            graft.get_peft_model(before, graft.ShadowConfig())
+        assert before.state_dict().keys() == models.make(name).state_dict().keys()

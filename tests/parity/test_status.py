@@ -7,7 +7,7 @@ import pytest
 
 from tests import models
 from tests.pair import LIBS, adapt, both, trainable
-from tests.samples import METHODS, SAMPLES, each, first
+from tests.samples import METHODS, SAMPLES, each, first, mergeable
 
 STATES = {
     "fresh": lambda lib, m, s: None,

@@ -2,6 +2,7 @@
 """Several methods on one layer: each acts on what those before it made, and merging agrees with the forward pass."""
 
 import copy
+import zlib
 
 import pytest
 import torch
@@ -43,9 +44,11 @@ CASES = [*pairs("linear"), *pairs("conv2d", True), *pairs("embedding", True), *p
 
 
 def features(case: tuple[Sample, Sample, Layer]) -> list[tuple]:
-    """What a law should meet: both methods in this order, each sample first and second, each layer with each method."""
+    """What a law should meet: a third of the pairs of methods in this order, each sample first and second, each layer
+    with each method."""
     a, b, on = case
-    return [(a.method, b.method), (1, str(a)), (2, str(b)), (1, a.method, on.name), (2, b.method, on.name)]
+    both = [(a.method, b.method)] if zlib.crc32(f"{a.method} {b.method}".encode()) % 3 == 0 else []
+    return [*both, (1, str(a)), (2, str(b)), (1, a.method, on.name), (2, b.method, on.name)]
 
 
 class Case(tuple):

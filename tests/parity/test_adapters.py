@@ -6,7 +6,7 @@ import torch
 
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, outcome, output, randomize
-from tests.samples import alike, each, first, mergeable
+from tests.samples import alike, each, first, mergeable, over
 
 ONE_OF_EACH = each(models="mlp")
 # methods with which several adapters can be active; of C3A, PEFT gives the second the output of the first
@@ -92,7 +92,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("sample", ONE_OF_EACH + each("head", "mlp") + each("tokens", "gpt2"), ids=str)
+@over(ONE_OF_EACH + each("head", "mlp") + each("tokens", "gpt2"))
 def test_scripts(sample, script):
     compare(SCRIPTS[script], sample)
 
@@ -105,7 +105,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("script", TOGETHER)
-@pytest.mark.parametrize("sample", SUM + each(models="conv2d embedding conv1D"), ids=str)
+@over(SUM + each(models="conv2d embedding conv1D"))
 def test_several_active(sample, script):
     compare(TOGETHER[script], sample)
 
@@ -118,7 +118,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize("script", MERGED)
-@pytest.mark.parametrize("sample", mergeable(SUM), ids=str)
+@over(mergeable(SUM))
 def test_while_merged(sample, script):
     pair = [randomize(m, sample).eval() for m in both(sample)]
     for step in MERGED[script]:
@@ -131,7 +131,7 @@ def test_while_merged(sample, script):
 
 
 # PEFT's merge of two OFT adapters disagrees with its own forward: test_differences.py
-@pytest.mark.parametrize("sample", [s for s in mergeable(SUM) if s.method != "OFT"], ids=str)
+@over([s for s in mergeable(SUM) if s.method != "OFT"])
 def test_merge_two_active(sample):
     outputs = []
     for lib, model in zip(LIBS, both(sample)):
@@ -143,7 +143,7 @@ def test_merge_two_active(sample):
     close(outputs[0][1], outputs[1][1])
 
 
-@pytest.mark.parametrize("sample", ONE_OF_EACH, ids=str)
+@over(ONE_OF_EACH)
 def test_second_adapter_starts_with_the_same_values(sample):
     """Drawn after the first adapter from the same generator."""
     values = []
@@ -154,7 +154,7 @@ def test_second_adapter_starts_with_the_same_values(sample):
     close_dicts(*values, 0)
 
 
-@pytest.mark.parametrize("sample", [s for s in alike("gradients") if s.model == "llama" and s.name == "plain"], ids=str)
+@over([s for s in alike("gradients") if s.model == "llama" and s.name == "plain"])
 def test_gradients_with_two_active(sample):
     results = []
     for lib, model in zip(LIBS, both(sample)):
@@ -168,7 +168,7 @@ def test_gradients_with_two_active(sample):
     close_dicts(*results)
 
 
-@pytest.mark.parametrize("sample", ONE_OF_EACH + each("head", "mlp"), ids=str)
+@over(ONE_OF_EACH + each("head", "mlp"))
 def test_disabled_in_a_block(sample):
     results = []
     for model in (randomize(m, sample).eval() for m in both(sample)):
@@ -181,7 +181,7 @@ def test_disabled_in_a_block(sample):
     close(results[0], models.output(models.make(sample.model), models.inputs(sample.model)))
 
 
-@pytest.mark.parametrize("sample", ONE_OF_EACH, ids=str)
+@over(ONE_OF_EACH)
 def test_disabled_block_restores_what_was_disabled(sample):
     for model in both(sample):
         model.base_model.disable_adapter_layers()
@@ -238,7 +238,7 @@ def test_deleting_the_active_adapter_says_which_follows(lib):
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", ONE_OF_EACH + each("head", "mlp") + each("tokens", "gpt2"), ids=str)
+@over(ONE_OF_EACH + each("head", "mlp") + each("tokens", "gpt2"))
 def test_deleting_the_last_adapter_leaves_the_base(sample):
     """PEFT's forward fails with a KeyError then."""
     model = randomize(adapt(LIBS[0], sample), sample).eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.pair import LIBS, json_of, outcome
-from tests.samples import ELSEWHERE, METHODS, SAMPLES
+from tests.samples import ELSEWHERE, METHODS, SAMPLES, over
 
 METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -54,7 +54,7 @@ def test_enums():
     }
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@over(SAMPLES)
 def test_files_of_configurations(sample, tmp_path):
     sample.config(LIBS[0]).save_pretrained(tmp_path / "ours")
     sample.config(LIBS[1]).save_pretrained(tmp_path / "theirs")
@@ -67,13 +67,13 @@ def test_files_of_configurations(sample, tmp_path):
     assert {k: ours[k] for k in theirs} == theirs
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@over(SAMPLES)
 def test_to_dict(sample):
     ours, theirs = (plain(sample.config(lib)) for lib in LIBS)
     assert {k: ours[k] for k in theirs} == theirs  # graft may have fields of its own
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@over(SAMPLES)
 def test_from_its_own_dict(sample):
     """Sets, enums and all: what a config says of itself makes an equal one."""
     configs = [sample.config(lib) for lib in LIBS]

@@ -8,9 +8,10 @@ from torch import nn
 
 import graft
 from tests import models
+from tests.covering import law
 from tests.looks import layers_of
 from tests.pair import adapt, close, close_dicts, outcome, output, randomize
-from tests.samples import METHODS, SAMPLES, Sample, each, first, mergeable
+from tests.samples import METHODS, SAMPLES, Sample, each, first, mergeable, over
 from tests.trees import Config, tree
 
 pytestmark = pytest.mark.graft_only
@@ -20,7 +21,7 @@ def clones(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if "forward" in s.unlike], ids=str)
+@over([s for s in SAMPLES if "forward" in s.unlike])
 def test_fresh_adapter_is_the_identity(sample):
     """PEFT: OFT on a convolution sums overlapping patches; HRA forgets the dilation."""
     close(
@@ -29,7 +30,7 @@ def test_fresh_adapter_is_the_identity(sample):
     )
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.unlike], ids=str)
+@over([s for s in SAMPLES if s.unlike])
 def test_merged_equals_forward(sample):
     """PEFT: the above; a 1x1x1 kernel cannot be merged; a tied table gets the update twice."""
     model = randomize(adapt(graft, sample), sample).eval()
@@ -50,8 +51,16 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", [f"{model}.{name}" for model, names in LAYERS.items() for name in names])
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "LN_TUNING"])
+ON_LAYERS = [
+    (method, f"{model}.{name}")
+    for method in METHODS
+    for model, names in LAYERS.items()
+    for name in names
+    if method != "LN_TUNING"
+]
+
+
+@law("method, layer", ON_LAYERS, lambda case: [(case[0], case[1].partition(".")[0]), (case[1],)])
 def test_any_layer_type(method, layer):
     """A method either adapts a layer completely or says that it cannot; PEFT has a list of classes per method."""
     model_name, name = layer.split(".")
@@ -126,7 +135,7 @@ def test_two_rotations_merge_as_they_run(sample):
     close(output(model, sample), plain)
 
 
-@pytest.mark.parametrize("sample", mergeable(each(models="mlp conv2d embedding llama")), ids=str)
+@over(mergeable(each(models="mlp conv2d embedding llama")))
 def test_unmerging_is_exact(sample):
     """PEFT divides or subtracts and leaves rounding behind."""
     model = randomize(adapt(graft, sample), sample).eval()
@@ -196,7 +205,7 @@ def test_copied_containers_move_between_libraries(tmp_path):
 WRONG = [s for s in SAMPLES if "gradients" in s.unlike and s.model in ("mlp", "conv1d", "conv2d")]
 
 
-@pytest.mark.parametrize("sample", WRONG, ids=str)
+@over(WRONG)
 def test_gradients_are_derivatives(sample):
     """PEFT's hand-written backward of the factored LoHa kernel mixes up its two halves; C3A's gives x a wrong one."""
     model = randomize(adapt(graft, sample), sample).double().eval()
@@ -312,7 +321,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_missing_and_unexpected_keys(sample, how, tmp_path):
     """PEFT warns of some missing keys and says nothing of unexpected ones."""
     change, named = SPOILED[how]
@@ -371,7 +380,7 @@ def test_default_targets_that_are_a_pattern():
 
 
 @pytest.mark.parametrize("meta", [False, True])
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@over(SAMPLES)
 def test_plan_tells_what_injection_does(sample, meta):
     base = models.make(sample.model)
     if meta:
@@ -451,7 +460,7 @@ def test_another_architecture_is_refused(tmp_path):
         graft.PeftModel.from_pretrained(other, tmp_path)
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_saving_and_loading_stay_off_the_network(sample, tmp_path, monkeypatch):
     import socket
 

@@ -7,7 +7,7 @@ import torch
 import graft
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, gradients, output, randomize, shapes
-from tests.samples import SAMPLES, alike, each, mergeable
+from tests.samples import SAMPLES, alike, each, mergeable, over
 
 HALF = [
     s
@@ -30,7 +30,7 @@ def batch(sample, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("sample", HALF, ids=str)
+@over(HALF)
 def test_dtypes_and_values(sample, autocast):
     """Initial values too: some are drawn in float32 and rounded."""
     ours, theirs = (adapt(lib, sample, base=low(sample), autocast_adapter_dtype=autocast) for lib in LIBS)
@@ -42,7 +42,7 @@ def test_dtypes_and_values(sample, autocast):
 INJECTABLE = [s for s in HALF if not graft.method_of(s.method).shares and "init" not in s.unlike]
 
 
-@pytest.mark.parametrize("sample", INJECTABLE, ids=str)
+@over(INJECTABLE)
 def test_without_a_peft_model(sample):
     """Then it stays half precision: transformers' and diffusers' add_adapter inject so."""
     seen = []
@@ -54,7 +54,7 @@ def test_without_a_peft_model(sample):
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("sample", HALF, ids=str)
+@over(HALF)
 def test_outputs(sample, autocast):
     ours, theirs = (
         randomize(adapt(lib, sample, base=low(sample), autocast_adapter_dtype=autocast), sample).eval() for lib in LIBS
@@ -65,7 +65,7 @@ def test_outputs(sample, autocast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_other_dtypes(sample, dtype):
     if sample.method == "PSOFT" and dtype is torch.float64:
         pytest.skip("PEFT computes the basis of single and half precision only")
@@ -76,7 +76,7 @@ def test_other_dtypes(sample, dtype):
     close(a.float(), b.float(), 1e-5 if dtype is torch.float64 else 1e-2)
 
 
-@pytest.mark.parametrize("sample", mergeable(each()), ids=str)
+@over(mergeable(each()))
 def test_merge_keeps_the_dtype(sample):
     ours, theirs = (randomize(adapt(lib, sample, base=low(sample)), sample).merge_and_unload() for lib in LIBS)
     assert shapes(ours) == shapes(theirs)
@@ -84,7 +84,7 @@ def test_merge_keeps_the_dtype(sample):
     close_dicts(a, b, 0.02)
 
 
-@pytest.mark.parametrize("sample", each(), ids=str)
+@over(each())
 def test_loading_into_a_half_precision_base(sample, tmp_path):
     adapt(LIBS[1], sample, base=low(sample)).save_pretrained(tmp_path)
     for options in ({}, {"autocast_adapter_dtype": False}):
@@ -93,7 +93,7 @@ def test_loading_into_a_half_precision_base(sample, tmp_path):
         close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
 
 
-@pytest.mark.parametrize("sample", each(), ids=str)
+@over(each())
 def test_autocast(sample):
     """Float32 weights under bfloat16 autocast."""
     results = []
@@ -106,7 +106,7 @@ def test_autocast(sample):
     assert results[0][1].keys() == results[1][1].keys()
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.name == "plain" and s.model == "llama"], ids=str)
+@over([s for s in SAMPLES if s.name == "plain" and s.model == "llama"])
 def test_moving_the_model_afterwards(sample):
     """`.to(dtype)` reaches adapters as well; nothing holds on to the old tensors."""
     ours, theirs = (randomize(adapt(lib, sample), sample).to(torch.float64).eval() for lib in LIBS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests import models
 from tests.pair import LIBS, adapt, output
-from tests.samples import METHODS, each, first
+from tests.samples import METHODS, each, first, over
 from tests.trees import Config, tree
 
 LORA, VERA, OFT, HEAD = first("LORA"), first("VERA"), first("OFT"), first("LORA", "mlp", "head")
@@ -451,7 +451,7 @@ def test_refused(case, lib, tmp_path):
 
 
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_unknown_adapters_of_every_method(sample, lib):
     model = adapt(lib, sample)
     for call, words in ((model.set_adapter, "not found"), (model.delete_adapter, "does not exist")):

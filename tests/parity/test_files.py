@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, json_of, outcome, output, randomize
 from tests.parity.test_config import plain
-from tests.samples import SAMPLES, each, first
+from tests.samples import SAMPLES, each, first, over
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -25,7 +25,7 @@ def load(lib, sample, folder, **options):
     return lib.PeftModel.from_pretrained(base, folder, **options)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@over(SAMPLES)
 def test_saved_by_one_loaded_by_the_other(sample, tmp_path):
     ours, theirs = (randomize(m, sample).eval() for m in both(sample))
     ours.save_pretrained(tmp_path / "ours")
@@ -51,7 +51,7 @@ def test_saved_by_one_loaded_by_the_other(sample, tmp_path):
             close(output(result.value, sample), output(expected, sample))
 
 
-@pytest.mark.parametrize("sample", each("plain", "mlp llama") + each("head", "mlp") + each("tokens", "gpt2"), ids=str)
+@over(each("plain", "mlp llama") + each("head", "mlp") + each("tokens", "gpt2"))
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_loaded_model_state(sample, is_trainable, tmp_path):
     """Training mode, trainability and configuration after loading."""
@@ -68,7 +68,7 @@ def test_loaded_model_state(sample, is_trainable, tmp_path):
     assert {k: ours[k] for k in theirs} == theirs
 
 
-@pytest.mark.parametrize("sample", each("plain", "mlp") + each("head", "mlp") + each("tokens", "gpt2"), ids=str)
+@over(each("plain", "mlp") + each("head", "mlp") + each("tokens", "gpt2"))
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_new_values_for_an_adapter_that_is_there(sample, is_trainable, tmp_path):
     """What trains goes on to: Trainer loads the best checkpoint so, with the default `is_trainable`."""
@@ -81,7 +81,7 @@ def test_new_values_for_an_adapter_that_is_there(sample, is_trainable, tmp_path)
         assert model.training == is_trainable
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_several_adapters_in_sub_folders(sample, tmp_path):
     for lib, name in zip(LIBS, ("ours", "theirs")):
         model = adapt(lib, sample)
@@ -103,7 +103,7 @@ def test_several_adapters_in_sub_folders(sample, tmp_path):
         close(other, outputs[0])
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_selected_adapters(sample, tmp_path):
     for lib, name in zip(LIBS, ("ours", "theirs")):
         model = adapt(lib, sample)
@@ -112,7 +112,7 @@ def test_selected_adapters(sample, tmp_path):
     assert files(tmp_path / "ours") == files(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_loaded_under_another_name(sample, tmp_path):
     randomize(adapt(LIBS[1], sample), sample).save_pretrained(tmp_path)
     ours, theirs = (load(lib, sample, tmp_path, adapter_name="renamed") for lib in LIBS)
@@ -120,7 +120,7 @@ def test_loaded_under_another_name(sample, tmp_path):
     assert ours.active_adapters == theirs.active_adapters == ["renamed"]
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_bin_files(sample, tmp_path):
     for writer, reader in (LIBS, LIBS[::-1]):
         folder = tmp_path / writer.__name__
@@ -130,7 +130,7 @@ def test_bin_files(sample, tmp_path):
         close_dicts(dict(load(reader, sample, folder).state_dict()), dict(model.state_dict()), 0)
 
 
-@pytest.mark.parametrize("sample", each(), ids=str)
+@over(each())
 def test_low_cpu_mem_usage(sample, tmp_path):
     model = randomize(adapt(LIBS[1], sample), sample).eval()
     model.save_pretrained(tmp_path)
@@ -140,7 +140,7 @@ def test_low_cpu_mem_usage(sample, tmp_path):
     close(output(loaded, sample), output(model, sample))
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_unknown_config_keys_of_newer_versions(sample, tmp_path):
     """They are set aside with a notice."""
     adapt(LIBS[1], sample).save_pretrained(tmp_path)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outputs and gradients are PEFT's, fresh and with arbitrary adapter values."""
 
-import pytest
 import torch
 
 from tests import models
 from tests.pair import both, close, close_dicts, gradients, output, randomize
-from tests.samples import SAMPLES, alike
+from tests.samples import SAMPLES, alike, over
 
 DROPOUT = [s for s in SAMPLES if any("dropout" in key for key in s.kwargs)]
 # the others draw for each layer and call even when nothing is dropped, or never drop: test_differences.py
@@ -14,7 +13,7 @@ SEEDED = ("LORA", "VERA", "HIRA", "MISS", "VBLORA", "RANDLORA", "UNILORA", "TINY
 SAME_MASKS = [s for s in DROPOUT if s.method in SEEDED]
 
 
-@pytest.mark.parametrize("sample", alike("forward"), ids=str)
+@over(alike("forward"))
 def test_outputs_and_gradients(sample):
     ours, theirs = (m.eval() for m in both(sample))
     fresh = output(theirs, sample)
@@ -32,7 +31,7 @@ def test_outputs_and_gradients(sample):
     close_dicts(gradients(ours, sample), gradients(theirs, sample))
 
 
-@pytest.mark.parametrize("sample", SAME_MASKS, ids=str)
+@over(SAME_MASKS)
 def test_dropout_under_a_seed(sample):
     """Training mode draws the same masks in the same order."""
     results = []

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions beside PeftModel: injection into a bare model, and state dicts as plain dictionaries."""
 
-import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 import graft
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize, shapes, trainable
-from tests.samples import SAMPLES, each, first
+from tests.samples import SAMPLES, each, first, over
 
 # methods with tensors that all layers share need a tuner to hold them
 INJECTABLE = [s for s in each("plain head", "mlp llama conv2d") if not graft.method_of(s.method).shares]
@@ -22,7 +21,7 @@ def inject(lib, sample, adapter="default", **options):
     return model
 
 
-@pytest.mark.parametrize("sample", INJECTABLE, ids=str)
+@over(INJECTABLE)
 def test_inject(sample):
     ours, theirs = (inject(lib, sample) for lib in LIBS)
     assert shapes(ours) == shapes(theirs) and trainable(ours) == trainable(theirs)
@@ -31,7 +30,7 @@ def test_inject(sample):
     close(output(randomize(ours, sample).eval(), sample), output(randomize(theirs, sample).eval(), sample))
 
 
-@pytest.mark.parametrize("sample", [s for s in INJECTABLE if s.name == "plain"], ids=str)
+@over([s for s in INJECTABLE if s.name == "plain"])
 def test_inject_twice(sample):
     found = []
     for lib in LIBS:
@@ -42,7 +41,7 @@ def test_inject_twice(sample):
     close(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("sample", INJECTABLE, ids=str)
+@over(INJECTABLE)
 def test_inject_on_meta_then_load(sample):
     values = randomize(inject(LIBS[1], sample), sample)
     state = LIBS[1].get_peft_model_state_dict(values)
@@ -60,13 +59,13 @@ def test_inject_from_a_state_dict():
     assert shapes(ours) == shapes(theirs)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@over(SAMPLES)
 def test_state_dict(sample):
     ours, theirs = (lib.get_peft_model_state_dict(randomize(m, sample)) for lib, m in zip(LIBS, both(sample)))
     close_dicts(ours, theirs, 0)
 
 
-@pytest.mark.parametrize("sample", each("plain head bias_all tokens", "mlp llama"), ids=str)
+@over(each("plain head bias_all tokens", "mlp llama"))
 def test_set_state_dict(sample):
     """Values move between models under any adapter name; the result tells what was not used."""
     state = LIBS[1].get_peft_model_state_dict(randomize(adapt(LIBS[1], sample), sample))
@@ -78,7 +77,7 @@ def test_set_state_dict(sample):
     assert list(reports[0].unexpected_keys) == list(reports[1].unexpected_keys) == []
 
 
-@pytest.mark.parametrize("sample", each(models="mlp") + each("head", "mlp") + each("tokens", "gpt2"), ids=str)
+@over(each(models="mlp") + each("head", "mlp") + each("tokens", "gpt2"))
 def test_base_state_dict(sample):
     """The base under its own names, whatever is wrapped around it."""
     base = models.make(sample.model).state_dict()
@@ -100,7 +99,7 @@ def test_mismatched_sizes_can_be_ignored():
     close_dicts(*found, 0)
 
 
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_load_peft_weights(sample, tmp_path):
     adapt(LIBS[1], sample).save_pretrained(tmp_path)
     close_dicts(*(lib.load_peft_weights(str(tmp_path)) for lib in LIBS), 0)

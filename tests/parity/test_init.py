@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same seed gives the same initial values, bit for bit, and leaves the generator in the same state."""
 
-import pytest
 import torch
 
 from tests.pair import LIBS, adapt, close_dicts
-from tests.samples import alike
+from tests.samples import alike, over
 
 
-@pytest.mark.parametrize("sample", alike("init"), ids=str)
+@over(alike("init"))
 def test_seeded_initial_values(sample):
     values, states = [], []
     for lib in LIBS:

@@ -6,7 +6,7 @@ import torch
 
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, outcome, output, randomize
-from tests.samples import alike, each, first, mergeable
+from tests.samples import alike, each, first, mergeable, over
 
 
 def without_norms(samples):
@@ -18,7 +18,7 @@ def module_types(model):
     return {name: type(m) for name, m in model.named_modules()}
 
 
-@pytest.mark.parametrize("sample", mergeable(alike("merge")), ids=str)
+@over(mergeable(alike("merge")))
 def test_merge_and_unload(sample):
     pair = [randomize(m, sample).eval() for m in both(sample)]
     ours, theirs = (outcome(m.merge_and_unload) for m in pair)
@@ -52,7 +52,7 @@ def test_merge_and_unmerge_in_place(sample, safe):
     close(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("sample", each() + without_norms(each("head lm_head")), ids=str)
+@over(each() + without_norms(each("head lm_head")))
 def test_unload_gives_the_base_back(sample):
     ours, theirs = (randomize(m, sample).unload() for m in both(sample))
     close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
@@ -60,7 +60,7 @@ def test_unload_gives_the_base_back(sample):
     assert not hasattr(ours, "peft_config")
 
 
-@pytest.mark.parametrize("sample", mergeable(each(models="mlp")), ids=str)
+@over(mergeable(each(models="mlp")))
 def test_merge_one_of_two(sample):
     """Merging names the adapters; what is not merged stays out of the result."""
     merged = []
@@ -81,7 +81,7 @@ def break_one_layer(model):
 
 
 @pytest.mark.parametrize("lib", LIBS)
-@pytest.mark.parametrize("sample", without_norms(mergeable(each(models="mlp"))), ids=str)
+@over(without_norms(mergeable(each(models="mlp"))))
 def test_safe_merge_refuses_what_is_not_finite(sample, lib):
     model = randomize(adapt(lib, sample), sample)
     break_one_layer(model)
@@ -90,7 +90,7 @@ def test_safe_merge_refuses_what_is_not_finite(sample, lib):
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", without_norms(mergeable(each(models="mlp"))), ids=str)
+@over(without_norms(mergeable(each(models="mlp"))))
 def test_refused_merge_changes_nothing(sample):
     """PEFT leaves the layers before the broken one merged."""
     model = randomize(adapt(LIBS[0], sample), sample)

@@ -6,7 +6,7 @@ import torch
 
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, outcome, output, randomize
-from tests.samples import DRAWS, SAMPLES, by_row, each, first
+from tests.samples import DRAWS, SAMPLES, by_row, each, first, over
 
 NAMES = ["b", "__base__", "default"]
 # PEFT implements mixed batches for LoRA and RoAd; on the other methods it runs the wrong adapter in silence
@@ -28,7 +28,7 @@ def two_adapters(lib, sample):
     return randomize(model, sample).eval()
 
 
-@pytest.mark.parametrize("sample", LORA + ROAD + HEADS, ids=str)
+@over(LORA + ROAD + HEADS)
 def test_mixed_batch(sample):
     ours, theirs = (output(two_adapters(lib, sample), sample, adapter_names=NAMES) for lib in LIBS)
     close(ours, theirs, 5e-5 if sample.name == "kasa" else 1e-5)  # of which PEFT truncates the base twice
@@ -59,7 +59,7 @@ EVERY = [
 
 @pytest.mark.graft_only
 @pytest.mark.parametrize("names", [NAMES, ["default"] * 4, ["b", "b", "__base__", "default", "b"]], ids="-".join)
-@pytest.mark.parametrize("sample", EVERY + HEADS, ids=str)
+@over(EVERY + HEADS)
 def test_equals_row_by_row(sample, names):
     model = two_adapters(LIBS[0], sample)
     expected = row_by_row(model, sample, names)
@@ -81,7 +81,7 @@ def test_layers_that_do_not_see_rows(model_name):
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", by_row(each(models="mlp llama")) + HEADS, ids=str)
+@over(by_row(each(models="mlp llama")) + HEADS)
 def test_trains_several_adapters_at_once(sample):
     """Each adapter's gradient comes from its own rows and no others. PEFT refuses mixed batches in training."""
     model = two_adapters(LIBS[0], sample).train(sample.method not in DRAWS)

@@ -4,10 +4,10 @@
 import pytest
 
 from tests.pair import both, shapes, trainable
-from tests.samples import SAMPLES
+from tests.samples import SAMPLES, some
 
 
-@pytest.fixture(scope="module", params=SAMPLES, ids=str)
+@pytest.fixture(scope="module", params=some("names", SAMPLES), ids=str)
 def pair(request):
     return both(request.param)
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests import models
 from tests.pair import LIBS, adapt, both, trainable
-from tests.samples import METHODS, SAMPLES, each, first, mergeable
+from tests.samples import METHODS, SAMPLES, each, first, mergeable, over
 
 STATES = {
     "fresh": lambda lib, m, s: None,
@@ -68,7 +68,7 @@ def test_status(sample, state):
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", each(models="mlp"), ids=str)
+@over(each(models="mlp"))
 def test_disabling_freezes_nothing(sample):
     """PEFT freezes on disabling and makes all trainable on enabling, also what was frozen before."""
     model = adapt(LIBS[0], sample)
@@ -100,7 +100,7 @@ def test_status_of_an_injected_model():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.name in ("plain", "head", "tokens", "bias_all")], ids=str)
+@over([s for s in SAMPLES if s.name in ("plain", "head", "tokens", "bias_all")])
 def test_printed_counts(sample, capsys):
     printed = []
     for model in both(sample):
@@ -152,7 +152,7 @@ def test_setting_the_active_adapter():
     assert model.active_adapter is None
 
 
-@pytest.mark.parametrize("sample", each(), ids=str)
+@over(each())
 def test_structure(sample):
     """PeftModel, tuner, base model; attributes fall through to the base."""
     base = models.make(sample.model)
@@ -177,11 +177,11 @@ ATTRIBUTES["DELORA"] += " r"
 ATTRIBUTES["C3A"] += " block_size"
 ATTRIBUTES["FOURIERFT"] += " fourierft_n_frequency fourierft_scaling fourierft_random_loc_seed"
 ATTRIBUTES["ROAD"] += " variant group_size"
-for _name in ("PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"):
+for _name in METHODS.keys() & {"PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"}:
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"
 
 
-@pytest.mark.parametrize("sample", each(models="mlp conv1D conv2d embedding"), ids=str)
+@over(each(models="mlp conv1D conv2d embedding"))
 def test_layer_attributes(sample):
     """What other libraries read off a layer."""
     ours, theirs = (dict(m.base_model.model.named_modules()) for m in both(sample))

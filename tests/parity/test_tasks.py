@@ -9,12 +9,12 @@ import torch
 
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, json_of, output, randomize
-from tests.samples import DRAWS, SAMPLES, each, first
+from tests.samples import DRAWS, SAMPLES, each, first, over
 
 TASKS = [s for s in SAMPLES if s.name in ("tasks", "classify")]
 
 
-@pytest.mark.parametrize("sample", TASKS, ids=str)
+@over(TASKS)
 def test_class_and_head(sample):
     ours, theirs = both(sample)
     assert type(ours).__name__ == type(theirs).__name__
@@ -32,7 +32,7 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("sample", TASKS, ids=str)
+@over(TASKS)
 def test_forward_with_labels(sample):
     batch = models.inputs(sample.model)
     with models.seeded(4):
@@ -48,7 +48,7 @@ def test_forward_with_labels(sample):
     assert isinstance(as_tuple, tuple)
 
 
-@pytest.mark.parametrize("sample", [s for s in TASKS if s.model not in ("t5",)], ids=str)
+@over([s for s in TASKS if s.model not in ("t5",)])
 def test_forward_from_embeddings(sample):
     batch = models.inputs(sample.model)
     results = []
@@ -61,7 +61,7 @@ def test_forward_from_embeddings(sample):
 GENERATORS = [s for s in SAMPLES if s.name in ("plain", "tasks", "tokens") and s.model in ("llama", "gpt2", "t5")]
 
 
-@pytest.mark.parametrize("sample", GENERATORS, ids=str)
+@over(GENERATORS)
 def test_generate(sample):
     ids = models.inputs(sample.model)["input_ids"].clamp(min=3)
     results = []
@@ -96,7 +96,7 @@ def test_generate_with_another_adapter_per_row(sample):
 CHECKPOINTED = [s for s in each(models="llama t5") if s.method not in DRAWS and "gradients" not in s.unlike]
 
 
-@pytest.mark.parametrize("sample", CHECKPOINTED, ids=str)
+@over(CHECKPOINTED)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(sample, reentrant):
     results = []
@@ -137,7 +137,7 @@ def test_copies_and_pickles(sample):
     close(output(model, sample), expected, 0)
 
 
-@pytest.mark.parametrize("sample", TASKS, ids=str)
+@over(TASKS)
 def test_auto_classes(sample, tmp_path):
     """The base is found through the adapter's configuration."""
     name = {

@@ -6,7 +6,7 @@ import pytest
 
 from tests import models
 from tests.pair import LIBS, adapt, outcome, output
-from tests.samples import each, first
+from tests.samples import each, first, over
 
 LORA = first("LORA")
 
@@ -154,7 +154,7 @@ QUIET = [
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("sample", QUIET, ids=str)
+@over(QUIET)
 def test_nothing_to_warn_about(sample, tmp_path):
     """A plain life: inject, run, switch, save, load. Nobody is warned."""
     lib = LIBS[0]

@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+from tests.covering import cover, law
 from tests.samples import laws
 from tests.samples.parity import Sample
 
@@ -45,6 +46,20 @@ SAMPLES = [
 def each(name: str = "plain", models: str = "mlp llama") -> list[Sample]:
     """The samples of that name on those models, every method: for what needs no variety of configurations."""
     return [s for s in SAMPLES if s.name in name.split() and s.model in models.split()]
+
+
+def over(samples: list[Sample]) -> Any:
+    """Decorate a test of one `sample` with a few that have every row of every method, and every model."""
+    return law("sample", samples, _seen)
+
+
+def some(name: str, samples: list[Sample]) -> list[Sample]:
+    """Those few, for a fixture of that name."""
+    return cover(name, samples, _seen)
+
+
+def _seen(s: Sample) -> list[tuple[str, ...]]:
+    return [("row", s.method, s.name), ("model", s.model)]
 
 
 def mergeable(samples: list[Sample]) -> list[Sample]:

@@ -241,6 +241,11 @@ class Cell:
         assert task is not None
         return task
 
+    @property
+    def features(self) -> list[tuple[str, ...]]:
+        """What the default run meets: every method in every task, every model in its task."""
+        return [(self.task, self.method), (self.model,)]
+
     def among(self, methods: str, where: str) -> bool:
         """Whether a row of a table is about this cell. `where`: models or tasks."""
         return self.method in methods.split() and bool({self.model, self.task} & set(where.split()))

@@ -16,6 +16,7 @@ from graft.config.targets import TASK_HEADS
 from graft.core.errors import ConfigError
 from graft.methods import ROWS, method_of
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from tests.covering import law
 from tests.model.tasks.models import (
     CELLS,
     EXPLICIT,
@@ -35,7 +36,7 @@ OWN_LOSS = ("ADALORA", "CPT")  # more, or other, than the cross entropy of the l
 CANCELS = "qa_outputs.modules_to_save.default.bias"  # the same for all positions, so a softmax over them ignores it
 WITHOUT_HEADS = ("TRAINABLE_TOKENS",)  # its config, as PEFT's, has no modules_to_save
 
-every = pytest.mark.parametrize("cell", CELLS, ids=str)
+every = law("cell", CELLS, lambda cell: cell.features)
 
 
 def test_every_cell_is_there():
@@ -124,7 +125,7 @@ def continues(model: nn.Module, cell: Cell, row: int) -> Tensor:
     return given[name][0, -STEPS:]
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.task in GENERATING], ids=str)
+@law("cell", [c for c in CELLS if c.task in GENERATING], lambda cell: cell.features)
 @torch.no_grad()
 def test_generating_is_decoding_without_padding_and_cache(cell):
     model = cell.trained()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.covering import law
 from tests.model.tasks.models import CELLS, GENERATING, STEPS, Cell, make
 from tests.models import output
 from tests.pair import close, close_dicts, outcome, trainable
@@ -95,7 +96,7 @@ def twin(model: nn.Module, cell: Cell) -> nn.Module:
     return theirs
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@law("cell", CELLS, lambda cell: cell.features)
 def test_equals_peft(cell, tmp_path):
     """The folder that graft wrote computes the same in PEFT; equal values have equal losses and gradients."""
     ours = cell.trained()

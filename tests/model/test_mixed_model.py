@@ -2,7 +2,6 @@
 """PeftMixedModel: adapters of several methods on one model, active at once."""
 
 import warnings
-import zlib
 
 import peft
 import pytest
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.methods import METHODS
-from tests.covering import law
+from tests.covering import Sometimes, law
 from tests.looks import layers, merged, registry_of
 from tests.models import seeded
 
@@ -45,9 +44,8 @@ PAIRS = [(a, b) for a in NAMES for b in NAMES]
 
 
 def met(pair):
-    """What the pairs of the default run meet: each method first and second, and a quarter of all pairs."""
-    a, b = pair
-    return [(1, a), (2, b), *([pair] if zlib.crc32(f"{a} {b}".encode()) % 4 == 0 else [])]
+    """What the pairs of the default run meet: each method first and second, and an eighth of all pairs."""
+    return [(1, pair[0]), (2, pair[1]), Sometimes(pair, 8)]
 
 
 class Net(nn.Module):

@@ -34,6 +34,9 @@ class Rescaled(NamedTuple):
         own = embedding(ids, self.W.T)
         return torch.zeros_like(own) if self.a is None or self.b is None else own * self.a.flatten() + self.b.flatten()
 
+    def product(self, x: Tensor) -> None:
+        """Say that for few rows, too, the matrix has to be formed."""
+
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
         input_gradient: Callable[..., Tensor],

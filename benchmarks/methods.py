@@ -155,6 +155,8 @@ CASES = [
     Case("BOFT block 4, bf16 base", "BOFTConfig", EVERY, None, **HALF),
     Case("PSOFT r 32", "PsoftConfig", EVERY, flat=0.97),  # B (R - I), whatever the batch
     Case("PSOFT r 32, bf16 base", "PsoftConfig", EVERY, flat=0.97, **HALF),
+    Case("OSF", "OSFConfig", EVERY, None),  # a dense gradient
+    Case("OSF, bf16 base", "OSFConfig", EVERY, None, **HALF),
     Case("BEFT", "BeftConfig", long=True),  # on value projections
     Case("GLoRA r 8", "GloraConfig", EVERY, None, long=True),  # a dense gradient
     Case("GLoRA, numbers by row", "GloraConfig", EVERY | dict(config_A_B="vector"), long=True),

@@ -84,6 +84,7 @@ UNCHANGED = {
     "LN_TUNING": "a module is all there is",
     "TRAINABLE_TOKENS": "rows have no mathematics",
     "LILY": "a branch is all there is",
+    "OSF": {"factors", "delta"},
 }
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]
 CELLS = [

@@ -116,6 +116,7 @@ SIZES = {
     "GLORA": dict(r=3),
     "PEANUT": dict(r=3, act_fn="tanh"),
     "LILY": dict(r=3),
+    "OSF": {},
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

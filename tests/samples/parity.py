@@ -3,8 +3,9 @@
 
 `row(name, models, **config)` stands for one `Sample` per model. `target_modules` comes from `TARGETS` unless the row
 gives it. `unlike` names the aspects in which PEFT is not the oracle for that row ("forward", "gradients", "merge",
-"init", "rng", "reload"): tests of graft alone in test_differences.py take the place of those comparisons. Scalings are
-never powers of two, so that a lost, doubled or misplaced scaling shows.
+"init", "rng", "reload", "several", "unmerge", "autocast"): tests of graft alone, in test_differences.py or of the
+method, take the place of those comparisons. Scalings are never powers of two, so that a lost, doubled or misplaced
+scaling shows.
 """
 
 from __future__ import annotations

@@ -115,6 +115,17 @@ BEFT = _table(
     ("deberta-v2", ["value_proj"]),
 )
 
+OSF = _table(
+    (
+        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+    ),
+    ("gpt2 gpt_bigcode", ["c_attn", "c_proj"]),
+    ("bloom gpt_neox falcon", ["query_key_value", "dense_4h_to_h"]),
+    ("opt", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    ("gptj", ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]),
+)
+
 PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi without its feed-forward layers
 
 PVERA = {**PHI_ATTENTION, "dinov2": ["query", "value"]}

@@ -52,6 +52,7 @@ METHODS: dict[str, Row] = {
     "DEFT": Row("methods.deft:DEFT", "DeftConfig", "DeftModel"),
     "BOFT": Row("methods.boft:BOFT", "BOFTConfig", "BOFTModel"),
     "PSOFT": Row("methods.psoft:PSOFT", "PsoftConfig", "PsoftModel"),
+    "OSF": Row("methods.osf:OSF", "OSFConfig", "OSFModel"),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),

@@ -92,7 +92,7 @@ MAPPINGS: dict[str, str] = {  # → peft_type
     mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
 }
 _TARGETS = f"TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING {' '.join(MAPPINGS)}"
-_EXPORTED = _TARGETS.replace(" TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING", "")  # which PEFT forgot
+_EXPORTED = " ".join(n for n in _TARGETS.split() if MAPPINGS.get(n) not in ("HIRA", "OSF"))  # which PEFT forgot
 
 # module below `peft` → names in it; "peft" itself also holds all public names of graft
 MODULES: dict[str, str] = {

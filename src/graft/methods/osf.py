@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OSF: Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning, arXiv 2504.07097."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targets
+from graft.config.patterns import pattern
+from graft.config.targets import OSF as TARGETS
+from graft.core.containers import Transient
+from graft.core.effect import Factors, LowRank, Update
+from graft.core.errors import ConfigError, warn
+from graft.core.method import Method
+from graft.kernels.difference import Difference
+from graft.kernels.projection import inside, outside
+
+
+@dataclass(kw_only=True)
+class OSFConfig(Targets):
+    """OSF: the small singular components of each weight train, outside of the space of the large ones."""
+
+    peft_type: Any = "OSF"
+    effective_rank: int | float | None = None  # components that stay: a number, a share in (0, 1], or None: half
+    rank_pattern: dict[str, int | float] | None = None  # the same by regex, found anywhere in a layer's path
+    init_weights: bool | None = True  # the components of the weight; False: random
+    target_svd_config: dict[str, int] | None = None  # in PEFT's files; nobody reads it
+
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_svd_config is not None:
+            warn("target_svd_config has no effect: set effective_rank or rank_pattern.")
+
+    def reaches(self, text: str, key: str, field: str) -> bool:
+        return pattern(text, field, f".*?(?:{text})").match(key) is not None
+
+
+class OSF(Method):
+    """ΔW = U S V - U₀ S₀ V₀, where U₀ S₀ V₀ are the smallest components of W₀. Gradients of U and V lose what lies in
+    the space of the largest, in the forward pass's own graph: hooks on parameters would not survive a cast."""
+
+    config = OSFConfig
+    prefix = "osf_"
+    targets = TARGETS
+
+    osf_svd_params: nn.ParameterDict  # U_low (out, r), S_low (r,), V_low (r, fan_in)
+    osf_U_init: Tensor  # (out, r)
+    osf_S_init: Tensor  # (r,)
+    osf_V_init: Tensor  # (r, fan_in)
+    osf_U_high: Tensor  # (out, k), if out > fan_in
+    osf_V_high: Tensor  # (k, fan_in), if out < fan_in
+
+    @classmethod
+    def default_targets(cls, model: Any) -> Any:
+        return cls.targets.get(getattr(getattr(model, "config", None), "model_type", "custom"), "all-linear")
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Return out, fan_in, how many components stay and how many train."""
+        out, n = self.site.out_features, self.site.fan_in
+        k = staying(self.cfg.effective_rank, min(out, n))
+        return out, n, k, min(out, n) - k
+
+    def check(self) -> str | None:
+        if self.site.op.known and self.sizes[2] <= 0:
+            raise ConfigError(
+                f"`effective_rank` should be a positive integer value but the value passed is {self.sizes[2]}, from "
+                f"{self.cfg.effective_rank}, on layer '{self.site.key}'."
+            )
+        return super().check()
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def describe(self):
+        out, n, _, r = self.sizes
+        return LowRank(self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
+
+    def changes_weight(self) -> bool:
+        return False
+
+    def build(self, shared):
+        out, n, _, r = self.sizes
+        fixed = ("U_init", "S_init", "V_init", *["U_high"] * (out > n), *["V_high"] * (out < n))
+        values = {f"osf_{name}": Transient(torch.empty(0)) for name in fixed}  # `init` makes them
+        make = torch.randn if self.cfg.init_weights is False else torch.zeros
+        own = dict(U_low=make(out, r), S_low=make(r), V_low=make(r, n))
+        return dict(osf_svd_params=nn.ParameterDict(own)) | values
+
+    @torch.no_grad()
+    def init(self) -> None:
+        out, n, k, _ = self.sizes
+        W = self.layer.W0.detach().flatten(1)
+        U, S, V = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)).contiguous(), full_matrices=False)
+        low, name = dict(U=U[:, k:], S=S[k:], V=V[k:]), self.name
+        for letter, values in low.items():
+            getattr(self.layer, f"osf_{letter}_init")[name] = values.clone()
+            if self.cfg.init_weights is not False:
+                self.osf_svd_params[f"{letter}_low"].copy_(values)
+        if out > n:
+            self.layer.osf_U_high[name] = U[:, :k].clone()
+        if out < n:
+            self.layer.osf_V_high[name] = V[:k].clone()
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return U S, V, U₀ S₀ and V₀; gradients of U and V leave the space of the large components alone."""
+        own, U0, V0 = self.osf_svd_params, self.osf_U_init, self.osf_V_init
+        out, n, *_ = self.sizes
+        U, V = own["U_low"], own["V_low"]
+        if torch.is_grad_enabled():
+            U = outside(U, self.osf_U_high) if out > n else inside(U, U0)
+            V = outside(V.T, self.osf_V_high.T).T if out < n else inside(V.T, V0.T).T
+        return U * own["S_low"], V, U0 * self.osf_S_init, V0
+
+    def factors(self) -> Factors:
+        """Return factors of twice the rank, for where they are cheaper than ΔW."""
+        B, A, B0, A0 = self.components()
+        return Factors(torch.cat((A, A0)), torch.cat((B, -B0), 1))
+
+    def delta(self) -> Difference:
+        return Difference(*self.components(), self.site.shape)
+
+
+def staying(wanted: int | float | None, m: int) -> int:
+    """Return how many of m components stay."""
+    if wanted is None:
+        return m // 2
+    share = isinstance(wanted, float) and wanted <= 1
+    return min(int(m * wanted if share else wanted), m)

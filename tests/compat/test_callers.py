@@ -72,7 +72,8 @@ OFFLOADS = {
     "memory": lambda model, folder: cpu_offload(model, torch.device("cpu")),
     "disk": lambda model, folder: disk_offload(model, folder, torch.device("cpu")),
 }
-PLAIN = [s for s in each("plain", "mlp") if s.method not in ("HIRA", "DELORA")]  # which need the weight
+READERS = ("HIRA", "SUPERTUNING", "DEFT", "PSOFT", "OSF", "DELORA", "GLORA", "PEANUT")  # which need the weight
+PLAIN = [s for s in each("plain", "mlp") if s.method not in READERS]
 OFFLOADED = [*PLAIN, first("LORA", "mlp", "head"), first("LORA", "llama"), first("LORA", "conv1D")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class SuperTuning(Method):
     config = SupertuningConfig
     prefix = "supertuning_"
     targets = LORA
+    empty: ClassVar[dict[str, Any]] = {f"supertuning_lora_{x}": nn.ModuleDict() for x in "AB"}
 
     supertuning_values: nn.Parameter  # v (k,)
     supertuning_indices: Tensor  # (k,) int32: places in the weight as a flat list, the largest first

@@ -48,7 +48,7 @@ class PSOFT(Method):
     targets = LORA
 
     psoft_R: Turn
-    psoft_basis: Basis
+    principal_basis: Basis
     psoft_dropout: nn.Module
     scaling: float
 
@@ -72,7 +72,7 @@ class PSOFT(Method):
             r=r,
             scaling=cfg.psoft_alpha / r,
             psoft_R=Turn(r, cfg),
-            psoft_basis=Basis(),
+            principal_basis=Basis(),
             psoft_dropout=nn.Dropout(cfg.psoft_dropout) if cfg.psoft_dropout > 0 else nn.Identity(),
         )
 
@@ -90,7 +90,7 @@ class PSOFT(Method):
         if cfg.ab_svd_init == "pissa_init":
             S = S.sqrt()
             V = S[:, None] * V
-        self.psoft_basis.A, self.psoft_basis.B = V.clone(), U * S
+        self.principal_basis.A, self.principal_basis.B = V.clone(), U * S
 
     def largest(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the r largest singular components of W₀: U (out, r), S (r,), V (r, fan_in)."""
@@ -118,7 +118,7 @@ class PSOFT(Method):
         return R if own.vector_a is None else R * own.vector_a
 
     def factors(self) -> Factors:
-        R, A, B = self.R(), self.psoft_basis.A, self.psoft_basis.B
+        R, A, B = self.R(), self.principal_basis.A, self.principal_basis.B
         turned = B @ (R - torch.eye(len(R), dtype=R.dtype, device=R.device))
         if len(self.site.shape) > 2 or self.site.op.takes_ids:  # the layer takes matrices of one dtype with its input
             A, turned = A.to(self.dtype), turned.to(self.dtype)

@@ -141,6 +141,7 @@ CASES = [
     Case("DeLoRA r 8", "DeloraConfig", EVERY | dict(r=8), long=True),
     Case("C3A block 64", "C3AConfig", EVERY | dict(block_size=64), None, long=True),  # a transform of every row
     Case("FourierFT n 1000", "FourierFTConfig", EVERY, None, long=True),  # a transform of every row
+    Case("AdaMSS r 100", "AdamssConfig", EVERY, long=True),
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),

@@ -22,7 +22,7 @@ from tests.samples import Sample
 
 LIBS = (graft, peft)
 PREFIX = "base_model.model."
-UNLIKE = re.compile(r"\.lora_shift\.|\.adamss_rows|\.model\..*\.randlora_[AB]$")
+UNLIKE = re.compile(r"\.lora_shift\.|\.adamss_clusters|\.model\..*\.randlora_[AB]$")
 
 
 def adapt(lib, sample: Sample, adapter: str = "default", *, seed: int = 1, base: nn.Module | None = None, **options):

@@ -85,6 +85,7 @@ UNCHANGED = {
     "TRAINABLE_TOKENS": "rows have no mathematics",
     "LILY": "a branch is all there is",
     "OSF": {"factors", "delta"},
+    "ADAMSS": {"factors"},
 }
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]
 CELLS = [
@@ -165,6 +166,7 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
             bare = cell.base()
             bare.layer.weight.copy_(W)
             if shift_of(layer.methods["default"].effect) is None:
+            if cell.sample.label != "bias" and cell.sample.method != "ADAMSS":  # which shift the bias, too
                 close(bare(x), y)
     model.merge_adapter()
     close(model(x), y)

@@ -38,6 +38,7 @@ CONFIGS = {
     "TINYLORA": dict(u=5),
     "GLORA": dict(r=2),
     "PEANUT": dict(r=2, act_fn="tanh"),
+    "ADAMSS": dict(r=4, num_subspaces=2),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

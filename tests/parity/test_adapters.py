@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests import models
-from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, outcome, output, randomize
+from tests.pair import LIBS, adapt, both, close, close_dicts, common, gradients, outcome, output, randomize
 from tests.samples import alike, each, first, mergeable, over
 
 ONE_OF_EACH = each(models="mlp")
@@ -20,7 +20,7 @@ def observe(model, sample):
         "active": list(model.active_adapters),
         "configs": list(model.peft_config),
         "trainable": {n for n, p in model.named_parameters() if p.requires_grad},
-        "tensors": set(model.state_dict()),
+        "tensors": set(common(model.state_dict())),
         "output": y,
     }
     if not model.get_model_status().enabled:

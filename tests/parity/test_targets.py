@@ -209,6 +209,7 @@ MAPS = {
     "DeloraConfig": ("DELORA", {}),
     "C3AConfig": ("C3A", dict(block_size=1)),
     "FourierFTConfig": ("FOURIERFT", dict(n_frequency=1)),
+    "AdamssConfig": ("ADAMSS", dict(r=2)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

@@ -23,6 +23,7 @@ class Sample:
     together: bool = True  # two adapters can be active at once
     draws: bool = False  # its adapters are random in training
     by_row: bool = True  # what a row gets depends on that row alone, and not on the others of its adapter
+    reads: bool = False  # shapes of its tensors follow from the values of the weight
     rewrites: bool = False  # the base weight, for good; so it stands only beside its like
 
     def __str__(self) -> str:

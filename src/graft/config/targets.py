@@ -134,6 +134,7 @@ PVERA = {**PHI_ATTENTION, "dinov2": ["query", "value"]}
 FOURIER = {**LORA, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}  # FourierFT, C3A
 
 WAVELET = {k: v for k, v in FOURIER.items() if k not in ("btlm", "rwkv", "rwkv7")}
+ADAMSS = {**LORA, "vit": ["query", "value"]}
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 

@@ -43,6 +43,7 @@ METHODS: dict[str, Row] = {
     "PEANUT": Row("methods.peanut:PEANuT", "PeanutConfig", "PeanutModel"),
     "LILY": Row("methods.lily:Lily", "LilyConfig", "LilyModel"),
     "SHADOW": Row("methods.shadow:Shadow", "ShadowConfig", "ShadowModel"),
+    "ADAMSS": Row("methods.adamss:AdaMSS", "AdamssConfig", "AdamssModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

@@ -196,6 +196,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "GLORA": dict(r=3),
     "PEANUT": dict(r=4, depth=1),
     "LILY": dict(r=3),
+    "ADAMSS": dict(r=7, num_subspaces=3),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

@@ -39,6 +39,7 @@ HELD: dict[str, str] = {
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
     "graft.train.monteclora": "MontecloraTrainerMixin",
+    "graft.train.adamss": "AdamssAsaCallback",
     "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
@@ -123,6 +124,7 @@ MODULES: dict[str, str] = {
     f"{_EVA} preprocess_loraga "
     "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
+    "tuners.adamss.asa_callback": "AdamssAsaCallback",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "tuners.lora.arrow": "create_arrow_model",

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning, openreview.net/forum?id=8ZdWmpYxT0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.targets import ADAMSS
+from graft.core.containers import Transient
+from graft.core.effect import Factors
+from graft.core.errors import UnsupportedLayerError
+from graft.core.merging import unmerged_bias
+from graft.core.method import Method, Tensors
+from graft.core.ops import META
+from graft.methods.adamss.allocator import update_and_allocate
+from graft.methods.adamss.clusters import clusters
+from graft.methods.adamss.config import AdamssConfig
+
+ROWS = ("adamss_clusters", "")
+
+
+class Shifted(NamedTuple):
+    """A factor with a bias."""
+
+    call: Callable[[Tensor], Tensor]  # the product, with the bias
+    weight: Tensor  # (out, r)
+    bias: Tensor  # (out,)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.call(z)
+
+
+class AdaMSS(Method):
+    """Rows of Δ[W | b] in cluster j: B_j A_j N, with the right singular vectors N of [W | b], which stay."""
+
+    config = AdamssConfig
+    prefix = "adamss_"
+    targets = ADAMSS
+    tuner_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
+
+    adamss_A: nn.ParameterList  # (rank, R) of each cluster
+    adamss_B: nn.ParameterList  # (rows, rank) of each cluster
+    adamss_newB: Tensor  # N (R, in), or (R, in + 1) if the layer has a bias
+    adamss_clusters: Tensor  # (out,) the cluster of each row; PEFT's files lack it
+    adamss_places: Tensor  # (out,) the place of each row when they stand cluster by cluster
+
+    def build(self, shared):
+        if self.layer is None:  # nobody has the weight at hand
+            return self.at_most()
+        if self.site.on_meta:
+            raise UnsupportedLayerError(
+                f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device: adapt "
+                "the model when it has its values."
+            )
+        bias = unmerged_bias(self.layer)
+        found = clusters(self.layer.W0.flatten(1), bias, self.cfg)
+        return dict(
+            adamss_newB=found.space,
+            adamss_A=nn.ParameterList([nn.Parameter(A) for A in found.downs]),
+            adamss_B=nn.ParameterList([nn.Parameter(B) for B in found.ups]),
+            adamss_clusters=found.rows,
+            adamss_places=Transient(places(found.rows)),
+        )
+
+    def placeholders(self, shared):
+        if self.layer is None:
+            with META:
+                return self.at_most()
+        with torch.random.fork_rng(devices=[]):
+            values = self.build(shared)
+        values["adamss_places"] = Transient(values["adamss_places"].tensor.to("meta"))
+        return {name: v if isinstance(v, Transient) else v.to("meta") for name, v in values.items()}
+
+    def at_most(self) -> dict[str, Any]:
+        """Return tensors as large as those of any weight of this shape, and as many as those of most."""
+        cfg, out = self.cfg, self.site.out_features
+        columns = self.site.fan_in + (getattr(self.site.module, "bias", None) is not None)
+        R, count = min(cfg.r, out, columns), min(cfg.num_subspaces, out)
+        return dict(
+            adamss_newB=torch.empty(R, columns),
+            adamss_A=nn.Parameter(torch.empty(count * cfg.subspace_rank, R)),
+            adamss_B=nn.Parameter(torch.empty(out, cfg.subspace_rank)),
+        )
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def loaded(self) -> None:
+        self.adamss_places.copy_(places(self.adamss_clusters))
+
+    def factors(self) -> Factors:
+        n = self.site.fan_in
+        down = torch.cat([*self.adamss_A]) @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
+        up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places)  # (out, Σ ranks)
+        if down.shape[1] == n:
+            return Factors(down, up)
+        shift = up @ down[:, n]
+        op, base = self.site.op, self.layer.base_layer
+        return Factors(down[:, :n], Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
+
+    def restored(self, stored: Tensors, cfg: AdamssConfig) -> Tensors:
+        return stored if ROWS in stored else {**stored, ROWS: self.adamss_clusters}
+
+
+def places(rows: Tensor) -> Tensor:
+    """Return where each row stands when they are sorted by cluster, in their order within it."""
+    return rows.argsort(stable=True).argsort()

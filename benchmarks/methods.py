@@ -142,6 +142,7 @@ CASES = [
     Case("C3A block 64", "C3AConfig", EVERY | dict(block_size=64), None, long=True),  # a transform of every row
     Case("FourierFT n 1000", "FourierFTConfig", EVERY, None, long=True),  # a transform of every row
     Case("AdaMSS r 100", "AdamssConfig", EVERY, long=True),
+    Case("WaveFT n 2592", "WaveFTConfig", EVERY, None, long=True),  # a sum for every coefficient and row
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
@@ -181,10 +182,11 @@ CASES = [
     Case("MiSS r 64, bf16 base", "MissConfig", EVERY, **HALF),
     Case("MiSS r 64, bat, bf16 base", "MissConfig", EVERY | dict(init_weights="bat"), None, **HALF),
     Case("VB-LoRA r 4, bf16 base", "VBLoRAConfig", EVERY | dict(vector_length=64), **HALF),
-    Case("GraLoRA r 32, bf16 base", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), **HALF),
+    Case("GraLoRA r 32, bf16 base", "GraloraConfig", EVERY | dict(r=32, alpha=SCALING * 32), None, **HALF),
     Case("DeLoRA r 8, bf16 base", "DeloraConfig", EVERY | dict(r=8), **HALF),
     Case("C3A block 64, bf16 base", "C3AConfig", EVERY | dict(block_size=64), None, **HALF),
     Case("FourierFT n 1000, bf16 base", "FourierFTConfig", EVERY, None, **HALF),
+    Case("WaveFT n 2592, bf16 base", "WaveFTConfig", EVERY, None, **HALF),
     Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
     Case("GLoRA r 8, bf16 base", "GloraConfig", EVERY, None, **HALF),
     Case("PEANuT r 32, bf16 base", "PeanutConfig", EVERY, **HALF),

@@ -410,6 +410,7 @@ CONFIGS = {
     "DELORA": lambda lib, **o: lib.DeloraConfig(r=4, delora_lambda=2, **o),
     "C3A": lambda lib, **o: lib.C3AConfig(block_size=4, **o),
     "FOURIERFT": lambda lib, **o: lib.FourierFTConfig(n_frequency=70, scaling=40 * SCALE, **o),
+    "WAVEFT": lambda lib, **o: lib.WaveFTConfig(n_frequency=70, scaling=SCALE, **o),
     "ROAD": lambda lib, **o: lib.RoadConfig(group_size=4, **o),
     "ROAD-4": lambda lib, **o: lib.RoadConfig(group_size=4, variant="road_4", **o),
     "ADALORA": lambda lib, **o: lib.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4 * SCALE, total_step=9, **o),

@@ -10,7 +10,8 @@ from graft.kernels import blocks, circular, transformed
 from graft.kernels.circular import Circulant
 from graft.kernels.fourier import Spectrum, Waves
 from graft.kernels.transformed import Sparse
-from graft.kernels.wavelet import Plain
+from graft.kernels.wavelet import Plain, Wavelet
+from graft.methods.waveft.filters import HIGH, LOW
 from tests.models import seeded
 
 ROWS = 7
@@ -28,6 +29,12 @@ def entries(n, out, fan_in):
 def spectrum(out, fan_in):
     u, v = entries(out * fan_in // 2, out, fan_in)
     return lambda c: Spectrum(c, torch.stack((u, v)), (out, fan_in), 3.7, (out, fan_in)), (len(u),)
+
+
+def wavelet(family, out, fan_in):
+    S, T = (Wavelet(n, LOW[family], HIGH[family]) for n in (out, fan_in))
+    u, v = entries(17, S.size, T.size)
+    return lambda c: Sparse(c[None], u, v, S, T, (out, fan_in)), (17,)
 
 
 def scattered(out, fan_in):
@@ -59,6 +66,9 @@ with seeded(0):
         "fourier": spectrum(9, 7),
         "fourier even": spectrum(8, 10),
         "fourier mixed": spectrum(1, 6),
+        "wavelet": wavelet("db1", 6, 9),
+        "wavelet long": wavelet("db4", 10, 13),
+        "wavelet longer than the layer": wavelet("coif2", 5, 4),
         "entries": scattered(6, 9),
     }
 every = pytest.mark.parametrize("name", CASES)
@@ -124,7 +134,7 @@ def test_what_the_backward_pass_needs(name):
     assert all(t.numel() <= c.numel() * 2 for t in large)
 
 
-@pytest.mark.parametrize("S", [Waves(7), Waves(8), Plain(5)], ids=str)
+@pytest.mark.parametrize("S", [Waves(7), Waves(8), Wavelet(9, LOW["sym4"], HIGH["sym4"]), Plain(5)], ids=str)
 def test_a_synthesis_is_the_analysis_transposed(S):
     x = drawn(3, S.n)
     d, z = S.factors(torch.arange(S.size))[:, None], [drawn(S.size, 3) for _ in S.analysis(x)]
@@ -136,7 +146,7 @@ def test_a_synthesis_is_the_analysis_transposed(S):
 
 
 def test_sums_are_gathered_in_pieces(monkeypatch):
-    make, c, x = case("entries")
+    make, c, x = case("wavelet long")
     whole = torch.func.grad(lambda c: make(c).times(x).square().sum())(c)
     monkeypatch.setattr(transformed, "AT_ONCE", 2 * ROWS)
     make(c.requires_grad_()).times(x).square().sum().backward()

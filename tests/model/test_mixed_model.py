@@ -31,6 +31,7 @@ CONFIGS = {
     "DELORA": dict(r=2, delora_lambda=2),
     "C3A": dict(block_size=2),
     "FOURIERFT": dict(n_frequency=9, scaling=11),
+    "WAVEFT": dict(n_frequency=9, scaling=2),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),

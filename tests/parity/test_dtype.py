@@ -7,7 +7,7 @@ import torch
 import graft
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, gradients, output, randomize, shapes
-from tests.samples import SAMPLES, alike, each, mergeable, over
+from tests.samples import alike, each, mergeable, over
 
 HALF = [
     s

@@ -176,6 +176,9 @@ ATTRIBUTES["GRALORA"] += " r alpha scaling gralora_k hybrid_r"
 ATTRIBUTES["DELORA"] += " r"
 ATTRIBUTES["C3A"] += " block_size"
 ATTRIBUTES["FOURIERFT"] += " fourierft_n_frequency fourierft_scaling fourierft_random_loc_seed"
+ATTRIBUTES["WAVEFT"] += (
+    " waveft_n_frequency waveft_scaling waveft_random_loc_seed waveft_wavelet_family waveft_use_idwt"
+)
 ATTRIBUTES["ROAD"] += " variant group_size"
 for _name in METHODS.keys() & {"PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"}:
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"

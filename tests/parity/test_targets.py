@@ -159,6 +159,7 @@ OTHERS = {
     "DeloraConfig": {},
     "C3AConfig": dict(block_size=1),
     "FourierFTConfig": dict(n_frequency=1),
+    "WaveFTConfig": dict(n_frequency=1),
     "MissConfig": dict(r=2),
     "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
@@ -210,6 +211,7 @@ MAPS = {
     "C3AConfig": ("C3A", dict(block_size=1)),
     "FourierFTConfig": ("FOURIERFT", dict(n_frequency=1)),
     "AdamssConfig": ("ADAMSS", dict(r=2)),
+    "WaveFTConfig": ("WAVEFT", dict(n_frequency=1)),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

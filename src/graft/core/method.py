@@ -118,6 +118,10 @@ class Method:
         """Complete the config for this model, or raise. Its `target_modules` are set by now."""
 
     @classmethod
+    def apportion(cls, methods: Sequence[Any]) -> None:
+        """Complete the configs of one adapter's methods, which may depend on all its sites. No tensors yet."""
+
+    @classmethod
     def restructure(cls, cfg: Any, model: nn.Module) -> Callable[[], None] | None:
         """Change the model itself, before the search for targets; return a function that undoes it."""
         return None

@@ -42,6 +42,7 @@ def find(job: Any) -> None:
     for key, site in adapted.items():
         job.methods[key] = variant(site, cfg.at(job.followers.get(key, key)), adapter)
         job.methods[key].along = key in job.along
+    variant.apportion(list(job.methods.values()))
     check_sites(job.methods, tree, job.mixed)
     variant.relate([job.methods[key] for key in job.sites])
     job.saved = modules_to_save_of(cfg, tree, job.report)

@@ -35,6 +35,7 @@ METHODS: dict[str, Row] = {
     "DELORA": Row("methods.delora:DeLoRA", "DeloraConfig", "DeloraModel"),
     "C3A": Row("methods.c3a:C3A", "C3AConfig", "C3AModel"),
     "FOURIERFT": Row("methods.fourierft:FourierFT", "FourierFTConfig", "FourierFTModel"),
+    "WAVEFT": Row("methods.waveft:WaveFT", "WaveFTConfig", "WaveFTModel"),
     "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
     "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "UNILORA": Row("methods.unilora:UniLoRA", "UniLoraConfig", "UniLoraModel"),

@@ -197,6 +197,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "PEANUT": dict(r=4, depth=1),
     "LILY": dict(r=3),
     "ADAMSS": dict(r=7, num_subspaces=3),
+    "WAVEFT": dict(n_frequency=60, scaling=2),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

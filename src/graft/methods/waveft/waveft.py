@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WaveFT: Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, arXiv 2505.12532."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.targets import WAVELET
+from graft.core.containers import Transient
+from graft.core.effect import Update
+from graft.core.method import Method
+from graft.kernels.transformed import Basis, Sparse
+from graft.kernels.wavelet import Plain, Wavelet
+from graft.methods.fourierft import places, too_many
+from graft.methods.waveft.config import WaveFTConfig
+from graft.methods.waveft.filters import HIGH, LOW
+
+
+class WaveFT(Method):
+    """ΔW = scaling · S M Tᵀ, where M is zero but at n places. S synthesizes its columns, T its rows, by a wavelet."""
+
+    config = WaveFTConfig
+    prefix = "waveft_"
+    targets = WAVELET
+
+    waveft_spectrum: nn.Parameter  # (n,)
+
+    @classmethod
+    def apportion(cls, methods: Sequence[Any]) -> None:
+        cfgs = [m.cfg for m in methods]
+        sizes = [m.site.out_features * m.site.fan_in for m in methods]
+        for m, cfg, size in zip(methods, cfgs, sizes):
+            if cfg.proportional_parameters:
+                m.cfg = copy.copy(cfg)
+                m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
+
+    def describe(self):
+        vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
+        return Update(self.delta, branch=self.branch if vectors else None)
+
+    def check(self) -> str | None:
+        return super().check() or too_many(self)
+
+    def build(self, shared):
+        cfg, site = self.cfg, self.site
+        n = cfg.n_frequency
+        return dict(
+            waveft_spectrum=nn.Parameter(torch.zeros(n)),
+            waveft_indices=Transient(places(site.out_features, site.fan_in, n, cfg.random_loc_seed)),
+            waveft_n_frequency=n,
+            waveft_scaling=cfg.scaling,
+            waveft_random_loc_seed=cfg.random_loc_seed,
+            waveft_wavelet_family=cfg.wavelet_family,
+            waveft_use_idwt=cfg.use_idwt,
+        )
+
+    def init(self) -> None:
+        if not self.cfg.init_weights:
+            self.waveft_spectrum.data.copy_(torch.randn(len(self.waveft_spectrum)) * 0.01)
+
+    def basis(self, n: int) -> Basis:
+        """Return the basis of vectors of n numbers."""
+        family = self.cfg.wavelet_family
+        return Wavelet(n, LOW[family], HIGH[family]) if self.cfg.use_idwt else Plain(n)
+
+    def sparse(self) -> Sparse:
+        site = self.site
+        S, T = self.basis(site.out_features), self.basis(site.fan_in)
+        u, v = self.waveft_indices  # in the middle of the grid of coefficients, which may be larger than ΔW
+        u, v = u + (S.size - site.out_features) // 2, v + (T.size - site.fan_in) // 2
+        if isinstance(S, Wavelet) and isinstance(T, Wavelet):  # details of the rows stand to the right, as in PEFT
+            u, v = v // T.half * S.half + u % S.half, u // S.half * T.half + v % T.half
+        return Sparse(self.cfg.scaling * self.waveft_spectrum[None], u, v, S, T, site.shape)
+
+    def delta(self) -> Sparse:
+        return self.sparse()
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.sparse().times(x)

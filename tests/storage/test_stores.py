@@ -17,6 +17,7 @@ X = torch.linspace(-1, 1, 700).view(70, 10)
 FIT = [s for s in SAMPLES if s.method != "LN_TUNING"]  # which trains a copy of the layer
 # the weight, in the forward pass or to begin with
 NEEDS = {"LORA-dora", "LORA-kasa", "LORA-mica", "HIRA", "HIRA-random", "MISS-bat", "DELORA", "TRAINABLE_TOKENS"}
+NEEDS |= {str(s) for s in SAMPLES if s.method in ("SUPERTUNING", "DEFT", "PSOFT", "OSF")}
 
 
 def net(kind):

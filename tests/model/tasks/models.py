@@ -198,6 +198,13 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "LILY": dict(r=3),
     "ADAMSS": dict(r=7, num_subspaces=3),
     "WAVEFT": dict(n_frequency=60, scaling=2),
+    "BEFT": {},
+    "SHIRA": dict(r=1),
+    "SUPERTUNING": dict(sparsity=0.97),
+    "DEFT": dict(r=2),
+    "BOFT": dict(boft_block_size=4),
+    "PSOFT": dict(r=4),
+    "OSF": dict(effective_rank=0.8),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }
@@ -218,6 +225,14 @@ _norms = ["input_layernorm", "post_attention_layernorm", "norm"]
 EXPLICIT: dict[str, dict[str, Any]] = {
     "ADALORA": {"mixtral": ["q_proj", "v_proj"]},
     "VBLORA": {"mixtral": ["q_proj", "v_proj"]},
+    "BEFT": {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"]},
+    "OSF": {  # else all linear layers, heads of PEFT's among them
+        "bert": ["query", "value"],
+        "roberta": ["query", "value"],
+        "deberta-v2": ["query_proj", "value_proj"],
+        "bart": ["q_proj", "v_proj"],
+        "t5": ["q", "v"],
+    },
     "LN_TUNING": {
         "opt": ["self_attn_layer_norm", "final_layer_norm"],
         "gpt_neox": ["input_layernorm", "post_attention_layernorm"],

@@ -143,6 +143,7 @@ CASES = [
     Case("FourierFT n 1000", "FourierFTConfig", EVERY, None, long=True),  # a transform of every row
     Case("AdaMSS r 100", "AdamssConfig", EVERY, long=True),
     Case("WaveFT n 2592", "WaveFTConfig", EVERY, None, long=True),  # a sum for every coefficient and row
+    Case("LoKr r 8", "LoKrConfig", EVERY | dict(r=8, alpha=SCALING * 8), long=True),
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),
@@ -187,6 +188,7 @@ CASES = [
     Case("C3A block 64, bf16 base", "C3AConfig", EVERY | dict(block_size=64), None, **HALF),
     Case("FourierFT n 1000, bf16 base", "FourierFTConfig", EVERY, None, **HALF),
     Case("WaveFT n 2592, bf16 base", "WaveFTConfig", EVERY, None, **HALF),
+    Case("LoKr r 8, bf16 base", "LoKrConfig", EVERY | dict(r=8, alpha=SCALING * 8), None, **HALF),
     Case("RoAd, bf16 base", "RoadConfig", EVERY, **HALF),
     Case("GLoRA r 8, bf16 base", "GloraConfig", EVERY, None, **HALF),
     Case("PEANuT r 32, bf16 base", "PeanutConfig", EVERY, **HALF),

@@ -87,6 +87,7 @@ UNCHANGED = {
     "OSF": {"factors", "delta"},
     "ADAMSS": {"factors"},
     "WAVEFT": {"delta", "branch"},
+    "LOKR": {"delta", "branch"},
 }
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]
 CELLS = [

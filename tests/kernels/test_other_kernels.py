@@ -411,6 +411,7 @@ CONFIGS = {
     "C3A": lambda lib, **o: lib.C3AConfig(block_size=4, **o),
     "FOURIERFT": lambda lib, **o: lib.FourierFTConfig(n_frequency=70, scaling=40 * SCALE, **o),
     "WAVEFT": lambda lib, **o: lib.WaveFTConfig(n_frequency=70, scaling=SCALE, **o),
+    "LOKR": lambda lib, **o: lib.LoKrConfig(r=2, alpha=2 * SCALE, **o),
     "ROAD": lambda lib, **o: lib.RoadConfig(group_size=4, **o),
     "ROAD-4": lambda lib, **o: lib.RoadConfig(group_size=4, variant="road_4", **o),
     "ADALORA": lambda lib, **o: lib.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4 * SCALE, total_step=9, **o),

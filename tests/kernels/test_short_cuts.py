@@ -36,6 +36,7 @@ CONFIGS = {
     "DELORA": lambda **o: graft.DeloraConfig(**ON, r=4, delora_lambda=2, **o),
     "C3A": lambda **o: graft.C3AConfig(**ON, block_size=4, **o),
     "FOURIERFT": lambda **o: graft.FourierFTConfig(**ON, n_frequency=70, scaling=40, **o),
+    "LOKR": lambda **o: graft.LoKrConfig(**ON, r=2, alpha=3, **o),
     "WAVEFT": lambda **o: graft.WaveFTConfig(**ON, n_frequency=70, scaling=1, **o),
 }
 DROPOUT = {

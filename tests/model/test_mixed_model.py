@@ -32,6 +32,7 @@ CONFIGS = {
     "C3A": dict(block_size=2),
     "FOURIERFT": dict(n_frequency=9, scaling=11),
     "WAVEFT": dict(n_frequency=9, scaling=2),
+    "LOKR": dict(r=1, alpha=1.3),
     "ROAD": dict(group_size=2),
     "PVERA": dict(r=3),
     "RANDLORA": dict(r=2, randlora_alpha=3),

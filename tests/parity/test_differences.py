@@ -119,6 +119,7 @@ SIZES = {
     "OSF": {},
     "ADAMSS": dict(r=5, num_subspaces=3),
     "WAVEFT": dict(n_frequency=20, scaling=1.3),
+    "LOKR": dict(r=3, alpha=4),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

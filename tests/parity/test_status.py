@@ -179,6 +179,7 @@ ATTRIBUTES["FOURIERFT"] += " fourierft_n_frequency fourierft_scaling fourierft_r
 ATTRIBUTES["WAVEFT"] += (
     " waveft_n_frequency waveft_scaling waveft_random_loc_seed waveft_wavelet_family waveft_use_idwt"
 )
+ATTRIBUTES["LOKR"] += " r alpha scaling rank_dropout module_dropout rank_dropout_scale"
 ATTRIBUTES["ROAD"] += " variant group_size"
 for _name in METHODS.keys() & {"PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"}:
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"

@@ -160,6 +160,7 @@ OTHERS = {
     "C3AConfig": dict(block_size=1),
     "FourierFTConfig": dict(n_frequency=1),
     "WaveFTConfig": dict(n_frequency=1),
+    "LoKrConfig": {},
     "MissConfig": dict(r=2),
     "VBLoRAConfig": dict(vector_length=1),
     "IA3Config": dict(feedforward_modules=[]),
@@ -212,6 +213,7 @@ MAPS = {
     "FourierFTConfig": ("FOURIERFT", dict(n_frequency=1)),
     "AdamssConfig": ("ADAMSS", dict(r=2)),
     "WaveFTConfig": ("WAVEFT", dict(n_frequency=1)),
+    "LoKrConfig": ("LOKR", {}),
     "LNTuningConfig": ("LNTUNING", {}),
 }
 

@@ -36,6 +36,7 @@ METHODS: dict[str, Row] = {
     "C3A": Row("methods.c3a:C3A", "C3AConfig", "C3AModel"),
     "FOURIERFT": Row("methods.fourierft:FourierFT", "FourierFTConfig", "FourierFTModel"),
     "WAVEFT": Row("methods.waveft:WaveFT", "WaveFTConfig", "WaveFTModel"),
+    "LOKR": Row("methods.lokr:LoKr", "LoKrConfig", "LoKrModel"),
     "ROAD": Row("methods.road:Road", "RoadConfig", "RoadModel"),
     "RANDLORA": Row("methods.randlora:RandLoRA", "RandLoraConfig", "RandLoraModel"),
     "UNILORA": Row("methods.unilora:UniLoRA", "UniLoraConfig", "UniLoraModel"),

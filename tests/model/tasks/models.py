@@ -205,6 +205,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "BOFT": dict(boft_block_size=4),
     "PSOFT": dict(r=4),
     "OSF": dict(effective_rank=0.8),
+    "LOKR": dict(r=2, alpha=3),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

@@ -44,7 +44,7 @@ HELD: dict[str, str] = {
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
-    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG LoKrLayer calculate_alora_offsets "
+    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG calculate_alora_offsets "
     "TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
     "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
@@ -129,8 +129,6 @@ MODULES: dict[str, str] = {
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "tuners.lora.arrow": "create_arrow_model",
     "tuners.lora.variants": "calculate_alora_offsets",
-    "tuners.lokr": "LoKrLayer",
-    "tuners.lokr.layer": "LoKrLayer",
     # beside those that follow from the table of methods
     "tuners.lora": f"{_EVA} convert_to_lora create_arrow_model preprocess_loraga save_as_lora",
     "tuners.lora.corda": "CordaEigens LoraConfig preprocess_corda",

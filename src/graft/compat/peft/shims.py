@@ -30,23 +30,6 @@ DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
-# classes that graft does not have yet, for isinstance in other libraries
-
-
-class _Absent(type):
-    def __instancecheck__(cls, obj: Any) -> bool:
-        return False
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"peft.{cls.__name__} is not in graft yet.")
-
-
-class LoKrLayer(metaclass=_Absent):
-    """A class without instances. diffusers reads its container names before it casts a model's layers."""
-
-    adapter_layer_names: tuple[str, ...] = ()
-
-
 # targets
 
 

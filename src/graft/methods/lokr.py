@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoKr: low-rank Kronecker product. LyCORIS, arXiv 2309.14859; KronA, arXiv 2212.10650."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Update
+from graft.core.method import Method
+from graft.kernels.kronecker import Kronecker, factorization, product
+from graft.methods.loha import kernel_of
+
+
+@dataclass(kw_only=True)
+class LoKrConfig(Targeted, LayerRange, RankPatterns):
+    """LoKr: ΔW = alpha / r · w1 ⊗ w2, each of which may be a product of rank r."""
+
+    peft_type: Any = "LOKR"
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0  # drops output rows of ΔW in training
+    module_dropout: float = 0.0  # drops all of ΔW in training
+    use_effective_conv2d: bool = False  # factor convolution kernels as well (FedPara, proposition 3)
+    decompose_both: bool = False  # w1, the smaller one, may be a product, too
+    decompose_factor: int = -1  # the most rows and columns of w1; -1: as many as w2 has, or fewer
+    rank_dropout_scale: bool = False  # scale up what rank_dropout leaves
+    init_weights: bool | Literal["lycoris"] = True  # w1 is zero; "lycoris": w2 is; False: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class LoKr(Method):
+    """ΔW = s · w1 ⊗ w2; of a convolution, w2 holds the kernel, optionally with a factor t2 for it."""
+
+    config = LoKrConfig
+    prefix = "lokr_"
+    targets = LORA
+
+    lokr_w1: nn.Parameter  # (l, m)
+    lokr_w1_a: nn.Parameter  # (l, r)
+    lokr_w1_b: nn.Parameter  # (r, m)
+    lokr_w2: nn.Parameter  # (k, n, *kernel)
+    lokr_w2_a: nn.Parameter  # (k, r); with t2 (r, k)
+    lokr_w2_b: nn.Parameter  # (r, n · kernel size); with t2 (r, n)
+    lokr_t2: nn.Parameter  # (r, r, *kernel), padded to two kernel dims
+    scaling: float
+    rank_dropout: float
+    module_dropout: float
+    rank_dropout_scale: bool
+
+    def describe(self):
+        draws = self.cfg.rank_dropout > 0 or self.cfg.module_dropout > 0
+        vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
+        return Update(self.delta, branch=self.branch if vectors else None, draws=draws)
+
+    def check(self) -> str | None:
+        require_positive_rank(self.cfg.r)
+        return super().check()
+
+    def build(self, shared):
+        cfg = self.cfg
+        facts = dict(
+            r=cfg.r,
+            alpha=cfg.alpha,
+            scaling=cfg.alpha / cfg.r,
+            rank_dropout=cfg.rank_dropout,
+            module_dropout=cfg.module_dropout,
+            rank_dropout_scale=cfg.rank_dropout_scale,
+        )
+        return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the parameters."""
+        site, cfg, r = self.site, self.cfg, self.cfg.r
+        kernel = site.shape[2:]
+        l, k = factorization(site.out_features, cfg.decompose_factor)
+        m, n = factorization(site.shape[1], cfg.decompose_factor)
+        pair = cfg.decompose_both and r < max(l, m) / 2
+        shapes: dict[str, tuple[int, ...]] = dict(w1_a=(l, r), w1_b=(r, m)) if pair else dict(w1=(l, m))
+        if r >= max(k, n) / 2:
+            return shapes | dict(w2=(k, n, *kernel))
+        if cfg.use_effective_conv2d and math.prod(kernel) > 1:
+            return shapes | dict(w2_a=(r, k), w2_b=(r, n), t2=(r, r, *kernel, *[1] * (2 - len(kernel))))
+        return shapes | dict(w2_a=(k, r), w2_b=(r, n * math.prod(kernel)))
+
+    def init(self) -> None:
+        zero: dict[Any, tuple[str, ...]] = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}
+        for name in self.shapes():
+            p = getattr(self, f"lokr_{name}")
+            if name in zero[self.cfg.init_weights]:
+                nn.init.zeros_(p)
+            else:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return scaling · w1 (l, m) and w2 (k, n, *kernel) or (k, n · kernel size)."""
+        shapes = self.shapes()
+        w1: Tensor = self.lokr_w1 if "w1" in shapes else self.lokr_w1_a @ self.lokr_w1_b
+        if "w2" in shapes:
+            w2: Tensor = self.lokr_w2
+        elif "t2" in shapes:
+            w2 = self.lokr_w2_a.T @ kernel_of(self.lokr_t2, self.lokr_w2_b)
+        else:
+            w2 = self.lokr_w2_a @ self.lokr_w2_b
+        return w1 * self.scaling, w2
+
+    def delta(self) -> Any:
+        w1, w2 = self.pair()
+        kept = self.kept(w1)
+        if w2.dim() == 3:  # of a Conv1d, PEFT's files mean this order
+            W = torch.kron(w1, w2).reshape(self.site.shape)
+        elif kept is None:
+            return Kronecker(w1, w2.flatten(1), self.site.shape)
+        else:
+            W = Kronecker(w1, w2.flatten(1), self.site.shape).dense()
+        return W if kept is None else W * kept.view(-1, *[1] * (W.dim() - 1))
+
+    def branch(self, x: Tensor) -> Tensor:
+        w1, w2 = self.pair()
+        y, kept = product(x, w1, w2), self.kept(w1)
+        return y if kept is None else y * kept
+
+    def kept(self, like: Tensor) -> Tensor | None:
+        """Return factors of the output rows, zeros where dropout takes them out, (out,); None if it takes out none."""
+        if not (self.layer.training and (self.rank_dropout or self.module_dropout)):
+            return None
+        kept = like.new_ones(self.site.out_features)
+        if self.rank_dropout:
+            kept = (torch.rand(len(kept), device=like.device) > self.rank_dropout).to(like.dtype)
+            if self.rank_dropout_scale:
+                kept = kept / kept.mean().clamp(min=1e-6)
+        if self.module_dropout:
+            kept = kept * (torch.rand(1, device=like.device) > self.module_dropout)
+        return kept

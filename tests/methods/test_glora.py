@@ -112,3 +112,17 @@ def test_unknown_kinds(field):
             lib.GloraConfig(**{field: "matrix"})
     with pytest.raises(graft.ConfigError, match="`r` should be a positive integer"):
         graft.GloraConfig(r=0)
+
+
+def test_updates_below_the_base_s_precision_act():
+    """On a bfloat16 base, PEFT rounds W' to bfloat16, and most of what is smaller than its steps is lost."""
+    x, found = torch.ones(1, 1024).bfloat16(), []
+    for lib in LIBS:
+        with models.seeded(1):
+            base = nn.Sequential(nn.Linear(1024, 48, bias=False)).bfloat16()
+            model = lib.get_peft_model(base, lib.GloraConfig(target_modules=["0"], config_A_B="constant"))
+        layer = model.base_model.model[0]
+        layer.glora_B["default"].X.data.fill_(2e-5)
+        exact = x.double() @ (layer.base_layer.weight.double() + 2e-5).T
+        found.append((model(x).double() - exact).norm().item())
+    assert found[0] < 0.5 * found[1], found

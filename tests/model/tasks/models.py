@@ -193,8 +193,6 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "DELORA": dict(r=2, delora_lambda=40),
     "C3A": dict(block_size=12),
     "FOURIERFT": dict(n_frequency=40, scaling=40),
-    "GLORA": dict(r=3),
-    "PEANUT": dict(r=4, depth=1),
     "LILY": dict(r=3),
     "ADAMSS": dict(r=7, num_subspaces=3),
     "WAVEFT": dict(n_frequency=60, scaling=2),
@@ -206,6 +204,8 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "PSOFT": dict(r=4),
     "OSF": dict(effective_rank=0.8),
     "LOKR": dict(r=2, alpha=3),
+    "GLORA": dict(r=3, config_D_E="none"),  # D is a factor of biases, which are zero in fresh models
+    "PEANUT": dict(r=4, depth=1, act_fn="tanh"),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }
@@ -220,6 +220,12 @@ PROMPTS: dict[str, dict[str, Any]] = {
 METHODS = LAYER_METHODS | PROMPTS
 
 SPREAD = {"C3A": 3.0, "OFT": 0.1, "VERA": 1.5, "HIRA": 0.8}  # standard deviation of trained values, where it is not 0.4
+SPREAD = {
+    "OFT": 0.1,
+    "VERA": 1.5,
+    "HIRA": 0.8,
+    "PEANUT": 0.2,
+}  # standard deviation of trained values, where it is not 0.4
 
 # where there are no defaults: "model_type" of the config → target_modules
 _norms = ["input_layernorm", "post_attention_layernorm", "norm"]

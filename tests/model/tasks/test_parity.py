@@ -36,7 +36,7 @@ BERTS = "bert-seq bert-tok bert-qa roberta-seq roberta-tok roberta-qa"
 REPEATED = "the prompt goes in front of every step of generate, not of the first alone"
 
 UNLIKE = [
-    Unlike("logits loss generate", "LOHA OFT HRA MISS ROAD DELORA C3A LOKR", "gpt2", "Conv1D",
+    Unlike("logits loss generate", "LOHA OFT HRA MISS ROAD DELORA C3A LOKR GLORA PEANUT", "gpt2", "Conv1D",
            "these methods do not know Conv1D"),
     Unlike("loss", "C3A", "llama opt gemma3 neox qwen mixtral SEQ_2_SEQ_LM SEQ_CLS TOKEN_CLS QUESTION_ANS", DIFFERS,
            "the gradient of the input is that of another matrix"),

@@ -121,7 +121,7 @@ class Update(Effect):
     `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). None: the weight stays as it is.
     ΔW is a tensor, or a value that is not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the tensor;
     `columns(ids)`, the part that an embedding looks up; `product(x)`, x ΔWᵀ for few rows (None if forming ΔW pays); and
-    `linear_with`, a cheaper way to x (W + ΔW)ᵀ.
+    `linear_with`, a cheaper way to x (W + ΔW)ᵀ (for few rows as well, if `always`).
     """
 
     delta: Callable[..., Any] | None

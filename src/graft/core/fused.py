@@ -160,7 +160,7 @@ def _outer(f: Factors) -> Tensor:
 def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
     W, base, op = layer.weight_now, layer.base_layer, layer.op
-    if not (worth_it(x) and W.dtype == x.dtype):
+    if W.dtype != x.dtype or not (worth_it(x) or getattr(delta, "always", False)):
         return None
     b = base.bias
     if bias is not None:

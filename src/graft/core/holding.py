@@ -45,7 +45,7 @@ class Holding:
             if kind is Attached:  # the container itself, of the whole model, stands here
                 if not isinstance(value.container, nn.Module):  # plain facts of the whole model
                     own[key] = value.container
-                elif key not in modules:
+                elif key not in modules and "." not in key:  # those of a group stand on the tuner alone
                     self.add_module(key, value.container)  # type: ignore[attr-defined]
                     self.attached.add(key)
                 continue
@@ -105,7 +105,8 @@ class Holding:
         Freeze it. Return how many of its numbers can train.
         """
         device, dtype = self.store.where(self.base_layer)  # type: ignore[attr-defined]
-        upcast = upcast and self.methods[adapter].upcast  # type: ignore[attr-defined]
+        method = self.methods[adapter]  # type: ignore[attr-defined]
+        upcast, narrow = upcast and method.upcast, method.narrow
         widens = upcast and dtype in UPCAST
         size = 0
         for slot in self.state.slots[adapter]:  # as they were just made
@@ -114,7 +115,7 @@ class Holding:
                 size += t.numel()
                 t.requires_grad = False
             if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
-                place_tensor(slot.owner, slot.attribute, device, dtype, upcast)
+                place_tensor(slot.owner, slot.attribute, device, dtype, upcast and slot.container not in narrow)
         return size
 
     def let_go(self, adapter: str) -> None:

@@ -57,7 +57,7 @@ class Method:
     config: ClassVar[Any]  # its PeftConfig class
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     upcast: ClassVar[bool] = True  # adapters in half precision train in float32
-    upcast_shared: ClassVar[bool] = True  # and so do the tensors that layers share
+    narrow: ClassVar[frozenset[str]] = frozenset()  # containers that do not: they keep the dtype of the base
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them

@@ -37,10 +37,12 @@ class Shared(Carrier):
         where: tuple[Any, Any],
         upcast: bool,
         in_files: dict[str, str] | None = None,
+        narrow: frozenset[str] = frozenset(),
     ) -> int:
         """Put the tensors that `Method.share` made into containers, frozen. Return how many of their numbers can train.
 
         where: device and dtype of the base weights.
+        narrow: containers, or groups of them, that stay in that dtype.
         """
         self.in_files |= in_files or {}
         slots = []
@@ -50,7 +52,7 @@ class Shared(Carrier):
                 container = self._open(name, value)
             container[adapter] = value.tensor if isinstance(value, Transient) else value
             slots += list(slots_of(name, container, adapter))
-            place(container, adapter, *where, upcast)
+            place(container, adapter, *where, upcast and name.partition(".")[0] not in narrow)
         self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
         self.require_grad(adapter, False)
         return sum(slot.tensor.numel() for slot in self.slots(adapter) if slot.trains)

@@ -141,8 +141,10 @@ def share(job: Any) -> None:
                 stack.enter_context(lifted(layer))
         values = job.method.accompany(job.model, sites, job.cfg, job.shared.containers, job.others)
     where = sites[0].store.where(sites[0].module)
-    upcast = job.upcast and job.method.upcast and job.method.upcast_shared
-    job.report.other_trainable += job.shared.hold(job.adapter, values, where, upcast, job.method.in_files)
+    method = job.method
+    job.report.other_trainable += job.shared.hold(
+        job.adapter, values, where, job.upcast and method.upcast, method.in_files, method.narrow
+    )
 
 
 def add_layers(job: Any) -> None:

@@ -12,7 +12,7 @@ def is_sharded(t: Tensor) -> bool:
 
 def is_whole(t: Tensor) -> bool:
     """Say whether a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
-    return bool(t.numel()) and "_fsdp_flattened" not in t.__dict__
+    return bool(t.numel() or not t.is_floating_point()) and "_fsdp_flattened" not in t.__dict__
 
 
 def spread_as(like: Tensor, value: Tensor) -> Tensor:

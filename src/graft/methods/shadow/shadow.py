@@ -29,7 +29,7 @@ class Shadow(Method):
     config = ShadowConfig
     prefix = "shadow_"
     compresses_targets = False
-    upcast_shared = False
+    narrow = frozenset(BESIDE)
     in_files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), LITERAL)
     tuner_methods: ClassVar[dict[str, Any]] = {
         "last_shadow_loss": property(network.last_loss),

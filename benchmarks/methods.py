@@ -144,6 +144,7 @@ CASES = [
     Case("AdaMSS r 100", "AdamssConfig", EVERY, long=True),
     Case("WaveFT n 2592", "WaveFTConfig", EVERY, None, long=True),  # a sum for every coefficient and row
     Case("LoKr r 8", "LoKrConfig", EVERY | dict(r=8, alpha=SCALING * 8), long=True),
+    Case("FRoD", "FrodConfig", EVERY | dict(progressbar=False), None, long=True),  # of full rank
     Case("RoAd", "RoadConfig", EVERY, long=True),
     Case("RoAd 4", "RoadConfig", EVERY | dict(variant="road_4"), long=True),
     Case("SHiRA r 8", "ShiraConfig", EVERY | dict(r=8)),

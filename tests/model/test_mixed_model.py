@@ -41,6 +41,7 @@ CONFIGS = {
     "GLORA": dict(r=2),
     "PEANUT": dict(r=2, act_fn="tanh"),
     "ADAMSS": dict(r=4, num_subspaces=2),
+    "FROD": dict(sparse_rate=0.2),
 }
 NAMES = [name for name in CONFIGS if name in METHODS]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]

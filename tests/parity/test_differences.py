@@ -120,6 +120,7 @@ SIZES = {
     "ADAMSS": dict(r=5, num_subspaces=3),
     "WAVEFT": dict(n_frequency=20, scaling=1.3),
     "LOKR": dict(r=3, alpha=4),
+    "FROD": dict(sparse_rate=0.1),
     "TRAINABLE_TOKENS": dict(token_indices=[2, 0, 5]),
 }
 

@@ -130,6 +130,7 @@ PHI_ATTENTION = {**LORA, "phi": ["q_proj", "v_proj"]}  # VeRA and others: phi wi
 
 PVERA = {**PHI_ATTENTION, "dinov2": ["query", "value"]}
 
+FROD = {**PHI_ATTENTION, "vit": ["query", "value"]}
 
 FOURIER = {**LORA, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}  # FourierFT, C3A
 

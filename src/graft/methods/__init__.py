@@ -46,6 +46,7 @@ METHODS: dict[str, Row] = {
     "LILY": Row("methods.lily:Lily", "LilyConfig", "LilyModel"),
     "SHADOW": Row("methods.shadow:Shadow", "ShadowConfig", "ShadowModel"),
     "ADAMSS": Row("methods.adamss:AdaMSS", "AdamssConfig", "AdamssModel"),
+    "FROD": Row("methods.frod:FRoD", "FrodConfig", "FrodModel"),
     "TRAINABLE_TOKENS": Row(
         "methods.trainable_tokens:TrainableTokens", "TrainableTokensConfig", "TrainableTokensModel"
     ),

@@ -206,6 +206,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "LOKR": dict(r=2, alpha=3),
     "GLORA": dict(r=3, config_D_E="none"),  # D is a factor of biases, which are zero in fresh models
     "PEANUT": dict(r=4, depth=1, act_fn="tanh"),
+    "FROD": dict(sparse_rate=0.1),
     "TRAINABLE_TOKENS": dict(token_indices=list(range(3, VOCAB, 3))),
     "LN_TUNING": {},
 }

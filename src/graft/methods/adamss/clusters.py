@@ -56,6 +56,7 @@ def start(U: Tensor, cfg: Any) -> Tensor:
     gram, rank = U @ U.T, min(len(U), cfg.subspace_rank)
     if cfg.use_dynamic_rank:
         S = torch.svd_lowrank(gram, q=len(U), niter=2)[1]
-        rank = max(1, min(rank, int((S[0] * cfg.svd_threshold < S).sum())))
+        large = S.gt(S[0] * cfg.svd_threshold)
+        rank = max(1, min(rank, int(large.sum())))
     left = torch.svd_lowrank(gram, q=rank, niter=2)[0]
     return torch.linalg.qr(U.T @ left).Q.T.contiguous()

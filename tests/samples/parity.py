@@ -46,7 +46,7 @@ class Sample:
     @property
     def spread(self) -> float:
         """Standard deviation of random adapter values: large enough to matter, small enough to be well conditioned."""
-        return {"OFT": 0.1, "RANDLORA": 0.15, "TINYLORA": 0.1, "ADAMSS": 0.15}.get(self.method, 0.3)
+        return {"OFT": 0.1, "RANDLORA": 0.15, "TINYLORA": 0.1, "ADAMSS": 0.15, "FROD": 0.15}.get(self.method, 0.3)
 
     def __str__(self) -> str:
         return f"{self.method}-{self.name}-{self.model}"

@@ -421,6 +421,8 @@ CONFIGS = {
     "PEANUT": lambda lib, **o: lib.PeanutConfig(r=4, depth=1, act_fn="tanh", scaling=SCALE, **o),
 }
 ALL = list(CONFIGS)
+# gradients of few numbers, in which either form may be luckier
+FEW = ("GLORA", "GLORA-vector", "GLORA-constant", "PEANUT")
 every = pytest.mark.parametrize("name", ALL)
 
 
@@ -505,7 +507,7 @@ def test_forward_and_gradients_are_those_of_the_folded_weight(name, conv1d, rows
     made = model(name, conv1d=conv1d)
     exact = exactly(made, inputs(rows))
     assert len(exact) > 3
-    close(outcome(made, inputs(rows)), exact)
+    close(outcome(made, inputs(rows)), exact, 3e-5 if name in FEW else 3e-6)
     with torch.no_grad():
         assert_close(made(inputs(rows)).double(), exact["y"], rtol=1e-5, atol=1e-5)
 

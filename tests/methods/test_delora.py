@@ -60,3 +60,14 @@ def test_convolutions_count_the_kernel():
     base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
     layer = graft.get_peft_model(base, graft.DeloraConfig(target_modules=["0"], r=2)).base_model.model[0]
     close(layer.delora_w_norm["default"], base[0].base_layer.weight.flatten(1).norm(dim=0))
+
+
+def test_half_precision_starts_as_the_identity():
+    """Where the adapter is in float16, too."""
+    base = nn.Sequential(nn.Linear(10, 12)).half()
+    x = torch.linspace(-1, 1, 30).view(3, 10).half()
+    expected = base(x)
+    config = graft.DeloraConfig(target_modules=["0"], r=2)
+    model = graft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    assert model.base_model.model[0].delora_B["default"].dtype == torch.float16
+    assert torch.equal(model(x), expected)

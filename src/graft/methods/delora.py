@@ -79,6 +79,7 @@ class DeLoRA(Method):
 
     def factors(self) -> Factors:
         A, B = self.delora_A, self.delora_B
-        lengths = [v.norm(dim=dim).clamp(min=SHORTEST) for v, dim in ((A, 1), (B, 0))]
+        wide = torch.promote_types(A.dtype, torch.float32)  # λ over the shortest lengths is beyond half precision
+        lengths = [v.to(wide).norm(dim=dim).clamp(min=SHORTEST) for v, dim in ((A, 1), (B, 0))]
         strength = self.delora_lambda / (len(A) * lengths[0] * lengths[1])  # (r,)
-        return Factors(A * self.delora_w_norm, B, inner=strength, dropout=self.delora_dropout)
+        return Factors(A * self.delora_w_norm, (B * strength).to(B.dtype), dropout=self.delora_dropout)

@@ -243,7 +243,8 @@ def test_transformers_own_integration():
             with tempfile.TemporaryDirectory() as folder:
                 base.save_pretrained(folder)
                 wrapped = graft.PeftModel.from_pretrained(models.make("llama"), folder)
-                assert torch.equal(models.output(wrapped, batch), after)
+                # mapped memory has another alignment, by which torch may sum in another order
+                assert torch.allclose(models.output(wrapped, batch), after, atol=1e-6)
                 wrapped.save_pretrained(folder)
                 model = models.make("llama")
                 # (transformers takes any name that contains the adapter's for one of its tensors: "b" is in "embed")
@@ -252,7 +253,7 @@ def test_transformers_own_integration():
             model.add_adapter(sample.config(graft), "carol")
             model.set_adapter("bob")
             assert model.active_adapters() == ["bob"]
-            assert torch.equal(models.output(model, batch), after)
+            assert torch.allclose(models.output(model, batch), after, atol=1e-6)
             model.disable_adapters()
             assert torch.allclose(models.output(model, batch), before)
             model.enable_adapters()

@@ -542,10 +542,6 @@ def test_gradients_equal_pefts(name):
     close(outcome(ours, inputs()), outcome(theirs, inputs()), 1e-5)
 
 
-# gradients of few numbers, in which either form may be luckier
-FEW = ("GLORA", "GLORA-vector", "GLORA-constant", "PEANUT")
-
-
 @pytest.mark.parametrize("name", [n for n in ALL if n != "DELORA"])  # the error of one number, λ, is chance
 def test_a_half_precision_base_errs_no_more_than_the_plain_form(name, monkeypatch):
     made = model(name, dtype=torch.bfloat16)

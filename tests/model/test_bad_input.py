@@ -94,6 +94,7 @@ def test_injection(case):
 OTHER_RANKS = {
     "VeraConfig": dict(r=0), "LoHaConfig": dict(r=0), "HRAConfig": dict(r=-1), "OFTConfig": dict(r=0, oft_block_size=0),
     "HiraConfig": dict(r=0), "MissConfig": dict(r=0), "VBLoRAConfig": dict(r=0, vector_length=2),
+    "GraloraConfig": dict(r=0), "DeloraConfig": dict(r=0), "LoKrConfig": dict(r=0),
 }  # fmt: skip
 
 

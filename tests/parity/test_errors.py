@@ -179,6 +179,31 @@ CASES = {
         )
         for cls, sizes in (("HiraConfig", {}), ("MissConfig", {}), ("VBLoRAConfig", dict(vector_length=2)))
     },
+    **{
+        name: (inject(cls, target_modules=["fc1"], **values), ValueError, words)
+        for name, cls, values, words in (
+            ("gralora_chunks", "GraloraConfig", dict(r=5), "r should be divisible by gralora_k"),
+            ("gralora_blocks", "GraloraConfig", dict(r=10, gralora_k=5), "divisible by gralora_k"),
+            ("gralora_hybrid", "GraloraConfig", dict(hybrid_r=-1), "`hybrid_r`"),
+            ("delora_r", "DeloraConfig", dict(r=0), "a positive integer"),
+            ("c3a_block", "C3AConfig", dict(block_size=7), "The block size should be a factor of the input size"),
+            ("c3a_zero", "C3AConfig", dict(block_size=0), "`block_size` should be a positive integer value"),
+            (
+                "fourier_zero",
+                "FourierFTConfig",
+                dict(n_frequency=0),
+                "`n_frequency` should be a positive integer value",
+            ),
+            (
+                "fourier_many",
+                "FourierFTConfig",
+                dict(n_frequency=999),
+                "less than or equal to the product of the input",
+            ),
+            ("wave_family", "WaveFTConfig", dict(wavelet_family="haar"), "Wavelet family haar not supported"),
+            ("lokr_r", "LoKrConfig", dict(r=0), "`r` should be a positive integer value"),
+        )
+    },
     "miss_wide": (
         inject("MissConfig", r=13, target_modules=["fc1"]),
         ValueError,

@@ -185,7 +185,7 @@ LAYER_METHODS: dict[str, dict[str, Any]] = {
     "MISS": dict(r=4),
     "VBLORA": dict(r=3, num_vectors=9, vector_length=12),
     "ROAD": dict(variant="road_2", group_size=4),
-    "PVERA": dict(r=5),
+    "PVERA": dict(r=5, generator_seed=3),
     "RANDLORA": dict(r=5, randlora_alpha=7),
     "UNILORA": dict(r=3, theta_d_length=50),
     "TINYLORA": dict(u=7),
@@ -226,6 +226,13 @@ SPREAD = {
     "VERA": 1.5,
     "HIRA": 0.8,
     "PEANUT": 0.2,
+}  # standard deviation of trained values, where it is not 0.4
+SPREAD = {
+    "OFT": 0.1,
+    "VERA": 1.5,
+    "HIRA": 0.8,
+    "PVERA": 1.5,
+    "UNILORA": 1.5,
 }  # standard deviation of trained values, where it is not 0.4
 
 # where there are no defaults: "model_type" of the config → target_modules

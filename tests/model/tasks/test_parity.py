@@ -36,17 +36,13 @@ BERTS = "bert-seq bert-tok bert-qa roberta-seq roberta-tok roberta-qa"
 REPEATED = "the prompt goes in front of every step of generate, not of the first alone"
 
 UNLIKE = [
-<<<<<<< HEAD
-    Unlike("logits loss generate", "LOHA OFT HRA MISS ROAD DELORA C3A LOKR GLORA PEANUT", "gpt2", "Conv1D",
+    Unlike("logits loss generate", "LOHA OFT HRA MISS ROAD DELORA C3A LOKR GLORA PEANUT ADAMSS", "gpt2", "Conv1D",
            "these methods do not know Conv1D"),
     Unlike("loss", "C3A", "llama opt gemma3 neox qwen mixtral SEQ_2_SEQ_LM SEQ_CLS TOKEN_CLS QUESTION_ANS", DIFFERS,
            "the gradient of the input is that of another matrix"),
     Unlike("logits loss generate", "BEFT SHIRA SUPERTUNING BOFT PSOFT", "gpt2", "Conv1D", "nor do these"),
     Unlike("logits generate", "OSF", "gpt2", DIFFERS, "it passes Conv1D by in silence"),
     Unlike("loss", "OSF", "gpt2", "assert ", "so that nothing trains"),
-=======
-    Unlike("logits loss generate", "LOHA OFT HRA MISS ROAD ADAMSS", "gpt2", "Conv1D", "these methods do not know Conv1D"),
->>>>>>> 5cb62d6 (Tests: the new methods in the matrix of tasks)
     Unlike("logits loss", "TRAINABLE_TOKENS", "TOKEN_CLS QUESTION_ANS", "'NoneType' object is not iterable",
            "these classes take modules_to_save for granted, which the config has not"),
     Unlike("loss", "LORA", "mixtral", "No `target_modules` passed",

@@ -21,7 +21,7 @@ from graft.core.layer import AdapterLayer
 from graft.model.functional import disable_input_dtype_casting
 from tests import models
 from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize
-from tests.samples import each, first
+from tests.samples import each, first, mergeable
 
 # FSDP2: parameters of which each process holds a part
 
@@ -35,7 +35,8 @@ def mesh():
     torch.distributed.destroy_process_group()
 
 
-BIASES = [s for s in each("bias_all", "mlp") if s.method != "VBLORA"]  # FSDP2 cannot have a parameter in two groups
+SHARING = ("VBLORA", "UNILORA", "TINYLORA")  # FSDP2 cannot have a parameter in two groups
+BIASES = [s for s in each("bias_all", "mlp") if s.method not in SHARING]
 SHARDED = [first("LORA", "mlp", "head"), first("VERA"), first("IA3"), *BIASES]
 
 
@@ -72,8 +73,8 @@ OFFLOADS = {
     "memory": lambda model, folder: cpu_offload(model, torch.device("cpu")),
     "disk": lambda model, folder: disk_offload(model, folder, torch.device("cpu")),
 }
-READERS = ("HIRA", "SUPERTUNING", "DEFT", "PSOFT", "OSF", "DELORA", "GLORA", "PEANUT")  # which need the weight
-PLAIN = [s for s in each("plain", "mlp") if s.method not in READERS]
+READERS = "HIRA SUPERTUNING DEFT PSOFT OSF DELORA GLORA PEANUT TINYLORA ADAMSS FROD"  # which need the weight
+PLAIN = [s for s in mergeable(each("plain", "mlp")) if s.method not in READERS.split()]
 OFFLOADED = [*PLAIN, first("LORA", "mlp", "head"), first("LORA", "llama"), first("LORA", "conv1D")]
 
 
@@ -204,7 +205,8 @@ def test_facts_of_layers(sample):
         for n, m in layers.items():
             facts[n] |= {a: getattr(m, a) for a in ("r", "is_target_conv_1d_layer") if hasattr(m, a)}
             m.set_requires_grad("default", False)
-            own = [p for k, p in m.named_parameters() if "vector_bank" not in k]  # which is the tuner's
+            shared = {p for c in getattr(m, "attached", ()) for p in getattr(m, c).parameters()}  # the tuner's
+            own = [p for k, p in m.named_parameters() if p not in shared and "vector_bank" not in k]
             facts[n]["trains"] = [p.requires_grad for p in own].count(True)
             m.set_requires_grad(["default"])
             facts[n]["trained"] = {k for k, p in m.named_parameters() if p.requires_grad}

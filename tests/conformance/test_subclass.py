@@ -88,7 +88,6 @@ UNCHANGED = {
     "ADAMSS": {"factors"},
     "WAVEFT": {"delta", "branch"},
     "LOKR": {"delta", "branch"},
-    "ADAMSS": {"factors"},
     "FROD": {"delta"},
 }
 ON = [layer for layer in LAYERS if layer.name in ("linear", "Conv1D", "conv2d", "conv1d-circular", "embedding")]

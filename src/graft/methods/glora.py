@@ -93,6 +93,7 @@ class GLoRA(Method):
         cfg, out, fan_in = self.cfg, self.site.out_features, self.site.fan_in
         C, D_E = (cfg.config_C, cfg.config_D_E) if self.shifts else ("none", "none")
         return dict(
+            r=cfg.r,
             glora_A=Support(cfg.config_A_B, (out, fan_in), cfg.r),
             glora_B=Support(cfg.config_A_B, (out, fan_in), cfg.r),
             glora_C=Support(C, (fan_in, 1), cfg.r),

@@ -18,7 +18,7 @@ import pytest
 from torch import nn
 
 from graft.compat.peft.layers import AuxiliaryTrainingWrapper, layer_class
-from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, WHERE
+from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE
 from graft.methods import METHODS, method_of
 from tests.pair import both
 from tests.samples import each
@@ -76,9 +76,13 @@ def test_default_targets_are_pefts(name):
     assert method_of(MAPPINGS[name]).targets == getattr(peft.utils.constants, name)
 
 
+def layers_in_peft(path):
+    return importlib.import_module(f"peft.{path}{LAYER_FILES.get(METHOD_FOLDERS[path], '.layer')}")
+
+
 @pytest.mark.parametrize("path", METHOD_FOLDERS)
 def test_every_layer_class_of_a_method_has_a_counterpart(path):
-    theirs = importlib.import_module(f"peft.{path}.layer")
+    theirs = layers_in_peft(path)
     for name, cls in inspect.getmembers(theirs, inspect.isclass):
         if issubclass(cls, peft.tuners.tuners_utils.BaseTunerLayer) and cls.__module__ == theirs.__name__:
             own = layer_class(METHOD_FOLDERS[path], name)
@@ -98,7 +102,7 @@ def test_isinstance_agrees_with_peft(sample):
     ours, theirs = (dict(m.named_modules()) for m in both(sample))
     asked = 0
     for path, peft_type in METHOD_FOLDERS.items():
-        for name, cls in inspect.getmembers(importlib.import_module(f"peft.{path}.layer"), inspect.isclass):
+        for name, cls in inspect.getmembers(layers_in_peft(path), inspect.isclass):
             own = layer_class(peft_type, name)
             if own is None:
                 continue

@@ -88,6 +88,7 @@ WITHOUT_TARGETS = (
     "TRAINABLE_TOKENS",
     "ADAPTION_PROMPT",
     "XLORA",
+    "SHADOW",
 )  # methods that have no default targets by architecture
 MAPPINGS: dict[str, str] = {  # → peft_type
     mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
@@ -193,9 +194,13 @@ def folder(peft_type: str) -> str:
     return ROWS[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
-# module below `peft` that a method owns → (peft_type, suffix of the module)
+LAYER_FILES = {"SHADOW": ".layers"}  # where it is not .layer
+# module below `peft` that a method owns → (peft_type, suffix of the module, mostly)
 OF_METHODS: dict[str, tuple[str, str]] = {
-    f"tuners.{folder(peft_type)}{suffix}": (peft_type, suffix)
+    f"tuners.{folder(peft_type)}{LAYER_FILES.get(peft_type, suffix) if suffix == '.layer' else suffix}": (
+        peft_type,
+        suffix,
+    )
     for peft_type in ROWS
     for suffix in ("", ".config", ".model", *((".layer",) if peft_type in METHODS else ()))
 }

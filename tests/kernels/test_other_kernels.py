@@ -422,7 +422,7 @@ CONFIGS = {
 }
 ALL = list(CONFIGS)
 # gradients of few numbers, in which either form may be luckier
-FEW = ("GLORA", "GLORA-vector", "GLORA-constant", "PEANUT")
+FEW = ("GLORA", "GLORA-vector", "GLORA-constant", "PEANUT", "DELORA")
 every = pytest.mark.parametrize("name", ALL)
 
 

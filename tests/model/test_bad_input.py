@@ -12,7 +12,7 @@ from torch import nn
 import graft
 from tests import models
 from tests.pair import adapt, output, randomize
-from tests.samples import each, first
+from tests.samples import each, first, mergeable
 
 pytestmark = pytest.mark.graft_only
 
@@ -245,7 +245,7 @@ def test_second_injection(sample):
             graft.get_peft_model(model.base_model.model, sample.config(graft), name)
 
 
-@pytest.mark.parametrize("sample", MLP, ids=str)
+@pytest.mark.parametrize("sample", mergeable(MLP), ids=str)
 def test_merging_twice(sample):
     """A second merge must not add the update again."""
     model = randomize(adapt(graft, sample), sample).eval()
@@ -256,7 +256,7 @@ def test_merging_twice(sample):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("sample", MLP, ids=str)
+@pytest.mark.parametrize("sample", mergeable(MLP), ids=str)
 def test_delete_while_merged(sample):
     model = randomize(adapt(graft, sample), sample).eval()
     model.merge_adapter()
@@ -294,7 +294,7 @@ def test_mixed_batches(sample, case):
         output(model, sample, adapter_names=names)
 
 
-@pytest.mark.parametrize("sample", MLP, ids=str)
+@pytest.mark.parametrize("sample", mergeable(MLP), ids=str)
 def test_mixed_batch_while_merged(sample):
     model = randomize(adapt(graft, sample), sample).eval()
     model.merge_adapter()

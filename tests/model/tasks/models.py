@@ -220,20 +220,15 @@ PROMPTS: dict[str, dict[str, Any]] = {
 }
 METHODS = LAYER_METHODS | PROMPTS
 
-SPREAD = {"C3A": 3.0, "OFT": 0.1, "VERA": 1.5, "HIRA": 0.8}  # standard deviation of trained values, where it is not 0.4
-SPREAD = {
+SPREAD = {  # standard deviation of trained values, where it is not 0.4
+    "C3A": 3.0,
     "OFT": 0.1,
     "VERA": 1.5,
     "HIRA": 0.8,
     "PEANUT": 0.2,
-}  # standard deviation of trained values, where it is not 0.4
-SPREAD = {
-    "OFT": 0.1,
-    "VERA": 1.5,
-    "HIRA": 0.8,
     "PVERA": 1.5,
     "UNILORA": 1.5,
-}  # standard deviation of trained values, where it is not 0.4
+}
 
 # where there are no defaults: "model_type" of the config → target_modules
 _norms = ["input_layernorm", "post_attention_layernorm", "norm"]

@@ -41,7 +41,7 @@ every = law("cell", CELLS, lambda cell: cell.features)
 
 def test_every_cell_is_there():
     # of three architectures, with task ids, with experts: each has a file of its own
-    assert set(METHODS) == set(ROWS) - {"ADAPTION_PROMPT", "POLY", "XLORA"}
+    assert set(METHODS) == set(ROWS) - {"ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA"}
     assert {model.task for model in MODELS.values()} == set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING) == set(TASKS)
     n = len(METHODS)
     assert len(MODELS) == 20 and len(PRODUCT) == 20 * n
@@ -126,7 +126,10 @@ def continues(model: nn.Module, cell: Cell, row: int) -> Tensor:
     return given[name][0, -STEPS:]
 
 
-@law("cell", [c for c in CELLS if c.task in GENERATING], lambda cell: cell.features)
+GENERATE = [c for c in CELLS if c.task in GENERATING and c.method != "LILY"]  # which mixes what a whole call needs
+
+
+@law("cell", GENERATE, lambda cell: cell.features)
 @torch.no_grad()
 def test_generating_is_decoding_without_padding_and_cache(cell):
     model = cell.trained()

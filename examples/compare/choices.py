@@ -98,6 +98,18 @@ def kasa_loss(model: nn.Module) -> Tensor:
     return model.base_model._get_kasa_loss()  # type: ignore[union-attr,operator,no-any-return]
 
 
+def shadow(steps: int) -> Any:
+    return graft.ShadowConfig(task_type="CAUSAL_LM")
+
+
+def norms(steps: int) -> Any:
+    return graft.LNTuningConfig(task_type="CAUSAL_LM")
+
+
+def p_tuning(steps: int) -> Any:
+    return graft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=128)
+
+
 FAMILY: dict[str, Choice] = {
     "LoRA": Choice(lora),
     "rsLoRA": Choice(partial(lora, use_rslora=True, lora_alpha=8), note="r 4, α 8, q and v"),
@@ -124,6 +136,32 @@ OTHERS: dict[str, Choice] = {
     "HiRA": Choice(of("HIRA", r=16), 1e-2, "r 16, q and v"),
     "MiSS": Choice(of("MISS", r=8), LR, "r 8, q and v"),
     "RoAd": Choice(of("ROAD", group_size=64), 1e-2, "q and v"),
+    "VB-LoRA": Choice(of("VBLORA", r=4, num_vectors=64, vector_length=64), 1e-2, "r 4, 64 vectors, q and v"),
+    "PVeRA": Choice(of("PVERA", r=64), 2e-2, "r 64, q and v"),
+    "RandLoRA": Choice(of("RANDLORA", r=32), 1e-2, "r 32, q and v"),
+    "Uni-LoRA": Choice(of("UNILORA", r=4, theta_d_length=20_000), 1e-2, "r 4, 20,000 numbers, q and v"),
+    "TinyLoRA": Choice(of("TINYLORA", r=2, u=64), 1e-2, "64 numbers a layer, q and v"),
+    "GraLoRA": Choice(of("GRALORA", r=4, alpha=16), LR, "r 4, q and v"),
+    "DeLoRA": Choice(of("DELORA", r=4), 1e-2, "r 4, q and v"),
+    "C3A": Choice(of("C3A", block_size=64), 1e-2, "blocks of 64, q and v"),
+    "FourierFT": Choice(of("FOURIERFT", n_frequency=1000), 3e-2, "1,000 frequencies, q and v"),
+    "WaveFT": Choice(of("WAVEFT", n_frequency=1000), 1e-2, "1,000 coefficients, q and v"),
+    "LoKr": Choice(of("LOKR", r=4, alpha=16), LR, "r 4, q and v"),
+    "GLoRA": Choice(of("GLORA", r=4), LR, "r 4, q and v"),
+    "PEANuT": Choice(of("PEANUT", r=4), LR, "r 4, q and v"),
+    "Lily": Choice(of("LILY", r=4), LR, "r 4, q and v"),
+    "AdaMSS": Choice(of("ADAMSS", r=64), LR, "r 64, 5 subspaces, q and v"),
+    "FRoD": Choice(of("FROD", progressbar=False), LR, "q and v"),
+    "BEFT": Choice(of("BEFT"), 1e-2, "q and v"),
+    "SHiRA": Choice(of("SHIRA", r=4), LR, "r 4, q and v"),
+    "Super-Tuning": Choice(of("SUPERTUNING"), LR, "1 % of the entries, q and v"),
+    "DEFT": Choice(of("DEFT", r=4), LR, "r 4, q and v"),
+    "BOFT": Choice(of("BOFT", boft_block_size=4), LR, "blocks of 4, q and v"),
+    "PSOFT": Choice(of("PSOFT", r=32), LR, "r 32, q and v"),
+    "OSF": Choice(of("OSF"), 1e-4, "half of the triples, q and v"),
+    "SHADOW": Choice(shadow, 1e-3, "one layer beside the model"),
+    "LN tuning": Choice(norms, 1e-2, "all norms"),
+    "P-tuning": Choice(p_tuning, 1e-2, "20 tokens"),
     "prefix tuning": Choice(demo.prefix_tuning, 3e-2, "20 tokens"),
     "prompt tuning": Choice(demo.prompt_tuning, 1e-1, "20 tokens"),
 }

@@ -13,6 +13,7 @@ from examples.compare import __main__ as compare
 from examples.compare import one
 from examples.compare.choices import CHOICES, FAMILY
 from examples.demo_lm import data
+from graft.methods import ROWS
 from tests.examples.test_demo_lm import tokenizer, write  # noqa: F401
 
 
@@ -38,6 +39,21 @@ def test_a_method_trains_saves_and_answers(name, source, capsys):
     assert [event["step"] for event in events] == [1, 2, 2] and events[-1]["answering"]
     assert 0 <= result["exact"] <= result["lenient"] <= 1
     assert result["bytes"] > 500 and result["parameters"] > 100 and result["peak_memory"] > 1e8
+
+
+def test_every_choice_has_a_config():
+    configs = {name: choice.config(60) for name, choice in CHOICES.items()}
+    assert {c.task_type for c in configs.values()} == {"CAUSAL_LM"}
+    left = set(ROWS) - {c.peft_type.value for c in configs.values()}
+    assert left == {
+        "XLORA",
+        "POLY",
+        "TRAINABLE_TOKENS",
+        "ADAPTION_PROMPT",
+        "MULTITASK_PROMPT_TUNING",
+        "CPT",
+        "CARTRIDGE",
+    }
 
 
 def test_table_picture_and_going_on(tmp_path, monkeypatch):

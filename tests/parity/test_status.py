@@ -181,7 +181,7 @@ ATTRIBUTES["WAVEFT"] += (
 )
 ATTRIBUTES["LOKR"] += " r alpha scaling rank_dropout module_dropout rank_dropout_scale"
 ATTRIBUTES["ROAD"] += " variant group_size"
-for _name in METHODS.keys() & {"PVERA", "RANDLORA", "UNILORA", "TINYLORA", "FROD"}:
+for _name in METHODS.keys() & {"PVERA", "RANDLORA", "UNILORA", "TINYLORA"}:
     ATTRIBUTES[_name] += " r scaling in_features out_features fan_in_fan_out"
 
 

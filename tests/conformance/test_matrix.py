@@ -393,7 +393,10 @@ def test_injection_on_the_meta_device_gives_the_same_names_and_shapes(cell):
 # compiled
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.layer.name in ("linear", "norm")], ids=str)
+ON_LINEAR = [c for c in CELLS if c.layer.name in ("linear", "norm")]
+
+
+@law("cell", ON_LINEAR, lambda cell: [("sample", str(cell.sample)), ("store", cell.store.name)])
 def test_compiles_without_a_break(cell):
     torch._dynamo.reset()
     x, model = cell.inputs(), cell.trained(ADAPTERS)

@@ -17,6 +17,7 @@ from graft.core.effect import LowRank
 from graft.kernels import hadamard, householder, modulated, narrow, orthogonal, planar, rescaled, scaled_low_rank
 from graft.kernels.low_rank import FUSED_FROM
 from graft.kernels.worth import worth_it
+from tests.covering import law
 from tests.models import seeded
 
 SCALE = 1.37
@@ -570,8 +571,7 @@ def test_two_active_adapters(name):
     close(outcome(made, inputs()), exact, 1e-5)
 
 
-@every
-@pytest.mark.parametrize("rows", [4, ROWS])
+@law("name, rows", [(name, rows) for name in ALL for rows in (4, ROWS)], lambda case: [(case[0],), (case[1],)])
 def test_compiles_as_one_graph(name, rows):
     torch._dynamo.reset()
     made = model(name)

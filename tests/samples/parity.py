@@ -83,6 +83,7 @@ EXCLUDE = [
     *row("exclude", "mlp", exclude_modules=["layers.1.fc1", "lin0"]),
     *row("exclude_regex", "llama", exclude_modules=r".*\.0\..*proj"),
 ]
+SHARED = {name for name, *_ in (*LAYERS, *CHOICE, *EXCLUDE)}  # rows about what is no method's business
 DEFAULT_TARGETS = dict(target_modules=None)
 
 

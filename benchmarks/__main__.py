@@ -26,6 +26,7 @@ from benchmarks import (
     memory,
     merging,
     methods,
+    mixtures,
     serving,
     switching,
     training,
@@ -48,6 +49,7 @@ BENCHES = [
         methods,
         inference,
         experts,
+        mixtures,
         serving,
     )
     for bench in group.BENCHES

@@ -204,7 +204,7 @@ class Method:
 
     def changes_weight(self) -> bool:
         """Say whether `init` changes the base weight."""
-        return self.inits_from_weight()
+        return False
 
     def inits_before_load(self) -> bool:
         """Say whether `init` must run before a load, too; not if `loaded` makes up for it."""

@@ -58,9 +58,6 @@ class DEFT(Method):
     def inits_before_load(self) -> bool:
         return False
 
-    def changes_weight(self) -> bool:
-        return False
-
     def build(self, shared):
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)

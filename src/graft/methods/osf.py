@@ -82,9 +82,6 @@ class OSF(Method):
         out, n, _, r = self.sizes
         return LowRank(self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
-    def changes_weight(self) -> bool:
-        return False
-
     def build(self, shared):
         out, n, _, r = self.sizes
         fixed = ("U_init", "S_init", "V_init", *["U_high"] * (out > n), *["V_high"] * (out < n))

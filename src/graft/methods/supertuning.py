@@ -98,9 +98,6 @@ class SuperTuning(Method):
     def describe(self):
         return Update(self.delta, branch=None if self.cfg.r is None else self.branch)
 
-    def changes_weight(self) -> bool:
-        return False
-
     def build(self, shared):
         cfg, site = self.cfg, self.site
         keep = (lambda t: t) if cfg.save_precomputed_indices else Transient

@@ -67,9 +67,6 @@ class TrainableTokens(Method):
     def inits_from_weight(self) -> bool:
         return self.cfg.init_weights
 
-    def changes_weight(self) -> bool:
-        return False
-
     def describe(self):
         return Rewrite(self.fold, post=self.post, apart=True)
 

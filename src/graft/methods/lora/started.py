@@ -22,6 +22,9 @@ class Started(Method):
         return f"init_lora_weights={how!r}" if init.kind_of(how) else None
 
     def inits_from_weight(self) -> bool:
+        return self.changes_weight()
+
+    def changes_weight(self) -> bool:
         return self.changes_base(self.cfg) is not None
 
     @property

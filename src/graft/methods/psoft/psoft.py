@@ -63,9 +63,6 @@ class PSOFT(Method):
     def inits_from_weight(self) -> bool:
         return True
 
-    def changes_weight(self) -> bool:
-        return False
-
     def build(self, shared):
         cfg, r = self.cfg, self.cfg.r
         return dict(

@@ -49,9 +49,6 @@ class SHiRA(Method):
     def inits_before_load(self) -> bool:
         return False  # files hold the places
 
-    def changes_weight(self) -> bool:
-        return False
-
     def build(self, shared):
         return dict(
             r=self.cfg.r,

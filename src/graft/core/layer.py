@@ -112,9 +112,10 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             held = self.__dict__
-            if name.startswith("__") or "op" not in held or held["op"].known or "base_layer" not in held["_modules"]:
+            stands_in = "op" in held and (held["op"].opaque or not held["op"].known)
+            if name.startswith("__") or not stands_in or "base_layer" not in held["_modules"]:
                 raise
-            return getattr(held["_modules"]["base_layer"], name)  # a model may read attributes of its blocks
+            return getattr(held["_modules"]["base_layer"], name)  # modules around it may read the module's own
 
     @property
     def base_layer(self) -> Any:
@@ -373,15 +374,11 @@ class ParameterLayer(AdapterLayer):
             return super().forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the module's own attributes, which modules around it may ask for; of the parameter, the sum."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", ()):
-                raise
-        if name == self.site.parameter:
+        """Return what the adapters make of the parameter, where modules around ask for it."""
+        site = self.__dict__.get("site")
+        if site is not None and name == site.parameter:
             return self.effective_weight()
-        return getattr(self.base_layer, name)
+        return super().__getattr__(name)
 
 
 def layer_for(site: Site, call: Call) -> AdapterLayer:

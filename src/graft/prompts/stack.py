@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
 from graft.prompts import kv_prefix
+from graft.prompts.inside import first_of, layers_in, positions_in, words_in
 from graft.prompts.kv_prefix import is_static, length, per_row
+from graft.prompts.masks import widened
 from graft.prompts.replays import Replays
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
@@ -342,36 +344,8 @@ class Stack:
                     given[name] = torch.cat([own, given[name]], dim=-1)
 
     def _widened(self, mask: Any, total: int, before: int, window: int | None, cuts: bool) -> Any:
-        """Return the mask with the prompt's tokens.
-
-        Args:
-            window: how many tokens back the layers with this mask see; None: to the beginning.
-            cuts: the cache of these layers holds no more than the window.
-        """
-        tokens = total - self.now.tokens
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            if self.now.covered and mask.shape[1] == total:
-                return mask
-            if mask.shape[1] != tokens:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's "
-                    f"{self.now.tokens}, which it need not cover)."
-                )
-            return torch.cat([mask.new_ones(len(mask), self.now.tokens), mask], dim=1)
-        if not isinstance(mask, Tensor) or mask.shape[-1] != tokens:
-            return mask
-        open_, shut = (0, torch.finfo(mask.dtype).min) if mask.is_floating_point() else (1, 0)
-        b, h, q, k = mask.shape
-        if before:
-            own = mask.new_full((), shut) if self.causal else mutual(mask, shut)
-            mask = torch.cat([own.expand(b, h, before, k), mask], dim=-2)
-        rows = before + q
-        at = torch.arange(total, device=mask.device)
-        back = at[total - rows :, None] - at[: self.now.tokens]
-        sees = (back >= 0) & (back < (window or total)) if self.causal else torch.ones_like(back, dtype=torch.bool)
-        prompt = torch.full_like(back, shut, dtype=mask.dtype).masked_fill(sees, open_)
-        mask = torch.cat([prompt.expand(b, h, rows, -1), mask], dim=-1)
-        return mask[..., 1 - window - rows :] if window and cuts else mask
+        now = self.now
+        return widened(mask, now.tokens, total, before, window, cuts, self.causal, now.covered)
 
     def _widen_encoded(self, given: dict[str, Any]) -> None:
         mask, hidden = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
@@ -379,42 +353,3 @@ class Stack:
             given["encoder_attention_mask"] = torch.cat(
                 [mask.new_ones(*mask.shape[:-1], self.now.encoded), mask], dim=-1
             )
-
-
-def mutual(mask: Tensor, shut: float) -> Tensor:
-    """Return which tokens the prompt may see, (batch, heads, 1, tokens): all that some token sees, but none that sees
-    a token which does not see it, as those after a prefix do."""
-    sees = mask != shut
-    later = (sees & ~sees.transpose(-1, -2)).any(-1)
-    return mask.amax(-2, keepdim=True).masked_fill(later[..., None, :], shut)
-
-
-def first_of(given: dict[str, Any]) -> Any:
-    """Return the input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    return ids if embeds is None else embeds
-
-
-def layers_in(module: nn.Module) -> dict[int, nn.Module]:
-    """Return a module of each layer by the layer's number, where modules have one (`layer_idx`)."""
-    numbered = [(getattr(m, "layer_idx", None), m) for m in module.modules()]
-    return {i: m for i, m in numbered if isinstance(i, int)}
-
-
-def words_in(module: Any) -> nn.Module | None:
-    """Return the word embeddings of a model, if it has any."""
-    try:
-        words = module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return words if isinstance(getattr(words, "weight", None), Tensor) else None
-
-
-def positions_in(module: nn.Module) -> int | None:
-    """Return the size of a table of position embeddings; None if the model computes positions."""
-    for name, m in module.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(m, nn.Embedding) and (leaf == "wpe" or ("position" in leaf and "relative" not in leaf)):
-            reserved = m.padding_idx + 1 if m.padding_idx is not None else getattr(m, "offset", 0)
-            return m.num_embeddings - reserved
-    return None

@@ -104,7 +104,7 @@ class UniLoRA(Method):
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         keep = (lambda t: t) if cfg.save_indices else Transient
-        names = [f"unilora_{what}_{x}" for what in ("scales", "indices") for x in "AB"]  # a floating one first
+        names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
         own = dict(
             r=cfg.r, unilora_dropout=nn.Dropout(cfg.unilora_dropout) if cfg.unilora_dropout > 0 else nn.Identity()
         )

@@ -51,20 +51,20 @@ class FRoD(Method):
             n = width(name, groups[name])
             places = support(n, cfg.sparse_rate, generator)
             if first is not None and first in existing.get(f"frod_V.{name}", ()):
-                V, before = (existing[f"frod_{what}.{name}"][first] for what in ("V", "s_indices"))
+                V, before = (existing[f"frod_{part}.{name}"][first] for part in ("V", "s_indices"))
                 if len(V) != n:
                     raise ConfigError(f"frod_V of '{name}' is for {len(V)} inputs, and {n} are required.")
                 places = before if before.shape == places.shape else places
             else:
                 V = basis(groups[name], n, cfg.regularization_alpha)
-            for what, t in (("V", V), ("s_indices", places), ("s_size", torch.tensor([n, n]))):
-                values[f"frod_{what}.{name}"] = keep(t)
+            for part, t in (("V", V), ("s_indices", places), ("s_size", torch.tensor([n, n]))):
+                values[f"frod_{part}.{name}"] = keep(t)
         return values
 
     def build(self, shared):
         cfg, site, mine = self.cfg, self.site, category(self.site.key)
         n = site.fan_in
-        kept = [shared[f"frod_{what}.{mine}"].container for what in ("V", "s_indices")] if shared else []
+        kept = [shared[f"frod_{part}.{mine}"].container for part in ("V", "s_indices")] if shared else []
         return dict(
             frod_shared=Attached(kept),  # out of sight: names in memory are PEFT's
             frod_lambda_l=nn.Parameter(torch.zeros(n)),

@@ -283,6 +283,16 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             self.on_rollback(lambda: self.store.restore(base, name, before))
             self.store.write(base, name, self.op.uncanon(W), False)
 
+    def move(self, module: nn.Module, op: Op, store: Store) -> None:
+        """Have another module hold the base layer's values. Nothing may be merged."""
+        self.site.move(module, op, store)
+        self.op, self.store = op, store
+        self.output_is_new = op.output_is_new and store.exact and is_stock(module)
+        self._modules["base_layer"] = module
+        self.state.plans.clear()
+        self.state.mix = None
+        self.changed()
+
     def on_rollback(self, takeback: Callable[[], None]) -> None:
         """Have `rollback` call `takeback`, with nothing merged, unless `settle` comes first."""
         self.state.takebacks = [*(self.state.takebacks or ()), takeback]

@@ -90,7 +90,8 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
     why = fixed(layer, methods)
     if why is not None:
         raise NotImplementedError(
-            f"Cannot merge adapter(s) {list(names)} into layer '{key}': {why}. Keep them unmerged, or unload()."
+            f"Cannot merge adapter(s) {list(names)} into layer '{key}': {why}. Keep them unmerged, or "
+            + ("merge_and_unload(dequantize=True)." if may_dequantize(layer, methods) else "unload().")
         )
     if replaces(layer, names):  # one stands in for another
         check_together(layer, methods)
@@ -123,6 +124,12 @@ def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
             shifted = any([effect.additive and shift_of(effect) is not None for effect in effects])
         why = bias if shifted else None
     return why  # type: ignore[no-any-return]
+
+
+def may_dequantize(layer: Any, methods: Sequence[Any]) -> bool:
+    """Say whether what stands against merging is that the weight is packed, and can be read."""
+    packed = not layer.store.exact and layer.store.unread(layer.base_layer, layer.site.parameter) is None
+    return packed and all(m.effect.fixed is None for m in methods)
 
 
 def _broken(layer: Any, names: Sequence[str]) -> str:

@@ -50,9 +50,17 @@ class Site:
     shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)
 
     def __post_init__(self) -> None:
+        self.measure()
+
+    def measure(self) -> None:
         self.out_features, self.in_features = self.op.dims(self.module)
         self.shape = tuple(self.op.shape(self.module))
         self.path = self.path or self.key
+
+    def move(self, module: nn.Module, op: Op, store: Store) -> None:
+        """Have another module hold the same values."""
+        self.module, self.op, self.store = module, op, store
+        self.measure()
 
     @property
     def fan_in(self) -> int:

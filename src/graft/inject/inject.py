@@ -22,7 +22,7 @@ from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Place, Tree, Wrapper, survey
 from graft.prompts.base import Prompt
-from graft.storage import innermost
+from graft.storage import innermost, ready
 
 
 class Values(Protocol):
@@ -144,6 +144,7 @@ class Injection:
     def commit(self) -> None:
         """Attach layers and wrappers; freeze the base under its first adapter. Nothing here can fail."""
         tree = self.tree
+        ready(tree.modules.values())
         if not tree.layers and not tree.wrappers:
             self.frozen_before = frozen(self.model, tree)
             for p in tree.owners:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, as_it_is
 from graft.core.names import several
+from graft.core.ops import find_op
 from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts
@@ -25,7 +26,7 @@ from graft.inject.survey import Tree, nest_of
 from graft.io.base import original
 from graft.methods import method_of
 from graft.model.registry import Registry
-from graft.storage import innermost
+from graft.storage import DENSE, Quantized, innermost
 
 
 class LayerRegistry(Registry):
@@ -262,11 +263,45 @@ class LayerRegistry(Registry):
                 layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """Merge for good and return the plain model."""
-        self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
+        """Merge for good and return the plain model: see `LayerTuner.merge_and_unload`."""
+        with self._dequantized(adapter_names) if dequantize else nullcontext():
+            self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
         return self.unload()
+
+    @contextmanager
+    def _dequantized(self, adapter_names: list[str] | None) -> Iterator[None]:
+        """Hold packed weights of the layers of these adapters as plain tensors; as before if the block raises."""
+        done = self.merged_adapters
+        wanted = self.active_adapters if adapter_names is None else several(adapter_names, "adapter_names")
+        layers = [layer for layer in self.mergeable_layers() if not layer.methods.keys().isdisjoint([*done, *wanted])]
+        packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
+        for layer, store in packed:
+            if (why := store.unread(layer.base_layer)) is not None:
+                raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
+        if done:
+            self.unmerge_adapter()
+        before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]
+        try:
+            for layer, store in packed:
+                plain = store.dense(layer.base_layer)
+                layer.move(plain, find_op(plain), DENSE)
+            if done:
+                self._merge(done, False, undoable=True)
+            yield
+        except BaseException:
+            if self.merged_adapters:
+                self.unmerge_adapter()
+            for layer, *held in before:
+                layer.move(*held)
+            if done:
+                self._merge(done, False, undoable=True)
+            raise
 
     def unload(self) -> nn.Module:
         """Return the model without adapter layers, of which the parameters train that did before the first adapter.

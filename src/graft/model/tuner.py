@@ -148,10 +148,19 @@ class Tuner(nn.Module):
         registry_of(self).unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """Merge for good and return the plain model."""
-        return registry_of(self).merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[no-any-return]
+        """Merge for good and return the plain model.
+
+        Args:
+            dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
+                codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
+        """
+        return registry_of(self).merge_and_unload(progressbar, safe_merge, adapter_names, dequantize)  # type: ignore[no-any-return]
 
     def unload(self) -> nn.Module:
         """Return the model without adapter layers, of which the parameters train that did before the first adapter.

@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stores: how modules hold weights. Only files in this folder look inside a module for its weight."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from graft.core.ops import replaced_forward
+from graft.core.ops import OPS, Linear, replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import Foreign
 from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
+from graft.storage.quantized import Quantized
 from graft.storage.within import Within, innermost
 
 DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
+FILES: tuple[Any, ...] = ()  # of packed weights
+
+for file in FILES:
+    for row, kept_so in getattr(file, "TENSORS", {}).items():
+        TENSORS.add(row, kept_so)
+    for row, kept_so in getattr(file, "MODULES", {}).items():
+        STORES.add(row, kept_so)
+        OPS.add(row, getattr(file, "OP", None) or Linear())
 
 
 def find_store(module: nn.Module) -> Store:
@@ -45,6 +55,16 @@ def of_tensor(module: nn.Module, name: str) -> Store:
     return TENSORS.find(kind) or (DENSE if strange_tensor(module, name) is None else FOREIGN)
 
 
+def ready(modules: Iterable[nn.Module]) -> None:
+    """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
+    for m in modules:
+        store = STORES.find(type(m))
+        if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
+            store = TENSORS.find(type(weight))
+        if isinstance(store, Quantized):
+            store.ready(m)
+
+
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Return device and dtype of the first weight in a module; if offloaded, the device on which it computes."""
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
@@ -65,11 +85,13 @@ __all__ = [
     "STORES",
     "TENSORS",
     "Dense",
+    "Quantized",
     "find_store",
     "find_tensor_store",
     "innermost",
     "numel",
     "of_tensor",
     "place_of",
+    "ready",
     "standalone",
 ]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of the stores of linear layers that hold codes and scales in place of a weight."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import UnsupportedLayerError
+from graft.storage.dense import Dense
+from graft.storage.offload import hooks_of
+
+
+class Quantized(Dense):
+    """A rounded weight. A subclass says how to `read` it, and how to `write` one unless it is `calibrated`.
+
+    A file of a storage lists its stores by the qualified names of their modules (`MODULES`), or of their tensors
+    (`TENSORS`), and `storage/__init__.py` names the file. It imports its package only when one of these is met.
+    """
+
+    name = "quantized"
+    exact = live = False
+    parts: tuple[str, ...] = ("weight",)  # attributes of the module that make up the packed weight
+    calibrated: str | None = None  # why there is no writing: "its weight is … codes that were calibrated"
+
+    def values(self, m: nn.Module) -> Tensor:
+        """Return the dense weight, as new memory in the dtype in which the module computes. No gradient flows."""
+        raise NotImplementedError
+
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+        """Return new values of `parts` that hold W, with the settings of the old ones, which stay as they are."""
+        raise NotImplementedError
+
+    def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
+        """Return the dtype of the dense weight; None if nothing tells."""
+        return None
+
+    def unreadable(self, m: nn.Module) -> str | None:
+        """Say why the weight of this module cannot be read; None if it can."""
+        return None
+
+    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+        if name != "weight":
+            return super().unread(m, name)
+        if hooks_of(m):
+            return "its weight is offloaded: it is there only while the module itself is called"
+        return self.unreadable(m)
+
+    def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        if name != "weight":
+            return super().read(m, name)
+        if (why := self.unread(m)) is not None:
+            raise UnsupportedLayerError(f"The weight of a {type(m).__name__} cannot be read: {why}.")
+        with torch.no_grad():
+            return self.values(m)
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        if name != "weight":
+            return super().fixed(m, name)
+        if self.calibrated is not None:
+            return f"{self.calibrated}, and merging would quantize them anew"
+        return self.unread(m)
+
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+        """Quantize W as the old weight was, into new tensors: those of a snapshot stay as they are."""
+        with torch.no_grad():
+            self._set(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
+        return None
+
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+        """Return the packed weight itself: `write` makes a new one."""
+        return {part: getattr(m, part) for part in self.parts}
+
+    def kept(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
+        before = copy.copy(m)  # another thread may run m
+        before.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
+        self._set(before, state)
+        return self.read(before, name)
+
+    def restore(self, m: nn.Module, name: str, state: dict[str, Any]) -> None:
+        device = self.where(m)[0]
+        self._set(m, {part: moved(value, device) for part, value in state.items()})
+
+    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        found = (getattr(m, part) for part in self.parts)
+        device = next((t.device for t in found if isinstance(t, Tensor)), None)
+        return device, self.compute_dtype(m)
+
+    def dense(self, m: nn.Module) -> nn.Linear:
+        """Return a plain linear layer that holds the same values."""
+        W, bias = self.read(m), getattr(m, "bias", None)
+        made = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
+        made.weight = nn.Parameter(W, requires_grad=False)
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        return made.train(m.training)
+
+    def ready(self, m: nn.Module) -> None:
+        """Mend what would make adapters on or below this module wrong, before the first of them acts."""
+
+    def protect(self, y: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def _set(m: nn.Module, values: dict[str, Any]) -> None:
+        for part, value in values.items():
+            if part in m._parameters:
+                m._parameters[part] = value
+            else:
+                setattr(m, part, value)
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """Return a value of a snapshot where the model is now."""
+    if not isinstance(value, Tensor) or device is None or value.device == device:
+        return value
+    to = value.to(device)
+    return to if isinstance(to, nn.Parameter) or not isinstance(value, nn.Parameter) else nn.Parameter(to, False)

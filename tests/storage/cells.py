@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells of the matrix method × packed storage: what must hold for each, whatever the package.
+
+A file of tests makes a `Kind` for each storage and takes its tests from `cells(kinds)`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import graft
+from graft.storage import find_store
+from tests import samples
+from tests.conformance.samples import disturb
+from tests.looks import layers
+from tests.models import seeded
+from tests.samples.laws import Sample
+
+IN, OUT = 320, 96  # what all samples and all block sizes divide
+WHOLE = ("LN_TUNING",)  # trains the layer itself, which only floats can
+SAMPLES = [s for s in samples.LAWS if s.method not in WHOLE]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A packed storage: how a linear layer is held in it, and how exact its arithmetic is."""
+
+    name: str
+    hold: Callable[[nn.Linear], nn.Module]  # a new module; the layer's dtype is float32
+    tolerance: float = 1e-5  # of changes of the output and of gradients, beside those of a dense layer
+    fixed: str | None = None  # a part of the text that refuses merging; None: the weight can be written
+    unread: str | None = None  # a part of the text that refuses what reads the weight
+    dtype: torch.dtype = torch.float32  # of the inputs
+    bias: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def linear(bias: bool = True) -> nn.Linear:
+    with seeded(0):
+        return nn.Linear(IN, OUT, bias).requires_grad_(False)
+
+
+def identity(m: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight by the module's own arithmetic, whatever a store says of it."""
+    with torch.no_grad():
+        zero = m(torch.zeros(1, IN, dtype=dtype))
+        return (m(torch.eye(IN, dtype=dtype)) - zero).T.contiguous()
+
+
+def inputs(kind: Kind) -> Tensor:
+    with seeded(2):
+        return torch.randn(5, IN).to(kind.dtype)
+
+
+def packed(kind: Kind, sample: Sample, *adapters: str) -> Any:
+    return adapted(kind.hold(linear(kind.bias)), sample, *adapters)
+
+
+def adapted(layer: nn.Module, sample: Sample, *adapters: str) -> Any:
+    first, *others = adapters or ("default",)
+    with seeded(1):
+        model = graft.get_peft_model(Net(layer).eval(), sample.make(first), first)
+        for name in others:
+            model.add_adapter(name, sample.make(name))
+    return disturb(model.eval())
+
+
+def twin(kind: Kind, sample: Sample, model: Any) -> Any:
+    """The same adapter over a dense layer that has the weight which the packed one has now."""
+    held = kind.hold(linear(kind.bias))
+    dense = linear(kind.bias).to(kind.dtype)
+    dense.weight.data = find_store(held).read(held, "weight").to(kind.dtype).clone()
+    made = adapted(dense, sample)
+    if sample.rewrites:  # the packed weight is rounded anew
+        layer = layers(model)["layer"]
+        layers(made)["layer"].base_layer.weight.data = layer.weight_now.to(kind.dtype).clone()
+        graft.set_peft_model_state_dict(made, graft.get_peft_model_state_dict(model))
+    return made
+
+
+def change(model: Any, x: Tensor) -> Tensor:
+    """What the adapter does to the output: packed layers round their own in ways of their own."""
+    with model.disable_adapter():
+        base = model(x)
+    return model(x) - base
+
+
+def run(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """The change of the output, and all gradients."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    with seeded(4):
+        y.backward(torch.randn(y.shape).to(y.dtype))
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return {"x": x.grad, "change": change(model, x.detach()).detach(), **found}
+
+
+def near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    scale = theirs.abs().max().item()
+    assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance * max(scale, 1e-3))
+
+
+def state(model: Any) -> list[Tensor]:
+    """Copies of all that the packed weight is made of."""
+    base = layers(model)["layer"].base_layer
+    return [t.clone() for t in flat(find_store(base).snapshot(base, "weight", False))]
+
+
+def flat(value: Any) -> list[Tensor]:
+    """All plain tensors inside a value."""
+    if isinstance(value, Tensor):
+        inner = getattr(value, "__tensor_flatten__", None)
+        if inner is not None and type(value) not in (Tensor, nn.Parameter):
+            names, _ = inner()
+            return [t for name in names for t in flat(getattr(value, name))]
+        own = [t for key in sorted(value.__dict__) if key != "module" for t in flat(value.__dict__[key])]
+        return [value.data if isinstance(value, nn.Parameter) else value, *own]
+    if isinstance(value, dict):
+        return [t for key in value for t in flat(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in flat(item)]
+    if type(value).__name__ == "QuantState":
+        return [t for key in sorted(value.__dict__) for t in flat(value.__dict__[key])]
+    return []
+
+
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def cells(kinds: list[Kind]) -> tuple[Callable[..., None], ...]:
+    """Return the tests: reading, forward and gradients, merging, dequantizing, files."""
+    each_kind = pytest.mark.parametrize("kind", kinds, ids=str)
+
+    def each(test: Any) -> Any:
+        pairs = [(kind, sample) for kind in kinds for sample in SAMPLES if not refused(kind, sample)]
+        return pytest.mark.parametrize("kind, sample", pairs, ids=lambda v: str(v))(test)
+
+    @each_kind
+    def test_reading(kind):
+        held = kind.hold(linear(kind.bias))
+        store = find_store(held)
+        assert store.name != "dense" and not store.exact
+        if kind.unread is None:
+            near(store.read(held, "weight"), identity(held, kind.dtype), max(kind.tolerance, 1e-5))
+            assert store.unread(held, "weight") is None
+
+    @each
+    def test_forward_and_gradients(kind, sample):
+        model = packed(kind, sample)
+        ours, theirs = run(model, inputs(kind)), run(twin(kind, sample, model), inputs(kind))
+        assert ours.keys() == theirs.keys() and ours["change"].abs().max() > 1e-3
+        for key in ours:
+            near(ours[key], theirs[key], kind.tolerance)
+
+    @each
+    def test_merging(kind, sample):
+        model, x = packed(kind, sample), inputs(kind)
+        before, expected = state(model), model(x)
+        if kind.fixed is not None or not samples.mergeable([sample]):
+            reason = kind.fixed if samples.mergeable([sample]) else ""
+            for merge in (model.merge_adapter, model.merge_and_unload):
+                with pytest.raises(NotImplementedError, match=reason):
+                    merge()
+            assert same(before, state(model)) and torch.equal(model(x), expected)
+            return
+        model.merge_adapter()
+        dense = twin(kind, sample, packed(kind, sample))
+        dense.merge_adapter()
+        layer, theirs = layers(model)["layer"], layers(dense)["layer"].base_layer
+        goal = kind.hold(theirs.to(torch.float32) if sample.rewrites else restored(theirs))
+        ours, goals = layer.weight_now, find_store(goal).read(goal, "weight")
+        assert (ours != goals).float().mean() < 0.02, "the rounding of W + ΔW"
+        assert (ours - goals).norm() < 0.02 * goals.norm()
+        if layer.base_layer.bias is not None:
+            near(layer.base_layer.bias, theirs.bias, max(kind.tolerance, 1e-5))
+        assert type(layer.base_layer) is type(goal)
+        assert same(before, state(model)) == all(m.effect.keeps_weight for m in layer.methods.values())
+        model.unmerge_adapter()
+        assert same(before, state(model)), "bit for bit"
+        assert torch.equal(model(x), expected)
+
+    @each
+    def test_merging_into_a_dense_layer(kind, sample):
+        if not samples.mergeable([sample]):
+            return
+        model, x = packed(kind, sample), inputs(kind)
+        dense = twin(kind, sample, model)
+        plain = model.merge_and_unload(dequantize=True)
+        assert type(plain.layer) is nn.Linear
+        near(plain(x), dense(x), max(kind.tolerance, 1e-5))
+
+    @each
+    def test_files(kind, sample, tmp_path):
+        if sample.rewrites:
+            return
+        model = packed(kind, sample)
+        model.save_pretrained(tmp_path / "ours")
+        twin(kind, sample, model).save_pretrained(tmp_path / "dense")
+        ours, theirs = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("ours", "dense"))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key].dtype == theirs[key].dtype
+            near(ours[key], theirs[key], 1e-5)
+        loaded = graft.PeftModel.from_pretrained(Net(kind.hold(linear(kind.bias))).eval(), tmp_path / "dense").eval()
+        near(loaded(inputs(kind)), model(inputs(kind)), max(kind.tolerance, 1e-5))
+
+    return (
+        test_reading,
+        test_forward_and_gradients,
+        test_merging,
+        test_merging_into_a_dense_layer,
+        test_files,
+    )
+
+
+def restored(layer: nn.Linear) -> nn.Linear:
+    return copy.deepcopy(layer).to(torch.float32)
+
+
+def refused(kind: Kind, sample: Sample) -> bool:
+    """Say whether the sample writes to a base that cannot be written."""
+    return sample.rewrites and kind.fixed is not None

@@ -18,6 +18,7 @@ from graft.core import fused
 from graft.core.dropout import share_dropped
 from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update, matrix
 from graft.core.errors import RoutingError
+from graft.core.sparing import again, forms
 from graft.kernels.eager import eager, watched
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
@@ -160,6 +161,12 @@ def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> T
 
 def part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
     """Return the part that an additive adapter adds to the output."""
+    if not layer.store.exact and forms(effect):
+        return again(layer, _part_of, layer, m, effect, x)
+    return _part_of(layer, m, effect, x)
+
+
+def _part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
     if isinstance(effect, LowRank):
         return low_rank_part(layer, m, effect.factors(), x)
     if isinstance(effect, Update):
@@ -185,6 +192,10 @@ def add_update(layer: Any, m: Any, effect: Update, x: Tensor, y: Tensor, fuse: b
 
 def add_branch(layer: Any, m: Any, effect: Branch, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     return y + effect.branch(m.cast(x))
+
+
+def add_part(layer: Any, m: Any, effect: Effect, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return y + part_of(layer, m, effect, x)
 
 
 ADD: dict[type, Add] = {LowRank: add_low_rank, Update: add_update, Branch: add_branch}
@@ -299,7 +310,8 @@ class Sum(Plan):
 
     def __init__(self, layer: Any, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        self.adds = [(ADD[type(effect)], m, effect) for m, effect in self.steps]
+        exact = layer.store.exact
+        self.adds = [(ADD[type(effect)] if exact else add_part, m, effect) for m, effect in self.steps]
         self.join = JOIN[type(self.steps[0][1])]
         self.single = len(self.steps) == 1
 
@@ -384,6 +396,12 @@ def _rewrite(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any,
 
 def _fold(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Run the layer's own function with the folded weight: nothing else sees the patches that a kernel sees."""
+    if not plan.layer.store.exact:
+        return again(plan.layer, _with_folded, plan, n, x)
+    return _with_folded(plan, n, x)
+
+
+def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
     layer, op = plan.layer, plan.layer.op
     W, b = layer.weight_now, getattr(layer.base_layer, "bias", None)
     out = W.dtype if op.takes_ids else x.dtype

@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: test test-all mutations fuzz check bench demo demo-lm compare clean
+PACKAGES = $(patsubst tests/packages/test_%.py,%,$(wildcard tests/packages/test_*.py))
+
+.PHONY: test test-all test-storages mutations fuzz check bench demo demo-lm compare clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -30,6 +32,19 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2
+
+test-storages: $(PACKAGES:%=test-storages-%)
+
+# a package that quantizes models, in a folder of its own: several slow or break other imports where they are found
+test-storages-%: $(VENV)/packages/%/.installed
+	TORCHDYNAMO_DISABLE=1 GRAFT_TESTS_PACKAGE=$* PYTHONPATH=$(abspath $(<D)) \
+		$(BIN)/python -m pytest -n 2 tests/packages/test_$*.py
+
+.PRECIOUS: $(VENV)/packages/%/.installed
+$(VENV)/packages/%/.installed: tests/packages/%.txt | $(VENV)/.test
+	rm -rf $(@D)
+	$(BIN)/pip install -q --no-deps --target $(@D) -r $<
+	touch $@
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations

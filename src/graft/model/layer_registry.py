@@ -22,11 +22,12 @@ from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
-from graft.inject.survey import Tree, nest_of
+from graft.inject.survey import Tree, nest_of, survey
 from graft.io.base import original
 from graft.methods import method_of
 from graft.model.registry import Registry
 from graft.storage import DENSE, Quantized, innermost
+from graft.storage.packed import dtype_beside
 
 
 class LayerRegistry(Registry):
@@ -287,9 +288,10 @@ class LayerRegistry(Registry):
         if done:
             self.unmerge_adapter()
         before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]
+        dtype = dtype_beside(survey(self.model).owners)
         try:
             for layer, store in packed:
-                plain = store.dense(layer.base_layer)
+                plain = store.dense(layer.base_layer, dtype)
                 layer.move(plain, find_op(plain), DENSE)
             if done:
                 self._merge(done, False, undoable=True)

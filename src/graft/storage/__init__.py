@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft.core.errors import PeftWarning, warn
 from graft.core.ops import OPS, Linear, replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
+from graft.storage import bnb, bnb_embedding
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import Foreign
 from graft.storage.offload import standalone
@@ -21,7 +23,7 @@ DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
-FILES: tuple[Any, ...] = ()  # of packed weights
+FILES: tuple[Any, ...] = (bnb, bnb_embedding)  # of packed weights
 
 for file in FILES:
     for row, kept_so in getattr(file, "TENSORS", {}).items():
@@ -57,12 +59,16 @@ def of_tensor(module: nn.Module, name: str) -> Store:
 
 def ready(modules: Iterable[nn.Module]) -> None:
     """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
+    said: dict[str | None, None] = {}
     for m in modules:
         store = STORES.find(type(m))
         if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
             store = TENSORS.find(type(weight))
         if isinstance(store, Quantized):
-            store.ready(m)
+            said[store.ready(m)] = None
+    for what in said:
+        if what is not None:
+            warn(what, PeftWarning)
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

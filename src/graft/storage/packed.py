@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from graft.storage.dense import NUMBERS, PLAIN
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
 FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization formats that fix the dtype of all other weights
@@ -21,3 +26,8 @@ def dtype_is_fixed(model: nn.Module) -> bool:
 
 def is_quantized(model: nn.Module) -> bool:
     return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in FLAGS)
+
+
+def dtype_beside(parameters: Iterable[Tensor]) -> torch.dtype | None:
+    """Return the dtype of the first parameter that is not packed: most likely that of a model's hidden states."""
+    return next((p.dtype for p in parameters if type(p) in PLAIN and p.dtype in NUMBERS), None)

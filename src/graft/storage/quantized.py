@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
 from graft.storage.dense import Dense
+from graft.storage.foreign import strange_forward
 from graft.storage.offload import hooks_of
 
 
@@ -47,7 +48,10 @@ class Quantized(Dense):
             return super().unread(m, name)
         if hooks_of(m):
             return "its weight is offloaded: it is there only while the module itself is called"
-        return self.unreadable(m)
+        device = self.where(m)[0]
+        if device is not None and device.type == "meta":
+            return "its packed weight is on the meta device, not loaded: have the model on real devices first"
+        return self.unreadable(m) or strange_forward(m)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         if name != "weight":
@@ -89,17 +93,22 @@ class Quantized(Dense):
         device = next((t.device for t in found if isinstance(t, Tensor)), None)
         return device, self.compute_dtype(m)
 
-    def dense(self, m: nn.Module) -> nn.Linear:
-        """Return a plain linear layer that holds the same values."""
+    def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Return a plain linear layer that holds the same values, in the dtype of its inputs."""
         W, bias = self.read(m), getattr(m, "bias", None)
+        W = W.to(dtype or W.dtype)
         made = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
         made.weight = nn.Parameter(W, requires_grad=False)
         if bias is not None:
-            made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            made.bias = nn.Parameter(bias.detach().to(W.dtype, copy=True), requires_grad=bias.requires_grad)
         return made.train(m.training)
 
-    def ready(self, m: nn.Module) -> None:
-        """Mend what would make adapters on or below this module wrong, before the first of them acts."""
+    def ready(self, m: nn.Module) -> str | None:
+        """Mend what would make adapters on or below this module wrong, before the first of them acts.
+
+        Return what a user should know of that, if anything.
+        """
+        return None
 
     def protect(self, y: Tensor) -> Tensor:
         return y

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stores of bitsandbytes' layers: codes of 4 bits with a scale for each block, of 8 bits with one for each row."""
+
+from __future__ import annotations
+
+import copy
+import math
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.storage.quantized import Quantized, moved
+
+BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
+
+
+def functional() -> Any:
+    return import_module("bitsandbytes.functional")
+
+
+def lacking(name: str) -> str | None:
+    """Say why bitsandbytes has no function of this name here; None if it has."""
+    try:
+        package = functional()
+    except ImportError as error:
+        return f"bitsandbytes, whose layer this is, cannot be imported ({error}): pip install -U bitsandbytes"
+    if hasattr(package, name):
+        return None
+    version = getattr(import_module("bitsandbytes"), "__version__", "of no known version")
+    return f"bitsandbytes {version} has no {name}: pip install -U bitsandbytes"
+
+
+class Four(Quantized):
+    """Linear4bit, LinearNF4, LinearFP4: `weight` holds two codes in a byte, and `quant_state` what they mean."""
+
+    name = "bnb 4bit"  # as in PEFT
+    parts = ("weight", "quant_state")
+
+    def values(self, m: Any) -> Tensor:
+        return functional().dequantize_4bit(*plain(m.weight.data, state_of(m)))  # type: ignore[no-any-return]
+
+    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+        old, state = m.weight, state_of(m)
+        data, _ = plain(old.data, state)
+        made = import_module("bitsandbytes.nn").Params4bit(
+            W.contiguous(),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=getattr(old, "compress_statistics", state.nested),
+            quant_type=state.quant_type,
+            quant_storage=data.dtype,
+        )
+        made = made.to(W.device)  # quantizes
+        made.module = getattr(old, "module", None)
+        return {"weight": made, "quant_state": made.quant_state}
+
+    def snapshot(self, m: Any, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+        return {"weight": m.weight, "quant_state": state_of(m)}
+
+    def restore(self, m: Any, name: str, state: dict[str, Any]) -> None:
+        weight = moved(state["weight"], self.where(m)[0])  # with its quant_state
+        self._set(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
+
+    def compute_dtype(self, m: Any) -> torch.dtype | None:
+        state = state_of(m)
+        if state is not None:
+            return getattr(state, "original_dtype", state.dtype) if is_interleaved(state) else state.dtype
+        return m.weight.dtype if m.weight.is_floating_point() else None
+
+    def unreadable(self, m: Any) -> str | None:
+        weight, state = m.weight, state_of(m)
+        if state is None:
+            return "its weight is not quantized yet: bitsandbytes does so in .to(device), also in .to('cpu')"
+        size, wanted = weight.numel() * weight.element_size() * 2, math.prod(state.shape)
+        storage = getattr(weight, "quant_storage", weight.dtype)
+        if weight.dtype != storage and not is_interleaved(state):
+            return f"its codes were cast from {storage} to {weight.dtype}, which destroys them: load the model again"
+        if size < wanted:
+            return f"its codes are {size} of {wanted}: they are sharded"
+        return lacking("dequantize_4bit")
+
+    def ready(self, m: Any) -> str | None:
+        """Keep the layer out of the layout whose kernel has no backward pass, and take it out where it is in."""
+        if getattr(m, "support_avx512bf16_for_cpu", False):
+            m.support_avx512bf16_for_cpu = False
+        weight, state = m.weight, state_of(m)
+        if weight.is_meta or state is None or not (is_interleaved(state) or is_transposed(state)):
+            return None
+        weight.data, weight.quant_state = plain(weight.data, state)
+        m.quant_state = weight.quant_state
+        return (
+            "bitsandbytes has rearranged weights of 4 bits for a CPU with AVX512-BF16, in a forward pass in eval mode: "
+            "adapters would get no gradients. graft puts them back; their scales stay rounded to bfloat16. Adapt a "
+            "model before its first forward pass to keep them as they are."
+        )
+
+
+def state_of(m: Any) -> Any:
+    """Return the quant_state; of a weight that FSDP has made a plain parameter of, the module keeps it."""
+    state = getattr(m.weight, "quant_state", None)
+    return getattr(m, "quant_state", None) if state is None else state
+
+
+def is_interleaved(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def is_transposed(state: Any) -> bool:
+    """Say whether bitsandbytes has put the codes back (for `state_dict()`), and forgotten the scales."""
+    return state.absmax.dim() == 2
+
+
+def plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return codes and quant_state as they were before bitsandbytes rearranged them for AVX512-BF16.
+
+    There a block of 32 rows, (32, K/2, 2) codes, is held as (K/2, 32, 2), each 64 codes as 32 low and 32 high halves of
+    bytes; and the scales (N, K/blocksize) transposed, in bfloat16, no longer quantized themselves.
+    """
+    if not (is_interleaved(state) or is_transposed(state)):
+        return data, state
+    state = copy.copy(state)
+    state.absmax = state.absmax.T.reshape(-1).float()
+    if not is_interleaved(state):
+        return data, state
+    rows, columns = state.shape
+    halves = data.reshape(-1, BLOCK)
+    codes = torch.cat([halves & 15, halves >> 4], 1).view(rows // BLOCK, columns // 2, BLOCK, 2).transpose(1, 2)
+    packed = (codes[..., 0] << 4 | codes[..., 1]).reshape(state.original_qshape)
+    state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+    state.nested, state.state2, state.offset = False, None, None
+    return packed.view(getattr(state, "original_storage_type", None) or packed.dtype), state
+
+
+class Eight(Quantized):
+    """Linear8bitLt: `weight` holds codes; a scale for each row is with it or, after a forward pass, in `state`."""
+
+    name = "bnb 8bit"
+
+    def values(self, m: Any) -> Tensor:
+        return dense(m.weight.data, scales_of(m))
+
+    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+        codes, scales = (W, None) if m.weight.has_fp16_weights else quantized(W)
+        return {"codes": codes, "scales": scales}
+
+    def fixed(self, m: Any, name: str = "weight") -> str | None:
+        return super().fixed(m, name) or (lacking("int8_vectorwise_quant") if name == "weight" else None)
+
+    def snapshot(self, m: Any, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+        return {"codes": m.weight.data, "scales": scales_of(m)}
+
+    def kept(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
+        return dense(**state)
+
+    def compute_dtype(self, m: Any) -> torch.dtype | None:
+        return m.weight.dtype if m.weight.is_floating_point() else None
+
+    def unreadable(self, m: Any) -> str | None:
+        if m.weight.is_floating_point():
+            return lacking("int8_vectorwise_quant")
+        return "its weight has no scales (SCB): load the model again" if scales_of(m) is None else None
+
+    def _set(self, m: Any, values: dict[str, Any]) -> None:  # type: ignore[override]
+        old, codes, scales = m.weight, values["codes"], values["scales"]
+        rounds = dict(requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
+        m._parameters["weight"] = type(old)(codes, CB=None if scales is None else codes, SCB=scales, **rounds)
+        if hasattr(m, "state"):
+            m.state.reset_grads()  # the next forward pass takes codes and scales from the weight
+
+
+def scales_of(m: Any) -> Tensor | None:
+    """Return the scales of codes (N,); None if the module rounds a weight of floats at each forward pass."""
+    if m.weight.is_floating_point():
+        return None
+    own = getattr(m.weight, "SCB", None)
+    return own if own is not None else getattr(getattr(m, "state", None), "SCB", None)
+
+
+def quantized(W: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales, *_ = functional().int8_vectorwise_quant(W.contiguous().half())
+    return codes, scales
+
+
+def dense(codes: Tensor, scales: Tensor | None) -> Tensor:
+    """Return the values of codes, or of what a module makes of floats."""
+    dtype = None
+    if scales is None:
+        dtype, (codes, scales) = codes.dtype, quantized(codes)
+    return (codes * (scales * (1 / 127))[:, None]).to(dtype)
+
+
+MODULES = {"bitsandbytes.nn.modules.Linear4bit": Four(), "bitsandbytes.nn.modules.Linear8bitLt": Eight()}

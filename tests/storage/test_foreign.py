@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.storage import DENSE, FOREIGN, find_store, find_tensor_store
+from graft.storage import DENSE, FOREIGN, PACKED, find_store, find_tensor_store
 from tests.conformance.samples import disturb
 from tests.conformance.stores import Coded, held
 from tests.models import seeded
@@ -154,20 +154,133 @@ def test_merging_is_refused_and_the_adapter_is_not_lost(kind, safe):
 
 READERS = {
     "DoRA": lora(use_dora=True),
-    "PiSSA": lora(init_lora_weights="pissa"),
     "HiRA": graft.HiraConfig(r=2, target_modules=["0"]),
     "MiSS bat": graft.MissConfig(r=2, init_weights="bat", target_modules=["0"]),
+    "OFT": graft.OFTConfig(oft_block_size=2, target_modules=["0"]),
+    "PSOFT": graft.PsoftConfig(r=2, ab_svd_init="psoft_init", target_modules=["0"]),
 }
+
+
+def beside(kind):
+    """The same layers, the first of which is dense."""
+    base, plain = net(kind), nn.Linear(6, 4)
+    plain.weight.data = weight_by_hand(base[0])
+    plain.bias = base[0].bias
+    return nn.Sequential(plain, *base[1:]).requires_grad_(False).eval()
+
+
+def weight_by_hand(layer):
+    with torch.no_grad():
+        return (layer(torch.eye(6)) - layer(torch.zeros(1, 6))).T.contiguous()
 
 
 @kinds
 @pytest.mark.parametrize("method", READERS)
-def test_what_reads_the_weight_is_refused_before_anything_has_changed(kind, method):
-    base = net(kind)
+def test_what_reads_the_weight_has_it_from_a_layer_that_is_linear(kind, method):
+    def run(base):
+        with seeded(1):
+            model = disturb(graft.get_peft_model(base, copy.copy(READERS[method])))
+        x = X.clone().requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        return model, [y, x.grad, *[p.grad for p in model.parameters() if p.grad is not None]]
+
+    (model, ours), (_, theirs) = run(net(kind)), run(beside(kind))
+    assert len(ours) == len(theirs) > 2
+    assert_close(ours, theirs)
+    with pytest.raises(NotImplementedError, match=f"{KINDS[kind][1]}.*, and graft does not know how to write it"):
+        model.merge_adapter()
+    expected = model(X)
+    plain = model.merge_and_unload(dequantize=True)
+    assert type(plain[0]) is nn.Linear
+    assert_close(plain(X), expected)
+
+
+def test_nothing_is_kept_of_what_was_read():
+    layer = Int8(6, 4)
+    layer.train()
+    layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    before = dict(vars(layer)), torch.random.get_rng_state()
+    assert FOREIGN.unread(layer, "weight") is None
+    W = FOREIGN.read(layer, "weight")
+    assert_close(W, layer.weight * layer.scale)
+    assert vars(layer) == before[0] and torch.equal(torch.random.get_rng_state(), before[1])
+    layer.weight.data.zero_()
+    assert not FOREIGN.read(layer, "weight").any()
+
+
+class Bent(Beside):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Gentle(Beside):
+    """Bends where its output is large."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-2, 2)
+
+
+class Summing(Beside):
+    def forward(self, x):
+        return super().forward(x).cumsum(0)
+
+
+class Twice(Beside):
+    """Adds its bias two times."""
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+class Fails(Beside):
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            raise RuntimeError("no kernel for this device")
+        return super().forward(x)
+
+
+NOT_LINEAR = {
+    Bent: "it is not linear",
+    Gentle: "it is not linear",
+    Summing: "it is not linear",
+    Twice: "its output for an input of zeros is not its bias",
+    Fails: "running the layer to read it ends in RuntimeError: no kernel for this device",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_LINEAR)
+def test_what_is_not_linear_is_refused_before_anything_has_changed(kind):
+    with seeded(0):
+        base = nn.Sequential(kind(6, 4))
     names, plain = [name for name, _ in base.named_modules()], base(X)
-    with pytest.raises(UnsupportedLayerError, match=f"needs its weight, and {KINDS[kind][1]}"):
-        graft.get_peft_model(base, copy.copy(READERS[method]))
+    why = f"{kind.__name__} has a forward of its own, .*, and {NOT_LINEAR[kind]}"
+    with pytest.raises(UnsupportedLayerError, match=f"needs its weight, and {why}"):
+        graft.get_peft_model(base, lora(use_dora=True))
     assert [name for name, _ in base.named_modules()] == names and torch.equal(base(X), plain)
+    model = graft.get_peft_model(base, lora())
+    with pytest.raises(NotImplementedError, match=f"Cannot dequantize layer '0': {why}"):
+        model.merge_and_unload(dequantize=True)
+
+
+def test_a_layer_on_the_meta_device_is_refused():
+    base = nn.Sequential(Int8(6, 4)).to("meta")
+    with pytest.raises(UnsupportedLayerError, match="on the meta device"):
+        graft.get_peft_model(base, lora(use_dora=True))
+
+
+@kinds
+def test_an_initialisation_that_changes_the_base_is_refused(kind):
+    with pytest.raises(UnsupportedLayerError, match=f"which it would change: {KINDS[kind][1]}"):
+        graft.get_peft_model(net(kind), lora(init_lora_weights="pissa"))
+
+
+def test_a_parameter_of_codes_is_no_target():
+    base = net("codes")
+    config = graft.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
+    with pytest.raises(UnsupportedLayerError, match=r"its weight holds int8, .*: load the base model dequantized"):
+        graft.get_peft_model(base, config)
+    assert type(base[0]) is Int8
 
 
 @kinds
@@ -259,4 +372,4 @@ def test_the_rule(make, store):
 
 def test_a_parameter_that_its_module_computes_with_is_dense_whatever_the_forward():
     assert find_tensor_store(Shifted(6, 4), "weight").store is DENSE
-    assert find_tensor_store(with_unknown(), "weight").store is FOREIGN
+    assert find_tensor_store(with_unknown(), "weight").store is PACKED

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, LowRank, Update
-from graft.core.ops import META, OPS, is_stock
+from graft.core.ops import META, OPS
 from graft.core.site import Site
 
 if TYPE_CHECKING:
@@ -173,14 +173,10 @@ class Method:
         whole = effect.whole or getattr(effect, "input_of", None) or getattr(effect, "block", False)
         if not (site.op.known or whole):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
-        reads = effect.reads or self.inits_from_weight()
+        reads = effect.reads or self.inits_from_weight() or site.op.opaque
         why = site.store.unread(site.module, site.parameter) if reads else None
         if why is not None:
             return f"{name} needs its weight, and {why}"
-        folds = getattr(effect, "folds", False)
-        known: Any = OPS.origin(type(site.module)) if folds else None
-        if known is not None and not is_stock(site.module):
-            return f"Its forward is not that of {known.__name__}, and {name} would call the latter"
         return None
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:

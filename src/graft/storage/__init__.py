@@ -11,9 +11,9 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.ops import OPS, Linear, replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage import bnb, bnb_embedding
+from graft.storage import bnb, bnb_embedding, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
-from graft.storage.foreign import Foreign
+from graft.storage.foreign import ByIdentity, Foreign, Packed
 from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
 from graft.storage.quantized import Quantized
@@ -21,9 +21,10 @@ from graft.storage.within import Within, innermost
 
 DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
+PACKED: Store = Packed()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
-FILES: tuple[Any, ...] = (bnb, bnb_embedding)  # of packed weights
+FILES: tuple[Any, ...] = (bnb, bnb_embedding, torchao)  # of packed weights
 
 for file in FILES:
     for row, kept_so in getattr(file, "TENSORS", {}).items():
@@ -36,17 +37,21 @@ for file in FILES:
 def find_store(module: nn.Module) -> Store:
     """Return the store of a module's weight: that of the module's type, else of the weight's type, else DENSE.
 
-    A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN.
+    A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN; so is
+    what a layer that is known to be linear has in place of one.
     """
-    store = STORES.find(type(module))
-    if store is not None:
-        return store
+    kind = type(module)
+    known: Any = STORES.origin(kind)
+    if known is not None:
+        return STORES.find(kind) if kind.forward is known.forward else FOREIGN  # type: ignore[return-value]
     return FOREIGN if replaced_forward(module) is not None else of_tensor(module, "weight")
 
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
-    return Within(STORES.find(type(module)) or of_tensor(module, name), name)
+    own = STORES.find(type(module))
+    store = of_tensor(module, name) if own is None else own
+    return Within(PACKED if store is FOREIGN or isinstance(own, Quantized) else store, name)
 
 
 def of_tensor(module: nn.Module, name: str) -> Store:
@@ -88,8 +93,10 @@ def numel(p: Any) -> int:
 __all__ = [
     "DENSE",
     "FOREIGN",
+    "PACKED",
     "STORES",
     "TENSORS",
+    "ByIdentity",
     "Dense",
     "Quantized",
     "find_store",

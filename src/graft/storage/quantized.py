@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
+from graft.core.ops import find_op
 from graft.storage.dense import Dense
-from graft.storage.foreign import strange_forward
 from graft.storage.offload import hooks_of
 
 
@@ -51,7 +51,7 @@ class Quantized(Dense):
         device = self.where(m)[0]
         if device is not None and device.type == "meta":
             return "its packed weight is on the meta device, not loaded: have the model on real devices first"
-        return self.unreadable(m) or strange_forward(m)
+        return self.unreadable(m)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         if name != "weight":
@@ -95,7 +95,7 @@ class Quantized(Dense):
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return a plain linear layer that holds the same values, in the dtype of its inputs."""
-        W, bias = self.read(m), getattr(m, "bias", None)
+        W, bias = find_op(m).canon(self.read(m)), getattr(m, "bias", None)
         W = W.to(dtype or W.dtype)
         made = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
         made.weight = nn.Parameter(W, requires_grad=False)

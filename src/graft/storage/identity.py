@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight of a linear layer by its own forward: what it makes of the rows of the identity matrix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.storage.dense import NUMBERS
+
+ROWS = 512  # of the identity in one call
+TOLERANCE = 0.03  # relative: activations may be rounded to 8 bits
+SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows, so that what bends or clips is seen
+
+
+def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, in) of a linear layer, as new memory."""
+    run = quiet(m)
+    W = torch.empty(dims, device=device, dtype=dtype)
+    for columns, rows in _blocks(dims[1], device, dtype):
+        W[:, columns] = _output(run, rows).T
+    return W
+
+
+def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
+    """Say why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
+    run, biased = quiet(m), quiet(m, keep_bias=True)
+    x = torch.randn(len(SIZES), dims[1], generator=torch.Generator().manual_seed(0)) * torch.tensor(SIZES)[:, None]
+    x = x.to(device, dtype)
+    y, sums = _output(run, x), torch.zeros(len(SIZES), dims[0], device=device)
+    for columns, rows in _blocks(dims[1], device, dtype):
+        sums += x[:, columns].float() @ _output(run, rows).float()
+    if y.shape != sums.shape or not _near(sums, y.float()):
+        return "it is not linear: its output is not the sum of what it makes of each input"
+    zero = _output(biased, torch.zeros_like(x[:1]))[0]
+    bias = getattr(m, "bias", None)
+    if not _near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
+        return "its output for an input of zeros is not its bias"
+    return None
+
+
+def quiet(m: nn.Module, keep_bias: bool = False) -> nn.Module:
+    """Return a module with the same tensors, without hooks, in evaluation mode and with a bias of zeros.
+
+    What its forward sets on itself is lost, so that a reading leaves nothing behind.
+    """
+    made = copy.copy(m)
+    made.__dict__.update({key: type(v)(v) for key, v in m.__dict__.items() if key in _OWN})
+    made.__dict__.update({key: type(v)() for key, v in m.__dict__.items() if "_hooks" in key and v is not None})
+    made.__dict__["training"] = False
+    for name, child in m._modules.items():
+        made._modules[name] = None if child is None else quiet(child, keep_bias=True)
+    bias = getattr(m, "bias", None)
+    if isinstance(bias, Tensor) and not keep_bias:
+        held: Any = next((made.__dict__[key] for key in _OWN if "bias" in made.__dict__[key]), made.__dict__)
+        held["bias"] = torch.zeros_like(bias.detach())
+    return made
+
+
+_OWN = ("_parameters", "_buffers", "_modules")
+
+
+def tensors_of(m: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a module, its weight first, and those that it holds as plain attributes last."""
+    held = {**m._parameters, **m._buffers}
+    for t in (held.pop("weight", None), *held.values(), *vars(m).values()):
+        if isinstance(t, Tensor):
+            yield t
+    for child in m.children():
+        yield from tensors_of(child)
+
+
+def dtype_of(m: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the numbers that a module holds beside its codes: its bias, its scales."""
+    bias = getattr(m, "bias", None)
+    named: Any = getattr(m, "compute_dtype", None)
+    if isinstance(bias, Tensor) and bias.dtype in NUMBERS:
+        return bias.dtype
+    if isinstance(named, torch.dtype):
+        return named
+    return next((t.dtype for t in tensors_of(m) if t.dtype in NUMBERS), None)
+
+
+def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows of the identity, and which they are."""
+    for start in range(0, n, ROWS):
+        size = min(ROWS, n - start)
+        rows = torch.zeros(size, n, device=device, dtype=dtype)
+        rows.diagonal(start).fill_(1)
+        yield slice(start, start + size), rows
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _output(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        y: Any = m.forward(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _near(found: Tensor, goal: Tensor) -> bool:
+    scale = goal.norm(dim=-1)
+    return bool(((found - goal).norm(dim=-1) <= TOLERANCE * scale + 1e-6).all())

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stores of torchao's tensors, which a plain module holds in place of its weight.
+
+A tensor knows all its settings, so that a new one is made as the old one was, whatever the model's config says of
+other layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from graft.storage.quantized import Quantized
+from graft.storage.straight import go_straight
+
+Again = Callable[[Any, Tensor], Tensor]  # (the old tensor, new values) → a tensor like the old one
+
+
+class TorchAO(Quantized):
+    """`again` quantizes anew; None where graft does not know how the class does that."""
+
+    name = "torchao"
+
+    def __init__(self, again: Again | None = None):
+        self.again = again
+
+    def values(self, m: nn.Module) -> Tensor:
+        return dequantized(m.weight)
+
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+        old: Any = m.weight
+        if (scale := pre_scale(old)) is not None:
+            W = W / scale
+        return {"weight": nn.Parameter(self.again(old, W), requires_grad=False)}  # type: ignore[misc]
+
+    def compute_dtype(self, m: nn.Module) -> torch.dtype:
+        return m.weight.dtype  # type: ignore[return-value]
+
+    def unreadable(self, m: nn.Module) -> str | None:
+        kind: Any = type(m.weight)
+        if kind.dequantize is Tensor.dequantize:
+            return f"its weight is torchao's {kind.__name__}, which only its kernels can unpack"
+        return None
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        why = super().fixed(m, name)
+        if why is None and name == "weight" and self.again is None:
+            return f"its weight is torchao's {type(m.weight).__name__}, which graft cannot quantize anew"
+        return why
+
+    def ready(self, m: nn.Module) -> None:
+        """Give layers that round their inputs a gradient: torchao's rounding passes none on."""
+        kind: Any = type(m.weight)
+        if rounds_inputs(m.weight) and self.unreadable(m) is None:
+            go_straight(kind, linear, rounds_inputs, dequantized)
+
+
+def rounds_inputs(weight: Any) -> bool:
+    of = ("act_quant_kwargs", "activation_quantization")
+    return any(getattr(weight, name, None) is not None for name in of)
+
+
+def dequantized(weight: Any) -> Tensor:
+    """Return what a weight does: values, times the scales of its inputs."""
+    W: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
+    scale = pre_scale(weight)
+    return W if scale is None else W * scale
+
+
+def pre_scale(weight: Any) -> Tensor | None:
+    """Return the scales of the inputs (in,) that AWQ and SmoothQuant have taken out of a weight."""
+    return getattr(weight, "act_pre_scale", None)
+
+
+def granularity(old: Any) -> Any:
+    from torchao.quantization import granularity as of
+
+    block, shape = tuple(old.block_size or ()), tuple(old.shape)
+    if block in ((), shape):
+        return of.PerTensor()
+    if block == (1, shape[1]):
+        return of.PerRow()
+    return of.PerGroup(block[1]) if block[0] == 1 else of.PerBlock(block)
+
+
+def mapping(old: Any) -> Any:
+    from torchao.quantization.quant_primitives import MappingType
+
+    shifted = old.zero_point is not None and bool(old.zero_point.any())
+    return MappingType.ASYMMETRIC if shifted else MappingType.SYMMETRIC
+
+
+def int8(old: Any, W: Tensor) -> Tensor:
+    kept = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
+    settings = {name: getattr(old, name) for name in kept}
+    return type(old).from_hp(W, granularity(old), mapping(old), **settings)  # type: ignore[no-any-return]
+
+
+def float8(old: Any, W: Tensor) -> Tensor:
+    settings = {name: getattr(old, name) for name in ("mm_config", "kernel_preference", "act_quant_kwargs")}
+    return type(old).from_hp(W, old.qdata.dtype, granularity(old), **settings)  # type: ignore[no-any-return]
+
+
+def intx(old: Any, W: Tensor) -> Tensor:
+    made = type(old).from_hp(
+        W.to(old.scale.dtype),
+        tuple(old.block_size),
+        old.target_dtype,
+        mapping_type=mapping(old),
+        activation_quantization=old.activation_quantization,
+    )
+    inner = [getattr(made, name) for name in ("qdata", "scale", "zero_point", "target_dtype", "block_size")]
+    return type(old)(*inner, old.dtype, old.activation_quantization)  # type: ignore[no-any-return]
+
+
+def nf4(old: Any, W: Tensor) -> Tensor:
+    return type(old).from_tensor(W.contiguous(), old.block_size, old.scaler_block_size)  # type: ignore[no-any-return]
+
+
+TENSORS = {
+    "torchao.quantization.Int8Tensor": TorchAO(int8),
+    "torchao.quantization.Float8Tensor": TorchAO(float8),
+    "torchao.quantization.IntxUnpackedToInt8Tensor": TorchAO(intx),
+    "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor": TorchAO(nf4),
+    "torchao.utils.TorchAOBaseTensor": TorchAO(),  # Int4Tensor and its like, which have no `dequantize`, and others
+}

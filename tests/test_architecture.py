@@ -309,7 +309,7 @@ NAMES_OF_TORCH = """
 _modules _parameters _buffers _non_persistent_buffers_set _version _C _orig_mod _compiled_call_impl _utils _get_name
 _reversed_padding_repeated_twice _execution_engine _is_compiling_flag _current_level _current_graph_task_id
 _global_forward_pre_hooks _global_forward_hooks _global_backward_pre_hooks _global_backward_hooks
-_make_wrapper_subclass
+_make_wrapper_subclass _is_view
 _foreach_copy_ _foreach_zero_ _foreach_mul_ _foreach_norm _post_accumulate_grad_hooks _asdict _replace _getframe
 """
 TORCHS = frozenset(NAMES_OF_TORCH.split())

@@ -67,12 +67,13 @@ def take_out(lora: Any, A: Tensor, B: Tensor) -> None:
             f"{title} changes the base weights of the model and should thus not be used with other adapters. Consider "
             f"saving the {title} adapter as plain LoRA, with path_initial_model_for_weight_conversion."
         )
-    changed = without(lora, W, A, B)
+    before, changed = sample(W), without(lora, W, A, B)
+    layer.rewrite_base(changed)
     if lora.keeps_shift:
         shift = lora.lora_shift
         shift.A, shift.B = A.detach().float(), B.detach().float()
-        shift.sample, shift.done = torch.stack([sample(W), sample(changed)]), True
-    layer.rewrite_base(changed)
+        after = changed if layer.store.exact else layer.W0  # which has been rounded
+        shift.sample, shift.done = torch.stack([before, sample(after)]), True
 
 
 def title_of(lora: Any) -> str:

@@ -24,10 +24,11 @@ def restored(lora: Any, stored: Tensors) -> Tensors:
         if not complete:  # the base stays as this adapter has it
             return stored | here
         if not all(torch.equal(stored_shift[n].to(here[NAME, n]), here[NAME, n]) for n in "AB"):
-            if lora.cfg.init_lora_weights == "loftq":
+            if lora.cfg.init_lora_weights == "loftq" or not lora.layer.store.exact:
                 raise ConfigError(
-                    f"Adapter '{lora.name}' cannot take the values of this file: on layer '{lora.site.key}' LoftQ has "
-                    "quantized another weight, which cannot be undone. Load it onto a fresh base model."
+                    f"Adapter '{lora.name}' cannot take the values of this file: on layer '{lora.site.key}' "
+                    f"{title_of(lora)} has quantized another weight, which cannot be undone. Load it onto a fresh base "
+                    "model."
                 )
             shift.before = here[NAME, "A"].clone(), here[NAME, "B"].clone()
         return stored

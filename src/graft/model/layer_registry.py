@@ -26,8 +26,8 @@ from graft.inject.survey import Tree, nest_of, survey
 from graft.io.base import original
 from graft.methods import method_of
 from graft.model.registry import Registry
-from graft.storage import DENSE, Quantized, innermost
-from graft.storage.packed import dtype_beside
+from graft.storage import DENSE, Quantized, find_store, innermost
+from graft.storage.packed import dtype_beside, unmark
 
 
 class LayerRegistry(Registry):
@@ -273,7 +273,10 @@ class LayerRegistry(Registry):
         """Merge for good and return the plain model: see `LayerTuner.merge_and_unload`."""
         with self._dequantized(adapter_names) if dequantize else nullcontext():
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
-        return self.unload()
+        plain = self.unload()
+        if dequantize and all(find_store(m).exact for m in plain.modules()):
+            unmark(plain)
+        return plain
 
     @contextmanager
     def _dequantized(self, adapter_names: list[str] | None) -> Iterator[None]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,3 +32,13 @@ def is_quantized(model: nn.Module) -> bool:
 def dtype_beside(parameters: Iterable[Tensor]) -> torch.dtype | None:
     """Return the dtype of the first parameter that is not packed: most likely that of a model's hidden states."""
     return next((p.dtype for p in parameters if type(p) in PLAIN and p.dtype in NUMBERS), None)
+
+
+def unmark(model: Any) -> None:
+    """Take the marks off a model that holds nothing packed any more, so that it is saved as a plain one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for flag in FLAGS:
+        if getattr(model, flag, False):
+            setattr(model, flag, False)

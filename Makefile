@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-PACKAGES = $(patsubst tests/packages/test_%.py,%,$(wildcard tests/packages/test_*.py))
+PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-all test-storages mutations fuzz check bench demo demo-lm compare clean
 
@@ -38,7 +38,7 @@ test-storages: $(PACKAGES:%=test-storages-%)
 # a package that quantizes models, in a folder of its own: several slow or break other imports where they are found
 test-storages-%: $(VENV)/packages/%/.installed
 	TORCHDYNAMO_DISABLE=1 GRAFT_TESTS_PACKAGE=$* PYTHONPATH=$(abspath $(<D)) \
-		$(BIN)/python -m pytest -n 2 tests/packages/test_$*.py
+		$(BIN)/python -m pytest -n 2 $(wildcard tests/packages/test_$**.py)
 
 .PRECIOUS: $(VENV)/packages/%/.installed
 $(VENV)/packages/%/.installed: tests/packages/%.txt | $(VENV)/.test

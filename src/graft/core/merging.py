@@ -170,14 +170,17 @@ def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
 
 
 def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
-    """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None."""
+    """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None.
+
+    On a rounded weight they cannot: it would be rounded once more for each.
+    """
     done = layer.state.merged
     steps = ordered(layer, [layer.methods[n] for n in (*done, *names) if n in layer.methods])
     if not done:
         return steps, steps
     new = [step for step in steps if step[0].name not in done]
     on_top = steps[len(steps) - len(new) :] == new or all(effect.additive for _, effect in steps)
-    return steps, new if on_top else None
+    return steps, new if on_top and layer.store.exact else None
 
 
 def merge(layer: Any, names: list[str], undoable: bool) -> None:

@@ -22,11 +22,12 @@ def is_packed(p: nn.Parameter) -> bool:
 
 def dtype_is_fixed(model: nn.Module) -> bool:
     method = getattr(model, "quantization_method", None)
-    return getattr(method, "value", method) in FIXED
+    return getattr(method, "value", method) in FIXED or bool(getattr(model, "hqq_quantized", False))
 
 
-def is_quantized(model: nn.Module) -> bool:
-    return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in FLAGS)
+def is_marked(model: nn.Module) -> bool:
+    """Say whether the one who loaded a model says that it is quantized."""
+    return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
 
 
 def dtype_beside(parameters: Iterable[Tensor]) -> torch.dtype | None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from graft.core.errors import PeftWarning, warn
-from graft.storage.packed import dtype_is_fixed, is_packed, is_quantized
+from graft.storage import Quantized, find_store
+from graft.storage.packed import dtype_is_fixed, is_marked, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -24,21 +25,23 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze `model`, widen its half-precision weights (norms, head) to float32, and turn on gradient checkpointing.
 
-    Turn on checkpointing only if the base is quantized. As in PEFT, widen a half-precision base that is not quantized
-    as well. Change the model in place and return it.
+    Turn on checkpointing only if the base is quantized, by a method that PEFT knows or any other. Scales of packed
+    weights keep their dtype. As in PEFT, widen a half-precision base that is not quantized as well. Change the model in
+    place and return it.
 
     Args:
         gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`, such as {"use_reentrant": False}.
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
-    widen = not dtype_is_fixed(model)
+    widen, packed = not dtype_is_fixed(model), [m for m in model.modules() if isinstance(find_store(m), Quantized)]
+    narrow = {p for m in packed for name, p in m._parameters.items() if name != "bias"}
     for p in model.parameters():
         p.requires_grad_(False)
-        if widen and p.dtype in HALF and not is_packed(p):
+        if widen and p.dtype in HALF and p not in narrow and not is_packed(p):
             p.data = p.data.to(torch.float32)
     if auto_clear_cache:
         clear_cache()
-    if use_gradient_checkpointing and is_quantized(model):
+    if use_gradient_checkpointing and (packed or is_marked(model)):
         checkpoint(model, gradient_checkpointing_kwargs or {})
     return model
 

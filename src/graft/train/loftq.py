@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.hub import fetch
-from graft.core.errors import CheckpointError, ConfigError
+from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.inject.parts import registry_of
 from graft.methods.lora.loftq import decomposed
 
@@ -44,9 +44,15 @@ def replace_lora_weights_loftq(
         raise TypeError("The passed model does not appear to be a valid PeftModel")
     registry.check_known([adapter_name])
     held = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
-    layers = {key: m for key, m in held.items() if not m.store.exact and m.op.linear and hasattr(m, "lora_A")}
+    packed = {key: m for key, m in held.items() if not m.store.exact and m.op.linear and hasattr(m, "lora_A")}
+    reasons = {key: m.store.unread(m.base_layer, m.site.parameter) for key, m in packed.items()}
+    layers = {key: m for key, m in packed.items() if reasons[key] is None}
     if not layers:
-        raise ConfigError("No bnb LoRA module found on the model: no layer of the adapter is quantized.")
+        why = f"layer '{next(iter(packed))}' cannot be read: {reasons[next(iter(packed))]}." if packed else ""
+        raise ConfigError(f"No bnb LoRA module found on the model: {why or 'no layer of the adapter is quantized.'}")
+    if len(layers) < len(packed):
+        key = next(key for key in packed if key not in layers)
+        warn(f"{len(packed) - len(layers)} layers keep their A and B, such as '{key}': {reasons[key]}.", PeftWarning)
     weights = Weights(model_path or name_of(registry.model), registry.model)
     files = {key: weights.file_of(key, layer) for key, layer in layers.items()}
     for key, layer in layers.items():

@@ -23,6 +23,7 @@ from graft.inject.size import made_early
 from graft.inject.survey import site_of
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from graft.storage import hold_bias
 
 
 def build(job: Any) -> None:
@@ -36,6 +37,10 @@ def build(job: Any) -> None:
     before = list(job.shared.containers)
     orient(job.cfg, job.sites.values())
     try:
+        for module in job.loose:
+            bias, release = hold_bias(module)
+            job.biases.append(bias)
+            job.released.append(release)
         share(job)
         add_layers(job)
         add_saved(job, heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -88,6 +88,8 @@ class Injection:
     followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
     row_followers: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
     biases: list[nn.Parameter] = field(default_factory=list)  # biases of the base model that train
+    loose: list[nn.Module] = field(default_factory=list)  # layers whose bias trains and is no Parameter yet
+    released: list[Callable[[], None]] = field(default_factory=list)  # each undoes that such a bias has become one
 
     # made by `build.build`
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
@@ -176,6 +178,8 @@ class Injection:
             layer.forget(self.adapter)
         for wrapper in self.tree.wrappers.values():
             wrapper.forget(self.adapter)
+        for release in self.released:
+            release()
         self.shared.forget(self.adapter)
         self.shared.take_out(set(self.shared.containers) - set(shared_before))
 

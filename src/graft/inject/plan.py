@@ -20,6 +20,7 @@ from graft.inject.survey import Tree, kind_of, site_of
 from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import embedding_path, expand, tied_to_embedding
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from graft.storage import loose_bias
 
 MOST_WARNINGS = 100  # about entries of one field
 
@@ -52,8 +53,9 @@ def find(job: Any) -> None:
     job.tokens = token_targets(cfg, model, tree, adapter)
     job.row_followers = following_tokens(job.tokens, cfg, model, tree)
     check_tokens(job.tokens, job.row_followers, adapted, job.saved, tree, adapter)
-    job.biases = biases_of(cfg, model, [tree.modules[key] for key in adapted if key in tree.modules], job.saved)
-    job.report.other_trainable = sum(b.numel() for b in job.biases)
+    targeted = [tree.modules[key] for key in adapted if key in tree.modules]
+    job.biases, job.loose = biases_of(cfg, model, targeted, job.saved)
+    job.report.other_trainable = sum(b.numel() for b in (*job.biases, *(layer.bias for layer in job.loose)))
 
 
 def match(job: Any) -> dict[str, Verdict]:
@@ -147,17 +149,24 @@ def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: 
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
 
-def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]) -> list[nn.Parameter]:
-    """Return the base model's biases that train. Modules trained whole have their own, in the adapter's copy."""
+def biases_of(
+    cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]
+) -> tuple[list[nn.Parameter], list[nn.Module]]:
+    """Return the base model's biases that train, and packed layers whose biases are no Parameters and will train.
+
+    Modules trained whole have their own, in the adapter's copy.
+    """
     bias = getattr(cfg, "bias", "none")
     if bias == "none":
-        return []
+        return [], []
     if bias == "all":
         inside = tuple(f"{key}." for key in whole)
-        return [p for name, p in model.named_parameters() if "bias" in name and not name.startswith(inside)]
-    # "<method>_only": those of the adapted layers
-    layers = [getattr(module, "base_layer", module) for module in adapted]
-    return [b for layer in layers if (b := getattr(layer, "bias", None)) is not None]
+        held = [p for name, p in model.named_parameters() if "bias" in name and not name.startswith(inside)]
+        layers = [m for name, m in model.named_modules() if not f"{name}.".startswith(inside)]
+    else:  # "<method>_only": those of the adapted layers
+        layers = [getattr(module, "base_layer", module) for module in adapted]
+        held = [b for m in layers if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
+    return held, list(dict.fromkeys(m for m in layers if loose_bias(m)))
 
 
 def check_tokens(

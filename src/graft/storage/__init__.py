@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stores: how modules hold weights. Only files in this folder look inside a module for its weight."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
 from graft.core.ops import OPS, Linear, replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage import bnb, bnb_embedding, torchao
+from graft.storage import bnb, bnb_embedding, hqq, quanto, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import ByIdentity, Foreign, Packed
 from graft.storage.offload import standalone
@@ -24,7 +24,7 @@ FOREIGN: Store = Foreign()
 PACKED: Store = Packed()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
-FILES: tuple[Any, ...] = (bnb, bnb_embedding, torchao)  # of packed weights
+FILES: tuple[Any, ...] = (bnb, bnb_embedding, hqq, quanto, torchao)  # of packed weights
 
 for file in FILES:
     for row, kept_so in getattr(file, "TENSORS", {}).items():
@@ -76,6 +76,26 @@ def ready(modules: Iterable[nn.Module]) -> None:
             warn(what, PeftWarning)
 
 
+def loose_bias(module: nn.Module) -> bool:
+    """Say whether a layer with a packed weight has a bias that is no Parameter."""
+    bias = getattr(module, "bias", None)
+    loose = isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter)
+    return loose and isinstance(STORES.find(type(module)), Quantized)
+
+
+def hold_bias(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
+    """Make a layer's bias a Parameter, so that it can train; return it, and what undoes this."""
+    owner: Any = module._buffers if "bias" in module._buffers else module.__dict__
+    before = owner.pop("bias")
+    bias = module._parameters["bias"] = nn.Parameter(before.detach(), requires_grad=False)
+
+    def undo() -> None:
+        del module._parameters["bias"]
+        owner["bias"] = before
+
+    return bias, undo
+
+
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Return device and dtype of the first weight in a module; if offloaded, the device on which it computes."""
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
@@ -101,7 +121,9 @@ __all__ = [
     "Quantized",
     "find_store",
     "find_tensor_store",
+    "hold_bias",
     "innermost",
+    "loose_bias",
     "numel",
     "of_tensor",
     "place_of",

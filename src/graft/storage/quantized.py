@@ -63,7 +63,7 @@ class Quantized(Dense):
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":
-            return super().fixed(m, name)
+            return None if isinstance(m.__dict__.get(name), Tensor) else super().fixed(m, name)
         if self.calibrated is not None:
             return f"{self.calibrated}, and merging would quantize them anew"
         return self.unread(m)
@@ -71,7 +71,7 @@ class Quantized(Dense):
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """Quantize W as the old weight was, into new tensors: those of a snapshot stay as they are."""
         with torch.no_grad():
-            self._set(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
+            put(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
@@ -79,14 +79,11 @@ class Quantized(Dense):
         return {part: getattr(m, part) for part in self.parts}
 
     def kept(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
-        before = copy.copy(m)  # another thread may run m
-        before.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
-        self._set(before, state)
-        return self.read(before, name)
+        return self.read(shadow(m, state), name)
 
     def restore(self, m: nn.Module, name: str, state: dict[str, Any]) -> None:
         device = self.where(m)[0]
-        self._set(m, {part: moved(value, device) for part, value in state.items()})
+        put(m, {part: moved(value, device) for part, value in state.items()})
 
     def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         found = (getattr(m, part) for part in self.parts)
@@ -113,17 +110,27 @@ class Quantized(Dense):
     def protect(self, y: Tensor) -> Tensor:
         return y
 
-    @staticmethod
-    def _set(m: nn.Module, values: dict[str, Any]) -> None:
-        for part, value in values.items():
-            if part in m._parameters:
-                m._parameters[part] = value
-            else:
-                setattr(m, part, value)
+
+def put(m: nn.Module, values: dict[str, Any]) -> None:
+    for part, value in values.items():
+        if part in m._parameters:
+            m._parameters[part] = value
+        else:
+            setattr(m, part, value)
+
+
+def shadow(m: nn.Module, values: dict[str, Any]) -> nn.Module:
+    """Return a copy of m with these values, and m's own otherwise: another thread may run m."""
+    made = copy.copy(m)
+    made.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
+    put(made, values)
+    return made
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
     """Return a value of a snapshot where the model is now."""
+    if isinstance(value, dict):
+        return {key: moved(inner, device) for key, inner in value.items()}
     if not isinstance(value, Tensor) or device is None or value.device == device:
         return value
     to = value.to(device)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of HQQ's layers: codes, with scale and zero point of each group in a dict. There is no `weight`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.storage.quantized import Quantized
+
+
+class HQQ(Quantized):
+    name = "hqq"
+    parts = ("W_q", "meta")
+
+    def values(self, m: Any) -> Tensor:
+        return m.dequantize()  # type: ignore[no-any-return]
+
+    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+        config = {**m.quant_config, "offload_meta": m.offload_meta}
+        made = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))
+        made.quantize(W, **made.quant_config)
+        return {"W_q": made.W_q, "meta": made.meta}
+
+    def compute_dtype(self, m: Any) -> torch.dtype:
+        return m.compute_dtype  # type: ignore[no-any-return]
+
+    def unreadable(self, m: Any) -> str | None:
+        return None if m.ready else "it is not quantized yet"
+
+    def ready(self, m: Any) -> None:
+        """Freeze a bias that is no Parameter: HQQ takes it from the old layer together with its graph."""
+        if isinstance(m.__dict__.get("bias"), Tensor):
+            m.bias = m.bias.detach()
+
+
+MODULES = {"hqq.core.quantize.HQQLinear": HQQ()}

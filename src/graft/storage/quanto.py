@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of quanto's linear layers, frozen or not: the module quantizes a weight that is not packed at each call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.storage.quantized import Quantized, shadow
+
+
+class Quanto(Quantized):
+    name = "quanto"
+
+    def values(self, m: Any) -> Tensor:
+        return m.qweight.dequantize()  # type: ignore[no-any-return]
+
+    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+        if not m.frozen:
+            return {"weight": nn.Parameter(W, m.weight.requires_grad)}
+        new: Any = shadow(m, {"weight": nn.Parameter(W, requires_grad=False)})
+        return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
+
+    def compute_dtype(self, m: Any) -> torch.dtype:
+        return m.weight.dtype  # type: ignore[no-any-return]
+
+    def unreadable(self, m: Any) -> str | None:
+        return "it has no quantized weight" if m.weight_qtype is None else None
+
+    def protect(self, y: Tensor) -> Tensor:
+        """Copy what is a view: quanto's Function has made it, and then it cannot be written to."""
+        return y.clone() if y._is_view() else y
+
+
+MODULES = {"optimum.quanto.nn.qlinear.QLinear": Quanto()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.table import TypeTable
 from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
@@ -37,6 +38,19 @@ def strange_tensor(m: nn.Module, name: str) -> str | None:
     if t.dtype not in NUMBERS:
         return f"its {name} holds {str(t.dtype).removeprefix('torch.')}, not plain floating-point numbers"
     return None
+
+
+def plain_tensors(t: Tensor) -> list[Tensor] | None:
+    """Return the plain tensors that a tensor is made of; None if its type does not show them."""
+    if type(t) in PLAIN or LIKE_PLAIN.find(type(t)):
+        return [t]
+    if is_traceable_wrapper_subclass(t):
+        parts = [plain_tensors(getattr(t, name)) for name in t.__tensor_flatten__()[0]]
+        return None if None in parts else [p for part in parts for p in part]  # type: ignore[union-attr]
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():  # plain memory with notes on it
+        return [t.detach().as_subclass(Tensor)]
 
 
 class Dense:

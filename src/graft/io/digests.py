@@ -18,8 +18,8 @@ from graft.storage.parallel import is_sharded
 def digests(base: nn.Module, names: Container[str] | None = None, without: Container[str] = ()) -> dict[str, str]:
     """Return "dtype:digest" of each tensor of the base model by its original name.
 
-    Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded, on the meta device or of
-    a type that does not show its bytes, and layers that something is merged into.
+    Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded, on the meta device or
+    of a type that does not show its bytes, and layers that something is merged into.
 
     Args:
         names: those to look at; all if None.

@@ -61,7 +61,7 @@ class Four(Quantized):
 
     def restore(self, m: Any, name: str, state: dict[str, Any]) -> None:
         weight = moved(state["weight"], self.where(m)[0])  # with its quant_state
-        self._set(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
+        self.put(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
 
     def compute_dtype(self, m: Any) -> torch.dtype | None:
         state = state_of(m)
@@ -162,7 +162,7 @@ class Eight(Quantized):
             return lacking("int8_vectorwise_quant")
         return "its weight has no scales (SCB): load the model again" if scales_of(m) is None else None
 
-    def _set(self, m: Any, values: dict[str, Any]) -> None:  # type: ignore[override]
+    def put(self, m: Any, values: dict[str, Any]) -> None:
         old, codes, scales = m.weight, values["codes"], values["scales"]
         rounds = dict(requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
         m._parameters["weight"] = type(old)(codes, CB=None if scales is None else codes, SCB=scales, **rounds)

@@ -71,7 +71,7 @@ class Quantized(Dense):
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """Quantize W as the old weight was, into new tensors: those of a snapshot stay as they are."""
         with torch.no_grad():
-            put(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
+            self.put(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Quantized(Dense):
 
     def restore(self, m: nn.Module, name: str, state: dict[str, Any]) -> None:
         device = self.where(m)[0]
-        put(m, {part: moved(value, device) for part, value in state.items()})
+        self.put(m, {part: moved(value, device) for part, value in state.items()})
 
     def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         found = (getattr(m, part) for part in self.parts)
@@ -106,6 +106,10 @@ class Quantized(Dense):
         Return what a user should know of that, if anything.
         """
         return None
+
+    def put(self, m: nn.Module, values: dict[str, Any]) -> None:
+        """Set `parts`."""
+        put(m, values)
 
     def protect(self, y: Tensor) -> Tensor:
         return y

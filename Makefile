@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all test-storages mutations fuzz check bench demo demo-lm compare clean
+.PHONY: test test-all test-storages mutations fuzz check bench demo demo-lm demo-4bit compare clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -65,6 +65,9 @@ compare: $(VENV)/.demo-lm
 
 demo-lm: $(VENV)/.demo-lm
 	$(BIN)/python -m examples.demo_lm $(DEMO)
+
+demo-4bit: $(VENV)/.demo-lm $(VENV)/packages/bitsandbytes/.installed
+	PYTHONPATH=$(abspath $(VENV)/packages/bitsandbytes) $(BIN)/python -m examples.demo_4bit $(DEMO)
 
 clean:
 	rm -rf $(VENV) out

@@ -28,14 +28,17 @@ def ids() -> dict[str, Tensor]:
 
 
 def adapted(lib: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """With every trainable value away from where it starts: some kernels skip zeros."""
     base = smollm(LAYERS, dtype=dtype).requires_grad_(False)
-    model = lib.get_peft_model(base, config)
+    return moved(lib.get_peft_model(base, config)).train()
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Move every trainable value away from where it starts: some kernels skip zeros."""
     g = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
             p.data.add_(torch.randn(p.shape, generator=g), alpha=0.02)
-    return model.train()
+    return model
 
 
 @dataclass

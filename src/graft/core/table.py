@@ -21,6 +21,9 @@ class TypeTable(Generic[T]):
         self._rows[qualified_name] = entry
         self._found.clear()
 
+    def entry(self, qualified_name: str) -> T:
+        return self._rows[qualified_name]
+
     def names(self) -> list[str]:
         return list(self._rows)
 

@@ -57,7 +57,7 @@ def change_of(m: Any) -> Change:
         if isinstance(effect, Update):
             W, shift = delta_of(layer, effect), shift_of(effect)
         else:
-            before, b = wide(layer.W0), getattr(layer.base_layer, "bias", None)
+            before, b = wide(layer.W0), layer.bias_now
             W, bias = fold_step(layer, m, effect, before, b)
             W, shift = W - before, None if bias is b or bias is None else bias if b is None else bias - b
     return Change(wide(W).flatten(1).unflatten(0, (groups, -1)), None, shift)

@@ -101,7 +101,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             in_features=site.in_features,
             out_features=site.out_features,
             fan_in=site.fan_in,
-            output_is_new=site.op.output_is_new and site.store.exact and is_stock(site.module),
+            output_is_new=site.op.output_is_new and site.store.exact and site.piece is None and is_stock(site.module),
             training=site.module.training,
         )
         self.begin_holding()
@@ -226,6 +226,19 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         return self.op.canon(self.store.read(self.base_layer, self.site.parameter))
 
     @property
+    def bias_now(self) -> Tensor | None:
+        """The bias, with all that is merged into it; None if the layer has none."""
+        bias = getattr(self.base_layer, "bias", None)
+        return bias if bias is None or self.site.piece is None else self.store.read(self.base_layer, "bias")
+
+    def write_bias(self, bias: Tensor) -> None:
+        """Give the base layer's bias other values."""
+        if self.site.piece is None:
+            self.base_layer.bias.data.copy_(bias)
+        else:
+            self.store.write(self.base_layer, "bias", bias, False)
+
+    @property
     def W0(self) -> Tensor:
         """The canonical weight, as it is without any adapter."""
         return self.op.canon(merging.unmerged(self)) if self.state.undo else self.weight_now
@@ -256,7 +269,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         plan = None if self.call.off else self.state.plan
         if plan is None:
             return self.store.read(self.base_layer, self.site.parameter)
-        return self.op.uncanon(plan.fold(self.weight_now, getattr(self.base_layer, "bias", None))[0])
+        return self.op.uncanon(plan.fold(self.weight_now, self.bias_now)[0])
 
     def rewrite_base(self, W: Tensor) -> None:
         """Make W (canonical) the weight without adapters; merged ones stay so. `rollback` undoes it until `settle`.

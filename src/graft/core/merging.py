@@ -198,9 +198,14 @@ def merge(layer: Any, names: list[str], undoable: bool) -> None:
 
 
 @torch.no_grad()
-def folded(layer: Any, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Return weight (canonical) and bias with `steps` folded in, in at least float32, with one rounding at the end."""
-    b: Any = getattr(layer.base_layer, "bias", None)
+def folded(
+    layer: Any, steps: Sequence[Step], from_w0: bool = False, bias_now: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight (canonical) and bias with `steps` folded in, in at least float32, with one rounding at the end.
+
+    bias_now: the bias, if it has been read; returned itself if nothing changes it.
+    """
+    b: Any = layer.bias_now if bias_now is None else bias_now
     W = layer.weight_now
     if from_w0:
         W, b = layer.op.canon(unmerged(layer)), unmerged_bias(layer)
@@ -269,13 +274,13 @@ def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) 
         _add(layer.op, W, products)
         state.merged += names
         return
-    W, bias = folded(layer, steps)
-    old: Any = getattr(base, "bias", None)
+    old: Any = layer.bias_now
+    W, bias = folded(layer, steps, bias_now=old)
     shifted = bias is not None and bias is not old
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
             state.undo.append(("bias", None, old.detach().clone()))
-        base.bias.data.copy_(bias)
+        layer.write_bias(bias)
         state.merged += names
         return
     if undoable:
@@ -284,7 +289,7 @@ def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) 
     if replaced is not None:
         layer._modules["base_layer"] = replaced
     if shifted:
-        layer.base_layer.bias.data.copy_(bias)
+        layer.write_bias(bias)
     state.merged += names
 
 
@@ -314,7 +319,7 @@ def unmerge(layer: Any) -> None:
             elif kept is not None:
                 layer.store.restore(layer.base_layer, layer.site.parameter, kept)
             if bias is not None:
-                layer.base_layer.bias.data.copy_(bias)
+                layer.write_bias(bias)
     state.undo.clear()
     state.merged = []
 
@@ -347,9 +352,9 @@ def unmerged(layer: Any) -> Tensor:
 
 def unmerged_bias(layer: Any) -> Tensor | None:
     """Return the bias without merged adapters."""
-    bias: Any = getattr(layer.base_layer, "bias", None)
     first = next((old for _, _, old in layer.state.undo if old is not None), None)
-    return bias if first is None else first.to(bias.device)
+    bias: Any = getattr(layer.base_layer, "bias", None)
+    return layer.bias_now if first is None else first.to(bias.device)  # type: ignore[no-any-return]
 
 
 def tied_weight(layer: Any) -> nn.Parameter | None:

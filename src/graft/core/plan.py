@@ -9,6 +9,7 @@ outside in, outputs come back; folding weights in the same order gives the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
         kind = Block
     else:
         kind = Sum if all(e.additive for e in effects) else Chain
+    if layer.site.piece is not None:
+        kind = layer.site.piece.plans.get(kind, kind)
     return kind(layer, steps)
 
 
@@ -299,7 +302,7 @@ class Plan:
         There dropout takes out the same inputs for all rows of a call.
         """
         layer = self.layer
-        W, b = layer.weight_now, None if layer.op.opaque else getattr(layer.base_layer, "bias", None)
+        W, b = layer.weight_now, None if layer.op.opaque else layer.bias_now
         for m, effect in self.steps:
             W, b = fold_step(layer, m, effect, W, b, drops=True)
         return W, b
@@ -337,8 +340,12 @@ class Sum(Plan):
         """Return y with the parts of all steps, weighed by the gates of the call."""
         dtype, gates = y.dtype, self.layer.call.weights()
         for m, effect in self.steps:
-            y = y + gates.apply(self.layer, m.name, part_of(self.layer, m, effect, x))
+            y = y + gates.apply(self.layer, m.name, self.part(m, effect, x))
         return y.to(dtype)
+
+    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+        """Return the part that a step adds to the output."""
+        return part_of(self.layer, m, effect, x)
 
 
 class Chain(Plan):
@@ -362,7 +369,7 @@ class Chain(Plan):
 
     def bias(self, n: int) -> Tensor | None:
         """Return the bias of the layer with the first n steps on it."""
-        b = getattr(self.layer.base_layer, "bias", None)
+        b = self.layer.bias_now
         if b is not None and b.is_meta:  # offloaded
             with self.layer.store.at_hand(self.layer, None):
                 b = self.layer.base_layer.bias.clone()
@@ -373,6 +380,25 @@ class Chain(Plan):
             if shift is not None:
                 b = shift if b is None else b + shift
         return b
+
+    # what a layer of which a process computes a piece does in another way
+
+    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+        """Return the part that an additive step adds to the output."""
+        return part_of(self.layer, m, effect, x)
+
+    def low_rank(self, m: Any, f: Factors, x: Tensor) -> Tensor:
+        return low_rank_part(self.layer, m, f, x)
+
+    def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Return the module's output with another (canonical) weight and bias."""
+        return self.layer.op.call(self.layer.base_layer, x, W, b)  # type: ignore[no-any-return]
+
+    def channels(self, v: Tensor) -> Tensor:
+        return self.layer.op.channels(v)  # type: ignore[no-any-return]
+
+    def dropped(self, dropout: Any, x: Tensor) -> Tensor:
+        return dropout(x)  # type: ignore[no-any-return]
 
 
 def way(effect: Effect) -> str:
@@ -403,17 +429,17 @@ def _fold(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kw
 
 def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
     layer, op = plan.layer, plan.layer.op
-    W, b = layer.weight_now, getattr(layer.base_layer, "bias", None)
+    W, b = layer.weight_now, layer.bias_now
     out = W.dtype if op.takes_ids else x.dtype
     for method, step in plan.steps[: n + 1]:
         W, b = fold_step(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
-    y = op.call(layer.base_layer, x if op.takes_ids else x.to(W.dtype), W, b)
+    y = plan.call(x if op.takes_ids else x.to(W.dtype), W, b)
     return y.to(out) if y.dtype == W.dtype else y  # type: ignore[no-any-return]  # autocast chose another
 
 
 def _add(plan: Chain, n: int, m: Any, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     y = plan.through(n, x, args, kwargs)
-    return (y + part_of(plan.layer, m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
+    return (y + plan.part(m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
 
 
 def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -425,23 +451,24 @@ def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kw
         out = fused.joined(layer, f, x)
         if out is not None:
             return out
-    gain = op.channels(f.gain)
+    assert f.gain is not None
+    gain = plan.channels(f.gain)
     y = plan.through(n, x, args, kwargs)
     p = 0.0 if op.takes_ids or f.dropout is None else share_dropped(f.dropout)
     rest = None
     if p != 0:
-        kept = f.dropout(x) if p is None else dropout(x, p)  # type: ignore[misc]
+        kept = plan.dropped(f.dropout if p is None else partial(dropout, p=p), x)
         product = plan.through(n, kept, args, kwargs)
         rest = y - product
-        z = product + low_rank_part(layer, m, f._replace(dropout=None), kept)
+        z = product + plan.low_rank(m, f._replace(dropout=None), kept)
     elif fuse and y.dtype == m.dtype:
         z = fused.added(f, x, y)
-        z = y + low_rank_part(layer, m, f, x) if z is None else z
+        z = y + plan.low_rank(m, f, x) if z is None else z
     else:  # rounds once, at the end
-        z = y + low_rank_part(layer, m, f, x)
+        z = y + plan.low_rank(m, f, x)
     out, b = z * gain, plan.bias(n)
     if b is not None:
-        out = out + op.channels(b) * (1 - gain)
+        out = out + plan.channels(b) * (1 - gain)
     return (out if rest is None else out + rest).to(y.dtype)  # type: ignore[no-any-return]
 
 

@@ -45,6 +45,7 @@ class Site:
     shared: bool = False  # the weight is tied to another module
     path: str = ""  # of the module; "": as `key`
     is_read: bool = False  # the module's parent reads weight and bias, and does not call the module
+    piece: Any = None  # of the module's work, where this process does not do all of it
     out_features: int = field(init=False)  # or channels
     in_features: int = field(init=False)  # or channels; `fan_in` counts the kernel as well
     shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)

@@ -16,6 +16,7 @@ from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Method
 from graft.core.site import Site
+from graft.inject.agree import agree
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.saved import ModulesToSaveWrapper
@@ -50,6 +51,7 @@ def build(job: Any) -> None:
             put(job.parts, job.adapter, job.values.of(job.parts, job.adapter))
         else:
             join(job.layers.values(), job.adapter)
+        agree(job)
         for tied, source in job.ties:
             tied.tie(source)
     except BaseException:

@@ -20,7 +20,7 @@ from graft.inject.survey import Tree, kind_of, site_of
 from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import embedding_path, expand, tied_to_embedding
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from graft.storage import loose_bias
+from graft.storage import loose_bias, refusal
 
 MOST_WARNINGS = 100  # about entries of one field
 
@@ -98,7 +98,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
     """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
-        why = why_not_composed(site.module) or method.check() or by_itself(method)
+        why = why_not_composed(site.module) or why_not_parallel(method) or method.check() or by_itself(method)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -113,6 +113,14 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
                 f"{what} {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
                 f"({type(method).__name__}): take the module out with exclude_modules, or name other target_modules."
             )
+
+
+def why_not_parallel(method: Method) -> str | None:
+    """Say why a method cannot adapt a module of which each process has a piece; None if it can."""
+    site, effect = method.site, method.effect
+    return refusal(
+        site.module, site.op, effect.whole or getattr(effect, "input_of", None) is not None or site.op.opaque
+    )
 
 
 def by_itself(method: Method) -> str | None:

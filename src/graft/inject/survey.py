@@ -18,7 +18,7 @@ from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.storage import find_store, find_tensor_store, innermost, of_tensor
+from graft.storage import find_store, find_tensor_store, innermost, of_tensor, piece_of
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Place = tuple[nn.Module, str]  # (parent, attribute)
@@ -186,7 +186,7 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
     is_read = reader is not None and key.rpartition(".")[2] in reader.children
     own = tree.ops.get(type(module))
     op, store = (find_op(module), find_store(module)) if own is None else (own, of_tensor(module, "weight"))
-    return Site(key, module, op, store, shared=shared, is_read=is_read)
+    return Site(key, module, op, store, shared=shared, is_read=is_read, piece=piece_of(module, op))
 
 
 def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str | None = None) -> Site:

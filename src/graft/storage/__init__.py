@@ -14,14 +14,16 @@ from graft.core.table import TypeTable
 from graft.storage import bnb, bnb_embedding, hqq, quanto, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import ByIdentity, Foreign, Packed
-from graft.storage.offload import standalone
 from graft.storage.packed import is_packed
+from graft.storage.parallel import is_sharded
 from graft.storage.quantized import Quantized
+from graft.storage.tensor_parallel import TensorParallel, group_of, piece_of, refusal, standalone, style_of
 from graft.storage.within import Within, innermost
 
 DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
 PACKED: Store = Packed()
+TENSOR_PARALLEL: Store = TensorParallel()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
 FILES: tuple[Any, ...] = (bnb, bnb_embedding, hqq, quanto, torchao)  # of packed weights
@@ -59,6 +61,8 @@ def of_tensor(module: nn.Module, name: str) -> Store:
     kind = type(t)
     if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
         return DENSE
+    if t is not None and is_sharded(t) and style_of(module) is not None:
+        return TENSOR_PARALLEL
     return TENSORS.find(kind) or (DENSE if strange_tensor(module, name) is None else FOREIGN)
 
 
@@ -121,12 +125,15 @@ __all__ = [
     "Quantized",
     "find_store",
     "find_tensor_store",
+    "group_of",
     "hold_bias",
     "innermost",
     "loose_bias",
     "numel",
     "of_tensor",
+    "piece_of",
     "place_of",
     "ready",
+    "refusal",
     "standalone",
 ]

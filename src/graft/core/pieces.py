@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on a layer of which each process computes a piece, such as some of the output's features.
+
+An adapter is defined on the full weight. Its parameters are whole on every process, and so are their gradients: initial
+values, optimizers, clipping, files and merging are those of one process, and saving gathers nothing. What an effect
+says is computed with whole inputs and outputs, joined before it and cut after it. Products and ΔW, which most methods
+are, have a shorter way: each process computes with the rows or columns that its piece of the weight has.
+
+PEFT shards LoRA's parameters as the weight is. That saves memory of about the size of one adapter, and then each method
+needs rules of its own for values, gradients and files.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graft.core.dropout import share_dropped
+from graft.core.effect import Effect, Factors, LowRank, Rewrite, Update
+from graft.core.errors import UnsupportedLayerError
+from graft.core.fused import tensor_of
+from graft.core.plan import Chain, Sum, applied, formed, part_of
+from graft.kernels.cuts import Cut, cut_up, given, joined, summed
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The piece of a layer's work that one process does.
+
+    Args:
+        style: what the layout calls it, for errors.
+        group: the processes that do the work together.
+        inputs: the cut of the inputs of which the module takes a piece; None if it takes all.
+        outputs: the cut of the outputs of which the module returns a piece; None if it returns all.
+    """
+
+    style: str
+    group: Any
+    inputs: Cut | None = None
+    outputs: Cut | None = None
+
+    @property
+    def plans(self) -> dict[type, type]:
+        """The plans for layers of this kind, by those of other layers."""
+        return {Sum: SumOfPieces, Chain: ChainOfPieces}
+
+    def check(self, x: Tensor, y: Any, key: str) -> None:
+        """Raise UnsupportedLayerError unless the module gives the piece that its style says."""
+        features = None if self.outputs is None else self.outputs.length(self.outputs.rank) * self.outputs.stripes
+        right = type(y) is Tensor and y.dim() and (features is None or y.shape[-1] == features)
+        if (
+            not right
+            or type(x) not in (Tensor, nn.Parameter)
+            or not (x.shape == y.shape[:-1] or x.shape[:-1] == y.shape[:-1])
+        ):
+            raise UnsupportedLayerError(
+                f"Layer '{key}', parallel by the style '{self.style}', maps {described(x)} to {described(y)}: adapters "
+                "need plain tensors of all tokens on each process. Take sequence parallelism out of the model's plan, "
+                "or the layer out of target_modules."
+            )
+
+    def check_draws(self, key: str) -> None:
+        """Raise RuntimeError if the processes would draw different random numbers for tensors that are equal."""
+        states = [torch.get_rng_state()]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            states.append(torch.cuda.get_rng_state())
+        own = [zlib.crc32(bytes(state.tolist())) for state in states]
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, own, group=self.group)
+        if any(other != own for other in found):
+            raise RuntimeError(
+                f"The processes that share layer '{key}' have different random states, so that dropout would take "
+                "different inputs out on each and their adapters drift apart: call torch.manual_seed with one seed on "
+                "all of them, after whatever draws on some only."
+            )
+
+
+def described(t: Any) -> str:
+    return f"a {type(t).__name__}{tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+
+
+def run(layer: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """Return the module's output with another (whole, canonical) weight and bias."""
+    op, base, piece = layer.op, layer.base_layer, layer.site.piece
+    if piece.outputs is not None:
+        x, W = given(x, piece.outputs), cut_up(W, piece.outputs, 0)
+        b = None if b is None else cut_up(b, piece.outputs, 0)
+    if piece.inputs is None:
+        return op.call(base, x, W, b)  # type: ignore[no-any-return]
+    y = summed(op.call(base, x, cut_up(W, piece.inputs, 1), None), piece.inputs)
+    return y if b is None else y + b
+
+
+def drops(layer: Any, dropout: nn.Module | None) -> bool:
+    return dropout is not None and not layer.op.takes_ids and share_dropped(dropout) != 0
+
+
+def dropped(layer: Any, dropout: Any, x: Tensor) -> Tensor:
+    """Return the piece of an input with the same inputs taken out on all processes."""
+    piece = layer.site.piece
+    return cut_up(dropout(joined(x, piece.inputs)), piece.inputs)
+
+
+def low_rank_piece(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
+    """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)). Modules with hooks see whole tensors."""
+    op, base, piece = layer.op, layer.base_layer, layer.site.piece
+    x = m.cast(x)
+    if drops(layer, f.dropout):
+        x = dropped(layer, f.dropout, x)
+    A, B = tensor_of(f.A), tensor_of(f.B)
+    if A is None:
+        z = f.A(joined(x, piece.inputs))
+    elif piece.inputs is None:
+        z = op.down(base, x, A)
+    else:
+        z = summed(op.down(base, x, cut_up(A, piece.inputs, 1)), piece.inputs)
+    z = z if f.inner is None else z * f.inner
+    if B is None:
+        y = f.B(z)
+        for factor in (f.outer, f.scale):
+            y = y if factor is None else y * factor
+        return cut_up(y, piece.outputs)
+    z = z if f.scale is None else z * f.scale  # a whole tensor, so that the scale's gradient is whole
+    B = B if f.outer is None else f.outer[:, None] * B
+    if piece.outputs is None:
+        return op.up(base, z, B)  # type: ignore[no-any-return]
+    return op.up(base, given(z, piece.outputs), cut_up(B, piece.outputs, 0))  # type: ignore[no-any-return]
+
+
+def piece_of_part(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
+    """Return this process's piece of what an additive adapter adds to the output."""
+    piece = layer.site.piece
+    if isinstance(effect, LowRank):
+        return low_rank_piece(layer, m, effect.factors(), x)
+    if isinstance(effect, Update) and effect.branch is None:
+        dropout = None if effect.dropout is None else effect.dropout()
+        if not drops(layer, dropout):
+            delta, bias = formed(layer, effect), None if effect.bias is None else effect.bias()
+            if isinstance(delta, Tensor):
+                return run(layer, m.cast(x), delta.to(m.dtype), bias)
+            return cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
+    return cut_up(part_of(layer, m, effect, joined(x, piece.inputs)), piece.outputs)
+
+
+class OfPieces:
+    """The share of both plans: each calls the module with its piece of the input."""
+
+    layer: Any
+    checked = False  # draws of a training pass
+
+    def base(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """Return the base layer's output, a piece of it if that is what the module returns."""
+        layer = self.layer
+        y = layer.base_layer(x, *args, **kwargs)
+        layer.site.piece.check(x, y, layer.site.key)
+        if layer.training and not self.checked:
+            self.checked = True
+            if any(draws(m) for m, _ in self.steps):  # type: ignore[attr-defined]
+                layer.site.piece.check_draws(layer.site.key)
+        return y  # type: ignore[no-any-return]
+
+
+def draws(m: Any) -> bool:
+    """Say whether an adapter may draw random numbers in training."""
+    return any(
+        isinstance(value, float) and value > 0 for name, value in vars(m.cfg).items() if "dropout" in name
+    ) or bool(getattr(m.effect, "draws", False))
+
+
+class SumOfPieces(OfPieces, Sum):
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = self.base(x, args, kwargs)
+        if self.layer.call.open and self.layer.call.weights() is not None:
+            return self.gated(x, y)
+        return self.add(x, y, False)
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
+        dtype = y.dtype
+        for m, effect in self.steps[first:]:
+            y = y + piece_of_part(self.layer, m, effect, x)
+        return y.to(dtype)
+
+    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+        return piece_of_part(self.layer, m, effect, x)
+
+
+class ChainOfPieces(OfPieces, Chain):
+    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Any:
+        if n == 0:
+            return self.base(x, args, kwargs)
+        effect = self.steps[n - 1][1]
+        if isinstance(effect, Rewrite) and not effect.folds:
+            return self.rewritten(n - 1, effect, x, args, kwargs)
+        return super().through(n, x, args, kwargs)
+
+    def rewritten(self, n: int, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        piece = self.layer.site.piece
+        whole = joined(x, piece.inputs)
+        inner = x if effect.pre is None else cut_up(effect.pre(whole).to(x.dtype), piece.inputs)
+        y = self.through(n, inner, args, kwargs)
+        if effect.post is None:
+            return y  # type: ignore[no-any-return]
+        out = joined(y, piece.outputs)
+        b = self.bias(n) if effect.apart else None
+        out = effect.post(whole, out) if b is None else effect.post(whole, out - b) + b
+        return cut_up(out.to(y.dtype), piece.outputs)
+
+    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+        return piece_of_part(self.layer, m, effect, x)
+
+    def low_rank(self, m: Any, f: Factors, x: Tensor) -> Tensor:
+        return low_rank_piece(self.layer, m, f, x)
+
+    def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return run(self.layer, x, W, b)
+
+    def channels(self, v: Tensor) -> Tensor:
+        return cut_up(v, self.layer.site.piece.outputs, 0)
+
+    def dropped(self, dropout: Any, x: Tensor) -> Tensor:
+        return dropped(self.layer, dropout, x)

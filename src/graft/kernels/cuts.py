@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that several processes hold in pieces, and the way from whole tensors to pieces and back.
+
+A tensor is *whole* if each process holds all of it, and its gradient is then whole as well; or it is a *piece*, with
+the gradient of that piece. Each function here leads from one to the other, with the backward pass that keeps this so.
+What computes only with whole tensors needs nothing else, and its parameters get equal gradients on all processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graft.kernels.function import Function
+
+
+class Cut(NamedTuple):
+    """One dimension of a tensor, cut into a piece for each process: torch's chunks, the last perhaps shorter."""
+
+    group: Any  # its process group
+    rank: int  # of this process, in the group
+    world: int
+    size: int  # of the whole dimension
+    stripes: int = 1  # parts that are cut one by one: 2 if a weight holds two stacked layers
+
+    @property
+    def chunk(self) -> int:
+        """The size of the first piece of a stripe."""
+        return -(-self.size // (self.stripes * self.world))
+
+    def length(self, rank: int) -> int:
+        """Return the size of a process's piece of a stripe."""
+        return max(0, min(self.chunk, self.size // self.stripes - rank * self.chunk))
+
+
+def piece_of(t: Tensor, cut: Cut, dim: int) -> Tensor:
+    """Return this process's piece of a whole tensor, without a backward pass of its own."""
+    striped = t.movedim(dim, 0).unflatten(0, (cut.stripes, -1))
+    piece = striped.narrow(1, min(cut.rank * cut.chunk, striped.shape[1]), cut.length(cut.rank))
+    return piece.flatten(0, 1).movedim(0, dim)
+
+
+def whole_of(piece: Tensor, cut: Cut, dim: int) -> Tensor:
+    """Return the whole tensor of which each process of the group passes its piece."""
+    own = piece.movedim(dim, 0).unflatten(0, (cut.stripes, -1)).movedim(1, 0)  # (length, stripes, …)
+    sent = (
+        own if len(own) == cut.chunk else nn.functional.pad(own, (0, 0) * (own.dim() - 1) + (0, cut.chunk - len(own)))
+    )
+    sent = sent.contiguous()
+    found = [torch.empty_like(sent) for _ in range(cut.world)]
+    dist.all_gather(found, sent, group=cut.group)
+    both = torch.cat([t[: cut.length(rank)] for rank, t in enumerate(found)])  # (size / stripes, stripes, …)
+    return both.movedim(0, 1).flatten(0, 1).movedim(0, dim)
+
+
+def total(t: Tensor, cut: Cut) -> Tensor:
+    t = t.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(t, group=cut.group)
+    return t
+
+
+class _Piece(Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cut: Cut, dim: int) -> Tensor:
+        ctx.cut, ctx.dim = cut, dim
+        return piece_of(t, cut, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return whole_of(g, ctx.cut, ctx.dim), None, None
+
+
+class _Whole(Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cut: Cut, dim: int) -> Tensor:
+        ctx.cut, ctx.dim = cut, dim
+        return whole_of(t, cut, dim)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return piece_of(g, ctx.cut, ctx.dim).contiguous(), None, None
+
+
+class _Sum(Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cut: Cut) -> Tensor:
+        return total(t, cut)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, None
+
+
+class _Given(Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return total(g, ctx.cut), None
+
+
+def cut_up(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
+    """Return this process's piece of a whole tensor; the tensor itself where nothing is cut."""
+    return t if cut is None else _Piece.apply(t, cut, dim)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def joined(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
+    """Return the whole tensor from the processes' pieces."""
+    return t if cut is None else _Whole.apply(t, cut, dim)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def summed(t: Tensor, cut: Cut) -> Tensor:
+    """Return the whole tensor that is the sum of what the processes computed from their pieces."""
+    return _Sum.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def given(t: Tensor, cut: Cut) -> Tensor:
+    """Return a whole tensor for a product with a piece, whose gradient is the sum of those of all processes."""
+    return _Given.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]

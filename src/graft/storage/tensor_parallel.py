@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that transformers' tensor parallelism has cut: each process has a piece of the weight, and computes with it.
+
+The weight is a DTensor, as FSDP2's is; but FSDP2 gathers it before the module runs. What tells the two apart is the
+module: `tp_plan` gives it a forward of its own, which knows its style and its processes. Modules of styles that cut
+neither a linear layer's inputs nor its outputs in plain pieces take no adapter.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import UnsupportedLayerError
+from graft.core.ops import Op, find_op
+from graft.core.pieces import Piece
+from graft.kernels.cuts import Cut
+from graft.storage import offload
+from graft.storage.dense import Dense
+from graft.storage.parallel import is_sharded
+
+STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
+WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # take and return what the module alone would
+
+
+class Style(NamedTuple):
+    """What transformers made of a module."""
+
+    name: str  # in a plan
+    kind: str  # name of its class
+    it: Any  # the style itself; None where the forward does not hold it
+    mesh: Any
+
+
+def style_of(module: nn.Module) -> Style | None:
+    """Return the style by which a module is parallel; None if it is not."""
+    forward = module.__dict__.get("forward")
+    if type(forward) is FunctionType and forward.__module__ == STYLES:
+        kind, _, made = forward.__qualname__.partition(".install_forward")
+        if made:
+            held = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
+            it = held.get("self")
+            return Style(
+                _name(kind if it is None else type(it).__name__, it),
+                kind if it is None else type(it).__name__,
+                it,
+                held.get("mesh"),
+            )
+    plan = module.__dict__.get("_hf_tp_plan")
+    return None if plan is None else Style(str(plan), "", None, module.__dict__.get("_hf_device_mesh"))
+
+
+def _name(kind: str, it: Any) -> str:
+    known = sys.modules[STYLES].ALL_PARALLEL_STYLES
+    names = [name for name in known if known[name] is it or (it is None and type(known[name]).__name__ == kind)]
+    return names[0] if names else kind
+
+
+def piece_of(module: nn.Module, op: Op) -> Piece | None:
+    """Return the piece of a layer's work that this process does; None if it does all, or no adapter may know."""
+    style = style_of(module)
+    if style is None or not op.known or why_not_cut(module, style) is not None:
+        return None
+    group, it = style.mesh.get_group(), style.it
+    place = dict(group=group, rank=style.mesh.get_local_rank(), world=style.mesh.size())
+    out_features, in_features = op.dims(module)
+    inputs = outputs = None
+    if place["world"] > 1 and style.kind == "ColwiseParallel" and it.output_layouts.is_shard():
+        outputs = Cut(size=out_features, **place)
+    elif place["world"] > 1 and style.kind == "PackedColwiseParallel":
+        outputs = Cut(size=out_features, stripes=it.split_factor, **place)
+    elif place["world"] > 1 and style.kind == "RowwiseParallel" and it.input_layouts.is_shard():
+        inputs = Cut(size=in_features, **place)
+    return Piece(style.name, group, inputs, outputs)
+
+
+def group_of(module: nn.Module) -> Any:
+    """Return the group of processes that compute a parallel module together; None for another module."""
+    style = style_of(module)
+    return None if style is None or style.mesh is None else style.mesh.get_group()
+
+
+def why_not_cut(module: nn.Module, style: Style) -> str | None:
+    """Say why the pieces of a parallel module are not plain ones of inputs or outputs; None if they are."""
+    kind, it = style.kind, style.it
+    weight: Any = module._parameters.get("weight")
+    if kind == "TensorParallelLayer":
+        return None
+    if weight is None or not is_sharded(weight) or style.mesh is None or style.mesh.ndim != 1:
+        return "its weight is not a DTensor over one dimension of processes, as transformers makes it from 5.17 on"
+    if not getattr(it, "use_local_output", False):
+        return "it returns a DTensor"
+    right = kind in WHOLE
+    if kind == "ColwiseParallel":
+        right = it.input_layouts.is_replicate() and (it.output_layouts.is_replicate() or _last(it.output_layouts))
+    elif kind == "RowwiseParallel":
+        right = it.output_layouts.is_replicate() and (it.input_layouts.is_replicate() or _last(it.input_layouts))
+    elif kind == "PackedColwiseParallel":
+        right = module.out_features % it.split_factor == 0
+    return None if right else "graft has no rule for it"
+
+
+def _last(layout: Any) -> bool:
+    return bool(layout.is_shard() and layout.dim in (-1, 1))
+
+
+def standalone(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with all tensors in memory, whole on each process, that runs by itself.
+
+    Raises:
+        UnsupportedLayerError: a parallel module takes or returns pieces, and the copy would not.
+    """
+    styles = [(path, m, style) for path, m in module.named_modules() if (style := style_of(m)) is not None]
+    if not styles:
+        return offload.standalone(module)
+    for path, m, style in styles:
+        piece = piece_of(m, find_op(m))
+        if style.kind not in WHOLE and (piece is None or piece.inputs is not None or piece.outputs is not None):
+            name = f"'{path}' in it" if path else f"The {type(m).__name__}"
+            raise UnsupportedLayerError(
+                f"{name} is tensor parallel by the style '{style.name}', and a copy of it, which would train whole, "
+                "has no place in the model. Load the model without tp_plan, or with a plan that leaves the module out."
+            )
+    made = offload.standalone(module)
+    for path, *_ in styles:
+        m = made.get_submodule(path)
+        del m.__dict__["forward"]
+        for name, p in m._parameters.items():
+            if p is not None and is_sharded(p):
+                m._parameters[name] = nn.Parameter(whole(p.detach()).clone(), p.requires_grad)
+    return made
+
+
+def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
+    """Say why tensor parallelism keeps a module from being adapted; None if it does not.
+
+    inside: the adapter knows what happens inside the module.
+    """
+    style = style_of(module)
+    if style is not None:
+        why = why_not_cut(module, style) if op.known else "graft has no rule for it"
+        return None if why is None else _refused(style, why)
+    if not inside:
+        return None
+    found = next((s for m in module.modules() if (s := style_of(m)) is not None), None)
+    return None if found is None else _refused(found, "the adapter would take the piece of one process for the whole")
+
+
+def _refused(style: Style, why: str) -> str:
+    return (
+        f"It is tensor parallel by the style '{style.name}', and {why}. Load the model without tp_plan, or with a plan "
+        "that leaves the module out"
+    )
+
+
+class TensorParallel(Dense):
+    """Pieces of dense weights. What reads, writes or restores one takes all processes."""
+
+    name, live, exact = "tensor parallel", False, True
+
+    def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        return whole(getattr(m, name))
+
+    @torch.no_grad()
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+        p = getattr(m, name)
+        piece = like(p, W)
+        if shared:
+            setattr(m, name, nn.Parameter(piece, requires_grad=p.requires_grad))
+        else:
+            local(p).copy_(local(piece))
+        return None
+
+    def kept(self, m: nn.Module, name: str, state: Any) -> Tensor:
+        return whole(state)
+
+    @torch.no_grad()
+    def restore(self, m: nn.Module, name: str, state: Any) -> None:
+        if isinstance(state, nn.Parameter):  # tie again
+            setattr(m, name, state)
+        else:
+            local(getattr(m, name)).copy_(local(state))
+
+    def protect(self, y: Tensor) -> Tensor:
+        return y.clone()  # it may be a view of a DTensor's, which takes no writing in place
+
+
+def whole(t: Any) -> Tensor:
+    if not is_sharded(t):
+        return t  # type: ignore[no-any-return]
+    return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[no-any-return]
+
+
+def local(t: Any) -> Tensor:
+    return t.to_local() if is_sharded(t) else t  # type: ignore[no-any-return]
+
+
+def like(t: Any, W: Tensor) -> Tensor:
+    """Return W, which is whole on each process, in pieces as t is."""
+    if not is_sharded(t):
+        return W.contiguous()
+    from torch.distributed.tensor import distribute_tensor  # rarely needed
+
+    return distribute_tensor(W.detach().to(t.dtype), t.device_mesh, t.placements, src_data_rank=None)

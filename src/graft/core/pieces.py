@@ -26,6 +26,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.fused import tensor_of
 from graft.core.plan import Chain, Sum, applied, formed, part_of
 from graft.kernels.cuts import Cut, cut_up, given, joined, summed
+from graft.kernels.low_rank import dropout
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,15 @@ def run(layer: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     return y if b is None else y + b
 
 
-def drops(layer: Any, dropout: nn.Module | None) -> bool:
-    return dropout is not None and not layer.op.takes_ids and share_dropped(dropout) != 0
+def drops(layer: Any, module: nn.Module | None) -> bool:
+    return module is not None and not layer.op.takes_ids and share_dropped(module) != 0
 
 
-def dropped(layer: Any, dropout: Any, x: Tensor) -> Tensor:
-    """Return the piece of an input with the same inputs taken out on all processes."""
+def dropped(layer: Any, module: Any, x: Tensor) -> Tensor:
+    """Return the piece of an input with the same inputs taken out on all processes, those that one would take out."""
     piece = layer.site.piece
-    return cut_up(dropout(joined(x, piece.inputs)), piece.inputs)
+    p, whole = share_dropped(module), joined(x, piece.inputs)
+    return cut_up(module(whole) if p is None else dropout(whole, p), piece.inputs)
 
 
 def low_rank_piece(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
@@ -137,13 +139,11 @@ def piece_of_part(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
     piece = layer.site.piece
     if isinstance(effect, LowRank):
         return low_rank_piece(layer, m, effect.factors(), x)
-    if isinstance(effect, Update) and effect.branch is None:
-        dropout = None if effect.dropout is None else effect.dropout()
-        if not drops(layer, dropout):
-            delta, bias = formed(layer, effect), None if effect.bias is None else effect.bias()
-            if isinstance(delta, Tensor):
-                return run(layer, m.cast(x), delta.to(m.dtype), bias)
-            return cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
+    if isinstance(effect, Update) and not drops(layer, effect.dropout and effect.dropout()) and effect.branch is None:
+        delta, bias = formed(layer, effect), None if effect.bias is None else effect.bias()
+        if isinstance(delta, Tensor):
+            return run(layer, m.cast(x), delta.to(m.dtype), bias)
+        return cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
     return cut_up(part_of(layer, m, effect, joined(x, piece.inputs)), piece.outputs)
 
 
@@ -222,5 +222,5 @@ class ChainOfPieces(OfPieces, Chain):
     def channels(self, v: Tensor) -> Tensor:
         return cut_up(v, self.layer.site.piece.outputs, 0)
 
-    def dropped(self, dropout: Any, x: Tensor) -> Tensor:
-        return dropped(self.layer, dropout, x)
+    def dropped(self, module: Any, x: Tensor) -> Tensor:
+        return dropped(self.layer, module, x)

@@ -9,7 +9,6 @@ outside in, outputs come back; folding weights in the same order gives the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -397,8 +396,9 @@ class Chain(Plan):
     def channels(self, v: Tensor) -> Tensor:
         return self.layer.op.channels(v)  # type: ignore[no-any-return]
 
-    def dropped(self, dropout: Any, x: Tensor) -> Tensor:
-        return dropout(x)  # type: ignore[no-any-return]
+    def dropped(self, module: Any, x: Tensor) -> Tensor:
+        p = share_dropped(module)
+        return module(x) if p is None else dropout(x, p)  # type: ignore[no-any-return]
 
 
 def way(effect: Effect) -> str:
@@ -457,7 +457,7 @@ def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kw
     p = 0.0 if op.takes_ids or f.dropout is None else share_dropped(f.dropout)
     rest = None
     if p != 0:
-        kept = plan.dropped(f.dropout if p is None else partial(dropout, p=p), x)
+        kept = plan.dropped(f.dropout, x)
         product = plan.through(n, kept, args, kwargs)
         rest = y - product
         z = product + plan.low_rank(m, f._replace(dropout=None), kept)

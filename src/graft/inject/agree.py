@@ -4,15 +4,38 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError
 from graft.storage import group_of
+
+
+def group_in(modules: Iterable[nn.Module]) -> Any:
+    """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return next((g for m in modules if (g := group_of(m)) is not None), None)
+
+
+def draw_alike(modules: Iterable[nn.Module]) -> None:
+    """Have all processes of a model's group draw from now on what its first process draws."""
+    group = group_in(modules)
+    if group is None:
+        return
+    kind = dist.get_backend(group)
+    generators: list[Any] = [torch.default_generator]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    for generator in generators:
+        state = generator.get_state()
+        sent = state.cuda() if kind == "nccl" else state.clone()
+        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+        generator.set_state(sent.cpu())
 
 
 def agree(job: Any) -> None:
@@ -21,14 +44,9 @@ def agree(job: Any) -> None:
     Raises:
         CheckpointError: the processes have loaded different values.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    group = next((g for m in job.tree.modules.values() if (g := group_of(m)) is not None), None)
+    group = group_in(job.tree.modules.values())
     tensors = [] if group is None else [t for t in tensors_of(job) if not t.is_meta and t.numel()]
-    if not tensors:
-        return
-    places = dict.fromkeys(t.device for t in tensors)
-    for device in places:
+    for device in dict.fromkeys(t.device for t in tensors):
         here = [t for t in tensors if t.device == device]
         data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in here])
         if job.values is not None:

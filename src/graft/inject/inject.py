@@ -18,6 +18,7 @@ from graft.core.method import Method
 from graft.core.shared import Shared
 from graft.core.site import Site
 from graft.inject import build, plan
+from graft.inject.agree import draw_alike
 from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Place, Tree, Wrapper, survey
@@ -109,6 +110,7 @@ class Injection:
         """
         with collector_paused(), self.restructured():
             self.find()
+            draw_alike(self.tree.modules.values())
             build.build(self)
             self.commit()
         self.config.__dict__.update(self.cfg.__dict__)

@@ -53,7 +53,7 @@ def whole_of(piece: Tensor, cut: Cut, dim: int) -> Tensor:
     found = [torch.empty_like(sent) for _ in range(cut.world)]
     dist.all_gather(found, sent, group=cut.group)
     both = torch.cat([t[: cut.length(rank)] for rank, t in enumerate(found)])  # (size / stripes, stripes, …)
-    return both.movedim(0, 1).flatten(0, 1).movedim(0, dim)
+    return both.movedim(0, 1).flatten(0, 1).movedim(0, dim).contiguous()
 
 
 def total(t: Tensor, cut: Cut) -> Tensor:

@@ -21,6 +21,7 @@ from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
+from graft.inject.agree import draw_alike
 from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport, Matched
@@ -145,6 +146,7 @@ class Prompts(Registry):
         self._fit(cfg)
         if values is not None:
             values.check_room(size(lambda: [self._made(cfg)]))
+        draw_alike(self.model.modules())
         prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)
         done = inject(

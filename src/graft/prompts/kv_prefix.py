@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import warn
+from graft.core.ops import find_op
+from graft.kernels.cuts import Cut, cut_up
+from graft.storage import innermost, piece_of
 
 Pairs = list[tuple[Tensor, Tensor] | None]  # key and value of each layer, (batch, heads, tokens, head_dim)
 Shape = tuple[int, int]  # heads, head_dim
@@ -28,6 +31,28 @@ def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
             found[index] = (weight // size, size)
     n = len(found)
     return [found[i] for i in range(n)] if n and set(found) == set(range(n)) else None
+
+
+def head_cuts(stack: nn.Module) -> dict[int, Cut]:
+    """Return the cut of the heads of each layer of which this process has some."""
+    found: dict[int, Cut] = {}
+    for module in stack.modules():
+        index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
+        if isinstance(index, int) and isinstance(size, int) and keys is not None:
+            keys = innermost(keys)
+            piece = piece_of(keys, find_op(keys))
+            if piece is not None and piece.outputs is not None and piece.outputs.chunk % size == 0:
+                found[index] = piece.outputs._replace(size=piece.outputs.size // size)
+    return found
+
+
+def own_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
+    """Return the pairs of the heads that this process has."""
+    if not cuts:
+        return pairs
+    return [
+        p if p is None else (cut_up(p[0], cuts.get(i), 1), cut_up(p[1], cuts.get(i), 1)) for i, p in enumerate(pairs)
+    ]
 
 
 def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:

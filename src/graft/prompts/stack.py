@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.core.ops import UNKNOWN
 from graft.prompts import kv_prefix
 from graft.prompts.inside import first_of, layers_in, positions_in, words_in
 from graft.prompts.kv_prefix import is_static, length, per_row
 from graft.prompts.masks import widened
 from graft.prompts.replays import Replays
+from graft.storage import refusal
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 # arguments with a number per token, and the number of the prompt's tokens
@@ -72,6 +74,7 @@ class Stack:
         self.config = getattr(module, "config", None)
         self.layers = layers_in(module)
         self.shapes = kv_prefix.key_shapes(module)
+        self.cuts = kv_prefix.head_cuts(module)
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._attached = False
@@ -137,6 +140,12 @@ class Stack:
             )
         if not cfg.holds_keys:
             return
+        why = None if self.cuts else next((w for m in self.module.modules() if (w := refusal(m, UNKNOWN, True))), None)
+        if why is not None:
+            raise ConfigError(
+                f"{kind} needs to know which heads of {name} this process has, by the k_proj of its layers, and none "
+                f"of them is cut by heads. {why}. PROMPT_TUNING or P_TUNING can be used as it is."
+            )
         if states:
             raise ConfigError(
                 f"Layers {states} of {name} keep a state instead of keys and values: {kind} cannot be used with it. "
@@ -314,6 +323,7 @@ class Stack:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
         pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more
+        pairs = kv_prefix.own_heads(pairs, self.cuts)
         return kv_prefix.fill(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:

@@ -61,12 +61,15 @@ def _stored(m: nn.Module, hook: Any) -> list[str]:
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
 
-def standalone(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with all tensors in memory and without accelerate's hooks."""
+def standalone(module: nn.Module, copies: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of a module with all tensors in memory and without accelerate's hooks.
+
+    copies: what takes the place of other copies, by the identity of the original.
+    """
     old = list(module.modules())
     if not any(map(hooks_of, old)):
-        return copy.deepcopy(module)
-    made = copy.deepcopy(module, {id(m.__dict__.get("_hf_hook")): None for m in old})
+        return copy.deepcopy(module, copies)
+    made = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
     for source, m in zip(old, made.modules()):
         for name in ("_hf_hook", "_old_forward", "forward"):
             m.__dict__.pop(name, None)

@@ -125,13 +125,10 @@ def standalone(module: nn.Module) -> nn.Module:
                 f"{name} is tensor parallel by the style '{style.name}', and a copy of it, which would train whole, "
                 "has no place in the model. Load the model without tp_plan, or with a plan that leaves the module out."
             )
-    made = offload.standalone(module)
+    cut = [p for p in module.parameters() if is_sharded(p)]
+    made = offload.standalone(module, {id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in cut})
     for path, *_ in styles:
-        m = made.get_submodule(path)
-        del m.__dict__["forward"]
-        for name, p in m._parameters.items():
-            if p is not None and is_sharded(p):
-                m._parameters[name] = nn.Parameter(whole(p.detach()).clone(), p.requires_grad)
+        del made.get_submodule(path).__dict__["forward"]
     return made
 
 

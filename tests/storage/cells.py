@@ -28,6 +28,7 @@ from tests.samples.laws import Sample
 IN, OUT = 320, 96  # what all samples and all block sizes divide
 WHOLE = ("LN_TUNING",)  # trains the layer itself, which only floats can
 SAMPLES = [s for s in samples.LAWS if s.method not in WHOLE]
+FEW = [s for s in SAMPLES if str(s) in ("LORA", "LORA-dora", "LOHA", "HIRA", "OFT", "IA3", "BEFT-bias")]
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,12 @@ def bits(t: Tensor) -> Tensor:
     return t.reshape(-1).contiguous().view(torch.uint8)
 
 
-def cells(kinds: list[Kind]) -> tuple[Callable[..., None], ...]:
+def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[..., None], ...]:
     """Return the tests: reading, forward and gradients, merging, dequantizing, files."""
     each_kind = pytest.mark.parametrize("kind", kinds, ids=str)
 
     def each(test: Any) -> Any:
-        pairs = [(kind, sample) for kind in kinds for sample in SAMPLES if not refused(kind, sample)]
+        pairs = [(kind, sample) for kind in kinds for sample in chosen if not refused(kind, sample)]
         return pytest.mark.parametrize("kind, sample", pairs, ids=lambda v: str(v))(test)
 
     @each_kind

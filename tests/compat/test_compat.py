@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -18,7 +19,8 @@ import pytest
 from torch import nn
 
 from graft.compat.peft.layers import AuxiliaryTrainingWrapper, layer_class
-from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE
+from graft.compat.peft.modules import names_in, resolve
+from graft.compat.peft.names import BESIDE, BNB, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB, folder
 from graft.methods import METHODS, method_of
 from tests.pair import both
 from tests.samples import each
@@ -87,6 +89,14 @@ def test_every_layer_class_of_a_method_has_a_counterpart(path):
         if issubclass(cls, peft.tuners.tuners_utils.BaseTunerLayer) and cls.__module__ == theirs.__name__:
             own = layer_class(METHOD_FOLDERS[path], name)
             assert own is not None or name.startswith("_") or name in NOT_IN_LAYERS, name
+
+
+def test_methods_with_a_module_for_bitsandbytes_are_those_of_peft():
+    theirs = {t for path, t in METHOD_FOLDERS.items() if importlib.util.find_spec(f"peft.{path}.bnb") is not None}
+    assert theirs == set(WITH_BNB)
+    for peft_type in WITH_BNB:
+        names = names_in(f"peft.tuners.{folder(peft_type)}.bnb")
+        assert names and all(resolve(f"peft.tuners.{folder(peft_type)}.bnb", name).kind in BNB for name in names)
 
 
 def instances(modules: dict[str, nn.Module], cls: type) -> set[str]:

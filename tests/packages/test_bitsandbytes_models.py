@@ -2,6 +2,8 @@
 """bitsandbytes: a model that transformers has quantized, beside PEFT and by itself."""
 
 import copy
+import importlib
+import inspect
 import warnings
 
 import bitsandbytes as bnb
@@ -13,6 +15,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import graft
+from graft.compat.peft import names as compat
+from graft.compat.peft.layers import PREFIXES, layer_class
+from graft.compat.peft.modules import resolve
 from tests.conformance.samples import disturb
 from tests.looks import layers
 from tests.models import seeded
@@ -258,3 +263,25 @@ def test_what_quantization_lost_comes_back(bits, folder):
     after = logits(model)
     graft.replace_lora_weights_loftq(model, str(folder), callback=refuse)
     assert len(seen) == 14 and torch.equal(logits(model), after)
+
+
+@pytest.mark.parametrize("method", ["LORA", "ADALORA", "IA3", "ROAD", "HIRA", "RANDLORA", "PVERA"])
+def test_isinstance_agrees_with_peft(method, bits, folder):
+    options = dict(ADALORA=dict(total_step=9), ROAD=dict(group_size=8), IA3=dict(feedforward_modules=["down_proj"]))
+    options = {**LINEAR, **options.get(method, {})}
+    ours, theirs = (
+        dict(lib.get_peft_model(load(folder, bits), lib.PEFT_TYPE_TO_CONFIG_MAPPING[method](**options)).named_modules())
+        for lib in (graft, peft)
+    )
+    where = f"tuners.{compat.folder(method)}"
+    for module in (f"{where}.bnb", f"{where}.layer"):
+        held = importlib.import_module(f"peft.{module}")
+        for name, kind in inspect.getmembers(held, inspect.isclass):
+            if kind.__module__ == held.__name__ and issubclass(kind, nn.Module):
+                own = layer_class(method, name)
+                if own is None:
+                    continue
+                found = {key for key, m in ours.items() if isinstance(m, own)}
+                assert found == {key for key, m in theirs.items() if isinstance(m, kind)}, name
+    four, eight = (resolve(f"peft.{where}.bnb", f"{PREFIXES.get(method, '')}{kind}") for kind in compat.BNB)
+    assert sum(isinstance(m, four if bits == "4" else eight) for m in ours.values()) == 6

@@ -50,12 +50,9 @@ class _LayerType(type):
 
 
 def kind_of(layer: AdapterLayer) -> str:
-    """Return PEFT's class name for a layer type; PEFT has separate classes for quantized layers."""
-    base = type(layer.get_base_layer())
-    names = [SAME.get(c.__name__, c.__name__) for c in base.__mro__]
-    if layer.store.name == "dense":
-        return next((n for n in names if n in KINDS), names[0])
-    return names[0]
+    """Return PEFT's class name for a layer type: that of the base layer, or of the first above it that has one."""
+    names = [SAME.get(c.__name__, c.__name__) for c in type(layer.get_base_layer()).__mro__]
+    return next((n for n in names if n in KINDS), names[0])
 
 
 PREFIXES = {"ADALORA": "SVD"}  # prefixes of PEFT's class names that are not the method's name
@@ -70,8 +67,11 @@ def layer_names(peft_type: str) -> list[str]:
     """Return the names of a method's layer classes, with and without the method's name, which PEFT puts before some."""
     if peft_type not in METHODS:  # prompts act on no layer
         return []
-    own = stem(peft_type)
-    return [f"{own}Layer", *KINDS, *(f"{PREFIXES.get(peft_type, own)}{kind}" for kind in KINDS)]
+    return [f"{stem(peft_type)}Layer", *kind_names(peft_type, KINDS)]
+
+
+def kind_names(peft_type: str, kinds: tuple[str, ...]) -> list[str]:
+    return [*kinds, *(f"{PREFIXES.get(peft_type, stem(peft_type))}{kind}" for kind in kinds)]
 
 
 @cache

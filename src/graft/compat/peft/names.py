@@ -194,6 +194,8 @@ def folder(peft_type: str) -> str:
     return ROWS[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
+BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which PEFT has classes
+WITH_BNB = ("LORA", "ADALORA", "IA3", "RANDLORA", "ROAD", "HIRA", "PVERA")  # methods with a module of these
 LAYER_FILES = {"SHADOW": ".layers"}  # where it is not .layer
 # module below `peft` that a method owns → (peft_type, suffix of the module, mostly)
 OF_METHODS: dict[str, tuple[str, str]] = {
@@ -202,5 +204,9 @@ OF_METHODS: dict[str, tuple[str, str]] = {
         suffix,
     )
     for peft_type in ROWS
-    for suffix in ("", ".config", ".model", *((".layer",) if peft_type in METHODS else ()))
+    for suffix in (
+        *("", ".config", ".model"),
+        *((".layer",) if peft_type in METHODS else ()),
+        *((".bnb",) if peft_type in WITH_BNB else ()),
+    )
 }

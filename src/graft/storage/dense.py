@@ -40,16 +40,22 @@ def strange_tensor(m: nn.Module, name: str) -> str | None:
     return None
 
 
+def is_composed(t: Tensor) -> bool:
+    """Say whether a tensor has no memory of its own: it stands for what its type makes of other tensors."""
+    kind = type(t)
+    return not (kind in PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or LIKE_PLAIN.find(kind))
+
+
 def plain_tensors(t: Tensor) -> list[Tensor] | None:
     """Return the plain tensors that a tensor is made of; None if its type does not show them."""
-    if type(t) in PLAIN or LIKE_PLAIN.find(type(t)):
-        return [t]
-    if is_traceable_wrapper_subclass(t):
+    if is_composed(t):
+        if not is_traceable_wrapper_subclass(t):
+            return None
         parts = [plain_tensors(getattr(t, name)) for name in t.__tensor_flatten__()[0]]
         return None if None in parts else [p for part in parts for p in part]  # type: ignore[union-attr]
-    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return None
-    with torch._C.DisableTorchFunctionSubclass():  # plain memory with notes on it
+    if type(t) in PLAIN or LIKE_PLAIN.find(type(t)):
+        return [t]
+    with torch._C.DisableTorchFunctionSubclass():  # notes on plain memory
         return [t.detach().as_subclass(Tensor)]
 
 

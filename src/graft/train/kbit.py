@@ -12,6 +12,7 @@ from torch import nn
 
 from graft.core.errors import PeftWarning, warn
 from graft.storage import Quantized, find_store
+from graft.storage.dense import is_composed
 from graft.storage.packed import dtype_is_fixed, is_marked, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
@@ -34,7 +35,7 @@ def prepare_model_for_kbit_training(
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
     widen, packed = not dtype_is_fixed(model), [m for m in model.modules() if isinstance(find_store(m), Quantized)]
-    narrow = {p for m in packed for name, p in m._parameters.items() if name != "bias"}
+    narrow = {p for m in packed for p in kept_as_they_are(m)}
     for p in model.parameters():
         p.requires_grad_(False)
         if widen and p.dtype in HALF and p not in narrow and not is_packed(p):
@@ -44,6 +45,13 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and (packed or is_marked(model)):
         checkpoint(model, gradient_checkpointing_kwargs or {})
     return model
+
+
+def kept_as_they_are(m: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a packed layer that keep their dtype: scales; a bias beside a tensor made of others."""
+    held = {name: p for name, p in m._parameters.items() if p is not None}
+    fixed = any(map(is_composed, held.values()))  # the layer computes in the dtype of that tensor
+    return [p for name, p in held.items() if fixed or name != "bias"]
 
 
 def checkpoint(model: Any, options: dict[str, Any]) -> None:

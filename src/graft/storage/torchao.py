@@ -8,6 +8,7 @@ other layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,15 +107,13 @@ def float8(old: Any, W: Tensor) -> Tensor:
 
 
 def intx(old: Any, W: Tensor) -> Tensor:
-    made = type(old).from_hp(
-        W.to(old.scale.dtype),
-        tuple(old.block_size),
-        old.target_dtype,
-        mapping_type=mapping(old),
-        activation_quantization=old.activation_quantization,
-    )
-    inner = [getattr(made, name) for name in ("qdata", "scale", "zero_point", "target_dtype", "block_size")]
-    return type(old)(*inner, old.dtype, old.activation_quantization)  # type: ignore[no-any-return]
+    settings = dict(mapping_type=mapping(old), activation_quantization=old.activation_quantization)
+    make = partial(type(old).from_hp, W, tuple(old.block_size), old.target_dtype, **settings)
+    made = make()
+    if made.scale.dtype != old.scale.dtype:  # then the codes follow from the rounded scales
+        scale = made.scale.to(old.scale.dtype)
+        made = make(intx_choose_qparams_algorithm=None, custom_scale=scale, custom_zero_point=made.zero_point)
+    return made  # type: ignore[no-any-return]
 
 
 def nf4(old: Any, W: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ class Values:
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
                 held[f"{prefix}{stem}.base_layer.{leaf}"] = p
-        out = {n: held[n] for n in names if n in held}
+        out = {n: held[n] for n in sorted(names) if n in held}  # spreading takes all processes, in one order
         for name in [n for n in out if out[n].shape != self.tensors[n].shape]:
             mismatched.append((name, self.tensors[name].shape, out.pop(name).shape))
         return out

@@ -46,6 +46,17 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
     return found
 
 
+def unclear_heads(stack: nn.Module) -> str | None:
+    """Say which projection gives some heads of a layer, of which nothing tells which ones; None if there is none."""
+    for module in stack.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            for name, child in module.named_modules():
+                piece = None if name == "k_proj" else piece_of(child, find_op(child))
+                if piece is not None and piece.outputs is not None:
+                    return f"'{name}', parallel by the style '{piece.style}'"
+    return None
+
+
 def own_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
     """Return the pairs of the heads that this process has."""
     if not cuts:

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
-from graft.core.ops import UNKNOWN
 from graft.prompts import kv_prefix
 from graft.prompts.inside import first_of, layers_in, positions_in, words_in
 from graft.prompts.kv_prefix import is_static, length, per_row
 from graft.prompts.masks import widened
 from graft.prompts.replays import Replays
-from graft.storage import refusal
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 # arguments with a number per token, and the number of the prompt's tokens
@@ -140,11 +138,11 @@ class Stack:
             )
         if not cfg.holds_keys:
             return
-        why = None if self.cuts else next((w for m in self.module.modules() if (w := refusal(m, UNKNOWN, True))), None)
+        why = None if self.cuts else kv_prefix.unclear_heads(self.module)
         if why is not None:
             raise ConfigError(
-                f"{kind} needs to know which heads of {name} this process has, by the k_proj of its layers, and none "
-                f"of them is cut by heads. {why}. PROMPT_TUNING or P_TUNING can be used as it is."
+                f"{kind} cannot know which heads of {name} this process has: its attention has {why}, and no k_proj "
+                "that is cut by heads. Load the model without tp_plan; or use PROMPT_TUNING or P_TUNING."
             )
         if states:
             raise ConfigError(

@@ -100,6 +100,8 @@ def why_not_cut(module: nn.Module, style: Style) -> str | None:
     elif kind == "RowwiseParallel":
         right = it.output_layouts.is_replicate() and (it.input_layouts.is_replicate() or _last(it.input_layouts))
     elif kind == "PackedColwiseParallel":
+        if module._parameters.get("bias") is not None:  # transformers cuts it without stripes, which the weight has
+            return "its bias is cut in another way than its weight, so that the model itself computes other outputs"
         right = module.out_features % it.split_factor == 0
     return None if right else "graft has no rule for it"
 
@@ -139,7 +141,7 @@ def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
     """
     style = style_of(module)
     if style is not None:
-        why = why_not_cut(module, style) if op.known else "graft has no rule for it"
+        why = why_not_cut(module, style) if op.known and not op.opaque else "graft has no rule for it"
         return None if why is None else _refused(style, why)
     if not inside:
         return None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that two or more processes run at once: `run` starts them, on a module that has `checks()`.
+
+Each process writes what became of a check into a file of its own, so that one that dies leaves what it found so far.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module: str, folder: Path, world: int = 2, timeout: float = 150) -> dict[str, str]:
+    """Return, by check, an empty text if all processes passed it, else their tracebacks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    logs = [open(folder / f"{rank}.log", "w+") for rank in range(world)]  # noqa: SIM115
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, module, str(folder), str(rank), str(world)],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        for process in begun:
+            process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in begun:
+            process.kill()
+            process.wait()
+    found: dict[str, str] = {}
+    for rank, (process, log) in enumerate(zip(begun, logs)):
+        report = folder / f"{rank}.json"
+        for name, text in (json.loads(report.read_text()) if report.exists() else {}).items():
+            found[name] = found.get(name, "") + (f"rank {rank}: {text}\n" if text else "")
+        log.seek(0)
+        if process.returncode:
+            found["end"] = f"rank {rank} ended with {process.returncode}:\n{log.read()[-4000:]}\n" + found.get(
+                "end", ""
+            )
+        log.close()
+    return found
+
+
+def main(module: str, folder: str, rank: int, world: int) -> None:
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+    done: dict[str, str] = {}
+    for name, check in importlib.import_module(module).checks(Path(folder)):
+        try:
+            check()
+            done[name] = ""
+        except Exception:
+            done[name] = traceback.format_exc()
+        Path(folder, f"{rank}.json").write_text(json.dumps(done))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -11,7 +11,7 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.ops import OPS, Linear, replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage import bnb, bnb_embedding, hqq, quanto, torchao
+from graft.storage import aqlm, bnb, bnb_embedding, calibrated, float8, hqq, integers, quanto, torchao
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import ByIdentity, Foreign, Packed
 from graft.storage.packed import is_packed
@@ -26,14 +26,24 @@ PACKED: Store = Packed()
 TENSOR_PARALLEL: Store = TensorParallel()
 STORES: TypeTable[Store] = TypeTable({})  # by a module's type
 TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
-FILES: tuple[Any, ...] = (bnb, bnb_embedding, hqq, quanto, torchao)  # of packed weights
+FILES: tuple[Any, ...] = (  # of packed weights
+    bnb,
+    bnb_embedding,
+    torchao,
+    hqq,
+    quanto,
+    calibrated,
+    aqlm,
+    float8,
+    integers,
+)
 
 for file in FILES:
     for row, kept_so in getattr(file, "TENSORS", {}).items():
         TENSORS.add(row, kept_so)
     for row, kept_so in getattr(file, "MODULES", {}).items():
         STORES.add(row, kept_so)
-        OPS.add(row, getattr(file, "OP", None) or Linear())
+        OPS.add(row, getattr(file, "OPS", {}).get(row) or Linear())
 
 
 def find_store(module: nn.Module) -> Store:
@@ -42,10 +52,9 @@ def find_store(module: nn.Module) -> Store:
     A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN; so is
     what a layer that is known to be linear has in place of one.
     """
-    kind = type(module)
-    known: Any = STORES.origin(kind)
-    if known is not None:
-        return STORES.find(kind) if kind.forward is known.forward else FOREIGN  # type: ignore[return-value]
+    store = STORES.find(type(module))
+    if store is not None:
+        return store
     return FOREIGN if replaced_forward(module) is not None else of_tensor(module, "weight")
 
 

@@ -29,5 +29,5 @@ class Table8(Table, Eight):
     pass
 
 
-OP = Embedding()
 MODULES = {"bitsandbytes.nn.modules.Embedding4bit": Table4(), "bitsandbytes.nn.modules.Embedding8bit": Table8()}
+OPS = dict.fromkeys(MODULES, Embedding())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graft.core.table import TypeTable
+from graft.core.ops import replaced_forward
+from graft.core.table import TypeTable, qualified
 from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
 
 NUMBERS = frozenset(
@@ -57,6 +58,24 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
         return [t]
     with torch._C.DisableTorchFunctionSubclass():  # notes on plain memory
         return [t.detach().as_subclass(Tensor)]
+
+
+def strange_forward(m: nn.Module) -> str | None:
+    """Say why a module may use its weight in another way than its row of OPS says, and what to do if it does not."""
+    return "".join(own_forward(m) or ()) or None
+
+
+def own_forward(m: nn.Module) -> tuple[str, str] | None:
+    """Return the reason and the remedy of `strange_forward`."""
+    known = replaced_forward(m)
+    if known is None:
+        return None
+    return (
+        f"{type(m).__name__} has a forward of its own, which may use its weight in another way than {known.__name__} "
+        "does",
+        f": if it does not, say so with graft.core.ops.OPS.add('{qualified(type(m))}', "
+        f"graft.core.ops.OPS.find({qualified(known)}))",
+    )
 
 
 class Dense:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.effect import HALF
 from graft.storage.dense import NUMBERS
 
 ROWS = 512  # of the identity in one call
@@ -22,21 +23,26 @@ def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None
     run = quiet(m)
     W = torch.empty(dims, device=device, dtype=dtype)
     for columns, rows in _blocks(dims[1], device, dtype):
-        W[:, columns] = _output(run, rows).T
+        W[:, columns] = output(run, rows).T
     return W
 
 
 def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
-    run, biased = quiet(m), quiet(m, keep_bias=True)
+    run = quiet(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator().manual_seed(0)) * torch.tensor(SIZES)[:, None]
     x = x.to(device, dtype)
-    y, sums = _output(run, x), torch.zeros(len(SIZES), dims[0], device=device)
+    y, sums = output(run, x), torch.zeros(len(SIZES), dims[0], device=device)
     for columns, rows in _blocks(dims[1], device, dtype):
-        sums += x[:, columns].float() @ _output(run, rows).float()
+        sums += x[:, columns].float() @ output(run, rows).float()
     if y.shape != sums.shape or not _near(sums, y.float()):
         return "it is not linear: its output is not the sum of what it makes of each input"
-    zero = _output(biased, torch.zeros_like(x[:1]))[0]
+    return not_affine(m, dims, device, dtype)
+
+
+def not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
+    """Say that a module adds something else to W x than its own bias; None if it does not."""
+    zero = output(quiet(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
     bias = getattr(m, "bias", None)
     if not _near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
         return "its output for an input of zeros is not its bias"
@@ -75,14 +81,17 @@ def tensors_of(m: nn.Module) -> Iterator[Tensor]:
 
 
 def dtype_of(m: nn.Module) -> torch.dtype | None:
-    """Return the dtype of the numbers that a module holds beside its codes: its bias, its scales."""
-    bias = getattr(m, "bias", None)
+    """Return the dtype in which a module computes: what it says, or that of scales in half precision.
+
+    Scales in float32 tell nothing: many layers compute in the dtype of their input.
+    """
     named: Any = getattr(m, "compute_dtype", None)
-    if isinstance(bias, Tensor) and bias.dtype in NUMBERS:
-        return bias.dtype
     if isinstance(named, torch.dtype):
         return named
-    return next((t.dtype for t in tensors_of(m) if t.dtype in NUMBERS), None)
+    weight = m._parameters.get("weight")
+    if weight is not None and weight.dtype in NUMBERS:
+        return weight.dtype
+    return next((t.dtype for t in tensors_of(m) if t.dtype in HALF), None)
 
 
 def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -96,7 +105,7 @@ def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator
 
 @torch.compiler.disable
 @torch.no_grad()
-def _output(m: nn.Module, x: Tensor) -> Tensor:
+def output(m: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         y: Any = m.forward(x)
     return y[0] if isinstance(y, tuple) else y

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import find_op
-from graft.storage.dense import Dense
+from graft.storage.dense import Dense, strange_forward
 from graft.storage.offload import hooks_of
+from graft.storage.straight import let_gradients_through
 
 
 class Quantized(Dense):
@@ -44,15 +45,22 @@ class Quantized(Dense):
         """Say why the weight of this module cannot be read; None if it can."""
         return None
 
+    def on_meta(self, m: nn.Module) -> bool:
+        device = self.where(m)[0]
+        return device is not None and device.type == "meta"
+
+    def strange(self, m: nn.Module) -> str | None:
+        """Say why the module may not compute what `values` says: a class derived from that which is known."""
+        return strange_forward(m)
+
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":
             return super().unread(m, name)
         if hooks_of(m):
             return "its weight is offloaded: it is there only while the module itself is called"
-        device = self.where(m)[0]
-        if device is not None and device.type == "meta":
+        if self.on_meta(m):
             return "its packed weight is on the meta device, not loaded: have the model on real devices first"
-        return self.unreadable(m)
+        return self.unreadable(m) or self.strange(m)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         if name != "weight":
@@ -94,7 +102,7 @@ class Quantized(Dense):
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return a plain linear layer that holds the same values, in the dtype of its inputs."""
         W, bias = find_op(m).canon(self.read(m)), getattr(m, "bias", None)
-        W = W.to(dtype or W.dtype)
+        W = W.to(dtype or W.dtype).contiguous()
         made = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
         made.weight = nn.Parameter(W, requires_grad=False)
         if bias is not None:
@@ -111,6 +119,10 @@ class Quantized(Dense):
     def put(self, m: nn.Module, values: dict[str, Any]) -> None:
         """Set `parts`."""
         put(m, values)
+
+    def loses_gradient(self, m: nn.Module) -> bool:
+        """Say whether the module's own backward pass is wrong: see `straight.py`."""
+        return False
 
     def protect(self, y: Tensor) -> Tensor:
         return y
@@ -130,6 +142,16 @@ def shadow(m: nn.Module, values: dict[str, Any]) -> nn.Module:
     made.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
     put(made, values)
     return made
+
+
+class OwnModule(Quantized):
+    """A rounded weight in a module of a type of its own, whose kernel may have no backward pass."""
+
+    def ready(self, m: nn.Module) -> str | None:
+        let_gradients_through(type(m), self)
+        if self.loses_gradient(m) and not self.on_meta(m) and (why := self.unreadable(m)) is not None:
+            return f"Layers below a {type(m).__name__} get no gradient: {why}."
+        return super().ready(m)
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

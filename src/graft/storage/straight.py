@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients for tensors whose linear layers round their inputs and pass no gradient on."""
+"""Gradients for linear layers that round their inputs, or whose kernels have no backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graft.core.ops import find_op
 from graft.kernels.function import Function
 
 MENDED: set[type] = set()
@@ -39,6 +41,37 @@ def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], 
         return before(cls, func, types, args, kwargs)
 
     kind.__torch_function__ = classmethod(through)  # type: ignore[assignment]
+
+
+def let_gradients_through(kind: type[nn.Module], store: Any) -> None:
+    """Give layers of a class that has a store a gradient for their input where their own forward gives none.
+
+    The class itself changes, once, as above. Layers of which the store says `loses_gradient` never use their own
+    backward pass. Nothing changes for a layer that cannot be read.
+    """
+    kind = next(c for c in kind.__mro__ if "forward" in c.__dict__)
+    if kind in MENDED:
+        return
+    MENDED.add(kind)
+    before: Any = kind.forward
+
+    @wraps(before)
+    def through(m: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
+            return before(m, x, *args, **kwargs)
+        run = lambda x, *_: before(m, x, *args, **kwargs)
+        bias = getattr(m, "bias", None)
+        if not (store.loses_gradient(m) or (bias is not None and bias.requires_grad)):
+            y = run(x)
+            if not isinstance(y, Tensor) or y.requires_grad:
+                return y
+            run = lambda *_: y.clone()
+        if store.unread(m) is not None:
+            return before(m, x, *args, **kwargs)
+        dense = lambda m: find_op(m).canon(store.read(m))
+        return _Straight.apply(x, bias, m, dense, run)
+
+    kind.forward = through  # type: ignore[method-assign]
 
 
 def given(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

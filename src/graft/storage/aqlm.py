@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of AQLM's layers, arXiv 2401.06118: a group of weights is a sum of entries of codebooks, times a scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.storage.quantized import OwnModule
+
+
+class Aqlm(OwnModule):
+    name = "aqlm"
+    parts = ("codes", "codebooks", "scales")
+    calibrated = "its weight is AQLM codes that were calibrated"
+
+    def values(self, m: Any) -> Tensor:
+        books, codes = m.codebooks, m.codes
+        n_books, size, out_group, in_group = books.shape
+        groups = m.out_features // out_group, m.in_features // in_group
+        if is_permuted(m, groups):
+            codes = codes.transpose(0, 1)
+        codes = codes.long() % size  # they are stored as signed integers
+        W = torch.zeros(*groups, out_group, in_group, dtype=books.dtype, device=books.device)
+        for book in range(n_books):
+            W += books[book, codes[..., book]]
+        return (W * m.scales).transpose(1, 2).reshape(m.out_features, m.in_features)
+
+    def compute_dtype(self, m: Any) -> torch.dtype:
+        return m.codebooks.dtype  # type: ignore[no-any-return]
+
+    def loses_gradient(self, m: Any) -> bool:
+        """Say so of codes that its kernel for CPUs has permuted, which its backward pass does not know."""
+        return has_bytes(m)
+
+    def protect(self, y: Tensor) -> Tensor:
+        return y.clone()
+
+
+def is_permuted(m: Any, groups: tuple[int, int]) -> bool:
+    """Say whether a first call on a CPU has put the groups of inputs first."""
+    if groups[0] != groups[1]:
+        return tuple(m.codes.shape[:2]) != groups
+    return has_bytes(m) and m.gemv_op is not None
+
+
+def has_bytes(m: Any) -> bool:
+    """Say whether codes are bytes on a CPU, for which there is a kernel."""
+    return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
+
+
+MODULES = {"aqlm.inference.QuantizedLinear": Aqlm()}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stores of layers that their own kernels alone can read, most of which hold codes that were calibrated.
+
+GPTQ and AWQ are among them: what a kernel makes of the codes (repacked, rotated, permuted) is known to it alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graft.core.ops import UNKNOWN, Linear, Op
+from graft.storage.foreign import ByIdentity
+
+
+class Sized(Linear):
+    """A linear layer that says its sizes in other words."""
+
+    def __init__(self, out_features: str, in_features: str):
+        self.out_features, self.in_features = out_features, in_features
+
+    def dims(self, m: Any) -> tuple[int, int]:
+        return getattr(m, self.out_features), getattr(m, self.in_features)
+
+
+class Eetq(Linear):
+    """EETQ's layer, whose weight is (in, out)."""
+
+    def dims(self, m: Any) -> tuple[int, int]:
+        in_features, out_features = m.weight.shape
+        return out_features, in_features
+
+
+class Gptq(ByIdentity):
+    def __init__(self) -> None:
+        super().__init__("gptq", "GPTQ codes")
+
+    def fixed(self, m: Any, name: str = "weight") -> str | None:
+        why = super().fixed(m, name)
+        if name != "weight":
+            return why
+        return f"{why} (Cannot merge LORA layers when the model is gptq quantized)"  # PEFT's words
+
+
+GPTQ, AWQ = Gptq(), ByIdentity("awq", "AWQ codes")
+GPTQMODEL = "gptqmodel.nn_modules.qlinear"
+OLD_GPTQ = (
+    "bitblas",
+    "cuda",
+    "cuda_old",
+    "exllama",
+    "exllamav2",
+    "hpu",
+    "ipex",
+    "marlin",
+    "qigen",
+    "triton",
+    "tritonv2",
+)
+AUTO_ROUND = (
+    "torch.qlinear_torch",
+    "torch.qlinear_torch_zp",
+    "triton.qlinear_tritonv2",
+    "triton.qlinear_tritonv2_zp",
+    "cuda.qlinear_exllamav2",
+    "hpu.qlinear_hpu",
+    "ipex.qlinear_ipex_gptq",
+)
+QUANT_LINEARS = [
+    *[f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}.QuantLinear" for kernel in OLD_GPTQ],
+    *[f"auto_round_extension.{module}.QuantLinear" for module in AUTO_ROUND],
+]
+AUTO_AWQ = (
+    "gemm.WQLinear_GEMM",
+    "gemv.WQLinear_GEMV",
+    "gemv_fast.WQLinear_GEMVFast",
+    "marlin.WQLinear_Marlin",
+    "exllama.WQLinear_Exllama",
+    "exllamav2.WQLinear_ExllamaV2",
+    "gemm_ipex.WQLinear_IPEX",
+)
+EETQ = ByIdentity("eetq", "EETQ codes", calibrated=False)
+
+MODULES = {
+    f"{GPTQMODEL}.BaseQuantLinear": GPTQ,
+    f"{GPTQMODEL}.AWQuantLinear": AWQ,
+    f"{GPTQMODEL}.torch.TorchQuantEmbeddings": GPTQ,
+    f"{GPTQMODEL}.paroquant.ParoLinear": ByIdentity("paroquant", "ParoQuant codes"),
+    f"{GPTQMODEL}.WeightOnlyQuantLinear": ByIdentity("gptqmodel", "codes of gptqmodel", calibrated=False),
+    **dict.fromkeys(QUANT_LINEARS, GPTQ),
+    **{f"awq.modules.linear.{name}": AWQ for name in AUTO_AWQ},
+    "transformers.integrations.eetq.EetqLinear": EETQ,
+    "eetq.modules.qlinear.EetqLinear": EETQ,
+    "transformers.integrations.higgs.HiggsLinear": ByIdentity("higgs", "HIGGS codes"),
+    "transformers.integrations.nvfp4.NVFP4Linear": ByIdentity("nvfp4", "NVFP4 codes", calibrated=False),
+    "transformers.integrations.metal_quantization.MetalLinear": ByIdentity("metal", "Metal codes", calibrated=False),
+    "transformers.integrations.gguf.utils.GgufLinear": ByIdentity("gguf", "GGUF blocks", calibrated=False),
+    "vptq.layers.vqlinear.VQuantLinear": ByIdentity("vptq", "VPTQ codes"),
+    "spqr_quant.inference.QuantizedLinear": ByIdentity("spqr", "SpQR codes"),
+    "fp_quant.module.linear.FPQuantLinear": ByIdentity("fp_quant", "FP-Quant codes", calibrated=False),
+    "sinq.sinqlinear_hf.SINQLinear": ByIdentity("sinq", "SINQ codes", calibrated=False),
+    "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules.PatchedLinear": ByIdentity(
+        "inc", "float8 numbers of Intel Neural Compressor"
+    ),
+}
+OPS: dict[str, Op] = {  # of rows that are not `Linear()`
+    f"{GPTQMODEL}.torch.TorchQuantEmbeddings": UNKNOWN,  # derived from a linear layer, and takes ids
+    **dict.fromkeys(QUANT_LINEARS, Sized("outfeatures", "infeatures")),
+    "transformers.integrations.eetq.EetqLinear": Eetq(),
+    "eetq.modules.qlinear.EetqLinear": Eetq(),
+    "spqr_quant.inference.QuantizedLinear": Sized("m", "n"),
+}

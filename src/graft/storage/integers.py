@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stores of transformers' layers that hold small integers: Gemma's of 8, 4 and 2 bits, BitNet's of three values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.storage.quantized import OwnModule
+
+
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Return the numbers (…, n) in bytes, the first of each in its lowest bits: (…, n / per byte) → (…, n)."""
+    byte = packed.to(torch.uint8).int()
+    return torch.stack([byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1).flatten(-2)
+
+
+def repacked(numbers: Tensor, bits: int) -> Tensor:
+    """Do the reverse of `unpacked`, filling up the last byte with zeros."""
+    per = 8 // bits
+    numbers = nn.functional.pad(numbers, (0, -numbers.shape[-1] % per)).unflatten(-1, (-1, per))
+    shifts = torch.arange(0, 8, bits, device=numbers.device)
+    return (numbers.int() << shifts).sum(-1).to(torch.uint8)
+
+
+class Gemma(OwnModule):
+    """Integers with a scale for each row."""
+
+    name = "gemma"
+    parts: tuple[str, ...] = ("weight", "weight_scale")
+
+    def values(self, m: Any) -> Tensor:
+        codes = m.weight
+        if m.num_bits < 8:
+            codes = unpacked(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
+        return codes * m.weight_scale  # type: ignore[no-any-return]
+
+    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+        half = 2 ** (m.num_bits - 1)
+        scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
+        codes = (W / scale).round().clamp(-half, half - 1)
+        held = codes.to(torch.int8) if m.num_bits == 8 else repacked(codes + half, m.num_bits)
+        old = m.weight_scale
+        return {
+            "weight": nn.Parameter(held, requires_grad=False),
+            "weight_scale": nn.Parameter(scale.to(old.dtype), requires_grad=old.requires_grad),
+        }
+
+    def fixed(self, m: Any, name: str = "weight") -> str | None:
+        scales = (m.input_activation_scale, m.output_activation_scale)
+        if name == "weight" and any(not s.is_meta and s.item() != 0 for s in scales):
+            return "the scales of its inputs and outputs were calibrated for its weight, and would be wrong for another"
+        return super().fixed(m, name)
+
+    def loses_gradient(self, m: nn.Module) -> bool:
+        """Say so of all: rounded activations give a gradient of zero, and to ask for their scales waits for the GPU."""
+        return True
+
+
+class Bits(OwnModule):
+    """BitNet's weights of -1, 0 and 1, four in a byte; a scale divides them. They were trained as they are."""
+
+    name = "bitnet"
+    parts: tuple[str, ...] = ("weight", "weight_scale")
+    calibrated = "its weight is ternary codes that the model was trained with"
+
+    def unreadable(self, m: Any) -> str | None:
+        return None if m.rms_norm is None else "the layer has a norm before its weight, so that it is not linear"
+
+    def values(self, m: Any) -> Tensor:
+        codes = unpacked(m.weight.T, 2).unflatten(-1, (-1, 4))  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
+        W = codes.permute(2, 1, 0).reshape(m.out_features, m.in_features)
+        return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))  # type: ignore[no-any-return]
+
+    def compute_dtype(self, m: Any) -> torch.dtype:
+        return m.weight_scale.dtype  # type: ignore[no-any-return]
+
+    def loses_gradient(self, m: nn.Module) -> bool:
+        return True
+
+
+class AutoBits(Bits):
+    """The same, unpacked when loaded, where a scale multiplies the output; or rounded at each call."""
+
+    parts = ("weight",)
+
+    def unreadable(self, m: Any) -> str | None:
+        why = super().unreadable(m)
+        if why is None and m.bias is not None and not m.online_quant:
+            return "its scale multiplies its bias as well, which graft does not know how to fold"
+        return why
+
+    def values(self, m: Any) -> Tensor:
+        if not m.online_quant:
+            return m.weight.detach() * m.weight_scale  # type: ignore[no-any-return]
+        W = m.weight.detach().float()
+        scale = W.abs().mean().clamp_min(1e-5)
+        return ((W / scale).round().clamp(-1, 1) * scale).to(m.weight.dtype)  # type: ignore[no-any-return]
+
+    def compute_dtype(self, m: Any) -> torch.dtype:
+        return m.weight.dtype  # type: ignore[no-any-return]
+
+    def loses_gradient(self, m: nn.Module) -> bool:
+        return False
+
+
+TRANSFORMERS = "transformers.integrations"
+MODULES = {
+    f"{TRANSFORMERS}.gemma_quant.QuantizedLinear": Gemma(),
+    f"{TRANSFORMERS}.bitnet.BitLinear": Bits(),
+    f"{TRANSFORMERS}.bitnet.AutoBitLinear": AutoBits(),
+}

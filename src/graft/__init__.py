@@ -17,7 +17,7 @@ _NAMES: dict[str, str] = {
     name: module
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
-        "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError "
+        "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError DistributedError "
         "NoMatchingPeftModuleError PeftError PeftWarning RoutingError UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",

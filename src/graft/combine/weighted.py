@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from graft.core.errors import (
 )
 from graft.core.layer import AdapterLayer
 from graft.methods import method_of
+from graft.storage.parallel import whole_at
 
 # rules on tensors with weights and a density, by name
 ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
@@ -156,7 +157,20 @@ class Recipe:
         return A, B, energy
 
 
+def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
+    """Let a function see the tensors of the adapters that it combines whole, where processes hold parts of them."""
+
+    @wraps(combine)
+    def call(tuner: Any, adapters: list[str], *args: Any, **kwargs: Any) -> WeightedReport:
+        named = [(layer, name) for layer in tuner.layers.values() for name in adapters if name in layer.methods]
+        with whole_at([slot for layer, name in named for slot in layer.slots(name)]):
+            return combine(tuner, adapters, *args, **kwargs)
+
+    return call
+
+
 @torch.no_grad()
+@reads_whole
 def add_weighted_adapter(
     tuner: Any,
     adapters: list[str],
@@ -231,6 +245,7 @@ def add_weighted_adapter(
 
 
 @torch.no_grad()
+@reads_whole
 def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:
     """Add an IA3 adapter, inactive and frozen, whose vectors are Σ wᵢ lᵢ. A call that fails changes nothing.
 

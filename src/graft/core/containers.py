@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.lean import ModuleDict, bare
+from graft.core.wrappers import parameters_in, walk
 
 
 class BufferDict(nn.Module):
@@ -177,12 +178,17 @@ def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Itera
     top = module_of(container, adapter)
     saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
     for path, owner, name, tensor in tensors_of(container, adapter, transient=True):
-        is_parameter = name in owner._parameters
-        where = owner._parameters if is_parameter else owner._buffers
+        is_buffer = name in owner._buffers
+        is_parameter, where = not is_buffer, owner._buffers if is_buffer else held_in(owner, name)
         trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
         root = top if owner is top else None  # deeper, any module on the way may become another
         held = container._modules if path else {adapter: None}
         yield Slot(key, path, owner, name, where, is_parameter, trains, (id(owner), name) in saved, held, root)
+
+
+def held_in(owner: nn.Module, name: str) -> dict[str, Any]:
+    """Return the dictionary in which a module has a parameter: that of its attributes, if FSDP put it there."""
+    return owner._parameters if name in owner._parameters else owner.__dict__
 
 
 def container_for(value: Any) -> Any:
@@ -217,11 +223,10 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
     """Yield (path below its name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
     root = module_of(container, adapter)
     if root is not None:
-        for prefix, module in root.named_modules(remove_duplicate=False) if root._modules else (("", root),):
+        for prefix, module in walk(root) if root._modules else (("", root),):
             dot = f"{prefix}." if prefix else ""
-            for name, p in module._parameters.items():
-                if p is not None:
-                    yield f"{dot}{name}", module, name, p
+            for name, p in parameters_in(module).items():
+                yield f"{dot}{name}", module, name, p
             for name, b in module._buffers.items():
                 if b is not None and (transient or name not in module._non_persistent_buffers_set):
                     yield f"{dot}{name}", module, name, b

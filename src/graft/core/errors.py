@@ -70,6 +70,10 @@ class HubError(CheckpointError, OSError):
     """The hub cannot be reached, or does not give a file that may be there."""
 
 
+class DistributedError(PeftError, RuntimeError):
+    """Processes would not train, or do not hold, the same adapter."""
+
+
 class NonFiniteError(CheckpointError):
     """A checkpoint holds NaN or an infinite number."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from graft.core.carrier import Carrier
 from graft.core.layer import AdapterLayer
 from graft.core.shared import Shared
+from graft.core.wrappers import inside
 from graft.inject.survey import Wrapper
 from graft.prompts.base import Prompt
 
@@ -78,3 +79,10 @@ HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; n
 def registry_of(model: Any) -> Any:
     """Return the registry of a PeftModel or tuner; None for any other model."""
     return model.__dict__.get(HOLDER)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model with adapters within wrappers such as DDP's, FSDP's, DeepSpeed's or torch.compile's."""
+    while registry_of(model) is None and (inner := inside(model)) is not None:
+        model = inner
+    return model

@@ -9,9 +9,17 @@ from torch import nn
 
 from graft.core.carrier import carrier_of
 from graft.core.effect import Branch
-from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.errors import (
+    ConfigError,
+    DistributedError,
+    NoMatchingPeftModuleError,
+    PeftWarning,
+    UnsupportedLayerError,
+    warn,
+)
 from graft.core.method import Method
 from graft.core.site import Site
+from graft.core.wrappers import MANAGED
 from graft.inject import experts, saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
 from graft.inject.parameters import children_of, parameters_of, why_not_composed
@@ -45,6 +53,8 @@ def find(job: Any) -> None:
         job.methods[key].along = key in job.along
     variant.apportion(list(job.methods.values()))
     check_sites(job.methods, tree, job.mixed)
+    if not cfg.inference_mode and (job.values is None or job.values.names):
+        check_unwrapped([method.site for method in job.methods.values()], adapter)
     variant.relate([job.methods[key] for key in job.sites])
     job.saved = modules_to_save_of(cfg, tree, job.report)
     for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
@@ -121,6 +131,17 @@ def why_not_parallel(method: Method) -> str | None:
     return refusal(
         site.module, site.op, effect.whole or getattr(effect, "input_of", None) is not None or site.op.opaque
     )
+
+
+def check_unwrapped(sites: list[Site], adapter: str) -> None:
+    """Raise DistributedError if FSDP has the weights in hand: nobody would average the gradients of a new adapter."""
+    for site in sites:
+        if MANAGED in site.module.__dict__:
+            raise DistributedError(
+                f"Adapter '{adapter}' would train on '{site.key}', which FSDP manages already, and nobody would "
+                "average the gradients of parameters that FSDP has not seen: the processes would drift apart. Inject "
+                "adapters before fully_shard (or FullyShardedDataParallel); for inference set inference_mode=True."
+            )
 
 
 def by_itself(method: Method) -> str | None:

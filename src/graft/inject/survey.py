@@ -16,6 +16,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.table import TypeTable
+from graft.core.wrappers import inside, place_inside
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store, find_tensor_store, innermost, of_tensor, piece_of
@@ -64,8 +65,9 @@ def survey(model: nn.Module) -> Tree:
                 continue
             seen.add(child)
             key = f"{path}.{name}" if path else name
+            place, child = innermost_place(module, name)
             modules[key] = child
-            places[key] = (module, name)
+            places[key] = place
             look_into(child, key)
 
     def count(module: nn.Module) -> None:
@@ -85,6 +87,9 @@ def survey(model: nn.Module) -> Tree:
                 nested(nest, path)
             else:
                 wrapped(carrier, path)
+        elif (inner := inside(module)) is not None:  # the model itself is in a wrapper
+            count(inner)
+            look_into(inner, path)
         elif module._modules:
             visit(module, path)
 
@@ -130,6 +135,14 @@ def survey(model: nn.Module) -> Tree:
     look_into(model, "")
     tree.parameters = numbers
     return tree
+
+
+def innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
+    """Return the place within all wrappers that stand at a place, and the module there."""
+    child: Any = parent._modules[name]
+    while (inner := place_inside(child)) is not None:
+        parent, name, child = child, inner, child._modules[inner]
+    return (parent, name), child
 
 
 def uncovered(module: nn.Module | None) -> nn.Module | None:

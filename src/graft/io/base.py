@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
-from graft.inject.parts import registry_of
+from graft.inject.parts import registry_of, unwrapped
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
 
 
 def _base(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     registry = registry_of(model)
     return registry.model if registry is not None else model
 

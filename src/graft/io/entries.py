@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.patterns import pattern
-from graft.core.containers import Slot
+from graft.core.containers import Slot, held_in
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
+from graft.core.wrappers import clean
 from graft.inject.parts import Nests, Parts
-from graft.storage.parallel import spread_as
+from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
 
@@ -46,17 +47,17 @@ class Entry:
 
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
-        where: Any = self.owner._parameters if self.attribute in self.owner._parameters else self.owner._buffers
+        buffers = self.owner._buffers
+        where: Any = buffers if self.attribute in buffers else held_in(self.owner, self.attribute)
         self.tensor = where[self.attribute]  # it may have become another since this entry was made
-        value = spread_as(self.tensor, value)
         if not self.tensor.is_meta:
-            with torch.no_grad():
-                self.tensor.copy_(value)
+            fill(self.tensor, value)
             return
+        value = spread(value, self.tensor)
         device = None if self.layer is None else self.layer.store.where(self.layer.base_layer)[0]
         if value.device != device or value.dtype != self.tensor.dtype:
             value = value.to(device=device, dtype=self.tensor.dtype)
-        if where is self.owner._parameters:
+        if where is not buffers:
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
         where[self.attribute] = self.tensor = value
 
@@ -65,13 +66,13 @@ class PromptEntry(Entry):
     """The prompt that a prompt method computes, or one of its parameters: see `Prompt.stored`."""
 
     def assign(self, value: Tensor) -> None:
-        self.owner.restore(self.attribute, spread_as(self.tensor, value))  # type: ignore[operator]
+        self.owner.restore(self.attribute, value)  # type: ignore[operator]
 
 
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     """Yield an entry for each tensor of `adapter` that a checkpoint holds. `prefix`: that of the model's keys."""
     if parts.prompt is not None:
-        for name, tensor in parts.prompt.stored().items():
+        for name, tensor in stored_of(parts.prompt).items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
     in_model = Nests((parts.layers if parts.all_layers is None else parts.all_layers).values())
     in_file = Nests(parts.layers.values())
@@ -79,7 +80,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         unnamed, in_files = layer.methods[adapter].unnamed, layer.methods[adapter].in_files
-        here, there = in_model.path(key, layer), in_file.path(key, layer)
+        here, there = in_model.path(key, layer), clean(in_file.path(key, layer))
         for slot in layer.slots(adapter):
             if not slot.saved:
                 continue
@@ -102,9 +103,8 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
         for slot in wrapper.slots(adapter):
             if slot.saved:
                 memory = f"{prefix}{in_model.path(key)}.{slot.container}.{adapter}.{slot.path}"
-                yield Entry(
-                    memory, f"{prefix}{in_file.path(key)}.{slot.path}", (), slot.owner, slot.attribute, slot.tensor
-                )
+                file = f"{prefix}{clean(in_file.path(key))}.{slot.path}"
+                yield Entry(memory, file, (), slot.owner, slot.attribute, slot.tensor)
     shared = parts.shared
     for slot in () if shared is None else shared.slots(adapter):
         if slot.saved:
@@ -113,6 +113,15 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             file = f"base_model.{slot.container}{f'.{literal}' if literal else ''}{below}"
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file  # type: ignore[union-attr]
             yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
+
+
+def stored_of(prompt: Any) -> dict[str, Tensor]:
+    """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
+    held = tensors_below(prompt)
+    if all([layout_of(t) is None for t in held.values()]):
+        return prompt.stored()  # type: ignore[no-any-return]
+    empty = {name: torch.empty(shape_of(t), dtype=t.dtype, device="meta") for name, t in held.items()}
+    return whole_copy(prompt, empty).stored()  # type: ignore[operator,no-any-return]
 
 
 def aliases(parts: Parts, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
@@ -132,11 +141,6 @@ def find(entry: Entry, names: set[str]) -> str | None:
         if len(named) == 1 and "." not in named[0][len(stem) + 1 : -len(below)]:
             return named[0]
     return None
-
-
-def without_wrappers(key: str) -> str:
-    """Return a state dict key without the parts that FSDP and torch.compile put into it."""
-    return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None, must_fit: bool = False) -> dict[str, Tensor]:

@@ -20,10 +20,11 @@ from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
 from graft.core.site import Site
+from graft.core.wrappers import clean
 from graft.inject.parts import Parts
 from graft.inject.survey import survey
 from graft.storage import find_store
-from graft.storage.parallel import is_sharded, is_whole
+from graft.storage.parallel import is_whole, layout_of, numbers_at, shape_of
 
 KEY = "graft_base"  # key in the safetensors metadata
 MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes
@@ -44,7 +45,7 @@ def weights_of(parts: Parts, base: nn.Module) -> dict[str, Weight]:
     if parts.prompt is not None:
         return blocks(base)
     return {
-        key: Weight(layer.site, layer.get_base_layer(), bool(layer.merged_adapters))
+        clean(key): Weight(layer.site, layer.get_base_layer(), bool(layer.merged_adapters))
         for key, layer in parts.layers.items()
     }
 
@@ -64,7 +65,7 @@ def blocks(base: nn.Module) -> dict[str, Weight]:
     return found
 
 
-def fingerprint(weights: dict[str, Weight], with_values: bool = True) -> dict:
+def fingerprint(weights: dict[str, Weight], with_values: bool = True, together: bool = False) -> dict:
     """Return names and shapes of weights and, where they are the base's own, a few of their values."""
     shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
     made: dict = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
@@ -72,7 +73,7 @@ def fingerprint(weights: dict[str, Weight], with_values: bool = True) -> dict:
         made["weights"] = shapes
     if with_values and weights:
         chosen = sorted(weights)[:: max(1, len(weights) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
-        made["sample"] = {key: values for key in chosen if (values := sample(weights[key])) is not None}
+        made["sample"] = {key: values for key in chosen if (values := sample(weights[key], together)) is not None}
     return made
 
 
@@ -118,20 +119,26 @@ def read_note(text: str | None, path: str) -> dict | None:
     return note
 
 
-def sample(weight: Weight) -> list[float] | None:
+def sample(weight: Weight, together: bool = False) -> list[float] | None:
     """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded.
 
-    To read a sharded weight takes all processes, and one of them may be alone here.
+    To read a sharded weight takes all processes, and one of them may be alone here, unless they are `together`.
     """
     site, base, name = weight.site, weight.module, weight.site.parameter
     if not site.store.exact or weight.merged or not site.op.known or site.store.unread(base, name):
         return None
-    W = site.store.read(base, name).detach()
-    if W.is_meta or is_sharded(W) or not is_whole(W):
+    W = site.store.read(base, name)
+    if W.is_meta:
         return None
-    flat = W.reshape(-1)
-    picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-    return [float(f"{v:.5g}") for v in picked.float().tolist()]
+    if layout_of(W) is not None:
+        n = shape_of(W).numel()
+        picked = numbers_at(W, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
+    elif is_whole(W):
+        flat = W.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().tolist()
+    else:
+        picked = None
+    return None if picked is None else [float(f"{v:.5g}") for v in picked]
 
 
 def same_values(stored: dict, now: dict) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
+from graft.core.wrappers import clean
 from graft.inject.build import put
-from graft.inject.parts import Parts, registry_of
+from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.io.check import check_room, check_tensors
 from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
@@ -23,7 +24,7 @@ from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of
 from graft.io.save import changes_base, config_of, parts_of
 from graft.storage import standalone
-from graft.storage.parallel import spread_as
+from graft.storage.parallel import fill, shape_of
 
 
 @dataclass
@@ -49,7 +50,7 @@ class BaseEntry(NamedTuple):
     tensor: Tensor
 
     def assign(self, value: Tensor) -> None:
-        self.tensor.data.copy_(spread_as(self.tensor, value))
+        fill(self.tensor, value)
 
 
 class Values:
@@ -69,7 +70,8 @@ class Values:
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite)
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
-        self.tensors = renamed(loaded.tensors, own if key_mapping is None else key_mapping, key_mapping is not None)
+        stored = {clean(key): t for key, t in loaded.tensors.items()}  # PEFT leaves parts of wrappers in names
+        self.tensors = renamed(stored, own if key_mapping is None else key_mapping, key_mapping is not None)
         self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
         self.ignore_mismatched_sizes = ignore_mismatched_sizes
         self.report = LoadReport()
@@ -87,7 +89,7 @@ class Values:
         """
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         original: Any = getattr(module, "original_module", module)
-        shapes = {n: p.shape for n, p in original.named_parameters()}
+        shapes = {n: shape_of(p) for n, p in original.named_parameters()}
         stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
         other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
         torn = torn_apart(shapes, shapes | other) if other else None
@@ -122,7 +124,7 @@ class Values:
         ]
         for layer, held in groups:
             if layer is None:  # layers may restore values that are as large as what they share
-                both = [(name, self.tensors[name].shape, entry.tensor.shape) for entry, name in held if name]
+                both = [(name, self.tensors[name].shape, shape_of(entry.tensor)) for entry, name in held if name]
                 self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
         for layer, held in groups:
             if layer is not None:
@@ -130,8 +132,8 @@ class Values:
             for entry, name in held:
                 if name is None:
                     self.report.missing_keys.append(entry.file)
-                elif self.tensors[name].shape != entry.tensor.shape:
-                    mismatched.append((name, self.tensors[name].shape, entry.tensor.shape))
+                elif self.tensors[name].shape != shape_of(entry.tensor):
+                    mismatched.append((name, self.tensors[name].shape, shape_of(entry.tensor)))
                 else:
                     found.append((entry, name))
         used |= {name for _, name in found} | {name for name, _, _ in mismatched}
@@ -170,7 +172,7 @@ class Values:
         if kind == "all":
             carriers = parts.layers.keys() | parts.wrappers.keys()
             names = (name for name, _ in self.model.named_parameters() if "bias" in name)
-            wanted |= {name: name for name in names if carriers.isdisjoint(ancestors(name))}
+            wanted |= {clean(name): clean(name) for name in names if carriers.isdisjoint(ancestors(name))}
         missing = [a for a, b in wanted.items() if not {prefix + a, prefix + b} & self.tensors.keys()]
         if kind != "all" and missing and len(missing) == len(wanted):
             warn(
@@ -221,13 +223,14 @@ class Values:
             return {}
         held: dict[str, Tensor] = {}
         for path, p in self.model.named_parameters(remove_duplicate=False):
+            path = clean(path)
             held[prefix + path] = p
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
                 held[f"{prefix}{stem}.base_layer.{leaf}"] = p
         out = {n: held[n] for n in sorted(names) if n in held}  # spreading takes all processes, in one order
-        for name in [n for n in out if out[n].shape != self.tensors[n].shape]:
-            mismatched.append((name, self.tensors[name].shape, out.pop(name).shape))
+        for name in [n for n in out if shape_of(out[n]) != self.tensors[n].shape]:
+            mismatched.append((name, self.tensors[name].shape, shape_of(out.pop(name))))
         return out
 
     def check_base(self, parts: Parts) -> None:
@@ -371,7 +374,7 @@ def set_peft_model_state_dict(
         AdapterNotFoundError: no such adapter.
         CheckpointError: a tensor is not a plain one of finite real numbers.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     parts, _, base = parts_of(model, adapter_name)
     loaded = Loaded(dict(peft_model_state_dict), "the given state dict")
     config = config_of(model, adapter_name)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -14,19 +15,21 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
+from graft.core.wrappers import bare, clean, walk
 from graft.inject.match import Names
-from graft.inject.parts import Parts, registry_of
+from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.survey import survey
 from graft.io.base import original
 from graft.io.digests import digests
-from graft.io.entries import Entry, entries, without_wrappers
+from graft.io.entries import Entry, entries
 from graft.io.fingerprint import fingerprint, weights_of
-from graft.io.whole import check_entries, check_value
+from graft.io.whole import check_entries, check_value, gathered
+from graft.storage.parallel import layout_of, tensors_below, whole_copy
 
 
 def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
     """Return the carriers of an adapter, the prefix of its keys, and the base model."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     registry = registry_of(model)
     if registry is not None:
         registry.check_known([adapter])
@@ -64,24 +67,30 @@ def get_peft_model_state_dict(
         CheckpointError: a tensor is a part of one: it has to be gathered.
     """
     parts, prefix, base = parts_of(model, adapter_name)
-    given = None if state_dict is None else {without_wrappers(k): v for k, v in state_dict.items()}
-    config = config_of(getattr(model, "_orig_mod", model), adapter_name)
-    if given is not None and parts.prompt is not None:
+    given = None if state_dict is None else {bare(k): v for k, v in state_dict.items()}
+    config = config_of(unwrapped(model), adapter_name)
+    more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
+    if parts.prompt is not None and given is not None:
         parts, given = with_values(parts, given, adapter_name), None
+    elif parts.prompt is not None and (found := gathered(tensors_below(parts.prompt))):
+        parts = replace(parts, prompt=whole_copy(parts.prompt, found))  # type: ignore[arg-type]
+    held = list(entries(parts, adapter_name, prefix))
+    values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
+    values |= {key: t if given is None else given.get(bare(key), t) for key, t in more.items()}
+    values |= gathered(values)
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for layer, group in groupby(entries(parts, adapter_name, prefix), attrgetter("layer")):
-        held = list(group)
-        values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
-        for e in held if layer is not None and layer.methods[adapter_name].sources else ():
+    for layer, group in groupby(held, attrgetter("layer")):
+        here = list(group)
+        own = {e.file: values[e.file] for e in here}
+        for e in here if layer is not None and layer.methods[adapter_name].sources else ():
             if id(e.tensor) in seen:  # another layer's: a file has a copy for each
-                values[e.file] = values[e.file].detach().clone()
-        seen |= {id(e.tensor) for e in held}
-        check_entries(held, values, parts, adapter_name)
-        out |= values if layer is None else stored(layer.methods[adapter_name], held, values, config)
-    for name, tensor in base_tensors(base, parts, config, save_embedding_layers).items():
-        key = f"{prefix}{name}"
-        out[key] = tensor if given is None else given.get(key, tensor)
+                own[e.file] = own[e.file].detach().clone()
+        seen |= {id(e.tensor) for e in here}
+        check_entries(here, own, parts, adapter_name)
+        out |= own if layer is None else stored(layer.methods[adapter_name], here, own, config)
+    for key, tensor in more.items():
+        out[key] = values[key]
         check_value(key, out[key], tensor, adapter_name)
     return out
 
@@ -98,9 +107,21 @@ def describe_base(config: Any, base: nn.Module) -> None:
 def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
     if not entry.in_state_dict:
         return entry.tensor
-    if entry.memory not in given:
+    name = bare(entry.memory)
+    if name not in given:
         raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter}'.")
-    return given[entry.memory]
+    return given[name]
+
+
+def is_spread(model: Any, adapters: list[str]) -> bool:
+    """Say whether each process holds a part of a tensor of these adapters, so that saving takes them all."""
+    for adapter in adapters:
+        parts = parts_of(model, adapter)[0]
+        held = [] if parts.prompt is None else list(tensors_below(parts.prompt).values())
+        held += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
+        if any([layout_of(t) is not None for t in held]):
+            return True
+    return False
 
 
 def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -115,18 +136,23 @@ def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: An
 
 def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
     """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
-    here = copy.deepcopy(parts)
-    owners: dict[str, nn.Module] = {f"{here.prompt.prefix}.{adapter}": here.prompt}  # type: ignore[union-attr,dict-item]
-    owners |= {f"{here.prefix}{key}": w for key, w in here.wrappers.items()}
-    for path, owner in owners.items():
-        for name, tensor in owner.state_dict(keep_vars=True).items():
-            key = f"{path}.{name}"
-            if key in given:
-                check_value(key, given[key], tensor, adapter)
-                tensor.data = given[key].detach()
-            elif f".{adapter}." in f"{key}.":
-                raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
+    stem = f"{parts.prompt.prefix}.{adapter}"  # type: ignore[union-attr]
+    values = {n: taken(given, f"{stem}.{n}", t, adapter) for n, t in tensors_below(parts.prompt).items()}  # type: ignore[arg-type]
+    here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=whole_copy(parts.prompt, values))  # type: ignore[arg-type]
+    for key, wrapper in here.wrappers.items():
+        for name, tensor in wrapper.state_dict(keep_vars=True).items():
+            if f".{adapter}." in f".{name}.":
+                tensor.data = taken(given, f"{here.prefix}{key}.{name}", tensor, adapter).detach()
     return here
+
+
+def taken(given: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
+    """Return a state dict's value for a tensor, checked."""
+    name = bare(key)
+    if name not in given:
+        raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
+    check_value(key, given[name], tensor, adapter)
+    return given[name]
 
 
 def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_layers: str | bool) -> dict[str, Tensor]:
@@ -134,7 +160,7 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")
     if bias == "all":
-        out |= {name: p for name, p in base.named_parameters() if "bias" in name and not _is_added(name, parts)}
+        out |= {name: p for name, p in tensors_below(base).items() if "bias" in name and not _is_added(name, parts)}
         out |= {name: b for name, b in _biases(parts).items() if name in out}
     elif bias != "none":
         out |= _biases(parts)
@@ -143,13 +169,14 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
 
 def _biases(parts: Parts) -> dict[str, Tensor]:
     """Return the biases of the adapted layers, as they are with nothing merged."""
-    layers = {key: layer for key, layer in parts.layers.items() if not layer.op.opaque}
+    layers = {clean(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
     biases = {f"{key}.base_layer.bias": unmerged_bias(layer) for key, layer in layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
 
 def _is_added(name: str, parts: Parts) -> bool:
-    return any(name.startswith(f"{key}.") and not name.startswith(f"{key}.base_layer.") for key in parts.layers)
+    keys = map(clean, parts.layers)
+    return any(name.startswith(f"{key}.") and not name.startswith(f"{key}.base_layer.") for key in keys)
 
 
 def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tensor]:
@@ -175,14 +202,14 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
     model: Any = base
     layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     out: dict[str, Tensor] = {}
-    for key, module in base.named_modules():
+    for key, module in walk(base):
         if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
-                out |= {f"{key}.base_layer.{n}": p for n, p in module.base_layer.named_parameters()}
+                out |= {f"{key}.base_layer.{n}": p for n, p in tensors_below(module.base_layer).items()}
                 if module.store.unread(module.base_layer, module.site.parameter) is None:
                     out[f"{key}.base_layer.weight"] = unmerged(module)
         elif not targeted and any(module is m for m in layers):
-            out |= {f"{key}.{n}": p for n, p in module.named_parameters()}
+            out |= {f"{key}.{n}": p for n, p in tensors_below(module).items()}
     return out
 
 
@@ -204,11 +231,16 @@ def resized_vocabulary(base: nn.Module, config: Any) -> bool:
     return True
 
 
-def base_fingerprint(model: nn.Module, adapter: str, full: bool = False) -> dict:
-    """Return the fingerprint of an adapter's base. full: with digests of all tensors that the adapter leaves alone."""
+def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> dict:
+    """Return the fingerprint of an adapter's base.
+
+    Args:
+        full: with digests of all tensors that the adapter leaves alone.
+        together: all processes are here, so that values that are spread over them can be read.
+    """
     parts, _, base = parts_of(model, adapter)
     changes = changes_base(parts, adapter)
-    made = fingerprint(weights_of(parts, base), with_values=not changes)
+    made = fingerprint(weights_of(parts, base), not changes, together)
     if full:
         own = set(base_tensors(base, parts, config_of(model, adapter), False))
         own |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()

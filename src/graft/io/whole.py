@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse parts of tensors: the shard that one process of a model holds, or an empty tensor in its stead."""
+"""Gather tensors of which each process holds a part; refuse parts, and empty tensors in their stead."""
 
 from __future__ import annotations
 
@@ -12,12 +12,30 @@ from graft.core.layer import AdapterLayer
 from graft.inject.build import add_adapter
 from graft.inject.parts import Parts
 from graft.io.entries import Entry
-from graft.storage.parallel import is_whole
+from graft.io.fingerprint import digest
+from graft.io.together import Meeting, processes
+from graft.storage.parallel import is_whole, layout_of, shape_of, whole
 
+CALL = "save_pretrained()"
 GATHER = (
     "Gather the whole tensors on all processes (as torch.distributed.checkpoint.state_dict.get_model_state_dict does, "
     "or accelerate's get_state_dict) and pass them as save_pretrained(…, state_dict=…)."
 )
+
+
+def gathered(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole those of these tensors, by name, that are spread over processes. All processes must call this.
+
+    They wait for each other only if there are some.
+
+    Raises:
+        CheckpointError: a process is alone, or others hold other tensors.
+    """
+    spread = {name: t for name, t in sorted(held.items()) if layout_of(t) is not None}
+    if spread and processes() > 1:
+        shapes = [f"{name} {tuple(shape_of(t))} {t.dtype}" for name, t in spread.items()]
+        Meeting(CALL, f"{len(shapes)} tensors ({digest(' '.join(shapes))}) such as {shapes[0]}")
+    return {name: whole(t) for name, t in spread.items()}
 
 
 def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, adapter: str) -> None:
@@ -29,7 +47,7 @@ def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, ad
     odd = [
         e
         for e in held
-        if not is_whole(e.tensor) or ((value := values[e.file]) is not e.tensor and value.shape != e.tensor.shape)
+        if (layout_of(e.tensor) is None and not is_whole(e.tensor)) or values[e.file].shape != shape_of(e.tensor)
     ]
     shapes = shapes_of(odd[0].layer, adapter, parts) if odd and odd[0].layer is not None else {}
     for entry in odd:
@@ -38,8 +56,8 @@ def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, ad
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: Any = None) -> None:
     """Check a value for `tensor`, whose shape is `shape` if that is known; else its own, unless it is a part itself."""
-    if shape is None and is_whole(tensor):
-        shape = tensor.shape
+    if shape is None and (layout_of(tensor) is not None or is_whole(tensor)):
+        shape = shape_of(tensor)
     if value.shape == shape or (shape is None and value.numel()):
         return
     wanted = "" if shape is None else f" and not {tuple(shape)}"

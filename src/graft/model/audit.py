@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.finite import largest
-from graft.inject.parts import Parts, registry_of
+from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
@@ -159,12 +159,6 @@ def audit(
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     return report
-
-
-def unwrapped(model: Any) -> Any:
-    while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
-        model = model._modules.get("module", model._modules.get("_orig_mod"))
-    return model
 
 
 def parts_of_active(carriers: Iterable[Any]) -> list[Part]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.combine.convert import convert
 from graft.core.errors import ConfigTypeError
-from graft.inject.parts import Parts
+from graft.inject.parts import Parts, unwrapped
 from graft.io import files, save
 from graft.io.entries import entries
 from graft.io.fingerprint import fingerprint, weights_of
@@ -77,7 +77,7 @@ def save_as_lora(
 
 def found(model: Any, adapter: str) -> tuple[Parts, str, nn.Module, Any]:
     """Return the carriers of an adapter, the prefix of its keys, its base model and its config."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     config = save.config_of(model, adapter)
     if config is None and not getattr(model, "peft_config", None):
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion. The model has no adapters.")

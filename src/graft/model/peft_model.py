@@ -22,6 +22,9 @@ from graft.inject.build import put
 from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save
 from graft.io.load import LoadReport, Values, say_kept
+from graft.io.together import Meeting, processes
+from graft.io.whole import CALL
+from graft.model import averaged
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.tuner import tuner_of
 from graft.storage import numel
@@ -72,6 +75,8 @@ class PeftModel(nn.Module):
                 self.base_model = self._tuner(model, peft_config, adapter_name, options)
                 registry = registry_of(self.base_model)
         self.__dict__[HOLDER] = registry
+        if options.get("values") is None:
+            averaged.note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
         self._note_modules_to_save(peft_config)
@@ -211,6 +216,8 @@ class PeftModel(nn.Module):
             self._registry.add_adapter(
                 adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
             )
+        if "values" not in options:
+            averaged.note_start(self._registry, adapter_name)
         self._note_modules_to_save(peft_config)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -317,6 +324,9 @@ class PeftModel(nn.Module):
         call, taken = registry.call, (*self.special_peft_forward_args, *registry.arguments)
         own = {name: kwargs.pop(name) for name in taken if name in kwargs}
         rows = self._rows(names, inputs, kwargs)
+        if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            averaged.check(registry)
+            registry.averaged = True
         run = Run(inputs, kwargs, own, rows, generates)
         run.copies = copies_of(registry.model, kwargs) if generates else 1
         with call.using(rows), self._heads_of(names), registry.acting(run) as finish:
@@ -409,13 +419,15 @@ class PeftModel(nn.Module):
             )
         if not names and selected_adapters is None:
             raise CheckpointError(f"There is nothing to save into {save_directory}: the model has no adapter.")
-        if not is_main_process:
+        given = kwargs.get("state_dict")
+        spread = given is None and save.is_spread(self, names)
+        if not (spread or is_main_process):
             return
+        what = f"{sorted(names)} for {os.fspath(save_directory)}, fingerprint={fingerprint!r}"
+        meeting = Meeting(CALL, what) if spread and processes() > 1 else None
         made = {}
         for name in names:
-            tensors = save.get_peft_model_state_dict(
-                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
-            )
+            tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=save_embedding_layers)
             config = copy.copy(self.peft_config[name])
             if path_initial_model_for_weight_conversion is not None:
                 from graft.methods.lora.convert import subtract_initial
@@ -426,13 +438,22 @@ class PeftModel(nn.Module):
             config.inference_mode = True
             folder = folder_of(name, save_directory)
             files.check(folder, tensors)
-            made[folder] = tensors, config, save.base_fingerprint(self, name, full=fingerprint == "full")
-        for folder, (tensors, config, base) in made.items():
-            files.save_adapter(folder, tensors, config, safe_serialization, base)
-        try:
-            self.create_or_update_model_card(save_directory)
-        except Exception as e:  # of many types: a README.md may hold anything
-            warn(f"The adapter is saved; {save_directory}/README.md could not be written: {e}", PeftWarning)
+            made[folder] = tensors, config, save.base_fingerprint(self, name, fingerprint == "full", together=spread)
+
+        def write() -> None:
+            if not is_main_process:
+                return
+            for folder, (tensors, config, base) in made.items():
+                files.save_adapter(folder, tensors, config, safe_serialization, base)
+            try:
+                self.create_or_update_model_card(save_directory)
+            except Exception as e:  # of many types: a README.md may hold anything
+                warn(f"The adapter is saved; {save_directory}/README.md could not be written: {e}", PeftWarning)
+
+        if meeting is None:
+            write()
+        else:
+            meeting.by_the_first(write)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         from graft.io.card import write_card

@@ -110,6 +110,9 @@ class Registry:
     states: dict[str, Any]  # state of methods during training, by adapter
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
     watched: set[str]  # adapters for which that was set up
+    averaged = False  # the gradients of what trains now will be averaged over processes
+    ddp: Any = None  # weak reference to the DDP in which the model last ran
+    starts: dict[str, Any]  # notes of the values with which adapters began, by adapter
     arguments: set[str]  # of a call of the model that are the methods' own
     several: str  # for errors: how to activate several adapters
 
@@ -126,7 +129,7 @@ class Registry:
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self.states = {}, {}, [], {}
-        self.watched = set()
+        self.watched, self.starts = set(), {}
         return found
 
     @property
@@ -148,6 +151,10 @@ class Registry:
         """True while there are carriers and all are switched off."""
         off = [part.state.disabled for part in self.carriers()]
         return bool(off) and all(off)
+
+    def changed_training(self) -> None:
+        """Note that other parameters may train."""
+        self.averaged = False
 
     def take_in(self, parts: Parts, disabled: bool) -> None:
         """Register the carriers of a new adapter, and forget those that have no adapter left.
@@ -231,6 +238,7 @@ class Registry:
         if not self.watched.issuperset(names):
             self.watched.update(names)
             self.watch = Watch(self)
+        self.changed_training()
         self._changed()
 
     def mergeable_layers(self) -> list[AdapterLayer]:
@@ -283,6 +291,7 @@ class Registry:
         self.check_known(names)
         for part in self.carriers():
             part.set_requires_grad(names, requires_grad)
+        self.changed_training()
 
     # on and off
 

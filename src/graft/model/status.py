@@ -11,7 +11,7 @@ from torch import nn
 from graft.core.carrier import carrier_of
 from graft.core.containers import slots_of
 from graft.core.layer import AdapterLayer
-from graft.inject.parts import Nests
+from graft.inject.parts import Nests, unwrapped
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.survey import survey
 from graft.io.save import registry_of
@@ -73,7 +73,7 @@ def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
 
 
 def with_layers(model: Any, caller: str) -> Any:
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if getattr(registry_of(model), "prompt_encoder", None) is not None:
         raise TypeError(
             f"{caller}() got an invalid PeftModel instance; prompt methods put no adapters on layers: see "

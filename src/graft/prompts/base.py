@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError
+from graft.core.errors import CheckpointError, ConfigError
+from graft.storage.parallel import fill, layout_of, shape_of
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
 STORED = "prompt_embeddings"  # name of the prompt in a checkpoint
@@ -71,16 +72,21 @@ class Prompt(nn.Module):
         `value` is the prompt from now on; a network that computed it goes, since no file holds one.
         """
         old = self.embedding.weight
-        if old.shape == value.shape:
-            with torch.no_grad():
-                old.copy_(value)
+        if shape_of(old) == value.shape:
+            fill(old, value)
+        elif layout_of(old) is not None:
+            raise CheckpointError(
+                f"A prompt of shape {tuple(value.shape)} cannot take the place of the network that computes this one, "
+                "whose tensors are spread over processes: load it before the model is wrapped."
+            )
         else:
             weight = nn.Parameter(value.to(device=old.device, dtype=old.dtype), requires_grad=old.requires_grad)
             self.embedding = nn.Embedding(len(value), value.shape[1], _weight=weight)
 
 
 def pick(table: Tensor, indices: Tensor | None) -> Tensor:
-    return table if indices is None else table[indices]
+    """Return rows of a table, never the table itself: FSDP empties it when the prompt's module returns."""
+    return table.clone() if indices is None else table[indices]
 
 
 def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
@@ -102,7 +108,7 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
 
 def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
     """Raise ConfigError if the base model does not know all the tokens."""
-    size = len(next(words.parameters()))
+    size = shape_of(next(words.parameters()))[0]
     unknown = ids[(ids < 0) | (ids >= size)]
     if len(unknown):
         raise ConfigError(

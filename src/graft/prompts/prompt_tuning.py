@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.prompts.base import Prompt, words_of
+from graft.storage.parallel import shape_of
 
 
 class PromptTuningInit(str, Enum):
@@ -65,7 +66,7 @@ class PromptEmbedding(Prompt):
             ids = text_ids(cfg)
             origin += f" with tokenizer_name_or_path='{cfg.tokenizer_name_or_path}'"
         else:
-            ids = torch.randint(0, len(next(words.parameters())), (cfg.rows,))
+            ids = torch.randint(0, shape_of(next(words.parameters()))[0], (cfg.rows,))
         self.embedding.weight = nn.Parameter(words_of(ids, words, origin))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        return next((self.words or self.module).parameters()).device
+        found = chain((self.words or self.module).parameters(), self.module.parameters())
+        return next(found).device  # FSDP may leave the word embeddings without parameters
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from graft.config.keywords import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
+from graft.core.wrappers import clean
 from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
-from graft.inject.parts import Parts
+from graft.inject.parts import Parts, unwrapped
 from graft.io import files
-from graft.io.entries import Entry, entries, without_wrappers
+from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
 from graft.io.load import Values, some
 from graft.io.save import config_of, parts_of
 from graft.methods.lora import LoRA
+from graft.storage.parallel import fill_all, layout_of, shape_of
 
 MUST_AGREE = (
     "use_rslora",
@@ -119,7 +121,7 @@ class Swap:
 
 def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options: Any) -> None:
     """Check everything, then write."""
-    model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
+    model = unwrapped(model)
     parts, _, base = parts_of(model, adapter)
     now = config_of(model, adapter)
     check_compatible(now or config, config)
@@ -137,10 +139,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options:
         check_growth(plan, adapter, config)
     with torch.inference_mode(False), torch.no_grad():
         grow([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
-        if plan.copies:
-            torch._foreach_copy_([target for target, _ in plan.copies], [value for _, value in plan.copies])
-        if plan.zeros:
-            torch._foreach_zero_(plan.zeros)
+        fill_all([*plan.copies, *((target, target.new_zeros(()).expand(shape_of(target))) for target in plan.zeros)])
         for layer, rank, alpha, scaling in plan.changes:
             layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
             for scalings in (layer.scaling, layer.scaling_at_start):
@@ -185,6 +184,11 @@ def check_base(config: Any, which: str) -> None:
 def check_growth(plan: Swap, adapter: str, config: Any) -> None:
     """Raise ConfigError if larger tensors cannot take the place of tied ones; warn if compiled code will not fit."""
     rank = max(rank for _, _, rank in plan.larger)
+    if any(layout_of(entry.tensor) is not None for entry, _, _ in plan.larger):
+        raise ConfigError(
+            f"Adapter '{adapter}' would grow to rank {rank}, and its tensors are spread over processes, which know "
+            "their sizes: swap before the model is wrapped, or make it with that rank."
+        )
     check_tied(adapter, config, rank)
     if any(isinstance(change.layer.scaling[adapter], Tensor) for change in plan.changes):
         text = f"Adapter '{adapter}' grows to rank {rank}, more than prepare_model_for_compiled_hotswap made room for: "
@@ -206,7 +210,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes differ.
     """
     plan, targeted = Swap(), Matcher(load.config)
-    left = {without_wrappers(k): v for k, v in load.tensors.items()}
+    left = {clean(k): v for k, v in load.tensors.items()}
     prefix = parts.prefix if any(k.startswith("base_model.") for k in left) else ""
     for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
         held = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
@@ -246,13 +250,13 @@ def name_in(names: Any, entry: Entry) -> str | None:
     """Return the one of `names` that is an entry's: in a file, or in the model's state dict; None if none is."""
     if entry.file in names:
         return entry.file
-    return next((n for n in map(without_wrappers, (entry.memory, *entry.also)) if n in names), None)
+    return next((n for n in map(clean, (entry.memory, *entry.also)) if n in names), None)
 
 
 def _take(plan: Swap, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
     """Add values of rank r to the plan, for tensors of rank `room`."""
     for entry, value in held:
-        here = entry.tensor.shape
+        here = shape_of(entry.tensor)
         shape = here if r == room else shape_at(entry, r)
         if value.shape != shape:
             plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, expected is {tuple(shape)}")
@@ -275,7 +279,7 @@ def groups_of(entry: Entry) -> int:
 
 def shape_at(entry: Entry, r: int) -> torch.Size:
     """Return the shape that an adapter's tensor would have at rank r."""
-    shape = list(entry.tensor.shape)
+    shape = list(shape_of(entry.tensor))
     dim = RANK_DIM.get(entry.container)
     if dim is not None and len(shape) > 1:
         shape[dim] = r // groups_of(entry) if dim else r

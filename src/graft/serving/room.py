@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.inject.parts import Parts
+from graft.inject.parts import Parts, unwrapped
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import config_of
@@ -52,7 +52,7 @@ def prepare_model_for_compiled_hotswap(
             "again. Call the function before compiling the model.",
             PeftWarning,
         )
-    model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
+    model = unwrapped(model)
     on: dict[str, dict[str, Any]] = defaultdict(dict)  # layers by adapter
     for key, layer in survey(model).layers.items():
         for name in (n for n, m in layer.methods.items() if isinstance(m, LoRA)):

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.ops import replaced_forward
 from graft.core.table import TypeTable, qualified
+from graft.core.wrappers import MANAGED, parameters_in
 from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
+from graft.storage.parallel import layout_of, whole
 
 NUMBERS = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -78,6 +80,20 @@ def own_forward(m: nn.Module) -> tuple[str, str] | None:
     )
 
 
+def flattened(m: nn.Module, name: str) -> str | None:
+    """Say why a tensor cannot be read or written that FSDP1 keeps in a flat parameter; None if it does not."""
+    t = parameters_in(m).get(name) if MANAGED in m.__dict__ else None
+    layout = None if t is None else layout_of(t)
+    return in_parts(name, layout.name) if layout is not None and not layout.writable else None
+
+
+def in_parts(name: str, layout: str) -> str:
+    return (
+        f"its {name} is in parts, which {layout} puts together for a call of the module: save the adapter, and load it "
+        "into a model of one process to merge it"
+    )
+
+
 class Dense:
     name = "dense"
     exact = live = True
@@ -85,15 +101,18 @@ class Dense:
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
         if hooks_of(m):
             return f"its {name} is offloaded: it is there only while the module itself is called"
-        return strange_tensor(m, name)
+        return strange_tensor(m, name) or flattened(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        return getattr(m, name)
+        p: Tensor = getattr(m, name)
+        return p if p.numel() else whole(p)  # ZeRO-3 empties it between calls
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         t: Tensor | None = m._parameters.get(name)
         if t is None:
             t = m._buffers.get(name)
+        if (why := flattened(m, name)) is not None:
+            return why
         if t is None:
             return (
                 f"its {name} is computed from other tensors: make it one of its own first, with torch's "
@@ -101,6 +120,8 @@ class Dense:
             )
         if (why := strange_tensor(m, name)) is not None:
             return why
+        if (layout := layout_of(t)) is not None and not layout.writable:
+            return in_parts(name, layout.name)
         if t.is_meta and is_tied(m, name):
             return f"its {name} is offloaded and tied to that of another module: have the model on real devices first"
         if t.is_meta and not hooks_of(m):

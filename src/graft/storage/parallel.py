@@ -1,24 +1,248 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of which each process holds a part: DTensor, as FSDP2 and tensor parallelism make them, and others."""
+"""Tensors of which each process holds a part: how to have them whole, and how to put whole values into them.
+
+A layout is a class with the functions of `Layout`. Everything that reads or writes adapters asks `layout_of`.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graft.core.wrappers import inside, parameters_in, walk
+from graft.storage.flat import Piece, piece_of, place_of, sent
+
+
+class Layout(Protocol):
+    """One way in which processes hold a tensor together."""
+
+    name: str
+    has_gradients: bool  # those of a tensor are a tensor of the layout as well
+    writable: bool  # computing with the tensors, and copying into them, does the same to all parts
+
+    def shape(self, t: Tensor) -> torch.Size: ...  # of the whole tensor
+    def whole(self, t: Tensor) -> Tensor: ...  # collective
+    def fill(self, t: Tensor, value: Tensor) -> None: ...  # put in a whole value, in place
+
+
+class Distributed:
+    """DTensor, as FSDP2 and tensor parallelism make them."""
+
+    name, has_gradients, writable = "DTensor", True, True
+
+    def shape(self, t: Tensor) -> torch.Size:
+        return t.shape
+
+    def whole(self, t: Any) -> Tensor:
+        kind = t.device_mesh.device_type
+        made: Tensor = (t if t.device.type in (kind, "meta") else t.to(kind)).full_tensor()
+        return made.to(t.device)
+
+    def fill(self, t: Any, value: Tensor) -> None:
+        t.copy_(spread(value.to(dtype=t.dtype), t))
+
+
+class Flat:
+    """A slice of a flat parameter, as FSDP1 makes them."""
+
+    name, has_gradients, writable = "FSDP1", False, False
+
+    def shape(self, t: Tensor) -> torch.Size:
+        return piece_of(t).shape  # type: ignore[union-attr]
+
+    def whole(self, t: Tensor) -> Tensor:
+        return piece_of(t).whole()  # type: ignore[union-attr]
+
+    def fill(self, t: Tensor, value: Tensor) -> None:
+        piece_of(t).fill(value)  # type: ignore[union-attr]
+
+
+class Zero3:
+    """DeepSpeed's ZeRO-3: between calls a parameter is empty, or a copy that DeepSpeed keeps because it is small."""
+
+    name, has_gradients, writable = "ZeRO-3", False, False
+
+    def shape(self, t: Any) -> torch.Size:
+        return torch.Size(t.ds_shape)
+
+    def whole(self, t: Tensor) -> Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([t]):
+            return t.detach().clone()
+
+    def fill(self, t: Any, value: Tensor) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([t], modifier_rank=0):
+            t.data.copy_(value)
+
+
+DISTRIBUTED, FLAT, ZERO3 = Distributed(), Flat(), Zero3()
+
+
+def layout_of(t: Tensor) -> Layout | None:
+    """Return how processes share a tensor; None if this one has all of it."""
+    if is_sharded(t):
+        return DISTRIBUTED
+    if hasattr(t, "ds_id"):
+        return ZERO3
+    return FLAT if piece_of(t) is not None else None
 
 
 def is_sharded(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"
 
 
+def is_mastered(t: Tensor) -> bool:
+    """Say whether an optimizer of DeepSpeed keeps the values of a parameter that train, elsewhere."""
+    return getattr(t, "_hp_mapping", None) is not None
+
+
 def is_whole(t: Tensor) -> bool:
     """Say whether a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
-    return bool(t.numel() or not t.is_floating_point()) and "_fsdp_flattened" not in t.__dict__
+    if t.is_floating_point() and not t.numel():
+        return False
+    if "_fsdp_flattened" in t.__dict__:
+        return place_of(t) is not None and piece_of(t) is None  # with NO_SHARD it is flattened, and whole
+    return piece_of(t) is None
 
 
-def spread_as(like: Tensor, value: Tensor) -> Tensor:
-    """Return `value`, which every process holds whole, sharded as `like` is. Every process must call this."""
+def shape_of(t: Tensor) -> torch.Size:
+    """Return the shape of a tensor when it is whole."""
+    layout = layout_of(t)
+    return t.shape if layout is None else layout.shape(t)
+
+
+@torch.no_grad()
+def whole(t: Tensor) -> Tensor:
+    """Return a tensor whole: itself if this process has all of it. Every process must call this."""
+    layout = layout_of(t)
+    return t if layout is None else layout.whole(t.detach() if layout is DISTRIBUTED else t)
+
+
+@torch.no_grad()
+def fill(t: Tensor, value: Tensor) -> None:
+    """Put a value, which every process has whole, into a tensor in place. Every process must call this."""
+    layout = layout_of(t)
+    if layout is None:
+        t.copy_(value)
+    else:
+        layout.fill(t, value)
+
+
+@torch.no_grad()
+def fill_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Put whole values into tensors in place, all in one go where that can be. Every process must call this."""
+    here = [pair for pair in pairs if layout_of(pair[0]) is None]
+    if here:
+        torch._foreach_copy_([t for t, _ in here], [value for _, value in here])
+    for t, value in pairs if len(here) < len(pairs) else ():
+        if layout_of(t) is not None:
+            fill(t, value)
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """Return `value`, which every process has whole, in parts as `like` is. No process waits for another."""
     if not is_sharded(like) or is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor  # rarely needed
 
-    return distribute_tensor(value.detach(), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    value = value.detach().to(like.device if not like.is_meta else mesh.device_type)
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+@contextmanager
+def whole_at(slots: Iterable[Any]) -> Iterator[None]:
+    """Have whole tensors stand in these slots within the block, for reading. Every process must call this."""
+    before = []
+    try:
+        for slot in slots:
+            t = slot.tensor
+            if layout_of(t) is not None:
+                before.append((slot.where, slot.attribute, t))
+                slot.where[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
+        yield
+    finally:
+        for where, attribute, t in before:
+            where[attribute] = t
+
+
+def tensors_below(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a module and of those below it, each once, as if there were no wrappers."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, m in walk(module):
+        for name, p in parameters_in(m).items():
+            found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return dict(found.values())
+
+
+@torch.no_grad()
+def numbers_at(t: Any, places: list[int]) -> list[float] | None:
+    """Return the numbers of a tensor at these places of the row that it makes when it is whole; None if this layout
+    has no way to them but to gather the tensor. Every process must call this."""
+    piece, layout = piece_of(t), layout_of(t)
+    if piece is not None:
+        found = here_of_piece(piece, places)
+    elif layout is DISTRIBUTED:
+        if t.device_mesh.size() != dist.get_world_size():
+            return None
+        found = here_of_shard(t, places)
+    else:
+        flat = whole(t).reshape(-1)
+        return [float(flat[place]) for place in places]
+    counts = torch.tensor([[0.0, 0.0] if v is None else [v, 1.0] for v in found], dtype=torch.float64)
+    counts = counts.to(sent(t if layout is DISTRIBUTED else piece.flat))  # type: ignore[union-attr]
+    dist.all_reduce(counts)
+    return (counts[:, 0] / counts[:, 1]).tolist()
+
+
+def here_of_piece(piece: Piece, places: list[int]) -> list[float | None]:
+    """Return the numbers at these places that this process has; None for those of others."""
+    info, here = piece.flat._shard_param_infos[piece.number], piece.here
+    begin = info.intra_param_start_idx if info.in_shard else 0
+    return [float(here[p - begin]) if begin <= p < begin + len(here) else None for p in places]
+
+
+def here_of_shard(t: Any, places: list[int]) -> list[float | None]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    size, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    local, out = t.to_local(), []
+    for place in places:
+        at: list[int] = []
+        for n in reversed(t.shape):
+            place, i = divmod(place, n)
+            at.insert(0, i)
+        inner = [i - o for i, o in zip(at, offset)]
+        mine = all(0 <= i < n for i, n in zip(inner, size))
+        out.append(float(local[tuple(inner)]) if mine else None)
+    return out
+
+
+def whole_copy(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """Return a copy of a module that runs by itself, with these tensors by name in place of its own.
+
+    It is without the hooks, wrappers and classes that layouts put on modules.
+    """
+    while (inner := inside(module)) is not None:
+        module = inner
+    kind: Any = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+    made: nn.Module = kind.__new__(kind)
+    own = parameters_in(module)
+    for name, held in module.__dict__.items():
+        if name not in own:
+            made.__dict__[name] = type(held)() if "hooks" in name and isinstance(held, dict) else held
+    made.__dict__.update(_parameters=dict.fromkeys(module._parameters), _buffers=dict(module._buffers), _modules={})
+    for name, p in own.items():
+        made._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
+    for name, child in module._modules.items():
+        below = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
+        made._modules[name] = None if child is None else whole_copy(child, below)
+    return made

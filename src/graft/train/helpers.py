@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.effect import LowRank
+from graft.core.errors import PeftWarning, warn
+from graft.core.layer import AdapterLayer
+from graft.prompts.base import Prompt
 from graft.prompts.base import shift_tokens_right as shift_tokens_right
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
@@ -34,7 +38,10 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """Return an auto_wrap_policy for FSDP: trainable leaves by themselves, transformer layers whole.
+    """Return an auto_wrap_policy for FSDP1: trainable leaves by themselves, transformer layers and prompts whole.
+
+    A leaf of an adapter is a unit only if its method calls it: FSDP gathers a unit for a call. Other tensors of
+    adapters stay in the unit of their transformer layer, beside frozen weights, which takes use_orig_params=True.
 
     The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP names the layers' classes, else the model does.
 
@@ -44,18 +51,50 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
     layers = transformer_layers(model)
+    read, methods = read_by_methods(model)
+    if methods:
+        warn(
+            f"FSDP needs use_orig_params=True for {', '.join(methods)}, which reads tensors without a call of a module "
+            "of theirs, so that they share a flat parameter with frozen weights. fully_shard (FSDP2) takes any method.",
+            PeftWarning,
+        )
     return partial(
         _or_policy,
         policies=[
-            partial(lambda_auto_wrap_policy, lambda_fn=is_trainable_leaf),
+            partial(lambda_auto_wrap_policy, lambda_fn=lambda m: m not in read and is_trainable_leaf(m)),
+            partial(lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, Prompt)),
             partial(transformer_auto_wrap_policy, transformer_layer_cls=layers),
         ],
     )
 
 
+def read_by_methods(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
+    """Return the modules with tensors of adapters that nobody calls, and the methods whose trainable tensors are there
+    beside frozen weights."""
+    read: set[nn.Module] = set()
+    names: dict[str, None] = {}
+    for module in model.modules():
+        if isinstance(module, Prompt):
+            read.update(m for m in module.modules() if m is not module)
+        if not isinstance(module, AdapterLayer):
+            continue
+        for adapter, method in module.methods.items():
+            effect = method.effect
+            calls = isinstance(effect, LowRank) and effect.additive and not effect.reads
+            for slot in module.slots(adapter):
+                if not (calls and is_leaf(slot.owner)):
+                    read.add(slot.owner)
+                    if slot.tensor.requires_grad:
+                        names[type(method).__name__] = None
+    return read, list(names)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return not module._modules and isinstance(getattr(module, "weight", None), Tensor)
+
+
 def is_trainable_leaf(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return not module._modules and isinstance(weight, Tensor) and weight.requires_grad
+    return is_leaf(module) and module.weight.requires_grad  # type: ignore[union-attr,return-value]
 
 
 def transformer_layers(model: nn.Module) -> set[type[nn.Module]]:

@@ -14,9 +14,11 @@ from graft.config.targets import ADALORA
 from graft.core.containers import Transient
 from graft.core.effect import Factors
 from graft.core.method import Method, Tensors
+from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate
 from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.forgotten import warn_if_forgotten
+from graft.storage.parallel import layout_of, whole
 
 TENSORS = ("lora_A", "lora_B", "lora_E")
 
@@ -63,7 +65,24 @@ class AdaLoRA(Method):
             nn.init.normal_(self.lora_A, mean=0.0, std=0.02)
             nn.init.normal_(self.lora_B, mean=0.0, std=0.02)
 
+    seen: list[Tensor] | None = None  # distances of A and B as the layer's call saw them
+    sees = False  # the tensors are whole only then
+
+    def distances(self) -> list[Tensor]:
+        """Return how far the singular vectors are from orthonormal, on the right and on the left."""
+        seen, self.seen = self.seen, None
+        if not self.sees:
+            return [gram_distance(self.lora_A), gram_distance(self.lora_B.T)]
+        if seen is None:
+            raise NotImplementedError(
+                f"AdaLoRA adapter '{self.name}' needs the tensors of layer '{self.site.key}' whole, and the call of "
+                "this step left no graph: pass use_reentrant=False to gradient checkpointing."
+            )
+        return seen
+
     def factors(self) -> Factors:
+        if self.sees and torch.is_grad_enabled() and self.layer.training:
+            self.seen = [gram_distance(self.lora_A), gram_distance(self.lora_B.T)]
         E = (self.lora_E * (self.scaling / (self.ranknum + 1e-5))).flatten()
         return Factors(self.lora_A, self.lora_B, dropout=self.lora_dropout, inner=E)
 
@@ -87,14 +106,14 @@ class AdaLoRA(Method):
             if name not in TENSORS:
                 out[name, path] = t
                 continue
-            here, dim = getattr(self, name), triples(name)
+            here, dim = whole(getattr(self, name)), triples(name)
             if (
                 t.dim() == here.dim()
                 and t.shape != here.shape
                 and (len(kept), sum(kept)) == (here.shape[dim], t.shape[dim])
             ):
-                whole = torch.zeros_like(here) if name == "lora_E" else here.detach().clone()
-                t = whole.index_copy_(dim, where(kept, here), t.to(here))
+                all_ = torch.zeros_like(here) if name == "lora_E" else here.detach().clone()
+                t = all_.index_copy_(dim, where(kept, here), t.to(here))
             out[name, path] = t
         return out
 
@@ -102,6 +121,9 @@ class AdaLoRA(Method):
     @contextmanager
     def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
         """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
+
+        for m in (trainable(tuner) or ("", {}))[1].values() if tuner.training and torch.is_grad_enabled() else ():
+            m.sees = layout_of(m.lora_A) is not None
 
         def with_loss(output: Any) -> Any:
             if not torch.is_grad_enabled():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.importance import Importance
+from graft.storage.parallel import fill, layout_of, whole
 
 
 def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
@@ -42,7 +42,7 @@ class Allocator:
         masks = {}
         for key, m in methods.items():
             stays = scores[key] > threshold
-            m.lora_E.masked_fill_(~stays[:, None], 0.0)
+            fill(m.lora_E, whole(m.lora_E).masked_fill(~stays[:, None], 0.0))
             masks[key] = stays.tolist()
         return masks
 
@@ -87,6 +87,7 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
         if cfg.rank_pattern:
             reapply(methods, cfg)
         return
+    check_gradients(name, methods)
     if global_step < last:
         if methods and all(m.lora_E.grad is None for m in methods.values()):
             raise ValueError(
@@ -105,13 +106,24 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
         state.importance = Importance(cfg.beta1, cfg.beta2)
 
 
+def check_gradients(name: str, methods: dict[str, Any]) -> None:
+    """Raise NotImplementedError if gradients are in parts that cannot be put together."""
+    for m in methods.values():
+        layout = layout_of(m.lora_E)
+        if layout is not None and not layout.has_gradients:
+            raise NotImplementedError(
+                f"update_and_allocate of AdaLoRA adapter '{name}' needs whole gradients, and {layout.name} keeps them "
+                "in parts: train it with DDP or fully_shard (FSDP2), or train LoRA."
+            )
+
+
 @torch.no_grad()
 def reapply(methods: dict[str, Any], cfg: Any) -> None:
     """Set singular values to 0 again that the optimizer has moved away from it."""
     for key, m in methods.items():
         mask = cfg.kept(key)
         if mask is not None and len(mask) == len(m.lora_E):  # an adapter from a file has no others
-            m.lora_E.masked_fill_(~torch.tensor(mask, device=m.lora_E.device)[:, None], 0.0)
+            fill(m.lora_E, whole(m.lora_E).masked_fill(~torch.tensor(mask, device=m.lora_E.device)[:, None], 0.0))
 
 
 def orthogonal_loss(tuner: Any) -> Tensor | float:
@@ -120,4 +132,4 @@ def orthogonal_loss(tuner: Any) -> Tensor | float:
     weight = tuner.peft_config[found[0]].orth_reg_weight if found else 0.0
     if found is None or weight <= 0:
         return 0.0
-    return weight * torch.stack([gram_distance(P) for m in found[1].values() for P in (m.lora_A, m.lora_B.T)]).mean()
+    return weight * torch.stack([d for m in found[1].values() for d in m.distances()]).mean()

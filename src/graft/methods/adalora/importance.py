@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graft.storage.parallel import shape_of, whole
+
 
 class Importance:
     """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty."""
@@ -17,9 +19,11 @@ class Importance:
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
-        if p.grad is None:
+        grad = p.grad
+        if grad is None:
             return
-        now = (p * p.grad).abs()
+        p = whole(p)
+        now = (p * whole(grad)).abs()
         mean = self.mean.setdefault(name, torch.zeros_like(p))
         spread = self.spread.setdefault(name, torch.zeros_like(p))
         mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
@@ -27,4 +31,4 @@ class Importance:
 
     def score(self, name: str, p: Tensor) -> Tensor:
         """Return the score of each element of `p`; 0 if it never had a gradient, as in an expert without tokens."""
-        return self.mean[name] * self.spread[name] if name in self.mean else torch.zeros_like(p)
+        return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(shape_of(p))

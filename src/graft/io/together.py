@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meetings of all processes: what takes them all begins once all have come, and ends alike for all.
+
+A process that waits in a collective for others that do not come waits for ever. So they meet in the store of the
+process group before, where one that is alone can leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from graft.core.errors import CheckpointError
+
+PATIENCE = float(os.environ.get("GRAFT_PATIENCE", 30))  # seconds to wait for the other processes
+WORK = timedelta(hours=1)  # the longest that the first process may take to write
+GO, LEFT = b"go", b"left"
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Meeting:
+    """All processes at one place in the program.
+
+    Raises:
+        CheckpointError: others have not come, or have come with something else to do.
+    """
+
+    def __init__(self, what: str, with_: str):
+        """what: the call, for errors. with_: what has to be the same on all processes."""
+        self.what, self.store, self.rank = what, dist.distributed_c10d._get_default_store(), dist.get_rank()
+        self.room = self._enter(with_)
+        self._compare()
+
+    def _enter(self, brought: str) -> str:
+        """Wait for the others; return the beginning of the keys of this meeting."""
+        store, size = self.store, dist.get_world_size()
+        while True:
+            room = f"graft/{store.add(f'graft/rank {self.rank}', 1)}"
+            go = f"{room}/go"
+            if not store.check([go]):
+                break  # else one has waited here in vain, and left, before this one came
+        store.set(f"{room}/{self.rank}", brought)
+        if store.add(f"{room}/count", 1) == size:
+            store.compare_set(go, "", GO.decode())
+        try:
+            store.wait([go], timedelta(seconds=PATIENCE))
+            answer = bytes(store.get(go))
+        except RuntimeError:
+            answer = bytes(store.compare_set(go, "", LEFT.decode()))
+        if answer != GO:
+            missing = [rank for rank in range(size) if not store.check([f"{room}/{rank}"])]
+            who = f"rank {self.rank} waited {PATIENCE:g} s for {missing or 'the others'}"
+            raise CheckpointError(
+                f"{self.what} has to gather tensors that are spread over {size} processes: call {self.what} on all "
+                f"processes; this one is alone ({who})."
+            )
+        return room
+
+    def _compare(self) -> None:
+        brought = [bytes(self.store.get(f"{self.room}/{rank}")) for rank in range(dist.get_world_size())]
+        others = [rank for rank, other in enumerate(brought) if other != brought[self.rank]]
+        if others:
+            raise CheckpointError(
+                f"{self.what} was called with adapters that are not the same on all processes: rank {self.rank} has "
+                f"{brought[self.rank].decode()}, rank {others[0]} has {brought[others[0]].decode()}. Give all "
+                "processes the same adapters, names and arguments."
+            )
+
+    def by_the_first(self, act: Callable[[], Any]) -> None:
+        """Have the first process act. The others wait for it, and raise what it raises."""
+        done = f"{self.room}/done"
+        if self.rank:
+            self.store.wait([done], WORK)
+            error = pickle.loads(self.store.get(done))
+            if error is not None:
+                raise error
+            return
+        try:
+            act()
+        except BaseException as e:
+            self.store.set(done, packed(e))  # type: ignore[arg-type]  # bytes do, too
+            raise
+        self.store.set(done, packed(None))  # type: ignore[arg-type]
+
+
+def packed(error: BaseException | None) -> bytes:
+    """Return an error as bytes; as one of graft's own with its text, if it cannot be sent."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        data = pickle.dumps(CheckpointError(f"Rank 0 could not write: {type(error).__name__}: {error}"))
+    return data
+
+
+class Note:
+    """What a process leaves for the others, and what they left. Nobody waits."""
+
+    def __init__(self, topic: str, text: str):
+        self.store, self.rank, self.text = dist.distributed_c10d._get_default_store(), dist.get_rank(), text
+        about = f"graft/note/{hashlib.sha256(topic.encode()).hexdigest()[:16]}"
+        self.key = f"{about}/{self.store.add(f'{about}/{self.rank}', 1)}"  # the same notes may follow each other
+        self.store.set(f"{self.key}/{self.rank}", text)
+
+    def others(self) -> list[int]:
+        """Return the processes that left another text."""
+        keys = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}
+        return [r for r, k in keys.items() if self.store.check([k]) and self.store.get(k) != self.text.encode()]

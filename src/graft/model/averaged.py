@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the processes of a model in training go on holding one adapter: who averages its gradients, what it began as.
+
+DDP, FSDP and DeepSpeed look at a model once, when they wrap it. Parameters that come later, or begin to train, train on
+each process by itself, and nothing says so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from graft.core.errors import DistributedError, PeftWarning, warn
+from graft.core.wrappers import MANAGED
+from graft.io.together import Note, processes
+from graft.storage.parallel import is_mastered, layout_of
+
+REMEDY = (
+    "wrap the model again, or set all adapters trainable before wrapping "
+    "(model.set_requires_grad([…]) of all their names) and find_unused_parameters=True"
+)
+
+
+def note_start(registry: Any, adapter: str) -> None:
+    """Note for the other processes with which values an adapter begins."""
+    if processes() > 1:
+        held = tensors_of(registry, [adapter])
+        norms = torch.stack(torch._foreach_norm(held)).tolist() if held else []
+        registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in held]), str(norms))
+
+
+def check(registry: Any) -> None:
+    """Check that the gradients of what trains will be averaged. Called at the first step after a change.
+
+    Raises:
+        DistributedError: those of a parameter will not be.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    registry.ddp = None if ddp is None else weakref.ref(ddp)
+    trained = {name: p for name, p in parameters_of(registry) if p.requires_grad}
+    if ddp is not None:
+        owned = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
+        refuse([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
+    if processes() < 2:
+        return
+    alone = [n for n, p in trained.items() if layout_of(p) is None]
+    if alone and any([is_managed(layer.base_layer) for layer in registry.layers.values()]):
+        refuse(alone, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
+    if any([is_mastered(p) for p in registry.model.parameters()]):
+        unknown = [n for n, p in trained.items() if not is_mastered(p)]
+        refuse(unknown, "DeepSpeed", "call deepspeed.initialize again")
+    if len(alone) < len(trained):
+        compare_starts(registry)
+
+
+def refuse(names: list[str], who: str, remedy: str) -> None:
+    if names:
+        raise DistributedError(
+            f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}': "
+            f"their gradients would not be averaged, and the processes would drift apart. After set_adapter(), "
+            f"add_adapter() or set_requires_grad(): {remedy}."
+        )
+
+
+def compare_starts(registry: Any) -> None:
+    """Warn if the processes drew other initial values for an active adapter, which a layout in parts mixes."""
+    for adapter in registry.active_adapters:
+        note = registry.starts.pop(adapter, None)
+        others = [] if note is None else note.others()
+        if others:
+            warn(
+                f"Adapter '{adapter}' began with other values on rank(s) {others} than on this one, and each process "
+                "holds a part of it: a mixture that no seed gives again. Call torch.manual_seed() with one seed on "
+                "all processes before the adapter is made, or have rank 0's values broadcast.",
+                PeftWarning,
+            )
+
+
+def parameters_of(registry: Any) -> Iterable[tuple[str, Any]]:
+    """Yield the parameters of active adapters, with names for errors."""
+    for carrier in registry.carriers():
+        have = carrier.adapters
+        for name in registry.active_adapters:
+            for slot in carrier.slots(name) if name in have else ():
+                if slot.trains:
+                    yield f"{carrier.key}.{slot.container}.{name}", slot.tensor
+
+
+def tensors_of(registry: Any, names: list[str]) -> list[Tensor]:
+    """Return the floating tensors of adapters that have values."""
+    slots = (s for c in registry.carriers() for n in names if n in c.adapters for s in c.slots(n))
+    held = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
+    return [t for t in held if t.numel() and layout_of(t) is None]
+
+
+def is_managed(module: nn.Module) -> bool:
+    return MANAGED in module.__dict__

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in the flat parameters of FSDP1: one after the other in one row of numbers, of which each process holds a
+part."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → (weak reference to its flat one, its number)
+
+
+class Piece(NamedTuple):
+    """The numbers of one tensor that this process holds of a flat parameter."""
+
+    flat: Any
+    number: int  # of the tensor in it
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.flat._shapes[self.number]  # type: ignore[no-any-return]
+
+    @property
+    def here(self) -> Tensor:
+        """The numbers themselves, (n,); writing to them writes to the parameter."""
+        info = self.flat._shard_param_infos[self.number]
+        held: Tensor = getattr(self.flat, "_local_shard", self.flat).data
+        begin = info.offset_in_shard if info.in_shard else 0
+        return held[begin : begin + (info.numel_in_shard if info.in_shard else 0)]
+
+    def whole(self) -> Tensor:
+        """Return the tensor, whole. Every process must call this."""
+        mine, n = self.here, self.shape.numel()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=sent(mine)) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=sent(mine)))
+        counts = [int(size) for size in sizes]
+        padded = torch.zeros(max(counts), dtype=mine.dtype, device=sent(mine))
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        # the first processes have it all; with HYBRID_SHARD others have it again
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])[:n].view(self.shape).to(mine.device)
+
+    def fill(self, value: Tensor) -> None:
+        """Put this process's part of a whole value in place."""
+        info = self.flat._shard_param_infos[self.number]
+        if info.in_shard:
+            begin = info.intra_param_start_idx
+            self.here.copy_(value.reshape(-1)[begin : begin + info.numel_in_shard])
+
+
+def piece_of(t: Tensor) -> Piece | None:
+    """Return where a tensor stands in a flat parameter that is in parts; None if it does not."""
+    flat: Any = t._base
+    if flat is not None and hasattr(flat, "_is_flat_param"):  # use_orig_params=False
+        number = number_at(flat, int(t.storage_offset()))
+    elif "_fsdp_flattened" in t.__dict__ and (place := place_of(t)) is not None:  # use_orig_params=True
+        flat, number = place
+    else:
+        return None
+    return Piece(flat, number) if getattr(flat, "_shard_param_infos", None) else None  # else NO_SHARD
+
+
+def number_at(flat: Any, offset: int) -> int:
+    """Return the number of the tensor that begins at `offset`."""
+    at = number = 0
+    for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask):
+        if not is_padding:
+            if at == offset:
+                return number
+            number += 1
+        at += numel
+    raise LookupError(f"FSDP's flat parameter has no tensor that begins at {offset}.")
+
+
+def place_of(p: Tensor) -> tuple[Any, int] | None:
+    """Return the flat parameter of an original one, and its number there.
+
+    Nothing leads from one to the other, and the module that knows both may be above all that graft can see.
+    """
+    found = known(p)
+    if found is None:
+        _PLACES.clear()
+        for flat in gc.get_objects():
+            if type(flat) is nn.Parameter and getattr(flat, "_is_flat_param", False):
+                for number, original in enumerate(getattr(flat, "_params", None) or ()):
+                    _PLACES[id(original)] = weakref.ref(flat), number
+        found = known(p)
+    return found
+
+
+def known(p: Tensor) -> tuple[Any, int] | None:
+    reference, number = _PLACES.get(id(p), (lambda: None, 0))
+    flat = reference()
+    return (flat, number) if flat is not None and flat._params[number] is p else None
+
+
+def sent(t: Tensor) -> torch.device:
+    """Return the device from which the processes can send this tensor."""
+    return t.device if "gloo" in dist.get_backend() or t.is_cuda else torch.device("cuda", torch.cuda.current_device())

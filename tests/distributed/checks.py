@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to hold in a layout, method by method. Each check runs on all processes at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import graft
+from tests.distributed.layouts import LAYOUTS, Wrapped, mean
+from tests.distributed.methods import CONFIGS, STEPS, adapted, base, batch
+
+FILE = "adapter_model.safetensors"
+Check = Callable[[str], None]
+
+
+def bytes_in(folder: str) -> bytes:
+    return Path(folder, FILE).read_bytes()
+
+
+@cache
+def alone(method: str, folder: str) -> tuple[list[float], str, str]:
+    """Losses of one process with the whole batch, and its files before and after training. Each process has its own."""
+    place = os.path.join(folder, "alone", str(dist.get_rank()), method)
+    peft = adapted(method)
+    peft.train()
+    peft.save_pretrained(f"{place}/start")
+    wrapped = Wrapped(peft, peft)
+    losses = [wrapped.step(batch()) for _ in range(STEPS)]
+    peft.save_pretrained(f"{place}/end")
+    return losses, f"{place}/start", f"{place}/end"
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> None:
+    scale = max(float(b.abs().max()), 1e-3)
+    assert float((a - b).abs().max()) <= tolerance * scale, (a - b).abs().max()
+
+
+def same_file(a: str, b: str) -> None:
+    one, other = load_file(f"{a}/{FILE}"), load_file(f"{b}/{FILE}")
+    assert {k: (t.shape, t.dtype) for k, t in one.items()} == {k: (t.shape, t.dtype) for k, t in other.items()}
+    for key in other:
+        try:
+            close(one[key], other[key])
+        except AssertionError as e:
+            raise AssertionError(f"{key}: {e}") from e
+
+
+def fresh(folder: str, name: str) -> str:
+    """An empty folder that all processes share."""
+    path = os.path.join(folder, "saved", name)
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+    dist.barrier()
+    return path
+
+
+def trains(layout: str, method: str, folder: str) -> None:
+    """Before training, the file of one process, byte for byte; losses and the file afterwards as those of one."""
+    losses, start, end = alone(method, folder)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    peft = adapted(method)
+    peft.train()
+    wrapped = LAYOUTS[layout](peft)
+    path = fresh(folder, f"{layout}-{method}")
+    wrapped.peft.save_pretrained(f"{path}/start")
+    dist.barrier()
+    assert bytes_in(f"{path}/start") == bytes_in(start), "the file before training"
+    mine = [mean(wrapped.step(batch(rank, world))) for _ in range(STEPS)]
+    for a, b in zip(mine, losses):
+        assert abs(a - b) <= 1e-6 * abs(b), f"losses {mine}, of one process {losses}"
+    wrapped.peft.save_pretrained(f"{path}/end")
+    wrapped.peft.save_pretrained(f"{path}/again")
+    dist.barrier()
+    same_file(f"{path}/end", end)
+    assert bytes_in(f"{path}/end") == bytes_in(f"{path}/again"), "two saves of the same values"
+
+
+def refused(error: Any, words: str, act: Callable[[], Any]) -> None:
+    """A call raises, with these words."""
+    try:
+        act()
+    except error as e:
+        assert words in str(e), f"{words!r} is not in {e}"
+    else:
+        raise AssertionError(f"no {error.__name__}: {words}")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch()).logits.clone()
+
+
+def trained(method: str, folder: str) -> Any:
+    """A model of one process with the adapter that `alone` has trained."""
+    peft = adapted(method, seed=3)
+    peft.load_adapter(alone(method, folder)[2], "default", is_trainable=True)
+    return peft
+
+
+def loads(layout: str, method: str, folder: str) -> None:
+    """A file of one process loads into the layout, before and after wrapping; the base stays the reference."""
+    end, rank, world = alone(method, folder)[2], dist.get_rank(), dist.get_world_size()
+    one = trained(method, folder).eval()
+    expected, reference = logits(one), logits(base().eval())
+    wrapped = LAYOUTS[layout](adapted(method, seed=5))
+    wrapped.step(batch(rank, world))
+    wrapped.peft.load_adapter(end, "default", is_trainable=True)
+    wrapped.outer.eval()
+    close(logits(wrapped.outer), expected, 1e-5)
+    with wrapped.peft.disable_adapter():
+        close(logits(wrapped.outer), reference, 1e-5)
+    close(logits(wrapped.outer), expected, 1e-5)
+    path = fresh(folder, f"{layout}-{method}-loaded")
+    wrapped.peft.save_pretrained(path)
+    dist.barrier()
+    same_file(path, end)
+    wrapped.outer.train()
+    one.train()
+    loss = Wrapped(one, one).step(batch())
+    assert abs(mean(wrapped.step(batch(rank, world))) - loss) <= 1e-6 * abs(loss)
+
+
+def stays_alone(layout: str, folder: str) -> None:
+    """A save that one process calls ends with an error, and the next one of all processes is right."""
+    wrapped = LAYOUTS[layout](adapted("LORA"))
+    path = fresh(folder, f"{layout}-alone")
+    if dist.get_rank() == 0:
+        refused(graft.CheckpointError, "this one is alone", lambda: wrapped.peft.save_pretrained(path))
+        assert not os.path.exists(f"{path}/{FILE}")
+    dist.barrier()
+    wrapped.peft.save_pretrained(path)
+    dist.barrier()
+    same_file(path, alone("LORA", folder)[1])
+
+
+def fails_alike(layout: str, folder: str) -> None:
+    """What the first process cannot write is an error on all, and old files stay."""
+    wrapped = LAYOUTS[layout](adapted("LORA"))
+    path = fresh(folder, f"{layout}-fails")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        Path(path).write_text("no folder")
+    dist.barrier()
+    refused((ValueError, OSError), "", lambda: wrapped.peft.save_pretrained(f"{path}/inner"))
+    assert Path(path).read_text() == "no folder"
+
+
+def differs(layout: str, folder: str) -> None:
+    """Processes with different adapters do not save."""
+    wrapped = LAYOUTS[layout](adapted("LORA"))
+    path = fresh(folder, f"{layout}-differs")
+    wrapped.peft.add_adapter("b", graft.LoraConfig(target_modules=["o_proj"], inference_mode=True))
+    names = ["default"] if dist.get_rank() else ["default", "b"]
+    refused(graft.CheckpointError, "not the same", lambda: wrapped.peft.save_pretrained(path, selected_adapters=names))
+    assert not os.path.exists(path)
+    dist.barrier()
+
+
+def two(seed: int = 1) -> Any:
+    peft = adapted("LORA", seed)
+    peft.add_adapter("b", CONFIGS["LORA"]())
+    return peft.train()
+
+
+def switches(layout: str, folder: str) -> None:
+    """A second adapter that is activated after wrapping trains as on one process, or is refused with the remedy."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    wrapped = LAYOUTS[layout](two())
+    wrapped.step(batch(rank, world))
+    if layout in ("ddp", "zero2", "zero3", "fsdp1-flat"):
+        remedy = "deepspeed.initialize" if layout.startswith("zero") else "wrap the model again"
+
+        def train() -> None:
+            wrapped.peft.set_adapter("b")
+            wrapped.step(batch(rank, world))
+
+        refused(graft.DistributedError, remedy, train)
+        return
+    one = two()
+    single = Wrapped(one, one)
+    single.step(batch())
+    for w in (wrapped, single):
+        w.peft.set_adapter("b")
+        w.optimizer = w._optimizer()
+    for _ in range(2):
+        loss = single.step(batch())
+        assert abs(mean(wrapped.step(batch(rank, world))) - loss) <= 1e-6 * abs(loss)
+    path, expected = fresh(folder, f"{layout}-two"), os.path.join(folder, "alone", str(rank), "two")
+    wrapped.peft.save_pretrained(path)
+    one.save_pretrained(expected)
+    dist.barrier()
+    for name in ("", "/b"):
+        same_file(f"{path}{name}", f"{expected}{name}")
+
+
+def trains_two(layout: str, folder: str) -> None:
+    """Adapters that were all trainable at wrapping can be switched."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    models = []
+    for make in (LAYOUTS["single"], partial(LAYOUTS[layout], find_unused_parameters=True)):
+        peft = two()
+        peft.set_requires_grad(["default", "b"])
+        models.append(make(peft))
+    one, wrapped = models
+    for name in ("default", "b"):
+        for w in models:
+            w.peft.set_adapter(name)
+            w.peft.set_requires_grad(["default", "b"])
+        loss = one.step(batch())
+        assert abs(mean(wrapped.step(batch(rank, world))) - loss) <= 1e-6 * abs(loss)
+    for a, b in zip(wrapped.peft.parameters(), one.peft.parameters()):
+        close(a, b)
+
+
+def merges(layout: str, folder: str) -> None:
+    """Merging gives the same outputs, and unmerging the weights; or it is refused with a remedy."""
+    wrapped = LAYOUTS[layout](trained("LORA", folder))
+    wrapped.step(batch(dist.get_rank(), dist.get_world_size()))
+    wrapped.outer.eval()
+    if layout.startswith(("fsdp1", "zero3")):
+        refused(NotImplementedError, "of one process to merge it", wrapped.peft.merge_adapter)
+        return
+    before = logits(wrapped.outer)
+    wrapped.peft.merge_adapter()
+    close(logits(wrapped.outer), before, 1e-5)
+    wrapped.peft.unmerge_adapter()
+    close(logits(wrapped.outer), before, 1e-5)
+
+
+def comes_late(layout: str, folder: str) -> None:
+    """An adapter that comes after wrapping acts, and does not train."""
+    wrapped = LAYOUTS[layout](adapted("LORA"))
+    if layout.startswith("fsdp"):
+        refused(graft.DistributedError, "before fully_shard", lambda: wrapped.peft.add_adapter("b", CONFIGS["LORA"]()))
+        assert list(wrapped.peft.peft_config) == ["default"]
+    wrapped.peft.load_adapter(alone("LORA", folder)[2], "b")
+    wrapped.peft.set_adapter("b")
+    wrapped.outer.eval()
+    close(logits(wrapped.outer), logits(trained("LORA", folder).eval()), 1e-5)
+    wrapped.outer.train()
+    refused(graft.DistributedError, "wrap", lambda: wrapped.step(batch(dist.get_rank(), dist.get_world_size())))
+
+
+def swaps(layout: str, folder: str) -> None:
+    """Hot-swapping puts a file's values into the parts; a combination of adapters is made of whole ones."""
+    end = alone("LORA", folder)[2]
+    wrapped = LAYOUTS[layout](adapted("LORA", seed=5))
+    graft.hotswap_adapter(wrapped.peft, end, "default")
+    path = fresh(folder, f"{layout}-swapped")
+    wrapped.peft.save_pretrained(path)
+    dist.barrier()
+    same_file(path, end)
+    wrapped.peft.add_weighted_adapter(["default"], [2.0], "twice", combination_type="linear")
+    one = trained("LORA", folder)
+    one.add_weighted_adapter(["default"], [2.0], "twice", combination_type="linear")
+    expected = graft.get_peft_model_state_dict(one, adapter_name="twice")
+    for key, value in graft.get_peft_model_state_dict(wrapped.peft, adapter_name="twice").items():
+        close(value, expected[key])
+
+
+def draws(layout: str, folder: str) -> None:
+    """Processes that drew other initial values hear of it where the layout would mix them."""
+    peft = adapted("LORA", seed=dist.get_rank()).train()
+    wrapped = LAYOUTS[layout](peft)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        wrapped.step(batch(dist.get_rank(), dist.get_world_size()))
+    said = any("began with other values" in str(w.message) for w in seen)
+    assert said == (layout not in ("ddp", "zero2")), [str(w.message) for w in seen]
+
+
+def gathers(layout: str, folder: str) -> None:
+    """A state dict that torch has gathered can be passed, whatever wrappers have put into its names."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    for method in ("LORA", "PROMPT_TUNING"):
+        wrapped = LAYOUTS[layout](adapted(method))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = get_model_state_dict(wrapped.outer, options=options)
+        path = fresh(folder, f"{layout}-{method}-given")
+        if dist.get_rank() == 0:
+            wrapped.peft.save_pretrained(path, state_dict=whole)
+        dist.barrier()
+        same_file(path, alone(method, folder)[1])
+
+
+SHARDED = ("fsdp1", "fsdp1-flat", "fsdp2", "zero3")
+REFUSED = {("fsdp1-flat", method) for method in ("DORA", "IA3", "ADALORA", "OFT", "VERA", "LOHA")}
+
+
+def is_refused(layout: str, method: str, folder: str) -> None:
+    """The policy says what FSDP needs for methods that read tensors themselves."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        refused(ValueError, "requires_grad", lambda: LAYOUTS[layout](adapted(method)))
+    assert any("use_orig_params=True" in str(w.message) for w in seen)
+
+
+def checks_of(layout: str) -> Iterator[tuple[str, Check]]:
+    for method in CONFIGS:
+        if (layout, method) in REFUSED:
+            yield f"{layout} is_refused {method}", partial(is_refused, layout, method)
+        else:
+            yield f"{layout} trains {method}", partial(trains, layout, method)
+            if layout in (*SHARDED, "ddp", "zero2"):
+                yield f"{layout} loads {method}", partial(loads, layout, method)
+    if layout not in (*SHARDED, "ddp", "zero2"):
+        return
+    checks: list[Any] = [switches, merges, comes_late, swaps, draws]
+    checks += [stays_alone, fails_alike, differs] if layout in SHARDED else []
+    checks += [trains_two] if layout == "ddp" else []
+    checks += [] if layout.startswith("zero") else [gathers]
+    for check in checks:
+        yield f"{layout} {check.__name__}", partial(check, layout)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layouts: how each wraps a model, and how a training loop steps."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from graft.train.helpers import fsdp_auto_wrap_policy
+from tests.distributed.methods import RATE
+
+LAYOUTS: dict[str, Callable[[Any], Any]] = {}
+
+
+def layout(name: str, **options: Any) -> Any:
+    def add(function: Any) -> Any:
+        LAYOUTS[name] = functools.partial(function, **options)
+        return function
+
+    return add
+
+
+class Wrapped:
+    """A model in a layout. `peft` is the PeftModel, `outer` what a training loop calls."""
+
+    def __init__(self, peft: Any, outer: Any):
+        self.peft, self.outer = peft, outer
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> Any:
+        return torch.optim.SGD([p for p in self.outer.parameters() if p.requires_grad], lr=RATE)
+
+    def step(self, batch: dict) -> float:
+        loss = self.outer(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+class Engine(Wrapped):
+    """DeepSpeed's engine."""
+
+    def _optimizer(self) -> Any:
+        return None
+
+    def step(self, batch: dict) -> float:
+        loss = self.outer(**batch).loss
+        self.outer.backward(loss)
+        self.outer.step()
+        return float(loss.detach())
+
+
+@layout("single")
+def single(peft: Any) -> Wrapped:
+    return Wrapped(peft, peft)
+
+
+@layout("ddp")
+def ddp(peft: Any, **options: Any) -> Wrapped:
+    return Wrapped(peft, nn.parallel.DistributedDataParallel(peft, **options))
+
+
+def blocks(peft: Any) -> Any:
+    return peft.get_base_model().model.layers
+
+
+@layout("fsdp2")
+@layout("fsdp2-kept", reshard_after_forward=False)
+@layout("fsdp2-checkpointing", checkpointing=True)
+def fsdp2(peft: Any, checkpointing: bool = False, **options: Any) -> Wrapped:
+    from torch.distributed.fsdp import fully_shard
+
+    if checkpointing:
+        peft.get_base_model().gradient_checkpointing_enable(dict(use_reentrant=False))
+    for block in blocks(peft):
+        fully_shard(block, **options)
+    return Wrapped(peft, fully_shard(peft, **options))
+
+
+def _fsdp1(peft: Any, **options: Any) -> Wrapped:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    policy = fsdp_auto_wrap_policy(peft)
+    return Wrapped(
+        peft, FullyShardedDataParallel(peft, auto_wrap_policy=policy, device_id=torch.device("cpu"), **options)
+    )
+
+
+LAYOUTS["fsdp1"] = functools.partial(_fsdp1, use_orig_params=True)
+LAYOUTS["fsdp1-flat"] = functools.partial(_fsdp1, use_orig_params=False)
+
+
+def _zero(peft: Any, stage: int) -> Engine:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    config = dict(
+        train_micro_batch_size_per_gpu=2, zero_optimization=dict(stage=stage, stage3_param_persistence_threshold=0),
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )  # fmt: skip
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    engine = deepspeed.initialize(model=peft, config=config, optimizer=torch.optim.SGD(trained, lr=RATE))[0]
+    return Engine(peft, engine)
+
+
+LAYOUTS["zero2"] = functools.partial(_zero, stage=2)
+LAYOUTS["zero3"] = functools.partial(_zero, stage=3)
+
+
+def mean(value: float) -> float:
+    """The mean of a number over all processes."""
+    t = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(t)
+    return float(t / dist.get_world_size())

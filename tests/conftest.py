@@ -8,7 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
 
-import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -32,5 +31,3 @@ def pytest_collection_modifyitems(config, items):
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
-    for item in items:  # thousands of injections warn; tests that care about a warning record it themselves
-        item.add_marker(pytest.mark.filterwarnings("ignore"))

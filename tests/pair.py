@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import peft
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from tests import models
 from tests.samples import Sample
 
 LIBS = (graft, peft)
+jinja2.Template = functools.cache(jinja2.Template)  # PEFT compiles that of its model card at each save
 PREFIX = "base_model.model."
 UNLIKE = re.compile(r"\.lora_shift\.|\.adamss_clusters|\.model\..*\.randlora_[AB]$")
 

@@ -14,7 +14,7 @@ from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find, trainable
-from tests.covering import Sometimes, law
+from tests.covering import Case, Sometimes, law
 from tests.models import seeded
 
 ON = {layer.name: layer for layer in LAYERS}
@@ -53,11 +53,6 @@ def features(case: tuple[Sample, Sample, Layer]) -> list[tuple]:
         Sometimes((1, a.method, on.name), 3),
         Sometimes((2, b.method, on.name), 3),
     ]
-
-
-class Case(tuple):
-    def __str__(self) -> str:
-        return "-".join(map(str, self))
 
 
 every_pair = law("a, b, on", [Case(c) for c in CASES], features)

@@ -9,6 +9,7 @@ import graft
 from graft.core.method import Method
 from graft.core.plan import dense, shift_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, disturb, find
+from tests.covering import law
 from tests.looks import layers
 from tests.models import seeded
 
@@ -173,10 +174,15 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
     model.merge_adapter()
     close(model(x), y)
     model.unmerge_adapter()
-    # a file
-    with torch.no_grad():
-        close(torch.compile(model, fullgraph=True, backend="eager")(x), y)
+
+
+@law("cell", CELLS, lambda cell: [cell.sample.method, cell.sample.hooks, cell.layer.name])
+def test_a_subclass_that_overrides_only_the_maths_compiles(cell, swapped):
     torch._dynamo.reset()
+    swapped(cell)
+    x, model = cell.inputs(), cell.trained()
+    with torch.no_grad():
+        close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if c.layer.name == "linear"], ids=str)

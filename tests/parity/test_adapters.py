@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import models
+from tests.covering import Case, Sometimes, law
 from tests.pair import LIBS, adapt, both, close, close_dicts, common, gradients, outcome, output, randomize
 from tests.samples import alike, each, first, mergeable, over
 
@@ -91,9 +92,22 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@over(ONE_OF_EACH + each("head", "mlp") + each("tokens", "gpt2"))
-def test_scripts(sample, script):
+def scripts(table, samples):
+    """Cells of scripts and samples: each of both, and each script with a third of the methods."""
+    return law(
+        "script, sample",
+        [Case((script, sample)) for script in table for sample in samples],
+        lambda case: [
+            case[0],
+            case[1].method,
+            (case[1].name, case[1].model),
+            Sometimes((case[0], case[1].method), 3),
+        ],
+    )
+
+
+@scripts(SCRIPTS, ONE_OF_EACH + each("head", "mlp") + each("tokens", "gpt2"))
+def test_scripts(script, sample):
     compare(SCRIPTS[script], sample)
 
 
@@ -104,9 +118,8 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("script", TOGETHER)
-@over(SUM + each(models="conv2d embedding conv1D"))
-def test_several_active(sample, script):
+@scripts(TOGETHER, SUM + each(models="conv2d embedding conv1D"))
+def test_several_active(script, sample):
     compare(TOGETHER[script], sample)
 
 
@@ -117,9 +130,8 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("script", MERGED)
-@over(mergeable(SUM))
-def test_while_merged(sample, script):
+@scripts(MERGED, mergeable(SUM))
+def test_while_merged(script, sample):
     pair = [randomize(m, sample).eval() for m in both(sample)]
     for step in MERGED[script]:
         for lib, model in zip(LIBS, pair):

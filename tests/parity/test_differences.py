@@ -381,8 +381,8 @@ def test_default_targets_that_are_a_pattern():
 # planning
 
 
-@pytest.mark.parametrize("meta", [False, True])
 @over(SAMPLES)
+@pytest.mark.parametrize("meta", [False, True])
 def test_plan_tells_what_injection_does(sample, meta):
     base = models.make(sample.model)
     if meta:

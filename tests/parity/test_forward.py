@@ -5,7 +5,7 @@ import torch
 
 from tests import models
 from tests.pair import both, close, close_dicts, gradients, output, randomize
-from tests.samples import SAMPLES, alike, over
+from tests.samples import SAMPLES, alike, over_all
 
 DROPOUT = [s for s in SAMPLES if any("dropout" in key for key in s.kwargs)]
 # the others draw for each layer and call even when nothing is dropped, or never drop: test_differences.py
@@ -13,7 +13,7 @@ SEEDED = ("LORA", "VERA", "HIRA", "MISS", "VBLORA", "RANDLORA", "UNILORA", "TINY
 SAME_MASKS = [s for s in DROPOUT if s.method in SEEDED]
 
 
-@over(alike("forward"))
+@over_all(alike("forward"))
 def test_outputs_and_gradients(sample):
     ours, theirs = (m.eval() for m in both(sample))
     fresh = output(theirs, sample)
@@ -31,7 +31,7 @@ def test_outputs_and_gradients(sample):
     close_dicts(gradients(ours, sample), gradients(theirs, sample))
 
 
-@over(SAME_MASKS)
+@over_all(SAME_MASKS)
 def test_dropout_under_a_seed(sample):
     """Training mode draws the same masks in the same order."""
     results = []

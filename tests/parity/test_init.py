@@ -4,10 +4,10 @@
 import torch
 
 from tests.pair import LIBS, adapt, close_dicts
-from tests.samples import alike, over
+from tests.samples import alike, over_all
 
 
-@over(alike("init"))
+@over_all(alike("init"))
 def test_seeded_initial_values(sample):
     values, states = [], []
     for lib in LIBS:

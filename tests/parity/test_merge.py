@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import models
+from tests.covering import Case, Sometimes, law
 from tests.pair import LIBS, adapt, both, close, close_dicts, outcome, output, randomize
 from tests.samples import alike, each, first, mergeable, over
 
@@ -32,16 +33,19 @@ def test_merge_and_unload(sample):
     close(output(ours.value, sample), output(theirs.value, sample))
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [
-        s
-        for s in mergeable(each(models="mlp llama conv1D conv1d conv2d conv3d embedding t5"))
-        if "unmerge" not in s.unlike
-    ],
-    ids=str,
+IN_PLACE = [
+    Case((sample, safe))
+    for sample in mergeable(each(models="mlp llama conv1D conv1d conv2d conv3d embedding t5"))
+    if "unmerge" not in sample.unlike
+    for safe in (False, True)
+]
+
+
+@law(
+    "sample, safe",
+    IN_PLACE,
+    lambda case: [(case[0].method, case[1]), (case[0].model, case[1]), Sometimes((case[0].method, case[0].model), 2)],
 )
-@pytest.mark.parametrize("safe", [False, True])
 def test_merge_and_unmerge_in_place(sample, safe):
     results = []
     for model in (randomize(m, sample).eval() for m in both(sample)):

@@ -12,7 +12,7 @@ def pair(request):
     return both(request.param)
 
 
-def test_state_dict(pair):
+def test_names_and_shapes(pair):
     ours, theirs = pair
     assert shapes(ours) == shapes(theirs)
     assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}

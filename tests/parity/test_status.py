@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from tests import models
+from tests.covering import Case, law
 from tests.pair import LIBS, adapt, both, trainable
 from tests.samples import METHODS, SAMPLES, each, first, mergeable, over
 
@@ -43,16 +44,16 @@ STATUS_OF = [
 ]
 
 
-@pytest.mark.parametrize(
+@law(
     "sample, state",
     # merged norms are swapped modules, of which PEFT reports the base's flags
     [
-        (s, state)
+        Case((s, state))
         for s in STATUS_OF
         for state in STATES
         if state != "merged" or (s.method != "LN_TUNING" and mergeable([s]))
     ],
-    ids=str,
+    lambda case: [(case[1], case[0].method), (case[1], case[0].model), (case[0].method, case[0].model, case[0].name)],
 )
 def test_status(sample, state):
     found = []

@@ -121,9 +121,7 @@ def test_gradient_checkpointing_enabled_before():
     assert any(g is not None for g in results[0].values())
 
 
-@pytest.mark.parametrize(
-    "sample", each() + each("head", "mlp") + each("tokens", "gpt2") + each("classify", "bert-seq"), ids=str
-)
+@over(each() + each("head", "mlp") + each("tokens", "gpt2") + each("classify", "bert-seq"))
 def test_copies_and_pickles(sample):
     model = randomize(adapt(LIBS[0], sample), sample).eval()
     expected = output(model, sample)

@@ -49,19 +49,34 @@ def each(name: str = "plain", models: str = "mlp llama") -> list[Sample]:
 
 
 def over(samples: list[Sample]) -> Any:
+    """Decorate a test of one `sample` with a few: every method, every model, and rows of both."""
+    return law("sample", samples, _some)
+
+
+def over_all(samples: list[Sample]) -> Any:
     """Decorate a test of one `sample` with a few that have every row of every method, and every model."""
-    return law("sample", samples, _seen)
+    return law("sample", samples, _every)
 
 
 def some(name: str, samples: list[Sample]) -> list[Sample]:
     """Those few, for a fixture of that name."""
-    return cover(name, samples, _seen)
+    return cover(name, samples, _some)
 
 
-def _seen(s: Sample) -> list[Any]:
+def _every(s: Sample) -> list[Any]:
     """What a test meets: every row of a method's own; of those that all methods have, each with a quarter of them."""
     own = "row", s.method, s.name
-    return [("row", s.name), ("model", s.model), Sometimes(own, 4) if s.name in SHARED else own]
+    return [("method", s.method), ("model", s.model), *([("row", s.name), Sometimes(own, 4)] if _shared(s) else [own])]
+
+
+def _some(s: Sample) -> list[Any]:
+    """Half of the rows of a method's own, a few of the others."""
+    own = "row", s.method, s.name
+    return [("method", s.method), ("model", s.model), *([("row", s.name)] if _shared(s) else [Sometimes(own, 2)])]
+
+
+def _shared(s: Sample) -> bool:
+    return s.name in SHARED
 
 
 def mergeable(samples: list[Sample]) -> list[Sample]:

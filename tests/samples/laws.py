@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import graft
+from graft.core.method import Method
+
+HOOKS = ("describe", "factors", "delta", "branch", "shift", "pre", "post", "fold")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class Sample:
 
     def __str__(self) -> str:
         return f"{self.method}-{self.label}" if self.label else self.method
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """By which hooks of a method it says what it does."""
+        found = graft.method_of(self.method).variant(self.make())
+        return frozenset(h for h in HOOKS if getattr(found, h, None) is not getattr(Method, h, None))
 
     def make(self, adapter: str = "default"):
         values = {**self.config, **(self.other if adapter == "other" else {})}

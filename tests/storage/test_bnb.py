@@ -253,7 +253,23 @@ def test_a_model_without_packed_weights_has_no_marks():
     assert not graft.get_peft_model(part, config).merge_and_unload(dequantize=True).is_loaded_in_4bit
 
 
+@pytest.mark.parametrize("hold", [four, partial(four, storage=torch.bfloat16), eight])
+def test_codes_do_not_train(hold):
+    text = r"the weight of a Linear\w+ is held in codes, which cannot train"
+    for config in (
+        graft.LoraConfig(r=2, target_modules=["layer"], modules_to_save=["other"]),
+        graft.LNTuningConfig(target_modules=["other"]),
+    ):
+        base = Net(linear())
+        base.other = nn.Sequential(hold(linear()))
+        with pytest.raises(UnsupportedLayerError, match=text):
+            graft.get_peft_model(base, config)
+        assert type(base.layer) is nn.Linear and base.layer.weight.requires_grad is False
+
+
 def test_numbers_of_parameters():
     for storage in (torch.uint8, torch.bfloat16):
-        model = graft.get_peft_model(Net(four(linear(), storage)), graft.LoraConfig(r=2, target_modules=["layer"]))
+        config = graft.LoraConfig(r=2, target_modules=["layer"])
+        model = graft.get_peft_model(Net(four(linear(), storage)), config)
+        assert graft.plan(Net(four(linear(), storage)), config).base_parameters == 320 * 96 + 96
         assert model.get_nb_trainable_parameters() == (2 * (320 + 96), 320 * 96 + 96 + 2 * (320 + 96))

@@ -14,7 +14,7 @@ from graft.core.call import Call, Rows
 from graft.core.carrier import Carrier, State, carrier_of, layer_in
 from graft.core.containers import Slot, slots_of, tensors_of
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
-from graft.storage import place_of, standalone
+from graft.storage import codes_in, place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -155,6 +155,11 @@ def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> 
         raise UnsupportedLayerError(
             f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}'){why}. Adapter '{adapter}': "
             "name other modules, or load it into another model."
+        )
+    if (codes := codes_in(module)) is not None:
+        raise UnsupportedLayerError(
+            f"modules_to_save cannot be applied to '{key}': {codes}. Adapter '{adapter}': target it instead, or load "
+            "the base model without quantizing it."
         )
     if inside:
         raise UnsupportedLayerError(

@@ -19,7 +19,7 @@ from graft.core.table import TypeTable
 from graft.core.wrappers import inside, place_inside
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
-from graft.storage import find_store, find_tensor_store, innermost, of_tensor, piece_of
+from graft.storage import find_store, find_tensor_store, innermost, numel, of_tensor, piece_of
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Place = tuple[nn.Module, str]  # (parent, attribute)
@@ -78,7 +78,7 @@ def survey(model: nn.Module) -> Tree:
             if p is not None:
                 n = owners[p] = owners.get(p, 0) + 1
                 if n == 1:
-                    numbers += p.numel()
+                    numbers += numel(p)
 
     def look_into(module: nn.Module, path: str) -> None:
         if (carrier := carrier_of(module)) is not None:

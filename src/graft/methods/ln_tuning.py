@@ -12,7 +12,7 @@ from graft.config.fields import Targeted
 from graft.config.targets import LN_TUNING
 from graft.core.effect import Replace
 from graft.core.method import Method
-from graft.storage import standalone
+from graft.storage import codes_in, standalone
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,10 @@ class LNTuning(Method):
     upcast = False  # the copy computes as the layer did
 
     ln_tuning_layers: nn.Module
+
+    def check(self):
+        why = codes_in(self.site.module)
+        return super().check() if why is None else f"LN tuning trains a copy of the layer, and {why}"
 
     def describe(self):
         return Replace(self.copied)

@@ -89,6 +89,16 @@ def ready(modules: Iterable[nn.Module]) -> None:
             warn(what, PeftWarning)
 
 
+def codes_in(module: nn.Module) -> str | None:
+    """Say why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
+    for m in module.modules():
+        own = STORES.find(type(m))
+        packed = strange_tensor(m, "weight") is not None if own is None else isinstance(own, Quantized)
+        if packed and not (isinstance(own, Quantized) and own.trains(m)):
+            return f"the weight of a {type(m).__name__} is held in codes, which cannot train"
+    return None
+
+
 def loose_bias(module: nn.Module) -> bool:
     """Say whether a layer with a packed weight has a bias that is no Parameter."""
     bias = getattr(module, "bias", None)
@@ -132,6 +142,7 @@ __all__ = [
     "ByIdentity",
     "Dense",
     "Quantized",
+    "codes_in",
     "find_store",
     "find_tensor_store",
     "group_of",

@@ -157,6 +157,9 @@ class Eight(Quantized):
     def compute_dtype(self, m: Any) -> torch.dtype | None:
         return m.weight.dtype if m.weight.is_floating_point() else None
 
+    def trains(self, m: Any) -> bool:
+        return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
+
     def unreadable(self, m: Any) -> str | None:
         if m.weight.is_floating_point():
             return lacking("int8_vectorwise_quant")

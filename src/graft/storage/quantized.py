@@ -41,6 +41,10 @@ class Quantized(Dense):
         """Return the dtype of the dense weight; None if nothing tells."""
         return None
 
+    def trains(self, m: nn.Module) -> bool:
+        """Say whether the module rounds floats at each call, so that a copy of it can train."""
+        return False
+
     def unreadable(self, m: nn.Module) -> str | None:
         """Say why the weight of this module cannot be read; None if it can."""
         return None

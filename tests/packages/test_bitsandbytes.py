@@ -18,19 +18,22 @@ from tests.conformance.samples import disturb
 from tests.looks import layers
 from tests.models import seeded
 from tests.packages.bnb_layers import eight, embedding, four, pair, rearranged
-from tests.storage.cells import Kind, cells, flat, identity, linear, near, same
+from tests.storage.cells import FEW, Kind, cells, flat, identity, linear, near, same
 
-KINDS = [
-    Kind("nf4", four),
+tests = cells(
+    [Kind("nf4", four), Kind("nested", partial(four, nested=True)), Kind("int8-training", partial(eight, trains=True))]
+)
+test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+
+OTHERS = [
     Kind("fp4", partial(four, kind="fp4")),
-    Kind("nested", partial(four, nested=True)),
     Kind("bf16", partial(four, compute=torch.bfloat16), tolerance=5e-2),
     Kind("fp16", partial(four, compute=torch.float16), tolerance=5e-2),
     Kind("int8", eight, tolerance=0.12),  # rounds its inputs
-    Kind("int8-training", partial(eight, trains=True)),
 ]
-tests = cells(KINDS)
-test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+test_reading_others, test_others, test_merging_others, test_others_into_a_dense_layer, test_files_of_others = cells(
+    OTHERS, FEW
+)
 
 HOLDS = {"nf4": four, "nested": partial(four, nested=True), "int8": eight}
 TARGETS = ["0", "2"]

@@ -234,6 +234,13 @@ def test_k_bit_preparation_goes_by_modules():
         def gradient_checkpointing_enable(self):
             self.checkpoints = True
 
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    plain = nn.Sequential(Own(4, 4)).bfloat16()  # which nobody has quantized, for all that graft cannot write it
+    graft.prepare_model_for_kbit_training(plain)
+    assert plain[0].weight.dtype == torch.float32
     model = Model().bfloat16()
     codes = bits(model.layer.weight).clone()
     graft.prepare_model_for_kbit_training(model)  # without marks

@@ -26,7 +26,7 @@ from graft.inject.survey import Tree, nest_of, survey
 from graft.io.base import original
 from graft.methods import method_of
 from graft.model.registry import Registry
-from graft.storage import DENSE, Quantized, find_store, innermost
+from graft.storage import DENSE, Quantized, holds_codes, innermost
 from graft.storage.packed import dtype_beside, unmark
 
 
@@ -274,7 +274,7 @@ class LayerRegistry(Registry):
         with self._dequantized(adapter_names) if dequantize else nullcontext():
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
         plain = self.unload()
-        if dequantize and all(find_store(m).exact for m in plain.modules()):
+        if dequantize and not any(map(holds_codes, plain.modules())):
             unmark(plain)
         return plain
 

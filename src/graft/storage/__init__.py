@@ -89,12 +89,17 @@ def ready(modules: Iterable[nn.Module]) -> None:
             warn(what, PeftWarning)
 
 
+def holds_codes(m: nn.Module) -> bool:
+    """Say whether a module's weight is packed: codes and scales, whatever the module is called."""
+    own = STORES.find(type(m))
+    return strange_tensor(m, "weight") is not None if own is None else isinstance(own, Quantized)
+
+
 def codes_in(module: nn.Module) -> str | None:
     """Say why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
-    for m in module.modules():
+    for m in filter(holds_codes, module.modules()):
         own = STORES.find(type(m))
-        packed = strange_tensor(m, "weight") is not None if own is None else isinstance(own, Quantized)
-        if packed and not (isinstance(own, Quantized) and own.trains(m)):
+        if not (isinstance(own, Quantized) and own.trains(m)):
             return f"the weight of a {type(m).__name__} is held in codes, which cannot train"
     return None
 
@@ -147,6 +152,7 @@ __all__ = [
     "find_tensor_store",
     "group_of",
     "hold_bias",
+    "holds_codes",
     "innermost",
     "loose_bias",
     "numel",

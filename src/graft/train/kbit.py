@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graft.core.errors import PeftWarning, warn
-from graft.storage import Quantized, find_store
+from graft.storage import holds_codes
 from graft.storage.dense import is_composed
 from graft.storage.packed import dtype_is_fixed, is_marked, is_packed
 
@@ -34,7 +34,7 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`, such as {"use_reentrant": False}.
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
-    widen, packed = not dtype_is_fixed(model), [m for m in model.modules() if isinstance(find_store(m), Quantized)]
+    widen, packed = not dtype_is_fixed(model), [m for m in model.modules() if holds_codes(m)]
     narrow = {p for m in packed for p in kept_as_they_are(m)}
     for p in model.parameters():
         p.requires_grad_(False)

@@ -18,6 +18,7 @@ import graft
 from graft.compat.peft import names as compat
 from graft.compat.peft.layers import PREFIXES, layer_class
 from graft.compat.peft.modules import resolve
+from graft.storage import Quantized, find_store
 from tests.conformance.samples import disturb
 from tests.looks import layers
 from tests.models import seeded
@@ -108,6 +109,49 @@ def test_outputs_are_those_of_peft(name, bits, folder):
         ours.merge_adapter()
         theirs.merge_adapter()
         assert far(logits(ours), logits(theirs)) < 0.02
+
+
+BESIDE = {
+    "ADAPTION_PROMPT": dict(adapter_len=4, adapter_layers=2),
+    "POLY": dict(r=4, n_tasks=2, n_skills=2, n_splits=2, target_modules=["q_proj", "down_proj"]),
+    "SHADOW": dict(),
+    "CPT": dict(cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4]),
+    "MULTITASK_PROMPT_TUNING": dict(num_virtual_tokens=3, num_tasks=2, num_ranks=2),
+    "PREFIX_TUNING": dict(num_virtual_tokens=3),
+    "P_TUNING": dict(num_virtual_tokens=3, encoder_hidden_size=16),
+    "CARTRIDGE": dict(num_virtual_tokens=3),
+    "TRAINABLE_TOKENS": dict(target_modules=["embed_tokens"], token_indices=[1, 2, 50]),
+    "LN_TUNING": dict(target_modules=["input_layernorm", "norm"]),
+}
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_what_acts_beside_the_linear_layers_is_as_on_dense_ones(method, bits, folder):
+    found = []
+    for dense in (False, True):
+        base = plain(load(folder, bits))
+        for parent in list(base.modules()) if dense else ():
+            for name, m in parent.named_children():
+                if isinstance(find_store(m), Quantized):
+                    setattr(parent, name, find_store(m).dense(m))
+        with seeded(1):
+            config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **copy.deepcopy(BESIDE[method]))
+            model = exact(disturb(graft.get_peft_model(base, config)).eval())
+        tasks = {"task_ids": torch.tensor([0, 1, 0])} if method in ("POLY", "MULTITASK_PROMPT_TUNING") else {}
+        model(input_ids=IDS, labels=IDS, **tasks).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() and ours
+    for name, grad in theirs.items():
+        assert (ours[name] is None) == (grad is None), name
+        if grad is not None:
+            assert_close(
+                ours[name],
+                grad,
+                rtol=1e-3,
+                atol=1e-4 * float(grad.abs().max()) + 1e-7,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
 
 
 def trained(model, steps=3, **kwargs):

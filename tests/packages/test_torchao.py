@@ -32,6 +32,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store, straight
 from tests.conformance.samples import disturb
+from tests.models import seeded
 from tests.packages.llama import model_tests
 from tests.storage.cells import IN, Kind, cells, identity, linear
 
@@ -212,3 +213,24 @@ def test_other_tensors_are_refused_with_the_reason(hold, reads, why, tmp_path):
         with pytest.raises(NotImplementedError, match=why):
             model.merge_and_unload(**options)
     model.save_pretrained(tmp_path, fingerprint="full")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.Conv2d])
+def test_modules_of_other_types(kind, dora, tmp_path):
+    with seeded(0):
+        layer = nn.Embedding(40, 64) if kind is nn.Embedding else nn.Conv2d(32, 64, 3)
+        x = torch.arange(6).view(2, 3) if kind is nn.Embedding else torch.randn(2, 32, 5, 5)
+    quantize_(layer.requires_grad_(False), IntxWeightOnlyConfig(**GROUPS), lambda m, name: True)
+    base = nn.Sequential(layer)
+    assert find_store(layer).name == "torchao"
+    model = disturb(graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["0"], use_dora=dora))).eval()
+    y = model(x)
+    model.merge_adapter()
+    assert (model(x) - y).norm() < 0.2 * y.norm() and not torch.equal(model(x), y)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y)
+    model.save_pretrained(tmp_path, fingerprint="full")
+    left = model.merge_and_unload(dequantize=True)
+    assert type(left[0]) is kind and type(left[0].weight) is nn.Parameter
+    assert_close(left(x), y, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from graft.storage.quantized import Quantized
+from graft.storage.quantized import Quantized, shadow
 from graft.storage.straight import go_straight
 
 Again = Callable[[Any, Tensor], Tensor]  # (the old tensor, new values) → a tensor like the old one
@@ -53,6 +53,16 @@ class TorchAO(Quantized):
             return f"its weight is torchao's {type(m.weight).__name__}, which graft cannot quantize anew"
         return why
 
+    def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> Any:
+        """Return a module of the same type, such as an embedding, that holds the same values as a plain tensor."""
+        W = self.read(m)
+        values = {"weight": nn.Parameter(W.to(dtype or W.dtype), requires_grad=False)}
+        if isinstance(bias := m._parameters.get("bias"), Tensor):
+            values["bias"] = nn.Parameter(bias.detach().to(dtype or bias.dtype, copy=True), bias.requires_grad)
+        made = shadow(m, values)
+        made.__dict__.pop("extra_repr", None)  # torchao's, which tells of m
+        return made
+
     def ready(self, m: nn.Module) -> None:
         """Give layers that round their inputs a gradient: torchao's rounding passes none on."""
         kind: Any = type(m.weight)
@@ -78,18 +88,19 @@ def pre_scale(weight: Any) -> Tensor | None:
 
 
 def granularity(old: Any) -> Any:
-    from torchao.quantization import granularity as of
+    """Say by torchao's types which numbers share a scale."""
+    from torchao import quantization as ao
 
     block, shape = tuple(old.block_size or ()), tuple(old.shape)
     if block in ((), shape):
-        return of.PerTensor()
+        return ao.PerTensor()
     if block == (1, shape[1]):
-        return of.PerRow()
-    return of.PerGroup(block[1]) if block[0] == 1 else of.PerBlock(block)
+        return ao.PerRow()
+    return ao.PerGroup(block[1]) if block[0] == 1 else ao.PerBlock(block)
 
 
 def mapping(old: Any) -> Any:
-    from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization import MappingType
 
     shifted = old.zero_point is not None and bool(old.zero_point.any())
     return MappingType.ASYMMETRIC if shifted else MappingType.SYMMETRIC

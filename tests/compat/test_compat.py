@@ -18,9 +18,9 @@ import peft
 import pytest
 from torch import nn
 
-from graft.compat.peft.layers import AuxiliaryTrainingWrapper, layer_class
+from graft.compat.peft.layers import BNB, AuxiliaryTrainingWrapper, layer_class
 from graft.compat.peft.modules import names_in, resolve
-from graft.compat.peft.names import BESIDE, BNB, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB, folder
+from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB, folder
 from graft.methods import METHODS, method_of
 from tests.pair import both
 from tests.samples import each

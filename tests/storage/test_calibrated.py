@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.compat.peft.modules import names_in, resolve
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.storage import find_store
 from tests.conformance.samples import disturb
@@ -221,3 +222,19 @@ def test_qalora(kind):
     assert_close(model.merge_and_unload(dequantize=True)(X), y)
     with pytest.raises(ConfigError, match="divisible"):
         graft.get_peft_model(Net(kind(linear())), lora(target_modules=["layer"], use_qalora=True, qalora_group_size=7))
+
+
+def test_the_classes_of_peft():
+    model = graft.get_peft_model(Model(), lora())
+    classes = {
+        name: resolve("peft.tuners.lora", name) for name in ("GPTQLoraLinear", "AwqLoraLinear", "EetqLoraLinear")
+    }
+    for layer, own in zip("qve", classes):
+        assert [n for n, c in classes.items() if isinstance(getattr(model.base_model.model, layer), c)] == [own]
+        assert isinstance(getattr(model.base_model.model, layer), resolve("peft.tuners.lora", "LoraLayer"))
+    for path in ("gptq", "awq", "aqlm", "eetq", "hqq", "inc", "torchao"):
+        (name,) = names_in(f"peft.tuners.lora.{path}")
+        assert resolve(f"peft.tuners.lora.{path}", name) is resolve("peft.tuners.lora", name)
+    assert not isinstance(model.base_model.model.q, resolve("peft.tuners.lora", "Linear"))
+    for package in ("gptqmodel", "auto_awq", "aqlm", "eetq", "hqq", "inc", "optimum"):
+        assert resolve("peft.import_utils", f"is_{package}_available")() in (True, False)

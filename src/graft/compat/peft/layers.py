@@ -7,22 +7,26 @@ from abc import ABC
 from functools import cache
 from typing import Any
 
+from graft.compat.peft.names import OF_STORES
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.ops import OPS
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, method_of
+from graft.storage import STORES
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
-KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (name.rpartition(".")[2] for name in OPS.names())))
+BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which PEFT has classes of every method
+PLAIN = [name.rpartition(".")[2] for name in OPS.names() if name not in STORES.names()]
+KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
 
 class _LayerType(type):
     """The metaclass of PEFT's layer classes: isinstance asks for a layer's methods and the type of its base layer."""
 
     method: type[Method]
-    kind: str | None  # type of the base layer; None: any
+    kind: str | None  # type of the base layer, or name of its store; None: any
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
         if "method" not in namespace:
@@ -35,7 +39,7 @@ class _LayerType(type):
     def __instancecheck__(cls, obj: Any) -> bool:
         if not isinstance(obj, AdapterLayer) or not any(isinstance(m, cls.method) for m in obj.methods.values()):
             return False
-        return cls.kind is None or cls.kind == kind_of(obj)
+        return cls.kind is None or cls.kind in (kind_of(obj), obj.store.name)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{cls.__name__} is only for isinstance: graft makes its layers when a config is injected.")
@@ -67,7 +71,7 @@ def layer_names(peft_type: str) -> list[str]:
     """Return the names of a method's layer classes, with and without the method's name, which PEFT puts before some."""
     if peft_type not in METHODS:  # prompts act on no layer
         return []
-    return [f"{stem(peft_type)}Layer", *kind_names(peft_type, KINDS)]
+    return [f"{stem(peft_type)}Layer", *kind_names(peft_type, KINDS), *(OF_STORES if peft_type == "LORA" else ())]
 
 
 def kind_names(peft_type: str, kinds: tuple[str, ...]) -> list[str]:
@@ -82,8 +86,9 @@ def layer_class(peft_type: str, name: str) -> type | None:
         bases: tuple[type, ...] = (AdapterLayer,)
         kind = None
     else:
-        kind = name.removeprefix(PREFIXES.get(peft_type, own))
-        if kind not in KINDS:
+        of_store = OF_STORES.get(name) if peft_type == "LORA" else None
+        kind = of_store or name.removeprefix(PREFIXES.get(peft_type, own))
+        if of_store is None and kind not in KINDS:
             return None
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
     method = method_of(peft_type)

@@ -14,8 +14,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from graft.compat.peft.layers import kind_names, layer_class, layer_names
-from graft.compat.peft.names import BESIDE, BNB, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB
+from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
+from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB
 from graft.methods import ROWS, method_of
 
 ROOT = "peft"
@@ -53,6 +53,7 @@ def method_names(peft_type: str, suffix: str) -> list[str]:
         ".config": [row.config, *BESIDE.get(peft_type, ())],
         ".layer": layer_names(peft_type),
         ".model": [row.tuner],
+        **{f".{store}": [name] for name, store in OF_STORES.items() if peft_type == "LORA"},
         ".bnb": kind_names(peft_type, BNB) if peft_type in WITH_BNB else [],
     }
     if suffix:

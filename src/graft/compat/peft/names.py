@@ -194,7 +194,6 @@ def folder(peft_type: str) -> str:
     return ROWS[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
-BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which PEFT has classes
 WITH_BNB = ("LORA", "ADALORA", "IA3", "RANDLORA", "ROAD", "HIRA", "PVERA")  # methods with a module of these
 LAYER_FILES = {"SHADOW": ".layers"}  # where it is not .layer
 # module below `peft` that a method owns → (peft_type, suffix of the module, mostly)
@@ -210,3 +209,13 @@ OF_METHODS: dict[str, tuple[str, str]] = {
         *((".bnb",) if peft_type in WITH_BNB else ()),
     )
 }
+OF_STORES = {  # PEFT's classes of LoRA on other packed weights → the store
+    "GPTQLoraLinear": "gptq",
+    "AwqLoraLinear": "awq",
+    "AqlmLoraLinear": "aqlm",
+    "EetqLoraLinear": "eetq",
+    "HqqLoraLinear": "hqq",
+    "IncLoraLinear": "inc",
+    "TorchaoLoraLinear": "torchao",
+}
+OF_METHODS |= {f"tuners.lora.{store}": ("LORA", f".{store}") for store in OF_STORES.values()}

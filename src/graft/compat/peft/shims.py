@@ -131,6 +131,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextMa
 # installed packages
 
 PACKAGES = {
+    "auto_awq": "awq",
     "bnb": "bitsandbytes",
     "bnb_4bit": "bitsandbytes",
     "inc": "neural_compressor",

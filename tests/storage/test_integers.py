@@ -83,9 +83,14 @@ tests = cells(KINDS)
 test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
 
 
-def test_layers_below_get_a_gradient():
+@pytest.mark.parametrize("hooked", [False, True])
+def test_layers_below_get_a_gradient(hooked):
     """transformers' BitLinear rounds its input to int8, and passes nothing on."""
     layer = ternary(linear())
+    if hooked:
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        add_hook_to_module(layer, AlignDevicesHook("cpu"))
     with seeded(0):
         base = nn.Sequential(nn.Linear(6, IN), layer)
     model = disturb(graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["0"])))

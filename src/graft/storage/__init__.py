@@ -11,7 +11,8 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.ops import OPS, Linear, replaced_forward
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage import aqlm, bnb, bnb_embedding, calibrated, float8, hqq, integers, quanto, torchao
+from graft.storage import aqlm, bnb, bnb_embedding, calibrated, compressed, float8, hqq, integers, quanto, torchao
+from graft.storage.compressed import Compressed
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.foreign import ByIdentity, Foreign, Packed
 from graft.storage.packed import is_packed
@@ -52,10 +53,16 @@ def find_store(module: nn.Module) -> Store:
     A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN; so is
     what a layer that is known to be linear has in place of one.
     """
-    store = STORES.find(type(module))
+    store = marked(module) or STORES.find(type(module))
     if store is not None:
         return store
     return FOREIGN if replaced_forward(module) is not None else of_tensor(module, "weight")
+
+
+def marked(module: nn.Module) -> Store | None:
+    """Return the store of a module that a package has marked as its own, whatever its type; None for others."""
+    held = module.__dict__
+    return next((store for mark, store in compressed.MARKS.items() if mark in held), None)
 
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
@@ -79,10 +86,10 @@ def ready(modules: Iterable[nn.Module]) -> None:
     """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
     said: dict[str | None, None] = {}
     for m in modules:
-        store = STORES.find(type(m))
+        store = marked(m) or STORES.find(type(m))
         if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
             store = TENSORS.find(type(weight))
-        if isinstance(store, Quantized):
+        if isinstance(store, (Quantized, Compressed)):
             said[store.ready(m)] = None
     for what in said:
         if what is not None:

@@ -18,6 +18,7 @@ TOLERANCE = 0.03  # relative: activations may be rounded to 8 bits
 SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows, so that what bends or clips is seen
 
 
+@torch.compiler.disable
 def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """Return the weight (out, in) of a linear layer, as new memory."""
     run = quiet(m)
@@ -27,6 +28,7 @@ def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None
     return W
 
 
+@torch.compiler.disable
 def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
     run = quiet(m)
@@ -40,6 +42,7 @@ def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None,
     return not_affine(m, dims, device, dtype)
 
 
+@torch.compiler.disable
 def not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say that a module adds something else to W x than its own bias; None if it does not."""
     zero = output(quiet(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
@@ -103,7 +106,6 @@ def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator
         yield slice(start, start + size), rows
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def output(m: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):

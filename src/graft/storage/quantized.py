@@ -152,7 +152,7 @@ class OwnModule(Quantized):
     """A rounded weight in a module of a type of its own, whose kernel may have no backward pass."""
 
     def ready(self, m: nn.Module) -> str | None:
-        let_gradients_through(type(m), self)
+        let_gradients_through(m, self)
         if self.loses_gradient(m) and not self.on_meta(m) and (why := self.unreadable(m)) is not None:
             return f"Layers below a {type(m).__name__} get no gradient: {why}."
         return super().ready(m)

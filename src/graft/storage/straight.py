@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from graft.core.ops import find_op
 from graft.kernels.function import Function
 
 MENDED: set[type] = set()
+MENDED_FORWARDS: WeakSet[Any] = WeakSet()
+OF_KIND: WeakKeyDictionary[type, Any] = WeakKeyDictionary()  # stores, by type of module
 
 
 def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], dense: Callable[[Any], Tensor]) -> None:
@@ -43,21 +46,35 @@ def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], 
     kind.__torch_function__ = classmethod(through)  # type: ignore[assignment]
 
 
-def let_gradients_through(kind: type[nn.Module], store: Any) -> None:
-    """Give layers of a class that has a store a gradient for their input where their own forward gives none.
+def let_gradients_through(m: nn.Module, store: Any) -> None:
+    """Give a layer a gradient for its input where its own forward gives none.
 
-    The class itself changes, once, as above. Layers of which the store says `loses_gradient` never use their own
-    backward pass. Nothing changes for a layer that cannot be read.
+    The class changes, once, as above, or the module alone where it has a forward of its own, as accelerate's hooks
+    and compressed-tensors make one. Layers of which the store says `loses_gradient` never use their own backward pass.
+    Nothing changes for a layer that cannot be read.
     """
-    kind = next(c for c in kind.__mro__ if "forward" in c.__dict__)
-    if kind in MENDED:
+    held = m.__dict__
+    name = next((name for name in ("_old_forward", "forward") if name in held), None)
+    if name is not None:
+        before = getattr(held[name], "__func__", None)
+        if before is not None and before not in MENDED_FORWARDS:
+            held[name] = _through(before, lambda m: store).__get__(m)
         return
-    MENDED.add(kind)
-    before: Any = kind.forward
+    OF_KIND[type(m)] = store
+    owner: Any = next(
+        c for c in type(m).__mro__ if "forward" in c.__dict__
+    )  # a base class may be that of other stores, too
+    if owner.forward not in MENDED_FORWARDS and not owner.__module__.startswith("torch."):
+        owner.forward = _through(owner.forward, lambda m: OF_KIND.get(type(m)))
+
+
+def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
+    """Return a forward that does as `before`, and lets gradients through."""
 
     @wraps(before)
     def through(m: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
+        store = store_of(m)
+        if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)
         run = lambda x, *_: before(m, x, *args, **kwargs)
         bias = getattr(m, "bias", None)
@@ -71,7 +88,8 @@ def let_gradients_through(kind: type[nn.Module], store: Any) -> None:
         dense = lambda m: find_op(m).canon(store.read(m))
         return _Straight.apply(x, bias, m, dense, run)
 
-    kind.forward = through  # type: ignore[method-assign]
+    MENDED_FORWARDS.add(through)
+    return through
 
 
 def given(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

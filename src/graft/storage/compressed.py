@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of layers that compressed-tensors has taken over: torch's own, with a forward that also rounds inputs.
+
+Their weights are compressed when a model is loaded, and plain tensors from the model's first call on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graft.storage.dense import Dense, strange_tensor
+from graft.storage.straight import let_gradients_through
+
+
+class Compressed(Dense):
+    name = "compressed-tensors"
+    exact = False  # kernels that pass the layer by would not round its inputs
+
+    def waits(self, m: Any, name: str) -> str | None:
+        if name != "weight" or ("weight" in m._parameters and strange_tensor(m, name) is None):
+            return None
+        return (
+            "its weight is compressed until the model is called: call the model once before, or load it with "
+            "CompressedTensorsConfig(dequantize=True)"
+        )
+
+    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+        return self.waits(m, name) or super().unread(m, name)
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        return self.waits(m, name) or super().fixed(m, name)
+
+    def loses_gradient(self, m: Any) -> bool:
+        """Say so of layers that round inputs or outputs: compressed-tensors rounds without a gradient."""
+        scheme = m.quantization_scheme
+        return scheme.input_activations is not None or scheme.output_activations is not None
+
+    def ready(self, m: nn.Module) -> str | None:
+        if self.loses_gradient(m):
+            let_gradients_through(m, self)
+        return None
+
+
+MARKS = {"quantization_scheme": Compressed()}

@@ -62,7 +62,7 @@ def test_peft_computes_the_same(name):
     done = peft.set_peft_model_state_dict(theirs, graft.get_peft_model_state_dict(ours))
     assert not done.unexpected_keys
     x = torch.linspace(-1, 1, 3 * IN).view(3, IN).half()
-    with pytest.raises(ValueError) as words:
+    with pytest.raises(ValueError if method in ("LORA", "OFT") else TypeError) as words:
         theirs.merge_adapter()
     with pytest.raises(NotImplementedError, match=str(words.value) if method == "LORA" else "dequantize=True"):
         ours.merge_adapter()

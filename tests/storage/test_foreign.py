@@ -51,6 +51,12 @@ class Unknown(Tensor):
         return func(*[a.values_ if isinstance(a, Unknown) else a for a in args], **(kwargs or {}))
 
 
+def conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
 class Marked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W):
@@ -194,6 +200,37 @@ def test_what_reads_the_weight_has_it_from_a_layer_that_is_linear(kind, method):
     plain = model.merge_and_unload(dequantize=True)
     assert type(plain[0]) is nn.Linear
     assert_close(plain(X), expected)
+
+
+class Derived(Beside):
+    """Computes its bias."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.part = nn.Parameter(self._parameters.pop("bias").detach() / 2)
+
+    bias = property(lambda self: 2 * self.part)
+
+
+class Turned(conv1d()):
+    """Holds (in, out)."""
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("kind", [Derived, Turned])
+def test_layers_of_other_shapes_are_read(kind):
+    with seeded(0):
+        layer = kind(4, 6) if kind is Turned else kind(6, 4)
+    assert find_store(layer) is FOREIGN and FOREIGN.unread(layer, "weight") is None
+    W = FOREIGN.read(layer, "weight")
+    assert_close(W, layer.weight if kind is Turned else layer.codes)
+    model = disturb(graft.get_peft_model(nn.Sequential(layer), lora(use_dora=True))).eval()
+    y = model(X)
+    plain = model.merge_and_unload(dequantize=True)
+    assert type(plain[0]) is nn.Linear
+    assert_close(plain(X), y)
 
 
 def test_nothing_is_kept_of_what_was_read():

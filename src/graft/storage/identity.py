@@ -23,8 +23,9 @@ def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None
     """Return the weight (out, in) of a linear layer, as new memory."""
     run = quiet(m)
     W = torch.empty(dims, device=device, dtype=dtype)
+    zero = output(run, torch.zeros(1, dims[1], device=device, dtype=dtype))  # a bias that is out of reach
     for columns, rows in _blocks(dims[1], device, dtype):
-        W[:, columns] = output(run, rows).T
+        W[:, columns] = (output(run, rows) - zero).T
     return W
 
 
@@ -34,10 +35,11 @@ def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None,
     run = quiet(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator().manual_seed(0)) * torch.tensor(SIZES)[:, None]
     x = x.to(device, dtype)
-    y, sums = output(run, x), torch.zeros(len(SIZES), dims[0], device=device)
+    zero = output(run, torch.zeros_like(x[:1])).float()
+    y, sums = output(run, x).float() - zero, torch.zeros(len(SIZES), dims[0], device=device)
     for columns, rows in _blocks(dims[1], device, dtype):
-        sums += x[:, columns].float() @ output(run, rows).float()
-    if y.shape != sums.shape or not _near(sums, y.float()):
+        sums += x[:, columns].float() @ (output(run, rows).float() - zero)
+    if y.shape != sums.shape or not _near(sums, y):
         return "it is not linear: its output is not the sum of what it makes of each input"
     return not_affine(m, dims, device, dtype)
 

@@ -56,6 +56,7 @@ _NAMES: dict[str, str] = {
         "graft.io.files": "load_peft_weights",
         "graft.io.load": "LoadReport set_peft_model_state_dict",
         "graft.io.save": "get_peft_model_state_dict",
+        "graft.io.stages": "join_stages",
         "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
         "graft.serving.room": "prepare_model_for_compiled_hotswap",
         "graft.train.corda": "preprocess_corda",

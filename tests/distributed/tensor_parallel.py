@@ -191,11 +191,11 @@ def llama(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "llama", **options).train()
 
 
-def write_llama(folder: Path) -> None:
+def write_llama(folder: Path, layers: int = 2) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=48, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=41, max_position_embeddings=32, attention_bias=True, pad_token_id=0,
     )  # fmt: skip
     if dist.get_rank() == 0:

@@ -67,6 +67,7 @@ class Method:
     in_files: ClassVar[dict[str, str]] = {}  # containers whose files have this for the adapter's name; "": nothing
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
+    over_layers: ClassVar[str | None] = None  # what it does with all layers of a model at once, if it does
     shares_from_weight: ClassVar[bool] = False  # `share` reads base weights, from which what is merged is then out
 
     # derived from the declarations of a subclass

@@ -21,6 +21,7 @@ from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.size import made_early
+from graft.inject.stage import check_alone, draw
 from graft.inject.survey import site_of
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -43,6 +44,7 @@ def build(job: Any) -> None:
             job.biases.append(bias)
             job.released.append(release)
         share(job)
+        check_alone(job)
         add_layers(job)
         add_saved(job, heads)
         add_tokens(job)
@@ -137,7 +139,9 @@ def share(job: Any) -> None:
     """Make the tensors that all layers share."""
     if not job.method.shares:
         return
-    sites: list[Site] = list(job.sites.values())
+    sites: list[Site] = [(job.methods.get(key) or job.ghosts[key]).site for key in job.order]
+    if not sites and job.absent:
+        return
     if not sites:
         raise ConfigError(
             f"No layers types compatible with {job.method.__name__} were found: it needs some to size what they share."
@@ -157,7 +161,12 @@ def share(job: Any) -> None:
 def add_layers(job: Any) -> None:
     shared, loads, adapter = job.shared.attached(), job.values is not None, job.adapter
     nothing = []
-    for key, site in job.sites.items():
+    for key in job.order:
+        if key in job.ghosts:
+            if not (loads or job.on_meta):
+                draw(job.ghosts[key], shared, job)
+            continue
+        site = job.sites[key]
         layer = job.tree.layers.get(key) or layer_for(site, job.call)
         job.layers[key] = layer
         method = job.methods[key]

@@ -88,6 +88,9 @@ class Injection:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding → its rows that train
     followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
     row_followers: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
+    absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
+    ghosts: dict[str, Method] = field(default_factory=dict)  # methods of sites of other stages, by path
+    order: list[str] = field(default_factory=list)  # paths of sites, those of other stages among them
     biases: list[nn.Parameter] = field(default_factory=list)  # biases of the base model that train
     loose: list[nn.Module] = field(default_factory=list)  # layers whose bias trains and is no Parameter yet
     released: list[Callable[[], None]] = field(default_factory=list)  # each undoes that such a bias has become one

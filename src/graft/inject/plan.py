@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from graft.inject import experts, saved
 from graft.inject.match import Matcher, Verdict, hint, unmatched
 from graft.inject.parameters import children_of, parameters_of, why_not_composed
 from graft.inject.report import InjectReport, Skipped
+from graft.inject.stage import absent_in, ghosts
 from graft.inject.survey import Tree, kind_of, site_of
 from graft.inject.targets import DUMMY, resolve_targets
 from graft.inject.tied import embedding_path, expand, tied_to_embedding
@@ -44,6 +46,7 @@ def find(job: Any) -> None:
     method.prepare(cfg, model)
     job.followers = expand(cfg, method, model, tree) if job.keys is None else {}
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
+    job.absent = absent_in(tree.modules)
     match(job)
     followed = {k: site_of(k, tree.modules[k], tree) for k, source in job.followers.items() if source in job.sites}
     adapted = {**job.sites, **followed}
@@ -51,16 +54,22 @@ def find(job: Any) -> None:
     for key, site in adapted.items():
         job.methods[key] = variant(site, cfg.at(job.followers.get(key, key)), adapter)
         job.methods[key].along = key in job.along
-    variant.apportion(list(job.methods.values()))
+    everywhere = ghosts(job) if job.absent else job.sites
+    job.ghosts = {key: variant(site, cfg.at(key), adapter) for key, site in everywhere.items() if key not in adapted}
+    job.order = list(everywhere)
+    in_order = [job.methods.get(key) or job.ghosts[key] for key in everywhere]
+    variant.apportion([*in_order, *(job.methods[key] for key in followed)])
     check_sites(job.methods, tree, job.mixed)
     if not cfg.inference_mode and (job.values is None or job.values.names):
         check_unwrapped([method.site for method in job.methods.values()], adapter)
-    variant.relate([job.methods[key] for key in job.sites])
-    job.saved = modules_to_save_of(cfg, tree, job.report)
+    variant.relate(in_order)
+    job.saved = modules_to_save_of(cfg, tree, job.report, job.absent)
     for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
         saved.refuse(key, tree.modules[key], inside, adapter)
     job.tokens = token_targets(cfg, model, tree, adapter)
+    for key in job.tokens.keys() & job.absent.keys():
+        del job.tokens[key]
     job.row_followers = following_tokens(job.tokens, cfg, model, tree)
     check_tokens(job.tokens, job.row_followers, adapted, job.saved, tree, adapter)
     targeted = [tree.modules[key] for key in adapted if key in tree.modules]
@@ -75,6 +84,8 @@ def match(job: Any) -> dict[str, Verdict]:
     matcher = Matcher(cfg) if chosen is None else None
     outcomes: dict[str, Verdict] = {}
     for key, module in tree.modules.items():
+        if key in job.absent:
+            continue
         if matcher is not None:
             verdict = matcher(key)
         else:
@@ -99,7 +110,14 @@ def match(job: Any) -> dict[str, Verdict]:
         parameters, idle = parameters_of(job)
         say_unmatched("target_parameters", idle, report)
         job.sites |= parameters
-    if matcher is not None:
+    if job.absent:
+        if not (job.sites or job.prompt) and chosen is None:
+            warn(
+                f"Adapter '{job.adapter}' adapts nothing on this stage of the pipeline: none of the modules that it "
+                "targets is here.",
+                PeftWarning,
+            )
+    elif matcher is not None:
         report_on(cfg, matcher, outcomes, report, list(parameters))
     return outcomes
 
@@ -158,12 +176,13 @@ def by_itself(method: Method) -> str | None:
     return None if why is None else f"{name} needs its weight, and {why}"
 
 
-def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
+def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Collection[str]) -> list[str]:
     """Return the paths of the modules that train whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
-    wanted = [key for key in tree.modules if saved.matches(key, names) is not None] if names else []
+    everywhere = [key for key in tree.modules if saved.matches(key, names) is not None] if names else []
+    wanted = [key for key in everywhere if key not in absent]
     defaults = getattr(cfg, "_default_heads", ())
-    missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in wanted)]
+    missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
     say_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
     return wanted
 

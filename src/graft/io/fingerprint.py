@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -65,16 +65,51 @@ def blocks(base: nn.Module) -> dict[str, Weight]:
     return found
 
 
-def fingerprint(weights: dict[str, Weight], with_values: bool = True, together: bool = False) -> dict:
-    """Return names and shapes of weights and, where they are the base's own, a few of their values."""
+def fingerprint(
+    weights: dict[str, Weight], with_values: bool = True, together: bool = False, part: bool = False
+) -> dict:
+    """Return names and shapes of weights and, where they are the base's own, a few of their values.
+
+    together: all processes call this, so that sharded weights can be read.
+    part: the weights are those of one stage of a pipeline; name all and sample all, for `joined`.
+    """
     shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
+    chosen = (sorted(weights) if part else sampled(weights)) if with_values else []
+    values = {key: values for key in chosen if (values := sample(weights[key], together)) is not None}
+    return note_of(shapes, values if with_values and weights else None, part)
+
+
+def sampled(names: Iterable[str]) -> list[str]:
+    """Return the names of the weights of which a fingerprint holds values."""
+    names = sorted(names)
+    return names[:: max(1, len(names) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+
+
+def note_of(shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False) -> dict:
     made: dict = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
-    if len(shapes) <= MAX_NAMED:
+    if part or len(shapes) <= MAX_NAMED:
         made["weights"] = shapes
-    if with_values and weights:
-        chosen = sorted(weights)[:: max(1, len(weights) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
-        made["sample"] = {key: values for key in chosen if (values := sample(weights[key], together)) is not None}
+    if values is not None:
+        made["sample"] = values
     return made
+
+
+def joined(parts: Sequence[dict]) -> dict:
+    """Return the fingerprint of a model from those of its stages, in order."""
+    shapes, values, full = (
+        {k: v for p in parts for k, v in (p.get(f) or {}).items()} for f in ("weights", "sample", "full")
+    )
+    chosen = {key: values[key] for key in sampled(shapes) if key in values} if values else None
+    made = note_of(shapes, chosen)
+    return made | {"full": full} if full else made
+
+
+def within(stored: dict, is_here: Callable[[str], bool]) -> dict | None:
+    """Return a fingerprint with the weights that are here; None if it does not name its weights."""
+    if not stored.get("weights"):
+        return None
+    here = {key: shape for key, shape in stored["weights"].items() if is_here(key)}
+    return {**stored, **note_of(here, None, part=True)}
 
 
 def lists_of(*kinds: type) -> Callable[[Any], bool]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarni
 from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import Parts, registry_of, unwrapped
+from graft.inject.stage import absent_in, below
 from graft.io.check import check_room, check_tensors
 from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.experts import fused
 from graft.io.files import Loaded
-from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of
+from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of, within
 from graft.io.save import changes_base, config_of, parts_of
 from graft.storage import standalone
 from graft.storage.parallel import fill, shape_of
@@ -36,6 +38,7 @@ class LoadReport:
     missing_keys: list[str] = field(default_factory=list)  # tensors of the adapter that it does not hold
     unexpected_keys: list[str] = field(default_factory=list)  # keys that fit nothing
     mismatched_keys: list[str] = field(default_factory=list)  # keys of another shape, with ignore_mismatched_sizes
+    absent_keys: list[str] = field(default_factory=list)  # keys of modules that another stage of a pipeline has
 
     def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
         return iter((self.missing_keys, self.unexpected_keys))
@@ -139,7 +142,9 @@ class Values:
         used |= {name for _, name in found} | {name for name, _, _ in mismatched}
         used |= names & {n for layer, held in groups if layer is None for entry, _ in held for n in entry.also}
         base = self.base_tensors(names - used, prefix, mismatched)
-        self.report.unexpected_keys = sorted(names - used - set(base))
+        left = names - used - set(base)
+        self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
+        self.report.unexpected_keys = sorted(left - set(self.report.absent_keys))
         self.report.missing_keys += self._missing_biases(parts, prefix)
         self._check_dtypes([(name, entry.tensor) for entry, name in found] + [*base.items()])
         self._complain(mismatched)
@@ -233,10 +238,23 @@ class Values:
             mismatched.append((name, self.tensors[name].shape, shape_of(out.pop(name))))
         return out
 
+    @cached_property
+    def absent(self) -> dict[str, str]:
+        """The modules that another stage of a pipeline has."""
+        return absent_in(dict(self.model.named_modules()))
+
+    def is_absent(self, path: str) -> bool:
+        return below(path, self.absent)
+
     def check_base(self, parts: Parts) -> None:
         if not self.fingerprint:
             return
         stored = self.fingerprint
+        if self.absent:
+            here = within(stored, lambda key: not self.is_absent(key))
+            if here is None:
+                return
+            stored = here
         now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
         if parts.prompt is not None:
             both = in_common(stored, now)

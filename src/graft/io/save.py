@@ -18,6 +18,7 @@ from graft.core.merging import unmerged, unmerged_bias
 from graft.core.wrappers import bare, clean, walk
 from graft.inject.match import Names
 from graft.inject.parts import Parts, registry_of, unwrapped
+from graft.inject.stage import absent_in
 from graft.inject.survey import survey
 from graft.io.base import original
 from graft.io.digests import digests
@@ -240,7 +241,8 @@ def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, togethe
     """
     parts, _, base = parts_of(model, adapter)
     changes = changes_base(parts, adapter)
-    made = fingerprint(weights_of(parts, base), not changes, together)
+    stage = bool(absent_in(dict(base.named_modules())))
+    made = fingerprint(weights_of(parts, base), not changes, together, part=stage)
     if full:
         own = set(base_tensors(base, parts, config_of(model, adapter), False))
         own |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()

@@ -30,6 +30,7 @@ class AdaLoRA(Method):
     prefix = "lora_"
     targets = ADALORA
     single_trainable = True
+    over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Any]] = {
         "update_and_allocate": update_and_allocate,
         "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),

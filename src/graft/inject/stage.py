@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage of a pipeline: a model in which other processes have some of the blocks, and something empty stands for them.
+
+Transformers puts a `PipelineIdentityLayer` there. Otherwise blocks of a list count as absent if they are identities or
+None, those that are left are of one type and stand side by side, and several processes run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
+from graft.core.layer import layer_for
+from graft.core.method import Method
+from graft.core.site import Site
+from graft.inject.match import Matcher
+
+MARK = "PipelineIdentityLayer"  # of transformers
+
+
+def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Return the path of the list (or other parent) of each module that this process lacks; {} for a whole model.
+
+    modules: all modules of the model, by path.
+    """
+    found = {key: key.rpartition(".")[0] for key, m in modules.items() if type(m).__name__ == MARK}
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for key, m in modules.items():
+            if isinstance(m, (nn.ModuleList, nn.ModuleDict)):
+                found |= {f"{key}.{name}": key for name in gaps(m)}
+    if found:
+        found |= {k: k.rpartition(".")[0] for k, m in modules.items() if type(m) is nn.Identity and k not in found}
+    return found
+
+
+def gaps(blocks: nn.Module) -> list[str]:
+    """Return the names of the blocks that a list of alike ones lacks at its beginning or end."""
+    here = [m is not None and type(m) is not nn.Identity for m in blocks._modules.values()]
+    kinds = {type(m) for m, is_here in zip(blocks._modules.values(), here) if is_here}
+    in_a_row = sum(a != b for a, b in zip([False, *here], [*here, False])) == 2
+    if all(here) or len(kinds) > 1 or not (in_a_row or not any(here)) or len(here) < 2:
+        return []
+    return [name for name, is_here in zip(blocks._modules, here) if not is_here]
+
+
+def below(path: str, absent: Iterable[str]) -> bool:
+    """Say whether a path is that of an absent module, or in one."""
+    return any(path == key or path.startswith(f"{key}.") for key in absent)
+
+
+def ghosts(job: Any) -> dict[str, Site]:
+    """Return the sites of an Injection in the model's order, with those that other stages have.
+
+    A site of an absent block looks as that of a block that is here. It draws its initial values as well, which nobody
+    keeps: so each stage has those that one process would have drawn.
+    """
+    absent, cfg = job.absent, job.cfg
+    lists = {p for p in absent.values() if isinstance(job.tree.modules.get(p), (nn.ModuleList, nn.ModuleDict))}
+    if not lists or job.keys is not None:
+        return dict(job.sites)
+    matcher = Matcher(cfg)
+    out: dict[str, Site] = {}
+    done: set[str] = set()
+    for key, site in job.sites.items():
+        parent = next((p for p in lists if key.startswith(f"{p}.")), None)
+        if parent is None:
+            out[key] = site
+        elif parent not in done:
+            done.add(parent)
+            out |= in_blocks(parent, job, matcher)
+    others = [key for key in absent if absent[key] not in lists and matcher(key).outcome == "matched"]
+    if others:
+        warn(
+            f"'{others[0]}' is on another stage of the pipeline, and adapter '{job.adapter}' adapts it there: this "
+            "stage draws other values for the layers after it than one process would. Load the adapter from a file "
+            "where all stages have to begin like one process.",
+            PeftWarning,
+        )
+    return out
+
+
+def in_blocks(parent: str, job: Any, matcher: Matcher) -> Iterator[tuple[str, Site]]:
+    """Yield the sites in all blocks of a list, in order, by those of the first block that has some."""
+    sites: dict[str, dict[str, Site]] = {}  # by block, by path below it
+    for key, site in job.sites.items():
+        if key.startswith(f"{parent}."):
+            name, _, rest = key.removeprefix(f"{parent}.").partition(".")
+            sites.setdefault(name, {})[rest] = site
+    model = next(iter(sites.values()))
+    for name in job.tree.modules[parent]._modules:
+        path = f"{parent}.{name}"
+        if path not in job.absent:
+            yield from ((f"{path}.{rest}", site) for rest, site in sites.get(name, {}).items())
+            continue
+        for rest, site in model.items():
+            key = f"{path}.{rest}"
+            if site.op.opaque or matcher(key).outcome == "matched":
+                old = site.key.removesuffix(f".{rest}")
+                yield key, replace(site, key=key, path=key if site.path == site.key else path + site.path[len(old) :])
+
+
+def draw(method: Method, shared: dict[str, Any], job: Any) -> None:
+    """Draw an absent layer's initial values, and drop them."""
+    spare = layer_for(method.site, job.call)
+    method.layer = spare
+    spare.add(method, method.build(shared))
+    if not method.changes_weight():
+        method.init()
+
+
+def check_alone(job: Any) -> None:
+    """Raise UnsupportedLayerError if an adapter of a stage needs what other stages have.
+
+    Call it after `relate` and `share`.
+    """
+    if not job.absent:
+        return
+    why = job.method.over_layers
+    trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
+    if why is None and trains:
+        why = f"trains '{trains[0]}', which all layers share"
+    for method in job.methods.values():
+        other = next((s for s in method.sources.values() if s.site.key in job.ghosts), None)
+        if why is None and other is not None:
+            why = f"uses tensors of layer '{other.site.key}' in layer '{method.site.key}'"
+    if why is not None:
+        raise UnsupportedLayerError(
+            f"{job.method.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(job.absent)} "
+            f"modules, such as '{next(iter(job.absent))}'. Adapter '{job.adapter}': use a method whose layers are "
+            "independent, such as LORA, or tensor parallelism."
+        )

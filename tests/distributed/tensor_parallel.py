@@ -20,6 +20,7 @@ import graft
 from graft.core.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from graft.serving.hotswap import hotswap_adapter
 from tests import samples
+from tests.distributed.megatron import MegatronNet
 from tests.models import seeded
 
 FILE = "adapter_model.safetensors"
@@ -123,16 +124,24 @@ def same_on_all(tensors: dict[str, Tensor]) -> None:
 
 def law(style: str, sample: Any) -> None:
     target, plan = STYLES[style]
+    compare(sample, target, lambda net: cut(net, plan), without_bias=style == "packed_colwise")
+
+
+def megatron(target: str, sample: Any, world: int, leaves_bias: bool) -> None:
+    compare(sample, target, lambda net: MegatronNet(net, world, leaves_bias))
+
+
+def compare(sample: Any, target: str, parallel: Callable[[Any], nn.Module], without_bias: bool = False) -> None:
     with seeded(5):
         x = torch.randn(3, 4, 10)
     nets = []
     for _ in range(2):
         with seeded(0):
             nets.append(Net())
-    if style == "packed_colwise":
+    if without_bias:
         nets[0].layer.bias = None
     one = history(adapted(nets[0], sample, target), x)
-    here = history(adapted(cut(nets[1], plan), sample, target), x)
+    here = history(adapted(parallel(nets[1]), sample, target), x)
     assert here.keys() == one.keys()
     assert here["start"].keys() == one["start"].keys()
     assert all(torch.equal(t, one["start"][key]) for key, t in here["start"].items()), "initial values"
@@ -153,6 +162,15 @@ def laws() -> Iterator[tuple[str, Callable[[], None]]]:
         for style in STYLES if str(sample) in NAMED else [list(STYLES)[number % len(STYLES)]]:
             if takes(sample, style):
                 yield f"{style} {sample}", partial(law, style, sample)
+
+
+def megatron_laws() -> Iterator[tuple[str, Callable[[], None]]]:
+    for sample in samples.LAWS:
+        if str(sample) not in NAMED:
+            continue
+        for target, world, leaves_bias in (("layer", 2, False), ("after", 2, True), ("layer", 1, True)):
+            if not leaves_bias or str(sample) not in ("IA3",):  # which scales the bias as well
+                yield f"megatron {target} {world} {sample}", partial(megatron, target, sample, world, leaves_bias)
 
 
 def takes(sample: Any, style: str) -> bool:
@@ -361,6 +379,15 @@ def refusals(folder: Path) -> None:
         net = cut(Net(), PAIR)
         refused(lambda: graft.get_peft_model(net, config), UnsupportedLayerError, "style 'colwise'")  # noqa: B023
         assert not any("lora" in name or "save" in name for name, _ in net.named_modules())
+    for change, word in ((dict(sequence_parallel=True), "sequence parallel"), (dict(tp_group=None), "tp_group")):
+        net = MegatronNet(Net(), 2, False)
+        net.layer.__dict__.update(change)
+        refused(lambda: graft.get_peft_model(net, lora()), UnsupportedLayerError, "ColumnParallelLinear", word)  # noqa: B023
+    net = MegatronNet(Net(), 2, True)
+    config = graft.IA3Config(target_modules=["layer"], feedforward_modules=[])
+    refused(lambda: graft.get_peft_model(net, config), UnsupportedLayerError, "IA3", "leaves to its caller")
+    config = graft.LoraConfig(r=2, target_modules=["after"], modules_to_save=["layer"])
+    refused(lambda: graft.get_peft_model(net, config), UnsupportedLayerError, "ColumnParallelLinear", "copy")
     config = graft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type=TASK)
     model = llama(folder, tp_plan="auto")
     refused(lambda: graft.get_peft_model(model, config), UnsupportedLayerError, "style 'colwise'")
@@ -392,6 +419,7 @@ def differences(folder: Path) -> None:
 
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     yield from laws()
+    yield from megatron_laws()
     write_llama(folder)
     for name in CONFIGS:
         yield f"model {name}", partial(whole_model, folder, name)

@@ -154,6 +154,13 @@ class Linear(Op):
     output_is_new = True
 
 
+class MegatronLinear(Linear):
+    """A linear layer of which a process may have a piece; its sizes are those of the whole."""
+
+    def dims(self, m):
+        return m.output_size, m.input_size
+
+
 class Conv1D(Op):
     """transformers' Conv1D: a linear layer that stores its weight as (in, out)."""
 
@@ -350,6 +357,9 @@ OPS: TypeTable[Op] = TypeTable(
     {
         "torch.nn.modules.linear.Linear": Linear(),
         "transformers.models.falcon.modeling_falcon.FalconLinear": Linear(),  # writes out what nn.Linear does
+        "megatron.core.tensor_parallel.layers.ColumnParallelLinear": MegatronLinear(),
+        "megatron.core.tensor_parallel.layers.RowParallelLinear": MegatronLinear(),
+        "transformer_engine.pytorch.module.linear.Linear": Linear(),
         "transformers.pytorch_utils.Conv1D": Conv1D(),
         "torch.nn.modules.sparse.Embedding": Embedding(),
         "torch.nn.modules.conv.Conv1d": Conv(F.conv1d, nn.Conv1d, 1),

@@ -13,6 +13,7 @@ needs rules of its own for values, gradients and files.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,19 @@ class Piece:
         group: the processes that do the work together.
         inputs: the cut of the inputs of which the module takes a piece; None if it takes all.
         outputs: the cut of the outputs of which the module returns a piece; None if it returns all.
+        left_out: module → what follows the output in the tuple that it returns; the first is a bias that the caller
+            adds. None: the module returns a tensor.
     """
 
     style: str
     group: Any
     inputs: Cut | None = None
     outputs: Cut | None = None
+    left_out: Callable[[nn.Module], tuple[Any, ...]] | None = None
+
+    def leaves_bias(self, module: nn.Module) -> bool:
+        """Say whether the output comes without the layer's bias, which the caller adds."""
+        return self.left_out is not None and self.left_out(module)[0] is not None
 
     @property
     def plans(self) -> dict[type, type]:
@@ -157,12 +165,19 @@ class OfPieces:
         """Return the base layer's output, a piece of it if that is what the module returns."""
         layer = self.layer
         y = layer.base_layer(x, *args, **kwargs)
+        if layer.site.piece.left_out is not None:
+            y = y[0]
         layer.site.piece.check(x, y, layer.site.key)
         if layer.training and not self.checked:
             self.checked = True
             if any(draws(m) for m, _ in self.steps):  # type: ignore[attr-defined]
                 layer.site.piece.check_draws(layer.site.key)
         return y  # type: ignore[no-any-return]
+
+    def given_out(self, y: Tensor) -> Any:
+        """Return an output in the form in which the module returns it."""
+        left_out, base = self.layer.site.piece.left_out, self.layer.base_layer
+        return y if left_out is None else (y, *left_out(base))
 
 
 def draws(m: Any) -> bool:
@@ -176,8 +191,8 @@ class SumOfPieces(OfPieces, Sum):
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self.base(x, args, kwargs)
         if self.layer.call.open and self.layer.call.weights() is not None:
-            return self.gated(x, y)
-        return self.add(x, y, False)
+            return self.given_out(self.gated(x, y))
+        return self.given_out(self.add(x, y, False))
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         dtype = y.dtype
@@ -190,6 +205,12 @@ class SumOfPieces(OfPieces, Sum):
 
 
 class ChainOfPieces(OfPieces, Chain):
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.given_out(super().run(x, *args, **kwargs))
+
+    def bias(self, n: int) -> Tensor | None:
+        return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
+
     def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Any:
         if n == 0:
             return self.base(x, args, kwargs)

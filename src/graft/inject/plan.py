@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.effect import Branch
+from graft.core.effect import Branch, Rewrite
 from graft.core.errors import (
     ConfigError,
     DistributedError,
@@ -146,9 +146,12 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
 def why_not_parallel(method: Method) -> str | None:
     """Say why a method cannot adapt a module of which each process has a piece; None if it can."""
     site, effect = method.site, method.effect
-    return refusal(
-        site.module, site.op, effect.whole or getattr(effect, "input_of", None) is not None or site.op.opaque
-    )
+    inside = effect.whole or getattr(effect, "input_of", None) is not None or site.op.opaque
+    why = refusal(site.module, site.op, inside)
+    alters = isinstance(effect, Rewrite) and (effect.folds or effect.post is not None)
+    if why is None and alters and site.piece is not None and site.piece.leaves_bias(site.module):
+        return f"{type(method).__name__} acts on the output with its bias, which the module leaves to its caller to add"
+    return why
 
 
 def check_unwrapped(sites: list[Site], adapter: str) -> None:

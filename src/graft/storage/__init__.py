@@ -8,25 +8,45 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
-from graft.core.ops import OPS, Linear, replaced_forward
+from graft.core.ops import OPS, Linear, Op, replaced_forward
+from graft.core.pieces import Piece
 from graft.core.site import Store
 from graft.core.table import TypeTable
-from graft.storage import aqlm, bnb, bnb_embedding, calibrated, compressed, float8, hqq, integers, quanto, torchao
+from graft.storage import (
+    aqlm,
+    bnb,
+    bnb_embedding,
+    calibrated,
+    compressed,
+    engine,
+    float8,
+    hqq,
+    integers,
+    megatron,
+    quanto,
+    tensor_parallel,
+    torchao,
+)
 from graft.storage.compressed import Compressed
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
+from graft.storage.engine import Engine
 from graft.storage.foreign import ByIdentity, Foreign, Packed
+from graft.storage.megatron import Megatron
 from graft.storage.packed import is_packed
 from graft.storage.parallel import is_sharded
 from graft.storage.quantized import Quantized
-from graft.storage.tensor_parallel import TensorParallel, group_of, piece_of, refusal, standalone, style_of
+from graft.storage.tensor_parallel import TensorParallel, standalone, style_of
 from graft.storage.within import Within, innermost
 
 DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
 PACKED: Store = Packed()
 TENSOR_PARALLEL: Store = TensorParallel()
-STORES: TypeTable[Store] = TypeTable({})  # by a module's type
-TENSORS: TypeTable[Store] = TypeTable({})  # by a tensor's type, for modules that STORES does not know
+MEGATRON: Store = Megatron()
+STORES: TypeTable[Store] = TypeTable(dict.fromkeys(megatron.KINDS.names(), MEGATRON))  # by a module's type
+TENSORS: TypeTable[Store] = TypeTable(
+    {"transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": Engine()}
+)  # by a tensor's type, for modules that STORES does not know
 FILES: tuple[Any, ...] = (  # of packed weights
     bnb,
     bnb_embedding,
@@ -129,6 +149,27 @@ def hold_bias(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
         owner["bias"] = before
 
     return bias, undo
+
+
+def piece_of(module: nn.Module, op: Op) -> Piece | None:
+    """Return the piece of a layer's work that this process does, where it does not do all."""
+    return tensor_parallel.piece_of(module, op) or megatron.piece_in(module, op)
+
+
+def group_of(module: nn.Module) -> Any:
+    """Return the group of processes that compute a module in pieces; None for another module."""
+    if megatron.KINDS.find(type(module)) is not None:
+        return None if megatron.cut_of(module) is None else megatron.group_of(module)
+    return tensor_parallel.group_of(module)
+
+
+def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
+    """Say why a module that processes share cannot be adapted; None if nothing of the kind keeps it from that.
+
+    inside: the adapter knows what happens inside the module.
+    """
+    why = megatron.why_not(module) or engine.why_not(module)
+    return tensor_parallel.refusal(module, op, inside) if why is None else f"As a {type(module).__name__}, {why}"
 
 
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

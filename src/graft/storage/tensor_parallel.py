@@ -19,7 +19,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import Op, find_op
 from graft.core.pieces import Piece
 from graft.kernels.cuts import Cut
-from graft.storage import offload
+from graft.storage import megatron, offload
 from graft.storage.dense import Dense
 from graft.storage.parallel import is_sharded
 
@@ -117,6 +117,12 @@ def standalone(module: nn.Module) -> nn.Module:
         UnsupportedLayerError: a parallel module takes or returns pieces, and the copy would not.
     """
     styles = [(path, m, style) for path, m in module.named_modules() if (style := style_of(m)) is not None]
+    held = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.cut_of(m)), None)
+    if held is not None:
+        raise UnsupportedLayerError(
+            f"A {type(held).__name__} has a piece of its weight, and a copy of it, which would train whole, has no "
+            "place in the model. Take it out of modules_to_save, or name other target_modules."
+        )
     if not styles:
         return offload.standalone(module)
     for path, m, style in styles:

@@ -19,10 +19,6 @@ VARIANTS = {  # field, or value of init_lora_weights, that selects it → "modul
     "use_qalora": "qalora:QALoRA",
 }
 
-# fields whose mechanism graft does not have yet, and the value that leaves it off
-NOT_YET = {
-    "megatron_config": None,
-}
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight
 TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ", "eva": "EVA"}
 SETTINGS: dict[str, tuple[str, Any]] = {  # field with the settings of one init → (that init, class of the settings)

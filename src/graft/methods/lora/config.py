@@ -11,7 +11,7 @@ from torch import nn
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError
 from graft.methods.lora import config_checks
-from graft.methods.lora.choices import NOT_YET, VARIANTS
+from graft.methods.lora.choices import VARIANTS
 from graft.methods.lora.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from graft.methods.lora.sub_configs import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
@@ -42,7 +42,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     use_rslora: bool = False
     init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, mica,
     # eva, corda, lora_ga; the last three begin with data
-    megatron_config: dict | None = None
+    megatron_config: dict | None = None  # Megatron's layers need none: they say themselves what they are
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
     loftq_config: dict | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files
@@ -75,9 +75,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         require_positive_rank(self.r)
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
-        for name, off in NOT_YET.items():
-            if getattr(self, name) != off:
-                raise NotImplementedError(f"LoraConfig.{name} is not in graft yet: leave it at {off!r}.")
+        if self.megatron_config and not str(self.megatron_core).startswith("megatron."):
+            raise ConfigError(f"megatron_core must name a module of Megatron, 'megatron.core': {self.megatron_core!r}.")
         self.kasa_config = sub_config(self.kasa_config, KasaConfig)
         self.arrow_config = sub_config(self.arrow_config, ArrowConfig)
         self.velora_config = sub_config(self.velora_config, VeloraConfig)

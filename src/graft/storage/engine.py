@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that Transformer Engine holds as 8-bit floats: its tensors give their values by `dequantize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.storage.dense import Dense
+from graft.storage.offload import hooks_of
+
+
+class Engine(Dense):
+    name, live, exact = "transformer engine", False, False
+
+    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+        return super().unread(m, name) if hooks_of(m) else None
+
+    def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        t: Any = getattr(m, name)
+        return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t  # type: ignore[no-any-return]
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        if name != "weight":
+            return super().fixed(m, name)
+        return "its weight holds 8-bit floats, whose scales Transformer Engine keeps: load the base model in bfloat16"
+
+    def protect(self, y: Tensor) -> Tensor:
+        return y.clone()
+
+
+def why_not(m: Any) -> str | None:
+    """Say why no adapter can act on a linear layer of Transformer Engine; None if one can."""
+    if not type(m).__module__.startswith("transformer_engine."):
+        return None
+    if getattr(m, "tp_size", 1) > 1:
+        return f"its parallel_mode '{getattr(m, 'parallel_mode', None)}' leaves a process a piece of the weight"
+    return "it returns its bias beside the output" if getattr(m, "return_bias", False) else None

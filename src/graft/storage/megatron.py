@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's column and row parallel linear layers: plain tensors, of which nothing says that they are pieces.
+
+`input_size` and `output_size` of the module are those of the whole weight. Its forward returns (output, bias): the bias
+is left for the caller to add where `skip_bias_add` says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graft.core.errors import UnsupportedLayerError
+from graft.core.ops import Op
+from graft.core.pieces import Piece
+from graft.core.table import TypeTable
+from graft.kernels.cuts import Cut, joined, piece_of, whole_of
+from graft.storage.dense import Dense
+
+LAYERS = "megatron.core.tensor_parallel.layers"
+KINDS: TypeTable[str] = TypeTable({f"{LAYERS}.{k}": k for k in ("ColumnParallelLinear", "RowParallelLinear")})
+
+
+def group_of(m: Any) -> Any:
+    """Return the process group of a module; None where a process is alone."""
+    group = getattr(m, "tp_group", None)
+    state = sys.modules.get("megatron.core.parallel_state")
+    if group is None and state is not None and state.model_parallel_is_initialized():
+        group = state.get_tensor_model_parallel_group()
+    return group
+
+
+def cut_of(m: Any) -> Cut | None:
+    """Return the cut of a column parallel layer's outputs, or of a row parallel one's inputs; None if there is none."""
+    size, here = m.output_size, m.weight.shape[0]
+    if KINDS.find(type(m)) == "RowParallelLinear":
+        size, here = m.input_size, m.weight.shape[1]
+    if size == here:
+        return None
+    group = group_of(m)
+    if group is None:
+        raise UnsupportedLayerError(
+            f"A {type(m).__name__} has {here} of {size} features, and no group of processes that have the others: give "
+            "it its tp_group, or initialise Megatron's parallel state."
+        )
+    return Cut(group, dist.get_rank(group), dist.get_world_size(group), size)
+
+
+def left_out(m: Any) -> tuple[Any]:
+    """Return what follows the output in the tuple that a module returns: the bias, if it leaves that to the caller."""
+    return ((m.bias if m.skip_bias_add else None),)
+
+
+def piece_in(m: Any, op: Op) -> Piece | None:
+    """Return the piece of the layer that this process computes; None for a module that is not Megatron's."""
+    kind = KINDS.find(type(m))
+    if kind is None or why_not(m) is not None:
+        return None
+    cut, column = cut_of(m), kind == "ColumnParallelLinear"
+    outputs = cut if column and not m.gather_output else None
+    inputs = None if column or not m.input_is_parallel else cut
+    return Piece(kind, group_of(m), inputs, outputs, left_out)
+
+
+def why_not(m: Any) -> str | None:
+    """Say why no adapter can act on a module; None if one can, or the module is not Megatron's."""
+    if KINDS.find(type(m)) is None:
+        return None
+    if getattr(m, "sequence_parallel", False):
+        return "it is sequence parallel, so that a process has only some of the tokens"
+    if getattr(m, "explicit_expert_comm", False) or getattr(m, "is_expert", False):
+        return "it is an expert's, whose outputs other modules sum over processes"
+    return "it has no weight of its own" if m._parameters.get("weight") is None else None
+
+
+class Megatron(Dense):
+    """Pieces of dense weights. What reads, writes or restores one takes all processes of the group."""
+
+    name, live, exact = "megatron", False, True
+
+    def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        t, place = getattr(m, name), self.place(m, name)
+        return t if place is None else joined(t, *place)
+
+    @torch.no_grad()
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
+        place = self.place(m, name)
+        return super().write(m, name, W if place is None else piece_of(W, *place), shared)
+
+    def kept(self, m: nn.Module, name: str, state: Any) -> Tensor:
+        place = self.place(m, name)
+        return state if place is None else whole_of(state, *place)  # type: ignore[no-any-return]
+
+    def protect(self, y: Any) -> Tensor:
+        raise UnsupportedLayerError(
+            "Megatron's layers return a tuple, which rows of a batch with different adapters cannot be put into: run "
+            "one adapter at a time."
+        )
+
+    @staticmethod
+    def place(m: Any, name: str) -> tuple[Cut, int] | None:
+        """Return the cut of a tensor and its dimension."""
+        cut, column = cut_of(m), KINDS.find(type(m)) == "ColumnParallelLinear"
+        if cut is None or (name == "bias" and not column):
+            return None
+        return cut, 0 if column else 1

@@ -8,7 +8,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.errors import UnsupportedLayerError
 from tests.conformance.samples import disturb
 from tests.core.test_layer import CONFIGS, Net, X, config
 from tests.models import seeded
@@ -90,13 +89,52 @@ def test_merging_leaves_what_others_offloaded(offload):
     assert torch.equal(twin.one.weight, before)
 
 
-def test_what_needs_the_weight_is_refused_by_name(offload):
+NEED_THE_WEIGHT = {
+    "dora": lambda: graft.LoraConfig(r=2, use_dora=True, target_modules=["one", "two"]),
+    "pissa": lambda: graft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["one", "two"]),
+    "hira": lambda: graft.HiraConfig(r=2, target_modules=["one", "two"]),
+    "osf": lambda: graft.OSFConfig(target_modules=["one"], effective_rank=2),
+    "hra": lambda: graft.HRAConfig(r=2, target_modules=["one", "two"]),
+}
+
+
+@pytest.mark.parametrize("name", NEED_THE_WEIGHT)
+def test_what_needs_the_weight_reads_it_where_it_is(name, offload):
+    results = []
+    for base in (net(), net()):
+        if results:
+            offload(base)
+        with seeded(1):
+            model = graft.get_peft_model(base, NEED_THE_WEIGHT[name]())
+        disturb(model).train()
+        loss = model(X).square().sum()
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.eval()
+        outputs = [model(X).detach()]
+        model.merge_adapter()
+        outputs.append(model(X).detach())
+        model.unmerge_adapter()
+        outputs.append(model(X).detach())
+        with model.disable_adapter():
+            outputs.append(model(X).detach())
+        results.append([*outputs, gradients])
+    assert base.one.base_layer.weight.is_meta
+    for one, here in zip(*results):
+        assert_close(here, one)
+
+
+def test_an_initialisation_that_fails_leaves_the_offloaded_weight(offload):
     base = net()
+    before = base.one.weight.clone()
+    with torch.no_grad():
+        base.two.weight.fill_(float("nan"))  # which has no singular values
     offload(base)
-    for options in (dict(use_dora=True), dict(init_lora_weights="pissa")):
-        with pytest.raises(UnsupportedLayerError, match=r"one \(Linear\) .* needs its weight, and its weight is offl"):
-            graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["one"], **options))
-    assert type(base.one) is nn.Linear
+    config = graft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["one", "two"])
+    with pytest.raises((RuntimeError, ValueError)):
+        graft.get_peft_model(base, config)
+    assert torch.equal(base.one._hf_hook.weights_map["weight"], before)
+
 
 
 def test_a_tied_weight_that_is_offloaded_refuses_merging():

@@ -229,7 +229,8 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     def bias_now(self) -> Tensor | None:
         """The bias, with all that is merged into it; None if the layer has none."""
         bias = getattr(self.base_layer, "bias", None)
-        return bias if bias is None or self.site.piece is None else self.store.read(self.base_layer, "bias")
+        as_it_is = bias is None or (self.site.piece is None and not bias.is_meta)  # else in pieces, or offloaded
+        return bias if as_it_is else self.store.read(self.base_layer, "bias")
 
     def write_bias(self, bias: Tensor) -> None:
         """Give the base layer's bias other values."""
@@ -291,9 +292,15 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
                 f"An adapter cannot be initialised from the weight of layer '{self.site.key}', which it would change: "
                 f"{why}. Or choose another initialisation."
             )
-        with merging.lifted(self):
+
+
+        def restore() -> None:
+            with self.store.at_hand(self, base):
+                self.store.restore(base, name, before)
+
+        with merging.lifted(self), self.store.at_hand(self, base):
             before = self.store.snapshot(base, name, False)
-            self.on_rollback(lambda: self.store.restore(base, name, before))
+            self.on_rollback(restore)
             self.store.write(base, name, self.op.uncanon(W), False)
 
     def move(self, module: nn.Module, op: Op, store: Store) -> None:

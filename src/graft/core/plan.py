@@ -369,9 +369,6 @@ class Chain(Plan):
     def bias(self, n: int) -> Tensor | None:
         """Return the bias of the layer with the first n steps on it."""
         b = self.layer.bias_now
-        if b is not None and b.is_meta:  # offloaded
-            with self.layer.store.at_hand(self.layer, None):
-                b = self.layer.base_layer.bias.clone()
         if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in self.steps[:n]):
             return self.fold(self.layer.weight_now, b, n)[1]
         for _, effect in self.steps[:n]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from graft.core.ops import replaced_forward
 from graft.core.table import TypeTable, qualified
 from graft.core.wrappers import MANAGED, parameters_in
-from graft.storage.offload import at_hand, device_of, hooks_of, is_hooked, is_tied
+from graft.storage.offload import at_hand, brought, device_of, hooks_of, is_hooked, is_tied
 from graft.storage.parallel import layout_of, whole
 
 NUMBERS = frozenset(
@@ -99,13 +99,13 @@ class Dense:
     exact = live = True
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        if hooks_of(m):
-            return f"its {name} is offloaded: it is there only while the module itself is called"
         return strange_tensor(m, name) or flattened(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        p: Tensor = getattr(m, name)
-        return p if p.numel() else whole(p)  # ZeRO-3 empties it between calls
+        t: Tensor = getattr(m, name)
+        if t.is_meta and hooks_of(m):
+            return brought(m, name)
+        return t if t.numel() else whole(t)  # ZeRO-3 empties it between calls
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         t: Tensor | None = m._parameters.get(name)

@@ -15,7 +15,7 @@ class Engine(Dense):
     name, live, exact = "transformer engine", False, False
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        return super().unread(m, name) if hooks_of(m) else None
+        return "its weight is offloaded" if hooks_of(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t: Any = getattr(m, name)

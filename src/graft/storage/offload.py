@@ -83,5 +83,10 @@ def standalone(module: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mo
     return made
 
 
+def brought(m: nn.Module, name: str) -> Tensor:
+    """Return an offloaded tensor of a module, on the device on which the module computes."""
+    return _brought(hooks_of(m)[0], name)
+
+
 def _brought(hook: Any, name: str) -> Tensor:
     return hook.weights_map[name].to(hook.execution_device, copy=True)  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import graft
 from graft.core.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from graft.serving.hotswap import hotswap_adapter
+from graft.train.eva import initialize_lora_eva_weights
 from tests import samples
 from tests.distributed.megatron import MegatronNet
 from tests.models import seeded
@@ -388,6 +389,13 @@ def refusals(folder: Path) -> None:
     refused(lambda: graft.get_peft_model(net, config), UnsupportedLayerError, "IA3", "leaves to its caller")
     config = graft.LoraConfig(r=2, target_modules=["after"], modules_to_save=["layer"])
     refused(lambda: graft.get_peft_model(net, config), UnsupportedLayerError, "ColumnParallelLinear", "copy")
+    eva = graft.LoraConfig(r=2, target_modules=["after"], init_lora_weights="eva", eva_config=graft.EvaConfig())
+    net = cut(Net(), PAIR)
+    model = graft.get_peft_model(net, eva, low_cpu_mem_usage=True)
+    refused(lambda: initialize_lora_eva_weights(model, [torch.ones(4, 10)]), UnsupportedLayerError, "EVA", "rowwise")
+    corda = graft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights="corda", corda_config=graft.CordaConfig())
+    act = partial(graft.preprocess_corda, cut(Net(), PAIR), corda, lambda: None)
+    refused(act, UnsupportedLayerError, "corda", "colwise")
     config = graft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type=TASK)
     model = llama(folder, tp_plan="auto")
     refused(lambda: graft.get_peft_model(model, config), UnsupportedLayerError, "style 'colwise'")

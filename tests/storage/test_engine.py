@@ -129,7 +129,7 @@ def test_dense_weights_merge_and_8_bit_ones_say_why_not(name):
     assert_close(model(x), expected)
     model, _ = trained(Net(True), name)
     expected = model(x)
-    with pytest.raises(NotImplementedError, match="8-bit floats.*bfloat16"):
+    with pytest.raises(NotImplementedError, match=r"8-bit floats.*bfloat16"):
         model.merge_adapter()
     assert torch.equal(model(x), expected)
 

@@ -136,7 +136,6 @@ def test_an_initialisation_that_fails_leaves_the_offloaded_weight(offload):
     assert torch.equal(base.one._hf_hook.weights_map["weight"], before)
 
 
-
 def test_a_tied_weight_that_is_offloaded_refuses_merging():
     base = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8, bias=False))
     base[1].weight = base[0].weight

@@ -293,7 +293,6 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
                 f"{why}. Or choose another initialisation."
             )
 
-
         def restore() -> None:
             with self.store.at_hand(self, base):
                 self.store.restore(base, name, before)

@@ -13,7 +13,7 @@ needs rules of its own for values, gradients and files.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,16 @@ class Piece:
                 "different inputs out on each and their adapters drift apart: call torch.manual_seed with one seed on "
                 "all of them, after whatever draws on some only."
             )
+
+
+def refuse_pieces(sites: Iterable[tuple[str, Any]], what: str) -> None:
+    """Raise UnsupportedLayerError if a process has only a piece of one of these sites (path, Site)."""
+    cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
+    if cut:
+        raise UnsupportedLayerError(
+            f"{what} of whole layers, and layer '{cut[0][0]}' is parallel by the style '{cut[0][1]}' ({len(cut)} "
+            "layers are): load the model without tp_plan for this."
+        )
 
 
 def described(t: Any) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graft.config.keywords import HUB_KEYWORDS
 from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
+from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection, attach
 from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.load import some
@@ -95,6 +96,7 @@ class AdapterSlots:
         for key, site in found.sites.items():
             if not site.op.linear:
                 raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
+        refuse_pieces(found.sites.items(), "Slots serve outputs")
         self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
         first = next(iter(found.sites.values()))
         with torch.inference_mode(False):

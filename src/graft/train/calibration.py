@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.atomic import replace
 from graft.core.errors import CalibrationError, CheckpointError, ConfigError
+from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
 from graft.io.load import some
 from graft.methods import method_of
@@ -35,6 +36,7 @@ def linear_methods(model: nn.Module, config: Any, how: str) -> dict[str, Any]:
             f"No supported layers found for init_lora_weights='{how}': it begins with data of linear layers, and "
             f"target_modules={config.target_modules} names {kinds}."
         )
+    refuse_pieces(((key, m.site) for key, m in linear.items()), f"init_lora_weights='{how}' measures data")
     return linear
 
 

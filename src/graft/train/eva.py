@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.errors import CalibrationError, ConfigError, PeftWarning, warn
+from graft.core.pieces import refuse_pieces
 from graft.inject.match import minimal_names
 from graft.inject.parts import registry_of
 from graft.inject.survey import survey
@@ -279,6 +280,7 @@ def get_eva_state_dict(
         peft_config = registry.peft_config[adapter_name] if peft_config is None else peft_config
         prefix = next(name for name, m in model.named_modules() if m is registry.model) + "."
         held = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
+        refuse_pieces(((key, layer.site) for key, layer in held.items()), "EVA measures inputs")
         layers: dict[str, nn.Module] = {f"{prefix}{key}": m for key, m in held.items() if m.op.linear}
         ranks = {f"{prefix}{key}": peft_config.at(key).r for key, m in held.items() if m.op.linear}
     elif peft_config is None:

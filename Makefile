@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all test-storages mutations fuzz check bench demo demo-lm demo-4bit compare clean
+.PHONY: test test-all test-storages test-distributed mutations fuzz check bench demo demo-lm demo-4bit compare clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,16 @@ $(VENV)/packages/%/.installed: tests/packages/%.txt | $(VENV)/.test
 	rm -rf $(@D)
 	$(BIN)/pip install -q --no-deps --target $(@D) -r $<
 	touch $@
+
+$(VENV)/.deepspeed: $(VENV)/.test
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/deepspeed \
+		deepspeed==0.19.8 hjson msgpack py-cpuinfo ninja einops
+	DS_ACCELERATOR=cpu PYTHONPATH=$(VENV)/deepspeed PATH=$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH $(BIN)/python -c \
+		"from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+	touch $@
+
+test-distributed: $(VENV)/.test $(VENV)/.deepspeed
+	GRAFT_DEEPSPEED=$(VENV)/deepspeed PATH=$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH $(BIN)/python -m pytest tests/distributed
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations

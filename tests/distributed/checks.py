@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import graft
+from tests.distributed import recipes
 from tests.distributed.layouts import LAYOUTS, Wrapped, mean
 from tests.distributed.methods import CONFIGS, STEPS, adapted, base, batch
 
@@ -125,9 +126,10 @@ def loads(layout: str, method: str, folder: str) -> None:
     dist.barrier()
     same_file(path, end)
     wrapped.outer.train()
-    one.train()
-    loss = Wrapped(one, one).step(batch())
-    assert abs(mean(wrapped.step(batch(rank, world))) - loss) <= 1e-6 * abs(loss)
+    single = Wrapped(one.train(), one)
+    for _ in range(2):  # the second after an optimizer's step, which may have values of its own
+        loss = single.step(batch())
+        assert abs(mean(wrapped.step(batch(rank, world))) - loss) <= 1e-6 * abs(loss)
 
 
 def stays_alone(layout: str, folder: str) -> None:
@@ -248,7 +250,7 @@ def comes_late(layout: str, folder: str) -> None:
     wrapped.outer.eval()
     close(logits(wrapped.outer), logits(trained("LORA", folder).eval()), 1e-5)
     wrapped.outer.train()
-    refused(graft.DistributedError, "wrap", lambda: wrapped.step(batch(dist.get_rank(), dist.get_world_size())))
+    refused(graft.DistributedError, "did not see", lambda: wrapped.step(batch(dist.get_rank(), dist.get_world_size())))
 
 
 def swaps(layout: str, folder: str) -> None:
@@ -279,19 +281,47 @@ def draws(layout: str, folder: str) -> None:
     assert said == (layout not in ("ddp", "zero2")), [str(w.message) for w in seen]
 
 
+def writes_once(layout: str, folder: str) -> None:
+    """One process writes for all of them; and what it cannot write is an error on all."""
+    from graft.io import files
+
+    wrapped = LAYOUTS[layout](adapted("LORA"))
+    wrapped.step(batch(dist.get_rank(), dist.get_world_size()))
+    path, original, written = fresh(folder, f"{layout}-once"), files.save_adapter, []
+
+    def save_adapter(*args: Any) -> None:
+        written.append(args[0])
+        if "full" in args[0]:
+            raise OSError("no space left")
+        original(*args)
+
+    files.save_adapter = save_adapter
+    try:
+        wrapped.peft.save_pretrained(path)
+        refused(OSError, "no space left", lambda: wrapped.peft.save_pretrained(f"{path}-full"))
+    finally:
+        files.save_adapter = original
+    assert len(written) == (0 if dist.get_rank() else 2)
+    assert os.path.exists(f"{path}/{FILE}")
+
+
 def gathers(layout: str, folder: str) -> None:
     """A state dict that torch has gathered can be passed, whatever wrappers have put into its names."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     for method in ("LORA", "PROMPT_TUNING"):
         wrapped = LAYOUTS[layout](adapted(method))
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=True)  # cpu_offload=True on CPUs kills the process in FSDP1
         whole = get_model_state_dict(wrapped.outer, options=options)
         path = fresh(folder, f"{layout}-{method}-given")
         if dist.get_rank() == 0:
             wrapped.peft.save_pretrained(path, state_dict=whole)
         dist.barrier()
         same_file(path, alone(method, folder)[1])
+
+
+def recipe(name: str, layout: str, folder: str) -> None:
+    recipes.follow(name, layout, fresh(folder, f"{layout}-recipe-{name}"))
 
 
 SHARDED = ("fsdp1", "fsdp1-flat", "fsdp2", "zero3")
@@ -316,9 +346,11 @@ def checks_of(layout: str) -> Iterator[tuple[str, Check]]:
                 yield f"{layout} loads {method}", partial(loads, layout, method)
     if layout not in (*SHARDED, "ddp", "zero2"):
         return
-    checks: list[Any] = [switches, merges, comes_late, swaps, draws]
+    checks: list[Any] = [writes_once, switches, merges, comes_late, swaps, draws]
     checks += [stays_alone, fails_alike, differs] if layout in SHARDED else []
     checks += [trains_two] if layout == "ddp" else []
     checks += [] if layout.startswith("zero") else [gathers]
     for check in checks:
         yield f"{layout} {check.__name__}", partial(check, layout)
+    for name in recipes.OF.get(layout, ()):
+        yield f"{layout} recipe {name}", partial(recipe, name, layout)

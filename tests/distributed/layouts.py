@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +73,17 @@ def blocks(peft: Any) -> Any:
 @layout("fsdp2")
 @layout("fsdp2-kept", reshard_after_forward=False)
 @layout("fsdp2-checkpointing", checkpointing=True)
-def fsdp2(peft: Any, checkpointing: bool = False, **options: Any) -> Wrapped:
-    from torch.distributed.fsdp import fully_shard
+@layout("fsdp2-mixed", mixed=True)
+@layout("fsdp2-offload", offload=True)
+def fsdp2(
+    peft: Any, checkpointing: bool = False, mixed: bool = False, offload: bool = False, **options: Any
+) -> Wrapped:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+    if mixed:  # computing in float64 shows that graft goes along, and keeps the values comparable
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if checkpointing:
         peft.get_base_model().gradient_checkpointing_enable(dict(use_reentrant=False))
     for block in blocks(peft):
@@ -98,7 +105,6 @@ LAYOUTS["fsdp1-flat"] = functools.partial(_fsdp1, use_orig_params=False)
 
 
 def _zero(peft: Any, stage: int) -> Engine:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     config = dict(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder: Path, layouts: list[str], world: int = 2, timeout: float = 300) -> dict[str, str]:
-    """Return, by check, an empty text if all processes passed it, else tracebacks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRAFT_PATIENCE": "5"}
+def run(folder: Path, layouts: list[str], world: int = 2, timeout: float = 420, packages: str = "") -> dict[str, str]:
+    """Return, by check, an empty text if all processes passed it, else tracebacks.
+
+    packages: a folder with packages beside those of this environment.
+    """
+    paths = [*filter(None, [str(Path(packages).resolve()) if packages else ""]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRAFT_PATIENCE": "5", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)), "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)  # a store from before would have answers of then
     folder.mkdir(parents=True)
     logs = [(folder / f"{rank}.log").open("w+") for rank in range(world)]
@@ -48,6 +56,12 @@ def run(folder: Path, layouts: list[str], world: int = 2, timeout: float = 300) 
             )
         log.close()
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 if __name__ == "__main__":

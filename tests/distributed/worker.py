@@ -23,7 +23,6 @@ def main(folder: str, rank: int, world: int, layouts: list[str]) -> None:
     store = dist.FileStore(os.path.join(folder, "store"), world) if not layouts[0].startswith("zero") else None
     if store is None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29791")
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))

@@ -96,7 +96,7 @@ class Carrier:
     def require_grad(self, adapter: str, requires_grad: bool) -> None:
         """Let the parameters of one adapter train or not, but for those that never do."""
         for slot in self.slots(adapter):
-            if slot.trains:
+            if slot.trains and not slot.flattened:
                 slot.tensor.requires_grad = requires_grad
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

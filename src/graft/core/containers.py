@@ -158,6 +158,11 @@ class Slot:
     def tensor(self) -> Tensor:
         return self.where[self.attribute]  # type: ignore[no-any-return]
 
+    @property
+    def flattened(self) -> bool:
+        """Say whether FSDP keeps the tensor in a flat parameter, which trains as a whole."""
+        return self.is_parameter and self.where is self.owner.__dict__
+
     def assign(self, value: Tensor, device: Any = None) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
         here = self.tensor

@@ -20,7 +20,7 @@ from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
 from graft.core.site import Site
-from graft.core.wrappers import clean
+from graft.core.wrappers import clean, parameters_in
 from graft.inject.parts import Parts
 from graft.inject.survey import survey
 from graft.storage import find_store
@@ -160,20 +160,24 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
     To read a sharded weight takes all processes, and one of them may be alone here, unless they are `together`.
     """
     site, base, name = weight.site, weight.module, weight.site.parameter
-    if not site.store.exact or weight.merged or not site.op.known or site.store.unread(base, name):
+    if not site.store.exact or weight.merged or not site.op.known:
         return None
-    W = site.store.read(base, name)
-    if W.is_meta:
+    held = parameters_in(base).get(name)
+    if held is not None and not held.is_meta and layout_of(held) is not None:
+        n = shape_of(held).numel()
+        picked = numbers_at(held, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
+        return None if picked is None else rounded(picked)
+    if site.store.unread(base, name):
         return None
-    if layout_of(W) is not None:
-        n = shape_of(W).numel()
-        picked = numbers_at(W, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
-    elif is_whole(W):
-        flat = W.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().tolist()
-    else:
-        picked = None
-    return None if picked is None else [float(f"{v:.5g}") for v in picked]
+    W = site.store.read(base, name).detach()
+    if W.is_meta or not is_whole(W):
+        return None
+    flat = W.reshape(-1)
+    return rounded(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().tolist())
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [float(f"{v:.5g}") for v in values]
 
 
 def same_values(stored: dict, now: dict) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, DistributedError
 
 PATIENCE = float(os.environ.get("GRAFT_PATIENCE", 30))  # seconds to wait for the other processes
 WORK = timedelta(hours=1)  # the longest that the first process may take to write
@@ -92,6 +92,48 @@ class Meeting:
         self.store.set(done, packed(None))  # type: ignore[arg-type]
 
 
+def once(folder: str, values: str, act: Callable[[], Any]) -> None:
+    """Have the first of some processes that hold the same values save them; the others wait, and raise what it raises.
+
+    The first does not wait: it may be the only one that was asked to. Neither does one that was asked alone wait for
+    ever: it saves by itself then.
+
+    Args:
+        values: what the values are known by.
+
+    Raises:
+        DistributedError: the first process saved other values.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    place = f"graft/saved/{hashed(os.path.abspath(folder))}"
+    key = f"{place}/{values}"
+    if dist.get_rank():
+        try:
+            store.wait([key], timedelta(seconds=PATIENCE))
+        except RuntimeError:
+            if store.check([place]):
+                raise DistributedError(
+                    f"Rank 0 saved other values into {folder} than rank {dist.get_rank()} has: the processes of this "
+                    "model have drifted apart. Average the gradients of all that trains, or save on rank 0 alone."
+                ) from None
+            act()
+            return
+        if (error := pickle.loads(store.get(key))) is not None:
+            raise error
+        return
+    try:
+        act()
+    except BaseException as e:
+        store.set(key, packed(e))  # type: ignore[arg-type]
+        raise
+    store.set(place, values)
+    store.set(key, packed(None))  # type: ignore[arg-type]
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def packed(error: BaseException | None) -> bytes:
     """Return an error as bytes; as one of graft's own with its text, if it cannot be sent."""
     try:
@@ -107,7 +149,7 @@ class Note:
 
     def __init__(self, topic: str, text: str):
         self.store, self.rank, self.text = dist.distributed_c10d._get_default_store(), dist.get_rank(), text
-        about = f"graft/note/{hashlib.sha256(topic.encode()).hexdigest()[:16]}"
+        about = f"graft/note/{hashed(topic)}"
         self.key = f"{about}/{self.store.add(f'{about}/{self.rank}', 1)}"  # the same notes may follow each other
         self.store.set(f"{self.key}/{self.rank}", text)
 

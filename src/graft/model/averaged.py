@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.wrappers import MANAGED
 from graft.io.together import Note, processes
-from graft.storage.parallel import is_mastered, layout_of
+from graft.storage.flat import is_flat, trains
+from graft.storage.parallel import layout_of, mastered
 
 REMEDY = (
     "wrap the model again, or set all adapters trainable before wrapping "
@@ -42,20 +43,31 @@ def check(registry: Any) -> None:
     """
     ddp = DistributedDataParallel._active_ddp_module
     registry.ddp = None if ddp is None else weakref.ref(ddp)
-    trained = {name: p for name, p in parameters_of(registry) if p.requires_grad}
+    if processes() < 2:
+        return
+    found = list(parameters_of(registry))
+    trained = {name: p for name, p, _ in found if trains(p)}
     if ddp is not None:
         owned = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
         refuse([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
-    if processes() < 2:
-        return
+    still = [name for name, p, wanted in found if wanted and is_flat(p) and not trains(p)]
+    refuse(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
     alone = [n for n, p in trained.items() if layout_of(p) is None]
     if alone and any([is_managed(layer.base_layer) for layer in registry.layers.values()]):
         refuse(alone, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
-    if any([is_mastered(p) for p in registry.model.parameters()]):
-        unknown = [n for n, p in trained.items() if not is_mastered(p)]
-        refuse(unknown, "DeepSpeed", "call deepspeed.initialize again")
+    kept = mastered([*registry.model.parameters(), *trained.values()])
+    if kept:
+        refuse([n for n, p in trained.items() if id(p) not in kept], "DeepSpeed", "call deepspeed.initialize again")
     if len(alone) < len(trained):
         compare_starts(registry)
+
+
+def has_copies(registry: Any) -> bool:
+    """Say whether each process is known to hold all of one adapter, which they train together."""
+    if processes() < 2:
+        return False
+    in_ddp = registry.ddp is not None and registry.ddp() is not None
+    return in_ddp or bool(mastered(registry.model.parameters()))
 
 
 def refuse(names: list[str], who: str, remedy: str) -> None:
@@ -81,14 +93,14 @@ def compare_starts(registry: Any) -> None:
             )
 
 
-def parameters_of(registry: Any) -> Iterable[tuple[str, Any]]:
-    """Yield the parameters of active adapters, with names for errors."""
+def parameters_of(registry: Any) -> Iterable[tuple[str, Any, bool]]:
+    """Yield the parameters of active adapters, with names for errors, and whether their adapter is to train."""
     for carrier in registry.carriers():
         have = carrier.adapters
         for name in registry.active_adapters:
             for slot in carrier.slots(name) if name in have else ():
                 if slot.trains:
-                    yield f"{carrier.key}.{slot.container}.{name}", slot.tensor
+                    yield f"{carrier.key}.{slot.container}.{name}", slot.tensor, name in carrier.state.trainable
 
 
 def tensors_of(registry: Any, names: list[str]) -> list[Tensor]:

@@ -21,8 +21,9 @@ from graft.core.names import several
 from graft.inject.build import put
 from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save
+from graft.io.digests import digest
 from graft.io.load import LoadReport, Values, say_kept
-from graft.io.together import Meeting, processes
+from graft.io.together import Meeting, hashed, once, processes
 from graft.io.whole import CALL
 from graft.model import averaged
 from graft.model.registry import check_adapter_name, unless_it_fails
@@ -450,10 +451,13 @@ class PeftModel(nn.Module):
             except Exception as e:  # of many types: a README.md may hold anything
                 warn(f"The adapter is saved; {save_directory}/README.md could not be written: {e}", PeftWarning)
 
-        if meeting is None:
-            write()
-        else:
+        if meeting is not None:
             meeting.by_the_first(write)
+        elif given is None and averaged.has_copies(self._registry):
+            values = [digest(t) for tensors, *_ in made.values() for t in tensors.values()]
+            once(os.fspath(save_directory), hashed(str(values)), write)
+        else:
+            write()
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         from graft.io.card import write_card

@@ -57,13 +57,23 @@ class Piece(NamedTuple):
 def piece_of(t: Tensor) -> Piece | None:
     """Return where a tensor stands in a flat parameter that is in parts; None if it does not."""
     flat: Any = t._base
-    if flat is not None and hasattr(flat, "_is_flat_param"):  # use_orig_params=False
+    if is_flat(t):  # use_orig_params=False
         number = number_at(flat, int(t.storage_offset()))
     elif "_fsdp_flattened" in t.__dict__ and (place := place_of(t)) is not None:  # use_orig_params=True
         flat, number = place
     else:
         return None
     return Piece(flat, number) if getattr(flat, "_shard_param_infos", None) else None  # else NO_SHARD
+
+
+def is_flat(t: Tensor) -> bool:
+    """Say whether a tensor is a view of a flat parameter, which trains as a whole (use_orig_params=False)."""
+    return t._base is not None and hasattr(t._base, "_is_flat_param")
+
+
+def trains(t: Tensor) -> bool:
+    """Say whether a tensor gets gradients."""
+    return bool(t._base.requires_grad if is_flat(t) else t.requires_grad)  # type: ignore[union-attr]
 
 
 def number_at(flat: Any, offset: int) -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graft.core.containers import held_in
 from graft.core.wrappers import inside, parameters_in, walk
 from graft.storage.flat import Piece, piece_of, place_of, sent
 
@@ -99,9 +100,15 @@ def is_sharded(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"
 
 
-def is_mastered(t: Tensor) -> bool:
-    """Say whether an optimizer of DeepSpeed keeps the values of a parameter that train, elsewhere."""
-    return getattr(t, "_hp_mapping", None) is not None
+def mastered(parameters: Iterable[Any]) -> set[int]:
+    """Return the ids of parameters of which an optimizer of DeepSpeed keeps the values that train, elsewhere."""
+    found, optimizers = set(), {}
+    for p in parameters:
+        if hasattr(p, "_hp_mapping"):
+            found.add(id(p))
+        elif hasattr(p, "_z3_optimizer"):
+            optimizers[id(p._z3_optimizer)] = p._z3_optimizer
+    return found | {id(p) for o in optimizers.values() for group in o.fp16_groups for p in group}
 
 
 def is_whole(t: Tensor) -> bool:
@@ -134,16 +141,20 @@ def fill(t: Tensor, value: Tensor) -> None:
         t.copy_(value)
     else:
         layout.fill(t, value)
+    if id(t) in mastered([t]):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(t, value.to(device=t.device, dtype=torch.float32))  # else the next step takes it back
 
 
 @torch.no_grad()
 def fill_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Put whole values into tensors in place, all in one go where that can be. Every process must call this."""
-    here = [pair for pair in pairs if layout_of(pair[0]) is None]
+    here = [pair for pair in pairs if layout_of(pair[0]) is None and not mastered([pair[0]])]
     if here:
         torch._foreach_copy_([t for t, _ in here], [value for _, value in here])
     for t, value in pairs if len(here) < len(pairs) else ():
-        if layout_of(t) is not None:
+        if layout_of(t) is not None or mastered([t]):
             fill(t, value)
 
 
@@ -166,12 +177,13 @@ def whole_at(slots: Iterable[Any]) -> Iterator[None]:
         for slot in slots:
             t = slot.tensor
             if layout_of(t) is not None:
-                before.append((slot.where, slot.attribute, t))
-                slot.where[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
+                held = held_in(slot.owner, slot.attribute)  # DeepSpeed has put another dictionary there
+                before.append((held, slot.attribute, t))
+                held[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
         yield
     finally:
-        for where, attribute, t in before:
-            where[attribute] = t
+        for held, attribute, t in before:
+            held[attribute] = t
 
 
 def tensors_below(module: nn.Module) -> dict[str, Tensor]:

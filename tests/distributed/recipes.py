@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes of docs/distributed.md, as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import graft
+from tests.distributed.methods import base, batch
+
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OF = {"ddp": ["ddp", "ddp-two"], "fsdp2": ["fsdp2"], "fsdp1": ["fsdp1"], "zero2": ["deepspeed"], "zero3": ["deepspeed"]}
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(PAGE.read_text()) if kind == language]
+
+
+def python(name: str) -> str:
+    """The block that begins with its name."""
+    (found,) = [text for text in blocks("python") if text.startswith(f"# {name}\n")]
+    return found
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    (text,) = blocks("json")
+    config: dict[str, Any] = json.loads(text)
+    config["zero_optimization"]["stage"] = stage
+    return config | {"zero_force_ds_cpu_optimizer": False}  # for the CPUs of the tests
+
+
+def follow(name: str, layout: str, folder: str) -> None:
+    """Do what a recipe says, take a step, save on all processes, and load the file."""
+    held: dict[str, Any] = {"graft": graft, "base": base(), "device": torch.device("cpu")}
+    if layout.startswith("zero"):
+        held["config"] = deepspeed_config(int(layout[-1]))
+    setup = "".join(line for line in python("setup").splitlines(True) if "init_process_group" not in line)
+    exec(setup, held)
+    held["model"].train()
+    exec(python(name), held)
+    model, wrapped = held["model"], held["wrapped"]
+    loss = wrapped(**batch(dist.get_rank(), dist.get_world_size())).loss
+    wrapped.backward(loss) if layout.startswith("zero") else loss.backward()
+    step = wrapped if layout.startswith("zero") else held.get("optimizer")
+    if step is not None:
+        step.step()
+    if name == "ddp-two":
+        model.set_adapter("b")
+        model.set_requires_grad(["default", "b"])
+        wrapped(**batch(dist.get_rank(), dist.get_world_size())).loss.backward()
+    model.save_pretrained(folder)
+    dist.barrier()
+    graft.PeftModel.from_pretrained(base(), folder)
+    whole = graft.get_peft_model_state_dict(model)
+    if name == "fsdp2":
+        assert any(v.any() for k, v in whole.items() if "lora_B" in k), "the optimizer took a step"

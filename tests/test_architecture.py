@@ -311,7 +311,7 @@ _reversed_padding_repeated_twice _execution_engine _is_compiling_flag _current_l
 _global_forward_pre_hooks _global_forward_hooks _global_backward_pre_hooks _global_backward_hooks
 _make_wrapper_subclass _is_view
 _base _shapes _shard_param_infos _numels_with_padding _is_padding_mask _params _get_default_store
-_active_ddp_module _get_zeros_like_grad_buckets
+_active_ddp_module _z3_optimizer _get_zeros_like_grad_buckets
 _foreach_copy_ _foreach_zero_ _foreach_mul_ _foreach_norm _post_accumulate_grad_hooks _asdict _replace _getframe
 """
 TORCHS = frozenset(NAMES_OF_TORCH.split())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.wrappers import MANAGED
 from graft.io.together import Note, processes
@@ -45,20 +46,20 @@ def check(registry: Any) -> None:
     registry.ddp = None if ddp is None else weakref.ref(ddp)
     if processes() < 2:
         return
-    found = list(parameters_of(registry))
-    trained = {name: p for name, p, _ in found if trains(p)}
+    found = list(slots_of_active(registry))
+    trained = {name: slot.tensor for name, slot, _ in found if trains(slot.tensor)}
     if ddp is not None:
         owned = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
         refuse([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
-    still = [name for name, p, wanted in found if wanted and is_flat(p) and not trains(p)]
+    still = [name for name, slot, wanted in found if wanted and is_flat(slot.tensor) and not trains(slot.tensor)]
     refuse(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
-    alone = [n for n, p in trained.items() if layout_of(p) is None]
-    if alone and any([is_managed(layer.base_layer) for layer in registry.layers.values()]):
-        refuse(alone, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
+    if any([is_managed(layer.base_layer) for layer in registry.layers.values()]):
+        late = [name for name, slot, _ in found if trains(slot.tensor) and is_late(slot)]
+        refuse(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
     kept = mastered([*registry.model.parameters(), *trained.values()])
     if kept:
         refuse([n for n, p in trained.items() if id(p) not in kept], "DeepSpeed", "call deepspeed.initialize again")
-    if len(alone) < len(trained):
+    if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in found]):
         compare_starts(registry)
 
 
@@ -93,14 +94,14 @@ def compare_starts(registry: Any) -> None:
             )
 
 
-def parameters_of(registry: Any) -> Iterable[tuple[str, Any, bool]]:
-    """Yield the parameters of active adapters, with names for errors, and whether their adapter is to train."""
+def slots_of_active(registry: Any) -> Iterable[tuple[str, Slot, bool]]:
+    """Yield the slots of active adapters that can train: name for errors, slot, whether the adapter is to train."""
     for carrier in registry.carriers():
         have = carrier.adapters
         for name in registry.active_adapters:
             for slot in carrier.slots(name) if name in have else ():
                 if slot.trains:
-                    yield f"{carrier.key}.{slot.container}.{name}", slot.tensor, name in carrier.state.trainable
+                    yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
 
 
 def tensors_of(registry: Any, names: list[str]) -> list[Tensor]:
@@ -108,6 +109,17 @@ def tensors_of(registry: Any, names: list[str]) -> list[Tensor]:
     slots = (s for c in registry.carriers() for n in names if n in c.adapters for s in c.slots(n))
     held = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
     return [t for t in held if t.numel() and layout_of(t) is None]
+
+
+def is_late(slot: Slot) -> bool:
+    """Say whether FSDP does not know a parameter: its module is new, or other parameters there are in parts.
+
+    That the parameter is whole says nothing: FSDP has put those together that its outermost unit has by now.
+    """
+    if not is_managed(slot.owner):
+        return True
+    others = [layout_of(p) is not None for p in slot.owner._parameters.values() if p is not None]
+    return layout_of(slot.tensor) is None and any(others)
 
 
 def is_managed(module: nn.Module) -> bool:

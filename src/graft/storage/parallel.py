@@ -254,6 +254,10 @@ def whole_copy(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     made.__dict__.update(_parameters=dict.fromkeys(module._parameters), _buffers=dict(module._buffers), _modules={})
     for name, p in own.items():
         made._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
+    copies = {id(p): made._parameters[name] for name, p in own.items()}
+    for name, held in made.__dict__.items():
+        if isinstance(held, list):  # a recurrent layer has its parameters in one as well
+            made.__dict__[name] = [copies.get(id(item), item) for item in held]
     for name, child in module._modules.items():
         below = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
         made._modules[name] = None if child is None else whole_copy(child, below)

@@ -23,7 +23,7 @@ from tests.conformance.samples import (
     features,
     trainable,
 )
-from tests.covering import law
+from tests.covering import EVERYTHING, Case, law
 from tests.looks import layers, merged
 from tests.models import seeded
 
@@ -396,14 +396,28 @@ def test_injection_on_the_meta_device_gives_the_same_names_and_shapes(cell):
 ON_LINEAR = [c for c in CELLS if c.layer.name in ("linear", "norm")]
 
 
-@law("cell", ON_LINEAR, lambda cell: [("sample", str(cell.sample)), ("store", cell.store.name)])
-def test_compiles_without_a_break(cell):
+SHOWN = {cell.sample.hooks: cell.sample for cell in ON_LINEAR}.values()  # one of each kind of effect
+BACKENDS = [
+    Case((cell, backend))
+    for cell in ON_LINEAR
+    for backend in ("eager", "aot_eager")
+    if backend == "eager" or cell.sample in SHOWN or EVERYTHING
+]
+
+
+@law(
+    "cell, backend",
+    BACKENDS,
+    lambda case: [str(case[0].sample), (case[0].store.name, case[1]), (case[0].sample.hooks, case[1])],
+)
+def test_compiles_without_a_break(cell, backend):
     torch._dynamo.reset()
     x, model = cell.inputs(), cell.trained()
-    equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), cell)
+    net = model if graft.method_of(cell.sample.method).surrounds else model.get_base_model()  # which is faster
+    equal(torch.compile(net, fullgraph=True, backend=backend)(x), model(x), cell)
 
 
-@law("cell", ON_LINEAR, lambda cell: [("hooks", cell.sample.hooks), ("store", cell.store.name)])
+@law("cell", ON_LINEAR, lambda cell: [cell.sample.hooks, cell.store.name])
 def test_a_compiled_model_follows_what_is_active(cell):
     """What guards look at is the plan of a kind of effect, and not the method."""
     torch._dynamo.reset()

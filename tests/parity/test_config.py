@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.pair import LIBS, json_of, outcome
-from tests.samples import ELSEWHERE, METHODS, SAMPLES, over
+from tests.samples import ELSEWHERE, METHODS, SAMPLES, over_all
 
 METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -54,7 +54,7 @@ def test_enums():
     }
 
 
-@over(SAMPLES)
+@over_all(SAMPLES)
 def test_files_of_configurations(sample, tmp_path):
     sample.config(LIBS[0]).save_pretrained(tmp_path / "ours")
     sample.config(LIBS[1]).save_pretrained(tmp_path / "theirs")
@@ -67,13 +67,13 @@ def test_files_of_configurations(sample, tmp_path):
     assert {k: ours[k] for k in theirs} == theirs
 
 
-@over(SAMPLES)
+@over_all(SAMPLES)
 def test_to_dict(sample):
     ours, theirs = (plain(sample.config(lib)) for lib in LIBS)
     assert {k: ours[k] for k in theirs} == theirs  # graft may have fields of its own
 
 
-@over(SAMPLES)
+@over_all(SAMPLES)
 def test_from_its_own_dict(sample):
     """Sets, enums and all: what a config says of itself makes an equal one."""
     configs = [sample.config(lib) for lib in LIBS]

@@ -102,8 +102,9 @@ class RandLoRA(Method):
     def factors(self) -> Factors:
         n, d, D = self.sizes
         # rank by product, and product by rank: PEFT pairs the two in the order in which each has them
-        small = between_diagonals(self.randlora_lambda, self.randlora_A[:, 0, :d], self.randlora_gamma)
-        large = self.randlora_B[:D, :n].flatten(1)
+        dtype = self.randlora_gamma.dtype  # FSDP casts parameters for a call, and leaves buffers as they are
+        small = between_diagonals(self.randlora_lambda, self.randlora_A[:, 0, :d].to(dtype), self.randlora_gamma)
+        large = self.randlora_B[:D, :n].flatten(1).to(dtype)
         A, B = (small, large) if self.site.fan_in == d else (large.T, small.T)
         return Factors(A, B, scale=self.scaling, dropout=self.randlora_dropout)
 

@@ -76,7 +76,9 @@ class VeRA(Method):
 
     def factors(self) -> Factors:
         A, B = self.vera_A[:, : self.site.fan_in], self.vera_B[: self.site.out_features]
-        return Factors(A, B, dropout=self.vera_dropout, inner=self.vera_lambda_d, outer=self.vera_lambda_b)
+        d, b = self.vera_lambda_d, self.vera_lambda_b
+        A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
+        return Factors(A, B, dropout=self.vera_dropout, inner=d, outer=b)
 
 
 def check_alike(method: type[Method], cfg: Any, others: dict[str, Any], fields: Sequence[str]) -> None:

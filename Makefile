@@ -46,15 +46,17 @@ $(VENV)/packages/%/.installed: tests/packages/%.txt | $(VENV)/.test
 	$(BIN)/pip install -q --no-deps --target $(@D) -r $<
 	touch $@
 
+BUILT = TORCH_EXTENSIONS_DIR=$(CURDIR)/$(VENV)/deepspeed-built PATH=$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH
+
 $(VENV)/.deepspeed: $(VENV)/.test
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/deepspeed \
 		deepspeed==0.19.8 hjson msgpack py-cpuinfo ninja einops
-	DS_ACCELERATOR=cpu PYTHONPATH=$(VENV)/deepspeed PATH=$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH $(BIN)/python -c \
+	DS_ACCELERATOR=cpu PYTHONPATH=$(VENV)/deepspeed $(BUILT) $(BIN)/python -c \
 		"from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()"
 	touch $@
 
 test-distributed: $(VENV)/.test $(VENV)/.deepspeed
-	GRAFT_DEEPSPEED=$(VENV)/deepspeed PATH=$(CURDIR)/$(VENV)/deepspeed/bin:$$PATH $(BIN)/python -m pytest tests/distributed
+	GRAFT_DEEPSPEED=$(VENV)/deepspeed $(BUILT) $(BIN)/python -m pytest tests/distributed
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations

@@ -249,16 +249,16 @@ def logits(model: Any) -> Tensor:
 
 def whole_model(folder: Path, name: str) -> None:
     """Losses and files as those of one process; files of each load into the other."""
-    own = folder / f"rank{dist.get_rank()}" / name
+    places = {"one": folder / f"rank{dist.get_rank()}" / name, "here": folder / "together" / name}
     bases = dict(one=llama(folder), here=llama(folder, tp_plan="auto"))
     models, losses = {}, {}
     for place, base in bases.items():
         with seeded(1 if place == "one" else 1 + dist.get_rank()):  # other processes may have drawn other numbers
             models[place] = graft.get_peft_model(base, CONFIGS[name]())
-        models[place].save_pretrained(own / place)
+        models[place].save_pretrained(places[place] / place)
         losses[place] = trained(models[place])
-        models[place].save_pretrained(own / f"{place}-trained")
-    data = {path.parent.name: path.read_bytes() for path in own.rglob(FILE)}
+        models[place].save_pretrained(places[place] / f"{place}-trained")
+    data = {path.parent.name: path.read_bytes() for own in places.values() for path in own.rglob(FILE)}
     assert data["here"] == data["one"], "the file before training"
     close(losses["here"], losses["one"], 1e-6)
     after = {place: held(model) for place, model in models.items()}
@@ -272,10 +272,10 @@ def whole_model(folder: Path, name: str) -> None:
         close(logits(models["here"]), logits(models["one"]), 1e-5)
     for low in (False, True):
         loaded = graft.PeftModel.from_pretrained(
-            llama(folder, tp_plan="auto"), own / "one-trained", low_cpu_mem_usage=low
+            llama(folder, tp_plan="auto"), places["one"] / "one-trained", low_cpu_mem_usage=low
         )
         close(logits(loaded), expected, 1e-5)
-    close(logits(graft.PeftModel.from_pretrained(llama(folder), own / "here-trained")), expected, 1e-5)
+    close(logits(graft.PeftModel.from_pretrained(llama(folder), places["here"] / "here-trained")), expected, 1e-5)
 
 
 def life(folder: Path) -> None:
@@ -316,8 +316,8 @@ def life(folder: Path) -> None:
 def several(folder: Path) -> None:
     """Adapters of one method: a mixed batch, a weighted sum, another file in place of the first."""
     results = []
-    for place, options in enumerate(({}, {"tp_plan": "auto"})):
-        own = folder / f"rank{dist.get_rank()}" / f"several{place}"
+    for options in ({}, {"tp_plan": "auto"}):
+        own = folder / ("together" if options else f"rank{dist.get_rank()}") / "several"
         base = llama(folder, **options)
         with seeded(1):
             model: Any = graft.get_peft_model(base, graft.LoraConfig(r=4, target_modules=ALL), "a")

@@ -115,9 +115,14 @@ def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
 
 
 def is_spread(model: Any, adapters: list[str]) -> bool:
-    """Say whether each process holds a part of a tensor of these adapters, so that saving takes them all."""
+    """Say whether each process holds a part of a tensor of these adapters, or of their layers' weights.
+
+    Saving then takes all of them.
+    """
     for adapter in adapters:
         parts = parts_of(model, adapter)[0]
+        if any([layer.site.piece is not None for layer in parts.layers.values()]):
+            return True
         held = [] if parts.prompt is None else list(tensors_below(parts.prompt).values())
         held += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
         if any([layout_of(t) is not None for t in held]):

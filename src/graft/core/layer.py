@@ -26,6 +26,7 @@ from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Plan, plan_of, refuse_gates
 from graft.core.site import Site, Store
+from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
 
 
@@ -243,6 +244,13 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     def W0(self) -> Tensor:
         """The canonical weight, as it is without any adapter."""
         return self.op.canon(merging.unmerged(self)) if self.state.undo else self.weight_now
+
+    @property
+    def own_W0(self) -> tuple[Tensor, Cut | None, Cut | None]:
+        """This process's piece of `W0`, or all of it, and the cuts of its rows and columns."""
+        if self.site.piece is None or self.state.undo:
+            return self.W0, None, None
+        return self.store.piece(self.base_layer, self.op)  # type: ignore[attr-defined,no-any-return]
 
     @property
     def b0(self) -> Tensor | None:

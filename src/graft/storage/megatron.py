@@ -101,6 +101,12 @@ class Megatron(Dense):
             "one adapter at a time."
         )
 
+    def piece(self, m: Any, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
+        """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
+        place = self.place(m, "weight")
+        rows, columns = (place[0] if place is not None and place[1] == dim else None for dim in (0, 1))
+        return m.weight, rows, columns
+
     @staticmethod
     def place(m: Any, name: str) -> tuple[Cut, int] | None:
         """Return the cut of a tensor and its dimension."""

@@ -170,6 +170,17 @@ class TensorParallel(Dense):
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         return whole(getattr(m, name))
 
+    def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
+        """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
+        t: Any = m.weight
+        mesh, shard = t.device_mesh, t.placements[0]
+        if mesh.size() == 1 or not hasattr(shard, "dim"):
+            return op.canon(local(t)), None, None
+        dim = (shard.dim % t.dim()) ^ op.transposed
+        stripes = getattr(shard, "split_factor", 1)
+        cut = Cut(mesh.get_group(), mesh.get_local_rank(), mesh.size(), op.shape(m)[dim], stripes)
+        return op.canon(local(t)), *((cut, None) if dim == 0 else (None, cut))
+
     @torch.no_grad()
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         p = getattr(m, name)

@@ -48,7 +48,11 @@ class DoRA(LoRA):
         if self.site.on_meta:
             return
         m: Any = self.lora_magnitude_vector.weight
-        m.data = self.norm().to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
+        with torch.no_grad():
+            norm = row_norms(
+                self.layer.W0.flatten(1), *super().factors().matrices()
+            )  # to the bit, if in pieces as well
+        m.data = norm.to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
 
     def describe(self):
         return LowRank(self.factors, gains=True, of_weight=True)
@@ -64,12 +68,16 @@ class DoRA(LoRA):
             if not self.layer.training:
                 return self.kept_norm()
             self.kept = None
-        return row_norms(self.layer.W0.flatten(1), *super().factors().matrices())
+        return self.norm_now()
+
+    def norm_now(self) -> Tensor:
+        W, *cuts = self.layer.own_W0
+        return row_norms(W.flatten(1), *super().factors().matrices(), *cuts)
 
     def kept_norm(self) -> Tensor:
         """Return the same, computed once for each state of the tensors that it depends on."""
         of, kept = (self.layer.weight, *self.pair), self.kept
         if kept is None or not kept.holds(of, self.scaling):
-            norm = row_norms(self.layer.W0.flatten(1), *super().factors().matrices())
+            norm = self.norm_now()
             kept = self.kept = Kept(norm, of, self.scaling)
         return kept.norm

@@ -6,18 +6,20 @@ import pytest
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+from torch import nn
 from torch.testing import assert_close
 
 import graft
 from tests.conformance.samples import disturb
-from tests.storage.cells import IN, OUT, Kind, Net, cells, linear
+from tests.packages.llama import model_tests, plain
+from tests.storage.cells import IN, Kind, Net, cells, linear
 from tests.storage.standins import BITS, GROUP, AwqBits, GptqBits
 
 
 def packed(kind, standin, layer, **settings):
     """A layer of the package with the tensors of a stand-in."""
-    sizes = dict(bits=BITS, group_size=GROUP, in_features=IN, out_features=OUT, bias=True, register_buffers=True)
-    made = kind(**sizes, sym=False, **settings)
+    sizes = dict(in_features=layer.in_features, out_features=layer.out_features, bias=layer.bias is not None)
+    made = kind(bits=BITS, group_size=GROUP, sym=False, register_buffers=True, **sizes, **settings)
     for name, t in standin(layer, torch.float16).named_buffers():
         made.get_buffer(name).copy_(t)
     made.post_init()
@@ -40,6 +42,33 @@ KINDS = [
 ]
 tests = cells(KINDS)
 test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests
+
+
+def llama(pack):
+    def make(folder):
+        model = plain(folder)
+        for name, m in list(model.model.named_modules()):
+            if isinstance(m, nn.Linear):
+                model.model.set_submodule(name, pack(m))
+        return model
+
+    return make
+
+
+# without those that merge into packed weights
+(
+    folder,
+    kind,
+    base,
+    test_all_linear_layers_train_as_over_the_dense_weights,
+    test_what_stands_beside_the_packed_layers_trains,
+    test_saving_and_loading,
+    test_a_file_loads_over_the_dense_base,
+    test_mixed_batches,
+    _,
+    _,
+    test_outputs_are_those_of_peft,
+) = model_tests({"gptq": llama(gptq), "awq": llama(awq)}, rounding=("awq",))  # whose products are in float16
 
 CONFIGS = {
     "LORA": dict(r=4),

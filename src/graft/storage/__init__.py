@@ -82,7 +82,10 @@ def find_store(module: nn.Module) -> Store:
 def marked(module: nn.Module) -> Store | None:
     """Return the store of a module that a package has marked as its own, whatever its type; None for others."""
     held = module.__dict__
-    return next((store for mark, store in compressed.MARKS.items() if mark in held), None)
+    for mark, store in compressed.MARKS.items():
+        if mark in held:
+            return store
+    return None
 
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:

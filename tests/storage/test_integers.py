@@ -13,6 +13,7 @@ from graft.storage import find_store
 from tests.conformance.samples import disturb
 from tests.models import seeded
 from tests.storage.cells import IN, Kind, Net, cells, linear
+from tests.storage.standins import Eetq
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +116,34 @@ def test_a_scale_of_bias_and_output():
     layer = bitnet.AutoBitLinear(IN, 96, True)
     with pytest.raises(UnsupportedLayerError, match="its scale multiplies its bias as well"):
         graft.get_peft_model(Net(layer), graft.LoraConfig(target_modules=["layer"], use_dora=True))
+
+
+class Deep(nn.Module):
+    """Layers that round their inputs, or have no backward pass, above a dense one."""
+
+    def __init__(self):
+        super().__init__()
+        with seeded(0):
+            self.a, self.b, self.c = nn.Linear(8, IN), ternary(linear()), nn.Linear(96, IN)
+            self.d, self.e = gemma(8, 0.1)(linear()), Eetq(linear())
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.d(self.c(self.b(h))) + self.e(h)
+
+
+def test_layers_that_accelerate_offloads_pass_the_same_gradients_on():
+    from accelerate import cpu_offload
+
+    found = []
+    for offloaded in (False, True):
+        base = Deep()
+        if offloaded:
+            cpu_offload(base, torch.device("cpu"), offload_buffers=True)
+        with seeded(1):
+            model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["a", "b", "e"]))
+        assert all(p.device.type == "cpu" for name, p in model.named_parameters() if "lora_" in name)
+        disturb(model)(torch.linspace(-1, 1, 24).view(3, 8)).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == 6 and all(g.abs().sum() > 0 for g in found[0])
+    assert_close(*found)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.core.ops import find_op
 from graft.storage.dense import Dense, own_forward, strange_tensor
 from graft.storage.identity import by_identity, dtype_of, not_affine, not_linear, tensors_of
+from graft.storage.offload import computes_on
 from graft.storage.quantized import OwnModule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # to try where a layer does not tell
@@ -74,7 +75,7 @@ class ByIdentity(OwnModule):
         return dtype_of(m)
 
     def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        return next((t.device for t in tensors_of(m)), None), self.compute_dtype(m)
+        return computes_on(m, next((t.device for t in tensors_of(m)), None)), self.compute_dtype(m)
 
     def strange(self, m: nn.Module) -> str | None:
         return None  # its own forward says what the weight is

@@ -47,8 +47,8 @@ def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None,
 @torch.compiler.disable
 def not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say that a module adds something else to W x than its own bias; None if it does not."""
+    bias = getattr(m, "bias", None)  # first: a call may put it away again
     zero = output(quiet(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
-    bias = getattr(m, "bias", None)
     if not _near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
         return "its output for an input of zeros is not its bias"
     return None

@@ -24,6 +24,17 @@ def device_of(m: nn.Module) -> torch.device | None:
     return None if device is None else torch.device(device)
 
 
+def is_away(m: nn.Module) -> bool:
+    """Say whether a tensor of the module is offloaded, and not there now."""
+    held = (*m._parameters.values(), *m._buffers.values())
+    return any(t is not None and t.is_meta for t in held) and bool(hooks_of(m))
+
+
+def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | None:
+    """Return the device on which a module computes. device: where its tensors are now."""
+    return device_of(m) or device if device is not None and device.type == "meta" else device
+
+
 def is_tied(m: nn.Module, name: str) -> bool:
     """Say whether an offloaded tensor is also that of another module."""
     return any(name in h.tied_params_names for h in hooks_of(m))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import find_op
 from graft.storage.dense import Dense, strange_forward
-from graft.storage.offload import hooks_of
+from graft.storage.offload import computes_on, is_away
 from graft.storage.straight import let_gradients_through
 
 
@@ -60,7 +60,7 @@ class Quantized(Dense):
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":
             return super().unread(m, name)
-        if hooks_of(m):
+        if is_away(m):
             return "its weight is offloaded: it is there only while the module itself is called"
         if self.on_meta(m):
             return "its packed weight is on the meta device, not loaded: have the model on real devices first"
@@ -101,7 +101,7 @@ class Quantized(Dense):
     def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         found = (getattr(m, part) for part in self.parts)
         device = next((t.device for t in found if isinstance(t, Tensor)), None)
-        return device, self.compute_dtype(m)
+        return computes_on(m, device), self.compute_dtype(m)
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return a plain linear layer that holds the same values, in the dtype of its inputs."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.ops import find_op
 from graft.kernels.function import Function
+from graft.storage.offload import at_hand
 
 MENDED: set[type] = set()
 MENDED_FORWARDS: WeakSet[Any] = WeakSet()
@@ -85,7 +86,11 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
             run = lambda *_: y.clone()
         if store.unread(m) is not None:
             return before(m, x, *args, **kwargs)
-        dense = lambda m: find_op(m).canon(store.read(m))
+
+        def dense(m: Any) -> Tensor:
+            with at_hand(m, None):
+                return find_op(m).canon(store.read(m))
+
         return _Straight.apply(x, bias, m, dense, run)
 
     MENDED_FORWARDS.add(through)

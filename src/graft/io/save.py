@@ -16,6 +16,7 @@ from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.wrappers import bare, clean, walk
+from graft.inject.agree import group_in
 from graft.inject.match import Names
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.stage import absent_in
@@ -115,14 +116,11 @@ def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
 
 
 def is_spread(model: Any, adapters: list[str]) -> bool:
-    """Say whether each process holds a part of a tensor of these adapters, or of their layers' weights.
-
-    Saving then takes all of them.
-    """
+    """Say whether saving takes all processes: each holds a part of a tensor of these adapters, or of the base."""
+    if group_in(model.modules()) is not None:
+        return True
     for adapter in adapters:
         parts = parts_of(model, adapter)[0]
-        if any([layer.site.piece is not None for layer in parts.layers.values()]):
-            return True
         held = [] if parts.prompt is None else list(tensors_below(parts.prompt).values())
         held += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
         if any([layout_of(t) is not None for t in held]):

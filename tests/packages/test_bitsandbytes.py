@@ -265,6 +265,15 @@ def test_embeddings(kind, options):
     assert_close(plain(ids), y)
 
 
+def test_their_plain_embedding():
+    with seeded(0):
+        net = nn.Sequential(bnb.nn.Embedding(20, 8))
+    model = graft.get_peft_model(net, graft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    y = model(torch.arange(5))
+    model.merge_adapter()
+    assert_close(model(torch.arange(5)), y)
+
+
 # what is refused
 
 

@@ -175,3 +175,15 @@ def test_methods_that_start_from_the_weight_come_back(sample, hold, tmp_path):
     again = graft.PeftModel.from_pretrained(fresh, tmp_path).eval()
     assert torch.equal(again(x), model(x))
     assert len(layers(model)) == 1
+
+
+def test_a_conversion_to_plain_lora_says_that_it_is_not_exact(tmp_path):
+    model = start(ready(four), "pissa")
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with pytest.warns(graft.PeftWarning, match="not exact: layer '0' holds a rounded weight"):
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path / "start")
+    again = graft.PeftModel.from_pretrained(ready(four), tmp_path).eval()
+    error = (again(X) - model(X)).norm() / model(X).norm()
+    assert 0.01 < error < 0.2

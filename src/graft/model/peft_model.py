@@ -431,10 +431,11 @@ class PeftModel(nn.Module):
             tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=save_embedding_layers)
             config = copy.copy(self.peft_config[name])
             if path_initial_model_for_weight_conversion is not None:
-                from graft.methods.lora.convert import subtract_initial
+                from graft.methods.lora.convert import say_rounded, subtract_initial
 
                 before, initial = files.load_pair(path_initial_model_for_weight_conversion)
                 tensors, config = subtract_initial(initial.tensors, before, tensors, config)
+                say_rounded(name, self._registry.layers)
             save.describe_base(config, self.get_base_model())
             config.inference_mode = True
             folder = folder_of(name, save_directory)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.methods.lora.choices import CONVERTED
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
@@ -80,3 +80,14 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
                 f"The adapter in path_initial_model_for_weight_conversion is not what this one began with, by A of "
                 f"'{layer}': pass the folder to which this adapter was saved before it trained."
             )
+
+
+def say_rounded(adapter: str, layers: dict[str, Any]) -> None:
+    """Warn where the initialisation has rounded a weight anew, which no ΔW undoes."""
+    rounded = [key for key, layer in layers.items() if adapter in layer.methods and not layer.store.exact]
+    if rounded:
+        warn(
+            f"The converted adapter '{adapter}' is not exact: layer '{rounded[0]}' holds a rounded weight, which the "
+            "initialisation has rounded anew. Save the adapter as it is: its file makes that base again.",
+            PeftWarning,
+        )

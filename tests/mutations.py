@@ -46,7 +46,21 @@ MUTATIONS = [
         "steps.append((m, effect))",
         "tests/parity/test_adapters.py",
     ),
-    Mutation("merging on top, whatever acts before", "core/merging.py", "new if on_top else None", "new"),
+    Mutation("merging on top, whatever acts before", "core/merging.py", "new if on_top and", "new if"),
+    Mutation(
+        "a rounded weight is rounded for each merge",
+        "core/merging.py",
+        "on_top and layer.store.exact",
+        "on_top",
+        "tests/storage/test_bnb.py",
+    ),
+    Mutation(
+        "4 bits are rearranged under an adapter",
+        "storage/bnb.py",
+        "m.support_avx512bf16_for_cpu = False",
+        "pass",
+        "tests/storage/test_bnb.py",
+    ),
     Mutation(
         "a slot: buffers are forgotten",
         "core/containers.py",

@@ -182,6 +182,26 @@ def test_a_rearranged_weight_is_read_and_put_back(saved, storage):
     model.merge_and_unload()
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_written_weight_is_packed_as_the_old_one(storage):
+    held = four(linear(), storage)
+    held.weight = Params4bit(linear().weight.bfloat16(), False, None, 32, True, "nf4", storage, held).to("cpu")
+    held.quant_state, before = held.weight.quant_state, held.weight
+    find_store(held).write(held, "weight", identity(held), False)
+    assert held.weight is not before and held.quant_state is held.weight.quant_state
+    assert (
+        held.weight.dtype == storage and held.quant_state.dtype == torch.bfloat16 and held.quant_state.blocksize == 32
+    )
+    kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+    assert all(getattr(held.weight, name) is getattr(before, name) for name in kept)
+
+
+def test_codes_that_were_cast():
+    held = four(linear(), torch.bfloat16)
+    assert find_store(held).unread(held, "weight") is None
+    assert "its codes were cast from torch.bfloat16 to torch.float32" in find_store(held).unread(held.float(), "weight")
+
+
 def bits(t):
     return t.detach().reshape(-1).view(torch.uint8)
 
@@ -216,6 +236,36 @@ def test_a_package_that_is_missing_or_too_old(hold, name, monkeypatch):
                 graft.get_peft_model(held, dora)
         monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     assert type(held.layer) in CLASSES
+
+
+@pytest.mark.parametrize("hold", [four, eight])
+def test_what_is_merged_one_by_one_is_rounded_once(hold):
+    model = graft.get_peft_model(Net(hold(linear())), CONFIG(), "a")
+    model.add_adapter("b", graft.LoraConfig(r=3, target_modules=["layer"], init_lora_weights=False, use_dora=True))
+    model.set_adapter("a")
+    merged = []
+    for calls in ([["a"], ["b"]], [["a", "b"]]):
+        for names in calls:
+            model.merge_adapter(names)
+        merged.append(identity(model.base_model.model.layer))
+        model.unmerge_adapter()
+    assert torch.equal(*merged)
+
+
+def CONFIG(**options):
+    return graft.LoraConfig(r=2, target_modules=["layer"], **{"init_lora_weights": False, **options})
+
+
+@pytest.mark.parametrize("hold", [four, eight])
+def test_a_start_that_changes_the_base_comes_back(hold, tmp_path):
+    model = graft.get_peft_model(Net(hold(linear())), CONFIG(init_lora_weights="olora"))
+    changed = identity(model)
+    model.save_pretrained(tmp_path)
+    again = graft.PeftModel.from_pretrained(Net(hold(linear())), tmp_path)
+    assert torch.equal(identity(again), changed)
+    with pytest.warns(graft.PeftWarning, match="has been changed already"):
+        third = graft.PeftModel.from_pretrained(again.unload(), tmp_path)
+    assert torch.equal(identity(third), changed)
 
 
 # models

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import graft
 from graft.compat.peft import names as compat
-from graft.compat.peft.layers import PREFIXES, layer_class
+from graft.compat.peft.layers import BNB, PREFIXES, layer_class
 from graft.compat.peft.modules import resolve
 from graft.storage import Quantized, find_store
 from tests.conformance.samples import disturb
@@ -327,5 +327,5 @@ def test_isinstance_agrees_with_peft(method, bits, folder):
                     continue
                 found = {key for key, m in ours.items() if isinstance(m, own)}
                 assert found == {key for key, m in theirs.items() if isinstance(m, kind)}, name
-    four, eight = (resolve(f"peft.{where}.bnb", f"{PREFIXES.get(method, '')}{kind}") for kind in compat.BNB)
+    four, eight = (resolve(f"peft.{where}.bnb", f"{PREFIXES.get(method, '')}{kind}") for kind in BNB)
     assert sum(isinstance(m, four if bits == "4" else eight) for m in ours.values()) == 6

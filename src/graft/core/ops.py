@@ -362,7 +362,6 @@ OPS: TypeTable[Op] = TypeTable(
         "transformer_engine.pytorch.module.linear.Linear": Linear(),
         "transformers.pytorch_utils.Conv1D": Conv1D(),
         "torch.nn.modules.sparse.Embedding": Embedding(),
-        "bitsandbytes.nn.modules.Embedding": Embedding(),  # writes out what nn.Embedding does
         "torch.nn.modules.conv.Conv1d": Conv(F.conv1d, nn.Conv1d, 1),
         "torch.nn.modules.conv.Conv2d": Conv(F.conv2d, nn.Conv2d, 2),
         "torch.nn.modules.conv.Conv3d": Conv(F.conv3d, nn.Conv3d, 3),

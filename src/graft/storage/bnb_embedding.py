@@ -10,6 +10,7 @@ from torch import nn
 
 from graft.core.ops import Embedding
 from graft.storage.bnb import Eight, Four
+from graft.storage.dense import Dense
 from graft.storage.quantized import Quantized
 
 
@@ -29,5 +30,9 @@ class Table8(Table, Eight):
     pass
 
 
-MODULES = {"bitsandbytes.nn.modules.Embedding4bit": Table4(), "bitsandbytes.nn.modules.Embedding8bit": Table8()}
+MODULES: dict[str, Dense] = {
+    "bitsandbytes.nn.modules.Embedding4bit": Table4(),
+    "bitsandbytes.nn.modules.Embedding8bit": Table8(),
+    "bitsandbytes.nn.modules.Embedding": Dense(),  # writes out what nn.Embedding does
+}
 OPS = dict.fromkeys(MODULES, Embedding())

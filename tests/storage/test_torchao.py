@@ -4,6 +4,7 @@
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -236,6 +237,17 @@ def test_layers_that_round_their_inputs_pass_gradients_on(hold):
     model = graft.get_peft_model(model, graft.LoraConfig(r=2, target_modules=["1"])).unload()
     assert_close(model[0](x), y)
     assert_close(torch.autograd.grad(model[0](x).sum(), x)[0], find_store(model[0]).read(model[0]).sum(0).expand_as(x))
+
+
+def test_a_dense_layer_is_not_bound_to_the_packed_one():
+    layer = KINDS[0].hold(linear())
+    layer.forward = partial(type(layer).forward, layer)  # as accelerate does
+    model = disturb(graft.get_peft_model(nn.Sequential(layer), graft.LoraConfig(r=2, target_modules=["0"])))
+    x = torch.ones(2, IN)
+    expected = model(x)
+    left = model.merge_and_unload(dequantize=True)
+    assert_close(left(x), expected)
+    assert left[0] is not layer and left[0].bias is not layer.bias and isinstance(layer.weight, Int8Tensor)
 
 
 def test_what_only_kernels_unpack_runs_and_is_refused_where_its_values_are_needed(tmp_path):

@@ -60,7 +60,8 @@ class TorchAO(Quantized):
         if isinstance(bias := m._parameters.get("bias"), Tensor):
             values["bias"] = nn.Parameter(bias.detach().to(dtype or bias.dtype, copy=True), bias.requires_grad)
         made = shadow(m, values)
-        made.__dict__.pop("extra_repr", None)  # torchao's, which tells of m
+        for name in ("extra_repr", "forward", "_old_forward", "_hf_hook"):  # torchao's and accelerate's, bound to m
+            made.__dict__.pop(name, None)
         return made
 
     def ready(self, m: nn.Module) -> None:

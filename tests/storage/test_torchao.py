@@ -2,6 +2,7 @@
 """torchao's rows on stand-ins: tensors of those names, with the published layouts, whose arithmetic is here."""
 
 import sys
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -263,6 +264,21 @@ def test_what_only_kernels_unpack_runs_and_is_refused_where_its_values_are_neede
             model.merge_and_unload(**options)
     for fingerprint in ("sampled", "full"):
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_full_fingerprint_sees_codes(changed, tmp_path):
+    def base():
+        return nn.Sequential(KINDS[0].hold(linear()), KINDS[0].hold(linear()))
+
+    config = graft.LoraConfig(r=2, target_modules=["1"])
+    graft.get_peft_model(base(), config).save_pretrained(tmp_path, fingerprint="full")
+    other = base()
+    other[0].weight.qdata[0, 0] += int(changed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        graft.PeftModel.from_pretrained(other, tmp_path)
+    assert ["1 of 4 tensors differ: [0.weight]" in str(w.message) for w in said] == [True] * changed
 
 
 class Other(Base):

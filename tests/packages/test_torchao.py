@@ -161,6 +161,19 @@ def test_layers_that_round_their_inputs_pass_gradients_on(config, untouched):
     assert torch.equal(left[0](X), copied[0](X))
 
 
+@pytest.mark.parametrize("config", [DYNAMIC, DYNAMIC_INTX], ids=["int8", "intx"])
+def test_functional_transforms_pass_through(config, untouched):
+    model = nn.Sequential(linear(), nn.Tanh()).requires_grad_(False)
+    quantize_(model, config)
+    model = graft.get_peft_model(model, graft.LoraConfig(r=2, target_modules=["0"]))
+    loss = lambda x: model(x).square().sum()
+    x = X.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(x), x)[0]
+    assert expected.abs().sum() > 0
+    assert_close(torch.func.grad(loss)(X), expected)
+    assert_close(torch.func.vmap(torch.func.grad(loss))(X[:, None])[:, 0], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_compiler_sees_no_break(untouched, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     model = nn.Sequential(linear(), nn.Tanh())

@@ -40,8 +40,8 @@ def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], 
         if func is linear and torch.is_grad_enabled():
             x, weight, bias = given(*args, **kwargs)
             if isinstance(weight, kind) and wanted(weight):
-                run = lambda *args: before(cls, func, types, args)
-                return _Straight.apply(x, bias, weight, dense, run)
+                run = lambda x, bias: before(cls, func, types, (x, weight, bias))
+                return _Straight.apply(x, bias, lambda: dense(weight), run)
         return before(cls, func, types, args, kwargs)
 
     kind.__torch_function__ = classmethod(through)  # type: ignore[assignment]
@@ -77,21 +77,21 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)
-        run = lambda x, *_: before(m, x, *args, **kwargs)
+        run = lambda x, _: before(m, x, *args, **kwargs)
         bias = getattr(m, "bias", None)
         if not (store.loses_gradient(m) or (bias is not None and bias.requires_grad)):
-            y = run(x)
+            y = before(m, x, *args, **kwargs)
             if not isinstance(y, Tensor) or y.requires_grad:
                 return y
             run = lambda *_: y.clone()
         if store.unread(m) is not None:
             return before(m, x, *args, **kwargs)
 
-        def dense(m: Any) -> Tensor:
+        def dense() -> Tensor:
             with at_hand(m, None):
                 return find_op(m).canon(store.read(m))
 
-        return _Straight.apply(x, bias, m, dense, run)
+        return _Straight.apply(x, bias, dense, run)
 
     MENDED_FORWARDS.add(through)
     return through
@@ -102,21 +102,25 @@ def given(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
 
 
 class _Straight(Function):
+    """dense: returns the weight. It is no input, as functional transforms wrap inputs in tensors of another type."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, bias, weight, dense, run):
-        y = run(x, weight, bias)
+    def forward(x, bias, dense, run):
+        y = run(x, bias)
         return y.clone() if y._is_view() else y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, bias, ctx.weight, ctx.dense, _ = inputs
+        x, bias, ctx.dense, _ = inputs
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, g):
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = (g @ ctx.dense(ctx.weight).to(g.dtype)).to(ctx.dtypes[0])
+            dx = (g @ ctx.dense().to(g.dtype)).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             db = g.flatten(0, -2).sum(0).to(ctx.dtypes[1])
-        return dx, db, None, None, None
+        return dx, db, None, None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
 from tests.conformance.samples import disturb
 from tests.looks import layers
@@ -127,3 +128,13 @@ def test_a_failed_call_leaves_biases_as_they_were(tmp_path):
 def test_a_layer_without_a_weight_yet_is_refused():
     empty = HQQLinear(None, {**CONFIG, "offload_meta": False}, torch.float32, "cpu")
     assert find_store(empty).unread(empty) == "it is not quantized yet"
+
+
+def test_what_would_train_packed_weights_is_refused():
+    base = nn.Sequential(hold(linear()), nn.Linear(OUT, 4))
+    kinds = [type(m) for m in base]
+    saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
+    for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
+        with pytest.raises(UnsupportedLayerError, match="is held in codes, which cannot train"):
+            graft.get_peft_model(base, config)
+        assert [type(m) for m in base] == kinds

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
 from tests.conformance.samples import disturb
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, linear
@@ -117,3 +118,13 @@ def test_a_layer_that_rounds_inputs_alone_has_no_packed_weight():
     layer = hold(linear(), frozen=False)
     layer.weight_qtype = None
     assert find_store(layer).unread(layer) == "it has no quantized weight"
+
+
+def test_what_would_train_packed_weights_is_refused():
+    base = nn.Sequential(hold(linear()), nn.Linear(OUT, 4))
+    kinds = [type(m) for m in base]
+    saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
+    for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
+        with pytest.raises(UnsupportedLayerError, match="is held in codes, which cannot train"):
+            graft.get_peft_model(base, config)
+        assert [type(m) for m in base] == kinds

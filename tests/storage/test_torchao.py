@@ -302,3 +302,13 @@ def test_tensors_that_nobody_knows_are_never_dense_and_can_be_saved(kind, tmp_pa
         model.merge_adapter()
     for fingerprint in ("sampled", "full"):
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
+
+
+def test_what_would_train_packed_weights_is_refused():
+    base = nn.Sequential(KINDS[0].hold(linear()), nn.Linear(OUT, 4))
+    kinds = [type(m) for m in base]
+    saved = graft.LoraConfig(r=2, target_modules=["1"], modules_to_save=["0"])
+    for config in (saved, graft.LNTuningConfig(target_modules=["0"])):
+        with pytest.raises(UnsupportedLayerError, match="is held in codes, which cannot train"):
+            graft.get_peft_model(base, config)
+        assert [type(m) for m in base] == kinds

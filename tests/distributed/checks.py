@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
@@ -312,7 +313,7 @@ def swaps(layout: str, folder: str) -> None:
 
 def draws(layout: str, folder: str) -> None:
     """Processes that drew other initial values hear of it where the layout would mix them."""
-    peft = adapted("LORA", seed=dist.get_rank()).train()
+    peft = copy.deepcopy(adapted("LORA", seed=dist.get_rank())).train()
     wrapped = LAYOUTS[layout](peft)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -343,6 +344,19 @@ def writes_once(layout: str, folder: str) -> None:
         files.save_adapter = original
     assert len(written) == (0 if dist.get_rank() else 2)
     assert os.path.exists(f"{path}/{FILE}")
+
+
+def is_apart(layout: str, folder: str) -> None:
+    """Processes that share no tensor save without each other."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("apart", "together"))["together"]
+    wrapped = LAYOUTS[layout](adapted("LORA"), mesh=mesh)
+    path = os.path.join(folder, "alone", str(rank), "apart")
+    if rank == 0:
+        wrapped.peft.save_pretrained(path)
+        same_file(path, alone("LORA", folder)[1])
 
 
 def gathers(layout: str, folder: str) -> None:
@@ -389,6 +403,7 @@ def checks_of(layout: str) -> Iterator[tuple[str, Check]]:
     checks: list[Any] = [writes_once, switches, merges, comes_late, swaps, draws]
     checks += [stays_alone, fails_alike, differs] if layout in SHARDED else []
     checks += [] if layout.startswith("zero") or layout == "fsdp1-flat" else [allocates]
+    checks += [is_apart] if layout == "fsdp2" else []
     checks += [trains_two] if layout == "ddp" else []
     checks += [] if layout.startswith("zero") else [gathers]
     for check in checks:

@@ -9,6 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.config.targets import EMBEDDING_NAMES
@@ -25,8 +26,8 @@ from graft.io.base import original
 from graft.io.digests import digests
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import fingerprint, weights_of
-from graft.io.whole import check_entries, check_value, gathered
-from graft.storage.parallel import layout_of, tensors_below, whole_copy
+from graft.io.whole import check_entries, check_value, gathered, ranks_of
+from graft.storage.parallel import tensors_below, whole_copy
 
 
 def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
@@ -115,17 +116,17 @@ def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
     return given[name]
 
 
-def is_spread(model: Any, adapters: list[str]) -> bool:
-    """Say whether saving takes all processes: each holds a part of a tensor of these adapters, or of the base."""
-    if group_in(model.modules()) is not None:
-        return True
+def ranks_of_adapters(model: Any, adapters: list[str]) -> list[int]:
+    """Return the ranks of the processes that hold parts of these adapters or of the base, and save together; or []."""
+    group = group_in(model.modules())
+    if group is not None:
+        return dist.get_process_group_ranks(group)  # type: ignore[no-any-return]
+    held: list[Tensor] = []
     for adapter in adapters:
         parts = parts_of(model, adapter)[0]
-        held = [] if parts.prompt is None else list(tensors_below(parts.prompt).values())
+        held += [] if parts.prompt is None else list(tensors_below(parts.prompt).values())
         held += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
-        if any([layout_of(t) is not None for t in held]):
-            return True
-    return False
+    return ranks_of(held)
 
 
 def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

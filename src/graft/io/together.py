@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def store() -> Any:
+    """Return the store of the process group, in which processes leave each other texts by key."""
+    return dist.distributed_c10d._get_default_store()
+
+
 class Meeting:
     """All processes at one place in the program.
 
@@ -34,17 +39,21 @@ class Meeting:
         CheckpointError: others have not come, or have come with something else to do.
     """
 
-    def __init__(self, what: str, with_: str):
-        """what: the call, for errors. with_: what has to be the same on all processes."""
-        self.what, self.store, self.rank = what, dist.distributed_c10d._get_default_store(), dist.get_rank()
+    def __init__(self, what: str, with_: str, ranks: Sequence[int]):
+        """Meet the processes of these ranks.
+
+        what: the call, for errors. with_: what has to be the same on all processes.
+        """
+        self.what, self.store, self.rank, self.ranks = what, store(), dist.get_rank(), ranks
         self.room = self._enter(with_)
         self._compare()
 
     def _enter(self, brought: str) -> str:
         """Wait for the others; return the beginning of the keys of this meeting."""
-        store, size = self.store, dist.get_world_size()
+        store, size = self.store, len(self.ranks)
+        building = f"graft/{hashed(str(list(self.ranks)))}"
         while True:
-            room = f"graft/{store.add(f'graft/rank {self.rank}', 1)}"
+            room = f"{building}/{store.add(f'{building}/rank {self.rank}', 1)}"
             go = f"{room}/go"
             if not store.check([go]):
                 break  # else one has waited here in vain, and left, before this one came
@@ -57,7 +66,7 @@ class Meeting:
         except RuntimeError:
             answer = bytes(store.compare_set(go, "", LEFT.decode()))
         if answer != GO:
-            missing = [rank for rank in range(size) if not store.check([f"{room}/{rank}"])]
+            missing = [rank for rank in self.ranks if not store.check([f"{room}/{rank}"])]
             who = f"rank {self.rank} waited {PATIENCE:g} s for {missing or 'the others'}"
             raise CheckpointError(
                 f"{self.what} has to gather tensors that are spread over {size} processes: call {self.what} on all "
@@ -66,8 +75,8 @@ class Meeting:
         return room
 
     def _compare(self) -> None:
-        brought = [bytes(self.store.get(f"{self.room}/{rank}")) for rank in range(dist.get_world_size())]
-        others = [rank for rank, other in enumerate(brought) if other != brought[self.rank]]
+        brought = {rank: bytes(self.store.get(f"{self.room}/{rank}")) for rank in self.ranks}
+        others = [rank for rank, other in brought.items() if other != brought[self.rank]]
         if others:
             raise CheckpointError(
                 f"{self.what} was called with adapters that are not the same on all processes: rank {self.rank} has "
@@ -78,7 +87,7 @@ class Meeting:
     def by_the_first(self, act: Callable[[], Any]) -> None:
         """Have the first process act. The others wait for it, and raise what it raises."""
         done = f"{self.room}/done"
-        if self.rank:
+        if self.rank != self.ranks[0]:
             self.store.wait([done], WORK)
             error = pickle.loads(self.store.get(done))
             if error is not None:
@@ -104,30 +113,30 @@ def once(folder: str, values: str, act: Callable[[], Any]) -> None:
     Raises:
         DistributedError: the first process saved other values.
     """
-    store = dist.distributed_c10d._get_default_store()
+    shelf = store()
     place = f"graft/saved/{hashed(os.path.abspath(folder))}"
     key = f"{place}/{values}"
     if dist.get_rank():
         try:
-            store.wait([key], timedelta(seconds=PATIENCE))
+            shelf.wait([key], timedelta(seconds=PATIENCE))
         except RuntimeError:
-            if store.check([place]):
+            if shelf.check([place]):
                 raise DistributedError(
                     f"Rank 0 saved other values into {folder} than rank {dist.get_rank()} has: the processes of this "
                     "model have drifted apart. Average the gradients of all that trains, or save on rank 0 alone."
                 ) from None
             act()
             return
-        if (error := pickle.loads(store.get(key))) is not None:
+        if (error := pickle.loads(shelf.get(key))) is not None:
             raise error
         return
     try:
         act()
     except BaseException as e:
-        store.set(key, packed(e))  # type: ignore[arg-type]
+        shelf.set(key, packed(e))  # type: ignore[arg-type]
         raise
-    store.set(place, values)
-    store.set(key, packed(None))  # type: ignore[arg-type]
+    shelf.set(place, values)
+    shelf.set(key, packed(None))  # type: ignore[arg-type]
 
 
 def hashed(text: str) -> str:
@@ -148,12 +157,11 @@ class Note:
     """What a process leaves for the others, and what they left. Nobody waits."""
 
     def __init__(self, topic: str, text: str):
-        self.store, self.rank, self.text = dist.distributed_c10d._get_default_store(), dist.get_rank(), text
-        about = f"graft/note/{hashed(topic)}"
-        self.key = f"{about}/{self.store.add(f'{about}/{self.rank}', 1)}"  # the same notes may follow each other
-        self.store.set(f"{self.key}/{self.rank}", text)
+        about, rank, self.text = f"graft/note/{hashed(topic)}", dist.get_rank(), text
+        self.key = f"{about}/{store().add(f'{about}/{rank}', 1)}"  # the same notes may follow each other
+        store().set(f"{self.key}/{rank}", text)
 
     def others(self) -> list[int]:
         """Return the processes that left another text."""
-        keys = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}
-        return [r for r, k in keys.items() if self.store.check([k]) and self.store.get(k) != self.text.encode()]
+        keys, left = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}, store()
+        return [r for r, k in keys.items() if left.check([k]) and left.get(k) != self.text.encode()]

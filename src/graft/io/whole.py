@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from graft.inject.build import add_adapter
 from graft.inject.parts import Parts
 from graft.io.entries import Entry
 from graft.io.fingerprint import digest
-from graft.io.together import Meeting, processes
+from graft.io.together import Meeting
 from graft.storage.parallel import is_whole, layout_of, shape_of, whole
 
 CALL = "save_pretrained()"
@@ -32,10 +33,17 @@ def gathered(held: dict[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: a process is alone, or others hold other tensors.
     """
     spread = {name: t for name, t in sorted(held.items()) if layout_of(t) is not None}
-    if spread and processes() > 1:
+    ranks = ranks_of(spread.values())
+    if len(ranks) > 1:
         shapes = [f"{name} {tuple(shape_of(t))} {t.dtype}" for name, t in spread.items()]
-        Meeting(CALL, f"{len(shapes)} tensors ({digest(' '.join(shapes))}) such as {shapes[0]}")
+        Meeting(CALL, f"{len(shapes)} tensors ({digest(' '.join(shapes))}) such as {shapes[0]}", ranks)
     return {name: whole(t) for name, t in spread.items()}
+
+
+def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return the ranks of the processes that hold these tensors together."""
+    found = [layout.ranks(t) for t in tensors if (layout := layout_of(t)) is not None]
+    return max(found, key=len, default=[])
 
 
 def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, adapter: str) -> None:

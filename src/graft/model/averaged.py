@@ -7,7 +7,6 @@ each process by itself, and nothing says so.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,7 +42,7 @@ def check(registry: Any) -> None:
         DistributedError: those of a parameter will not be.
     """
     ddp = DistributedDataParallel._active_ddp_module
-    registry.ddp = None if ddp is None else weakref.ref(ddp)
+    registry.in_ddp = ddp is not None
     if processes() < 2:
         return
     found = list(slots_of_active(registry))
@@ -67,8 +66,7 @@ def has_copies(registry: Any) -> bool:
     """Say whether each process is known to hold all of one adapter, which they train together."""
     if processes() < 2:
         return False
-    in_ddp = registry.ddp is not None and registry.ddp() is not None
-    return in_ddp or bool(mastered(registry.model.parameters()))
+    return registry.in_ddp or bool(mastered(registry.model.parameters()))
 
 
 def refuse(names: list[str], who: str, remedy: str) -> None:

@@ -23,7 +23,7 @@ from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save
 from graft.io.digests import digest
 from graft.io.load import LoadReport, Values, say_kept
-from graft.io.together import Meeting, hashed, once, processes
+from graft.io.together import Meeting, hashed, once
 from graft.io.whole import CALL
 from graft.model import averaged
 from graft.model.registry import check_adapter_name, unless_it_fails
@@ -421,11 +421,11 @@ class PeftModel(nn.Module):
         if not names and selected_adapters is None:
             raise CheckpointError(f"There is nothing to save into {save_directory}: the model has no adapter.")
         given = kwargs.get("state_dict")
-        spread = given is None and save.is_spread(self, names)
-        if not (spread or is_main_process):
+        ranks = save.ranks_of_adapters(self, names) if given is None else []
+        if not (ranks or is_main_process):
             return
-        what = f"{sorted(names)} for {os.fspath(save_directory)}, fingerprint={fingerprint!r}"
-        meeting = Meeting(CALL, what) if spread and processes() > 1 else None
+        what = f"{sorted(names)}, fingerprint={fingerprint!r}"
+        meeting = Meeting(CALL, what, ranks) if len(ranks) > 1 else None
         made = {}
         for name in names:
             tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=save_embedding_layers)
@@ -440,7 +440,11 @@ class PeftModel(nn.Module):
             config.inference_mode = True
             folder = folder_of(name, save_directory)
             files.check(folder, tensors)
-            made[folder] = tensors, config, save.base_fingerprint(self, name, fingerprint == "full", together=spread)
+            made[folder] = (
+                tensors,
+                config,
+                save.base_fingerprint(self, name, fingerprint == "full", together=bool(ranks)),
+            )
 
         def write() -> None:
             if not is_main_process:

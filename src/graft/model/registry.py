@@ -111,7 +111,7 @@ class Registry:
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
     watched: set[str]  # adapters for which that was set up
     averaged = False  # the gradients of what trains now will be averaged over processes
-    ddp: Any = None  # weak reference to the DDP in which the model last ran
+    in_ddp = False  # it ran within a DDP, the last time that somebody looked
     starts: dict[str, Any]  # notes of the values with which adapters began, by adapter
     arguments: set[str]  # of a call of the model that are the methods' own
     several: str  # for errors: how to activate several adapters

@@ -26,6 +26,7 @@ class Layout(Protocol):
     has_gradients: bool  # those of a tensor are a tensor of the layout as well
     writable: bool  # computing with the tensors, and copying into them, does the same to all parts
 
+    def ranks(self, t: Tensor) -> list[int]: ...  # of the processes that hold it
     def shape(self, t: Tensor) -> torch.Size: ...  # of the whole tensor
     def whole(self, t: Tensor) -> Tensor: ...  # collective
     def fill(self, t: Tensor, value: Tensor) -> None: ...  # put in a whole value, in place
@@ -35,6 +36,9 @@ class Distributed:
     """DTensor, as FSDP2 and tensor parallelism make them."""
 
     name, has_gradients, writable = "DTensor", True, True
+
+    def ranks(self, t: Any) -> list[int]:
+        return t.device_mesh.mesh.flatten().tolist()  # type: ignore[no-any-return]
 
     def shape(self, t: Tensor) -> torch.Size:
         return t.shape
@@ -48,7 +52,14 @@ class Distributed:
         t.copy_(spread(value.to(dtype=t.dtype), t))
 
 
-class Flat:
+class OfAll:
+    """What layouts have in common that take all processes."""
+
+    def ranks(self, t: Tensor) -> list[int]:
+        return list(range(dist.get_world_size())) if dist.is_initialized() else [0]
+
+
+class Flat(OfAll):
     """A slice of a flat parameter, as FSDP1 makes them."""
 
     name, has_gradients, writable = "FSDP1", False, False
@@ -63,7 +74,7 @@ class Flat:
         piece_of(t).fill(value)  # type: ignore[union-attr]
 
 
-class Zero3:
+class Zero3(OfAll):
     """DeepSpeed's ZeRO-3: between calls a parameter is empty, or a copy that DeepSpeed keeps because it is small."""
 
     name, has_gradients, writable = "ZeRO-3", False, False

@@ -62,6 +62,20 @@ MUTATIONS = [
         "tests/storage/test_bnb.py",
     ),
     Mutation(
+        "parts of tensors are saved",
+        "io/save.py",
+        "    values |= gathered(values)\n",
+        "",
+        "tests/compat/test_callers.py",
+    ),
+    Mutation(
+        "nobody asks who averages gradients",
+        "model/averaged.py",
+        "    if names:\n        raise",
+        "    if not names:\n        raise",
+        "tests/distributed",
+    ),
+    Mutation(
         "a slot: buffers are forgotten",
         "core/containers.py",
         "for name, b in module._buffers.items():",
@@ -101,8 +115,8 @@ MUTATIONS = [
     Mutation(
         "a saved name",
         "io/entries.py",
-        'stem = f"{prefix}{key}.{container}"',
-        'stem = f"{prefix}{key}.{container}x"',
+        'stem = f"{prefix}{there}.{container}"',
+        'stem = f"{prefix}{there}.{container}x"',
         "tests/parity/test_files.py tests/io",
     ),
     Mutation("a merge in training mode", "core/plan.py", 'own["training"] = False', "pass"),

@@ -200,6 +200,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "P_TUNING": lambda: graft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=12, task_type=TASK),
     "PREFIX_TUNING": lambda: graft.PrefixTuningConfig(num_virtual_tokens=3, task_type=TASK),
     "TOKENS": lambda: graft.LoraConfig(r=4, target_modules=["o_proj"], trainable_token_indices=[3, 5, 30]),
+    "BIAS": lambda: graft.LoraConfig(r=4, bias="lora_only", target_modules=ALL),
     "SAVED": lambda: graft.LoraConfig(r=4, target_modules=["v_proj"], modules_to_save=["lm_head", "embed_tokens"]),
 }
 
@@ -247,19 +248,26 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=ids()).logits  # type: ignore[no-any-return]
 
 
+def saved(model: Any, path: Path, **options: Any) -> Path:
+    """Save a model from all processes."""
+    model.save_pretrained(path, **options)
+    dist.barrier()
+    return path
+
+
 def whole_model(folder: Path, name: str) -> None:
     """Losses and files as those of one process; files of each load into the other."""
-    places = {"one": folder / f"rank{dist.get_rank()}" / name, "here": folder / "together" / name}
+    places = dict(one=folder / f"rank{dist.get_rank()}" / name, here=folder / "all" / name)
     bases = dict(one=llama(folder), here=llama(folder, tp_plan="auto"))
     models, losses = {}, {}
     for place, base in bases.items():
         with seeded(1 if place == "one" else 1 + dist.get_rank()):  # other processes may have drawn other numbers
             models[place] = graft.get_peft_model(base, CONFIGS[name]())
-        models[place].save_pretrained(places[place] / place)
+        saved(models[place], places[place] / "start")
         losses[place] = trained(models[place])
-        models[place].save_pretrained(places[place] / f"{place}-trained")
-    data = {path.parent.name: path.read_bytes() for own in places.values() for path in own.rglob(FILE)}
-    assert data["here"] == data["one"], "the file before training"
+        saved(models[place], places[place] / "end")
+    one, here = ((path / "start" / FILE).read_bytes() for path in places.values())
+    assert one == here, "the file before training"
     close(losses["here"], losses["one"], 1e-6)
     after = {place: held(model) for place, model in models.items()}
     assert after["here"].keys() == after["one"].keys()
@@ -272,10 +280,10 @@ def whole_model(folder: Path, name: str) -> None:
         close(logits(models["here"]), logits(models["one"]), 1e-5)
     for low in (False, True):
         loaded = graft.PeftModel.from_pretrained(
-            llama(folder, tp_plan="auto"), places["one"] / "one-trained", low_cpu_mem_usage=low
+            llama(folder, tp_plan="auto"), places["one"] / "end", low_cpu_mem_usage=low
         )
         close(logits(loaded), expected, 1e-5)
-    close(logits(graft.PeftModel.from_pretrained(llama(folder), places["here"] / "here-trained")), expected, 1e-5)
+    close(logits(graft.PeftModel.from_pretrained(llama(folder), places["here"] / "end")), expected, 1e-5)
 
 
 def life(folder: Path) -> None:
@@ -316,8 +324,8 @@ def life(folder: Path) -> None:
 def several(folder: Path) -> None:
     """Adapters of one method: a mixed batch, a weighted sum, another file in place of the first."""
     results = []
-    for options in ({}, {"tp_plan": "auto"}):
-        own = folder / ("together" if options else f"rank{dist.get_rank()}") / "several"
+    for place, options in enumerate(({}, {"tp_plan": "auto"})):
+        own = folder / (f"rank{dist.get_rank()}" if place == 0 else "all") / "several"
         base = llama(folder, **options)
         with seeded(1):
             model: Any = graft.get_peft_model(base, graft.LoraConfig(r=4, target_modules=ALL), "a")
@@ -332,7 +340,7 @@ def several(folder: Path) -> None:
         model.add_weighted_adapter(["a", "c"], [0.7, 1.0], "sum", combination_type="svd", svd_rank=4)
         model.set_adapter("sum")
         found.append(logits(model))
-        model.save_pretrained(own, selected_adapters=["sum"])
+        saved(model, own, selected_adapters=["sum"])
         model.set_adapter("a")
         with seeded(2):
             hotswap_adapter(model, own / "sum", "a")

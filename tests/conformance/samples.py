@@ -32,6 +32,8 @@ ELSEWHERE = {
     "SHADOW": "methods/test_shadow.py",
     "XLORA": "methods/test_xlora.py",
 }
+# variants of LoRA: aLoRA acts from a token on and cannot be merged, Arrow chooses among experts for each token
+VARIANTS_ELSEWHERE = {"alora": "methods/test_alora.py", "arrow": "methods/test_arrow.py"}
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,15 @@ class Storage:
     name: str
     hold: Callable[[nn.Module], nn.Module] = lambda layer: layer
     layers: tuple[str, ...] = ()  # that can be held so; all if empty
-    unfit: str = ""  # methods that train the layer itself, which only floats can
+    unfit: str = ""  # methods and samples that train or quantize the weight itself, or need its gradient
     tolerance: float = 1e-5
 
     def __str__(self) -> str:
         return self.name
 
 
-STORES = [Storage("dense"), Storage("rounded", stores.held, ("linear", "linear-no-bias"), "LN_TUNING", 1e-3)]
+FLOATS_ONLY = "LN_TUNING LORA-loftq LORA-lora_ga"
+STORES = [Storage("dense"), Storage("rounded", stores.held, ("linear", "linear-no-bias"), FLOATS_ONLY, 1e-3)]
 
 
 class Net(nn.Module):
@@ -146,15 +149,18 @@ class Cell:
 
     def bare(self) -> nn.Module:
         """The base model as adapters leave it."""
-        return self.fresh().unload() if self.sample.rewrites else self.base()
+        return self.fresh().unload() if self.sample.rewrites or self.sample.shifts else self.base()
 
     def fresh(self, adapters: Iterable[str] = ("default",), base: nn.Module | None = None, **options):
         """A model with adapters as they start."""
         with seeded(1):
             first, *others = adapters
-            model = graft.get_peft_model(
-                self.base() if base is None else base, self.sample.make(first), first, **options
-            )
+            base, cfg, after = self.base() if base is None else base, self.sample.make(first), None
+            if self.sample.prepare:
+                after = self.sample.prepare(base, cfg, self.inputs(40).to(base.before.dtype))
+            model = graft.get_peft_model(base, cfg, first, **options)
+            if after:
+                after(model)
             for name in others:
                 model.add_adapter(name, self.sample.make(name), **options)
         return model.eval()
@@ -217,7 +223,7 @@ CELLS = [
     for sample, layer in PAIRS
     if find(REFUSED, sample, layer) is None
     for store in STORES
-    if (not store.layers or layer.name in store.layers) and sample.method not in store.unfit.split()
+    if (not store.layers or layer.name in store.layers) and not {sample.method, str(sample)} & set(store.unfit.split())
 ]
 
 

@@ -11,12 +11,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.methods.lora.start import STARTS
 from tests.conformance.samples import (
     ADAPTERS,
     CELLS,
     ELSEWHERE,
     REFUSALS,
     SAMPLES,
+    VARIANTS_ELSEWHERE,
     Cell,
     Net,
     disturb,
@@ -52,7 +54,12 @@ def equal(ours: torch.Tensor, theirs: torch.Tensor, cell: Cell, tolerance: float
 
 def test_every_method_is_in_the_matrix():
     assert {s.method for s in SAMPLES} | set(ELSEWHERE) == set(graft.methods.METHODS)
-    assert all((Path(__file__).parents[1] / name).is_file() for name in ELSEWHERE.values())
+    assert all((Path(__file__).parents[1] / name).is_file() for name in (ELSEWHERE | VARIANTS_ELSEWHERE).values())
+
+
+def test_every_initialisation_that_begins_with_the_weight_or_data_is_in_the_matrix():
+    assert {s.label for s in SAMPLES if s.shifts} == set(STARTS)
+    assert {s.label for s in SAMPLES if s.prepare} == {"corda", "lora_ga", "eva"}
 
 
 @pytest.mark.parametrize("sample, layer, error, reason", REFUSALS, ids=[f"{s}-{layer}" for s, layer, _, _ in REFUSALS])
@@ -381,7 +388,7 @@ def test_injection_on_the_meta_device_gives_the_same_names_and_shapes(cell):
     if cell.sample.reads:
         with pytest.raises(graft.UnsupportedLayerError, match=r"'layer'.*meta device"):
             cell.fresh(base=base)
-    else:
+    elif not cell.sample.prepare:  # which runs the model
         assert shapes(cell.fresh(base=base)) == shapes(expected)
     light = cell.fresh(low_cpu_mem_usage=True)
     assert shapes(light) == shapes(expected)

@@ -22,11 +22,14 @@ WHOLE = {"LN_TUNING"}  # stands in for the layer, alone
 
 
 def fitting(layer: Layer) -> list[Sample]:
-    """The samples that act on a layer, can be merged there and leave room for others."""
+    """The samples that act on a layer, can be merged there, leave room for others and need no model to begin."""
     return [
         s
         for s in SAMPLES
-        if s.method not in WHOLE and find(REFUSED, s, layer) is None and find(UNMERGEABLE, s, layer) is None
+        if s.method not in WHOLE
+        and not s.prepare
+        and find(REFUSED, s, layer) is None
+        and find(UNMERGEABLE, s, layer) is None
     ]
 
 

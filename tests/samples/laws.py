@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor, nn
 
 import graft
 from graft.core.method import Method
@@ -28,6 +31,11 @@ class Sample:
     by_row: bool = True  # what a row gets depends on that row alone, and not on the others of its adapter
     reads: bool = False  # shapes of its tensors follow from the values of the weight
     rewrites: bool = False  # the base weight, for good; so it stands only beside its like
+    shifts: bool = False  # the base weight, when it begins
+    # looks at the base model, the config and inputs, and returns what is done to the model with the adapter in it
+    prepare: Callable[[nn.Module, Any, Tensor], Callable[[nn.Module], Any] | None] | None = field(
+        default=None, hash=False
+    )
 
     def __str__(self) -> str:
         return f"{self.method}-{self.label}" if self.label else self.method

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples of LoRA."""
 
+from dataclasses import replace
+
+import graft
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from tests.samples.laws import Sample
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, TARGETS, row
@@ -15,6 +18,28 @@ def _blocks(side, nblocks=2, patterns=("layer", "0", "2")):
     return {f"target_modules_bd_{side}": list(patterns), "nblocks": nblocks}
 
 
+def _corda(base, cfg, x):
+    graft.preprocess_corda(base, cfg, lambda: base(x))
+
+
+def _loraga(base, cfg, x):
+    graft.preprocess_loraga(base, cfg, lambda: base(x).square().sum().backward())
+
+
+def _eva(base, cfg, x):
+    run = dict(forward_fn=lambda model, inputs: model(**inputs), prepare_model_inputs_fn=None)
+    return lambda model: graft.initialize_lora_eva_weights(
+        model, [{"x": x}], prepare_layer_inputs_fn=None, show_progress_bar=False, **run
+    )
+
+
+def _start(how, prepare=None, **more):
+    """An initialisation that takes its part out of the base; a second adapter would take it out of the rest."""
+    config = dict(r=3, lora_alpha=5, init_lora_weights=how, **more)
+    flags = dict(subtracts=True, shifts=True, prepare=prepare)
+    return Sample("LORA", how, config, dict(init_lora_weights=True), **flags)
+
+
 LAWS = [
     Sample("LORA", config=dict(r=4, lora_alpha=6), subtracts=True),
     Sample("LORA", "bias", dict(r=4, lora_alpha=6, lora_bias=True), subtracts=True),
@@ -26,8 +51,18 @@ LAWS = [
     Sample("LORA", "monteclora", dict(r=4, lora_alpha=6, monteclora_config=_monte), subtracts=True, draws=True),
     Sample("LORA", "mica", dict(r=4, lora_alpha=6, init_lora_weights="mica"), subtracts=True),
     Sample("LORA", "qalora", dict(r=4, lora_alpha=6, use_qalora=True, qalora_group_size=5), subtracts=True),
+    _start("pissa"),
+    _start("olora"),
+    _start("corda", _corda, corda_config={}),
+    # the less it takes out, the less comes back rounded
+    _start("lora_ga", _loraga, lora_ga_config=dict(stable_gamma=100)),
+    replace(_start("loftq", loftq_config=dict(loftq_bits=4)), identity=False),
+    replace(_start("eva", _eva, eva_config=dict(rho=1.0)), shifts=False),
 ]
+STARTS = " ".join(f"LORA-{how}" for how in ("pissa", "olora", "corda", "lora_ga", "loftq", "eva"))
 REFUSED = [
+    (STARTS, "grouped", ConfigError, "support is limited to conv layers where the rank is divisible"),
+    *((STARTS, trait, ConfigError, "has no meaning") for trait in ("conv", "embedding")),
     *(
         (f"LORA-{name}", trait, error, "adapts linear layers only")
         for trait in ("conv", "embedding")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What packed weights need of the rest: mending, counting, and biases that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import PeftWarning, warn
+from graft.storage.compressed import Compressed
+from graft.storage.dense import PLAIN, strange_tensor
+from graft.storage.find import STORES, TENSORS, marked
+from graft.storage.packed import is_packed
+from graft.storage.quantized import Quantized
+
+
+def ready(modules: Iterable[nn.Module]) -> None:
+    """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
+    said: dict[str | None, None] = {}
+    for m in modules:
+        store = marked(m) or STORES.find(type(m))
+        if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
+            store = TENSORS.find(type(weight))
+        if isinstance(store, (Quantized, Compressed)):
+            said[store.ready(m)] = None
+    for what in said:
+        if what is not None:
+            warn(what, PeftWarning)
+
+
+def holds_codes(m: nn.Module) -> bool:
+    """Say whether a module's weight is packed: codes and scales, whatever the module is called."""
+    own = STORES.find(type(m))
+    return strange_tensor(m, "weight") is not None if own is None else isinstance(own, Quantized)
+
+
+def codes_in(module: nn.Module) -> str | None:
+    """Say why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
+    for m in filter(holds_codes, module.modules()):
+        own = STORES.find(type(m))
+        if not (isinstance(own, Quantized) and own.trains(m)):
+            return f"the weight of a {type(m).__name__} is held in codes, which cannot train"
+    return None
+
+
+def loose_bias(module: nn.Module) -> bool:
+    """Say whether a layer with a packed weight has a bias that is no Parameter."""
+    bias = getattr(module, "bias", None)
+    loose = isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter)
+    return loose and isinstance(STORES.find(type(module)), Quantized)
+
+
+def hold_bias(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
+    """Make a layer's bias a Parameter, so that it can train; return it, and what undoes this."""
+    owner: Any = module._buffers if "bias" in module._buffers else module.__dict__
+    before = owner.pop("bias")
+    bias = module._parameters["bias"] = nn.Parameter(before.detach(), requires_grad=False)
+
+    def undo() -> None:
+        del module._parameters["bias"]
+        owner["bias"] = before
+
+    return bias, undo
+
+
+def numel(p: Any) -> int:
+    """Return how many numbers a parameter holds: two in a byte if packed to 4 bits, all shards with DeepSpeed."""
+    n = p.numel() or getattr(p, "ds_numel", 0)
+    if is_packed(p):
+        n *= 2 * torch.empty((), dtype=getattr(p, "quant_storage", torch.uint8)).element_size()
+    return n

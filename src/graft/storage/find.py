@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store of a module: by its type, by that of its weight's tensor, or by a mark on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.core.ops import OPS, Linear, replaced_forward
+from graft.core.site import Store
+from graft.core.table import TypeTable
+from graft.storage import (
+    aqlm,
+    bnb,
+    bnb_embedding,
+    calibrated,
+    compressed,
+    float8,
+    hqq,
+    integers,
+    megatron,
+    quanto,
+    torchao,
+)
+from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
+from graft.storage.engine import Engine
+from graft.storage.foreign import Foreign, Packed
+from graft.storage.megatron import Megatron
+from graft.storage.parallel import is_sharded
+from graft.storage.quantized import Quantized
+from graft.storage.tensor_parallel import TensorParallel, style_of
+from graft.storage.within import Within
+
+DENSE: Store = Dense()
+FOREIGN: Store = Foreign()
+PACKED: Store = Packed()
+TENSOR_PARALLEL: Store = TensorParallel()
+MEGATRON: Store = Megatron()
+STORES: TypeTable[Store] = TypeTable(dict.fromkeys(megatron.KINDS.names(), MEGATRON))  # by a module's type
+TENSORS: TypeTable[Store] = TypeTable(
+    {"transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": Engine()}
+)  # by a tensor's type, for modules that STORES does not know
+FILES: tuple[Any, ...] = (  # of packed weights
+    bnb,
+    bnb_embedding,
+    torchao,
+    hqq,
+    quanto,
+    calibrated,
+    aqlm,
+    float8,
+    integers,
+)
+
+for file in FILES:
+    for row, kept_so in getattr(file, "TENSORS", {}).items():
+        TENSORS.add(row, kept_so)
+    for row, kept_so in getattr(file, "MODULES", {}).items():
+        STORES.add(row, kept_so)
+        OPS.add(row, getattr(file, "OPS", {}).get(row) or Linear())
+
+
+def find_store(module: nn.Module) -> Store:
+    """Return the store of a module's weight: that of the module's type, else of the weight's type, else DENSE.
+
+    A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN; so is
+    what a layer that is known to be linear has in place of one.
+    """
+    store = marked(module) or STORES.find(type(module))
+    if store is not None:
+        return store
+    return FOREIGN if replaced_forward(module) is not None else of_tensor(module, "weight")
+
+
+def marked(module: nn.Module) -> Store | None:
+    """Return the store of a module that a package has marked as its own, whatever its type; None for others."""
+    held = module.__dict__
+    for mark, store in compressed.MARKS.items():
+        if mark in held:
+            return store
+    return None
+
+
+def find_tensor_store(module: nn.Module, name: str) -> Store:
+    """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
+    own = STORES.find(type(module))
+    store = of_tensor(module, name) if own is None else own
+    return Within(PACKED if store is FOREIGN or isinstance(own, Quantized) else store, name)
+
+
+def of_tensor(module: nn.Module, name: str) -> Store:
+    t = module._parameters.get(name)
+    kind = type(t)
+    if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
+        return DENSE
+    if t is not None and is_sharded(t) and style_of(module) is not None:
+        return TENSOR_PARALLEL
+    return TENSORS.find(kind) or (DENSE if strange_tensor(module, name) is None else FOREIGN)
+
+
+def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Return device and dtype of the first weight in a module; if offloaded, the device on which it computes."""
+    first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
+    return find_store(first).where(first)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import models
+from tests.covering import Case, law
 from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, json_of, output, randomize
 from tests.samples import DRAWS, SAMPLES, each, first, over
 
@@ -96,8 +97,11 @@ def test_generate_with_another_adapter_per_row(sample):
 CHECKPOINTED = [s for s in each(models="llama t5") if s.method not in DRAWS and "gradients" not in s.unlike]
 
 
-@over(CHECKPOINTED)
-@pytest.mark.parametrize("reentrant", [True, False])
+@law(
+    "sample, reentrant",
+    [Case((sample, reentrant)) for sample in CHECKPOINTED for reentrant in (True, False)],
+    lambda case: [case[0].method, (case[0].model, case[1])],
+)
 def test_gradient_checkpointing(sample, reentrant):
     results = []
     for model in (randomize(m, sample) for m in both(sample)):

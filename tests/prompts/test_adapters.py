@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graft
+from tests.covering import Case, law
 from tests.pair import LIBS, close_dicts, outcome
 from tests.prompts.samples import (
     EMBEDS,
@@ -76,10 +77,10 @@ def observe(model, sample):
 
 
 # PEFT's loss of CPT needs an adapter named "default"
-RUNS = [(s, script) for s in SEVERAL for script in SCRIPTS if (s.method, script) != ("CPT", "delete_first")]
+RUNS = [Case((s, script)) for s in SEVERAL for script in SCRIPTS if (s.method, script) != ("CPT", "delete_first")]
 
 
-@pytest.mark.parametrize(("sample", "script"), RUNS, ids=str)
+@law("sample, script", RUNS, lambda case: [str(case[0]), (case[0].method, case[1]), (case[0].model, case[1])])
 def test_scripts(sample, script):
     pair = both(sample)
     for step in [lambda *_: None, *SCRIPTS[script]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import graft
 from tests import models
+from tests.covering import Case, law
 from tests.pair import LIBS, close, close_dicts, outcome, trainable
 from tests.prompts.samples import (
     CAUSAL,
@@ -36,6 +37,17 @@ from tests.prompts.samples import (
 )
 
 PADDING = pytest.mark.parametrize("padding", ["none", "left", "right"])
+
+
+def padded(samples):
+    """Decorate a test with samples, and with each padding for each method and each model."""
+    return law(
+        "sample, padding",
+        [Case((s, padding)) for s in samples for padding in ("none", "left", "right")],
+        lambda case: [str(case[0]), (case[0].method, case[1]), (case[0].model, case[1])],
+    )
+
+
 MEMORY = SAMPLES + each("t5", "bert-seq", "bert-qa", "gpt2")
 
 
@@ -255,16 +267,14 @@ def compare(sample, inputs):
     return theirs
 
 
-@PADDING
-@pytest.mark.parametrize("sample", SAMPLES + each(*CAUSAL[1:]), ids=str)
+@padded(SAMPLES + each(*CAUSAL[1:]))
 def test_causal(sample, padding):
     seen, grads = compare(sample, batch(sample, padding))
     P = 0 if sample.method in HOLD_KEYS else sample.kwargs.get("num_virtual_tokens", 8)
     assert seen["logits"].shape == (3, P + models.LENGTH, models.VOCAB) and grads
 
 
-@PADDING
-@pytest.mark.parametrize("sample", each(*PAIRED), ids=str)
+@padded(each(*PAIRED))
 def test_sequence_to_sequence(sample, padding):
     compare(sample, batch(sample, padding))
 
@@ -307,8 +317,7 @@ HEADS = [s for s in each(*READERS, "llama-seq", methods=EMBEDS) if s not in each
 HEADS += each(*FEATURES, methods=("PROMPT_TUNING", "P_TUNING", *HOLD_KEYS))
 
 
-@PADDING
-@pytest.mark.parametrize("sample", [s for s in HEADS if s.model != "llama-seq"], ids=str)
+@padded([s for s in HEADS if s.model != "llama-seq"])
 def test_heads_and_features(sample, padding):
     compare(sample, batch(sample, padding))
 

@@ -6,6 +6,7 @@ import torch
 
 import graft
 from graft.prompts.replays import RUN
+from tests.covering import Case, law
 from tests.model.generation.models import MODELS as GENERATING
 from tests.model.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
 from tests.models import _bert, seeded, transformer
@@ -71,8 +72,11 @@ def same(got, want):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, method", ALL)
-@pytest.mark.parametrize("reentrant", [False, True])
+@law(
+    "name, method, reentrant",
+    [Case((*case, reentrant)) for case in ALL for reentrant in (False, True)],
+    lambda case: [(case[0], case[2]), (case[1], case[2]), (case[0], case[1])],
+)
 def test_gradients_are_those_without_checkpointing(name, method, reentrant):
     model, first, second = trained(name, method), batch(name, method), batch(name, method, 1)
     want, both = backward(model, first), backward(model, first, second)

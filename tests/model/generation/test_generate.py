@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import graft
+from tests.covering import Case, Sometimes, law
 from tests.model.generation.models import (
     KEYS,
     LENGTH,
@@ -68,7 +69,7 @@ def without(given, *names):
 # greedy decoding
 
 
-@pytest.mark.parametrize("name, method", CASES)
+@law("name, method", [Case(c) for c in CASES], lambda c: [c[0], c[1], Sometimes(c, 2)])
 def test_generate_equals_decoding_without_a_cache(name, method):
     model, given = adapted(name, method), inputs(name, method)
     out = generate(model, given)

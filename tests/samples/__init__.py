@@ -25,6 +25,8 @@ LAWS: list[laws.Sample] = [sample for file in _files for sample in file.LAWS]
 REFUSED: list[tuple] = [entry for file in _files for entry in getattr(file, "REFUSED", ())]
 UNMERGEABLE: list[tuple] = [entry for file in _files for entry in getattr(file, "UNMERGEABLE", ())]
 METHODS: dict[str, list[tuple]] = {file.LAWS[0].method: file.PARITY for file in _files if hasattr(file, "PARITY")}
+# starts that change the base, or look at data, have tests of their own wherever weights are not dense
+BY_THEMSELVES = [s for s in LAWS if not s.shifts and s.prepare is None]
 DRAWS = {sample.method for sample in LAWS if sample.draws}  # random in training, whatever drops out
 # compared with PEFT in tests of their own: one adapter trains at a time, targets are attentions or blocks, calls take
 # task ids, adapters are experts

@@ -27,7 +27,7 @@ from tests.samples.laws import Sample
 
 IN, OUT = 320, 96  # what all samples and all block sizes divide
 WHOLE = ("LN_TUNING",)  # trains the layer itself, which only floats can
-SAMPLES = [s for s in samples.LAWS if s.method not in WHOLE]
+SAMPLES = [s for s in samples.BY_THEMSELVES if s.method not in WHOLE]
 FEW = [s for s in SAMPLES if str(s) in ("LORA", "LORA-dora", "LOHA", "HIRA", "OFT", "IA3", "BEFT-bias")]
 
 

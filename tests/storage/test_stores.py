@@ -12,9 +12,12 @@ from graft.core.errors import UnsupportedLayerError
 from tests.conformance.samples import SAMPLES, disturb
 from tests.conformance.stores import Coded, Opaque, ReadOnly, Rounded, held
 from tests.models import seeded
+from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 700).view(70, 10)
-FIT = [s for s in SAMPLES if s.method not in ("LN_TUNING", "LILY")]  # a copy of the layer; no merged form anywhere
+FIT = [
+    s for s in BY_THEMSELVES if s.method not in ("LN_TUNING", "LILY")
+]  # a copy of the layer; no merged form anywhere
 READERS = "SUPERTUNING DEFT PSOFT OSF ADAMSS FROD GLORA PEANUT TINYLORA"
 # the weight, in the forward pass or to begin with
 NEEDS = {"LORA-dora", "LORA-kasa", "LORA-mica", "HIRA", "HIRA-random", "MISS-bat", "DELORA", "TRAINABLE_TOKENS"}

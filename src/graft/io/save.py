@@ -123,8 +123,9 @@ def ranks_of_adapters(model: Any, adapters: list[str]) -> list[int]:
         return dist.get_process_group_ranks(group)  # type: ignore[no-any-return]
     held: list[Tensor] = []
     for adapter in adapters:
-        parts = parts_of(model, adapter)[0]
-        held += [] if parts.prompt is None else list(tensors_below(parts.prompt).values())
+        parts, _, base = parts_of(model, adapter)
+        if parts.prompt is not None:  # a file knows its base by weights that may be in parts, too
+            held += [*tensors_below(parts.prompt).values(), *tensors_below(base).values()]
         held += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
     return ranks_of(held)
 

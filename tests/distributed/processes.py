@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, folder: Path, world: int = 2, timeout: float = 150) -> dict[str, str]:
+def run(module: str, folder: Path, world: int = 2, timeout: float = 300) -> dict[str, str]:
     """Return, by check, an empty text if all processes passed it, else their tracebacks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     logs = [open(folder / f"{rank}.log", "w+") for rank in range(world)]  # noqa: SIM115

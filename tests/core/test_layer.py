@@ -13,6 +13,7 @@ from graft.model import functional
 from tests.conformance.samples import SAMPLES, disturb
 from tests.looks import layers, merged
 from tests.models import seeded
+from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
 
@@ -495,7 +496,9 @@ def test_an_adapter_without_a_delta_says_so(method):
 # dtypes
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.method not in ("TRAINABLE_TOKENS", "LN_TUNING")], ids=str)
+@pytest.mark.parametrize(
+    "sample", [s for s in BY_THEMSELVES if s.method not in ("TRAINABLE_TOKENS", "LN_TUNING")], ids=str
+)
 def test_under_autocast(sample):
     net = nn.Sequential(nn.Linear(30, 60), nn.Tanh(), nn.Linear(60, 30))  # each sample's groups and blocks fit
     with seeded(0):

@@ -19,6 +19,7 @@ from graft.core.layer import layer_for
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.inject.match import Matcher
+from graft.storage import innermost
 
 MARK = "PipelineIdentityLayer"  # of transformers
 
@@ -36,6 +37,18 @@ def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
     if found:
         found |= {k: k.rpartition(".")[0] for k, m in modules.items() if type(m) is nn.Identity and k not in found}
     return found
+
+
+def absent_from(model: nn.Module) -> dict[str, str]:
+    """Return the same for a model with or without adapters, of which none is looked into."""
+    return absent_in(dict(_walk("", model)))
+
+
+def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(f"{path}.{name}" if path else name, innermost(child))
 
 
 def gaps(blocks: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarni
 from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import Parts, registry_of, unwrapped
-from graft.inject.stage import absent_in, below
+from graft.inject.stage import absent_from, below
 from graft.io.check import check_room, check_tensors
 from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
@@ -241,7 +241,7 @@ class Values:
     @cached_property
     def absent(self) -> dict[str, str]:
         """The modules that another stage of a pipeline has."""
-        return absent_in(dict(self.model.named_modules()))
+        return absent_from(self.model)
 
     def is_absent(self, path: str) -> bool:
         return below(path, self.absent)

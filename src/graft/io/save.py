@@ -20,7 +20,7 @@ from graft.core.wrappers import bare, clean, walk
 from graft.inject.agree import group_in
 from graft.inject.match import Names
 from graft.inject.parts import Parts, registry_of, unwrapped
-from graft.inject.stage import absent_in
+from graft.inject.stage import absent_from
 from graft.inject.survey import survey
 from graft.io.base import original
 from graft.io.digests import digests
@@ -246,7 +246,7 @@ def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, togethe
     """
     parts, _, base = parts_of(model, adapter)
     changes = changes_base(parts, adapter)
-    stage = bool(absent_in(dict(base.named_modules())))
+    stage = bool(absent_from(base))
     made = fingerprint(weights_of(parts, base), not changes, together, part=stage)
     if full:
         own = set(base_tensors(base, parts, config_of(model, adapter), False))

@@ -26,7 +26,7 @@ from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport, Matched
 from graft.inject.size import size
-from graft.inject.stage import absent_in
+from graft.inject.stage import absent_from
 from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
@@ -175,7 +175,7 @@ class Prompts(Registry):
             )
         if cfg.num_virtual_tokens is None:
             raise ConfigError(f"{cfg.peft_type.value} needs num_virtual_tokens, the length of the prompt.")
-        absent = absent_in(dict(self.model.named_modules()))
+        absent = absent_from(self.model)
         if absent:
             raise ConfigError(
                 f"{cfg.peft_type.value} acts on all layers at once, and this model is a stage of a pipeline, which "

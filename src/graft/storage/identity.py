@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,16 @@ TOLERANCE = 0.03  # relative: activations may be rounded to 8 bits
 SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows, so that what bends or clips is seen
 
 
-@torch.compiler.disable
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(f: F) -> F:
+    """Keep a compiler from looking inside. What torch.compiler.disable makes does so too, and imports the compiler."""
+    f._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return f
+
+
+@uncompiled
 def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """Return the weight (out, in) of a linear layer, as new memory."""
     run = quiet(m)
@@ -29,7 +38,7 @@ def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None
     return W
 
 
-@torch.compiler.disable
+@uncompiled
 def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
     run = quiet(m)
@@ -44,7 +53,7 @@ def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None,
     return not_affine(m, dims, device, dtype)
 
 
-@torch.compiler.disable
+@uncompiled
 def not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say that a module adds something else to W x than its own bias; None if it does not."""
     bias = getattr(m, "bias", None)  # first: a call may put it away again

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from graft.config.targets import ADALORA
 from graft.core.containers import Transient
@@ -123,7 +124,8 @@ class AdaLoRA(Method):
     def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
         """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
 
-        for m in (trainable(tuner) or ("", {}))[1].values() if tuner.training and torch.is_grad_enabled() else ():
+        trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()
+        for m in (trainable(tuner) or ("", {}))[1].values() if trains else ():
             m.sees = layout_of(m.lora_A) is not None
 
         def with_loss(output: Any) -> Any:

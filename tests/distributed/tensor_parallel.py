@@ -210,6 +210,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
+MODELS = tuple(CONFIGS) if ALL_LAWS else ("LORA", "DORA", "OFT", "PROMPT_TUNING", "SAVED")
+
+
 def llama(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -442,7 +445,7 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     yield from laws()
     yield from megatron_laws()
     write_llama(folder)
-    for name in CONFIGS:
+    for name in MODELS:
         yield f"model {name}", partial(whole_model, folder, name)
     yield "two methods", partial(life, folder)
     yield "several adapters", partial(several, folder)

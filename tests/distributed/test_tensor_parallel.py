@@ -4,7 +4,7 @@
 import pytest
 
 from tests.distributed.processes import run
-from tests.distributed.tensor_parallel import ALL_LAWS, CONFIGS, NAMED, TRIED
+from tests.distributed.tensor_parallel import ALL_LAWS, MODELS, NAMED, TRIED
 
 OTHERS = ("two methods", "several adapters", "refusals", "differences")
 
@@ -21,7 +21,7 @@ def test_a_layer_in_pieces_is_the_layer(style, found):
     assert not {name: text for name, text in checked.items() if text}
 
 
-@pytest.mark.parametrize("name", [*(f"model {name}" for name in CONFIGS), *OTHERS])
+@pytest.mark.parametrize("name", [*(f"model {name}" for name in MODELS), *OTHERS])
 def test_a_model_in_pieces_is_the_model(name, found):
     assert found.get(name, found.get("end", "not reached")) == ""
 

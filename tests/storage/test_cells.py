@@ -6,7 +6,7 @@ from torch import nn
 
 from graft.core.ops import OPS, Linear
 from graft.storage import STORES, Quantized
-from tests.storage.cells import Kind, cells
+from tests.storage.cells import FEW, Kind, cells
 
 
 class Eight(nn.Module):
@@ -54,5 +54,6 @@ for kind, store in ((Eight, EightStore()), (Calibrated, CalibratedStore())):
     STORES.add(row, store)
     OPS.add(row, Linear())
 
-tests = cells([Kind("eight", Eight), Kind("calibrated", Calibrated, fixed="codes that were calibrated")])
+# all samples: test_calibrated.py, test_float8.py
+tests = cells([Kind("eight", Eight), Kind("calibrated", Calibrated, fixed="codes that were calibrated")], FEW)
 test_reading, test_forward_and_gradients, test_merging, test_merging_into_a_dense_layer, test_files = tests

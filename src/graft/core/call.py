@@ -150,6 +150,7 @@ class Run:
     rows: Rows | None = None
     generates: bool = False  # the model's `generate` runs, and it its forward several times
     copies: int = 1  # of each row, which `generate` makes
+    adapters: Sequence[str] = ()  # those that act and are of the class whose `around` is called
 
     def argument(self, name: str) -> Any:
         """Return an argument of the model; the caller need not name the first."""

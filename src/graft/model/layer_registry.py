@@ -151,12 +151,17 @@ class LayerRegistry(Registry):
     @contextmanager
     def acting(self, run: Run) -> Iterator[Callable[[Any], Any]]:
         names = self.active_adapters if run.rows is None else run.rows.names
-        methods = [self.surrounding[name] for name in names if name in self.surrounding] if self.surrounding else ()
-        if not methods:
+        found: dict[type[Method], list[str]] = {}
+        for name in names if self.surrounding else ():
+            if name is not None and name in self.surrounding:
+                found.setdefault(self.surrounding[name], []).append(name)
+        if not found:
             yield as_it_is
             return
         with ExitStack() as stack:
-            steps = [stack.enter_context(method.around(self, self.call, run)) for method in dict.fromkeys(methods)]
+            steps = []
+            for method, run.adapters in found.items():
+                steps.append(stack.enter_context(method.around(self, self.call, run)))
 
             def finish(output: Any) -> Any:
                 for step in steps:

@@ -25,8 +25,7 @@ def surround(tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
     if tuner.disabled:
         yield as_it_is
         return
-    active = tuner.active_adapters if run.rows is None else run.rows.names
-    names = [n for n in active if n is not None and tuner.peft_config[n].peft_type == "SHADOW"]
+    names = run.adapters
     if not run.generates:
         one = Pass(tuner, call, names, run.inputs, run.kwargs)
         with call.giving(facts={FACT: one.states}):

@@ -20,6 +20,7 @@ from graft.core.ops import META
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.methods import method_of
+from graft.methods.lora.config import LoraConfig
 
 Layers = dict[str, AdapterLayer]  # by path
 Spectrum = tuple[Tensor, Tensor, Tensor]  # Vh (groups, k, n), U S (groups, m, k), S (groups, k)
@@ -36,7 +37,7 @@ def convert(
 ) -> tuple[Any, dict[str, Tensors]]:
     """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
     check(layers, adapter, cfg, rank)
-    if cfg.peft_type == "LORA":
+    if isinstance(cfg, LoraConfig):
         warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that, "
             "unless it is to have another rank."

@@ -16,6 +16,7 @@ from graft.combine.weighted import put, warn_if_base_changed
 from graft.core.changes import wide
 from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of
+from graft.methods.lora.config import LoraConfig
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def reduce_intruder_dimension(
         AdapterNameError: there is one of the new name, or no adapter can have it.
     """
     registry = registry_of(peft_model)
-    if registry is None or not any(config.peft_type == "LORA" for config in registry.peft_config.values()):
+    if registry is None or not any(isinstance(config, LoraConfig) for config in registry.peft_config.values()):
         raise ConfigError("The provided model is not using LoRA and is therefore not supported.")
     registry.check_known([old_adapter_name])
     cfg = copy.deepcopy(registry.peft_config[old_adapter_name])

@@ -286,8 +286,8 @@ def add_weighted_of_any(
     Raises:
         NotImplementedError: an adapter has no ΔW, as IA3 or OFT, which act on inputs and outputs.
     """
-    alike = [tuner.peft_config[name].peft_type == "IA3" for name in adapters if name in tuner.peft_config]
-    combine = add_weighted_vectors if alike and all(alike) else add_weighted_adapter
+    own = {function_for(tuner.peft_config[name].peft_type) for name in adapters if name in tuner.peft_config}
+    combine = own.pop() if len(own) == 1 and refuse not in own else add_weighted_adapter
     return combine(tuner, adapters, weights, adapter_name, *args, **kwargs)
 
 

@@ -36,16 +36,18 @@ class Meeting:
     """All processes at one place in the program.
 
     Raises:
-        CheckpointError: others have not come, or have come with something else to do.
+        CheckpointError: other processes do not call this, or call it with another task.
     """
 
-    def __init__(self, what: str, with_: str, ranks: Sequence[int]):
-        """Meet the processes of these ranks.
+    def __init__(self, call: str, task: str, ranks: Sequence[int]):
+        """Wait for the processes of these ranks, and compare their tasks.
 
-        what: the call, for errors. with_: what has to be the same on all processes.
+        Args:
+            call: the user's call, such as "save_pretrained", for errors.
+            task: adapters and arguments of the call, as text. Every process must bring the same.
         """
-        self.what, self.store, self.rank, self.ranks = what, store(), dist.get_rank(), ranks
-        self.room = self._enter(with_)
+        self.call, self.store, self.rank, self.ranks = call, store(), dist.get_rank(), ranks
+        self.room = self._enter(task)
         self._compare()
 
     def _enter(self, brought: str) -> str:
@@ -69,7 +71,7 @@ class Meeting:
             missing = [rank for rank in self.ranks if not store.check([f"{room}/{rank}"])]
             who = f"rank {self.rank} waited {PATIENCE:g} s for {missing or 'the others'}"
             raise CheckpointError(
-                f"{self.what} has to gather tensors that are spread over {size} processes: call {self.what} on all "
+                f"{self.call} has to gather tensors that are spread over {size} processes: call {self.call} on all "
                 f"processes; this one is alone ({who})."
             )
         return room
@@ -79,7 +81,7 @@ class Meeting:
         others = [rank for rank, other in brought.items() if other != brought[self.rank]]
         if others:
             raise CheckpointError(
-                f"{self.what} was called with adapters that are not the same on all processes: rank {self.rank} has "
+                f"{self.call} was called with adapters that are not the same on all processes: rank {self.rank} has "
                 f"{brought[self.rank].decode()}, rank {others[0]} has {brought[others[0]].decode()}. Give all "
                 "processes the same adapters, names and arguments."
             )

@@ -36,15 +36,15 @@ class ByIdentity(OwnModule):
 
     look = staticmethod(not_affine)
 
-    def what(self, m: nn.Module) -> tuple[str, str]:
-        """Say what the weight is, and what makes it known."""
+    def reason(self, m: nn.Module) -> tuple[str, str]:
+        """Return why graft itself cannot read the weight, and what a user can do about it, if anything."""
         return f"its weight is {self.codes}", ""
 
     def unreadable(self, m: nn.Module) -> str | None:
-        what, hint = self.what(m)
+        reason, remedy = self.reason(m)
         op, (device, dtype) = find_op(m), self.where(m)
         if not op.linear:
-            return what + hint
+            return reason + remedy
         if m not in self.known:
             first: Exception | None = None
             for runs_in in DTYPES if dtype is None else (dtype,):
@@ -54,9 +54,9 @@ class ByIdentity(OwnModule):
                 except Exception as e:  # whatever a forward raises; it may run later, on another device
                     first = first or e
             else:
-                return f"{what}, and running the layer to read it ends in {type(first).__name__}: {first}"
+                return f"{reason}, and running the layer to read it ends in {type(first).__name__}: {first}"
         why = self.known[m][0]
-        return None if why is None else f"{what}, and {why}"
+        return None if why is None else f"{reason}, and {why}"
 
     def values(self, m: nn.Module) -> Tensor:
         op, (device, dtype) = find_op(m), self.where(m)
@@ -65,8 +65,8 @@ class ByIdentity(OwnModule):
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight" or self.calibrated is not None:
             return super().fixed(m, name)
-        what, hint = self.what(m)
-        return f"{what}, and graft does not know how to write it{hint}"
+        reason, remedy = self.reason(m)
+        return f"{reason}, and graft does not know how to write it{remedy}"
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
         return {part: t for held in (m._parameters, m._buffers) for part, t in held.items() if t is not None}
@@ -89,7 +89,7 @@ class Foreign(ByIdentity):
     def __init__(self) -> None:
         super().__init__("foreign", "", calibrated=False)
 
-    def what(self, m: nn.Module) -> tuple[str, str]:
+    def reason(self, m: nn.Module) -> tuple[str, str]:
         if (why := strange_tensor(m, "weight")) is not None:
             return why, ""
         return own_forward(m) or (f"graft does not know how a {type(m).__name__} holds its weight", "")

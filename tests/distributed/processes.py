@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,12 +20,26 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, folder: Path, world: int = 2, timeout: float = 300) -> dict[str, str]:
-    """Return, by check, an empty text if all processes passed it, else their tracebacks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    """Return, by check of a module, an empty text if all processes passed it, else their tracebacks."""
+    return started(lambda rank: [__name__, module, str(folder), str(rank), str(world)], folder, world, timeout)
+
+
+def started(
+    command: Callable[[int], list[str]], folder: Path, world: int, timeout: float, **more: str
+) -> dict[str, str]:
+    """Start a process for each rank, and return what they report: see `run`.
+
+    Args:
+        command: rank → module and arguments.
+        more: variables of their environment.
+    """
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more,
+    }  # fmt: skip
     logs = [open(folder / f"{rank}.log", "w+") for rank in range(world)]  # noqa: SIM115
     begun = [
         subprocess.Popen(
-            [sys.executable, "-m", __name__, module, str(folder), str(rank), str(world)],
+            [sys.executable, "-m", *command(rank)],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
         )
         for rank, log in enumerate(logs)

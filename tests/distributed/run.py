@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.processes import started
 
 
 def run(folder: Path, layouts: list[str], world: int = 2, timeout: float = 420, packages: str = "") -> dict[str, str]:
@@ -19,43 +17,14 @@ def run(folder: Path, layouts: list[str], world: int = 2, timeout: float = 420, 
 
     packages: a folder with packages beside those of this environment.
     """
-    paths = [*filter(None, [str(Path(packages).resolve()) if packages else ""]), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GRAFT_PATIENCE": "5", "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)), "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
+    paths = [str(Path(packages).resolve()) if packages else "", os.environ.get("PYTHONPATH", "")]
     shutil.rmtree(folder, ignore_errors=True)  # a store from before would have answers of then
     folder.mkdir(parents=True)
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(world)]
-    begun = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.worker", str(folder), str(rank), str(world), *layouts],
-            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        for process in begun:
-            process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in begun:
-            process.kill()
-            process.wait()
-    found: dict[str, str] = {}
-    for rank, (process, log) in enumerate(zip(begun, logs)):
-        report = folder / f"{rank}.json"
-        done = json.loads(report.read_text()) if report.exists() else {}
-        for name, text in done.items():
-            found[name] = found.get(name, "") + (f"rank {rank}: {text}\n" if text else "")
-        log.seek(0)
-        if process.returncode:
-            found["all"] = (
-                found.get("all", "") + f"rank {rank} ended with {process.returncode}:\n{log.read()[-4000:]}\n"
-            )
-        log.close()
-    return found
+    return started(
+        lambda rank: ["tests.distributed.worker", str(folder), str(rank), str(world), *layouts],
+        folder, world, timeout, GRAFT_PATIENCE="5", DS_ACCELERATOR="cpu", MASTER_PORT=str(free_port()),
+        PYTHONPATH=os.pathsep.join(filter(None, paths)),
+    )  # fmt: skip
 
 
 def free_port() -> int:

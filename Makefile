@@ -28,7 +28,7 @@ bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed
 
 test-all: $(VENV)/.test
 	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2

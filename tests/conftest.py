@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`GRAFT_TESTS_SUBJECT=peft pytest tests/parity` runs PEFT against itself and so checks the tests."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,3 +32,9 @@ def pytest_collection_modifyitems(config, items):
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_finish(session):
+    """Keep what stands for the whole run (thousands of tests, the imports) out of every garbage collection."""
+    gc.collect()
+    gc.freeze()

@@ -17,9 +17,14 @@ def noise(row: Row) -> float:
     return max(LEAST_NOISE, sum(row.spread(who) for who in row.values if len(row.values[who]) > 2))
 
 
+def met_once() -> dict[str, str]:
+    """Row → its goal, of those that some run met."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
 def record(rows: list[Row]) -> None:
     """Note the rows whose goal is met, beside those noted before: one that is lost stays noted, to be found."""
-    known: dict[str, str] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    known = met_once()
     for row in rows:
         if row.goal.met(row):
             known[row.what] = str(row.goal)
@@ -28,7 +33,7 @@ def record(rows: list[Row]) -> None:
 
 def lost(rows: list[Row]) -> list[str]:
     """What was met and now falls short by more than the noise."""
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    known = met_once()
     out = []
     for row in rows:
         goal, slack = row.goal, 1 + noise(row)

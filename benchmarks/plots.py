@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.measure import Row
+from benchmarks.results import Found
 
 COLORS = {"graft": "#2a6f97", "floor": "#a9a9a9"}
 
 
-def draw(rows: list[Row], path: str, title: str) -> None:
-    """Bars of PEFT / graft and PEFT / floor on a logarithmic scale: 1 is PEFT, longer is faster or smaller."""
+def draw(rows: Sequence[Row | Found], path: str, title: str, source: str = "") -> None:
+    """Bars of PEFT / graft and PEFT / floor on a logarithmic scale: 1 is PEFT, longer is faster or smaller.
+
+    The file says what it was drawn from: `source`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,4 +40,4 @@ def draw(rows: list[Row], path: str, title: str) -> None:
     axes.legend(loc="lower right", fontsize=8)
     axes.margins(x=0.12, y=0.005)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Source": source})

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the benchmark, in the order of its table."""
+
+from __future__ import annotations
+
+from benchmarks import (
+    experts,
+    files,
+    imports,
+    inference,
+    injection,
+    memory,
+    merging,
+    methods,
+    mixtures,
+    packed,
+    serving,
+    switching,
+    training,
+    weighted,
+)
+
+GROUPS = (
+    imports,
+    injection,
+    files,
+    switching,
+    merging,
+    weighted,
+    memory,
+    training,
+    methods,
+    packed,
+    inference,
+    experts,
+    mixtures,
+    serving,
+)
+BENCHES = [bench for group in GROUPS for bench in group.BENCHES]

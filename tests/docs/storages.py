@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.storage import STORES, TENSORS
+from tests.docs.marks import put
 from tests.samples import LAWS, mergeable
 
 PAGE = Path(__file__).parents[2] / "docs" / "storages.md"
@@ -99,9 +100,7 @@ def of_method(name: str, column: str) -> str:
 def page() -> str:
     text = PAGE.read_text()
     for mark, table in (("storages", storages()), ("matrix", matrix())):
-        before, _, rest = text.partition(f"<!-- {mark} -->")
-        _, _, after = rest.partition("<!-- end -->")
-        text = f"{before}<!-- {mark} -->\n{table}\n<!-- end -->{after}"
+        text = put(text, mark, table)
     return text
 
 

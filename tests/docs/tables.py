@@ -10,17 +10,19 @@ from typing import Any
 from graft.core.changes import why_none
 from graft.methods import METHODS, PROMPTS
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
+from tests.docs.marks import put
 from tests.looks import layers
 from tests.samples.laws import Sample
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
-BEGIN, END = "<!-- printed by tests/docs/tables.py -->", "<!-- end -->"
+MARK = "printed by tests/docs/tables.py"
 KINDS = {  # column → layers of the law suite
     "linear": ("linear", "Conv1D"),
     "embedding": ("embedding",),
     "convolutions": ("conv1d", "conv2d", "conv3d"),
     "grouped": ("conv2d-grouped", "conv2d-depthwise"),
 }
+HEAD = ["config", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
 BY_NAME = {layer.name: layer for layer in LAYERS}
 
 
@@ -64,10 +66,14 @@ def row(name: str) -> list[str]:
     ]
 
 
+def single() -> list[str]:
+    """The methods that act on single layers."""
+    return [name for name in METHODS if any(s.method == name for s in SAMPLES)]
+
+
 def table() -> str:
-    names = [name for name in METHODS if any(s.method == name for s in SAMPLES)]
-    head = ["config", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
-    lines = [head, ["---"] * len(head), *(row(name) for name in names)]
+    names = single()
+    lines = [HEAD, ["---"] * len(HEAD), *(row(name) for name in names)]
     others = ", ".join(f"`{METHODS[n].config}`" for n in METHODS if n not in names)
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     prompts = ", ".join(f"`{r.config}`" for r in PROMPTS.values())
@@ -79,10 +85,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with the tables as the code has them now."""
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return put(PAGE.read_text(), MARK, table())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages say what the code does."""
 
+import re
+
+from graft.methods import ROWS
 from tests.docs import storages, tables
 
 
@@ -10,3 +13,9 @@ def test_the_tables_of_the_methods_page_are_printed_from_the_code():
 
 def test_the_tables_of_the_storages_page_are_printed_from_the_code():
     assert storages.page() == storages.PAGE.read_text(), "run python -m tests.docs.storages"
+
+
+def test_the_list_of_methods_names_each_config_once():
+    _, _, part = tables.PAGE.read_text().partition("## All methods, with configs and papers")
+    named = re.findall(r"^\| [^|]+ \| `(\w+)` \|", part, re.MULTILINE)
+    assert sorted(named) == sorted(row.config for row in ROWS.values())

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README's table of reasons, printed from the code and a run of the benchmark: `python -m tests.docs.readme`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+
+from benchmarks import results
+from benchmarks.results import Run
+from benchmarks.rows import BENCHES
+from benchmarks.tables import line, ratio, show
+from graft.methods import ROWS
+from tests.docs.marks import put
+from tests.docs.tables import HEAD, row, single
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "README.md"
+MEASURED = {  # what → row of the benchmark, and how `--only` names it
+    "a second adapter, 10,000 layers": ("second adapter, 10k modules", "10k"),
+    "loading a tenth adapter": ("load_adapter, 10th", "10th"),
+    "a training step, LoRA, float32": ("training step, LoRA all linear, float32", "'LoRA all'"),
+    "kept for backward, bf16, dropout": ("bytes kept, bf16 base + dropout", "'base + dropout'"),
+    "a batch for 64 adapters": ("slots 64 × 1, 64 adapters", "slots"),
+    "another adapter in place": ("hotswap_adapter (floor: load_file and copy)", "hotswap"),
+}
+
+
+def counted() -> list[list[str]]:
+    """What the code says of itself."""
+    rows = [dict(zip(HEAD, row(name), strict=True)) for name in single()]
+    here = "`python -m tests.docs.readme`"
+    packages = list((ROOT / "tests" / "packages").glob("*.txt"))
+    return [
+        ["methods", str(len(ROWS)), str(len(peft.PeftType)), here],
+        *(
+            [what, f"{sum(cells[column] == 'yes' for cells in rows)} of {len(rows)}", "–", here]
+            for what, column in (("… on layers: merge", "merges"), ("… differ by row of a batch", "rows of a batch"))
+        ),
+        ["quantizing packages in the tests", str(len(packages)), "–", "`make test-storages`"],
+    ]
+
+
+def measured(run: Run) -> list[list[str]]:
+    lines = []
+    for what, (name, only) in MEASURED.items():
+        assert any(name == b.what and only.strip("'").lower() in name.lower() for b in BENCHES), name
+        found = run.row(name)
+        graft, theirs = (show(found.median(who), 0, found.unit) for who in ("graft", "PEFT"))
+        lines.append([what, graft, f"{theirs} ({ratio(found.faster)} ×)", f'`make bench BENCH="--only {only}"`'])
+    return lines
+
+
+def table() -> str:
+    run = results.read()
+    head = ["", "graft", "PEFT 0.21.2", "command"]
+    return "\n".join(line(cells) for cells in [head, ["---"] * len(head), *counted(), *measured(run)])
+
+
+def page() -> str:
+    return put(PAGE.read_text(), "why", table())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(table())

@@ -57,11 +57,11 @@ def write(path: str, rows: list[Row], versions: str, whole: bool, seconds: float
     Path(path).write_text(text + "\n")
 
 
-def read(path: Path = RESULTS) -> Run:
-    held = json.loads(path.read_text())
+def read(path: Path | None = None) -> Run:
+    held = json.loads((path or RESULTS).read_text())
     return Run(held["versions"], held["run"], held["whole"], [Found(**row) for row in held["rows"]])
 
 
-def digest(path: Path = RESULTS) -> str:
-    """What the picture of a run says that it was drawn from."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest() -> str:
+    """What the picture of the run that is shown says that it was drawn from."""
+    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()

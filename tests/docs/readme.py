@@ -36,9 +36,12 @@ def counted() -> list[list[str]]:
         ["methods", str(len(ROWS)), str(len(peft.PeftType)), here],
         *(
             [what, f"{sum(cells[column] == 'yes' for cells in rows)} of {len(rows)}", "–", here]
-            for what, column in (("… on layers: merge", "merges"), ("… differ by row of a batch", "rows of a batch"))
+            for what, column in (
+                ("layer methods that merge into weights", "merges"),
+                ("layer methods that differ by row of a batch", "rows of a batch"),
+            )
         ),
-        ["quantizing packages in the tests", str(len(packages)), "–", "`make test-storages`"],
+        ["packages of quantized layers, tested", str(len(packages)), "–", "`make test-storages`"],
     ]
 
 

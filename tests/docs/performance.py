@@ -52,8 +52,8 @@ def expect(run: Run) -> str:
         figures = []
         for row in map(run.row, names):
             graft, peft = (show(row.median(who), 0, row.unit) for who in ("graft", "PEFT"))
-            figures.append(f"{graft}; PEFT {peft} ({ratio(row.faster)} ×)")
-        lines.append(f"- {what}: {', and '.join(figures)}.")
+            figures.append(f"{graft} against {peft} ({ratio(row.faster)} ×)")
+        lines.append(f"- {what}: {'; '.join(figures)}.")
     return "\n".join(lines)
 
 

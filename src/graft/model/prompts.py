@@ -30,6 +30,7 @@ from graft.inject.stage import absent_from
 from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
+from graft.prompts import admission, entry
 from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
 from graft.prompts.kv_prefix import fitted, length
 from graft.prompts.prefix_tuning import as_pairs
@@ -97,7 +98,7 @@ class Prompts(Registry):
         self._begin(model, peft_config, options.pop("tree", None))
         self.add_adapter(adapter_name, peft_config, **options)
         for stack in self.stacks.values():
-            stack.attach()
+            entry.attach(stack)
         self.set_adapter(adapter_name, peft_config.inference_mode)
 
     def _begin(self, model: nn.Module, config: Any, tree: Tree | None = None) -> None:
@@ -194,10 +195,10 @@ class Prompts(Registry):
                 "encoder: use SEQ_2_SEQ_LM."
             )
         main = self.stacks["main"]
-        (self.stacks.get("decoder", main) if cfg.holds_keys else main).check_kind(cfg)
+        admission.check_kind(self.stacks.get("decoder", main) if cfg.holds_keys else main, cfg)
         cfg.fit(getattr(self.model, "config", None), main.width)
         for stack in self._entered(cfg):
-            stack.check(cfg)
+            admission.check_size(stack, cfg)
         if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
             raise ConfigError(
                 f"{type(self.model).__name__} masks its logits by the tokens of the input, among which a prompt of "

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks by which a prompt enters the stack: they rewrite its arguments, and cut the prompt from its output."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from graft.prompts.arguments import put_embeddings, put_keys, widen, widen_encoded
+from graft.prompts.inside import first_of
+from graft.prompts.kv_prefix import is_static, length
+from graft.prompts.stack import NEW_CACHE, OLD_CACHE, Stack
+
+ORDERS = ("perm_mask", "target_mapping")  # XLNet's arguments, which have no place for a prompt
+
+
+def attach(stack: Stack) -> None:
+    """Put the hooks on the stack's modules, once."""
+    if stack.attached:
+        return
+    stack.module.register_forward_pre_hook(partial(enter, stack), with_kwargs=True)
+    stack.module.register_forward_hook(partial(leave, stack))
+    if stack.outer is not stack.module:
+        stack.outer.register_forward_pre_hook(partial(step, stack), with_kwargs=True)
+    stack.attached = True
+
+
+def enter(stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Put the prompt into the arguments: the hook before `module`."""
+    if not stack.now.tokens and not stack.now.encoded:
+        return None
+    stack.now.visited = True
+    given = _given(stack, stack.names, args, kwargs)
+    if stack.now.encoded:
+        widen_encoded(stack, given)
+    if stack.now.tokens:
+        _enter(stack, given)
+    return (), given
+
+
+def step(stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Widen masks and positions before `outer` in later steps: the hook on it."""
+    given = _given(stack, stack.outer_names, args, kwargs)
+    first, seen = first_of(given), length(given.get(stack.cache_name or ""))
+    stack.now.widened_outside = bool(stack.now.tokens and seen and first is not None)
+    if not stack.now.widened_outside:
+        return None
+    widen(stack, given, first.shape[1] + seen, 0, len(first))
+    return (), given
+
+
+def _given(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
+    given = {**dict(zip(names, args)), **kwargs}
+    if stack.cache_name == NEW_CACHE and given.get(NEW_CACHE) is None and given.get(OLD_CACHE) is not None:
+        given[NEW_CACHE] = given.pop(OLD_CACHE)
+    return given
+
+
+def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> Any:
+    """Cut the prompt, or a cache that holds nothing else, from the output: the hook after `module`."""
+    if stack.now.strips and stack.now.entered:
+        if isinstance(output, tuple):
+            return output[0][:, stack.now.tokens :], *output[1:]
+        output.last_hidden_state = output.last_hidden_state[:, stack.now.tokens :]
+    lent, stack.now.lent = stack.now.lent, None
+    if lent is None:
+        return None
+    if isinstance(output, tuple):
+        return tuple(part for part in output if part is not lent)
+    return type(output)(**{name: part for name, part in output.items() if part is not lent})
+
+
+def _enter(stack: Stack, given: dict[str, Any]) -> None:
+    first = first_of(given)
+    if first is None:
+        return  # the module's own error names the missing argument
+    if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+        raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
+    if first.dim() < 2:
+        raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}: pass input_ids[None].")
+    order = next((name for name in ORDERS if given.get(name) is not None), None)
+    if order is not None:
+        raise ValueError(
+            f"{order} has no place for the prompt's tokens: {type(stack.module).__name__} cannot generate with a "
+            "prompt, which forward() can be used with."
+        )
+    batch, new = first.shape[:2]
+    cache = given.get(stack.cache_name) if stack.cache_name else None
+    seen = length(cache)
+    stack.now.entered = not seen
+    if not seen and is_static(cache):
+        raise ValueError(
+            f"A {type(cache).__name__} has no room for a prompt of {stack.now.tokens} tokens: leave it out, or pass "
+            "cache_implementation='dynamic' to generate()."
+        )
+    total = new + (seen or stack.now.tokens)
+    if stack.positions is not None and total > stack.positions:
+        raise ValueError(
+            f"{total - stack.now.tokens} tokens and a prompt of {stack.now.tokens} need {total} positions, and "
+            f"{type(stack.module).__name__} has {stack.positions}: {total - stack.positions} too many."
+        )
+    before = 0
+    if stack.now.entered and stack.now.embeddings is not None:
+        before = stack.now.tokens
+        put_embeddings(stack, given, batch)
+    elif stack.now.entered:
+        put_keys(stack, given, cache, batch)
+    if not stack.now.widened_outside:
+        widen(stack, given, total, before, batch)
+    stack.now.widened_outside = False

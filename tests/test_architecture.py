@@ -4,7 +4,6 @@
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,53 +201,6 @@ FILES_OF_PROMPTS = [MODULES["graft." + row.method.partition(":")[0]] for row in 
 )
 def test_the_file_of_a_method_is_short(path):
     assert len(path.read_text().splitlines()) <= 150
-
-
-DOCS = Path(__file__).parents[1] / "docs"
-TOY = re.search(r"```python\n(# SPDX.*?)```", (DOCS / "architecture.md").read_text(), re.S)[1]  # type: ignore[index]
-
-USE = """
-import copy, sys
-import graft, torch
-from torch import nn
-
-base = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-x = torch.randn(5, 4)
-before = base(x)
-model = graft.get_peft_model(copy.deepcopy(base), graft.ToyConfig(target_modules=["0", "2"], start=0.5))
-model.add_adapter("other", graft.ToyConfig(target_modules=["0"], start=-1.0))
-assert type(model.base_model) is graft.ToyModel and graft.PeftType.TOY == model.peft_type
-y = model(x)
-assert not torch.allclose(y, before)
-mixed = model(x, adapter_names=["default", "__base__", "other", "default", "__base__"])
-torch.testing.assert_close(mixed[[0, 3]], y[[0, 3]])
-torch.testing.assert_close(mixed[[1, 4]], before[[1, 4]])
-y.sum().backward()
-assert [n for n, p in model.named_parameters() if p.grad is not None] == [
-    f"base_model.model.{i}.toy_{x}.default" for i in (0, 2) for x in "uv"
-]
-model.save_pretrained(sys.argv[1])
-loaded = graft.PeftModel.from_pretrained(copy.deepcopy(base), sys.argv[1])
-torch.testing.assert_close(loaded(x), y)
-model.merge_adapter()
-torch.testing.assert_close(model(x), y)
-model.unmerge_adapter()
-torch.testing.assert_close(model.merge_and_unload()(x), y)
-assert "toy" in repr(loaded)
-print(sorted(graft.load_peft_weights(sys.argv[1])))
-"""
-
-
-def test_adding_a_method_is_one_file_and_one_line(tmp_path):
-    shutil.copytree(SOURCE, tmp_path / "graft", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "graft" / "methods" / "toy.py").write_text(TOY)
-    table = tmp_path / "graft" / "methods" / "__init__.py"
-    line = '    "TOY": Row("methods.toy:Toy", "ToyConfig", "ToyModel"),\n'
-    text, n = re.subn(r"(METHODS: dict\[str, Row\] = \{\n)", lambda m: m[1] + line, table.read_text())
-    assert n == 1
-    table.write_text(text)
-    printed = run(USE, str(tmp_path / "saved"), path=tmp_path)
-    assert printed.strip() == str([f"base_model.model.{i}.toy_{x}" for i in (0, 2) for x in "uv"])
 
 
 # one place each

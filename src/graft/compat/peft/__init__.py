@@ -33,6 +33,7 @@ _displaced: dict[str, ModuleType] = {}
 
 
 def installed() -> bool:
+    """Say whether `import peft` is graft now."""
     return FINDER in sys.meta_path
 
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built site in a browser: `make docs-look`. Not a part of `make test`, which knows no browser.
+
+Every page, as wide as a desktop and as a phone: its headings are there, it is no wider than the window, pictures load,
+nothing is fetched from elsewhere, no error is written to the console. Search finds what it should. Screenshots stay in
+out/look.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from playwright import sync_api
+
+ROOT = Path(__file__).parents[2]
+SITE, PICTURES = ROOT / "out" / "site", ROOT / "out" / "look"
+PAGES = sorted(path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md"))
+WIDTHS = {"desktop": 1280, "phone": 390}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FOUND = {  # what a reader types → the page that has to be among the results
+    "hotswap_adapter": "serving/",
+    "rows of a batch": "several_adapters/",
+    "DoRA": "methods/",
+    "fully_shard": "distributed/",
+    "bitsandbytes": "storages/",
+    "AlreadyInjectedError": "moving_from_peft/",
+    "carrier": "glossary/",
+    "alora_invocation_tokens": "reference/configs/",
+}
+
+
+def chromium() -> str:
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.fail(
+            f"There is no browser: none of {', '.join(BROWSERS)} is on the path. Install Chromium (Debian and Ubuntu: "
+            "apt install chromium), or say where one is: CHROMIUM=/path/to/chrome make docs-look."
+        )
+    return found
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Write nothing."""
+
+
+@pytest.fixture(scope="module")
+def address():
+    if not (SITE / "index.html").exists():
+        pytest.fail(f"{SITE} has no site: run make docs first.")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(browser, request):
+    """An empty tab that notes what it asks others for, and what goes wrong in it."""
+    width = WIDTHS[getattr(request, "param", "desktop")]
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.elsewhere, page.wrong = [], []
+
+    def note(asked) -> None:
+        if not asked.url.startswith(("http://127.0.0.1", "data:")):
+            page.elsewhere.append(asked.url)
+
+    page.on("request", note)
+    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    yield page
+    page.close()
+
+
+def url_of(page: Path) -> str:
+    path = page.with_suffix("").as_posix()
+    return path.removesuffix("index") if path.endswith("index") else f"{path}/"
+
+
+def headings(page: Path) -> list[str]:
+    """Titles of the page's source, without its code and its marks."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / page).read_text(), flags=re.M | re.S)
+    return [re.sub(r"[`*]", "", title).strip() for title in re.findall(r"^#{1,2} (.+)$", text, re.M)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("tab", WIDTHS, indirect=True)
+def test_a_page(tab, address, page):
+    answer = tab.goto(address + url_of(page))
+    assert answer.status == 200
+    tab.wait_for_load_state("networkidle")
+    shown = [text.replace("¶", "").strip() for text in tab.locator("article :is(h1, h2)").all_inner_texts()]
+    assert headings(page) and not set(headings(page)) - set(shown)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    width = tab.viewport_size["width"]
+    tab.screenshot(path=PICTURES / f"{'-'.join(page.with_suffix('').parts)}-{width}.png")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
+    for picture in tab.locator("article img").all():
+        assert picture.evaluate("i => i.complete && i.naturalWidth > 0"), picture.get_attribute("src")
+    assert not tab.elsewhere and not tab.wrong
+
+
+def search(tab, text: str) -> None:
+    field = tab.get_by_role("textbox", name="Search")
+    field.click()
+    field.press_sequentially(text)
+
+
+@pytest.mark.parametrize("text", FOUND)
+def test_search_finds(tab, address, text):
+    tab.goto(address)
+    search(tab, text)
+    results = tab.locator("a.md-search-result__link")
+    results.first.wait_for(timeout=10_000)
+    links = results.evaluate_all("all => all.map(a => a.href)")
+    found = [re.split("[?#]", link)[0].removeprefix(address) for link in links]
+    assert FOUND[text] in found, found
+
+
+def test_search_finds_nothing_for_nonsense(tab, address):
+    """So that the test before does not pass whatever is shown."""
+    tab.goto(address)
+    search(tab, "qqzzxxyy")
+    tab.get_by_text("No matching documents").wait_for(timeout=10_000)
+    assert not tab.locator("a.md-search-result__link").count()
+
+
+def test_a_link_of_the_navigation_leads_to_its_page(tab, address):
+    tab.goto(address)
+    tab.get_by_role("link", name="Add a method").first.click()
+    tab.wait_for_load_state("networkidle")
+    assert tab.url == address + "add_a_method/"

@@ -106,6 +106,8 @@ def test_a_page(tab, address, page):
     tab.wait_for_load_state("networkidle")
     shown = [text.replace("¶", "").strip() for text in tab.locator("article :is(h1, h2)").all_inner_texts()]
     assert headings(page) and not set(headings(page)) - set(shown)
+    for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / page).read_text(), re.M):
+        assert tab.locator(f"[id='{name}']").count() == 1, name
     PICTURES.mkdir(parents=True, exist_ok=True)
     width = tab.viewport_size["width"]
     tab.screenshot(path=PICTURES / f"{'-'.join(page.with_suffix('').parts)}-{width}.png")
@@ -113,6 +115,17 @@ def test_a_page(tab, address, page):
     for picture in tab.locator("article img").all():
         assert picture.evaluate("i => i.complete && i.naturalWidth > 0"), picture.get_attribute("src")
     assert not tab.elsewhere and not tab.wrong
+
+
+def test_a_config_has_a_table_of_its_fields(tab, address):
+    """From comments in the source, and with fields of the classes that it derives from."""
+    tab.goto(address + "reference/configs/")
+    entry = tab.locator(".doc-class", has=tab.locator("[id='graft.methods.lora.config.LoraConfig']"))
+    cells = [row.inner_text().split("\t") for row in entry.get_by_role("row").all()]
+    rows = {name.strip(): (kind.strip(), said.strip()) for name, kind, said in (c for c in cells if len(c) == 3)}
+    assert rows["qalora_group_size"] == ("int", "Inputs in a group. Default: 16.")
+    assert rows["exclude_modules"][1] == "Names, suffixes or one regex. Default: None."
+    assert "task_type" not in rows  # of PeftConfig, which has an entry
 
 
 def search(tab, text: str) -> None:

@@ -70,26 +70,33 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, config: PeftConfig, allowlist: list[str] | None) -> Any:
-        if cls.auto_class is not None:
-            expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type)
-            mine = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task]
-            if expected is not mine:
-                wanted = expected.__name__ if expected else "PeftModel"
-                raise ValueError(
-                    f"Expected target PEFT class: {wanted}, which is what the adapter's task asks for, not "
-                    f"{mine.__name__}: use the AutoPeftModel class of that task."
-                )
-            import transformers
-
-            return getattr(transformers, cls.auto_class)
-        if config.task_type is not None:
+        if config.task_type is None:
+            return cls._recorded_class(config, allowlist)
+        if cls.auto_class is None:
             raise ValueError(
-                f"The adapter is for {config.task_type}: use AutoPeftModelFor… of that task, or PeftModel."
+                "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type: the "
+                f"adapter is for {config.task_type}, so AutoPeftModelFor… of that task, or PeftModel."
             )
+        expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type)
+        mine = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task]
+        if expected is not mine:
+            wanted = expected.__name__ if expected else "PeftModel"
+            raise ValueError(
+                f"Expected target PEFT class: {wanted}, but you have asked for: {mine.__name__}. The adapter is for "
+                f"{config.task_type}: use the AutoPeftModel class of that task."
+            )
+        import transformers
+
+        return getattr(transformers, cls.auto_class)
+
+    @staticmethod
+    def _recorded_class(config: PeftConfig, allowlist: list[str] | None) -> Any:
+        """Return the class that an adapter without a task type recorded of its base."""
         mapping = config.auto_mapping
         if not mapping:
             raise ValueError(
-                "Cannot tell the base model's class: the config has neither a task type nor an auto_mapping."
+                "Cannot infer the auto class from the config, which has neither a task type nor an auto_mapping: load "
+                "the base model yourself, and the adapter with PeftModel.from_pretrained."
             )
         library, name = (mapping.get(key) for key in ("parent_library", "base_model_class"))
         if not (isinstance(library, str) and isinstance(name, str)):

@@ -42,6 +42,11 @@ class Entry:
     path: str = ""  # below the adapter's name
 
     @property
+    def label(self) -> str:
+        """The name that reports show."""
+        return self.memory
+
+    @property
     def in_state_dict(self) -> bool:
         return self.attribute not in self.owner._non_persistent_buffers_set
 
@@ -64,6 +69,10 @@ class Entry:
 
 class PromptEntry(Entry):
     """The prompt that a prompt method computes, or one of its parameters: see `Prompt.stored`."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.memory}.{self.attribute}"
 
     def assign(self, value: Tensor) -> None:
         self.owner.restore(self.attribute, value)  # type: ignore[operator]

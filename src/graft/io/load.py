@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -31,7 +31,11 @@ from graft.storage.parallel import fill, shape_of
 
 @dataclass
 class LoadReport:
-    """The report of a load: every key of the checkpoint, and every tensor of the adapter."""
+    """The report of a load: every key of the checkpoint, and every tensor of the adapter.
+
+    Keys that were loaded or left over have their names in the checkpoint. What is missing or of another shape is named
+    as in the model's state dict, with the adapter's name, by which callers filter. All have the model's prefix.
+    """
 
     loaded: list[str] = field(default_factory=list)
     base: list[str] = field(default_factory=list)  # tensors of the base model that the checkpoint brought along
@@ -44,7 +48,7 @@ class LoadReport:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
-Mismatch = tuple[str, Any, Any]  # name in the file, shape there, shape in the model
+Mismatch = tuple[str, Any, Any]  # name in the model, shape in the file, shape in the model
 
 
 class BaseEntry(NamedTuple):
@@ -69,14 +73,16 @@ class Values:
         key_mapping: dict[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         allow_nonfinite: bool = False,
+        prefix: str | None = None,
     ):
+        """`prefix` is that of the model's keys; None: a PeftModel's."""
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite)
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
         stored = {clean(key): t for key, t in loaded.tensors.items()}  # PEFT leaves parts of wrappers in names
         self.tensors = renamed(stored, own if key_mapping is None else key_mapping, key_mapping is not None)
         self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
-        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+        self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
 
@@ -116,6 +122,8 @@ class Values:
         self.check_base(parts)
         bare = not any(n.startswith("base_model.") for n in self.tensors)
         prefix = "" if bare else parts.prefix
+        there = parts.prefix if self.prefix is None else self.prefix
+        in_memory = partial(renamed_to, prefix, prefix if parts.prompt is not None else there)
         self.tensors = fused(self.tensors, parts, prefix)
         names = set(self.tensors)
         found: list[tuple[Entry, str]] = []
@@ -127,27 +135,34 @@ class Values:
         ]
         for layer, held in groups:
             if layer is None:  # layers may restore values that are as large as what they share
-                both = [(name, self.tensors[name].shape, shape_of(entry.tensor)) for entry, name in held if name]
+                both = [
+                    (in_memory(entry.label), self.tensors[name].shape, shape_of(entry.tensor))
+                    for entry, name in held
+                    if name
+                ]
                 self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
         for layer, held in groups:
             if layer is not None:
                 held = self._restored(layer, held, names, used)
             for entry, name in held:
                 if name is None:
-                    self.report.missing_keys.append(entry.file)
-                elif self.tensors[name].shape != shape_of(entry.tensor):
-                    mismatched.append((name, self.tensors[name].shape, shape_of(entry.tensor)))
+                    self.report.missing_keys.append(in_memory(entry.label))
+                    continue
+                used.add(name)
+                if self.tensors[name].shape != shape_of(entry.tensor):
+                    mismatched.append((in_memory(entry.label), self.tensors[name].shape, shape_of(entry.tensor)))
                 else:
                     found.append((entry, name))
-        used |= {name for _, name in found} | {name for name, _, _ in mismatched}
         used |= names & {n for layer, held in groups if layer is None for entry, _ in held for n in entry.also}
-        base = self.base_tensors(names - used, prefix, mismatched)
-        left = names - used - set(base)
+        base, others = self.base_tensors(names - used, prefix)
+        mismatched += [(in_memory(name), *shapes) for name, *shapes in others]
+        left = names - used - set(base) - {name for name, _, _ in others}
         self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
-        self.report.unexpected_keys = sorted(left - set(self.report.absent_keys))
-        self.report.missing_keys += self._missing_biases(parts, prefix)
+        unexpected = sorted(left - set(self.report.absent_keys))
+        self.report.unexpected_keys = [in_memory(n) for n in unexpected]
+        self.report.missing_keys += map(in_memory, self._missing_biases(parts, prefix))
         self._check_dtypes([(name, entry.tensor) for entry, name in found] + [*base.items()])
-        self._complain(mismatched)
+        self._complain(mismatched, unexpected)
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         own: list[tuple[Any, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
@@ -222,10 +237,10 @@ class Values:
                     owner, dot, _ = owner.rpartition(".")
         return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
-    def base_tensors(self, names: set[str], prefix: str, mismatched: list[Mismatch]) -> dict[str, Tensor]:
-        """Return the base model's parameters that `names` name; add those of another shape to `mismatched`."""
+    def base_tensors(self, names: set[str], prefix: str) -> tuple[dict[str, Tensor], list[Mismatch]]:
+        """Return the base model's parameters that `names` name, and which names are of tensors of another shape."""
         if not names:
-            return {}
+            return {}, []
         held: dict[str, Tensor] = {}
         for path, p in self.model.named_parameters(remove_duplicate=False):
             path = clean(path)
@@ -234,9 +249,8 @@ class Values:
                 stem, _, leaf = path.rpartition(".")
                 held[f"{prefix}{stem}.base_layer.{leaf}"] = p
         out = {n: held[n] for n in sorted(names) if n in held}  # spreading takes all processes, in one order
-        for name in [n for n in out if shape_of(out[n]) != self.tensors[n].shape]:
-            mismatched.append((name, self.tensors[name].shape, shape_of(out.pop(name))))
-        return out
+        wrong = [n for n in out if shape_of(out[n]) != self.tensors[n].shape]
+        return out, [(n, self.tensors[n].shape, shape_of(out.pop(n))) for n in wrong]
 
     @cached_property
     def absent(self) -> dict[str, str]:
@@ -289,7 +303,8 @@ class Values:
                 "it was saved with, or pass ignore_mismatched_sizes=True to leave these out."
             )
 
-    def _complain(self, mismatched: list[Mismatch]) -> None:
+    def _complain(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:
+        """Raise or warn; what is left over has its names in the file here, to be found there."""
         report = self.report
         self._refuse(mismatched)
         if mismatched:
@@ -301,8 +316,8 @@ class Values:
         parts = []
         if report.missing_keys:
             parts.append(f"Found missing adapter keys while loading the checkpoint: {some(report.missing_keys)}.")
-        if report.unexpected_keys:
-            parts.append(f"Found keys that fit nothing in the adapter: {some(report.unexpected_keys)}.")
+        if unexpected:
+            parts.append(f"Found keys that fit nothing in the adapter: {some(unexpected)}.")
         if not parts:
             return
         text = f"{' '.join(parts)} Adapter '{self.adapter}', checkpoint {self.path}."
@@ -334,6 +349,13 @@ def sizes(mismatched: list[Mismatch]) -> str:
     return some(
         [f"size mismatch for {n}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for n, a, b in mismatched]
     )
+
+
+def renamed_to(prefix: str, there: str, name: str) -> str:
+    """Return a name that may begin with `prefix` with `there` in its place; as it is, if a PeftModel holds it."""
+    if not prefix and name.startswith("base_model."):
+        return name
+    return there + name[len(prefix) :] if name.startswith(prefix) else name
 
 
 def torn_apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any] | None:
@@ -393,10 +415,10 @@ def set_peft_model_state_dict(
         CheckpointError: a tensor is not a plain one of finite real numbers.
     """
     model = unwrapped(model)
-    parts, _, base = parts_of(model, adapter_name)
+    parts, prefix, base = parts_of(model, adapter_name)
     loaded = Loaded(dict(peft_model_state_dict), "the given state dict")
     config = config_of(model, adapter_name)
-    values = Values(base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite)
+    values = Values(base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite, prefix)
     put(parts, adapter_name, values.of(parts, adapter_name))
     registry = registry_of(model)
     if registry is not None:

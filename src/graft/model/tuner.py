@@ -18,6 +18,7 @@ from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree, survey
 from graft.inject.targets import model_config
 from graft.methods import METHODS, PROMPTS, method_of
+from graft.model.asleep import tell_once
 from graft.model.layer_registry import LayerRegistry
 
 
@@ -258,6 +259,7 @@ def inject_adapter_in_model(
     if state_dict is not None:
         compare_targets(tuner, peft_config, adapter_name)
     model.peft_config = tuner.peft_config  # type: ignore[assignment]
+    tell_once(registry_of(tuner).carriers(), tuner.peft_config, adapter_name)
     return model
 
 

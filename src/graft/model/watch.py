@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The audit that a model in training makes of itself, once: one warning for what does not train.
 
-It looks when a backward pass ends, at the gradients that this left. What is certain at once, it says at once: nothing
-on the layers got a gradient while something else did; gradients that are not finite in a model without float16; base
-parameters that train and are not saved; a model in which nothing trains at all. A single layer without gradients may
-belong to an expert that got no token, a head of another task, a layer that was dropped: such a layer it watches, and
-says so only when `PASSES` backward passes have left nothing there.
+It looks when a backward pass ends, at the gradients that this left, and at the first one's mode. What is certain at
+once, it says at once: nothing on the layers got a gradient while something else did; gradients that are not finite in a
+model without float16; base parameters that train and are not saved; a model in which nothing trains at all. A single
+layer without gradients may belong to an expert that got no token, a head of another task, a layer that was dropped:
+such a layer it watches, and says so only when `PASSES` backward passes have left nothing there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from graft.core.call import tensors_in
 from graft.core.errors import PeftWarning, warn
 from graft.inject.saved import ModulesToSaveWrapper
+from graft.model.asleep import say_asleep
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.parallel import is_sharded
 
@@ -63,6 +64,8 @@ class Watch:
         if self.registry.watch is not self:
             return
         self.looks += 1
+        if self.looks == 1:
+            say_asleep(parts_of_active(self.registry.carriers()), self.registry.peft_config)
         report = self._first() if self.suspects is None else self._again()
         if report is not None or self.looks >= LOOKS:
             self.registry.watch = None

@@ -11,7 +11,7 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import layer_in
-from graft.core.errors import AdapterNotFoundError, PeftError, warn
+from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.core.place import place
@@ -62,14 +62,18 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         part.set_adapter(names, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str | None = None, layer_cls: type | None = None
+) -> list[str]:
     """Remove an adapter; return the active ones. If none is left, make the first of the others (by name) active.
 
+    Without a PeftModel, one that no layer carries gives a warning: callers delete by lists that may name it twice.
+
     Args:
-        prefix: the method's; without effect, for PEFT's callers.
+        prefix, layer_cls: the method's; without effect, for PEFT's callers.
 
     Raises:
-        AdapterNotFoundError: no layer carries it.
+        AdapterNotFoundError: the PeftModel has no such adapter.
         ValueError: it is merged.
     """
     registry = registry_in(model)
@@ -77,7 +81,10 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         registry.delete_adapter(adapter_name)
         return list(registry.active_adapters)
     parts = parts_in(model)
-    check_there(parts, [adapter_name])
+    if not any(adapter_name in part.adapters for part in parts):
+        have = dict.fromkeys(name for part in parts for name in part.adapters)
+        warn(f"There is no adapter {adapter_name} to delete. The model has: {', '.join(have) or 'none'}.", PeftWarning)
+        return next((list(p.active_adapters) for p in parts if p.active_adapters), [])
     if any(adapter_name in part.merged_adapters for part in parts):
         raise ValueError(
             f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."

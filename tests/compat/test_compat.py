@@ -28,7 +28,7 @@ from tests.samples import each
 METHOD_FOLDERS = {  # of methods that PEFT has
     path: t for path, (t, suffix) in OF_METHODS.items() if not suffix and t in METHODS and hasattr(peft.PeftType, t)
 }
-NOT_IN_LAYERS = ("MultiheadAttention", "ParamWrapper")  # layer classes of PEFT's that graft has no counterpart of yet
+NOT_IN_LAYERS = ("MultiheadAttention",)  # layer classes of PEFT's that graft has no counterpart of yet
 
 
 def run(code: str, *arguments: str, module: str | None = None) -> str:
@@ -128,8 +128,6 @@ def test_layer_classes_only_tell_layers_apart():
     assert issubclass(linear, layer) and not isinstance(nn.Linear(2, 2), layer)
     with pytest.raises(TypeError, match="only for isinstance"):
         linear()
-    with pytest.raises(TypeError, match=r"graft\.Method"):
-        type(linear)("Mine", (linear,), {})
     with pytest.raises(AttributeError, match="would change nothing"):
         linear.forward = lambda self, x: x
 
@@ -170,7 +168,7 @@ def test_install_and_uninstall():
         import peft, peft.tuners.lora.layer, peft.utils.save_and_load
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.import_utils import is_bnb_available, is_transformers_ge_v5
-        assert peft.LoraConfig is graft.LoraConfig and BaseTunerLayer is graft.AdapterLayer
+        assert peft.LoraConfig is graft.LoraConfig and issubclass(BaseTunerLayer, graft.AdapterLayer)
         assert peft.tuners.lora.LoraLayer is peft.tuners.lora.layer.LoraLayer
         assert is_bnb_available() in (True, False) and is_transformers_ge_v5
         assert peft.__version__ == "0.22.0" and "LoraConfig" in dir(peft)

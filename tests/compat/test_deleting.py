@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deleting by a list that names an adapter twice, as callers of transformers' integration and of PEFT's functions do."""
+"""Deleting by a list that names an adapter twice, by transformers' integration and PEFT's functions."""
 
 from __future__ import annotations
 

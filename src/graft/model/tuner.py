@@ -20,9 +20,10 @@ from graft.inject.targets import model_config
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.asleep import tell_once
 from graft.model.layer_registry import LayerRegistry
+from graft.model.tuner_type import TunerType
 
 
-class Tuner(nn.Module):
+class Tuner(nn.Module, metaclass=TunerType):
     """The user's model as `.model`, with adapters on its layers. Attributes that PEFT's tuners lack are the model's.
 
     `tuner_of` makes the subclasses (`LoraModel`, …) from the table of methods; they differ only in their method. By

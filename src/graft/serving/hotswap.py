@@ -128,8 +128,8 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options:
     merged = [key for key, layer in parts.layers.items() if adapter in layer.merged_adapters]
     if merged:
         raise ConfigError(
-            f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights of "
-            f"{some(merged, 2)}: call unmerge_adapter() before."
+            f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights. Please unmerge the "
+            f"adapter first, with unmerge_adapter(). It is merged on {some(merged, 2)}."
         )
     load = Values(base, config, adapter, loaded, **options)
     with collector_paused():
@@ -232,10 +232,10 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         else:
             plan.zeros += [entry.tensor for entry in absent]
             plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
-    base = load.base_tensors(set(left), prefix, []) if left else {}  # a file holds embeddings with the adapters on them
+    base = load.base_tensors(set(left), prefix)[0] if left else {}  # a file holds embeddings with the adapters on them
     other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
     plan.wrong += [f"{name} is not what the base model has" for name in other]
-    faults = [f"unexpected keys found: {some(sorted(left))}"] if left else []
+    faults = [f"unexpected keys found: {some(sorted(left))[1:-1]}"] if left else []
     faults += [f"missing keys: {some(plan.missing)}"] if plan.missing else []
     faults += [some(plan.wrong)] if plan.wrong else []
     if faults or not plan.found:

@@ -48,9 +48,13 @@ def is_hooked(layer: nn.Module) -> bool:
 
 @contextmanager
 def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
-    """Bring all offloaded tensors below `module` in for the block; keep what it writes to those of `written`."""
+    """Bring all offloaded tensors below `module` in for the block; keep what it writes to those of `written`.
+
+    Tensors that are there already, by a block around this one, stay there after it.
+    """
     found = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
-    for m, hook in found:
+    away = [(m, hook) for m, hook in found if is_away(m)]
+    for m, hook in away:
         hook.pre_forward(m)
         if m is written:  # p may be accelerate's own copy, or belong to another model
             for p in m._parameters.values():
@@ -63,7 +67,7 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
                 own = {name: p.detach().to("cpu") for name, p in m._parameters.items() if p is not None}
                 hook.weights_map = {**{name: hook.weights_map[name] for name in _stored(m, hook)}, **own}
     finally:
-        for m, hook in found:
+        for m, hook in away:
             hook.post_forward(m, None)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
 from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB
+from graft.core.errors import PeftWarning, warn
 from graft.methods import ROWS, method_of
 
 ROOT = "peft"
@@ -54,6 +55,7 @@ def method_names(peft_type: str, suffix: str) -> list[str]:
         ".layer": layer_names(peft_type),
         ".model": [row.tuner],
         **{f".{store}": [name] for name, store in OF_STORES.items() if peft_type == "LORA"},
+        ".tp_layer": ["LoraParallelLinear"] if peft_type == "LORA" else [],
         ".bnb": kind_names(peft_type, BNB) if peft_type in WITH_BNB else [],
     }
     if suffix:
@@ -91,22 +93,36 @@ def resolve(module: str, name: str) -> Any:
 def absent(module: str, name: str) -> str:
     close = difflib.get_close_matches(name, names_in(module), n=1, cutoff=0.9) if known(module) else []
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{module}.{name} is not in graft yet{hint}: graft stands for peft here, see graft.compat.peft."
+    return (
+        f"{module}.{name} is not in graft yet{hint}: graft stands for peft here, see graft.compat.peft. What is "
+        "missing on purpose, and what to do instead, is in docs/differences.md; PEFT itself has the name."
+    )
 
 
 class AliasModule(ModuleType):
     """A module that looks names up on first use, as `graft` itself does."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__version__" and self.__name__ == ROOT:
+        if name == "__version__" and below(self.__name__) in ("", "config"):
             return FINDER.version
         if name == "__all__":
             return names_in(self.__name__)
         if name.startswith("__"):
             raise AttributeError(name)
         value = resolve(self.__name__, name)
-        self.__dict__[name] = value
+        self.__dict__[name] = value  # past __setattr__, which warns
         return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a name for those who look it up here, and say that graft itself looks nothing up here."""
+        plain = name.startswith("__") or isinstance(value, ModuleType)
+        if not plain and getattr(self, name, value) is not value:
+            warn(
+                f"{self.__name__}.{name} was replaced for those who import it from there from now on; graft itself "
+                "calls nothing by PEFT's names, and runs as before.",
+                PeftWarning,
+            )
+        super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return names_in(self.__name__)
@@ -148,7 +164,7 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         return AliasModule(spec.name, f"graft in the place of {spec.name}")
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        module.__file__ = os.path.join(os.path.dirname(__file__), "__init__.py")
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
         name = getattr(context, "name", None)

@@ -7,10 +7,12 @@ from graft.methods import METHODS, ROWS
 
 # PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
-    "graft.core.layer": "BaseTunerLayer=AdapterLayer",
+    "graft.kernels.kronecker": "factorization",
     "graft.core.containers": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
     "graft.methods.road": "RoadVariant",
+    "graft.methods.shadow.cache": "ShadowCache",
+    "graft.methods.shadow.detached": "DetachedShadowModel",
     "graft.methods.shira.masks": "random_mask",
     "graft.methods.xlora.classifier": "XLoraClassifier",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
@@ -42,7 +44,10 @@ HELD: dict[str, str] = {
     "graft.train.adamss": "AdamssAsaCallback",
     "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
-    "graft.compat.peft.layers": "AuxiliaryTrainingWrapper",
+    "graft.compat.peft.clients": "TRANSFORMERS_MODEL_CONFIG VARIANT_KWARG_KEYS _ExcludedModule "
+    "convert_peft_config_for_transformers get_bnb_param_type get_model_conversion_mapping get_quantization_config "
+    "onload_layer register_peft_method",
+    "graft.compat.peft.layers": "AuxiliaryTrainingWrapper BaseTunerLayer",
     "graft.compat.peft.loading": "build_peft_weight_mapping",
     "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG calculate_alora_offsets "
     "TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
@@ -126,9 +131,14 @@ MODULES: dict[str, str] = {
     "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.adamss.asa_callback": "AdamssAsaCallback",
+    "tuners.adaption_prompt.config": "TRANSFORMERS_MODEL_CONFIG",
+    "tuners.shadow": "DetachedShadowModel ShadowCache",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
+    "tuners.lokr.layer": "factorization",
     "tuners.lora.arrow": "create_arrow_model",
+    "tuners.lora.dora": "dequantize_module_weight transpose",
+    "tuners.lora.layer": "ALLOWED_COMPUTE_DTYPES VARIANT_KWARG_KEYS check_adapters_to_merge transpose",
     "tuners.lora.variants": "calculate_alora_offsets",
     # beside those that follow from the table of methods
     "tuners.lora": f"{_EVA} convert_to_lora create_arrow_model preprocess_loraga save_as_lora",
@@ -144,26 +154,27 @@ MODULES: dict[str, str] = {
     "match_target_against_key "
     "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES "
     f"{_DISCOVERY} PEFT_TYPE_TO_PREFIX_MAPPING _find_minimal_target_modules _get_submodules "
-    "_maybe_include_all_linear_layers cast_adapter_dtype check_target_module_exists delete_adapter "
-    "inspect_matched_modules set_adapter set_requires_grad",
+    "_ExcludedModule onload_layer _maybe_include_all_linear_layers cast_adapter_dtype check_target_module_exists "
+    "delete_adapter inspect_matched_modules set_adapter set_requires_grad",
     "tuners.xlora.classifier": "XLoraClassifier",
     "utils": f"{_FILES} {_STATE} {_TRAINING} {_EXPORTED} {_WRAPPERS} ALLOWED_COMPUTE_DTYPES "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType UPCAST_DTYPES "
-    "_get_submodules replace_lora_weights_loftq transpose",
+    "_get_submodules get_quantization_config register_peft_method replace_lora_weights_loftq transpose",
     "utils.constants": f"{_FILES} {_DISCOVERY} {_TARGETS} ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
     "DUMMY_TARGET_MODULES MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME UPCAST_DTYPES",
     "utils.error": "NoMatchingPeftModuleError PeftError",
     "utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap",
-    "utils.integrations": "dequantize_module_weight gather_params_ctx init_empty_weights",
+    "utils.integrations": "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights",
     "utils.loftq_utils": "loftq_init replace_lora_weights_loftq",
     "utils.merge_utils": "dare_linear dare_ties magnitude_based_pruning magnitude_prune task_arithmetic ties",
     "utils.other": f"{_FILES} {_DISCOVERY} {_EXPORTED} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
     "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "
-    "id_tensor_storage match_target_against_key",
-    "utils.peft_types": "PeftType TaskType",
+    "get_quantization_config id_tensor_storage match_target_against_key",
+    "utils.peft_types": "PeftType TaskType register_peft_method",
     "utils.save_and_load": f"{_STATE} {_WEIGHTS} {_DISCOVERY} PEFT_TYPE_TO_TUNER_MAPPING PeftType",
-    "utils.transformers_weight_conversion": "build_peft_weight_mapping",
+    "utils.transformers_weight_conversion": "build_peft_weight_mapping convert_peft_config_for_transformers "
+    "get_model_conversion_mapping",
     "utils.warning": "PeftWarning",
 }
 
@@ -219,3 +230,4 @@ OF_STORES = {  # PEFT's classes of LoRA on other packed weights → the store
     "TorchaoLoraLinear": "torchao",
 }
 OF_METHODS |= {f"tuners.lora.{store}": ("LORA", f".{store}") for store in OF_STORES.values()}
+OF_METHODS["tuners.lora.tp_layer"] = ("LORA", ".tp_layer")

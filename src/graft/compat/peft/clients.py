@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of PEFT's inside that single clients import: axolotl, unsloth, ms-swift, diffusers and others."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.inject import experts
+from graft.inject.survey import survey
+from graft.methods.adaption_prompt import AdaptionPrompt
+from graft.storage import innermost
+from graft.storage.offload import at_hand
+
+TRANSFORMERS_MODEL_CONFIG = AdaptionPrompt.targets  # by model_type; callers ask which there are
+VARIANT_KWARG_KEYS = ["alora_offsets"]  # arguments of a layer's forward that are its adapters'
+
+
+class _ExcludedModule:
+    """PEFT's answer that a config excludes a module, for isinstance: graft's answer is False."""
+
+
+def onload_layer(layer: nn.Module) -> AbstractContextManager[None]:
+    """Bring a layer's tensors in for the block, if accelerate keeps them elsewhere; keep what it writes to the base."""
+    base = getattr(layer, "base_layer", None)
+    return at_hand(layer, None if base is None else innermost(base))
+
+
+def get_bnb_param_type(param: Tensor) -> str | bool:
+    """Return "4bit" or "8bit" for a weight of bitsandbytes; False for any other."""
+    return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__, False)
+
+
+def get_quantization_config(model: Any, method: str) -> Any:
+    """Return the quantization config of a model that transformers quantized by `method`; None for any other."""
+    if getattr(model, "quantization_method", None) != method:
+        return None
+    return getattr(getattr(model, "config", None), "quantization_config", None)
+
+
+def get_model_conversion_mapping(*args: Any, **kwargs: Any) -> Any:
+    """Return what transformers says: PEFT only imports the function."""
+    from transformers.conversion_mapping import get_model_conversion_mapping as theirs
+
+    return theirs(*args, **kwargs)
+
+
+def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: Any = None) -> None:
+    """Rewrite a config that names experts one by one for a model that holds them as stacks; see `inject.experts`.
+
+    Args:
+        conversions: without effect, as graft knows the families.
+    """
+    if peft_config.peft_type == "LORA" and hasattr(getattr(model, "config", None), "model_type"):
+        experts.convert(peft_config, model, survey(model), ())
+
+
+def register_peft_method(
+    *, name: str, config_cls: Any, model_cls: Any, prefix: str | None = None, is_mixed_compatible: bool = False
+) -> None:
+    """Refuse: PEFT's tuner classes have nothing in graft that could run them.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"register_peft_method: '{name}' is written for PEFT's tuners, which graft does not have. A method here is "
+        'one file, a Method that says its effect, and one line in graft.methods: see "Add a method" in '
+        "docs/architecture.md. To train this one, use PEFT itself."
+    )

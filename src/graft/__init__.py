@@ -6,6 +6,7 @@ Public names are imported when they are first used; `import graft` itself import
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -90,3 +91,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if os.environ.get("GRAFT_AS_PEFT", "") not in ("", "0"):  # see graft.compat.peft
+    import_module("graft.compat.peft").install(children=True)

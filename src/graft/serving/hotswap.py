@@ -128,8 +128,8 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options:
     merged = [key for key, layer in parts.layers.items() if adapter in layer.merged_adapters]
     if merged:
         raise ConfigError(
-            f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights. Please unmerge the "
-            f"adapter first, with unmerge_adapter(). It is merged on {some(merged, 2)}."
+            f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights. Please unmerge "
+            f"the adapter first, with unmerge_adapter(). It is merged on {some(merged, 2)}."
         )
     load = Values(base, config, adapter, loaded, **options)
     with collector_paused():

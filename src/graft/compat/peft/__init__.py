@@ -7,24 +7,36 @@
     from peft import LoraConfig, get_peft_model  # graft's
     from peft.tuners.lora import LoraLayer       # isinstance(layer, LoraLayer) holds for graft's LoRA layers
 
-or, without touching a script: `python -m graft.compat.peft train.py --lr 1e-3` (or `-m module`).
+or, without touching a script, for it and all processes that it starts:
+
+    python -m graft.compat.peft train.py --lr 1e-3          # or -m module
+    python -m graft.compat.peft -m torch.distributed.run --nproc-per-node 2 train.py
+    python -m graft.compat.peft -m accelerate.commands.launch train.py
+    eval "$(python -m graft.compat.peft --env)"             # for whatever this shell starts
+
+These set GRAFT_AS_PEFT=1 and PYTHONPATH, which children inherit; in code, `install(children=True)` does. With the
+variable alone, `import graft` installs the alias. For an environment as a whole, `pip install packaging/as-peft` puts a
+distribution `peft` in PEFT's place; nothing installs it by itself.
 
 Call `install` before the first import of peft, and of modules that look for it on import (transformers' Trainer,
 accelerate, trl): a module that has looked already keeps its answer.
 
 The package metadata says 0.22.0, because transformers 5.24 accepts nothing older; graft's interface and files are
 those of 0.21.2. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is
-installed or not. `pip show peft` does not, nor do processes that this one spawns (not forks).
+installed or not.
 
-Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance;
-issubclass on the class of a layer, deriving from them and patching them have no meaning. Pickles name graft's modules.
+Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance; a
+class derived from one can be defined, and making one, patching one, or issubclass on the class of a layer is an error
+that says what to do instead. Pickles name graft's modules.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
+from graft.compat.peft.children import hand_down, keep_to_itself
 from graft.compat.peft.modules import FINDER, VERSION, ours, real_peft
 
 __all__ = ["install", "installed", "uninstall"]
@@ -37,18 +49,21 @@ def installed() -> bool:
     return FINDER in sys.meta_path
 
 
-def install(*, force: bool = False, version: str = VERSION) -> None:
+def install(*, force: bool = False, version: str = VERSION, children: bool = False) -> None:
     """Make `import peft` and all below it resolve to graft. A second call changes only the version.
 
     Args:
         force: also if the program has imported PEFT; code that holds its objects keeps them.
         version: for `peft.__version__` and the package metadata.
+        children: also in processes that this one starts, until `uninstall` (they say VERSION).
 
     Raises:
         ImportError: the program has imported PEFT already.
     """
     FINDER.version = version
     if installed():
+        if children:
+            hand_down()
         return
     real = real_peft()
     if real and not force:
@@ -60,6 +75,8 @@ def install(*, force: bool = False, version: str = VERSION) -> None:
         del sys.modules[name]
     _displaced.update(real)
     sys.meta_path.insert(0, FINDER)
+    if children:
+        hand_down()
 
 
 def uninstall() -> None:
@@ -67,7 +84,15 @@ def uninstall() -> None:
     if not installed():
         return
     sys.meta_path.remove(FINDER)
+    keep_to_itself()
     for name in ours(list(sys.modules)):
         del sys.modules[name]
     sys.modules.update(_displaced)
     _displaced.clear()
+
+
+def stand_in() -> None:
+    """Put graft in the place of the module `peft` that is being imported, which calls this."""
+    sys.modules.pop("peft", None)
+    install()
+    import_module("peft")

@@ -182,4 +182,5 @@ def ours(modules: Iterable[str]) -> list[str]:
 
 def real_peft() -> dict[str, ModuleType]:
     """Return the imported modules of an installed PEFT, by name."""
-    return {m: sys.modules[m] for m in ours(sys.modules) if not isinstance(sys.modules[m], AliasModule)}
+    found = {m: sys.modules[m] for m in ours(sys.modules)}
+    return {m: x for m, x in found.items() if not (isinstance(x, AliasModule) or hasattr(x, "STAND_IN"))}

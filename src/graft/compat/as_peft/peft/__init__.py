@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""graft in PEFT's place, for processes that find this folder on their path: see `graft.compat.peft.children`."""
+
+STAND_IN = True  # before the import, by which graft knows this module from PEFT
+
+from graft.compat.peft import stand_in  # noqa: E402
+
+stand_in()

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's name in other processes: spawned, started by a shell, by torchrun and accelerate; and as a distribution."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from graft.compat.peft import children
+from graft.compat.peft.modules import VERSION
+
+ROOT = Path(__file__).parents[2]
+SAYS = "import peft, importlib.metadata as m; print(peft.LoraConfig.__module__, peft.__version__, m.version('peft'))"
+OURS = f"graft.methods.lora.config {VERSION} {VERSION}"
+
+
+def start(*command: str, path: str = "", **variables: str) -> str:
+    """What a process prints, in an environment that knows this tree; it must end well."""
+    own = {k: v for k, v in os.environ.items() if k not in (children.VARIABLE, "PYTHONPATH")}
+    where = os.pathsep.join(p for p in (path, str(ROOT / "src"), str(ROOT)) if p)
+    env = {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": where, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def python(*arguments: str, **options: str) -> str:
+    return start(sys.executable, "-W", "ignore", *arguments, **options)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that writes a script and returns its path."""
+
+    def write(code: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(code))
+        return str(path)
+
+    return write
+
+
+CHILDREN = f"""
+    import multiprocessing, subprocess, sys
+
+    def child(queue):
+        import importlib.metadata, peft
+        queue.put((peft.LoraConfig.__module__, importlib.metadata.version("peft")))
+
+    if __name__ == "__main__":
+        spawn = multiprocessing.get_context("spawn")
+        queue = spawn.Queue()
+        process = spawn.Process(target=child, args=(queue,))
+        process.start()
+        print(*queue.get(timeout=120))
+        process.join()
+        print(subprocess.run([sys.executable, "-c", {SAYS!r}], capture_output=True, text=True, check=True).stdout)
+"""
+BOTH = [f"graft.methods.lora.config {VERSION}", OURS]
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line]
+
+
+def test_children_of_the_launcher(script):
+    """A process spawned by multiprocessing, and another interpreter."""
+    assert lines(python("-m", "graft.compat.peft", script(CHILDREN))) == BOTH
+
+
+def test_children_of_a_script(script):
+    install = "import graft.compat.peft\ngraft.compat.peft.install(children=True)\n"
+    assert lines(python(script(install + textwrap.dedent(CHILDREN)))) == BOTH
+
+
+def test_the_variable_alone(script):
+    """`import graft` reads it; "0" and "" ask for nothing."""
+    code = f"import graft; {SAYS}"
+    assert python("-c", code, **{children.VARIABLE: "1"}).strip() == OURS
+    installed = importlib.metadata.version("peft")
+    for value in ("0", ""):
+        assert python("-c", code, **{children.VARIABLE: value}).split() == ["peft.tuners.lora.config", *[installed] * 2]
+
+
+def test_without_asking_nothing_is_handed_down():
+    code = f"""
+import graft.compat.peft as alias, os, subprocess, sys
+alias.install()
+assert {children.VARIABLE!r} not in os.environ and not any("as_peft" in p for p in sys.path)
+before, path = dict(os.environ), list(sys.path)
+alias.install(children=True)
+alias.install(children=True)
+assert os.environ["PYTHONPATH"].count("as_peft") == 1 == sum("as_peft" in p for p in sys.path)
+alias.uninstall()
+assert dict(os.environ) == before and sys.path == path
+import peft
+assert "site-packages" in peft.__file__
+"""
+    python("-c", code)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a line for a POSIX shell")
+def test_a_shell():
+    line = f'eval "$({sys.executable} -m graft.compat.peft --env)" && {sys.executable} -W ignore -c "{SAYS}"'
+    assert start("bash", "-c", line).strip() == OURS
+
+
+def test_torchrun(script):
+    """Two processes that train one adapter, of a script that knows nothing of graft."""
+    code = """
+        import os, peft, torch
+        from torch import distributed
+        from torch.nn.parallel import DistributedDataParallel
+
+        distributed.init_process_group("gloo")
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["0"], r=2)
+        model = DistributedDataParallel(peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), config))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        torch.manual_seed(distributed.get_rank())
+        for _ in range(2):
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+        mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        distributed.all_gather(both, mine)
+        assert torch.equal(*both)
+        with open(f"{__file__}.{distributed.get_rank()}", "w") as file:
+            print(peft.LoraConfig.__module__, os.environ["GRAFT_AS_PEFT"], file=file)
+        distributed.destroy_process_group()
+    """
+    path = script(code)
+    run = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", path)
+    python("-m", "graft.compat.peft", "-m", *run)
+    for rank in range(2):
+        assert Path(f"{path}.{rank}").read_text().strip() == "graft.methods.lora.config 1"
+
+
+def test_accelerate_launch(script):
+    path = script(f"{SAYS}\nfrom accelerate.utils import is_peft_available; assert is_peft_available()")
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    assert OURS in lines(python("-m", "graft.compat.peft", "-m", *launch, *options, path))
+
+
+def test_the_distribution(tmp_path):
+    """Built, and installed into a folder: every process that sees it has graft for peft, and pip shows it."""
+    shutil.copytree(ROOT / "packaging" / "as-peft", tmp_path / "as-peft")
+    assert shutil.which("pip") or importlib.metadata.version("pip")
+    setuptools = importlib.metadata.version("setuptools").split(".")[0]
+    isolation = ["--no-build-isolation"] if int(setuptools) >= 77 else []
+    target = str(tmp_path / "installed")
+    python("-m", "pip", "install", "-q", "--no-deps", *isolation, "--target", target, str(tmp_path / "as-peft"))
+    version = f"{VERSION}+graft"
+    code = "from peft.tuners.lora import LoraLayer; import peft.utils.other; print(LoraLayer.__module__, peft.__file__)"
+    assert python("-c", SAYS, path=target).split()[0] == "graft.methods.lora.config"
+    assert python("-c", "import importlib.metadata as m; print(m.version('peft'))", path=target).strip() == version
+    assert python("-c", code, path=target).startswith("graft.compat.peft.layers ")
+    shown = python("-m", "pip", "show", "peft", path=target)
+    assert re.search(rf"^Version: {re.escape(version)}$", shown, re.MULTILINE)
+
+
+def test_versions_agree():
+    (metadata,) = Path(children.FOLDER).glob("*.dist-info/METADATA")
+    assert f"\nVersion: {VERSION}\n" in metadata.read_text() and f"-{VERSION}." in metadata.parent.name
+    assert f'version = "{VERSION}+graft"' in (ROOT / "packaging" / "as-peft" / "pyproject.toml").read_text()

@@ -125,7 +125,7 @@ def test_the_largest_logits_serve_but_do_not_train(tmp_path):
     model.unmerge_adapter()
     model.train()
     for names in (None, ["default", "whole", "whole"]):
-        with pytest.raises(RuntimeError, match=r"Found infinity values in VB-LoRA logits: adapter 'default'"):
+        with pytest.raises(RuntimeError, match=r"Found infinity values in VB-LoRA logits.*adapter 'default'"):
             output(model, TOPK, **({"adapter_names": names} if names else {}))
     with model.disable_adapter():
         output(model, TOPK)

@@ -22,6 +22,7 @@ from graft.inject.agree import draw_alike
 from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Place, Tree, Wrapper, survey
+from graft.methods import ROWS
 from graft.prompts.base import Prompt
 from graft.storage import innermost, ready
 
@@ -249,6 +250,6 @@ def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:
     others = list(others)  # type: ignore[assignment]
     if others and any(getattr(c, "bias", "none") != "none" for c in (cfg, *others)):
         raise ValueError(
-            f"{method.__name__} supports only 1 adapter with bias. "
+            f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."
         )

@@ -24,7 +24,10 @@ class AutoPeftModel:
 
     def __init__(self, *args: Any, **kwargs: Any):
         name = type(self).__name__
-        raise OSError(f"{name} is designed to be instantiated using the `{name}.from_pretrained(folder)` method.")
+        raise OSError(
+            f"{name} is designed to be instantiated using the "
+            f"`{name}.from_pretrained(pretrained_model_name_or_path)` method."
+        )
 
     @classmethod
     def from_pretrained(

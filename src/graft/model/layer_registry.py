@@ -24,7 +24,7 @@ from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, nest_of, survey
 from graft.io.base import original
-from graft.methods import method_of
+from graft.methods import ROWS, method_of
 from graft.model.registry import Registry
 from graft.storage import DENSE, Quantized, holds_codes, innermost
 from graft.storage.packed import dtype_beside, unmark
@@ -191,11 +191,11 @@ class LayerRegistry(Registry):
 
     def _check_alone(self, adapter_name: str, config: Any) -> None:
         """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
-        method = self.method_for(config)
+        method, tuner = self.method_for(config), ROWS[config.peft_type.value].tuner
         others = [n for n, c in self.alike(config).items() if n != adapter_name and not c.inference_mode]
         if method.single_trainable and others:
             raise ConfigError(
-                f"{method.__name__} supports only 1 trainable adapter. When using multiple adapters, set "
+                f"{tuner} supports only 1 trainable adapter. When using multiple adapters, set "
                 f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
             )
 

@@ -416,7 +416,8 @@ class PeftModel(nn.Module):
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(
-                f"You passed an invalid `selected_adapters` arguments, {unknown}: loaded are {list(self.peft_config)}."
+                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {unknown}."
             )
         if not names and selected_adapters is None:
             raise CheckpointError(f"There is nothing to save into {save_directory}: the model has no adapter.")

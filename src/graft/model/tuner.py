@@ -252,8 +252,8 @@ def inject_adapter_in_model(
         )
     if method.shares:
         raise ValueError(
-            f"{method.__name__} cannot be injected without a wrapper: it has shared state stored on the tuner. "
-            "Please use `get_peft_model` instead."
+            f"`inject_adapter_in_model` does not support {peft_config.peft_type} because it uses shared "
+            "state stored on the tuner. Please use `get_peft_model` instead."
         )
     cls = tuner_of(peft_config.peft_type)
     tuner = cls(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)

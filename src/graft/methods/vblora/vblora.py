@@ -92,8 +92,8 @@ class VBLoRA(Method):
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
                 if isinstance(m, cls) and m.layer.training and m.truncated:
                     raise RuntimeError(
-                        f"Found infinity values in VB-LoRA logits: adapter '{name}' was saved with "
-                        "save_only_topk_weights, without what training needs. Call eval() to run it."
+                        f"Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
+                        f"`save_only_topk_weights` model, as adapter '{name}' is. Call eval() to run it."
                     )
         with super().around(tuner, call, run) as finish:
             yield finish

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 _NEW = nn.Module().__dict__
 _HOOKS = {k: type(v) for k, v in _NEW.items() if "hooks" in k and isinstance(v, dict)}
@@ -26,7 +27,11 @@ class _Later:
         self.name, self.kind = name, kind
 
     def __get__(self, module: nn.Module | None, owner: Any = None) -> Any:
-        return self if module is None else module.__dict__.setdefault(self.name, self.kind())
+        if module is None:
+            return self
+        if is_dynamo_compiling():  # before torch 2.7 it cannot write there; hooks that come later it ignores anyway
+            return self.kind()
+        return module.__dict__.setdefault(self.name, self.kind())
 
 
 def lean(cls: M) -> M:

@@ -51,7 +51,8 @@ def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
 
 def spectrum(x: Tensor, parts: int) -> Tensor:
     """Return the transforms of the parts of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts)."""
-    return torch.fft.rfft(x.reshape(-1, parts, x.shape[-1] // parts)).permute(2, 0, 1)
+    rows = x.reshape(-1, parts, x.shape[-1] // parts).contiguous()  # torch 2.6 transforms no expanded tensors
+    return torch.fft.rfft(rows).permute(2, 0, 1)
 
 
 def signal(X: Tensor, shape: tuple[int, ...], b: int) -> Tensor:

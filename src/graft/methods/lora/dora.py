@@ -72,7 +72,9 @@ class DoRA(LoRA):
 
     def norm_now(self) -> Tensor:
         W, *cuts = self.layer.own_W0
-        return row_norms(W.flatten(1), *super().factors().matrices(), *cuts)
+        A, B = super().factors().matrices()
+        # detached: torch 2.6 would keep autocast's copies of what trains, which have no gradient, for what follows
+        return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)
 
     def kept_norm(self) -> Tensor:
         """Return the same, computed once for each state of the tensors that it depends on."""

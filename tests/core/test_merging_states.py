@@ -16,6 +16,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.model import functional
 from tests.conformance.samples import disturb
 from tests.core.test_layer import Net, X, adapted, config, same, weights
+from tests.leaves_out import FSDP2_ON_CPUS
 from tests.looks import merged
 from tests.models import seeded
 
@@ -266,6 +267,7 @@ def mesh():
     dist.destroy_process_group()
 
 
+@FSDP2_ON_CPUS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dora", [False, True])
 def test_sharded_weights_merge(mesh, dora, dtype):

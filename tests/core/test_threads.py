@@ -16,6 +16,7 @@ import graft
 from graft.core.call import Call
 from tests import models
 from tests.conformance.samples import disturb
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, merged, registry_of
 from tests.models import seeded
 from tests.threads import at_once
@@ -321,6 +322,7 @@ def test_a_backward_pass_and_the_calls_of_another_thread():
 # compiled
 
 
+@WHOLE_GRAPHS
 def test_compiled_code_is_of_its_thread_as_well():
     torch._dynamo.reset()
     model = adapted()

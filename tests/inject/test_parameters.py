@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
+from tests.leaves_out import FUSED_EXPERTS, WHOLE_GRAPHS
 from tests.looks import layers
 from tests.models import seeded
 from tests.threads import at_once
@@ -80,7 +81,9 @@ def delta(layer, adapter="default"):
     return layer.get_delta_weight(adapter)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(
+    params=[pytest.param(name, marks=FUSED_EXPERTS if name in ("mixtral", "qwen") else ()) for name in MODELS]
+)
 def name(request):
     return request.param
 
@@ -130,6 +133,7 @@ def test_merging_disabling_and_unloading(name):
     assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
 
 
+@FUSED_EXPERTS
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_experts_sees_the_sum(how):
     model = adapted(graft, "mixtral")
@@ -138,6 +142,7 @@ def test_every_implementation_of_experts_sees_the_sum(how):
     assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+@FUSED_EXPERTS
 def test_only_experts_in_use_cost_anything(monkeypatch):
     from graft.kernels.summed import Summed
 
@@ -161,6 +166,7 @@ def test_half_precision_comes_back_bit_for_bit(name):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@FUSED_EXPERTS
 def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
     model = adapted(graft, "mixtral", target_parameters=BOTH[:1], target_modules=None)
     alone = {"default": logits(model)}
@@ -200,6 +206,7 @@ def test_rank_pattern_names_parameters():
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+@FUSED_EXPERTS
 def test_dropout_takes_the_same_inputs_out_of_all_rows():
     """PEFT refuses dropout here. The module reads a weight, so that rows cannot drop inputs of their own."""
     model = adapted(graft, "mixtral", lora_dropout=0.5, target_modules=None)
@@ -322,6 +329,7 @@ def test_threads_do_not_see_each_others_weights():
     assert not wrong
 
 
+@WHOLE_GRAPHS
 def test_it_compiles_without_a_break():
     model = of_stack()
     compiled = torch.compile(model.get_base_model()["m"], fullgraph=True, backend="eager")
@@ -373,12 +381,14 @@ def test_parametrized_parameters_and_those_of_the_model_itself_are_refused():
         graft.LoraConfig(target_parameters="flat")
 
 
+@FUSED_EXPERTS
 def test_exclusions_and_layers_apply_to_parameters():
     """PEFT ignores both for parameters."""
     model = adapted(graft, "mixtral", exclude_modules=[BOTH[1]], layers_to_transform=[1])
     assert model.base_model.targeted_parameter_names == ["model.layers.1.mlp.experts.gate_up_proj"]
 
 
+@FUSED_EXPERTS
 @pytest.mark.filterwarnings("ignore")
 def test_rows_with_different_adapters_are_refused():
     model = adapted(graft, "mixtral")
@@ -411,6 +421,7 @@ def old_file(folder, lib_config, parts, block):
     return tensors
 
 
+@FUSED_EXPERTS
 @pytest.mark.parametrize("name, names, block, width", [
     ("mixtral", ("w1", "w3", "w2"), "block_sparse_moe", 24), ("qwen", ("gate_proj", "up_proj", "down_proj"), "mlp", 8)
 ])  # fmt: skip
@@ -452,6 +463,7 @@ def test_old_names_in_a_config_become_pefts_new_ones(targets):
     assert a.keys() == b.keys() and {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
 
 
+@FUSED_EXPERTS
 def test_half_of_what_is_fused_cannot_be_adapted():
     with pytest.raises(ValueError, match=r"Cannot convert PEFT target.*w1 without also targeting w3 because they are"):
         graft.get_peft_model(base("mixtral"), graft.LoraConfig(target_modules=["w1"]))

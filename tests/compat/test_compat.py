@@ -22,6 +22,7 @@ from graft.compat.peft.layers import BNB, AuxiliaryTrainingWrapper, layer_class
 from graft.compat.peft.modules import names_in, resolve
 from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB, folder
 from graft.methods import METHODS, method_of
+from tests.leaves_out import CONVERSIONS
 from tests.pair import both
 from tests.samples import each
 
@@ -49,7 +50,10 @@ def run(code: str, *arguments: str, module: str | None = None) -> str:
 # the tables
 
 
-@pytest.mark.parametrize("path", MODULES)
+CONVERSION = pytest.param("utils.transformers_weight_conversion", marks=CONVERSIONS)
+
+
+@pytest.mark.parametrize("path", [CONVERSION if path in CONVERSION.values else path for path in MODULES])
 def test_names_are_where_peft_has_them(path, monkeypatch):
     attrs: Any = ModuleType("attr")  # which CorDA's module imports, and PEFT does not depend on
     attrs.dataclass = dataclasses.dataclass
@@ -170,7 +174,8 @@ def test_install_and_uninstall():
         from peft.import_utils import is_bnb_available, is_transformers_ge_v5
         assert peft.LoraConfig is graft.LoraConfig and issubclass(BaseTunerLayer, graft.AdapterLayer)
         assert peft.tuners.lora.LoraLayer is peft.tuners.lora.layer.LoraLayer
-        assert is_bnb_available() in (True, False) and is_transformers_ge_v5
+        assert is_bnb_available() in (True, False)
+        assert is_transformers_ge_v5 == (int(importlib.metadata.version("transformers").split(".")[0]) >= 5)
         assert peft.__version__ == "0.22.0" and "LoraConfig" in dir(peft)
 
         from graft.compat.peft.names import MODULES, OF_METHODS
@@ -261,7 +266,8 @@ def test_transformers_own_integration():
                 model = models.make("llama")
                 # (transformers takes any name that contains the adapter's for one of its tensors: "b" is in "embed")
                 info = model.load_adapter(folder, adapter_name="bob")
-                assert not info.missing_keys and not info.unexpected_keys, (sample, info)
+                if info is not None:  # transformers 4 returns nothing
+                    assert not info.missing_keys and not info.unexpected_keys, (sample, info)
             model.add_adapter(sample.config(graft), "carol")
             model.set_adapter("bob")
             assert model.active_adapters() == ["bob"]

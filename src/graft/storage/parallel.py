@@ -6,6 +6,7 @@ A layout is a class with the functions of `Layout`. Everything that reads or wri
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -173,11 +174,19 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     """Return `value`, which every process has whole, in parts as `like` is. No process waits for another."""
     if not is_sharded(like) or is_sharded(value):
         return value
-    from torch.distributed.tensor import distribute_tensor  # rarely needed
-
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     value = value.detach().to(like.device if not like.is_meta else mesh.device_type)
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+    return parts_of(value, mesh, placements)
+
+
+def parts_of(value: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """Return a DTensor of `value`, which every process has whole: each cuts out what is its own, and waits for none."""
+    from torch.distributed import tensor  # rarely needed
+
+    if "src_data_rank" in inspect.signature(tensor.distribute_tensor).parameters:
+        return tensor.distribute_tensor(value, mesh, placements, src_data_rank=None)
+    copies = [tensor.Replicate()] * mesh.ndim  # torch 2.6, whose distribute_tensor always sends
+    return tensor.DTensor.from_local(value, mesh, copies, run_check=False).redistribute(mesh, placements)
 
 
 @contextmanager

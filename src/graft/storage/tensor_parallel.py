@@ -21,7 +21,7 @@ from graft.core.pieces import Piece
 from graft.kernels.cuts import Cut
 from graft.storage import megatron, offload
 from graft.storage.dense import Dense
-from graft.storage.parallel import is_sharded
+from graft.storage.parallel import is_sharded, parts_of
 
 STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
 WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # take and return what the module alone would
@@ -219,6 +219,4 @@ def like(t: Any, W: Tensor) -> Tensor:
     """Return W, which is whole on each process, in pieces as t is."""
     if not is_sharded(t):
         return W.contiguous()
-    from torch.distributed.tensor import distribute_tensor  # rarely needed
-
-    return distribute_tensor(W.detach().to(t.dtype), t.device_mesh, t.placements, src_data_rank=None)
+    return parts_of(W.detach().to(t.dtype), t.device_mesh, t.placements)

@@ -133,7 +133,8 @@ def read_safetensors(path: str) -> Loaded:
         tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        # KeyError: a dtype that torch lacks. ValueError: a tensor of no numbers, which safetensors 0.4 cannot read
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
     noted = notes.texts(header.get("__metadata__"))
     return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))

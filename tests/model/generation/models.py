@@ -204,8 +204,9 @@ def embedded(model, given: dict) -> dict:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder, which some models do not tell before transformers 4.56."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    """The decoder, which some models do not tell before transformers 4.57."""
+    told = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model.base_model if told is None else told
 
 
 def empty_cache(settings):

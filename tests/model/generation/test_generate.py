@@ -11,6 +11,7 @@ import transformers
 
 import graft
 from tests.covering import Case, Sometimes, law
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.model.generation.models import (
     KEYS,
     LENGTH,
@@ -348,6 +349,7 @@ def test_an_exception_leaves_nothing_behind(name, method):
     assert torch.equal(generate(model, given), greedy(model, given))
 
 
+@WHOLE_GRAPHS
 @pytest.mark.parametrize("method", ["mlp", "prefix"])
 def test_compiled_forward(method):
     torch._dynamo.reset()

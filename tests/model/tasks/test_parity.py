@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.covering import law
@@ -17,6 +18,7 @@ from tests.models import output
 from tests.pair import close, close_dicts, outcome, trainable
 from tests.samples import DRAWS
 
+OLD = int(transformers.__version__.split(".")[0]) < 5  # PEFT may do then what it does not under 5.24
 DIFFERS = ""  # no error, other values
 
 
@@ -109,15 +111,19 @@ def test_equals_peft(cell, tmp_path):
     def theirs(aspect: str) -> nn.Module:
         return twin(ours, cell) if aspect == "loss" else peft.PeftModel.from_pretrained(make(cell.model), str(tmp_path))
 
+    tolerance = 1e-3 if OLD and cell.model == "t5" else 1e-4  # torch 2.6's products in float32 are off by as much
     for aspect, run in aspects(cell).items():
         known, expected = unlike(cell, aspect), outcome(lambda: run(theirs(aspect), cell))  # noqa: B023
         if known is not None and known.shows:
-            assert known.shows in str(expected.error), known
+            shown = known.shows in str(expected.error)
+            assert shown or OLD, known
+            if not shown and known.why is not REPEATED:  # PEFT reads names of transformers 4
+                close_dicts(run(ours, cell), expected.value, tolerance)
         elif expected.error is not None:
             raise expected.error
         elif known is None:
-            close_dicts(run(ours, cell), expected.value, 1e-4)
-        else:
+            close_dicts(run(ours, cell), expected.value, tolerance)
+        elif not OLD:
             assert any(not t.equal(expected.value[key]) for key, t in run(ours, cell).items()), known
 
 

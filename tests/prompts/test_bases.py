@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import graft
+from tests.leaves_out import CACHES_OF_LLAMA4
 from tests.looks import registry_of
 from tests.models import VOCAB, seeded, transformer
 
@@ -73,7 +74,9 @@ def close(a, b):
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
 @pytest.mark.parametrize("argument", ["cache", "past_key_values"])
 @pytest.mark.parametrize(
-    "name, task", [("LlamaModel", "FEATURE_EXTRACTION"), ("Llama4ForCausalLM", "CAUSAL_LM")], ids=str
+    "name, task",
+    [("LlamaModel", "FEATURE_EXTRACTION"), pytest.param("Llama4ForCausalLM", "CAUSAL_LM", marks=CACHES_OF_LLAMA4)],
+    ids=str,
 )
 @torch.no_grad()
 def test_a_cache_under_either_name_where_the_called_model_is_the_stack(name, task, argument, method):

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
+from safetensors.torch import save_file
 from torch import nn
 
 import graft
@@ -31,6 +32,11 @@ ALL = SAMPLES + each("t5", "gemma") + each("bert-seq", methods=EMBEDS) + each("b
 ALL += each("bert", methods=("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"))
 NETWORKS = [s for s in SAMPLES if s.name in ("mlp", "lstm", "projection", "zero_projection")]
 ONE_OF_EACH = each(MODEL)
+
+
+def load_file(path):
+    """Read, not mapped, which safetensors 0.4 does: tests write over these files."""
+    return safetensors.load(path.read_bytes())
 
 
 def files(folder):
@@ -375,7 +381,8 @@ def test_files_that_do_not_fit(sample, way, tmp_path):
         assert isinstance(failed.error, graft.AdapterKeyError) and name in str(failed.error)
         assert list(model.peft_config) == list(model.prompt_encoder) == ["default"]
         assert {n: type(m) for n, m in model.named_modules()} == modules
-        close_dicts(added(model), parameters, 0)
+        # what CPT has projected may be rounded once more when it is projected again
+        close_dicts(added(model), parameters, 1e-7 if sample.method == "CPT" else 0)
     close_dicts(seen(model, sample), before)
 
     base = make(sample.model)

@@ -128,10 +128,7 @@ def drawn(places: int, length: int, seed: int) -> Tensor:
     out = torch.empty(places, dtype=torch.int64)
     if out.is_meta:
         return out
-    try:
-        import numpy as np
-    except ImportError as e:
-        raise ImportError("Uni-LoRA draws with numpy, as PEFT does: pip install graft[methods]") from e
+    import numpy as np  # rarely needed
 
     rng = np.random.default_rng(seed)
     times, rest = divmod(places, length)

@@ -87,7 +87,7 @@ def text_ids(cfg: Any) -> Tensor:
     options["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.tokenizer_name_or_path, **options)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a path that does not exist, before transformers 5
         raise OSError(f"tokenizer_name_or_path='{cfg.tokenizer_name_or_path}' cannot be loaded: {e}") from e
     ids = tokenizer(cfg.prompt_tuning_init_text)["input_ids"]
     if not ids:

@@ -23,5 +23,5 @@ CONVERSIONS = not_under(
     "transformers", "4", "PEFT's module imports transformers' table of conversions, which is not there"
 )
 DEEP_DECODERS = not_under("transformers", "4", "a cache of Bart has as many layers as its encoder")
-EMPTY_TENSORS = not_under("safetensors", "0.4", "it reads no tensor of no numbers")
+EMPTY_FILES = not_under("safetensors", "0.4", "it reads no file without tensors")
 CACHES_OF_LLAMA4 = not_under("transformers", "4", "Llama 4 alone says other things with its cache than without")

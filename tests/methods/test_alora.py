@@ -14,6 +14,7 @@ from graft.compat.peft.shims import calculate_alora_offsets
 from graft.methods.lora.invocations import last
 from tests import models
 from tests.conformance.samples import disturb
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
 from tests.models import seeded
 
@@ -306,6 +307,7 @@ def test_without_invocation_gradients_are_zero_and_there():
     assert found and all(not g.any() for g in found.values())
 
 
+@WHOLE_GRAPHS
 def test_compiled():
     torch._dynamo.reset()
     model, inputs = adapted(), batch()

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import graft
 from tests import models
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
 from tests.models import seeded
 
@@ -183,6 +184,7 @@ def test_rows_experts_and_none(folder):
     assert torch.equal(out, model.generate(**batch, max_new_tokens=4, do_sample=False, use_cache=False))
 
 
+@WHOLE_GRAPHS
 def test_compiled(folder):
     torch._dynamo.reset()
     model = made(graft, folder, use_gks=True)

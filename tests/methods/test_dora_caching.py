@@ -13,6 +13,7 @@ from graft import DoraCaching
 from graft.methods.lora import dora
 from tests import models
 from tests.combine.test_convert import made, moved
+from tests.leaves_out import WHOLE_GRAPHS
 
 VALUES = dict(r=2, lora_alpha=5, use_dora=True)
 X = models.inputs("mlp")
@@ -191,6 +192,7 @@ def test_gradients_of_the_magnitudes_stay():
     assert torch.allclose(m.grad, cached, atol=1e-6)
 
 
+@WHOLE_GRAPHS
 def test_copies_and_compiled_models():
     model = adapted()
     with DoraCaching(), torch.no_grad():

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.models import seeded
 
 LIBS = (graft, peft)
@@ -115,6 +116,7 @@ def test_training_with_checkpoints(reentrant):
     same(train(adapted(graft, **options), run=recomputed), train(adapted(peft, **options)))
 
 
+@WHOLE_GRAPHS
 def test_training_compiled():
     torch._dynamo.reset()
     compiled = lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import graft
 from tests import models
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
 from tests.models import seeded
 
@@ -204,6 +205,7 @@ def test_gradient_checkpointing(reentrant):
     assert not registry_of(model).call.given
 
 
+@WHOLE_GRAPHS
 def test_compiled():
     torch._dynamo.reset()
     model = adapted(graft)

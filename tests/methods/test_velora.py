@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft.kernels.sketch import mean_direction, reconstructed, sketched_product
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.models import nudged, seeded
 
 LIBS = (graft, peft)
@@ -158,6 +159,7 @@ def test_a_batch_of_mean_zero_has_a_direction():
     assert_close(v, torch.full((4,), 0.5))
 
 
+@WHOLE_GRAPHS
 def test_it_trains_under_autocast_and_compiled():
     model, x = adapted(), inputs()
     expected = gradients(model, x)

@@ -9,7 +9,7 @@ from torch import nn
 import graft
 from tests import models
 from tests.covering import Case, Sometimes, law
-from tests.leaves_out import EMPTY_TENSORS
+from tests.leaves_out import EMPTY_FILES
 from tests.looks import layers_of
 from tests.pair import adapt, close, close_dicts, outcome, output, randomize
 from tests.samples import LAWS, METHODS, SAMPLES, Sample, each, first, mergeable, over
@@ -330,7 +330,7 @@ def test_missing_and_unexpected_keys(sample, how, tmp_path):
     change, named = SPOILED[how]
     adapt(graft, sample).save_pretrained(tmp_path)
     key = named(held := load_file(tmp_path / "adapter_model.safetensors"))
-    if how == "missing" and len(held) == 1 and EMPTY_TENSORS.args[0]:
+    if how == "missing" and len(held) == 1 and EMPTY_FILES.args[0]:
         pytest.skip("safetensors 0.4 reads no file without tensors")
     spoil(tmp_path, change)
     with pytest.raises(graft.AdapterKeyError) as error:

@@ -123,18 +123,20 @@ def read_safetensors(path: str) -> Loaded:
     """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
     the process."""
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load, load_file
 
     try:
         with open(path, "rb") as f:
             data, stamp = f.read(), notes.stamp(f.fileno())
-        found = load(data)
+        try:
+            found = load(data)
+        except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
+            found = {key: t.clone() for key, t in load_file(path).items()}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
         tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
-        # KeyError: a dtype that torch lacks. ValueError: a tensor of no numbers, which safetensors 0.4 cannot read
+    except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
     noted = notes.texts(header.get("__metadata__"))
     return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))

@@ -22,7 +22,7 @@ class Waves(NamedTuple):
         return self.n // 2 + 1
 
     def analysis(self, x: Tensor) -> Parts:
-        X = turned(torch.fft.rfft(x))
+        X = turned(torch.fft.rfft(x.contiguous()))  # torch 2.6 transforms no expanded tensors
         return X.real.contiguous(), X.imag.contiguous()
 
     def synthesis(self, z: Parts) -> Tensor:

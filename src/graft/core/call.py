@@ -329,7 +329,7 @@ class Call:
             if given:
                 self.open.append(None)
             end = partial(self._end, task)
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(end)
         elif known.given.identity != given.identity:
             if not known.given:
                 self.open.append(None)  # so that layers ask, and are told

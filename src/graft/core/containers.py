@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,13 +42,13 @@ class BufferDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
-    def keys(self):
+    def keys(self) -> KeysView[str]:
         return self._buffers.keys()
 
-    def values(self):
+    def values(self) -> ValuesView[Tensor | None]:
         return self._buffers.values()
 
-    def items(self):
+    def items(self) -> ItemsView[str, Tensor | None]:
         return self._buffers.items()
 
     def pop(self, name: str) -> Tensor:
@@ -156,7 +156,8 @@ class Slot:
 
     @property
     def tensor(self) -> Tensor:
-        return self.where[self.attribute]  # type: ignore[no-any-return]
+        tensor: Tensor = self.where[self.attribute]
+        return tensor
 
     @property
     def flattened(self) -> bool:

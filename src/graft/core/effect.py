@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Factors(NamedTuple):
 
     def shift(self) -> Tensor | None:
         """Return the update of the layer's bias, (out,); None if B has no bias."""
-        bias = getattr(self.B, "bias", None)
+        bias: Tensor | None = getattr(self.B, "bias", None)
         if bias is None:
             return None
         bias = bias if self.outer is None else bias * self.outer
@@ -54,7 +54,8 @@ class Compact(NamedTuple):
     expand: Callable[[Tensor], Tensor]  # from its weight to the matrix
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x)  # type: ignore[no-any-return]
+        out: Tensor = self.module(x)
+        return out
 
     @property
     def weight(self) -> Tensor:
@@ -69,6 +70,20 @@ class Product(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
+
+
+class Unformed(Protocol):
+    """A ΔW that is not formed yet (`Hadamard`, `Modulated`)."""
+
+    def dense(self) -> Tensor: ...  # the tensor
+    def columns(self, ids: Tensor) -> Tensor: ...  # the part that an embedding looks up
+    def product(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ for few rows; None if forming ΔW pays
+
+    # a cheaper way to x (W + ΔW)ᵀ + bias, or None; for few rows as well, if the value has a true `always`
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
+        input_gradient: Callable[..., Tensor],
+    ) -> Tensor | None: ...  # fmt: skip
 
 
 def matrix(factor: Any) -> Tensor:
@@ -119,9 +134,7 @@ class Update(Effect):
     """An update of the weight: W' = W + ΔW, b' = b + Δb.
 
     `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). None: the weight stays as it is.
-    ΔW is a tensor, or a value that is not formed yet (`Hadamard`, `Modulated`). Such a value has `dense()`, the tensor;
-    `columns(ids)`, the part that an embedding looks up; `product(x)`, x ΔWᵀ for few rows (None if forming ΔW pays); and
-    `linear_with`, a cheaper way to x (W + ΔW)ᵀ (for few rows as well, if `always`).
+    ΔW is a tensor, or a value that is not formed yet: an `Unformed`, or beside a `branch` whatever has `dense()`.
     """
 
     delta: Callable[..., Any] | None

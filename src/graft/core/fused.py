@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import Compact, Factors, Product
+from graft.core.effect import Compact, Factors, Product, Unformed
+from graft.core.face import Layer
 from graft.core.lean import Linear
 from graft.kernels import decomposed, one_product
 from graft.kernels.eager import has_no_hooks
@@ -52,8 +53,9 @@ def tensor_of(factor: Any) -> Tensor | None:
 
 def weight_of(linear: Any) -> Tensor:
     """Return the weight of a linear layer. Only a parametrization needs the attribute, which is slower."""
-    weight = linear._parameters.get("weight")
-    return linear.weight if weight is None else weight
+    held = linear._parameters.get("weight")
+    weight: Tensor = linear.weight if held is None else held
+    return weight
 
 
 def is_fixed(A: Tensor, B: Tensor) -> bool:
@@ -71,7 +73,7 @@ def scaled(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
     return A, B if f.outer is None else f.outer[:, None] * B
 
 
-def joined(layer: Any, f: Factors, x: Tensor) -> Tensor | None:
+def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     """Return the layer's output with these factors, both from one kernel; None if there is no such kernel."""
     found = plain(f)
     if found is None:
@@ -134,7 +136,7 @@ def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
     return add_product(base(), h, B if f.outer is None else f.outer[:, None] * B, scale_of(f))
 
 
-def _around_fixed(layer: Any, A: Tensor, B: Tensor, f: Factors, x: Tensor, p: float) -> Tensor:
+def _around_fixed(layer: Layer, A: Tensor, B: Tensor, f: Factors, x: Tensor, p: float) -> Tensor:
     base, op, W = layer.base_layer, layer.op, layer.weight_now
     if (
         p == 0
@@ -154,10 +156,12 @@ def _add_around_fixed(A: Tensor, B: Tensor, f: Factors, x: Tensor, y: Tensor, p:
 
 
 def _outer(f: Factors) -> Tensor:
-    return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[operator,return-value]
+    return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value]
 
 
-def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+def updated(
+    layer: Layer, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
     W, base, op = layer.weight_now, layer.base_layer, layer.op
     if W.dtype != x.dtype or not (worth_it(x) or getattr(delta, "always", False)):
@@ -166,8 +170,8 @@ def updated(layer: Any, delta: Any, bias: Tensor | None, x: Tensor, dtype: torch
     if bias is not None:
         b = bias if b is None else b + bias
     if delta is None:
-        return op.call(base, x, W, b) if W.dtype == dtype else None  # type: ignore[no-any-return]
+        return op.call(base, x, W, b) if W.dtype == dtype else None
     call, back = partial(op.call, base), op.input_gradient
     if not isinstance(delta, Tensor):
-        return delta.linear_with(W, b, x, call, back)  # type: ignore[no-any-return]
+        return delta.linear_with(W, b, x, call, back)
     return one_product.linear_with(W, b, x, delta, call, back) if W.dtype == dtype else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graft.core.containers import FACTS, AnyDict, Attached, Slot, Transient, container_for, slots_of, takes
 from graft.core.lean import ModuleDict
 from graft.core.place import UPCAST, place_tensor
+from graft.core.site import Store
 
 
 class Holding:
@@ -21,7 +22,11 @@ class Holding:
     attached: set[str]  # names of containers that belong to the model, not to this layer
     scaling: dict[str, float]  # by adapter, of methods that have one
     scaling_at_start: dict[str, float]
-    state: Any
+    state: Any  # LayerState
+    methods: dict[str, Any]  # Method by adapter
+    kinds: list[Any]
+    store: Store
+    _modules: dict[str, Any]
 
     def begin_holding(self) -> None:
         self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
@@ -30,9 +35,9 @@ class Holding:
         """Put the values that `Method.build` returned into containers."""
         adapter = method.name
         slots: list[Slot] = []
-        own, modules, known = self.__dict__, self._modules, self.containers  # type: ignore[attr-defined]
-        training = self.base_layer.training  # type: ignore[attr-defined]
-        mixed = any(kind is not method.config for kind in self.kinds)  # type: ignore[attr-defined]
+        own, modules, known = self.__dict__, self._modules, self.containers
+        training = modules["base_layer"].training
+        mixed = any(kind is not method.config for kind in self.kinds)
         for key, value in values.items():
             kind = type(value)
             if kind in FACTS:
@@ -46,7 +51,7 @@ class Holding:
                 if not isinstance(value.container, nn.Module):  # plain facts of the whole model
                     own[key] = value.container
                 elif key not in modules and "." not in key:  # those of a group stand on the tuner alone
-                    self.add_module(key, value.container)  # type: ignore[attr-defined]
+                    modules[key] = value.container
                     self.attached.add(key)
                 continue
             if key not in known:
@@ -85,7 +90,7 @@ class Holding:
         self.containers.append(key)
         if isinstance(container, nn.Module):
             self.__dict__.pop(key, None)  # an empty one of `Method.empty`
-            self._modules[key] = container  # type: ignore[attr-defined]
+            self._modules[key] = container
             self.holders.append(key)
             container.__dict__["training"] = training
         else:
@@ -93,7 +98,7 @@ class Holding:
 
     def _widen(self, key: str, container: Any) -> AnyDict:
         """Make a container hold anything: methods of two kinds call different things by its name."""
-        wider = self._modules[key] = AnyDict(container)  # type: ignore[attr-defined]
+        wider = self._modules[key] = AnyDict(container)
         for name, slots in self.state.slots.items():
             moved = iter(slots_of(key, wider, name, {(s.container, s.path) for s in slots if not s.trains}))
             self.state.slots[name] = [next(moved) if s.container == key else s for s in slots]
@@ -104,8 +109,8 @@ class Holding:
 
         Freeze it. Return how many of its numbers can train.
         """
-        device, dtype = self.store.where(self.base_layer)  # type: ignore[attr-defined]
-        method = self.methods[adapter]  # type: ignore[attr-defined]
+        device, dtype = self.store.where(self._modules["base_layer"])
+        method = self.methods[adapter]
         upcast, narrow = upcast and method.upcast, method.narrow
         widens = upcast and dtype in UPCAST
         size = 0
@@ -141,13 +146,18 @@ class Holding:
                 break
         else:
             return slots
-        place = self.place_of_whole(adapter)  # type: ignore[attr-defined]
+        place = self.place_of_whole(adapter)
         if place is not None:  # its module and the base layer have changed places
-            return list(slots_of(place, ModuleDict({adapter: self.base_layer}), adapter))  # type: ignore[attr-defined]
+            return list(slots_of(place, ModuleDict({adapter: self._modules["base_layer"]}), adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
-        slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]  # type: ignore[attr-defined]
+        slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]
         self.state.slots[adapter] = slots
         return slots
+
+    def place_of_whole(self, adapter: str) -> str | None:
+        """Return the container in which the base layer stands while the adapter's module stands in its place."""
+        m = self.methods.get(adapter)
+        return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
 
     def tensors(self, adapter: str, transient: bool = False) -> Iterator[tuple[Slot, Tensor]]:
         """Yield the slots of all tensors in a checkpoint, with the tensors. transient: and of those not in it."""
@@ -157,7 +167,7 @@ class Holding:
 
     def first_tensor(self, adapter: str) -> Tensor:
         slot = self.state.slots[adapter][0]
-        tensor = slot.where.get(slot.attribute)
+        tensor: Tensor | None = slot.where.get(slot.attribute)
         if tensor is None or slot.held.get(adapter) is not slot.root:
             tensor = self.slots(adapter)[0].tensor
         return tensor

@@ -214,11 +214,6 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             plans[names] = plan_of(self, names)
         return plans[names]
 
-    def place_of_whole(self, adapter: str) -> str | None:
-        """Return the container in which the base layer stands while the adapter's module stands in its place."""
-        m = self.methods.get(adapter)
-        return m.layer_names[0] if m is not None and adapter in self.state.merged and m.effect.whole else None
-
     # the base weight
 
     @property

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from graft.core.containers import slots_of
 from graft.core.effect import HALF, LowRank, Replace
 from graft.core.errors import warn
+from graft.core.face import Layer
 from graft.core.finite import largest
+from graft.core.method import Method
 from graft.core.names import several
 from graft.core.plan import Step, evaluating, fold_step, ordered, shift_of
 
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
 
 
-def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
+def not_merged(layer: Layer, names: Sequence[str] | None) -> list[str]:
     """Return those of `names` (None: the active ones) that are not merged yet. Warn of those that are."""
     done = layer.state.merged
     names = layer.state.active if names is None else several(names, "adapter_names")
@@ -38,7 +40,7 @@ def not_merged(layer: Any, names: Sequence[str] | None) -> list[str]:
     return left
 
 
-def replaces(layer: Any, names: Sequence[str]) -> bool:
+def replaces(layer: Layer, names: Sequence[str]) -> bool:
     """Say whether one of these adapters stands in for the whole layer."""
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
@@ -55,7 +57,7 @@ def say_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], r
         warn("All adapters are already merged, nothing to do.")
 
 
-def check_together(layer: Any, methods: Sequence[Any]) -> None:
+def check_together(layer: Layer, methods: Sequence[Method]) -> None:
     """Raise if these adapters cannot act on the layer at once."""
     if len(methods) < 2:
         return
@@ -75,7 +77,7 @@ def check_together(layer: Any, methods: Sequence[Any]) -> None:
             type(same[0]).check_together(same)
 
 
-def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
+def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool) -> None:
     """Raise the errors of merging, without writing. safe: compute the weights, and raise unless they are finite."""
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
@@ -95,8 +97,9 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
         )
     if replaces(layer, names):  # one stands in for another
         check_together(layer, methods)
+        modules = [m.effect.module() for m in methods if isinstance(m.effect, Replace)]
         with layer.store.at_hand(layer, None) if safe else nullcontext():
-            if safe and not all(p.isfinite().all() for m in methods for p in m.effect.module().parameters()):  # type: ignore[attr-defined]
+            if safe and not all(p.isfinite().all() for module in modules for p in module.parameters()):
                 raise ValueError(_broken(layer, names))
         return
     check_together(layer, [layer.methods[n] for n in layer.state.merged] + methods)
@@ -108,12 +111,12 @@ def check(layer: Any, names: Sequence[str], safe: bool, undoable: bool) -> None:
             raise ValueError(_broken(layer, names))
 
 
-def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
+def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Say why merging cannot write these adapters into this layer; None if it can."""
     effects = [m.effect for m in methods]
     for effect in effects:
         if effect.fixed is not None:
-            return effect.fixed  # type: ignore[no-any-return]
+            return effect.fixed
     if any([effect.whole for effect in effects]):
         return None
     base, store = layer.base_layer, layer.store
@@ -123,16 +126,16 @@ def fixed(layer: Any, methods: Sequence[Any]) -> str | None:
         with evaluating(layer):
             shifted = any([effect.additive and shift_of(effect) is not None for effect in effects])
         why = bias if shifted else None
-    return why  # type: ignore[no-any-return]
+    return why
 
 
-def may_dequantize(layer: Any, methods: Sequence[Any]) -> bool:
+def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Say whether what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.store.unread(layer.base_layer, layer.site.parameter) is None
     return packed and all(m.effect.fixed is None for m in methods)
 
 
-def _broken(layer: Any, names: Sequence[str]) -> str:
+def _broken(layer: Layer, names: Sequence[str]) -> str:
     wrong = [
         f"'{slot.container}.{name}'" for name, slot, t in _tensors(layer, names) if not math.isfinite(*largest([t]))
     ]
@@ -143,7 +146,7 @@ def _broken(layer: Any, names: Sequence[str]) -> str:
     )
 
 
-def _tensors(layer: Any, names: Sequence[str]) -> Iterator[tuple[str, Any, Tensor]]:
+def _tensors(layer: Layer, names: Sequence[str]) -> Iterator[tuple[str, Any, Tensor]]:
     for name in names:
         if name in layer.methods:
             for slot, t in layer.tensors(name, transient=True):
@@ -169,7 +172,7 @@ def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
         check(layer, names, safe=True, undoable=False)
 
 
-def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
+def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
     """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None.
 
     On a rounded weight they cannot: it would be rounded once more for each.
@@ -183,7 +186,7 @@ def in_order(layer: Any, names: Sequence[str]) -> tuple[list[Step], list[Step] |
     return steps, new if on_top and layer.store.exact else None
 
 
-def merge(layer: Any, names: list[str], undoable: bool) -> None:
+def merge(layer: Layer, names: list[str], undoable: bool) -> None:
     """Merge adapters after `check`."""
     if replaces(layer, names):
         _swap(layer, names)
@@ -199,7 +202,7 @@ def merge(layer: Any, names: list[str], undoable: bool) -> None:
 
 @torch.no_grad()
 def folded(
-    layer: Any, steps: Sequence[Step], from_w0: bool = False, bias_now: Tensor | None = None
+    layer: Layer, steps: Sequence[Step], from_w0: bool = False, bias_now: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return weight (canonical) and bias with `steps` folded in, in at least float32, with one rounding at the end.
 
@@ -219,7 +222,7 @@ def folded(
     return W.to(dtype), b if bias is wide or bias is None else bias.to(bias.dtype if b is None else b.dtype)
 
 
-def in_place(layer: Any) -> Tensor | None:
+def in_place(layer: Layer) -> Tensor | None:
     """Return the base weight if merging can add products to it in place: a matrix (out, fan_in), or a stack."""
     if not layer.store.live or layer.site.shared:
         return None
@@ -253,7 +256,7 @@ def _add(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: in
         W.copy_(wide)
 
 
-def _snapshot(layer: Any) -> Any:
+def _snapshot(layer: Layer) -> Any:
     """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
@@ -261,7 +264,7 @@ def _snapshot(layer: Any) -> Any:
 
 
 @torch.no_grad()
-def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
+def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     base, name, shared, state = layer.base_layer, layer.site.parameter, layer.site.shared, layer.state
     products = _products(steps)
     W = None if products is None else in_place(layer)
@@ -276,38 +279,39 @@ def _write(layer: Any, names: list[str], steps: Sequence[Step], undoable: bool) 
         return
     old: Any = layer.bias_now
     W, bias = folded(layer, steps, bias_now=old)
-    shifted = bias is not None and bias is not old
+    shifted = None if bias is old else bias
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
             state.undo.append(("bias", None, old.detach().clone()))
-        layer.write_bias(bias)
+        if shifted is not None:
+            layer.write_bias(shifted)
         state.merged += names
         return
     if undoable:
-        state.undo.append(("restore", _snapshot(layer), old.detach().clone() if shifted else None))
+        state.undo.append(("restore", _snapshot(layer), None if shifted is None else old.detach().clone()))
     replaced = layer.store.write(base, name, layer.op.uncanon(W), shared)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
-    if shifted:
-        layer.write_bias(bias)
+    if shifted is not None:
+        layer.write_bias(shifted)
     state.merged += names
 
 
-def _swap(layer: Any, names: list[str]) -> None:
+def _swap(layer: Layer, names: list[str]) -> None:
     if layer.state.merged:
         unmerge(layer)
     _change_places(layer, names[0])
     layer.state.merged = names
 
 
-def _change_places(layer: Any, adapter: str) -> None:
+def _change_places(layer: Layer, adapter: str) -> None:
     """Put the base layer and the adapter's module where the other stood (PEFT's layout while merged)."""
     container = getattr(layer, layer.methods[adapter].layer_names[0])
     layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
 
 
 @torch.no_grad()
-def unmerge(layer: Any) -> None:
+def unmerge(layer: Layer) -> None:
     """Undo all merges, the last one first."""
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
@@ -325,7 +329,7 @@ def unmerge(layer: Any) -> None:
 
 
 @contextmanager
-def lifted(layer: Any) -> Iterator[None]:
+def lifted(layer: Layer) -> Iterator[None]:
     """Take merged adapters out within the block, and fold them in again on the weight that the block leaves."""
     names = list(layer.state.merged)
     if not names or replaces(layer, names):
@@ -339,7 +343,7 @@ def lifted(layer: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def unmerged(layer: Any) -> Tensor:
+def unmerged(layer: Layer) -> Tensor:
     """Return the weight, as stored, without merged adapters."""
     W: Tensor = layer.store.read(layer.base_layer, layer.site.parameter)
     for kind, state, _ in reversed(layer.state.undo):
@@ -350,26 +354,26 @@ def unmerged(layer: Any) -> Tensor:
     return W
 
 
-def unmerged_bias(layer: Any) -> Tensor | None:
+def unmerged_bias(layer: Layer) -> Tensor | None:
     """Return the bias without merged adapters."""
     first = next((old for _, _, old in layer.state.undo if old is not None), None)
     bias: Any = getattr(layer.base_layer, "bias", None)
-    return layer.bias_now if first is None else first.to(bias.device)  # type: ignore[no-any-return]
+    return layer.bias_now if first is None else first.to(bias.device)
 
 
-def tied_weight(layer: Any) -> nn.Parameter | None:
+def tied_weight(layer: Layer) -> nn.Parameter | None:
     """Return the weight that a merged layer has left to the modules tied to it, and shares again after unmerging."""
     return next((w for kind, w, _ in layer.state.undo if kind == "restore" and isinstance(w, nn.Parameter)), None)
 
 
-def _without(layer: Any, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in reversed(factors):
         wide = wide - layer.op.product(A.to(wide), B.to(wide), layer.site.shape)
     return wide.to(W.dtype)
 
 
-def _subtract(layer: Any, factors: list[tuple[Tensor, Tensor]]) -> None:
+def _subtract(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
     matrix = in_place(layer)
     if matrix is not None:
         _add(layer.op, matrix, factors[::-1], -1)

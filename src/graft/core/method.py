@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.effect import Effect, LowRank, Update
+from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.ops import META, OPS
 from graft.core.site import Site
 
@@ -76,7 +76,7 @@ class Method:
     surrounds: ClassVar[bool] = False  # `around` does something
 
     along: bool = False  # the config names the module around the site, and the site came with that
-    layer: Any
+    layer: Any  # Layer, with the containers of all adapters
     sources: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are those of another layer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -231,7 +231,7 @@ class Method:
 
     # act
 
-    def factors(self) -> Any:
+    def factors(self) -> Factors:
         """Return `Factors` with ΔW = scale · B A."""
         raise NotImplementedError
 
@@ -256,7 +256,8 @@ class Method:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the adapter computes: that of its first tensor."""
-        return self.layer.first_tensor(self.name).dtype  # type: ignore[no-any-return]
+        first: Tensor = self.layer.first_tensor(self.name)
+        return first.dtype
 
     def cast(self, x: Tensor) -> Tensor:
         """Return x in the dtype of the adapter. Ids stay as they are."""

@@ -12,6 +12,7 @@ from graft.core import fused
 from graft.core.call import Rows
 from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
+from graft.core.face import Layer
 from graft.core.plan import Block, Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates, with_first
 from graft.kernels.mixed import add_groups, fits
 
@@ -19,7 +20,7 @@ from graft.kernels.mixed import add_groups, fits
 class Mixed:
     """The plans of a layer for the rows of a batch. names: the adapters in the batch; None for rows without one."""
 
-    def __init__(self, layer: Any, names: tuple[str | None, ...]):
+    def __init__(self, layer: Layer, names: tuple[str | None, ...]):
         self.layer, self.names = layer, names
         self.plans: dict[str | None, Plan | None] = {n: None if n is None else layer.plan_for((n,)) for n in names}
         plans = [plan for plan in self.plans.values() if plan is not None]
@@ -59,7 +60,7 @@ class Mixed:
                 layer.call.narrowed(before)
         return torch.cat(parts).index_select(0, rows.inverse)
 
-    def only(self, rows: Rows) -> Any:
+    def only(self, rows: Rows) -> Plan | None:
         """Return the plan that all rows use, of a weight that its module uses in ways of its own.
 
         Raises:

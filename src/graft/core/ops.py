@@ -117,6 +117,10 @@ class Op:
         """Shape a vector over features or channels so that it broadcasts over this layer's activations."""
         return v
 
+    def scaled(self, m: Any, rows: Tensor) -> Tensor:
+        """Return rows of another table as the module, which takes ids, would output them."""
+        return rows
+
     def groups(self, m: Any) -> int:
         """Return the number of groups of channels that do not mix."""
         return 1
@@ -142,10 +146,10 @@ class Unknown(Op):
 
     known = False
 
-    def dims(self, m):
+    def dims(self, m: Any) -> tuple[int, int]:
         return 0, 0
 
-    def shape(self, m):
+    def shape(self, m: Any) -> tuple[int, ...]:
         return ()
 
 
@@ -157,7 +161,7 @@ class Linear(Op):
 class MegatronLinear(Linear):
     """A linear layer of which a process may have a piece; its sizes are those of the whole."""
 
-    def dims(self, m):
+    def dims(self, m: Any) -> tuple[int, int]:
         return m.output_size, m.input_size
 
 
@@ -168,14 +172,14 @@ class Conv1D(Op):
     output_is_new = True
     transposed = True
 
-    def dims(self, m):
+    def dims(self, m: Any) -> tuple[int, int]:
         in_features, out_features = m.weight.shape
         return out_features, in_features
 
-    def canon(self, W):
+    def canon(self, W: Tensor) -> Tensor:
         return W.T
 
-    def uncanon(self, W):
+    def uncanon(self, W: Tensor) -> Tensor:
         return W.T
 
 
@@ -185,34 +189,30 @@ class Embedding(Op):
     transposed = True
     takes_ids = True
 
-    def variant(self, m):
+    def variant(self, m: Any) -> Op:
         scale = getattr(m, "embed_scale", None)
         is_one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
         return SCALED_EMBEDDING if is_one else self
 
-    def dims(self, m):
+    def dims(self, m: Any) -> tuple[int, int]:
         return m.embedding_dim, m.num_embeddings
 
-    def canon(self, W):
+    def canon(self, W: Tensor) -> Tensor:
         return W.T
 
-    def uncanon(self, W):
+    def uncanon(self, W: Tensor) -> Tensor:
         return W.T
 
-    def call(self, m, x, W, b):
+    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
-    def down(self, m, x, A):
+    def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
         return self.call(m, x, A, None)
 
-    def factor_modules(self, m, r, bias, fill=True, device=None):
+    def factor_modules(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    def scaled(self, m, rows):
-        """Return rows of another table as the module would output them."""
-        return rows
-
-    def lookup(self, m, places, rows):
+    def lookup(self, m: Any, places: Tensor, rows: Tensor) -> Tensor:
         """Return those of the rows (n, embedding_dim) at `places`, as the module would output them."""
         rows = rows if m.max_norm is None else rows.clone()  # torch renormalises them in place
         return F.embedding(places, rows, None, m.max_norm, m.norm_type)
@@ -221,13 +221,14 @@ class Embedding(Op):
 class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
-    def scaled(self, m, rows):
-        return rows * m.embed_scale
+    def scaled(self, m: Any, rows: Tensor) -> Tensor:
+        out: Tensor = rows * m.embed_scale
+        return out
 
-    def call(self, m, x, W, b):
+    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self.scaled(m, super().call(m, x, W, b))
 
-    def lookup(self, m, places, rows):
+    def lookup(self, m: Any, places: Tensor, rows: Tensor) -> Tensor:
         return self.scaled(m, super().lookup(m, places, rows))
 
 
@@ -238,38 +239,40 @@ class Conv(Op):
     def __init__(self, conv: Callable[..., Tensor], module: type[nn.Module], spatial: int):
         self.conv, self.module, self.spatial = conv, module, spatial
 
-    def dims(self, m):
+    def dims(self, m: Any) -> tuple[int, int]:
         return m.out_channels, m.in_channels
 
-    def shape(self, m):
+    def shape(self, m: Any) -> tuple[int, ...]:
         return m.out_channels, m.in_channels // m.groups, *m.kernel_size
 
-    def _convolve(self, m, x, W, b, groups):
+    def _convolve(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None, groups: int) -> Tensor:
         padding = m.padding
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
             padding = 0
         return self.conv(x, W, b, m.stride, padding, m.dilation, groups)
 
-    def call(self, m, x, W, b):
+    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self._convolve(m, x, W, b, m.groups)
 
-    def factorable(self, m):
-        return m.groups == 1
+    def factorable(self, m: Any) -> bool:
+        return bool(m.groups == 1)
 
-    def down(self, m, x, A):
+    def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
         return self._convolve(m, x, A.view(A.shape[0], m.in_channels, *m.kernel_size), None, 1)
 
-    def up(self, m, z, B):
+    def up(self, m: Any, z: Tensor, B: Tensor) -> Tensor:
         return self.conv(z, B.view(*B.shape, *[1] * self.spatial))
 
-    def channels(self, v):
+    def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.spatial)
 
-    def groups(self, m):
-        return m.groups
+    def groups(self, m: Any) -> int:
+        return int(m.groups)
 
-    def factor_modules(self, m, r, bias, fill=True, device=None):
+    def factor_modules(
+        self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
+    ) -> tuple[nn.Module, nn.Module]:
         down = self.module(
             m.in_channels,
             r,
@@ -297,30 +300,30 @@ class Opaque(Op):
     def __init__(self, parameter: str, transposed: bool = False):
         self.parameter, self.transposed = parameter, transposed
 
-    def canon(self, W):
+    def canon(self, W: Tensor) -> Tensor:
         return W.mT if self.transposed else W
 
     uncanon = canon
 
-    def shape(self, m):
+    def shape(self, m: Any) -> tuple[int, ...]:
         shape = tuple(getattr(m, self.parameter).shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
-    def dims(self, m):
+    def dims(self, m: Any) -> tuple[int, int]:
         shape = self.shape(m)
         return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
 
-    def stack(self, m):
+    def stack(self, m: Any) -> int:
         shape = self.shape(m)
         return shape[0] if len(shape) > 2 else 1
 
-    def product(self, A, B, shape):
+    def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
         if len(shape) < 3:
             return super().product(A, B, shape)
         A, B = self.each(A, B, shape[0])
         return B @ A
 
-    def matrices(self, W, A, B):
+    def matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if W.dim() < 3:
             yield W, A, B
         else:
@@ -331,12 +334,14 @@ class Opaque(Op):
         """Return the factors of each matrix of a stack, (n, r, in) and (n, out, r), from those of all."""
         return A.view(n, -1, A.shape[1]), B.view(B.shape[0], -1, n).permute(2, 0, 1)
 
-    def factor_modules(self, m, r, bias, fill=True, device=None):
+    def factor_modules(
+        self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
+    ) -> tuple[nn.Module, nn.Module]:
         out_features, in_features = self.dims(m)
         r *= self.stack(m)
         return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
 
-    def apply(self, layer, args, kwargs, W):
+    def apply(self, layer: Any, args: Any, kwargs: Any, W: Tensor) -> Any:
         """Return the output of a layer's base with W in place of the parameter."""
         base, name, path = layer.base_layer, self.parameter, self.parameter
         owner = base

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.core.changes import why_none
 from graft.core.effect import LowRank, Update
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
+from graft.core.face import Layer
 from graft.core.plan import delta_of, evaluating
 
 
@@ -19,43 +20,46 @@ class PeftNames:
     # the base layer
 
     @property
-    def weight(self: Any) -> Tensor:
+    def weight(self: Layer) -> Tensor:
         """The base layer's weight; where a parent reads it and does not call the layer, with what the adapters do."""
         if self.site.is_read and (plan := self.plan_of_reader()) is not None:
-            return self.op.uncanon(plan.folded_now()[0])  # type: ignore[no-any-return]
-        return self.get_base_layer().weight  # type: ignore[no-any-return]
+            return self.op.uncanon(plan.folded_now()[0])
+        weight: Tensor = self.get_base_layer().weight
+        return weight
 
     @property
-    def bias(self: Any) -> Tensor | None:
+    def bias(self: Layer) -> Tensor | None:
         if self.site.is_read and (plan := self.plan_of_reader()) is not None:
-            return plan.folded_now()[1]  # type: ignore[no-any-return]
-        return self.get_base_layer().bias  # type: ignore[no-any-return]
+            shifted: Tensor | None = plan.folded_now()[1]
+            return shifted
+        bias: Tensor | None = self.get_base_layer().bias
+        return bias
 
     @property
-    def fan_in_fan_out(self: Any) -> bool:
+    def fan_in_fan_out(self: Layer) -> bool:
         """Say whether the base layer stores (in, out)."""
         return self.op.transposed and not self.op.takes_ids
 
     @property
-    def is_target_conv_1d_layer(self: Any) -> bool:
+    def is_target_conv_1d_layer(self: Layer) -> bool:
         """Say whether the base layer is transformers' Conv1D."""
         return self.site.type_name == "Conv1D"
 
     @property
-    def quantization_backend(self: Any) -> str | None:
+    def quantization_backend(self: Layer) -> str | None:
         return None if self.store.name == "dense" else self.store.name
 
-    def get_base_layer(self: Any) -> nn.Module:
+    def get_base_layer(self: Layer) -> Any:
         base = self.base_layer
         while hasattr(base, "base_layer"):
             base = base.base_layer
-        return base  # type: ignore[no-any-return]
+        return base
 
-    def get_base_weight(self: Any) -> Tensor:
+    def get_base_weight(self: Layer) -> Tensor:
         """Return the weight as the base layer stores it, dense."""
-        return self.store.read(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
+        return self.store.read(self.get_base_layer(), self.site.parameter)
 
-    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+    def get_delta_weight(self: Layer, adapter: str) -> Tensor:
         """Return ΔW of `adapter` in the orientation that the base layer stores.
 
         Raises:
@@ -70,29 +74,31 @@ class PeftNames:
                 "does not add to the weight. Call the layer to see what the adapter does."
             )
         with evaluating(self):
-            return self.op.uncanon(delta_of(self, effect))  # type: ignore[no-any-return]
+            return self.op.uncanon(delta_of(self, effect))
 
-    def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
+    def supports_lora_conversion(self: Layer, adapter_name: str = "default") -> bool:
         """Say whether plain LoRA can hold what an adapter does to this layer: see `graft.convert_to_lora`."""
         return adapter_name in self.methods and why_none(self.methods[adapter_name]) is None
 
     # adapters
 
     @property
-    def merged_adapters(self: Any) -> list[str]:
-        return self.state.merged  # type: ignore[no-any-return]
+    def merged_adapters(self: Layer) -> list[str]:
+        merged: list[str] = self.state.merged
+        return merged
 
     @property
-    def merged(self: Any) -> bool:
+    def merged(self: Layer) -> bool:
         return bool(self.state.merged)
 
     @property
-    def active_adapter(self: Any) -> list[str]:
+    def active_adapter(self: Layer) -> list[str]:
         """The active adapters: a list here and on the tuner, a name on a PeftModel."""
-        return self.state.active  # type: ignore[no-any-return]
+        active: list[str] = self.state.active
+        return active
 
     @property
-    def adapter_layer_names(self: Any) -> tuple[str, ...]:
+    def adapter_layer_names(self: Layer) -> tuple[str, ...]:
         """Containers of tensors that train, empty ones, too; those that a variant of the method adds come last."""
         names = dict.fromkeys(n for m in self.methods.values() for n in m.layer_names)
         return tuple(n for n in names if n in self._modules or n in self.__dict__)
@@ -133,7 +139,7 @@ class PeftNames:
     # how it shows
 
     @property
-    def type_name(self: Any) -> str:
+    def type_name(self: Layer) -> str:
         """PEFT's class name for this kind of layer."""
         return "Linear" if self.site.type_name == "Conv1D" else self.site.type_name
 
@@ -141,5 +147,5 @@ class PeftNames:
         modules = [type(m).__module__.removeprefix("graft.methods.").split(".")[0] for m in self.methods.values()]
         return f"{'+'.join(dict.fromkeys(modules)) or 'graft'}.{self.type_name}"
 
-    def extra_repr(self: Any) -> str:
+    def extra_repr(self: Layer) -> str:
         return f"adapters={list(self.methods)}, active={self.state.active}"

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from graft.core.dropout import share_dropped
 from graft.core.effect import Effect, Factors, LowRank, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
+from graft.core.face import Layer
 from graft.core.fused import tensor_of
-from graft.core.plan import Chain, Sum, applied, formed, part_of
+from graft.core.method import Method
+from graft.core.plan import Chain, Step, Sum, applied, formed, part_of
 from graft.kernels.cuts import Cut, cut_up, given, joined, summed
 from graft.kernels.low_rank import dropout
 
@@ -103,30 +105,30 @@ def described(t: Any) -> str:
     return f"a {type(t).__name__}{tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 
-def run(layer: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+def run(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return the module's output with another (whole, canonical) weight and bias."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     if piece.outputs is not None:
         x, W = given(x, piece.outputs), cut_up(W, piece.outputs, 0)
         b = None if b is None else cut_up(b, piece.outputs, 0)
     if piece.inputs is None:
-        return op.call(base, x, W, b)  # type: ignore[no-any-return]
+        return op.call(base, x, W, b)
     y = summed(op.call(base, x, cut_up(W, piece.inputs, 1), None), piece.inputs)
     return y if b is None else y + b
 
 
-def drops(layer: Any, module: nn.Module | None) -> bool:
+def drops(layer: Layer, module: nn.Module | None) -> bool:
     return module is not None and not layer.op.takes_ids and share_dropped(module) != 0
 
 
-def dropped(layer: Any, module: Any, x: Tensor) -> Tensor:
+def dropped(layer: Layer, module: Any, x: Tensor) -> Tensor:
     """Return the piece of an input with the same inputs taken out on all processes, those that one would take out."""
     piece = layer.site.piece
     p, whole = share_dropped(module), joined(x, piece.inputs)
     return cut_up(module(whole) if p is None else dropout(whole, p), piece.inputs)
 
 
-def low_rank_piece(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
+def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)). Modules with hooks see whole tensors."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)
@@ -148,11 +150,11 @@ def low_rank_piece(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
     z = z if f.scale is None else z * f.scale  # a whole tensor, so that the scale's gradient is whole
     B = B if f.outer is None else f.outer[:, None] * B
     if piece.outputs is None:
-        return op.up(base, z, B)  # type: ignore[no-any-return]
-    return op.up(base, given(z, piece.outputs), cut_up(B, piece.outputs, 0))  # type: ignore[no-any-return]
+        return op.up(base, z, B)
+    return op.up(base, given(z, piece.outputs), cut_up(B, piece.outputs, 0))
 
 
-def piece_of_part(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
+def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     """Return this process's piece of what an additive adapter adds to the output."""
     piece = layer.site.piece
     if isinstance(effect, LowRank):
@@ -168,21 +170,21 @@ def piece_of_part(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
 class OfPieces:
     """The share of both plans: each calls the module with its piece of the input."""
 
-    layer: Any
+    layer: Layer
+    steps: list[Step]
     checked = False  # draws of a training pass
 
     def base(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Return the base layer's output, a piece of it if that is what the module returns."""
         layer = self.layer
-        y = layer.base_layer(x, *args, **kwargs)
-        if layer.site.piece.left_out is not None:
-            y = y[0]
+        out = layer.base_layer(x, *args, **kwargs)
+        y: Tensor = out if layer.site.piece.left_out is None else out[0]
         layer.site.piece.check(x, y, layer.site.key)
         if layer.training and not self.checked:
             self.checked = True
-            if any(draws(m) for m, _ in self.steps):  # type: ignore[attr-defined]
+            if any(draws(m) for m, _ in self.steps):
                 layer.site.piece.check_draws(layer.site.key)
-        return y  # type: ignore[no-any-return]
+        return y
 
     def given_out(self, y: Tensor) -> Any:
         """Return an output in the form in which the module returns it."""
@@ -190,7 +192,7 @@ class OfPieces:
         return y if left_out is None else (y, *left_out(base))
 
 
-def draws(m: Any) -> bool:
+def draws(m: Method) -> bool:
     """Say whether an adapter may draw random numbers in training."""
     return any(
         isinstance(value, float) and value > 0 for name, value in vars(m.cfg).items() if "dropout" in name
@@ -210,7 +212,7 @@ class SumOfPieces(OfPieces, Sum):
             y = y + piece_of_part(self.layer, m, effect, x)
         return y.to(dtype)
 
-    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
         return piece_of_part(self.layer, m, effect, x)
 
 
@@ -221,7 +223,7 @@ class ChainOfPieces(OfPieces, Chain):
     def bias(self, n: int) -> Tensor | None:
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
-    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if n == 0:
             return self.base(x, args, kwargs)
         effect = self.steps[n - 1][1]
@@ -235,16 +237,16 @@ class ChainOfPieces(OfPieces, Chain):
         inner = x if effect.pre is None else cut_up(effect.pre(whole).to(x.dtype), piece.inputs)
         y = self.through(n, inner, args, kwargs)
         if effect.post is None:
-            return y  # type: ignore[no-any-return]
+            return y
         out = joined(y, piece.outputs)
         b = self.bias(n) if effect.apart else None
         out = effect.post(whole, out) if b is None else effect.post(whole, out - b) + b
         return cut_up(out.to(y.dtype), piece.outputs)
 
-    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
         return piece_of_part(self.layer, m, effect, x)
 
-    def low_rank(self, m: Any, f: Factors, x: Tensor) -> Tensor:
+    def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
         return low_rank_piece(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

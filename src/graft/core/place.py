@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,9 @@ class Exact(nn.Module):
     """A module whose buffers move with the base weight and keep their dtype."""
 
 
-def place_tensor(owner: nn.Module, name: str, device, dtype, upcast: bool) -> None:
+def place_tensor(
+    owner: nn.Module, name: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
+) -> None:
     """Move and cast a parameter or buffer of a module."""
     p = owner._parameters.get(name)
     if p is not None:
@@ -52,7 +56,9 @@ def place_tensor(owner: nn.Module, name: str, device, dtype, upcast: bool) -> No
         owner._buffers[name] = moved(owner._buffers[name], device, dtype, upcast)  # type: ignore[arg-type]
 
 
-def place_parameter(owner: nn.Module, name: str, p: nn.Parameter, device, dtype, upcast) -> None:
+def place_parameter(
+    owner: nn.Module, name: str, p: nn.Parameter, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
+) -> None:
     if p.dtype == dtype and (p.device == device or device is None) and not (upcast and dtype in UPCAST):
         return
     before = p.data
@@ -61,7 +67,7 @@ def place_parameter(owner: nn.Module, name: str, p: nn.Parameter, device, dtype,
         owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
 
 
-def place(container, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
+def place(container: Any, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
     """Move and cast the tensors of `adapter` in `container`. Integer tensors keep their dtype."""
     if isinstance(container, nn.ModuleDict):
         place_module(container[adapter], device, dtype, upcast)

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from graft.core import fused
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update, matrix
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Unformed, Update, matrix
 from graft.core.errors import RoutingError
+from graft.core.face import Layer
+from graft.core.method import Method
+from graft.core.ops import Opaque
 from graft.core.sparing import again, forms
 from graft.kernels.eager import eager, watched
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
 
-Step = tuple[Any, Effect]  # (method, its effect)
+Step = tuple[Method, Effect]  # (method, its effect)
 
 
-def ordered(layer: Any, methods: Iterable[Any]) -> list[Step]:
+def ordered(layer: Layer, methods: Iterable[Method]) -> list[Step]:
     """Return the steps of these methods of a layer, the innermost first."""
     kinds = layer.kinds
     rank = {kind: i for i, kind in enumerate(kinds)}
@@ -43,7 +46,7 @@ def ordered(layer: Any, methods: Iterable[Any]) -> list[Step]:
     return [step for i in sorted(groups) for step in groups[i]]
 
 
-def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
+def plan_of(layer: Layer, names: Sequence[str]) -> Plan | None:
     """Return the plan for those of `names` that the layer carries; None if it carries none."""
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
@@ -69,7 +72,7 @@ def plan_of(layer: Any, names: Sequence[str]) -> Plan | None:
 class evaluating:
     """A block in which a layer's adapters do not train, so that merging takes up nothing random."""
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Layer):
         self.own = layer.__dict__
 
     def __enter__(self) -> None:
@@ -85,23 +88,24 @@ class evaluating:
 
 def dense(delta: Any) -> Tensor:
     """Return ΔW as a tensor."""
-    return delta if isinstance(delta, Tensor) else delta.dense()  # type: ignore[no-any-return]
+    matrix: Tensor = delta if isinstance(delta, Tensor) else delta.dense()
+    return matrix
 
 
-def formed(layer: Any, effect: Update) -> Any:
+def formed(layer: Layer, effect: Update) -> Any:
     """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet; None if there is none."""
     if effect.delta is None:
         return None
     return effect.delta(layer.W0) if effect.of_weight else effect.delta()
 
 
-def delta_of(layer: Any, effect: Effect) -> Tensor:
+def delta_of(layer: Layer, effect: Effect) -> Tensor:
     """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32."""
     if isinstance(effect, LowRank):
         A, B = effect.factors().matrices()
         if A.dtype in HALF:
             A, B = A.float(), B.float()
-        return layer.op.product(A, B, layer.site.shape)  # type: ignore[no-any-return]
+        return layer.op.product(A, B, layer.site.shape)
     if isinstance(effect, Update):
         delta = formed(layer, effect)
         return torch.zeros(layer.site.shape) if delta is None else dense(delta)
@@ -116,7 +120,7 @@ def shift_of(effect: Effect) -> Tensor | None:
     return None if bias is None else bias()
 
 
-def low_rank_part(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
+def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return scale · outer ⊙ B (inner ⊙ A dropout(x)); call modules one by one."""
     op, base, A, B = layer.op, layer.base_layer, f.A, f.B
     x = m.cast(x)
@@ -124,17 +128,17 @@ def low_rank_part(layer: Any, m: Any, f: Factors, x: Tensor) -> Tensor:
         x = f.dropout(x)
     by_tensors = isinstance(A, Tensor)
     if by_tensors and not op.factorable(base):
-        return op.call(base, x, op.product(*f.matrices(), layer.site.shape), f.shift())  # type: ignore[no-any-return]
+        return op.call(base, x, op.product(*f.matrices(), layer.site.shape), f.shift())
     z = op.down(base, x, A) if by_tensors else A(x)
     if f.inner is not None:
         z = z * op.channels(f.inner)
     z = op.up(base, z, B) if isinstance(B, Tensor) else B(z)
     if f.outer is not None:
         z = z * op.channels(f.outer)
-    return z if f.scale is None else z * f.scale  # type: ignore[no-any-return]
+    return z if f.scale is None else z * f.scale
 
 
-def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
+def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     """Return ΔW dropout(x) + Δb."""
     op = layer.op
     x = m.cast(x)
@@ -143,43 +147,45 @@ def update_part(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
     bias = None if effect.bias is None else effect.bias()
     if effect.branch is not None:
         y = effect.branch(x)
-        return y if bias is None else y + op.channels(bias)  # type: ignore[no-any-return]
+        return y if bias is None else y + op.channels(bias)
     return applied(layer, m, formed(layer, effect), bias, x)
 
 
-def applied(layer: Any, m: Any, delta: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
     """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only columns that ids name, or nothing where that pays."""
     op, base = layer.op, layer.base_layer
     if delta is None:
-        return op.channels(bias)  # type: ignore[no-any-return]
+        assert bias is not None  # an Update has one of them
+        return op.channels(bias)
     if not isinstance(delta, Tensor):
         if op.takes_ids:
-            return op.scaled(base, delta.columns(x).to(m.dtype))  # type: ignore[no-any-return]
+            return op.scaled(base, delta.columns(x).to(m.dtype))
         y = delta.product(x) if op.linear else None
         if y is not None:
-            return y if bias is None else y + bias  # type: ignore[no-any-return]
-    return op.call(base, x, dense(delta).to(m.dtype), bias)  # type: ignore[no-any-return]
+            return y if bias is None else y + bias
+    return op.call(base, x, dense(delta).to(m.dtype), bias)
 
 
-def part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
+def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     """Return the part that an additive adapter adds to the output."""
     if not layer.store.exact and forms(effect):
         return again(layer, _part_of, layer, m, effect, x)
     return _part_of(layer, m, effect, x)
 
 
-def _part_of(layer: Any, m: Any, effect: Effect, x: Tensor) -> Tensor:
+def _part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     if isinstance(effect, LowRank):
         return low_rank_part(layer, m, effect.factors(), x)
     if isinstance(effect, Update):
         return update_part(layer, m, effect, x)
-    return effect.branch(m.cast(x))  # type: ignore[attr-defined,no-any-return]
+    assert isinstance(effect, Branch)
+    return effect.branch(m.cast(x))
 
 
 Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method, effect, x, y, may it write to y?)
 
 
-def add_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+def add_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     f = effect.factors()
     if fuse:
         out = fused.added(f, x, y)
@@ -188,46 +194,46 @@ def add_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor, y: Tensor, fuse
     return y + low_rank_part(layer, m, f, x)
 
 
-def add_update(layer: Any, m: Any, effect: Update, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+def add_update(layer: Layer, m: Method, effect: Update, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     return y + update_part(layer, m, effect, x)
 
 
-def add_branch(layer: Any, m: Any, effect: Branch, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+def add_branch(layer: Layer, m: Method, effect: Branch, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     return y + effect.branch(m.cast(x))
 
 
-def add_part(layer: Any, m: Any, effect: Effect, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+def add_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     return y + part_of(layer, m, effect, x)
 
 
 ADD: dict[type, Add] = {LowRank: add_low_rank, Update: add_update, Branch: add_branch}
 
 
-def join_low_rank(layer: Any, m: Any, effect: LowRank, x: Tensor) -> Tensor:
+def join_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor) -> Tensor:
     f = effect.factors()
     out = fused.joined(layer, f, x)
     if out is not None:
         return out
-    y = layer.base_layer(x)
-    return (y + low_rank_part(layer, m, f, x)).to(y.dtype)  # type: ignore[no-any-return]
+    y: Tensor = layer.base_layer(x)
+    return (y + low_rank_part(layer, m, f, x)).to(y.dtype)
 
 
-def join_update(layer: Any, m: Any, effect: Update, x: Tensor) -> Tensor:
+def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
         delta = formed(layer, effect)
         bias = None if effect.bias is None else effect.bias()
         out = fused.updated(layer, delta, bias, x, m.dtype)
         if out is None:
-            y = layer.base_layer(x)
+            y: Tensor = layer.base_layer(x)
             out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
         return out
     y = layer.base_layer(x)
-    return (y + update_part(layer, m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
+    return (y + update_part(layer, m, effect, x)).to(y.dtype)
 
 
-def join_branch(layer: Any, m: Any, effect: Branch, x: Tensor) -> Tensor:
-    y = layer.base_layer(x)
-    return (y + effect.branch(m.cast(x))).to(y.dtype)  # type: ignore[no-any-return]
+def join_branch(layer: Layer, m: Method, effect: Branch, x: Tensor) -> Tensor:
+    y: Tensor = layer.base_layer(x)
+    return (y + effect.branch(m.cast(x))).to(y.dtype)
 
 
 JOIN: dict[type, Callable[[Any, Any, Any, Tensor], Tensor]] = {
@@ -250,7 +256,7 @@ def same_inputs(f: Factors) -> Factors:
 
 
 def fold_step(
-    layer: Any, m: Any, effect: Effect, W: Tensor, b: Tensor | None, drops: bool = False
+    layer: Layer, m: Method, effect: Effect, W: Tensor, b: Tensor | None, drops: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return weight (canonical) and bias of the layer with one more adapter on it.
 
@@ -283,7 +289,7 @@ def fold_step(
 class Plan:
     """Base of the plans. steps: the innermost first."""
 
-    def __init__(self, layer: Any, steps: Sequence[Step]):
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -310,7 +316,7 @@ class Plan:
 class Sum(Plan):
     """Adapters that only add to the output."""
 
-    def __init__(self, layer: Any, steps: Sequence[Step]):
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         exact = layer.store.exact
         self.adds = [(ADD[type(effect)] if exact else add_part, m, effect) for m, effect in self.steps]
@@ -342,7 +348,7 @@ class Sum(Plan):
             y = y + gates.apply(self.layer, m.name, self.part(m, effect, x))
         return y.to(dtype)
 
-    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
         """Return the part that a step adds to the output."""
         return part_of(self.layer, m, effect, x)
 
@@ -350,7 +356,7 @@ class Sum(Plan):
 class Chain(Plan):
     """Adapters each of which acts on the layer that those before it made."""
 
-    def __init__(self, layer: Any, steps: Sequence[Step]):
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         self.ways = [WAYS[way(effect)] for _, effect in self.steps]
 
@@ -359,7 +365,7 @@ class Chain(Plan):
             refuse_gates(self.layer)
         return self.through(len(self.steps), x, args, kwargs)
 
-    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Return the output of the layer with the first n steps on it."""
         if n == 0:
             return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
@@ -379,23 +385,23 @@ class Chain(Plan):
 
     # what a layer of which a process computes a piece does in another way
 
-    def part(self, m: Any, effect: Effect, x: Tensor) -> Tensor:
+    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
         """Return the part that an additive step adds to the output."""
         return part_of(self.layer, m, effect, x)
 
-    def low_rank(self, m: Any, f: Factors, x: Tensor) -> Tensor:
+    def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
         return low_rank_part(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Return the module's output with another (canonical) weight and bias."""
-        return self.layer.op.call(self.layer.base_layer, x, W, b)  # type: ignore[no-any-return]
+        return self.layer.op.call(self.layer.base_layer, x, W, b)
 
     def channels(self, v: Tensor) -> Tensor:
-        return self.layer.op.channels(v)  # type: ignore[no-any-return]
+        return self.layer.op.channels(v)
 
     def dropped(self, module: Any, x: Tensor) -> Tensor:
         p = share_dropped(module)
-        return module(x) if p is None else dropout(x, p)  # type: ignore[no-any-return]
+        return module(x) if p is None else dropout(x, p)
 
 
 def way(effect: Effect) -> str:
@@ -405,11 +411,11 @@ def way(effect: Effect) -> str:
     return "gain" if isinstance(effect, LowRank) and effect.gains else "add"
 
 
-def _rewrite(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _rewrite(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
     y = plan.through(n, inner, args, kwargs)
     if effect.post is None:
-        return y  # type: ignore[no-any-return]
+        return y
     b = plan.bias(n) if effect.apart else None
     if b is None:
         return effect.post(x, y).to(y.dtype)
@@ -417,7 +423,7 @@ def _rewrite(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any,
     return (effect.post(x, y - b) + b).to(y.dtype)
 
 
-def _fold(plan: Chain, n: int, m: Any, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _fold(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Run the layer's own function with the folded weight: nothing else sees the patches that a kernel sees."""
     if not plan.layer.store.exact:
         return again(plan.layer, _with_folded, plan, n, x)
@@ -431,23 +437,23 @@ def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
     for method, step in plan.steps[: n + 1]:
         W, b = fold_step(layer, method, step, W.to(method.dtype), None if b is None else b.to(method.dtype))
     y = plan.call(x if op.takes_ids else x.to(W.dtype), W, b)
-    return y.to(out) if y.dtype == W.dtype else y  # type: ignore[no-any-return]  # autocast chose another
+    return y.to(out) if y.dtype == W.dtype else y  # autocast chose another
 
 
-def _add(plan: Chain, n: int, m: Any, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     y = plan.through(n, x, args, kwargs)
-    return (y + plan.part(m, effect, x)).to(y.dtype)  # type: ignore[no-any-return]
+    return (y + plan.part(m, effect, x)).to(y.dtype)
 
 
-def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _gain(plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Return b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself."""
     layer, op = plan.layer, plan.layer.op
     f = effect.factors()
     fuse = n == 0 and layer.may_fuse
     if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
-        out = fused.joined(layer, f, x)
-        if out is not None:
-            return out
+        joined = fused.joined(layer, f, x)
+        if joined is not None:
+            return joined
     assert f.gain is not None
     gain = plan.channels(f.gain)
     y = plan.through(n, x, args, kwargs)
@@ -459,14 +465,14 @@ def _gain(plan: Chain, n: int, m: Any, effect: LowRank, x: Tensor, args: Any, kw
         rest = y - product
         z = product + plan.low_rank(m, f._replace(dropout=None), kept)
     elif fuse and y.dtype == m.dtype:
-        z = fused.added(f, x, y)
-        z = y + plan.low_rank(m, f, x) if z is None else z
+        added = fused.added(f, x, y)
+        z = y + plan.low_rank(m, f, x) if added is None else added
     else:  # rounds once, at the end
         z = y + plan.low_rank(m, f, x)
     out, b = z * gain, plan.bias(n)
     if b is not None:
         out = out + plan.channels(b) * (1 - gain)
-    return (out if rest is None else out + rest).to(y.dtype)  # type: ignore[no-any-return]
+    return (out if rest is None else out + rest).to(y.dtype)
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "add": _add, "gain": _gain}
@@ -479,28 +485,30 @@ class Folded(Plan):
     in use cost anything.
     """
 
-    def __init__(self, layer: Any, steps: Sequence[Step]):
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        self.sums = all(isinstance(effect, LowRank) and effect.additive for _, effect in self.steps)
+        assert isinstance(layer.op, Opaque)
+        self.op = layer.op
+        self.products = [effect for _, effect in self.steps if isinstance(effect, LowRank) and effect.additive]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         if layer.call.open:
             refuse_gates(layer)
         W = self.stand_in()
-        return layer.op.apply(layer, args, kwargs, layer.op.uncanon(self.folded_now()[0]) if W is None else W)
+        return self.op.apply(layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
 
     def stand_in(self) -> Any:
         """Return a tensor that stands for the sum; None where operations do not run as written."""
         layer = self.layer
-        if not (self.sums and eager() and not watched()):
+        if len(self.products) < len(self.steps) or not eager() or watched():
             return None
-        op, W = layer.op, layer.weight_now
+        op, W = self.op, layer.weight_now
         if type(W) not in fused.PLAIN or W.dim() < 2:
             return None
         parts = []
-        for _, effect in self.steps:
-            A, B = same_inputs(effect.factors()).matrices()  # type: ignore[attr-defined]
+        for effect in self.products:
+            A, B = same_inputs(effect.factors()).matrices()
             parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
         return summed(W, parts, op.transposed)
 
@@ -515,7 +523,8 @@ class Whole(Plan):
     def input(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
         names = self.layer.argument_names
         effect: Any = self.steps[0][1]
-        return effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})  # type: ignore[no-any-return]
+        x: Tensor = effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})
+        return x
 
     def add(self, x: Tensor, y: Tensor, fuse: bool = False, first: int = 0) -> Tensor:
         gates = self.layer.call.weights() if self.layer.call.open else None
@@ -571,7 +580,7 @@ class Instead(Plan):
         return effect.module()(*args, **kwargs)
 
 
-def refuse_gates(layer: Any) -> None:
+def refuse_gates(layer: Layer) -> None:
     """Raise if the call has gates."""
     if layer.call.weights() is None:
         return

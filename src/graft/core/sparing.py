@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from graft.core.effect import Effect, LowRank, Update
+from graft.core.face import Layer
 from graft.kernels.eager import eager
 
 
@@ -25,8 +26,9 @@ def forms(effect: Effect) -> bool:
     return isinstance(effect, Update) and effect.delta is not None and effect.branch is None
 
 
-def again(layer: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
+def again(layer: Layer, run: Callable[..., Tensor], *args: Any) -> Tensor:
     """Return run(*args); compute it again in the backward pass."""
     if not (torch.is_grad_enabled() and eager()):
         return run(*args)
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)  # type: ignore[no-any-return]
+    out: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)
+    return out

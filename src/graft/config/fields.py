@@ -12,7 +12,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 MOST_LISTS = 100  # entries of layers_pattern; each is tried on every module
 
 
-def as_set(names):
+def as_set(names: list[str] | tuple[str, ...] | set[str] | str | None) -> set[str] | str | None:
     """Return names as a set, a regular expression as it is."""
     return set(names) if isinstance(names, (list, tuple)) else names
 

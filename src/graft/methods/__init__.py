@@ -96,7 +96,8 @@ def method_of(peft_type: str) -> Any:
 
 def config_of(peft_type: str) -> type[PeftConfig]:
     """Return the config class of a peft_type."""
-    return method_of(peft_type).config
+    config: type[PeftConfig] = method_of(peft_type).config
+    return config
 
 
 PeftConfig.resolve = staticmethod(config_of)  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.core.effect import Branch
+from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import find_op
@@ -58,7 +58,7 @@ class AdaptionPrompt(Method):
             raise ConfigError(
                 f"Unsupported model type for adaption prompt: '{kind}'. Known ones: {', '.join(cls.targets)}."
             )
-        return cls.targets[kind]
+        return str(cls.targets[kind])
 
     @classmethod
     def prepare(cls, cfg: Any, model: nn.Module) -> None:
@@ -81,10 +81,10 @@ class AdaptionPrompt(Method):
             return None
         return "It is no attention with q_proj, k_proj, v_proj and o_proj, or with all in one c_attn, as in GPT-2"
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Branch(self.branch, input_of=self.input_of)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, cfg = self.site, self.cfg
         projection: Any = site.module._modules["c_attn" if fused(site.module) else "q_proj"]
         hidden, dtype = find_op(projection).dims(projection)[1], site.store.where(site.module)[1]
@@ -101,12 +101,14 @@ class AdaptionPrompt(Method):
     def input_of(module: Any, call: dict[str, Any]) -> Tensor:
         """Compute the queries, which the attention does not return. (batch, tokens, heads, head_dim)"""
         x, shape = call["hidden_states"], (-1, module.head_dim)
+        q: Tensor = module.c_attn(x).chunk(3, -1)[0] if fused(module) else module.q_proj(x)
+        q = q.unflatten(-1, shape)
         if fused(module):
-            return module.c_attn(x).chunk(3, -1)[0].unflatten(-1, shape)
-        q = module.q_proj(x).unflatten(-1, shape)
+            return q
         cos, sin = call.get("position_embeddings") or module.rotary_emb(x, call["position_ids"])
         first, second = q.chunk(2, -1)
-        return q * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+        turned: Tensor = q * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+        return turned
 
     def cast(self, x: Tensor) -> Tensor:
         return x  # `branch` casts the prompt instead

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import Targets
 from graft.config.targets import BEFT as TARGETS
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.errors import PeftWarning, warn
 from graft.core.method import Method
 
@@ -33,13 +33,13 @@ class BEFT(Method):
 
     beft_bias: nn.Parameter  # (1, out)
 
-    def describe(self):
+    def describe(self) -> Effect:
         if self.site.op.takes_ids:
             return Update(self.delta, branch=self.branch)
         has_bias = getattr(self.site.module, "bias", None) is not None
         return Update(None, bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         if self.effect.fixed is not None:
             warn(f"Base layer '{self.site.key}' has no bias: BEFT adapters on it cannot be merged.", PeftWarning)
         return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
@@ -54,7 +54,7 @@ class BEFT(Method):
 
     def branch(self, x: Tensor) -> Tensor:
         """Return what every row of an embedding gets, as the module would output it."""
-        return self.site.op.scaled(self.layer.base_layer, self.shift())  # type: ignore[attr-defined,no-any-return]
+        return self.site.op.scaled(self.layer.base_layer, self.shift())
 
     def delta(self) -> Tensor:
         return self.shift()[:, None].expand(self.site.shape)

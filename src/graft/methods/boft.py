@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.containers import Transient
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.orthogonal import butterfly, orthogonal, shuffled
@@ -56,7 +56,7 @@ class BOFT(Method):
     boft_s: nn.Parameter  # (out, 1), of convolutions (1, out)
     boft_orders: Tensor  # (F, 2, n): P_i and its inverse as indices
 
-    def describe(self):
+    def describe(self) -> Effect:
         if self.site.op.takes_ids:
             return Rewrite(self.fold, post=self.post)
         if len(self.site.shape) > 2:  # overlapping patches: turn the weight
@@ -70,7 +70,7 @@ class BOFT(Method):
 
     @property
     def blocks(self) -> int:
-        return self.cfg.boft_block_num or self.width // self.cfg.boft_block_size  # type: ignore[no-any-return]
+        return int(self.cfg.boft_block_num or self.width // self.cfg.boft_block_size)
 
     def check(self) -> str | None:
         why = super().check()
@@ -78,7 +78,7 @@ class BOFT(Method):
             raise ConfigError(f"{wrong} (layer '{self.site.key}'). Choose other blocks, or do not target this layer.")
         return why
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, n, blocks = self.cfg, self.width, self.blocks
         F, b, out = cfg.boft_n_butterfly_factor, n // blocks, self.site.out_features
         values = dict(
@@ -126,7 +126,7 @@ class BOFT(Method):
             y = self.turned(y, self.dtype)
         return y * self.boft_s.flatten()
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         s = self.boft_s.flatten().to(W.dtype)
         if self.site.op.takes_ids:  # R turns what is looked up: columns
             return (self.turned(W.T, W.dtype) * s).T, b

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets
 from graft.config.targets import FOURIER
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.circular import Circulant, product
@@ -51,7 +51,7 @@ class C3A(Method):
 
     c3a_kernel: nn.Parameter  # (out / b, in / b, b)
 
-    def describe(self):
+    def describe(self) -> Effect:
         vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
         return Update(self.delta, branch=self.branch if vectors else None)
 
@@ -62,7 +62,7 @@ class C3A(Method):
                 why = f"The block size should be a factor of the {name}: that is {size}, and `block_size` is {b}"
         return why
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         b = self.cfg.block_size
         return dict(
             c3a_kernel=nn.Parameter(torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Factors, LowRank, Product
+from graft.core.effect import Effect, Factors, LowRank, Product
 from graft.core.method import Method
 from graft.kernels.projection import onto
 
@@ -49,7 +49,7 @@ class DEFT(Method):
     deft_dropout: nn.Module
     scaling: float
 
-    def describe(self):
+    def describe(self) -> Effect:
         return LowRank(self.factors, of_weight=True)
 
     def inits_from_weight(self) -> bool:
@@ -58,7 +58,7 @@ class DEFT(Method):
     def inits_before_load(self) -> bool:
         return False
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)
         values = dict(
@@ -83,7 +83,8 @@ class DEFT(Method):
 
     @property
     def W0(self) -> Tensor:
-        return self.layer.W0.detach().flatten(1)  # type: ignore[no-any-return]
+        W0: Tensor = self.layer.W0
+        return W0.detach().flatten(1)
 
     def projections(self) -> tuple[Tensor, Tensor]:
         """Return Q and Z (out, r), in at least float32."""
@@ -106,5 +107,5 @@ class DEFT(Method):
 
     def down(self, own: Tensor, kept: Tensor, x: Tensor) -> Tensor:
         """Return own dropout(x) + kept x: dropout acts on the input of R alone."""
-        op, base, x = self.layer.op, self.layer.base_layer, x.to(self.dtype)
-        return op.down(base, self.deft_dropout(x), own) + op.down(base, x, kept)  # type: ignore[no-any-return]
+        op, base, x = self.site.op, self.layer.base_layer, x.to(self.dtype)
+        return op.down(base, self.deft_dropout(x), own) + op.down(base, x, kept)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import FOURIER
 from graft.core.containers import Transient
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.fourier import Spectrum
@@ -62,14 +62,14 @@ class FourierFT(Method):
     fourierft_spectrum: nn.Parameter  # (n,)
     indices: Tensor  # (2, n), the places in F
 
-    def describe(self):
+    def describe(self) -> Effect:
         vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
         return Update(self.delta, branch=self.branch if vectors else None)
 
     def check(self) -> str | None:
         return super().check() or too_many(self)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         n = cfg.n_frequency
         return dict(

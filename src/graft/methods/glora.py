@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import Targets, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.method import Method
 from graft.kernels.modulated import Modulated
 from graft.kernels.narrow import product
@@ -86,10 +86,10 @@ class GLoRA(Method):
         """Say whether C, D and E act: on a layer that has a bias."""
         return getattr(self.site.module, "bias", None) is not None
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Update(self.delta, of_weight=True, bias=self.shift if self.shifts else None)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, out, fan_in = self.cfg, self.site.out_features, self.site.fan_in
         C, D_E = (cfg.config_C, cfg.config_D_E) if self.shifts else ("none", "none")
         return dict(

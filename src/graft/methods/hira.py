@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.method import Method
 from graft.kernels.modulated import Modulated
 
@@ -48,10 +48,10 @@ class HiRA(Method):
     hira_embedding_B: nn.Parameter  # (embedding_dim, r)
     hira_dropout: nn.Module
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, r = self.site, self.cfg.r
         kernel = site.shape[2:]
         A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))

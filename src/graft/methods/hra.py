@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method
 from graft.kernels.householder import compact, gram_schmidt, reflect
@@ -43,11 +43,11 @@ class HRA(Method):
     hra_u: nn.Parameter  # (fan_in, r)
     hra_apply_GS: bool
 
-    def describe(self):
+    def describe(self) -> Effect:
         plain_vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
         return Rewrite(self.fold, pre=self.pre if plain_vectors else None)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))
         return dict(hra_u=u, hra_r=self.cfg.r, hra_apply_GS=self.cfg.apply_GS)
 
@@ -74,7 +74,7 @@ class HRA(Method):
     def pre(self, x: Tensor) -> Tensor:
         return reflect(x, *self.compact(self.dtype))
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         U, T = self.compact(W.dtype)
         flat = W.flatten(1)  # (out, fan_in)
         return (flat - (flat @ U) @ T @ U.T).view(W.shape), b

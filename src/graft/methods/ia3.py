@@ -13,7 +13,7 @@ from graft.config.fields import Targeted, as_set
 from graft.config.patterns import pattern
 from graft.config.targets import IA3 as TARGETS
 from graft.config.targets import IA3_FEEDFORWARD
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 
@@ -69,11 +69,11 @@ class IA3(Method):
         """Say whether the config scales this layer's input."""
         return _is_feedforward(self.site.key, self.cfg)
 
-    def describe(self):
+    def describe(self) -> Effect:
         inner = self.inner
         return Rewrite(self.fold, pre=self.pre if inner else None, post=None if inner else self.post)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2
         shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)
@@ -93,7 +93,7 @@ class IA3(Method):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return y * self.scale
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.flatten().to(W.dtype)
         if not self.is_feedforward:
             return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)

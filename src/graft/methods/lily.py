@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch
+from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 
@@ -74,10 +74,10 @@ class Lily(Method):
             return "Its groups of channels do not mix, and Lily's projections would mix them"
         return super().check()
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Branch(self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         return dict(
             r=cfg.r,

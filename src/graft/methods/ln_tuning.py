@@ -10,7 +10,7 @@ from torch import nn
 
 from graft.config.fields import Targeted
 from graft.config.targets import LN_TUNING
-from graft.core.effect import Replace
+from graft.core.effect import Effect, Replace
 from graft.core.method import Method
 from graft.storage import codes_in, standalone
 
@@ -32,20 +32,20 @@ class LNTuning(Method):
 
     ln_tuning_layers: nn.Module
 
-    def check(self):
+    def check(self) -> str | None:
         why = codes_in(self.site.module)
         return super().check() if why is None else f"LN tuning trains a copy of the layer, and {why}"
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Replace(self.copied)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         made = standalone(self.site.module)
         for p in made.parameters():
             p.requires_grad = p.is_floating_point()
         return dict(ln_tuning_layers=made)
 
-    def placeholders(self, shared):
+    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Build a copy again, which draws no random values."""
         return self.build(shared)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Factors, LowRank, Update
+from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.method import Method
 from graft.kernels.hadamard import Hadamard, is_narrow, narrow
 
@@ -56,7 +56,7 @@ class LoHa(Method):
         """Say whether the adapter factors the kernel of a convolution, too."""
         return self.cfg.use_effective_conv2d and math.prod(self.site.shape[2:]) > 1
 
-    def describe(self):
+    def describe(self) -> Effect:
         if not self.cp and is_narrow(self.cfg.r, self.site.out_features, self.site.fan_in):
             return LowRank(self.factors)
         return Update(self.delta, draws=self.cfg.rank_dropout > 0 or self.cfg.module_dropout > 0)
@@ -65,7 +65,7 @@ class LoHa(Method):
         require_positive_rank(self.cfg.r)
         return super().check()
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, cfg, r = self.site, self.cfg, self.cfg.r
         kernel = site.shape[2:]
         values = dict(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.method import Method
 from graft.kernels.kronecker import Kronecker, factorization, product
 from graft.methods.loha import kernel_of
@@ -57,7 +57,7 @@ class LoKr(Method):
     module_dropout: float
     rank_dropout_scale: bool
 
-    def describe(self):
+    def describe(self) -> Effect:
         draws = self.cfg.rank_dropout > 0 or self.cfg.module_dropout > 0
         vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
         return Update(self.delta, branch=self.branch if vectors else None, draws=draws)
@@ -66,7 +66,7 @@ class LoKr(Method):
         require_positive_rank(self.cfg.r)
         return super().check()
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg
         facts = dict(
             r=cfg.r,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Factors, Rewrite
+from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.kernels.shards import Repeated, Shards
@@ -58,7 +58,7 @@ class MiSS(Method):
             return f"`r` ({self.cfg.r}) must be less than or equal to in_features ({self.site.fan_in})"
         return why
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg
         return dict(
             miss_r=cfg.r,
@@ -114,11 +114,11 @@ class BatMiSS(MiSS):
     def shape(self) -> tuple[int, ...]:
         return self.site.out_features // self.cfg.r, self.cfg.r, self.cfg.r
 
-    def describe(self):
+    def describe(self) -> Effect:
         # no Update of W₀: as in PEFT, the second of two adapters acts on the weight that the first made
         return Rewrite(self.fold)
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         D = self.miss_block.to(W.dtype)
         blocks = W.reshape(len(D), -1, self.cfg.r)  # (m, rows of every n, r)
         new = torch.baddbmm(blocks, blocks, D).view(len(D), self.cfg.r, -1, self.cfg.r) + D[:, :, None]

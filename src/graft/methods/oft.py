@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.kernels.orthogonal import constrained, orthogonal, rotate, skew
@@ -50,7 +50,7 @@ class OFTConfig(Targeted, LayerRange):
             )
 
     @classmethod
-    def check_kwargs(cls, **kwargs):
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         if "oft_block_size" not in kwargs:
             raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
         version = tuple(int(p[:9]) for p in str(kwargs.get("peft_version") or "0").split(".")[:2] if p.isdecimal())
@@ -79,13 +79,13 @@ class OFT(Method):
     block_size: int
     blocks: int  # number of blocks in R; if they share one, `oft_R` has only that
 
-    def describe(self):
+    def describe(self) -> Effect:
         if self.site.op.takes_ids:
             return Rewrite(self.fold, post=self.post)
         kernel = len(self.site.shape) > 2  # overlapping patches: rotate the weight
         return Rewrite(self.fold, pre=None if kernel else self.pre, inward=True)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, cfg = self.site, self.cfg
         n = site.out_features if site.op.takes_ids else site.fan_in
         what = "r" if cfg.r else "oft_block_size"
@@ -136,7 +136,7 @@ class OFT(Method):
         """Return x R, block by block. x (…, n)."""
         return rotate(x, self.R().to(self.dtype).expand(self.blocks, -1, -1))
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         R = self.R().to(W.dtype)
         if self.site.op.takes_ids:  # R rotates the output: Rᵀ W
             blocks = W.reshape(self.blocks, self.block_size, -1)

@@ -13,7 +13,7 @@ from graft.config.fields import Targets
 from graft.config.patterns import pattern
 from graft.config.targets import OSF as TARGETS
 from graft.core.containers import Transient
-from graft.core.effect import Factors, LowRank, Update
+from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.kernels.difference import Difference
@@ -78,11 +78,11 @@ class OSF(Method):
     def inits_from_weight(self) -> bool:
         return True
 
-    def describe(self):
+    def describe(self) -> Effect:
         out, n, _, r = self.sizes
         return LowRank(self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         out, n, _, r = self.sizes
         fixed = ("U_init", "S_init", "V_init", *["U_high"] * (out > n), *["V_high"] * (out < n))
         values = {f"osf_{name}": Transient(torch.empty(0)) for name in fixed}  # `init` makes them

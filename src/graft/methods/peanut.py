@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Factors, LowRank
+from graft.core.effect import Effect, Factors, LowRank
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.narrow import product
@@ -62,10 +62,10 @@ class PEANuT(Method):
     peanut_decoders: nn.ModuleList
     scaling: float
 
-    def describe(self):
+    def describe(self) -> Effect:
         return LowRank(self.factors, of_weight=True)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
         A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another
         encoders, decoders = (nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(cfg.depth)) for _ in "ED")

@@ -63,7 +63,9 @@ class PVeRA(Method):
         self.before: Tensor | None = None  # the generator's state before the last draw
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: PveraConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: PveraConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         return projections(cls, ("pvera_A", "pvera_B"), 2 * cfg.r, sites, cfg, existing, others)
 
     def check(self) -> str | None:
@@ -71,7 +73,7 @@ class PVeRA(Method):
             return "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
         return super().check()
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg
         return shared | dict(
             r=cfg.r,

@@ -63,7 +63,9 @@ class RandLoRA(Method):
     scaling: float
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: RandLoraConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: RandLoraConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         check_alike(cls, cfg, others, SHARED)
         sizes = [sorted((s.out_features, s.fan_in)) for s in sites]
         d, D = max(size[0] for size in sizes), max(size[1] for size in sizes)
@@ -83,7 +85,7 @@ class RandLoRA(Method):
         d, D = sorted((self.site.out_features, self.site.fan_in))
         return -(-d // self.cfg.r), d, D
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, (n, d, _) = self.cfg, self.sizes
         return shared | dict(
             r=cfg.r,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import Targets
 from graft.config.targets import LORA
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.planar import turn
@@ -64,13 +64,13 @@ class Road(Method):
             )
         return super().check()
 
-    def describe(self):
+    def describe(self) -> Effect:
         op, per_group = self.site.op, self.cfg.group_size
         torn = self.site.out_features // op.groups(self.site.module) % per_group if op.known else 0
         why = "A pair of channels that are in two groups of a convolution has no kernel" if torn else None
         return Rewrite(self.fold, post=self.post, fixed=why)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
         return dict(
             variant=self.cfg.variant,
@@ -90,7 +90,7 @@ class Road(Method):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return self.turned(y, 1 - len(self.site.shape))
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.effect.fixed is not None:
             raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
         return self.turned(W, 0), None if b is None else self.turned(b, 0)

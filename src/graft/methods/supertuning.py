@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.config.targets import LORA
 from graft.core.containers import Transient
-from graft.core.effect import Factors, Update
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.ops import linear
@@ -95,10 +95,10 @@ class SuperTuning(Method):
     def inits_before_load(self) -> bool:
         return not self.cfg.save_precomputed_indices
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Update(self.delta, branch=None if self.cfg.r is None else self.branch)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         keep = (lambda t: t) if cfg.save_precomputed_indices else Transient
         values = dict(

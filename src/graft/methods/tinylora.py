@@ -63,7 +63,9 @@ class TinyLoRA(Method):
     tinylora_group: int
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: TinyLoraConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: TinyLoraConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         check_alike(cls, cfg, others, ("save_projection",))
         groups = max(1, round(len(sites) * (1 - cfg.weight_tying)))
         vectors = nn.ParameterDict()
@@ -79,9 +81,9 @@ class TinyLoRA(Method):
     @property
     def rank(self) -> int:
         """r, as far as the weight has that many singular vectors."""
-        return min(self.cfg.r, self.site.fan_in, self.site.out_features)
+        return min(int(self.cfg.r), self.site.fan_in, self.site.out_features)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site, r = self.cfg, self.site, self.rank
         places = shared["tinylora_places"].container[self.name] if shared else {}
         place, groups, layers = places.get(site.key, (0, 1, 1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.containers import Transient
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 
@@ -40,7 +40,7 @@ class TrainableTokens(Method):
     token_indices: list[int]
 
     @classmethod
-    def default_targets(cls, model: nn.Module):
+    def default_targets(cls, model: nn.Module) -> list[str] | str | None:
         return [input_embedding(model) or "embed_tokens"]
 
     def check(self) -> str | None:
@@ -65,12 +65,12 @@ class TrainableTokens(Method):
             seen |= set(m.token_indices)
 
     def inits_from_weight(self) -> bool:
-        return self.cfg.init_weights
+        return bool(self.cfg.init_weights)
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Rewrite(self.fold, post=self.post, apart=True)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)
         tokens, order = torch.tensor(indices).sort()
@@ -106,7 +106,7 @@ class TrainableTokens(Method):
         """Return the token of each row, (k,)."""
         return self.sorted_tokens[self.order_of_tokens.argsort()]
 
-    def fold(self, W: Tensor, b: Tensor | None):
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows, tokens = self.trainable_tokens_delta.to(W.dtype), self.order_to_token()
         if self.layer.op.takes_ids:
             return W.index_copy(1, tokens, rows.T), b

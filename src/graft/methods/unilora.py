@@ -91,7 +91,9 @@ class UniLoRA(Method):
     unilora_dropout: nn.Module
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: UniLoraConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: UniLoraConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         check_alike(cls, cfg, others, ("save_indices",))
         theta = torch.empty(cfg.theta_d_length)
         if cfg.init_weights:
@@ -100,7 +102,7 @@ class UniLoRA(Method):
             nn.init.normal_(theta)
         return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(sites, cfg))
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         keep = (lambda t: t) if cfg.save_indices else Transient

@@ -57,10 +57,12 @@ class VeRA(Method):
     vera_dropout: nn.Module
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: VeraConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: VeraConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         return projections(cls, ("vera_A", "vera_B"), cfg.r, sites, cfg, existing, others)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg
         return shared | dict(
             r=cfg.r,

@@ -44,7 +44,7 @@ class AdaLoRA(Method):
     lora_dropout: nn.Module
     scaling: float
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, cfg = self.site, self.cfg
         kept = cfg.kept(site.key)
         r = cfg.init_r if kept is None else sum(kept)

@@ -64,7 +64,8 @@ def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
 def allocator_of(tuner: Any, name: str) -> Allocator:
     if name not in tuner.states:
         tuner.states[name] = Allocator(tuner.peft_config[name])
-    return tuner.states[name]
+    allocator: Allocator = tuner.states[name]
+    return allocator
 
 
 def update_and_allocate(tuner: Any, global_step: int) -> None:

@@ -48,7 +48,7 @@ class AdaMSS(Method):
     adamss_clusters: Tensor  # (out,) the cluster of each row; PEFT's files lack it
     adamss_places: Tensor  # (out,) the place of each row when they stand cluster by cluster
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         if self.layer is None:  # nobody has the weight at hand
             return self.at_most()
         if self.site.on_meta:
@@ -66,7 +66,7 @@ class AdaMSS(Method):
             adamss_places=Transient(places(found.rows)),
         )
 
-    def placeholders(self, shared):
+    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
         if self.layer is None:
             with META:
                 return self.at_most()

@@ -59,4 +59,5 @@ def start(U: Tensor, cfg: Any) -> Tensor:
         large = S.gt(S[0] * cfg.svd_threshold)
         rank = max(1, min(rank, int(large.sum())))
     left = torch.svd_lowrank(gram, q=rank, niter=2)[0]
-    return torch.linalg.qr(U.T @ left).Q.T.contiguous()
+    Q: Tensor = torch.linalg.qr(U.T @ left).Q
+    return Q.T.contiguous()

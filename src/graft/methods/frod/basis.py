@@ -52,12 +52,14 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     weights = [site.op.canon(site.store.read(site.module, site.parameter)) for _, site in sorted(last.items())]
     stack = torch.cat([W.detach().flatten(1).to("cpu", torch.float32) for W in weights])
     if len(stack) < n:
-        return torch.linalg.svd(stack, full_matrices=True).Vh.T.contiguous()
+        Vh: Tensor = torch.linalg.svd(stack, full_matrices=True).Vh
+        return Vh.T.contiguous()
     Q, R = torch.linalg.qr(stack)
     eye = alpha * torch.eye(n)
     parts = Q.split([len(W) for W in weights])
     T = sum(torch.linalg.inv(part.T @ part + eye) for part in parts) / len(parts)
-    return R.T @ torch.linalg.eigh(T).eigenvectors
+    basis: Tensor = R.T @ torch.linalg.eigh(T).eigenvectors
+    return basis
 
 
 def entries(n: int, rate: float) -> int:

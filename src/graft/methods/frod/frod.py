@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import FROD
 from graft.core.containers import Attached, Transient
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method
 from graft.core.site import Site
@@ -38,7 +38,9 @@ class FRoD(Method):
     frod_dropout: nn.Module
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: FrodConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: FrodConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         check_alike(cls, cfg, others, ("projection_prng_key", "save_projection"))
         first = next(iter(others), None)
         groups: dict[str, list[Site]] = {}
@@ -61,7 +63,7 @@ class FRoD(Method):
                 values[f"frod_{part}.{name}"] = keep(t)
         return values
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site, mine = self.cfg, self.site, category(self.site.key)
         n = site.fan_in
         kept = [shared[f"frod_{part}.{mine}"].container for part in ("V", "s_indices")] if shared else []
@@ -73,7 +75,7 @@ class FRoD(Method):
             frod_dropout=nn.Dropout(cfg.frod_dropout) if cfg.frod_dropout > 0 else nn.Identity(),
         )
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
     def dropout(self) -> nn.Module:
@@ -123,7 +125,7 @@ class FRoD(Method):
             b = torch.linalg.solve(V, W.T).T
         except RuntimeError:  # singular
             b = W @ torch.linalg.pinv(V, rtol=1e-6).T
-        scale = b.norm(dim=0)
+        scale: Tensor = b.norm(dim=0)
         U = torch.where(scale > SMALLEST, b / scale.clamp(min=SMALLEST), 0.0)
         self.frod_U.copy_(U)
         return scale

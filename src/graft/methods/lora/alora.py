@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graft.core.call import Run
-from graft.core.effect import Branch
+from graft.core.effect import Branch, Effect
 from graft.core.errors import RoutingError
 from graft.core.plan import low_rank_part
 from graft.methods.lora.invocations import ARGUMENT, find
@@ -33,7 +33,7 @@ class ALoRA(LoRA):
             return "aLoRA acts on the features of some positions, and so on linear layers only"
         return super().check()
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Branch(self.branch, fixed="aLoRA does not support merging, as it acts at some positions only")
 
     def branch(self, x: Tensor) -> Tensor:
@@ -73,5 +73,5 @@ class ALoRA(LoRA):
 
 def beams(model: Any, run: Run) -> int:
     config = run.kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    n = run.kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-    return n if run.generates else 1  # type: ignore[no-any-return]
+    n: int = run.kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+    return n if run.generates else 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from graft.core.effect import Branch
+from graft.core.effect import Branch, Effect, Factors
 from graft.core.errors import RoutingError
 from graft.methods.lora.lora import LoRA
 
@@ -50,13 +50,13 @@ class Arrow(LoRA):
             return "Arrow compares features of tokens, and so it routes on linear layers only"
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         return super().build(shared, device) | dict(lora_arrow=Router())
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Branch(self.branch, fixed="Cannot merge an active Arrow router adapter. Remove it first")
 
-    def factors(self):
+    def factors(self) -> Factors:
         raise NotImplementedError(
             f"Adapter '{self.name}' is an Arrow router, which has no update of its own: name its experts."
         )
@@ -70,7 +70,8 @@ class Arrow(LoRA):
         share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))
         share = share * torch.tensor([m.scaling for m in experts], device=x.device, dtype=x.dtype)
         z = (x @ A.flatten(0, 1).T).unflatten(-1, (E, -1)) * share[..., None]  # (…, experts, r)
-        return self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)  # type: ignore[no-any-return]
+        out: Tensor = self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)
+        return out
 
     def others(self) -> tuple[list[Any], list[Any]]:
         """Return the adapters of general knowledge on this layer, and the experts: all others but routers."""
@@ -118,7 +119,7 @@ def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
     """Return the input (in,) of norm 1 that B A answers most: power iteration on (B A)ᵀ B A from a random start."""
     generator = None if seed is None else torch.Generator(A.device).manual_seed(int(seed))
     gram = B.T @ B  # (r, r)
-    v = torch.randn(A.shape[1], dtype=A.dtype, device=A.device, generator=generator)
+    v: Tensor = torch.randn(A.shape[1], dtype=A.dtype, device=A.device, generator=generator)
     v = v / (v.norm() + EPS)
     for _ in range(STEPS):
         w = A.T @ (gram @ (A @ v))

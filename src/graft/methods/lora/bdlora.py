@@ -7,6 +7,7 @@ Block k of a factor (m, n) has rows k m / nb … and columns k n / nb …; the b
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class BlockDiagonal(nn.Module):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Put the blocks in place: (out, in / nblocks) → (out, in)."""
-        return torch.block_diag(*weight.chunk(self.nblocks))
+        whole: Tensor = torch.block_diag(*weight.chunk(self.nblocks))
+        return whole
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
@@ -72,7 +74,7 @@ class BdLoRA(LoRA):
             raise ConfigError(f"lora_bias=True is not supported for the block-diagonal B of layer '{site.key}'.")
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         values, site, r, n = super().build(shared, device), self.site, self.cfg.r, self.cfg.use_bdlora.nblocks
         if self.side == "A":
             values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)

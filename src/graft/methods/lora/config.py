@@ -42,26 +42,26 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     use_rslora: bool = False
     init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, mica,
     # eva, corda, lora_ga; the last three begin with data
-    megatron_config: dict | None = None  # Megatron's layers need none: they say themselves what they are
+    megatron_config: dict[str, Any] | None = None  # Megatron's layers need none: they say themselves what they are
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
-    loftq_config: dict | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files
-    eva_config: EvaConfig | dict | None = None
-    corda_config: CordaConfig | dict | None = None
-    lora_ga_config: LoraGAConfig | dict | None = None
+    loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
     use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
-    velora_config: VeloraConfig | dict | None = None  # VeLoRA (arXiv 2405.17991): keeps projections of inputs to train
+    velora_config: VeloraConfig | dict[str, Any] | None = None  # VeLoRA (arXiv 2405.17991): keeps projections of inputs
     alora_invocation_tokens: list[int] | None = None  # aLoRA (arXiv 2504.12397): acts from their last occurrence on
     use_qalora: bool = False  # QA-LoRA (arXiv 2309.14717): A sees sums over groups of inputs
     qalora_group_size: int = 16  # inputs in a group
-    monteclora_config: MontecloraConfig | dict | None = None  # MonteCLoRA (arXiv 2411.04358): A is random in training
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = None  # MonteCLoRA (arXiv 2411.04358): a random A
     layer_replication: list[tuple[int, int]] | None = None  # stack these ranges of layers, sharing weights
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False  # B has a bias
     target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
-    use_bdlora: BdLoraConfig | dict | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
-    arrow_config: ArrowConfig | dict | None = None  # a router over the other adapters: see `create_arrow_model`
-    kasa_config: KasaConfig | dict | None = None  # KaSA (arXiv 2412.06071): singular values apart, on a truncated base
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
+    arrow_config: ArrowConfig | dict[str, Any] | None = None  # a router over other adapters: see `create_arrow_model`
+    kasa_config: KasaConfig | dict[str, Any] | None = None  # KaSA (arXiv 2412.06071): singular values, a truncated base
     ensure_weight_tying: bool = False  # adapt tied embeddings together
 
     _custom_modules: ClassVar[Any] = None  # an instance may have its own

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.effect import Factors, LowRank
+from graft.core.effect import Effect, Factors, LowRank
 from graft.kernels.eager import eager
 from graft.kernels.norm import row_norms
 from graft.methods.lora.caching import DoraCaching, Kept
@@ -38,7 +38,7 @@ class DoRA(LoRA):
             return "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         kernel = [1] * (len(self.site.shape) - 2)
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
         return super().build(shared, device) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape, device=device)))
@@ -54,7 +54,7 @@ class DoRA(LoRA):
             )  # to the bit, if in pieces as well
         m.data = norm.to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
 
-    def describe(self):
+    def describe(self) -> Effect:
         return LowRank(self.factors, gains=True, of_weight=True)
 
     def factors(self) -> Factors:

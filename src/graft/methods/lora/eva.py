@@ -48,7 +48,9 @@ class Components:
     @property
     def explained(self) -> Tensor:
         """Return each component's share of the variance, (n,)."""
-        return (self.S.double().square() / self.squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+        whole = self.squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        shares: Tensor = self.S.double().square() / whole
+        return shares.cpu()
 
 
 def largest(X: Tensor, n: int) -> tuple[Tensor, Tensor]:

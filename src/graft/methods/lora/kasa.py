@@ -51,7 +51,7 @@ class KaSA(LoRA):
             return None
         return "KaSA cannot be combined with adapters that don't use KaSA, since it changes the base weights"
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         return super().build(shared, device) | dict(lora_diag=nn.Parameter(torch.empty(self.cfg.r, device=device)))
 
     def init(self) -> None:
@@ -71,7 +71,9 @@ class KaSA(LoRA):
         """Return β ‖d‖² + γ (‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖), in float32."""
         A, B = (p.float() for p in self.pair)
         cfg = self.cfg.kasa_config
-        return cfg.beta * self.lora_diag.float().square().sum() + cfg.gamma * (gram_distance(B.T) + gram_distance(A))  # type: ignore[no-any-return]
+        size = self.lora_diag.float().square().sum()
+        loss: Tensor = cfg.beta * size + cfg.gamma * (gram_distance(B.T) + gram_distance(A))
+        return loss
 
 
 @torch.no_grad()
@@ -79,4 +81,5 @@ def without_smallest(W: Tensor, r: int) -> Tensor:
     """Return W (out, in) without its r smallest singular components; compute in at least float32."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-    return (wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype)
+    smallest: Tensor = (U[:, -r:] * S[-r:]) @ Vh[-r:]
+    return (wide - smallest).to(W.dtype)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import LORA
-from graft.core.effect import Factors, LowRank
+from graft.core.effect import Effect, Factors, LowRank
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.core.ops import META
@@ -57,7 +58,7 @@ class LoRA(Started):
         return next((beside(VARIANTS[name]) for name in cfg.variants), cls)
 
     @classmethod
-    def restructure(cls, cfg: LoraConfig, model: nn.Module):
+    def restructure(cls, cfg: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
         return replicate(model, cfg.layer_replication) if cfg.layer_replication else None
 
     @classmethod
@@ -68,7 +69,7 @@ class LoRA(Started):
         checks.check_site(self.site, self.cfg)
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         site, cfg, r = self.site, self.cfg, self.cfg.r
         values = dict(
             r=r,
@@ -92,7 +93,7 @@ class LoRA(Started):
             values[shift.NAME] = shift.Shift(self.shift_rank, site.shape, device)
         return values
 
-    def placeholders(self, shared):
+    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
         return self.build(shared, META)
 
     def tie(self, source: Method) -> None:
@@ -113,7 +114,7 @@ class LoRA(Started):
             return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
         return {("lora_A", "weight"): A, ("lora_B", "weight"): B}
 
-    def describe(self):
+    def describe(self) -> Effect:
         return LowRank(self.factors, fixed=checks.unmergeable(self.site, self.cfg))
 
     def factors(self) -> Factors:

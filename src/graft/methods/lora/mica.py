@@ -6,6 +6,8 @@ The columns of B are the left singular vectors of W with the r smallest singular
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class MiCA(LoRA):
             )
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         values = super().build(shared, device)
         B = values["lora_embedding_B"] if self.site.op.takes_ids else values["lora_B"].weight
         B.requires_grad_(False)
@@ -57,5 +59,5 @@ class MiCA(LoRA):
 @torch.no_grad()
 def minor(W: Tensor, r: int) -> Tensor:
     """Return the left singular vectors of W (out, in) of its r smallest singular values, (out, r)."""
-    U, _, _ = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
+    U: Tensor = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False).U
     return U[:, -r:]

@@ -49,7 +49,8 @@ class Sampler(nn.Module):
         with torch.no_grad():
             self.gaussian_var_prior.copy_(variances.diag())
             self.expert_weights.copy_(weights)
-        return (torch.tensordot(weights, samples, 1) * (variances.sqrt() * self.cfg.sample_scaler)).T
+        noise: Tensor = torch.tensordot(weights, samples, 1) * (variances.sqrt() * self.cfg.sample_scaler)
+        return noise.T
 
     def last(self) -> tuple[Tensor, Tensor]:
         """Return variances (r,) and weights (n,) of the last draw, as functions of the parameters."""
@@ -70,7 +71,8 @@ class Sampler(nn.Module):
         wishart = 0.5 * r * (-2 * std + (2 * std).exp() - 1).sum()
         gauss = 0.5 * cfg.num_samples * gauss_divergence(variances)
         kl = dirichlet_divergence(prior.exp(), torch.full_like(prior, cfg.dirichlet_prior)) + wishart + gauss
-        return cfg.kl_loss_weight * kl + (weights.square().sum() if cfg.use_entropy else 0)  # type: ignore[no-any-return]
+        loss: Tensor = cfg.kl_loss_weight * kl
+        return loss + weights.square().sum() if cfg.use_entropy else loss
 
 
 def wishart_diagonal(r: int, like: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class MonteCLoRA(LoRA):
             return "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         sampler = Sampler(self.cfg.r, self.cfg.monteclora_config, device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 

@@ -8,6 +8,7 @@ the zero points of a base are that is quantized by groups.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Pooled(nn.Module):
         return self.in_features / self.size**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.size)).sum(-1) @ (self.weight * self.factor).T
+        sums: Tensor = x.unflatten(-1, (-1, self.size)).sum(-1)
+        return sums @ (self.weight * self.factor).T
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the matrix whose product with x is `forward`: (out, in / size) → (out, in)."""
@@ -61,7 +63,7 @@ class QALoRA(LoRA):
         checks.plain_start(site, self.cfg, "use_qalora")
         return super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         size = self.cfg.qalora_group_size
         return super().build(shared, device) | dict(lora_A=Pooled(size, self.site.in_features, self.cfg.r, device))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from graft.core.method import Method, Tensors
 from graft.methods.lora import attention, init, shift, shift_files
+from graft.methods.lora.start import kind_of
 
 
 class Started(Method):
@@ -19,7 +20,7 @@ class Started(Method):
     def changes_base(cls, cfg: Any) -> str | None:
         """Return the setting by which `init` changes the base weight; None if it does not."""
         how = cfg.init_lora_weights
-        return f"init_lora_weights={how!r}" if init.kind_of(how) else None
+        return f"init_lora_weights={how!r}" if kind_of(how) else None
 
     def inits_from_weight(self) -> bool:
         return self.changes_weight()
@@ -31,7 +32,7 @@ class Started(Method):
     def keeps_shift(self) -> bool:
         """Say whether the adapter holds what `init` takes out of the base weight."""
         how = self.cfg.init_lora_weights
-        return type(how) is str and init.kind_of(how) is not None and self.site.op.linear
+        return type(how) is str and kind_of(how) is not None and self.site.op.linear
 
     @property
     def shift_rank(self) -> int:
@@ -45,7 +46,7 @@ class Started(Method):
     def stored(self, values: Tensors, cfg: Any) -> Tensors:
         if self.along:
             values = attention.to_file(values)
-        if init.kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
+        if kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
 

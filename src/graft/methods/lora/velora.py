@@ -6,6 +6,8 @@ LoRA, whose training keeps projections of A's inputs in place of these: the grad
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class VeLoRA(LoRA):
     def check(self) -> str | None:
         return checks.only_linear(self.site, "VeLoRA projects groups of an input vector") or super().check()
 
-    def build(self, shared, device=None):
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         direction = torch.zeros(width(self.site.in_features, self.cfg.velora_config.num_groups), device=device)
         return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
 
@@ -46,7 +48,8 @@ class VeLoRA(LoRA):
     @torch.no_grad()
     def direction(self, x: Tensor) -> Tensor:
         """Return v for a batch x (…, in). Where x gives it, it is new: a backward pass may still need the last one."""
-        v, cfg = self.lora_velora_embed, self.cfg.velora_config
+        v: Tensor = self.lora_velora_embed
+        cfg = self.cfg.velora_config
         if cfg.init_type == "random" or (cfg.init_type == "batch_average_once" and self.is_ready()):
             return v
         new = mean_direction(x, cfg.num_groups).to(v.dtype)
@@ -58,4 +61,4 @@ class VeLoRA(LoRA):
         """Say whether a batch or a file has given a direction. It waits for the device once, at the first batch."""
         if not self.lora_velora_initialized:
             self.layer.lora_velora_initialized[self.name] = bool(self.lora_velora_embed.any())
-        return self.lora_velora_initialized  # type: ignore[no-any-return]
+        return bool(self.lora_velora_initialized)

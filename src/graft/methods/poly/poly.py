@@ -17,7 +17,7 @@ from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 from graft.config.targets import LORA
 from graft.core.call import Run
-from graft.core.effect import Branch
+from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.random import kaiming_bound
@@ -55,7 +55,7 @@ class Poly(Method):
                 raise ConfigError(f"{what}={size} of layer '{site.key}' must be divisible by n_splits={q}.")
         return super().check()
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         q, k = cfg.n_splits, cfg.n_skills
         A, B = torch.empty(q, k, site.in_features // q, cfg.r), torch.empty(q, k, cfg.r, site.out_features // q)
@@ -78,7 +78,7 @@ class Poly(Method):
             drawn(self.poly_lora_B.data)
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)  # type: ignore[arg-type]
 
-    def describe(self):
+    def describe(self) -> Effect:
         return Branch(self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks")
 
     def branch(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Poly(Method):
         mixing = self.mixing(tasks).to(self.poly_lora_A.dtype)
         A = torch.einsum("bqk,qkir->bqir", mixing, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)
         B = torch.einsum("bqk,qkro->brqo", mixing, self.poly_lora_B).flatten(2)  # (batch, r, out)
-        y = x.reshape(len(x), -1, self.site.in_features) @ A @ B / self.cfg.r
+        y: Tensor = x.reshape(len(x), -1, self.site.in_features) @ A @ B / self.cfg.r
         return y.view(*x.shape[:-1], self.site.out_features)
 
     def mixing(self, tasks: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ class Poly(Method):
             z = RelaxedBernoulli(torch.ones((), device=z.device), logits=z).rsample()
         else:
             z = z.sigmoid()
-        return z / (z.sum(-1, keepdim=True) + EPS)
+        shares: Tensor = z / (z.sum(-1, keepdim=True) + EPS)
+        return shares
 
     @classmethod
     @contextmanager

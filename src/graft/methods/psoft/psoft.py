@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class PSOFT(Method):
     def inits_from_weight(self) -> bool:
         return True
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, r = self.cfg, self.cfg.r
         return dict(
             r=r,

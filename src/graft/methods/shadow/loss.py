@@ -22,7 +22,8 @@ def shadow_loss(tuner: Any, cfg: Any, name: str, s: Tensor, given: dict[str, Any
 
 
 def dtype_of(head: Any) -> torch.dtype:
-    return next(head.parameters()).dtype  # type: ignore[no-any-return]
+    dtype: torch.dtype = next(head.parameters()).dtype
+    return dtype
 
 
 def next_token(logits: Tensor, labels: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ class Pass:
             own["use_cache"] = self.shadows is not None
             if self.shadows is not None:
                 own[cache_name] = self.shadows.setdefault(name, empty(network))
-        return projection(network(**own).last_hidden_state)  # type: ignore[no-any-return]
+        states: Tensor = projection(network(**own).last_hidden_state)
+        return states
 
     def seed(self, name: str, h: Tensor) -> Tensor:
         """Return the state of an adapter's rows."""

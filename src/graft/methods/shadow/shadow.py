@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from graft.core.effect import Rewrite
+from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
+from graft.core.site import Site
 from graft.methods.shadow import network
 from graft.methods.shadow.config import ShadowConfig
 from graft.methods.shadow.detached import unload
@@ -53,7 +54,14 @@ class Shadow(Method):
         cfg.hidden_size = network.hidden_size(model)  # no field: it holds for this model only
 
     @classmethod
-    def accompany(cls, model: nn.Module, sites, cfg: ShadowConfig, existing, others):
+    def accompany(
+        cls,
+        model: nn.Module,
+        sites: Sequence[Site],
+        cfg: ShadowConfig,
+        existing: dict[str, Any],
+        others: dict[str, Any],
+    ) -> dict[str, Any]:
         if others and "SEQ_CLS" in (cfg.task_type, *(c.task_type for c in others.values())):
             raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
         return network.beside(model, cfg)
@@ -68,11 +76,11 @@ class Shadow(Method):
         names = [m.name for m in methods]
         raise ValueError(f"SHADOW supports exactly one active adapter at a time, got {names}: each has its own state.")
 
-    def describe(self):
+    def describe(self) -> Effect:
         why = "SHADOW adapts whole blocks by a state that changes from token to token, which no weight does"
         return Rewrite(self.refuse, pre=self.pre, post=self.post, block=True, fixed=why)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, d = self.cfg, self.cfg.hidden_size
         u = cfg.update_hidden_size or cfg.r
         return dict(
@@ -88,7 +96,7 @@ class Shadow(Method):
         if self.cfg.init_weights:
             nn.init.zeros_(self.shadow_up.weight)
 
-    def refuse(self, W: Tensor, b: Tensor | None):
+    def refuse(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
 
     def state(self) -> Any:
@@ -109,7 +117,8 @@ class Shadow(Method):
                 "SHADOW needs blocks that all see the same tokens."
             )
         difference = self.shadow_dropout(self.shadow_down(x - s.to(x)))
-        return x + self.cfg.shadow_alpha * self.shadow_up(difference)  # type: ignore[no-any-return]
+        update: Tensor = self.cfg.shadow_alpha * self.shadow_up(difference)
+        return x + update
 
     def post(self, h: Tensor, y: Tensor) -> Tensor:
         now = self.state().now

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ class SHiRA(Method):
     @property
     def size(self) -> int:
         """The number of entries that train."""
-        return self.cfg.r * (self.site.out_features + self.site.fan_in)  # type: ignore[no-any-return]
+        return int(self.cfg.r) * (self.site.out_features + self.site.fan_in)
 
     def check(self) -> str | None:
         require_positive_rank(self.cfg.r)
@@ -49,7 +51,7 @@ class SHiRA(Method):
     def inits_before_load(self) -> bool:
         return False  # files hold the places
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         return dict(
             r=self.cfg.r,
             scaling=1.0,
@@ -82,7 +84,7 @@ class SHiRA(Method):
                 f"mask_fn returned a mask of shape {tuple(mask.shape)} for layer '{self.site.key}', whose weight has "
                 f"shape {tuple(wanted)}."
             )
-        places = layer.op.canon(mask).flatten().nonzero().flatten()
+        places: Tensor = layer.op.canon(mask).flatten().nonzero().flatten()
         if len(places) != self.size:
             raise ConfigError(
                 f"The mask for layer '{self.site.key}' has {len(places)} ones, and r · (in + out) = {self.size} are "

@@ -40,7 +40,9 @@ class VBLoRA(Method):
     vblora_dropout: nn.Module
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: VBLoRAConfig, existing, others):
+    def share(
+        cls, sites: Sequence[Site], cfg: VBLoRAConfig, existing: dict[str, Any], others: dict[str, Any]
+    ) -> dict[str, Any]:
         bank = torch.empty(cfg.num_vectors, cfg.vector_length)
         with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before the logits, and keeps the last
             for site in sites:
@@ -56,7 +58,7 @@ class VBLoRA(Method):
                 why = f"`{name}` {size} must be divisible by `vector_length` {L}"
         return why
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
         dropout = nn.Dropout(self.cfg.vblora_dropout) if self.cfg.vblora_dropout > 0 else nn.Identity()
         own = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)

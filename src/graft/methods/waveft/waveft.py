@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import WAVELET
 from graft.core.containers import Transient
-from graft.core.effect import Update
+from graft.core.effect import Effect, Update
 from graft.core.method import Method
 from graft.kernels.transformed import Basis, Sparse
 from graft.kernels.wavelet import Plain, Wavelet
@@ -39,14 +39,14 @@ class WaveFT(Method):
                 m.cfg = copy.copy(cfg)
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
-    def describe(self):
+    def describe(self) -> Effect:
         vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
         return Update(self.delta, branch=self.branch if vectors else None)
 
     def check(self) -> str | None:
         return super().check() or too_many(self)
 
-    def build(self, shared):
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         n = cfg.n_frequency
         return dict(

@@ -26,7 +26,8 @@ def set_global_scaling_weight(tuner: Any, weight: float) -> None:
 
 
 def get_global_scaling_weight(tuner: Any) -> float:
-    return tuner.classifier.config.global_scaling_weight  # type: ignore[no-any-return]
+    weight: float = tuner.classifier.config.global_scaling_weight
+    return weight
 
 
 def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
@@ -36,7 +37,8 @@ def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
 
 def get_latest_scalings(tuner: Any) -> Tensor | None:
     """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
-    return tuner.classifier.latest  # type: ignore[no-any-return]
+    latest: Tensor | None = tuner.classifier.latest
+    return latest
 
 
 def get_scalings_log(tuner: Any) -> list[Tensor]:

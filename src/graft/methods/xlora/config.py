@@ -65,7 +65,7 @@ class XLoraConfig(PeftConfig):
         if not 0 <= self.xlora_dropout_p <= 1:
             raise ConfigError(f"`xlora_dropout_p` must be between 0 and 1, got {self.xlora_dropout_p}.")
 
-    def to_json(self, auto_mapping_dict: dict | None = None) -> str:
+    def to_json(self, auto_mapping_dict: dict[str, Any] | None = None) -> str:
         """Return the text of adapter_config.json, with the experts in their order, which means something."""
         values = json.loads(super().to_json(auto_mapping_dict))
         return json.dumps({**values, "adapters": self.adapters}, indent=2)

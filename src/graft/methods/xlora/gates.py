@@ -39,4 +39,5 @@ def chosen(scalings: Tensor, cfg: Any) -> Tensor:
     if cfg.enable_softmax_topk:
         out = scalings == 0
         scalings = scalings.masked_fill(out, -torch.inf).softmax(-1).masked_fill(out, 0)
-    return scalings * cfg.global_scaling_weight
+    weights: Tensor = scalings * cfg.global_scaling_weight
+    return weights

@@ -7,7 +7,7 @@ each token; these are the gates of the second. The experts are LoRA adapters, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from graft.core.call import BASE, Rows, Run
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
+from graft.core.site import Site
 from graft.methods.xlora.api import API
 from graft.methods.xlora.config import XLoraConfig
 from graft.methods.xlora.gates import Scalings, chosen
@@ -34,7 +35,7 @@ class XLora(Method):
     tuner_methods = API
 
     @classmethod
-    def share(cls, sites, cfg, existing, others):
+    def share(cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("X-LoRA adapts no layers itself: its experts do. Use get_peft_model.")
 
     @classmethod

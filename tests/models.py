@@ -66,6 +66,12 @@ def inputs(name: str, batch: int = 3) -> dict:
         return MODELS[name].inputs(batch)
 
 
+def checkpoint(model, reentrant: bool = False) -> None:
+    """Turn on gradient checkpointing, by the name that the installed transformers does not warn of."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def output(model: nn.Module, batch: dict) -> torch.Tensor:
     """The one tensor of a forward pass that tests compare."""
     y = model(**batch)

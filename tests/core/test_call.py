@@ -159,7 +159,7 @@ def llama(method="LORA", targets=TARGETS, checkpointing=None, prepare=lambda bas
     options = options or {"LORA": dict(r=2), "HRA": dict(r=2), "LN_TUNING": {}}[method]
     model = adapter_pair(base, method, targets, task_type="CAUSAL_LM", **options).train()
     if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        models.checkpoint(model, checkpointing)
         model.enable_input_require_grads()
     return model
 

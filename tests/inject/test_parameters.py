@@ -16,7 +16,7 @@ import graft
 from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
 from tests.leaves_out import FUSED_EXPERTS, WHOLE_GRAPHS
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import checkpoint, seeded
 from tests.threads import at_once
 
 SIZES = dict(
@@ -239,7 +239,7 @@ def test_gradient_checkpointing_and_compiling():
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint(model)
     found = gradients()
     assert expected.keys() == found.keys()
     for n, grad in expected.items():

@@ -402,7 +402,7 @@ def test_training_equals_the_plain_form(dora, where, monkeypatch):
 def test_training_with_dropout_repeats_under_checkpointing(dora, where):
     inputs = tokens(where, 10)
     plain, checkpointed = (llama(where, dropout=0.3, use_dora=dora) for _ in range(2))
-    checkpointed.gradient_checkpointing_enable(dict(use_reentrant=False))
+    models.checkpoint(checkpointed)
     with device.force(True):
         with seeded(3):
             expected = step(plain, inputs, 1)

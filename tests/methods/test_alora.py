@@ -32,7 +32,7 @@ def adapted(checkpointing=None, **others):
             model.add_adapter(name, graft.LoraConfig(**{**CONFIG, **values}))
     disturb(model).eval()
     if checkpointing is not None:
-        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        models.checkpoint(model.train(), checkpointing)
         model.enable_input_require_grads()
     return model
 

@@ -198,7 +198,7 @@ def test_gradient_checkpointing(reentrant):
     model = adapted(graft).train()
     models.seed(3)
     expected = gradients(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    models.checkpoint(model, reentrant)
     model.enable_input_require_grads()
     models.seed(3)
     equal(gradients(model), expected)

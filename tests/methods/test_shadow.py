@@ -244,7 +244,7 @@ def test_gradient_checkpointing(reentrant):
     for on in (False, True):
         model = moved(adapted()).train()
         if on:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            models.checkpoint(model.get_base_model(), reentrant)
         model(**X, labels=IDS).loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
     close_dicts(*grads)

@@ -108,7 +108,7 @@ def test_gradient_checkpointing(sample, reentrant):
         model.train()
         results.append(gradients(model, sample))
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        models.checkpoint(model, reentrant)
         results.append(gradients(model, sample, use_cache=False))
     close_dicts(results[1], results[3])
     close_dicts(results[1], results[0])
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_enabled_before():
     sample, results = first("LORA", "llama"), []
     for lib in LIBS:
         base = models.make("llama")
-        base.gradient_checkpointing_enable({"use_reentrant": True})
+        models.checkpoint(base, True)
         results.append(gradients(randomize(adapt(lib, sample, base=base), sample).train(), sample, use_cache=False))
     close_dicts(*results)
     assert any(g is not None for g in results[0].values())

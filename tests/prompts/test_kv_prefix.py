@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import graft
 from tests.looks import registry_of
+from tests.models import checkpoint
 from tests.pair import LIBS, close, json_of, outcome
 from tests.prompts.samples import adapt, added, batch, both, first, make, on, randomize
 
@@ -394,7 +395,7 @@ def test_reading_a_text_leaves_no_trace():
         layer.self_attn.attention_dropout = 0.5
     expected = graft.initialize_kv_prefix_from_text(adapt(graft, PREFIX), Words(), text=TEXT)
     model = randomize(adapt(graft, PREFIX, base=base))
-    base.gradient_checkpointing_enable()
+    checkpoint(base)
     model.train()
     base.model.norm.eval()
     before = {n: (m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for n, m in model.named_modules()}

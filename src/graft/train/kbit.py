@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from graft.storage.dense import is_composed
 from graft.storage.packed import dtype_is_fixed, is_marked, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
+OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # in transformers from 5.2x on, before
 
 
 def prepare_model_for_kbit_training(
@@ -31,7 +33,8 @@ def prepare_model_for_kbit_training(
     place and return it.
 
     Args:
-        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`, such as {"use_reentrant": False}.
+        gradient_checkpointing_kwargs: for the model's function that turns checkpointing on, such as
+            {"use_reentrant": False}.
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
     widen, packed = not dtype_is_fixed(model), [m for m in model.modules() if holds_codes(m)]
@@ -61,14 +64,20 @@ def checkpoint(model: Any, options: dict[str, Any]) -> None:
             model.enable_input_require_grads()
         else:
             model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-    enable = model.gradient_checkpointing_enable
-    takes = "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters
+    enable = switch(model)
+    takes = [name for name in OPTIONS if name in inspect.signature(enable).parameters]
     if options and not takes:
         warn(
             f"gradient_checkpointing_kwargs is not supported by {type(model).__name__}: {options} is ignored.",
             PeftWarning,
         )
-    enable(**({"gradient_checkpointing_kwargs": options} if takes else {}))
+    enable(**{name: options for name in takes})
+
+
+def switch(model: Any) -> Callable[..., None]:
+    """Return the function of a model that turns checkpointing on: the model's own, or transformers' by its new name."""
+    known, new = model.gradient_checkpointing_enable, getattr(model, "activation_checkpointing_enable", None)
+    return known if new is None or known.__module__ != new.__module__ else new
 
 
 def clear_cache() -> None:

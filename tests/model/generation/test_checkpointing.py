@@ -9,7 +9,7 @@ from graft.prompts.replays import RUN
 from tests.covering import Case, law
 from tests.model.generation.models import MODELS as GENERATING
 from tests.model.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
-from tests.models import _bert, seeded, transformer
+from tests.models import _bert, checkpoint, seeded, transformer
 
 MODELS = ["llama", "gpt2", "opt", "gemma3", "t5", "bart", "bert"]
 METHODS = ["lstm", "multitask", "prefix", "projection", "cartridge"]
@@ -56,7 +56,7 @@ def backward(model, *batches):
 
 
 def enable(model, reentrant):
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint(model, reentrant)
     assert functions(model)
 
 

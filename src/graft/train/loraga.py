@@ -59,10 +59,14 @@ def gradients_of(model: nn.Module, methods: dict[str, Any], train_step: Callable
     calls = dict.fromkeys(methods, 0)
 
     def count(key: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def came(_: Tensor) -> None:
             calls[key] += 1
 
-        return hook
+        def ran(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:  # not in a first pass under reentrant checkpointing
+                output.register_hook(came)
+
+        return ran
 
     hooks = []
     try:
@@ -70,7 +74,7 @@ def gradients_of(model: nn.Module, methods: dict[str, Any], train_step: Callable
             p.requires_grad, p.grad = False, None
         for key, m in methods.items():
             weights[key].requires_grad = True
-            hooks.append(m.site.module.register_full_backward_hook(count(key)))
+            hooks.append(m.site.module.register_forward_hook(count(key)))
         with in_mode(model, True), torch.enable_grad():
             train_step()
         seen = [key for key, W in weights.items() if W.grad is not None and calls[key]]

@@ -84,7 +84,7 @@ def test_what_can_be_converted_acts_as_before(cell):
         config, tensors = graft.convert_to_lora(model, 1.0)
         new = put(config, tensors, cell.bare())
         expected = model(cell.inputs())
-        assert_close(new(cell.inputs()), expected, rtol=1e-3, atol=1e-4 * max(1.0, float(expected.abs().max())))
+        assert_close(new(cell.inputs()), expected, rtol=1e-3, atol=1e-4 * max(1.0, expected.abs().max().item()))
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], t) for k, t in before.items())
 

@@ -162,6 +162,7 @@ class Here(local):
     """The part of a Call that is of one thread."""
 
     def __init__(self) -> None:  # runs in each thread
+        self.thread = get_ident()  # a compiler can read it, and cannot trace the function
         self.given = NOTHING  # of the thread's call
         self.narrow: Given | None = None  # the part of it that a layer sees while it runs some of the rows
         self.off: list[None] = []  # blocks of `disabled` around it
@@ -304,7 +305,7 @@ class Call:
 
         If nothing in the output tells when that pass begins, layers refuse to run again.
         """
-        told, thread = False, get_ident()
+        told, thread = False, self.here.thread
         if self.here.off:
             given = ALL_OFF
         for t in tensors_in(output):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
 from graft.core.wrappers import clean
 from graft.inject.build import put
@@ -335,6 +336,8 @@ def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
     ours, theirs = here.saved_dict(), there.saved_dict()
     left = SETTLED | set(here.results)  # these come from the file
+    if here.is_prompt_learning:
+        left |= {n for n in OF_THE_BASE if theirs[n] is None}  # sizes that the base model gives: CPT's files have none
     names = [n for n in ours if n not in left and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
     if names:
         differ = ", ".join(f"{n} ({ours[n]!r}, in the file {theirs[n]!r})" for n in names)

@@ -188,7 +188,7 @@ def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[.
         model, x = packed(kind, sample), inputs(kind)
         expected, before = model(x), state(model)  # in this order: a first call may rearrange codes
         if kind.fixed is not None or not samples.mergeable([sample]):
-            reason = kind.fixed if samples.mergeable([sample]) else ""
+            reason = kind.fixed if samples.mergeable([sample]) else None
             for merge in (model.merge_adapter, model.merge_and_unload):
                 with pytest.raises(NotImplementedError, match=reason):
                     merge()

@@ -9,7 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
 
+import pytest
 import torch
+
+from tests.warned import WARNED
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before transformers or torch.compile import triton
@@ -28,6 +31,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        place = item.nodeid.removeprefix("tests/")
+        for known in WARNED:
+            if place.startswith(tuple(known.where.split())):
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{known.says}"))
     if SUBJECT != "graft":
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)

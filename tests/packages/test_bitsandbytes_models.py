@@ -70,7 +70,7 @@ def logits(model, **kwargs):
 
 
 def far(a, b):
-    return float((a - b).norm() / b.norm())
+    return ((a - b).norm() / b.norm()).item()
 
 
 LINEAR = dict(target_modules=["q_proj", "v_proj", "down_proj"])

@@ -201,7 +201,7 @@ def cannot_be_added(sample, config, error, *words, base=None):
             adapted.add_adapter("second", config)
 
 
-@each(s for s in FIRSTS if s.method != "CPT")
+@each([s for s in FIRSTS if s.method != "CPT"])
 def test_no_length(sample):
     config = config_of(sample, num_virtual_tokens=None)
     cannot_be_added(sample, config, graft.ConfigError, sample.method, "num_virtual_tokens")

@@ -207,14 +207,14 @@ def test_no_length(sample):
     cannot_be_added(sample, config, graft.ConfigError, sample.method, "num_virtual_tokens")
 
 
-@each(s for s in FIRSTS if s.method != "CPT")
+@each([s for s in FIRSTS if s.method != "CPT"])
 def test_no_task(sample):
     cannot_be_added(
         sample, config_of(sample, task_type=None), graft.ConfigError, sample.method, "task_type", "CAUSAL_LM"
     )
 
 
-@each(s for s in FIRSTS if s.method != "CPT")
+@each([s for s in FIRSTS if s.method != "CPT"])
 def test_two_stacks_of_one(sample):
     config = config_of(sample, task_type="SEQ_2_SEQ_LM")
     cannot_be_added(sample, config, graft.ConfigError, "SEQ_2_SEQ_LM", "LlamaForCausalLM", "CAUSAL_LM")
@@ -367,7 +367,7 @@ def test_sizes_that_the_model_does_not_tell(sample, field):
         assert forward(adapted, inputs_of(sample))["logits"].isfinite().all()
 
 
-@each(s for s in EMBEDDED if s.method != "CPT")
+@each([s for s in EMBEDDED if s.method != "CPT"])
 def test_embeddings_of_another_width(sample):
     words = ("token_dim=12", "24", "LlamaModel")
     cannot_be_added(sample, config_of(sample, token_dim=12), graft.ConfigError, *words)

@@ -110,7 +110,8 @@ WARNED = [
         "methods/test_alora.py::test_merging_is_refused methods/test_beft.py::test_merged_between_others "
         "methods/test_glora.py::test_adapters_act_on_the_weight_as_it_was "
         "model/test_mixed_model.py::test_three_methods_and_two_adapters_of_one "
-        "packages/ parity/test_adapters.py::test_while_merged parity/test_merge.py::test_merge_one_of_two",
+        "packages/ parity/test_adapters.py::test_while_merged parity/test_merge.py::test_merge_one_of_two "
+        "trust/test_sequences.py",
     ),
     Warned(
         "Adapter .* was active which is now deleted",

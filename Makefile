@@ -7,7 +7,7 @@ TESTS ?=
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all test-oldest test-storages test-distributed mutations fuzz check dist release bench \
+.PHONY: test test-all test-oldest test-storages test-distributed test-clients mutations fuzz check dist release bench \
 	demo demo-lm demo-4bit compare docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt
@@ -75,6 +75,15 @@ $(VENV)/.deepspeed: $(VENV)/.test
 
 test-distributed: $(VENV)/.test $(VENV)/.deepspeed
 	GRAFT_DEEPSPEED=$(VENV)/deepspeed $(BUILT) $(BIN)/python -m pytest tests/distributed
+
+# in an environment of its own: the other tests run without these packages
+$(VENV)/clients/.installed: pyproject.toml
+	test -d $(@D) || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -e '.[test,clients]'
+	touch $@
+
+test-clients: $(VENV)/clients/.installed
+	GRAFT_TESTS_CLIENTS=1 $(VENV)/clients/bin/python -m pytest tests/clients
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations

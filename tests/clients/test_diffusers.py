@@ -307,3 +307,109 @@ def test_model_alone(folder):
     model.unload_lora()
     torch.testing.assert_close(pictures(pipe), base)
     return found
+
+
+@scenario(tolerance=1e-4)
+def test_other_files(folder):
+    """DoRA as kohya writes it; a file without scalings, loaded with little memory."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    block, found = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0", {}
+    file = kohya({f"{block}_attn1_to_q": (16, 16), f"{block}_attn2_to_out_0": (16, 16)}, folder)
+    tensors = load_file(file)
+    for name in (f"{block}_attn1_to_q", f"{block}_attn2_to_out_0"):
+        tensors[f"{name}.dora_scale"] = torch.linspace(0.5, 2, 16)[:, None]
+    save_file(tensors, folder / "dora.safetensors")
+    found["dora"] = loaded(stable_diffusion, folder / "dora.safetensors")
+    start = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    g = torch.Generator().manual_seed(0)
+    plain = {
+        f"{start}.lora_A.weight": torch.randn(3, 16, generator=g),
+        f"{start}.lora_B.weight": torch.randn(16, 3, generator=g),
+    }
+    save_file(plain, folder / "plain.safetensors")
+    pipe = stable_diffusion()
+    pipe.load_lora_weights(folder, weight_name="plain.safetensors", low_cpu_mem_usage=True)
+    found["plain"] = [pictures(pipe), pipe.get_list_adapters()]
+    return found
+
+
+@scenario(tolerance=1e-4)
+def test_resumed_as_scripts_do(folder):
+    """Hooks of accelerate's `save_state` write LoRA files of a UNet in half precision, and read them back."""
+    import torch
+    from accelerate import Accelerator
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import EMAModel, cast_training_params
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    accelerator = Accelerator(cpu=True)
+    pipe = stable_diffusion()
+    unet = pipe.unet.requires_grad_(False).to(torch.bfloat16)
+    unet.add_adapter(LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    cast_training_params(unet, dtype=torch.float32)
+    found = {"dtypes": sorted({str(p.dtype) for p in unet.parameters() if p.requires_grad})}
+    trains = [p for p in unet.parameters() if p.requires_grad]
+    ema = EMAModel(trains)
+    unet, optimizer = accelerator.prepare(tiny.randomized(unet), torch.optim.AdamW(trains, 1e-2))
+
+    def write(models, weights, output):
+        for model in models:
+            StableDiffusionPipeline.save_lora_weights(output, unet_lora_layers=get_peft_model_state_dict(model))
+            weights.pop()
+
+    def read(models, source):
+        model = models.pop()
+        state, _ = StableDiffusionPipeline.lora_state_dict(source)
+        state = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in state.items()})
+        keys = set_peft_model_state_dict(model, state, adapter_name="default")
+        assert not keys.unexpected_keys
+
+    accelerator.register_save_state_pre_hook(write)
+    accelerator.register_load_state_pre_hook(read)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    step = lambda: unet(latents, 3, torch.zeros(2, 5, 16).bfloat16()).sample.float().pow(2).mean()
+    losses = []
+    for i in range(4):
+        if i == 2:
+            accelerator.save_state(str(folder / "state"))
+            kept = tiny.adapter(unet)
+        loss = step()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(trains)
+        losses.append(float(loss.detach()))
+    accelerator.load_state(str(folder / "state"))
+    for name, t in tiny.adapter(unet).items():
+        torch.testing.assert_close(t, kept[name])
+    assert float(step()) == losses[2]
+    found.update(losses=losses, files=tiny.held(folder / "state"), ema=[t.clone() for t in ema.shadow_params])
+    return found
+
+
+@scenario
+def test_errors(folder):
+    """Types of what is raised, and what is left: names that are taken or unknown, a file for another model."""
+    path, _ = trained(stable_diffusion, folder, 1)
+    pipe = stable_diffusion()
+    pipe.load_lora_weights(path, adapter_name="one")
+    wrong = kohya({"lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": (24, 16)}, folder)
+    calls = {
+        "taken": lambda: pipe.load_lora_weights(path, adapter_name="one"),
+        "unknown": lambda: pipe.set_adapters("two"),
+        "deleted": lambda: pipe.delete_adapters("two"),
+        "sizes": lambda: pipe.load_lora_weights(wrong, adapter_name="wrong"),
+        "swap": lambda: pipe.load_lora_weights(path, adapter_name="three", hotswap=True),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except Exception as e:
+            found[name] = next(t.__name__ for t in type(e).__mro__ if t.__module__ == "builtins")
+        found[f"{name}, then"] = [pipe.get_list_adapters(), pictures(pipe)]
+    return found

@@ -132,3 +132,22 @@ def test_cross_encoder(folder):
     found["loaded"] = score(CrossEncoder(str(folder / "saved"), device="cpu"))
     torch.testing.assert_close(found["loaded"], found["trained"])
     return found
+
+
+@scenario
+def test_a_folder_that_peft_saved(folder):
+    """An adapter that `PeftModel.save_pretrained` wrote, named in place of a model."""
+    import torch
+    from peft import get_peft_model
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    model = get_peft_model(
+        AutoModel.from_pretrained(saved_base(folder, "BertModel")), lora(task_type="FEATURE_EXTRACTION")
+    )
+    tiny.randomized(model).save_pretrained("adapter")
+    tiny.tokenizer().save_pretrained("adapter")
+    texts = tiny.sentences(4, seed=7)
+    plain, adapted = (SentenceTransformer(name, device="cpu").encode(texts) for name in ("base", "adapter"))
+    assert abs(plain - adapted).max() > 1e-3
+    return {"embeddings": torch.tensor(adapted), "files": tiny.held(folder / "adapter")}

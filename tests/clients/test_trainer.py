@@ -115,3 +115,44 @@ def test_adalora(folder):
     assert logged.pop("eval_loss")
     at_end = made.evaluate()["eval_margin"]
     return {"logged": logged, "files": tiny.held(folder), "trains": tiny.adapter(made.model), "at the end": at_end}
+
+
+@scenario
+def test_seq2seq(folder):
+    """Seq2SeqTrainer, which generates in evaluation, on a T5 with noise on its embeddings."""
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=tiny.SIZES["vocab_size"], **sizes, initializer_factor=2.0)
+    )
+    model = get_peft_model(t5, LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=4, target_modules=["q", "v"]))
+    rows = tiny.tokenizer()(tiny.sentences(24))["input_ids"]
+    data = Dataset.from_dict({"input_ids": rows, "labels": [row[::-1] for row in rows]})
+    args = transformers.Seq2SeqTrainingArguments(
+        str(folder / "out"), max_steps=4, learning_rate=5e-2, use_cpu=True, report_to="none", disable_tqdm=True,
+        logging_steps=1, eval_strategy="steps", eval_steps=2, save_steps=2, predict_with_generate=True,
+        generation_max_length=6, neftune_noise_alpha=1.0, load_best_model_at_end=True,
+    )  # fmt: skip
+    collator = transformers.DataCollatorForSeq2Seq(tiny.tokenizer(), model=model)
+    made = transformers.Seq2SeqTrainer(model, args, collator, data, data.select(range(8)))
+    made.train()
+    answers = torch.tensor(made.predict(data.select(range(8))).predictions)
+    return {"logged": tiny.losses(made), "files": tiny.held(folder), "answers": answers}
+
+
+@scenario
+def test_compiled(folder):
+    """`torch_compile`, with accumulated gradients, clipping and label smoothing."""
+    from peft import LoraConfig
+
+    made = trainer(
+        folder, LoraConfig(**TARGETS, r=4), load_best_model_at_end=False, torch_compile=True, max_steps=3,
+        torch_compile_backend="eager", gradient_accumulation_steps=2, max_grad_norm=0.1, label_smoothing_factor=0.1,
+    )  # fmt: skip
+    made.train()
+    return {"logged": tiny.losses(made), "files": tiny.held(folder), "trains": tiny.adapter(made.model)}

@@ -238,3 +238,94 @@ def test_other_methods(folder):
         torch.testing.assert_close(logits(fresh), logits(model))
         found[name] = {"report": reported(report), "files": tiny.held(folder / name), "logits": logits(fresh)}
     return found
+
+
+@scenario
+def test_more_than_layers(folder):
+    """Token rows, a head trained whole, DoRA, patterns of ranks, saved and loaded by transformers."""
+    import torch
+
+    configs = {
+        "tokens": dict(trainable_token_indices={"embed_tokens": [5, 6]}),
+        "head": dict(modules_to_save=["lm_head"]),
+        "dora": dict(use_dora=True, target_modules="all-linear"),
+        "ranks": dict(rank_pattern={"layers.1.*q_proj": 2}, alpha_pattern={"v_proj": 3}, use_rslora=True),
+        "embedding": dict(target_modules=["embed_tokens", "q_proj"]),
+        "some layers": dict(layers_to_transform=[1], bias="all"),
+    }
+    found = {}
+    for name, options in configs.items():
+        model = tiny.llama(attention_bias=True)
+        model.add_adapter(lora(**options))
+        tiny.randomized(model).save_pretrained(folder / name)
+        fresh = tiny.llama(attention_bias=True)
+        report = fresh.load_adapter(str(folder / name), adapter_name="other", is_trainable=True)
+        found[name] = {
+            "report": reported(report), "files": tiny.held(folder / name), "trains": tiny.adapter(fresh),
+            "logits": [logits(model), logits(fresh)],
+        }  # fmt: skip
+        found[name]["same"] = torch.allclose(logits(fresh), logits(model), atol=1e-5)
+    return found
+
+
+@scenario
+def test_pipelines(folder):
+    """Text pipelines take a PeftModel; heads for sequences, tokens and questions load by AutoPeftModel."""
+    import peft
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    tiny.tokenizer().save_pretrained(folder / "base")
+    tasks = {
+        "SEQ_CLS": ("BertForSequenceClassification", "AutoPeftModelForSequenceClassification", "text-classification"),
+        "TOKEN_CLS": ("BertForTokenClassification", "AutoPeftModelForTokenClassification", "token-classification"),
+        "CAUSAL_LM": ("LlamaForCausalLM", "AutoPeftModelForCausalLM", "text-generation"),
+    }
+    TARGETS = {"Bert": ["query", "value"], "Llam": ["q_proj", "up_proj"]}
+    found = {}
+    for task, (cls, auto, kind) in tasks.items():
+        make = tiny.llama if task == "CAUSAL_LM" else tiny.bert
+        make(cls).save_pretrained(folder / "base")
+        base = getattr(transformers, cls).from_pretrained("base")
+        model = peft.get_peft_model(base, peft.LoraConfig(task_type=task, target_modules=TARGETS[cls[:4]]))
+        tiny.randomized(model).save_pretrained(folder / task)
+        loaded = getattr(peft, auto).from_pretrained(task).eval()
+        torch.testing.assert_close(logits(loaded), logits(model))
+        options = dict(max_new_tokens=4, do_sample=False) if task == "CAUSAL_LM" else {}
+        pipe = transformers.pipeline(kind, model=loaded, tokenizer=tiny.tokenizer(), device="cpu")
+        found[task] = [logits(loaded), tiny.held(folder / task), plain(pipe("one good two", **options))]
+    return found
+
+
+def plain(value):
+    """numpy's numbers as Python's."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value.item() if hasattr(value, "item") else value
+
+
+@scenario
+def test_compiled_and_static_cache(folder):
+    """`generate` with a static cache, beams and several adapters of a PeftModel."""
+    import peft
+    import torch
+
+    model = peft.get_peft_model(tiny.llama(), lora(task_type="CAUSAL_LM"), "one")
+    model.add_adapter("two", lora(2, task_type="CAUSAL_LM"))
+    ids = torch.arange(4, 12).view(2, 4)
+    found = {}
+    for i, name in enumerate(("one", "two")):
+        model.set_adapter(name)
+        tiny.randomized(model, i).eval()
+        usual = dict(input_ids=ids, max_new_tokens=6, do_sample=False)
+        found[name] = [
+            model.generate(**usual), model.generate(**usual, num_beams=3),
+            model.generate(**usual, cache_implementation="static", disable_compile=True),
+        ]  # fmt: skip
+        with model.disable_adapter():
+            found["base"] = model.generate(**usual)
+    found["mixed"] = model.generate(**usual, adapter_names=["one", "two"])
+    return found

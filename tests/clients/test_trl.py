@@ -176,3 +176,124 @@ def test_reward(folder):
     )  # fmt: skip
     trainer.train()
     return result(trainer, folder)
+
+
+def dora(folder: Path, dtype: str):
+    """Train a PeftModel that TRL gets as it is: DoRA, rsLoRA, all linear layers, noise on embeddings."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from trl import SFTTrainer
+
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
+    model = tiny.randomized(get_peft_model(tiny.llama().to(getattr(torch, dtype)), config))
+    args = arguments(folder, "SFTConfig", max_length=32, neftune_noise_alpha=0.5, gradient_checkpointing=True)
+    trainer = SFTTrainer(model, args, train_dataset=texts(), processing_class=tiny.tokenizer())
+    trainer.train()
+    return trainer
+
+
+@scenario
+def test_sft_of_a_trained_adapter(folder):
+    return result(dora(folder, "float32"), folder)
+
+
+@scenario(tolerance=3e-2)
+def test_sft_in_bfloat16(folder):
+    """Losses and dtypes alone: each library rounds at places of its own, and Adam makes that large."""
+    trainer = dora(folder, "bfloat16")
+    dtypes = {name: str(t.dtype) for name, t in tiny.adapter(trainer.model).items()}
+    return {"losses": tiny.losses(trainer)["loss"], "dtypes": dtypes}
+
+
+@scenario
+def test_sft_experts(folder):
+    """LoRA on parameters of experts, in a model that also needs their router's loss."""
+    import torch
+    import transformers
+    from trl import SFTTrainer
+
+    def mixtral():
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            **tiny.SIZES, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+            output_router_logits=True, max_position_embeddings=64,
+        )  # fmt: skip
+        return transformers.MixtralForCausalLM(config)
+
+    config = lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    args = arguments(folder, "SFTConfig", max_length=32, gradient_checkpointing=False)
+    data = texts()
+    trainer = SFTTrainer(mixtral(), args, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=config)
+    trainer.train()
+    fresh = mixtral()
+    report = fresh.load_adapter(str(folder / "out/checkpoint-4"))
+    ids = torch.arange(4, 14)[None]
+    logits = fresh.eval()(ids).logits.detach()
+    torch.testing.assert_close(logits, trainer.model.eval()(ids).logits)
+    return {**result(trainer, folder), "logits": logits, "missing": sorted(report.missing_keys)}
+
+
+@scenario
+def test_grpo_of_a_trained_adapter(folder):
+    """The reference is a copy of the adapter; generation samples."""
+    from datasets import Dataset
+    from peft import get_peft_model
+    from trl import GRPOTrainer
+
+    def reward(completions, **_):
+        return [float(len(c.split())) for c in completions]
+
+    model = tiny.randomized(get_peft_model(tiny.llama(), lora()))
+    args = arguments(
+        folder, "GRPOConfig", num_generations=4, max_completion_length=6, beta=0.1, max_steps=2, num_iterations=2
+    )
+    prompts = Dataset.from_dict({"prompt": tiny.sentences(8, words=3)})
+    tokens = tiny.tokenizer(padding_side="left")
+    trainer = GRPOTrainer(model, reward, args, train_dataset=prompts, processing_class=tokens)
+    trainer.train()
+    return {**result(trainer, folder), "reference": tiny.tensors(model, ".ref.")}
+
+
+@scenario
+def test_kto_and_rloo(folder):
+    """Two more trainers, with the disabled adapter as reference."""
+    from datasets import Dataset
+    from trl import KTOTrainer, RLOOTrainer
+
+    n = 16
+    data = Dataset.from_dict(
+        {"prompt": tiny.sentences(n, 0), "completion": tiny.sentences(n, 1), "label": [i % 2 == 0 for i in range(n)]}
+    )
+    args = arguments(folder / "kto", "KTOConfig", max_length=32)
+    kto = KTOTrainer(tiny.llama(), args=args, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=lora())
+    kto.train()
+
+    def reward(completions, **_):
+        return [float(len(c.split())) for c in completions]
+
+    args = arguments(folder / "rloo", "RLOOConfig", num_generations=4, max_completion_length=6, beta=0.1, max_steps=2)
+    rloo = RLOOTrainer(
+        tiny.llama(), reward, args, train_dataset=data.select_columns("prompt"), peft_config=lora(),
+        processing_class=tiny.tokenizer(padding_side="left"),
+    )  # fmt: skip
+    rloo.train()
+    return {"kto": result(kto, folder / "kto"), "rloo": result(rloo, folder / "rloo")}
+
+
+@scenario
+def test_sft_script(folder):
+    """TRL's own script, with its arguments for LoRA."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+    from trl.scripts import sft as script
+
+    tiny.llama().save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
+    (folder / "data").mkdir()
+    texts().to_json(folder / "data/train.jsonl")
+    args = arguments(folder, "SFTConfig", max_length=32, eval_strategy="no")
+    model = ModelConfig(
+        "base", use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj"], dtype="float32",
+        lora_modules_to_save=["lm_head"],
+    )  # fmt: skip
+    script.main(ScriptArguments(dataset_name=str(folder / "data")), args, model, DatasetMixtureConfig())
+    return {"files": tiny.held(folder / "out")}

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from tests.clients import tiny
+
 
 def use(library: str) -> None:
     """Have `import peft` mean the library. PEFT says it is 0.22.0, as graft does: see `graft.compat.peft`."""
@@ -26,9 +28,7 @@ def use(library: str) -> None:
     else:
         version = importlib.metadata.version
         importlib.metadata.version = lambda name: "0.22.0" if name == "peft" else version(name)
-    import peft
-
-    assert peft.LoraConfig.__module__.partition(".")[0] == library
+    assert tiny.library() == library
 
 
 def main(library: str, module: str, folder: Path, names: list[str]) -> None:

@@ -14,11 +14,10 @@ from tests.clients.pair import ROOT, scenario
 @scenario
 def test_two_processes(folder):
     """DDP over gloo: losses of both, values equal on both, saved once, a state saved and loaded."""
-    import peft
     import torch
 
     script = [str(ROOT / "tests/clients/launched.py"), str(folder)]
-    if peft.LoraConfig.__module__.startswith("graft"):
+    if tiny.library() == "graft":
         script = ["-m", "graft.compat.peft", *script]
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     options = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]

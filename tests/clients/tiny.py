@@ -117,3 +117,10 @@ def tensors(model: Any, part: str) -> dict[str, torch.Tensor]:
     found = {name: p.detach().clone() for name, p in model.named_parameters() if part in name}
     assert found, f"no parameter with {part} in its name"
     return found
+
+
+def library() -> str:
+    """Return whose `peft` is imported: "graft" or "peft"."""
+    import peft
+
+    return peft.LoraConfig.__module__.partition(".")[0]

@@ -11,11 +11,7 @@ from graft.inject.parts import Nests, Parts
 
 
 def fused(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> dict[str, Tensor]:
-    """Return a file's tensors with those of experts (`….experts.3.w1.lora_A.weight`) as the stacks' A and B.
-
-    A of a stack has the rows of one expert's parts after the other; B is block-diagonal in the parts, and has the
-    columns of all experts in turn.
-    """
+    """Return a file's tensors with those of experts (`….experts.3.w1.lora_A.weight`) as the stacks' A and B."""
     old: dict[tuple[str, str, str], dict[int, str]] = {}  # (experts, part, A or B) → name by expert
     for name in tensors:
         match = OF_EXPERT.fullmatch(name)
@@ -34,12 +30,22 @@ def fused(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> dict[str, Te
             every = set(range(layer.site.shape[0]))
             if not all(set(by_expert) == every for side in held.values() for by_expert in side):
                 continue
-            A = [torch.cat([out[by_expert[e]] for by_expert in held["A"]]) for e in sorted(every)]
-            B = [torch.block_diag(*[out[by_expert[e]] for by_expert in held["B"]]) for e in sorted(every)]
             stem = f"{prefix}{nests.path(key, layer)}"
-            out[f"{stem}.lora_A.weight"] = torch.cat(A)
-            out[f"{stem}.lora_B.weight"] = torch.stack(B, -1).flatten(1)
+            for side in "AB":
+                tensors_of = [[out[by_expert[e]] for e in sorted(every)] for by_expert in held[side]]
+                out[f"{stem}.lora_{side}.weight"] = stacked(side, tensors_of)
             for by_expert in (*held["A"], *held["B"]):
                 for name in by_expert.values():
                     del out[name]
     return out
+
+
+def stacked(side: str, parts: list[list[Tensor]]) -> Tensor:
+    """Return A or B of a stack from those of each part, by expert.
+
+    A of a stack has the rows of one expert's parts after the other; B is block-diagonal in the parts, and has the
+    columns of all experts in turn.
+    """
+    if side == "A":
+        return torch.cat([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)])
+    return torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)], -1).flatten(1)

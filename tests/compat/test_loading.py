@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' own `model.load_adapter` puts tensors where PeftModel does."""
+
+import pytest
+
+from tests.compat.test_compat import run
+
+pytest.importorskip("transformers.core_model_loading", reason="transformers before 5 loads adapters through PEFT")
+
+START = """
+import graft.compat.peft
+graft.compat.peft.install()
+import json, tempfile, torch, transformers, graft
+from pathlib import Path
+from safetensors.torch import save_file
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 13)[None]).logits
+
+def same(make, folder):
+    own, base = make(), logits(make())
+    report = own.load_adapter(folder)
+    assert not report.missing_keys and not report.unexpected_keys and not report.mismatched_keys, report
+    expected = logits(graft.PeftModel.from_pretrained(make(), folder))
+    torch.testing.assert_close(logits(own), expected)
+    assert not torch.allclose(expected, base, atol=1e-3)
+
+SIZES = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+             num_key_value_heads=1, num_experts_per_tok=2, initializer_range=0.3)
+"""
+
+
+def test_dora():
+    """Files leave ".weight" out of the names of magnitudes."""
+    run(
+        START
+        + """
+def make():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+
+model = graft.get_peft_model(make(), graft.LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=True))
+for name, p in model.named_parameters():
+    if p.requires_grad:
+        p.data += torch.rand(p.shape)
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    same(make, folder)
+"""
+    )
+
+
+@pytest.mark.parametrize("parts", ["w1 w2 w3", "w2", "w1 w3"])
+def test_experts_of_old_files(parts):
+    """An adapter on experts that were modules, on one stack or on both."""
+    run(
+        START
+        + f"""
+parts = {parts.split()!r}
+
+def make():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
+
+names = [f"block_sparse_moe.experts.{{e}}.{{part}}" for e in range(3) for part in parts]
+tensors = {{}}
+for name in names:
+    out, into = (8, 12) if name.endswith("w2") else (12, 8)
+    stem = f"base_model.model.model.layers.0.{{name}}"
+    tensors[f"{{stem}}.lora_A.weight"], tensors[f"{{stem}}.lora_B.weight"] = torch.randn(2, into), torch.randn(out, 2)
+with tempfile.TemporaryDirectory() as folder:
+    save_file(tensors, f"{{folder}}/adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=parts)
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    same(make, folder)
+"""
+    )

@@ -23,7 +23,7 @@ def test_two_processes(folder):
     options = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
     done = subprocess.run(
         [sys.executable, "-m", *launch, *options, *script],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items):
     if not os.environ.get("GRAFT_TESTS_CLIENTS"):
         for item in items:
-            if item.path.parent == HERE:
+            if item.path.parent == HERE and "pair" in item.fixturenames:
                 item.add_marker(pytest.mark.skip(reason="`make test-clients` runs it"))
 
 

@@ -78,7 +78,7 @@ class Pair:
             self.processes[library] = subprocess.Popen(
                 [sys.executable, "-m", "tests.clients.side", library, module, str(place), *names],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **OFFLINE},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(place / "cache"), **OFFLINE},
                 stdout=self.logs[library],
                 stderr=subprocess.STDOUT,
             )

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from examples.compare.choices import CHOICES, FAMILY
 from examples.compare.picture import draw
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
-from examples.demo.display import console
+from examples.demo.display import Steps, console, waiting
 from examples.demo_lm.model import model_source
 
 STEPS, HELD_OUT = 60, 100
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the comparison; return what it writes to compare.json."""
     args = parse(argv)
     steps, held_out = (3, 10) if args.quick else (args.steps or STEPS, HELD_OUT)
-    with console.status("reading the model; the first time it is converted, which takes half a minute"):
+    with waiting("reading the model; the first time it is converted, which takes half a minute"):
         source = model_source(args.model)
     file = args.out / "compare.json"
     settings = {"steps": steps, "seed": args.seed, "held_out": held_out}
@@ -80,19 +79,17 @@ def earlier(file: Path, settings: dict[str, int]) -> dict[str, Any]:
 def compare(name: str, source: str, steps: int, seed: int, held_out: int) -> dict[str, Any]:
     """Train and judge a method in a process of its own, behind a progress bar."""
     command = [sys.executable, "-m", "examples.compare.one", name, source, str(steps), str(seed), str(held_out)]
-    columns = TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}")
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
-        Progress(*columns, TimeElapsedColumn(), console=console) as bar,
+        Steps(name, steps, "reads the model") as shown,
     ):
-        task = bar.add_task(name, total=steps, what="reads the model")
         for line in child.stdout or ():
             event = json.loads(line)
             if "result" in event:
-                bar.update(task, what=f"exact {event['result']['exact']:.2f}")
+                shown.update(what=f"exact {event['result']['exact']:.2f}")
                 return event["result"]  # type: ignore[no-any-return]
             what = "answers" if event.get("answering") else f"loss {event['loss']:.3f}"
-            bar.update(task, completed=event["step"], what=what)
+            shown.update(event["step"], what)
         errors = (child.stderr.read() if child.stderr else "").strip().splitlines()
     raise DemoError(f"{name} ended without a result: {errors[-1] if errors else 'no message'}")
 

@@ -19,7 +19,7 @@ import graft
 from examples.demo.baselines import baselines
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DATA, DemoError, load_task, model_source
-from examples.demo.display import accuracy_table, answers_table, console, progress, tasks_table
+from examples.demo.display import accuracy_table, answers_table, console, progress, tasks_table, waiting
 from examples.demo.plots import draw
 from examples.demo.training import Encode, accuracy, predict, train
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.rule("The tasks, and what can be had without adapters")
     console.print(tasks_table(tasks))
     for task in tasks:
-        with console.status(f"{task.name}: linear probes on the frozen model"):
+        with waiting(f"{task.name}: linear probes on the frozen model"):
             results[task.name]["accuracy"] = baselines(base.base_model, encode, task)
 
     console.rule("Two adapters on one base")

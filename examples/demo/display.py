@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -14,19 +17,72 @@ from torch import Tensor
 from examples.demo.data import Task
 
 console = Console() if Console().is_terminal else Console(width=120)
+BETWEEN = 10.0  # seconds between two lines about one run, where no terminal shows a bar
+
+
+class Steps:
+    """The progress of a run: a bar on a terminal, elsewhere a plain line now and then. Use it as a context manager.
+
+    Args:
+        name: what runs.
+        total: its number of steps.
+        what: what it does at first.
+    """
+
+    def __init__(self, name: str, total: int, what: str = "", clock: Callable[[], float] = time.monotonic):
+        self.name, self.total, self.what, self.done = name, total, what, 0
+        self._clock, self._started, self._said = clock, clock(), -math.inf
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}")
+        self._bar = Progress(*columns, TimeElapsedColumn(), console=console) if console.is_terminal else None
+
+    def __enter__(self) -> Steps:
+        if self._bar:
+            self._bar.start()
+            self._bar.add_task(self.name, total=self.total, what=self.what)
+        self.update()
+        return self
+
+    def update(self, done: int | None = None, what: str | None = None) -> None:
+        """Tell that so many steps are done, or what is being done; None leaves either as it was."""
+        self.done = self.done if done is None else done
+        self.what = self.what if what is None else what
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, what=self.what)
+        elif self._clock() - self._said >= BETWEEN:
+            self._say()
+
+    def _say(self) -> None:
+        self._said = self._clock()
+        seconds = f"{self._said - self._started:.0f} s"
+        parts = filter(None, (self.what, seconds))
+        console.print(f"{self.name}: {self.done}/{self.total}, {', '.join(parts)}", markup=False, highlight=False)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+        else:
+            self._say()
 
 
 def progress(losses: Iterable[float], name: str, steps: int) -> list[float]:
-    """Collect the losses of a training run behind a bar that shows the latest."""
-    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), loss_column, TimeElapsedColumn()
+    """Collect the losses of a training run, and show how far it is and the latest."""
     collected = []
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"training {name}", total=steps, loss=float("nan"))
+    with Steps(f"training {name}", steps) as shown:
         for loss in losses:
             collected.append(loss)
-            bar.update(task, advance=1, loss=loss)
+            shown.update(len(collected), f"loss {loss:.3f}")
     return collected
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what the program is at within the block: a moving sign on a terminal, elsewhere a line."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(f"{what} …", markup=False, highlight=False)
+        yield
 
 
 def tasks_table(tasks: Sequence[Task]) -> Table:

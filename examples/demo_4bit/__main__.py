@@ -18,12 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
-from examples.demo.display import console
+from examples.demo.display import Steps, console, waiting
 from examples.demo_lm.model import model_source
 
 STEPS, HELD_OUT = 60, 50
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps, held_out = args.steps or (3 if args.quick else STEPS), 10 if args.quick else HELD_OUT
     if find_spec("bitsandbytes") is None:
         raise DemoError("The package bitsandbytes, which packs the weights, is not installed. Run: make demo-4bit")
-    with console.status("reading the model; the first time it is converted, which takes half a minute"):
+    with waiting("reading the model; the first time it is converted, which takes half a minute"):
         source = model_source(args.model)
     results = {}
     for base, method in RUNS:
@@ -66,18 +65,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def child(name: str, arguments: list[str]) -> dict[str, Any]:
     """Run one training in a process of its own, behind a progress bar; return its results."""
     command = [sys.executable, "-W", "ignore", "-m", "examples.demo_4bit.one", *arguments]
-    columns = TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}")
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
-        Progress(*columns, TimeElapsedColumn(), console=console) as bar,
+        Steps(name, int(arguments[4]), "reads the model") as shown,
     ):
-        task = bar.add_task(name, total=int(arguments[4]), what="reads the model")
         for line in process.stdout or ():
             event = json.loads(line)
             if "result" in event:
-                bar.update(task, what=f"exact {event['result']['exact']['as trained']:.2f}")
+                shown.update(what=f"exact {event['result']['exact']['as trained']:.2f}")
                 return event["result"]  # type: ignore[no-any-return]
-            bar.update(task, completed=event.get("step"), what=event["what"])
+            shown.update(event.get("step"), event["what"])
         errors = (process.stderr.read() if process.stderr else "").strip().splitlines()
     raise DemoError(f"{name} ended without a result: {errors[-1] if errors else 'no message'}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import graft
 from examples.demo.cli import add_common, make_out, parse_common, run
-from examples.demo.display import console
+from examples.demo.display import console, waiting
 from examples.demo_lm import story
 from examples.demo_lm.data import dates, topics
 from examples.demo_lm.methods import LORA
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps = {name: args.steps or (3 if args.quick else n) for name, n in STEPS.items()}
 
     console.rule("The model, and what LoRA would do to it")
-    with console.status("reading the model; the first time it is converted, which takes half a minute"):
+    with waiting("reading the model; the first time it is converted, which takes half a minute"):
         source = model_source(args.model)
         base, tokenizer = load(source)
     run = story.Run(source, tokenizer, tasks, steps, args.seed, args.out / "demo-lm")

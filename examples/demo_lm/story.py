@@ -12,7 +12,7 @@ from torch import nn
 
 import graft
 from examples.demo.data import DemoError
-from examples.demo.display import console, progress
+from examples.demo.display import console, progress, waiting
 from examples.demo_lm import display, scoring
 from examples.demo_lm.chat import prompt
 from examples.demo_lm.data import Pair, Task
@@ -67,7 +67,7 @@ def without_adapters(run: Run, base: nn.Module) -> None:
             truths = [[pair.answer for pair in split] for split in (task.train, task.test)]
             result["scores"]["majority"] = {"exact": scoring.majority(*truths)}
         for who, shots in (("base", 0), (f"base, {SHOTS} examples in the prompt", SHOTS)):
-            with console.status(f"{task.name}: the base model answers"):
+            with waiting(f"{task.name}: the base model answers"):
                 answers = run.answers[task.name, who] = run.ask(base, task, task.train[:shots])
             result["scores"][who] = judge(answers, task)
 
@@ -83,7 +83,7 @@ def two_adapters(run: Run, base: nn.Module) -> nn.Module:
         model.print_trainable_parameters()
         result["parameters"], _ = model.get_nb_trainable_parameters()
         result |= run.fit(model, task, LORA, task.name)
-        with console.status(f"{task.name}: the adapter answers"):
+        with waiting(f"{task.name}: the adapter answers"):
             answers = run.answers[task.name, "adapter"] = run.ask(model, task)
         result["scores"]["adapter"] = judge(answers, task)
         result["groups"] = {who: groups(run.answers[task.name, who], task) for who in ("base", "adapter")}
@@ -141,7 +141,7 @@ def other_methods(run: Run, choices: dict[str, Choice] = OTHERS) -> None:
         result = run.fit(model, task, choice, name)
         folder = run.folder / name.replace(" ", "-").lower()
         model.save_pretrained(folder)
-        with console.status(f"{name}: its answers"):
+        with waiting(f"{name}: its answers"):
             answers = run.ask(graft.PeftModel.from_pretrained(load(run.source)[0], folder), task)
         facts = {"parameters": parameters, "bytes": size(folder), "note": choice.note, "lr": choice.lr}
         run.methods[name] = result | judge(answers, task) | facts

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
+from examples import cores
 from examples.demo.data import DemoError
 from examples.demo.display import console
 
@@ -38,6 +40,10 @@ def run(main: Callable[[], Any]) -> None:
     """Call `main`; what is wrong with its input is said without a traceback."""
     logging.set_verbosity_error()  # fresh heads are wanted, no need to warn of them
     logging.disable_progress_bar()
+    threads = (
+        f"threads: {torch.get_num_threads()}, of {cores.allowed()} cores; the environment's OMP_NUM_THREADS decides"
+    )
+    console.print(threads, highlight=False)
     try:
         main()
     except DemoError as error:

@@ -32,6 +32,7 @@ class Steps:
     def __init__(self, name: str, total: int, what: str = "", clock: Callable[[], float] = time.monotonic):
         self.name, self.total, self.what, self.done = name, total, what, 0
         self._clock, self._started, self._said = clock, clock(), -math.inf
+        self._new = True  # whether something is not yet said
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}")
         self._bar = Progress(*columns, TimeElapsedColumn(), console=console) if console.is_terminal else None
 
@@ -46,13 +47,14 @@ class Steps:
         """Tell that so many steps are done, or what is being done; None leaves either as it was."""
         self.done = self.done if done is None else done
         self.what = self.what if what is None else what
+        self._new = True
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self.done, what=self.what)
         elif self._clock() - self._said >= BETWEEN:
             self._say()
 
     def _say(self) -> None:
-        self._said = self._clock()
+        self._said, self._new = self._clock(), False
         seconds = f"{self._said - self._started:.0f} s"
         parts = filter(None, (self.what, seconds))
         console.print(f"{self.name}: {self.done}/{self.total}, {', '.join(parts)}", markup=False, highlight=False)
@@ -60,7 +62,7 @@ class Steps:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
-        else:
+        elif self._new:
             self._say()
 
 

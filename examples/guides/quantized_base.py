@@ -21,7 +21,7 @@ from examples.demo_lm.model import load, model_source
 from examples.demo_lm.training import train
 
 # %%
-task = dates(seed=0, held_out=8 if QUICK else 40)
+task = dates(seed=0, held_out=8 if QUICK else 24)
 dense, tokenizer = load(model_source(None))
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
 
@@ -42,7 +42,7 @@ torch.manual_seed(0)
 config = graft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
 model = graft.get_peft_model(graft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False), config)
 model.print_trainable_parameters()
-steps = 2 if QUICK else 30
+steps = 2 if QUICK else 20
 losses = progress(train(model, tokenizer, task, steps=steps, lr=3e-3, seed=0), "over 4 bits", steps)
 model.save_pretrained(OUT / "quantized_base")
 

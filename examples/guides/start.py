@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every guide starts with: whether it is in a hurry, what it needs, where it writes."""
 
+import logging as python_logging
 import os
 import sys
 import warnings
@@ -16,6 +17,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 warnings.filterwarnings("ignore")
 logging.set_verbosity_error()  # fresh heads are wanted, no need to warn of them
 logging.disable_progress_bar()
+python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # it misses kernels that it can do without
 
 
 def need(*packages: str) -> None:

@@ -43,7 +43,7 @@ def right(logits):
 
 # %%
 model = load()
-seen, held_out = (F.normalize(x, dim=-1) for x in run(model.features))
+seen, held_out = run(model.features)
 probe = right(fit_probe(seen, labels[train], 10)(held_out))
 
 # %% [markdown]

@@ -29,7 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 
 
 def rows(split):
-    inputs = tokenizer(split.texts, truncation=True, max_length=64)["input_ids"]
+    inputs = tokenizer(split.texts, truncation=True, max_length=32)["input_ids"]
     return [{"input_ids": ids, "label": label} for ids, label in zip(inputs, split.labels.tolist())]
 
 

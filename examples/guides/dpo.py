@@ -27,7 +27,7 @@ from examples.demo_lm.model import load, model_source
 from examples.demo_lm.training import generate
 
 # %%
-task = dates(seed=0, held_out=8 if QUICK else 32)
+task = dates(seed=0, held_out=8 if QUICK else 24)
 model, tokenizer = load(model_source(None))
 
 

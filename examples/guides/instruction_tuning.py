@@ -58,10 +58,10 @@ trainer = SFTTrainer(
     model,
     SFTConfig(
         str(OUT / "instruction_tuning"),
-        max_steps=2 if QUICK else 50,
+        max_steps=2 if QUICK else 40,
         per_device_train_batch_size=8,
         learning_rate=3e-3,
-        warmup_steps=5,
+        warmup_steps=4,
         logging_steps=10,
         gradient_checkpointing=False,  # the model is small: time matters more than memory
         save_strategy="no",

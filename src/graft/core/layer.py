@@ -124,11 +124,11 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         return self._modules["base_layer"]
 
     @property
-    def adapter_layer(self) -> AdapterLayer:  # type: ignore[override]
+    def adapter_layer(self) -> AdapterLayer:
         return self
 
     @property
-    def base_module(self) -> Any:  # type: ignore[override]
+    def base_module(self) -> Any:
         return self._modules["base_layer"]
 
     kept = base_module  # the module that unloading leaves
@@ -352,7 +352,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     @property
     def may_fuse(self) -> bool:
         """Say whether a kernel may now write to the base layer's output, and use its weight without calling it."""
-        return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])  # type: ignore[arg-type]
+        return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])
 
     @cached_property
     def argument_names(self) -> tuple[str, ...]:

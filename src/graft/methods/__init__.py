@@ -100,5 +100,5 @@ def config_of(peft_type: str) -> type[PeftConfig]:
     return config
 
 
-PeftConfig.resolve = staticmethod(config_of)  # type: ignore[method-assign]
+PeftConfig.resolve = staticmethod(config_of)
 PeftConfig.peft_types = PeftType

@@ -76,7 +76,7 @@ class PEANuT(Method):
     def init(self) -> None:
         random = () if self.cfg.init_weights else (self.peanut_B,)
         for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders, *random):
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # type: ignore[arg-type]
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
         if not random:
             nn.init.zeros_(self.peanut_B.weight)
 

@@ -55,7 +55,7 @@ def subtract_initial(
         if "lora_A" in key or "lora_embedding_A" in key:
             out[key] = torch.cat([now, before], dim=0)  # type: ignore[list-item]
         elif "lora_B" in key or "lora_embedding_B" in key:
-            out[key] = torch.cat([now, -before], dim=1)  # type: ignore[list-item,operator]
+            out[key] = torch.cat([now, -before], dim=1)  # type: ignore[operator]
     made = copy.deepcopy(config)
     made.init_lora_weights = True
     made.r *= 2

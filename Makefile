@@ -77,10 +77,12 @@ $(VENV)/.deepspeed: $(VENV)/.test
 test-distributed: $(VENV)/.test $(VENV)/.deepspeed
 	GRAFT_DEEPSPEED=$(VENV)/deepspeed $(BUILT) $(BIN)/python -m pytest tests/distributed
 
-# in an environment of its own: the other tests run without these packages
-$(VENV)-clients/.installed: pyproject.toml
+# in an environment of its own: the other tests run without trl, diffusers and their like
+$(VENV)-clients/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -e '.[test,clients]'
+	$(@D)/bin/pip install -q -e '.[test,clients,examples]'
+	for carriers in $(wildcard examples/*/carriers.txt); do \
+		$(@D)/bin/pip install -q --no-deps -r $$carriers || exit; done
 	touch $@
 
 test-clients: $(VENV)-clients/.installed
@@ -134,16 +136,8 @@ docs: $(VENV)/.docs
 docs-look: docs
 	$(BIN)/python -m pytest tests/docs/look.py $(LOOK)
 
-# in an environment of its own: the other tests run without trl, diffusers and their like
-$(VENV)-examples/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
-	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -e '.[examples]' 'pytest>=8'
-	for carriers in $(wildcard examples/*/carriers.txt); do \
-		$(@D)/bin/pip install -q --no-deps -r $$carriers || exit; done
-	touch $@
-
-examples: $(VENV)-examples/.installed
-	GRAFT_EXAMPLES=all $(VENV)-examples/bin/python -m pytest tests/examples/test_guides.py
+examples: $(VENV)-clients/.installed
+	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest tests/examples/test_guides.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-examples $(VENV)-clients build dist out
+	rm -rf $(VENV) $(VENV)-clients build dist out

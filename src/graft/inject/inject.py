@@ -205,6 +205,9 @@ def frozen(model: nn.Module, tree: Tree) -> set[str] | None:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
+MANY = 10_000  # objects, of which the collector's search as young takes a few ms
+
+
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Pause the garbage collector: an injection makes no garbage, and the search takes longer than the injection.
@@ -217,7 +220,8 @@ def collector_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        if enabled and not gc.get_freeze_count():  # what a caller has frozen stays so
+        # what a caller has frozen stays so; to count that takes long where it is much
+        if enabled and gc.get_count()[0] > MANY and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
         if enabled:

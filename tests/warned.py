@@ -81,8 +81,8 @@ WARNED = [
     Warned(
         "Adapter name '.*' should not be contained in the prefix",
         "'a' is a short name for an adapter",
-        "combine/ compat/ core/ methods/test_c3a.py model/test_life_cycle.py model/test_mixed_model.py model/test_registry.py "
-        "packages/ storage/ trust/test_said.py trust/test_sequences.py",
+        "combine/ compat/ core/ methods/test_c3a.py model/test_life_cycle.py model/test_mixed_model.py "
+        "model/test_registry.py packages/ storage/ trust/test_said.py trust/test_sequences.py",
     ),
     Warned(
         "Already following adapters were merged",

@@ -74,7 +74,7 @@ WARNED = [
     Warned(
         "Adapter '.*' trains without its",
         "laws compare gradients of eval mode, in which nothing is dropped, with samples of dropout among the configs",
-        MATRICES,
+        MATRICES + "core/test_sparing.py methods/test_shadow.py",
     ),
     Warned("Found missing adapter keys", "files lack keys, to be reported", "compat/test_reports.py"),
     Warned("The invocation tokens of aLoRA", "random tokens may be without them", MATRICES),

@@ -109,7 +109,7 @@ def test_selected_adapters_and_sub_folders(tmp_path):
     model.set_adapter("second")
     for loaded in (load(tmp_path / "second"), load(tmp_path, subfolder="second")):
         assert torch.equal(loaded(X), model(X))
-    with pytest.raises(ValueError, match=r"selected_adapters.*\['zz'\].*\['first', 'second'\]"):
+    with pytest.raises(ValueError, match=r"selected_adapters.*\['first', 'second'\].*\['zz'\]"):
         model.save_pretrained(tmp_path, selected_adapters=["zz"])
     with pytest.raises(ValueError, match="should be a directory, not a file"):
         model.save_pretrained(tmp_path / "README.md")
@@ -420,12 +420,21 @@ def spoil(folder, change):
     write(folder, tensors, {KEY: metadata[KEY]})
 
 
-LEFT = "base_model.model.lin0.lora_B.weight"
+LEFT = "base_model.model.lin0.lora_B.weight"  # in the file
+
+
+def in_memory(adapter):
+    return f"base_model.model.lin0.lora_B.{adapter}.weight"
+
+
 SPOILT = {
-    "missing": (lambda t: t.pop(LEFT), f"missing adapter keys.*{LEFT}"),
+    "missing": (lambda t: t.pop(LEFT), "missing adapter keys.*" + in_memory(".+")),
     "unexpected": (lambda t: t.update({"base_model.model.lin7.lora_A.weight": torch.ones(1)}), "fit nothing.*lin7"),
     "of another method": (lambda t: t.update({"base_model.model.lin0.hada_w1_a": torch.ones(1)}), "fit nothing.*hada"),
-    "shape": (lambda t: t.update({LEFT: torch.ones(3, 3)}), f"size mismatch for {LEFT}: \\(3, 3\\) .*\\(12, 2\\)"),
+    "shape": (
+        lambda t: t.update({LEFT: torch.ones(3, 3)}),
+        f"size mismatch for {in_memory('.+')}: " + r"\(3, 3\) .*\(12, 2\)",
+    ),
 }
 
 
@@ -450,7 +459,9 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_reported(saved):
     model = adapted("mine", number=2)
     with pytest.warns(UserWarning, match=r"missing adapter keys.*lin0.*fit nothing.*lin7"):
         report = model.load_adapter(saved, "new", strict=False)
-    assert report.missing_keys == [LEFT] and report.unexpected_keys == ["base_model.model.lin7.lora_A.weight"]
+    assert report.missing_keys == [in_memory("new")] and report.unexpected_keys == [
+        "base_model.model.lin7.lora_A.weight"
+    ]
     assert len(report.loaded) == 7 and (report.missing_keys, report.unexpected_keys) == tuple(report)
     layer, source = layers(model)["lin0"], layers(adapted())["lin0"]
     assert torch.equal(layer.lora_A["new"].weight, source.lora_A["default"].weight)
@@ -474,7 +485,7 @@ def test_mismatched_sizes_are_left_out_on_demand(saved):
         model.load_adapter(saved, "new", strict=False)
     with pytest.warns(UserWarning, match=r"ignore_mismatched_sizes=True.*lin0"):
         report = model.load_adapter(saved, "new", ignore_mismatched_sizes=True)
-    assert report.mismatched_keys == [LEFT] and len(report.loaded) == 7
+    assert report.mismatched_keys == [in_memory("new")] and len(report.loaded) == 7
 
 
 def test_renaming_keys(saved):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,9 @@ SOURCE = ROOT / "src" / "graft"
 IN_SDIST = ("CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "docs", "src", "tests", "examples")
 
 
+ITS_OWN = re.compile(r"[^/]+\.dist-info/")  # what a wheel says of itself
+
+
 def source_files(source: Path = SOURCE) -> dict[str, bytes]:
     """Path in a wheel → bytes, for all that the package has in the source tree."""
     files = (path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
@@ -25,7 +29,7 @@ def source_files(source: Path = SOURCE) -> dict[str, bytes]:
 def wheel_problems(wheel: Path, wanted: dict[str, bytes]) -> list[str]:
     """What a wheel lacks, has too much, or has in another form, in words."""
     with zipfile.ZipFile(wheel) as archive:
-        found = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+        found = {name: archive.read(name) for name in archive.namelist() if not ITS_OWN.match(name)}
     return [
         *(f"{wheel.name} lacks {name}" for name in sorted(wanted.keys() - found.keys())),
         *(f"{wheel.name} has {name}, which is no file of src/graft" for name in sorted(found.keys() - wanted.keys())),

@@ -183,4 +183,4 @@ def ours(modules: Iterable[str]) -> list[str]:
 def real_peft() -> dict[str, ModuleType]:
     """Return the imported modules of an installed PEFT, by name."""
     found = {m: sys.modules[m] for m in ours(sys.modules)}
-    return {m: x for m, x in found.items() if not (isinstance(x, AliasModule) or hasattr(x, "STAND_IN"))}
+    return {m: x for m, x in found.items() if not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}

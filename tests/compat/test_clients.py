@@ -134,12 +134,16 @@ def test_deriving_a_class(name, alias):
         mine(nn.Linear(2, 2), "default")
 
 
+NOTHING = object()
+
+
 @pytest.mark.parametrize("name", SET)
 def test_setting_an_attribute(name, alias):
     """It acts (on graft's own classes), warns (a function of a module), or is an error that says what to do."""
     owner, _, last = name.rpartition(".")
     owner = resolved(owner)
-    before = getattr(owner, last)
+    assert hasattr(owner, last)
+    before = vars(owner).get(last, NOTHING)  # as it stands there: a class method is no attribute's value
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -150,8 +154,10 @@ def test_setting_an_attribute(name, alias):
     warns = isinstance(owner, AliasModule) and not last.startswith("__")
     assert warns == any("was replaced for those who" in str(w.message) for w in seen)
     assert owner.__dict__[last] is replaced
-    if not isinstance(owner, AliasModule):
+    if before is not NOTHING:
         setattr(owner, last, before)
+    elif not isinstance(owner, AliasModule):
+        delattr(owner, last)
 
 
 def test_register_peft_method_refuses(alias):

@@ -87,6 +87,7 @@ $(VENV)-clients/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
 
 test-clients: $(VENV)-clients/.installed
 	GRAFT_TESTS_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients
+	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k training
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -160,6 +161,14 @@ class PeftModel(nn.Module):
     def base_model_prepare_inputs_for_generation(self) -> Any:
         """The base model's own method, which graft does not replace."""
         return self.get_base_model().prepare_inputs_for_generation
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base takes `num_items_in_batch`; Trainer would ask `forward`, which takes any keyword."""
+        base = self.get_base_model()
+        said = getattr(base, "accepts_loss_kwargs", None)
+        taken = inspect.signature(base.forward).parameters.values()
+        return any(p.kind is p.VAR_KEYWORD for p in taken) if said is None else bool(said)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say whether plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""

@@ -32,7 +32,8 @@ from graft.methods import method_of
 from graft.model.registry import Registry
 from graft.prompts import admission, entry
 from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
-from graft.prompts.kv_prefix import fitted, length
+from graft.prompts.heads import fitted
+from graft.prompts.kv_prefix import length
 from graft.prompts.prefix_tuning import as_pairs
 from graft.prompts.stack import CACHES, OLD_CACHE, Stack, stacks_of
 

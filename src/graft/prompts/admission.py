@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from graft.core.errors import ConfigError
-from graft.prompts import kv_prefix
+from graft.prompts import heads, kv_prefix
 from graft.prompts.stack import Stack
 
 
@@ -23,7 +23,7 @@ def check_kind(stack: Stack, cfg: Any) -> None:
         )
     if not cfg.holds_keys:
         return
-    why = None if stack.cuts else kv_prefix.unclear_heads(stack.module)
+    why = None if stack.cuts else heads.unclear_heads(stack.module)
     if why is not None:
         raise ConfigError(
             f"{kind} cannot know which heads of {name} this process has: its attention has {why}, and no k_proj "

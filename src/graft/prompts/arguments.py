@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graft.prompts import kv_prefix
+from graft.prompts import heads, kv_prefix
 from graft.prompts.inside import first_of
 from graft.prompts.kv_prefix import per_row
 from graft.prompts.masks import widened
@@ -51,7 +51,7 @@ def put_keys(stack: Stack, given: dict[str, Any], cache: Any, batch: int) -> Non
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.wanted()
     value = stack.now.replays.apart(stack.now.keys, given) if replayed else stack.now.keys
-    pairs = kv_prefix.fitted(stack.now.as_pairs(value), stack.key_shapes())
+    pairs = heads.fitted(stack.now.as_pairs(value), stack.key_shapes())
     given[stack.cache_name] = filled = stack.filled(cache, pairs, batch)
     if replayed:
         stack.now.replays.start(kv_prefix.frozen(filled))

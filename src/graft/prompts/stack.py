@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.prompts import kv_prefix
+from graft.prompts import heads, kv_prefix
 from graft.prompts.inside import layers_in, positions_in, words_in
 from graft.prompts.replays import Replays
 
@@ -66,8 +66,8 @@ class Stack:
         self.positions = positions_in(module)
         self.config = getattr(module, "config", None)
         self.layers = layers_in(module)
-        self.shapes = kv_prefix.key_shapes(module)
-        self.cuts = kv_prefix.head_cuts(module)
+        self.shapes = heads.key_shapes(module)
+        self.cuts = heads.head_cuts(module)
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.attached = False
@@ -128,7 +128,7 @@ class Stack:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
         pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more
-        pairs = kv_prefix.own_heads(pairs, self.cuts)
+        pairs = heads.own_heads(pairs, self.cuts)
         return kv_prefix.fill(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:

@@ -73,7 +73,7 @@ class DoRA(LoRA):
     def norm_now(self) -> Tensor:
         W, *cuts = self.layer.own_W0
         A, B = super().factors().matrices()
-        # detached: torch 2.6 would keep autocast's copies of what trains, which have no gradient, for what follows
+        # detached: under torch 2.6 autocast caches a copy of A and B made here, without gradient, and later uses it
         return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)
 
     def kept_norm(self) -> Tensor:

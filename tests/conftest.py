@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GRAFT_TESTS_SUBJECT=peft pytest tests/parity` runs PEFT against itself and so checks the tests."""
+"""`GRAFT_TESTS_SUBJECT=peft pytest tests/parity` runs PEFT against itself and so checks the tests.
+
+Every test begins with the same random state; `GRAFT_TESTS_SEED=7` gives them another, and so finds those that pass by
+luck.
+"""
 
 import gc
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -19,9 +25,18 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)
 
+SEED = int(os.environ.get("GRAFT_TESTS_SEED", "0"))
+
 SUBJECT = os.environ.get("GRAFT_TESTS_SUBJECT", "graft")
 if SUBJECT != "graft":
     sys.modules["graft"] = __import__(SUBJECT)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    random.seed(SEED)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 def pytest_configure(config):

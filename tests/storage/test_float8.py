@@ -144,7 +144,7 @@ def test_bfloat16_models_become_dense_in_bfloat16():
     y = model(ids)
     plain = model.merge_and_unload(dequantize=True)
     assert plain.layer.weight.dtype == y.dtype == torch.bfloat16
-    assert_close(plain(ids), y, rtol=2e-2, atol=2e-2)
+    assert_close(plain(ids), y, rtol=0, atol=0.02 * y.abs().max().item())  # where terms cancel, their rounding stays
 
 
 def test_a_stack_of_groups_is_refused():

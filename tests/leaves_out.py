@@ -25,3 +25,4 @@ CONVERSIONS = not_under(
 DEEP_DECODERS = not_under("transformers", "4", "a cache of Bart has as many layers as its encoder")
 EMPTY_FILES = not_under("safetensors", "0.4", "it reads no file without tensors")
 CACHES_OF_LLAMA4 = not_under("transformers", "4", "Llama 4 alone says other things with its cache than without")
+CHUNKS_OF_PADDED = not_under("transformers", "4", "a prompt in chunks has positions that count its padding")

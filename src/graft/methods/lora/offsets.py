@@ -70,7 +70,10 @@ def following(model: nn.Module, run: Run, offsets: dict[Any, Any]) -> Iterator[N
     def follow(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() != thread:  # others may run the model as well
             return
-        inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        inputs = next((t for t in given if t is not None), None)
+        if inputs is None:
+            return
         new = inputs.shape[1]
         cache: Any = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         if hasattr(cache, "get_seq_length"):
@@ -80,8 +83,11 @@ def following(model: nn.Module, run: Run, offsets: dict[Any, Any]) -> Iterator[N
         for step in steps:
             step.passed = ALL if seen >= length else seen + new - length
 
-    handle = model.register_forward_pre_hook(follow, with_kwargs=True)
+    # transformers 4 fills a cache in chunks by `forward` itself, past the hooks of the model, not those of its decoder
+    decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    handles = [m.register_forward_pre_hook(follow, with_kwargs=True) for m in {model, decoder}]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -20,15 +20,19 @@ def tensors(dtype=torch.float64):
     return {name: torch.randn(shape, generator=g, dtype=dtype) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("trains", ["xAB", "AB", "xB", "xA"])
+@pytest.mark.parametrize("trains", [["x", "A", "B"], ["A", "B"], ["x", "B"], ["x", "A"], ["x", "A", "B", "bias"]])
 def test_one_product_is_the_reference(trains):
     t = tensors()
     for name in trains:
         t[name].requires_grad_()
     found = []
-    for form in (one_product.plain_low_rank, one_product.low_rank_with):
-        own = (nn.functional.linear, lambda g, W: g @ W) if form is one_product.low_rank_with else ()
-        y = form(t["W"], t["bias"], t["x"], t["A"], t["B"], 1.37, *own)
+
+    def one(W, bias, x, *delta):
+        low_rank = one_product.LowRank(*delta)
+        return one_product.linear_with(W, bias, x, low_rank, nn.functional.linear, lambda g, W: g @ W)
+
+    for form in (one_product.plain_low_rank, one):
+        y = form(t["W"], t["bias"], t["x"], t["A"], t["B"], 1.37)
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         found.append((y, *torch.autograd.grad((y * weights).sum(), [t[name] for name in trains])))
     for ours, theirs in zip(*found):
@@ -56,8 +60,8 @@ def model(freeze=(), **config):
 def test_layers_agree_with_plain_operations(freeze, config, monkeypatch):
     """Those that run if a hook wants to see every module."""
     calls = []
-    real = one_product.low_rank_with
-    monkeypatch.setattr(one_product, "low_rank_with", lambda *a: calls.append(1) or real(*a))
+    real = one_product.linear_with
+    monkeypatch.setattr(one_product, "linear_with", lambda *a: calls.append(1) or real(*a))
     x = torch.randn(ROWS, IN, generator=torch.Generator().manual_seed(1))
     found = []
     for hooked in (False, True):

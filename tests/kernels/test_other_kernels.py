@@ -232,7 +232,7 @@ def test_one_product_with_a_hadamard_product_equals_two(x_grad):
 
     def one(x, *factors):
         fixed = (t.to(x.dtype) for t in (W, bias))
-        return hadamard.linear_with(*fixed, x, product(*factors), nn.functional.linear, input_gradient)
+        return product(*factors).linear_with(*fixed, x, nn.functional.linear, input_gradient)
 
     def two(x, *factors):
         w, s = (t.to(x.dtype) for t in (W, bias))
@@ -380,7 +380,7 @@ def test_second_derivatives():
         (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
         (lambda x, d, b: scaled_low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
         (lambda x, d, b: scaled_low_rank.linear_with(W, None, x, A, B, d, b, linear, input_gradient), (x, d, b)),
-        (lambda x, *f: hadamard.linear_with(W, None, x, product(*f), linear, input_gradient), (x, *factors)),
+        (lambda x, *f: product(*f).linear_with(W, None, x, linear, input_gradient), (x, *factors)),
         (
             lambda x, B, A: modulated.Modulated(2 * W, B, A).linear_with(W, None, x, linear, input_gradient),
             (x, *factors[:2]),
@@ -518,7 +518,7 @@ def test_the_fused_form_runs_where_it_should(name, monkeypatch):
     """The tests above would pass without it."""
     owner, fused = {
         "VERA": (fused_forms, "linear_with"),
-        "LOHA-wide": (hadamard, "linear_with"),
+        "LOHA-wide": (hadamard.Hadamard, "linear_with"),
         "HIRA": (modulated.Modulated, "linear_with"),
         "GLORA": (modulated.Modulated, "linear_with"),
     }.get(name, (fused_forms, "low_rank_linear"))

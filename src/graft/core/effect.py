@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from graft.kernels.one_product import Call, InputGradient
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -81,9 +83,8 @@ class Unformed(Protocol):
 
     # a cheaper way to x (W + ΔW)ᵀ + bias, or None; for few rows as well, if the value has a true `always`
     def linear_with(
-        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-    ) -> Tensor | None: ...  # fmt: skip
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None: ...
 
 
 def matrix(factor: Any) -> Tensor:

@@ -98,7 +98,8 @@ def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     if p == 0 and worth_it(x) and W.dtype == x.dtype == A.dtype:
         rows, needs = x.numel() // x.shape[-1], (A.requires_grad, B.requires_grad)
         if one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), *needs):
-            return one_product.low_rank_with(W, base.bias, x, A, B, scale, partial(op.call, base), op.input_gradient)
+            delta = one_product.LowRank(A, B, scale)
+            return one_product.linear_with(W, base.bias, x, delta, partial(op.call, base), op.input_gradient)
     return low_rank_linear(base, op.input_gradient, W, x, A, B, scale, p)
 
 
@@ -174,4 +175,4 @@ def updated(
     call, back = partial(op.call, base), op.input_gradient
     if not isinstance(delta, Tensor):
         return delta.linear_with(W, b, x, call, back)
-    return one_product.linear_with(W, b, x, delta, call, back) if W.dtype == dtype else None
+    return one_product.linear_with(W, b, x, one_product.Dense(delta), call, back) if W.dtype == dtype else None

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.function import Function
+from graft.kernels.one_product import Call, InputGradient, linear_with
 
 
 def plain(
@@ -46,50 +46,20 @@ class Difference(NamedTuple):
         return x @ self.A.T @ self.B.T - x @ self.A0.T @ self.B0.T
 
     def linear_with(
-        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-    ) -> Tensor | None:  # fmt: skip
-        """Return x (W + ΔW)ᵀ + bias; keep x and the factors. Return None if these have a narrower dtype than W.
-
-        W and bias get no gradient.
-
-        Args:
-            call: (x, weight, bias) → the output of a linear layer.
-            input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
-        """
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
         if torch.promote_types(W.dtype, self.A.dtype) != self.A.dtype:
             return None
-        return _OneProduct.apply(x, W, bias, *self[:4], call, input_gradient)  # type: ignore[no-any-return]
+        return linear_with(W, bias, x, self, call, input_gradient)
 
+    def added(self, W: Tensor) -> Tensor:
+        """Return W + ΔW in the dtype of A and the memory layout of W, which may be stored as (in, out)."""
+        B, A, B0, A0, shape = self
+        if W.T.is_contiguous() and not W.is_contiguous():
+            return Difference(A.T, B.T, A0.T, B0.T, shape[::-1]).added(W.T).T
+        return torch.addmm(torch.addmm(W.contiguous().to(A.dtype), B, A), B0, A0, alpha=-1)
 
-class _OneProduct(Function):
-    """`linear_with`, which computes in the dtype of the factors and rounds the output once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Any, B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, call: Any,
-        input_gradient: Any,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, W, B, A, B0, A0)
-        ctx.input_gradient = input_gradient
-        bias = None if bias is None else bias.to(A.dtype)
-        return call(x.to(A.dtype), added(W, B, A, B0, A0), bias).to(x.dtype)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, W, B, A, B0, A0 = ctx.saved_tensors
-        rows, flat = (t.reshape(-1, t.shape[-1]).to(A.dtype) for t in (g, x))
-        dx = dB = dA = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.input_gradient(rows, added(W, B, A, B0, A0)).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            dW = rows.T @ flat
-            dB, dA = dW @ A.T, B.T @ dW
-        return dx, None, None, dB, dA, None, None, None, None
-
-
-def added(W: Tensor, B: Tensor, A: Tensor, B0: Tensor, A0: Tensor) -> Tensor:
-    """Return W + B A - B₀ A₀ in the dtype of A and the memory layout of W, which may be stored as (in, out)."""
-    if not W.is_contiguous():
-        return added(W.T, A.T, B.T, A0.T, B0.T).T if W.T.is_contiguous() else added(W.contiguous(), B, A, B0, A0)
-    return torch.addmm(torch.addmm(W.to(A.dtype), B, A), B0, A0, alpha=-1)
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        G = g.T @ x
+        return G @ self.A.T, self.B.T @ G, None, None, None

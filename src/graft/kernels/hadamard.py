@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import embedding
 
 from graft.kernels.eager import only_backward
 from graft.kernels.function import Function
+from graft.kernels.one_product import Call, InputGradient, linear_with
 
 
 def plain(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -50,24 +51,16 @@ class Hadamard(NamedTuple):
         """Say that for few rows, too, the matrix has to be formed."""
 
     def linear_with(
-        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-    ) -> Tensor | None:  # fmt: skip
-        """Call the function `linear_with`; return None where the sum would round ΔW."""
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias; None where the sum would round ΔW."""
         return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
 
+    def added(self, W: Tensor) -> Tensor:
+        return torch.addcmul(W, self.a @ self.b, self.c @ self.d, value=self.scale)
 
-def linear_with(
-    W: Tensor, bias: Tensor | None, x: Tensor, delta: Hadamard, call: Callable[..., Tensor],
-    input_gradient: Callable[..., Tensor],
-) -> Tensor:  # fmt: skip
-    """Return x (W + ΔW)ᵀ + bias; keep x, W and the factors. W gets no gradient; all have one dtype.
-
-    Args:
-        call: (x, weight, bias) → the output of a linear layer.
-        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
-    """
-    return _OneProduct.apply(x, W, bias, *delta[:5], call, input_gradient)  # type: ignore[no-any-return]
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return *factor_gradients((g.T @ x) * self.scale, *self[:4]), None, None
 
 
 def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -96,26 +89,3 @@ def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -
     left = grad * (c @ d)
     right = grad * (a @ b)
     return left @ b.T, a.T @ left, right @ d.T, c.T @ right
-
-
-class _OneProduct(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor,
-        scale: float, call: Any, input_gradient: Any,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, W, a, b, c, d)
-        ctx.options = scale, input_gradient
-        return call(x, torch.addcmul(W, a @ b, c @ d, value=scale), bias)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, W, *factors = ctx.saved_tensors
-        scale, input_gradient = ctx.options
-        rows, flat = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            a, b, c, d = factors
-            dx = input_gradient(rows, torch.addcmul(W, a @ b, c @ d, value=scale)).view(x.shape)
-        dbias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias, *factor_gradients((rows.T @ flat) * scale, *factors), None, None, None

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.function import Function
+from graft.kernels.one_product import Call, InputGradient, linear_with
 from graft.kernels.worth import worth_it
 
 
@@ -49,45 +49,28 @@ class Refactored(NamedTuple):
         return x @ (self.M @ self.V.T).T if x.numel() > x.shape[-1] ** 2 else x @ self.V @ self.M.T
 
     def linear_with(
-        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-    ) -> Tensor | None:  # fmt: skip
-        """Return x (W + ΔW)ᵀ + bias, which is x (U M Vᵀ)ᵀ + bias if W is the weight that ΔW replaces; else None.
-
-        W and bias get no gradient.
-
-        Args:
-            call: (x, weight, bias) → the output of a linear layer.
-            input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
-        """
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias, which is x (U M Vᵀ)ᵀ + bias if W is the weight that ΔW replaces; else None."""
         dtype = self.M.dtype
         if W.data_ptr() != self.W.data_ptr() or torch.promote_types(W.dtype, dtype) != dtype:
             return None
         out, n = W.shape
         rows = x.numel() // n
-        bias = None if bias is None else bias.to(dtype)
         if worth_it(x) and rows * (3 * n - out) > 3 * out * n:  # for products of rows, some that form the weight
-            return _OneProduct.apply(x, self.U, self.M @ self.V.T, bias, call, input_gradient)  # type: ignore[no-any-return]
-        y = call(self.narrow(x.to(dtype)), self.U, bias)
+            return linear_with(None, bias, x, Whole(self.U, self.M @ self.V.T), call, input_gradient)
+        y = call(self.narrow(x.to(dtype)), self.U, None if bias is None else bias.to(dtype))
         return y.to(x.dtype) if y.dtype == dtype else y  # autocast chose another
 
 
-class _OneProduct(Function):
-    """`linear_with`, which computes in the dtype of K, and keeps all as it came."""
+class Whole(NamedTuple):
+    """The weight U K in place of any W. U gets no gradient."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, K: Tensor, bias: Any, call: Any, input_gradient: Any) -> Tensor:
-        ctx.save_for_backward(x, U, K)
-        ctx.input_gradient = input_gradient
-        return call(x.to(K.dtype), U @ K, bias).to(x.dtype)  # type: ignore[no-any-return]
+    U: Tensor  # (out, n)
+    K: Tensor  # (n, n)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, U, K = ctx.saved_tensors
-        rows, flat = (t.reshape(-1, t.shape[-1]).to(K.dtype) for t in (g, x))
-        dx = dK = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.input_gradient(rows, U @ K).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[2]:
-            dK = U.T @ (rows.T @ flat)
-        return dx, None, dK, None, None, None
+    def added(self, W: Any) -> Tensor:
+        return self.U @ self.K
+
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[None, Tensor]:
+        return None, self.U.T @ (g.T @ x)

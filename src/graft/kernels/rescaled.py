@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
+
+from graft.kernels.one_product import Call, InputGradient
 
 
 def plain(W: Tensor, bias: Tensor | None, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -38,14 +39,11 @@ class Rescaled(NamedTuple):
         """Say that for few rows, too, the matrix has to be formed."""
 
     def linear_with(
-        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-    ) -> Tensor | None:  # fmt: skip
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
         """Return x (W + ΔW)ᵀ + bias, from x Wᵀ. Return None if W is another weight than that of ΔW.
 
-        Args:
-            call: (x, weight, bias) → the output of a linear layer.
-            input_gradient: unused: nothing here but operations with a backward pass of their own.
+        input_gradient is unused: nothing here but operations with a backward pass of their own.
         """
         if W.data_ptr() != self.W.data_ptr():
             return None

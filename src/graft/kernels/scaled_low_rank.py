@@ -6,7 +6,6 @@ Of the activations the backward pass needs only x Aᵀ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from graft.kernels import products
 from graft.kernels.device import form_for
 from graft.kernels.function import Function
+from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.worth import worth_it
 
 
@@ -38,15 +38,11 @@ def one_product_pays(rows: int, out: int, n: int) -> bool:
 
 def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
-    call: Callable[..., Tensor], input_gradient: Callable[..., Tensor],
+    call: Call, input_gradient: InputGradient,
 ) -> Tensor:  # fmt: skip
     """Compute `plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
 
     Only d, b and x get gradients. All have one dtype.
-
-    Args:
-        call: (x, weight, bias) → the output of a linear layer.
-        input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
     """
     h = x.reshape(-1, x.shape[-1]) @ A.T
     return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)  # type: ignore[no-any-return]

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 
 from graft.kernels import sparse
 from graft.kernels.device import gathers
-from graft.kernels.function import Function
+from graft.kernels.one_product import Call, InputGradient, linear_with
 
 SPARSE = 0.12  # share of numbers up to which products of these alone beat the full product on a CPU
 
@@ -48,56 +48,27 @@ class Scattered(NamedTuple):
         return x.new_zeros(*x.shape[:-1], out).index_add(-1, self.places // n, parts)
 
     def linear_with(
-        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-    ) -> Tensor | None:  # fmt: skip
-        """Return x (W + ΔW)ᵀ + bias; keep x and W. Return None if the values have a narrower dtype than W.
-
-        W and bias get no gradient.
-
-        Args:
-            call: (x, weight, bias) → the output of a linear layer.
-            input_gradient: (gradient of that output (rows, out), weight) → gradient of its input (rows, n).
-        """
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias; None if the values have a narrower dtype than W."""
         if torch.promote_types(W.dtype, self.values.dtype) != self.values.dtype:
             return None
-        return _OneProduct.apply(x, W, bias, self.values, self.places, call, input_gradient)  # type: ignore[no-any-return]
+        return linear_with(W, bias, x, self, call, input_gradient)
 
+    def added(self, W: Tensor) -> Tensor:
+        """Return W + ΔW in the dtype of the values and the memory layout of W, which may be stored as (in, out)."""
+        values, places, _ = self
+        if torch.is_grad_enabled():  # for a second derivative
+            return W + values.new_zeros(W.numel()).index_add(0, places, values).view(W.shape)
+        n, stored = W.shape[1], W if W.is_contiguous() else W.T
+        if stored is not W:
+            places = places % n * len(W) + places // n
+        made = stored.to(values.dtype, copy=True).contiguous()
+        made.view(-1).index_add_(0, places, values)
+        return made if stored is W else made.T
 
-class _OneProduct(Function):
-    """`linear_with`, which computes in the dtype of the values and rounds the output once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Any, values: Tensor, places: Tensor, call: Any, input_gradient: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, W, values, places)
-        ctx.input_gradient = input_gradient
-        bias = None if bias is None else bias.to(values.dtype)
-        return call(x.to(values.dtype), added(W, values, places), bias).to(x.dtype)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, W, values, places = ctx.saved_tensors
-        rows, flat = (t.reshape(-1, t.shape[-1]).to(values.dtype) for t in (g, x))
-        dx = dvalues = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.input_gradient(rows, added(W, values, places)).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            dvalues = entries(rows, flat, places)
-        return dx, None, None, dvalues, None, None, None
-
-
-def added(W: Tensor, values: Tensor, places: Tensor) -> Tensor:
-    """Return W + ΔW in the dtype of the values and the memory layout of W, which may be stored as (in, out)."""
-    if torch.is_grad_enabled():  # for a second derivative
-        return W + values.new_zeros(W.numel()).index_add(0, places, values).view(W.shape)
-    n, stored = W.shape[1], W if W.is_contiguous() else W.T
-    if stored is not W:
-        places = places % n * len(W) + places // n
-    made = stored.to(values.dtype, copy=True).contiguous()
-    made.view(-1).index_add_(0, places, values)
-    return made if stored is W else made.T
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return entries(g, x, self.places), None, None
 
 
 def entries(g: Tensor, x: Tensor, places: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ def test_one_product_is_the_reference(trains):
         t[name].requires_grad_()
     found = []
 
-    def one(W, bias, x, *delta):
-        low_rank = one_product.LowRank(*delta)
-        return one_product.linear_with(W, bias, x, low_rank, nn.functional.linear, lambda g, W: g @ W)
+    def one(W, bias, x, *factors):
+        delta = one_product.Factored(*factors)
+        return one_product.linear_with(W, bias, x, delta, nn.functional.linear, lambda g, W: g @ W)
 
     for form in (one_product.plain_low_rank, one):
         y = form(t["W"], t["bias"], t["x"], t["A"], t["B"], 1.37)

@@ -15,7 +15,10 @@ import graft.core.fused as fused_forms
 from graft.core.dropout import share_dropped
 from graft.core.effect import LowRank
 from graft.kernels import hadamard, householder, modulated, narrow, orthogonal, planar, rescaled, scaled_low_rank
+from graft.kernels.difference import Difference
 from graft.kernels.low_rank import FUSED_FROM
+from graft.kernels.one_product import Factored, linear_with
+from graft.kernels.scattered import Scattered
 from graft.kernels.worth import worth_it
 from tests.covering import law
 from tests.models import seeded
@@ -385,6 +388,19 @@ def test_second_derivatives():
             lambda x, B, A: modulated.Modulated(2 * W, B, A).linear_with(W, None, x, linear, input_gradient),
             (x, *factors[:2]),
         ),
+        (
+            lambda x, *f: Difference(*f, *(t.detach() for t in factors[2:]), W.shape).linear_with(
+                W, None, x, linear, input_gradient
+            ),
+            (x, *factors[:2]),
+        ),
+        (
+            lambda x, v: Scattered(v, torch.tensor([1, 40, 17]), W.shape).linear_with(
+                W, None, x, linear, input_gradient
+            ),
+            (x, d),
+        ),
+        (lambda x, A, B: linear_with(W, None, x, Factored(A, B, SCALE), linear, input_gradient), (x, *factors[1::-1])),
     ):
         values = [t.detach().requires_grad_() for t in values]
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)

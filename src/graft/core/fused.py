@@ -98,7 +98,7 @@ def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     if p == 0 and worth_it(x) and W.dtype == x.dtype == A.dtype:
         rows, needs = x.numel() // x.shape[-1], (A.requires_grad, B.requires_grad)
         if one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), *needs):
-            delta = one_product.LowRank(A, B, scale)
+            delta = one_product.Factored(A, B, scale)
             return one_product.linear_with(W, base.bias, x, delta, partial(op.call, base), op.input_gradient)
     return low_rank_linear(base, op.input_gradient, W, x, A, B, scale, p)
 

@@ -84,7 +84,7 @@ class Dense(NamedTuple):
 
 
 def plain_low_rank(W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The reference with a `LowRank` ΔW: x Wᵀ + s · x Aᵀ Bᵀ + bias."""
+    """The reference with a `Factored` ΔW: x Wᵀ + s · x Aᵀ Bᵀ + bias."""
     y = x @ W.T + (x @ A.T @ B.T) * scale
     return y if bias is None else y + bias
 
@@ -98,7 +98,7 @@ def low_rank_pays(rows: int, out: int, n: int, r: int, need_A: bool, need_B: boo
     return out * n * ((2 + need_A + need_B) * r + rows) < apart
 
 
-class LowRank(NamedTuple):
+class Factored(NamedTuple):
     """ΔW = s · B A."""
 
     A: Tensor  # (r, n)

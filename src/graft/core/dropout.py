@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dropout that a hand-written backward pass can take over."""
+"""The dropout of a method: its module, and whether a hand-written backward pass can take it over."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import nn
 
 from graft.core.lean import Identity
 from graft.kernels.eager import has_no_hooks, watched
+
+
+def dropout_for(share: float) -> nn.Module:
+    """Return a module that drops this share of its input in training; one that does nothing for 0."""
+    return nn.Dropout(share) if share > 0 else nn.Identity()
 
 
 def share_dropped(dropout: nn.Module) -> float | None:

@@ -68,6 +68,11 @@ class Site:
         return prod(self.shape[1:])
 
     @property
+    def takes_vectors(self) -> bool:
+        """Say whether the inputs are vectors, which a matrix multiplies: no ids, and no channels of a convolution."""
+        return len(self.shape) == 2 and not self.op.takes_ids
+
+    @property
     def by_itself(self) -> bool:
         """Say whether what is adapted is a tensor, and not a call of the module."""
         return self.op.opaque or self.is_read

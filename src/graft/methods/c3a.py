@@ -52,8 +52,7 @@ class C3A(Method):
     c3a_kernel: nn.Parameter  # (out / b, in / b, b)
 
     def describe(self) -> Effect:
-        vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
-        return Update(self.delta, branch=self.branch if vectors else None)
+        return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
 
     def check(self) -> str | None:
         why, b = super().check(), self.cfg.block_size

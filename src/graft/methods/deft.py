@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, LowRank, Product
 from graft.core.method import Method
 from graft.kernels.projection import onto
@@ -64,7 +65,7 @@ class DEFT(Method):
         values = dict(
             r=r,
             scaling=cfg.alpha / cfg.r if cfg.alpha else 1.0,
-            deft_dropout=nn.Dropout(cfg.deft_dropout) if cfg.deft_dropout > 0 else nn.Identity(),
+            deft_dropout=dropout_for(cfg.deft_dropout),
             deft_P=nn.Parameter(torch.empty(site.out_features, r)),
         )
         return values if cfg.para else values | dict(deft_R=nn.Parameter(torch.empty(r, site.fan_in)))

@@ -12,6 +12,7 @@ from torch import nn
 
 from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method
 
@@ -57,7 +58,7 @@ class DeLoRA(Method):
             delora_lambda=nn.Parameter(torch.empty(1)),
             delora_w_norm=torch.ones(site.fan_in),  # a buffer
             r=cfg.r,
-            delora_dropout=nn.Dropout(cfg.module_dropout) if cfg.module_dropout > 0 else nn.Identity(),
+            delora_dropout=dropout_for(cfg.module_dropout),
         )
 
     def init(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -83,7 +84,7 @@ class GraLoRA(Method):
             gralora_k=k,
             alpha=cfg.alpha,
             scaling=cfg.alpha / (cfg.r + cfg.hybrid_r),
-            gralora_dropout=nn.Dropout(cfg.gralora_dropout) if cfg.gralora_dropout > 0 else nn.Identity(),
+            gralora_dropout=dropout_for(cfg.gralora_dropout),
         )
         if cfg.hybrid_r:
             values["gralora_A_general"] = linear(site.fan_in, cfg.hybrid_r, False, fill=False)
@@ -114,7 +115,7 @@ class GraLoRA(Method):
     def factors(self) -> Factors:
         A, B = (getattr(self, f"gralora_{x}_general") if self.cfg.hybrid_r else None for x in "AB")
         A, B = Inputs(self.gralora_A, A), Outputs(self.gralora_B, B)
-        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # inputs are no vectors: the layer takes matrices
+        if not self.site.takes_vectors:  # the layer takes matrices
             A, B = A.weight, B.weight
         return Factors(A, B, scale=self.scaling, dropout=self.gralora_dropout)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
 from graft.kernels.modulated import Modulated
@@ -56,7 +57,7 @@ class HiRA(Method):
         kernel = site.shape[2:]
         A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))
         where = "hira_embedding_" if site.op.takes_ids else "hira_"
-        dropout = nn.Dropout(self.cfg.hira_dropout) if self.cfg.hira_dropout > 0 else nn.Identity()
+        dropout = dropout_for(self.cfg.hira_dropout)
         return {"r": r, "hira_dropout": dropout, f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
 
     def init(self) -> None:

@@ -44,8 +44,7 @@ class HRA(Method):
     hra_apply_GS: bool
 
     def describe(self) -> Effect:
-        plain_vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
-        return Rewrite(self.fold, pre=self.pre if plain_vectors else None)
+        return Rewrite(self.fold, pre=self.pre if self.site.takes_vectors else None)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
@@ -63,7 +64,7 @@ class MiSS(Method):
         return dict(
             miss_r=cfg.r,
             miss_mini_r=cfg.mini_r,
-            miss_dropout=nn.Dropout(cfg.miss_dropout) if cfg.miss_dropout > 0 else nn.Identity(),
+            miss_dropout=dropout_for(cfg.miss_dropout),
             miss_block=nn.Parameter(torch.zeros(self.shape)),
         )
 
@@ -79,7 +80,7 @@ class MiSS(Method):
     def factors(self) -> Factors:
         A = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
         B = Repeated(self.miss_block, self.site.out_features // self.miss_block.shape[1])
-        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # inputs are no vectors: the layer takes matrices
+        if not self.site.takes_vectors:  # the layer takes matrices
             return Factors(A.weight, B.weight, dropout=self.miss_dropout)
         return Factors(A, B, dropout=self.miss_dropout)
 

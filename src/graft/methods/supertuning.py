@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.config.targets import LORA
 from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
@@ -112,7 +113,7 @@ class SuperTuning(Method):
             scaling=cfg.lora_alpha / cfg.r,
             supertuning_lora_A=linear(site.fan_in, cfg.r, bias=False),
             supertuning_lora_B=linear(cfg.r, site.out_features, bias=False),
-            supertuning_lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else nn.Identity(),
+            supertuning_lora_dropout=dropout_for(cfg.lora_dropout),
         )
 
     @torch.no_grad()

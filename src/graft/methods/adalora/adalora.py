@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from graft.config.targets import ADALORA
 from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method, Tensors
 from graft.kernels.orthogonal import gram_distance
@@ -49,12 +50,11 @@ class AdaLoRA(Method):
         kept = cfg.kept(site.key)
         r = cfg.init_r if kept is None else sum(kept)
         A, E, B = torch.randn(r, site.fan_in), torch.randn(r, 1), torch.randn(site.out_features, r)
-        alpha = cfg.lora_alpha if cfg.lora_alpha > 0 else cfg.init_r
         return dict(
             r=r,
             lora_alpha=cfg.lora_alpha,
-            scaling=alpha,
-            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else nn.Identity(),
+            scaling=cfg.lora_alpha if cfg.lora_alpha > 0 else cfg.init_r,
+            lora_dropout=dropout_for(cfg.lora_dropout),
             lora_A=nn.Parameter(A),
             lora_B=nn.Parameter(B),
             lora_E=nn.Parameter(E),

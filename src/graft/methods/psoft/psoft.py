@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -71,7 +72,7 @@ class PSOFT(Method):
             scaling=cfg.psoft_alpha / r,
             psoft_R=Turn(r, cfg),
             principal_basis=Basis(),
-            psoft_dropout=nn.Dropout(cfg.psoft_dropout) if cfg.psoft_dropout > 0 else nn.Identity(),
+            psoft_dropout=dropout_for(cfg.psoft_dropout),
         )
 
     @torch.no_grad()
@@ -118,7 +119,7 @@ class PSOFT(Method):
     def factors(self) -> Factors:
         R, A, B = self.R(), self.principal_basis.A, self.principal_basis.B
         turned = B @ (R - torch.eye(len(R), dtype=R.dtype, device=R.device))
-        if len(self.site.shape) > 2 or self.site.op.takes_ids:  # the layer takes matrices of one dtype with its input
+        if not self.site.takes_vectors:  # the layer takes matrices of one dtype with its input
             A, turned = A.to(self.dtype), turned.to(self.dtype)
             return Factors(A, turned, self.scaling, self.psoft_dropout)
         # A is fixed: nobody needs x for its gradient

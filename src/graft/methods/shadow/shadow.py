@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
@@ -88,7 +89,7 @@ class Shadow(Method):
             shadow_up=nn.Linear(cfg.r, d, bias=False),
             shadow_update_transform=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
             shadow_update_gate=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
-            shadow_dropout=nn.Dropout(cfg.shadow_dropout) if cfg.shadow_dropout > 0 else nn.Identity(),
+            shadow_dropout=dropout_for(cfg.shadow_dropout),
             shadow_alpha=cfg.shadow_alpha,
         )
 

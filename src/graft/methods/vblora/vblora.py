@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import VBLORA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method, Tensors
 from graft.core.random import skip
@@ -60,7 +61,7 @@ class VBLoRA(Method):
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
-        dropout = nn.Dropout(self.cfg.vblora_dropout) if self.cfg.vblora_dropout > 0 else nn.Identity()
+        dropout = dropout_for(self.cfg.vblora_dropout)
         own = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
         return own | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.methods.fourierft import places
+from graft.methods.spectral import places
 from tests import models
 from tests.pair import LIBS, close
 

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from graft.config.fields import LayerRange, Targeted
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.methods.fourierft import require_frequencies
+from graft.methods.spectral import SpectralConfig
 from graft.methods.waveft.filters import LOW
 
 
 @dataclass(kw_only=True)
-class WaveFTConfig(Targeted, LayerRange):
+class WaveFTConfig(SpectralConfig):
     """WaveFT: ΔW is the inverse wavelet transform of n coefficients, at places that a seed draws.
 
     Raises:
@@ -26,19 +25,12 @@ class WaveFTConfig(Targeted, LayerRange):
     wavelet_family: str = "db1"  # db1 to db10, sym2 to sym10, or coif1 to coif5
     use_idwt: bool = True  # False: the coefficients are entries of ΔW itself
     random_loc_seed: int = 777  # of the places, which no file holds
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, waveft_only
-    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
     proportional_parameters: bool = False  # layers share n times their number in proportion to their sizes
     init_weights: bool = True  # zeros, the identity; False: small random values
 
-    patterns: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
-    counters: ClassVar[tuple[str, ...]] = ("random_loc_seed",)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for n in (self.n_frequency, *(self.n_frequency_pattern or {}).values()):
-            require_frequencies(n)
         if self.wavelet_family not in LOW:
             raise ConfigError(
                 f"Wavelet family {self.wavelet_family} not supported. Supported wavelet families are: {', '.join(LOW)}"

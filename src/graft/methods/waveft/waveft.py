@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import WAVELET
-from graft.core.containers import Transient
-from graft.core.effect import Effect, Update
-from graft.core.method import Method
 from graft.kernels.transformed import Basis, Sparse
 from graft.kernels.wavelet import Plain, Wavelet
-from graft.methods.fourierft import places, too_many
+from graft.methods.spectral import Spectral
 from graft.methods.waveft.config import WaveFTConfig
 from graft.methods.waveft.filters import HIGH, LOW
 
 
-class WaveFT(Method):
+class WaveFT(Spectral):
     """ΔW = scaling · S M Tᵀ, where M is zero but at n places. S synthesizes its columns, T its rows, by a wavelet."""
 
     config = WaveFTConfig
@@ -29,6 +26,7 @@ class WaveFT(Method):
     targets = WAVELET
 
     waveft_spectrum: nn.Parameter  # (n,)
+    waveft_indices: Tensor  # (2, n), the places in M
 
     @classmethod
     def apportion(cls, methods: Sequence[Any]) -> None:
@@ -39,20 +37,12 @@ class WaveFT(Method):
                 m.cfg = copy.copy(cfg)
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
-    def describe(self) -> Effect:
-        vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
-        return Update(self.delta, branch=self.branch if vectors else None)
-
-    def check(self) -> str | None:
-        return super().check() or too_many(self)
-
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
-        cfg, site = self.cfg, self.site
-        n = cfg.n_frequency
+        cfg = self.cfg
         return dict(
-            waveft_spectrum=nn.Parameter(torch.zeros(n)),
-            waveft_indices=Transient(places(site.out_features, site.fan_in, n, cfg.random_loc_seed)),
-            waveft_n_frequency=n,
+            waveft_spectrum=nn.Parameter(torch.zeros(cfg.n_frequency)),
+            waveft_indices=self.places(),
+            waveft_n_frequency=cfg.n_frequency,
             waveft_scaling=cfg.scaling,
             waveft_random_loc_seed=cfg.random_loc_seed,
             waveft_wavelet_family=cfg.wavelet_family,
@@ -68,7 +58,7 @@ class WaveFT(Method):
         family = self.cfg.wavelet_family
         return Wavelet(n, LOW[family], HIGH[family]) if self.cfg.use_idwt else Plain(n)
 
-    def sparse(self) -> Sparse:
+    def transform(self) -> Sparse:
         site = self.site
         S, T = self.basis(site.out_features), self.basis(site.fan_in)
         u, v = self.waveft_indices  # in the middle of the grid of coefficients, which may be larger than ΔW
@@ -76,9 +66,3 @@ class WaveFT(Method):
         if isinstance(S, Wavelet) and isinstance(T, Wavelet):  # details of the rows stand to the right, as in PEFT
             u, v = v // T.half * S.half + u % S.half, u // S.half * T.half + v % T.half
         return Sparse(self.cfg.scaling * self.waveft_spectrum[None], u, v, S, T, site.shape)
-
-    def delta(self) -> Sparse:
-        return self.sparse()
-
-    def branch(self, x: Tensor) -> Tensor:
-        return self.sparse().times(x)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An update that is a transform of few coefficients, at places that a seed draws: the base of FourierFT and WaveFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from graft.config.fields import LayerRange, Targeted
+from graft.core.containers import Transient
+from graft.core.effect import Effect, Update
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class SpectralConfig(Targeted, LayerRange):
+    n_frequency: int
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
+
+    patterns: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
+    counters: ClassVar[tuple[str, ...]] = ("random_loc_seed",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for n in (self.n_frequency, *(self.n_frequency_pattern or {}).values()):
+            if n <= 0:
+                raise ConfigError(f"`n_frequency` should be a positive integer value but the value passed is {n}")
+
+
+class Spectral(Method):
+    """ΔW is a transform of a matrix that is zero but at n places. A subclass says which."""
+
+    def transform(self) -> Any:
+        """Return ΔW, not formed yet; `times(x)` is its product with vectors."""
+        raise NotImplementedError
+
+    def describe(self) -> Effect:
+        return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
+
+    def check(self) -> str | None:
+        n, most = self.cfg.n_frequency, self.site.out_features * self.site.fan_in
+        too_many = (
+            "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
+            f"value passed is {n} and the product is {most}"
+        )
+        return super().check() or (too_many if n > most else None)
+
+    def places(self) -> Transient:
+        """Draw the places of the coefficients, (2, n)."""
+        cfg, site = self.cfg, self.site
+        return Transient(places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
+
+    def delta(self) -> Any:
+        return self.transform()
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.transform().times(x)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=16)
+def places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
+    """Draw n places in a matrix, (2, n), on the CPU: as in PEFT, the first of a random order of all."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(out * fan_in, generator=generator, device="cpu")[:n]
+    return torch.stack((order // fan_in, order % fan_in))

@@ -10,38 +10,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import PVERA
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.method import Method
 from graft.core.site import Site
 from graft.kernels.eager import eager
-from graft.methods.vera import projections, warn_unsaved
+from graft.methods.projections import ProjectionConfig, projections
 
 
 @dataclass(kw_only=True)
-class PveraConfig(Targets, LayerRange):
+class PveraConfig(ProjectionConfig):
     """PVeRA: VeRA whose hidden values are random in training, with a mean and a variance that depend on the input."""
 
     peft_type: Any = "PVERA"
     r: int = 256
-    projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
     pvera_dropout: float = 0.0
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, pvera_only
     init_weights: bool = True
     sample_at_inference: bool = False  # be random there, too; merged weights have the means
     generator_seed: int | None = None  # of a generator for each layer; None: torch's. Compiled code takes torch's
 
+    matrices: ClassVar[str] = "pvera_A and pvera_B"
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key", "generator_seed")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
-        if not self.save_projection:
-            warn_unsaved("pvera_A and pvera_B")
 
 
 class PVeRA(Method):
@@ -79,7 +71,7 @@ class PVeRA(Method):
             r=cfg.r,
             pvera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
             pvera_lambda_d=nn.Parameter(torch.randn(2 * cfg.r)),
-            pvera_dropout=nn.Dropout(cfg.pvera_dropout) if cfg.pvera_dropout > 0 else nn.Identity(),
+            pvera_dropout=dropout_for(cfg.pvera_dropout),
         )
 
     def init(self) -> None:

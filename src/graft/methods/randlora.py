@@ -10,42 +10,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method
 from graft.core.random import kaiming_bound
 from graft.core.site import Site
 from graft.kernels.diagonals import between_diagonals
-from graft.methods.vera import check_alike, check_wide, warn_unsaved
+from graft.methods.projections import ProjectionConfig, check_alike, check_wide, kept
 
 SHARED = ("projection_prng_key", "save_projection", "r", "sparse", "very_sparse")
 
 
 @dataclass(kw_only=True)
-class RandLoraConfig(Targets, LayerRange):
+class RandLoraConfig(ProjectionConfig):
     """RandLoRA: a sum of random products of rank r, as many as give full rank, with trained diagonals between them."""
 
     peft_type: Any = "RANDLORA"
     r: int = 32  # of each product: the more, the fewer there are, and the fewer numbers train
-    projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
     sparse: bool = False  # A and B of -1, 0 and 1, two thirds of them 0
     very_sparse: bool = False  # the same, with more zeros: all but 1/√d, d the smaller width of the widest layer
     randlora_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     randlora_alpha: int = 640  # ΔW has the factor randlora_alpha / r
     bias: str = "none"  # which base biases train: none, all, randlora_only
     init_weights: bool = True  # λ is 0; else random
 
-    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
-        if not self.save_projection:
-            warn_unsaved("randlora_A and randlora_B")
+    matrices: ClassVar[str] = "randlora_A and randlora_B"
 
 
 class RandLoRA(Method):
@@ -76,8 +66,7 @@ class RandLoRA(Method):
         else:
             wide = sorted((max(s.out_features for s in sites), max(s.fan_in for s in sites)))  # as PEFT sizes them
             A, B = (ternary if cfg.sparse or cfg.very_sparse else uniform)(cfg, *wide)
-        keep = (lambda t: t) if cfg.save_projection else Transient
-        return dict(randlora_A=keep(A), randlora_B=keep(B))
+        return dict(randlora_A=kept(A, cfg.save_projection), randlora_B=kept(B, cfg.save_projection))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -92,7 +81,7 @@ class RandLoRA(Method):
             scaling=cfg.randlora_alpha / cfg.r,
             randlora_lambda=nn.Parameter(torch.randn(cfg.r, n)),
             randlora_gamma=nn.Parameter(torch.ones(n, d)),
-            randlora_dropout=nn.Dropout(cfg.randlora_dropout) if cfg.randlora_dropout > 0 else nn.Identity(),
+            randlora_dropout=dropout_for(cfg.randlora_dropout),
         )
 
     def init(self) -> None:

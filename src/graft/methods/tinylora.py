@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method
 from graft.core.site import Site
-from graft.methods.vera import check_alike
+from graft.methods.projections import check_alike, kept
 
 
 @dataclass(kw_only=True)
@@ -94,9 +94,9 @@ class TinyLoRA(Method):
         return shared | dict(
             tinylora_A=torch.zeros(r, columns),
             tinylora_B=torch.zeros(rows, r),
-            tinylora_P=P if cfg.save_projection else Transient(P),
+            tinylora_P=kept(P, cfg.save_projection),
             tinylora_group=min(place // max(1, layers // groups), groups - 1),
-            tinylora_dropout=nn.Dropout(cfg.tinylora_dropout) if cfg.tinylora_dropout > 0 else nn.Identity(),
+            tinylora_dropout=dropout_for(cfg.tinylora_dropout),
             r=r,
         )
 

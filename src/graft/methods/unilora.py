@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.random import skip
 from graft.core.site import Site
-from graft.methods.vera import check_alike
+from graft.methods.projections import check_alike, kept
 
 
 @dataclass(kw_only=True)
@@ -105,12 +105,9 @@ class UniLoRA(Method):
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
-        keep = (lambda t: t) if cfg.save_indices else Transient
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
-        own = dict(
-            r=cfg.r, unilora_dropout=nn.Dropout(cfg.unilora_dropout) if cfg.unilora_dropout > 0 else nn.Identity()
-        )
-        return shared | own | {name: keep(t) for name, t in zip(names, places)}
+        own = dict(r=cfg.r, unilora_dropout=dropout_for(cfg.unilora_dropout))
+        return shared | own | {name: kept(t, cfg.save_indices) for name, t in zip(names, places)}
 
     def init(self) -> None:
         skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from graft.config.fields import LayerRange, Targets
 from graft.core.errors import ConfigError
-from graft.methods.vera import warn_unsaved
+from graft.methods.projections import warn_unsaved
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import FROD
 from graft.core.containers import Attached, Transient
+from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method
@@ -18,7 +19,7 @@ from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.methods.frod.basis import basis, category, entries, support, width
 from graft.methods.frod.config import FrodConfig
-from graft.methods.vera import check_alike
+from graft.methods.projections import check_alike, kept
 
 SMALLEST = 1e-12  # norm of a column that counts
 
@@ -47,7 +48,6 @@ class FRoD(Method):
         for site in sites:
             groups.setdefault(category(site.key), []).append(site)
         generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
-        keep = (lambda t: t) if cfg.save_projection else Transient
         values: dict[str, Any] = {}
         for name in sorted(groups):
             n = width(name, groups[name])
@@ -60,19 +60,19 @@ class FRoD(Method):
             else:
                 V = basis(groups[name], n, cfg.regularization_alpha)
             for part, t in (("V", V), ("s_indices", places), ("s_size", torch.tensor([n, n]))):
-                values[f"frod_{part}.{name}"] = keep(t)
+                values[f"frod_{part}.{name}"] = kept(t, cfg.save_projection)
         return values
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site, mine = self.cfg, self.site, category(self.site.key)
         n = site.fan_in
-        kept = [shared[f"frod_{part}.{mine}"].container for part in ("V", "s_indices")] if shared else []
+        common = [shared[f"frod_{part}.{mine}"].container for part in ("V", "s_indices")] if shared else []
         return dict(
-            frod_shared=Attached(kept),  # out of sight: names in memory are PEFT's
+            frod_shared=Attached(common),  # out of sight: names in memory are PEFT's
             frod_lambda_l=nn.Parameter(torch.zeros(n)),
             frod_lambda_s_values=nn.Parameter(torch.zeros(entries(n, cfg.sparse_rate))),
             frod_U=Transient(torch.zeros(site.out_features, n)),
-            frod_dropout=nn.Dropout(cfg.frod_dropout) if cfg.frod_dropout > 0 else nn.Identity(),
+            frod_dropout=dropout_for(cfg.frod_dropout),
         )
 
     def describe(self) -> Effect:

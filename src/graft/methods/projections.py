@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that never train, drawn once from a seed for all layers of a model and all adapters of a method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.core.containers import Transient
+from graft.core.errors import ConfigError, warn
+from graft.core.method import Method
+from graft.core.site import Site
+
+
+@dataclass(kw_only=True)
+class ProjectionConfig(Targets, LayerRange):
+    """The fields of a method whose layers share random matrices A and B."""
+
+    r: int
+    projection_prng_key: int = 0  # seed of A and B
+    save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+
+    matrices: ClassVar[str]  # names of A and B
+    counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if not self.save_projection:
+            warn_unsaved(self.matrices)
+
+
+def warn_unsaved(names: str) -> None:
+    warn(
+        f"Specified to not save {names}: they are drawn again from `projection_prng_key` on load, which gives the same "
+        "values only if torch's generator is the same."
+    )
+
+
+def kept(tensor: Tensor, saved: bool) -> Any:
+    """Return a tensor as `share` and `build` give it: in files, or not."""
+    return tensor if saved else Transient(tensor)
+
+
+def check_alike(method: type[Method], cfg: Any, others: dict[str, Any], fields: Sequence[str]) -> None:
+    """Raise ConfigError if an adapter that shares its projections with others differs from them in one of `fields`."""
+    for name, other in others.items():
+        for field in fields:
+            if getattr(other, field) != getattr(cfg, field):
+                raise ConfigError(
+                    f"{method.__name__} projections are shared: they must be saved for all adapters or none, and drawn "
+                    f"alike. {field} is {getattr(cfg, field)}, but adapter '{name}' has {getattr(other, field)}."
+                )
+
+
+def check_wide(name: str, size: int, needed: int) -> None:
+    """Raise ConfigError if projections that an earlier adapter has drawn are too small for this one."""
+    if size < needed:
+        raise ConfigError(
+            f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the widest layers "
+            "first."
+        )
+
+
+def projections(
+    method: type[Method], names: tuple[str, str], rows: int, sites: Sequence[Site], cfg: Any, existing: dict[str, Any],
+    others: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Draw A (rows, widest in), then B (widest out, r), from one generator; or take those of the other adapters."""
+    check_alike(method, cfg, others, ("projection_prng_key", "save_projection", "r"))
+    wide_out, wide_in = max(s.out_features for s in sites), max(s.fan_in for s in sites)
+    if existing and others:
+        A, B = (existing[name][next(iter(others))] for name in names)
+        check_wide(names[0], A.shape[1], wide_in)
+        check_wide(names[1], B.shape[0], wide_out)
+    else:
+        generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
+        A, B = torch.empty(rows, wide_in), torch.empty(wide_out, cfg.r)
+        for matrix in (A, B):  # kaiming uniform: the bound follows from the number of inputs
+            bound = math.sqrt(6 / matrix.shape[1])
+            if not matrix.is_meta:
+                matrix.uniform_(-bound, bound, generator=generator)
+    return {name: kept(matrix, cfg.save_projection) for name, matrix in zip(names, (A, B))}

@@ -10,40 +10,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
-from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
-from graft.core.method import Method
 from graft.kernels.kronecker import Kronecker, factorization, product
-from graft.methods.loha import kernel_of
+from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 
 @dataclass(kw_only=True)
-class LoKrConfig(Targeted, LayerRange, RankPatterns):
+class LoKrConfig(LycorisConfig):
     """LoKr: ΔW = alpha / r · w1 ⊗ w2, each of which may be a product of rank r."""
 
     peft_type: Any = "LOKR"
-    r: int = 8
-    alpha: float = 8
-    rank_dropout: float = 0.0  # drops output rows of ΔW in training
-    module_dropout: float = 0.0  # drops all of ΔW in training
-    use_effective_conv2d: bool = False  # factor convolution kernels as well (FedPara, proposition 3)
     decompose_both: bool = False  # w1, the smaller one, may be a product, too
     decompose_factor: int = -1  # the most rows and columns of w1; -1: as many as w2 has, or fewer
     rank_dropout_scale: bool = False  # scale up what rank_dropout leaves
     init_weights: bool | Literal["lycoris"] = True  # w1 is zero; "lycoris": w2 is; False: none
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
-
-class LoKr(Method):
+class LoKr(Lycoris):
     """ΔW = s · w1 ⊗ w2; of a convolution, w2 holds the kernel, optionally with a factor t2 for it."""
 
     config = LoKrConfig
     prefix = "lokr_"
-    targets = LORA
 
     lokr_w1: nn.Parameter  # (l, m)
     lokr_w1_a: nn.Parameter  # (l, r)
@@ -52,30 +39,13 @@ class LoKr(Method):
     lokr_w2_a: nn.Parameter  # (k, r); with t2 (r, k)
     lokr_w2_b: nn.Parameter  # (r, n · kernel size); with t2 (r, n)
     lokr_t2: nn.Parameter  # (r, r, *kernel), padded to two kernel dims
-    scaling: float
-    rank_dropout: float
-    module_dropout: float
     rank_dropout_scale: bool
 
     def describe(self) -> Effect:
-        draws = self.cfg.rank_dropout > 0 or self.cfg.module_dropout > 0
-        vectors = len(self.site.shape) == 2 and not self.site.op.takes_ids
-        return Update(self.delta, branch=self.branch if vectors else None, draws=draws)
-
-    def check(self) -> str | None:
-        require_positive_rank(self.cfg.r)
-        return super().check()
+        return Update(self.delta, branch=self.branch if self.site.takes_vectors else None, draws=self.draws)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
-        cfg = self.cfg
-        facts = dict(
-            r=cfg.r,
-            alpha=cfg.alpha,
-            scaling=cfg.alpha / cfg.r,
-            rank_dropout=cfg.rank_dropout,
-            module_dropout=cfg.module_dropout,
-            rank_dropout_scale=cfg.rank_dropout_scale,
-        )
+        facts = self.facts() | dict(rank_dropout_scale=self.cfg.rank_dropout_scale)
         return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,8 +58,8 @@ class LoKr(Method):
         shapes: dict[str, tuple[int, ...]] = dict(w1_a=(l, r), w1_b=(r, m)) if pair else dict(w1=(l, m))
         if r >= max(k, n) / 2:
             return shapes | dict(w2=(k, n, *kernel))
-        if cfg.use_effective_conv2d and math.prod(kernel) > 1:
-            return shapes | dict(w2_a=(r, k), w2_b=(r, n), t2=(r, r, *kernel, *[1] * (2 - len(kernel))))
+        if self.cp:
+            return shapes | dict(w2_a=(r, k), w2_b=(r, n), t2=self.kernel_shape)
         return shapes | dict(w2_a=(k, r), w2_b=(r, n * math.prod(kernel)))
 
     def init(self) -> None:
@@ -115,7 +85,7 @@ class LoKr(Method):
 
     def delta(self) -> Any:
         w1, w2 = self.pair()
-        kept = self.kept(w1)
+        kept = self.kept(w1, self.rank_dropout_scale)
         if w2.dim() == 3:  # of a Conv1d, PEFT's files mean this order
             W = torch.kron(w1, w2).reshape(self.site.shape)
         elif kept is None:
@@ -126,18 +96,5 @@ class LoKr(Method):
 
     def branch(self, x: Tensor) -> Tensor:
         w1, w2 = self.pair()
-        y, kept = product(x, w1, w2), self.kept(w1)
+        y, kept = product(x, w1, w2), self.kept(w1, self.rank_dropout_scale)
         return y if kept is None else y * kept
-
-    def kept(self, like: Tensor) -> Tensor | None:
-        """Return factors of the output rows, zeros where dropout takes them out, (out,); None if it takes out none."""
-        if not (self.layer.training and (self.rank_dropout or self.module_dropout)):
-            return None
-        kept = like.new_ones(self.site.out_features)
-        if self.rank_dropout:
-            kept = (torch.rand(len(kept), device=like.device) > self.rank_dropout).to(like.dtype)
-            if self.rank_dropout_scale:
-                kept = kept / kept.mean().clamp(min=1e-6)
-        if self.module_dropout:
-            kept = kept * (torch.rand(1, device=like.device) > self.module_dropout)
-        return kept

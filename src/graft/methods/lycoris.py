@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of LoHa and LoKr: products of small matrices with dropout of their own. LyCORIS, arXiv 2309.14859."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class LycorisConfig(Targeted, LayerRange, RankPatterns):
+    r: int = 8
+    alpha: float = 8  # ΔW has the factor alpha / r
+    rank_dropout: float = 0.0  # drops output rows of ΔW in training
+    module_dropout: float = 0.0  # drops all of ΔW in training
+    use_effective_conv2d: bool = False  # factor convolution kernels as well (FedPara, proposition 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+
+
+class Lycoris(Method):
+    targets = LORA
+
+    scaling: float
+    rank_dropout: float
+    module_dropout: float
+
+    def check(self) -> str | None:
+        require_positive_rank(self.cfg.r)
+        return super().check()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the plain facts that `build` adds to the layer."""
+        cfg = self.cfg
+        return dict(
+            r=cfg.r,
+            alpha=cfg.alpha,
+            scaling=cfg.alpha / cfg.r,
+            rank_dropout=cfg.rank_dropout,
+            module_dropout=cfg.module_dropout,
+        )
+
+    @property
+    def cp(self) -> bool:
+        """Say whether the adapter factors the kernel of a convolution, too."""
+        return self.cfg.use_effective_conv2d and math.prod(self.site.shape[2:]) > 1
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of a kernel's factor: (r, r, *kernel), padded to two kernel dims."""
+        r, kernel = self.cfg.r, self.site.shape[2:]
+        return r, r, *kernel, *[1] * (2 - len(kernel))
+
+    @property
+    def draws(self) -> bool:
+        """Say whether ΔW is random in training."""
+        return bool(self.cfg.rank_dropout or self.cfg.module_dropout)
+
+    def kept(self, like: Tensor, rescale: bool) -> Tensor | None:
+        """Return factors of the output rows, zeros where dropout takes them out, (out,); None if it takes out none.
+
+        Args:
+            like: a tensor of their dtype and device.
+            rescale: scale up what `rank_dropout` leaves.
+        """
+        if not (self.layer.training and (self.rank_dropout or self.module_dropout)):
+            return None
+        kept = like.new_ones(self.site.out_features)
+        if self.rank_dropout:
+            kept = (torch.rand(len(kept), device=like.device) > self.rank_dropout).to(like.dtype)
+            if rescale:
+                kept = kept / kept.mean().clamp(min=1e-6)
+        if self.module_dropout:
+            kept = kept * (torch.rand(1, device=like.device) > self.module_dropout)
+        return kept
+
+
+def kernel_of(t: Tensor, b: Tensor) -> Tensor:
+    """Return Σ_j t[i, j] b[j], (r, in / groups · kernel size)."""
+    return torch.einsum("ijk,jq->iqk", t.flatten(2), b).flatten(1)

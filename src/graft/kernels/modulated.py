@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.one_product import Call, InputGradient, linear_with
+from graft.kernels.one_product import Call, InputGradient, holds, linear_with
 
 
 def plain(
@@ -49,9 +49,7 @@ class Modulated(NamedTuple):
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
         """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
-        if torch.promote_types(W.dtype, self.A.dtype) != self.A.dtype:
-            return None
-        return linear_with(W, bias, x, self, call, input_gradient)
+        return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
     def added(self, W: Tensor) -> Tensor:
         """Return W + ΔW in the dtype of the factors."""

@@ -40,6 +40,11 @@ def linear_with(
     return _OneProduct.apply(x, W, bias, type(delta), call, input_gradient, *delta)  # type: ignore[no-any-return]
 
 
+def holds(numbers: Tensor, W: Tensor) -> bool:
+    """Say whether the dtype of ΔW's numbers has all values of W's, so that the sum rounds none of W."""
+    return torch.promote_types(W.dtype, numbers.dtype) == numbers.dtype
+
+
 class _OneProduct(Function):
     @staticmethod
     def forward(

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.one_product import Call, InputGradient, linear_with
+from graft.kernels.one_product import Call, InputGradient, holds, linear_with
 from graft.kernels.worth import worth_it
 
 
@@ -53,7 +52,7 @@ class Refactored(NamedTuple):
     ) -> Tensor | None:
         """Return x (W + ΔW)ᵀ + bias, which is x (U M Vᵀ)ᵀ + bias if W is the weight that ΔW replaces; else None."""
         dtype = self.M.dtype
-        if W.data_ptr() != self.W.data_ptr() or torch.promote_types(W.dtype, dtype) != dtype:
+        if W.data_ptr() != self.W.data_ptr() or not holds(self.M, W):
             return None
         out, n = W.shape
         rows = x.numel() // n

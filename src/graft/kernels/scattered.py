@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 
 from graft.kernels import sparse
 from graft.kernels.device import gathers
-from graft.kernels.one_product import Call, InputGradient, linear_with
+from graft.kernels.one_product import Call, InputGradient, holds, linear_with
 
 SPARSE = 0.12  # share of numbers up to which products of these alone beat the full product on a CPU
 
@@ -51,9 +51,7 @@ class Scattered(NamedTuple):
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
         """Return x (W + ΔW)ᵀ + bias; None if the values have a narrower dtype than W."""
-        if torch.promote_types(W.dtype, self.values.dtype) != self.values.dtype:
-            return None
-        return linear_with(W, bias, x, self, call, input_gradient)
+        return linear_with(W, bias, x, self, call, input_gradient) if holds(self.values, W) else None
 
     def added(self, W: Tensor) -> Tensor:
         """Return W + ΔW in the dtype of the values and the memory layout of W, which may be stored as (in, out)."""

@@ -364,10 +364,10 @@ def test_a_product_with_a_narrow_weight(part, monkeypatch):
     assert torch.equal(narrow.product(A, W), A @ W)
 
 
-# second derivatives
+# derivatives
 
 
-def test_second_derivatives():
+def test_first_and_second_derivatives():
     with seeded(7):
         x, u, v, R = randn((ROWS, 8), (8, 2), (2, 6), (2, 4, 4), dtype=torch.float64)
         d, b, *factors = randn((3,), (6,), (6, 2), (2, 8), (6, 2), (2, 8), dtype=torch.float64)
@@ -403,6 +403,7 @@ def test_second_derivatives():
         (lambda x, A, B: linear_with(W, None, x, Factored(A, B, SCALE), linear, input_gradient), (x, *factors[1::-1])),
     ):
         values = [t.detach().requires_grad_() for t in values]
+        assert torch.autograd.gradcheck(function, values, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 

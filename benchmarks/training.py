@@ -96,7 +96,7 @@ def kept(model: nn.Module, batch: dict[str, Tensor]) -> float:
     alive: weakref.WeakSet[Held] = weakref.WeakSet()
 
     def pack(t: Tensor) -> Held:
-        held = Held(t)
+        held = Held(t.detach())  # an output would hold its own graph, for ever
         alive.add(held)
         return held
 

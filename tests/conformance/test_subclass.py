@@ -6,8 +6,8 @@ import torch
 from torch.testing import assert_close
 
 import graft
+from graft.core.folding import dense, shift_of
 from graft.core.method import Method
-from graft.core.plan import dense, shift_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, disturb, find
 from tests.covering import law
 from tests.looks import layers

@@ -14,7 +14,7 @@ from torch import Tensor
 from graft.combine import union
 from graft.core.changes import change_of, why_none, wide
 from graft.core.errors import ConfigError
-from graft.core.plan import evaluating
+from graft.core.folding import evaluating
 from graft.kernels.hadamard import narrow
 from graft.methods import method_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.core.effect import LowRank, Rewrite, Update
-from graft.core.plan import delta_of, evaluating, fold_step, shift_of
+from graft.core.folding import delta_of, evaluating, fold_step, shift_of
 
 PLAIN = object()  # stands for the config of an adapter that asks for nothing: plain LoRA
 

@@ -24,7 +24,8 @@ from graft.core.mixed import Mixed
 from graft.core.names import one_or_several
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import Plan, plan_of, refuse_gates
+from graft.core.plan import Plan, refuse_gates
+from graft.core.planning import plan_of
 from graft.core.site import Site, Store
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks

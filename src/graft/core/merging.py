@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging: the base weight takes over the work of adapters, and gives it back. Written once for every method.
 
-Weights fold in the order in which adapters act (`plan.ordered`). An adapter merged later goes on top if it acts later;
-if it acts before a merged one, `merge` takes all out and folds anew, so that merging a, then b, equals both at once.
+Weights fold in the order in which adapters act (`planning.ordered`). An adapter merged later goes on top if it acts
+later; if it acts before a merged one, `merge` takes all out and folds anew, so that merging a, then b, equals both at
+once.
 
 Unmerging gives a weight in half precision back bit for bit: the first merge keeps a copy of it. In float32 and float64
 a merge that only adds products keeps their factors and subtracts them again, which costs no copy and rounds.
@@ -23,9 +24,11 @@ from graft.core.effect import HALF, LowRank, Replace
 from graft.core.errors import warn
 from graft.core.face import Layer
 from graft.core.finite import largest
+from graft.core.folding import evaluating, fold_step, shift_of
 from graft.core.method import Method
 from graft.core.names import several
-from graft.core.plan import Step, evaluating, fold_step, ordered, shift_of
+from graft.core.plan import Step
+from graft.core.planning import ordered
 
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
 

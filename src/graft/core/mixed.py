@@ -13,7 +13,8 @@ from graft.core.call import Rows
 from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
 from graft.core.face import Layer
-from graft.core.plan import Block, Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates, with_first
+from graft.core.module_plans import Block, Folded, Instead, Whole, with_first
+from graft.core.plan import Chain, Plan, Sum, refuse_gates
 from graft.kernels.mixed import add_groups, fits
 
 

@@ -11,7 +11,7 @@ from graft.core.changes import why_none
 from graft.core.effect import LowRank, Update
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
 from graft.core.face import Layer
-from graft.core.plan import delta_of, evaluating
+from graft.core.folding import delta_of, evaluating
 
 
 class PeftNames:

@@ -18,7 +18,7 @@ from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.ops import linear
-from graft.core.plan import applied, low_rank_part
+from graft.core.part import applied, low_rank_part
 from graft.kernels.scattered import Scattered
 
 MOST = 2**31  # entries of a weight that int32 counts

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from graft.core.call import Run
 from graft.core.effect import Branch, Effect
 from graft.core.errors import RoutingError
-from graft.core.plan import low_rank_part
+from graft.core.part import low_rank_part
 from graft.methods.lora.invocations import ARGUMENT, find
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.offsets import following

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adapters do to a weight: ΔW and Δb of one, and folding it into weight and bias of its layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.dropout import share_dropped
+from graft.core.effect import HALF, Effect, Factors, LowRank, Rewrite, Update, matrix
+from graft.core.face import Layer
+from graft.core.method import Method
+
+
+class evaluating:
+    """A block in which a layer's adapters do not train, so that merging takes up nothing random."""
+
+    def __init__(self, layer: Layer):
+        self.own = layer.__dict__
+
+    def __enter__(self) -> None:
+        self.before = self.own["training"]
+        self.own["training"] = False
+
+    def __exit__(self, *error: Any) -> None:
+        self.own["training"] = self.before
+
+
+def dense(delta: Any) -> Tensor:
+    """Return ΔW as a tensor."""
+    matrix: Tensor = delta if isinstance(delta, Tensor) else delta.dense()
+    return matrix
+
+
+def formed(layer: Layer, effect: Update) -> Any:
+    """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet; None if there is none."""
+    if effect.delta is None:
+        return None
+    return effect.delta(layer.W0) if effect.of_weight else effect.delta()
+
+
+def delta_of(layer: Layer, effect: Effect) -> Tensor:
+    """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32."""
+    if isinstance(effect, LowRank):
+        A, B = effect.factors().matrices()
+        if A.dtype in HALF:
+            A, B = A.float(), B.float()
+        return layer.op.product(A, B, layer.site.shape)
+    if isinstance(effect, Update):
+        delta = formed(layer, effect)
+        return torch.zeros(layer.site.shape) if delta is None else dense(delta)
+    raise TypeError(f"a {type(effect).__name__} has no ΔW")
+
+
+def shift_of(effect: Effect) -> Tensor | None:
+    """Return Δb of an additive adapter; None if it does not shift the bias."""
+    if isinstance(effect, LowRank):
+        return effect.factors().shift()
+    bias = getattr(effect, "bias", None)
+    return None if bias is None else bias()
+
+
+def same_inputs(f: Factors) -> Factors:
+    """Return factors whose dropout has taken columns out of A, in training: the same inputs of all rows."""
+    if f.dropout is None or share_dropped(f.dropout) == 0:
+        return f
+    A = matrix(f.A)
+    kept = f.dropout(torch.ones_like(A[0]))
+    return f._replace(A=A * kept, dropout=None)
+
+
+def fold_step(
+    layer: Layer, m: Method, effect: Effect, W: Tensor, b: Tensor | None, drops: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight (canonical) and bias of the layer with one more adapter on it.
+
+    drops: let dropout take out inputs of the update, the same for all rows.
+    """
+    if isinstance(effect, Rewrite):
+        return effect.merged(W, b)
+    if isinstance(effect, LowRank):
+        f = same_inputs(effect.factors()) if drops else effect.factors()
+        A, B = f.matrices()
+        if A.dtype in HALF:
+            A, B = A.float(), B.float()
+        W = W + layer.op.product(A, B, layer.site.shape).to(W.dtype)
+        shift = f.shift()
+        if f.gain is not None:
+            W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
+    else:
+        if not effect.keeps_weight:
+            delta = delta_of(layer, effect).to(W.dtype)
+            dropout = getattr(effect, "dropout", None) if drops else None
+            if dropout is not None:
+                delta = delta * dropout()(torch.ones_like(W[0]))
+            W = W + delta
+        shift = shift_of(effect)
+    if shift is not None:
+        b = shift if b is None else b + shift.to(b.dtype)
+    return W, b

@@ -93,7 +93,7 @@ MUTATIONS = [
         "if layer.call.open and layer.call.weights() is not None:\n            return self.gated",
         "if False:\n            return self.gated",
     ),
-    Mutation("a gate of other rows", "core/call.py", "self.gates.rows(index)", "self.gates.rows(index.flip(0) * 0)"),
+    Mutation("a gate of other rows", "core/rows.py", "self.gates.rows(index)", "self.gates.rows(index.flip(0) * 0)"),
     Mutation(
         "W₀ is the weight as it is",
         "core/layer.py",
@@ -102,7 +102,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows in another order",
-        "core/call.py",
+        "core/rows.py",
         "return torch.argsort(",
         "return torch.arange(self.batch) if False else torch.argsort(-",
     ),

@@ -8,8 +8,9 @@ import torch
 from torch.testing import assert_close
 
 import graft
-from graft.core.call import Call, Rows
+from graft.core.call import Call
 from graft.core.layer import AdapterLayer
+from graft.core.rows import Rows
 from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey

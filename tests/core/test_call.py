@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.core.call import BASE, Call, Rows
+from graft.core.call import Call
+from graft.core.rows import BASE, Rows
 from tests import models
 from tests.conformance.samples import disturb
 from tests.looks import layers, registry_of

@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.call import BASE, NO_FACTS, Call, Given, Rows
+from graft.core.call import Call
+from graft.core.rows import BASE, NO_FACTS, Given, Rows
 from graft.methods.poly.tasks import TASKS
 from tests.looks import layers, registry_of
 from tests.models import seeded

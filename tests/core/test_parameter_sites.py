@@ -7,9 +7,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.call import Call, Rows
+from graft.core.call import Call
 from graft.core.errors import RoutingError
 from graft.core.layer import layer_for
+from graft.core.rows import Rows
 from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import parameter_site, survey

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from graft.core import merging
-from graft.core.call import OFF, Call
+from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.holding import Holding
@@ -26,6 +26,7 @@ from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Plan, refuse_gates
 from graft.core.planning import plan_of
+from graft.core.rows import OFF
 from graft.core.site import Site, Store
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks

@@ -18,7 +18,8 @@ from graft.core.ops import META, OPS
 from graft.core.site import Site
 
 if TYPE_CHECKING:
-    from graft.core.call import Call, Run
+    from graft.core.call import Call
+    from graft.core.run import Run
 
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")

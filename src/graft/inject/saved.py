@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
-from graft.core.call import Call, Rows
+from graft.core.call import Call
 from graft.core.carrier import Carrier, State, carrier_of, layer_in
 from graft.core.containers import Slot, slots_of, tensors_of
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
+from graft.core.rows import Rows
 from graft.storage import codes_in, place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import merging
-from graft.core.call import Run
 from graft.core.carrier import carrier_of
 from graft.core.errors import AdapterNameError, ConfigError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, as_it_is
 from graft.core.names import several
 from graft.core.ops import find_op
+from graft.core.run import Run
 from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts

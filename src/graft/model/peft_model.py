@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
-from graft.core.call import BASE, Call, Rows, Run, copies_of
+from graft.core.call import Call
 from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.names import several
+from graft.core.rows import BASE, Rows
+from graft.core.run import Run, copies_of
 from graft.inject.build import put
 from graft.inject.parts import HOLDER, registry_of
 from graft.io import files, save

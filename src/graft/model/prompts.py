@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.call import Call, Run
+from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Method
+from graft.core.run import Run
 from graft.inject.agree import draw_alike
 from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from graft.core.call import BASE, Call, Run
+from graft.core.call import Call
 from graft.core.containers import BufferDict
 from graft.core.errors import (
     AdapterNameError,
@@ -22,6 +22,8 @@ from graft.core.errors import (
 )
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
+from graft.core.rows import BASE
+from graft.core.run import Run
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.core.call import Run
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
+from graft.core.run import Run
 from graft.inject.match import Matcher
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree, survey

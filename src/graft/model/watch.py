@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.call import tensors_in
 from graft.core.errors import PeftWarning, warn
+from graft.core.outputs import tensors_in
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.model.asleep import say_asleep
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved

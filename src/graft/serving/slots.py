@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.keywords import HUB_KEYWORDS
-from graft.core.call import BASE, copies_of
 from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.pieces import refuse_pieces
+from graft.core.rows import BASE
+from graft.core.run import copies_of
 from graft.inject.inject import Injection, attach
 from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.load import some

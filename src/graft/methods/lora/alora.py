@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.core.call import Run
 from graft.core.effect import Branch, Effect
 from graft.core.errors import RoutingError
 from graft.core.part import low_rank_part
+from graft.core.run import Run
 from graft.methods.lora.invocations import ARGUMENT, find
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.offsets import following

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.call import Rows, Run
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
+from graft.core.rows import Rows
+from graft.core.run import Run
 from graft.methods.lora.offsets import Offsets, Progress, ids_of
 
 ARGUMENT = "alora_offsets"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.call import Run
+from graft.core.run import Run
 
 ALL = 1 << 30  # more positions than any input has
 CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before

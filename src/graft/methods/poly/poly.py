@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 from graft.config.targets import LORA
-from graft.core.call import Run
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.random import kaiming_bound
+from graft.core.run import Run
 from graft.methods.poly.config import PolyConfig
 from graft.methods.poly.tasks import TASKS, checked, generate
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.call import Run
 from graft.core.errors import RoutingError
+from graft.core.run import Run
 
 TASKS = "task_ids"
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from graft.core.call import BASE, Rows, Run
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
+from graft.core.rows import BASE, Rows
+from graft.core.run import Run
 from graft.core.site import Site
 from graft.methods.xlora.api import API
 from graft.methods.xlora.config import XLoraConfig

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call says of the rows of its batch: the adapter that each uses, how much adapters count, and facts about each
+row, such as task ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from graft.core.errors import RoutingError
+
+BASE = "__base__"  # the row uses no adapter
+
+
+@dataclass
+class Rows:
+    """A batch grouped by adapter."""
+
+    batch: int
+    segments: tuple[tuple[str | None, Tensor], ...]  # (adapter or None for the base model, row indices)
+
+    @classmethod
+    def of(cls, names: Sequence[str], device: torch.device | None = None) -> Rows:
+        groups: dict[str | None, list[int]] = {}
+        for row, name in enumerate(names):
+            groups.setdefault(None if name == BASE else name, []).append(row)
+        return cls(len(names), tuple((name, torch.tensor(rows, device=device)) for name, rows in groups.items()))
+
+    @cached_property
+    def names(self) -> tuple[str | None, ...]:
+        """The adapters in the batch, None for the base model."""
+        return tuple(name for name, _ in self.segments)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The index that puts the concatenated segments back into the order of the batch."""
+        return torch.argsort(torch.cat([index for _, index in self.segments]))
+
+    @cached_property
+    def grouped(self) -> tuple[list[str], Tensor, list[int], bool] | None:
+        """The adapters, their rows, adapter by adapter, how many each has, and whether this is the batch as it stands;
+        None unless there are several adapters."""
+        own = [(name, index) for name, index in self.segments if name is not None]
+        if len(own) < 2:
+            return None
+        order = torch.cat([index for _, index in own])
+        in_order = len(order) == self.batch and order.tolist() == list(range(self.batch))
+        return [name for name, _ in own], order, [len(index) for _, index in own], in_order
+
+    def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
+        """Return `x` with one row per sample. Repeat ids that all samples share, such as positions."""
+        if x.shape[0] == self.batch:
+            return x
+        if x.shape[0] == 1 and ids:
+            return x.expand(self.batch, *x.shape[1:])
+        raise RoutingError(
+            f"layer '{layer}' received {x.shape[0]} rows in a mixed batch of {self.batch} samples: its input is not "
+            "one row per sample, so rows cannot be given to adapters here. Run one adapter at a time, or exclude "
+            "this layer with exclude_modules."
+        )
+
+
+OFF = Rows(0, ())  # stands for a call with all adapters disabled
+UNCLEAR = Rows(0, ())  # stands for the rows of a backward pass over calls with different rows
+
+
+class Gates(Protocol):
+    """The weight of each adapter in a call, for mixtures of adapters."""
+
+    def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
+        """Weigh the part that `adapter` adds to the output of `layer`."""
+        ...
+
+    def rows(self, index: Tensor) -> Gates:
+        """Return the gates of some rows of the batch."""
+        ...
+
+
+class PerRow(Protocol):
+    """A fact about each row of a batch: a tensor, or what can be indexed and repeated like one."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+    def repeat_interleave(self, repeats: int, dim: int) -> Any: ...
+
+
+NO_FACTS: Mapping[Any, Any] = {}  # one object: identity tells calls without facts
+
+
+class Given(NamedTuple):
+    """All that a call says of its rows."""
+
+    rows: Rows | None = None
+    gates: Gates | None = None
+    facts: Mapping[Any, PerRow] = NO_FACTS
+
+    def __bool__(self) -> bool:
+        return self.rows is not None or self.gates is not None or bool(self.facts)
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """Equal for what is of one call."""
+        return id(self.rows), id(self.gates), id(self.facts)
+
+    def only(self, index: Tensor) -> Given:
+        """Return gates and facts of some rows of the batch."""
+        gates = None if self.gates is None else self.gates.rows(index)
+        return Given(self.rows, gates, {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS)
+
+    def repeated(self, copies: int) -> Given:
+        """Return the same for a batch with `copies` of each row. Whoever makes gates makes them for that batch."""
+        rows = self.rows
+        if rows is not None:
+            names = [name for name, index in rows.segments for _ in index.tolist()]
+            inverse = rows.inverse.tolist()
+            names = [names[i] for i in inverse for _ in range(copies)]
+            rows = Rows.of([BASE if n is None else n for n in names], rows.segments[0][1].device)
+        return Given(rows, self.gates, {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS)
+
+
+NOTHING, ALL_OFF, AMBIGUOUS = Given(), Given(OFF), Given(UNCLEAR)

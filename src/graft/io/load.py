@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
-from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
 from graft.core.wrappers import clean
 from graft.inject.build import put
@@ -325,27 +323,6 @@ class Values:
         if self.strict:
             raise AdapterKeyError(f"{text} Pass strict=False to load what fits.")
         warn(text)
-
-
-SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later
-    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
-}  # fmt: skip
-
-
-def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
-    """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
-    ours, theirs = here.saved_dict(), there.saved_dict()
-    left = SETTLED | set(here.results)  # these come from the file
-    if here.is_prompt_learning:
-        left |= {n for n in OF_THE_BASE if theirs[n] is None}  # sizes that the base model gives: CPT's files have none
-    names = [n for n in ours if n not in left and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
-    if names:
-        differ = ", ".join(f"{n} ({ours[n]!r}, in the file {theirs[n]!r})" for n in names)
-        warn(
-            f"Adapter '{adapter}' gets the values of {path} and keeps its own config, which differs: {differ}. To take "
-            "that over as well, delete_adapter() it before loading, or use hotswap_adapter() (LoRA).",
-            PeftWarning,
-        )
 
 
 def sizes(mismatched: list[Mismatch]) -> str:

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,21 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, hub_keywords, warn_unknown
-from graft.core.call import Call
-from graft.core.errors import AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, RoutingError, warn
-from graft.core.names import several
-from graft.core.rows import BASE, Rows
+from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
+from graft.core.errors import AdapterNotFoundError
 from graft.core.run import Run, copies_of
-from graft.inject.build import put
 from graft.inject.parts import HOLDER, registry_of
-from graft.io import files, save
-from graft.io.digests import digest
-from graft.io.load import LoadReport, Values, say_kept
-from graft.io.together import Meeting, hashed, once
-from graft.io.whole import CALL
-from graft.model import averaged
+from graft.io.load import LoadReport, Values
+from graft.model import averaged, loading, saving
 from graft.model.registry import check_adapter_name, unless_it_fails
+from graft.model.rows import names_of_rows, rows_of, spread
 from graft.model.tuner import tuner_of
 from graft.storage import numel
 
@@ -306,36 +297,13 @@ class PeftModel(nn.Module):
 
     # forward
 
-    def _rows(self, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
-        """Return the rows of a mixed batch, checked; None without names."""
-        if names is None:
-            return None
-        unknown = sorted({n for n in names if n != BASE and n not in self.peft_config})
-        if unknown:
-            loaded = ", ".join(self.peft_config)
-            raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {loaded}.")
-        merged = self._registry.merged_adapters
-        if merged:
-            raise RoutingError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
-                f"Merged: {merged}."
-            )
-        tensors = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)]
-        rows = [len(t) for t in tensors if t.dim()]
-        if rows and len(names) not in rows:  # samples may share a tensor, or have several rows in one: layers check
-            raise RoutingError(
-                "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
-            )
-        return Rows.of(names, tensors[0].device if tensors else None)
-
     def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any], generates: bool = False) -> Any:
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
         registry = self._registry
         call, taken = registry.call, (*self.special_peft_forward_args, *registry.arguments)
         own = {name: kwargs.pop(name) for name in taken if name in kwargs}
-        rows = self._rows(names, inputs, kwargs)
+        rows = rows_of(registry, names, inputs, kwargs)
         if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             averaged.check(registry)
             registry.averaged = True
@@ -417,64 +385,17 @@ class PeftModel(nn.Module):
             CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
-        if fingerprint not in ("sampled", "full"):
-            raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
-        if fingerprint == "full" and not safe_serialization:
-            raise ValueError('fingerprint="full" needs safe_serialization=True: a torch file has no place for it.')
-        if os.path.isfile(save_directory):
-            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        names = list(self.peft_config) if selected_adapters is None else several(selected_adapters, "selected_adapters")
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
-                f"{list(self.peft_config)} - got {unknown}."
-            )
-        if not names and selected_adapters is None:
-            raise CheckpointError(f"There is nothing to save into {save_directory}: the model has no adapter.")
-        given = kwargs.get("state_dict")
-        ranks = save.ranks_of_adapters(self, names) if given is None else []
-        if not (ranks or is_main_process):
-            return
-        what = f"{sorted(names)}, fingerprint={fingerprint!r}"
-        meeting = Meeting(CALL, what, ranks) if len(ranks) > 1 else None
-        made = {}
-        for name in names:
-            tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=save_embedding_layers)
-            config = copy.copy(self.peft_config[name])
-            if path_initial_model_for_weight_conversion is not None:
-                from graft.methods.lora.convert import say_rounded, subtract_initial
-
-                before, initial = files.load_pair(path_initial_model_for_weight_conversion)
-                tensors, config = subtract_initial(initial.tensors, before, tensors, config)
-                say_rounded(name, self._registry.layers)
-            save.describe_base(config, self.get_base_model())
-            config.inference_mode = True
-            folder = folder_of(name, save_directory)
-            files.check(folder, tensors)
-            made[folder] = (
-                tensors,
-                config,
-                save.base_fingerprint(self, name, fingerprint == "full", together=bool(ranks)),
-            )
-
-        def write() -> None:
-            if not is_main_process:
-                return
-            for folder, (tensors, config, base) in made.items():
-                files.save_adapter(folder, tensors, config, safe_serialization, base)
-            try:
-                self.create_or_update_model_card(save_directory)
-            except Exception as e:  # of many types: a README.md may hold anything
-                warn(f"The adapter is saved; {save_directory}/README.md could not be written: {e}", PeftWarning)
-
-        if meeting is not None:
-            meeting.by_the_first(write)
-        elif given is None and averaged.has_copies(self._registry):
-            values = [digest(t) for tensors, *_ in made.values() for t in tensors.values()]
-            once(os.fspath(save_directory), hashed(str(values)), write)
-        else:
-            write()
+        saving.save_adapters(
+            self,
+            save_directory,
+            selected_adapters,
+            kwargs.get("state_dict"),
+            fingerprint=fingerprint,
+            safetensors=safe_serialization,
+            embeddings=save_embedding_layers,
+            writes=is_main_process,
+            subtract=path_initial_model_for_weight_conversion,
+        )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         from graft.io.card import write_card
@@ -523,17 +444,11 @@ class PeftModel(nn.Module):
             NonFiniteError: tensors hold NaN or infinite numbers.
             HubError: the hub cannot be reached, or does not give a file.
         """
-        source = hub_keywords(kwargs) | {"where": os.fspath(model_id), "subfolder": kwargs.get("subfolder")}
-        if config is None:
-            config, loaded = files.load_pair(**source)
-        elif isinstance(config, PeftConfig):
-            loaded = files.load_weights(**source)
-        else:
-            raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        config, loaded = loading.read(model_id, kwargs, config)
         warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
         with unless_it_fails(config):
             config.take({name: kwargs[name] for name in config.taken_on_loading if name in kwargs})
-            _for_loading(config, is_trainable)
+            loading.prepare(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             made = cls._class_for(config)(
@@ -543,7 +458,8 @@ class PeftModel(nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 values=values,
             )
-        made._loaded(adapter_name, is_trainable)
+        loading.let_train(made, adapter_name, is_trainable)
+        made._heads_changed()
         return made
 
     def load_adapter(
@@ -578,127 +494,24 @@ class PeftModel(nn.Module):
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
-        hub = hub_keywords(kwargs)
-        config, loaded = files.load_pair(os.fspath(model_id), kwargs.get("subfolder"), **hub)
+        config, loaded = loading.read(model_id, kwargs)
         new = adapter_name not in self.peft_config
         if new:
-            _for_loading(config, is_trainable)
-        ignore = kwargs.get("ignore_mismatched_sizes", False)
-        base = self.get_base_model()
+            loading.prepare(config, is_trainable)
+        base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
         values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
         if new:
-            self.add_adapter(
-                adapter_name,
-                config,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                values=values,
-            )
-        elif config.peft_type != self.peft_config[adapter_name].peft_type:
-            raise ConfigError(
-                f"Adapter '{adapter_name}' is {self.peft_config[adapter_name].peft_type}, but the checkpoint holds "
-                f"{config.peft_type}: load it under another name into another model."
-            )
+            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, values=values)
         else:
-            if is_trainable:
-                self._registry.check_trainable(adapter_name)
-            say_kept(adapter_name, values.path, self.peft_config[adapter_name], config)
-            self._fill(adapter_name, values, is_trainable)
-            for name in config.results:
-                setattr(self.peft_config[adapter_name], name, getattr(config, name))
-        self._loaded(adapter_name, is_trainable, new)
-        return values.report
-
-    def _fill(self, adapter_name: str, values: Values, is_trainable: bool) -> None:
-        """Put a checkpoint's values into an adapter that the model has."""
-        parts = self._registry.parts_of(adapter_name)
-        prompt: Any = parts.prompt or nn.Module()
-        before = len([*prompt.modules()])
-        put(parts, adapter_name, values.of(parts, adapter_name))
-        self._registry.states.pop(adapter_name, None)  # which belongs to the values from before
-        if is_trainable and len([*prompt.modules()]) < before:
-            warn(
-                f"Adapter '{adapter_name}' was a prompt computed by a network. The file holds the prompt and not the "
-                "network, so that training goes on with the prompt itself: an optimizer, or an optimizer's state, from "
-                "before does not fit it.",
-                PeftWarning,
-            )
-
-    def _loaded(self, adapter_name: str, is_trainable: bool, new: bool = True) -> None:
-        active = adapter_name in self.active_adapters
-        if new:
-            self._registry.set_requires_grad(adapter_name, is_trainable and active)
-        elif is_trainable:
-            self.peft_config[adapter_name].inference_mode = False
-            if active:
-                self._registry.set_requires_grad(adapter_name)
-        if not is_trainable and self.training:  # else the adapter has the base's mode already
-            if new and any(p.requires_grad for p in self.parameters()):
-                warn(
-                    f"Adapter '{adapter_name}' was loaded for inference (is_trainable=False), which set the model to "
-                    "eval mode while other parameters train: call model.train() before training goes on.",
-                    PeftWarning,
-                )
-            self.eval()
+            loading.fill(self, values, is_trainable)
+        loading.let_train(self, adapter_name, is_trainable, new)
         self._heads_changed()
+        return values.report
 
     # dunder protocol
 
     def __contains__(self, adapter_name: str) -> bool:
         return adapter_name in self.peft_config
-
-
-def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
-    """Return `adapter_names` as a list; raise TypeError for anything but names."""
-    if names is None:
-        return None
-    if isinstance(names, str):
-        raise TypeError(
-            f"adapter_names takes one name per row of the batch, got the string {names!r}: pass ['{names}', …], or "
-            f"set_adapter('{names}') for all rows."
-        )
-    names = list(names)
-    wrong = {row: name for row, name in enumerate(names) if not isinstance(name, str)}
-    if wrong:
-        raise TypeError(
-            f"adapter_names takes names, got {wrong} (by row): '{BASE}' stands for a row without an adapter."
-        )
-    return names
-
-
-def folder_of(adapter: str, directory: str) -> str:
-    """Return the folder an adapter is saved to; refuse a link, which may have come with a folder from elsewhere."""
-    if adapter == "default":
-        return directory
-    folder = os.path.join(directory, adapter)
-    if os.path.islink(folder):
-        raise CheckpointError(
-            f"'{folder}' is a symbolic link, and adapter '{adapter}' would be written to where it leads: remove the "
-            "link, or save to that folder itself."
-        )
-    return folder
-
-
-@contextmanager
-def spread(call: Call, copies: int, model: Any) -> Iterator[None]:
-    """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
-    rows without copies."""
-    once, handles = call.given, []
-    copied = once.repeated(copies)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        encoder = model.get_encoder()
-        handles.append(encoder.register_forward_pre_hook(lambda *_: discard(call.put(once))))
-        handles.append(encoder.register_forward_hook(lambda *_: discard(call.put(copied))))
-    call.put(copied)
-    try:
-        yield
-    finally:
-        call.put(once)
-        for handle in handles:
-            handle.remove()
-
-
-def discard(_: Any) -> None:
-    """Return nothing, as a hook has to that changes nothing."""
 
 
 CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
@@ -707,12 +520,3 @@ CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  #
 def is_checkpointable(model: nn.Module) -> bool:
     """Say whether a model tells if its gradient checkpointing is on."""
     return any(hasattr(type(model), flag) for flag in CHECKPOINTABLE)
-
-
-def _for_loading(config: Any, is_trainable: bool) -> None:
-    if config.is_prompt_learning and is_trainable:
-        raise ValueError(
-            "Cannot set a prompt learning adapter to trainable when loading pretrained adapter. The file holds the "
-            "prompt, not the encoder that it was trained with."
-        )
-    config.inference_mode = not is_trainable

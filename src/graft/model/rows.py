@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a mixed batch, by the `adapter_names` that a caller gives, and their copies in `generate`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from graft.core.call import Call
+from graft.core.errors import RoutingError
+from graft.core.rows import BASE, Rows
+
+
+def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
+    """Return `adapter_names` as a list; raise TypeError for anything but names."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(
+            f"adapter_names takes one name per row of the batch, got the string {names!r}: pass ['{names}', …], or "
+            f"set_adapter('{names}') for all rows."
+        )
+    names = list(names)
+    wrong = {row: name for row, name in enumerate(names) if not isinstance(name, str)}
+    if wrong:
+        raise TypeError(
+            f"adapter_names takes names, got {wrong} (by row): '{BASE}' stands for a row without an adapter."
+        )
+    return names
+
+
+def rows_of(registry: Any, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
+    """Return the rows of a mixed batch, checked; None without names."""
+    if names is None:
+        return None
+    unknown = sorted({n for n in names if n != BASE and n not in registry.peft_config})
+    if unknown:
+        loaded = ", ".join(registry.peft_config)
+        raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {loaded}.")
+    merged = registry.merged_adapters
+    if merged:
+        raise RoutingError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+            f"Merged: {merged}."
+        )
+    tensors = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)]
+    rows = [len(t) for t in tensors if t.dim()]
+    if rows and len(names) not in rows:  # samples may share a tensor, or have several rows in one: layers check
+        raise RoutingError(
+            "Length of `adapter_names` should be the same as the number of inputs, "
+            f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
+        )
+    return Rows.of(names, tensors[0].device if tensors else None)
+
+
+@contextmanager
+def spread(call: Call, copies: int, model: Any) -> Iterator[None]:
+    """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
+    rows without copies."""
+    once, handles = call.given, []
+    copied = once.repeated(copies)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = model.get_encoder()
+        handles.append(encoder.register_forward_pre_hook(lambda *_: discard(call.put(once))))
+        handles.append(encoder.register_forward_hook(lambda *_: discard(call.put(copied))))
+    call.put(copied)
+    try:
+        yield
+    finally:
+        call.put(once)
+        for handle in handles:
+            handle.remove()
+
+
+def discard(_: Any) -> None:
+    """Return nothing, as a hook has to that changes nothing."""

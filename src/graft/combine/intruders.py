@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graft.combine import rules, union
+from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import factors_of
-from graft.combine.weighted import put, warn_if_base_changed
 from graft.core.changes import wide
 from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of

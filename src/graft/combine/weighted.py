@@ -4,43 +4,20 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial, wraps
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from graft.combine import rules, union
-from graft.combine.forms import FORMS, Form, Tensors, Term, UpdateForm
+from graft.combine.adding import put, warn_if_base_changed
+from graft.combine.forms import FORMS, Form, Tensors, UpdateForm
+from graft.combine.recipe import TYPES, Recipe
 from graft.core.changes import wide
-from graft.core.containers import Slot
-from graft.core.errors import (
-    AdapterNotFoundError,
-    ConfigError,
-    ConfigTypeError,
-    NoMatchingPeftModuleError,
-    PeftWarning,
-    UnsupportedLayerError,
-    warn,
-)
-from graft.core.layer import AdapterLayer
-from graft.methods import method_of
+from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
 from graft.storage.parallel import whole_at
-
-# rules on tensors with weights and a density, by name
-ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
-    "linear": rules.linear,
-    "magnitude_prune": rules.magnitude_prune,
-    "dare_linear": rules.dare_linear,
-    "dare_ties": rules.dare_ties,
-    "ties": rules.ties,
-}
-PRUNING = [name for name in ELEMENTWISE if name != "linear"]
-SVD = ("svd", "exact", *(f"{name}_svd" for name in PRUNING))
-TYPES = (*ELEMENTWISE, "cat", *SVD)
 
 
 @dataclass
@@ -59,102 +36,6 @@ class WeightedReport:
         key = min(self.energy, key=lambda k: self.energy[k])
         mean = sum(self.energy.values()) / len(self.energy)
         return f"{text}, retained energy {mean:.4f} on average, at least {self.energy[key]:.4f} ('{key}')"
-
-
-@dataclass
-class Recipe:
-    """The way in which the terms of a layer become one product."""
-
-    kind: str
-    rank: int | None
-    clamp: float | None
-    driver: str | None
-    density: float | None
-    majority: str
-
-    @property
-    def rule(self) -> Callable[[Sequence[Tensor], Sequence[float]], Tensor]:
-        name = self.kind.removesuffix("_svd")
-        options: dict[str, Any] = {} if name == "linear" else {"density": self.density}
-        if name.endswith("ties"):
-            options["majority_sign_method"] = self.majority
-        return partial(ELEMENTWISE[name], **options)
-
-    def check(self, form: Form, peft_type: str) -> None:
-        if self.kind not in TYPES:
-            raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")
-        if self.kind in ELEMENTWISE and not form.apart:
-            raise NotImplementedError(
-                f"combination_type='{self.kind}' acts on the factors of LoRA apart, which means nothing for "
-                f"{peft_type} adapters: their sum can be had with cat, svd or exact."
-            )
-        pruning = self.kind.removesuffix("_svd") in PRUNING
-        if pruning and self.density is None:
-            raise ConfigTypeError(f"combination_type='{self.kind}' needs a `density`, the part of the values to keep.")
-        if pruning and self.density is not None:
-            rules.check_density(self.density)
-            if self.density >= 1:
-                text = f"The density {self.density} is greater than or equal to 1, no pruning will be performed."
-                warn(text)
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"`svd_rank` should be a positive integer value but the value passed is {self.rank}")
-        if self.clamp is not None and not 0 <= self.clamp <= 1:
-            raise ConfigError(f"`svd_clamp` is a quantile, between 0 and 1, got {self.clamp}.")
-        if self.majority not in ("total", "frequency"):
-            rules.majority_sign((), self.majority)
-        idle = [] if pruning or self.density is None else ["density"]
-        if self.kind not in SVD:
-            idle += [f"svd_{name}" for name in ("rank", "clamp", "driver") if getattr(self, name) is not None]
-        if idle:
-            text = f"combination_type='{self.kind}' has no use for {', '.join(idle)}: ignored."
-            warn(text, PeftWarning)
-
-    def ranks(self, terms: dict[str, list[Term]]) -> dict[str, int]:
-        """Return the rank of the new adapter on each layer."""
-        if self.kind in ELEMENTWISE:
-            for key, ts in terms.items():
-                if len({t.rank for t in ts}) > 1:
-                    raise ConfigError(
-                        "All adapters must have the same r value when using combination_type linear, ties, dare_ties "
-                        f"or dare_linear. On layer '{key}' they have {[t.rank for t in ts]}: use cat, svd or exact."
-                    )
-            return {key: ts[0].rank for key, ts in terms.items()}
-        sums = {key: sum(t.rank for t in ts) for key, ts in terms.items()}
-        if self.kind == "cat":
-            return sums
-        if self.rank is None and self.kind == "exact":
-            return {key: min(r, terms[key][0].highest) for key, r in sums.items()}
-        rank = self.rank or max(t.rank for ts in terms.values() for t in ts)
-        ranks = {}
-        for key, ts in terms.items():
-            groups = ts[0].groups
-            if rank % groups:
-                raise ConfigError(
-                    f"Layer '{key}' has {groups} groups, by which rank {rank} is not divisible: pass another svd_rank."
-                )
-            ranks[key] = min(rank, ts[0].highest)
-        return ranks
-
-    def combine(self, terms: list[Term], rank: int) -> tuple[Tensor, Tensor, float | None]:
-        """Return A, B and the retained energy. A and B have the order of values, not the shape, of an adapter's."""
-        scaled = [t.weight * t.scaling for t in terms]
-        if self.kind in ELEMENTWISE:
-            roots = [math.sqrt(abs(w)) for w in scaled]
-            A = self.rule([t.A for t in terms], [math.copysign(r, w) for r, w in zip(roots, scaled)])
-            return A, self.rule([t.B for t in terms], roots), None
-        pairs = [t.product() for t in terms]
-        if self.kind in ("cat", "svd", "exact"):
-            A, B = rules.cat([a for a, _ in pairs], [b for _, b in pairs], scaled)
-            if self.kind == "cat" or (self.kind == "exact" and rank == A.shape[0] * A.shape[1] and self.clamp is None):
-                return A, B, 1.0
-            A, B, S = rules.truncate_product(A, B, rank // len(A), self.driver)
-        else:
-            W = self.rule([(b @ a) * t.scaling for (a, b), t in zip(pairs, terms)], [t.weight for t in terms])
-            A, B, S = rules.truncate_matrix(W, rank // len(W), self.driver)
-        energy = rules.retained_energy(S, A.shape[-2])
-        if self.clamp is not None:
-            A, B = rules.clamp_to_quantile(A, B, self.clamp)
-        return A, B, energy
 
 
 def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:
@@ -363,81 +244,3 @@ def parts_of(tuner: Any, names: list[str], weights: list[float], form: Form) -> 
         if parts:
             found[key] = parts
     return found
-
-
-def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str, cfg: Any) -> None:
-    """Warn unless the new adapter changes a fresh base likewise."""
-    if changes_base(cfg):
-        return
-    changed = [n for n in dict.fromkeys(names) if changes_base(tuner.peft_config[n])]
-    if changed:
-        warn(
-            f"The initialisation of {changed} changed the base weights: '{adapter_name}' belongs to the base model as "
-            "it is now, and will not fit a fresh one.",
-            PeftWarning,
-        )
-
-
-def changes_base(cfg: Any) -> bool:
-    """Say whether the initialisation of adapters with this config changes the base weights."""
-    setting = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
-    return setting is not None and setting(cfg) is not None
-
-
-class OtherLayers(Exception):
-    """A config selects other layers than those that were combined."""
-
-
-class Combined:
-    """The values of a new adapter: of each layer by path, and token rows of the adapter that has them."""
-
-    names = ()  # of no file
-
-    def __init__(self, values: dict[str, Tensors], owner: dict[str, str]):
-        self.values, self.owner = values, owner
-
-    def head(self, key: str, module: nn.Module) -> None:
-        return None
-
-    def check_room(self, numbers: float) -> None:
-        """Do nothing: the config was made for the values."""
-
-    def of(self, parts: Any, name: str) -> list[tuple[Any, Tensor]]:
-        if set(parts.layers) != set(self.values):
-            raise OtherLayers
-        out = []
-        for key, layer in parts.layers.items():
-            out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
-        for key, wrapper in parts.wrappers.items():
-            if "token_adapter" in wrapper._modules:
-                layer = wrapper.token_adapter
-                rows = layer.methods[self.owner[key]].trainable_tokens_delta
-                out += [(Target(layer, slot), rows) for slot in layer.slots(name) if slot.saved]
-        return out
-
-
-class Target(NamedTuple):
-    """The slot of a layer that a value goes to."""
-
-    layer: AdapterLayer
-    slot: Slot
-
-    def assign(self, value: Tensor) -> None:
-        shape, dtype = self.slot.tensor.shape, self.slot.tensor.dtype
-        device = self.layer.store.where(self.layer.base_layer)[0]
-        self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
-
-
-def put(tuner: Any, name: str, cfg: Any, values: dict[str, Tensors], owner: dict[str, str]) -> None:
-    """Inject the new adapter with its values in it."""
-
-    def inject() -> None:
-        tuner.add_adapter(name, cfg, values=Combined(values, owner), heads=union.heads(tuner, owner, cfg))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the user saw them when the adapters came
-        try:
-            inject()
-        except (OtherLayers, NoMatchingPeftModuleError, UnsupportedLayerError):  # exclusions or layer ranges differ
-            union.name_exactly(cfg, values)
-            inject()

@@ -178,7 +178,7 @@ def test_data_that_say_too_little(names, data, text):
 
 
 def test_what_never_settles_ends(monkeypatch):
-    monkeypatch.setattr("graft.train.eva.MAX_PASSES", 2)
+    monkeypatch.setattr("graft.train.eva_measure.MAX_PASSES", 2)
     with pytest.raises(graft.CalibrationError, match="1 layers still turn after 2 passes"):
         with models.seeded(0):
             data = [dict(x=torch.randn(5, 6)) for _ in range(2)]

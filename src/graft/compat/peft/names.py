@@ -36,7 +36,7 @@ HELD: dict[str, str] = {
     "graft.model.tuner": "BaseTuner=Tuner",
     "graft.methods.lora.corda": "CordaEigens",
     "graft.methods.lora.loftq": "loftq_init",
-    "graft.train.eva": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
+    "graft.train.eva_inputs": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",

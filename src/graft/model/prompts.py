@@ -8,7 +8,7 @@ A prompt enters where the base model's stack of layers begins (`Stack`), in a ho
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.call import Call
-from graft.core.carrier import Carrier, State
-from graft.core.containers import Slot, slots_of
-from graft.core.errors import ConfigError, RoutingError, warn
-from graft.core.method import Method
+from graft.core.errors import ConfigError, RoutingError
+from graft.core.method import Method, as_it_is
 from graft.core.run import Run
 from graft.inject.agree import draw_alike
 from graft.inject.inject import Injection, Values, inject
@@ -31,56 +28,18 @@ from graft.inject.stage import absent_from
 from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
-from graft.prompts import admission, entry
-from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, shift_tokens_right
+from graft.prompts import admission, calls, entry, labels
+from graft.prompts.base import STORED, Prompt
+from graft.prompts.encoders import PLACE, Encoders
 from graft.prompts.heads import fitted
-from graft.prompts.kv_prefix import length
 from graft.prompts.prefix_tuning import as_pairs
-from graft.prompts.stack import CACHES, OLD_CACHE, Stack, stacks_of
+from graft.prompts.stack import Stack, stacks_of
 
-PADDED_LABELS = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token; the prompt's tokens have none
-PLACE = "prompt_encoder"
 COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
-INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
 class NoLayers(Method):
     """The method for the injection of a prompt's modules to save: it adapts no layer."""
-
-
-class Encoders(Carrier, nn.ModuleDict):
-    """The carrier of all prompts, by adapter."""
-
-    key = PLACE
-    replaces = False
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.state = State(call)
-        self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
-
-    @property
-    def adapters(self) -> list[str]:
-        return list(self)
-
-    def add(self, adapter: str, prompt: Prompt) -> None:
-        self[adapter] = prompt
-        slots = slots_of(PLACE, self, adapter)
-        self.never[adapter] = {(s.container, s.path) for s in slots if s.is_parameter and not s.trains}
-        self.require_grad(adapter, False)
-
-    def slots(self, adapter: str) -> list[Slot]:
-        return list(slots_of(PLACE, self, adapter, self.never[adapter]))
-
-    def drop(self, adapter: str) -> None:
-        del self[adapter], self.never[adapter]
-
-    def check_active(self, names: Sequence[str]) -> None:
-        if len(names) > 1:
-            raise ValueError(
-                f"Only one prompt can be in front of the input at a time, got {list(names)}: call set_adapter() with "
-                "one of them."
-            )
 
 
 class Prompts(Registry):
@@ -228,8 +187,8 @@ class Prompts(Registry):
             return
         last = self._entered(self.active[0])[-1]
         if last is self.stacks.get("decoder", last):  # else the prompt is in the encoder, which has no cache
-            check_caches(kwargs, self.model)
-            check_assistant(kwargs, self.model, last)
+            calls.check_caches(kwargs, self.model)
+            calls.check_assistant(kwargs, self.model, last)
 
     @property
     def active(self) -> tuple[Any, Prompt] | None:
@@ -262,13 +221,17 @@ class Prompts(Registry):
     def _ready(self, kwargs: dict[str, Any], arguments: dict[str, Any]) -> tuple[Callable[[Any], Any], Tensor | None]:
         """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
         if self.active is None:
-            return (lambda output: output), None
+            return as_it_is, None
         cfg, prompt = self.active
-        finish = self._labels(cfg, prompt, kwargs, arguments)
-        if not cfg.holds_keys and "decoder" in self.stacks:
-            drop_encoder_outputs(kwargs, cfg)
+        finish: Callable[[Any], Any] = as_it_is
+        if not cfg.holds_keys:
+            if kwargs.get("labels") is not None:
+                main, both = self.stacks["main"], cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)
+                finish = labels.put(self.model, main, cfg, prompt, both, kwargs, arguments)
+            if "decoder" in self.stacks:
+                calls.drop_encoder_outputs(kwargs, cfg)
         value = prompt(**arguments)
-        check_rows(value, kwargs)
+        calls.check_rows(value, kwargs)
         return finish, value
 
     def _insert(self, cfg: Any, value: Tensor) -> None:
@@ -284,35 +247,6 @@ class Prompts(Registry):
                 decoder.put_embeddings(rows[:, P:])
         elif cfg.task_type == "SEQ_CLS" and hasattr(self.model, "score") and main.module is not self.model:
             main.now.strips = True  # the head looks for the last token at its place in input_ids
-
-    def _labels(self, cfg: Any, prompt: Prompt, kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
-        """Give the prompt's tokens labels in `kwargs`; return a function for the output of the call."""
-        labels = kwargs.get("labels")
-        if labels is None or cfg.holds_keys:
-            return lambda output: output
-        if prompt.has_own_loss:
-            del kwargs["labels"]
-            return lambda output: with_loss(output, partial(prompt.own_loss, labels=labels, **arguments))
-        if cfg.task_type in PADDED_LABELS or (cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)):
-            if cfg.task_type == "SEQ_2_SEQ_LM":
-                self._decoder_inputs(labels, kwargs)
-            kwargs["labels"] = nn.functional.pad(labels, (cfg.num_virtual_tokens, 0), value=IGNORED_LABEL)
-            mask = kwargs.get("attention_mask")
-            if cfg.task_type == "TOKEN_CLS" and isinstance(mask, Tensor) and mask.shape == labels.shape:
-                # some losses leave out masked tokens
-                kwargs["attention_mask"] = nn.functional.pad(mask, (cfg.num_virtual_tokens, 0), value=1)
-                self.stacks["main"].now.covered = True
-        return lambda output: output
-
-    def _decoder_inputs(self, labels: Tensor, kwargs: dict[str, Any]) -> None:
-        """Make decoder inputs from the labels as the model would, before the prompt's labels join them."""
-        if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
-            model: Any = self.model
-            if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-                ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
-            else:  # M2M100, Blenderbot and others do it in their forward only
-                ids = shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
-            kwargs["decoder_input_ids"] = ids
 
     # behind names of a PeftModel
 
@@ -352,55 +286,3 @@ def matched(prompt: Prompt) -> Matched:
 def unwrapped(words: nn.Module | None) -> nn.Module | None:
     """Return the base model's own embeddings, from which new prompts begin, also if an adapter has others."""
     return getattr(words, "original_module", words)
-
-
-def check_caches(kwargs: dict[str, Any], model: Any) -> None:
-    """Raise ValueError for caches that `generate` cannot use with a prompt."""
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
-    if kind is not None and "static" in str(kind):
-        raise ValueError(
-            f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
-        )
-    held = next((length(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
-    if held:  # generate would skip that many tokens of its input, the prompt's among them
-        raise ValueError(
-            f"generate() got a cache that holds {held} tokens, and would take the prompt's for tokens of the input. A "
-            "cache that holds a prompt is continued by forward(); or leave the cache out, to begin anew."
-        )
-
-
-def check_assistant(kwargs: dict[str, Any], model: Any, stack: Stack) -> None:
-    """Raise ValueError for assisted decoding that counts a cache's tokens from the front, not from the back."""
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
-    if stack.cache_name == OLD_CACHE and (lookup or kwargs.get("assistant_model") is not None):
-        raise ValueError(
-            "Assisted decoding cuts off the prompt's part of the cache under this version of transformers: leave "
-            "assistant_model and prompt_lookup_num_tokens out, or use one whose cache argument is `cache`."
-        )
-
-
-def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
-    """Drop `encoder_outputs`, which lack the prompt, with a warning; raise ValueError if there is no other input."""
-    if kwargs.get("encoder_outputs") is not None:
-        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
-            raise ValueError("encoder_outputs do not hold the prompt: pass input_ids instead.")
-        del kwargs["encoder_outputs"]
-        warn(
-            "`encoder_outputs` should not be passed when using prompts in the encoder: they are computed again, with "
-            f"the prompt of {cfg.num_virtual_tokens} tokens."
-        )
-
-
-def check_rows(value: Tensor, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError unless there is one prompt for all samples, or one for each."""
-    first = next((t for n in INPUTS if isinstance(t := kwargs.get(n), Tensor)), None)
-    if value.dim() == 3 and first is not None and len(value) not in (1, len(first)):
-        raise ValueError(f"task_ids has {len(value)} numbers, and the batch {len(first)} samples: pass one for each.")
-
-
-def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(output, tuple):
-        return loss(output[0]), *output
-    return type(output)(**{"loss": loss(output.logits), **{k: v for k, v in output.items() if k != "loss"}})

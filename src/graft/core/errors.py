@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions and warnings of graft, and the function that warns."""
+"""The exceptions and warnings of graft, the function that warns, and texts for both, cut where they are long."""
 
 from __future__ import annotations
 
@@ -81,6 +81,12 @@ class NonFiniteError(CheckpointError):
 def shortened(text: str, most: int = 200) -> str:
     """Return a text for an error: the beginning if it is long."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def some(items: list[str], most: int = 8) -> str:
+    """Return a list as text: in full, or its beginning and how many more there are."""
+    shown = ", ".join(items[:most])
+    return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
 
 
 INSIDE = (  # modules that stand between a caller and a warning

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, warn
+from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, some, warn
 from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import Parts, registry_of, unwrapped
@@ -23,8 +23,8 @@ from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, rena
 from graft.io.experts import fused
 from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of, within
+from graft.io.heads import resized, torn_apart
 from graft.io.save import changes_base, config_of, parts_of
-from graft.storage import standalone
 from graft.storage.parallel import fill, shape_of
 
 
@@ -338,41 +338,12 @@ def renamed_to(prefix: str, there: str, name: str) -> str:
     return there + name[len(prefix) :] if name.startswith(prefix) else name
 
 
-def torn_apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return name and shape of a weight, and the shape of its bias, which counted the same and no longer do."""
-    for name, shape in before.items():
-        bias = f"{name.removesuffix('weight')}bias"
-        if bias in before and before[bias][:1] == shape[:1] and after[bias][:1] != after[name][:1]:
-            return name, after[name], after[bias]
-    return None
-
-
 def ancestors(name: str) -> Iterator[str]:
     """Yield the paths of all modules that a parameter is in."""
     dot = name.rfind(".")
     while dot > 0:
         yield name[:dot]
         dot = name.rfind(".", 0, dot)
-
-
-def some(items: list[str], most: int = 8) -> str:
-    """Return a list as text: in full, or its beginning and how many more there are."""
-    shown = ", ".join(items[:most])
-    return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
-
-
-def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
-    """Return a copy of `module` with parameters of other `shapes` (by name), uninitialised."""
-    made = standalone(module)
-    for name, shape in shapes.items():
-        path, _, leaf = name.rpartition(".")
-        owner = made.get_submodule(path)
-        old = getattr(owner, leaf)
-        setattr(owner, leaf, nn.Parameter(old.data.new_empty(shape)))
-        for attribute in ("out_features", "num_embeddings"):
-            if leaf == "weight" and hasattr(owner, attribute):
-                setattr(owner, attribute, shape[0])
-    return made
 
 
 def set_peft_model_state_dict(

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.core.errors import some
 from graft.core.finite import largest
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
-from graft.io.load import some
 from graft.io.save import base_tensors, config_of, parts_of
 
 NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.errors import AdapterKeyError, ConfigError
+from graft.core.errors import AdapterKeyError, ConfigError, some
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts
 from graft.io.files import Loaded
-from graft.io.load import Values, some
+from graft.io.load import Values
 from graft.methods.lora.choices import CONVERTED
 from graft.serving.layer import SlotLayer
 

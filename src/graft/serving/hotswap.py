@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.keywords import HUB_KEYWORDS, warn_unknown
-from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
+from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, some, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
 from graft.inject.inject import collector_paused
@@ -25,7 +25,7 @@ from graft.inject.parts import Parts, unwrapped
 from graft.io import files
 from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
-from graft.io.load import Values, some
+from graft.io.load import Values
 from graft.io.save import config_of, parts_of
 from graft.methods.lora import LoRA
 from graft.storage.parallel import fill_all, layout_of, shape_of

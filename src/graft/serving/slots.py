@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.keywords import HUB_KEYWORDS
-from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError
+from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError, some
 from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE
 from graft.core.run import copies_of
 from graft.inject.inject import Injection, attach
 from graft.io.files import Loaded, load_pair, load_weights
-from graft.io.load import some
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.registry import check_adapter_name

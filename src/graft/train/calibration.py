@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.atomic import replace
-from graft.core.errors import CalibrationError, CheckpointError, ConfigError
+from graft.core.errors import CalibrationError, CheckpointError, ConfigError, some
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
-from graft.io.load import some
 from graft.methods import method_of
 
 

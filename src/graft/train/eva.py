@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, ConfigError, warn
+from graft.core.errors import CalibrationError, ConfigError, some, warn
 from graft.core.pieces import refuse_pieces
 from graft.inject.parts import registry_of
-from graft.io.load import some
 from graft.train.calibration import in_mode, linear_methods
 from graft.train.eva_inputs import (
     forward_fn_dict,

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, ConfigError
-from graft.io.load import some
+from graft.core.errors import CalibrationError, ConfigError, some
 from graft.methods.lora.eva import Components, distribute
 from graft.storage import place_of
 from graft.train.calibration import require_all

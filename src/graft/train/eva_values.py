@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, PeftWarning, warn
+from graft.core.errors import CalibrationError, PeftWarning, some, warn
 from graft.inject.match import minimal_names
 from graft.inject.survey import survey
 from graft.inject.targets import COMPRESS_FROM
-from graft.io.load import some
 
 
 def apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:

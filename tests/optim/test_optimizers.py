@@ -5,17 +5,19 @@ import sys
 from types import ModuleType
 
 import peft.optimizers
+import peft.optimizers.lorafa
 import pytest
 import torch
 
 import graft
 from graft import optim as optimizers
 from tests import models
-from tests.pair import adapt, both, close_dicts, gradients, randomize
+from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
 from tests.samples import each, first
 
 SAMPLES = [*each("plain", "mlp conv1D llama"), first("LORA", "mlp", "head"), *each("bias_all rslora", "mlp")]
 SAMPLES = [s for s in SAMPLES if s.method == "LORA"]
+SIDES = (optimizers, peft.optimizers)
 
 
 def trained(sample, make, steps=3):
@@ -113,10 +115,106 @@ def test_lorafa_freezes_a():
         optimizers.LoraFAOptimizer([torch.nn.Parameter(torch.ones(1))], betas=(1.0, 0.9))
 
 
-def test_riemannian_refusals():
+def made_lorafa(lib, sample, **options):
+    model = adapt({optimizers: graft, peft.optimizers: peft}[lib], sample)
+    trains = {n: p.requires_grad for n, p in model.named_parameters()}
+    config = model.peft_config["default"]
+    done = outcome(lambda: lib.create_lorafa_optimizer(model, config.r, config.lora_alpha, lr=0.1, **options))
+    return done, trains == {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("lib", SIDES)
+def test_lorafa_takes_rslora_from_the_config(lib):
+    for name, right in (("plain", False), ("rslora", True)):
+        done, same = made_lorafa(lib, first("LORA", name=name), use_rslora=right)
+        assert done.error is None and done.warned("deprecated") and not same
+        done, same = made_lorafa(lib, first("LORA", name=name), use_rslora=not right)
+        assert isinstance(done.error, ValueError) and same, "A is not frozen"
+        assert f"`use_rslora={not right}` was passed to create_lorafa_optimizer" in str(done.error)
+
+
+def test_lorafa_says_which_options_do_not_count():
+    """PEFT takes the scaling of each layer as well, without a word."""
+    model = adapt(graft, first("LORA"))
+    with pytest.warns(graft.PeftWarning, match=r"r=7 was passed .* has no effect: .* say \{'default': 3\}"):
+        optimizers.create_lorafa_optimizer(model, 7, 5, lr=0.1)
+    with pytest.warns(graft.PeftWarning, match="lora_alpha=9 was passed"):
+        optimizers.create_lorafa_optimizer(model, 3, 9, lr=0.1)
+
+
+WRONG = [dict(lr=-1.0), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)), dict(eps=-1.0)]
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_numbers_that_lorafa_refuses(options):
+    for cls in (optimizers.LoraFAOptimizer, peft.optimizers.lorafa.LoraFAOptimizer):
+        with pytest.raises(ValueError):
+            cls([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+def test_lorafa_that_is_refused_freezes_nothing():
+    model = adapt(graft, first("LORA"))
+    with pytest.raises(graft.ConfigError, match="lr and eps must be"):
+        optimizers.create_lorafa_optimizer(model, lr=-1.0)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_A" in n)
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+def test_parameters_without_a_pair_get_pefts_steps(correct_bias):
+    found = []
+    for cls in (optimizers.LoraFAOptimizer, peft.optimizers.lorafa.LoraFAOptimizer):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        made = cls([p], lr=0.1, weight_decay=0.2, correct_bias=correct_bias)
+        for group in made.param_groups if cls is not optimizers.LoraFAOptimizer else ():
+            group.update(names=["weight"], scaling_factors=[None])
+        for step in range(3):
+            p.grad = (p.detach() - step).sin()
+            made.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_groups_for_pefts_class_are_refused():
+    """They tell A and B apart by names; B would get plain Adam's steps."""
+    group = {"params": [torch.nn.Parameter(torch.ones(1))], "names": ["a.lora_B.default"], "scaling_factors": [1.0]}
+    with pytest.raises(graft.ConfigError, match=r"names, scaling_factors is made for PEFT's .*create_lorafa_optimizer"):
+        optimizers.LoraFAOptimizer([group])
+
+
+def test_lorafa_with_a_closure():
+    """Which computes the gradients and the loss."""
+    model = adapt(graft, first("LORA"))
+    made, before = optimizers.create_lorafa_optimizer(model, lr=0.1), randomize(model, first("LORA"))
+    before = {n: p.detach().clone() for n, p in before.named_parameters()}
+
+    def closure():
+        gradients(model, first("LORA"))
+        return 3.5
+
+    assert made.step(closure) == 3.5
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved == {n for n in before if "lora_B" in n}
+
+
+class Needs(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("lib", SIDES)
+def test_riemannian_refusals(lib):
+    library = {optimizers: graft, peft.optimizers: peft}[lib]
+    create, model = lib.create_riemannian_optimizer, adapt(library, first("LORA"))
     with pytest.raises(ValueError, match="did not find any trainable"):
-        optimizers.create_riemannian_optimizer(models.make("mlp"), torch.optim.SGD, lr=0.1)
-    made = optimizers.create_riemannian_optimizer(adapt(graft, first("LORA")), torch.optim.SGD, lr=0.1)
+        create(models.make("mlp"), torch.optim.SGD, lr=0.1)
+    for wrong in (dict, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])):
+        with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer" if wrong is dict else None):
+            create(model, wrong, lr=0.1)
+    for needs in (torch.optim.LBFGS, Needs):
+        with pytest.raises(ValueError, match=f"{needs.__name__} requires a closure"):
+            create(model, needs, lr=0.1)
+    made = create(model, torch.optim.SGD, lr=0.1)
+    assert isinstance(made, torch.optim.SGD)
     with pytest.raises(ValueError, match="closures"):
         made.step(lambda: 0.0)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,8 +22,17 @@ def create_riemannian_optimizer(
     Before each step g_A ← (BᵀB + reg)⁺ g_A and g_B ← g_B (AAᵀ + reg)⁺.
 
     Raises:
-        ConfigError: no pair of A and B trains, or a step gets a closure.
+        TypeError: the class is no optimizer's.
+        ConfigError: no pair of A and B trains, or a step needs or gets a closure.
     """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
+            "those before it would be in the metric of B A: choose an optimizer whose step() takes none."
+        )
     both = [(A, B) for A, B, _ in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
     if not both:
         raise ConfigError("create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs.")

@@ -97,6 +97,26 @@ def test_files_go_both_ways_though_peft_adds_an_update_twice(tmp_path):
     assert_close(twin(X), ours(X))
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@torch.no_grad()
+def test_biases_below_it_go_both_ways(bias, tmp_path):
+    """PEFT's files have the output projection's below `base_layer`; `in_proj_bias` is none that PEFT trains."""
+    trained = {}
+    for lib in (graft, peft):
+        model = adapted(lib, bias=bias)
+        held = {n: p for n, p in model.named_parameters() if p.requires_grad and "bias" in n}
+        for p in held.values():
+            p += torch.linspace(-1, 1, len(p))
+        trained[lib] = set(held)
+        model.save_pretrained(tmp_path / lib.__name__)
+        for reader in (graft, peft) if bias == "all" else (graft,):  # PEFT's files of "lora_only" lack this one
+            if lib is graft or bias == "all":
+                assert_close(reader.PeftModel.from_pretrained(base(), tmp_path / lib.__name__)(X), model(X))
+    assert (
+        trained[graft] == trained[peft] and "base_model.model.attn.base_layer.out_proj.base_layer.bias" in trained[peft]
+    )
+
+
 def test_an_output_projection_by_itself_is_adapted(tmp_path):
     """PEFT's forward ignores the adapter, and merging adds it."""
     theirs = adapted(peft, ["out_proj"])

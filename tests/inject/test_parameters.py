@@ -298,6 +298,33 @@ def test_layers_below_a_module_whose_parameters_are_targets(tmp_path):
     assert plain.state_dict().keys() == stack().state_dict().keys()
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@torch.no_grad()
+def test_biases_below_a_module_whose_parameters_are_targets(bias, tmp_path):
+    """Files call them by the wrappers of the adapter's own parameters, as PEFT's."""
+    for lib, targets in ((graft, ["lin"]), (graft, ["out"]), (peft, ["lin"]), (peft, ["out"])):
+        model = of_stack(lib, bias=bias, target_parameters=["m.up", "m.down"], target_modules=targets)
+        held = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
+        assert len(held) == (2 if bias == "all" else 1)
+        for p in held:
+            p += torch.linspace(-1, 1, len(p))
+        folder = tmp_path / f"{lib.__name__}-{targets[0]}"
+        model.save_pretrained(folder)
+        for reader in (graft, peft):
+            if bias == "lora_only" and peft in (lib, reader):
+                continue  # PEFT neither writes nor reads these below a parameter's wrapper
+            assert_close(run(reader.PeftModel.from_pretrained(stack().eval(), folder), X), run(model, X))
+
+
+def test_biases_of_experts_are_pefts():
+    """`gate_up_proj_bias` and its like are parameters of another name."""
+    ours, theirs = (
+        {n for n, p in adapted(lib, "gpt_oss", bias="all").named_parameters() if p.requires_grad}
+        for lib in (graft, peft)
+    )
+    assert ours == theirs and any(n.endswith("router.bias") for n in ours)
+
+
 def test_copies_are_equal_and_independent():
     model = of_stack()
     expected = run(model, X)

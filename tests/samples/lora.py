@@ -103,7 +103,7 @@ PARITY = [
     ),
     *row("patterns", "conv2d", **_lora, rank_pattern={"point": 4}, alpha_pattern={"conv": 7}),
     *row("patterns", "embedding", **_lora, rank_pattern={"emb": 5}, alpha_pattern={"emb": 3.3}),
-    *row("bias_all", "mlp opt conv2d", **_lora, bias="all"),
+    *row("bias_all", "mlp opt conv2d t5", **_lora, bias="all"),
     *row("bias_lora_only", "mlp bert gpt2", **_lora, bias="lora_only"),
     *row("lora_bias", "mlp", **_lora, target_modules=_lin, lora_bias=True),
     *row("lora_bias", "conv1D conv2d conv1d", **_lora, lora_bias=True),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of adapters, as callers give them."""
+"""Names of adapters, as callers give them; and which names are those of biases."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def check(names: list[str], argument: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{argument} holds {twice} twice, and an adapter acts once: name each adapter one time.")
+
+
+def is_bias(name: str) -> bool:
+    """Say whether a parameter of that name is one of those that `bias="all"` trains and saves, as in PEFT."""
+    return name.rpartition(".")[2] == "bias"

@@ -19,6 +19,7 @@ from graft.core.errors import (
     warn,
 )
 from graft.core.method import Method
+from graft.core.names import is_bias
 from graft.core.site import Site
 from graft.core.wrappers import MANAGED
 from graft.inject import experts, saved
@@ -212,7 +213,7 @@ def biases_of(
         return [], []
     if bias == "all":
         inside = tuple(f"{key}." for key in whole)
-        held = [p for name, p in model.named_parameters() if "bias" in name and not name.startswith(inside)]
+        held = [p for name, p in model.named_parameters() if is_bias(name) and not name.startswith(inside)]
         layers = [m for name, m in model.named_modules() if not f"{name}.".startswith(inside)]
     else:  # "<method>_only": those of the adapted layers
         layers = [getattr(module, "base_layer", module) for module in adapted]

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
-from graft.inject.parts import registry_of, unwrapped
+from graft.core.wrappers import clean
+from graft.inject.parts import Nests, Parts, registry_of, unwrapped
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -59,3 +61,19 @@ def is_added(base: nn.Module, key: str) -> bool:
 
 def original(key: str) -> str:
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", key)
+
+
+def names_in_file(parts: Parts) -> Callable[[str], str]:
+    """Return how a file of an adapter calls tensors of the base model, by their names in memory.
+
+    A file knows the adapter's own layers only; in memory there may be others around the same modules.
+    """
+    nests, layers = Nests(parts.layers.values()), {clean(key): layer for key, layer in parts.layers.items()}
+
+    def named(name: str) -> str:
+        stem, _, leaf = re.sub(r"\.base_layer(?=\.)", "", name).rpartition(".")
+        layer = layers.get(stem)
+        inner = "" if layer is None or layer.op.opaque else ".base_layer"
+        return clean(nests.path(f"{stem}{inner}.{leaf}" if stem else leaf))
+
+    return named

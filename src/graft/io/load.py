@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, some, warn
+from graft.core.names import is_bias
 from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.stage import absent_from, below
+from graft.io.base import names_in_file
 from graft.io.check import check_room, check_tensors
 from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
@@ -153,7 +155,7 @@ class Values:
                 else:
                     found.append((entry, name))
         used |= names & {n for layer, held in groups if layer is None for entry, _ in held for n in entry.also}
-        base, others = self.base_tensors(names - used, prefix)
+        base, others = self.base_tensors(names - used, prefix, parts)
         mismatched += [(in_memory(name), *shapes) for name, *shapes in others]
         left = names - used - set(base) - {name for name, _, _ in others}
         self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
@@ -187,11 +189,12 @@ class Values:
             for key, layer in parts.layers.items()
             if not layer.op.opaque and layer.get_base_layer()._parameters.get("bias") is not None
         )
-        wanted = {f"{key}.base_layer.bias": f"{key}.bias" for key in has_bias}
+        in_file = names_in_file(parts)
+        wanted = {in_file(f"{key}.bias"): f"{key}.bias" for key in has_bias}
         if kind == "all":
             carriers = parts.layers.keys() | parts.wrappers.keys()
-            names = (name for name, _ in self.model.named_parameters() if "bias" in name)
-            wanted |= {clean(name): clean(name) for name in names if carriers.isdisjoint(ancestors(name))}
+            names = (name for name, _ in self.model.named_parameters() if is_bias(name))
+            wanted |= {in_file(name): clean(name) for name in names if carriers.isdisjoint(ancestors(name))}
         missing = [a for a, b in wanted.items() if not {prefix + a, prefix + b} & self.tensors.keys()]
         if kind != "all" and missing and len(missing) == len(wanted):
             warn(
@@ -236,14 +239,15 @@ class Values:
                     owner, dot, _ = owner.rpartition(".")
         return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
-    def base_tensors(self, names: set[str], prefix: str) -> tuple[dict[str, Tensor], list[Mismatch]]:
+    def base_tensors(self, names: set[str], prefix: str, parts: Parts) -> tuple[dict[str, Tensor], list[Mismatch]]:
         """Return the base model's parameters that `names` name, and which names are of tensors of another shape."""
         if not names:
             return {}, []
         held: dict[str, Tensor] = {}
+        in_file = names_in_file(parts)
         for path, p in self.model.named_parameters(remove_duplicate=False):
             path = clean(path)
-            held[prefix + path] = p
+            held[prefix + in_file(path)] = held[prefix + path] = p
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
                 held[f"{prefix}{stem}.base_layer.{leaf}"] = p

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
@@ -16,13 +17,14 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
+from graft.core.names import is_bias
 from graft.core.wrappers import bare, clean, walk
 from graft.inject.agree import group_in
 from graft.inject.match import Names
-from graft.inject.parts import Parts, registry_of, unwrapped
+from graft.inject.parts import Nests, Parts, registry_of, unwrapped
 from graft.inject.stage import absent_from
 from graft.inject.survey import survey
-from graft.io.base import original
+from graft.io.base import names_in_file, original
 from graft.io.digests import digests
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import fingerprint, weights_of
@@ -166,7 +168,9 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")
     if bias == "all":
-        out |= {name: p for name, p in tensors_below(base).items() if "bias" in name and not _is_added(name, parts)}
+        in_file, is_added = names_in_file(parts), added_by(parts)
+        held = {name: p for name, p in tensors_below(base).items() if is_bias(name) and not is_added(name)}
+        out |= {in_file(name): p for name, p in held.items()}
         out |= {name: b for name, b in _biases(parts).items() if name in out}
     elif bias != "none":
         out |= _biases(parts)
@@ -175,14 +179,18 @@ def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_laye
 
 def _biases(parts: Parts) -> dict[str, Tensor]:
     """Return the biases of the adapted layers, as they are with nothing merged."""
+    in_file = names_in_file(parts)
     layers = {clean(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
-    biases = {f"{key}.base_layer.bias": unmerged_bias(layer) for key, layer in layers.items()}
+    biases = {in_file(f"{key}.bias"): unmerged_bias(layer) for key, layer in layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
 
-def _is_added(name: str, parts: Parts) -> bool:
-    keys = map(clean, parts.layers)
-    return any(name.startswith(f"{key}.") and not name.startswith(f"{key}.base_layer.") for key in keys)
+def added_by(parts: Parts) -> Callable[[str], bool]:
+    """Return a test whether a name is that of a tensor of an adapter, of any on the model."""
+    layers = parts.layers if parts.all_layers is None else parts.all_layers
+    nests = Nests(layers.values())
+    keys = [clean(nests.path(key, layer)) for key, layer in layers.items()]
+    return lambda name: any(name.startswith(f"{k}.") and not name.startswith(f"{k}.base_layer.") for k in keys)
 
 
 def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tensor]:

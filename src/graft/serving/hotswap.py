@@ -232,7 +232,8 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         else:
             plan.zeros += [entry.tensor for entry in absent]
             plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
-    base = load.base_tensors(set(left), prefix)[0] if left else {}  # a file holds embeddings with the adapters on them
+    # a file holds embeddings with the adapters on them
+    base = load.base_tensors(set(left), prefix, parts)[0] if left else {}
     other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
     plan.wrong += [f"{name} is not what the base model has" for name in other]
     faults = [f"unexpected keys found: {some(sorted(left))[1:-1]}"] if left else []

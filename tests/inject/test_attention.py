@@ -191,6 +191,73 @@ def test_an_encoder_layer_calls_it():
         assert_close(model.merge_and_unload()(X), trained)
 
 
+REFUSED = {  # with PEFT's beginning of the text, where it refuses as well
+    "velora": (dict(velora_config={}), "adapts linear layers only"),
+    "kasa": (dict(kasa_config={}), "adapts linear layers only"),
+    "bdlora": (dict(use_bdlora=dict(target_modules_bd_a=["attn"])), "adapts linear layers only"),
+    "monteclora": (dict(monteclora_config={}), "MultiheadAttention does not work with monteclora_config"),
+    "mica": (dict(init_lora_weights="mica"), "MultiheadAttention does not work with mica"),
+    "qalora": (dict(use_qalora=True, qalora_group_size=4), "use_qalora=True has no meaning for layer 'attn'"),
+    "alora": (dict(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "aLoRA .* linear layers only|ALoRA would have"),
+    "arrow": (dict(arrow_config={}), "linear layers only|Arrow would have"),
+    "pissa": (dict(init_lora_weights="pissa"), r"no meaning for 'attn' \(MultiheadAttention\)"),
+    "fan_in_fan_out": (dict(fan_in_fan_out=True), "MultiheadAttention does not work with fan_in_fan_out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_variants_that_need_a_call_or_a_matrix_are_refused(case):
+    config, text = REFUSED[case]
+    model = base()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=text):
+        graft.get_peft_model(model, graft.LoraConfig(r=2, target_modules=["attn"], **config))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+def test_an_output_projection_of_another_kind_is_refused(lib):
+    model = base()
+    model.attn.out_proj = nn.Conv1d(12, 12, 1)
+    with pytest.raises(TypeError, match=r"out_proj must be an instance of nn\.Linear for MultiheadAttention"):
+        lib.get_peft_model(model, lib.LoraConfig(r=2, target_modules=["attn"]))
+    assert type(model.attn) is nn.MultiheadAttention
+
+
+PATTERNS = [
+    dict(use_rslora=True, rank_pattern={"attn": 3}, alpha_pattern={"attn": 11}),
+    dict(rank_pattern={"out_proj": 3}, alpha_pattern={"attn.out_proj": 7}),  # which is no target, and fits nothing
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+@pytest.mark.filterwarnings("ignore:The following")
+@torch.no_grad()
+def test_patterns_name_the_attention_for_its_projections_too(patterns, tmp_path):
+    ours, theirs = adapted(**patterns), adapted(peft, **patterns)
+    assert {k: t.shape for k, t in ours.state_dict().items()} == {k: t.shape for k, t in theirs.state_dict().items()}
+    for key, layer in layers(ours).items():
+        twin = theirs.get_submodule(f"base_model.model.{key.replace('attn.out', 'attn.base_layer.out')}")
+        assert layer.scaling == twin.scaling
+    for lib, model in ((graft, ours), (peft, theirs)):
+        model.save_pretrained(tmp_path / lib.__name__)
+        for reader in (graft, peft):
+            assert_close(reader.PeftModel.from_pretrained(base(), tmp_path / lib.__name__)(X), model(X))
+    other = adapted(r=3, use_rslora=patterns.get("use_rslora", False))
+    other_before = other(X)
+    graft.hotswap_adapter(other, tmp_path / "graft", "default")
+    assert_close(other(X), ours(X))
+    assert (other_before - ours(X)).abs().max() > 1e-3
+
+
+def test_the_gaussian_start():
+    for lib in (graft, peft):
+        model = adapted(lib, init_lora_weights="gaussian", r=12)
+        A = model.state_dict()["base_model.model.attn.lora_A.default.weight"]
+        assert 0.8 < A.std() * 12 < 1.2
+        assert_close(model(X), base()(X))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_refusals():
     with pytest.raises(UnsupportedLayerError, match="Only same embed for query/key/value is supported"):

@@ -381,6 +381,15 @@ REFUSED = [
     (dict(fan_in_fan_out=True), ConfigError, "lora.ParamWrapper does not work with fan_in_fan_out"),
     (dict(init_lora_weights="pissa"), ConfigError, "does not work with init_lora_weights='pissa'"),
     (dict(alora_invocation_tokens=[1]), UnsupportedLayerError, "aLoRA .* linear layers only"),
+    (dict(arrow_config={}), UnsupportedLayerError, "Arrow .* linear layers only"),
+    (dict(velora_config={}), UnsupportedLayerError, "VeLoRA .* linear layers only"),
+    (dict(kasa_config={}), UnsupportedLayerError, "KaSA .* linear layers only"),
+    (dict(use_bdlora=dict(target_modules_bd_a=["up"], match_strict=False)), UnsupportedLayerError,
+     "BD-LoRA.* linear layers only"),
+    (dict(monteclora_config={}), ConfigError, "lora.ParamWrapper does not work with monteclora_config"),
+    (dict(init_lora_weights="mica"), ConfigError, "lora.ParamWrapper does not work with mica"),
+    (dict(init_lora_weights="orthogonal"), ConfigError, "does not work with init_lora_weights='orthogonal'"),
+    (dict(use_qalora=True, qalora_group_size=5), ConfigError, "use_qalora=True has no meaning for layer 'm.up'"),
     (dict(target_parameters=["nope"], target_modules=[]), ConfigError, "No `target_modules` passed but also no"),
 ]  # fmt: skip
 
@@ -404,8 +413,33 @@ def test_parametrized_parameters_and_those_of_the_model_itself_are_refused():
         graft.get_peft_model(model, graft.LoraConfig(target_parameters=["m.flat"]))
     with pytest.raises(ConfigError, match=r"top-level module is not supported \(parameter 'flat'\)"):
         graft.get_peft_model(Stack(), graft.LoraConfig(target_parameters=["flat"]))
-    with pytest.raises(TypeError, match="must be a list of strings or None"):
-        graft.LoraConfig(target_parameters="flat")
+    for lib in (graft, peft):
+        with pytest.raises(TypeError, match="must be a list of strings or None"):
+            lib.LoraConfig(target_parameters="flat")
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+def test_a_state_dict_does_not_tell_which_parameters(lib):
+    config = dict(r=2, target_parameters=["m.up"])
+    state = lib.get_peft_model_state_dict(of_stack(lib, **config))
+    with pytest.raises(ValueError, match="Trying to inject a PEFT adapter from a state_dict but the PEFT config uses"):
+        lib.inject_adapter_in_model(lib.LoraConfig(**config), stack(), state_dict=state)
+
+
+OTHERS = [dict(use_rslora=True), dict(init_lora_weights="gaussian"), dict(init_lora_weights=True)]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=str)
+def test_other_options_are_pefts(config):
+    ours, theirs = of_stack(**config), of_stack(peft, **config)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    with torch.no_grad():
+        for model in (ours, theirs):
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
+    assert_close(run(ours, X), run(theirs, X))
 
 
 @FUSED_EXPERTS
@@ -423,6 +457,12 @@ def test_rows_with_different_adapters_are_refused():
     with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
         model(IDS, adapter_names=["default", "__base__"])
     assert torch.equal(model(IDS, adapter_names=["default", "default"]).logits, expected)
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+def test_a_pattern_for_modules_that_matches_nothing_is_said(lib):
+    with pytest.warns(UserWarning, match="target_modules=lin were set but no module was matched"):
+        of_stack(lib, target_parameters=["m.up"], target_modules="lin")
 
 
 def test_what_matches_nothing_is_said():

@@ -53,7 +53,8 @@ def find(job: Any) -> None:
     adapted = {**job.sites, **followed}
     variant = method.variant(cfg)
     for key, site in adapted.items():
-        job.methods[key] = variant(site, cfg.at(job.followers.get(key, key)), adapter)
+        source = key.rpartition(".")[0] if key in job.along else job.followers.get(key, key)
+        job.methods[key] = variant(site, cfg.at(source), adapter)  # patterns name what is targeted
         job.methods[key].along = key in job.along
     everywhere = ghosts(job) if job.absent else job.sites
     job.ghosts = {key: variant(site, cfg.at(key), adapter) for key, site in everywhere.items() if key not in adapted}
@@ -268,6 +269,9 @@ def report_on(
         and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,))
     ):
         raise NoMatchingPeftModuleError(f"{nothing_matched(cfg, outcomes, excluded)} Adapter '{report.adapter}'.")
+    if isinstance(targets, str) and "matched" not in found and targets != DUMMY:
+        text = f"target_modules={targets} were set but no module was matched. A string is a regular expression that has"
+        warn(f"{text} to fit a whole path. Adapter '{report.adapter}' has its target_parameters alone.", PeftWarning)
     exclude = getattr(cfg, "exclude_modules", None)
     if exclude and not excluded:
         warn(

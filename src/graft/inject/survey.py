@@ -169,16 +169,22 @@ class Composed(NamedTuple):
     why_not: Callable[[Any], str | None]  # for some modules of the type
 
 
+def why_not_attention(m: Any) -> str | None:
+    """Say why an nn.MultiheadAttention cannot be adapted; None if it can."""
+    if m.in_proj_weight is None:
+        return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
+    out = getattr(m.out_proj, "base_layer", m.out_proj)
+    if not isinstance(out, nn.Linear):
+        return f"out_proj must be an instance of nn.Linear for MultiheadAttention, and it is a {type(out).__name__}"
+    return None
+
+
 COMPOSED: TypeTable[Composed] = TypeTable(
     {
         "torch.nn.modules.activation.MultiheadAttention": Composed(
             "in_proj_weight",
             ("out_proj",),
-            lambda m: (
-                "Only same embed for query/key/value is supported as of now for MultiheadAttention"
-                if m.in_proj_weight is None
-                else None
-            ),
+            why_not_attention,
         )
     }
 )

@@ -219,8 +219,12 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
             plan.missing += [entry.file for entry in absent]
             _take(plan, [(entry, value) for entry, value in held if value is not None])
             continue
+        method: Any = layer.methods[load.adapter]
+        found = {(entry.container, entry.path): value for entry, value in held if value is not None}
+        values = method.restored(found, load.config)  # a file may hold others than the model
+        held = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in held]
         key, room = layer.site.key, layer.r[load.adapter]  # type: ignore[attr-defined]
-        cfg = load.config.at(key)
+        cfg = load.config.at(key.rpartition(".")[0] if method.along else key)
         if len(absent) < len(held):
             rank = max(room, cfg.r)
             plan.missing += [entry.file for entry in absent]

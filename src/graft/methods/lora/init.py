@@ -29,7 +29,7 @@ def initialise(lora: Any, how: bool | str) -> None:
     elif how is False:
         pass  # as the modules of A and B, or `build`, initialise themselves
     elif how.lower() == "gaussian":
-        A.normal_(std=1 / A.shape[0])
+        A.normal_(std=1 / lora.cfg.r)
         B.zero_()
     elif kind_of(how) is not None:
         if site.on_meta:

@@ -439,7 +439,7 @@ def test_other_options_are_pefts(config):
             for n, p in model.named_parameters():
                 if "lora_B" in n:
                     p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
-    assert_close(run(ours, X), run(theirs, X))
+    assert_close(run(ours, X), run(theirs, X), rtol=1e-4, atol=1e-4)
 
 
 @FUSED_EXPERTS

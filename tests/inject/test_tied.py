@@ -3,8 +3,10 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -288,3 +290,52 @@ def test_rows_that_would_follow_where_the_same_adapter_does_something_else(confi
     with pytest.raises(error, match=r"'lm_head', which follows 'transformer.wte' as it shares its weight"):
         graft.get_peft_model(base, graft.LoraConfig(r=2, **config))
     assert type(base.lm_head) is nn.Linear and all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("name, targets", [("opt", None), ("gpt2", None), ("opt", ["embed_tokens", "lm_head"])])
+def test_rows_of_a_tied_table_are_the_heads_too(name, targets, tmp_path):
+    """In PEFT's files under both names. PEFT puts one layer around the other if both are targets."""
+    made = {}
+    for lib in (graft, peft):
+        given = None if targets is not None and lib is peft else targets
+        cfg = lib.TrainableTokensConfig(token_indices=[3, 1, 7], target_modules=given)
+        model = lib.get_peft_model(models.make(name), cfg).eval()
+        with torch.no_grad():
+            (rows,) = [p for n, p in model.named_parameters() if "trainable_tokens" in n]
+            rows.copy_(torch.linspace(-1, 1, rows.numel()).view(rows.shape))
+        model.save_pretrained(tmp_path / lib.__name__)
+        made[lib] = models.output(model, models.inputs(name))
+    keys = [load_file(tmp_path / lib.__name__ / "adapter_model.safetensors").keys() for lib in (graft, peft)]
+    assert keys[0] == keys[1] and any("lm_head" in key for key in keys[0]) and len(keys[0]) == 2
+    torch.testing.assert_close(made[graft], made[peft])
+    for writer, reader in ((graft, peft), (peft, graft), (graft, graft)):
+        loaded = reader.PeftModel.from_pretrained(models.make(name), tmp_path / writer.__name__)
+        torch.testing.assert_close(models.output(loaded, models.inputs(name)), made[peft])
+
+
+@pytest.mark.parametrize("indices", [{"embed_tokens": [1, 5]}, {"embed_tokens": [1, 5], "lm_head": [1, 5]},
+                                     {"embed_tokens": [1], "lm_head": [5]}], ids=str)  # fmt: skip
+def test_rows_by_name_on_a_tied_model_are_pefts(indices):
+    states = []
+    for lib in (graft, peft):
+        config = lib.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=indices)
+        states.append(lib.get_peft_model_state_dict(lib.get_peft_model(models.make("opt"), config)))
+    assert states[0].keys() == states[1].keys()
+    assert sum("trainable_tokens" in key for key in states[0]) == len({tuple(v) for v in indices.values()})
+
+
+@pytest.mark.parametrize("config", [
+    dict(modules_to_save=["lm_head"]), dict(target_modules=["lm_head", "q_proj"]),
+    dict(modules_to_save=["embed_tokens"]), dict(target_modules=r".*(embed_tokens|q_proj)"),
+], ids=str)  # fmt: skip
+def test_whatever_names_one_of_two_tied_modules(config):
+    """The config says the embedding's path afterwards, in graft where PEFT makes a longer pattern as well."""
+    found = []
+    for lib in (graft, peft):
+        values = dict(r=2, target_modules=["q_proj"], ensure_weight_tying=True) | config
+        cfg = lib.LoraConfig(**values)
+        model = lib.get_peft_model(models.make("opt"), cfg)
+        trained = sorted(n for n, p in model.named_parameters() if p.requires_grad)
+        targets = None if isinstance(cfg.target_modules, str) else cfg.target_modules
+        found.append((trained, cfg.modules_to_save, targets))
+    assert found[0] == found[1]

@@ -91,6 +91,23 @@ def test_injection(case):
         adapted.add_adapter("second", lora(**config))
 
 
+@pytest.mark.parametrize("indices, error, text", [
+    ([], graft.ConfigError, "token_indices is empty: name the tokens of 'emb' to train"),
+    ([2, 23], graft.UnsupportedLayerError, "Token indices [23] are outside its 23 rows"),
+    ([2, -1], graft.UnsupportedLayerError, "Token indices [-1] are outside its 23 rows"),
+])  # fmt: skip
+def test_rows_that_a_table_lacks(indices, error, text):
+    """PEFT trains no row, fails with an IndexError, and counts from the end."""
+    model, run = models.make("embedding"), lambda m: models.output(m, models.inputs("embedding"))
+    with refused(model, error, text, run=run):
+        graft.get_peft_model(model, graft.TrainableTokensConfig(token_indices=indices, target_modules=["emb"]))
+    if indices:
+        with refused(model, graft.ConfigError, text, run=run):
+            graft.get_peft_model(
+                model, graft.LoraConfig(target_modules=["lin"], trainable_token_indices={"emb": indices})
+            )
+
+
 OTHER_RANKS = {
     "VeraConfig": dict(r=0), "LoHaConfig": dict(r=0), "HRAConfig": dict(r=-1), "OFTConfig": dict(r=0, oft_block_size=0),
     "HiraConfig": dict(r=0), "MissConfig": dict(r=0), "VBLoRAConfig": dict(r=0, vector_length=2),

@@ -220,6 +220,47 @@ def test_what_a_mixed_model_refuses():
         graft.get_peft_model(net(), config("LORA")).add_adapter("b", config("OFT"))
 
 
+@pytest.mark.parametrize("lib", [graft, peft])
+def test_a_mixed_model_begins_with_an_adapter_on_layers(lib):
+    from tests import models
+
+    prompt = lib.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = models.make("llama")
+    with pytest.raises(ValueError, match="'PROMPT_TUNING' is not compatible with the `PeftMixedModel`"):
+        lib.get_peft_model(base, prompt, mixed=True)
+    assert all(p.requires_grad for p in base.parameters())
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        lib.get_peft_model(net(), lib.LoraConfig(), mixed=True)
+    model = lib.get_peft_model(models.make("llama"), lib.LoraConfig(), mixed=True)
+    assert set(model.peft_config["default"].target_modules) == {"q_proj", "v_proj"}
+
+
+def test_what_a_mixed_model_tells(tmp_path):
+    """PEFT refuses some of it, counts each layer twice, and gives a list for the active adapter."""
+    model = mixed("LORA", "LOHA")
+    status = {s.name: s for s in model.get_layer_status()}
+    assert set(status) == {"model.one", "model.two"} and status["model.one"].available_adapters == ["a", "b"]
+    assert graft.get_model_status(model).peft_types == {"a": "LORA", "b": "LOHA"}
+    model.set_adapter(["b", "a"])
+    assert model.active_adapters == ["b", "a"] and model.active_adapter == "b"
+    model.create_or_update_model_card(tmp_path)
+    assert "base_model" in (tmp_path / "README.md").read_text()
+    theirs = peft.get_peft_model(net(), config("LORA", peft), "a", mixed=True)
+    assert model.get_nb_trainable_parameters()[0] > theirs.get_nb_trainable_parameters()[0]
+    model.set_adapter("a")
+    assert model.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_loading_keeps_what_is_active(tmp_path):
+    for method in ("LORA", "OFT"):
+        for lib in (graft, peft):
+            lib.get_peft_model(net(), config(method, lib)).save_pretrained(tmp_path / lib.__name__ / method)
+    for lib in (graft, peft):
+        model = lib.PeftMixedModel.from_pretrained(net(), tmp_path / lib.__name__ / "LORA", "a")
+        model.load_adapter(tmp_path / lib.__name__ / "OFT", "b")
+        assert model.active_adapters == ["a"] and list(model.peft_config) == ["a", "b"]
+
+
 def test_a_failed_adapter_of_another_method_leaves_the_first():
     model = mixed("VERA")
     expected, before = model(X), {n: p.requires_grad for n, p in model.named_parameters()}

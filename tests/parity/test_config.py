@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations: the same fields, defaults, files and registries as PEFT's."""
 
+import importlib
 import json
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pair import LIBS, json_of, outcome
-from tests.samples import ELSEWHERE, METHODS, SAMPLES, over_all
+from tests.pair import LIBS, adapt, close_dicts, common, json_of, outcome
+from tests.samples import ELSEWHERE, METHODS, SAMPLES, Sample, over_all
 
 METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -28,6 +29,57 @@ def test_fields_and_defaults(method):
     ours, theirs = ({f.name: default(f) for f in fields(cls(lib, method)) if f.init} for lib in LIBS)
     for name in theirs.keys() - {"peft_type", "peft_version"}:
         assert str(ours[name]) == str(theirs[name]), name
+
+
+SUB_CONFIGS = {
+    "LoraRuntimeConfig": "peft", "ArrowConfig": "peft", "KasaConfig": "peft", "VeloraConfig": "peft",
+    "MontecloraConfig": "peft", "BdLoraConfig": "peft.tuners.lora", "EvaConfig": "peft", "LoftQConfig": "peft",
+    "LoraGAConfig": "peft", "CordaConfig": "peft.tuners.lora.config",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUB_CONFIGS)
+def test_fields_and_defaults_of_configs_within(name):
+    classes = getattr(LIBS[0], name), getattr(importlib.import_module(SUB_CONFIGS[name]), name)
+    ours, theirs = ({f.name: (default(f), f.init) for f in fields(c)} for c in classes)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("method", sorted(ELSEWHERE))
+def test_fields_and_defaults_of_methods_that_are_compared_elsewhere(method):
+    test_fields_and_defaults(method)
+
+
+@pytest.mark.parametrize("field, values", [
+    ("kasa_config", dict(beta=0.5)), ("velora_config", dict(scale=0.5)), ("use_bdlora", dict(nblocks=3)),
+    ("arrow_config", dict(top_k=2)),
+])  # fmt: skip
+def test_unknown_keys_of_a_config_within(field, values):
+    """Of a file of a newer version. PEFT leaves them out in silence."""
+    ours, theirs = (outcome(lambda lib=lib: lib.LoraConfig(**{field: {**values, "zeta": 1}})) for lib in LIBS)
+    assert vars(getattr(ours.value, field)) == vars(getattr(theirs.value, field))
+    assert ours.warned("zeta")
+
+
+def test_a_stored_runtime_config_is_left_out(tmp_path):
+    LIBS[1].LoraConfig(r=5).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "runtime_config": {"ephemeral_gpu_offload": True}}))
+    for lib in LIBS:
+        result = outcome(lambda lib=lib: lib.LoraConfig.from_pretrained(tmp_path))
+        assert result.value.runtime_config == lib.LoraRuntimeConfig() and result.warned("runtime")
+
+
+@pytest.mark.parametrize("how", ["OLoRA", "olora", "GAUSSIAN"])
+def test_spellings_of_a_start(how):
+    """MiCA's are in methods/test_mica.py; of others PEFT knows one."""
+    sample = Sample("LORA", "spelled", "mlp", dict(r=3, target_modules=["lin0"], init_lora_weights=how))
+    ours, theirs = (adapt(lib, sample).state_dict() for lib in LIBS)
+    close_dicts(common(ours), common(theirs), 1e-6)
+    for wrong in ("PiSSA", "Orthogonal", "true"):
+        for lib in LIBS:
+            with pytest.raises(ValueError, match=f"Unknown initialization init_lora_weights='{wrong}'"):
+                adapt(lib, Sample("LORA", "wrong", "mlp", {**sample.kwargs, "init_lora_weights": wrong}))
 
 
 @METHOD

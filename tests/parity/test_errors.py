@@ -2,6 +2,7 @@
 """Wrong use is refused with PEFT's exception classes and, at least, PEFT's words."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def train_on(lib, tmp_path):
     return output(model.train(), TOPK)
 
 
+def quietly(call):
+    def run(lib, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call(lib, tmp_path)
+
+    return run
+
+
 def touch(tmp_path):
     (tmp_path / "file").touch()
     return tmp_path / "file"
@@ -111,6 +121,36 @@ CASES = {
         ValueError,
         "The argument lora_bias=True is only supported with",
     ),
+    "lora_bias_dora": (
+        config("LoraConfig", lora_bias=True, use_dora=True),
+        ValueError,
+        "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False",
+    ),
+    "megatron_dora": (
+        config("LoraConfig", megatron_config={"a": 1}, use_dora=True),
+        ValueError,
+        "DoRA does not support megatron_core, please set `use_dora=False`.",
+    ),
+    "loftq_empty": (
+        config("LoraConfig", init_lora_weights="loftq"),
+        ValueError,
+        "`loftq_config` must be specified when `init_lora_weights` is 'loftq'.",
+    ),
+    "pissa_niter": (
+        inject("LoraConfig", init_lora_weights="pissa_niter_x", target_modules=["fc1"]),
+        ValueError,
+        "x",
+    ),
+    **{
+        f"{field}_type": (config("LoraConfig", **{field: 3}, **more), TypeError, name)
+        for field, name, more in (
+            ("eva_config", "EvaConfig", dict(init_lora_weights="eva")),
+            ("corda_config", "CordaConfig", dict(init_lora_weights="corda")),
+            ("lora_ga_config", "LoraGAConfig", dict(init_lora_weights="lora_ga")),
+            ("use_bdlora", "BdLoraConfig", {}),
+            ("arrow_config", "ArrowConfig", {}),
+        )
+    },
     "loha_lone_pattern": (
         config("LoHaConfig", target_modules=["q"], layers_pattern="h"),
         ValueError,
@@ -329,6 +369,57 @@ CASES = {
         ),
         ValueError,
         "The embedding layer is already marked to be trained fully",
+    ),
+    "tokens_tied_apart": (
+        quietly(  # both also say that no modules are tied
+            inject(
+                "LoraConfig",
+                "opt",
+                target_modules=["q_proj"],
+                trainable_token_indices={"embed_tokens": [1], "lm_head": [2]},
+                ensure_weight_tying=True,
+            )
+        ),
+        ValueError,
+        "Cannot ensure weight tying when different token indices are specified for tied layers. Conflicting layers:",
+    ),
+    "tokens_overlap": (
+        on(
+            lambda lib, m: (
+                m.add_adapter("other", lib.TrainableTokensConfig(token_indices=[9, 3], target_modules=["emb"])),
+                m.base_model.set_adapter(["default", "other"]),
+                output(m, first("TRAINABLE_TOKENS", "embedding", "rows")),
+            ),
+            first("TRAINABLE_TOKENS", "embedding", "rows"),
+        ),
+        ValueError,
+        "Token indices of adapter other are already defined and would result in undefined merging behavior. Only "
+        "disjunct token indices are currently supported.",
+    ),
+    "tokens_overlap_merged": (
+        quietly(  # one is merged already
+            on(
+                lambda lib, m: (
+                    m.add_adapter("other", lib.TrainableTokensConfig(token_indices=[9, 3], target_modules=["emb"])),
+                    m.merge_adapter(["default"]),
+                    m.merge_adapter(["other"]),
+                ),
+                first("TRAINABLE_TOKENS", "embedding", "rows"),
+            )
+        ),
+        ValueError,
+        "Only disjunct token indices are currently supported.",
+    ),
+    "tokens_of_two": (
+        on(
+            lambda lib, m: (
+                m.add_adapter("other", first("LORA", "llama", "tokens").config(lib)),
+                m.base_model.set_adapter(["default", "other"]),
+            ),
+            first("LORA", "llama", "tokens"),
+        ),
+        ValueError,
+        "Only one adapter can be set at a time for TrainableTokensWrapper",
     ),
     "replication": (
         inject("LoraConfig", "t5", target_modules=["q"], layer_replication=[(0, 2)]),

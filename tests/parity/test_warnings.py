@@ -108,6 +108,57 @@ CASES = {
         inject("LoraConfig", target_modules=["fc1"], ensure_weight_tying=True),
         "You have requested `ensure_weight_tying`, but no tied modules",
     ),
+    "tied_off": (
+        inject("LoraConfig", "opt", target_modules=["lm_head"]),
+        "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True.",
+    ),
+    "tied_off_saved": (
+        inject("LoraConfig", "opt", target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        "a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True.",
+    ),
+    "tied_no_way": (
+        inject("LoHaConfig", "opt", target_modules=["lm_head"]),
+        "a tied layer is part of the adapter, but no implementation exists to tie the adapters.",
+    ),
+    "untied": (
+        inject("LoraConfig", "llama", target_modules=["embed_tokens"], ensure_weight_tying=True),
+        "You have requested `ensure_weight_tying`, but no tied modules were found in the model",
+    ),
+    "untied_tokens": (
+        inject("LoraConfig", "llama", target_modules=["q_proj"], trainable_token_indices=[1], ensure_weight_tying=True),
+        "`ensure_weight_tying",
+    ),
+    "eva_ignored": (config("LoraConfig", eva_config={}), "`eva_config` specified but will be ignored when"),
+    "eva_default": (
+        config("LoraConfig", init_lora_weights="eva"),
+        "`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
+    ),
+    "corda_ignored": (config("LoraConfig", corda_config={}), "`corda_config` specified but will be ignored when"),
+    "corda_default": (
+        config("LoraConfig", init_lora_weights="corda"),
+        "`init_lora_weights` is 'corda' but `corda_config` is not specified. Using default CorDA config.",
+    ),
+    "loftq_ignored": (
+        config("LoraConfig", loftq_config=dict(loftq_bits=4)),
+        "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.",
+    ),
+    "alora_task": (
+        config("LoraConfig", alora_invocation_tokens=[1]),
+        "aLoRA is currently only supported for CAUSAL_LM task.",
+    ),
+    **{
+        f"rslora_{how}": (
+            config("LoraConfig", init_lora_weights=how, use_rslora=True, **{f"{kind}_pattern": {"fc1": 3}}),
+            "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion",
+        )
+        for how, kind in (
+            ("pissa", "rank"),
+            ("pissa_niter_2", "alpha"),
+            ("olora", "rank"),
+            ("corda", "alpha"),
+            ("lora_ga", "rank"),
+        )
+    },
     "prefix": (
         inject("LoraConfig", target_modules=["fc1"], adapter="lora"),
         "Adapter name 'lora' should not be contained in the prefix 'lora_'.",

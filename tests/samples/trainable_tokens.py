@@ -15,4 +15,8 @@ REFUSED = [
 PARITY = [
     *row("rows", "embedding", token_indices=[3, 1, 7]),
     *row("rows", "llama", token_indices=[3, 1, 7], target_modules=["embed_tokens"]),
+    *row("default_targets", "llama", token_indices=[3, 1, 7], target_modules=None),
+    # PEFT draws in the dtype of the base, graft in float32: test_init.py has what is equal
+    *row("random", "embedding", "init", token_indices=[3, 1], init_weights=False),
+    *row("head", "llama", token_indices=[4, 6], target_modules=["lm_head"]),
 ]

@@ -70,9 +70,11 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
     saved = any(matches(k, names) is not None for k in group)
     if not ensure and not (method.always_tied and targets.find(embedding) is not None):
         if targeted or saved:
+            can = hasattr(cfg, "ensure_weight_tying")
+            why = "`ensure_weight_tying` is not set to True" if can else "no implementation exists to tie the adapters"
             warn(
-                "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
-                "`ensure_weight_tying` is not set to True. Merging will give the tied layers different weights."
+                f"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but {why}. Merging "
+                "will give the tied layers different weights."
             )
         return {}
     if not (targeted or saved):

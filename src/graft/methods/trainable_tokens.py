@@ -41,7 +41,7 @@ class TrainableTokens(Method):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str | None:
-        return [input_embedding(model) or "embed_tokens"]
+        return input_embedding(model) or ["embed_tokens"]  # a path alone is a string, as in PEFT's files
 
     def check(self) -> str | None:
         site = self.site

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of
 from graft.methods import METHODS
 from graft.model.peft_model import PeftModel
@@ -49,6 +50,13 @@ class PeftMixedModel(PeftModel):
     Raises:
         ConfigError: the method acts on no layers, such as a prompt.
     """
+
+    def _extend_config(self, config: PeftConfig) -> None:
+        if config.is_prompt_learning:
+            raise ConfigError(
+                f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: it "
+                "acts on no layers. Leave out mixed=True."
+            )
 
     def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
         return MixedModel(model, config, adapter_name, **options)

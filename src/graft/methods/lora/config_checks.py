@@ -56,6 +56,8 @@ def check_loftq(cfg: Any) -> None:
 
 def check_start(cfg: Any) -> None:
     """Complete the settings of the initialisation; raise ConfigError where options contradict it."""
+    if str(cfg.init_lora_weights).lower() == "olora":  # which PEFT takes in any spelling
+        cfg.init_lora_weights = "olora"
     init = cfg.init_lora_weights
     for name, (how, cls) in SETTINGS.items():
         setattr(cfg, name, sub_config(getattr(cfg, name), cls))

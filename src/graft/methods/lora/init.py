@@ -16,7 +16,7 @@ from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
 from graft.methods.lora.start import STARTS, kind_of, start_of
 
-KNOWN = ("True", "False", "gaussian", "orthogonal", "eva", "pissa_niter_[number]", *STARTS)
+KNOWN = ("True", "False", "gaussian", "orthogonal", "mica", "eva", "pissa_niter_[number]", *STARTS)
 
 
 def initialise(lora: Any, how: bool | str) -> None:

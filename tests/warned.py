@@ -256,7 +256,11 @@ WARNED = [
     Warned(
         "for MLP, the argument `encoder_num_layers` is ignored", "PEFT says it as well", "prompts/test_bad_prompts.py"
     ),
-    Warned("aLoRA is currently only supported for CAUSAL_LM", "it is refused afterwards", "serving/test_slots.py"),
+    Warned(
+        "aLoRA is currently only supported for CAUSAL_LM",
+        "it is refused afterwards; or acts in a bare layer, by offsets that the call gives",
+        "serving/test_slots.py conformance/",
+    ),
     Warned(
         "Unexpected keyword arguments",
         "a Cartridge's file is read as prefix tuning's",

@@ -25,15 +25,15 @@ ADAPTERS = ("default", "other")
 
 
 SAMPLES = samples.LAWS
-# on whole attentions or blocks, with task ids, with experts: their laws have tests of their own
+CALLED = samples.CALLED  # aLoRA, Poly: for the laws of forward, gradients, files and copies; nothing merges them
+# on whole attentions or blocks, with experts: their laws have tests of their own
 ELSEWHERE = {
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
-    "POLY": "methods/test_poly.py",
     "SHADOW": "methods/test_shadow.py",
-    "XLORA": "methods/test_xlora.py",
+    "XLORA": "conformance/test_called.py",
 }
-# variants of LoRA: aLoRA acts from a token on and cannot be merged, Arrow chooses among experts for each token
-VARIANTS_ELSEWHERE = {"alora": "methods/test_alora.py", "arrow": "methods/test_arrow.py"}
+# a variant of LoRA: Arrow chooses among the other adapters of its layer for each token
+VARIANTS_ELSEWHERE = {"arrow": "conformance/test_called.py"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,11 @@ class Cell:
                 after(model)
             for name in others:
                 model.add_adapter(name, self.sample.make(name), **options)
-        return model.eval()
+        return self.sample.called(model).eval()
+
+    def load(self, folder):
+        """The first adapter of a folder on a fresh base."""
+        return self.sample.called(graft.PeftModel.from_pretrained(self.base(), folder))
 
     def trained(self, adapters: Iterable[str] = ("default",), **options):
         """A model with adapters that do something."""
@@ -217,14 +221,21 @@ def find(reasons: list[tuple], sample: Sample, layer: Layer) -> tuple[type[Excep
     return None
 
 
-PAIRS = [(sample, layer) for sample in SAMPLES for layer in LAYERS]
-CELLS = [
-    Cell(sample, layer, store)
-    for sample, layer in PAIRS
-    if find(REFUSED, sample, layer) is None
-    for store in STORES
-    if (not store.layers or layer.name in store.layers) and not {sample.method, str(sample)} & set(store.unfit.split())
-]
+def cells(samples: list[Sample]) -> list[Cell]:
+    """The samples on every layer that takes them, in every store that holds it."""
+    return [
+        Cell(sample, layer, store)
+        for sample in samples
+        for layer in LAYERS
+        if find(REFUSED, sample, layer) is None
+        for store in STORES
+        if (not store.layers or layer.name in store.layers)
+        and not {sample.method, str(sample)} & set(store.unfit.split())
+    ]
+
+
+PAIRS = [(sample, layer) for sample in (*SAMPLES, *CALLED) for layer in LAYERS]
+CELLS, CALLED_CELLS = cells(SAMPLES), cells(CALLED)
 
 
 def features(cell: Cell) -> list[tuple]:

@@ -14,6 +14,8 @@ import graft
 from graft.methods.lora.start import STARTS
 from tests.conformance.samples import (
     ADAPTERS,
+    CALLED,
+    CALLED_CELLS,
     CELLS,
     ELSEWHERE,
     REFUSALS,
@@ -31,7 +33,7 @@ from tests.models import seeded
 
 NAMES = ["other", "__base__", "default", "other", "default"]  # a mixed batch
 
-every = law("cell", CELLS, features)
+every = law("cell", CELLS + CALLED_CELLS, features)
 mergeable = law("cell", [c for c in CELLS if c.unmergeable is None], features)
 
 
@@ -53,7 +55,7 @@ def equal(ours: torch.Tensor, theirs: torch.Tensor, cell: Cell, tolerance: float
 
 
 def test_every_method_is_in_the_matrix():
-    assert {s.method for s in SAMPLES} | set(ELSEWHERE) == set(graft.methods.METHODS)
+    assert {s.method for s in (*SAMPLES, *CALLED)} | set(ELSEWHERE) == set(graft.methods.METHODS)
     assert all((Path(__file__).parents[1] / name).is_file() for name in (ELSEWHERE | VARIANTS_ELSEWHERE).values())
 
 
@@ -198,7 +200,7 @@ def test_two_active_adapters_fold_into_one_weight(cell):
     equal(model.merge_and_unload()(x), both, cell)
 
 
-@pytest.mark.parametrize("cell", [c for c in CELLS if c.unmergeable], ids=str)
+@pytest.mark.parametrize("cell", [c for c in CELLS + CALLED_CELLS if c.unmergeable], ids=str)
 def test_what_cannot_be_merged_says_why(cell):
     x, model = cell.inputs(), cell.trained()
     before, expected = weights(model), model(x)
@@ -217,7 +219,7 @@ def test_what_cannot_be_merged_says_why(cell):
 def test_a_saved_adapter_computes_the_same_on_a_fresh_base(cell, tmp_path):
     x, model = cell.inputs(), cell.trained(ADAPTERS)
     model.save_pretrained(tmp_path)
-    loaded = graft.PeftModel.from_pretrained(cell.base(), tmp_path)
+    loaded = cell.load(tmp_path)
     report = loaded.load_adapter(tmp_path / "other", "other")
     assert not report.missing_keys and not report.unexpected_keys
     for name in ADAPTERS:

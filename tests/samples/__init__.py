@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample configurations of every method that adapts layers: a file for each, and whoever adds a method adds one.
 
-A file has up to four tables. `LAWS`: configurations that show the ways in which the method acts, for the laws of
-tests/conformance. `REFUSED` and `UNMERGEABLE`: what those cannot do (names of samples, a trait of the layer, the error
-and a part of its text), tested to fail in that way. `PARITY`: rows on which graft is compared with PEFT everywhere.
+A file has up to five tables. `LAWS`: configurations that show the ways in which the method acts, for the laws of
+tests/conformance; `CALLED`: those that act only where a call brings something along. `REFUSED` and `UNMERGEABLE`: what
+those cannot do (names of samples, a trait of the layer, the error and a part of its text), tested to fail in that way.
+`PARITY`: rows on which graft is compared with PEFT everywhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _files: list[Any] = [
     if info.name not in ("laws", "parity")
 ]
 LAWS: list[laws.Sample] = [sample for file in _files for sample in file.LAWS]
+CALLED: list[laws.Sample] = [sample for file in _files for sample in getattr(file, "CALLED", ())]
 REFUSED: list[tuple] = [entry for file in _files for entry in getattr(file, "REFUSED", ())]
 UNMERGEABLE: list[tuple] = [entry for file in _files for entry in getattr(file, "UNMERGEABLE", ())]
 METHODS: dict[str, list[tuple]] = {file.LAWS[0].method: file.PARITY for file in _files if hasattr(file, "PARITY")}

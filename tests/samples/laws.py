@@ -37,6 +37,9 @@ class Sample:
         default=None, hash=False
     )
 
+    # what a call needs beside the input: keyword arguments, each row's by what is in the row
+    needs: Callable[[Tensor], dict[str, Any]] | None = field(default=None, hash=False)
+
     def __str__(self) -> str:
         return f"{self.method}-{self.label}" if self.label else self.method
 
@@ -49,3 +52,22 @@ class Sample:
     def make(self, adapter: str = "default"):
         values = {**self.config, **(self.other if adapter == "other" else {})}
         return graft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](target_modules=["layer"], **copy.deepcopy(values))
+
+    def called(self, model: nn.Module) -> nn.Module:
+        """Have every call of a model get what it needs."""
+        if self.needs is not None:
+            model.register_forward_pre_hook(Needs(self.needs), with_kwargs=True)
+        return model
+
+
+@dataclass(frozen=True)
+class Needs:
+    needs: Callable[[Tensor], dict[str, Any]]
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {**self.needs(args[0]), **kwargs}
+
+
+def kinds(x: Tensor) -> Tensor:
+    """Return 0 or 1 for each row, by what is in it."""
+    return (x.flatten(1)[:, 0] > 0).long()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import graft
 from graft.core.errors import ConfigError, UnsupportedLayerError
-from tests.samples.laws import Sample
+from tests.samples.laws import Sample, kinds
 from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, TARGETS, row
 
 _lora = dict(r=3, lora_alpha=5)
@@ -31,6 +31,11 @@ def _eva(base, cfg, x):
     return lambda model: graft.initialize_lora_eva_weights(
         model, [{"x": x}], prepare_layer_inputs_fn=None, show_progress_bar=False, **run
     )
+
+
+def _invoked(x):
+    """From the last position on, or from three before the end."""
+    return {"alora_offsets": (1 + 2 * kinds(x)).tolist()}
 
 
 def _start(how, prepare=None, **more):
@@ -59,6 +64,7 @@ LAWS = [
     replace(_start("loftq", loftq_config=dict(loftq_bits=4)), identity=False),
     replace(_start("eva", _eva, eva_config=dict(rho=1.0)), shifts=False),
 ]
+CALLED = [Sample("LORA", "alora", dict(r=4, lora_alpha=6, alora_invocation_tokens=[3]), needs=_invoked)]
 STARTS = " ".join(f"LORA-{how}" for how in ("pissa", "olora", "corda", "lora_ga", "loftq", "eva"))
 REFUSED = [
     (STARTS, "grouped", ConfigError, "support is limited to conv layers where the rank is divisible"),
@@ -73,6 +79,7 @@ REFUSED = [
             ("qalora", ConfigError),
         )
     ),
+    *(("LORA-alora", trait, UnsupportedLayerError, "linear layers only") for trait in ("conv", "embedding")),
     ("LORA-mica", "grouped", UnsupportedLayerError, "a convolution with groups > 1 has one for each"),
     ("LORA-monteclora", "grouped", UnsupportedLayerError, "A mixes its groups"),
     ("LORA-bias", "embedding", ConfigError, "lora_bias=True is not supported for Embedding"),
@@ -80,6 +87,7 @@ REFUSED = [
     *(("LORA-kasa", trait, UnsupportedLayerError, "adapts linear layers only") for trait in ("conv", "embedding")),
 ]
 UNMERGEABLE = [
+    ("LORA-alora", "", NotImplementedError, "aLoRA does not support merging"),
     ("LORA", "grouped", NotImplementedError, "groups > 1"),  # A sees all groups, a grouped weight cannot
     ("LORA-bias", "no-bias", RuntimeError, "the base layer has no bias"),
 ]

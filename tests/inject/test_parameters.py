@@ -465,6 +465,21 @@ def test_a_pattern_for_modules_that_matches_nothing_is_said(lib):
         of_stack(lib, target_parameters=["m.up"], target_modules="lin")
 
 
+@pytest.mark.parametrize("kind", ["linear", "svd", "cat", "ties", "exact"])
+def test_a_combination_is_refused_with_what_to_do_instead(kind):
+    """As in PEFT, and with a way: the sum of both acts, or is merged."""
+    for lib in (graft, peft) if kind != "exact" else (graft,):
+        model = of_stack(lib)
+        model.add_adapter("other", lib.LoraConfig(r=2, **LAYERS))
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        options = dict(combination_type=kind, **({"density": 0.5} if kind == "ties" else {}))
+        with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter") as raised:
+            model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", **options)
+        assert list(model.peft_config) == ["default", "other"]
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert lib is peft or "act together, base_model.set_adapter(['default', 'other'])" in str(raised.value)
+
+
 def test_what_matches_nothing_is_said():
     with pytest.warns(graft.PeftWarning, match="target_parameters entry 'gate_up' matched nothing"):
         adapted(graft, "mixtral", target_parameters=["gate_up", BOTH[1]])

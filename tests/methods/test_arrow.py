@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
+from graft.model.arrow import source_of
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
@@ -89,6 +90,12 @@ def test_conv1D_and_gradients_of_the_input(tmp_path):
         found.append((y.detach(), embeds.grad))
     assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
     assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_from_the_hub_may_lie_in_folders_of_a_repository(folder):
+    assert source_of("me/tasks") == ("me/tasks", None)
+    assert source_of("me/tasks/deep/er") == ("me/tasks", "deep/er")
+    assert source_of(str(folder / "0")) == (str(folder / "0"), None)
 
 
 def test_the_router_is_where_the_experts_are(tmp_path):

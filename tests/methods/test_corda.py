@@ -71,6 +71,22 @@ def test_values_are_pefts_up_to_signs(name, how, preprocess):
         assert_close(made[0][key], theirs, atol=2e-4, rtol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
+def test_options_of_the_covariance(preprocess, capsys):
+    """In half precision, with a progress bar, and with fields that PEFT would leave on modules."""
+    made = []
+    for lib in (graft, peft):
+        base = models.make("llama").half()
+        cfg = config(lib, "llama", use_float16_for_covariance=True, verbose=True, prune_temporary_fields=False)
+        preprocess[lib](base, cfg, lambda b=base: [b(**row) for row in rows("llama")])
+        made.append({n: m.eigens for n, m in base.named_modules() if hasattr(m, "eigens")})
+        left = {name for m in base.modules() for name in vars(m) if name in ("sample_count", "covariance_matrix")}
+        assert left == (set() if lib is graft else {"sample_count", "covariance_matrix"})
+    assert "Collecting eigens" in capsys.readouterr().err
+    assert made[0].keys() == made[1].keys()
+    for name, ours in made[0].items():
+        assert_close(ours.S_WC.float(), made[1][name].S_WC.float(), rtol=5e-2, atol=5e-2)
+
+
 def test_files_take_the_place_of_data(tmp_path, preprocess):
     run = lambda base: lambda: [base(**row) for row in rows("llama")]
     states = []

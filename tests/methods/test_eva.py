@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -100,6 +102,69 @@ def test_a_language_model_leaves_out_what_is_masked():
         made.append(lib.get_eva_state_dict(model, data, show_progress_bar=False))
     same(*made)
     assert all(name.startswith("base_model.model.model.layers.") for name in made[0])
+
+
+@pytest.mark.parametrize("options", [dict(use_label_mask=False), dict(label_mask_value=7)], ids=str)
+def test_masks_of_labels_are_pefts(options):
+    made = []
+    for lib in (graft, peft):
+        x = models.inputs("llama", 30)
+        labels = torch.where(x["input_ids"] > 10, x["input_ids"], 7)
+        cfg = config(lib, target_modules=["q_proj"], r=2, eva_config=lib.EvaConfig(**options))
+        made.append(
+            lib.get_eva_state_dict(models.make("llama"), [{**x, "labels": labels}] * 2, cfg, show_progress_bar=False)
+        )
+    same(*made)
+    assert len(made[0]) == 2
+
+
+def test_a_forward_and_rows_of_the_callers_own_for_a_named_adapter():
+    """`forward_fn`, a function for each layer in `prepare_layer_inputs_fn`, `adapter_name`."""
+    made = []
+    for lib in (graft, peft):
+        cfg = lambda: config(lib, target_modules=["lin0", "layers.0.fc1"])  # noqa: B023
+        model = lib.get_peft_model(models.make("mlp"), cfg(), "mine").eval()
+        prefix, calls = "base_model.model.", []
+
+        def forward(m, batch):
+            calls.append(batch)  # noqa: B023
+            return m(x=batch["rows"])
+
+        def rows(layer_input, model_input, layer_name):
+            found = layer_input[0] if isinstance(layer_input, tuple) else layer_input
+            return found.flatten(0, -2)[::2].contiguous()
+
+        options = dict(PLAIN, forward_fn=forward, prepare_layer_inputs_fn={f"{prefix}lin0": rows})
+        data = [{"rows": b["x"]} for b in batches()]
+        lib.initialize_lora_eva_weights(model, data, adapter_name="mine", **options)
+        assert calls
+        made.append({k: t for k, t in model.state_dict().items() if "lora_" in k})
+    same(*made)
+
+
+def test_inputs_of_other_processes_can_be_left_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr("graft.train.eva.dist", SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setattr("graft.train.eva.gathered", lambda rows: asked.append(1) or rows)
+    for gather in (False, True):
+        cfg = config(graft, target_modules=["lin0"])
+        said = pytest.warns(UserWarning, match="will gather tensors from all ranks") if gather else nullcontext()
+        with said:
+            graft.get_eva_state_dict(models.make("mlp"), batches(2), cfg, gather_distributed_inputs=gather, **PLAIN)
+        assert bool(asked) is gather
+
+
+def test_twenty_targets_and_more_are_shortened_as_in_peft():
+    found = []
+    for lib in (graft, peft):
+        with models.seeded(0):
+            base = nn.ModuleDict({"net": nn.Sequential(*(nn.Linear(4, 4) for _ in range(22)))})
+        model = lib.get_peft_model(base, config(lib, r=2, target_modules=r"net\.\d+"))
+        values = {f"base_model.model.net.{i}": torch.randn(3 if i % 2 else 1, 4) for i in range(22)}
+        lib.initialize_lora_eva_weights(model, eva_state_dict=values)
+        cfg = model.peft_config["default"]
+        found.append((set(cfg.target_modules), cfg.rank_pattern, cfg.alpha_pattern))
+    assert found[0] == found[1] and len(found[0][1]) == 22
 
 
 def test_layers_that_get_no_rank_lose_the_adapter():

@@ -148,6 +148,91 @@ def test_replication_that_fails_leaves_the_model(tmp_path):
     assert base.config.num_hidden_layers == 3
 
 
+def stacked(kind):
+    """A model of another family, whose list of layers has another name or place."""
+    from transformers import BertConfig, BertModel, FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, vocab_size=40)
+    torch.manual_seed(0)
+    if kind == "bert":
+        return BertModel(BertConfig(**sizes, intermediate_size=32)).eval(), "query", lambda m: m.encoder.layer
+    if kind == "falcon":
+        return FalconForCausalLM(FalconConfig(**sizes)).eval(), "query_key_value", lambda m: m.transformer.h
+    small = GPT2Config(n_embd=24, n_layer=3, n_head=4, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(small).eval(), "c_attn", lambda m: m.transformer.h
+
+
+@pytest.mark.parametrize("kind", ["bert", "falcon", "gpt2"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_replicated_layers_of_other_families(kind):
+    """PEFT knows BERT's list, and neither Falcon's nor GPT-2's below their heads."""
+    ours = None
+    for lib in (graft, peft) if kind == "bert" else (graft,):
+        base, target, find = stacked(kind)
+        plain, _, _ = stacked(kind)
+        config = lib.LoraConfig(r=2, target_modules=[target], layer_replication=[(0, 2), (1, 3)])
+        model = nudge(lib.get_peft_model(base, config))
+        layers = find(model.get_base_model())
+        assert len(layers) == 4 == model.config.num_hidden_layers
+        with torch.no_grad():
+            y = model(input_ids=IDS)[0]
+            with model.disable_adapter():  # the original's layers, one of them twice
+                bare = model(input_ids=IDS)[0]
+            own = find(plain)
+            stack = nn.ModuleList([own[0], own[1], own[1], own[2]])
+            (plain.encoder if kind == "bert" else plain.transformer)._modules["layer" if kind == "bert" else "h"] = (
+                stack
+            )
+            plain.config.num_hidden_layers = 4
+            for m in plain.modules():
+                if hasattr(m, "layer_idx"):
+                    m.layer_idx = None
+            assert_close(bare, plain(input_ids=IDS, use_cache=False)[0], atol=1e-5, rtol=1e-5)
+        assert (y - bare).abs().max() > 1e-4
+        if lib is peft:
+            assert_close(ours, y, atol=1e-5, rtol=1e-5)
+        ours = y
+
+
+CONVERSIONS = {
+    "rslora": (
+        "LoraConfig",
+        dict(init_lora_weights="pissa", use_rslora=True, rank_pattern={"q_proj": 3}),
+        "Passing `path_initial_model_for_weight_conversion` to `save_pretrained`",
+    ),
+    "vera": ("VeraConfig", {}, "is not supported for Vera"),
+}
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+@pytest.mark.parametrize("case", CONVERSIONS)
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized")
+def test_what_cannot_be_converted_on_saving(case, lib, tmp_path):
+    kind, options, text = CONVERSIONS[case]
+    model = lib.get_peft_model(llama(), getattr(lib, kind)(r=2, target_modules=["q_proj"], **options))
+    config = model.peft_config["default"]
+    if case == "rslora":
+        config.init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    if case == "rslora":
+        config.init_lora_weights = "pissa"
+    with pytest.raises(ValueError, match=text):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
+def test_a_conversion_of_what_left_the_base_alone_says_so(tmp_path):
+    config = graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian")
+    model = graft.get_peft_model(llama(), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "gaussian"
+    expected = logits(nudge(model))
+    with pytest.warns(UserWarning, match="only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA adapter"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    loaded = graft.PeftModel.from_pretrained(llama(), tmp_path / "end")  # B began with zeros: nothing is taken out
+    assert_close(logits(loaded), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_an_auto_class_loads_base_and_adapter_from_the_adapters_folder(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")

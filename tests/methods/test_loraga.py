@@ -83,6 +83,19 @@ def test_gradients_are_stored_once(tmp_path):
         prepared(graft, "llama", cache=cache)
 
 
+def test_default_targets_are_those_of_the_architecture():
+    found = []
+    for lib in (graft, peft):
+        base, cfg = (
+            models.make("llama"),
+            lib.LoraConfig(r=2, init_lora_weights="lora_ga", lora_ga_config=lib.LoraGAConfig()),
+        )
+        x = models.inputs("llama")
+        lib.preprocess_loraga(base, cfg, lambda b=base, x=x: b(**x, labels=x["input_ids"]).loss.backward())
+        found.append({n for n, m in base.named_modules() if hasattr(m, "_peft_loraga_grad")})
+    assert found[0] == found[1] and all(n.endswith(("q_proj", "v_proj")) for n in found[0])
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -256,6 +256,21 @@ def test_a_layer_without_one_row_per_sample():
         model(torch.randn(4, 5, 3), task_ids=TASKS)
 
 
+def test_modules_that_are_left_out_or_trained_whole(tmp_path):
+    options = dict(exclude_modules=["layers.0.self_attn.q_proj"], modules_to_save=["lm_head"])
+    ours, theirs = (adapted(lib, **options) for lib in LIBS)
+    trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert trains[0] == trains[1] and any("lm_head" in n for n in trains[0])
+    assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for model in (ours, theirs):
+            model.get_submodule("base_model.model.lm_head.modules_to_save.default").weight.mul_(1.5)
+    ours.save_pretrained(tmp_path)
+    for lib in LIBS:
+        loaded = lib.PeftModel.from_pretrained(models.make("llama"), tmp_path)
+        assert_close(output(loaded), output(theirs), rtol=1e-5, atol=1e-5)
+
+
 def test_configs_and_layers():
     for lib in LIBS:
         with pytest.raises(ValueError, match=r"Unsupported poly_type: zz\. .*: `poly`"):

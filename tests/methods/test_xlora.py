@@ -327,6 +327,29 @@ def test_configs():
             lib.XLoraConfig(**ok, enable_softmax_topk=True)
         with pytest.warns(UserWarning, match="must be at least 1"):
             lib.XLoraConfig(**ok, top_k_lora=0)
+        with pytest.warns(UserWarning, match="`enable_softmax_topk` enabled `top_k_lora` is not set"):
+            lib.XLoraConfig(**ok, enable_softmax_topk=True, enable_softmax=False)
+    for name in ("hidden_size", "xlora_size", "softmax_temperature"):
+        with pytest.raises(graft.ConfigError, match=f"`{name}` must be positive, got 0"):
+            graft.XLoraConfig(**{**ok, name: 0})
+    with pytest.raises(graft.ConfigError, match=r"`xlora_dropout_p` must be between 0 and 1, got 1\.5"):
+        graft.XLoraConfig(**ok, xlora_dropout_p=1.5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_of_the_classifier_is_pefts(p, folder):
+    outputs = []
+    for lib in LIBS:
+        model = adapted(lib, folder, xlora_depth=3, xlora_size=5, xlora_dropout_p=p)
+        dropping = [m for n, m in model.named_modules() if CLASSIFIER in n and isinstance(m, torch.nn.Dropout)]
+        assert len(dropping) == (2 if p else 0)
+        for m in dropping:
+            m.train()
+        models.seed(4)
+        outputs.append(output(model))
+        if p:
+            assert not torch.equal(output(model), outputs[-1])
+    assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_of_experts_is_kept(tmp_path):

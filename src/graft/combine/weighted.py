@@ -216,7 +216,9 @@ def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list
             )
         if getattr(tuner.peft_config[name], "target_parameters", None):
             raise ConfigError(
-                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}')"
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}'): A and B "
+                "of a stack have a slice for each expert, and the rules would mix them. Have the adapters act "
+                f"together, base_model.set_adapter({names}), or merge them one after the other."
             )
     if len(numbers) != len(names):
         raise ConfigError(f"Got {len(names)} adapters, {names}, and {len(numbers)} weights: one for each is needed.")

@@ -465,19 +465,82 @@ def test_a_pattern_for_modules_that_matches_nothing_is_said(lib):
         of_stack(lib, target_parameters=["m.up"], target_modules="lin")
 
 
-@pytest.mark.parametrize("kind", ["linear", "svd", "cat", "ties", "exact"])
-def test_a_combination_is_refused_with_what_to_do_instead(kind):
-    """As in PEFT, and with a way: the sum of both acts, or is merged."""
-    for lib in (graft, peft) if kind != "exact" else (graft,):
-        model = of_stack(lib)
-        model.add_adapter("other", lib.LoraConfig(r=2, **LAYERS))
-        before = {n: p.clone() for n, p in model.named_parameters()}
-        options = dict(combination_type=kind, **({"density": 0.5} if kind == "ties" else {}))
-        with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter") as raised:
-            model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", **options)
-        assert list(model.peft_config) == ["default", "other"]
-        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        assert lib is peft or "act together, base_model.set_adapter(['default', 'other'])" in str(raised.value)
+KINDS = {  # options, and the rank for each matrix
+    "exact": ({}, {"m.up": 5, "m.down": 5, "m.flat": 5}),
+    "cat": ({}, {"m.up": 5, "m.down": 5, "m.flat": 5}),
+    "svd": (dict(svd_rank=2), {"m.up": 2, "m.down": 2, "m.flat": 2}),
+    "ties_svd": (dict(svd_rank=3, density=1.0), {"m.up": 3, "m.down": 3, "m.flat": 3}),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:The density")
+@torch.no_grad()
+def test_combinations_are_sums_of_each_matrix_of_a_stack(kind, transposed, tmp_path):
+    """PEFT refuses them."""
+    options, ranks = KINDS[kind]
+    base = stack()
+    if transposed:
+        base["m"].is_transposed = True
+        base["m"].forward = lambda x: x
+    with seeded(1):
+        values = dict(target_parameters=["m.up", "m.down", "flat"], init_lora_weights=False)
+        model = graft.get_peft_model(base, graft.LoraConfig(r=2, lora_alpha=3, **values), "x1")
+        model.add_adapter("y1", graft.LoraConfig(r=3, lora_alpha=7, **values))
+    report = model.add_weighted_adapter(["x1", "y1"], [0.7, -0.4], "both", combination_type=kind, **options)
+    for key, layer in layers(model).items():
+        wanted = 0.7 * delta(layer, "x1") - 0.4 * delta(layer, "y1")
+        made = delta(layer, "both")
+        assert made.shape == wanted.shape == getattr(base["m"], key[2:]).shape and report.ranks[key] == ranks[key]
+        if kind in ("exact", "cat"):
+            assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+        elif kind == "svd":  # no matrix of that rank comes closer
+            lost = torch.linalg.svdvals(wanted)[..., 2:].square().sum()
+            assert_close((made - wanted).square().sum(), lost, rtol=1e-3, atol=1e-4)
+    if not transposed:
+        model.set_adapter("both")
+        model.save_pretrained(tmp_path, selected_adapters=["both"])
+        for lib in (graft, peft):
+            assert_close(run(lib.PeftModel.from_pretrained(stack(), tmp_path / "both"), X), run(model, X),
+                         rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+@torch.no_grad()
+def test_combinations_on_factors_and_of_other_parameters(tmp_path):
+    model = of_stack()
+    with seeded(2):
+        model.add_adapter("same", graft.LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, **LAYERS))
+        model.add_adapter("some", graft.LoraConfig(r=3, init_lora_weights=False, target_parameters=["m.up"]))
+    model.add_weighted_adapter(["default", "same"], [0.5, 0.5], "mean", combination_type="linear")
+    for layer in layers(model).values():
+        for a, b, mean in zip(*(layer.methods[n].pair for n in ("default", "same", "mean"))):
+            assert_close(mean, (1.5 * 0.5) ** 0.5 * (a + b))
+    model.add_weighted_adapter(["default", "some"], [1.0, -2.0], "sum", combination_type="exact")
+    for layer in layers(model).values():
+        other = delta(layer, "some") if "some" in layer.adapters else 0
+        assert_close(delta(layer, "sum"), delta(layer) - 2 * other, rtol=1e-4, atol=1e-4)
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = graft.PeftModel.from_pretrained(stack(), tmp_path / "sum")
+    assert_close(run(loaded, X), run(model, X), rtol=1e-4, atol=1e-4)
+
+
+def test_combinations_with_other_methods_are_refused():
+    with seeded(1):
+        lora = graft.LoraConfig(r=2, target_parameters=["m.up"], target_modules=["lin"])
+        model = graft.get_peft_model(stack(), lora, "x1", mixed=True)
+        model.add_adapter("v1", graft.VeraConfig(r=2, target_modules=["lin"]))
+    with pytest.raises(ConfigError, match=r"targeting nn\.Parameter .*'x1'.* with adapters of other methods .*VERA"):
+        model.add_weighted_adapter(["x1", "v1"], [1.0, 1.0], "both", combination_type="exact")
+    assert list(model.peft_config) == ["x1", "v1"]
+
+
+def test_peft_refuses_combinations():
+    model = of_stack(peft)
+    model.add_adapter("other", peft.LoraConfig(r=2, **LAYERS))
+    with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="linear")
 
 
 def test_what_matches_nothing_is_said():

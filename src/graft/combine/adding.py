@@ -90,5 +90,6 @@ def put(tuner: Any, name: str, cfg: Any, values: dict[str, Tensors], owner: dict
         try:
             inject()
         except (OtherLayers, NoMatchingPeftModuleError, UnsupportedLayerError):  # exclusions or layer ranges differ
-            union.name_exactly(cfg, values)
+            sites = {key: tuner.layers[key].site for key in values}
+            union.name_exactly(cfg, values, [key for key, site in sites.items() if site.path != key])
             inject()

@@ -15,6 +15,7 @@ from graft.combine import union
 from graft.core.changes import change_of, why_none, wide
 from graft.core.errors import ConfigError
 from graft.core.folding import evaluating
+from graft.core.ops import Opaque
 from graft.kernels.hadamard import narrow
 from graft.methods import method_of
 
@@ -25,7 +26,7 @@ Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter
 class Term:
     """One adapter's part of a combination on one layer: weight · scaling · B A.
 
-    Each group of a convolution is a product of its own.
+    Each group of a convolution is a product of its own, and so is each matrix of a stack, all of one rank.
     """
 
     A: Tensor  # (r, …), float32 at least
@@ -33,10 +34,11 @@ class Term:
     scaling: float
     weight: float
     groups: int = 1
+    stack: int = 1
 
     @property
     def rank(self) -> int:
-        return len(self.A)
+        return len(self.A) // self.stack
 
     @property
     def highest(self) -> int:
@@ -45,6 +47,8 @@ class Term:
 
     def product(self) -> tuple[Tensor, Tensor]:
         """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups)."""
+        if self.stack > 1:
+            return Opaque.each(self.A, self.B, self.stack)
         A, B, groups = self.A, self.B, self.groups
         r = len(A) // groups  # may be 0
         return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
@@ -82,7 +86,9 @@ def factors_of(m: Any, weight: float) -> Term:
     with evaluating(m.layer):
         f = m.factors()
     A, B = f._replace(scale=None).matrices()
-    return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, m.site.op.groups(m.site.module))
+    op, module = m.site.op, m.site.module
+    stack = op.stack(module) if op.opaque else 1
+    return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, op.groups(module), stack)
 
 
 class LoraForm(Form):
@@ -92,6 +98,8 @@ class LoraForm(Form):
 
     def write(self, A, B, parts, cfg):
         m = parts[0][0]
+        if m.site.op.opaque and len(B) == m.site.op.stack(m.site.module) > 1 and B.dim() > 2:
+            A, B = Opaque.joined(A, B)
         values = method_of(cfg.peft_type).variant(cfg)(m.site, cfg, m.name).holding(A, B)
         if cfg.lora_bias and not m.site.op.takes_ids:
             shifts = [shift * w for m, w in parts if (shift := self.shift(m)) is not None]

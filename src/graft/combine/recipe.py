@@ -104,7 +104,7 @@ class Recipe:
 
     def combine(self, terms: list[Term], rank: int) -> tuple[Tensor, Tensor, float | None]:
         """Return A, B and the retained energy. A and B have the order of values, not the shape, of an adapter's."""
-        scaled = [t.weight * t.scaling for t in terms]
+        scaled, stack = [t.weight * t.scaling for t in terms], terms[0].stack
         if self.kind in ELEMENTWISE:
             roots = [math.sqrt(abs(w)) for w in scaled]
             A = self.rule([t.A for t in terms], [math.copysign(r, w) for r, w in zip(roots, scaled)])
@@ -112,12 +112,13 @@ class Recipe:
         pairs = [t.product() for t in terms]
         if self.kind in ("cat", "svd", "exact"):
             A, B = rules.cat([a for a, _ in pairs], [b for _, b in pairs], scaled)
-            if self.kind == "cat" or (self.kind == "exact" and rank == A.shape[0] * A.shape[1] and self.clamp is None):
+            whole = self.kind == "exact" and rank * stack == A.shape[0] * A.shape[1] and self.clamp is None
+            if self.kind == "cat" or whole:
                 return A, B, 1.0
-            A, B, S = rules.truncate_product(A, B, rank // len(A), self.driver)
+            A, B, S = rules.truncate_product(A, B, rank * stack // len(A), self.driver)
         else:
             W = self.rule([(b @ a) * t.scaling for (a, b), t in zip(pairs, terms)], [t.weight for t in terms])
-            A, B, S = rules.truncate_matrix(W, rank // len(W), self.driver)
+            A, B, S = rules.truncate_matrix(W, rank * stack // len(W), self.driver)
         energy = rules.retained_energy(S, A.shape[-2])
         if self.clamp is not None:
             A, B = rules.clamp_to_quantile(A, B, self.clamp)

@@ -30,9 +30,16 @@ def union_of(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> An
     for name in ("layer_replication", "trainable_token_indices"):
         if hasattr(cfg, name):
             setattr(cfg, name, next((v for c in configs if (v := getattr(c, name, None)) is not None), None))
+    if hasattr(cfg, "target_parameters"):
+        cfg.target_parameters = union_of_names(getattr(c, "target_parameters", None) for c in configs)
     saved = [name for c in configs for name in getattr(c, "modules_to_save", None) or ()]
     cfg.modules_to_save = list(dict.fromkeys(saved)) or None
     return cfg
+
+
+def union_of_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
+    """Return the names in any of these, each once, in their order."""
+    return list(dict.fromkeys(name for names in lists for name in names or ())) or None
 
 
 def plain_lora(configs: Sequence[Any]) -> Any:
@@ -57,9 +64,12 @@ def either(targets: Sequence[Any], mixed: str) -> Any:
     return set().union(*(t or () for t in targets))
 
 
-def name_exactly(cfg: Any, keys: Iterable[str]) -> None:
-    """Make `cfg` target the layers at these paths and no others."""
-    cfg.target_modules = "|".join(re.escape(key) for key in keys)
+def name_exactly(cfg: Any, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
+    """Make `cfg` target the layers at these paths and no others, those of `parameters` by their own names."""
+    modules = [re.escape(key) for key in keys if key not in parameters]
+    cfg.target_modules = "|".join(modules) if modules else []
+    if parameters:
+        cfg.target_parameters = list(parameters)
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(cfg, name):
             setattr(cfg, name, None)

@@ -105,6 +105,13 @@ def add_weighted_adapter(
         kind = "linear" if form.apart else "cat"
     recipe = Recipe(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
     recipe.check(form, peft_type)
+    for name in names if not form.apart else ():  # an update of another method has no slices for each expert
+        if getattr(tuner.peft_config[name], "target_parameters", None):
+            raise ConfigError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}') together "
+                f"with adapters of other methods ({peft_type}): combine the LoRA adapters alone, or have all act "
+                f"together, base_model.set_adapter({names})."
+            )
     configs = [tuner.peft_config[name] for name in names]
     parts = parts_of(tuner, names, weights, form)
     owner = union.owners(tuner, names)
@@ -213,12 +220,6 @@ def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list
         if name not in tuner.peft_config:
             raise AdapterNotFoundError(
                 f"Adapter {name} does not exist. Loaded adapters: {', '.join(tuner.peft_config)}."
-            )
-        if getattr(tuner.peft_config[name], "target_parameters", None):
-            raise ConfigError(
-                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter '{name}'): A and B "
-                "of a stack have a slice for each expert, and the rules would mix them. Have the adapters act "
-                f"together, base_model.set_adapter({names}), or merge them one after the other."
             )
     if len(numbers) != len(names):
         raise ConfigError(f"Got {len(names)} adapters, {names}, and {len(numbers)} weights: one for each is needed.")

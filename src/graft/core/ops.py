@@ -334,6 +334,11 @@ class Opaque(Op):
         """Return the factors of each matrix of a stack, (n, r, in) and (n, out, r), from those of all."""
         return A.view(n, -1, A.shape[1]), B.view(B.shape[0], -1, n).permute(2, 0, 1)
 
+    @staticmethod
+    def joined(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of a stack, (n·r, in) and (out, r·n), from those of each matrix."""
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
     def factor_modules(
         self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:

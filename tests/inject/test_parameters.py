@@ -461,7 +461,7 @@ def test_rows_with_different_adapters_are_refused():
 
 @pytest.mark.parametrize("lib", [graft, peft])
 def test_a_pattern_for_modules_that_matches_nothing_is_said(lib):
-    with pytest.warns(UserWarning, match="target_modules=lin were set but no module was matched"):
+    with pytest.warns(RuntimeWarning, match="target_modules=lin were set but no module was matched"):
         of_stack(lib, target_parameters=["m.up"], target_modules="lin")
 
 

@@ -271,7 +271,7 @@ def report_on(
         raise NoMatchingPeftModuleError(f"{nothing_matched(cfg, outcomes, excluded)} Adapter '{report.adapter}'.")
     if isinstance(targets, str) and "matched" not in found and targets != DUMMY:
         text = f"target_modules={targets} were set but no module was matched. A string is a regular expression that has"
-        warn(f"{text} to fit a whole path. Adapter '{report.adapter}' has its target_parameters alone.", PeftWarning)
+        warn(f"{text} to fit a whole path. Adapter '{report.adapter}' has its target_parameters alone.", RuntimeWarning)
     exclude = getattr(cfg, "exclude_modules", None)
     if exclude and not excluded:
         warn(

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from graft.config.targets import ADAMSS
 from graft.core.containers import Transient
-from graft.core.effect import Factors
+from graft.core.effect import Factors, Product
 from graft.core.errors import UnsupportedLayerError
 from graft.core.merging import unmerged_bias
 from graft.core.method import Method, Tensors
@@ -93,14 +94,17 @@ class AdaMSS(Method):
         self.adamss_places.copy_(places(self.adamss_clusters))
 
     def factors(self) -> Factors:
-        n = self.site.fan_in
-        down = torch.cat([*self.adamss_A]) @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
+        n, op, base = self.site.fan_in, self.site.op, self.layer.base_layer
+        inner = torch.cat([*self.adamss_A])  # (Σ ranks, R)
+        down = inner @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
         up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places)  # (out, Σ ranks)
+        A: Any = down[:, :n]
+        if self.site.takes_vectors:  # two products, of which the backward pass keeps R numbers per row instead of x
+            A = Product(lambda x: linear(linear(x.to(self.dtype), self.adamss_newB[:, :n]), inner), A)
         if down.shape[1] == n:
-            return Factors(down, up)
+            return Factors(A, up)
         shift = up @ down[:, n]
-        op, base = self.site.op, self.layer.base_layer
-        return Factors(down[:, :n], Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
+        return Factors(A, Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
 
     def restored(self, stored: Tensors, cfg: AdamssConfig) -> Tensors:
         return stored if ROWS in stored else {**stored, ROWS: self.adamss_clusters}

@@ -144,8 +144,10 @@ def test_a_forward_and_rows_of_the_callers_own_for_a_named_adapter():
 
 def test_inputs_of_other_processes_can_be_left_out(monkeypatch):
     asked = []
-    monkeypatch.setattr("graft.train.eva.dist", SimpleNamespace(is_initialized=lambda: True))
-    monkeypatch.setattr("graft.train.eva.gathered", lambda rows: asked.append(1) or rows)
+    for file in ("eva", "eva_measure"):
+        several = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0)
+        monkeypatch.setattr(f"graft.train.{file}.dist", several)
+    monkeypatch.setattr("graft.train.eva_measure.gathered", lambda rows: asked.append(1) or rows)
     for gather in (False, True):
         cfg = config(graft, target_modules=["lin0"])
         said = pytest.warns(UserWarning, match="will gather tensors from all ranks") if gather else nullcontext()

@@ -7,7 +7,7 @@ TESTS ?=
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all test-oldest test-storages test-distributed test-clients mutations fuzz check dist release bench \
+.PHONY: test test-all coverage test-oldest test-storages test-distributed test-clients mutations fuzz check dist release bench \
 	demo demo-lm demo-4bit compare examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -39,6 +39,11 @@ bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed $(TESTS)
+
+# what the tests run of the package, their processes included; fails below the share that pyproject.toml sets
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed --cov --cov-report=term --cov-report=html:out/coverage \
+		$(TESTS)
 
 # the lower bounds of pyproject.toml, on the oldest Python; torch of that age brings its CUDA libraries, 5 GB in all
 OLDEST_PYTHON ?= python3.10

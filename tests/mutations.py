@@ -119,7 +119,7 @@ MUTATIONS = [
         'stem = f"{prefix}{there}.{container}x"',
         "tests/parity/test_files.py tests/io",
     ),
-    Mutation("a merge in training mode", "core/folding.py", 'own["training"] = False', "pass"),
+    Mutation("a merge in training mode", "core/folding.py", 'self.own["training"] = False', "pass"),
     Mutation(
         "half of the shift of a bias",
         "core/effect.py",
@@ -148,7 +148,9 @@ def run(mutation: Mutation, folder: Path) -> tuple[bool, str]:
     text = target.read_text()
     if text.count(mutation.old) < 1:
         return False, f"nothing to change in {mutation.file}: {mutation.old!r}"
-    target.write_text(text.replace(mutation.old, mutation.new, 1))
+    mutated = text.replace(mutation.old, mutation.new, 1)
+    compile(mutated, mutation.file, "exec")  # what cannot be imported is not noticed by a law
+    target.write_text(mutated)
     try:
         environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from graft.core.errors import PeftWarning, warn
 from graft.core.outputs import tensors_in
 from graft.inject.saved import ModulesToSaveWrapper
+from graft.kernels.eager import autocast_dtype
 from graft.model.asleep import say_asleep
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.parallel import is_sharded
@@ -49,8 +50,8 @@ class Watch:
                 continue
             t.register_hook(self._begins)
             if first:
-                first, kind = False, t.device.type
-                self.half |= in_float16(kind)
+                first = False
+                self.half |= autocast_dtype(t.device) == torch.float16
                 self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
 
     def _begins(self, _grad: Tensor) -> None:
@@ -159,12 +160,3 @@ def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
         not p.numel() or is_sharded(p) or p._post_accumulate_grad_hooks or any(hasattr(p, a) for a in KEPT_ELSEWHERE)
         for p in parameters
     ) or any(type(m).__name__.startswith(SHARDED) for m in model.modules())
-
-
-def in_float16(kind: str) -> bool:
-    """Say whether autocast computes in float16 on a type of device."""
-    return (
-        torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-        and torch.get_autocast_dtype(kind) == torch.float16
-    )

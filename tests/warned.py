@@ -298,4 +298,9 @@ WARNED = [
     Warned("unclosed (file|scandir)", "an interrupt comes between opening and keeping", "trust/test_saves.py"),
     Warned("FSDP2-wrapped module", "the output of a tiny model is a view", "compat/test_callers.py"),
     Warned("overflow encountered", "Triton's interpreter computes with masked values", "kernels/test_triton.py"),
+    Warned(
+        "None of the inputs have requires_grad",
+        "reentrant checkpointing of transformers 4 begins below an embedding that does not train",
+        "model/generation/test_checkpointing.py",
+    ),
 ]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import other, transformers_weight_conversion
+from peft.utils import other
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from graft.compat.peft import clients
 from graft.compat.peft.layers import layer_class
 from tests import models
+from tests.leaves_out import CONVERSIONS
 from tests.pair import LIBS, adapt, close, randomize
 from tests.samples import first
 
@@ -54,10 +55,12 @@ def mixtral():
 TARGETS = [["w1", "w2", "w3"], ["w1", "w3"], ["q_proj"], ["w2", "q_proj"]]
 
 
+@CONVERSIONS
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 def test_configs_of_fused_experts(targets, mixtral):
     made = []
-    for lib, module in zip(LIBS, (clients, transformers_weight_conversion)):
+    theirs = importlib.import_module("peft.utils.transformers_weight_conversion")
+    for lib, module in zip(LIBS, (clients, theirs)):
         config = lib.LoraConfig(target_modules=list(targets), r=4)
         mapping = module.get_model_conversion_mapping(mixtral)
         module.convert_peft_config_for_transformers(config, model=mixtral, conversions=mapping)

@@ -200,6 +200,7 @@ def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
     assert type(model.unload()) is type(base("mixtral"))
 
 
+@FUSED_EXPERTS
 def test_rank_pattern_names_parameters():
     config = dict(rank_pattern={"experts.down_proj": 5}, alpha_pattern={"experts.down_proj": 10})
     ours, theirs = (adapted(lib, "mixtral", **config).state_dict() for lib in (graft, peft))
@@ -543,6 +544,7 @@ def test_peft_refuses_combinations():
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="linear")
 
 
+@FUSED_EXPERTS
 def test_what_matches_nothing_is_said():
     with pytest.warns(graft.PeftWarning, match="target_parameters entry 'gate_up' matched nothing"):
         adapted(graft, "mixtral", target_parameters=["gate_up", BOTH[1]])

@@ -52,14 +52,18 @@ def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, ad
     Raises:
         CheckpointError: one has not the shape that the adapter's tensor has, by what stands there or by the config.
     """
-    odd = [
-        e
-        for e in held
-        if (layout_of(e.tensor) is None and not is_whole(e.tensor)) or values[e.file].shape != shape_of(e.tensor)
-    ]
+    odd = [e for e in held if is_odd(e.tensor, values[e.file])]
     shapes = shapes_of(odd[0].layer, adapter, parts) if odd and odd[0].layer is not None else {}
     for entry in odd:
         check_value(entry.memory, values[entry.file], entry.tensor, adapter, shapes.get((entry.container, entry.path)))
+
+
+def is_odd(tensor: Tensor, value: Tensor) -> bool:
+    """Say whether a tensor is empty in the stead of another, or a value has another shape than it."""
+    layout = layout_of(tensor)
+    if layout is not None:
+        return value.shape != layout.shape(tensor)
+    return value.shape != tensor.shape or not is_whole(tensor)
 
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: Any = None) -> None:

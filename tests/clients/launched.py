@@ -4,6 +4,7 @@
 launched.py folder
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -55,3 +56,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo that is still there aborts an ordinary exit, now and then

@@ -92,3 +92,5 @@ def main(module: str, folder: str, rank: int, world: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo that is still there aborts an ordinary exit, now and then

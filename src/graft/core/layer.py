@@ -152,6 +152,8 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             ConfigError: it cannot stand beside one that the layer has.
         """
         for other in self.methods.values():
+            if not (method.chooses or other.chooses):
+                continue
             why = method.excludes(other.cfg) or other.excludes(method.cfg)
             if why is not None:
                 raise ConfigError(f"{why}: '{method.name}' beside '{other.name}', on layer '{self.site.key}'.")

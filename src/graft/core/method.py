@@ -75,6 +75,7 @@ class Method:
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     shares: ClassVar[bool] = False  # `share` or `accompany` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
+    chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
 
     along: bool = False  # the config names the module around the site, and the site came with that
     layer: Any  # Layer, with the containers of all adapters
@@ -91,6 +92,7 @@ class Method:
                 cls.layer_names = (*cls.layer_names, name)
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
+        cls.chooses = getattr(cls.excludes, "__func__", cls.excludes) is not Method.excludes.__func__  # type: ignore[attr-defined]
         cls.shares = any(getattr(cls, f).__func__ is not getattr(Method, f).__func__ for f in ("share", "accompany"))
         _refuse_half_an_override(cls)
 

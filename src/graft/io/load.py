@@ -267,12 +267,12 @@ class Values:
         if not self.fingerprint:
             return
         stored = self.fingerprint
-        if self.absent:
+        now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
+        if difference(stored, now) and self.absent:
             here = within(stored, lambda key: not self.is_absent(key))
             if here is None:
                 return
             stored = here
-        now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
         if parts.prompt is not None:
             both = in_common(stored, now)
             if both is None:

@@ -64,11 +64,13 @@ def fault(t: Tensor) -> str | None:
 @torch.no_grad()
 def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
     """Return the names of tensors that hold NaN or an infinite number."""
-    return [name for named in together(tensors) if not finite_sum(named) for name, t in named if not finite(t)]
+    groups = list(together(tensors))
+    suspects = [named for named, is_finite in zip(groups, sums(groups)) if not is_finite]
+    return [name for named in suspects for name, t in named if not finite(t)]
 
 
 def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yield the floating tensors in groups: large ones alone, small ones of one dtype and device with others."""
+    """Yield the floating tensors in groups: large ones alone, small ones of one kind together."""
     groups: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
     sizes: dict[Any, int] = defaultdict(int)
     for name, t in tensors.items():
@@ -78,7 +80,7 @@ def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
         if n > SMALL:
             yield [(name, t)]
             continue
-        kind = t.dtype, t.device
+        kind = t.dtype, t.device, t.shape  # of one shape, they can be joined as they are
         groups[kind].append((name, t))
         sizes[kind] += n
         if sizes[kind] > TOGETHER:
@@ -87,13 +89,22 @@ def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     yield from groups.values()
 
 
-def finite_sum(named: list[tuple[str, Tensor]]) -> bool:
-    """Say whether the sum of tensors is finite, which is quick to see. If it is not, it may have overflowed."""
-    first = named[0][1]
-    if first.dtype in NARROW:
-        return False
-    flat = first if len(named) == 1 else torch.cat([t.reshape(-1) for _, t in named])
-    return bool(flat.sum().isfinite())
+def sums(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
+    """Say of groups whether their sums are finite, which is quick to see. One that is not may have overflowed."""
+    out = [False] * len(groups)
+    places: dict[torch.device, list[int]] = defaultdict(list)
+    for i, named in enumerate(groups):
+        if named[0][1].dtype not in NARROW:
+            places[named[0][1].device].append(i)
+    for here in places.values():  # a device tells all its answers at once
+        found = torch.stack([sum_of([t for _, t in groups[i]]).float() for i in here]).isfinite()
+        for i, is_finite in zip(here, found.tolist()):
+            out[i] = is_finite
+    return out
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    return (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).sum()
 
 
 def finite(t: Tensor) -> bool:

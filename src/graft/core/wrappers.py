@@ -20,7 +20,7 @@ MANAGED = "_is_fsdp_managed_module"  # FSDP's mark on all modules in its hands
 
 def clean(name: str) -> str:
     """Return a name as it stands in a file: without the parts of wrappers around modules within a model."""
-    if not any(part in name for part in INNER):
+    if "_wrapped_module" not in name and "_orig_mod" not in name:  # no name of INNER, as for most
         return name
     return re.sub(rf"(?:^|(?<=\.))(?:{'|'.join(INNER)})\.", "", name)
 

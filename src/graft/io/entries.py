@@ -88,15 +88,16 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     tokens: dict[str, Any] = {f"{k}.{w.inner_name}": w for k, w in parts.wrappers.items() if w.takes_rows}
     rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
-        unnamed, in_files = layer.methods[adapter].unnamed, layer.methods[adapter].in_files
-        here, there = in_model.path(key, layer), clean(in_file.path(key, layer))
+        method = layer.methods[adapter]
+        unnamed, in_files = method.unnamed, method.in_files
+        here, there = f"{prefix}{in_model.path(key, layer)}.", f"{prefix}{clean(in_file.path(key, layer))}."
         for slot in layer.slots(adapter):
             if not slot.saved:
                 continue
             container, path = slot.container, slot.path
-            stem = f"{prefix}{there}.{container}"
+            stem = there + container
             below = f".{path}" if path else ""
-            memory, file = f"{prefix}{here}.{container}.{adapter}{below}", f"{stem}{below}"
+            memory, file = f"{here}{container}.{adapter}{below}", stem + below
             also: tuple[str, ...] = ()
             if container in unnamed:
                 file, also = stem, (file,)

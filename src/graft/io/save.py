@@ -83,17 +83,10 @@ def get_peft_model_state_dict(
     values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
     values |= {key: t if given is None else given.get(bare(key), t) for key, t in more.items()}
     values |= gathered(values)
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for layer, group in groupby(held, attrgetter("layer")):
-        here = list(group)
-        own = {e.file: values[e.file] for e in here}
-        for e in here if layer is not None and layer.methods[adapter_name].sources else ():
-            if id(e.tensor) in seen:  # another layer's: a file has a copy for each
-                own[e.file] = own[e.file].detach().clone()
-        seen |= {id(e.tensor) for e in here}
-        check_entries(here, own, parts, adapter_name)
-        out |= own if layer is None else stored(layer.methods[adapter_name], here, own, config)
+    check_entries(held, values, parts, adapter_name)
+    if any([layer.methods[adapter_name].sources for layer in parts.layers.values()]):
+        copy_twins(held, values, adapter_name)
+    out = stored(parts, held, values, adapter_name, config)
     for key, tensor in more.items():
         out[key] = values[key]
         check_value(key, out[key], tensor, adapter_name)
@@ -132,14 +125,30 @@ def ranks_of_adapters(model: Any, adapters: list[str]) -> list[int]:
     return ranks_of(held)
 
 
-def stored(method: Any, held: list[Entry], values: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Return the tensors that a file holds of an adapter on one layer, by file key."""
-    if method.stores_as_held:
-        return values
-    places = {(entry.container, entry.path): entry.file for entry in held}
-    made = method.stored({place: values[file] for place, file in places.items()}, config)
-    stem = held[0].stem.removesuffix(held[0].container)
-    return {places.get(p) or f"{stem}{p[0]}" + (f".{p[1]}" if p[1] else ""): t for p, t in made.items()}
+def copy_twins(held: list[Entry], values: dict[str, Tensor], adapter: str) -> None:
+    """Copy the values of tensors that are another layer's: a file has its own for each."""
+    seen: set[int] = set()
+    for e in held:
+        if id(e.tensor) in seen and e.layer is not None and e.layer.methods[adapter].sources:
+            values[e.file] = values[e.file].detach().clone()
+        seen.add(id(e.tensor))
+
+
+def stored(parts: Parts, held: list[Entry], values: dict[str, Tensor], adapter: str, config: Any) -> dict[str, Tensor]:
+    """Return the tensors that a file holds of an adapter, by file key."""
+    out: dict[str, Tensor] = {}
+    for layer, group in groupby(held, attrgetter("layer")):
+        method = None if layer is None else layer.methods[adapter]
+        if method is None or method.stores_as_held:
+            for e in group:
+                out[e.file] = values[e.file]
+            continue
+        here = list(group)
+        places = {(e.container, e.path): e.file for e in here}
+        made = method.stored({place: values[file] for place, file in places.items()}, config)
+        stem = here[0].stem.removesuffix(here[0].container)
+        out |= {places.get(p) or f"{stem}{p[0]}" + (f".{p[1]}" if p[1] else ""): t for p, t in made.items()}
+    return out
 
 
 def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:

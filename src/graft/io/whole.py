@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +34,8 @@ def gathered(held: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a process is alone, or others hold other tensors.
     """
-    spread = {name: t for name, t in sorted(held.items()) if layout_of(t) is not None}
+    spread = {name: t for name, t in held.items() if layout_of(t) is not None}
+    spread = {name: spread[name] for name in sorted(spread)}  # in one order everywhere
     ranks = ranks_of(spread.values())
     if len(ranks) > 1:
         shapes = [f"{name} {tuple(shape_of(t))} {t.dtype}" for name, t in spread.items()]
@@ -47,23 +50,23 @@ def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, adapter: str) -> None:
-    """Check the values, by file key, that are to be saved of the entries of one layer.
+    """Check the values, by file key, that are to be saved of these entries.
 
     Raises:
         CheckpointError: one has not the shape that the adapter's tensor has, by what stands there or by the config.
     """
     odd = [e for e in held if is_odd(e.tensor, values[e.file])]
-    shapes = shapes_of(odd[0].layer, adapter, parts) if odd and odd[0].layer is not None else {}
-    for entry in odd:
-        check_value(entry.memory, values[entry.file], entry.tensor, adapter, shapes.get((entry.container, entry.path)))
+    for layer, group in groupby(odd, attrgetter("layer")):
+        shapes = {} if layer is None else shapes_of(layer, adapter, parts)
+        for e in group:
+            check_value(e.memory, values[e.file], e.tensor, adapter, shapes.get((e.container, e.path)))
 
 
 def is_odd(tensor: Tensor, value: Tensor) -> bool:
     """Say whether a tensor is empty in the stead of another, or a value has another shape than it."""
-    layout = layout_of(tensor)
-    if layout is not None:
-        return value.shape != layout.shape(tensor)
-    return value.shape != tensor.shape or not is_whole(tensor)
+    if value is not tensor and value.shape != shape_of(tensor):
+        return True
+    return not is_whole(tensor) and layout_of(tensor) is None
 
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: Any = None) -> None:

@@ -99,8 +99,15 @@ class Zero3(OfAll):
 DISTRIBUTED, FLAT, ZERO3 = Distributed(), Flat(), Zero3()
 
 
+def is_plain(t: Tensor) -> bool:
+    """Say whether a tensor bears no mark of any layout, which is quick to see."""
+    return type(t) in (nn.Parameter, Tensor) and t._base is None and not t.__dict__
+
+
 def layout_of(t: Tensor) -> Layout | None:
     """Return how processes share a tensor; None if this one has all of it."""
+    if is_plain(t):
+        return None
     if is_sharded(t):
         return DISTRIBUTED
     if hasattr(t, "ds_id"):
@@ -125,8 +132,10 @@ def mastered(parameters: Iterable[Any]) -> set[int]:
 
 def is_whole(t: Tensor) -> bool:
     """Say whether a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
-    if t.is_floating_point() and not t.numel():
+    if not t.numel() and t.is_floating_point():
         return False
+    if is_plain(t):
+        return True
     if "_fsdp_flattened" in t.__dict__:
         return place_of(t) is not None and piece_of(t) is None  # with NO_SHARD it is flattened, and whole
     return piece_of(t) is None
@@ -162,7 +171,7 @@ def fill(t: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def fill_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Put whole values into tensors in place, all in one go where that can be. Every process must call this."""
-    here = [pair for pair in pairs if layout_of(pair[0]) is None and not mastered([pair[0]])]
+    here = [pair for pair in pairs if is_plain(t := pair[0]) or (layout_of(t) is None and not mastered([t]))]
     if here:
         torch._foreach_copy_([t for t, _ in here], [value for _, value in here])
     for t, value in pairs if len(here) < len(pairs) else ():

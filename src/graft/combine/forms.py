@@ -85,7 +85,7 @@ def factors_of(m: Any, weight: float) -> Term:
     """The factors of a method, with the vectors between and around them counted in."""
     with evaluating(m.layer):
         f = m.factors()
-    A, B = f._replace(scale=None).matrices()
+    A, B = f.unscaled()
     op, module = m.site.op, m.site.module
     stack = op.stack(module) if op.opaque else 1
     return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, op.groups(module), stack)

@@ -47,7 +47,7 @@ def change_of(m: Any) -> Change:
     with layer.store.at_hand(layer, None), evaluating(layer):
         if isinstance(effect, LowRank) and not effect.gains:
             f = effect.factors()
-            A, B = (wide(t) for t in f._replace(scale=None).matrices())
+            A, B = (wide(t) for t in f.unscaled())
             own = len(A) == groups * B.shape[1]  # each group has rows of A for itself
             return Change(
                 A.unflatten(0, (groups, -1)) if own else A.expand(groups, *A.shape),

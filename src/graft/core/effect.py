@@ -32,12 +32,17 @@ class Factors(NamedTuple):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return A (r, fan_in) and B (out, r) whose product B A is the whole update, with scale and vectors."""
+        A, B = self.unscaled()
+        return A, B if self.scale is None else B * self.scale
+
+    def unscaled(self) -> tuple[Tensor, Tensor]:
+        """Return the same without the scale."""
         A, B = matrix(self.A).flatten(1), matrix(self.B).flatten(1)
         if self.inner is not None:
             A = self.inner[:, None] * A
         if self.outer is not None:
             B = self.outer[:, None] * B
-        return A, B if self.scale is None else B * self.scale
+        return A, B
 
     def shift(self) -> Tensor | None:
         """Return the update of the layer's bias, (out,); None if B has no bias."""

@@ -82,8 +82,7 @@ def survey(model: nn.Module) -> Tree:
 
     def look_into(module: nn.Module, path: str) -> None:
         if (carrier := carrier_of(module)) is not None:
-            nest = nest_of(carrier)
-            if nest:
+            if nest := nest_of(carrier):
                 nested(nest, path)
             else:
                 wrapped(carrier, path)
@@ -156,9 +155,9 @@ def nest_of(carrier: Any) -> list[AdapterLayer]:
     """Return the layers of a module's parameters that stand around it, the innermost first; [] if there are none."""
     nest: list[AdapterLayer] = []
     while isinstance(carrier, AdapterLayer) and carrier.op.opaque:
-        nest.insert(0, carrier)
+        nest.append(carrier)
         carrier = carrier.base_layer
-    return nest
+    return nest[::-1]
 
 
 class Composed(NamedTuple):

@@ -141,10 +141,12 @@ class Update(Effect):
 
     `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). None: the weight stays as it is.
     ΔW is a tensor, or a value that is not formed yet: an `Unformed`, or beside a `branch` whatever has `dense()`.
+    `beside`: factors of a product B A that adds to ΔW, with a dropout of their own.
     """
 
     delta: Callable[..., Any] | None
     branch: Callable[[Tensor], Tensor] | None = None  # x → ΔW x, where that is cheaper
+    beside: Callable[[], Factors] | None = None
     bias: Callable[[], Tensor] | None = None  # Δb, (out,)
     dropout: Callable[[], nn.Module] | None = None  # acts on the input
     draws: bool = False  # ΔW is random in training: a call must not compute it twice

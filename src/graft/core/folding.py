@@ -41,17 +41,26 @@ def formed(layer: Layer, effect: Update) -> Any:
     return effect.delta(layer.W0) if effect.of_weight else effect.delta()
 
 
-def delta_of(layer: Layer, effect: Effect) -> Tensor:
-    """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32."""
+def delta_of(layer: Layer, effect: Effect, drops: bool = False) -> Tensor:
+    """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32.
+
+    drops: let the dropout of factors take out inputs of the update, the same for all rows.
+    """
     if isinstance(effect, LowRank):
-        A, B = effect.factors().matrices()
-        if A.dtype in HALF:
-            A, B = A.float(), B.float()
-        return layer.op.product(A, B, layer.site.shape)
+        return product_of(layer, effect.factors(), drops)
     if isinstance(effect, Update):
         delta = formed(layer, effect)
-        return torch.zeros(layer.site.shape) if delta is None else dense(delta)
+        W = torch.zeros(layer.site.shape) if delta is None else dense(delta)
+        return W if effect.beside is None else W + product_of(layer, effect.beside(), drops)
     raise TypeError(f"a {type(effect).__name__} has no ΔW")
+
+
+def product_of(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
+    """Return the canonical product of factors, but for their gain."""
+    A, B = (same_inputs(f) if drops else f).matrices()
+    if A.dtype in HALF:
+        A, B = A.float(), B.float()
+    return layer.op.product(A, B, layer.site.shape)
 
 
 def shift_of(effect: Effect) -> Tensor | None:
@@ -81,17 +90,14 @@ def fold_step(
     if isinstance(effect, Rewrite):
         return effect.merged(W, b)
     if isinstance(effect, LowRank):
-        f = same_inputs(effect.factors()) if drops else effect.factors()
-        A, B = f.matrices()
-        if A.dtype in HALF:
-            A, B = A.float(), B.float()
-        W = W + layer.op.product(A, B, layer.site.shape).to(W.dtype)
+        f = effect.factors()
+        W = W + product_of(layer, f, drops).to(W.dtype)
         shift = f.shift()
         if f.gain is not None:
             W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
     else:
         if not effect.keeps_weight:
-            delta = delta_of(layer, effect).to(W.dtype)
+            delta = delta_of(layer, effect, drops).to(W.dtype)
             dropout = getattr(effect, "dropout", None) if drops else None
             if dropout is not None:
                 delta = delta * dropout()(torch.ones_like(W[0]))

@@ -48,7 +48,8 @@ def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     if effect.branch is not None:
         y = effect.branch(x)
         return y if bias is None else y + op.channels(bias)
-    return applied(layer, m, formed(layer, effect), bias, x)
+    y = applied(layer, m, formed(layer, effect), bias, x)
+    return y if effect.beside is None else y + low_rank_part(layer, m, effect.beside(), x)
 
 
 def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -86,12 +87,12 @@ Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method,
 
 
 def add_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    f = effect.factors()
-    if fuse:
-        out = fused.added(f, x, y)
-        if out is not None:
-            return out
-    return y + low_rank_part(layer, m, f, x)
+    return add_factors(layer, m, effect.factors(), x, y, fuse)
+
+
+def add_factors(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    out = fused.added(f, x, y) if fuse else None
+    return y + low_rank_part(layer, m, f, x) if out is None else out
 
 
 def add_update(layer: Layer, m: Method, effect: Update, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
@@ -126,6 +127,8 @@ def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
         if out is None:
             y: Tensor = layer.base_layer(x)
             out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
+        if effect.beside is not None:
+            out = add_factors(layer, m, effect.beside(), x, out, True).to(out.dtype)
         return out
     y = layer.base_layer(x)
     return (y + update_part(layer, m, effect, x)).to(y.dtype)

@@ -164,8 +164,10 @@ def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     if isinstance(effect, Update) and not drops(layer, effect.dropout and effect.dropout()) and effect.branch is None:
         delta, bias = formed(layer, effect), None if effect.bias is None else effect.bias()
         if isinstance(delta, Tensor):
-            return run(layer, m.cast(x), delta.to(m.dtype), bias)
-        return cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
+            y = run(layer, m.cast(x), delta.to(m.dtype), bias)
+        else:
+            y = cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
+        return y if effect.beside is None else y + low_rank_piece(layer, m, effect.beside(), x)
     return cut_up(part_of(layer, m, effect, joined(x, piece.inputs)), piece.outputs)
 
 

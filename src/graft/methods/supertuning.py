@@ -18,7 +18,6 @@ from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.ops import linear
-from graft.core.part import applied, low_rank_part
 from graft.kernels.scattered import Scattered
 
 MOST = 2**31  # entries of a weight that int32 counts
@@ -97,7 +96,7 @@ class SuperTuning(Method):
         return not self.cfg.save_precomputed_indices
 
     def describe(self) -> Effect:
-        return Update(self.delta, branch=None if self.cfg.r is None else self.branch)
+        return Update(self.delta, beside=None if self.cfg.r is None else self.factors_beside)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
@@ -128,21 +127,10 @@ class SuperTuning(Method):
             else:
                 nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
 
-    def entries(self) -> Scattered:
+    def delta(self) -> Scattered:
         return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape)
 
     def factors_beside(self) -> Factors:
         pair: Any = self.supertuning_lora_A, self.supertuning_lora_B
         A, B = pair if self.site.op.linear else (m.weight for m in pair)
         return Factors(A, B, self.scaling, self.supertuning_lora_dropout)
-
-    def delta(self) -> Any:
-        if self.cfg.r is None:
-            return self.entries()
-        A, B = self.factors_beside().matrices()
-        return self.entries().dense() + (B @ A).view(self.site.shape)
-
-    def branch(self, x: Tensor) -> Tensor:
-        """Return ΔW x, where dropout acts on the input of A alone."""
-        part = applied(self.layer, self, self.entries(), None, x)
-        return part + low_rank_part(self.layer, self, self.factors_beside(), x)

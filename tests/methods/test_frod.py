@@ -31,23 +31,26 @@ def test_categories(path, name):
 
 @pytest.mark.parametrize("rows, out, n", [(10, 12, 20), (70, 12, 20), (300, 20, 12), (300, 12, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_is_the_reference(rows, out, n, dtype):
+@pytest.mark.parametrize("share", [2, 20])
+def test_the_kernel_is_the_reference(rows, out, n, dtype, share):
     g = torch.Generator().manual_seed(0)
-    W, x, U, M, V = (torch.randn(s, generator=g) for s in ((out, n), (rows, n), (out, n), (n, n), (n, n)))
+    W, x, U, V = (torch.randn(s, generator=g) for s in ((out, n), (rows, n), (out, n), (n, n)))
     W, x, b = W.to(dtype), x.to(dtype).requires_grad_(), torch.randn(out, generator=g).to(dtype)
-    M.requires_grad_()
+    places = torch.randperm(n * n, generator=g)[: n * n // share]
+    values = torch.randn(len(places), generator=g).requires_grad_()
     results = []
     for form in ("kernel", "plain"):
         if form == "kernel":
             call = torch.nn.functional.linear
-            y = Refactored(W, U, M, V).linear_with(W, b, x, call, lambda g, W: g @ W)
+            y = Refactored(W, U, V, values, places).linear_with(W, b, x, call, lambda g, W: g @ W)
         else:
+            M = torch.zeros(n * n).index_put((places,), values).view(n, n)
             y = plain(W.float(), b.float(), x.float(), W.float(), U, M, V).to(dtype)
-        grads = torch.autograd.grad((y.float() * torch.linspace(-1, 1, out)).sum(), (x, M))
+        grads = torch.autograd.grad((y.float() * torch.linspace(-1, 1, out)).sum(), (x, values))
         results.append((y, *grads))
     for ours, theirs in zip(*results):
         close(ours.float(), theirs.float(), 2e-2 if dtype is torch.bfloat16 else 1e-4)
-    assert Refactored(W, U, M, V).linear_with(W.clone(), b, x, call, None) is None
+    assert Refactored(W, U, V, values, places).linear_with(W.clone(), b, x, call, None) is None
 
 
 def test_layers_of_one_category_need_one_width():

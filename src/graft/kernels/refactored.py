@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight U M Vᵀ in place of another, as an update of it: never formed, or only within one product."""
+"""A weight U M Vᵀ, with an M of few numbers, in place of another, as an update of it: never formed, or only within one
+product."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from graft.kernels.one_product import Call, InputGradient, holds, linear_with
+from graft.kernels.scattered import Scattered, entries
 from graft.kernels.worth import worth_it
 
 
@@ -20,17 +23,22 @@ def plain(W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, U: Tensor, M: T
 
 
 class Refactored(NamedTuple):
-    """ΔW = U M Vᵀ - W, not formed yet. Only M and x get gradients."""
+    """ΔW = U M Vᵀ - W, not formed yet. M has `values` at `places`, else zeros. Only these and x get gradients."""
 
     W: Tensor  # (out, in, *kernel)
     U: Tensor  # (out, n)
-    M: Tensor  # (n, n)
     V: Tensor  # (n, n), n = in · kernel
+    values: Tensor  # (k,)
+    places: Tensor  # (k,) long: indices into M (n, n) as a flat list, row by row
 
     @property
     def always(self) -> bool:
         """Say that `linear_with` pays for any input."""
         return True
+
+    @property
+    def M(self) -> Tensor:
+        return Scattered(self.values, self.places, tuple(self.V.shape)).dense()
 
     def dense(self) -> Tensor:
         return (self.U @ (self.M @ self.V.T)).view(self.W.shape) - self.W
@@ -50,26 +58,49 @@ class Refactored(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias, which is x (U M Vᵀ)ᵀ + bias if W is the weight that ΔW replaces; else None."""
-        dtype = self.M.dtype
-        if W.data_ptr() != self.W.data_ptr() or not holds(self.M, W):
+        """Return x (W + ΔW)ᵀ + bias, which is x (U M Vᵀ)ᵀ + bias if W is the weight that ΔW replaces; else None.
+
+        Keep no matrix for the backward pass, which forms them again, but x V or x.
+        """
+        _, U, V, values, places = self
+        if W.data_ptr() != self.W.data_ptr() or not holds(values, W):
             return None
-        out, n = W.shape
-        rows = x.numel() // n
-        if worth_it(x) and rows * (3 * n - out) > 3 * out * n:  # for products of rows, some that form the weight
-            return linear_with(None, bias, x, Whole(self.U, self.M @ self.V.T), call, input_gradient)
-        y = call(self.narrow(x.to(dtype)), self.U, None if bias is None else bias.to(dtype))
+        dtype, (out, n) = values.dtype, W.shape
+        pays, rows = worth_it(x), x.numel() // n
+        if pays and rows * (3 * n - out) > 2 * n * (n + out):  # for products of rows, some that form the weight
+            return linear_with(None, bias, x, Whole(U, V, values, places), call, input_gradient)
+        if pays:
+            z = linear_with(None, None, x.to(dtype) @ V, Middle(values, places, n), F.linear, Tensor.matmul)
+        else:
+            z = self.narrow(x.to(dtype))
+        y = call(z, U, None if bias is None else bias.to(dtype))
         return y.to(x.dtype) if y.dtype == dtype else y  # autocast chose another
 
 
-class Whole(NamedTuple):
-    """The weight U K in place of any W. U gets no gradient."""
+class Middle(NamedTuple):
+    """The matrix M in place of any W."""
 
-    U: Tensor  # (out, n)
-    K: Tensor  # (n, n)
+    values: Tensor  # (k,)
+    places: Tensor  # (k,)
+    n: int
 
     def added(self, W: Any) -> Tensor:
-        return self.U @ self.K
+        return Scattered(self.values, self.places, (self.n, self.n)).dense()
 
-    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[None, Tensor]:
-        return None, self.U.T @ (g.T @ x)
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return entries(g, x, self.places), None, None
+
+
+class Whole(NamedTuple):
+    """The weight U M Vᵀ in place of any W. U and V get no gradient."""
+
+    U: Tensor  # (out, n)
+    V: Tensor  # (n, n)
+    values: Tensor  # (k,)
+    places: Tensor  # (k,)
+
+    def added(self, W: Any) -> Tensor:
+        return self.U @ (Middle(self.values, self.places, len(self.V)).added(W) @ self.V.T)
+
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return None, None, entries(g @ self.U, x @ self.V, self.places), None

@@ -132,5 +132,6 @@ class FRoD(Method):
 
     def delta(self, W0: Tensor) -> Refactored:  # type: ignore[override]
         V, (rows, columns) = self.shared
-        M = torch.diag(self.frod_lambda_l).index_put((rows, columns), self.frod_lambda_s_values)
-        return Refactored(W0, self.frod_U.to(M.dtype), M, V.to(M.dtype))
+        n, values = len(V), torch.cat((self.frod_lambda_l, self.frod_lambda_s_values))
+        places = torch.cat((torch.arange(n, device=V.device) * (n + 1), rows * n + columns))
+        return Refactored(W0, self.frod_U.to(values.dtype), V.to(values.dtype), values, places)

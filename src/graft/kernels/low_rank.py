@@ -146,16 +146,20 @@ class _AddLowRank(Function):
 class _AddProduct(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float, form: Any) -> Tensor:
-        ctx.save_for_backward(h, B)
-        ctx.options = scale, form
+        ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
+        ctx.options = h.shape, scale, form
         return form.add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (h, B), (scale, form) = ctx.saved_tensors, ctx.options
+        (h, B), (shape, scale, form) = ctx.saved_tensors, ctx.options
         form = products if torch.is_grad_enabled() else form  # a second derivative needs operations that have one
-        dh, dB = form.through_up(g.reshape(-1, g.shape[-1]), B, h.reshape(-1, h.shape[-1]), scale)
-        return g, dh.view(h.shape), dB, None, None
+        rows, dB = g.reshape(-1, g.shape[-1]), None
+        if h is None:  # B is fixed
+            dh = form.down(rows, B.T, scale)
+        else:
+            dh, dB = form.through_up(rows, B, h.reshape(-1, shape[-1]), scale)
+        return g, dh.view(shape), dB, None, None
 
 
 class _LowRankLinear(Function):

@@ -118,14 +118,14 @@ class PSOFT(Method):
 
     def factors(self) -> Factors:
         R, A, B = self.R(), self.principal_basis.A, self.principal_basis.B
-        turned = B @ (R - torch.eye(len(R), dtype=R.dtype, device=R.device))
+        turn = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
+        turned = turn @ A
         if not self.site.takes_vectors:  # the layer takes matrices of one dtype with its input
-            A, turned = A.to(self.dtype), turned.to(self.dtype)
-            return Factors(A, turned, self.scaling, self.psoft_dropout)
-        # A is fixed: nobody needs x for its gradient
-        return Factors(Product(partial(into, A), A), turned, self.scaling, self.psoft_dropout)
+            return Factors(turned.to(self.dtype), B.to(self.dtype), self.scaling, self.psoft_dropout)
+        # A and B are fixed: nobody needs x or the output's gradient for theirs
+        return Factors(Product(partial(into, A, turn), turned), B, self.scaling, self.psoft_dropout)
 
 
-def into(A: Tensor, x: Tensor) -> Tensor:
-    """Return x Aᵀ in the dtype of A."""
-    return x.to(A.dtype) @ A.T
+def into(A: Tensor, turn: Tensor, x: Tensor) -> Tensor:
+    """Return x Aᵀ turnᵀ in the dtype of A."""
+    return (x.to(A.dtype) @ A.T) @ turn.T

@@ -112,7 +112,7 @@ def p_tuning(steps: int) -> Any:
 
 FAMILY: dict[str, Choice] = {
     "LoRA": Choice(lora),
-    "rsLoRA": Choice(partial(lora, use_rslora=True, lora_alpha=8), note="r 4, α 8, q and v"),
+    "rsLoRA": Choice(partial(lora, use_rslora=True, r=16), note="r 16, s as for LoRA, q and v"),
     "DoRA": Choice(partial(lora, use_dora=True)),
     "PiSSA": Choice(partial(lora, init_lora_weights="pissa_niter_4")),
     "OLoRA": Choice(partial(lora, init_lora_weights="olora"), 1e-3),

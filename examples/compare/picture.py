@@ -1,31 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison in one picture: quality against cost and size."""
+"""The comparison in one picture: quality, cost and size of each method, the best above."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
+ON_FRONT, BEHIND = "C1", "C0"
 
-def draw(results: dict[str, Any], n: int, path: Path) -> None:
-    """Draw exact match, with standard errors, over the CPU time of training and over the size of the file."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
-    for ax, field, scale, label in (
-        (axes[0], "cpu_seconds", 1, "CPU seconds of training"),
-        (axes[1], "bytes", 1e3, "size of the file, kB"),
-    ):
-        for i, (name, m) in enumerate(results.items()):
-            x, p, color = m[field] / scale, m["exact"], f"C{i % 10}"
-            ax.errorbar(x, p, yerr=(p * (1 - p) / n) ** 0.5, fmt="o", color=color, capsize=2, alpha=0.8)
-            ax.annotate(name, (x, p), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
-        ax.set(xlabel=label, ylim=(-0.05, 1.05))
-        ax.margins(x=0.15)
-    axes[1].set_xscale("log")
-    axes[0].set_ylabel(f"exact match of {n} dates")
-    figure.savefig(path, dpi=120)
+
+class Panel(NamedTuple):
+    """One quantity of all methods."""
+
+    label: str
+    value: Callable[[dict[str, Any]], float]
+    scale: str = "linear"
+
+
+def cost(m: dict[str, Any]) -> float:
+    return float(m["cpu_seconds"] / m["steps"])
+
+
+PANELS = (
+    Panel("exact match", lambda m: float(m["exact"])),
+    Panel("CPU seconds of a training step", cost),
+    Panel("size of the file, kB", lambda m: m["bytes"] / 1e3, "log"),
+)
+
+
+def draw(results: dict[str, Any], n: int, path: Path, source: str = "") -> None:
+    """Draw exact match of n dates, with standard errors, beside the CPU time of a step and the size of the file.
+
+    Lines show LoRA's values. Methods that no other beats in both quality and time have a colour of their own.
+
+    Args:
+        source: what the picture's metadata say that it was drawn from.
+    """
+    names = sorted(results, key=lambda name: (results[name]["exact"], -cost(results[name])))
+    colors = [ON_FRONT if name in front(results) else BEHIND for name in names]
+    places = range(len(names))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 1.4 + 0.2 * len(names)), layout="constrained", sharey=True)
+    for ax, panel in zip(axes, PANELS):
+        values = [panel.value(results[name]) for name in names]
+        ax.scatter(values, places, color=colors, zorder=3)
+        if panel is PANELS[0]:
+            ax.errorbar(values, places, xerr=[(p * (1 - p) / n) ** 0.5 for p in values], fmt="none", ecolor="0.6")
+        if "LoRA" in results:
+            ax.axvline(panel.value(results["LoRA"]), color="0.6", linestyle="--", linewidth=1)
+        ax.set(xlabel=panel.label, xscale=panel.scale)
+        ax.grid(axis="y", color="0.9")
+    axes[0].set_yticks(places, names)
+    axes[0].set_ylim(-0.7, len(names) - 0.3)
+    axes[0].set_title(f"{n} held-out dates; orange: none is both better and cheaper", loc="left", fontsize=9)
+    figure.savefig(path, dpi=100, metadata={"Source": source})
     plt.close(figure)
+
+
+def front(results: dict[str, Any]) -> set[str]:
+    """Return the methods that no other is at least as good as for no more time, and better in one of the two."""
+
+    def beaten(one: dict[str, Any]) -> bool:
+        for other in results.values():
+            gain, saved = other["exact"] - one["exact"], cost(one) - cost(other)
+            if min(gain, saved) >= 0 and max(gain, saved) > 0:
+                return True
+        return False
+
+    return {name for name, m in results.items() if not beaten(m)}

@@ -29,8 +29,7 @@ class TypeTable(Generic[T]):
         return list(self._rows)
 
     def find(self, cls: type) -> T | None:
-        found = self._found.get(id(cls))
-        return found[2] if found is not None and found[0]() is cls else self._search(cls)[2]
+        return self._search(cls)[2]
 
     def origin(self, cls: type) -> type | None:
         """Return the first class of the MRO that has an entry; None if none has."""
@@ -38,10 +37,12 @@ class TypeTable(Generic[T]):
         return cls.__mro__[place] if place >= 0 else None
 
     def _search(self, cls: type) -> tuple[ref[type], int, T | None]:
-        places = (i for i, base in enumerate(cls.__mro__) if qualified(base) in self._rows)
-        place = next(places, -1)
-        entry = None if place < 0 else self._rows[qualified(cls.__mro__[place])]
-        found = self._found[id(cls)] = (ref(cls), place, entry)
+        found = self._found.get(id(cls))
+        if found is None or found[0]() is not cls:
+            places = (i for i, base in enumerate(cls.__mro__) if qualified(base) in self._rows)
+            place = next(places, -1)
+            entry = None if place < 0 else self._rows[qualified(cls.__mro__[place])]
+            found = self._found[id(cls)] = (ref(cls), place, entry)
         return found
 
 

@@ -17,7 +17,7 @@ from graft.inject.parts import Parts
 from graft.io.entries import Entry
 from graft.io.fingerprint import digest
 from graft.io.together import Meeting
-from graft.storage.parallel import is_whole, layout_of, shape_of, whole
+from graft.storage.parallel import is_plain, is_whole, layout_of, shape_of, whole
 
 CALL = "save_pretrained()"
 GATHER = (
@@ -64,9 +64,12 @@ def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, ad
 
 def is_odd(tensor: Tensor, value: Tensor) -> bool:
     """Say whether a tensor is empty in the stead of another, or a value has another shape than it."""
-    if value is not tensor and value.shape != shape_of(tensor):
-        return True
-    return not is_whole(tensor) and layout_of(tensor) is None
+    if value is tensor and is_plain(tensor):
+        return not is_whole(tensor)
+    layout = layout_of(tensor)
+    if layout is not None:
+        return value.shape != layout.shape(tensor)
+    return value.shape != tensor.shape or not is_whole(tensor)
 
 
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: Any = None) -> None:

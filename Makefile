@@ -125,7 +125,11 @@ release: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(DEMO)
 
-compare: $(VENV)/.demo-lm
+$(VENV)/.compare: $(VENV)/.demo-lm
+	$(BIN)/pip install -q -e '.[demo-lm,methods]'
+	touch $@
+
+compare: $(VENV)/.compare
 	$(BIN)/python -m examples.compare $(COMPARE)
 
 demo-lm: $(VENV)/.demo-lm

@@ -29,7 +29,11 @@ COLUMNS = ("method", "", "exact match", "lenient", "loss", "step", "prepare", "p
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the comparison; return what it writes to compare.json."""
+    """Run the comparison; return what it writes to compare.json.
+
+    Raises:
+        DemoError: some methods failed, after all others ran.
+    """
     args = parse(argv)
     steps, held_out = (3, 10) if args.quick else (args.steps or STEPS, HELD_OUT)
     with waiting("reading the model; the first time it is converted, which takes half a minute"):
@@ -38,15 +42,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     settings = {"steps": steps, "seed": args.seed, "held_out": held_out}
     results = {} if args.again else earlier(file, settings)
     names = args.methods or list(FAMILY if args.lora else CHOICES)
+    failed = []
     for name in names:
-        if name not in results:
+        if name in results:
+            continue
+        try:
             results[name] = compare(name, source, **settings)
-            file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
+        except DemoError as e:  # the others go on
+            failed.append(str(e))
+            continue
+        file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
+    if failed and not results:
+        raise DemoError("; ".join(failed))
     results = {name: results[name] for name in CHOICES if name in results}
     console.print(table(results, held_out))
     (args.out / "compare.md").write_text(markdown(results, held_out))
     draw(results, held_out, args.out / "compare.png")
     console.rule(f"{file} · {args.out / 'compare.md'} · {args.out / 'compare.png'}")
+    if failed:
+        raise DemoError("; ".join(failed))
     return {"settings": settings, "methods": results}
 
 

@@ -16,6 +16,9 @@ from examples.demo_lm import data
 from graft.methods import ROWS
 from tests.examples.test_demo_lm import tokenizer, write  # noqa: F401
 
+MADE = dict(exact=0.5, lenient=0.6, loss=0.1, seconds=3.0, steps=3, cpu_seconds=2.0, prepare_seconds=0.0,
+            peak_memory=2e9, bytes=40_000, parameters=1000, lr=0.003, note="r 4")  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer):  # noqa: F811
@@ -57,11 +60,9 @@ def test_every_choice_has_a_config():
 
 
 def test_table_picture_and_going_on(tmp_path, monkeypatch):
-    made = dict(exact=0.5, lenient=0.6, loss=0.1, seconds=3.0, steps=3, cpu_seconds=2.0, prepare_seconds=0.0,
-                peak_memory=2e9, bytes=40_000, parameters=1000, lr=0.003, note="r 4")  # fmt: skip
     calls = []
     monkeypatch.setattr(compare, "model_source", lambda source: source)
-    monkeypatch.setattr(compare, "compare", lambda name, *a, **b: calls.append(name) or made)
+    monkeypatch.setattr(compare, "compare", lambda name, *a, **b: calls.append(name) or MADE)
     arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
     compare.main([*arguments, "LoRA"])
     results = compare.main([*arguments, "--lora"])
@@ -72,6 +73,23 @@ def test_table_picture_and_going_on(tmp_path, monkeypatch):
     assert calls[-1] == "LoRA"
     with pytest.raises(SystemExit):
         compare.main([*arguments, "Lora"])
+
+
+def test_the_others_go_on_after_a_method_that_fails(tmp_path, monkeypatch):
+    def run(name, *args, **settings):
+        if name != "PiSSA":
+            raise compare.DemoError(f"{name} ended without a result")
+        return MADE
+
+    monkeypatch.setattr(compare, "model_source", lambda source: source)
+    monkeypatch.setattr(compare, "compare", run)
+    arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
+    with pytest.raises(compare.DemoError, match="DoRA ended without a result; MiCA ended"):
+        compare.main([*arguments, "DoRA", "PiSSA", "MiCA"])
+    assert list(json.loads((tmp_path / "compare.json").read_text())["methods"]) == ["PiSSA"]
+    assert "| PiSSA |" in (tmp_path / "compare.md").read_text()
+    with pytest.raises(compare.DemoError, match="LoRA ended without a result"):
+        compare.main([*arguments, "--again", "LoRA"])
 
 
 def test_a_child_that_fails_is_reported(monkeypatch):

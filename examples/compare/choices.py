@@ -138,7 +138,7 @@ OTHERS: dict[str, Choice] = {
     "RoAd": Choice(of("ROAD", group_size=64), 1e-2, "q and v"),
     "VB-LoRA": Choice(of("VBLORA", r=4, num_vectors=64, vector_length=64), 1e-2, "r 4, 64 vectors, q and v"),
     "PVeRA": Choice(of("PVERA", r=64), 2e-2, "r 64, q and v"),
-    "RandLoRA": Choice(of("RANDLORA", r=32), 1e-2, "r 32, q and v"),
+    "RandLoRA": Choice(of("RANDLORA", r=32), 1e-3, "r 32, q and v"),
     "Uni-LoRA": Choice(of("UNILORA", r=4, theta_d_length=20_000), 1e-2, "r 4, 20,000 numbers, q and v"),
     "TinyLoRA": Choice(of("TINYLORA", r=2, u=64), 1e-2, "64 numbers a layer, q and v"),
     "GraLoRA": Choice(of("GRALORA", r=4, alpha=16), LR, "r 4, q and v"),

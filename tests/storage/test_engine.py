@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
+from graft.core.ops import find_op
+from graft.storage import refusal
 from tests.conformance.samples import disturb
 from tests.models import seeded
 
@@ -143,3 +146,13 @@ def test_what_a_layer_does_in_another_way_is_refused(options, why):
     with pytest.raises(UnsupportedLayerError, match=why):
         graft.get_peft_model(net, CONFIGS["LORA"]())
     assert type(net.layer) is Linear
+
+
+def test_a_parametrized_layer_of_a_package_is_still_that_packages():
+    """Its class is torch's, made for it, below which the package's stands."""
+    kind = type("ColumnParallelLinear", (nn.Linear,), {"__module__": "megatron.core.tensor_parallel.layers"})
+    module = kind(4, 4)
+    module.sequence_parallel = True
+    parametrize.register_parametrization(module, "bias", nn.Identity())
+    assert type(module).__module__.startswith("torch.")
+    assert "sequence parallel" in str(refusal(module, find_op(module), False))

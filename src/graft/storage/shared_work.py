@@ -29,6 +29,6 @@ def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
 
     inside: the adapter knows what happens inside the module.
     """
-    own = type(module).__module__.startswith("torch.nn.")  # no package's, as most are
+    own = type(module).__module__.startswith("torch.nn.modules.")  # no package's, nor a parametrized one of a package's
     why = None if own else megatron.why_not(module) or engine.why_not(module)
     return tensor_parallel.refusal(module, op, inside) if why is None else f"As a {type(module).__name__}, {why}"

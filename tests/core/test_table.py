@@ -73,3 +73,17 @@ def test_a_looked_up_type_can_be_collected():
     del local
     gc.collect()
     assert ref() is None
+
+
+def test_a_new_type_in_the_memory_of_an_old_one_is_another():
+    table = TypeTable({name(Base): 1})
+    ids = []
+    for i in range(200):
+        bases = (Base,) if i % 2 else ()
+        local = type("Local", bases, {})
+        ids.append(id(local))
+        assert table.find(local) == (1 if i % 2 else None)
+        assert table.origin(local) is (Base if i % 2 else None)
+        del local
+        gc.collect()
+    assert len(set(ids)) < len(ids), "no two had one id: the test sees nothing"

@@ -70,6 +70,22 @@ def test_half_precision_errs_no_more_than_the_plain_formula(adapter):
     assert fused[0] < 2**-7
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_fixed_up_projection_keeps_nothing_of_the_input(trains):
+    y, h, B = torch.randn(ROWS, 20), torch.randn(ROWS, 3).requires_grad_(), torch.randn(20, 3).requires_grad_(trains)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = low_rank.add_product(y.clone(), h, B, SCALE)
+    weights = torch.randn(out.shape)
+    (dh,) = torch.autograd.grad((out * weights).sum(), [h], retain_graph=True)
+    assert_close(out, y + SCALE * h @ B.T)
+    assert_close(dh, SCALE * weights @ B)
+    assert (h.data_ptr() in kept) == trains
+    if trains:
+        (dB,) = torch.autograd.grad((out * weights).sum(), [B])
+        assert_close(dB, SCALE * weights.T @ h)
+
+
 def test_autocast_computes_in_its_dtype():
     values = tensors()
     exact = results(plain, wide(values))

@@ -43,7 +43,8 @@ def draw(results: dict[str, Any], n: int, path: Path, source: str = "") -> None:
         source: what the picture's metadata say that it was drawn from.
     """
     names = sorted(results, key=lambda name: (results[name]["exact"], -cost(results[name])))
-    colors = [ON_FRONT if name in front(results) else BEHIND for name in names]
+    best = front(results)
+    colors = [ON_FRONT if name in best else BEHIND for name in names]
     places = range(len(names))
     figure, axes = plt.subplots(1, 3, figsize=(12, 1.4 + 0.2 * len(names)), layout="constrained", sharey=True)
     for ax, panel in zip(axes, PANELS):

@@ -59,8 +59,8 @@ def beside_lora(results: dict[str, Any]) -> str:
 
 
 def unbeaten(results: dict[str, Any]) -> str:
-    names = [name for name in results if name in front(results)]
-    return f"No other is both better and cheaper than {' or '.join(names)}."
+    best = front(results)
+    return f"No other is both better and cheaper than {' or '.join(name for name in results if name in best)}."
 
 
 def page() -> str:

@@ -122,7 +122,7 @@ class PSOFT(Method):
         turned = turn @ A
         if not self.site.takes_vectors:  # the layer takes matrices of one dtype with its input
             return Factors(turned.to(self.dtype), B.to(self.dtype), self.scaling, self.psoft_dropout)
-        # A and B are fixed: nobody needs x or the output's gradient for theirs
+        # A and B are fixed: no gradient of theirs needs x
         return Factors(Product(partial(into, A, turn), turned), B, self.scaling, self.psoft_dropout)
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graft
 from graft.config import patterns
 from graft.core.errors import HubError, NonFiniteError
-from graft.io.check import check_tensors
+from graft.io.check import check_tensors, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
 from graft.serving import AdapterSlots
@@ -260,6 +260,28 @@ def test_numbers_that_are_not_finite_can_be_asked_for(saved):
     graft.set_peft_model_state_dict(model, tensors, allow_nonfinite=True)
     AdapterSlots(models.make("mlp"), 1, 4, targets=["lin0", "fc1"]).load("a", saved, allow_nonfinite=True)
     assert all(t.isnan().any() for t in (p for n, p in model.named_parameters() if name.replace(".weight", ".b") in n))
+
+
+def test_the_sum_of_a_file_tells_numbers_that_are_not_finite():
+    nan, inf, most = float("nan"), float("inf"), torch.finfo(torch.float32).max
+    first = torch.ones(2, 3)
+    for values in ([nan], [inf], [-inf], [inf, -inf], [most, most]):  # the last overflow: each is looked at by itself
+        tensors = {"a": first, "b": torch.tensor(values)}
+        assert not has_finite_sum(save(tensors), tensors)
+    for dtype in (torch.bfloat16, torch.int32):  # bytes of another type say nothing as float32
+        tensors = {"a": first, "b": torch.ones(4, dtype=dtype)}
+        assert not has_finite_sum(save(tensors), tensors)
+    for second in (torch.full((2,), -most), torch.ones(0)):
+        tensors = {"a": first, "b": second[:1]}
+        assert has_finite_sum(save(tensors), tensors)
+    assert not has_finite_sum(save({}), {})
+
+
+def test_numbers_whose_sum_overflows_are_finite(saved):
+    tensors = {k: torch.full_like(t, torch.finfo(t.dtype).max) for k, t in tensors_of(saved).items()}
+    write(saved, tensors)
+    model = load(saved)
+    assert all(t.equal(tensors[k]) for k, t in graft.get_peft_model_state_dict(model).items())
 
 
 class DTensor(torch.Tensor):

@@ -81,7 +81,7 @@ def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
 
 def prompt_of(config: Any, loaded: Loaded) -> Tensor:
     """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
-    check_tensors(loaded.tensors, loaded.path)
+    check_tensors(loaded.tensors, loaded.path, loaded.finite)
     values = loaded.tensors.get(STORED)
     if values is None:
         raise CheckpointError(f"{loaded.path} does not hold '{STORED}': it is no cartridge's weights file.")

@@ -19,7 +19,7 @@ from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
-from graft.io.check import check_archive
+from graft.io.check import check_archive, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY, read_note
 from graft.io.tensors import write_safetensors
@@ -37,6 +37,7 @@ class Loaded:
     path: str
     fingerprint: dict | None = None  # the base model's, if graft wrote the file
     noted: notes.Noted | None = None  # what the file says of itself
+    finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
 
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
@@ -139,7 +140,13 @@ def read_safetensors(path: str) -> Loaded:
     except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
         raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
     noted = notes.texts(header.get("__metadata__"))
-    return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
+    return Loaded(
+        tensors,
+        path,
+        read_note(noted.get(KEY), path),
+        notes.Noted(path, noted.get(notes.CONFIG), stamp),
+        finite=has_finite_sum(data, tensors),
+    )
 
 
 def load_peft_weights(

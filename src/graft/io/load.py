@@ -77,7 +77,7 @@ class Values:
         prefix: str | None = None,
     ):
         """`prefix` is that of the model's keys; None: a PeftModel's."""
-        check_tensors(loaded.tensors, loaded.path, allow_nonfinite)
+        check_tensors(loaded.tensors, loaded.path, allow_nonfinite or loaded.finite)
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
         stored = {clean(key): t for key, t in loaded.tensors.items()}  # PEFT leaves parts of wrappers in names

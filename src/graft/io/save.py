@@ -28,7 +28,7 @@ from graft.io.base import names_in_file, original
 from graft.io.digests import digests
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import fingerprint, weights_of
-from graft.io.whole import check_entries, check_value, gathered, ranks_of
+from graft.io.whole import all_here, check_entries, check_value, gathered, ranks_of
 from graft.storage.parallel import tensors_below, whole_copy
 
 
@@ -82,8 +82,9 @@ def get_peft_model_state_dict(
     held = list(entries(parts, adapter_name, prefix))
     values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
     values |= {key: t if given is None else given.get(bare(key), t) for key, t in more.items()}
-    values |= gathered(values)
-    check_entries(held, values, parts, adapter_name)
+    if given is not None or not all_here(values.values()):
+        values |= gathered(values)
+        check_entries(held, values, parts, adapter_name)
     if any([layer.methods[adapter_name].sources for layer in parts.layers.values()]):
         copy_twins(held, values, adapter_name)
     out = stored(parts, held, values, adapter_name, config)

@@ -26,6 +26,11 @@ GATHER = (
 )
 
 
+def all_here(tensors: Iterable[Tensor]) -> bool:
+    """Say whether each tensor is a plain one with numbers, which is quick to see: no part, and no stand-in for one."""
+    return all([is_plain(t) and t.numel() for t in tensors])
+
+
 def gathered(held: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return whole those of these tensors, by name, that are spread over processes. All processes must call this.
 

@@ -51,8 +51,8 @@ class PeftNames:
 
     def get_base_layer(self: Layer) -> Any:
         base = self.base_layer
-        while hasattr(base, "base_layer"):
-            base = base.base_layer
+        while (inner := base._modules.get("base_layer")) is not None:
+            base = inner
         return base
 
     def get_base_weight(self: Layer) -> Tensor:

@@ -77,13 +77,11 @@ def test_a_looked_up_type_can_be_collected():
 
 def test_a_new_type_in_the_memory_of_an_old_one_is_another():
     table = TypeTable({name(Base): 1})
-    ids = []
-    for i in range(200):
-        bases = (Base,) if i % 2 else ()
-        local = type("Local", bases, {})
-        ids.append(id(local))
-        assert table.find(local) == (1 if i % 2 else None)
-        assert table.origin(local) is (Base if i % 2 else None)
-        del local
-        gc.collect()
-    assert len(set(ids)) < len(ids), "no two had one id: the test sees nothing"
+    old = [type("Local", (), {}) for _ in range(200)]
+    assert {table.find(local) for local in old} == {None}
+    ids = {id(local) for local in old}
+    del old
+    gc.collect()
+    new = [type("Local", (Base,), {}) for _ in range(200)]
+    assert ids & {id(local) for local in new}, "no two had one id: the test sees nothing"
+    assert {(table.find(local), table.origin(local)) for local in new} == {(1, Base)}

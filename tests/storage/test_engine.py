@@ -156,3 +156,7 @@ def test_a_parametrized_layer_of_a_package_is_still_that_packages():
     parametrize.register_parametrization(module, "bias", nn.Identity())
     assert type(module).__module__.startswith("torch.")
     assert "sequence parallel" in str(refusal(module, find_op(module), False))
+    module = Net(False, return_bias=True).layer
+    parametrize.register_parametrization(module, "bias", nn.Identity())
+    assert type(module).__module__.startswith("torch.")
+    assert "returns its bias" in str(refusal(module, find_op(module), False))

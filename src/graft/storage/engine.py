@@ -32,7 +32,7 @@ class Engine(Dense):
 
 def why_not(m: Any) -> str | None:
     """Say why no adapter can act on a linear layer of Transformer Engine; None if one can."""
-    if not type(m).__module__.startswith("transformer_engine."):
+    if not any(cls.__module__.startswith("transformer_engine.") for cls in type(m).__mro__):
         return None
     if getattr(m, "tp_size", 1) > 1:
         return f"its parallel_mode '{getattr(m, 'parallel_mode', None)}' leaves a process a piece of the weight"

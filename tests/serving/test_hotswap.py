@@ -25,6 +25,7 @@ from graft.core.layer import AdapterLayer
 from graft.io.files import load_weights
 from graft.model.functional import rescale_adapter_scale
 from tests import models
+from tests.conformance.samples import disturb
 
 LORA = dict(r=3, lora_alpha=4.11)  # scaling 1.37
 MLP = dict(target_modules=["lin0", "fc1", "fc2"])
@@ -530,6 +531,31 @@ def test_tied_adapters_do_not_grow(tmp_path):
     with pytest.raises(ConfigError, match="ensure_weight_tying"):
         graft.prepare_model_for_compiled_hotswap(model, target_rank=5)
     unchanged(model, before)
+
+
+def test_a_tied_head_has_the_rank_and_alpha_of_its_embedding(tmp_path):
+    def make():
+        base = models.make("llama")
+        base.lm_head.weight = base.model.embed_tokens.weight
+        base.config.tie_word_embeddings = True
+        return graft.get_peft_model(
+            base,
+            graft.LoraConfig(
+                r=2,
+                target_modules=["embed_tokens", "q_proj"],
+                ensure_weight_tying=True,
+                rank_pattern={"embed_tokens": 4},
+                alpha_pattern={"embed_tokens": 32},
+            ),
+        )
+
+    model, other = make(), make()
+    disturb(other)
+    assert other.base_model.model.lm_head.scaling == {"default": 8.0}
+    other.save_pretrained(tmp_path)
+    graft.hotswap_adapter(model, str(tmp_path), "default")
+    assert model.base_model.model.lm_head.scaling == {"default": 8.0}
+    assert_close(output(model, "llama"), output(other, "llama"))
 
 
 # before compiling

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
 SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
-OWN = frozenset({"layer", "name", "site", "cfg", "effect", "along"})
+OWN = frozenset({"layer", "name", "site", "cfg", "effect", "along", "named"})
 
 # {(container, path below the adapter's name): tensor}
 Tensors = dict[tuple[str, str], Tensor]
@@ -77,6 +77,7 @@ class Method:
     surrounds: ClassVar[bool] = False  # `around` does something
     chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
 
+    named: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
     along: bool = False  # the config names the module around the site, and the site came with that
     layer: Any  # Layer, with the containers of all adapters
     sources: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are those of another layer

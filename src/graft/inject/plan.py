@@ -54,8 +54,9 @@ def find(job: Any) -> None:
     variant = method.variant(cfg)
     for key, site in adapted.items():
         source = key.rpartition(".")[0] if key in job.along else job.followers.get(key, key)
-        job.methods[key] = variant(site, cfg.at(source), adapter)  # patterns name what is targeted
-        job.methods[key].along = key in job.along
+        made = job.methods[key] = variant(site, cfg.at(source), adapter)  # patterns name what is targeted
+        if source != key:
+            made.named, made.along = source, key in job.along
     everywhere = ghosts(job) if job.absent else job.sites
     job.ghosts = {key: variant(site, cfg.at(key), adapter) for key, site in everywhere.items() if key not in adapted}
     job.order = list(everywhere)

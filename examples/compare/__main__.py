@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         source = model_source(args.model)
     file = args.out / "compare.json"
     settings = {"steps": steps, "seed": args.seed, "held_out": held_out}
+    if args.rates:
+        return search(args.methods, args.rates, source, settings)
     results = {} if args.again else earlier(file, settings)
     names = args.methods or list(FAMILY if args.lora else CHOICES)
     failed = []
@@ -55,13 +57,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if failed and not results:
         raise DemoError("; ".join(failed))
     results = {name: results[name] for name in CHOICES if name in results}
-    console.print(table(results, held_out))
+    console.print(table(rows(results, held_out), f"dates, {held_out} held-out questions"))
     (args.out / "compare.md").write_text(markdown(results, held_out))
     draw(results, held_out, args.out / "compare.png")
     console.rule(f"{file} · {args.out / 'compare.md'} · {args.out / 'compare.png'}")
     if failed:
         raise DemoError("; ".join(failed))
     return {"settings": settings, "methods": results}
+
+
+def search(names: Sequence[str], rates: Sequence[float], source: str, settings: dict[str, int]) -> dict[str, Any]:
+    """Train each method with each learning rate, and judge them on the validation dates; keep nothing."""
+    found = {(name, rate): compare(name, source, **settings, rate=rate) for name in names for rate in rates}
+    shown = table([cells(name, m, settings["held_out"]) for (name, _), m in found.items()], "validation dates")
+    console.print(shown)
+    return {name: {rate: m for (of, rate), m in found.items() if of == name} for name in names}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,12 +81,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("methods", nargs="*", help=f"which ones (default: all): {', '.join(CHOICES)}")
     parser.add_argument("--model", help="a llama with a chat template: path or hub id (default: the carrier package's)")
     parser.add_argument("--lora", action="store_true", help="LoRA and its relatives only")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates to try, judged on validation dates; for methods by name"
+    )
     parser.add_argument("--again", action="store_true", help="forget the results of earlier runs")
     add_common(parser, Path("out"), {"dates": STEPS})
     args = parse_common(parser, argv)
     unknown = [name for name in args.methods if name not in CHOICES]
     if unknown:
         parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
+    if args.rates and not args.methods:
+        parser.error("--rates wants methods by name, before it")
     make_out(parser, args.out)
     return args
 
@@ -90,12 +105,14 @@ def earlier(file: Path, settings: dict[str, int]) -> dict[str, Any]:
     return before["methods"] if before.get("settings") == settings else {}
 
 
-def compare(name: str, source: str, steps: int, seed: int, held_out: int) -> dict[str, Any]:
+def compare(name: str, source: str, steps: int, seed: int, held_out: int, rate: float | None = None) -> dict[str, Any]:
     """Train and judge a method in a process of its own, behind a progress bar."""
-    command = [sys.executable, "-m", "examples.compare.one", name, source, str(steps), str(seed), str(held_out)]
+    values = [name, source, steps, seed, held_out, *([] if rate is None else [rate])]
+    command = [sys.executable, "-m", "examples.compare.one", *map(str, values)]
+    title = name if rate is None else f"{name} {rate:g}"
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child,
-        Steps(name, steps, "reads the model") as shown,
+        Steps(title, steps, "reads the model") as shown,
     ):
         for line in child.stdout or ():
             event = json.loads(line)
@@ -129,11 +146,11 @@ def rows(results: dict[str, Any], n: int) -> list[list[str]]:
     return [cells(name, m, n) for name, m in results.items()]
 
 
-def table(results: dict[str, Any], n: int) -> Table:
-    made = Table(title=f"dates, {n} held-out questions", title_justify="left")
+def table(rows: list[list[str]], title: str) -> Table:
+    made = Table(title=title, title_justify="left")
     for i, name in enumerate(COLUMNS):
         made.add_column(name, justify="left" if i < 2 else "right")
-    for row in rows(results, n):
+    for row in rows:
         made.add_row(*row)
     return made
 

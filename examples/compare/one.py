@@ -8,6 +8,7 @@ import resource
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,15 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def compare(name: str, source: str, steps: int, seed: int, held_out: int) -> None:
-    """Train a method on the dates, save, load on a fresh base, answer; say its results."""
-    task = dates(seed, held_out)
-    results = run(CHOICES[name], load(source), source, task, steps, seed)
-    say(result=results)
+def compare(name: str, source: str, steps: int, seed: int, held_out: int, rate: float | None = None) -> None:
+    """Train a method on the dates, save, load on a fresh base, answer; say its results.
+
+    rate: a learning rate to try; then the questions are the validation dates.
+    """
+    choice, task = CHOICES[name], dates(seed, held_out)
+    if rate is not None:
+        choice, task = replace(choice, lr=rate), replace(task, test=task.validation)
+    say(result=run(choice, load(source), source, task, steps, seed))
 
 
 def run(choice: Choice, loaded: tuple[Any, Any], source: str, task: Task, steps: int, seed: int) -> dict[str, Any]:
@@ -103,5 +108,5 @@ def train(model: Any, tokenizer: Any, task: Task, choice: Choice, steps: int, se
 
 
 if __name__ == "__main__":
-    name, source, steps, seed, held_out = sys.argv[1:]
-    compare(name, source, int(steps), int(seed), int(held_out))
+    name, source, steps, seed, held_out, *rate = sys.argv[1:]
+    compare(name, source, int(steps), int(seed), int(held_out), *map(float, rate))

@@ -75,6 +75,25 @@ def test_table_picture_and_going_on(tmp_path, monkeypatch):
         compare.main([*arguments, "Lora"])
 
 
+def test_learning_rates_are_tried_on_validation_dates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "model_source", lambda source: source)
+    monkeypatch.setattr(compare, "compare", lambda *a, rate, **b: MADE | {"lr": rate})
+    arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
+    found = compare.main(["LoRA", "IA3", "--rates", "0.01", "3e-2", *arguments])
+    assert {name: list(rates) for name, rates in found.items()} == {"LoRA": [0.01, 0.03], "IA3": [0.01, 0.03]}
+    assert "validation dates" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        compare.main(["--rates", "0.01", *arguments])
+    seen = []
+    task = data.dates(0, held_out=4, train=100, write=write)
+    monkeypatch.setattr(one, "dates", lambda *a: task)
+    monkeypatch.setattr(one, "load", lambda source: source)
+    monkeypatch.setattr(one, "run", lambda choice, base, source, task, *a: seen.append((choice.lr, task.test)) or MADE)
+    one.compare("LoRA", "x", 1, 0, 4, 0.05)
+    one.compare("LoRA", "x", 1, 0, 4)
+    assert seen == [(0.05, task.validation), (CHOICES["LoRA"].lr, task.test)]
+
+
 def test_the_others_go_on_after_a_method_that_fails(tmp_path, monkeypatch):
     def run(name, *args, **settings):
         if name != "PiSSA":

@@ -53,8 +53,9 @@ def write(path: str, rows: list[Row], versions: str, whole: bool, seconds: float
         for r in rows
     ]
     run = f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {machine}"
-    text = json.dumps({"versions": versions, "run": run, "whole": whole, "rows": found}, indent=1, ensure_ascii=False)
-    Path(path).write_text(text + "\n")
+    head = json.dumps({"versions": versions, "run": run, "whole": whole}, ensure_ascii=False).removesuffix("}")
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found)
+    Path(path).write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
 
 
 def read(path: Path | None = None) -> Run:

@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return search(args.methods, args.rates, source, settings)
     results = {} if args.again else earlier(file, settings)
     names = args.methods or list(FAMILY if args.lora else CHOICES)
-    failed = []
-    for name in names:
-        if name in results:
-            continue
-        try:
-            results[name] = compare(name, source, **settings)
-        except DemoError as e:  # the others go on
-            failed.append(str(e))
-            continue
+    failed: list[str] = []
+    wanted = [(name, None) for name in dict.fromkeys(names) if name not in results]
+    for (name, _), result in outcomes(wanted, failed, source, settings):
+        results[name] = result
         file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
     if failed and not results:
         raise DemoError("; ".join(failed))
@@ -67,11 +62,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def search(names: Sequence[str], rates: Sequence[float], source: str, settings: dict[str, int]) -> dict[str, Any]:
-    """Train each method with each learning rate, and judge them on the validation dates; keep nothing."""
-    found = {(name, rate): compare(name, source, **settings, rate=rate) for name in names for rate in rates}
-    shown = table([cells(name, m, settings["held_out"]) for (name, _), m in found.items()], "validation dates")
-    console.print(shown)
-    return {name: {rate: m for (of, rate), m in found.items() if of == name} for name in names}
+    """Train each method with each learning rate, and judge them on the validation dates; keep nothing.
+
+    Raises:
+        DemoError: some of them failed, after all others ran.
+    """
+    failed: list[str] = []
+    found = dict(outcomes([(name, rate) for name in names for rate in rates], failed, source, settings))
+    if found:
+        n = settings["held_out"]
+        console.print(table([cells(name, m, n) for (name, _), m in found.items()], f"dates, {n} validation questions"))
+    if failed:
+        raise DemoError("; ".join(failed))
+    return {name: {rate: found[name, rate] for rate in rates} for name in names}
+
+
+def outcomes(
+    wanted: Sequence[tuple[str, float | None]], failed: list[str], source: str, settings: dict[str, int]
+) -> Iterator[tuple[tuple[str, float | None], dict[str, Any]]]:
+    """Yield the results of methods by name and learning rate; enter into `failed` those that fail, and go on."""
+    for name, rate in wanted:
+        try:
+            result = compare(name, source, **settings, rate=rate)
+        except DemoError as e:
+            failed.append(str(e))
+        else:
+            yield (name, rate), result
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,6 +108,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
     if args.rates and not args.methods:
         parser.error("--rates wants methods by name, before it")
+    if args.rates and min(args.rates) <= 0:
+        parser.error("--rates must be above 0")
     make_out(parser, args.out)
     return args
 
@@ -122,7 +140,7 @@ def compare(name: str, source: str, steps: int, seed: int, held_out: int, rate: 
             what = "answers" if event.get("answering") else f"loss {event['loss']:.3f}"
             shown.update(event["step"], what)
         errors = (child.stderr.read() if child.stderr else "").strip().splitlines()
-    raise DemoError(f"{name} ended without a result: {errors[-1] if errors else 'no message'}")
+    raise DemoError(f"{title} ended without a result: {errors[-1] if errors else 'no message'}")
 
 
 def cells(name: str, m: dict[str, Any], n: int) -> list[str]:

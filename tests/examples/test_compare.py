@@ -81,9 +81,10 @@ def test_learning_rates_are_tried_on_validation_dates(tmp_path, monkeypatch, cap
     arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
     found = compare.main(["LoRA", "IA3", "--rates", "0.01", "3e-2", *arguments])
     assert {name: list(rates) for name, rates in found.items()} == {"LoRA": [0.01, 0.03], "IA3": [0.01, 0.03]}
-    assert "validation dates" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit):
-        compare.main(["--rates", "0.01", *arguments])
+    assert "10 validation questions" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    for wrong in (["--rates", "0.01"], ["LoRA", "--rates", "0.01", "0"]):
+        with pytest.raises(SystemExit):
+            compare.main([*wrong, *arguments])
     seen = []
     task = data.dates(0, held_out=4, train=100, write=write)
     monkeypatch.setattr(one, "dates", lambda *a: task)
@@ -94,7 +95,7 @@ def test_learning_rates_are_tried_on_validation_dates(tmp_path, monkeypatch, cap
     assert seen == [(0.05, task.validation), (CHOICES["LoRA"].lr, task.test)]
 
 
-def test_the_others_go_on_after_a_method_that_fails(tmp_path, monkeypatch):
+def test_the_others_go_on_after_a_method_that_fails(tmp_path, monkeypatch, capsys):
     def run(name, *args, **settings):
         if name != "PiSSA":
             raise compare.DemoError(f"{name} ended without a result")
@@ -109,6 +110,10 @@ def test_the_others_go_on_after_a_method_that_fails(tmp_path, monkeypatch):
     assert "| PiSSA |" in (tmp_path / "compare.md").read_text()
     with pytest.raises(compare.DemoError, match="LoRA ended without a result"):
         compare.main([*arguments, "--again", "LoRA"])
+    capsys.readouterr()
+    with pytest.raises(compare.DemoError, match="LoRA ended without a result"):
+        compare.main([*arguments, "LoRA", "PiSSA", "--rates", "0.1"])
+    assert "PiSSA" in capsys.readouterr().out
 
 
 def test_a_child_that_fails_is_reported(monkeypatch):

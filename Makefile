@@ -7,8 +7,8 @@ TESTS ?=
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-all coverage test-oldest test-storages test-distributed test-clients mutations fuzz check dist release bench \
-	demo demo-lm demo-4bit compare examples docs docs-look clean
+.PHONY: test test-device test-all coverage test-oldest test-storages test-distributed test-clients mutations fuzz check \
+	dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,13 +37,17 @@ $(VENV)/.docs: pyproject.toml $(VERSIONS)
 bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed $(TESTS)
+test: $(VENV)/.test $(if $(TESTS),,test-device)
+	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed --ignore=tests/device $(TESTS)
+
+# on a CUDA device, simulated where torch is a CPU build; GRAFT_TESTS_DEVICE=cuda: on the real one
+test-device: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
 
 # what the tests run of the package, their processes included; fails below the share that pyproject.toml sets
 coverage: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed --cov --cov-report=term --cov-report=html:out/coverage \
-		$(TESTS)
+	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed --ignore=tests/device --cov --cov-report=term \
+		--cov-report=html:out/coverage $(TESTS)
 
 # the lower bounds of pyproject.toml, on the oldest Python; torch of that age brings its CUDA libraries, 5 GB in all
 OLDEST_PYTHON ?= python3.10
@@ -55,7 +59,8 @@ test-oldest:
 		TESTS="$(OLDEST_TESTS)"
 
 test-all: $(VENV)/.test
-	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2
+	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --ignore=tests/device
+	GRAFT_TESTS=all $(MAKE) test-device
 
 test-storages: $(PACKAGES:%=test-storages-%)
 

@@ -5,15 +5,15 @@
 
 As a pytest plugin it begins before torch is imported, as it must. simulated.cpp puts a fallback for the dispatch key
 CUDA, which runs the CPU's kernel over the same memory. So tensors are plain ones with `.device.type == "cuda"`, and
-views, writes in place, autocast's lists, autograd's thread for each device and branches on `is_cuda` are the real ones.
-An operation that mixes devices raises, as on a GPU (0-dim tensors and indices of the CPU pass). `WAITS` notes what makes
-the host wait for the device: .item(), nonzero, masks, copies between the two, decompositions; by file and function.
-`torch.ops.simulated.signs(1)` gives SVDs other signs than LAPACK's, as cuSOLVER may.
+views, writes in place, autocast's lists, autograd's thread for each device and branches on `is_cuda` are the real
+ones. An operation that mixes devices raises, as on a GPU (0-dim tensors and indices of the CPU pass). `WAITS` notes
+what makes the host wait for the device: .item(), nonzero, masks, copies between the two, decompositions; by file and
+function. `torch.ops.simulated.signs(1)` gives SVDs other signs than LAPACK's, as cuSOLVER may.
 
-It cannot show: CUDA's numerics, missing kernels and dtypes, streams, asynchronous errors, graphs, memory, speed, Triton,
-torch.compile for cuda, sparse tensors, LSTM cells, NCCL, `torch.load(map_location="cuda")`. It leans on internals of
-torch. `WHY_NOT` says why it is not there, and the tests are skipped with that reason. Where torch has CUDA itself nothing
-is simulated; with `GRAFT_TESTS_DEVICE=cuda` the same tests run on the real device.
+It cannot show: CUDA's numerics, missing kernels and dtypes, streams, asynchronous errors, graphs, memory, speed,
+Triton, torch.compile for cuda, sparse tensors, LSTM cells, NCCL, `torch.load(map_location="cuda")`. It leans on
+internals of torch. `WHY_NOT` says why it is not there, and the tests are skipped with that reason. Where torch has
+CUDA itself nothing is simulated; with `GRAFT_TESTS_DEVICE=cuda` the same tests run on the real device.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class Cell:
             first, *others = adapters
             base, cfg, after = self.base() if base is None else base, self.sample.make(first), None
             if self.sample.prepare:
-                after = self.sample.prepare(base, cfg, self.inputs(40).to(base.before.dtype))
+                after = self.sample.prepare(base, cfg, self.inputs(40).to(base.before))
             model = graft.get_peft_model(base, cfg, first, **options)
             if after:
                 after(model)
@@ -176,7 +176,9 @@ class Cell:
     def inputs(self, rows: int = 5) -> Tensor:
         with seeded(2):
             shape = (rows, *self.layer.shape)
-            return torch.randint(0, self.layer.ids, shape) if self.layer.ids else torch.randn(shape)
+            if self.layer.ids:
+                return torch.randint(0, self.layer.ids, shape, device="cpu")
+            return torch.randn(shape, device="cpu")
 
     @property
     def unmergeable(self) -> tuple[type[Exception], str] | None:
@@ -198,7 +200,7 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
         for name in model.peft_config:
             for layer in layers_of(model, name):
                 for p in trainable(layer, name):
-                    p.add_((torch.randn(p.shape) * scale).to(p.dtype))
+                    p.add_((torch.randn(p.shape) * scale).to(p))
     return model
 
 

@@ -6,12 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.core.containers import FACTS, AnyDict, Attached, Slot, Transient, container_for, slots_of, takes
 from graft.core.lean import ModuleDict
 from graft.core.place import UPCAST, place_tensor
 from graft.core.site import Store
+
+
+Where = tuple[torch.device | None, torch.dtype | None]
 
 
 class Holding:
@@ -104,12 +108,17 @@ class Holding:
             self.state.slots[name] = [next(moved) if s.container == key else s for s in slots]
         return wider
 
-    def place(self, adapter: str, upcast: bool = True) -> int:
-        """Move a new adapter to the base weight's device and dtype, half precision to float32 if `upcast`.
+    @property
+    def where(self) -> Where:
+        """Device and dtype of the base weight."""
+        return self.store.where(self._modules["base_layer"])
+
+    def place(self, adapter: str, where: Where, upcast: bool = True) -> int:
+        """Move a new adapter to a device and dtype, those of the base weight; half precision to float32 if `upcast`.
 
         Freeze it. Return how many of its numbers can train.
         """
-        device, dtype = self.store.where(self._modules["base_layer"])
+        device, dtype = where
         method = self.methods[adapter]
         upcast, narrow = upcast and method.upcast, method.narrow
         widens = upcast and dtype in UPCAST

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random values as torch's constructors draw them, so that a seeded run gets PEFT's numbers."""
+"""Random values as torch's constructors draw them on a CPU, so that a seeded run gets PEFT's numbers on any device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _SCRATCH = 1 << 14  # 64-bit words: few enough for the cache
 _WORTH = 1 << 12  # numbers: with fewer, `skip` costs more than it gains
@@ -21,20 +25,77 @@ def kaiming_bound(fan_in: int) -> float:
 
 
 def skip(*tensors: Tensor) -> None:
-    """Advance the generator as if to fill these with uniform values, in little more than half the time."""
+    """Advance the CPU's generator as if to fill these with uniform values, in little more than half the time."""
     left = sum([t.numel() for t in tensors])
-    if left >= _WORTH and all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors):
+    if left >= _WORTH and all(t.dtype is torch.float32 for t in tensors):
         while left > 1:  # a 64-bit word takes two steps of the generator, a float one
             words = min(left // 2, _SCRATCH)
             scratch()[:words].random_(-(2**63), None)
             left -= 2 * words
         if left:
-            torch.empty(1).uniform_()
+            torch.empty(1, device="cpu").uniform_()
         return
     for t in tensors:
-        t.uniform_()  # the caller overwrites the values
+        torch.empty(t.shape, dtype=t.dtype, device="cpu").uniform_()
 
 
 @cache
 def scratch() -> Tensor:
     return torch.empty(_SCRATCH, dtype=torch.int64, device="cpu")
+
+
+CPU = torch.device("cpu")
+_MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
+_LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
+_FILLED = frozenset(
+    {Tensor.normal_, Tensor.uniform_, Tensor.random_, Tensor.bernoulli_, Tensor.exponential_, Tensor.log_normal_}
+)
+_FIXED = frozenset({"zeros_", "ones_", "constant_", "eye_", "dirac_"})  # of torch.nn.init: what draws nothing
+
+
+class DrawnOnCPU(TorchFunctionMode):
+    """Random values come from the CPU's generator, whatever device their tensor is on."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _MADE or func in _LIKE:
+            like = args[0] if func in _LIKE else None
+            device = torch.device(kwargs.pop("device", None) or (torch.get_default_device() if like is None else like.device))
+            if device.type == "meta":
+                return func(*args, **kwargs, device=device)
+            return func(*args, **kwargs, device=CPU).to(device)
+        if func in _FILLED or getattr(func, "__module__", "") == nn.init.__name__ and func.__name__ not in _FIXED:
+            t = args[0] if args else kwargs.pop("tensor", None)
+            if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta"):
+                with torch.no_grad():
+                    t.copy_(func(torch.empty_like(t, device=CPU), *args[1:], **kwargs))
+                return t
+            return func(t, *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def made_on(device: torch.device | None) -> AbstractContextManager[None]:
+    """Make tensors on `device` within the block, with the random values that a seed gives on a CPU.
+
+    A default device that a caller has set does not count; "meta" does.
+    """
+    default = torch.get_default_device()
+    if device is None or device.type == "meta":
+        device = CPU
+    return nullcontext() if default.type == "meta" or default == device == CPU else _made_on(device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw what `seed` gives on a CPU within the block, on any device, and leave all generators as they are."""
+    with torch.random.fork_rng(devices=[]), DrawnOnCPU():
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _made_on(device: torch.device) -> Iterator[None]:
+    with device, DrawnOnCPU():
+        yield

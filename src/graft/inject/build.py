@@ -15,6 +15,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Method
+from graft.core.random import made_on
 from graft.core.site import Site
 from graft.inject.agree import agree
 from graft.inject.parts import Parts
@@ -129,10 +130,14 @@ def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
 def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
     """Put an adapter on a layer, frozen. Return how many of its numbers can train."""
     method.layer = layer  # which has the weight
-    layer.add(method, (method.placeholders if on_meta else method.build)(shared))
-    if not on_meta:
-        method.init()
-    return layer.place(method.name, upcast)
+    where = layer.where
+    if on_meta:
+        layer.add(method, method.placeholders(shared))
+    else:
+        with made_on(where[0]):
+            layer.add(method, method.build(shared))
+            method.init()
+    return layer.place(method.name, where, upcast)
 
 
 def share(job: Any) -> None:
@@ -150,8 +155,9 @@ def share(job: Any) -> None:
         for layer in job.tree.layers.values() if job.method.shares_from_weight else ():
             if layer.merged_adapters:
                 stack.enter_context(lifted(layer))
+        where = sites[0].store.where(sites[0].module)
+        stack.enter_context(made_on(where[0]))
         values = job.method.accompany(job.model, sites, job.cfg, job.shared.containers, job.others)
-    where = sites[0].store.where(sites[0].module)
     method = job.method
     job.report.other_trainable += job.shared.hold(
         job.adapter, values, where, job.upcast and method.upcast, method.in_files, method.narrow

@@ -17,6 +17,7 @@ from torch import nn
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import layer_for
 from graft.core.method import Method
+from graft.core.random import made_on
 from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.storage import innermost
@@ -121,9 +122,10 @@ def draw(method: Method, shared: dict[str, Any], job: Any) -> None:
     """Draw an absent layer's initial values, and drop them."""
     spare = layer_for(method.site, job.call)
     method.layer = spare
-    spare.add(method, method.build(shared))
-    if not method.changes_weight():
-        method.init()
+    with made_on(spare.where[0]):
+        spare.add(method, method.build(shared))
+        if not method.changes_weight():
+            method.init()
 
 
 def check_alone(job: Any) -> None:

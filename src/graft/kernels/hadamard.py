@@ -86,6 +86,8 @@ class _Product(Function):
 
 def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of a, b, c and d from that of (a b) ⊙ (c d)."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.promote_types(c.dtype, d.dtype))
+    a, b, c, d = (t.to(wide) for t in (a, b, c, d))  # autocast may have made some of them
     left = grad * (c @ d)
     right = grad * (a @ b)
     return left @ b.T, a.T @ left, right @ d.T, c.T @ right

@@ -75,7 +75,7 @@ def begin_anew(layer: Any, adapter: str, r: int, alpha: float, A: Tensor | None)
         layer.add(made, made.build({}))
         layer.methods.update({name: layer.methods.pop(name) for name in names})  # in the order that they had
         made.init()
-        layer.place(adapter, upcast)
+        layer.place(adapter, layer.where, upcast)
         layer.require_grad(adapter, adapter in layer.state.trainable)
         layer.changed()
         method = made

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graft.core.random import seeded
+
 KMEANS: dict[str, Any] = dict(init="random", n_init=1, max_iter=10, random_state=123456789)  # PEFT's
 
 
@@ -36,8 +38,7 @@ def clusters(W: Tensor, bias: Tensor | None, cfg: Any) -> Clusters:
     if bias is not None:
         W = torch.cat((W, bias.detach().float()[:, None]), 1)
     R = min(cfg.r, *W.shape)
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.random_seed)
+    with seeded(cfg.random_seed):
         U, _, V = torch.svd_lowrank(W, q=R, niter=2)
     count = min(cfg.num_subspaces, len(W))
     found = require_sklearn()(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_

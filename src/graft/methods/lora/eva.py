@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.core.random import seeded
+
 SEED = 42  # of the random projections: every process finds the same components
 
 
@@ -55,9 +57,7 @@ class Components:
 
 def largest(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return right singular vectors of X as rows, each with its largest number positive, and n singular values."""
-    devices = [X.device] if X.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         _, S, V = torch.svd_lowrank(X, q=2 * n, niter=4)
     V = V.T[:n]
     signs = V.gather(1, V.abs().argmax(1, keepdim=True)).sign()

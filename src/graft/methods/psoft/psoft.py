@@ -15,6 +15,7 @@ from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.place import Exact
+from graft.core.random import seeded
 from graft.kernels.orthogonal import orthogonal, skew
 from graft.methods.psoft.config import PsoftConfig
 
@@ -98,8 +99,7 @@ class PSOFT(Method):
         if cfg.psoft_svd == "full":
             U, S, V = torch.linalg.svd(W, full_matrices=False)
             return U[:, : cfg.r], S[: cfg.r], V[: cfg.r]
-        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-            (torch.cuda if W.is_cuda else torch.default_generator).manual_seed(cfg.random_seed)
+        with seeded(cfg.random_seed):
             U, S, V = torch.svd_lowrank(W, q=cfg.r, niter=cfg.psoft_svd_lowrank_niter)
         return U, S, V.T
 

@@ -109,6 +109,7 @@ WAYS = [
     loaded_from_it,
     put_in,
 ]
+ACT_BY_DEFAULT = (made_by_default, loaded_from_it)  # with the device as the default for what is done, too
 
 
 # what is done with it; each returns what must be equal
@@ -227,7 +228,8 @@ def test_a_device_computes_what_the_cpu_computes(case, tmp_path):
     model = way(cell, DEVICE, tmp_path)
     device = torch.device("cpu") if way is loaded_from_it else DEVICE
     assert {t.device.type for t in model.state_dict().values()} == {device.type}
-    got = list(act(cell, model, cell.inputs().to(device)))
+    with DEVICE if way in ACT_BY_DEFAULT else contextlib.nullcontext():
+        got = list(act(cell, model, cell.inputs().to(device)))
     wanted = here(cell, act)
     assert len(got) == len(wanted)
     tolerance = TOLERANCE.get(act, max(cell.store.tolerance, 1e-5))

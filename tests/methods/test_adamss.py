@@ -141,14 +141,36 @@ def test_rows_in_the_file_count(tmp_path, monkeypatch):
         )
 
 
-def test_a_file_for_other_clusters_is_refused(tmp_path):
-    """PEFT takes tensors of any shape in, for rows of whatever cluster is found now."""
-    randomize(adapt(graft, SAMPLE), SAMPLE).save_pretrained(tmp_path)
-    other = models.make("mlp")
+def other_base():
+    base = models.make("mlp")
     with torch.no_grad():
-        other.lin0.weight.copy_(torch.randn(other.lin0.weight.shape, generator=torch.Generator().manual_seed(9)))
+        base.lin0.weight.copy_(torch.randn(base.lin0.weight.shape, generator=torch.Generator().manual_seed(9)))
+    return base
+
+
+def test_a_file_of_peft_for_other_clusters_is_refused(tmp_path):
+    """PEFT takes tensors of any shape in, for rows of whatever cluster is found now."""
+    randomize(adapt(peft, SAMPLE), SAMPLE).save_pretrained(tmp_path)
     with pytest.raises(graft.AdapterKeyError, match=r"size mismatch for .*adamss_B"):
-        graft.PeftModel.from_pretrained(other, tmp_path)
+        graft.PeftModel.from_pretrained(other_base(), tmp_path)
+
+
+def test_clusters_of_other_sizes_come_with_their_file(tmp_path):
+    """Another device, or another scikit-learn, may find them."""
+    model = randomize(adapt(graft, SAMPLE, base=other_base()), SAMPLE).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(graft.PeftWarning, match="other weights"):
+        loaded = graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
+    mine, theirs = loaded.base_model.model.lin0, model.base_model.model.lin0
+    assert [p.shape for p in mine.adamss_B["default"]] == [p.shape for p in theirs.adamss_B["default"]]
+    mine.base_layer.load_state_dict(theirs.base_layer.state_dict())
+    close(output(loaded, SAMPLE), output(model, SAMPLE), 0)
+    file = tmp_path / FILE
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("lin0.adamss_clusters"))
+    save_file(tensors | {key: tensors[key].clone().fill_(0)}, file, metadata={"format": "pt"})
+    with pytest.raises(graft.AdapterKeyError, match="size mismatch"):
+        graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
 
 
 def test_the_bias_is_shifted_and_comes_back():

@@ -113,7 +113,7 @@ def truncate_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None)
     """
     more = rank - A.shape[-2]
     if more > 0:
-        spare = torch.randn(more, A.shape[-1], generator=torch.Generator().manual_seed(0))
+        spare = torch.randn(more, A.shape[-1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         A = torch.cat([A, spare.to(A).expand(*A.shape[:-2], -1, -1)], dim=-2)
         B = torch.cat([B, B.new_zeros(*B.shape[:-1], more)], dim=-1)
     Q_B, R_B = torch.linalg.qr(B)

@@ -14,7 +14,6 @@ from graft.core.lean import ModuleDict
 from graft.core.place import UPCAST, place_tensor
 from graft.core.site import Store
 
-
 Where = tuple[torch.device | None, torch.dtype | None]
 
 

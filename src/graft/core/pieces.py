@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from graft.core.fused import tensor_of
 from graft.core.method import Method
 from graft.core.part import applied, part_of
 from graft.core.plan import Chain, Step, Sum
+from graft.core.random import states
 from graft.kernels.cuts import Cut, cut_up, given, joined, summed
 from graft.kernels.low_rank import dropout
 
@@ -79,10 +79,7 @@ class Piece:
 
     def check_draws(self, key: str) -> None:
         """Raise RuntimeError if the processes would draw different random numbers for tensors that are equal."""
-        states = [torch.get_rng_state()]
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            states.append(torch.cuda.get_rng_state())
-        own = [zlib.crc32(bytes(state.tolist())) for state in states]
+        own = [zlib.crc32(bytes(state.tolist())) for state in states()]
         found: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, own, group=self.group)
         if any(other != own for other in found):

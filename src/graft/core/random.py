@@ -45,6 +45,30 @@ def scratch() -> Tensor:
 
 
 CPU = torch.device("cpu")
+
+
+def accelerator() -> torch.device | None:
+    """Return the device of this process that is not the CPU, of whatever maker; None if it has none, or none in use."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    begun = getattr(torch.get_device_module(device), "is_initialized", None)  # MPS always is
+    return device if begun is None or begun() else None
+
+
+def states() -> list[Tensor]:
+    """Return the states of the generators that this process draws by: the CPU's, and that of its accelerator."""
+    device = accelerator()
+    return [torch.get_rng_state(), *([] if device is None else [torch.get_device_module(device).get_rng_state()])]
+
+
+def set_states(states: list[Tensor]) -> None:
+    """Put back what `states` has returned."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(accelerator()).set_rng_state(state)
+
+
 _MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 _LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
 _FILLED = frozenset(
@@ -62,11 +86,12 @@ class DrawnOnCPU(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _MADE or func in _LIKE:
             like = args[0] if func in _LIKE else None
-            device = torch.device(kwargs.pop("device", None) or (torch.get_default_device() if like is None else like.device))
+            default = torch.get_default_device() if like is None else like.device
+            device = torch.device(kwargs.pop("device", None) or default)
             if device.type == "meta":
                 return func(*args, **kwargs, device=device)
             return func(*args, **kwargs, device=CPU).to(device)
-        if func in _FILLED or getattr(func, "__module__", "") == nn.init.__name__ and func.__name__ not in _FIXED:
+        if func in _FILLED or (getattr(func, "__module__", "") == nn.init.__name__ and func.__name__ not in _FIXED):
             t = args[0] if args else kwargs.pop("tensor", None)
             if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta"):
                 with torch.no_grad():

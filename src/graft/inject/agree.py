@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError
+from graft.core.random import set_states, states
 from graft.storage import group_of
+from graft.storage.flat import sendable
 
 
 def group_in(modules: Iterable[nn.Module]) -> Any:
@@ -27,15 +29,13 @@ def draw_alike(modules: Iterable[nn.Module]) -> None:
     group = group_in(modules)
     if group is None:
         return
-    kind = dist.get_backend(group)
-    generators: list[Any] = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    for generator in generators:
-        state = generator.get_state()
-        sent = state.cuda() if kind == "nccl" else state.clone()
-        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
-        generator.set_state(sent.cpu())
+    first = dist.get_global_rank(group, 0)
+    alike = []
+    for state in states():
+        sent = state.to(sendable(state, group), copy=True)
+        dist.broadcast(sent, first, group=group)
+        alike.append(sent.cpu())
+    set_states(alike)
 
 
 def agree(job: Any) -> None:

@@ -50,11 +50,18 @@ class Entry:
     def in_state_dict(self) -> bool:
         return self.attribute not in self.owner._non_persistent_buffers_set
 
+    @property
+    def where(self) -> Any:
+        buffers = self.owner._buffers
+        return buffers if self.attribute in buffers else held_in(self.owner, self.attribute)
+
+    def look(self) -> None:
+        """See which tensor stands there now: it may have become another since this entry was made."""
+        self.tensor = self.where[self.attribute]
+
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
-        buffers = self.owner._buffers
-        where: Any = buffers if self.attribute in buffers else held_in(self.owner, self.attribute)
-        self.tensor = where[self.attribute]  # it may have become another since this entry was made
+        self.look()
         if not self.tensor.is_meta:
             fill(self.tensor, value)
             return
@@ -62,7 +69,8 @@ class Entry:
         device = None if self.layer is None else self.layer.store.where(self.layer.base_layer)[0]
         if value.device != device or value.dtype != self.tensor.dtype:
             value = value.to(device=device, dtype=self.tensor.dtype)
-        if where is not buffers:
+        where = self.where
+        if where is not self.owner._buffers:
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
         where[self.attribute] = self.tensor = value
 

@@ -219,6 +219,7 @@ class Values:
         values = method.restored({place: self.tensors[name] for place, name in places.items()}, self.config)
         out: list[tuple[Entry, str | None]] = []
         for entry, name in held:
+            entry.look()  # `restored` may have made room for values of another shape
             place = entry.container, entry.path
             if name is None and place in values:
                 name = entry.file

@@ -36,10 +36,10 @@ class Piece(NamedTuple):
     def whole(self) -> Tensor:
         """Return the tensor, whole. Every process must call this."""
         mine, n = self.here, self.shape.numel()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=sent(mine)) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=sent(mine)))
+        sizes = [torch.zeros(1, dtype=torch.int64, device=sendable(mine)) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=sendable(mine)))
         counts = [int(size) for size in sizes]
-        padded = torch.zeros(max(counts), dtype=mine.dtype, device=sent(mine))
+        padded = torch.zeros(max(counts), dtype=mine.dtype, device=sendable(mine))
         padded[: len(mine)] = mine
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
@@ -110,6 +110,9 @@ def known(p: Tensor) -> tuple[Any, int] | None:
     return (flat, number) if flat is not None and flat._params[number] is p else None
 
 
-def sent(t: Tensor) -> torch.device:
-    """Return the device from which the processes can send this tensor."""
-    return t.device if "gloo" in dist.get_backend() or t.is_cuda else torch.device("cuda", torch.cuda.current_device())
+def sendable(t: Tensor, group: Any = None) -> torch.device:
+    """Return the device from which the processes of a group can send this tensor."""
+    if "gloo" in dist.get_backend(group) or t.device.type != "cpu":
+        return t.device
+    device = torch.accelerator.current_accelerator()
+    return t.device if device is None else device

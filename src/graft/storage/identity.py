@@ -42,8 +42,8 @@ def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None
 def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Say why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
     run = quiet(m)
-    x = torch.randn(len(SIZES), dims[1], generator=torch.Generator().manual_seed(0)) * torch.tensor(SIZES)[:, None]
-    x = x.to(device, dtype)
+    x = torch.randn(len(SIZES), dims[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    x = (x * torch.tensor(SIZES, device="cpu")[:, None]).to(device, dtype)
     zero = output(run, torch.zeros_like(x[:1])).float()
     y, sums = output(run, x).float() - zero, torch.zeros(len(SIZES), dims[0], device=device)
     for columns, rows in _blocks(dims[1], device, dtype):

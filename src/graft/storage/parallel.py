@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.core.containers import held_in
 from graft.core.wrappers import inside, parameters_in, walk
-from graft.storage.flat import Piece, piece_of, place_of, sent
+from graft.storage.flat import Piece, piece_of, place_of, sendable
 
 
 class Layout(Protocol):
@@ -239,7 +239,7 @@ def numbers_at(t: Any, places: list[int]) -> list[float] | None:
         flat = whole(t).reshape(-1)
         return [float(flat[place]) for place in places]
     counts = torch.tensor([[0.0, 0.0] if v is None else [v, 1.0] for v in found], dtype=torch.float64)
-    counts = counts.to(sent(t if layout is DISTRIBUTED else piece.flat))  # type: ignore[union-attr]
+    counts = counts.to(sendable(t if layout is DISTRIBUTED else piece.flat))  # type: ignore[union-attr]
     dist.all_reduce(counts)
     return (counts[:, 0] / counts[:, 1]).tolist()
 

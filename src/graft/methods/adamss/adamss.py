@@ -17,7 +17,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.merging import unmerged_bias
 from graft.core.method import Method, Tensors
 from graft.core.ops import META
-from graft.methods.adamss.allocator import update_and_allocate
+from graft.methods.adamss.allocator import PARTS, update_and_allocate
 from graft.methods.adamss.clusters import clusters
 from graft.methods.adamss.config import AdamssConfig
 
@@ -73,6 +73,7 @@ class AdaMSS(Method):
                 return self.at_most()
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)
+        self.rows = values["adamss_clusters"]  # for files that do not say
         values["adamss_places"] = Transient(values["adamss_places"].tensor.to("meta"))
         return {name: v if isinstance(v, Transient) else v.to("meta") for name, v in values.items()}
 
@@ -90,7 +91,11 @@ class AdaMSS(Method):
     def inits_from_weight(self) -> bool:
         return True
 
+    def inits_before_load(self) -> bool:
+        return False
+
     def loaded(self) -> None:
+        self.__dict__.pop("rows", None)
         self.adamss_places.copy_(places(self.adamss_clusters))
 
     def factors(self) -> Factors:
@@ -107,7 +112,26 @@ class AdaMSS(Method):
         return Factors(A, Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
 
     def restored(self, stored: Tensors, cfg: AdamssConfig) -> Tensors:
-        return stored if ROWS in stored else {**stored, ROWS: self.adamss_clusters}
+        """Take the clusters of the file and their sizes, as another device may find others; PEFT's files lack them."""
+        here = self.adamss_clusters
+        if ROWS not in stored:
+            return {**stored, ROWS: self.rows if here.is_meta else here}
+        shapes = {(part, j): p.shape for part in PARTS for j, p in getattr(self, part).named_parameters()}
+        given = {place: stored[place].shape for place in shapes.keys() & stored.keys()}
+        if here.is_meta and given.keys() == shapes.keys() and fit(stored[ROWS], given, here.shape, self.adamss_newB):
+            for (part, j), shape in given.items():
+                getattr(self, part)._parameters[j] = nn.Parameter(torch.empty(shape, device=META))
+        return stored
+
+
+def fit(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Size, space: Tensor) -> bool:
+    """Return True if A and B of these shapes, by (container, cluster), are for clusters with these rows."""
+    count = len(shapes) // 2
+    if rows.shape != like or rows.is_floating_point() or not ((rows >= 0) & (rows < count)).all():
+        return False
+    sizes = torch.bincount(rows, minlength=count).tolist()
+    pairs = [(shapes[PARTS[0], str(j)], shapes[PARTS[1], str(j)]) for j in range(count)]
+    return all((n, A[0]) == B and A[1:] == space.shape[:1] for (A, B), n in zip(pairs, sizes))
 
 
 def places(rows: Tensor) -> Tensor:

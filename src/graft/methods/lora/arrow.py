@@ -117,9 +117,9 @@ def is_plain(m: Any) -> bool:
 
 def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
     """Return the input (in,) of norm 1 that B A answers most: power iteration on (B A)ᵀ B A from a random start."""
-    generator = None if seed is None else torch.Generator(A.device).manual_seed(int(seed))
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(int(seed))
     gram = B.T @ B  # (r, r)
-    v: Tensor = torch.randn(A.shape[1], dtype=A.dtype, device=A.device, generator=generator)
+    v: Tensor = torch.randn(A.shape[1], dtype=A.dtype, device="cpu", generator=generator).to(A.device)
     v = v / (v.norm() + EPS)
     for _ in range(STEPS):
         w = A.T @ (gram @ (A @ v))

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import LORA
+from graft.core.containers import Exact
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError
-from graft.core.method import Method
-from graft.core.place import Exact
+from graft.core.method import Method, Tensors
 from graft.core.random import seeded
+from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
 from graft.methods.psoft.config import PsoftConfig
+
+BASIS = "principal_basis"  # container
 
 
 class Turn(nn.Module):
@@ -33,18 +36,23 @@ class Turn(nn.Module):
 class Basis(Exact):
     """The singular components within which R turns, in at least float32."""
 
+    filed = True
+
     A: Tensor  # (r, fan_in)
     B: Tensor  # (out, r)
 
-    def __init__(self) -> None:
+    def __init__(self, r: int, site: Site):
         super().__init__()
-        for name in "AB":  # `init` makes both
-            self.register_buffer(name, torch.empty(0), persistent=False)
+        self.register_buffer("A", torch.empty(r, site.fan_in), persistent=False)
+        self.register_buffer("B", torch.empty(site.out_features, r), persistent=False)
 
 
 class PSOFT(Method):
-    """ΔW = s · B (R - I) A, where s · B A are the r largest singular components of W₀, which neither trains nor is
-    saved."""
+    """ΔW = s · B (R - I) A, where s · B A are the r largest singular components of W₀ and do not train.
+
+    Files hold A and B: decomposed anew on another device, or from a rounded weight, they may have other signs and mix
+    components of similar size, and R would turn something else. PEFT's files lack them.
+    """
 
     config = PsoftConfig
     prefix = "psoft_"
@@ -66,13 +74,24 @@ class PSOFT(Method):
     def inits_from_weight(self) -> bool:
         return True
 
+    def inits_before_load(self) -> bool:
+        return False  # a file holds the basis
+
+    def restored(self, stored: Tensors, cfg: PsoftConfig) -> Tensors:
+        """Complete a file of PEFT by the basis of the weight here."""
+        basis = self.principal_basis
+        if any(place[0] == BASIS for place in stored) or self.site.on_meta:
+            return stored
+        A, B = self.components() if basis.A.is_meta else (basis.A, basis.B)
+        return stored | {(BASIS, "A"): A, (BASIS, "B"): B}
+
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, r = self.cfg, self.cfg.r
         return dict(
             r=r,
             scaling=cfg.psoft_alpha / r,
             psoft_R=Turn(r, cfg),
-            principal_basis=Basis(),
+            principal_basis=Basis(r, self.site),
             psoft_dropout=dropout_for(cfg.psoft_dropout),
         )
 
@@ -85,12 +104,16 @@ class PSOFT(Method):
             nn.init.eye_(R)
             if not cfg.init_weights:
                 R.add_(torch.randn_like(R), alpha=0.1)
+        self.principal_basis.A, self.principal_basis.B = self.components()
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of the weight."""
         U, S, V = self.largest()
         S = S / self.scaling
-        if cfg.ab_svd_init == "pissa_init":
+        if self.cfg.ab_svd_init == "pissa_init":
             S = S.sqrt()
             V = S[:, None] * V
-        self.principal_basis.A, self.principal_basis.B = V.clone(), U * S
+        return V.clone(), U * S
 
     def largest(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the r largest singular components of W₀: U (out, r), S (r,), V (r, fan_in)."""

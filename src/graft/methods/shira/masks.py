@@ -19,8 +19,8 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 
 def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
     """Return r · (in + out) random places of a matrix (out, in) as a flat list, in order."""
-    generator = torch.Generator()  # without a seed, torch's default one
+    generator = torch.Generator("cpu")  # without a seed, torch's default one
     if seed is not None:
         generator.manual_seed(seed)
     out, n = shape
-    return torch.randperm(out * n, generator=generator)[: r * (out + n)].sort().values
+    return torch.randperm(out * n, generator=generator, device="cpu")[: r * (out + n)].sort().values

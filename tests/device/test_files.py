@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files between devices whose decompositions differ in signs, and whose generators give other numbers."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graft
+from graft.core.random import made_on, seeded, set_states, states
+from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS, disturb
+from tests.device.simulated import WHY_NOT
+from tests.device.test_methods import DEVICE
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CPU = torch.device("cpu")
+ONE_EACH = list({str(cell.sample): cell for cell in reversed(CELLS + CALLED_CELLS)}.values())
+
+
+@contextlib.contextmanager
+def other_signs():
+    if WHY_NOT is None:
+        torch.ops.simulated.signs(1)
+    try:
+        yield
+    finally:
+        if WHY_NOT is None:
+            torch.ops.simulated.signs(0)
+
+
+@pytest.mark.parametrize("cell", ONE_EACH, ids=str)
+@pytest.mark.parametrize("there", [True, False], ids=["to the CPU", "from the CPU"])
+def test_a_file_computes_the_same_on_another_device(cell, there, tmp_path):
+    source, target = (DEVICE, CPU) if there else (CPU, DEVICE)
+    with other_signs():
+        model = disturb(cell.fresh(ADAPTERS, base=cell.base().to(source)))
+        x = cell.inputs()
+        wanted = [model(x.to(source))]
+        model.set_adapter("other")
+        wanted.append(model(x.to(source)))
+        model.save_pretrained(tmp_path)
+        loaded = graft.PeftModel.from_pretrained(cell.base().to(target), tmp_path)
+        report = loaded.load_adapter(tmp_path / "other", "other")
+        assert not report.missing_keys and not report.unexpected_keys
+        cell.sample.called(loaded)
+        for name, theirs in zip(ADAPTERS, wanted):
+            loaded.set_adapter(name)
+            tolerance = max(cell.store.tolerance, 2e-5)
+            assert_close(loaded(x.to(target)).cpu(), theirs.cpu(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_seed_draws_the_same_everywhere():
+    for draw in (
+        lambda d: torch.randn(5, device=d),
+        lambda d: torch.nn.init.kaiming_uniform_(torch.empty(3, 4, device=d)),
+        lambda d: torch.empty(7, device=d).normal_(std=2),
+        lambda d: torch.svd_lowrank(torch.arange(24.0, device=d).view(4, 6).sin(), q=2)[1],
+        lambda d: torch.rand_like(torch.ones(3, device=d)),
+    ):
+        drawn = []
+        for device in (CPU, DEVICE):
+            before = states()
+            with seeded(3):
+                drawn.append(draw(device).cpu())
+            assert all(torch.equal(a, b) for a, b in zip(before, states())), "no generator has moved"
+        assert_close(*drawn)
+
+
+def test_made_on_leaves_what_a_caller_asks_for():
+    with made_on(DEVICE):
+        assert torch.empty(2).device == DEVICE and torch.empty(2, device="cpu").device == CPU
+        assert torch.zeros(2, device="meta").is_meta and torch.randn(2, device="meta").is_meta
+        layer = torch.nn.Linear(2, 3)
+        assert {p.device for p in layer.parameters()} == {DEVICE}
+    with torch.device("meta"), made_on(DEVICE):
+        assert torch.empty(2).is_meta
+
+
+def test_states_are_those_of_the_devices_generator_as_well():
+    before = states()
+    drawn = torch.randn(3, device=DEVICE), torch.randn(3)
+    set_states(before)
+    assert torch.equal(torch.randn(3, device=DEVICE), drawn[0]) and torch.equal(torch.randn(3), drawn[1])
+    assert len(before) == 2

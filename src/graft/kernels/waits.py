@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways not to wait for the device in a step or a forward: numbers of the host, checks of values, many copies in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.kernels.eager import eager, watched
+
+KEPT = 256  # constants
+
+
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Return numbers as a tensor, which nobody may write to. Copied to the device once, while it is among the `KEPT`
+    used last."""
+    if device is None or not eager() or watched():  # a compiler cannot trace the last
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, dtype, device)
+
+
+@lru_cache(maxsize=KEPT)
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # training may save it for a backward pass
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def vector(numbers: Sequence[Any], like: Tensor) -> Tensor:
+    """Return numbers, or tensors () of one each, as a vector of the dtype of `like`, on its device."""
+    if any(isinstance(n, Tensor) for n in numbers):  # scalings that a hot-swap changes
+        return torch.stack([torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in numbers])
+    return constant(tuple(numbers), like.dtype, like.device)
+
+
+def demand(condition: Tensor, error: Callable[[], Exception], text: str) -> None:
+    """Raise the error unless the condition, (), is true. CUDA looks itself, and stops with the text: the host does not
+    wait for the values. Other devices have no such check."""
+    if condition.is_cuda:
+        torch._assert_async(condition, text)
+    elif not condition:
+        raise error()
+
+
+def carried(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Return each tensor on its device, by one copy for all that go to one device with one dtype."""
+    out, groups = list(tensors), dict[tuple[Any, ...], list[int]]()
+    for i, (t, device) in enumerate(zip(tensors, devices)):
+        if t.device != device:
+            groups.setdefault((t.device, t.dtype, device), []).append(i)
+    for (_, _, device), places in groups.items():
+        flat = torch.cat([tensors[i].flatten() for i in places]).to(device)
+        for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
+            out[i] = part.view(tensors[i].shape)
+    return out

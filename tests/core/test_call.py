@@ -35,6 +35,25 @@ def test_rows_are_grouped_by_adapter_in_order_of_appearance():
     assert grouped[rows.inverse].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_batch_grouped_as_one_before_has_its_indices():
+    names = ["b", "a", BASE, "b", "a"]
+    first, other = Rows.of(names, torch.device("cpu")), Rows.of(["x", "y", "z", "x", "y"], torch.device("cpu"))
+    assert first.order.data_ptr() == other.order.data_ptr() and other.names == ("x", "y", "z")
+    assert first.on(torch.device("cpu")) is first
+    there = first.on(torch.device("meta"))
+    assert there is first.on(torch.device("meta")) and {i.device.type for _, i in there.segments} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "names, in_order",
+    [(["a", "a", "b"], True), (["a", "b", "a"], False), (["b", "c", "a", "b"], False), ([BASE, "a", "b"], False)],
+)
+def test_rows_in_order(names, in_order):
+    rows = Rows.of(names)
+    order, found = rows.grouped[1], rows.grouped[3]
+    assert found == in_order == (order.tolist() == list(range(len(names))))
+
+
 def test_ids_that_all_samples_share_are_repeated():
     rows, ids = Rows.of(["a", "b", "a"]), torch.arange(4)[None]
     assert torch.equal(rows.take(ids, "positions", ids=True), ids.expand(3, 4))

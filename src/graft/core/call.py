@@ -272,7 +272,7 @@ class Call:
         return own.given
 
 
-WRITING = Rows(0, ())  # stands for a thread that changes weights
+WRITING = Rows.of(())  # stands for a thread that changes weights
 TWO_THREADS = (
     "two threads run this model at once, and at least one of the batches is mixed (adapter_names), so that its rows "
     "would be taken for those of the other. Run mixed batches one after another."

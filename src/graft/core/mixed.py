@@ -43,10 +43,11 @@ class Mixed:
             plan: Any = next(plan for plan in self.plans.values() if plan is not None)
             y, *others = layer.base_layer(*args, **kwargs)
             x = rows.take(plan.input(args, kwargs), layer.site.key)
-            return self.add(rows, x, y), *others
+            return self.add(rows.on(x.device), x, y), *others
         if self.block:
             return self.around(rows, args, kwargs)
         x, args = rows.take(args[0], layer.site.key, layer.op.takes_ids), args[1:]
+        rows = rows.on(x.device)
         if len(rows.segments) == 1:
             return self.one(rows.segments[0][0], x, args, kwargs)
         if self.adds:
@@ -83,10 +84,11 @@ class Mixed:
     def around(self, rows: Rows, args: Any, kwargs: Any) -> Any:
         """Run a module with several inputs once; before and after it, the adapters of each row."""
         refuse_gates(self.layer)
-        plans: dict[str | None, Any] = self.plans
-        some = [(plans[name], index) for name, index in rows.segments if plans[name] is not None]
-        x, call = some[0][0].input(args, kwargs)
+        first: Any = next(plan for plan in self.plans.values() if plan is not None)
+        x, call = first.input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
+        plans: dict[str | None, Any] = self.plans
+        some = [(plans[name], index) for name, index in rows.on(x.device).segments if plans[name] is not None]
         inner, given = x, []
         for plan, index in some:
             own, seen = plan.before(x.index_select(0, index))

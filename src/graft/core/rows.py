@@ -6,7 +6,7 @@ row, such as task ids.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -14,33 +14,52 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import RoutingError
+from graft.kernels.waits import constant
 
 BASE = "__base__"  # the row uses no adapter
+EMPTY = torch.empty(0, dtype=torch.long, device="cpu")
 
 
-@dataclass
+@dataclass(eq=False)
 class Rows:
-    """A batch grouped by adapter."""
+    """A batch grouped by adapter. Layers read tensors, on the device of the batch; the host has the same in lists."""
 
     batch: int
+    groups: dict[str | None, list[int]]  # rows by adapter, None for the base model
+    in_order: bool  # the groups, one after the other, are the batch as it stands
     segments: tuple[tuple[str | None, Tensor], ...]  # (adapter or None for the base model, row indices)
+    order: Tensor  # the segments, one after the other
+    inverse: Tensor  # the index that puts them back into the order of the batch
+    elsewhere: dict[torch.device, Rows] = field(default_factory=dict)  # the same on other devices
 
     @classmethod
     def of(cls, names: Sequence[str], device: torch.device | None = None) -> Rows:
         groups: dict[str | None, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(None if name == BASE else name, []).append(row)
-        return cls(len(names), tuple((name, torch.tensor(rows, device=device)) for name, rows in groups.items()))
+        return cls.placed(len(names), groups, device)
+
+    @classmethod
+    def placed(cls, batch: int, groups: dict[str | None, list[int]], device: torch.device | None) -> Rows:
+        """Make the indices, by one copy to the device; by none if the last batches had these groups, too."""
+        listed = [row for rows in groups.values() for row in rows]
+        places = sorted(range(batch), key=listed.__getitem__)
+        order, inverse = constant((*listed, *places), torch.long, device).split(batch) if batch else (EMPTY, EMPTY)
+        segments = zip(groups, order.split([len(rows) for rows in groups.values()]))
+        return cls(batch, groups, listed == sorted(listed), tuple(segments), order, inverse)
+
+    def on(self, device: torch.device) -> Rows:
+        """Return the same rows with indices for tensors on that device."""
+        if device == self.order.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = self.placed(self.batch, self.groups, device)
+        return self.elsewhere[device]
 
     @cached_property
     def names(self) -> tuple[str | None, ...]:
         """The adapters in the batch, None for the base model."""
         return tuple(name for name, _ in self.segments)
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """The index that puts the concatenated segments back into the order of the batch."""
-        return torch.argsort(torch.cat([index for _, index in self.segments]))
 
     @cached_property
     def grouped(self) -> tuple[list[str], Tensor, list[int], bool] | None:
@@ -49,9 +68,9 @@ class Rows:
         own = [(name, index) for name, index in self.segments if name is not None]
         if len(own) < 2:
             return None
-        order = torch.cat([index for _, index in own])
-        in_order = len(order) == self.batch and order.tolist() == list(range(self.batch))
-        return [name for name, _ in own], order, [len(index) for _, index in own], in_order
+        whole = len(own) == len(self.segments)
+        order = self.order if whole else torch.cat([index for _, index in own])
+        return [name for name, _ in own], order, [len(index) for _, index in own], whole and self.in_order
 
     def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
         """Return `x` with one row per sample. Repeat ids that all samples share, such as positions."""
@@ -66,8 +85,8 @@ class Rows:
         )
 
 
-OFF = Rows(0, ())  # stands for a call with all adapters disabled
-UNCLEAR = Rows(0, ())  # stands for the rows of a backward pass over calls with different rows
+OFF = Rows.of(())  # stands for a call with all adapters disabled
+UNCLEAR = Rows.of(())  # stands for the rows of a backward pass over calls with different rows
 
 
 class Gates(Protocol):
@@ -116,10 +135,11 @@ class Given(NamedTuple):
         """Return the same for a batch with `copies` of each row. Whoever makes gates makes them for that batch."""
         rows = self.rows
         if rows is not None:
-            names = [name for name, index in rows.segments for _ in index.tolist()]
-            inverse = rows.inverse.tolist()
-            names = [names[i] for i in inverse for _ in range(copies)]
-            rows = Rows.of([BASE if n is None else n for n in names], rows.segments[0][1].device)
+            groups = {
+                name: [row * copies + copy for row in group for copy in range(copies)]
+                for name, group in rows.groups.items()
+            }
+            rows = Rows.placed(rows.batch * copies, groups, rows.order.device)
         return Given(rows, self.gates, {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS)
 
 

@@ -108,8 +108,8 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
         return self.active(*args, **kwargs)
 
     def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        x = rows.take(x, self.key)
-        parts = []
+        x, parts = rows.take(x, self.key), []
+        rows = rows.on(x.device)
         for adapter, index in rows.segments:
             has_own = adapter is not None and adapter in self.modules_to_save
             own = self.modules_to_save[adapter] if has_own else self.original_module  # type: ignore[index]

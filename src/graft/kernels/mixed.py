@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.kernels.device import triton_form, uses_triton
+from graft.kernels.waits import vector
 
 STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than a loop over the adapters
 
@@ -73,7 +74,7 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
     if len(set(scales)) == 1:
         h = h * scales[0]
     else:
-        h = h * torch.tensor(scales, dtype=h.dtype, device=h.device)[:, None, None]
+        h = h * vector(scales, h)[:, None, None]
     if order is None and y.dtype == h.dtype == B.dtype and not torch.is_grad_enabled():
         y.view(len(factors), -1, y.shape[-1]).baddbmm_(h, B.mT)
         return y

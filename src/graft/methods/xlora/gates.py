@@ -28,7 +28,7 @@ class Scalings:
         return part * w[..., None].to(part.device)
 
     def rows(self, index: Tensor) -> Scalings:
-        return Scalings(self.weights[index], self.layers, self.experts)
+        return Scalings(self.weights[index.to(self.weights.device)], self.layers, self.experts)
 
 
 def chosen(scalings: Tensor, cfg: Any) -> Tensor:

@@ -47,7 +47,7 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
     """Return (I - Q)(I + Q)⁻¹; with `terms`, PEFT's truncated series of its inverse, I + 2Q + 2Q² + … + Qⁿ⁻¹."""
     I = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     if terms is None:
-        return torch.linalg.solve(I + Q, I - Q, left=False)
+        return torch.linalg.solve_ex(I + Q, I - Q, left=False)[0]  # I + Q has an inverse: no check, which would wait
     if terms == 1:
         return I.expand_as(Q)
     if terms == 2:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from graft.kernels.transformed import Parts
+from graft.kernels.waits import constant
 
 
 class Wavelet(NamedTuple):
@@ -49,7 +50,7 @@ class Wavelet(NamedTuple):
         return torch.ones_like(index)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
-        filters = torch.tensor((self.low, self.high), dtype=dtype, device=q.device)
+        filters = constant((self.low, self.high), dtype, q.device)
         band, place = index[:, None] // self.half, index[:, None] % self.half
         tap = q + self.first - 2 * place
         inside = (tap >= 0) & (tap < len(self.low))

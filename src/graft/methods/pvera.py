@@ -103,4 +103,6 @@ class PVeRA(Method):
         if torch._C._current_graph_task_id() != -1 and self.before is not None:  # the layer runs again, checkpointed
             self.generator.set_state(self.before)
         self.before = self.generator.get_state()
-        return torch.randn(std.shape, generator=self.generator, dtype=std.dtype, device="cpu").to(std.device)
+        pinned = std.is_cuda  # from such memory CUDA copies without a wait
+        noise = torch.randn(std.shape, generator=self.generator, dtype=std.dtype, device="cpu", pin_memory=pinned)
+        return noise.to(std.device, non_blocking=pinned)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graft.kernels.waits import constant
 from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.importance import Importance
 from graft.storage.parallel import fill, layout_of, whole
@@ -38,13 +40,11 @@ class Allocator:
         scores = {key: self.triplet_scores(key, m) for key, m in methods.items()}
         values = torch.cat(list(scores.values()))
         drop = len(values) - keep
-        threshold = values.kthvalue(drop).values if drop > 0 else values.new_tensor(float("-inf"))
-        masks = {}
+        threshold = values.kthvalue(drop).values if drop > 0 else values.new_full((), float("-inf"))
         for key, m in methods.items():
-            stays = scores[key] > threshold
-            fill(m.lora_E, whole(m.lora_E).masked_fill(~stays[:, None], 0.0))
-            masks[key] = stays.tolist()
-        return masks
+            fill(m.lora_E, whole(m.lora_E).masked_fill((scores[key] <= threshold)[:, None], 0.0))
+        stays = iter((values > threshold).tolist())  # the one wait for the device, since the config has them
+        return {key: list(islice(stays, len(score))) for key, score in scores.items()}
 
     def triplet_scores(self, key: str, m: Any) -> Tensor:
         """Return the importance of each singular value with its two vectors, (r,)."""
@@ -124,7 +124,8 @@ def reapply(methods: dict[str, Any], cfg: Any) -> None:
     for key, m in methods.items():
         mask = cfg.kept(key)
         if mask is not None and len(mask) == len(m.lora_E):  # an adapter from a file has no others
-            fill(m.lora_E, whole(m.lora_E).masked_fill(~torch.tensor(mask, device=m.lora_E.device)[:, None], 0.0))
+            gone = constant(tuple(not stays for stays in mask), torch.bool, m.lora_E.device)
+            fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))
 
 
 def orthogonal_loss(tuner: Any) -> Tensor | float:

@@ -27,9 +27,17 @@ class Allocator(Importance):
         spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)  # AdaLoRA takes the new mean
         mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
 
-    def of(self, key: str, m: Any, j: int) -> float:
-        """Return the score of a subspace."""
-        return sum(self.score(f"{key}.{part}.{j}", getattr(m, part)[j]).mean().item() for part in PARTS)
+    @torch.no_grad()
+    def of(self, methods: dict[str, Any], spaces: list[tuple[str, int]]) -> list[float]:
+        """Return the scores of subspaces, by one wait for the device."""
+        means = [
+            self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean()
+            for key, j in spaces
+            for part in PARTS
+        ]
+        device = means[0].device
+        found = torch.stack([mean.to(device) for mean in means]).view(-1, len(PARTS)).tolist()
+        return [sum(parts) for parts in found]
 
 
 def budget(step: int, total: int, cfg: AdamssConfig) -> int:
@@ -81,7 +89,8 @@ def allocate(tuner: Any, name: str, cfg: AdamssConfig, step: int) -> None:
 def choose(methods: dict[str, Any], state: Allocator, step: int, cfg: AdamssConfig) -> None:
     """Let the most important subspaces train; of equals, those that do by now."""
     spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
-    rank = {(key, j): (state.of(key, methods[key], j), methods[key].adamss_A[j].requires_grad) for key, j in spaces}
+    scores = zip(spaces, state.of(methods, spaces))
+    rank = {(key, j): (score, methods[key].adamss_A[j].requires_grad) for (key, j), score in scores}
     kept = set(sorted(spaces, key=lambda space: rank[space], reverse=True)[: budget(step, len(spaces), cfg)])
     for key, m in methods.items():
         for slot in m.layer.slots(m.name):

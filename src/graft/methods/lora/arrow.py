@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from graft.core.effect import Branch, Effect, Factors
 from graft.core.errors import RoutingError
+from graft.kernels.waits import vector
 from graft.methods.lora.lora import LoRA
 
 GENERAL = re.compile(r"gks_\d+")  # names of adapters of general knowledge, which are no experts
@@ -68,7 +69,7 @@ class Arrow(LoRA):
         score, which = (x @ self.directions(general, experts, A, B).T).abs().topk(cfg.top_k, dim=-1)  # (…, top_k)
         share = torch.zeros(*x.shape[:-1], E, device=x.device, dtype=x.dtype)
         share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))
-        share = share * torch.tensor([m.scaling for m in experts], device=x.device, dtype=x.dtype)
+        share = share * vector([m.scaling for m in experts], share)
         z = (x @ A.flatten(0, 1).T).unflatten(-1, (E, -1)) * share[..., None]  # (…, experts, r)
         out: Tensor = self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)
         return out

@@ -12,6 +12,7 @@ from torch import Tensor
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
 from graft.core.rows import Rows
 from graft.core.run import Run
+from graft.kernels.waits import constant
 from graft.methods.lora.offsets import Offsets, Progress, ids_of
 
 ARGUMENT = "alora_offsets"
@@ -19,7 +20,10 @@ ONLY_EMBEDS = "when only inputs_embeds are provided. Disabling aLoRA for this fo
 
 
 def find(tuner: Any, run: Run) -> dict[str, Offsets]:
-    """Return the offsets for each aLoRA adapter that acts; none if the input does not tell them."""
+    """Return the offsets for each aLoRA adapter that acts; none if the input does not tell them.
+
+    On a device, `generate` and the first forward of an adapter wait for them, to say where it does not act.
+    """
     names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
     all_tokens = {name: getattr(tuner.peft_config[name], "alora_invocation_tokens", None) for name in names}
     tokens = {name: invocation for name, invocation in all_tokens.items() if invocation}
@@ -33,9 +37,10 @@ def find(tuner: Any, run: Run) -> dict[str, Offsets]:
         return {}
     out = {}
     for name, invocation in tokens.items():
-        counts = last(ids, torch.tensor(invocation, device=ids.device))
+        counts = last(ids, constant(tuple(invocation), torch.long, ids.device))
         longest = ids.shape[1]
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (ids.is_cpu or run.generates or name not in tuner.states):
+            tuner.states[name] = True  # of what follows, `generate` apart, the host does not wait for the counts
             listed = counts.tolist()
             longest = max(listed, default=0)
             say_absent(name, listed, run.rows)
@@ -63,15 +68,15 @@ def offsets_from(given: Any, run: Run) -> Offsets:
     tensors = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if tensors and len(values) not in {len(t) for t in tensors}:
         raise RoutingError(f"{ARGUMENT} has {len(values)} entries, for a batch of {len(tensors[0])} rows.")
-    counts = torch.tensor([v or 0 for v in values], device=tensors[0].device if tensors else None)
+    counts = constant(tuple(v or 0 for v in values), torch.long, tensors[0].device if tensors else None)
     return Offsets(counts, max((v or 0 for v in values), default=0), Progress())
 
 
 def say_absent(name: str, counts: list[int], rows: Rows | None) -> None:
     """Warn of rows that use an adapter and do not invoke it."""
-    own = range(len(counts))
+    own: Sequence[int] = range(len(counts))
     if rows is not None:
-        own = next(index.tolist() for segment, index in rows.segments if segment == name)  # type: ignore[assignment]
+        own = rows.groups[name]
     absent = [row for row in own if row < len(counts) and not counts[row]]
     if absent:
         shown = f"rows {absent}" if len(absent) < len(counts) else "any row"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Chi2
 
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
@@ -81,7 +80,7 @@ def wishart_diagonal(r: int, like: Tensor) -> Tensor:
     It comes from Bartlett's decomposition L Lᵀ, with L drawn in the order of torch's `Wishart`.
     """
     freedom = r - torch.arange(r, device=like.device, dtype=torch.float32)
-    diagonal = Chi2(freedom, validate_args=False).sample()
+    diagonal = 2 * torch._standard_gamma(freedom / 2)  # chi-squared; torch's class copies a number to the device
     i, j = torch.tril_indices(r, r, -1, device=like.device)
     below = torch.zeros(r, r, device=like.device)
     below[i, j] = torch.randn(r * (r - 1) // 2, device=like.device)

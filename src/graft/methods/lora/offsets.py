@@ -33,8 +33,8 @@ class Offsets:
     longest: int  # of `counts`, at least
     progress: Progress
 
-    def __getitem__(self, index: Any) -> Offsets:
-        return Offsets(self.counts[index], self.longest, self.progress)
+    def __getitem__(self, index: Tensor) -> Offsets:
+        return Offsets(self.counts[index.to(self.counts.device)], self.longest, self.progress)
 
     def repeat_interleave(self, repeats: int, dim: int) -> Offsets:
         return Offsets(self.counts.repeat_interleave(repeats, dim), self.longest, self.progress)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
+from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect
@@ -101,7 +101,7 @@ class Poly(Method):
         logits: Any = self.poly_router.module_logits
         z = logits[tasks.to(logits.device)].unflatten(-1, (self.cfg.n_splits, -1))
         if self.layer.training:
-            z = RelaxedBernoulli(torch.ones((), device=z.device), logits=z).rsample()
+            z = relaxed(z)
         else:
             z = z.sigmoid()
         shares: Tensor = z / (z.sum(-1, keepdim=True) + EPS)
@@ -124,6 +124,14 @@ class Poly(Method):
             tasks = checked(run, min(c.n_tasks for c in configs))
             with call.giving(facts={TASKS: tasks}):
                 yield finish
+
+
+def relaxed(logits: Tensor) -> Tensor:
+    """Draw from the relaxed Bernoulli distribution of temperature 1, as torch does, which would check the logits."""
+    temperature = torch.ones((), device=logits.device)
+    drawn: Tensor = LogitRelaxedBernoulli(temperature, logits=logits, validate_args=False).rsample()
+    limits = torch.finfo(drawn.dtype)
+    return drawn.sigmoid().clamp(limits.tiny, 1 - limits.eps)
 
 
 def drawn(skills: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graft.core.errors import RoutingError
 from graft.core.run import Run
+from graft.kernels.waits import demand
 
 TASKS = "task_ids"
 
@@ -30,10 +31,14 @@ def checked(run: Run, known: int) -> Tensor:
     if tasks.dim() != 1 or tasks.is_floating_point() or tasks.is_complex() or tasks.dtype == torch.bool:
         raise RoutingError(f"task_ids must be one integer per row, got {tasks.dtype} of shape {tuple(tasks.shape)}.")
     if not torch.compiler.is_compiling() and len(tasks):
-        low, high = int(tasks.min()), int(tasks.max())
-        if high >= known or low < 0:
-            raise RoutingError(f"Only {known} tasks available. Found task id = {high if high >= known else low}")
+        low, high = tasks.aminmax()
+
+        def unknown() -> RoutingError:
+            return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
+
+        available = f"Only {known} tasks available"
+        demand((low >= 0) & (high < known), unknown, available)
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if rows and len(tasks) not in {len(t) for t in rows}:
         raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")
-    return tasks
+    return tasks.to(rows[0].device) if rows else tasks

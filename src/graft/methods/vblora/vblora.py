@@ -17,11 +17,16 @@ from graft.core.method import Method, Tensors
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
+from graft.kernels.waits import demand
 from graft.methods.vblora.config import VBLoRAConfig
 from graft.methods.vblora.largest import INDICES, WEIGHTS, check_largest
 from graft.methods.vblora.savable import print_savable_parameters, savable_parameters
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
+TRUNCATED = (
+    "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model, "
+    "as adapter '{}' is. Call eval() to run it."
+)
 
 
 class VBLoRA(Method):
@@ -39,6 +44,8 @@ class VBLoRA(Method):
     vblora_logits_B: nn.Parameter  # (out / L, r, vectors)
     vblora_vector_bank: nn.Parameter  # (vectors, L), shared
     vblora_dropout: nn.Module
+
+    looked_at: Tensor | None = None  # the logits, since they were made or loaded
 
     @classmethod
     def share(
@@ -80,11 +87,15 @@ class VBLoRA(Method):
         vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())
         return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)
 
-    @property
-    def truncated(self) -> bool:
-        """Say whether there are no logits but the largest."""
-        logits = self.vblora_logits_A[0, 0]
-        return not logits.is_meta and bool(logits.isneginf().any())
+    def refuse_truncated(self) -> None:
+        """Raise RuntimeError if there are no logits but the largest. The host waits for the answer where they are new,
+        as they may come from a file; later CUDA looks."""
+        logits, text = self.vblora_logits_A, TRUNCATED.format(self.name)
+        if logits.is_meta:
+            return
+        known, self.looked_at = self.looked_at is logits, logits
+        whole = ~logits[0, 0].isneginf().any()
+        demand(whole if known else whole.cpu(), lambda: RuntimeError(text), text)
 
     @classmethod
     @contextmanager
@@ -93,11 +104,8 @@ class VBLoRA(Method):
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
-                if isinstance(m, cls) and m.layer.training and m.truncated:
-                    raise RuntimeError(
-                        f"Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
-                        f"`save_only_topk_weights` model, as adapter '{name}' is. Call eval() to run it."
-                    )
+                if isinstance(m, cls) and m.layer.training:
+                    m.refuse_truncated()
         with super().around(tuner, call, run) as finish:
             yield finish
 
@@ -112,7 +120,7 @@ class VBLoRA(Method):
 
     def restored(self, stored: Tensors, cfg: VBLoRAConfig) -> Tensors:
         """Return logits with the same largest ones; the others are -inf."""
-        out = dict(stored)
+        out, self.looked_at = dict(stored), None
         for name in LOGITS:
             if (name + INDICES, "") in out and (name + WEIGHTS, "") in out:
                 index, first = out.pop((name + INDICES, "")), out.pop((name + WEIGHTS, ""))

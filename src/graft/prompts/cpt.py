@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
-from graft.prompts.base import STORED, Prompt, pick, words_of
+from graft.kernels.waits import constant, demand
+from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, pick, words_of
 
 # kind of a token: its type modulo 4 (labels count up in steps of 4, one step per example; 0 itself is padding)
 LABEL, INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE = 0, 1, 2, 3
@@ -74,7 +75,7 @@ class CPTEmbedding(Prompt):
         self.delta_embedding.weight.register_hook(self._without_labels)
 
     def _types(self) -> Tensor:
-        return torch.tensor(self.cfg.cpt_tokens_type_mask, device=self.delta_embedding.weight.device)
+        return constant(tuple(self.cfg.cpt_tokens_type_mask), torch.long, self.delta_embedding.weight.device)
 
     def _without_labels(self, grad: Tensor) -> Tensor:
         """Return the gradient with zeros for label tokens, which keep their embeddings."""
@@ -123,28 +124,32 @@ class CPTEmbedding(Prompt):
                 raise ValueError(
                     f"{name} must be {(batch, length)}, a number for each token, got {tuple(given.shape)}."
                 )
-        ids = torch.tensor(self.cfg.cpt_token_ids, device=labels.device)
+        ids = constant(tuple(self.cfg.cpt_token_ids), torch.long, labels.device)
         own = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
         own = torch.where(own > 0, own + types.max(), own)  # types of the input count on from the examples
         kinds = torch.cat([types.to(own.device).expand(batch, -1), own], dim=1)[:, 1:]
         targets = torch.cat([ids.expand(batch, -1), labels], dim=1)[:, 1:]
         is_label = (kinds > 0) & (kinds % 4 == LABEL)
-        if not is_label.any():
-            raise ValueError(
-                "No token is a label: the types of the input count on from the largest of cpt_tokens_type_mask, which "
-                f"is {int(types.max())} and must be a multiple of 4."
-            )
-        kept = is_label & (targets != -100)
-        losses = nn.functional.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="none")
-        if self.cfg.opt_weighted_loss_type == "decay":
-            losses = losses * self._decay(kinds)[kept]
-        return losses.mean()
+        none = (
+            "No token is a label: the types of the input count on from the largest of cpt_tokens_type_mask, which "
+            f"is {max(self.cfg.cpt_tokens_type_mask)} and must be a multiple of 4."
+        )
+        demand(is_label.any(), lambda: ValueError(none), none)
+        kept = is_label & (targets != IGNORED_LABEL)
+        weights = self._decay(kinds, is_label) if self.cfg.opt_weighted_loss_type == "decay" else torch.ones_like(kinds)
+        logits = logits[:, :-1]
+        count = kept.sum()
+        if logits.is_cpu:  # on a device the host would wait for how many there are
+            logits, targets, weights, kept = logits[kept], targets[kept], weights[kept], kept[kept]
+        targets = targets.masked_fill(~kept, IGNORED_LABEL)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(), targets.flatten(), reduction="none", ignore_index=IGNORED_LABEL
+        )
+        return (losses * weights.flatten()).sum() / count
 
-    def _decay(self, kinds: Tensor) -> Tensor:
-        """Return each token's weight: 1 in the last example, times `opt_loss_decay_factor` for each one before it."""
-        out = torch.ones(kinds.shape, device=kinds.device)
-        for row, kind in zip(out, kinds):
-            examples = kind[(kind > 0) & (kind % 4 == LABEL)].unique()  # ascending
-            for age, example in enumerate(examples.flip(0)):
-                row[kind == example] = self.cfg.opt_loss_decay_factor**age
-        return out
+    def _decay(self, kinds: Tensor, is_label: Tensor) -> Tensor:
+        """Return each label's weight: 1 in the last example, times `opt_loss_decay_factor` for each one before it."""
+        ordered, places = kinds.masked_fill(~is_label, 0).sort(dim=1)
+        example = (ordered.diff(dim=1, prepend=ordered[:, :1]) > 0).cumsum(1)  # a number for each kind, ascending
+        age = torch.empty_like(example).scatter(1, places, example[:, -1:] - example)
+        return torch.pow(self.cfg.opt_loss_decay_factor, age.float())

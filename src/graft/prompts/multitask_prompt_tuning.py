@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError, ConfigError
+from graft.kernels.waits import demand
 from graft.prompts.base import STORED
 from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
@@ -78,12 +79,15 @@ class MultitaskPromptEmbedding(PromptEmbedding):
                 "task_ids cannot be None: pass the number of each sample's task. (transformers' Trainer keeps that "
                 "column of a data set only with remove_unused_columns=False.)"
             )
-        ids = torch.as_tensor(task_ids, device=self.prefix_task_cols.device)
-        whole = ids.dim() < 2 and ids.dtype in (torch.int64, torch.int32)
-        if not whole or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_tasks):
-            raise ValueError(
-                f"task_ids must be whole numbers from 0 to {self.num_tasks - 1}, one for each sample, got {task_ids}."
-            )
+        ids, allowed = torch.as_tensor(task_ids), f"task_ids must be whole numbers from 0 to {self.num_tasks - 1}"
+
+        def wrong() -> ValueError:
+            return ValueError(f"{allowed}, one for each sample, got {task_ids}.")
+
+        if ids.dim() > 1 or ids.dtype not in (torch.int64, torch.int32):
+            raise wrong()
+        demand(((ids >= 0) & (ids < self.num_tasks)).all(), wrong, allowed)
+        ids = ids.to(self.prefix_task_cols.device)
         factor = self.prefix_task_cols[ids] @ self.prefix_task_rows[ids]
         return super().forward(None) * factor
 

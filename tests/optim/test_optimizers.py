@@ -11,6 +11,7 @@ import torch
 
 import graft
 from graft import optim as optimizers
+from graft.optim.pairs import by_cholesky, gram
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
 from tests.samples import each, first
@@ -232,3 +233,15 @@ def test_factors_that_are_kept_in_part_are_refused(option):
     ):
         with pytest.raises(graft.ConfigError, match=f"needs A and B as matrices, .*{next(iter(option))} keeps a part"):
             make()
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-8, 0.01])
+@pytest.mark.parametrize("r, n, rank", [(3, 8, 3), (16, 64, 16), (8, 40, 4), (6, 4, 4), (4, 8, 0)])
+def test_the_form_for_devices_is_that_of_the_cpu(r, n, rank, damping):
+    """On products with the factor, which are all that a step takes."""
+    factor = torch.randn(r, rank) @ torch.linalg.qr(torch.randn(n, n)).Q[:rank]
+    gradient = torch.randn(5, n) @ factor.T
+    if damping == 0.01:
+        torch.testing.assert_close(by_cholesky(factor, damping), gram(factor, damping), rtol=1e-3, atol=1e-3)
+    ours, theirs = (gradient @ form(factor, damping) @ factor for form in (by_cholesky, gram))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

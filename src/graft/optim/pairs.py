@@ -36,5 +36,22 @@ def check_whole(layer: Any, adapter: str) -> None:
 
 def gram(factor: Tensor, damping: float) -> Tensor:
     """Return (factor factorᵀ + damping · 1)⁺, (r, r), of a matrix (r, n), in float32."""
+    if not factor.is_cpu:
+        return by_cholesky(factor, damping)
     factor = factor.float()
     return torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))
+
+
+def by_cholesky(factor: Tensor, damping: float) -> Tensor:
+    """Return the same where the host would wait for the device, as an SVD needs it.
+
+    It is R = (G + damping)⁻¹, or R G R where the damping is less than what float32 rounds: there directions without any
+    of G count as 0.
+    """
+    wide = factor.to(torch.float32 if factor.device.type == "mps" else torch.float64)
+    G, eye = wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    least = len(G) * torch.finfo(torch.float32).eps * G.diagonal().amax() + torch.finfo(torch.float32).tiny
+    L = torch.linalg.cholesky_ex(G + eye * least.clamp(min=damping))[0]
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    R = inverse.T @ inverse
+    return torch.where(least > damping, R @ G @ R, R).float()

@@ -13,6 +13,7 @@ from graft.core.ops import is_stock
 from graft.core.place import moved
 from graft.core.site import Site
 from graft.kernels.eager import eager, has_no_hooks
+from graft.kernels.waits import constant
 
 NONE = 0  # the slot of zeros, for rows without adapter
 
@@ -39,7 +40,7 @@ class Choice:
         if n not in self._indices or self._indices[n].device != device:
             self._indices[n] = torch.zeros(n, dtype=torch.long, device=device)
         self.index = self._indices[n]
-        self.index.copy_(torch.tensor(rows))
+        self.index.copy_(constant(tuple(rows), torch.long, device))
         self.slot = rows[0] if len(set(rows)) == 1 else None
         self.mixed = self.slot is None
         if self.mixed and tuple(rows) != self.rows:

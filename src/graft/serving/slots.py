@@ -20,6 +20,7 @@ from graft.core.run import copies_of
 from graft.inject.inject import Injection, attach
 from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.save import config_of, get_peft_model_state_dict
+from graft.kernels.waits import carried
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.registry import check_adapter_name
 from graft.serving.fit import Known, SlotFactors, fitted
@@ -263,7 +264,7 @@ class AdapterSlots:
             if r < self.max_rank:
                 empty += [A[r:], B[r:]]
         with torch.inference_mode(False), torch.no_grad():
-            torch._foreach_copy_(targets, values)
+            torch._foreach_copy_(targets, carried(values, [t.device for t in targets]))
             torch._foreach_mul_(scaled, scalings)
             if empty:
                 torch._foreach_zero_(empty)

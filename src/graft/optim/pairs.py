@@ -45,13 +45,15 @@ def gram(factor: Tensor, damping: float) -> Tensor:
 def by_cholesky(factor: Tensor, damping: float) -> Tensor:
     """Return the same where the host would wait for the device, as an SVD needs it.
 
-    It is R = (G + damping)⁻¹, or R G R where the damping is less than what float32 rounds: there directions without any
-    of G count as 0.
+    It is R = (G + c)⁻¹ with the damping c. Where that is less than what float32 rounds, c is the latter, and with
+    E = c R the result R (1 + E) (1 - E²): G⁻¹ up to (c / λ)², and 0 in directions without any of G.
     """
     wide = factor.to(torch.float32 if factor.device.type == "mps" else torch.float64)
     G, eye = wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     least = len(G) * torch.finfo(torch.float32).eps * G.diagonal().amax() + torch.finfo(torch.float32).tiny
-    L = torch.linalg.cholesky_ex(G + eye * least.clamp(min=damping))[0]
+    c = least.clamp(min=damping)
+    L = torch.linalg.cholesky_ex(G + c * eye)[0]
     inverse = torch.linalg.solve_triangular(L, eye, upper=False)
     R = inverse.T @ inverse
-    return torch.where(least > damping, R @ G @ R, R).float()
+    E = c * R
+    return torch.where(least > damping, R @ (eye + E) @ (eye - E @ E), R).float()

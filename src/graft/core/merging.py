@@ -361,7 +361,9 @@ def unmerged_bias(layer: Layer) -> Tensor | None:
     """Return the bias without merged adapters."""
     first = next((old for _, _, old in layer.state.undo if old is not None), None)
     bias: Any = getattr(layer.base_layer, "bias", None)
-    return layer.bias_now if first is None else first.to(bias.device)
+    if first is None:
+        return layer.bias_now
+    return first if bias.is_meta else first.to(bias.device)
 
 
 def tied_weight(layer: Layer) -> nn.Parameter | None:

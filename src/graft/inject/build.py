@@ -26,7 +26,8 @@ from graft.inject.stage import check_alone, draw
 from graft.inject.survey import site_of
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from graft.storage import hold_bias
+from graft.storage import hold_bias, place_of
+from graft.storage.offload import hooks_of, offloaded_in
 
 
 def build(job: Any) -> None:
@@ -47,6 +48,7 @@ def build(job: Any) -> None:
         share(job)
         check_alone(job)
         add_layers(job)
+        warn_of_offloaded(job)
         add_saved(job, heads)
         add_tokens(job)
         follow(job)
@@ -78,7 +80,9 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
     for layer in parts.layers.values():
         if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):
             continue
-        empty = [slot for slot, tensor in layer.tensors(adapter, transient=True) if tensor.is_meta]
+        empty = [s for s, t in layer.tensors(adapter, transient=True) if t.is_meta and not hooks_of(s.owner)]
+        if not empty:
+            continue
         spare, method = layer_for(layer.site, layer.call), layer.methods[adapter]
         shared = {} if parts.shared is None else parts.shared.attached()
         add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
@@ -193,6 +197,18 @@ def add_layers(job: Any) -> None:
         )
 
 
+def warn_of_offloaded(job: Any) -> None:
+    """Warn of biases that are to train, and that accelerate's hooks take from where no optimizer writes to."""
+    away = offloaded_in(job.model) if job.values is None and any(b.is_meta for b in job.biases) else {}
+    lost = [b for b in job.biases if id(b) in away]
+    if lost:
+        warn(
+            f"Adapter '{job.adapter}' trains biases of the base (bias='{job.cfg.bias}'), and {len(lost)} of them are "
+            "offloaded, where they stay as they are: have the model on real devices first, or set bias='none'.",
+            PeftWarning,
+        )
+
+
 def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:
     """Wrap the modules that train whole."""
     for key in job.saved:
@@ -231,6 +247,12 @@ def follow(job: Any) -> None:
     tree, adapter = job.tree, job.adapter
     for key, source in job.followers.items():
         module = tree.modules[key]
+        here, there = place_of(module)[0], place_of(tree.modules[source])[0]
+        if here != there and not job.method.always_tied:
+            raise ConfigError(
+                f"Layer '{key}' is on {here}, and '{source}', to which it is tied, on {there}: adapter '{adapter}' "
+                "cannot share memory between them. Put both on one device, or leave ensure_weight_tying off."
+            )
         if source in job.layers:
             method = job.methods[key]
             layer = tree.layers.get(key) or AdapterLayer(method.site, job.call)

@@ -21,6 +21,7 @@ from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
 from graft.inject.parts import Nests, Parts
+from graft.storage.offload import hooks_of, put
 from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
 
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
@@ -64,6 +65,9 @@ class Entry:
         self.look()
         if not self.tensor.is_meta:
             fill(self.tensor, value)
+            return
+        if hooks_of(self.owner):
+            put(self.owner, self.attribute, value)
             return
         value = spread(value, self.tensor)
         device = None if self.layer is None else self.layer.store.where(self.layer.base_layer)[0]

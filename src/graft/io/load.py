@@ -27,6 +27,8 @@ from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of, within
 from graft.io.heads import resized, torn_apart
 from graft.io.save import changes_base, config_of, parts_of
+from graft.storage.offload import is_tied, offloaded_in
+from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of
 
 
@@ -56,9 +58,13 @@ class BaseEntry(NamedTuple):
     """A tensor of the base model that a checkpoint brings along."""
 
     tensor: Tensor
+    offloaded: tuple[nn.Module, str] | None  # the module that has it, and its name there
 
     def assign(self, value: Tensor) -> None:
-        fill(self.tensor, value)
+        if self.offloaded is None:
+            fill(self.tensor, value)
+        else:
+            put_away(*self.offloaded, value)
 
 
 class Values:
@@ -167,7 +173,14 @@ class Values:
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         own: list[tuple[Any, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
-        return own + [(BaseEntry(target), self.tensors[name]) for name, target in base.items()]
+        away = offloaded_in(self.model) if any(t.is_meta for t in base.values()) else {}
+        tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
+        if tied:
+            raise BaseModelMismatchError(
+                f"Adapter '{adapter}' from {self.path} brings '{tied[0]}' along, which is offloaded and tied to that "
+                "of another module: have the model on real devices first."
+            )
+        return own + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""

@@ -29,6 +29,7 @@ from graft.io.digests import digests
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import fingerprint, weights_of
 from graft.io.whole import all_here, check_entries, check_value, gathered, ranks_of
+from graft.storage.offload import brought, offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy
 
 
@@ -82,6 +83,9 @@ def get_peft_model_state_dict(
     held = list(entries(parts, adapter_name, prefix))
     values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
     values |= {key: t if given is None else given.get(bare(key), t) for key, t in more.items()}
+    if any([t.is_meta for t in values.values()]):
+        away = offloaded_in(model)
+        values |= {key: brought(*away[id(t)]) for key, t in values.items() if id(t) in away}
     if given is not None or not all_here(values.values()):
         values |= gathered(values)
         check_entries(held, values, parts, adapter_name)

@@ -71,23 +71,37 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
             hook.post_forward(m, None)
 
 
+def put(m: nn.Module, name: str, value: Tensor) -> None:
+    """Give an offloaded tensor of a module, which is on the meta device now, this value from the next call on."""
+    held: Any = m._parameters if name in m._parameters else m._buffers
+    value = value.detach().to("cpu", held[name].dtype, copy=True)
+    for hook in hooks_of(m):
+        names = [*(n for n, p in m._parameters.items() if p is not None), *_stored(m, hook)]
+        hook.weights_map = {**{n: hook.weights_map[n] for n in names if n != name}, name: value}
+
+
+def offloaded_in(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """Return module and name of each offloaded tensor, by the identity of what stands on the meta device for it."""
+    held = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if hooks_of(m))
+    return {id(t): (m, name) for m, tensors in held for name, t in tensors if t is not None and t.is_meta}
+
+
 def _stored(m: nn.Module, hook: Any) -> list[str]:
     """Return the names of the buffers that the hook offloads as well."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
 
 def standalone(module: nn.Module, copies: dict[int, Any] | None = None) -> nn.Module:
-    """Return a copy of a module with all tensors in memory and without accelerate's hooks.
+    """Return a copy of a module with all tensors in memory and without accelerate's hooks that offload them.
 
     copies: what takes the place of other copies, by the identity of the original.
     """
     old = list(module.modules())
     if not any(map(hooks_of, old)):
-        return copy.deepcopy(module, copies)
+        same = {id(hook): hook for m in old if (hook := m.__dict__.get("_hf_hook")) is not None}
+        return copy.deepcopy(module, {**(copies or {}), **same})
     made = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
-    for source, m in zip(old, made.modules()):
-        for name in ("_hf_hook", "_old_forward", "forward"):
-            m.__dict__.pop(name, None)
+    for source, m in zip(old, without_hooks(made).modules()):
         for hook in hooks_of(source):
             for name, p in m._parameters.items():
                 if p is not None and p.is_meta:
@@ -96,6 +110,14 @@ def standalone(module: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mo
                 if b is not None and b.is_meta:
                     m._buffers[name] = _brought(hook, name)
     return made
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """Take accelerate's hooks off a module and those in it, whose tensors stay where they are; return it."""
+    for m in module.modules():
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            m.__dict__.pop(name, None)
+    return module
 
 
 def brought(m: nn.Module, name: str) -> Tensor:

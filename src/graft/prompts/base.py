@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError, ConfigError
+from graft.storage import place_of
 from graft.storage.parallel import fill, layout_of, shape_of
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
@@ -102,8 +103,7 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
         raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
     check_tokens(ids, words, why)
     with torch.no_grad():
-        device = next(words.parameters()).device
-        return words(ids.to(device)).detach().clone().to(torch.float32)
+        return words(ids.to(place_of(words)[0])).detach().clone().to(torch.float32)
 
 
 def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from graft.prompts import heads, kv_prefix
 from graft.prompts.inside import layers_in, positions_in, words_in
 from graft.prompts.replays import Replays
+from graft.storage import place_of
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # inside models that read images as well, and OPT
@@ -106,8 +106,8 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        found = chain((self.words or self.module).parameters(), self.module.parameters())
-        return next(found).device  # FSDP may leave the word embeddings without parameters
+        parts = (self.words or self.module, self.module)  # FSDP may leave the word embeddings without parameters
+        return next(device for part in parts if (device := place_of(part)[0]) is not None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,5 +134,5 @@ class Stack:
     def devices(self, layers: int) -> list[torch.device]:
         """Return the device of each layer."""
         parts = [self.layers.get(i, self.module) for i in range(layers)]
-        where = [next((p.device for p in part.parameters()), self.device) for part in parts]
+        where = [place_of(part)[0] or self.device for part in parts]
         return [self.device if d.type == "meta" else d for d in where]

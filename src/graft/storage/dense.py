@@ -158,16 +158,16 @@ class Dense:
             getattr(m, name).data.copy_(state)
 
     def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        p = m._parameters.get("weight")
+        p, owner = m._parameters.get("weight"), m
         if p is None:
             p = getattr(m, "weight", None)
-        if p is None:
-            p = next(m.parameters(), None)
+        if p is None:  # a block: hooks bring in what each module in it has
+            owner, p = next(((o, p) for o in m.modules() for p in o._parameters.values() if p is not None), (m, None))
         if p is None:
             return None, None
         device = p.device
         if device.type == "meta":
-            device = device_of(m) or device
+            device = device_of(owner) or device
         return device, p.dtype if p.is_floating_point() else None
 
     def protect(self, y: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from graft.config.targets import PVERA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.method import Method
+from graft.core.near import near
 from graft.core.site import Site
 from graft.kernels.eager import eager
 from graft.methods.projections import ProjectionConfig, projections
@@ -81,14 +82,16 @@ class PVeRA(Method):
 
     def factors(self) -> Factors:
         r, d, b = self.cfg.r, self.pvera_lambda_d, self.pvera_lambda_b
-        A, B = self.pvera_A[:, : self.site.fan_in], self.pvera_B[: self.site.out_features]
+        A, B = near(self.pvera_A, d.device), near(self.pvera_B, d.device)
+        A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
         if not (self.layer.training or self.cfg.sample_at_inference):
             return Factors(A[:r], B, dropout=self.pvera_dropout, inner=d[:r], outer=b)
         return Factors(Product(self.sample, d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
 
     def sample(self, x: Tensor) -> Tensor:
         """Return μ + ε σ, with r channels, for an input that dropout has seen."""
-        op, A, d = self.site.op, self.pvera_A[:, : self.site.fan_in], self.pvera_lambda_d
+        op, d = self.site.op, self.pvera_lambda_d
+        A = near(self.pvera_A, d.device)[:, : self.site.fan_in]
         x = self.cast(x)
         h = op.down(self.layer.base_layer, x, A if op.takes_ids else A.to(x.dtype)) * op.channels(d)
         mean, log_variance = h.chunk(2, dim=1 - len(self.site.shape))

@@ -14,6 +14,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method
+from graft.core.near import near
 from graft.core.random import kaiming_bound
 from graft.core.site import Site
 from graft.kernels.diagonals import between_diagonals
@@ -93,9 +94,11 @@ class RandLoRA(Method):
     def factors(self) -> Factors:
         n, d, D = self.sizes
         # rank by product, and product by rank: PEFT pairs the two in the order in which each has them
-        dtype = self.randlora_gamma.dtype  # FSDP casts parameters for a call, and leaves buffers as they are
-        small = between_diagonals(self.randlora_lambda, self.randlora_A[:, 0, :d].to(dtype), self.randlora_gamma)
-        large = self.randlora_B[:D, :n].flatten(1).to(dtype)
+        gamma = self.randlora_gamma
+        A, B = near(self.randlora_A, gamma.device), near(self.randlora_B, gamma.device)
+        dtype = gamma.dtype  # FSDP casts parameters for a call, and leaves buffers as they are
+        small = between_diagonals(self.randlora_lambda, A[:, 0, :d].to(dtype), gamma)
+        large = B[:D, :n].flatten(1).to(dtype)
         A, B = (small, large) if self.site.fan_in == d else (large.T, small.T)
         return Factors(A, B, scale=self.scaling, dropout=self.randlora_dropout)
 

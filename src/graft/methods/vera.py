@@ -14,6 +14,7 @@ from graft.config.targets import PHI_ATTENTION
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method
+from graft.core.near import near
 from graft.core.site import Site
 from graft.methods.projections import ProjectionConfig, projections
 
@@ -66,7 +67,8 @@ class VeRA(Method):
             nn.init.zeros_(self.vera_lambda_b)
 
     def factors(self) -> Factors:
-        A, B = self.vera_A[:, : self.site.fan_in], self.vera_B[: self.site.out_features]
         d, b = self.vera_lambda_d, self.vera_lambda_b
+        A, B = near(self.vera_A, d.device), near(self.vera_B, d.device)
+        A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
         A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
         return Factors(A, B, dropout=self.vera_dropout, inner=d, outer=b)

@@ -15,6 +15,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method
+from graft.core.near import near
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.methods.frod.basis import basis, category, entries, support, width
@@ -107,7 +108,7 @@ class FRoD(Method):
     def shared(self) -> tuple[Tensor, Tensor]:
         """V (in, in), and the rows and columns of the entries of S (2, entries)."""
         device = self.frod_U.device
-        V, places = (container[self.name].to(device) for container in self.layer.frod_shared)
+        V, places = (near(container[self.name], device) for container in self.layer.frod_shared)
         return V, places
 
     def rotate(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from graft.core import merging
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State
+from graft.core.dispatched import HOOK, brought_in
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.holding import Holding
 from graft.core.lean import begin, lean
@@ -337,12 +338,16 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     # forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base, plan, back = self.base_layer, self.state.plan, None
+        if HOOK in base.__dict__:
+            args, kwargs, back = brought_in(base, args, kwargs)
         if self.call.open and (rows := self.call.current()) is not None:
-            return self.base_layer(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
-        plan = self.state.plan
-        if plan is None:
-            return self.base_layer(*args, **kwargs)
-        return plan.run(*args, **kwargs)
+            y = base(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
+        elif plan is None:
+            y = base(*args, **kwargs)
+        else:
+            y = plan.run(*args, **kwargs)
+        return y if back is None else back(y)
 
     def mix_of(self, rows: Any) -> Mixed:
         """Return the layer's plans for a batch with these rows."""

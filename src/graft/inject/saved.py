@@ -13,6 +13,7 @@ from graft.config.targets import TASK_HEADS
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State, carrier_of, layer_in
 from graft.core.containers import Slot, slots_of, tensors_of
+from graft.core.dispatched import HOOK, brought_in
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.rows import Rows
 from graft.storage import codes_in, place_of, standalone
@@ -103,9 +104,14 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
             return getattr(self.active, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        back = None
+        if HOOK in self.original_module.__dict__:  # copies may be without it
+            args, kwargs, back = brought_in(self.original_module, args, kwargs)
         if self.call.open and (rows := self.call.current()) is not None and not self.disable_adapters:
-            return self._forward_rows(rows, *args, **kwargs)
-        return self.active(*args, **kwargs)
+            y = self._forward_rows(rows, *args, **kwargs)
+        else:
+            y = self.active(*args, **kwargs)
+        return y if back is None else back(y)
 
     def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         x, parts = rows.take(x, self.key), []

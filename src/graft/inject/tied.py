@@ -44,12 +44,13 @@ def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
     weight = weight_of(embedding) if embedding is not None else None
     if weight is None:
         return path, []
-    if weight.is_meta and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        head = uncovered(
-            model.get_output_embeddings()
-        )  # moving to meta unties the weights that a real model would share
-        return path, [k for k, m in modules.items() if k != path and (m is head or weight_of(m) is weight)]
-    return path, [k for k, m in modules.items() if k != path and weight_of(m) is weight]
+    head = None
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        head = uncovered(model.get_output_embeddings())
+        own = None if head is None else weight_of(head)
+        if not weight.is_meta and (own is None or own.device == weight.device):
+            head = None  # a move to meta, or to several devices, unties weights that a model on one device shares
+    return path, [k for k, m in modules.items() if k != path and (m is head or weight_of(m) is weight)]
 
 
 def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict[str, str]:

@@ -15,6 +15,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.near import near
 
 
 @dataclass(kw_only=True)
@@ -92,8 +93,13 @@ class TrainableTokens(Method):
     def tie(self, source: Method) -> None:
         self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows where the layer is: those of a head are the embedding's, which may be elsewhere."""
+        return near(self.trainable_tokens_delta, self.sorted_tokens.device)
+
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        layer, rows = self.layer, self.trainable_tokens_delta
+        layer, rows = self.layer, self.rows
         if not layer.op.takes_ids:
             logits = layer.op.call(layer.base_layer, self.cast(x), rows, None)
             return y.index_copy(-1, self.order_to_token(), logits.to(y.dtype))
@@ -107,7 +113,7 @@ class TrainableTokens(Method):
         return self.sorted_tokens[self.order_of_tokens.argsort()]
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        rows, tokens = self.trainable_tokens_delta.to(W.dtype), self.order_to_token()
+        rows, tokens = self.rows.to(W.dtype), self.order_to_token()
         if self.layer.op.takes_ids:
             return W.index_copy(1, tokens, rows.T), b
         return W.index_copy(0, tokens, rows), b

@@ -13,6 +13,7 @@ from torch import nn
 from graft.core.errors import ConfigError
 from graft.methods.shadow.config import MIRROR, SIZES, ShadowConfig
 from graft.methods.shadow.loading import network_from
+from graft.storage.offload import standalone, without_hooks
 
 LISTS = ("layers", "h", "blocks", "single_transformer_blocks", "transformer_blocks")  # names of stacks of blocks
 HEADS = ("score", "classifier")
@@ -85,7 +86,8 @@ def beside(model: Any, cfg: ShadowConfig) -> dict[str, nn.Module]:
         projection = nn.Identity() if own == width else nn.Linear(own, width, bias=False)
     made["shadow_projection"] = projection
     if cfg.task_type == "SEQ_CLS":
-        made["shadow_head"] = copy.deepcopy(next(getattr(model, n) for n in HEADS if hasattr(model, n)))
+        head = standalone(next(getattr(model, n) for n in HEADS if hasattr(model, n)))
+        made["shadow_head"] = without_hooks(head)  # it stands where the network does
     for module in made.values():
         module.train(model.training)
     return made

@@ -15,6 +15,7 @@ from graft.core.method import as_it_is
 from graft.methods.shadow.cache import NAMES, empty, unpack, with_cache
 from graft.methods.shadow.loss import shadow_loss
 from graft.methods.shadow.state import FACT, States
+from graft.storage import place_of
 
 TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  # arguments that the network gets, too
 
@@ -79,6 +80,7 @@ class Pass:
         held = self.tuner.shared.containers
         network, projection = held["shadow_backbone"][name], held["shadow_projection"][name]
         takes = signature(network.forward).parameters
+        device, dtype = place_of(network)
         own = {key: self.given[key] for key in TAKEN if key in takes and self.given.get(key) is not None}
         ids = self.given.get("input_ids")
         if inputs_embeds is None:
@@ -86,9 +88,10 @@ class Pass:
         if inputs_embeds is None and hasattr(network, "needs_embeddings"):
             inputs_embeds = self.tuner.model.get_input_embeddings()(ids)
         if inputs_embeds is not None:
-            own["inputs_embeds"] = inputs_embeds.to(next(network.parameters()).dtype)
+            own["inputs_embeds"] = inputs_embeds.to(dtype)
         else:
             own["input_ids"] = ids
+        own = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in own.items()}
         cache_name = next((n for n in NAMES if n in takes), None)
         if cache_name is not None:
             own["use_cache"] = self.shadows is not None
@@ -127,7 +130,7 @@ class Pass:
         self.tuner.states[name] = loss.detach()
         weighed = cfg.auxiliary_loss_weight * loss
         if isinstance(output, tuple):
-            return (output[0] + weighed, *output[1:])
-        output.loss = output.loss + weighed
+            return (output[0] + weighed.to(output[0].device), *output[1:])
+        output.loss = output.loss + weighed.to(output.loss.device)
         output.shadow_loss = loss.detach()
         return output

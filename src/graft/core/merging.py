@@ -359,7 +359,7 @@ def unmerged(layer: Layer) -> Tensor:
 
 def unmerged_bias(layer: Layer) -> Tensor | None:
     """Return the bias without merged adapters."""
-    first = next((old for _, _, old in layer.state.undo if old is not None), None)
+    first: Tensor | None = next((old for _, _, old in layer.state.undo if old is not None), None)
     bias: Any = getattr(layer.base_layer, "bias", None)
     if first is None:
         return layer.bias_now

@@ -30,7 +30,7 @@ from tests.device.dispatch import (
 )
 from tests.models import seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+pytestmark = pytest.mark.filterwarnings("ignore:(aLoRA is currently only supported|.* trains without its)")
 
 
 def split(model):
@@ -172,3 +172,18 @@ def test_copies_are_kept_as_long_as_they_hold():
     with torch.no_grad():
         p.data.add_(1)
         assert near(p, SECOND).eq(2).all()
+
+
+@torch.no_grad()
+def test_rows_of_several_adapters():
+    outputs = []
+    for spread in (lambda model: model, halves, crossed):
+        model = adapted(graft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]), spread(llama()))
+        with seeded(2):
+            model.add_adapter("b", graft.LoraConfig(r=2, target_modules=["v_proj", "lm_head"]))
+        for name in ("default", "b"):
+            model.set_adapter(name)
+            moved_away(model)
+        outputs.append(logits(model, adapter_names=["b", "__base__", "default"]))
+    for here in outputs[1:]:
+        equal(here, outputs[0])

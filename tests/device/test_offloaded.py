@@ -23,7 +23,7 @@ from tests.device.dispatch import (
     seeded,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+pytestmark = pytest.mark.filterwarnings("ignore:(aLoRA is currently only supported|.* trains without its)")
 
 
 def offloaded(model):

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _SCRATCH = 1 << 14  # 64-bit words: few enough for the cache
@@ -71,10 +71,10 @@ def set_states(states: list[Tensor]) -> None:
 
 _MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 _LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
-_FILLED = frozenset(
-    {Tensor.normal_, Tensor.uniform_, Tensor.random_, Tensor.bernoulli_, Tensor.exponential_, Tensor.log_normal_}
-)
-_FIXED = frozenset({"zeros_", "ones_", "constant_", "eye_", "dirac_"})  # of torch.nn.init: what draws nothing
+# functions of a tensor, torch's or what a library has put in place of those of torch.nn.init
+_UNIFORM = {"uniform_", "kaiming_uniform_", "xavier_uniform_", "random_", "bernoulli_", "sparse_"}
+_NORMAL = {"normal_", "kaiming_normal_", "xavier_normal_", "trunc_normal_", "log_normal_", "orthogonal_"}
+_FILLED = _UNIFORM | _NORMAL | {"exponential_", "cauchy_", "geometric_"}
 
 
 class DrawnOnCPU(TorchFunctionMode):
@@ -91,13 +91,16 @@ class DrawnOnCPU(TorchFunctionMode):
             if device.type == "meta":
                 return func(*args, **kwargs, device=device)
             return func(*args, **kwargs, device=CPU).to(device)
-        if func in _FILLED or (getattr(func, "__module__", "") == nn.init.__name__ and func.__name__ not in _FIXED):
+        if getattr(func, "__name__", "") in _FILLED:
             t = args[0] if args else kwargs.pop("tensor", None)
-            if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta"):
-                with torch.no_grad():
-                    t.copy_(func(torch.empty_like(t, device=CPU), *args[1:], **kwargs))
-                return t
-            return func(t, *args[1:], **kwargs)
+            if not isinstance(t, Tensor) or t.device.type in ("cpu", "meta"):
+                return func(t, *args[1:], **kwargs)
+            with torch.no_grad():
+                marked = vars(t)  # a library's own function may leave values that it has marked
+                twin = t.detach().to(CPU) if marked else torch.empty_like(t, device=CPU)
+                twin.__dict__.update(marked)
+                t.copy_(func(twin, *args[1:], **kwargs))
+            return t
         return func(*args, **kwargs)
 
 

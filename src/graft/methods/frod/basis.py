@@ -55,7 +55,7 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
         Vh: Tensor = torch.linalg.svd(stack, full_matrices=True).Vh
         return Vh.T.contiguous()
     Q, R = torch.linalg.qr(stack)
-    eye = alpha * torch.eye(n)
+    eye = alpha * torch.eye(n, device=stack.device)
     parts = Q.split([len(W) for W in weights])
     T = sum(torch.linalg.inv(part.T @ part + eye) for part in parts) / len(parts)
     basis: Tensor = R.T @ torch.linalg.eigh(T).eigenvectors

@@ -25,7 +25,7 @@ from tests.samples import Sample
 LIBS = (graft, peft)
 jinja2.Template = functools.cache(jinja2.Template)  # PEFT compiles that of its model card at each save
 PREFIX = "base_model.model."
-UNLIKE = re.compile(r"\.lora_shift\.|\.adamss_clusters|\.principal_basis\.|\.model\..*\.randlora_[AB]$")
+UNLIKE = re.compile(r"\.lora_shift\.|\.adamss_clusters|\.psoft_basis\.|\.model\..*\.randlora_[AB]$")
 
 
 def adapt(lib, sample: Sample, adapter: str = "default", *, seed: int = 1, base: nn.Module | None = None, **options):

@@ -55,7 +55,7 @@ def test_the_basis_on_a_base_in_half_precision(dtype):
         outputs.append(model(torch.linspace(-1, 1, 60, dtype=dtype).view(3, 20)).float())
     close(*outputs, 0.03)
     basis = layers(graft.get_peft_model(nn.Sequential(nn.Linear(20, 12)).to(dtype), config(graft, r=4)))["0"]
-    A = basis.principal_basis["default"].A
+    A = basis.psoft_basis["default"].A
     assert A.dtype == torch.float32 and not torch.equal(A, A.to(dtype).float())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,12 +130,6 @@ class TransientParameterDict(nn.ParameterDict):
     """Parameters that are not part of a checkpoint."""
 
 
-class Exact(nn.Module):
-    """A module whose buffers move with the base weight and keep their dtype."""
-
-    filed: ClassVar[bool] = False  # a checkpoint holds them even where the state dict does not
-
-
 class Attached(NamedTuple):
     """A container of tensors that all layers of the model share."""
 
@@ -223,11 +217,6 @@ def takes(container: Any, value: Any) -> bool:
     return type(container) is AnyDict or type(container) is type(container_for(value))
 
 
-def is_filed(module: nn.Module, name: str) -> bool:
-    """Return True if a checkpoint holds that buffer."""
-    return name not in module._non_persistent_buffers_set or (isinstance(module, Exact) and module.filed)
-
-
 def module_of(container: Any, adapter: str) -> nn.Module | None:
     """Return the module that a container holds for `adapter`; None if it holds none."""
     if isinstance(container, (nn.ModuleDict, AnyDict, dict)) and adapter in container:
@@ -245,7 +234,7 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
             for name, p in parameters_in(module).items():
                 yield f"{dot}{name}", module, name, p
             for name, b in module._buffers.items():
-                if b is not None and (transient or is_filed(module, name)):
+                if b is not None and (transient or name not in module._non_persistent_buffers_set):
                     yield f"{dot}{name}", module, name, b
     elif isinstance(container, nn.ParameterDict):
         if adapter in container and (transient or not isinstance(container, TransientParameterDict)):

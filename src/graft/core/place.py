@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import AnyDict, BufferDict, Exact
+from graft.core.containers import AnyDict, BufferDict
 
 _FLOAT8 = tuple(
     getattr(torch, name)
@@ -36,6 +36,10 @@ def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype |
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = moved(b, device, dtype, False)
+
+
+class Exact(nn.Module):
+    """A module whose buffers move with the base weight and keep their dtype."""
 
 
 def place_tensor(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.containers import Exact
 from graft.core.errors import warn
+from graft.core.place import Exact
 from graft.methods.lora.choices import TITLES
 from graft.methods.lora.quantized import quantized
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import LORA
-from graft.core.containers import Exact
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors
+from graft.core.place import Exact
 from graft.core.random import seeded
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
 from graft.methods.psoft.config import PsoftConfig
 
-BASIS = "principal_basis"  # container
+BASIS = "psoft_basis"  # container
 
 
 class Turn(nn.Module):
@@ -36,15 +36,13 @@ class Turn(nn.Module):
 class Basis(Exact):
     """The singular components within which R turns, in at least float32."""
 
-    filed = True
-
     A: Tensor  # (r, fan_in)
     B: Tensor  # (out, r)
 
     def __init__(self, r: int, site: Site):
         super().__init__()
-        self.register_buffer("A", torch.empty(r, site.fan_in), persistent=False)
-        self.register_buffer("B", torch.empty(site.out_features, r), persistent=False)
+        self.register_buffer("A", torch.empty(r, site.fan_in))
+        self.register_buffer("B", torch.empty(site.out_features, r))
 
 
 class PSOFT(Method):
@@ -59,7 +57,7 @@ class PSOFT(Method):
     targets = LORA
 
     psoft_R: Turn
-    principal_basis: Basis
+    psoft_basis: Basis
     psoft_dropout: nn.Module
     scaling: float
 
@@ -79,7 +77,7 @@ class PSOFT(Method):
 
     def restored(self, stored: Tensors, cfg: PsoftConfig) -> Tensors:
         """Complete a file of PEFT by the basis of the weight here."""
-        basis = self.principal_basis
+        basis = self.psoft_basis
         if any(place[0] == BASIS for place in stored) or self.site.on_meta:
             return stored
         A, B = self.components() if basis.A.is_meta else (basis.A, basis.B)
@@ -91,7 +89,7 @@ class PSOFT(Method):
             r=r,
             scaling=cfg.psoft_alpha / r,
             psoft_R=Turn(r, cfg),
-            principal_basis=Basis(r, self.site),
+            psoft_basis=Basis(r, self.site),
             psoft_dropout=dropout_for(cfg.psoft_dropout),
         )
 
@@ -104,7 +102,7 @@ class PSOFT(Method):
             nn.init.eye_(R)
             if not cfg.init_weights:
                 R.add_(torch.randn_like(R), alpha=0.1)
-        self.principal_basis.A, self.principal_basis.B = self.components()
+        self.psoft_basis.A, self.psoft_basis.B = self.components()
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the weight."""
@@ -140,7 +138,7 @@ class PSOFT(Method):
         return R if own.vector_a is None else R * own.vector_a
 
     def factors(self) -> Factors:
-        R, A, B = self.R(), self.principal_basis.A, self.principal_basis.B
+        R, A, B = self.R(), self.psoft_basis.A, self.psoft_basis.B
         turn = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
         turned = turn @ A
         if not self.site.takes_vectors:  # the layer takes matrices of one dtype with its input

@@ -427,7 +427,7 @@ CASES = {
         "Could not locate the layers attribute",
     ),
     "mamba": (
-        inject("LoraConfig", lambda: tree(["a.out_proj", "a.q"], config=Config("mamba")), target_modules=["out_proj"]),
+        inject("LoraConfig", lambda: tree(["a.conv1d", "a.q"], config=Config("mamba")), target_modules=["conv1d"]),
         ValueError,
         "is incompatible with Mamba-based models",
     ),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Effect, Factors, LowRank, Rewrite, Update, matrix
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update, matrix
 from graft.core.face import Layer
 from graft.core.method import Method
 
@@ -69,6 +69,17 @@ def shift_of(effect: Effect) -> Tensor | None:
         return effect.factors().shift()
     bias = getattr(effect, "bias", None)
     return None if bias is None else bias()
+
+
+def unfolded(m: Method) -> str | None:
+    """Return why an adapter cannot act through a weight that modules read without calling the layer, if so."""
+    site, effect, name = m.site, m.effect, type(m).__name__
+    if isinstance(effect, Branch) or (isinstance(effect, Rewrite) and effect.block):
+        return f"The weight is used without a call of the layer, so that {name} would have no effect"
+    if effect.fixed is not None:
+        return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"
+    why = None if effect.whole else site.store.unread(site.module, site.parameter)
+    return None if why is None else f"{name} needs its weight, and {why}"
 
 
 def same_inputs(f: Factors) -> Factors:

@@ -18,6 +18,7 @@ from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.dispatched import HOOK, brought_in
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.folding import unfolded
 from graft.core.holding import Holding
 from graft.core.lean import begin, lean
 from graft.core.method import Method
@@ -263,15 +264,27 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         return self.weight_now.requires_grad or (b is not None and b.requires_grad)
 
     def plan_of_reader(self) -> Plan | None:
-        """Return the plan of the adapters that act now, for a parent that reads the weight; None for the base alone."""
+        """Return the plan of the adapters that act now, for modules that read the weight; None for the base alone.
+
+        Raises:
+            UnsupportedLayerError: an adapter acts where the layer is called, and not through its weight.
+        """
+        plan = self.state.plan
         if self.call.open:
             rows = self.call.current()
             if rows is OFF:
                 return None
             if rows is not None:
-                return self.mix_of(rows).only(rows)
-            refuse_gates(self)
-        return self.state.plan
+                plan = self.mix_of(rows).only(rows)
+            else:
+                refuse_gates(self)
+        for m, _ in () if plan is None else plan.steps:
+            if (why := unfolded(m)) is not None:
+                raise UnsupportedLayerError(
+                    f"Layer '{self.site.key}' ({self.site.type_name}): {why}. Deactivate adapter '{m.name}', or make "
+                    "one that leaves this layer out: exclude_modules."
+                )
+        return plan
 
     def effective_weight(self) -> Tensor:
         """Return the weight with the plan folded in, as the base layer stores it; gradients flow."""

@@ -117,5 +117,16 @@ class Instead(Plan):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if self.layer.call.open:
             refuse_gates(self.layer)
+        return self.module(*args, **kwargs)
+
+    @property
+    def module(self) -> Any:
         effect: Any = self.steps[0][1]
-        return effect.module()(*args, **kwargs)
+        return effect.module()
+
+    def folded_now(self) -> tuple[Tensor, Tensor | None]:
+        module = self.module
+        return self.layer.op.canon(module.weight), self.bias()
+
+    def bias(self, n: int | None = None) -> Tensor | None:
+        return getattr(self.module, "bias", None)

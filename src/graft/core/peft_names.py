@@ -21,7 +21,7 @@ class PeftNames:
 
     @property
     def weight(self: Layer) -> Tensor:
-        """The base layer's weight; where a parent reads it and does not call the layer, with what the adapters do."""
+        """The base layer's weight; where modules around read it to compute with it, with what the adapters do."""
         if self.site.is_read and (plan := self.plan_of_reader()) is not None:
             return self.op.uncanon(plan.folded_now()[0])
         weight: Tensor = self.get_base_layer().weight
@@ -30,8 +30,9 @@ class PeftNames:
     @property
     def bias(self: Layer) -> Tensor | None:
         if self.site.is_read and (plan := self.plan_of_reader()) is not None:
-            shifted: Tensor | None = plan.folded_now()[1]
-            return shifted
+            shifted: Tensor | None = plan.bias()
+            own = self.bias_now
+            return shifted if shifted is None or own is None else shifted.to(own.dtype)
         bias: Tensor | None = self.get_base_layer().bias
         return bias
 

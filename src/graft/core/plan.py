@@ -52,6 +52,17 @@ class Plan:
             W, b = fold_step(layer, m, effect, W, b, drops=True)
         return W, b
 
+    def bias(self, n: int | None = None) -> Tensor | None:
+        """Return the bias of the layer with the (first n) steps on it."""
+        b = self.layer.bias_now
+        if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in self.steps[:n]):
+            return self.fold(self.layer.weight_now, b, n)[1]
+        for _, effect in self.steps[:n]:
+            shift = shift_of(effect)
+            if shift is not None:
+                b = shift if b is None else b + shift
+        return b
+
 
 class Sum(Plan):
     """Adapters that only add to the output."""
@@ -111,17 +122,6 @@ class Chain(Plan):
             return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
         m, effect = self.steps[n - 1]
         return self.ways[n - 1](self, n - 1, m, effect, x, args, kwargs)
-
-    def bias(self, n: int) -> Tensor | None:
-        """Return the bias of the layer with the first n steps on it."""
-        b = self.layer.bias_now
-        if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in self.steps[:n]):
-            return self.fold(self.layer.weight_now, b, n)[1]
-        for _, effect in self.steps[:n]:
-            shift = shift_of(effect)
-            if shift is not None:
-                b = shift if b is None else b + shift
-        return b
 
     # what a layer of which a process computes a piece does in another way
 

@@ -44,7 +44,8 @@ class Site:
     parameter: str = "weight"
     shared: bool = False  # the weight is tied to another module
     path: str = ""  # of the module; "": as `key`
-    is_read: bool = False  # the module's parent reads weight and bias, and does not call the module
+    is_read: bool = False  # modules around it read weight and bias, and compute with them
+    is_called: bool = True  # False: nobody calls the module
     piece: Any = None  # of the module's work, where this process does not do all of it
     out_features: int = field(init=False)  # or channels
     in_features: int = field(init=False)  # or channels; `fan_in` counts the kernel as well
@@ -75,7 +76,7 @@ class Site:
     @property
     def by_itself(self) -> bool:
         """Say whether what is adapted is a tensor, and not a call of the module."""
-        return self.op.opaque or self.is_read
+        return self.op.opaque or not self.is_called
 
     @property
     def on_meta(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.effect import Branch, Rewrite
+from graft.core.effect import Rewrite
 from graft.core.errors import (
     ConfigError,
     DistributedError,
@@ -18,6 +18,7 @@ from graft.core.errors import (
     UnsupportedLayerError,
     warn,
 )
+from graft.core.folding import unfolded
 from graft.core.method import Method
 from graft.core.names import is_bias
 from graft.core.site import Site
@@ -173,13 +174,9 @@ def by_itself(method: Method) -> str | None:
     site, effect = method.site, method.effect
     if not site.by_itself:
         return None
-    name = type(method).__name__
-    if effect.whole or isinstance(effect, Branch):
-        return f"The weight is used without a call of the layer, so that {name} would have no effect"
-    if effect.fixed is not None:
-        return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"
-    why = site.store.unread(site.module, site.parameter)
-    return None if why is None else f"{name} needs its weight, and {why}"
+    if effect.whole:
+        return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
+    return unfolded(method)
 
 
 def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Collection[str]) -> list[str]:

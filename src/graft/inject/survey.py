@@ -17,6 +17,7 @@ from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.core.wrappers import inside, place_inside
+from graft.inject.reading import use_of
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store, find_tensor_store, innermost, numel, of_tensor, piece_of
@@ -29,6 +30,7 @@ Place = tuple[nn.Module, str]  # (parent, attribute)
 class Tree:
     """The result of one walk of a model."""
 
+    root: nn.Module = field(default_factory=nn.Module)  # the model, without wrappers around it
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers and wrappers are leaves
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Tree:
 
 def survey(model: nn.Module) -> Tree:
     """Walk `model` once, but not into layers and wrappers. One without adapters counts as the module beneath it."""
-    tree = Tree()
+    tree = Tree(root=model)
     seen: set[nn.Module] = set()
 
     modules, places, owners = tree.modules, tree.places, tree.owners
@@ -87,6 +89,7 @@ def survey(model: nn.Module) -> Tree:
             else:
                 wrapped(carrier, path)
         elif (inner := inside(module)) is not None:  # the model itself is in a wrapper
+            tree.root = inner
             count(inner)
             look_into(inner, path)
         elif module._modules:
@@ -200,11 +203,20 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
         return parameter_site(key, module, composed.parameter, tree, key)
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners.get(weight, 0) > 1
-    reader = COMPOSED.find(type(tree.places[key][0])) if key in tree.places else None
-    is_read = reader is not None and key.rpartition(".")[2] in reader.children
+    is_read, is_called = used_by(key, tree)
     own = tree.ops.get(type(module))
     op, store = (find_op(module), find_store(module)) if own is None else (own, of_tensor(module, "weight"))
-    return Site(key, module, op, store, shared=shared, is_read=is_read, piece=piece_of(module, op))
+    return Site(key, module, op, store, shared=shared, is_read=is_read, is_called=is_called, piece=piece_of(module, op))
+
+
+def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
+    """Say whether modules around one read its weight, and whether they call it."""
+    parent, _, name = key.rpartition(".")
+    composed = COMPOSED.find(type(innermost(tree.modules[parent]))) if parent in tree.modules else None
+    if composed is not None and name in composed.children:
+        return True, False
+    use = use_of(key, tree.root, tree.modules)
+    return use.reads, use.calls or not use.reads
 
 
 def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str | None = None) -> Site:

@@ -11,7 +11,7 @@ from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
 
 MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-MAMBA_UNTARGETABLE = {"out_proj", "conv1d"}
+MAMBA_UNTARGETABLE = {"conv1d"}
 
 
 def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
@@ -20,8 +20,8 @@ def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
     hit: set[str] = MAMBA_UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
     if hit:
         raise ConfigError(
-            f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): its kernels read the weight "
-            "itself. Take it out of target_modules."
+            f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): an update mixes its groups, "
+            "and no call shows them. Take it out of target_modules."
         )
 
 

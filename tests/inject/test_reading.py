@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers whose weight the modules around them read, and do not call: adapters act there, too, or are refused."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.testing import assert_close
+from transformers import FalconMambaConfig, JambaConfig, MambaConfig, MobileBertConfig, WavLMConfig
+
+import graft
+from graft.core.errors import RoutingError, UnsupportedLayerError
+from graft.inject.reading import SETS_UP, Source, Use, uses_of
+from tests.models import seeded
+
+MODELS = Path(transformers.__file__).parent / "models"
+READ = re.compile(r"self\.[\w.\[\]]+\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size)\b)")
+SSM = dict(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, intermediate_size=32, time_step_rank=4)
+JAMBA = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_experts=2,
+    num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+)  # fmt: skip
+WAVLM = dict(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8], conv_stride=[4],
+    conv_kernel=[8], num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+)  # fmt: skip
+BERT = dict(
+    vocab_size=32, hidden_size=16, embedding_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    intra_bottleneck_size=8, tie_word_embeddings=False,
+)  # fmt: skip
+IDS = torch.arange(12).view(2, 6)
+BASES = {
+    "mamba": lambda: transformers.MambaForCausalLM(MambaConfig(**SSM)),
+    "falcon_mamba": lambda: transformers.FalconMambaForCausalLM(FalconMambaConfig(**SSM)),
+    "jamba": lambda: transformers.JambaForCausalLM(JambaConfig(**JAMBA)),
+    "wavlm": lambda: transformers.WavLMModel(WavLMConfig(**WAVLM)),
+    "mobilebert": lambda: transformers.MobileBertForMaskedLM(MobileBertConfig(**BERT)),
+}
+MIXERS = [(name, target) for name in ("mamba", "falcon_mamba", "jamba") for target in ("dt_proj", "x_proj", "out_proj")]
+OTHERS = [("wavlm", t) for t in ("q_proj", "k_proj", "v_proj", "out_proj")]
+OTHERS += [("mobilebert", "predictions.decoder"), ("mobilebert", "predictions.dense")]
+
+
+def base(name):
+    with seeded(0):
+        return BASES[name]().eval()
+
+
+def output(model, name):
+    if name == "wavlm":
+        return model(torch.linspace(-3, 3, 400).sin().view(2, 200)).last_hidden_state
+    return model(IDS).logits
+
+
+def adapted(name, target, **options):
+    model = base(name)
+    with seeded(1):
+        config = graft.LoraConfig(r=2, lora_alpha=8, target_modules=[target], init_lora_weights=False, **options)
+        return graft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("name, target", MIXERS + OTHERS)
+def test_forward_is_merged_and_all_gets_gradients(name, target):
+    model = adapted(name, target)
+    plain, out = output(base(name), name), output(model, name)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert not torch.equal(out, plain)
+    with model.disable_adapter():
+        assert_close(output(model, name), plain)
+    assert_close(output(model.merge_and_unload(), name), out)
+
+
+def kernel(x, conv, conv_bias, x_proj, dt_proj, out_proj, out_bias, *args, **kwargs):
+    """Use all weights, as a fused kernel of Mamba does."""
+    z = F.linear(F.linear(x.transpose(1, 2)[..., : x_proj.shape[1]], x_proj)[..., : dt_proj.shape[1]], dt_proj)
+    return F.linear(z, out_proj, out_bias)
+
+
+@pytest.mark.parametrize("target", ["x_proj", "dt_proj", "out_proj"])
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_a_kernel_gets_the_adapted_weights(name, target, monkeypatch):
+    modeling = getattr(transformers.models, name)
+    monkeypatch.setattr(getattr(modeling, f"modeling_{name}"), "mamba_inner_fn", kernel)
+    model = adapted(name, target, use_dora=True)
+    model.config.use_cache = False
+    model.train()
+    plain, out = output(base(name).train(), name), output(model, name)
+    assert (out - plain).abs().max() > 1e-3
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert_close(output(model.merge_and_unload().train(), name), out)
+
+
+def test_what_has_no_weight_to_give_out_is_refused():
+    invoked = dict(task_type="CAUSAL_LM", alora_invocation_tokens=[3])
+    with pytest.raises(UnsupportedLayerError, match=r"dt_proj.*default"):
+        adapted("mamba", "dt_proj", **invoked)
+    model = adapted("jamba", "dt_proj", **invoked)  # is called where the model is quantized
+    with pytest.raises(UnsupportedLayerError, match=r"dt_proj.*default"):
+        model(IDS % 6)
+
+
+def test_rows_of_a_mixed_batch_are_refused_where_the_weight_is_read():
+    model = adapted("mamba", "dt_proj")
+    assert_close(model(IDS, adapter_names=["default"] * 2).logits, model(IDS).logits)
+    with pytest.raises(RoutingError, match="dt_proj"):
+        model(IDS, adapter_names=["default", "__base__"])
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.called, self.heads = nn.LayerNorm(4), nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+        self.direct = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x.to(self.called.weight.dtype) if isinstance(self.called.weight, nn.Parameter) else x
+        if self.direct.bias is not None:
+            x = F.layer_norm(x, (4,), self.norm.weight, self.norm.bias) @ self.direct.weight
+        self.called.weight.data.clamp_(-1, 1)
+        for head in self.heads:
+            x = F.linear(x, head.weight)
+        return self.norm(self.called(x))
+
+
+class Inherits(Reader):
+    pass
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.reader, self.last = Inherits(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        last = self.last
+        return F.linear(self.reader(x), last.weight) @ self.reader.called.weight
+
+
+def test_uses_of_a_class():
+    assert uses_of(Reader) == uses_of(Inherits)
+    reads = {path: use for path, use in uses_of(Reader).items() if use.reads}
+    assert reads == {("norm",): Use(True, True), ("direct",): Use(True, False), ("heads", "[]"): Use(True, False)}
+    assert {path for path, use in uses_of(Around).items() if use.reads} == {("last",), ("reader", "called")}
+
+
+@pytest.mark.parametrize("target", ["direct", "heads.0", "last", "called"])
+def test_whoever_reads_the_weight(target):
+    x = torch.linspace(-1, 1, 12).view(3, 4)
+    with seeded(0):
+        model = graft.get_peft_model(Around(), graft.LoraConfig(target_modules=[target], init_lora_weights=False))
+    before = model(x)
+    assert_close(model.merge_and_unload()(x), before)
+
+
+def test_a_norm_that_is_read_and_called():
+    x = torch.linspace(-1, 1, 12).view(3, 4)
+    model = graft.get_peft_model(Around(), graft.LNTuningConfig(target_modules=["norm"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.5
+    before = model(x)
+    assert_close(model.merge_and_unload()(x), before)
+
+
+FACTS = {"dtype", "device", "shape", "size", "requires_grad"}
+
+
+def children(function):
+    """Return the paths of all modules of which a function computes with the weight or bias."""
+    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Attribute) or node.attr not in ("weight", "bias"):
+            continue
+        path = re.sub(r"\[.*?\]", ".[]", ast.unparse(node.value))
+        around = parents[node]
+        if isinstance(around, ast.Attribute) and around.attr == "data":
+            around = parents[around]
+        fact = isinstance(around, ast.Attribute) and (around.attr in FACTS or re.search("[a-z]_$", around.attr))
+        fact = fact or isinstance(around, ast.Compare) or isinstance(node.ctx, ast.Store)
+        fact = fact or (
+            isinstance(around, ast.Call) and ast.unparse(around.func).split(".")[-1] in ("isinstance", "to")
+        )
+        if path.startswith("self.") and not fact:
+            yield tuple(path.split(".")[1:])
+
+
+def test_no_model_of_transformers_reads_a_weight_unseen():
+    """An independent reading of all models' sources finds nothing that `Source` does not."""
+    seen, unseen = [], []
+    for file in sorted(MODELS.glob("*/modeling_*.py")):
+        text = file.read_text()
+        lines = {text.count("\n", 0, match.start()) + 1 for match in READ.finditer(text)}
+        for cls in (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)) if lines else ():
+            for function in (node for node in cls.body if isinstance(node, ast.FunctionDef)):
+                if SETS_UP.match(function.name) or lines.isdisjoint(range(function.lineno, function.end_lineno + 1)):
+                    continue
+                if not (found := set(children(function))):
+                    continue
+                source = Source("self")
+                source.visit(function)
+                seen += [f"{cls.name}.{'.'.join(path)}" for path in found]
+                unseen += [f"{cls.name}.{'.'.join(path)}" for path in found - source.reads]
+    assert not unseen
+    assert {"MambaMixer.dt_proj", "WavLMAttention.q_proj", "SamPromptEncoder.point_embed.[]"} <= set(seen)
+    assert len(set(seen)) > 100

@@ -290,3 +290,25 @@ def test_sharded_weights_merge(mesh, dora, dtype):
         model.unmerge_adapter()
         assert torch.equal(weight.full_tensor(), before)
         close(model(x), y)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_takes_what_is_active_on_each_layer(merge):
+    """Callers may have set layers' adapters themselves; `two` goes on with what the model has active."""
+    model = adapted("x", "y")
+    model.base_model.model.one.set_adapter(["x", "y"])
+    y = model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = getattr(model, merge)() or model
+    assert_close(plain(X), y)
+
+
+def test_merging_goes_on_with_layers_that_are_not_merged_yet():
+    model = adapted("x")
+    y = model(X)
+    model.base_model.model.one.merge()
+    with pytest.warns(UserWarning, match="Already"):
+        model.merge_adapter()
+    assert merged(model) == ["x"] and model.base_model.model.two.merged
+    assert_close(model(X), y)

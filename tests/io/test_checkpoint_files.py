@@ -702,3 +702,30 @@ def test_a_large_model_keeps_a_digest_only(tmp_path, monkeypatch):
     load(tmp_path)
     with pytest.raises(graft.BaseModelMismatchError, match="adapts 4 weights, here 3 match"):
         load(tmp_path, base=narrow())
+
+
+def test_embeddings_resized_over_a_base_of_the_hub_are_saved(tmp_path, monkeypatch):
+    """The hub's cache has the base's config; the network is not asked."""
+    folder = tmp_path / "models--some--base"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (folder / "snapshots" / ("0" * 40) / "config.json").write_text('{"vocab_size": 41}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for size, saved in ((41, False), (45, True)):
+        base = models.make("llama")
+        base.resize_token_embeddings(size)
+        base.config._name_or_path = base.name_or_path = "some/base"
+        model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            model.save_pretrained(tmp_path / str(size))
+        held = safetensors.torch.load_file(tmp_path / str(size) / "adapter_model.safetensors")
+        assert any("embed_tokens" in name for name in held) == saved
+        assert any("vocabulary" in str(w.message) for w in record) == saved
+
+
+def test_a_key_that_is_there_with_and_without_the_name_of_a_wrapper(saved):
+    spoil(saved, lambda t: t.update({LEFT.replace("lin0", "_orig_mod.lin0"): t[LEFT] + 1}))
+    with pytest.raises(graft.AdapterKeyError, match="twice"):
+        load(saved)

@@ -487,6 +487,15 @@ def test_source_that_is_damaged(init, name, tmp_path):
 
 
 @pytest.mark.parametrize("init", SOURCES)
+def test_source_of_a_compiled_model(init, tmp_path):
+    path = tmp_path / "compiled.safetensors"
+    save_file({f"_orig_mod.{name}": value for name, value in WHOLE.items()}, path)
+    tasks = {"num_ranks": 2} if init != "ONLY_SOURCE_SHARED" else {}
+    model = graft.get_peft_model(make("llama"), source_config(init, path, **tasks))
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, torch.ones(3, 24))
+
+
+@pytest.mark.parametrize("init", SOURCES)
 def test_source_that_is_no_multitask_prompt(init, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(3)}, path)

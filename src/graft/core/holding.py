@@ -15,6 +15,7 @@ from graft.core.place import UPCAST, place_tensor
 from graft.core.site import Store
 
 Where = tuple[torch.device | None, torch.dtype | None]
+MODELESS = (nn.Linear, nn.Identity)  # modules that do the same in training and evaluation: in the mode of their adapter
 
 
 class Holding:
@@ -69,7 +70,8 @@ class Holding:
             if isinstance(value, nn.Module):
                 container._modules[adapter] = value
                 if not value._modules and not value._buffers:
-                    value.__dict__["training"] = training
+                    trains = not (training or method.cfg.inference_mode) and isinstance(value, MODELESS)
+                    value.__dict__["training"] = training or trains
                     held, where = container._modules, value._parameters
                     for name, p in where.items():
                         if p is not None:

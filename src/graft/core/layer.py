@@ -398,7 +398,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         names = [n for n in merging.not_merged(self, adapter_names) if n in self.methods]
         if names:
             merging.check(self, names, safe_merge, undoable)
-            merging.check_finite([self], names)
+            merging.check_finite({self: names})
             self.merge_checked(names, undoable)
 
     def merge_checked(self, names: list[str], undoable: bool) -> None:

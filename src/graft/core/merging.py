@@ -12,7 +12,7 @@ a merge that only adds products keeps their factors and subtracts them again, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -156,14 +156,14 @@ def _tensors(layer: Layer, names: Sequence[str]) -> Iterator[tuple[str, Any, Ten
                 yield name, slot, t
 
 
-def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
-    """Raise ValueError if these adapters would write values that are not finite, which no unmerging takes out again.
+def check_finite(chosen: Mapping[Any, Sequence[str]]) -> None:
+    """Raise ValueError if adapters chosen for layers would write values that are not finite, which no unmerging undoes.
 
     Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
     method may make something finite of it, as VB-LoRA does of its logits.
     """
     held: dict[int, tuple[Tensor, list[Any]]] = {}  # by identity: each tensor, and the layers that use it
-    for layer in layers:
+    for layer, names in chosen.items():
         for name in names:
             if name in layer.methods:
                 shared = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], name))
@@ -172,7 +172,7 @@ def check_finite(layers: Iterable[Any], names: Sequence[str]) -> None:
     sizes = largest([tensor for tensor, _ in held.values()])
     broken = [layer for (_, users), x in zip(held.values(), sizes) if not math.isfinite(x) for layer in users]
     for layer in dict.fromkeys(broken):
-        check(layer, names, safe=True, undoable=False)
+        check(layer, chosen[layer], safe=True, undoable=False)
 
 
 def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:

@@ -221,7 +221,7 @@ class ChainOfPieces(OfPieces, Chain):
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.given_out(super().run(x, *args, **kwargs))
 
-    def bias(self, n: int) -> Tensor | None:
+    def bias(self, n: int | None = None) -> Tensor | None:
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
     def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:

@@ -112,7 +112,8 @@ class Source(ast.NodeVisitor):
 
 def plain(value: Any) -> FunctionType | None:
     """Return the function that a class has written, from what stands in its dictionary."""
-    value = inspect.unwrap(value.fget if isinstance(value, property) else value)
+    written: Any = value.fget if isinstance(value, property) else value
+    value = inspect.unwrap(written)
     return value if isinstance(value, FunctionType) and value.__code__.co_argcount else None
 
 

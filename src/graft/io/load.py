@@ -86,7 +86,7 @@ class Values:
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite or loaded.finite)
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
-        stored = {clean(key): t for key, t in loaded.tensors.items()}  # PEFT leaves parts of wrappers in names
+        stored = cleaned(loaded.tensors, loaded.path)
         self.tensors = renamed(stored, own if key_mapping is None else key_mapping, key_mapping is not None)
         self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
@@ -341,6 +341,22 @@ class Values:
         if self.strict:
             raise AdapterKeyError(f"{text} Pass strict=False to load what fits.")
         warn(text)
+
+
+def cleaned(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Return tensors by their names without parts of wrappers, which PEFT leaves in them.
+
+    Raises:
+        AdapterKeyError: two of them get one name.
+    """
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if (name := clean(key)) in out:
+            raise AdapterKeyError(
+                f"{path} holds '{name}' twice, with and without the name of a wrapper in it: take one of them out."
+            )
+        out[name] = tensor
+    return out
 
 
 def sizes(mismatched: list[Mismatch]) -> str:

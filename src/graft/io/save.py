@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
@@ -242,21 +243,41 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
 
 
 def resized_vocabulary(base: nn.Module, config: Any) -> bool:
-    """Say whether the vocabulary's size differs from a local copy of the original model. Never ask the network."""
+    """Say whether the vocabulary's size differs from that of the original model, in a local folder or the hub's cache.
+
+    Never ask the network.
+    """
     import json
-    import os
 
     origin = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
-    size = getattr(getattr(base, "config", None), "vocab_size", None)
-    path = os.path.join(origin, "config.json") if origin else ""
-    if size is None or not os.path.isfile(path):
+    own: Any = getattr(base, "config", None)
+    text: Any = own.get_text_config() if hasattr(own, "get_text_config") else own
+    size = getattr(text, "vocab_size", None)
+    path = local_config(origin, getattr(own, "_commit_hash", None)) if origin and size is not None else None
+    if path is None:
         return False
     with open(path) as f:
-        before = json.load(f).get("vocab_size")
+        held = json.load(f)
+    before = held.get("vocab_size", (held.get("text_config") or {}).get("vocab_size"))
     if before is None or before == size:
         return False
     warn("Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.")
     return True
+
+
+def local_config(origin: str, revision: str | None) -> str | None:
+    """Return the path of a model's config in its folder, or in the hub's cache; None if it is in neither."""
+    path = os.path.join(origin, "config.json")
+    if os.path.isfile(path):
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(origin, "config.json", revision=revision)
+    except HFValidationError:  # a path that no longer exists
+        return None
+    return found if isinstance(found, str) else None
 
 
 def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> dict:

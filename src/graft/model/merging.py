@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,11 @@ from graft.storage import DENSE, Quantized, holds_codes
 from graft.storage.packed import dtype_beside, unmark
 
 
+def union(names: Iterable[list[str]]) -> list[str]:
+    """Return all names, each once, in order."""
+    return list(dict.fromkeys(name for some in names for name in some))
+
+
 class MergingRegistry(Registry):
     """The registry of adapters that the weights of the base model can take over."""
 
@@ -36,39 +41,41 @@ class MergingRegistry(Registry):
         return [*self.layers.values(), *rows]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters (the active ones if None) into the base weights: see `Tuner.merge_adapter`."""
+        """Write adapters (None: those active on each layer) into the base weights: see `Tuner.merge_adapter`."""
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        names = self.active_adapters if adapter_names is None else several(adapter_names, "adapter_names")
-        self.check_known(names)
-        done = self.merged_adapters
-        wanted, names = names, [n for n in names if n not in done]
-        layers: Any = self.mergeable_layers()
-        merging.say_merged(done, wanted, names, any(merging.replaces(layer, names) for layer in layers))
+        given = None if adapter_names is None else several(adapter_names, "adapter_names")
+        self.check_known(given or ())
+        layers, done = self.mergeable_layers(), self.merged_adapters
+        active = {layer: [n for n in layer.active_adapters if n in layer.methods] for layer in layers}
+        wanted = active if given is None else {layer: [n for n in given if n in layer.methods] for layer in layers}
+        chosen = {layer: [n for n in names if n not in layer.merged_adapters] for layer, names in wanted.items()}
+        chosen = {layer: names for layer, names in chosen.items() if names}
+        names = union(chosen.values())
+        replaces = any(merging.replaces(layer, here) for layer, here in chosen.items())
+        merging.say_merged(done, union(wanted.values()), names, replaces)
         if not names:
             return
-        for layer in layers:
-            merging.check(layer, names, safe_merge, undoable)
-        merging.check_finite(layers, names)
-        left = [n for n in self.active_adapters if n not in names and n not in done]
-        if not undoable:
-            silent = left
+        for layer, here in chosen.items():
+            merging.check(layer, here, safe_merge, undoable)
+        merging.check_finite(chosen)
+        left = {
+            layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
+            for layer in (chosen if undoable else layers)
+        }
+        if silent := union(left.values()):
             until = "the merged model is without them"
-        else:
-            hosts = [layer for layer in layers if not layer.methods.keys().isdisjoint(names)]
-            silent = [n for n in left if any(n in layer.methods for layer in hosts)]
-            until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
-        if silent:
+            if undoable:
+                until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
             warn(f"Active adapters {silent} are not merged: {until}.")
+        steps: Any = chosen.items()
         if progress:
             from tqdm import tqdm
 
-            layers = tqdm(layers, desc="Merging", unit="layer")
-        for layer in layers:
-            here = [n for n in names if n in layer.methods]
-            if here:
-                layer.merge_checked(here, undoable)
+            steps = tqdm(steps, desc="Merging", unit="layer")
+        for layer, here in steps:
+            layer.merge_checked(here, undoable)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
@@ -97,8 +104,12 @@ class MergingRegistry(Registry):
     def _dequantized(self, adapter_names: list[str] | None) -> Iterator[None]:
         """Hold packed weights of the layers of these adapters as plain tensors; as before if the block raises."""
         done = self.merged_adapters
-        wanted = self.active_adapters if adapter_names is None else several(adapter_names, "adapter_names")
-        layers = [layer for layer in self.mergeable_layers() if not layer.methods.keys().isdisjoint([*done, *wanted])]
+        given = None if adapter_names is None else several(adapter_names, "adapter_names")
+        layers = [
+            layer
+            for layer in self.mergeable_layers()
+            if not layer.methods.keys().isdisjoint([*done, *(layer.active_adapters if given is None else given)])
+        ]
         packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
         for layer, store in packed:
             if (why := store.unread(layer.base_layer)) is not None:

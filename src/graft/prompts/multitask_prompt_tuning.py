@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError, ConfigError
+<<<<<<< HEAD
 from graft.kernels.waits import demand
+=======
+from graft.core.wrappers import clean
+>>>>>>> 6a580a7 (Merging takes each layer's active adapters; resized embeddings over the hub's base are saved)
 from graft.prompts.base import STORED
 from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
@@ -124,7 +128,7 @@ def source_values(cfg: Any) -> dict[str, Tensor]:
             "prompt_tuning_init_state_dict_path needs to be specified with "
             f"prompt_tuning_init={cfg.prompt_tuning_init.value}: the weights file of the source."
         )
-    source = read(path)
+    source = {clean(name): value for name, value in read(path).items()}
     alone = cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED"
     missing = [name for name in (STORED, *(() if alone else FACTORS)) if name not in source]
     if missing:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters on a parameter of a module that uses it in ways of its own: fold, then call the module."""
 
+import warnings
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
@@ -94,3 +97,39 @@ def test_it_compiles_without_a_break():
     layer.set_adapter(["a", "b"])
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert_close(compiled(X, gate=GATE), layer(X, gate=GATE))
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("targets", ["attention", "parameter"])
+def test_a_parameter_of_which_fsdp1_puts_views_into_the_module(group, targets):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.lin = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.lin(self.attn(x, x, x, need_weights=False)[0])
+
+    which = {"target_modules": ["attn"]} if targets == "attention" else {"target_parameters": ["lin.weight"]}
+    x = torch.linspace(-2, 2, 48).sin().view(2, 3, 8)
+    with seeded(0):
+        model = graft.get_peft_model(Net(), graft.LoraConfig(init_lora_weights=False, **which))
+    expected = model(x)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process alone
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    out = sharded(x)
+    assert_close(out, expected)
+    out.square().sum().backward()
+    assert_close({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, gradients)

@@ -73,13 +73,12 @@ def shift_of(effect: Effect) -> Tensor | None:
 
 def unfolded(m: Method) -> str | None:
     """Return why an adapter cannot act through a weight that modules read without calling the layer, if so."""
-    site, effect, name = m.site, m.effect, type(m).__name__
+    effect, name = m.effect, type(m).__name__
     if isinstance(effect, Branch) or (isinstance(effect, Rewrite) and effect.block):
         return f"The weight is used without a call of the layer, so that {name} would have no effect"
     if effect.fixed is not None:
         return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"
-    why = None if effect.whole else site.store.unread(site.module, site.parameter)
-    return None if why is None else f"{name} needs its weight, and {why}"
+    return None
 
 
 def same_inputs(f: Factors) -> Factors:

@@ -354,13 +354,15 @@ class Opaque(Op):
             owner, path = inner.base_module, f"{inner.inner_name}.{path}"
         if compiling():
             return functional_call(base, {path: W}, args, kwargs)
-        held = owner._parameters
-        real = held[name]
-        held[name] = W
+        places = [held for held in (owner._parameters, owner.__dict__) if name in held]  # FSDP1 has its views in both
+        real = [held[name] for held in places]
         try:
+            for held in places:
+                held[name] = W
             return base(*args, **kwargs)
         finally:
-            held[name] = real
+            for held, before in zip(places, real):
+                held[name] = before
 
 
 OPS: TypeTable[Op] = TypeTable(

@@ -176,7 +176,10 @@ def by_itself(method: Method) -> str | None:
         return None
     if effect.whole:
         return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
-    return unfolded(method)
+    if (reason := unfolded(method)) is not None:
+        return reason
+    why = site.store.unread(site.module, site.parameter)
+    return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
 def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Collection[str]) -> list[str]:

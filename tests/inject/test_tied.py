@@ -6,6 +6,7 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -339,3 +340,29 @@ def test_whatever_names_one_of_two_tied_modules(config):
         targets = None if isinstance(cfg.target_modules, str) else cfg.target_modules
         found.append((trained, cfg.modules_to_save, targets))
     assert found[0] == found[1]
+
+
+SIDE = dict(layers=1, attention_heads=2, ffn_dim=16)
+
+
+def make(kind):
+    if kind == "t5":
+        return models.make("t5")
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIDE.items()}
+    with seeded(0):
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=41, d_model=16, **sides))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("target", ["shared", "embed_tokens", "lm_head"])
+def test_several_embeddings_and_a_head_follow_the_embedding(kind, target, tmp_path):
+    config = graft.LoraConfig(r=2, target_modules=[target], ensure_weight_tying=True, init_lora_weights=False)
+    model = graft.get_peft_model(make(kind), config).eval()
+    here = {key.rpartition(".")[2]: layer for key, layer in layers(model).items()}
+    assert set(here) == {"shared", "embed_tokens", "lm_head"}
+    change = here["shared"].get_delta_weight("default")
+    assert all(torch.equal(layer.get_delta_weight("default"), change) for layer in here.values())
+    model.save_pretrained(tmp_path)
+    again = graft.PeftModel.from_pretrained(make(kind), tmp_path).eval()
+    ids = dict(input_ids=IDS, decoder_input_ids=IDS)
+    assert_close(again(**ids).logits, model(**ids).logits)

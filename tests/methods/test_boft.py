@@ -174,3 +174,13 @@ def test_dropout_replaces_blocks_of_one_factor():
     assert seen == {0, 1}
     model.eval()
     assert not (method.R() == eye).all((-1, -2)).any()
+
+
+@pytest.mark.parametrize("blocks", [dict(boft_block_num=1, boft_block_size=0), dict(boft_block_size=8)])
+def test_one_block(blocks):
+    x, outputs = torch.linspace(-1, 1, 16).view(2, 8), []
+    for lib in LIBS:
+        with models.seeded(0):
+            config = lib.BOFTConfig(target_modules=["0"], init_weights=False, **blocks)
+            outputs.append(lib.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()(x))
+    torch.testing.assert_close(*outputs)

@@ -103,3 +103,14 @@ def test_gradients(rows):
     theirs = torch.autograd.grad(((x @ W.T) * g).sum(), inputs)
     for a, b in zip(ours, theirs):
         close(a, b, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_is_cast_afterwards(dtype):
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), graft.PsoftConfig(r=2, target_modules=["0"]))
+    x = torch.linspace(-1, 1, 16).view(2, 8)
+    y = model(x)
+    out = model.to(dtype)(x.to(dtype))
+    torch.testing.assert_close(out.float(), y, rtol=0.05, atol=0.05)
+    out.float().square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

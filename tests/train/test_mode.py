@@ -128,3 +128,24 @@ def test_a_copy_of_an_injected_model_trains_and_saves(tmp_path):
         step(other)
         assert any(p.grad is not None for p in other.parameters())
     assert outcome(lambda: step(model)).warned(WORDS)
+
+
+def test_what_is_loaded_to_train_trains_whether_active_or_not(tmp_path):
+    """An optimizer that is made next has it."""
+    graft.get_peft_model(models.make("llama"), lora(graft)).save_pretrained(tmp_path)
+    for there in (False, True):
+        model = graft.get_peft_model(models.make("llama"), lora(graft, 0.0))
+        if there:
+            model.add_adapter("second", lora(graft))
+        model.load_adapter(tmp_path, "second", is_trainable=True)
+        own = [p for name, p in model.named_parameters() if ".second." in name]
+        assert own and all(p.requires_grad for p in own) and not model.peft_config["second"].inference_mode
+
+
+def test_modules_that_are_alike_in_both_modes_are_in_that_of_their_adapter():
+    """transformers' test of `load_adapter(is_trainable=True)` asks them; nothing random acts on a base in eval mode."""
+    for inference in (False, True):
+        model = graft.inject_adapter_in_model(lora(graft, 0.0, inference_mode=inference), models.make("llama").eval())
+        leaves = [m for name, m in model.named_modules() if "lora_" in name and not [*m.children()]]
+        assert leaves and {m.training for m in leaves} == {not inference}
+        assert not any(m.training for m in model.eval().modules())

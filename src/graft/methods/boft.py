@@ -144,6 +144,6 @@ def unfit(n: int, cfg: BOFTConfig) -> str | None:
     size = n // blocks
     if F > 1 and (size % 2 or blocks % 2):
         return f"With several butterfly factors, block size ({size}) and number of blocks ({blocks}) must be even"
-    if n % (size << F - 1) or math.log2(blocks) < F:
+    if n % (size << F - 1) or (F > 1 and math.log2(blocks) < F):
         return f"boft_n_butterfly_factor ({F}) is too large for {blocks} blocks of size {size}"
     return None

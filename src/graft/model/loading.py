@@ -99,13 +99,9 @@ def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
 def let_train(model: Any, adapter: str, is_trainable: bool, new: bool = True) -> None:
     """Let an adapter that has been loaded train or not, and set the model to eval mode if it does not."""
     registry = registry_of(model)
-    active = adapter in registry.active_adapters
-    if new:
-        registry.set_requires_grad(adapter, is_trainable and active)
-    elif is_trainable:
-        registry.peft_config[adapter].inference_mode = False
-        if active:
-            registry.set_requires_grad(adapter)
+    if new or is_trainable:  # whether it is active or not, so that an optimizer made next has it
+        registry.peft_config[adapter].inference_mode = not is_trainable
+        registry.set_requires_grad(adapter, is_trainable)
     if not is_trainable and model.training:  # else the adapter has the base's mode already
         if new and any(p.requires_grad for p in model.parameters()):
             warn(

@@ -482,7 +482,7 @@ class PeftModel(nn.Module):
         on training if it trains, and stays merged if it is merged.
 
         Args:
-            is_trainable: let the adapter train: from now on if it is active, else from `set_adapter` on, and leave the
+            is_trainable: let the adapter train from now on, whether it is active or not, and leave the
                 model in its mode. If False, set the model to eval mode, with a warning if others are training.
 
         Returns:

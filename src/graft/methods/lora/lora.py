@@ -97,9 +97,10 @@ class LoRA(Started):
         return self.build(shared, META)
 
     def tie(self, source: Method) -> None:
-        """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, on the embedding's own memory."""
+        """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, another embedding B A, on the embedding's own memory."""
         A, B = source.pair
-        self.lora_A.weight.data, self.lora_B.weight.data = B.data.T, A.data.T
+        mine, like = self.pair, self.site.op.takes_ids == source.site.op.takes_ids
+        mine[0].data, mine[1].data = (A.data, B.data) if like else (B.data.T, A.data.T)
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:

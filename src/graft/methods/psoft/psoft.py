@@ -138,7 +138,8 @@ class PSOFT(Method):
         return R if own.vector_a is None else R * own.vector_a
 
     def factors(self) -> Factors:
-        R, A, B = self.R(), self.psoft_basis.A, self.psoft_basis.B
+        R = self.R()
+        A, B = (t.to(R.dtype) for t in (self.psoft_basis.A, self.psoft_basis.B))  # `.half()` rounds them
         turn = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
         turned = turn @ A
         if not self.site.takes_vectors:  # the layer takes matrices of one dtype with its input

@@ -25,7 +25,7 @@ ITEM = "[]"
 TENSORS = {"weight", "bias"}
 FACTS = {
     "dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "is_cuda", "is_quantized",
-    "element_size", "layout", "itemsize", "get_device", "is_floating_point", "grad", "quant_state",
+    "element_size", "layout", "itemsize", "get_device", "is_floating_point", "grad",
 }  # fmt: skip
 TAKES_FACTS = {"isinstance", "hasattr", "to", "type_as", "id"}  # functions that use no value of a tensor
 SETS_UP = re.compile(r"__init__|_*(init|reset|tie|untie|resize|set|load|save|prune|convert|smart)(_|ialize|$)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -159,13 +159,21 @@ def uses_of(kind: type) -> dict[Path, Use]:
     return uses
 
 
-def use_of(key: str, root: nn.Module, modules: dict[str, nn.Module]) -> Use:
-    """Return what the modules around one do with it. modules: those in `root`, by path."""
+def readers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[Path, Use]]:
+    """Return what those modules do with others within them that read a weight there, by path. Few models have any."""
+    kinds: dict[type, list[str]] = {}
+    for path, m in modules:
+        kinds.setdefault(type(innermost(m)), []).append(path)
+    return {path: uses for kind, paths in kinds.items() if (uses := uses_of(kind)) for path in paths}
+
+
+def use_of(key: str, readers: dict[str, dict[Path, Use]]) -> Use:
+    """Return what the modules around one do with it."""
     parts = key.split(".")
     inside = tuple(ITEM if part.isdigit() else part for part in parts)
-    reads = calls = False
-    for i in range(len(parts)):
-        around = innermost(modules[".".join(parts[:i])] if i else root)
-        if (uses := uses_of(type(around))) and (use := uses.get(inside[i:])) is not None:
-            reads, calls = reads or use.reads, calls or use.calls
-    return Use(reads, calls)
+    found = [
+        use
+        for i in range(len(parts))
+        if (uses := readers.get(".".join(parts[:i]))) and (use := uses.get(inside[i:])) is not None
+    ]
+    return Use(any(use.reads for use in found), any(use.calls for use in found))

@@ -17,7 +17,7 @@ from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.core.wrappers import inside, place_inside
-from graft.inject.reading import use_of
+from graft.inject.reading import Path, Use, readers, use_of
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.storage import find_store, find_tensor_store, innermost, numel, of_tensor, piece_of
@@ -48,6 +48,11 @@ class Tree:
     def paths(self) -> dict[nn.Module, str]:
         """The path of each module."""
         return {module: path for path, module in self.modules.items()}
+
+    @cached_property
+    def readers(self) -> dict[str, dict[Path, Use]]:
+        """What modules that read the weight of another do with those within them, by path."""
+        return readers([("", self.root), *self.modules.items()])
 
 
 def survey(model: nn.Module) -> Tree:
@@ -210,12 +215,14 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
 
 
 def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
-    """Say whether modules around one read its weight, and whether they call it."""
+    """Return whether modules around one read its weight, and whether they call it."""
     parent, _, name = key.rpartition(".")
     composed = COMPOSED.find(type(innermost(tree.modules[parent]))) if parent in tree.modules else None
     if composed is not None and name in composed.children:
         return True, False
-    use = use_of(key, tree.root, tree.modules)
+    if not tree.readers:
+        return False, True
+    use = use_of(key, tree.readers)
     return use.reads, use.calls or not use.reads
 
 

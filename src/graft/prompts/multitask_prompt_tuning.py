@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError, ConfigError
-<<<<<<< HEAD
-from graft.kernels.waits import demand
-=======
 from graft.core.wrappers import clean
->>>>>>> 6a580a7 (Merging takes each layer's active adapters; resized embeddings over the hub's base are saved)
+from graft.kernels.waits import demand
 from graft.prompts.base import STORED
 from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 

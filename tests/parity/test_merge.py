@@ -30,7 +30,7 @@ def test_merge_and_unload(sample):
         return
     close_dicts(ours.value.state_dict(), theirs.value.state_dict())
     assert module_types(ours.value) == module_types(theirs.value)
-    close(output(ours.value, sample), output(theirs.value, sample), 3e-5)  # weights of two decompositions, two blocks on
+    close(output(ours.value, sample), output(theirs.value, sample), 3e-5)  # two decompositions each
 
 
 IN_PLACE = [

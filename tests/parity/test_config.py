@@ -50,6 +50,40 @@ def test_fields_and_defaults_of_methods_that_are_compared_elsewhere(method):
     test_fields_and_defaults(method)
 
 
+NEEDED = {
+    "ADALORA": {"total_step": 10},
+    "CPT": {"task_type": "CAUSAL_LM"},
+    "OFT": {"peft_version": "0.21.2", "oft_block_size": 32},
+    "XLORA": {"hidden_size": 8, "adapters": {}},
+}
+
+
+@pytest.mark.parametrize("method", [kind.value for kind in LIBS[0].PeftType])
+def test_null_is_the_default(method):
+    """In a file and in a call, in every field that has a default and of which None is no value."""
+    config, needed = cls(LIBS[0], method), NEEDED.get(method, {})
+    wanted = config(**needed).saved_dict()
+    for name in wanted.keys() - needed.keys() - {"peft_type", "random_loc_seed"}:  # FourierFT has no value without it
+        given = {"peft_type": method, **needed, name: None}
+        for made in (LIBS[0].PeftConfig.from_peft_type(**given), config(**given)):
+            assert made.saved_dict()[name] in (None, wanted[name]), name
+
+
+@pytest.mark.parametrize("name", sorted(SUB_CONFIGS.keys() - {"LoraRuntimeConfig"}))
+def test_null_is_the_default_in_configs_within(name):
+    config = getattr(LIBS[0], name)
+    for f in fields(config):
+        if f.init:
+            assert getattr(config(**{f.name: None}), f.name) in (None, default(f)), f.name
+
+
+def test_files_of_axolotl():
+    given = dict(peft_type="LORA", fan_in_fan_out=None, lora_dropout=None, r=4, rank_pattern=None)
+    ours, theirs = (lib.PeftConfig.from_peft_type(**given) for lib in LIBS)
+    assert ours.fan_in_fan_out is False and ours.lora_dropout == 0.0
+    assert ours.r == theirs.r and not theirs.fan_in_fan_out
+
+
 @pytest.mark.parametrize("field, values", [
     ("kasa_config", dict(beta=0.5)), ("velora_config", dict(scale=0.5)), ("use_bdlora", dict(nblocks=3)),
     ("arrow_config", dict(top_k=2)),

@@ -101,7 +101,7 @@ FIELDS = {
         (dict(modules_to_save="lm_head"), graft.ConfigTypeError, ["modules_to_save", "list", "'lm_head'"]),
         (dict(prompt_tuning_init="XAVIER"), graft.ConfigError, ["prompt_tuning_init", "'XAVIER'", "SAMPLE_VOCAB"]),
         (dict(prompt_tuning_init="random"), graft.ConfigError, ["prompt_tuning_init", "'random'", "RANDOM"]),
-        (dict(prompt_tuning_init=None), graft.ConfigError, ["prompt_tuning_init", "None", "RANDOM"]),
+        (dict(prompt_tuning_init="NONE"), graft.ConfigError, ["prompt_tuning_init", "NONE", "RANDOM"]),
         (
             dict(prompt_tuning_init="TEXT", prompt_tuning_init_text="say this"),
             graft.ConfigError,
@@ -120,7 +120,7 @@ FIELDS = {
     ],
     "P_TUNING": [
         (dict(encoder_reparameterization_type="GRU"), graft.ConfigError, ["encoder type", "MLP", "LSTM", "'GRU'"]),
-        (dict(encoder_reparameterization_type=None), graft.ConfigError, ["encoder type", "MLP", "LSTM", "None"]),
+        (dict(encoder_reparameterization_type="None"), graft.ConfigError, ["encoder type", "MLP", "LSTM", "None"]),
         (dict(encoder_hidden_size=0), graft.ConfigError, ["`encoder_hidden_size`", "positive", "0"]),
         (dict(encoder_num_layers=0), graft.ConfigError, ["`encoder_num_layers`", "positive", "0"]),
         (dict(encoder_dropout=1.5), graft.ConfigError, ["`encoder_dropout`", "between 0 and 1", "1.5"]),
@@ -146,11 +146,11 @@ FIELDS = {
         (dict(cpt_token_ids=[1.5] * 8), graft.ConfigTypeError, ["cpt_token_ids", "list[int]", "1.5"]),
         (dict(opt_weighted_loss_type="sum"), graft.ConfigTypeError, ["opt_weighted_loss_type", "'decay'", "'sum'"]),
         (dict(opt_projection_epsilon=-0.1), graft.ConfigError, ["`opt_projection_epsilon`", "negative", "-0.1"]),
-        (dict(opt_projection_format_epsilon=None), graft.ConfigError, ["`opt_projection_format_epsilon`", "None"]),
+        (dict(opt_projection_format_epsilon=-1.0), graft.ConfigError, ["`opt_projection_format_epsilon`", "-1"]),
         (
-            dict(opt_weighted_loss_type="decay", opt_loss_decay_factor=None),
+            dict(opt_weighted_loss_type="decay", opt_loss_decay_factor=-1.0),
             graft.ConfigError,
-            ["`opt_loss_decay_factor`", "None"],
+            ["`opt_loss_decay_factor`", "-1"],
         ),
         *(
             (dict(task_type=task), graft.ConfigError, ["CPTConfig only supports task_type = CAUSAL_LM."])
@@ -161,7 +161,7 @@ FIELDS = {
         (dict(num_virtual_tokens=-1), graft.ConfigError, ["`num_virtual_tokens`", "positive", "-1"]),
         (dict(num_frozen_tokens=-1), graft.ConfigError, ["`num_frozen_tokens`", "`num_virtual_tokens`", "-1", "4"]),
         (dict(num_frozen_tokens=5), graft.ConfigError, ["`num_frozen_tokens` must be <= `num_virtual_tokens`", "=5"]),
-        (dict(num_frozen_tokens=None), graft.ConfigTypeError, ["num_frozen_tokens", "int", "None"]),
+        (dict(num_frozen_tokens="1"), graft.ConfigTypeError, ["num_frozen_tokens", "int", "'1'"]),
     ],
 }  # fmt: skip
 ROWS = [(method, *row) for method, rows in FIELDS.items() for row in rows]

@@ -9,7 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from functools import cache
 from typing import Any, ClassVar
@@ -227,9 +227,23 @@ def hints(cls) -> dict[str, Any]:
 
 
 def validate(config: Any) -> None:
-    """Raise ConfigTypeError or ConfigError for the first field of a dataclass that has a value it cannot have."""
+    """Raise ConfigTypeError or ConfigError for the first field of a dataclass that has a value it cannot have.
+
+    None stands for the default where it is no value of the field: files are full of `null`.
+    """
+    fill_nulls(config)
     check_types(config)
     check_numbers(config, hints(type(config)))  # type: ignore[arg-type]
+
+
+def fill_nulls(config: Any) -> None:
+    """Put the defaults into fields of a dataclass that are None and cannot be."""
+    wanted = hints(type(config))  # type: ignore[arg-type]
+    for f in fields(config):
+        if getattr(config, f.name) is None and (wanted[f.name] is Any or not fits(None, wanted[f.name])):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if default is not MISSING:
+                setattr(config, f.name, default)
 
 
 def check_types(config: Any) -> None:

@@ -28,9 +28,9 @@ class CPTConfig(PromptLearningConfig):
     cpt_mask: list[int] | None = None  # attention mask of those tokens
     cpt_tokens_type_mask: list[int] | None = None  # 1 input template, 2 input, 3 output template, 4 label; next 5 …
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"  # "decay": earlier examples weigh less
-    opt_loss_decay_factor: float | None = 1.0  # factor per example
-    opt_projection_epsilon: float | None = 0.1  # radius of input tokens, for embeddings of 2048 numbers
-    opt_projection_format_epsilon: float | None = 0.1  # radius of template tokens
+    opt_loss_decay_factor: float = 1.0  # factor per example
+    opt_projection_epsilon: float = 0.1  # radius of input tokens, for embeddings of 2048 numbers
+    opt_projection_format_epsilon: float = 0.1  # radius of template tokens
     tokenizer_name_or_path: str | None = None  # without effect
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class CPTConfig(PromptLearningConfig):
         decays = ("opt_loss_decay_factor",) if self.opt_weighted_loss_type == "decay" else ()
         for name in ("opt_projection_epsilon", "opt_projection_format_epsilon", *decays):
             value = getattr(self, name)
-            if value is None or value < 0:
+            if value < 0:
                 raise ConfigError(f"`{name}` must be a number and not negative, got {value}.")
 
 

@@ -45,6 +45,7 @@ class ArrowConfig:
     rng_seed: int | None = None  # of the power iteration's start
 
     def __post_init__(self) -> None:
+        validate(self)
         if self.top_k <= 0:
             raise ConfigError("top_k cannot be negative.")
         if self.router_temperature <= 0:

@@ -27,7 +27,7 @@ class PolyConfig(Targeted):
     n_splits: int = 1  # of its inputs and outputs
 
     def __post_init__(self) -> None:
-        if self.poly_type != "poly":
+        if self.poly_type not in ("poly", None):
             raise ConfigError(
                 f"Unsupported poly_type: {self.poly_type}. Currently, only the following types are supported: `poly`."
             )

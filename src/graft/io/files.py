@@ -22,6 +22,7 @@ from graft.core.errors import CheckpointError
 from graft.io.check import check_archive, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY, read_note
+from graft.io.layouts import TODAY, Layout
 from graft.io.tensors import write_safetensors
 from graft.io.whole import GATHER
 from graft.storage.parallel import is_sharded
@@ -37,6 +38,7 @@ class Loaded:
     path: str
     fingerprint: dict | None = None  # the base model's, if graft wrote the file
     noted: notes.Noted | None = None  # what the file says of itself
+    layout: Layout = TODAY  # of the factors of stacks
     finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
 
@@ -78,7 +80,10 @@ def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any
     """
     stored = Stored(where, subfolder, PeftConfig.from_json_file, **hub)
     loaded = load_weights(where, subfolder, **hub)
-    config = PeftConfig.from_file(stored.of(loaded.noted), stored.path)
+    fields = stored.of(loaded.noted)
+    if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
+        loaded.layout = Layout.of(fields)
+    config = PeftConfig.from_file(fields, stored.path)
     config.read_from(os.fspath(where), subfolder, **hub)
     return config, loaded
 

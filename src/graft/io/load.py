@@ -26,6 +26,7 @@ from graft.io.experts import fused
 from graft.io.files import Loaded
 from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of, within
 from graft.io.heads import resized, torn_apart
+from graft.io.layouts import put_right
 from graft.io.save import changes_base, config_of, parts_of
 from graft.storage.offload import is_tied, offloaded_in
 from graft.storage.offload import put as put_away
@@ -89,6 +90,7 @@ class Values:
         stored = cleaned(loaded.tensors, loaded.path)
         self.tensors = renamed(stored, own if key_mapping is None else key_mapping, key_mapping is not None)
         self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
+        self.layout = loaded.layout
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
@@ -131,7 +133,7 @@ class Values:
         prefix = "" if bare else parts.prefix
         there = parts.prefix if self.prefix is None else self.prefix
         in_memory = partial(renamed_to, prefix, prefix if parts.prompt is not None else there)
-        self.tensors = fused(self.tensors, parts, prefix)
+        self.arrange(parts, prefix)
         names = set(self.tensors)
         found: list[tuple[Entry, str]] = []
         mismatched: list[Mismatch] = []
@@ -181,6 +183,11 @@ class Values:
                 "of another module: have the model on real devices first."
             )
         return own + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
+
+    def arrange(self, parts: Parts, prefix: str) -> None:
+        """Give the factors of stacks of experts the names and the layout that they have here."""
+        what = f"Adapter '{self.adapter}' from {self.path}"
+        self.tensors = fused(put_right(self.tensors, parts, prefix, self.layout, what), parts, prefix)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""

@@ -16,6 +16,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.inject.build import put
 from graft.inject.parts import registry_of
 from graft.io import files
+from graft.io.layouts import Layout
 from graft.io.load import Values
 
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later
@@ -27,15 +28,23 @@ def read(where: str | os.PathLike, options: dict[str, Any], config: Any = None) 
     """Return config and tensors of a saved adapter.
 
     Args:
-        options: keyword arguments of the caller; those for the hub, and `subfolder`, count.
+        options: keyword arguments of the caller; those for the hub, `subfolder` and `expert_layout` count.
         config: use this in place of the stored one.
+
+    Raises:
+        ConfigError: `expert_layout` is none.
     """
     source = hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
     if config is None:
-        return files.load_pair(**source)
-    if not isinstance(config, PeftConfig):
+        config, loaded = files.load_pair(**source)
+    elif not isinstance(config, PeftConfig):
         raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
-    return config, files.load_weights(**source)
+    else:
+        loaded = files.load_weights(**source)
+        if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
+            loaded.layout = Layout(config.peft_version)
+    loaded.layout = loaded.layout.told(options.get("expert_layout"))
+    return config, loaded
 
 
 def prepare(config: Any, is_trainable: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from graft.config.base import FORMAT_VERSION
 from graft.core.errors import CheckpointError, PeftWarning, warn
 from graft.core.names import several
 from graft.inject.parts import registry_of
@@ -111,6 +112,8 @@ def contents(
         say_rounded(name, registry_of(model).layers)
     save.describe_base(config, model.get_base_model())
     config.inference_mode = True
+    if getattr(config, "target_parameters", None):
+        config.peft_version = FORMAT_VERSION  # readers tell the layout of stacks by it
     return tensors, config
 
 

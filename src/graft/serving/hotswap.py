@@ -58,8 +58,8 @@ def hotswap_adapter(
         model_name_or_path: folder or hub repository.
         adapter_name: the adapter in the model; the name stays.
         torch_device: accepted as in PEFT; values go to where the adapter is.
-        **kwargs: `subfolder`, `key_mapping`, `allow_nonfinite` (let NaN and infinite numbers pass), and options of the
-            hub (`revision`, `token`, …).
+        **kwargs: `subfolder`, `key_mapping`, `allow_nonfinite` (let NaN and infinite numbers pass), `expert_layout`
+            (see `PeftModel.from_pretrained`), and options of the hub (`revision`, `token`, …).
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -68,9 +68,12 @@ def hotswap_adapter(
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
-    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping", "allow_nonfinite"})
+    warn_unknown(
+        hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping", "allow_nonfinite", "expert_layout"}
+    )
     where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
     config, loaded = files.load_pair(where, **hub)
+    loaded.layout = loaded.layout.told(kwargs.get("expert_layout"))
     options = {k: kwargs[k] for k in ("key_mapping", "allow_nonfinite") if k in kwargs}
     swap(model, loaded, adapter_name, config, **options)
 
@@ -210,8 +213,9 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         AdapterKeyError: values are left over, tensors are missing that cannot be zero, or shapes differ.
     """
     plan, targeted = Swap(), Matcher(load.config)
+    prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
+    load.arrange(parts, prefix)
     left = {clean(k): v for k, v in load.tensors.items()}
-    prefix = parts.prefix if any(k.startswith("base_model.") for k in left) else ""
     for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
         held = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in held if value is None]

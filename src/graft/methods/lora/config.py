@@ -87,6 +87,10 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         config_checks.check_invocation(self)
         config_checks.check_start(self)
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        return {k: v for k, v in kwargs.items() if k != "lora_B_layout"}  # Unsloth's, which `io.layouts` reads
+
     def _register_custom_module(self, mapping: dict[type[nn.Module], Any]) -> None:
         """Let an injection adapt modules of further types. No file holds this: say it again before a load.
 

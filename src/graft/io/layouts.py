@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How files hold the factors of stacks of matrices (experts): their shapes tell, or who wrote them, or the caller.
+
+graft and PEFT from 0.19.1 on take a stack as (n, out, in), or as (n, in, out) where its module says `is_transposed`.
+PEFT before 0.19 took all as (n, in, out), and 0.19.0 did the reverse of today: A and B of such files stand for each
+other where they took the stack otherwise. Unsloth before September 2026 held the columns of B by expert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from graft.config.base import FORMAT_VERSION
+from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.layer import AdapterLayer
+from graft.core.ops import Opaque
+from graft.inject.parts import Nests, Parts
+
+MARK = "lora_B_layout"  # what Unsloth notes in configs: one of the last two names below
+NAMES: dict[str, dict[str, Any]] = {
+    "peft": dict(exchanged=False, by_expert=False),
+    "exchanged": dict(exchanged=True),
+    "rank_major": dict(by_expert=False),
+    "grouped_by_expert": dict(by_expert=True),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of how a file holds the factors of stacks, before its shapes are seen. None: nothing."""
+
+    version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
+    exchanged: bool | None = None  # A and B of square stacks stand for each other
+    by_expert: bool | None = False  # columns of B: those of an expert are next to each other
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Layout:
+        """Return what the fields of a file's config tell."""
+        version, mark = fields.get("peft_version"), fields.get(MARK)
+        unsloth = (fields.get("auto_mapping") or {}).get("unsloth_fixed", False)
+        by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
+        return cls(version, by_expert=by_expert)
+
+    def told(self, names: str | Collection[str] | None) -> Layout:
+        """Return this with what the caller says by `expert_layout`.
+
+        Raises:
+            ConfigError: there is no layout of such a name.
+        """
+        out = self
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in NAMES:
+                raise ConfigError(f"expert_layout={names!r}: '{name}' is none of {', '.join(NAMES)}.")
+            out = replace(out, **NAMES[name])
+        return out
+
+
+TODAY = Layout()
+
+
+class Stack(NamedTuple):
+    """A stack of a model, and the factors that a file has for it."""
+
+    layer: AdapterLayer
+    a: str  # names in the file
+    b: str
+    A: Tensor
+    B: Tensor
+
+    @property
+    def square(self) -> bool:
+        return self.layer.site.shape[1] == self.layer.site.shape[2]
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether A fits the outputs and B the inputs."""
+        _, out_features, in_features = self.layer.site.shape
+        return (self.A.shape[1], self.B.shape[0]) == (out_features, in_features)
+
+    @property
+    def transposed(self) -> bool:
+        return self.layer.op.transposed
+
+
+def put_right(tensors: dict[str, Tensor], parts: Parts, prefix: str, layout: Layout, what: str) -> dict[str, Tensor]:
+    """Return a file's tensors with the factors of stacks as graft holds them.
+
+    Args:
+        what: adapter and file, for warnings.
+    """
+    stacks = [*stacks_in(tensors, parts, prefix)]
+    if not stacks:
+        return tensors
+    out, doubts = dict(tensors), set()
+    seen = {t: {s.exchanged for s in stacks if not s.square and s.transposed == t} for t in (False, True)}
+    for stack in stacks:
+        n = stack.layer.site.shape[0]
+        A, B = stack.A, stack.B
+        r = len(A) // n
+        if layout.by_expert and r > 1:
+            B = B.view(-1, n, r).transpose(1, 2).flatten(1)
+        elif layout.by_expert is None and min(r, n) > 1:
+            doubts.add("by_expert")
+        exchanged, sure = is_exchanged(stack, seen[stack.transposed], layout)
+        if not sure:
+            doubts.add("exchanged")
+        if exchanged:
+            of_each = Opaque.each(A, B, n)
+            A, B = Opaque.joined(of_each[1].mT, of_each[0].mT)
+        out[stack.a], out[stack.b] = A, B
+    say(doubts, layout, what)
+    return out
+
+
+def stacks_in(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> Iterator[Stack]:
+    """Yield the stacks of which a file has both factors, of shapes that can be."""
+    nests = Nests(parts.layers.values())
+    for key, layer in parts.layers.items():
+        if not layer.op.opaque or len(layer.site.shape) < 3:
+            continue
+        stem = f"{prefix}{nests.path(key, layer)}"
+        a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        A, B = tensors.get(a), tensors.get(b)
+        if A is None or B is None or A.dim() != 2 or B.dim() != 2:
+            continue
+        if len(A) == B.shape[1] and len(A) % layer.site.shape[0] == 0:
+            yield Stack(layer, a, b, A, B)
+
+
+def is_exchanged(stack: Stack, seen: set[bool], layout: Layout) -> tuple[bool, bool]:
+    """Return whether A and B of a stack stand for each other, and whether that is sure.
+
+    Args:
+        seen: what the shapes of the file's other stacks say.
+    """
+    if not stack.square:
+        return stack.exchanged, True
+    if layout.exchanged is not None:
+        return layout.exchanged, True
+    if len(seen) == 1:
+        return next(iter(seen)), True
+    if layout.version is None:  # PEFT notes its version since 0.18
+        return not stack.transposed, stack.transposed
+    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", layout.version)
+    if numbers is None:
+        return False, False
+    release = int(numbers[1]), int(numbers[2]), int(numbers[3] or 0)
+    if ".dev" in layout.version and (0, 18, 0) < release <= (0, 19, 1):  # the changes came between releases
+        return False, False
+    return release < (0, 19, 1) and (release >= (0, 19, 0) or not stack.transposed), True
+
+
+def say(doubts: set[str], layout: Layout, what: str) -> None:
+    """Warn of what nothing tells, and name the option that does."""
+    if "exchanged" in doubts:
+        read = "exchanged, as PEFT before 0.18 wrote them" if layout.version is None else "as PEFT 0.19.1 writes them"
+        warn(
+            f"{what} has square stacks of experts, and does not tell whether A and B stand for each other: they were "
+            f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one did.",
+            PeftWarning,
+        )
+    if "by_expert" in doubts:
+        warn(
+            f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: they "
+            "were read as PEFT writes them. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 "
+            "trained it, 'rank_major' if a later one did.",
+            PeftWarning,
+        )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that hold the factors of stacks of experts in other layouts: those of old releases of PEFT, and Unsloth's."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import graft
+from tests.inject.test_parameters import SIZES, adapted, gpt_oss, llama4, logits, mixtral, qwen
+from tests.leaves_out import FUSED_EXPERTS
+from tests.looks import layers
+from tests.models import seeded
+
+pytestmark = FUSED_EXPERTS
+SQUARE = SIZES["hidden_size"]
+
+
+def resized(make, width):
+    """A model of which down_proj is square (width 16), or gate_up_proj (width 8), or none."""
+    import transformers as t
+
+    sizes = SIZES | ({"num_experts_per_tok": 1} if make is llama4 else {})
+    given = {
+        mixtral: lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, intermediate_size=width, num_local_experts=4)),
+        qwen: lambda: t.Qwen2MoeForCausalLM(
+            t.Qwen2MoeConfig(**sizes, intermediate_size=24, moe_intermediate_size=width,
+                             shared_expert_intermediate_size=12, num_experts=4)
+        ),
+        gpt_oss: lambda: t.GptOssForCausalLM(
+            t.GptOssConfig(**sizes, head_dim=8, intermediate_size=width, num_local_experts=4)
+        ),
+        llama4: lambda: t.Llama4ForCausalLM(
+            t.Llama4TextConfig(**sizes, head_dim=8, intermediate_size=width, intermediate_size_mlp=24,
+                               num_local_experts=4)
+        ),
+    }  # fmt: skip
+    model = given[make]()
+    for n, p in model.named_parameters():
+        if "experts" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+KINDS = {"mixtral": mixtral, "qwen": qwen, "gpt_oss": gpt_oss, "llama4": llama4}
+BOTH, UP, DOWN = ["experts.gate_up_proj", "experts.down_proj"], ["experts.gate_up_proj"], ["experts.down_proj"]
+
+
+def written(folder, make, targets, width, version, grouped=False, **fields):
+    """Write the file that another release would have; return the logits that it had."""
+    with seeded(0):
+        base = resized(make, width)
+    model = adapted(graft, None, model=base, target_modules=[], target_parameters=targets)
+    expected = logits(model)
+    kept = {layer.site.key: layer for layer in layers(model).values()}
+    model.save_pretrained(folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(weights)
+    for stem in {k.rpartition(".lora_")[0] for k in tensors}:
+        inner = stem.endswith("base_layer") or targets == UP
+        name = "gate_up_proj" if inner else "down_proj"
+        op = next(layer.op for key, layer in kept.items() if key.endswith(name))
+        a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        A, B = tensors[a].view(4, 2, -1), tensors[b].view(-1, 2, 4).permute(2, 0, 1)  # (4, r, in), (4, out, r)
+        if exchanged(version, op.transposed):
+            A, B = B.mT, A.mT
+        tensors[a] = A.reshape(8, -1).contiguous()
+        tensors[b] = (B.permute(1, 0, 2) if grouped else B.permute(1, 2, 0)).reshape(-1, 8).contiguous()
+    save_file(tensors, weights)  # without graft's notes
+    values = json.loads(config.read_text()) | {"peft_version": version} | fields
+    config.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return expected
+
+
+def exchanged(version, transposed):
+    """Whether a release of PEFT took the axes of a stack otherwise than graft."""
+    if version in (None, "0.17.1", "0.18.1"):
+        return not transposed  # it took all as (n, in, out)
+    return version == "0.19.0"
+
+
+def load(folder, make, width, **options):
+    with seeded(0):
+        return graft.PeftModel.from_pretrained(resized(make, width), folder, **options)
+
+
+VERSIONS = ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("targets", [BOTH, UP, DOWN], ids=["both", "up", "down"])
+@pytest.mark.parametrize("width", [SQUARE, SQUARE // 2, SQUARE // 4], ids=["down-square", "up-square", "none-square"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_old_releases(tmp_path, kind, width, targets, version):
+    """Shapes tell, or else the version; what is saved then is right for PEFT and for graft."""
+    make = KINDS[kind]
+    expected = written(tmp_path / "old", make, targets, width, version)
+    model = load(tmp_path / "old", make, width)
+    assert_close(logits(model), expected)
+    model.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["peft_version"] == "0.21.2"
+    assert_close(logits(load(tmp_path / "new", make, width)), expected)
+
+
+def test_what_a_caller_says_counts(tmp_path):
+    expected = written(tmp_path, mixtral, DOWN, SQUARE, "0.18.1", peft_version="0.20.0")  # trained on by a later one
+    assert not torch.allclose(logits(load(tmp_path, mixtral, SQUARE)), expected, atol=1e-3)
+    assert_close(logits(load(tmp_path, mixtral, SQUARE, expert_layout="exchanged")), expected)
+    model = load(tmp_path, mixtral, SQUARE)
+    model.load_adapter(tmp_path, "again", expert_layout=["exchanged", "rank_major"])
+    model.set_adapter("again")
+    assert_close(logits(model), expected)
+    with pytest.raises(graft.ConfigError, match=r"expert_layout='swapped'.*'swapped' is none of peft, exchanged"):
+        load(tmp_path, mixtral, SQUARE, expert_layout="swapped")
+
+
+@pytest.mark.parametrize("version", ["0.18.2.dev0", "0.19.1.dev0@abc", "main"])
+def test_what_cannot_be_decided_is_said(tmp_path, version):
+    written(tmp_path, mixtral, DOWN, SQUARE, version)
+    with pytest.warns(graft.PeftWarning, match="does not tell whether A and B.*expert_layout='exchanged'"):
+        load(tmp_path, mixtral, SQUARE)
+    load(tmp_path, mixtral, SQUARE, expert_layout="peft")
+
+
+def test_a_config_without_a_version_is_old(tmp_path):
+    expected = written(tmp_path, mixtral, DOWN, SQUARE, None)
+    with pytest.warns(graft.PeftWarning, match="does not tell whether A and B.*before 0.18 wrote them"):
+        model = load(tmp_path, mixtral, SQUARE)
+    assert_close(logits(model), expected)
+
+
+UNSLOTH = {"auto_mapping": {"base_model_class": "MixtralForCausalLM", "unsloth_fixed": True}}
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
+@pytest.mark.parametrize("targets", [BOTH, DOWN], ids=["both", "down"])
+def test_files_of_unsloth(tmp_path, targets, version):
+    """Columns of B by expert: noted since September 2026, else only the caller knows."""
+    unmarked, marked = tmp_path / "unmarked", tmp_path / "marked"
+    written(unmarked, mixtral, targets, SQUARE, version, grouped=True, **UNSLOTH)
+    expected = written(marked, mixtral, targets, SQUARE, version, grouped=True, lora_B_layout="grouped_by_expert")
+    assert_close(logits(load(marked, mixtral, SQUARE)), expected)
+    with pytest.warns(graft.PeftWarning, match="trained by Unsloth.*expert_layout='grouped_by_expert'"):
+        wrong = load(unmarked, mixtral, SQUARE)
+    assert not torch.allclose(logits(wrong), expected, atol=1e-3)
+    assert_close(logits(load(unmarked, mixtral, SQUARE, expert_layout="grouped_by_expert")), expected)
+    written(marked, mixtral, targets, SQUARE, version, lora_B_layout="rank_major", **UNSLOTH)
+    assert_close(logits(load(marked, mixtral, SQUARE)), expected)

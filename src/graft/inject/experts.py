@@ -1,133 +1,351 @@
 # SPDX-License-Identifier: Apache-2.0
 """Old names of experts, one module each, in configs and files for models that hold all experts of a block as one stack.
 
-transformers 5 fuses them: of each expert, the matrices that act on the same input stand in one, below each other.
+transformers 5 fuses them: of each expert, the matrices that act on the same input stand in one, below each other. Its
+own table of conversions says which.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import nn
+
+from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError
-from graft.inject.match import Names
+from graft.core.ops import find_op
+from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree
-from graft.inject.targets import all_linear, model_type
+from graft.inject.targets import ALL_LINEAR, all_linear, model_type
 from graft.storage import innermost
 
-
-class Fused(NamedTuple):
-    """A stack of matrices of a module, and the names that its parts had in each expert, from above."""
-
-    parameter: str
-    parts: tuple[str, ...]
-
-
-FAMILIES: dict[str, tuple[Fused, ...]] = {
-    "mixtral": (Fused("gate_up_proj", ("w1", "w3")), Fused("down_proj", ("w2",))),
-    "qwen2_moe": (Fused("gate_up_proj", ("gate_proj", "up_proj")), Fused("down_proj", ("down_proj",))),
-}
-FIRST_TYPES = ("mixtral", "minimax", "minimax_m2")  # of the first family, by model_type
-ROUTER, ROUTER_WEIGHT = "gate", "gate.weight"  # of the first family; it was a linear layer
-OLD_BLOCK, BLOCK = ".block_sparse_moe.", ".mlp."  # names of the module around the experts
 OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.lora_[AB]\.weight")
+PREFIX = "base_model.model."  # of a file's keys
+BY_PEFT = ("mixtral", "qwen2_moe")  # whose conversions PEFT applies to configs: Mixtral itself, and who borrows them
+ROUTER = "gate"  # beside the experts; it was a linear layer
 
 
-def stacks(tree: Tree) -> dict[str, Any]:
-    """Return the modules that hold fused experts, by path."""
-    found = {}
+class Place(NamedTuple):
+    """The place of a matrix of experts in their stack."""
+
+    stack: str  # path of the parameter
+    row: int  # from above
+    parts: tuple[str, ...]  # the names of all that stand there
+
+
+class Conversions:
+    """What transformers does to names and weights of older checkpoints of a model."""
+
+    def __init__(self, model: Any):
+        self.renamings: list[Any] = []
+        self.converters: list[Any] = []
+        self.by_peft = False  # PEFT rewrites configs by them
+        self.names: set[str] = set()  # old names of what they put together, and of what stands beside it
+        if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
+            return
+        try:
+            from transformers import conversion_mapping as theirs
+            from transformers.core_model_loading import WeightRenaming
+        except ImportError:  # before 5, where experts are modules
+            return
+        if hasattr(model, "base_model_prefix"):
+            found = theirs.get_model_conversion_mapping(model, add_legacy=False)
+        else:
+            found = theirs.get_checkpoint_conversion_mapping(model_type(model)) or []
+        self.renamings = [c for c in found if isinstance(c, WeightRenaming)]
+        self.converters = [c for c in found if merges(c)]
+        self.by_peft = is_by_peft(model)
+        self.names = {part_of(p) for c in self.converters for p in c._original_source_patterns} | {ROUTER}
+
+    def place(self, experts: str, part: str, old: bool = True) -> Place | None:
+        """Return where the matrices `<experts>.<number>.<part>` stand now; None if nowhere.
+
+        Args:
+            old: `experts` may be an old path, too.
+        """
+        name = f"{experts}.0.{part}.weight"
+        for renaming in self.renamings if old else ():
+            name, _ = renaming.rename_source_key(name)
+        for converter in self.converters:
+            stack, source = converter.rename_source_key(name)
+            if source is not None:
+                parts = tuple(part_of(pattern) for pattern in converter._original_source_patterns)
+                return Place(stack, parts.index(part), parts) if part in parts else None
+        return None
+
+    def parts(self, path: str, name: str) -> tuple[str, ...]:
+        """Return the names that the parts of a stack had in each expert, from above; () if it was none."""
+        for converter in self.converters:
+            part = part_of(converter._original_source_patterns[0])
+            place = self.place(path, part, old=False)
+            if place is not None and place.stack == f"{path}.{name}":
+                return place.parts
+        return ()
+
+    def before(self, path: str) -> str:
+        """Return the name that a module had."""
+        name = f"{path}.weight"
+        for renaming in reversed(self.renamings):
+            name, _ = renaming.reverse_transform().rename_source_key(name)
+        return name.removesuffix(".weight")
+
+
+def is_by_peft(model: Any) -> bool:
+    """Return True if PEFT rewrites configs for a model that name experts by their old names."""
+    theirs = sys.modules.get("transformers.conversion_mapping")  # with transformers 5 and later, by each of its models
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    families = getattr(theirs, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return theirs is not None and (kind == BY_PEFT[0] or families.get(kind) in BY_PEFT)
+
+
+def merges(conversion: Any) -> bool:
+    """Return True if a conversion puts the weights of many modules together into one tensor."""
+    operations = getattr(conversion, "operations", ())
+    return len(conversion.target_patterns) == 1 and any(type(o).__name__ == "MergeModulelist" for o in operations)
+
+
+def part_of(pattern: str) -> str:
+    """Return the last name of the modules that a pattern such as `.experts.*.w1.weight` means."""
+    return pattern.replace("\\", "").removesuffix(".weight").rpartition(".")[2]
+
+
+class Stack(NamedTuple):
+    """A stack of matrices, one of each expert, that is a parameter of a module."""
+
+    module: str  # its path
+    parameter: str
+    size: int
+    parts: tuple[str, ...]  # old names of what stands in it, () if transformers' table has none
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def names(self) -> set[str]:
+        """The names by which a config may mean it: `gate_up_proj` is `gate_proj` and `up_proj`."""
+        *parts, kind = self.parameter.split("_")
+        return {*self.parts, self.parameter, *(f"{part}_{kind}" for part in parts)}
+
+
+def stacks(tree: Tree, conversions: Conversions | None = None) -> Iterator[Stack]:
+    """Yield the stacks of a model."""
     for path, module in tree.modules.items():
-        own = innermost(module)._parameters
-        down = own.get("down_proj")
-        if down is not None and "gate_up_proj" in own and down.dim() == 3:
-            found[path] = module
-    return found
+        for name, p in innermost(module)._parameters.items():
+            if p is not None and p.dim() == 3 and name != "weight" and path.rpartition(".")[2].endswith("experts"):
+                yield Stack(path, name, len(p), () if conversions is None else conversions.parts(path, name))
 
 
-def current(path: str) -> str:
-    """Return a path with the name that the block has today."""
-    return path.replace(OLD_BLOCK, BLOCK)
+def has_stacks(tree: Tree) -> bool:
+    return any(True for _ in stacks(tree))
 
 
-def convert(cfg: Any, model: Any, tree: Tree, keys: Iterable[str]) -> None:
-    """Rewrite a config that names experts by their old names, so that it names the stacks.
+@dataclass
+class LeftOut:
+    """What a config names and does not reach: experts, and layers that files could not hold for PEFT."""
 
-    The stacks get the rank of all parts together, as a file's matrices of the parts are put side by side.
+    stacks: list[Stack] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)  # paths
+    names: set[str] = field(default_factory=set)  # entries of target_modules that mean experts
+
+    @property
+    def of_experts(self) -> str:
+        """The text for a warning, or an error; '' if none is left out."""
+        if not self.stacks:
+            return ""
+        wanted = sorted({f"{s.module.rpartition('.')[2]}.{s.parameter}" for s in self.stacks})
+        return (
+            f"target_modules={sorted(self.names)} leaves the experts out, which are no modules here but parameters: "
+            f"target_parameters={wanted} adapts them."
+        )
+
+    @property
+    def of_layers(self) -> str:
+        if not self.layers:
+            return ""
+        wanted = [f"{path}.weight" for path in self.layers]
+        return (
+            f"Experts are adapted, and {', '.join(self.layers[:3])}{', …' * (len(self.layers) > 3)} left out, as PEFT "
+            "does: it would not load them from a file. To adapt them as well, name them in target_parameters, such as "
+            f"'{wanted[0]}'."
+        )
+
+
+def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None) -> LeftOut:
+    """Rewrite a config that names experts by their old names, so that it names the stacks; return what is left out.
+
+    The stacks get the rank of all parts together, as a file's matrices of the parts are put side by side. PEFT drops
+    the other modules of these names (dense layers, shared experts); here they become targets by their weights, of
+    which files have the same names.
 
     Args:
-        keys: of the file from which values will come. Those of the second family count only if the file has them, as
-            other modules of today's models have the same names.
+        keys: of the file from which values will come, which say what is adapted; None: a new adapter.
 
     Raises:
         ConfigError: of matrices that are fused the config names only some.
     """
-    targets, in_file = cfg.target_modules, parts_in(keys)
-    by_regex = isinstance(targets, str)
-    named = set() if targets is None or by_regex else set(targets)
-    first, second = (parts_of(family) for family in FAMILIES.values())
-    if not (by_regex or named & first or in_file):
-        return
-    found = stacks(tree)
-    if not found:
-        return
-    if by_regex:
-        named = leaves(targets, found, model, cfg, tree)
-    if (named | in_file) & first:
-        rewrite(cfg, FAMILIES["mixtral"], (named | in_file) & first)
-        cfg.target_modules = named - first - {ROUTER}
-        if ROUTER in named:
-            cfg.target_parameters |= {ROUTER_WEIGHT}
-    elif in_file & second:
-        rewrite(cfg, FAMILIES["qwen2_moe"], in_file & second)
-
-
-def parts_of(family: tuple[Fused, ...]) -> set[str]:
-    return {part for fused in family for part in fused.parts}
-
-
-def leaves(targets: str, found: dict[str, Any], model: Any, cfg: Any, tree: Tree) -> set[str]:
-    """Return the last names of the modules that a regex, or "all-linear", would have chosen in the old model."""
-    old: dict[str, str] = {}
-    for path, module in found.items():
-        count = len(innermost(module)._parameters["down_proj"])  # type: ignore[arg-type]
-        block = path.removesuffix(".experts").replace(BLOCK.rstrip("."), OLD_BLOCK.rstrip("."))
-        old |= {f"{block}.experts.{e}.{n}": n for e in range(count) for n in ("w1", "w2", "w3")}
-        old[f"{block}.{ROUTER}"] = ROUTER
-    if targets.lower() == "all-linear":
-        if model_type(model) not in FIRST_TYPES:
-            return set()
-        return {path.rpartition(".")[2] for path in all_linear(cfg, model, tree.modules)} | set(old.values())
-    chosen = Names(targets)
-    hit = {name for path, name in old.items() if chosen.find(path) is not None}
-    if not hit & {"w1", "w2", "w3"}:
-        return set()
-    return hit | {path.rpartition(".")[2] for path in tree.modules if chosen.find(path) is not None}
-
-
-def parts_in(keys: Iterable[str]) -> set[str]:
-    """Return the old names of experts' matrices that a file's keys hold."""
-    return {match["part"] for key in keys if (match := OF_EXPERT.fullmatch(key)) is not None}
-
-
-def rewrite(cfg: Any, family: tuple[Fused, ...], named: set[str]) -> None:
-    """Put the stacks of which the config names all parts into `target_parameters`, with ranks and alphas."""
-    parameters = set(cfg.target_parameters or ())
-    ranks, alphas = dict(cfg.rank_pattern), dict(cfg.alpha_pattern)
-    for fused in family:
-        have = [part for part in fused.parts if part in named]
-        missing = [part for part in fused.parts if part not in named]
-        if not have:
-            continue
-        if missing:
+    left = LeftOut()
+    if cfg.peft_type != "LORA" or cfg.target_modules is None or not (is_by_peft(model) or has_stacks(tree)):
+        return left
+    conversions = Conversions(model)
+    every = [*stacks(tree, conversions)]
+    chosen = Chosen(cfg, model, tree, conversions)
+    if keys is None:
+        held = {stack: chosen.parts(stack) for stack in every}
+        moved = chosen.modules(conversions.names)
+        named = {part for parts in held.values() for part in parts}
+        alone = named.isdisjoint(path.rpartition(".")[2] for path in moved)  # so that the names mean experts
+        alone = alone and bool(named) and chosen.linear is None
+        if not (named or moved) or not (conversions.by_peft or alone):
+            left.stacks = [stack for stack in every if chosen.means(stack)]
+            left.names = chosen.entries({name for stack in left.stacks for name in stack.names})
+            return left
+    else:
+        held = held_in(keys, every, conversions)
+        moved = chosen.modules(conversions.names) if held else []
+    held = {stack: parts for stack, parts in held.items() if parts}
+    if not held and not moved:
+        return left
+    for stack, parts in held.items():
+        if missing := [part for part in stack.parts if part not in parts]:
             raise ConfigError(
-                f"Cannot convert PEFT target(s) {', '.join(have)} without also targeting {', '.join(missing)} because "
-                f"they are fused into {fused.parameter}."
+                f"Cannot convert PEFT target(s) {', '.join(parts)} without also targeting {', '.join(missing)} because "
+                f"they are fused into {stack.parameter}."
             )
-        parameters.add(f"experts.{fused.parameter}" if fused.parameter in named else fused.parameter)
-        n = len(fused.parts)
-        if n > 1:
-            pattern = rf".*\.{fused.parameter}"
-            ranks.setdefault(pattern, cfg.r * n)
-            alphas.setdefault(pattern, cfg.lora_alpha * n)
-    cfg.target_parameters, cfg.rank_pattern, cfg.alpha_pattern = parameters, ranks, alphas
+    weights = [path for path in moved if has_plain_weight(tree.modules[path], path, tree)]
+    left.layers = [path for path in moved if path not in weights]
+    rename_patterns(cfg, held, weights, tree)
+    rest = chosen.rest(conversions.names, moved)
+    if keys is not None:  # the file has them
+        rest |= shortest(left.layers, [*tree.modules])
+        left.layers = []
+    cfg.target_parameters = {
+        *(cfg.target_parameters or ()),
+        *shortest([stack.path for stack in held], [stack.path for stack in every]),
+        *shortest([f"{path}.weight" for path in weights], [f"{path}.weight" for path in tree.modules]),
+    }
+    cfg.target_modules = rest
+    return left
+
+
+class Chosen:
+    """What the `target_modules` of a config mean in a model, and in the one that it was."""
+
+    def __init__(self, cfg: Any, model: nn.Module, tree: Tree, conversions: Conversions):
+        self.cfg, self.tree, self.conversions = cfg, tree, conversions
+        self.matcher = Matcher(cfg)
+        self.regex = isinstance(cfg.target_modules, str)
+        self.linear: set[str] | None = None
+        if self.regex and cfg.target_modules.lower() == ALL_LINEAR:
+            self.linear = all_linear(cfg, model, tree.modules)
+
+    def finds(self, path: str) -> bool:
+        return path in self.linear if self.linear is not None else self.matcher(path).outcome == "matched"
+
+    def parts(self, stack: Stack) -> list[str]:
+        """Return the parts of a stack that are chosen in some expert."""
+        if self.linear is not None:
+            return [*stack.parts]
+        return [part for part in stack.parts if any(map(self.finds, self._paths(stack, part)))]
+
+    def means(self, stack: Stack) -> bool:
+        """Return True if a stack is meant, and not named in `target_parameters`."""
+        if self.linear is not None or Matcher(self.cfg, parameters=True)(stack.path).outcome == "matched":
+            return False
+        return any(self.finds(path) for name in stack.names for path in self._paths(stack, name))
+
+    def entries(self, names: set[str]) -> set[str]:
+        """Return the entries that end with one of these names; a regex as it is."""
+        if self.regex:
+            return {self.cfg.target_modules}
+        return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] in names}
+
+    def modules(self, names: set[str]) -> list[str]:
+        """Return the paths of the chosen modules that have one of these names."""
+        named = [path for path in self.tree.modules if path.rpartition(".")[2] in names]
+        if self.linear is None:
+            return [path for path in named if self.finds(path)]
+        routers = {f"{stack.module.rpartition('.')[0]}.{ROUTER}" for stack in stacks(self.tree)}
+        return [path for path in named if self.finds(path) or path in routers]
+
+    def rest(self, names: set[str], moved: list[str]) -> set[str]:
+        """Return the targets without those of these names; of a regex, and "all-linear", the names that it chose."""
+        if not self.regex:
+            return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] not in names}
+        gone = set(moved)
+        kept = [path for path in self.tree.modules if self.finds(path) and path not in gone]
+        return shortest(kept, [*self.tree.modules])
+
+    def _paths(self, stack: Stack, name: str) -> Iterator[str]:
+        """Yield the paths that the experts' modules of a name had, or would have today."""
+        numbers: Iterable[int] = range(stack.size)
+        if not self.regex and not any(part.isdigit() for t in self.cfg.target_modules for part in t.split(".")):
+            numbers = (0,)
+        blocks = dict.fromkeys((stack.module, self.conversions.before(stack.module)))
+        for block in blocks:
+            yield f"{block}.{name}"
+            for number in numbers:
+                yield f"{block}.{number}.{name}"
+
+
+def held_in(keys: Iterable[str], every: list[Stack], conversions: Conversions) -> dict[Stack, list[str]]:
+    """Return the stacks of which a file has parts, by experts, and which."""
+    by_path = {stack.path: stack for stack in every}
+    out: dict[Stack, list[str]] = {}
+    matches = (OF_EXPERT.fullmatch(key.removeprefix(PREFIX)) for key in keys)
+    for experts, part in dict.fromkeys((m["experts"], m["part"]) for m in matches if m is not None):
+        place = conversions.place(experts, part)
+        if place is not None and place.stack in by_path:
+            out.setdefault(by_path[place.stack], []).append(part)
+    return out
+
+
+def has_plain_weight(module: nn.Module, path: str, tree: Tree) -> bool:
+    """Return True if PEFT could adapt the weight of a module by its name."""
+    base = innermost(module)
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    op = find_op(base)
+    return (not op.linear or not getattr(op, "transposed", False)) and (
+        carrier_of(module) is None or path in tree.nests
+    )
+
+
+def shortest(paths: list[str], every: list[str]) -> set[str]:
+    """Return the fewest names that mean these paths, and none of the others."""
+    return minimal_names(paths, set(every) - set(paths)) if paths else set()
+
+
+def rename_patterns(cfg: Any, held: dict[Stack, list[str]], weights: list[str], tree: Tree) -> None:
+    """Have `rank_pattern` and `alpha_pattern` give stacks the sum over their parts, weights what their layers have."""
+    sums: dict[str, dict[str, Any]] = {}
+    for name, of in cfg.patterns.items():
+        given, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)
+        exact: dict[str, Any] = {}
+        old: list[str] = []
+        for stack in held if given else ():
+            if any(cfg.reaches(pattern, stack.path, name) for pattern in given):
+                continue
+            paths = [f"{stack.module}.0.{part}" for part in stack.parts]
+            old += paths
+            total = sum(getattr(cfg.at(path), of) for path in paths)
+            if total != default * len(paths):
+                exact[re.escape(stack.path)] = total
+        for path in weights if given else ():
+            old.append(path)
+            value = getattr(cfg.at(path), of)
+            if value != default:
+                exact[re.escape(f"{path}.weight")] = value
+        gone = set(old)
+        still = [path for path in tree.modules if path not in gone]
+        used = {p for p in given if any(cfg.reaches(p, path, name) for path in old)}
+        kept = {p: v for p, v in given.items() if p not in used or any(cfg.reaches(p, path, name) for path in still)}
+        whole = {rf".*\.{re.escape(s.parameter)}": default * len(s.parts) for s in held if len(s.parts) > 1}
+        sums[name] = exact | kept | {p: v for p, v in whole.items() if p not in kept}
+    for name, patterns in sums.items():
+        setattr(cfg, name, patterns)

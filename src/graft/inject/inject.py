@@ -19,6 +19,7 @@ from graft.core.shared import Shared
 from graft.core.site import Site
 from graft.inject import build, plan
 from graft.inject.agree import draw_alike
+from graft.inject.experts import LeftOut
 from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Place, Tree, Wrapper, survey
@@ -90,6 +91,7 @@ class Injection:
     followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
     row_followers: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
     absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
+    left: LeftOut = field(default_factory=LeftOut)  # experts that the config names by their old names, and their like
     ghosts: dict[str, Method] = field(default_factory=dict)  # methods of sites of other stages, by path
     order: list[str] = field(default_factory=list)  # paths of sites, those of other stages among them
     biases: list[nn.Parameter] = field(default_factory=list)  # biases of the base model that train

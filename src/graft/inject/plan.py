@@ -24,6 +24,7 @@ from graft.core.names import is_bias
 from graft.core.site import Site
 from graft.core.wrappers import MANAGED
 from graft.inject import experts, saved
+from graft.inject.experts import LeftOut
 from graft.inject.match import Matcher, Verdict, hint, unmatched
 from graft.inject.parameters import children_of, parameters_of, why_not_composed
 from graft.inject.report import InjectReport, Skipped
@@ -43,7 +44,7 @@ def find(job: Any) -> None:
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
     if job.keys is None:
         if hasattr(cfg, "target_parameters"):
-            experts.convert(cfg, model, tree, () if job.values is None else job.values.names)
+            job.left = experts.convert(cfg, model, tree, None if job.values is None else job.values.names)
         resolve_targets(cfg, method, model, tree.modules)
     method.prepare(cfg, model)
     job.followers = expand(cfg, method, model, tree) if job.keys is None else {}
@@ -122,8 +123,19 @@ def match(job: Any) -> dict[str, Verdict]:
                 PeftWarning,
             )
     elif matcher is not None:
-        report_on(cfg, matcher, outcomes, report, list(parameters))
+        report_on(cfg, matcher, outcomes, report, list(parameters), job.left)
+        say_left_out(job.left, tree, report)
     return outcomes
+
+
+def say_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
+    """Warn of experts and layers that a config names and does not reach, and note them in the report."""
+    for text in filter(None, (left.of_experts, left.of_layers)):
+        warn(f"{text} Adapter '{report.adapter}'.", PeftWarning)
+    how = "an expert's matrix is no module: name {} in target_parameters"
+    report.skipped += [Skipped(s.path, "Parameter", how.format(s.parameter)) for s in left.stacks]
+    how = "left out beside experts, as PEFT does: name its weight in target_parameters"
+    report.skipped += [Skipped(path, kind_of(tree.modules[path]), how) for path in left.layers]
 
 
 def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
@@ -257,7 +269,12 @@ def check_tokens(
 
 
 def report_on(
-    cfg: Any, matcher: Matcher, outcomes: dict[str, Verdict], report: InjectReport, parameters: list[str]
+    cfg: Any,
+    matcher: Matcher,
+    outcomes: dict[str, Verdict],
+    report: InjectReport,
+    parameters: list[str],
+    experts_left: LeftOut,
 ) -> None:
     """Warn of entries that matched nothing and note them in the report; raise if no module matched at all."""
     verdicts = outcomes.values()
@@ -269,7 +286,8 @@ def report_on(
         and not parameters
         and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,))
     ):
-        raise NoMatchingPeftModuleError(f"{nothing_matched(cfg, outcomes, excluded)} Adapter '{report.adapter}'.")
+        why = experts_left.of_experts or nothing_matched(cfg, outcomes, excluded)
+        raise NoMatchingPeftModuleError(f"{why} Adapter '{report.adapter}'.")
     if isinstance(targets, str) and "matched" not in found and targets != DUMMY:
         text = f"target_modules={targets} were set but no module was matched. A string is a regular expression that has"
         warn(f"{text} to fit a whole path. Adapter '{report.adapter}' has its target_parameters alone.", RuntimeWarning)
@@ -290,7 +308,7 @@ def report_on(
         used = {v.entry for v in verdicts if v.entry is not None}
         # a longer entry may name the same modules, and is the one in `used`
         left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
-        say_unmatched("target_modules", unmatched(left, used, outcomes), report)
+        say_unmatched("target_modules", unmatched(set(left) - experts_left.names, used, outcomes), report)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))

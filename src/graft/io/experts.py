@@ -3,40 +3,55 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from typing import Any
 
-from graft.inject.experts import FAMILIES, OF_EXPERT, current
+import torch
+from torch import Tensor, nn
+
+from graft.inject.experts import OF_EXPERT, Conversions
 from graft.inject.parts import Nests, Parts
 
 
-def fused(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> dict[str, Tensor]:
+def fused(tensors: dict[str, Tensor], parts: Parts, prefix: str, model: nn.Module, config: Any) -> dict[str, Tensor]:
     """Return a file's tensors with those of experts (`….experts.3.w1.lora_A.weight`) as the stacks' A and B."""
-    old: dict[tuple[str, str, str], dict[int, str]] = {}  # (experts, part, A or B) → name by expert
-    for name in tensors:
-        match = OF_EXPERT.fullmatch(name)
-        if match is not None:
-            place = current(match["experts"]), match["part"], name.removesuffix(".weight")[-1]
-            old.setdefault(place, {})[int(match["number"])] = name
-    if not old:
+    matches = {name: match for name in tensors if (match := OF_EXPERT.fullmatch(name)) is not None}
+    if not matches:
         return tensors
+    conversions = Conversions(model)
+    places = {
+        key: conversions.place(key[0].removeprefix(prefix), key[1])
+        for key in dict.fromkeys((m["experts"], m["part"]) for m in matches.values())
+    }
+    old: dict[str, dict[tuple[int, str], dict[int, str]]] = {}  # stack → (part, A or B) → name by expert
+    count: dict[str, int] = {}  # parts of a stack
+    for name, match in matches.items():
+        place = places[match["experts"], match["part"]]
+        if place is not None:
+            of_part = old.setdefault(place.stack, {}).setdefault((place.row, name.removesuffix(".weight")[-1]), {})
+            of_part[int(match["number"])] = name
+            count[place.stack] = len(place.parts)
     out, nests = dict(tensors), Nests(parts.layers.values())
     for key, layer in parts.layers.items():
-        if not layer.op.opaque or len(layer.site.shape) < 3:
+        names = old.get(f"{layer.site.path}.{layer.site.parameter}")
+        if not layer.op.opaque or len(layer.site.shape) < 3 or names is None:
             continue
-        experts = f"{prefix}{layer.site.path}"
-        for names in (f.parts for family in FAMILIES.values() for f in family if f.parameter == layer.site.parameter):
-            held = {side: [old.get((experts, part, side), {}) for part in names] for side in "AB"}
-            every = set(range(layer.site.shape[0]))
-            if not all(set(by_expert) == every for side in held.values() for by_expert in side):
-                continue
-            stem = f"{prefix}{nests.path(key, layer)}"
-            for side in "AB":
-                tensors_of = [[out[by_expert[e]] for e in sorted(every)] for by_expert in held[side]]
-                out[f"{stem}.lora_{side}.weight"] = stacked(side, tensors_of)
-            for by_expert in (*held["A"], *held["B"]):
-                for name in by_expert.values():
-                    del out[name]
+        every = range(layer.site.shape[0])
+        indices = range(count[f"{layer.site.path}.{layer.site.parameter}"])
+        if any(set(names.get((i, side), ())) != set(every) for i in indices for side in "AB"):
+            continue
+        stem = f"{prefix}{nests.path(key, layer)}"
+        held = {side: [[out[names[i, side][e]] for e in every] for i in indices] for side in "AB"}
+        if getattr(config, "use_rslora", False):  # alpha / √r: smaller for the ranks of all parts together
+            ranks = [len(of_part[0]) for of_part in held["A"]]
+            held["B"] = [
+                [B * math.sqrt(r / sum(ranks)) for B in of_part] for r, of_part in zip(ranks, held["B"], strict=True)
+            ]
+        for side in "AB":
+            out[f"{stem}.lora_{side}.weight"] = stacked(side, held[side])
+        for by_expert in names.values():
+            for name in by_expert.values():
+                del out[name]
     return out
 
 

@@ -187,7 +187,8 @@ class Values:
     def arrange(self, parts: Parts, prefix: str) -> None:
         """Give the factors of stacks of experts the names and the layout that they have here."""
         what = f"Adapter '{self.adapter}' from {self.path}"
-        self.tensors = fused(put_right(self.tensors, parts, prefix, self.layout, what), parts, prefix)
+        tensors = put_right(self.tensors, parts, prefix, self.layout, what)
+        self.tensors = fused(tensors, parts, prefix, self.model, self.config)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""

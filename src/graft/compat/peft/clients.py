@@ -51,10 +51,10 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     """Rewrite a config that names experts one by one for a model that holds them as stacks; see `inject.experts`.
 
     Args:
-        conversions: without effect, as graft knows the families.
+        conversions: without effect, as graft asks transformers itself.
     """
     if peft_config.peft_type == "LORA" and hasattr(getattr(model, "config", None), "model_type"):
-        experts.convert(peft_config, model, survey(model), ())
+        experts.convert(peft_config, model, survey(model), None)
 
 
 def register_peft_method(

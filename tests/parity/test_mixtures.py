@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of experts of transformers, side by side with PEFT: targets by the names that experts had as modules.
+
+Tiny models are made from the configs of all families; the default run takes a few of them, GRAFT_TESTS=all takes all.
+"""
+
+import contextlib
+import copy
+import functools
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import graft
+from graft.inject.experts import Conversions, stacks
+from graft.inject.survey import survey
+from tests.covering import EVERYTHING
+from tests.leaves_out import CONVERSIONS
+from tests.models import seeded
+
+pytestmark = CONVERSIONS
+SIZES = dict(
+    vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_experts=4, num_local_experts=4, n_routed_experts=4,
+    moe_num_experts=4, num_experts_per_tok=2, moe_topk=2, moe_k=2, first_k_dense_replace=1, n_group=1, topk_group=1,
+    num_dense_layers=1, moe_layer_start_index=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=4,
+    v_head_dim=8, max_position_embeddings=64, n_shared_experts=1, num_shared_experts=1, moe_num_shared_experts=1,
+    shared_expert_intermediate_size=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, ffn_hidden_size=24,
+    expert_ffn_hidden_size=8, zero_expert_num=0, num_layers=1, intermediate_size_mlp=24, decoder_sparse_step=1,
+    index_n_heads=2, index_head_dim=8, index_topk=4,
+)  # fmt: skip
+IDS = torch.arange(24).view(2, 12) % 29 + 3
+LLAMA, MIXTRAL = ["gate_proj", "up_proj", "down_proj"], ["w1", "w2", "w3"]
+SAMPLE = ["mixtral", "qwen3_moe", "deepseek_v3", "qwen2_moe", "gpt_oss", "phimoe"]  # in the default run
+
+
+OWN = {  # of single families
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=8),
+    "mimo_v2_flash": dict(swa_num_attention_heads=2, swa_num_key_value_heads=2),
+}
+HUGE = ("inkling2_text", "inkling2_loop_text")  # whose sizes have other names
+
+
+def config_of(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    given = {k: v for k, v in SIZES.items() if hasattr(config, k)} | OWN.get(kind, {})
+    return type(config)(**given)
+
+
+@functools.cache
+def made(kind):
+    with seeded(0):
+        model = transformers.AutoModelForCausalLM.from_config(config_of(kind))
+        for n, p in model.named_parameters():
+            if p.dim() > 1 and "experts" in n:
+                torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def base(kind):
+    return copy.deepcopy(made(kind))
+
+
+def with_experts():
+    """The model types of language models that may have experts."""
+    found = []
+    for kind in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        with contextlib.suppress(StrictDataclassError, ValueError):  # no config without arguments
+            config = transformers.AutoConfig.for_model(kind)
+            if kind not in HUGE and any("expert" in field for field in config.to_dict()):
+                found.append(kind)
+    return found
+
+
+FAMILIES = pytest.mark.parametrize("kind", with_experts() if EVERYTHING else SAMPLE)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def adapted(lib, kind, targets, **config):
+    config = lib.LoraConfig(**dict(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False) | config)
+    with seeded(1):
+        return lib.get_peft_model(base(kind), config), config
+
+
+def trained(model):
+    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+
+
+def outcome(run):
+    """Return what a call returns, and the warnings; or the error."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            return run(), [str(w.message) for w in said]
+        except ValueError as e:
+            return e, []
+
+
+def targets_of(kind):
+    """The old names of a family's experts, those of others, and one beside them."""
+    names = Conversions(base(kind)).names
+    return [*(MIXTRAL if "w1" in names else LLAMA), "q_proj"]
+
+
+@FAMILIES
+def test_experts_are_targets_by_their_old_names(kind):
+    """graft trains what PEFT trains, the layers that PEFT drops, and says what both leave out."""
+    model, targets = base(kind), targets_of(kind)
+    if not [*stacks(survey(model))]:
+        pytest.skip("no layer of so small a model has experts")
+    (theirs, _), (ours, said) = (outcome(lambda lib=lib: adapted(lib, kind, targets)) for lib in (peft, graft))
+    if isinstance(theirs, ValueError):
+        assert isinstance(ours, ValueError) and "target_parameters" in str(ours)
+        return
+    by_peft, by_graft = trained(theirs[0]), trained(ours[0])
+    assert {name: by_graft.get(name) for name in by_peft} == by_peft
+    converted = theirs[1].target_parameters or set()
+    assert set(ours[1].target_parameters or ()) >= set(converted)
+    assert {k: v for k, v in ours[1].rank_pattern.items() if converted} == theirs[1].rank_pattern
+    assert {k: v for k, v in ours[1].alpha_pattern.items() if converted} == theirs[1].alpha_pattern
+    dropped = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    dropped = {n for n in dropped if n.rpartition(".")[2] in targets}
+    adapted_here = {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in by_graft}
+    assert dropped <= adapted_here
+    of_experts = [name for name in by_graft if ".experts." in name and ".shared_experts." not in name]
+    assert of_experts or any("leaves the experts out" in text and "target_parameters=['" in text for text in said)
+
+
+@FAMILIES
+def test_files_go_both_ways(kind, tmp_path):
+    """The same tensors and the same output, whichever library wrote the file and whichever reads it."""
+    targets = targets_of(kind)
+    for lib, other in ((graft, peft), (peft, graft)):
+        (made, _), folder = outcome(lambda lib=lib: adapted(lib, kind, targets))[0:2], tmp_path / lib.__name__
+        if isinstance(made, ValueError):
+            continue
+        model = made[0].eval()
+        model.save_pretrained(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's
+            warnings.simplefilter("error", graft.PeftWarning)
+            warnings.filterwarnings("ignore", "target_modules entry '.*' matched nothing")  # the family has others
+            read = other.PeftModel.from_pretrained(base(kind), folder).eval()
+        assert not torch.allclose(logits(model), logits(base(kind)), atol=1e-3)
+        assert_close(logits(read), logits(model), rtol=1e-4, atol=1e-4)
+        read.save_pretrained(folder / "again")
+        tensors, again = (load_file(f / "adapter_model.safetensors") for f in (folder, folder / "again"))
+        assert tensors.keys() == again.keys() and all(torch.equal(t, again[k]) for k, t in tensors.items())
+
+
+def old_file(folder, kind, targets, model, **config):
+    """Write a file from before experts were fused; return W + ΔW of each parameter that it changes."""
+    conversions, tensors, changed = Conversions(model), {}, {}
+    scale = config.get("lora_alpha", 3) / (2**0.5 if config.get("use_rslora") else 2)
+
+    def add(path, weight):
+        A, B = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+        tensors[f"base_model.model.{path}.lora_A.weight"], tensors[f"base_model.model.{path}.lora_B.weight"] = A, B
+        return weight + scale * B @ A
+
+    with seeded(7), torch.no_grad():
+        for stack in stacks(survey(model), conversions):
+            rows = model.get_parameter(stack.path).chunk(len(stack.parts), 1)
+            block = conversions.before(stack.module)
+            new = [
+                torch.cat([add(f"{block}.{e}.{part}", W[e]) for part, W in zip(stack.parts, rows, strict=True)])
+                for e in range(stack.size)
+            ]
+            changed[stack.path] = torch.stack(new)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets:
+                changed[f"{name}.weight"] = add(name, module.weight)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    peft.LoraConfig(**dict(r=2, lora_alpha=3, target_modules=targets) | config).save_pretrained(folder)
+    return changed
+
+
+@FAMILIES
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+@torch.no_grad()
+def test_old_files(kind, rslora, tmp_path):
+    """Experts one by one, dense layers and shared experts beside them: all of it acts as it did."""
+    expected, targets = base(kind), targets_of(kind)
+    if not any(stack.parts for stack in stacks(survey(expected), Conversions(expected))):
+        with pytest.raises(ValueError, match=r"adapter keys|not found|target_parameters"):
+            old = {"base_model.model.model.layers.0.mlp.experts.0.w9.lora_A.weight": torch.ones(2, 16)}
+            (tmp_path / "none").mkdir()
+            save_file(old, tmp_path / "none/adapter_model.safetensors")
+            peft.LoraConfig(target_modules=["w9"]).save_pretrained(tmp_path / "none")
+            graft.PeftModel.from_pretrained(expected, tmp_path / "none")
+        return
+    changed = old_file(tmp_path / "old", kind, targets, expected, use_rslora=rslora)
+    read = graft.PeftModel.from_pretrained(base(kind), tmp_path / "old")
+    for name, value in changed.items():
+        expected.get_parameter(name).copy_(value)
+    assert_close(logits(read), logits(expected), rtol=1e-3, atol=1e-3)
+    read.save_pretrained(tmp_path / "new")
+    again = peft.PeftModel.from_pretrained(base(kind), tmp_path / "new").eval()
+    assert_close(logits(again), logits(expected), rtol=1e-3, atol=1e-3)

@@ -7,6 +7,7 @@ Tiny models are made from the configs of all families; the default run takes a f
 import contextlib
 import copy
 import functools
+import tempfile
 import warnings
 
 import peft
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 import graft
 from graft.inject.experts import Conversions, stacks
 from graft.inject.survey import survey
+from tests.conformance.stores import held
 from tests.covering import EVERYTHING
 from tests.leaves_out import CONVERSIONS
 from tests.models import seeded
@@ -209,3 +211,80 @@ def test_old_files(kind, rslora, tmp_path):
     read.save_pretrained(tmp_path / "new")
     again = peft.PeftModel.from_pretrained(base(kind), tmp_path / "new").eval()
     assert_close(logits(again), logits(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_the_rest_of_such_names_can_be_packed():
+    """PEFT could not load an adapter on packed weights by their names: they are left out, unless named so."""
+    model = base("deepseek_v3")
+    dense = model.model.layers[0].mlp
+    dense.gate_proj = held(dense.gate_proj)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = graft.plan(model, graft.LoraConfig(target_modules=LLAMA))
+        graft.get_peft_model(copy.deepcopy(model), graft.LoraConfig(target_modules=LLAMA))
+    path = "model.layers.0.mlp.gate_proj"
+    assert path in {s.name for s in report.skipped} and path not in {m.name for m in report.matched}
+    assert any(path in str(w.message) and "target_parameters" in str(w.message) for w in said)
+    config = graft.LoraConfig(target_modules=LLAMA, target_parameters=[f"{path}.weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = graft.get_peft_model(model, config)
+    assert f"base_model.model.{path}.lora_A.default.weight" in trained(made)
+
+
+def test_plans_name_the_experts_that_are_left_out():
+    report = graft.plan(base("gpt_oss"), graft.LoraConfig(target_modules=[*LLAMA, "q_proj"]))
+    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= {
+        s.name for s in report.skipped if "target_parameters" in s.why
+    }
+    with pytest.raises(
+        graft.NoMatchingPeftModuleError, match=r"target_parameters=\['experts.down_proj', 'experts.gate"
+    ):
+        graft.get_peft_model(base("gpt_oss"), graft.LoraConfig(target_modules=LLAMA))
+
+
+@pytest.mark.parametrize("targets, stacked, dense", [
+    ("all-linear", 1, {"0.mlp", "1.mlp.shared_experts"}),
+    (r".*\.layers\.1\..*(gate_proj|up_proj|down_proj|o_proj)", 1, {"1.mlp.shared_experts"}),
+    (r".*shared_experts\.\w+_proj", 0, {"1.mlp.shared_experts"}),
+    (["shared_experts.up_proj", "o_proj"], 0, {"1.mlp.shared_experts"}),
+    (["layers.0.mlp.up_proj"], 0, {"0.mlp"}),
+], ids=str)  # fmt: skip
+def test_targets_mean_what_they_meant(targets, stacked, dense, tmp_path):
+    """Whether as a list of paths, as a regex or as "all-linear"; and PEFT finds the same in the file."""
+    made, _ = adapted(graft, "deepseek_v3", targets)
+    names = {n.removeprefix("base_model.model.model.layers.").partition(".lora_")[0] for n in trained(made)}
+    assert {n for n in names if ".experts" in n} == {
+        f"{i}.mlp.experts{s}" for i in [1] * stacked for s in ("", ".base_layer")
+    }
+    assert {n.rpartition(".")[0] for n in names if n.endswith("up_proj")} == dense
+    made.eval().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(base("deepseek_v3"), tmp_path).eval()
+    assert trained(made).keys() == {n for n, _ in read.named_parameters() if ".lora_" in n}
+    assert_close(logits(read), logits(made), rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_by_old_names():
+    """A stack has the sum over its parts, a weight what its layer has."""
+    patterns = dict(rank_pattern={r"experts\.\d+\.gate_proj": 3, "mlp.up_proj": 5}, alpha_pattern={"down_proj": 7})
+    made, _ = adapted(graft, "deepseek_v3", LLAMA, **patterns)
+    layers = {
+        n.removeprefix("base_model.model.model.layers."): m for n, m in made.named_modules() if hasattr(m, "lora_A")
+    }
+    of = {name: (layer.r["default"], layer.lora_alpha["default"]) for name, layer in layers.items()}
+    assert of["1.mlp.experts.base_layer"] == (3 + 2, 3 + 3) and of["1.mlp.experts"] == (2, 7)
+    assert of["0.mlp.up_proj"] == (5, 3) and of["0.mlp.gate_proj"] == (2, 3) and of["0.mlp.down_proj"] == (2, 7)
+    assert of["1.mlp.shared_experts.up_proj"] == (2, 3)
+
+
+def test_files_of_dense_layers_alone():
+    """Adapters that were made before experts were targets hold the dense layers by their old names."""
+    old = {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.randn(2, 16),
+           "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.randn(24, 2)}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(old, f"{folder}/adapter_model.safetensors")
+        peft.LoraConfig(r=2, target_modules=["mlp.up_proj"]).save_pretrained(folder)
+        made = graft.PeftModel.from_pretrained(base("deepseek_v3"), folder)
+    assert not torch.allclose(logits(made), logits(base("deepseek_v3")), atol=1e-3)

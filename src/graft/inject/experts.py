@@ -21,7 +21,7 @@ from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree
 from graft.inject.targets import ALL_LINEAR, all_linear, model_type
-from graft.storage import innermost
+from graft.storage import DENSE, find_store, innermost
 
 OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.lora_[AB]\.weight")
 PREFIX = "base_model.model."  # of a file's keys
@@ -307,13 +307,12 @@ def held_in(keys: Iterable[str], every: list[Stack], conversions: Conversions) -
 def has_plain_weight(module: nn.Module, path: str, tree: Tree) -> bool:
     """Return True if PEFT could adapt the weight of a module by its name."""
     base = innermost(module)
-    weight = base._parameters.get("weight")
+    weight, op = base._parameters.get("weight"), find_op(base)
     if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.is_floating_point():
         return False
-    op = find_op(base)
-    return (not op.linear or not getattr(op, "transposed", False)) and (
-        carrier_of(module) is None or path in tree.nests
-    )
+    if op.transposed or (op.linear and find_store(base) is not DENSE):  # PEFT would exchange axes, or adapt codes
+        return False
+    return carrier_of(module) is None or path in tree.nests
 
 
 def shortest(paths: list[str], every: list[str]) -> set[str]:
@@ -342,7 +341,7 @@ def rename_patterns(cfg: Any, held: dict[Stack, list[str]], weights: list[str], 
             if value != default:
                 exact[re.escape(f"{path}.weight")] = value
         gone = set(old)
-        still = [path for path in tree.modules if path not in gone]
+        still = [*(path for path in tree.modules if path not in gone), *(stack.path for stack in held)]
         used = {p for p in given if any(cfg.reaches(p, path, name) for path in old)}
         kept = {p: v for p, v in given.items() if p not in used or any(cfg.reaches(p, path, name) for path in still)}
         whole = {rf".*\.{re.escape(s.parameter)}": default * len(s.parts) for s in held if len(s.parts) > 1}

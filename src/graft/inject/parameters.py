@@ -9,11 +9,12 @@ from torch import nn
 
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft.core.ops import find_op
 from graft.core.site import Site
 from graft.inject.match import Matcher, unmatched
 from graft.inject.report import Skipped
-from graft.inject.survey import COMPOSED, kind_of, parameter_site, uncovered
-from graft.storage import innermost
+from graft.inject.survey import COMPOSED, kind_of, parameter_site, site_of, uncovered
+from graft.storage import DENSE, find_store, innermost
 
 
 def children_of(module: nn.Module) -> tuple[str, ...]:
@@ -61,9 +62,18 @@ def parameters_of(job: Any) -> tuple[dict[str, Site], dict[str, list[tuple[str, 
                 why = verdict.why.replace("target_modules", "target_parameters")
                 job.report.skipped.append(Skipped(path, "Parameter", why))
                 continue
+            if is_packed_layer(base, name):
+                sites[key] = site_of(key, module, tree)
+                continue
             check_parameter(job, path, key, module, name)
             sites[path] = parameter_site(key, base, name, tree)
     return sites, unmatched(cfg.target_parameters, used, paths)
+
+
+def is_packed_layer(base: nn.Module, name: str) -> bool:
+    """Return True if a parameter is the packed weight of a linear layer, which is adapted as a layer: the sum is the
+    same, and nobody can put W + ΔW in its place."""
+    return name == "weight" and find_op(base).linear and find_store(base) is not DENSE
 
 
 def check_parameter(job: Any, path: str, key: str, module: nn.Module, name: str) -> None:

@@ -59,7 +59,7 @@ class Conversions:
         self.renamings = [c for c in found if isinstance(c, WeightRenaming)]
         self.converters = [c for c in found if merges(c)]
         self.by_peft = is_by_peft(model)
-        self.names = {part_of(p) for c in self.converters for p in c._original_source_patterns} | {ROUTER}
+        self.names = {part_of(p) for c in self.converters for p in c.source_patterns} | {ROUTER}
 
     def place(self, experts: str, part: str, old: bool = True) -> Place | None:
         """Return where the matrices `<experts>.<number>.<part>` stand now; None if nowhere.
@@ -73,14 +73,14 @@ class Conversions:
         for converter in self.converters:
             stack, source = converter.rename_source_key(name)
             if source is not None:
-                parts = tuple(part_of(pattern) for pattern in converter._original_source_patterns)
+                parts = tuple(part_of(pattern) for pattern in converter.source_patterns)
                 return Place(stack, parts.index(part), parts) if part in parts else None
         return None
 
     def parts(self, path: str, name: str) -> tuple[str, ...]:
         """Return the names that the parts of a stack had in each expert, from above; () if it was none."""
         for converter in self.converters:
-            part = part_of(converter._original_source_patterns[0])
+            part = part_of(converter.source_patterns[0])
             place = self.place(path, part, old=False)
             if place is not None and place.stack == f"{path}.{name}":
                 return place.parts

@@ -39,6 +39,7 @@ _NAMES: dict[str, str] = {
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
         "graft.model.arrow": "create_arrow_model",
+        "graft.model.merging": "merge_report",
         "graft.model.convert": "convert_to_lora save_as_lora",
         "graft.model.plan": "plan",
         "graft.model.audit": "AuditReport audit",

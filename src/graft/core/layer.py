@@ -37,12 +37,13 @@ from graft.kernels.eager import eager, has_no_hooks
 class LayerState(State):
     """The state of a layer that changes as adapters are switched or merged."""
 
-    __slots__ = ("merged", "mix", "plan", "plans", "takebacks", "undo")
+    __slots__ = ("merged", "mix", "plan", "plans", "survived", "takebacks", "undo")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.merged: list[str] = []
         self.undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
+        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/rounding.py`
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
         self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run
@@ -400,11 +401,22 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             merging.check(self, names, safe_merge, undoable)
             merging.check_finite({self: names})
             self.merge_checked(names, undoable)
+            merging.say_lost([self])
 
     def merge_checked(self, names: list[str], undoable: bool) -> None:
         """`merge` of adapters that are here and have been checked."""
         merging.merge(self, names, undoable)
         self.changed()
+
+    @property
+    def share_kept(self) -> float:
+        """The share of the merged update that the base weight holds, 1.0 if none was lost to rounding.
+
+        That is <W' - W, ΔW> / <ΔW, ΔW>, in float32: W is the weight before the merge and W' the weight after it, both
+        as they are stored (dequantized), and ΔW is what the adapters asked for. 0.0: the whole update vanished. Noise
+        of rounding that points nowhere leaves it at 1.0. Of several merges, both products are sums.
+        """
+        return merging.share_kept(self)
 
     def unmerge(self) -> None:
         """Take merged adapters out again: by subtraction if that is exact enough, else from a snapshot."""

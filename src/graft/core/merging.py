@@ -5,6 +5,8 @@ Weights fold in the order in which adapters act (`planning.ordered`). An adapter
 later; if it acts before a merged one, `merge` takes all out and folds anew, so that merging a, then b, equals both at
 once.
 
+Where writing rounds, the layer keeps how much of the update that left (`core/rounding.py`).
+
 Unmerging gives a weight in half precision back bit for bit: the first merge keeps a copy of it. In float32 and float64
 a merge that only adds products keeps their factors and subtracts them again, which costs no copy and rounds.
 """
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from graft.core.containers import slots_of
 from graft.core.effect import HALF, LowRank, Replace
-from graft.core.errors import warn
+from graft.core.errors import PeftWarning, warn
 from graft.core.face import Layer
 from graft.core.finite import largest
 from graft.core.folding import evaluating, fold_step, shift_of
@@ -29,8 +31,10 @@ from graft.core.method import Method
 from graft.core.names import several
 from graft.core.plan import Step
 from graft.core.planning import ordered
+from graft.core.rounding import survival
 
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
+ENOUGH = 0.9  # of an update; less is worth a warning
 
 
 def not_merged(layer: Layer, names: Sequence[str] | None) -> list[str]:
@@ -204,25 +208,25 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
 
 
 @torch.no_grad()
-def folded(
-    layer: Layer, steps: Sequence[Step], from_w0: bool = False, bias_now: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Return weight (canonical) and bias with `steps` folded in, in at least float32, with one rounding at the end.
-
-    bias_now: the bias, if it has been read; returned itself if nothing changes it.
-    """
-    b: Any = layer.bias_now if bias_now is None else bias_now
-    W = layer.weight_now
+def folded(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return weight (canonical) and bias with `steps` folded in, rounded once, at the end."""
     if from_w0:
         W, b = layer.op.canon(unmerged(layer)), unmerged_bias(layer)
-    dtype = W.dtype
-    W = W.to(torch.promote_types(dtype, torch.float32))
+    else:
+        W, b = layer.weight_now, layer.bias_now
+    wide, b = _folded(layer, steps, W, b)
+    return wide.to(W.dtype), b
+
+
+def _folded(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return W with `steps` folded in, in at least float32, and b in its dtype; b itself if nothing changes it."""
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
     wide = None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
     bias = wide
     with evaluating(layer):
         for m, effect in steps:
             W, bias = fold_step(layer, m, effect, W, bias)
-    return W.to(dtype), b if bias is wide or bias is None else bias.to(bias.dtype if b is None else b.dtype)
+    return W, b if bias is wide or bias is None else bias.to(bias.dtype if b is None else b.dtype)
 
 
 def in_place(layer: Layer) -> Tensor | None:
@@ -249,14 +253,13 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     return found
 
 
-def _add(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> None:
-    """Add products to W, or subtract them, in place; round half precision once."""
+def _added(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
+    """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for both in products:
         for part, A, B in op.matrices(wide, *both):
             part.addmm_(B.to(wide), A.to(wide), alpha=sign)
-    if wide is not W:
-        W.copy_(wide)
+    return wide
 
 
 def _snapshot(layer: Layer) -> Any:
@@ -277,11 +280,14 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
             state.undo.append(("subtract", [(A.clone(), B.clone()) for A, B in products], None))
         elif undoable:  # half precision has lost what subtracting would have to give back
             state.undo.append(("restore", _snapshot(layer), None))
-        _add(layer.op, W, products)
+        wide = _added(layer.op, W, products)
+        if wide is not W:
+            state.survived.append(survival(W, wide))
+            W.copy_(wide)
         state.merged += names
         return
-    old: Any = layer.bias_now
-    W, bias = folded(layer, steps, bias_now=old)
+    before, old = layer.weight_now, layer.bias_now
+    wide, bias = _folded(layer, steps, before, old)
     shifted = None if bias is old else bias
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
@@ -292,9 +298,14 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         return
     if undoable:
         state.undo.append(("restore", _snapshot(layer), None if shifted is None else old.detach().clone()))
-    replaced = layer.store.write(base, name, layer.op.uncanon(W), shared)
+    rounded = wide.to(before.dtype)
+    if layer.store.exact and rounded is not wide:
+        state.survived.append(survival(before, wide))  # now, as writing may change what was read
+    replaced = layer.store.write(base, name, layer.op.uncanon(rounded), shared)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
+    if not layer.store.exact:
+        state.survived.append(survival(before, wide, layer.weight_now))
     if shifted is not None:
         layer.write_bias(shifted)
     state.merged += names
@@ -328,7 +339,38 @@ def unmerge(layer: Layer) -> None:
             if bias is not None:
                 layer.write_bias(bias)
     state.undo.clear()
+    state.survived.clear()
     state.merged = []
+
+
+def share_kept(layer: Layer) -> float:
+    """Return the share of the merged update that the base weight holds: see `AdapterLayer.share_kept`."""
+    if not layer.state.survived:
+        return 1.0
+    kept, asked = torch.stack(layer.state.survived).sum(0).tolist()
+    return float(kept / asked) if asked > 0 else 1.0
+
+
+def say_lost(layers: Iterable[Layer]) -> dict[str, float]:
+    """Return the share of the merged update that each layer holds, by key, and warn of those that lost a part."""
+    merged = [layer for layer in layers if layer.state.merged]
+    shares = {layer.site.key: share_kept(layer) for layer in merged}
+    lost = [layer for layer in merged if shares[layer.site.key] < ENOUGH]
+    if lost:
+        worst = min((layer.site.key for layer in lost), key=shares.__getitem__)
+        packed = any(not layer.store.exact for layer in lost)
+        warn(
+            f"Merging has lost a part of the update to rounding on {len(lost)} of {len(merged)} layers, most on "
+            f"'{worst}', where {max(shares[worst], 0):.1%} of it survived. Keep the adapter unmerged, or "
+            + (
+                "merge_and_unload(dequantize=True)"
+                if packed
+                else "merge it into the base in float32 (model.float(), or load it with dtype=torch.float32)"
+            )
+            + "; graft.merge_report(model) has the share of each layer.",
+            PeftWarning,
+        )
+    return shares
 
 
 @contextmanager
@@ -381,7 +423,9 @@ def _without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> T
 def _subtract(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
     matrix = in_place(layer)
     if matrix is not None:
-        _add(layer.op, matrix, factors[::-1], -1)
+        wide = _added(layer.op, matrix, factors[::-1], -1)
+        if wide is not matrix:
+            matrix.copy_(wide)
         return
     name = layer.site.parameter  # the model was sharded since, say
     W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from graft.core.errors import warn
 from graft.core.layer import AdapterLayer
 from graft.core.names import several
 from graft.core.ops import find_op
+from graft.inject.parts import registry_of, unwrapped
 from graft.inject.survey import survey
 from graft.model.registry import Registry
 from graft.model.unloading import unload
@@ -30,6 +32,7 @@ class MergingRegistry(Registry):
     """The registry of adapters that the weights of the base model can take over."""
 
     frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
+    shares_kept: Mapping[str, float] = MappingProxyType({})  # by key of a layer, of what the last merge wrote
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
@@ -76,6 +79,7 @@ class MergingRegistry(Registry):
             steps = tqdm(steps, desc="Merging", unit="layer")
         for layer, here in steps:
             layer.merge_checked(here, undoable)
+        self.shares_kept = merging.say_lost(self.mergeable_layers())
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
@@ -84,6 +88,7 @@ class MergingRegistry(Registry):
         for layer in self.mergeable_layers():
             if layer.merged_adapters:
                 layer.unmerge()
+        self.shares_kept = {}
 
     def merge_and_unload(
         self,
@@ -142,3 +147,16 @@ class MergingRegistry(Registry):
         unload(self.model, self.frozen_before)
         self.layers, self.wrappers = {}, {}
         return self.model
+
+
+def merge_report(model: nn.Module) -> dict[str, float]:
+    """Return the share of the merged update that each layer's weight holds, by the layer's path in the base model.
+
+    1.0: nothing was lost to rounding; 0.0: the weight is what it was. `AdapterLayer.share_kept` has the formula. The
+    PeftModel whose `merge_and_unload` made a plain model still has that merge's report. {} if nothing is merged.
+    """
+    registry: Any = registry_of(unwrapped(model))
+    if registry is not None:
+        return dict(getattr(registry, "shares_kept", {}))
+    merged = {key: layer for key, layer in survey(model).layers.items() if layer.merged_adapters}
+    return {key: layer.share_kept for key, layer in merged.items()}

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rounding leaves of an update of a weight, as merging writes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AT_ONCE, ON_CPU = 2**24, 2**16  # numbers in one pass: few copies of a layer, and those of a CPU in its cache
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def spread_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the same of tensors that are spread over processes."""
+    return (a * b).sum().full_tensor()  # type: ignore[operator,no-any-return]
+
+
+@torch.no_grad()
+def survival(W: Tensor, wide: Tensor, stored: Tensor | None = None) -> Tensor:
+    """Return <W' - W, ΔW> and <ΔW, ΔW> in float32, (2,), where ΔW = wide - W.
+
+    Args:
+        W: the weight as it was, and as it was stored.
+        wide: the weight that was asked for, before rounding.
+        stored: W', what came of that; None: `wide`, rounded to W's dtype.
+    """
+    at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
+    rows, product = (max(1, len(W)), spread_dot) if spread else (max(1, at_once // max(1, W[:1].numel())), dot)
+    sums = torch.zeros(2, device=W.device)
+    for i in range(0, len(W), rows):
+        asked, before = wide[i : i + rows].float(), W[i : i + rows].float()
+        kept = (asked.to(W.dtype) if stored is None else stored[i : i + rows]).float() - before
+        asked = asked - before
+        sums += torch.stack([product(kept, asked), product(asked, asked)])
+    return sums

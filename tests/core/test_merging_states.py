@@ -312,3 +312,74 @@ def test_merging_goes_on_with_layers_that_are_not_merged_yet():
         model.merge_adapter()
     assert merged(model) == ["x"] and model.base_model.model.two.merged
     assert_close(model(X), y)
+
+
+# the order of adapters that do more than add
+
+
+ORDERED = {
+    "LoRA with DoRA": lambda: graft.LoraConfig(r=2, target_modules=["0"], use_dora=True),
+    "OFT": lambda: graft.OFTConfig(r=0, oft_block_size=3, target_modules=["0"]),
+    "HRA": lambda: graft.HRAConfig(r=2, target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("make", ORDERED.values(), ids=ORDERED)
+@pytest.mark.parametrize("steps", [["b", "a"], [["b", "a"]], ["c", "b", "a"]], ids=str)
+def test_merging_keeps_the_order_of_the_forward_pass(make, steps):
+    with seeded(0):
+        model = graft.get_peft_model(nn.Sequential(nn.Linear(6, 6)), make(), "a").eval()
+        for name in ("b", "c"):
+            model.add_adapter(name, make())
+        for n, p in model.named_parameters():
+            if "base_layer" not in n:
+                p.data.add_(torch.randn_like(p))
+        x = torch.randn(4, 6)
+    active = ["a", "b", "c"] if "c" in steps else ["a", "b"]
+    model.base_model.set_adapter(active)
+    y = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for names in steps:
+            model.merge_adapter([names] if isinstance(names, str) else names)
+    assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+
+
+# embeddings that shrink the rows they look up
+
+
+SHRUNK = {
+    "LoRA": lambda: graft.LoraConfig(r=2, target_modules=["0"]),
+    "OFT": lambda: graft.OFTConfig(r=0, oft_block_size=2, target_modules=["0"]),
+    "LoHa": lambda: graft.LoHaConfig(r=2, target_modules=["0"]),
+}
+
+
+def shrunk(config, name="a"):
+    with seeded(0):
+        model = graft.get_peft_model(nn.Sequential(nn.Embedding(8, 6, max_norm=0.5)), config, name).eval()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.add_(torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("make", SHRUNK.values(), ids=SHRUNK)
+def test_an_embedding_with_a_largest_norm_does_not_take_up_what_acts_behind_it(make):
+    model, ids = shrunk(make()), torch.arange(8)
+    y = model(ids)
+    for merge in (model.merge_adapter, model.merge_and_unload, partial(model.merge_and_unload, dequantize=True)):
+        with pytest.raises(NotImplementedError, match=r"'0': .*max_norm=0\.5.*Keep them unmerged, or unload"):
+            merge()
+    assert torch.equal(model(ids), y)
+
+
+@pytest.mark.parametrize(
+    "config", [graft.TrainableTokensConfig(target_modules=["0"], token_indices=[1, 2]), ORDERED["HRA"]()], ids=str
+)
+def test_an_embedding_with_a_largest_norm_takes_up_other_rows(config):
+    model, ids = shrunk(config), torch.arange(8)
+    y = model(ids)
+    assert_close(model.merge_and_unload()(ids), y)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """bitsandbytes' layers by stand-ins in plain torch, so that no package is needed; tests/packages has the real ones."""
 
+import copy
 import sys
 import types
 from functools import partial
@@ -180,6 +181,18 @@ def test_a_rearranged_weight_is_read_and_put_back(saved, storage):
     near(identity(held), W, 1e-5)
     near(identity(base.twin), W, 1e-5)
     model.merge_and_unload()
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("may", [True, False])
+def test_bitsandbytes_may_rearrange_weights_again_without_adapters(leave, may):
+    base = Net(four(linear()))
+    base.layer.support_avx512bf16_for_cpu = may
+    model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["layer"]))
+    model.add_adapter("second", graft.LoraConfig(r=2, target_modules=["layer"]))
+    model = copy.deepcopy(model)
+    assert not model.get_base_model().layer.base_layer.support_avx512bf16_for_cpu
+    assert getattr(model, leave)().layer.support_avx512bf16_for_cpu == may
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])

@@ -122,6 +122,11 @@ class Effect:
         """Say whether its merged form changes the bias alone."""
         return False
 
+    @property
+    def inside(self) -> bool:
+        """True if a forward pass, too, has the module do to the adapter's values what it does to its weight."""
+        return False
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Effect):
@@ -164,6 +169,7 @@ class Rewrite(Effect):
         pre: x → x', where W' x = W x'.
         post: (x, y) → y', from the input before `pre` and the output.
         apart: `post` acts on the output without its bias.
+        looks_up: `post` gives rows of another table as the module, which takes ids, would output them.
         block: the site is a module with several inputs, of which `pre` gets the first; what `post` gets is its output,
             the first item if that is a tuple. It has no weight, and so no merged form.
     """
@@ -172,6 +178,7 @@ class Rewrite(Effect):
     pre: Callable[[Tensor], Tensor] | None = None
     post: Callable[[Tensor, Tensor], Tensor] | None = None
     apart: bool = False
+    looks_up: bool = False
     block: bool = False
 
     @property
@@ -185,6 +192,10 @@ class Rewrite(Effect):
     @property
     def reads(self) -> bool:
         return self.of_weight or self.folds
+
+    @property
+    def inside(self) -> bool:
+        return self.folds or self.looks_up
 
 
 @dataclass(frozen=True, eq=False)

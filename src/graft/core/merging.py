@@ -127,6 +127,8 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     if any([effect.whole for effect in effects]):
         return None
     base, store = layer.base_layer, layer.store
+    if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
+        return why
     why = store.fixed(base, layer.site.parameter)
     bias = None if why is not None else store.fixed(base, "bias")
     if bias is not None:
@@ -139,6 +141,7 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Say whether what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.store.unread(layer.base_layer, layer.site.parameter) is None
+    packed = packed and layer.op.fixed(layer.get_base_layer()) is None
     return packed and all(m.effect.fixed is None for m in methods)
 
 
@@ -182,10 +185,12 @@ def check_finite(chosen: Mapping[Any, Sequence[str]]) -> None:
 def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
     """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None.
 
+    Active ones come in the order of their activation, in which a forward pass runs them, whichever is merged first.
     On a rounded weight they cannot: it would be rounded once more for each.
     """
-    done = layer.state.merged
-    steps = ordered(layer, [layer.methods[n] for n in (*done, *names) if n in layer.methods])
+    done, active = layer.state.merged, layer.state.active
+    together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
+    steps = ordered(layer, [layer.methods[n] for n in together if n in layer.methods])
     if not done:
         return steps, steps
     new = [step for step in steps if step[0].name not in done]

@@ -121,6 +121,10 @@ class Op:
         """Return rows of another table as the module, which takes ids, would output them."""
         return rows
 
+    def fixed(self, m: Any) -> str | None:
+        """Return why the module with another weight cannot do what it and an adapter beside it do; None if it can."""
+        return None
+
     def groups(self, m: Any) -> int:
         """Return the number of groups of channels that do not mix."""
         return 1
@@ -211,6 +215,13 @@ class Embedding(Op):
 
     def factor_modules(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+    def fixed(self, m: Any) -> str | None:
+        if getattr(m, "max_norm", None) is None:
+            return None
+        return (
+            f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
+        )
 
     def lookup(self, m: Any, places: Tensor, rows: Tensor) -> Tensor:
         """Return those of the rows (n, embedding_dim) at `places`, as the module would output them."""

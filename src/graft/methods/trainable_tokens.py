@@ -69,7 +69,7 @@ class TrainableTokens(Method):
         return bool(self.cfg.init_weights)
 
     def describe(self) -> Effect:
-        return Rewrite(self.fold, post=self.post, apart=True)
+        return Rewrite(self.fold, post=self.post, apart=True, looks_up=True)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features

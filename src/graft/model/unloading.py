@@ -12,7 +12,7 @@ from torch import nn
 from graft.core.carrier import carrier_of
 from graft.core.errors import warn
 from graft.inject.survey import nest_of
-from graft.storage import innermost
+from graft.storage import innermost, release
 
 
 def unload(model: nn.Module, frozen: Set[str] | None) -> None:
@@ -22,6 +22,7 @@ def unload(model: nn.Module, frozen: Set[str] | None) -> None:
         frozen: names of parameters; None: leave all as they are.
     """
     survey_places(model, restore)
+    release(model.modules())
     if "peft_config" in model.__dict__:
         del model.peft_config
     retie(model)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stores: how modules hold weights. Only files in this folder look inside a module for its weight."""
 
-from graft.storage.codes import codes_in, hold_bias, holds_codes, loose_bias, numel, ready
+from graft.storage.codes import codes_in, hold_bias, holds_codes, loose_bias, numel, ready, release
 from graft.storage.dense import Dense
 from graft.storage.find import (
     DENSE,
@@ -43,5 +43,6 @@ __all__ = [
     "place_of",
     "ready",
     "refusal",
+    "release",
     "standalone",
 ]

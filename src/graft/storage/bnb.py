@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.storage.quantized import Quantized, moved
 
+REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
 BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
 
 
@@ -85,6 +86,7 @@ class Four(Quantized):
         """Keep the layer out of the layout whose kernel has no backward pass, and take it out where it is in."""
         if getattr(m, "support_avx512bf16_for_cpu", False):
             m.support_avx512bf16_for_cpu = False
+            m.__dict__[REARRANGES] = True
         weight, state = m.weight, state_of(m)
         if weight.is_meta or state is None or not (is_interleaved(state) or is_transposed(state)):
             return None
@@ -95,6 +97,10 @@ class Four(Quantized):
             "adapters would get no gradients. graft puts them back; their scales stay rounded to bfloat16. Adapt a "
             "model before its first forward pass to keep them as they are."
         )
+
+    def release(self, m: Any) -> None:
+        if m.__dict__.pop(REARRANGES, False):
+            m.support_avx512bf16_for_cpu = True
 
 
 def state_of(m: Any) -> Any:

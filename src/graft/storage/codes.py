@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
+from graft.core.site import Store
 from graft.storage.compressed import Compressed
 from graft.storage.dense import PLAIN, strange_tensor
 from graft.storage.find import STORES, TENSORS, marked
@@ -21,14 +22,28 @@ def ready(modules: Iterable[nn.Module]) -> None:
     """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
     said: dict[str | None, None] = {}
     for m in modules:
-        store = marked(m) or STORES.find(type(m))
-        if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
-            store = TENSORS.find(type(weight))
+        store = packed_store(m)
         if isinstance(store, (Quantized, Compressed)):
             said[store.ready(m)] = None
     for what in said:
         if what is not None:
             warn(what, PeftWarning)
+
+
+def release(modules: Iterable[nn.Module]) -> None:
+    """Undo for these modules, on which no adapter acts any more, what keeps packages from their own ways."""
+    for m in modules:
+        store = packed_store(m)
+        if isinstance(store, Quantized):
+            store.release(m)
+
+
+def packed_store(m: nn.Module) -> Store | None:
+    """Return the store of a module by its mark, its type or that of its weight; None for plain ones."""
+    store = marked(m) or STORES.find(type(m))
+    if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
+        store = TENSORS.find(type(weight))
+    return store
 
 
 def holds_codes(m: nn.Module) -> bool:

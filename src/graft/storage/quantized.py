@@ -120,6 +120,9 @@ class Quantized(Dense):
         """
         return None
 
+    def release(self, m: nn.Module) -> None:
+        """Let the package do with this module again what `ready` kept it from, as no adapter acts any more."""
+
     def put(self, m: nn.Module, values: dict[str, Any]) -> None:
         """Set `parts`."""
         put(m, values)

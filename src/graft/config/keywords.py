@@ -11,7 +11,7 @@ from typing import Any
 from graft.core.errors import PeftWarning, warn
 
 HUB_KEYWORDS = {"revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "repo_type"}
-LOADING = HUB_KEYWORDS | {"subfolder", "ignore_mismatched_sizes", "expert_layout"}
+LOADING = HUB_KEYWORDS | {"subfolder", "ignore_mismatched_sizes", "check_digest", "expert_layout"}
 # PEFT's arguments for the device of loaded tensors; here an adapter goes to where its layers are
 IDLE_LOADING = {"torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"}
 # arguments that transformers, Trainer and accelerate pass to every model's `save_pretrained`

@@ -219,9 +219,7 @@ class Embedding(Op):
     def fixed(self, m: Any) -> str | None:
         if getattr(m, "max_norm", None) is None:
             return None
-        return (
-            f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
-        )
+        return f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
 
     def lookup(self, m: Any, places: Tensor, rows: Tensor) -> Tensor:
         """Return those of the rows (n, embedding_dim) at `places`, as the module would output them."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -19,11 +22,12 @@ from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
-from graft.io.check import check_archive, has_finite_sum
+from graft.io import seal
+from graft.io.check import check_archive, fault, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY, read_note
 from graft.io.layouts import TODAY, Layout
-from graft.io.tensors import write_safetensors
+from graft.io.tensors import digest_of, write_safetensors
 from graft.io.whole import GATHER
 from graft.storage.parallel import is_sharded
 
@@ -53,9 +57,10 @@ def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetenso
         if safetensors:
             write_safetensors(path, tensors, {"format": "pt", **noted})
         else:
+            held = {k: v.detach().cpu() for k, v in tensors.items()}
             with open(path, "w+b") as f:  # given a path, torch writes its name into the file
-                torch.save({k: v.detach().cpu() for k, v in tensors.items()}, f)
-                notes.add(f, noted)
+                torch.save(held, f)
+                notes.add(f, {**noted, seal.KEY: digest_of(held)})
 
     pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text)
 
@@ -71,15 +76,18 @@ def check(folder: str, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"'{spread[0]}' is sharded: each process holds a part of it. {GATHER}")
 
 
-def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any, Loaded]:
+def load_pair(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: Any) -> tuple[Any, Loaded]:
     """Read an adapter's config and tensors from a folder or hub repository, as one save wrote them.
+
+    Args:
+        check_digest: see that the tensors are those that were saved, where the file has their digest.
 
     Raises:
         CheckpointError: one of them is not there, or damaged.
         ConfigError: the config is not valid.
     """
     stored = Stored(where, subfolder, PeftConfig.from_json_file, **hub)
-    loaded = load_weights(where, subfolder, **hub)
+    loaded = load_weights(where, subfolder, check_digest, **hub)
     fields = stored.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
         loaded.layout = Layout.of(fields)
@@ -88,14 +96,20 @@ def load_pair(where: str, subfolder: str | None = None, **hub: Any) -> tuple[Any
     return config, loaded
 
 
-def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded:
+def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: Any) -> Loaded:
     """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
+
+    Args:
+        check_digest: as in `load_pair`.
 
     Raises:
         CheckpointError: there is no weights file, or it is damaged.
     """
     for _ in range(LOOKS):
-        for name, read in ((SAFETENSORS_WEIGHTS_NAME, read_safetensors), (WEIGHTS_NAME, read_torch)):
+        for name, read in (
+            (SAFETENSORS_WEIGHTS_NAME, partial(read_safetensors, check_digest=check_digest)),
+            (WEIGHTS_NAME, partial(read_torch, check_digest=check_digest)),
+        ):
             path = fetch(where, name, subfolder=subfolder, **hub)
             if path is not None:
                 with suppress(FileNotFoundError):
@@ -107,7 +121,7 @@ def load_weights(where: str, subfolder: str | None = None, **hub: Any) -> Loaded
     )
 
 
-def read_torch(path: str) -> Loaded:
+def read_torch(path: str, check_digest: bool = True) -> Loaded:
     with open(path, "rb") as f:
         stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
         try:
@@ -122,35 +136,43 @@ def read_torch(path: str) -> Loaded:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
     ):
         raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
+    if check_digest and seal.KEY in noted and not any(map(fault, tensors.values())):
+        seal.check(noted[seal.KEY], digest_of(tensors), path)
     return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
 
 
-def read_safetensors(path: str) -> Loaded:
+def read_safetensors(path: str, check_digest: bool = True) -> Loaded:
     """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
-    the process."""
+    the process. Another thread computes its digest meanwhile."""
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
 
-    try:
-        with open(path, "rb") as f:
-            data, stamp = f.read(), notes.stamp(f.fileno())
+    with ThreadPoolExecutor(1) as beside:
         try:
-            found = load(data)
-        except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
-            found = {key: t.clone() for key, t in load_file(path).items()}
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
-        tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
-        raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
+            with open(path, "rb") as f:
+                data, stamp = f.read(), notes.stamp(f.fileno())
+            saved = notes.in_safetensors(BytesIO(data)).get(seal.KEY) if check_digest else None
+            digest = None if saved is None else beside.submit(seal.digest_in, data)
+            try:
+                found = load(data)
+            except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
+                found = {key: t.clone() for key, t in load_file(path).items()}
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
+            tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
+            raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
+        finite = has_finite_sum(data, tensors)
+        if saved is not None and digest is not None:
+            seal.check(saved, digest.result(), path)
     noted = notes.texts(header.get("__metadata__"))
     return Loaded(
         tensors,
         path,
         read_note(noted.get(KEY), path),
         notes.Noted(path, noted.get(notes.CONFIG), stamp),
-        finite=has_finite_sum(data, tensors),
+        finite=finite,
     )
 
 

@@ -16,28 +16,43 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import CheckpointError
+from graft.io.seal import KEY, digest
 
 BUFFER = 2**20  # bytes: many tensors are small
 
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
+    """Write tensors, the widest dtypes first so that all are aligned; and metadata in order, with their digest."""
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     held = dict(sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, Any] = {"__metadata__": dict(sorted({**metadata, KEY: digest_of(held)}.items()))}
     end = 0
     for key, t in held.items():
-        if t.nbytes and not t.data_ptr():  # a subclass that holds its values elsewhere
-            raise CheckpointError(f"'{key}' is a {type(t).__name__} without values of its own: pass it dense.")
         begin, end = end, end + t.nbytes
         header[key] = {"dtype": name_of(t.dtype), "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", BUFFER) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for t in held.values():
-            if t.nbytes:
-                f.write((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+        for key, t in held.items():
+            f.write(bytes_of(key, t))
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Return the digest of tensors that are plain ones."""
+    held = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())
+    return digest((key, name_of(t.dtype), list(t.shape), bytes_of(key, t)) for key, t in held)
+
+
+def bytes_of(key: str, t: Tensor) -> Any:
+    """Return the memory of a contiguous tensor on the CPU, as long as that lives."""
+    if not t.nbytes:
+        return b""
+    if not t.data_ptr():  # a subclass that holds its values elsewhere
+        raise CheckpointError(f"'{key}' is a {type(t).__name__} without values of its own: pass it dense.")
+    memory = (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
+    memory.keeps = t  # type: ignore[attr-defined]
+    return memory
 
 
 @cache

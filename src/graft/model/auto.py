@@ -45,7 +45,7 @@ class AutoPeftModel:
         Args:
             import_allowlist: libraries that the config's `auto_mapping` may import the base model's class from.
             kwargs: for the base model's from_pretrained. `trust_remote_code` (False) is for its tokenizer, too;
-                `allow_nonfinite` and `expert_layout` for the adapter.
+                `allow_nonfinite`, `check_digest` and `expert_layout` for the adapter.
 
         Raises:
             ValueError: the adapter is for another task, or its config does not tell the base model.
@@ -63,7 +63,7 @@ class AutoPeftModel:
         trusted = kwargs.get("trust_remote_code", False)
         if base_class.__module__.partition(".")[0] == "transformers":  # which would ask the user otherwise
             kwargs["trust_remote_code"] = trusted
-        own = {k: kwargs.pop(k) for k in ("allow_nonfinite", "expert_layout") if k in kwargs}
+        own = {k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs}
         base = base_class.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)

@@ -28,13 +28,15 @@ def read(where: str | os.PathLike, options: dict[str, Any], config: Any = None) 
     """Return config and tensors of a saved adapter.
 
     Args:
-        options: keyword arguments of the caller; those for the hub, `subfolder` and `expert_layout` count.
+        options: keyword arguments of the caller; those for the hub, `subfolder`, `check_digest` and `expert_layout`
+            count.
         config: use this in place of the stored one.
 
     Raises:
         ConfigError: `expert_layout` is none.
     """
     source = hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
+    source["check_digest"] = options.get("check_digest", True)
     if config is None:
         config, loaded = files.load_pair(**source)
     elif not isinstance(config, PeftConfig):

@@ -435,9 +435,10 @@ class PeftModel(nn.Module):
             key_mapping: {regex: replacement} for the checkpoint's keys; by default the model's own conversions.
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
             allow_nonfinite: load NaN and infinite numbers, too.
-            kwargs: for the hub; of X-LoRA `adapters`, where the experts are; and `expert_layout`, how the file holds
-                the factors of stacks of experts, if it does not tell itself: "peft", "exchanged" (PEFT before 0.19.1),
-                "grouped_by_expert" (Unsloth before September 2026), "rank_major", or several of them.
+            kwargs: for the hub; of X-LoRA `adapters`, where the experts are; `check_digest=False` loads a file whose
+                tensors are not those that were saved; and `expert_layout`, how the file holds the factors of stacks of
+                experts, if it does not tell itself: "peft", "exchanged" (PEFT before 0.19.1), "grouped_by_expert"
+                (Unsloth before September 2026), "rank_major", or several of them.
 
         Raises:
             AdapterKeyError: tensors are missing or left over (only if strict), or have other shapes.

@@ -41,6 +41,7 @@ MUST_AGREE = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
+READING, OPTIONS = {"subfolder", "check_digest"}, {"key_mapping", "allow_nonfinite"}  # keyword arguments
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # attributes of A and of B with the rank
 
@@ -58,8 +59,9 @@ def hotswap_adapter(
         model_name_or_path: folder or hub repository.
         adapter_name: the adapter in the model; the name stays.
         torch_device: accepted as in PEFT; values go to where the adapter is.
-        **kwargs: `subfolder`, `key_mapping`, `allow_nonfinite` (let NaN and infinite numbers pass), `expert_layout`
-            (see `PeftModel.from_pretrained`), and options of the hub (`revision`, `token`, …).
+        **kwargs: `subfolder`, `key_mapping`, `allow_nonfinite` (let NaN and infinite numbers pass), `check_digest`
+            (False: load a file whose tensors are not those that were saved), `expert_layout` (see
+            `PeftModel.from_pretrained`), and options of the hub (`revision`, `token`, …).
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -68,13 +70,11 @@ def hotswap_adapter(
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
-    warn_unknown(
-        hotswap_adapter, kwargs, HUB_KEYWORDS | {"subfolder", "key_mapping", "allow_nonfinite", "expert_layout"}
-    )
-    where, hub = os.fspath(model_name_or_path), {k: kwargs[k] for k in (*HUB_KEYWORDS, "subfolder") if k in kwargs}
-    config, loaded = files.load_pair(where, **hub)
+    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING | {"expert_layout"})
+    reading = {k: kwargs[k] for k in HUB_KEYWORDS | READING if k in kwargs}
+    config, loaded = files.load_pair(os.fspath(model_name_or_path), **reading)
     loaded.layout = loaded.layout.told(kwargs.get("expert_layout"))
-    options = {k: kwargs[k] for k in ("key_mapping", "allow_nonfinite") if k in kwargs}
+    options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
     swap(model, loaded, adapter_name, config, **options)
 
 

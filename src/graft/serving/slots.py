@@ -135,7 +135,8 @@ class AdapterSlots:
                 its `adapter`.
             keep: keep it in host memory; else read it again whenever it gets a slot (from a folder only).
             allow_nonfinite: load NaN and infinite numbers, too.
-            **hub: `subfolder`, `revision`, `token`, …
+            **hub: `subfolder`, `revision`, `token`, …; `check_digest=False` loads a file whose tensors are not those
+                that were saved.
 
         Raises:
             AdapterNameError: the name is taken, or cannot be one.
@@ -144,7 +145,7 @@ class AdapterSlots:
         """
         self._check([])
         check_adapter_name(name, list(self._known))
-        if unknown := set(hub) - HUB_KEYWORDS - {"subfolder"}:
+        if unknown := set(hub) - HUB_KEYWORDS - {"subfolder", "check_digest"}:
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")

@@ -441,6 +441,7 @@ def answers(monkeypatch, **by_file):
         return answer
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **_: None)
     return asked
 
 
@@ -489,6 +490,38 @@ def test_a_file_that_is_not_there(monkeypatch, saved):
     )
     load("a/b")
     assert asked == [CONFIG, TENSORS, BIN]
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """Its own downloads try again for half a minute, which no folder of that name is worth."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def metadata(url, **_):
+        asked.append(url)
+        raise ConnectionError("no route")
+
+    def download(repo, filename, local_files_only=False, **_):
+        assert local_files_only, "tries again and again"
+        raise errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for name in ("my_adapter", "out/my_adapter"):
+        with pytest.raises(HubError, match=f"no folder '{name}' here.*cannot be reached: no route"):
+            load(name)
+    assert len(asked) == 2
+
+
+def test_a_hub_that_cannot_be_reached_gives_what_its_cache_has(monkeypatch, saved):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    answers(monkeypatch, adapter_configjson=str(saved / CONFIG), adapter_modelsors=str(saved / TENSORS))
+
+    def metadata(url, **_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    load("a/b")
 
 
 def test_an_offline_hub_is_said(monkeypatch):

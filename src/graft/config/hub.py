@@ -28,12 +28,18 @@ def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None,
         return None
     from huggingface_hub import errors, hf_hub_download
 
+    failure = None if offline(**hub) else unreached(where, filename, subfolder, **hub)
     try:
-        return hf_hub_download(where, filename, subfolder=subfolder, **hub)
+        return hf_hub_download(
+            where, filename, subfolder=subfolder, **(hub if failure is None else {**hub, "local_files_only": True})
+        )
     except errors.LocalEntryNotFoundError as e:
         if offline(**hub):
             return None
-        raise HubError(f"'{filename}' of '{where}' is not in the cache, and the hub cannot be reached: {e}") from e
+        raise HubError(
+            f"There is no folder '{where}' here, '{filename}' of no such repository is in the hub's cache, and "
+            f"the hub cannot be reached: {failure or e}"
+        ) from e
     except (errors.EntryNotFoundError, errors.HFValidationError):
         return None
     except errors.GatedRepoError as e:
@@ -47,6 +53,32 @@ def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None,
         raise HubError(f"The repository '{where}' on the hub has no revision '{hub.get('revision')}'. {e}") from e
     except Exception as e:  # of the network, the hub or the disk
         raise HubError(f"'{filename}' of '{where}' cannot be fetched from the hub: {type(e).__name__}: {e}") from e
+
+
+def unreached(
+    where: str,
+    filename: str,
+    subfolder: str | None,
+    revision: str | None = None,
+    token: Any = None,
+    repo_type: str | None = None,
+    cache_dir: Any = None,
+    **_: Any,
+) -> Exception | None:
+    """Return why the hub does not answer, of a file that its cache lacks: a download would try again for 30 seconds."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    options: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
+    path = f"{subfolder}/{filename}" if subfolder else filename
+    try:
+        if isinstance(try_to_load_from_cache(where, path, cache_dir, **options), str):
+            return None  # then a download does not try again
+        get_hf_file_metadata(hf_hub_url(where, path, **options), token=token)
+    except (errors.HfHubHTTPError, errors.HFValidationError, ValueError):
+        return None  # which the download will tell as well
+    except Exception as e:  # of the network, of types that differ between versions
+        return e
+    return None
 
 
 def offline(local_files_only: bool = False, **_: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.core.containers import FACTS, AnyDict, Attached, Slot, Transient, container_for, slots_of, takes
 from graft.core.lean import ModuleDict
 from graft.core.place import UPCAST, place_tensor
-from graft.core.site import Store
+from graft.core.site import Site, Store
 
 Where = tuple[torch.device | None, torch.dtype | None]
 MODELESS = (nn.Linear, nn.Identity)  # modules that do the same in training and evaluation: in the mode of their adapter
@@ -30,6 +30,7 @@ class Holding:
     methods: dict[str, Any]  # Method by adapter
     kinds: list[Any]
     store: Store
+    site: Site
     _modules: dict[str, Any]
 
     def begin_holding(self) -> None:
@@ -58,6 +59,11 @@ class Holding:
                     modules[key] = value.container
                     self.attached.add(key)
                 continue
+            if hasattr(value, "__array__") and not isinstance(value, Tensor):
+                raise TypeError(
+                    f"'{key}' of adapter '{adapter}' on layer '{self.site.key}' is a {kind.__name__}, which nothing "
+                    "moves or saves: let build() return a tensor, by torch.from_numpy()."
+                )
             if key not in known:
                 self._open(key, value, training)
             container: Any = modules[key] if key in modules else own[key]

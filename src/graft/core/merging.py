@@ -294,6 +294,11 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
     before, old = layer.weight_now, layer.bias_now
     wide, bias = _folded(layer, steps, before, old)
     shifted = None if bias is old else bias
+    if shifted is not None and old is None:
+        raise NotImplementedError(
+            f"Cannot merge adapter(s) {names} into layer '{layer.site.key}': they shift the bias, and it has none. "
+            "Keep them unmerged, or unload()."
+        )
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
             state.undo.append(("bias", None, old.detach().clone()))

@@ -99,6 +99,26 @@ class PeftNames:
         return active
 
     @property
+    def _active_adapter(self: Layer) -> list[str]:
+        active: list[str] = self.state.active
+        return active
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: Any) -> None:
+        raise AttributeError("_active_adapter cannot be set on a layer: set_adapter() activates adapters.")
+
+    @property
+    def _disable_adapters(self: Layer) -> bool:
+        off: bool = self.state.disabled
+        return off
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, off: bool) -> None:
+        raise AttributeError(
+            "_disable_adapters cannot be set on a layer: enable_adapters(False) switches adapters off."
+        )
+
+    @property
     def adapter_layer_names(self: Layer) -> tuple[str, ...]:
         """Containers of tensors that train, empty ones, too; those that a variant of the method adds come last."""
         names = dict.fromkeys(n for m in self.methods.values() for n in m.layer_names)

@@ -336,8 +336,11 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
             "Please check the values for these arguments."
         )
     text = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
-    if not isinstance(targets, str):
-        for entry, similar in unmatched(targets, set(), outcomes).items():
+    if isinstance(targets, str):
+        text += " A string is a regular expression that has to fit a whole path: pass a list for the ends of paths."
+    else:
+        strange = [t for t in targets if not any(k == t or k.endswith(f".{t}") for k in outcomes)]
+        for entry, similar in unmatched(strange, set(), outcomes).items():
             if similar:
                 text += f" '{entry}' matched nothing{hint(similar)}"
     if getattr(cfg, "layers_to_transform", None) is not None:

@@ -33,7 +33,7 @@ from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadReport:
     """The report of a load: every key of the checkpoint, and every tensor of the adapter.
 
@@ -47,6 +47,12 @@ class LoadReport:
     unexpected_keys: list[str] = field(default_factory=list)  # keys that fit nothing
     mismatched_keys: list[str] = field(default_factory=list)  # keys of another shape, with ignore_mismatched_sizes
     absent_keys: list[str] = field(default_factory=list)  # keys of modules that another stage of a pipeline has
+
+    def __repr__(self) -> str:
+        """Return how many keys of each kind there are, and the first of those that need a look."""
+        held = vars(self)
+        shown = {n: str(len(keys)) if n in ("loaded", "base") else some(keys, 4) for n, keys in held.items() if keys}
+        return f"LoadReport({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
         return iter((self.missing_keys, self.unexpected_keys))

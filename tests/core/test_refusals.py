@@ -83,3 +83,19 @@ def test_a_fold_that_returns_a_bias_where_there_is_none():
 def test_values_that_are_no_tensors():
     with pytest.raises(TypeError, match=r"'hra_table' of adapter 'a' on layer '0'.*torch\.from_numpy"):
         adapted(OfNumpy)
+
+
+STARTS = {
+    "PiSSA": lambda: lora(init_lora_weights="pissa", target_modules=["1"]),
+    "TinyLoRA": lambda: graft.TinyLoraConfig(r=2, target_modules=["1"]),
+    "OSF": lambda: graft.OSFConfig(target_modules=["1"]),
+}
+
+
+@pytest.mark.parametrize("config", STARTS.values(), ids=STARTS)
+def test_a_base_that_cannot_be_decomposed(config):
+    model = base()
+    model[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(torch.linalg.LinAlgError, match=r"'default'.*layer '1'.*NaN"):
+        graft.get_peft_model(model, config())
+    assert type(model[1]) is nn.Linear

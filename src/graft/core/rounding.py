@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def spread_dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the same of tensors that are spread over processes."""
-    return (a * b).sum().full_tensor()  # type: ignore[operator,no-any-return]
+    total: Any = (a * b).sum()
+    whole: Tensor = total.full_tensor()
+    return whole
 
 
 @torch.no_grad()

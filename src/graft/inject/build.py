@@ -135,12 +135,18 @@ def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, 
     """Put an adapter on a layer, frozen. Return how many of its numbers can train."""
     method.layer = layer  # which has the weight
     where = layer.where
-    if on_meta:
-        layer.add(method, method.placeholders(shared))
-    else:
-        with made_on(where[0]):
-            layer.add(method, method.build(shared))
-            method.init()
+    try:
+        if on_meta:
+            layer.add(method, method.placeholders(shared))
+        else:
+            with made_on(where[0]):
+                layer.add(method, method.build(shared))
+                method.init()
+    except torch.linalg.LinAlgError as e:
+        raise torch.linalg.LinAlgError(
+            f"Adapter '{method.name}' cannot start from the weight of layer '{layer.site.key}': {e} Look for NaN or "
+            "infinite numbers in the base model, or choose a start that decomposes nothing."
+        ) from e
     return layer.place(method.name, where, upcast)
 
 

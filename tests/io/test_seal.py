@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The digest of a file's tensors: what a load, a swap and slots say of a file in which a byte has changed."""
 
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 
 import graft
 from graft.core.errors import CheckpointError
-from graft.io.tensors import write_safetensors
+from graft.io.tensors import digest_of, write_safetensors
 from graft.serving import AdapterSlots
 from tests.models import seeded
 
@@ -131,10 +130,8 @@ def test_saves_are_the_same_bytes(folder, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.float8_e4m3fn])
 def test_dtypes_and_tensors_without_numbers(tmp_path, dtype):
     path = str(tmp_path / NAME)
-    write_safetensors(path, {"a": torch.ones(3, 5).to(dtype), "b": torch.empty(0, 8).to(dtype)}, {"format": "pt"})
-    data = (tmp_path / NAME).read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header["__metadata__"]["graft_digest"].startswith("crc32:")
+    tensors = {"a": torch.ones(3, 5).to(dtype), "b": torch.empty(0, 8).to(dtype)}
+    write_safetensors(path, tensors, {"format": "pt", "graft_digest": digest_of(tensors)})
     plain(tmp_path)
     flip(tmp_path, -1)
     with pytest.raises(CheckpointError, match="damaged"):

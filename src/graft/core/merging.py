@@ -291,7 +291,8 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
             W.copy_(wide)
         state.merged += names
         return
-    before, old = layer.weight_now, layer.bias_now
+    before = layer.weight_now
+    old: Any = layer.bias_now
     wide, bias = _folded(layer, steps, before, old)
     shifted = None if bias is old else bias
     if shifted is not None and old is None:

@@ -51,16 +51,16 @@ def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetenso
     check(folder, tensors)
     os.makedirs(folder, exist_ok=True)
     text = config.to_json()
-    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text}
+    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_of(held)}
 
     def write(path: str) -> None:
         if safetensors:
-            write_safetensors(path, tensors, {"format": "pt", **noted})
+            write_safetensors(path, held, {"format": "pt", **noted})
         else:
-            held = {k: v.detach().cpu() for k, v in tensors.items()}
             with open(path, "w+b") as f:  # given a path, torch writes its name into the file
                 torch.save(held, f)
-                notes.add(f, {**noted, seal.KEY: digest_of(held)})
+                notes.add(f, noted)
 
     pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text)
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import CheckpointError
-from graft.io.seal import KEY, digest
+from graft.io.seal import digest
 
 BUFFER = 2**20  # bytes: many tensors are small
 
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors, the widest dtypes first so that all are aligned; and metadata in order, with their digest."""
+    """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     held = dict(sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header: dict[str, Any] = {"__metadata__": dict(sorted({**metadata, KEY: digest_of(held)}.items()))}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for key, t in held.items():
         begin, end = end, end + t.nbytes

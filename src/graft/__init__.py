@@ -19,7 +19,7 @@ _NAMES: dict[str, str] = {
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
         "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError DistributedError "
-        "NoMatchingPeftModuleError PeftError PeftWarning RoutingError UnsupportedLayerError",
+        "InUseError NoMatchingPeftModuleError PeftError PeftWarning RoutingError UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",
         "graft.config.base": "PeftConfig",
@@ -35,6 +35,7 @@ _NAMES: dict[str, str] = {
         "graft.config.prompt": "PromptLearningConfig",
         "graft.inject.report": "InjectReport",
         "graft.inject.saved": "ModulesToSaveWrapper",
+        "graft.model.functional": "calling",
         "graft.model.api": "get_peft_config get_peft_model",
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",

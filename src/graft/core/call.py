@@ -8,7 +8,7 @@ The model writes it once per call, every layer reads it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import enumerate as enumerate_threads
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from graft.core.errors import PeftWarning, RoutingError, warn
+from graft.core.gate import Gate
 from graft.core.outputs import tensors_in
 from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows
 
@@ -49,13 +50,13 @@ class Call:
         self.open: list[None] = []
         self.here = Here()
         self.blocks: list[frozenset[int | None]] = []  # of `disabled`: the threads that there were when each began
-        self._calls: dict[int, Rows | None] = {}  # of the calls under way, by thread
+        self.gate = Gate()
         self._restored: dict[int, Restored] = {}  # by backward pass
-        self._untold = NOTHING  # of the last call, if nothing will put it back for its backward pass
+        self._untold: dict[int, Given] = {}  # by thread: of its last call, if nothing will put it back
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave calls under way out: a copy is in none."""
-        return {"state": self.state}
+        return {"state": self.state, "gate": self.gate}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         Call.__init__(self)
@@ -86,21 +87,16 @@ class Call:
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
-        """Show `rows` to the layers within the block.
-
-        Raises:
-            RoutingError: other threads run the model as well, and this batch or theirs is mixed.
-        """
+        """Show `rows` to the layers within the block."""
         self._drop_stale()
         self._tell(NOTHING)
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
-        with self._alone(rows):
-            before = self.put(self.here.given._replace(rows=rows))
-            try:
-                yield
-            finally:
-                self.put(before)
+        before = self.put(self.here.given._replace(rows=rows))
+        try:
+            yield
+        finally:
+            self.put(before)
 
     @contextmanager
     def giving(self, gates: Gates | None = None, facts: Mapping[Any, PerRow] = NO_FACTS) -> Iterator[None]:
@@ -141,29 +137,6 @@ class Call:
         """True within a call for which all adapters are disabled."""
         return bool(self.open) and self.current() is OFF
 
-    def by_itself(self) -> AbstractContextManager[None]:
-        """Keep other threads from calling the model within the block, which writes to its weights.
-
-        Raises:
-            RoutingError: one calls it now; or it does meanwhile, and gets the error.
-        """
-        return self._alone(WRITING)
-
-    @contextmanager
-    def _alone(self, rows: Rows | None) -> Iterator[None]:
-        calls, thread = self._calls, 0 if torch.compiler.is_compiling() else get_ident()
-        nested, outer = thread in calls, calls.get(thread)
-        calls[thread] = rows  # before the others are looked at, so that of two threads one at least sees the other
-        try:
-            if len(calls) > 1 and any(r is not None for r in list(calls.values())):
-                raise RoutingError(WHILE_WRITING if any(r is WRITING for r in list(calls.values())) else TWO_THREADS)
-            yield
-        finally:
-            if nested:
-                calls[thread] = outer
-            else:
-                del calls[thread]
-
     def keep_for_backward(self, output: Any, given: Given) -> None:
         """Show all this again in the backward pass, in which gradient checkpointing runs layers again.
 
@@ -176,15 +149,21 @@ class Call:
             if t.grad_fn is not None:
                 t.register_hook(lambda _grad: self._restore(given, thread))
                 told = True
-        if given and not (told or self._calls):
+        if given and not (told or self.gate.inside):
             self._tell(given)
 
     def _tell(self, untold: Given) -> None:
-        before, self._untold = self._untold, untold
-        if untold and not before:
-            self.open.append(None)
-        elif before and not untold:
-            self.open.pop()
+        """Note what was given for this thread's last call, if nothing will put it back for its backward pass."""
+        if untold:
+            if self.here.thread not in self._untold:
+                self.open.append(None)
+            self._untold[self.here.thread] = untold
+        elif self._untold:
+            alive = threads_now()
+            for thread in list(self._untold):
+                ended = thread == self.here.thread or thread not in alive
+                if ended and self._untold.pop(thread, None) is not None:
+                    self.open.pop()
 
     def _restore(self, given: Given, thread: int) -> None:
         task = torch._C._current_graph_task_id()
@@ -254,7 +233,8 @@ class Call:
             some = [r for r in some if get_ident() in r.threads] or some
             found = {r.given.identity: r for r in some}
             own = some[0] if len(found) == 1 else Restored(AMBIGUOUS, (0, 0))
-        if own is None and self._untold.rows is OFF and self.here.off:
+        untold = self._untold.get(self.here.thread)
+        if own is None and untold is not None and untold.rows is OFF and self.here.off:
             return ALL_OFF
         if own is None:
             raise RoutingError(
@@ -270,17 +250,6 @@ class Call:
                 "invocations, gates). Call backward() after each forward, or turn checkpointing off."
             )
         return own.given
-
-
-WRITING = Rows.of(())  # stands for a thread that changes weights
-TWO_THREADS = (
-    "two threads run this model at once, and at least one of the batches is mixed (adapter_names), so that its rows "
-    "would be taken for those of the other. Run mixed batches one after another."
-)
-WHILE_WRITING = (
-    "a thread takes merged adapters out of the weights (disable_adapter() does) while another one runs the model. Call "
-    "unmerge_adapter() before several threads run it, or keep adapters unmerged."
-)
 
 
 def threads_now() -> frozenset[int | None]:

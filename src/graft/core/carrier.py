@@ -10,6 +10,7 @@ from torch import nn
 
 from graft.core.containers import Slot
 from graft.core.errors import warn
+from graft.core.gate import changes, everything
 from graft.core.names import one_or_several
 
 
@@ -107,6 +108,7 @@ class Carrier:
                 others = [n for n in self.state.trainable if n != name]
                 self.state.trainable = [*others, name] if requires_grad else others
 
+    @changes(everything)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
         names = one_or_several(adapters, "set_adapter")
@@ -141,6 +143,7 @@ class Carrier:
             state.active = [a for a in state.active if a != adapter]
             self.changed()
 
+    @changes(everything)
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
         """Forget `adapter`. If it was active, activate `new_active_adapters`; if None, the others that were active; if
         there are none, the first (by name) that is left."""

@@ -54,6 +54,10 @@ class RoutingError(PeftError, ValueError):
     """The rows of a batch do not fit the adapters that the caller names for them."""
 
 
+class InUseError(PeftError, RuntimeError):
+    """A model cannot change now, or be called, because of a call or a change that is under way."""
+
+
 class AdapterKeyError(PeftError, RuntimeError, ValueError):
     """A checkpoint and an adapter do not hold the same tensors."""
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,6 +17,7 @@ from graft.core.carrier import Carrier, State
 from graft.core.dispatched import HOOK, brought_in
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import unfolded
+from graft.core.gate import Lock, changes, everything
 from graft.core.holding import Holding
 from graft.core.lean import begin, lean
 from graft.core.method import Method
@@ -55,18 +54,6 @@ class LayerState(State):
             if adapter in names:
                 del self.plans[names]
         self.mix = None
-
-
-class Lock:
-    """A lock that a child process never finds held."""
-
-    def __init__(self) -> None:
-        self.begin()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.begin)
-
-    def begin(self) -> None:
-        self.it = threading.RLock()
 
 
 SWAPS = Lock()
@@ -184,6 +171,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         """Raise if these adapters cannot be active together here."""
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
 
+    @changes(everything)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         names = one_or_several(adapters, "set_adapter")
         if len(names) > 1:
@@ -197,6 +185,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         """Say whether of the merged adapters there are just these."""
         return self.state.merged == [n for n in names if n in self.methods]
 
+    @changes(everything)
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Switching off while merged unmerges."""
         state = self.state
@@ -319,7 +308,8 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             with self.store.at_hand(self, base):
                 self.store.restore(base, name, before)
 
-        with merging.lifted(self), self.store.at_hand(self, base):
+        rewriting = self.call.gate.change(f"rewriting the weight of layer '{self.key}'")
+        with rewriting, merging.lifted(self), self.store.at_hand(self, base):
             before = self.store.snapshot(base, name, False)
             self.on_rollback(restore)
             self.store.write(base, name, self.op.uncanon(W), False)
@@ -384,6 +374,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     # merging
 
+    @changes(everything)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, undoable: bool = True) -> None:
         """Write the adapters into the base weight, which then does their work alone.
 
@@ -418,6 +409,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         """
         return merging.share_kept(self)
 
+    @changes(everything)
     def unmerge(self) -> None:
         """Take merged adapters out again: by subtraction if that is exact enough, else from a snapshot."""
         if not self.state.merged:

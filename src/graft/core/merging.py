@@ -391,11 +391,12 @@ def lifted(layer: Layer) -> Iterator[None]:
     if not names or replaces(layer, names):
         yield
         return
-    unmerge(layer)
-    try:
-        yield
-    finally:
-        merge(layer, names, undoable=True)
+    with layer.call.gate.change(f"taking merged adapters {names} out for a while"):
+        unmerge(layer)
+        try:
+            yield
+        finally:
+            merge(layer, names, undoable=True)
 
 
 @torch.no_grad()

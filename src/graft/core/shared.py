@@ -27,6 +27,10 @@ class Shared(Carrier):
         self.in_files: dict[str, str] = {}  # see `Method.in_files`
 
     @property
+    def call(self) -> Any:
+        return self.state.call
+
+    @property
     def adapters(self) -> list[str]:
         return list(dict.fromkeys(name for container in self.containers.values() for name in container))
 

@@ -46,6 +46,10 @@ class Values(Protocol):
         ...
 
 
+def nobody() -> None:
+    """Do nothing: no calls of the model are under way."""
+
+
 @dataclass(eq=False)
 class Injection:
     """One adapter on its way onto a model.
@@ -62,6 +66,7 @@ class Injection:
         heads: modules to use (instead of copies of the base's) for `modules_to_save`, by name.
         tree: a survey of the model, if one was just made.
         mixed: layers may carry adapters of other methods.
+        close: waits until no call of the model is under way.
     """
 
     model: nn.Module
@@ -79,6 +84,7 @@ class Injection:
     tree: Tree = None  # type: ignore[assignment]
     mixed: bool = False
     prompt: Prompt | None = None  # the adapter itself, if it is a prompt
+    close: Callable[[], None] = nobody  # closes the model's gate, before `commit`
 
     # found by `plan.find`
     cfg: Any = None  # copy of the user's config with targets and the like filled in
@@ -114,10 +120,17 @@ class Injection:
         Raises:
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
         """
-        with collector_paused(), self.restructured():
-            self.find()
-            draw_alike(self.tree.modules.values())
-            build.build(self)
+        with self.restructured():
+            with collector_paused():
+                self.find()
+                draw_alike(self.tree.modules.values())
+                before = list(self.shared.containers)
+                build.build(self)
+            try:
+                self.close()
+            except BaseException:
+                self.undo(before)
+                raise
             self.commit()
         self.config.__dict__.update(self.cfg.__dict__)
         return self

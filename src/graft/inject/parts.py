@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from graft.core.carrier import Carrier
+from graft.core.errors import AdapterNotFoundError
+from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
 from graft.core.shared import Shared
 from graft.core.wrappers import inside
-from graft.inject.survey import Wrapper
+from graft.inject.survey import Wrapper, survey
 from graft.prompts.base import Prompt
 
 
@@ -86,3 +88,25 @@ def unwrapped(model: Any) -> Any:
     while registry_of(model) is None and (inner := inside(model)) is not None:
         model = inner
     return model
+
+
+def gate_in(model: Any) -> Gate | None:
+    """Return the gate of a model's calls and changes; None if it has no adapter."""
+    model = unwrapped(model)
+    registry = registry_of(model)
+    if registry is None:
+        tree = survey(model)
+        registry = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
+    return None if registry is None else registry.call.gate
+
+
+def gate_of(model: Any) -> Gate:
+    """Return the gate of a model's calls and changes.
+
+    Raises:
+        AdapterNotFoundError: it has no adapter.
+    """
+    gate = gate_in(model)
+    if gate is None:
+        raise AdapterNotFoundError(f"The model ({type(model).__name__}) carries no adapter.")
+    return gate

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
 from graft.core.wrappers import clean
-from graft.inject.parts import Nests, Parts, registry_of, unwrapped
+from graft.inject.parts import Nests, Parts, gate_in, registry_of, unwrapped
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -33,7 +34,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], s
         text = f"Missing key(s) in state_dict: {missing}. " if missing else ""
         text += f"Unexpected key(s) in state_dict: {unexpected}." if unexpected else ""
         raise RuntimeError(f"Error(s) in loading the base model: {text}")
-    result = base.load_state_dict({names[k]: v for k, v in state_dict.items() if k in names}, strict=False)
+    gate = gate_in(model)
+    with nullcontext() if gate is None else gate.change("set_base_model_state_dict()"):
+        result = base.load_state_dict({names[k]: v for k, v in state_dict.items() if k in names}, strict=False)
     return type(result)(missing, unexpected)
 
 

@@ -16,7 +16,7 @@ from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarni
 from graft.core.names import is_bias
 from graft.core.wrappers import clean
 from graft.inject.build import put
-from graft.inject.parts import Parts, registry_of, unwrapped
+from graft.inject.parts import Parts, gate_of, registry_of, unwrapped
 from graft.inject.stage import absent_from, below
 from graft.io.base import names_in_file
 from graft.io.check import check_room, check_tensors
@@ -418,8 +418,10 @@ def set_peft_model_state_dict(
     loaded = Loaded(dict(peft_model_state_dict), "the given state dict")
     config = config_of(model, adapter_name)
     values = Values(base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite, prefix)
-    put(parts, adapter_name, values.of(parts, adapter_name))
-    registry = registry_of(model)
-    if registry is not None:
-        registry.states.pop(adapter_name, None)  # which belongs to the values from before
+    found, registry = values.of(parts, adapter_name), registry_of(model)
+    whole = any(carrier.merged_adapters for carrier in parts.carriers()) or getattr(config, "bias", "none") != "none"
+    with gate_of(model).change(f"set_peft_model_state_dict({adapter_name!r})", None if whole else (adapter_name,)):
+        put(parts, adapter_name, found)
+        if registry is not None:
+            registry.states.pop(adapter_name, None)  # which belongs to the values from before
     return values.report

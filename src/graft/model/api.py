@@ -9,6 +9,7 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.core.errors import AlreadyInjectedError, warn
+from graft.core.gate import PATIENCE
 from graft.inject.survey import survey
 from graft.methods import method_of
 from graft.model.mixed import PeftMixedModel
@@ -26,6 +27,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
     heads: dict[str, nn.Module] | None = None,
+    change_timeout: float | None = PATIENCE,
 ) -> PeftModel:
     """Inject an adapter into `model`, in place, and wrap it in the PeftModel class of the config's task type.
 
@@ -35,6 +37,7 @@ def get_peft_model(
         revision: the base model's, for the config.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
         heads: modules for the config's `modules_to_save`, instead of copies of the base's, by name.
+        change_timeout: as in `PeftModel`.
 
     Raises:
         NoMatchingPeftModuleError: the config targets nothing in this model.
@@ -63,6 +66,7 @@ def get_peft_model(
             low_cpu_mem_usage=low_cpu_mem_usage,
             heads=heads,
             tree=tree,
+            change_timeout=change_timeout,
         )
 
 

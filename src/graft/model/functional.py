@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,10 +12,12 @@ from torch import nn
 from graft.config.base import PeftConfig
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
+from graft.core.gate import ACTIVE
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.core.place import place
 from graft.inject.match import Matcher
+from graft.inject.parts import gate_of
 from graft.inject.survey import Wrapper, survey
 from graft.io.save import registry_of
 from graft.model.registry import Registry
@@ -56,10 +58,11 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         return
     parts = parts_in(model)
     check_there(parts, names)
-    for part in parts:
-        part.check_active(names)
-    for part in parts:
-        part.set_adapter(names, inference_mode)
+    with parts[0].call.gate.change(f"set_adapter({names})"):
+        for part in parts:
+            part.check_active(names)
+        for part in parts:
+            part.set_adapter(names, inference_mode)
 
 
 def delete_adapter(
@@ -90,17 +93,19 @@ def delete_adapter(
             f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
         )
     active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
-    for part in parts:
-        part.forget(adapter_name)
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict):  # a model without a PeftModel
-        configs.pop(adapter_name, None)
-    left = [n for n in active if n != adapter_name]
-    others = sorted({name for part in parts for name in part.adapters})
-    if active and not left and others:
-        left = others[:1]
-        warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
-        set_adapter(model, left)
+    touches = (adapter_name, *((ACTIVE,) if adapter_name in active else ()))
+    with parts[0].call.gate.change(f"delete_adapter({adapter_name!r})", touches):
+        for part in parts:
+            part.forget(adapter_name)
+        configs = getattr(model, "peft_config", None)
+        if isinstance(configs, dict):  # a model without a PeftModel
+            configs.pop(adapter_name, None)
+        left = [n for n in active if n != adapter_name]
+        others = sorted({name for part in parts for name in part.adapters})
+        if active and not left and others:
+            left = others[:1]
+            warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
+            set_adapter(model, left)
     return left
 
 
@@ -113,17 +118,24 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     names = one_or_several(adapter_names, "set_requires_grad")
     parts = parts_in(model)
     check_there(parts, names)
-    for part in parts:
-        part.set_requires_grad(names, requires_grad)
+    with parts[0].call.gate.change(f"set_requires_grad({names})", names):
+        for part in parts:
+            part.set_requires_grad(names, requires_grad)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
     if not autocast_adapter_dtype:
         return
-    for layer in survey(model).layers.values():
-        if adapter_name not in layer.methods or not layer.methods[adapter_name].upcast:
-            continue
+    found = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
+    layers = [layer for layer in found if layer.methods[adapter_name].upcast]
+    if layers:
+        with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
+            _widen(layers, adapter_name)
+
+
+def _widen(layers: list[AdapterLayer], adapter_name: str) -> None:
+    for layer in layers:
         for key in layer.adapter_layer_names:
             container = getattr(layer, key)
             if adapter_name in container:
@@ -143,14 +155,16 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [layer for layer in survey(model).layers.values() if getattr(layer, "scaling", None)]
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none.")
-    before = [dict(layer.scaling) for layer in layers]
-    for layer in layers:
-        layer.scaling.update({name: value * multiplier for name, value in layer.scaling.items()})
+    with layers[0].call.gate.change("rescale_adapter_scale()"):
+        before = [dict(layer.scaling) for layer in layers]
+        for layer in layers:
+            layer.scaling.update({name: value * multiplier for name, value in layer.scaling.items()})
     try:
         yield
     finally:
-        for layer, scaling in zip(layers, before):
-            layer.scaling.update(scaling)
+        with layers[0].call.gate.change("the end of rescale_adapter_scale()"):
+            for layer, scaling in zip(layers, before):
+                layer.scaling.update(scaling)
 
 
 @contextmanager
@@ -168,6 +182,22 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, enabled in zip(layers, before):
             layer.cast_input_dtype_enabled = enabled
+
+
+def calling(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a block that is one call of the model: nothing changes within it, in whatever way the model runs.
+
+        with graft.calling(model):
+            compiled(x), model.base_model.model(x), pipeline(prompt)
+
+    Calls of a PeftModel, its `generate` and slots need none. Compiled ones, and those that enter below the PeftModel or
+    have none, are seen by no change without it.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter.
+        InUseError: on entering, a change of another thread takes longer than `change_timeout`.
+    """
+    return gate_of(model).call("a block of graft.calling()")
 
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:

@@ -62,7 +62,8 @@ def initialize_kv_prefix_from_past_key_values(
             "adapter's own base model.".format(*have, name, *need)
         )
     values = from_pairs(pairs, tokens).detach()
-    encoder.load_prompt_embeddings(values)
+    with registry_of(unwrapped(model)).call.gate.change(f"new keys and values of adapter '{name}'", (name,)):
+        encoder.load_prompt_embeddings(values)
     return values
 
 

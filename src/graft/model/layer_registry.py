@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterNameError, ConfigError
+from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.run import Run
 from graft.core.shared import Shared
@@ -54,6 +55,7 @@ class LayerRegistry(MergingRegistry):
 
     # adapters
 
+    @prepares
     def add_adapter(
         self,
         adapter_name: str,
@@ -84,7 +86,9 @@ class LayerRegistry(MergingRegistry):
         )
 
     def _inject(self, adapter_name: str, config: Any, **options: Any) -> InjectReport:
-        """Inject an adapter that has been checked, and register it."""
+        """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
+        if getattr(config, "bias", "none") != "none":
+            self.close(None)  # the base's biases get the values of the file
         tree, self.tree, disabled = self.tree, None, self.switched_off
         method = self.method_for(config)
         done = inject(
@@ -97,6 +101,7 @@ class LayerRegistry(MergingRegistry):
             others=self.alike(config),
             tree=tree,
             mixed=self.mixed,
+            close=self.close,
             **options,
         )
         for name, container in self.shared.modules().items():
@@ -117,6 +122,7 @@ class LayerRegistry(MergingRegistry):
             self.surrounding[adapter_name] = method
         self.arguments |= set(method.arguments)
 
+    @prepares
     def inject_adapter(
         self,
         model: nn.Module,

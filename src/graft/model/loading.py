@@ -78,7 +78,10 @@ def fill(model: Any, values: Values, is_trainable: bool) -> None:
     parts = registry.parts_of(adapter)
     prompt: Any = parts.prompt or nn.Module()
     before = len([*prompt.modules()])
-    put(parts, adapter, values.of(parts, adapter))
+    found = values.of(parts, adapter)
+    whole = adapter in registry.merged_adapters or getattr(own, "bias", "none") != "none"
+    registry.close(None if whole else (adapter,))
+    put(parts, adapter, found)
     registry.states.pop(adapter, None)  # which belongs to the values from before
     if is_trainable and len([*prompt.modules()]) < before:
         warn(

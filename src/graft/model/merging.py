@@ -12,6 +12,7 @@ from torch import nn
 
 from graft.core import merging
 from graft.core.errors import warn
+from graft.core.gate import changes, everything
 from graft.core.layer import AdapterLayer
 from graft.core.names import several
 from graft.core.ops import find_op
@@ -43,6 +44,7 @@ class MergingRegistry(Registry):
         rows = [w.adapter_layer for w in self.wrappers.values() if w.adapter_layer is not None]
         return [*self.layers.values(), *rows]
 
+    @changes(everything)
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (None: those active on each layer) into the base weights: see `Tuner.merge_adapter`."""
         self._merge(adapter_names, safe_merge, undoable=True)
@@ -81,6 +83,7 @@ class MergingRegistry(Registry):
             layer.merge_checked(here, undoable)
         self.shares_kept = merging.say_lost(self.mergeable_layers())
 
+    @changes(everything)
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
         if not self.merged_adapters:
@@ -90,6 +93,7 @@ class MergingRegistry(Registry):
                 layer.unmerge()
         self.shares_kept = {}
 
+    @changes(everything)
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -139,6 +143,7 @@ class MergingRegistry(Registry):
                 self._merge(done, False, undoable=True)
             raise
 
+    @changes(everything)
     def unload(self) -> nn.Module:
         """Return the model without adapter layers: see `Tuner.unload`.
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.core.errors import AdapterNotFoundError
+from graft.core.gate import PATIENCE
+from graft.core.rows import Given
 from graft.core.run import Run, copies_of
 from graft.inject.parts import HOLDER, registry_of
 from graft.io.load import LoadReport, Values
@@ -39,6 +41,8 @@ class PeftModel(nn.Module):
         adapter_name: name of the first adapter, which becomes active.
         autocast_adapter_dtype: train half-precision adapters in float32.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
+        change_timeout: seconds that a change of adapters waits for running calls of other threads, and a call for a
+            change, before they raise InUseError; None: as long as it takes.
 
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
@@ -53,6 +57,7 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        change_timeout: float | None = PATIENCE,
         **options: Any,
     ):
         super().__init__()
@@ -70,6 +75,7 @@ class PeftModel(nn.Module):
                 self.base_model = self._tuner(model, peft_config, adapter_name, options)
                 registry = registry_of(self.base_model)
         self.__dict__[HOLDER] = registry
+        registry.call.gate.timeout = change_timeout
         if options.get("values") is None:
             averaged.note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
@@ -131,6 +137,15 @@ class PeftModel(nn.Module):
     @active_adapter.setter
     def active_adapter(self, name: str) -> None:
         self.set_adapter(name)
+
+    @property
+    def change_timeout(self) -> float | None:
+        """Seconds that changes wait for calls, and calls for a change. It may be set at any time."""
+        return self._registry.call.gate.timeout  # type: ignore[no-any-return]
+
+    @change_timeout.setter
+    def change_timeout(self, seconds: float | None) -> None:
+        self._registry.call.gate.timeout = seconds
 
     @property
     def active_peft_config(self) -> Any:
@@ -255,7 +270,7 @@ class PeftModel(nn.Module):
         adapters; they stay unmerged.
 
         Raises:
-            RoutingError: adapters are merged, and another thread runs the model.
+            InUseError: adapters are merged, and this thread is in a call, or other threads' do not end.
         """
         with self._registry.disabled_here():
             yield
@@ -301,6 +316,21 @@ class PeftModel(nn.Module):
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
         registry = self._registry
+        with self._calling("generate" if generates else "forward", names):
+            output, given = self._run(function, names, inputs, kwargs, generates)
+        if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
+            registry.call.keep_for_backward(output, given)
+            if registry.watch is not None and names is None:
+                registry.watch.follow(output, (*inputs, *kwargs.values()))
+        return output
+
+    def _run(
+        self, function: Any, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any], generates: bool
+    ) -> tuple[Any, Given]:
+        """Do as `_call`, within a call; return the output, and what the call said of its rows."""
+        registry = self._registry
+        if generates:
+            registry.check_generate(kwargs)
         call, taken = registry.call, (*self.special_peft_forward_args, *registry.arguments)
         own = {name: kwargs.pop(name) for name in taken if name in kwargs}
         rows = rows_of(registry, names, inputs, kwargs)
@@ -312,14 +342,12 @@ class PeftModel(nn.Module):
         with call.using(rows), self._heads_of(names), registry.acting(run) as finish:
             if run.copies > 1 and call.given:
                 with spread(call, run.copies, self.get_base_model()):
-                    return finish(function(*inputs, **kwargs))
-            output = finish(function(*inputs, **kwargs))
-            given = call.given
-        if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
-            call.keep_for_backward(output, given)
-            if registry.watch is not None and rows is None:
-                registry.watch.follow(output, (*inputs, *kwargs.values()))
-        return output
+                    return finish(function(*inputs, **kwargs)), call.given
+            return finish(function(*inputs, **kwargs)), call.given
+
+    def _calling(self, what: str, names: Sequence[str] | None) -> AbstractContextManager:
+        """Return a context: a call of the model."""
+        return self._registry.calling(what, names)  # type: ignore[no-any-return]
 
     def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
         """Prepare for the heads of a mixed batch: a hook for task classes."""
@@ -336,7 +364,6 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's generate, with `adapter_names` as in `forward`."""
-        self._registry.check_generate(kwargs)
         return self._call(self.get_base_model().generate, args, kwargs, generates=True)
 
     @staticmethod
@@ -424,6 +451,7 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         strict: bool = True,
         allow_nonfinite: bool = False,
+        change_timeout: float | None = PATIENCE,
         **kwargs: Any,
     ) -> PeftModel:
         """Inject a saved adapter into `model` and load its values.
@@ -435,6 +463,7 @@ class PeftModel(nn.Module):
             key_mapping: {regex: replacement} for the checkpoint's keys; by default the model's own conversions.
             strict: raise if the checkpoint and the adapter do not hold the same tensors; else warn.
             allow_nonfinite: load NaN and infinite numbers, too.
+            change_timeout: as in `PeftModel`.
             kwargs: for the hub; of X-LoRA `adapters`, where the experts are; `check_digest=False` loads a file whose
                 tensors are not those that were saved; and `expert_layout`, how the file holds the factors of stacks of
                 experts, if it does not tell itself: "peft", "exchanged" (PEFT before 0.19.1), "grouped_by_expert"
@@ -460,6 +489,7 @@ class PeftModel(nn.Module):
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 values=values,
+                change_timeout=change_timeout,
             )
         loading.let_train(made, adapter_name, is_trainable)
         made._heads_changed()
@@ -499,18 +529,20 @@ class PeftModel(nn.Module):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
         config, loaded = loading.read(model_id, kwargs)
-        new = adapter_name not in self.peft_config
-        if new:
-            loading.prepare(config, is_trainable)
-        base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
-        values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
-        if new:
-            self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, values=values)
-        else:
-            loading.fill(self, values, is_trainable)
-        loading.let_train(self, adapter_name, is_trainable, new)
-        self._heads_changed()
-        return values.report
+        tears: Any = None if self.training and not is_trainable else ()  # the model goes to eval mode
+        with self._registry.call.gate.preparing(f"load_adapter({adapter_name!r})", tears):
+            new = adapter_name not in self.peft_config
+            if new:
+                loading.prepare(config, is_trainable)
+            base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
+            values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
+            if new:
+                self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, values=values)
+            else:
+                loading.fill(self, values, is_trainable)
+            loading.let_train(self, adapter_name, is_trainable, new)
+            self._heads_changed()
+            return values.report
 
     # dunder protocol
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, RoutingError
+from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.run import Run
 from graft.inject.agree import draw_alike
@@ -93,6 +94,7 @@ class Prompts(Registry):
 
     # adapters
 
+    @prepares
     def add_adapter(
         self,
         adapter_name: str,
@@ -114,7 +116,7 @@ class Prompts(Registry):
         prompt.to(self.stacks["main"].device)
         done = inject(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            values=values, keys=(), heads=heads, prompt=prompt,
+            values=values, keys=(), heads=heads, prompt=prompt, close=self.close,
         )  # fmt: skip
         own = matched(prompt)
         prompt.train(self.model.training)

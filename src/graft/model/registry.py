@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from graft.core.call import Call
@@ -20,6 +21,7 @@ from graft.core.errors import (
     shortened,
     warn,
 )
+from graft.core.gate import ACTIVE, Names, changes, everything
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.core.rows import BASE
@@ -138,6 +140,24 @@ class Registry:
     def training(self) -> bool:
         return self.model.training
 
+    def calling(self, what: str, rows: Names = None) -> AbstractContextManager[Any]:
+        """Return a context: a call of the model, during which nothing changes. A compiler does not see it.
+
+        rows: the adapters that the rows of a mixed batch name; None: those count that are active.
+        """
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return self.call.gate.call(what, self._used if rows is None else lambda: rows)
+
+    def _used(self) -> tuple[str, ...]:
+        """Return what a call uses that names no adapters."""
+        return (ACTIVE, *self.active_adapters)
+
+    def close(self, touches: Names = ()) -> None:
+        """Wait until no call is under way, in the middle of a change that this thread has prepared."""
+        with self.call.gate.change("a change", touches):
+            pass
+
     def carriers(self) -> Iterator[Any]:
         """Yield all carriers of adapters."""
         yield from self.layers.values()
@@ -217,6 +237,13 @@ class Registry:
         layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
+    @changes(
+        lambda self, adapter_name, *_, **__: (
+            ACTIVE,
+            *self.active_adapters,
+            *one_or_several(adapter_name, "set_adapter"),
+        )
+    )
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.
 
@@ -262,6 +289,7 @@ class Registry:
     def active_adapter(self, names: str | Sequence[str]) -> None:
         self.set_adapter(names)
 
+    @changes(lambda self, adapter_name: (adapter_name, *((ACTIVE,) if adapter_name in self.active_adapters else ())))
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
 
@@ -287,6 +315,7 @@ class Registry:
                 warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
             self.set_adapter(left)
 
+    @changes(lambda _, adapter_names, *__, **___: one_or_several(adapter_names, "set_requires_grad"))
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of any adapters, active or not, train or not."""
         names = one_or_several(adapter_names, "set_requires_grad")
@@ -297,11 +326,13 @@ class Registry:
 
     # on and off
 
+    @changes(everything)
     def enable_adapter_layers(self) -> None:
         for part in self.carriers():
             part.enable_adapters(True)
         self._changed()
 
+    @changes(everything)
     def disable_adapter_layers(self) -> None:
         self._warn_of_biases()
         for part in self.carriers():
@@ -313,7 +344,7 @@ class Registry:
         """Let the base model run alone within the block, for this thread. Unmerge merged adapters; they stay unmerged.
 
         Raises:
-            RoutingError: adapters are merged, and another thread runs the model.
+            InUseError: adapters are merged, and this thread is in a call, or others' calls do not end.
         """
         if len({part.state.disabled for part in self.carriers()}) > 1:
             warn(
@@ -324,8 +355,9 @@ class Registry:
         try:
             with self.call.disabled():  # from here on no thread can merge
                 if self.merged_adapters:
-                    with self.call.by_itself():
-                        self.unmerge_adapter()
+                    with self.call.gate.change("disable_adapter() of merged adapters"):
+                        if self.merged_adapters:
+                            self.unmerge_adapter()
                 self._changed()
                 yield
         finally:

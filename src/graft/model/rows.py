@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
 
 from graft.core.call import Call
 from graft.core.errors import RoutingError
-from graft.core.rows import BASE, Rows
+from graft.core.rows import BASE, Given, Rows
 
 
 def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
@@ -64,9 +65,14 @@ def spread(call: Call, copies: int, model: Any) -> Iterator[None]:
     once, handles = call.given, []
     copied = once.repeated(copies)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        encoder = model.get_encoder()
-        handles.append(encoder.register_forward_pre_hook(lambda *_: discard(call.put(once))))
-        handles.append(encoder.register_forward_hook(lambda *_: discard(call.put(copied))))
+        encoder, thread = model.get_encoder(), get_ident()
+
+        def put(given: Given) -> None:
+            if get_ident() == thread:  # others may run the model as well
+                call.put(given)
+
+        handles.append(encoder.register_forward_pre_hook(lambda *_: put(once)))
+        handles.append(encoder.register_forward_hook(lambda *_: put(copied)))
     call.put(copied)
     try:
         yield
@@ -74,7 +80,3 @@ def spread(call: Call, copies: int, model: Any) -> Iterator[None]:
         call.put(once)
         for handle in handles:
             handle.remove()
-
-
-def discard(_: Any) -> None:
-    """Return nothing, as a hook has to that changes nothing."""

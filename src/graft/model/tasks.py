@@ -43,22 +43,42 @@ class _Classification(_WithHead):
         self._set_labels(self._width(self._head()))
 
     @contextmanager
+    def _calling(self, what: str, names: Sequence[str] | None) -> Iterator[None]:
+        """Have a call alone that has another number of labels: all calls read the model's."""
+        with super()._calling(what, names):
+            if not self._has_other_labels(names):
+                yield
+                return
+        with self._registry.call.gate.change(f"{what} of a head with other labels", ()), super()._calling(what, names):
+            yield
+
+    def _has_other_labels(self, names: Sequence[str] | None) -> bool:
+        if names is None and not self._registry.call.open:
+            return False
+        n, now = self._labels_of(names), _labels(self.get_base_model())
+        return n is not None and now is not None and n != now[0]
+
+    @contextmanager
     def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Set the labels to those of the head that runs, of the widest one in a mixed batch, as wide as its logits."""
-        if names is None:
-            if self._registry.call.open:  # some thread's call has others
-                self._heads_changed()
+        """Set the labels to those of the head that runs."""
+        if not self._has_other_labels(names):
             yield
             return
-        head = self._head()
-        copies = getattr(head, "modules_to_save", {})
-        widths = [self._width(copies[n] if n in copies else getattr(head, "original_module", head)) for n in set(names)]
-        known = [w for w in widths if w is not None]
-        self._set_labels(max(known) if known else None)
+        self._set_labels(self._labels_of(names))
         try:
             yield
         finally:
             self._heads_changed()
+
+    def _labels_of(self, names: Sequence[str] | None) -> int | None:
+        """Return the labels of the head that runs, of the widest one in a mixed batch, as wide as its logits."""
+        head = self._head()
+        if names is None:
+            return self._width(head)
+        copies = getattr(head, "modules_to_save", {})
+        widths = [self._width(copies[n] if n in copies else getattr(head, "original_module", head)) for n in set(names)]
+        known = [w for w in widths if w is not None]
+        return max(known) if known else None
 
     def _head(self) -> nn.Module | None:
         model = self.get_base_model()
@@ -80,13 +100,14 @@ class _Classification(_WithHead):
         assert now is not None
         if n == now[0]:
             return
-        config: Any = model.config
-        config.num_labels = n
-        config.problem_type = self._problem_type  # transformers sets it from labels of another head
-        if n == before[0]:
-            config.id2label, config.label2id = before[1], before[2]
-        if hasattr(model, "num_labels"):
-            model.num_labels = n  # type: ignore[assignment]
+        with self._registry.call.gate.change(f"setting num_labels to {n}", ()):
+            config: Any = model.config
+            config.num_labels = n
+            config.problem_type = self._problem_type  # transformers sets it from labels of another head
+            if n == before[0]:
+                config.id2label, config.label2id = before[1], before[2]
+            if hasattr(model, "num_labels"):
+                model.num_labels = n  # type: ignore[assignment]
 
 
 def _labels(model: nn.Module) -> tuple[int, Any, Any] | None:

@@ -73,7 +73,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         registry = registry_of(self)
         own = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
-        with registry.acting(Run(args, kwargs, own)) as finish:
+        with registry.calling("forward"), registry.acting(Run(args, kwargs, own)) as finish:
             return finish(self.model(*args, **kwargs))
 
     # PEFT's names for the registry's methods

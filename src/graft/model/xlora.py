@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError, ConfigError
+from graft.core.gate import changes, everything, prepares
 from graft.core.ops import META
 from graft.core.shared import OnTuner
 from graft.inject.build import put
@@ -59,6 +60,7 @@ class XLoraRegistry(LayerRegistry):
 
     # adapters
 
+    @prepares
     def add_adapter(
         self,
         adapter_name: str,
@@ -172,6 +174,7 @@ class XLoraRegistry(LayerRegistry):
                 "another."
             )
 
+    @changes(everything)
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active: X-LoRA with its experts, or experts by themselves, as plain LoRA."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -182,6 +185,7 @@ class XLoraRegistry(LayerRegistry):
         if together and not self.peft_config[self.owner].use_trainable_adapters:
             self.set_requires_grad(self.experts, False)
 
+    @changes(everything)
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.experts:
             raise ConfigError(f"'{adapter_name}' is an expert of X-LoRA adapter '{self.owner}', which needs it.")

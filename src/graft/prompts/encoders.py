@@ -27,6 +27,10 @@ class Encoders(Carrier, nn.ModuleDict):
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     @property
+    def call(self) -> Call:
+        return self.state.call  # type: ignore[no-any-return]
+
+    @property
     def adapters(self) -> list[str]:
         return list(self)
 

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.gate import Lock
 from graft.prompts import kv_prefix
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
 RUN = "_gradient_checkpointing_func"
+TURNS = Lock()  # calls that change what layers have in common run in turn
 
 
 class Replays:
     """The way of a prompt's cache into the checkpointed layers of a stack, from which transformers withholds caches."""
 
     def __init__(self, stack: Any):
-        self.stack = stack
+        self.stack, self._in_turn = stack, False
         self._before: list[tuple[nn.Module, str, Any]] = []
         self._handle: Any = None
 
@@ -30,7 +32,12 @@ class Replays:
 
     def wanted(self) -> bool:
         """Say whether layers will run again. If not, switch checkpointing off, which would only withhold the cache."""
-        layers = self.layers() if self.stack.module.training else []
+        if not self.stack.module.training:
+            return False
+        if not self._in_turn and any(RUN in m.__dict__ for m in self.stack.module.modules()):
+            TURNS.it.acquire()  # until `clear`
+            self._in_turn = True
+        layers = self.layers()
         if torch.is_grad_enabled():
             return bool(layers)
         for layer in layers:
@@ -64,6 +71,9 @@ class Replays:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._in_turn:
+            TURNS.it.release()
+            self._in_turn = False
 
     def apart(self, value: Tensor, given: dict[str, Any]) -> Tensor:
         """Return `value`, or under reentrant checkpointing a leaf tensor of the same values.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import local
 from typing import Any
 
 import torch
@@ -48,6 +49,17 @@ class Visit:
     lent: Any = None  # a cache for the prompt only, which the output leaves out
 
 
+class Visits(local):
+    """The visit of a stack that this thread is in; one without a prompt if it is in none."""
+
+    def __init__(self, stack: Stack):  # runs in each thread
+        self.stack = stack
+        self.now = Visit(Replays(stack))
+
+    def __reduce__(self) -> tuple[type[Visits], tuple[Stack]]:
+        return Visits, (self.stack,)
+
+
 class Stack:
     """A module by which prompts enter (`entry.attach`). `put_…` sets the prompt of the call that `begin` began.
 
@@ -71,17 +83,22 @@ class Stack:
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.attached = False
-        self.now = Visit(Replays(self))
+        self.here = Visits(self)
+
+    @property
+    def now(self) -> Visit:
+        """The visit that this thread is in."""
+        return self.here.now
 
     def begin(self) -> Visit:
         """Begin a call, as yet without a prompt. Return the call around it, for `end`: calls nest where, say, a logits
         processor calls the model."""
-        outer, self.now = self.now, Visit(Replays(self))
+        outer, self.here.now = self.here.now, Visit(Replays(self))
         return outer
 
     def end(self, outer: Visit) -> None:
         self.now.replays.clear()
-        self.now = outer
+        self.here.now = outer
 
     def put_embeddings(self, value: Tensor) -> None:
         """Put embeddings before the input. `value`: (1 or batch, tokens, dim)."""

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
 from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
-from graft.inject.parts import Parts, unwrapped
+from graft.inject.parts import Parts, gate_of, unwrapped
 from graft.io import files
 from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
@@ -125,6 +126,15 @@ class Swap:
 def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options: Any) -> None:
     """Check everything, then write."""
     model = unwrapped(model)
+    gate = gate_of(model)
+    with gate.preparing(f"hotswap_adapter({adapter!r})"):
+        write = planned(model, loaded, adapter, config, **options)
+        with gate.change("hotswap", (adapter,)):
+            write()
+
+
+def planned(model: Any, loaded: Loaded, adapter: str, config: Any, **options: Any) -> Callable[[], None]:
+    """Check everything; return the function that writes."""
     parts, _, base = parts_of(model, adapter)
     now = config_of(model, adapter)
     check_compatible(now or config, config)
@@ -140,18 +150,24 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options:
     load.check_base(Parts(plan.found, {}))
     if plan.larger:
         check_growth(plan, adapter, config)
-    with torch.inference_mode(False), torch.no_grad():
-        grow([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
-        fill_all([*plan.copies, *((target, target.new_zeros(()).expand(shape_of(target))) for target in plan.zeros)])
-        for layer, rank, alpha, scaling in plan.changes:
-            layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
-            for scalings in (layer.scaling, layer.scaling_at_start):
-                if isinstance(scalings[adapter], Tensor):
-                    scalings[adapter].fill_(scaling)
-                else:
-                    scalings[adapter] = scaling
-    if now is not None:
-        model.peft_config[adapter] = described(now, plan.changes)  # type: ignore[union-attr,index,operator]
+
+    @torch.no_grad()
+    def write() -> None:
+        with torch.inference_mode(False):
+            grow([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
+            zeros = [(target, target.new_zeros(()).expand(shape_of(target))) for target in plan.zeros]
+            fill_all([*plan.copies, *zeros])
+            for layer, rank, alpha, scaling in plan.changes:
+                layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
+                for scalings in (layer.scaling, layer.scaling_at_start):
+                    if isinstance(scalings[adapter], Tensor):
+                        scalings[adapter].fill_(scaling)
+                    else:
+                        scalings[adapter] = scaling
+        if now is not None:
+            model.peft_config[adapter] = described(now, plan.changes)
+
+    return write
 
 
 def check_compatible(now: Any, new: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.inject.parts import Parts, unwrapped
+from graft.inject.parts import Parts, gate_of, unwrapped
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import config_of
@@ -64,7 +64,7 @@ def prepare_model_for_compiled_hotswap(
         )
     for name, layers in on.items():
         check_base(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
-    with torch.inference_mode(False), torch.no_grad():
+    with gate_of(model).change("prepare_model_for_compiled_hotswap()"), torch.inference_mode(False), torch.no_grad():
         if target_rank is not None:
             for name, layers in on.items():
                 check_room(name, layers, target_rank, config_of(model, name))

@@ -16,6 +16,11 @@ from graft.inject.targets import COMPRESS_FROM
 
 def apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
     """Set A of each layer, with its rank, and describe that in the config."""
+    with registry.call.gate.change(f"EVA's values of adapter '{adapter}'", (adapter,)):
+        _apply(registry, adapter, values)
+
+
+def _apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
     check(adapter, layers, values)
     cfg = registry.peft_config[adapter]

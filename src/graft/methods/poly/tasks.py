@@ -18,7 +18,7 @@ TASKS = "task_ids"
 def generate(tuner: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
     """Run the base model's generate for these tasks, one for each row."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
-    with tuner.call.using(None), tuner.acting(run) as finish:
+    with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
         return finish(tuner.model.generate(*args, **kwargs))
 
 

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate of a model: calls pass it side by side, a change has it alone, so that a call sees one state from its
+beginning to its end.
+
+- A call (forward, `generate`, a request of slots) says so by `Gate.call`, a change (of what is active or merged, or of
+  adapters' tensors) by `Gate.change`. A change waits until the calls under way have ended, and calls that come
+  meanwhile wait for it. Those that waited for one change go in before the next one, so that neither kind starves.
+- Calls within a call or a change of the same thread pass, and so do parts of a change. A change within a call cannot
+  wait for that call: it acts if it touches no adapter that a call under way uses, and is refused otherwise.
+- `Gate.preparing` is a change whose first part runs beside calls: other changes wait from there on, calls only from the
+  first `change` within it on.
+- A call that finds the gate open takes no lock. It notes itself and then looks for a change; a change is noted and then
+  looks for calls: one at least sees the other.
+- All is by thread. What a backward pass runs again in autograd's threads is in no call, compiled code passes by, copies
+  and child processes begin with an open gate.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from functools import wraps
+from threading import Condition, RLock, get_ident
+from threading import enumerate as enumerate_threads
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from graft.core.errors import InUseError
+
+PATIENCE = 300.0  # seconds that a change waits for calls, and a call for a change, unless the model says otherwise
+ACTIVE = ""  # among the names that calls use and changes touch: which adapters are active
+F = TypeVar("F", bound=Callable[..., Any])
+Names = Collection[str] | None  # None: all, and the base
+
+
+def tears(touches: Names, uses: Names) -> bool:
+    """Return True if a change that touches some adapters changes what a call computes that uses others."""
+    if touches is None:
+        return True
+    return bool(touches) if uses is None else any(name in uses for name in touches)
+
+
+def everything(*_: Any, **__: Any) -> Names:
+    """Return what stands for all adapters, and the base."""
+    return None
+
+
+class Passage:
+    """A call under way."""
+
+    __slots__ = ("gate", "outer", "thread", "uses", "what")
+
+    def __init__(self, gate: Gate, what: str, uses: Callable[[], Names]):
+        self.gate, self.what, self.uses = gate, what, uses
+
+    def __enter__(self) -> Passage:
+        gate = self.gate
+        calls = gate.calls
+        self.thread = thread = get_ident()
+        self.outer: Passage | None = calls.get(thread)
+        calls[thread] = self  # before it looks for a change
+        if gate.closed_by is not None and self.outer is None:
+            gate.stop(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gate = self.gate
+        if self.outer is None:
+            gate.calls.pop(self.thread, None)
+        else:
+            gate.calls[self.thread] = self.outer
+        if gate.closed_by is not None:
+            gate.tell()
+
+    def __str__(self) -> str:
+        return f"{self.what}{named(self.uses())} in thread '{name_of(self.thread)}'"
+
+
+class Change:
+    """A change under way, or a part of one."""
+
+    __slots__ = ("before", "closed", "gate", "late", "thread", "touches", "what", "whole", "within")
+
+    def __init__(self, gate: Gate, what: str, touches: Names, late: bool):
+        self.gate, self.what, self.touches, self.late = gate, what, touches, late
+        self.closed = False
+        self.before: tuple[Change | None, Change | None] = (None, None)
+
+    def __enter__(self) -> Change:
+        gate = self.gate
+        self.thread, whole = get_ident(), gate.turn_of
+        self.within = gate.calls.get(self.thread)
+        if whole is not None and whole.thread == self.thread and whole.within is self.within:
+            self.whole: Change | None = whole
+            if not (self.late or whole.closed):
+                whole.close(self.touches)
+            return self
+        self.whole = None
+        if self.within is not None:
+            gate.refuse_within(self, self.touches)
+        gate.take_turn(self)
+        try:
+            if not self.late:
+                self.close(self.touches)
+        except BaseException:
+            gate.give_turn(self)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.whole is None:
+            if self.closed:
+                self.gate.open(self)
+            self.gate.give_turn(self)
+
+    def close(self, touches: Names = ()) -> None:
+        """Wait until no call is under way; none begins until the change has ended.
+
+        touches: adapters that it touches beside those that it named.
+
+        Raises:
+            InUseError: calls went on for longer than the gate's timeout; or this thread is in a call, and the change
+                would tear it or another.
+        """
+        if self.whole is not None:
+            self.whole.close(touches)
+        elif not self.closed:
+            if self.within is not None:
+                self.gate.refuse_within(self, touches)
+            self.gate.close(self)
+            self.closed = True
+
+
+class Gate:
+    """The gate of one model. timeout: seconds that one waits for others; None: as long as it takes."""
+
+    def __init__(self, timeout: float | None = PATIENCE):
+        self.timeout = timeout
+        self.calls: dict[int, Passage] = {}  # under way, the innermost of each thread
+        self.waiting: dict[int, Passage] = {}  # for a change to end
+        self.closed_by: Change | None = None  # the change that waits for calls, or acts
+        self.turn_of: Change | None = None  # the change whose turn it is, from its preparation on
+        self._turn, self._moved = RLock(), Condition()
+        GATES.add(self)
+
+    def __reduce__(self) -> tuple[type[Gate], tuple[float | None]]:
+        return Gate, (self.timeout,)
+
+    def call(self, what: str, uses: Callable[[], Names] = everything) -> Passage:
+        """Return a context: a call. uses: tells the adapters that it uses, if somebody has to know."""
+        return Passage(self, what, uses)
+
+    def change(self, what: str, touches: Names = None) -> Change:
+        """Return a context: a change of these adapters (None: of all).
+
+        Raises:
+            InUseError: on entering, calls or another change went on for longer than `timeout`; or this thread is in a
+                call that the change would tear.
+        """
+        return Change(self, what, touches, late=False)
+
+    def preparing(self, what: str, touches: Names = ()) -> Change:
+        """Return a context: a change that waits for calls when the first `change` within it begins, and not before."""
+        return Change(self, what, touches, late=True)
+
+    @property
+    def inside(self) -> bool:
+        """True within a call of this thread."""
+        return get_ident() in self.calls
+
+    # what calls and changes do where others are under way
+
+    def stop(self, call: Passage) -> None:
+        """Have a call wait for the change that closed the gate."""
+        with self._moved:
+            change = self.closed_by
+            if change is None or change.thread == call.thread:
+                return
+            del self.calls[call.thread]
+            self.waiting[call.thread] = call
+            self._moved.notify_all()
+            try:
+                self._moved.wait_for(lambda: call.thread not in self.waiting, self.timeout)
+            except BaseException:
+                if self.waiting.pop(call.thread, None) is None:
+                    del self.calls[call.thread]
+                    self._moved.notify_all()
+                raise
+            if self.waiting.pop(call.thread, None) is not None:
+                raise InUseError(
+                    f"{call.what} waited {self.timeout:g} s for {change.what} in thread '{name_of(change.thread)}', "
+                    f"while these calls run: {self._under_way(call.thread) or 'none'}. {REMEDY}"
+                )
+
+    def tell(self) -> None:
+        """Tell the change that waits that a call has ended."""
+        with self._moved:
+            self._moved.notify_all()
+
+    def take_turn(self, change: Change) -> None:
+        """Wait until it is this change's turn."""
+        if change.within is not None:  # another one may wait for the call of this thread
+            got = self._turn.acquire(blocking=False)
+        else:
+            got = self._turn.acquire(timeout=-1 if self.timeout is None else self.timeout)
+        if not got:
+            other = self.turn_of
+            doing = "another change" if other is None else f"{other.what} in thread '{name_of(other.thread)}'"
+            raise InUseError(
+                f"{change.what} within a call of the model cannot wait for {doing}: make the change between calls."
+                if change.within is not None
+                else f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"
+            )
+        change.before = (self.turn_of, None)
+        self.turn_of = change
+
+    def give_turn(self, change: Change) -> None:
+        self.turn_of = change.before[0]
+        self._turn.release()
+
+    def close(self, change: Change) -> None:
+        with self._moved:
+            change.before = (change.before[0], self.closed_by)
+            self.closed_by = change  # before it looks for calls
+            if change.within is not None or not self.calls:
+                return
+            ended = False
+            try:
+                ended = self._moved.wait_for(lambda: not self.calls, self.timeout)
+            finally:
+                if not ended:
+                    running = self._under_way()
+                    self.open(change)
+        if not ended:
+            raise InUseError(
+                f"{change.what} waited {self.timeout:g} s for calls of the model to end, and these go on: {running}. "
+                f"Nothing has changed. {REMEDY}"
+            )
+
+    def open(self, change: Change) -> None:
+        """Let in the calls that waited for a change: as calls under way, which the next change sees."""
+        with self._moved:
+            self.closed_by = change.before[1]
+            if self.closed_by is None:
+                self.calls.update(self.waiting)
+                self.waiting.clear()
+                self._moved.notify_all()
+
+    def refuse_within(self, change: Change, touches: Names) -> None:
+        """Raise InUseError if a change within a call would tear it, or one of another thread."""
+        for call in self._all():
+            if tears(touches, call.uses()):
+                own = call.thread == change.thread
+                raise InUseError(
+                    f"{change.what} within a call of the model would tear {'that call' if own else 'another call'}, "
+                    f"part of which has run already: {call}. Make the change between calls. Within one, adapter_names "
+                    "of a further call give rows their adapters, and a disable_adapter() block runs the base."
+                )
+
+    def _all(self) -> list[Passage]:
+        found = []
+        for call in list(self.calls.values()):
+            one: Passage | None = call
+            while one is not None:
+                found.append(one)
+                one = one.outer
+        return found
+
+    def _under_way(self, but: int | None = None) -> str:
+        return "; ".join(str(call) for call in list(self.calls.values()) if call.thread != but)
+
+    def forked(self) -> None:
+        """Go on in a child process, which has one thread."""
+        own = get_ident()
+        self.calls = {thread: call for thread, call in self.calls.items() if thread == own}
+        self.waiting, self._moved = {}, Condition()
+        if self.closed_by is not None and self.closed_by.thread != own:
+            self.closed_by = None
+        if self.turn_of is None or self.turn_of.thread != own:
+            self.turn_of, self._turn = None, RLock()
+
+
+REMEDY = (
+    "Let calls end (a block of graft.calling(), or a call that waits for this thread, is one), or give the model more "
+    "time with change_timeout."
+)
+
+
+class Lock:
+    """A lock that a child process never finds held."""
+
+    def __init__(self) -> None:
+        self.begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        self.it = RLock()
+
+
+def name_of(thread: int) -> str:
+    return next((t.name for t in enumerate_threads() if t.ident == thread), str(thread))
+
+
+def named(uses: Names) -> str:
+    names = [name for name in uses or () if name != ACTIVE]
+    return f" with adapters {sorted(names)}" if names else ""
+
+
+GATES: WeakSet[Gate] = WeakSet()
+
+
+def _forked() -> None:
+    for gate in list(GATES):
+        gate.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
+    """Decorate a method as a change of its model, whose Call the object has as `call`.
+
+    Args:
+        touches: gets the method's arguments, and returns the adapters that it touches.
+    """
+
+    def decorate(function: F) -> F:
+        @wraps(function)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.call.gate.change(told(function, args, kwargs), touches(self, *args, **kwargs)):
+                return function(self, *args, **kwargs)
+
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def prepares(function: F) -> F:
+    """Decorate a method that prepares a change of its model, such as an adapter that comes, and then makes it."""
+
+    @wraps(function)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.call.gate.preparing(told(function, args, kwargs)):
+            return function(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def told(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return a call of a function for an error: with its first argument, if that is a name or names."""
+    first = next(iter((*args, *kwargs.values())), None)
+    return f"{function.__name__}({first!r})" if isinstance(first, (str, list)) else f"{function.__name__}()"

@@ -140,7 +140,7 @@ class Gate:
         self.waiting: dict[int, Passage] = {}  # for a change to end
         self.closed_by: Change | None = None  # the change that waits for calls, or acts
         self.turn_of: Change | None = None  # the change whose turn it is, from its preparation on
-        self._turn, self._moved = RLock(), Condition()
+        self._turn, self.moved = RLock(), Condition()  # `moved`: something has begun or ended
         GATES.add(self)
 
     def __reduce__(self) -> tuple[type[Gate], tuple[float | None]]:
@@ -172,19 +172,19 @@ class Gate:
 
     def stop(self, call: Passage) -> None:
         """Have a call wait for the change that closed the gate."""
-        with self._moved:
+        with self.moved:
             change = self.closed_by
             if change is None or change.thread == call.thread:
                 return
             del self.calls[call.thread]
             self.waiting[call.thread] = call
-            self._moved.notify_all()
+            self.moved.notify_all()
             try:
-                self._moved.wait_for(lambda: call.thread not in self.waiting, self.timeout)
+                self.moved.wait_for(lambda: call.thread not in self.waiting, self.timeout)
             except BaseException:
                 if self.waiting.pop(call.thread, None) is None:
                     del self.calls[call.thread]
-                    self._moved.notify_all()
+                    self.moved.notify_all()
                 raise
             if self.waiting.pop(call.thread, None) is not None:
                 raise InUseError(
@@ -194,8 +194,8 @@ class Gate:
 
     def tell(self) -> None:
         """Tell the change that waits that a call has ended."""
-        with self._moved:
-            self._moved.notify_all()
+        with self.moved:
+            self.moved.notify_all()
 
     def take_turn(self, change: Change) -> None:
         """Wait until it is this change's turn."""
@@ -219,14 +219,14 @@ class Gate:
         self._turn.release()
 
     def close(self, change: Change) -> None:
-        with self._moved:
+        with self.moved:
             change.before = (change.before[0], self.closed_by)
             self.closed_by = change  # before it looks for calls
             if change.within is not None or not self.calls:
                 return
             ended = False
             try:
-                ended = self._moved.wait_for(lambda: not self.calls, self.timeout)
+                ended = self.moved.wait_for(lambda: not self.calls, self.timeout)
             finally:
                 if not ended:
                     running = self._under_way()
@@ -239,12 +239,12 @@ class Gate:
 
     def open(self, change: Change) -> None:
         """Let in the calls that waited for a change: as calls under way, which the next change sees."""
-        with self._moved:
+        with self.moved:
             self.closed_by = change.before[1]
             if self.closed_by is None:
                 self.calls.update(self.waiting)
                 self.waiting.clear()
-                self._moved.notify_all()
+                self.moved.notify_all()
 
     def refuse_within(self, change: Change, touches: Names) -> None:
         """Raise InUseError if a change within a call would tear it, or one of another thread."""
@@ -273,7 +273,7 @@ class Gate:
         """Go on in a child process, which has one thread."""
         own = get_ident()
         self.calls = {thread: call for thread, call in self.calls.items() if thread == own}
-        self.waiting, self._moved = {}, Condition()
+        self.waiting, self.moved = {}, Condition()
         if self.closed_by is not None and self.closed_by.thread != own:
             self.closed_by = None
         if self.turn_of is None or self.turn_of.thread != own:

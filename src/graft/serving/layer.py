@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from threading import local
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +19,22 @@ from graft.kernels.waits import constant
 NONE = 0  # the slot of zeros, for rows without adapter
 
 
-class Choice:
-    """The slot of each row. `AdapterSlots` writes it, every SlotLayer of the model reads it."""
+class Choice(local):
+    """The slot of each row of a thread's batch. `AdapterSlots` writes it, every SlotLayer of the model reads it."""
 
-    def __init__(self, device: torch.device | None):
+    def __init__(self, device: torch.device | None, fills: list[int]):  # runs in each thread
+        self.made_of = device, fills
+        self.fills = fills  # how often slots have been filled: one number, of all threads
         self.slot: int | None = NONE  # the slot of all rows; None: see `index`
         self.mixed = False  # slot is None; a bool, since code is compiled again for each value that it reads
-        self.index = torch.zeros(1, dtype=torch.long, device=device)  # (batch,); compiled code always reads it
-        self.rows: tuple[int, ...] = ()  # the slots that `gathered` holds
+        with torch.inference_mode(False):
+            self.index = torch.zeros(1, dtype=torch.long, device=device)  # (batch,); compiled code always reads it
+        self.rows: tuple[int, ...] = ()  # the slots that `gathered` holds, and the fills until then
         self.gathered: dict[SlotLayer, tuple[Tensor, Tensor] | None] = {}  # None: gathered once, not kept
         self._indices = {1: self.index}  # by batch size; rewritten in place, so that compiled code stays valid
+
+    def __reduce__(self) -> tuple[type[Choice], tuple[Any, ...]]:
+        return Choice, self.made_of
 
     def everywhere(self, slot: int) -> None:
         """Give all rows, however many, the same slot."""
@@ -43,8 +50,8 @@ class Choice:
         self.index.copy_(constant(tuple(rows), torch.long, device))
         self.slot = rows[0] if len(set(rows)) == 1 else None
         self.mixed = self.slot is None
-        if self.mixed and tuple(rows) != self.rows:
-            self.rows = tuple(rows)
+        if self.mixed and (*rows, *self.fills) != self.rows:
+            self.rows = (*rows, *self.fills)
             self.gathered.clear()
 
     def of(self, batch: int, layer: str) -> Tensor:

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.keywords import HUB_KEYWORDS
-from graft.core.errors import AlreadyInjectedError, ConfigError, RoutingError, UnsupportedLayerError, some
+from graft.core.errors import AlreadyInjectedError, ConfigError, InUseError, RoutingError, UnsupportedLayerError, some
+from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE
 from graft.core.run import copies_of
@@ -57,7 +59,8 @@ class AdapterSlots:
 
     `load` puts an adapter into host memory. Adapters that a batch needs move into slots, in place of the least recently
     used ones. Buffers never change their shape or place: torch compiles a model once, whatever adapters come, go and
-    mix. Not thread-safe: one batch at a time.
+    mix. Any number of threads may run batches at once, each with its own rows: what they use stays in its slots, and a
+    batch waits where all slots are in use.
 
     Args:
         model: a model without adapters. It changes in place; `remove` undoes that.
@@ -67,7 +70,10 @@ class AdapterSlots:
         exclude: as `exclude_modules`.
         dtype: of the slots; None: as in `PeftModel.from_pretrained`, float32 for a half-precision base.
         keep_gathered: without compiler, keep the factors of a mixed batch's rows from its second forward on, until
-            the mix changes. That takes rows × bytes_per_slot of memory, and saves a copy for every token.
+            the mix changes. That takes rows × bytes_per_slot of memory in each thread, and saves a copy for every
+            token.
+        change_timeout: seconds that a batch waits for slots, and `unload` and `remove` for batches, before they raise
+            InUseError; None: as long as it takes.
 
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, AlreadyInjectedError, ConfigError: nothing has changed.
@@ -83,6 +89,7 @@ class AdapterSlots:
         exclude: Any = None,
         dtype: torch.dtype | None = None,
         keep_gathered: bool = True,
+        change_timeout: float | None = PATIENCE,
     ):
         for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
             if value < 1:
@@ -101,7 +108,8 @@ class AdapterSlots:
         self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
         first = next(iter(found.sites.values()))
         with torch.inference_mode(False):
-            self._choice = Choice(first.store.where(first.module)[0])
+            self._fills = [0]
+            self._choice = Choice(first.store.where(first.module)[0], self._fills)
             self.layers = {
                 key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype)
                 for key, site in found.sites.items()
@@ -112,7 +120,9 @@ class AdapterSlots:
         self._known: dict[str, Known] = {}
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
-        self._using: list[str | tuple[str, ...]] = []  # adapters that the open `using` blocks have chosen
+        self.gate = Gate(change_timeout)  # its `moved` guards what follows
+        self._using: dict[int, list[str | tuple[str, ...]]] = {}  # what open `using` blocks have chosen, by thread
+        self._line: list[object] = []  # requests that wait for slots, the first one first
         self._free = list(range(max_adapters, NONE, -1))
 
     # adapters
@@ -154,7 +164,9 @@ class AdapterSlots:
             return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
 
         factors = read()
-        self._known[name] = Known(factors, None) if keep else Known(None, read)
+        with self.gate.moved:
+            check_adapter_name(name, list(self._known))
+            self._known[name] = Known(factors, None) if keep else Known(None, read)
 
     def _source(self, name: str, source: Any, config: Any, adapter: str, hub: dict[str, Any]) -> tuple[Any, Loaded]:
         """Return config and tensors of an adapter."""
@@ -180,33 +192,46 @@ class AdapterSlots:
             return fitted(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, and free its slot and host memory.
+        """Forget an adapter, and free its slot and host memory, once no batch of another thread uses it. New batches
+        cannot name it from now on.
 
         Raises:
-            RoutingError: it is unknown, or an open `using` block uses it.
+            RoutingError: it is unknown, or an open `using` block of this thread uses it.
+            InUseError: batches of other threads use it for longer than `change_timeout`. It stays.
         """
-        self._check([name], base=False)
-        if name in self._in_use():
-            raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
-        self._pinned.discard(name)
-        if name in self._slots:
-            self._free.append(self._slots.pop(name))
-        del self._known[name]
+        with self.gate.moved:
+            self._check([name], base=False)
+            if name in self._in_use(get_ident()):
+                raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
+            known = self._known.pop(name)
+            try:
+                self._wait(lambda: name not in self._in_use(), f"unload({name!r})")
+            except BaseException:
+                self._known[name] = known
+                raise
+            self._pinned.discard(name)
+            if name in self._slots:
+                self._free.append(self._slots.pop(name))
+            self.gate.moved.notify_all()
 
     def pin(self, *names: str) -> None:
         """Put adapters into slots, and keep them there until `unpin`.
 
         Raises:
             RoutingError: one is unknown, or there are more than slots.
+            InUseError: batches of other threads use the slots for longer than `change_timeout`.
         """
-        self._check(names, base=False)
-        self._hold(names)
-        self._pinned |= set(names)
+        with self.gate.moved:
+            self._check(names, base=False)
+            self._hold(names, {})
+            self._pinned |= set(names)
 
     def unpin(self, *names: str) -> None:
         """Let other adapters take the slots of these."""
-        self._check(names, base=False)
-        self._pinned -= set(names)
+        with self.gate.moved:
+            self._check(names, base=False)
+            self._pinned -= set(names)
+            self.gate.moved.notify_all()
 
     @property
     def names(self) -> list[str]:
@@ -227,29 +252,75 @@ class AdapterSlots:
                 f"Unknown adapter(s): {', '.join(unknown)}. Known are {some(self.names) if self._known else 'none'}."
             )
 
-    def _in_use(self) -> set[str]:
-        return {n for chosen in self._using for n in ([chosen] if isinstance(chosen, str) else chosen)}
+    def _in_use(self, thread: int | None = None) -> set[str]:
+        """Return what open `using` blocks have chosen, of one thread or of all."""
+        threads = list(self.gate.calls) if thread is None else [thread]
+        blocks = [chosen for t in threads for chosen in self._using.get(t, ())]
+        return {n for chosen in blocks for n in ([chosen] if isinstance(chosen, str) else chosen)} - {BASE}
 
-    def _hold(self, names: Sequence[str]) -> None:
-        """Put these adapters into slots, or raise RoutingError and change nothing."""
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait until other threads' batches have ended so far that `ready`."""
+        if not self.gate.moved.wait_for(ready, self.gate.timeout):
+            running = "; ".join(map(str, list(self.gate.calls.values()))) or "none"
+            raise InUseError(
+                f"{what} waited {self.gate.timeout:g} s for batches of other threads: {running}. Make more slots "
+                f"(max_adapters, now {self.max_adapters}), unpin adapters, or wait longer (change_timeout)."
+            )
+
+    def _hold(self, names: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:
+        """Put these adapters into slots. Wait for slots that other threads' batches use, one after the other.
+
+        Args:
+            read: values that have been read before.
+
+        Raises:
+            RoutingError: there are not so many slots. Nothing has changed.
+        """
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
-        fixed = self._pinned | (self._in_use() - {BASE})
-        if len({*wanted, *fixed}) > self.max_adapters:
-            kept = sorted(fixed - set(wanted))
+        own = self._in_use(get_ident())
+        if len({*wanted, *self._pinned, *own}) > self.max_adapters:
+            kept = sorted((self._pinned | own) - set(wanted))
             also = f" beside {some(kept)}, which are pinned or in use" if kept else ""
             raise RoutingError(
                 f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self.max_adapters}: split the "
                 f"batch, or make more slots. Needed: {some(wanted)}."
             )
+        turn = object()
+        if not own:  # those who use slots already do not wait in line: others may wait for them
+            self._line.append(turn)
+        try:
+            if wanted:
+                self._wait(lambda: self._is_turn(turn) and self._fit_beside(wanted), f"A batch of {some(wanted)}")
+            self._check([n for n in wanted if n not in own])
+            self._put(wanted, read)
+        finally:
+            if turn in self._line:
+                self._line.remove(turn)
+            self.gate.moved.notify_all()
+
+    def _is_turn(self, turn: object) -> bool:
+        return turn not in self._line or self._line[0] is turn
+
+    def _fit_beside(self, wanted: Sequence[str]) -> bool:
+        """Say whether there are slots for these beside what is pinned or in use."""
+        return len({*wanted, *self._pinned, *self._in_use()}) <= self.max_adapters
+
+    def _put(self, wanted: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:
+        fixed = self._pinned | self._in_use() | set(wanted)
         missing = [n for n in wanted if n not in self._slots]
-        values = {n: self._known[n].factors or self._known[n].read() for n in missing}  # type: ignore[misc]
-        leaving = (n for n in list(self._slots) if n not in fixed and n not in wanted)
+        values = {n: read.get(n) or self._known[n].factors or self._known[n].read() for n in missing}  # type: ignore[misc]
+        leaving = (n for n in list(self._slots) if n not in fixed)
         for name in missing:
             slot = self._free.pop() if self._free else self._slots.pop(next(leaving))
             self._fill(slot, values[name])
             self._slots[name] = slot
         for name in wanted:
             self._slots[name] = self._slots.pop(name)  # now the most recently used
+
+    def _read(self, names: Sequence[str]) -> dict[str, dict[str, SlotFactors]]:
+        """Return the values of those that are neither in host memory nor in slots, while others go on."""
+        absent = [(n, self._known.get(n)) for n in dict.fromkeys(names) if n not in self._slots]
+        return {n: known.read() for n, known in absent if known is not None and known.read is not None}
 
     def _fill(self, slot: int, factors: dict[str, SlotFactors]) -> None:
         """Write an adapter's values into a slot."""
@@ -269,6 +340,7 @@ class AdapterSlots:
             torch._foreach_mul_(scaled, scalings)
             if empty:
                 torch._foreach_zero_(empty)
+        self._fills[0] += 1
         self._choice.gathered.clear()
 
     # serving
@@ -282,21 +354,33 @@ class AdapterSlots:
 
         Raises:
             RoutingError: an adapter is unknown, there are more than `max_adapters`, or the slots were removed.
+            InUseError: other threads' batches use the slots for longer than `change_timeout`.
         """
         chosen = names if isinstance(names, str) else tuple(names)
         if not chosen:
             raise RoutingError("No adapter is named: give one for each row, or '__base__'.")
-        self._check([chosen] if isinstance(chosen, str) else chosen)
-        self._choose(chosen)
-        self._using.append(chosen)
-        try:
-            yield self.model
-        finally:
-            self._using.pop()
-            self._choose(self._using[-1] if self._using else BASE)
+        each = [chosen] if isinstance(chosen, str) else chosen
+        with self.gate.call("a batch of slots", lambda: each):
+            thread = get_ident()
+            own = self._in_use(thread)  # `unload` may wait for them already
+            self._check([n for n in each if n not in own])
+            read = self._read(each)
+            with self.gate.moved:
+                self._hold(each, read)
+                blocks = self._using.setdefault(thread, [])
+                blocks.append(chosen)
+            try:
+                self._choose(chosen)
+                yield self.model
+            finally:
+                with self.gate.moved:
+                    blocks.pop()
+                    if not blocks:
+                        del self._using[thread]
+                    self.gate.moved.notify_all()
+                self._choose(blocks[-1] if blocks else BASE)
 
     def _choose(self, chosen: str | tuple[str, ...]) -> None:
-        self._hold([chosen] if isinstance(chosen, str) else chosen)
         with torch.inference_mode(False):
             if isinstance(chosen, str):
                 self._choice.everywhere(self._slots.get(chosen, NONE))
@@ -333,7 +417,7 @@ class AdapterSlots:
         """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
         change between one adapter, several, and none."""
         if names is None:
-            names = self._using[-1] if self._using else BASE
+            names = self._using.get(get_ident(), [BASE])[-1]
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if isinstance(names, str):
             return [names] * len(first) if first is not None and len(first) else names
@@ -366,13 +450,15 @@ class AdapterSlots:
         """Take the slots out of the model, and return it. From then on they serve nothing.
 
         Raises:
-            RoutingError: a `using` block is open.
+            RoutingError: a `using` block of this thread is open.
+            InUseError: other threads' batches go on for longer than `change_timeout`.
         """
-        if self._using:
+        if get_ident() in self._using:
             raise RoutingError("The slots are in use: leave the `using` block first.")
-        for key, layer in self.layers.items():
-            parent, name = self._places[key]
-            parent._modules[name] = layer.base_layer
-        self.layers, self._slots, self._pinned = {}, {}, set()
-        self._choice.gathered.clear()
+        with self.gate.change("AdapterSlots.remove()"):
+            for key, layer in self.layers.items():
+                parent, name = self._places[key]
+                parent._modules[name] = layer.base_layer
+            self.layers, self._slots, self._pinned = {}, {}, set()
+            self._choice.gathered.clear()
         return self.model

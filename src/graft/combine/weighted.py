@@ -17,6 +17,7 @@ from graft.combine.forms import FORMS, Form, Tensors, UpdateForm
 from graft.combine.recipe import TYPES, Recipe
 from graft.core.changes import wide
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
+from graft.core.gate import prepares
 from graft.storage.parallel import whole_at
 
 
@@ -50,6 +51,7 @@ def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., Weighte
     return call
 
 
+@prepares
 @torch.no_grad()
 @reads_whole
 def add_weighted_adapter(
@@ -132,6 +134,7 @@ def add_weighted_adapter(
     return report
 
 
+@prepares
 @torch.no_grad()
 @reads_whole
 def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str) -> WeightedReport:

@@ -303,7 +303,7 @@ def name_of(thread: int) -> str:
 
 
 def named(uses: Names) -> str:
-    names = [name for name in uses or () if name != ACTIVE]
+    names = {name for name in uses or () if name != ACTIVE}
     return f" with adapters {sorted(names)}" if names else ""
 
 

@@ -51,7 +51,6 @@ class Net(nn.Module):
 CONFIGS = {
     "LORA": graft.LoraConfig(r=2, target_modules=["first", "second"], modules_to_save=["head"]),
     "HRA": graft.HRAConfig(r=2, target_modules=["first", "second"]),
-    "IA3": graft.IA3Config(target_modules=["first", "second"], feedforward_modules=[]),
     "VERA": graft.VeraConfig(r=2, target_modules=["first", "second"]),
     "BONE": graft.MissConfig(r=1, target_modules=["first", "second"]),
 }

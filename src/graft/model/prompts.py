@@ -192,6 +192,9 @@ class Prompts(Registry):
             calls.check_caches(kwargs, self.model)
             calls.check_assistant(kwargs, self.model, last)
 
+    def _used(self) -> tuple[str, ...]:
+        return super()._used() if self.wrappers else ()  # the prompt has been computed when the model begins
+
     @property
     def active(self) -> tuple[Any, Prompt] | None:
         """Config and encoder of the prompt that acts now, if one does."""

@@ -149,6 +149,10 @@ class Registry:
             return nullcontext()
         return self.call.gate.call(what, self._used if rows is None else lambda: rows)
 
+    def _switched(self, names: list[str]) -> tuple[str, ...]:
+        """Return what it touches to make these adapters active: whether they and those before them train, too."""
+        return (ACTIVE, *self.active_adapters, *names)
+
     def _used(self) -> tuple[str, ...]:
         """Return what a call uses that names no adapters."""
         return (ACTIVE, *self.active_adapters)
@@ -237,13 +241,7 @@ class Registry:
         layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
-    @changes(
-        lambda self, adapter_name, *_, **__: (
-            ACTIVE,
-            *self.active_adapters,
-            *one_or_several(adapter_name, "set_adapter"),
-        )
-    )
+    @changes(lambda self, adapter_name, *_, **__: self._switched(one_or_several(adapter_name, "set_adapter")))
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import cycle
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,11 +18,13 @@ from safetensors.torch import load_file
 import graft
 from benchmarks.files import FOLDER, WEIGHTS, saved
 from benchmarks.inference import LAYERS, base, embeddings, mixed
-from benchmarks.measure import Bench, Goal, Turns
+from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
 from benchmarks.models import LINEAR, SCALING, lora, randomize, smollm
+from graft.core.gate import Gate
 from graft.serving import AdapterSlots
 
 SLOTS = 100
+TIMES = 10_000
 
 
 @cache
@@ -87,6 +91,31 @@ def read_and_copy() -> Turns:
         yield run
 
 
+@dataclass
+class Passing:
+    """A row of what an empty block costs that a call is in: the gate's, and a lock's."""
+
+    what: str
+    goal: Goal
+    long: bool = False
+
+    def run(self, effort: Effort) -> Row:
+        gate, lock = Gate(), Lock()
+        turns = {"graft": passed(lambda: gate.call("forward")), "floor": passed(lambda: lock)}
+        values = take_turns(turns, effort)
+        return Row(self.what, {who: [v / TIMES for v in vs] for who, vs in values.items()}, self.goal)
+
+
+def passed(block: Callable[[], Any]) -> Turns:
+    def run() -> None:
+        for _ in range(TIMES):
+            with block():
+                pass
+
+    while True:
+        yield run
+
+
 def bench(what: str, shape: tuple[int, int], adapters: int, calls: int, goal: Goal, **options: Any) -> Bench:
     turns = served(*shape, adapters, calls, **options)
     return Bench(what, turns, goal, base(*shape, calls), calls, long=True)  # PEFT takes a while to load so many
@@ -96,5 +125,6 @@ BENCHES = [
     bench("slots 16 × 1, 16 adapters (floor: the base)", (16, 1), 16, 20, Goal(over_floor=1.5)),
     bench("slots 16 × 1, 16 adapters, another mix each time", (16, 1), 16, 20, Goal(1.0), fresh=True),
     bench("slots 64 × 1, 64 adapters", (64, 1), 64, 5, Goal(3.3, 1.85)),
+    Passing("gate of a call that nobody holds up (floor: a lock)", Goal(over_floor=5)),
     Bench("hotswap_adapter (floor: load_file and copy)", hotswap, Goal(faster=5), read_and_copy),
 ]

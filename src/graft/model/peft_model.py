@@ -119,6 +119,12 @@ class PeftModel(nn.Module):
                 return getattr(self._registry, name)
             return getattr(self.base_model, name)
 
+    def train(self, mode: bool = True) -> PeftModel:
+        """Set the mode as torch does, once no call of another thread is under way: they see one mode."""
+        registry = self._registry
+        with nullcontext() if registry is None else registry.call.gate.change(f"train({mode})", ()):
+            return super().train(mode)
+
     # facts
 
     @property

@@ -55,17 +55,18 @@ def replace_lora_weights_loftq(
         warn(f"{len(packed) - len(layers)} layers keep their A and B, such as '{key}': {reasons[key]}.", PeftWarning)
     weights = Weights(model_path or name_of(registry.model), registry.model)
     files = {key: weights.file_of(key, layer) for key, layer in layers.items()}
-    for key, layer in layers.items():
-        method = layer.methods[adapter_name]
-        W0 = layer.W0.float()
-        A, B = decomposed(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
-        root = method.scaling**0.5
-        before = [p.detach().clone() for p in method.pair]
-        for p, value in zip(method.pair, (A / root, B / root)):
-            p.copy_(value)
-        if callback is not None and not callback(peft_model, key):
-            for p, value in zip(method.pair, before):
+    with registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,)):
+        for key, layer in layers.items():
+            method = layer.methods[adapter_name]
+            W0 = layer.W0.float()
+            A, B = decomposed(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
+            root = method.scaling**0.5
+            before = [p.detach().clone() for p in method.pair]
+            for p, value in zip(method.pair, (A / root, B / root)):
                 p.copy_(value)
+            if callback is not None and not callback(peft_model, key):
+                for p, value in zip(method.pair, before):
+                    p.copy_(value)
 
 
 def name_of(model: Any) -> str:

@@ -234,15 +234,16 @@ class PeftModel(nn.Module):
             ValueError: the name is taken, or the config is of another method.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
         """
-        self._registry.check_new(adapter_name, peft_config)
-        with unless_it_fails(peft_config):
-            self._extend_config(peft_config)
-            self._registry.add_adapter(
-                adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
-            )
-        if "values" not in options:
-            averaged.note_start(self._registry, adapter_name)
-        self._note_modules_to_save(peft_config)
+        with self._registry.call.gate.preparing(f"add_adapter({adapter_name!r})"):
+            self._registry.check_new(adapter_name, peft_config)
+            with unless_it_fails(peft_config):
+                self._extend_config(peft_config)
+                self._registry.add_adapter(
+                    adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
+                )
+            if "values" not in options:
+                averaged.note_start(self._registry, adapter_name)
+            self._note_modules_to_save(peft_config)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active and (unless for inference) trainable one.

@@ -7,8 +7,8 @@ TESTS ?=
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-device test-all coverage test-oldest test-storages test-distributed test-clients mutations fuzz check \
-	dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
+.PHONY: test test-device test-all coverage test-oldest test-storages test-distributed test-clients test-peft mutations \
+	fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -99,6 +99,15 @@ test-clients: $(VENV)-clients/.installed
 	GRAFT_TESTS_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients
 	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k training
 
+# PEFT's own tests, from its source distribution, with graft under PEFT's name; in an environment of its own
+$(VENV)-peft/.installed: pyproject.toml tests/peft_suite/requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -e '.[transformers,methods]' -r tests/peft_suite/requirements.txt
+	touch $@
+
+test-peft: $(VENV)-peft/.installed
+	$(VENV)-peft/bin/python -m tests.peft_suite $(PEFT)
+
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations
 
@@ -155,4 +164,4 @@ examples: $(VENV)-clients/.installed
 	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest tests/examples/test_guides.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients build dist out
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-peft build dist out

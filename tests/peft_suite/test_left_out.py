@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of PEFT's tests that do not count: it can be read, and says only what the documentation says, too."""
+
+from pathlib import Path
+
+from tests.peft_suite import results
+from tests.peft_suite.results import Found, Line
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_line_has_a_reason_and_names_a_test_once():
+    found = results.lines()
+    assert {line.part for line in found} == {"differs", "inside", "fails"}
+    assert all(line.reason and line.tests.startswith("test_") and "::" in line.tests for line in found)
+    assert len({line.tests for line in found}) == len(found)
+
+
+def test_what_differs_on_purpose_stands_in_the_list_of_differences():
+    said = (ROOT / "docs" / "differences.md").read_text().replace("\n", " ")
+    reasons = {line.reason for line in results.lines() if line.part == "differs"}
+    assert not [reason for reason in reasons if reason not in said]
+
+
+def test_a_line_names_parameters_or_all_of_them():
+    line = Line("inside", "", "test_a.py::TestA::test_*[LoraConfig-*-x]").names()
+    assert line.fullmatch("test_a.py::TestA::test_b[LoraConfig-2-x]")
+    assert not line.fullmatch("test_a.py::TestA::test_b[LoraConfig-2-y]")
+    whole = Line("inside", "", "test_a.py::TestA::test_b").names()
+    assert whole.fullmatch("test_a.py::TestA::test_b") and whole.fullmatch("test_a.py::TestA::test_b[1]")
+    assert not whole.fullmatch("test_a.py::TestA::test_bc")
+
+
+def test_a_share_is_never_rounded_up():
+    assert results.percent(9995, 10000) == "99.9 %" and results.percent(5, 5) == "100.0 %"
+    assert Found(passed=999, failed={"a": ""}).good and not Found(passed=998, failed={"a": "", "b": ""}).good

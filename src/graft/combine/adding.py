@@ -79,11 +79,14 @@ class Target(NamedTuple):
         self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
 
 
-def put(tuner: Any, name: str, cfg: Any, values: dict[str, Tensors], owner: dict[str, str]) -> None:
-    """Inject the new adapter with its values in it."""
+def put(
+    tuner: Any, name: str, cfg: Any, values: dict[str, Tensors], owner: dict[str, str], widened: bool = True
+) -> None:
+    """Inject the new adapter with its values in it: in float32 if `widened`, else in half precision on such layers."""
 
     def inject() -> None:
-        tuner.add_adapter(name, cfg, values=Combined(values, owner), heads=union.heads(tuner, owner, cfg))
+        found, heads = Combined(values, owner), union.heads(tuner, owner, cfg)
+        tuner.add_adapter(name, cfg, autocast_adapter_dtype=widened, values=found, heads=heads)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user saw them when the adapters came

@@ -15,6 +15,7 @@ from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import factors_of
 from graft.core.changes import wide
 from graft.core.errors import ConfigError
+from graft.core.place import UPCAST
 from graft.inject.parts import registry_of
 from graft.methods.lora.config import LoraConfig
 
@@ -56,15 +57,17 @@ def reduce_intruder_dimension(
         cfg.init_lora_weights = True  # the base weights have been changed already
     registry.check_new(new_adapter_name, cfg)
     warn_if_base_changed(registry, [old_adapter_name], new_adapter_name, cfg)
-    values = {}
+    slots = {key: layer.slots(old_adapter_name) for key, layer in layers.items()}
+    before = {key: {(slot.container, slot.path): slot.tensor for slot in found} for key, found in slots.items()}
+    values = {key: dict(found) for key, found in before.items()}
     for key, layer in layers.items():
         m = layer.methods[old_adapter_name]
-        values[key] = {(slot.container, slot.path): slot.tensor for slot in layer.slots(old_adapter_name)}
         found = intruders(layer.W0, m, top_k, threshold_epsilon)
         logging_sink(f"{parts.prefix}{key}: " + (f"Intruders: {len(found[1])}" if len(found[1]) else "No intruders"))
         if len(found[1]):
             values[key] |= m.holding(*without(m, *found, mitigation_lambda))
-    put(registry, new_adapter_name, cfg, values, union.owners(registry, [old_adapter_name]))
+    widened = all(t.dtype not in UPCAST for found in before.values() for t in found.values())
+    put(registry, new_adapter_name, cfg, values, union.owners(registry, [old_adapter_name]), widened)
     logging_sink(f"Enabling new adapter {new_adapter_name}")
     registry.set_adapter(new_adapter_name)
 

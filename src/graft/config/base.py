@@ -22,8 +22,9 @@ from graft.config.pair import CONFIG_NAME, found_in
 from graft.config.patterns import ending
 from graft.config.reading import read_object
 from graft.config.stored import Stored
-from graft.core.errors import ConfigError, ConfigTypeError, PeftError, shortened, warn
+from graft.core.errors import ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
+MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 
 
@@ -59,8 +60,11 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
         validate(self)
-        if self.peft_type is not None:
-            self.peft_type = self.peft_types(self.peft_type)
+        own = type(self).__dataclass_fields__["peft_type"].default
+        if own is not None and self.peft_type not in (own, None):
+            warn(f"`peft_type` of a {type(self).__name__} is {own}: {self.peft_type!r} is ignored.", PeftWarning)
+        if own is not None or self.peft_type is not None:
+            self.peft_type = self.peft_types(own or self.peft_type)
         if self.task_type is not None:
             names = [t.value for t in TaskType]
             if self.task_type not in names:
@@ -69,6 +73,12 @@ class PeftConfig:
                     f"Must be one of the following task types: {', '.join(names)}."
                 )
             self.task_type = TaskType(self.task_type)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; `peft_type` by its name is the member of the enum, whoever sets it."""
+        if name == "peft_type" and isinstance(value, str) and value in [t.value for t in self.peft_types]:
+            value = self.peft_types(value)
+        super().__setattr__(name, value)
 
     # one layer's view
 
@@ -162,19 +172,23 @@ class PeftConfig:
     def from_file(cls, values: dict[str, Any], path: str) -> PeftConfig:
         """Make a config of the fields in a file. Errors name the file."""
         try:
-            return cls.from_peft_type(**values)
+            target = cls.named_in(values)
+            return target.tolerant(target.check_kwargs(**values))
         except PeftError as e:
             raise type(e)(f"{e} It stands in {path}.") from e
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Make a config of the class that `peft_type` names, from plain data."""
-        target, kind = cls, kwargs.get("peft_type")
+        return cls.named_in(kwargs).tolerant(kwargs)
+
+    @classmethod
+    def named_in(cls, values: dict[str, Any]) -> type[PeftConfig]:
+        """Return the class that `peft_type` names; this one if there is none."""
+        kind = values.get("peft_type")
         if kind is not None and not isinstance(kind, str):
             raise ConfigTypeError(f"peft_type must be the name of a method, got {described(kind)}.")
-        if kind is not None:
-            target = PeftConfig.resolve(kind)
-        return target.tolerant(target.check_kwargs(**kwargs))
+        return cls if kind is None else PeftConfig.resolve(kind)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -197,7 +211,8 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
-        return read_object(path_json_file)
+        """Return the fields in a file, without those that describe a machine."""
+        return {k: v for k, v in read_object(path_json_file).items() if k not in MACHINE}
 
 
 def matches_end(pattern: str, key: str, field: str) -> bool:
@@ -229,9 +244,13 @@ def hints(cls) -> dict[str, Any]:
 def validate(config: Any) -> None:
     """Raise ConfigTypeError or ConfigError for the first field of a dataclass that has a value it cannot have.
 
-    None stands for the default where it is no value of the field: files are full of `null`.
+    None stands for the default where it is no value of the field, as files are full of `null`. Paths become text, as
+    files hold them.
     """
     fill_nulls(config)
+    for f in fields(config):
+        if isinstance(path := getattr(config, f.name), os.PathLike):
+            setattr(config, f.name, os.fspath(path))
     check_types(config)
     check_numbers(config, hints(type(config)))  # type: ignore[arg-type]
 

@@ -77,11 +77,25 @@ class Carrier:
 
     @property
     def active_adapters(self) -> list[str]:
+        """The active adapters: of a layer, also those that it does not carry; of a wrapper, those that it has."""
         return self.state.active
 
     @property
     def active_adapter(self) -> Any:
-        return self.state.active[0] if len(self.state.active) == 1 else self.state.active
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    # PEFT's names for `adapters`, which other packages ask for
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
 
     @property
     def disable_adapters(self) -> bool:

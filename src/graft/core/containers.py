@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,6 +50,11 @@ class BufferDict(nn.Module):
 
     def items(self) -> ItemsView[str, Tensor | None]:
         return self._buffers.items()
+
+    def update(self, buffers: Mapping[str, Tensor] | BufferDict | Iterable[tuple[str, Tensor]]) -> None:
+        pairs = buffers.items() if isinstance(buffers, (Mapping, BufferDict)) else buffers
+        for name, value in pairs:
+            self[name] = value  # type: ignore[assignment]
 
     def pop(self, name: str) -> Tensor:
         return self._buffers.pop(name)  # type: ignore[return-value]

@@ -62,6 +62,7 @@ class Method:
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
+    shown_as: ClassVar[str] = ""  # PEFT's name of its layers; "": by folder and type of module, lora.Linear
     tuner_methods: ClassVar[dict[str, Any]] = {}  # functions of (tuner, …) that its model class gets as methods
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container

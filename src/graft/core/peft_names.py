@@ -162,11 +162,22 @@ class PeftNames:
     @property
     def type_name(self: Layer) -> str:
         """PEFT's class name for this kind of layer."""
+        if self.site.path != self.site.key:
+            return "ParamWrapper"
         return "Linear" if self.site.type_name == "Conv1D" else self.site.type_name
 
+    @property
+    def parameter_name(self: Layer) -> str:
+        """The parameter that is adapted, of a layer that stands around its module."""
+        return self.site.parameter
+
     def _get_name(self: Any) -> str:
+        names = {m.shown_as for m in self.methods.values()}
+        if len(names) == 1 and (name := names.pop()):
+            return name  # type: ignore[no-any-return]
         modules = [type(m).__module__.removeprefix("graft.methods.").split(".")[0] for m in self.methods.values()]
         return f"{'+'.join(dict.fromkeys(modules)) or 'graft'}.{self.type_name}"
 
     def extra_repr(self: Layer) -> str:
-        return f"adapters={list(self.methods)}, active={self.state.active}"
+        parameter = f"parameter_name='{self.site.parameter}', " if self.site.path != self.site.key else ""
+        return f"{parameter}adapters={list(self.methods)}, active={self.state.active}"

@@ -83,6 +83,10 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
         return list(self.modules_to_save)
 
     @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self.state.active if name in self.modules_to_save]
+
+    @property
     def active(self) -> nn.Module:
         """The module that runs now."""
         return self.original_module if self.disable_adapters else self.kept
@@ -90,10 +94,7 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
     @property
     def kept(self) -> nn.Module:
         """The module that unloading leaves, whether adapters are disabled or not."""
-        for name in self.active_adapters:
-            if name in self.modules_to_save:
-                return self.modules_to_save[name]
-        return self.original_module
+        return next((self.modules_to_save[name] for name in self.active_adapters), self.original_module)
 
     def __getattr__(self, name: str) -> Any:
         try:

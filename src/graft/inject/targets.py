@@ -34,7 +34,7 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 def model_type(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
-    return kind if kind is not None else model_config(model).get("model_type", "custom")
+    return kind if isinstance(kind, str) else model_config(model).get("model_type", "custom")
 
 
 def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:

@@ -72,6 +72,10 @@ class TrainableTokensWrapper(Carrier, nn.Module):
     def adapters(self) -> list[str]:
         return list(self.token_adapter.methods)
 
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self.state.active if name in self.token_adapter.methods]
+
     def slots(self, adapter: str) -> list[Slot]:
         return self.token_adapter.slots(adapter)
 

@@ -188,10 +188,13 @@ class Registry:
         Args:
             disabled: the others were switched off before: switch off the new ones, too.
         """
+        known = {id(part) for part in self.carriers()}
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
-        if disabled:
-            for part in parts.carriers():
+        for part in parts.carriers():
+            if id(part) not in known:
+                part.state.active = list(self.active_adapters)  # which it does not carry
+            if disabled:
                 part.enable_adapters(False)
 
     def parts_of(self, adapter_name: str) -> Parts:

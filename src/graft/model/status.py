@@ -67,8 +67,12 @@ def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
         carrier = carrier_of(module)
         for layer in reversed(tree.nests.get(key, ())):
             found[f"{prefix}{paths.path(key, layer)}"] = layer
-        if carrier is not None and key not in tree.nests and not carrier.takes_rows:
-            found[f"{prefix}{paths.path(key)}"] = carrier
+        if carrier is not None and key not in tree.nests:
+            path = f"{prefix}{paths.path(key)}"
+            if not carrier.takes_rows:
+                found[path] = carrier
+            elif not carrier.tied:  # else its rows are another's
+                found[f"{path}.token_adapter"] = carrier.adapter_layer
     return found
 
 

@@ -31,6 +31,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     """
 
     _method: type[Method] | None  # None: adapters of any method
+    uses_shared_state = False  # layers share tensors that stand here: `inject_adapter_in_model` refuses the method
 
     def __init__(
         self,
@@ -215,7 +216,7 @@ def _tuner_class(name: str) -> type[Tuner]:
     from graft.combine import weighted  # not needed to import graft
 
     method, (module, base) = method_of(name), METHODS[name].base.split(":")
-    members = {"_method": method, "__module__": __name__, "__doc__": Tuner.__doc__}
+    members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
     own = method.tuner_methods | {"add_weighted_adapter": weighted.function_for(name)}
     members |= {key: for_tuner(value) for key, value in own.items()}
     return type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)

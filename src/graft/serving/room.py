@@ -62,6 +62,7 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` after "
             "loading the first LoRA adapter and before loading the second."
         )
+    patterns = {name: list(given.rank_pattern or ()) for name, given in configs_in(config).items()}
     for name, layers in on.items():
         check_base(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
     with gate_of(model).change("prepare_model_for_compiled_hotswap()"), torch.inference_mode(False), torch.no_grad():
@@ -76,8 +77,13 @@ def prepare_model_for_compiled_hotswap(
             if (known := config_of(model, name)) is not None:
                 model.peft_config[name] = described(known, changes)  # type: ignore[union-attr,index,operator]
     if target_rank is not None:
-        for given in config.values() if isinstance(config, dict) else [config] if config is not None else []:
-            given.r, given.rank_pattern = target_rank, dict.fromkeys(given.rank_pattern or (), target_rank)
+        for name, given in configs_in(config).items():
+            given.r, given.rank_pattern = target_rank, dict.fromkeys(patterns[name], target_rank)
+
+
+def configs_in(config: Any) -> dict[str, Any]:
+    """Return the configs that a caller gives: one, several by name, or none."""
+    return config if isinstance(config, dict) else {} if config is None else {"": config}
 
 
 def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> None:

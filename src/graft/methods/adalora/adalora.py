@@ -20,6 +20,7 @@ from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate
 from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.forgotten import warn_if_forgotten
+from graft.methods.adalora.resizing import resize_modules_by_rank_pattern
 from graft.storage.parallel import layout_of, whole
 
 TENSORS = ("lora_A", "lora_B", "lora_E")
@@ -35,6 +36,7 @@ class AdaLoRA(Method):
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Any]] = {
         "update_and_allocate": update_and_allocate,
+        "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
         "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
     }
 

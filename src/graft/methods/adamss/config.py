@@ -9,6 +9,11 @@ from typing import Any, ClassVar, Literal
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.core.errors import ConfigError
 
+SCHEDULE = (
+    *("asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
+    *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
+)
+
 
 @dataclass(kw_only=True)
 class AdamssConfig(Targets, LayerRange):
@@ -38,6 +43,9 @@ class AdamssConfig(Targets, LayerRange):
     counters: ClassVar[tuple[str, ...]] = ("random_seed", "init_warmup", "final_warmup", "mask_interval")
 
     def __post_init__(self) -> None:
+        for name in SCHEDULE if not self.use_asa else ():  # nobody looks at these: files have null there
+            if getattr(self, name) is None:
+                setattr(self, name, type(self).__dataclass_fields__[name].default)
         super().__post_init__()
         require_positive_rank(self.r)
         if self.init_weights is False:

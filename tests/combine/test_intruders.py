@@ -170,3 +170,11 @@ def test_stacks_of_matrices_are_refused():
         graft.reduce_intruder_dimension(model)
     with pytest.raises(TypeError, match="no LoRA layer stands for 'Experts'"):
         graft.convert_to_lora(model, 2)
+
+
+def test_the_new_adapter_has_the_dtype_of_the_old():
+    with models.seeded(1):
+        base = models.make("mlp").to(torch.bfloat16)
+        model = graft.get_peft_model(base, graft.LoraConfig(r=3, target_modules=T), autocast_adapter_dtype=False)
+    reduced(moved(model, 1.0), threshold_epsilon=999)
+    assert {p.dtype for n, p in model.named_parameters() if "intruder_reduced" in n} == {torch.bfloat16}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import graft
+from graft.core.errors import ConfigError
 from graft.methods.adalora.allocator import Allocator, budget
 from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
@@ -339,6 +340,27 @@ def test_a_pruned_checkpoint_goes_into_an_adapter_that_is_not_pruned_and_back(tm
         m.lora_E["default"].data.zero_()
     graft.set_peft_model_state_dict(pruned, state)
     torch.testing.assert_close(pruned(x).logits, fresh(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_pruned_triples_leave_memory(tmp_path):
+    (ours, _), (theirs, _) = trained(graft), trained(peft)
+    x = data()[0][0]
+    before = ours(x).logits
+    pattern = ours.peft_config["default"].rank_pattern
+    for model in (ours, theirs):
+        model.base_model.resize_modules_by_rank_pattern(dict(model.peft_config["default"].rank_pattern), "default")
+    torch.testing.assert_close(ours(x).logits, before)
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (ours, theirs)]
+    assert {n: s for n, s in shapes[0].items() if "ranknum" not in n} == {
+        n: s for n, s in shapes[1].items() if "ranknum" not in n
+    }
+    assert ours.base_model.model.a.lora_E["default"].requires_grad
+    ours.save_pretrained(tmp_path)
+    torch.testing.assert_close(graft.PeftModel.from_pretrained(base(), tmp_path)(x).logits, before)
+    with pytest.raises(ConfigError, match=r"'a'.*triples"):
+        ours.base_model.resize_modules_by_rank_pattern(pattern, "default")
+    with pytest.raises(ConfigError, match="'z'"):
+        ours.base_model.resize_modules_by_rank_pattern({"z.lora_E": [True]}, "default")
 
 
 def test_a_deleted_adapter_leaves_no_allocator():

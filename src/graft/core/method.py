@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graft.core.base_config import model_type
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.ops import META, OPS
 from graft.core.site import Site
@@ -117,7 +118,7 @@ class Method:
     @classmethod
     def default_targets(cls, model: Any) -> list[str] | str | None:
         """Return `target_modules` for a config that names none; None if the method knows none for this model."""
-        return cls.targets.get(getattr(getattr(model, "config", None), "model_type", "custom"))
+        return cls.targets.get(model_type(model))
 
     @classmethod
     def prepare(cls, cfg: Any, model: nn.Module) -> None:

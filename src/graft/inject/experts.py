@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from graft.core.base_config import model_type
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError
 from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree
-from graft.inject.targets import ALL_LINEAR, all_linear, model_type
+from graft.inject.targets import ALL_LINEAR, all_linear
 from graft.storage import DENSE, find_store, innermost
 
 OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.lora_[AB]\.weight")

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from torch import nn
 
+from graft.core.base_config import model_type
 from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -19,22 +19,6 @@ ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
 COMPRESS_FROM = 20  # names: this many become the shortest suffixes that tell them apart from others
 HEAD_NAMES = ("score", "classifier")
-
-
-def model_config(model: nn.Module) -> dict[str, Any]:
-    """Return the model's own config as a dict; `{"model_type": "custom"}` if it has none."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        return config.to_dict()  # type: ignore[union-attr]
-    if is_dataclass(config) and not isinstance(config, type):
-        return asdict(config)
-    return config if isinstance(config, dict) else {"model_type": "custom"}
-
-
-def model_type(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    return kind if isinstance(kind, str) else model_config(model).get("model_type", "custom")
 
 
 def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:

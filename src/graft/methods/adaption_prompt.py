@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.core.base_config import model_type
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -53,7 +54,7 @@ class AdaptionPrompt(Method):
 
     @classmethod
     def default_targets(cls, model: Any) -> str:
-        kind = getattr(getattr(model, "config", None), "model_type", "custom")
+        kind = model_type(model)
         if kind not in cls.targets:
             raise ConfigError(
                 f"Unsupported model type for adaption prompt: '{kind}'. Known ones: {', '.join(cls.targets)}."

@@ -13,6 +13,7 @@ from graft.config.fields import Targeted, as_set
 from graft.config.patterns import pattern
 from graft.config.targets import IA3 as TARGETS
 from graft.config.targets import IA3_FEEDFORWARD
+from graft.core.base_config import model_type
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -51,7 +52,7 @@ class IA3(Method):
     @classmethod
     def prepare(cls, cfg: IA3Config, model: nn.Module) -> None:
         if cfg.feedforward_modules is None:
-            kind = getattr(getattr(model, "config", None), "model_type", "custom")
+            kind = model_type(model)
             if kind not in IA3_FEEDFORWARD:
                 raise ConfigError(
                     f"Please specify `feedforward_modules` in `peft_config`: no defaults for model_type '{kind}'. "

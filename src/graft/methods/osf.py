@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.config.patterns import pattern
 from graft.config.targets import OSF as TARGETS
+from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError, warn
@@ -58,7 +59,7 @@ class OSF(Method):
 
     @classmethod
     def default_targets(cls, model: Any) -> Any:
-        return cls.targets.get(getattr(getattr(model, "config", None), "model_type", "custom"), "all-linear")
+        return cls.targets.get(model_type(model), "all-linear")
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

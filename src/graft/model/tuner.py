@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.core.base_config import model_config
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.run import Run
 from graft.inject.match import Matcher
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree, survey
-from graft.inject.targets import model_config
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.asleep import tell_once
 from graft.model.layer_registry import LayerRegistry

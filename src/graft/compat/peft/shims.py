@@ -142,14 +142,18 @@ PACKAGES = {
 
 @cache
 def import_check(name: str) -> Callable[[], bool] | bool | None:
-    """Return `is_bnb_available` (a function) or `is_transformers_ge_v5_6_0` (a value) by name; None for any other."""
+    """Return `is_bnb_available`, `is_torchao_ge_v0_18_0` (functions) or `is_transformers_ge_v5_6_0` (a value) by name.
+
+    None for any other.
+    """
     if name == "is_xpu_available":
         return torch.xpu.is_available
     if match := re.fullmatch(r"is_(\w+)_available", name):
         package = PACKAGES.get(match[1], match[1])
         return lambda *_, **__: importlib.util.find_spec(package) is not None
     if match := re.fullmatch(r"is_([a-z]+)_ge_v(\d+(?:_\d+)*)", name):
-        return _release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
+        new_enough = _release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
+        return new_enough if match[1] == "transformers" else lambda: new_enough
     return None
 
 

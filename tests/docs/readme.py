@@ -14,6 +14,7 @@ from benchmarks.tables import line, ratio, show
 from graft.methods import ROWS
 from tests.docs.marks import put
 from tests.docs.tables import HEAD, row, single
+from tests.peft_suite.results import kept, percent
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "README.md"
@@ -31,7 +32,6 @@ def counted() -> list[list[str]]:
     """What the code says of itself."""
     rows = [dict(zip(HEAD, row(name), strict=True)) for name in single()]
     here = "`python -m tests.docs.readme`"
-    packages = list((ROOT / "tests" / "packages").glob("*.txt"))
     return [
         ["methods", str(len(ROWS)), str(len(peft.PeftType)), here],
         *(
@@ -41,8 +41,18 @@ def counted() -> list[list[str]]:
                 ("layer methods that differ by row of a batch", "rows of a batch"),
             )
         ),
-        ["packages of quantized layers, tested", str(len(packages)), "–", "`make test-storages`"],
+        suite(),
     ]
+
+
+def suite() -> list[str]:
+    """PEFT's own tests, once a whole run of them is recorded; until then the packages that quantize."""
+    ran = kept().get("graft")
+    if ran is None:
+        packages = list((ROOT / "tests" / "packages").glob("*.txt"))
+        return ["packages of quantized layers, tested", str(len(packages)), "–", "`make test-storages`"]
+    counted = ran["passed"] + ran["failed"]
+    return ["PEFT's own tests passed", f"{percent(ran['passed'], counted)} of {counted:,}", "–", "`make test-peft`"]
 
 
 def measured(run: Run) -> list[list[str]]:

@@ -90,6 +90,20 @@ def percent(passed: int, counted: int) -> str:
     return f"{int(1000 * passed / max(counted, 1)) / 10:.1f} %"
 
 
+def sentences() -> str:
+    """What the documentation says of the last whole run."""
+    runs = kept()
+    ran, theirs = runs.get("graft"), runs.get("PEFT")
+    if ran is None or theirs is None:
+        return "No whole run is recorded yet."
+    counted = ran["passed"] + ran["failed"]
+    return (
+        f"Of the {theirs['passed']:,} tests that PEFT itself passes so, {ran.get('differs', 0):,} want what differs "
+        f"here on purpose, and {ran.get('inside', 0):,} test PEFT's inside. Of the other {counted:,} graft passes "
+        f"{ran['passed']:,}: {percent(ran['passed'], counted)}."
+    )
+
+
 def told(found: Found, show: int) -> str:
     said = [f"{name}\n    {reason}" for name, reason in list(found.failed.items())[:show]]
     said += [f"passes, though left_out.md names it: {tests}" for tests in found.idle]
@@ -100,12 +114,13 @@ def told(found: Found, show: int) -> str:
 
 
 def kept() -> dict[str, dict[str, int]]:
-    return json.loads(KEPT.read_text())
+    """Return the numbers of the last whole runs: PEFT's own, and graft's."""
+    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
 
 
 def record(found: Found, peft: bool) -> None:
     """Keep the numbers of a whole run."""
     counts = dict(passed=found.passed, failed=len(found.failed), skipped=found.skipped, **found.left_out)
-    runs = kept() if KEPT.exists() else {}
+    runs = kept()
     runs["PEFT" if peft else "graft"] = counts
     KEPT.write_text(json.dumps(runs, indent=1) + "\n")

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+from tests.docs import peft_suite
 from tests.peft_suite import results
 from tests.peft_suite.results import Found, Line
 
@@ -29,6 +30,10 @@ def test_a_line_names_parameters_or_all_of_them():
     whole = Line("inside", "", "test_a.py::TestA::test_b").names()
     assert whole.fullmatch("test_a.py::TestA::test_b") and whole.fullmatch("test_a.py::TestA::test_b[1]")
     assert not whole.fullmatch("test_a.py::TestA::test_bc")
+
+
+def test_the_page_says_what_the_last_run_gave():
+    assert peft_suite.page() == peft_suite.PAGE.read_text(), "run python -m tests.docs.peft_suite"
 
 
 def test_a_share_is_never_rounded_up():

@@ -156,7 +156,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     tuner.check_new(adapter_name, cfg)
     values: dict[str, Tensors] = {}
     for key, parts in parts_of(tuner, names, weights, Form()).items():
-        if len({m.is_feedforward for m, _ in parts}) > 1:
+        if len({m.inner for m, _ in parts}) > 1:
             raise ConfigError(
                 f"Layer '{key}' is a feed-forward module of some of the adapters {names} and not of others: one scales "
                 "its input, another its output."

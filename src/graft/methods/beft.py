@@ -41,7 +41,10 @@ class BEFT(Method):
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         if self.effect.fixed is not None:
-            warn(f"Base layer '{self.site.key}' has no bias: BEFT adapters on it cannot be merged.", PeftWarning)
+            warn(
+                f"Layer '{self.site.key}' has no bias. Note you cannot merge the BEFT adapter into the base layer.",
+                PeftWarning,
+            )
         return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
 
     def init(self) -> None:

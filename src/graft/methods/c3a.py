@@ -58,7 +58,10 @@ class C3A(Method):
         why, b = super().check(), self.cfg.block_size
         for name, size in (("input size", self.site.fan_in), ("output size", self.site.out_features)):
             if why is None and size % b:
-                why = f"The block size should be a factor of the {name}: that is {size}, and `block_size` is {b}"
+                why = (
+                    f"The block size should be a factor of the {name}. However, the {name} is {size} and the block "
+                    f"size is {b}"
+                )
         return why
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:

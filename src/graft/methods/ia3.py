@@ -14,6 +14,7 @@ from graft.config.patterns import pattern
 from graft.config.targets import IA3 as TARGETS
 from graft.config.targets import IA3_FEEDFORWARD
 from graft.core.base_config import model_type
+from graft.core.containers import Attached
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -47,7 +48,6 @@ class IA3(Method):
     compresses_targets = False  # or feedforward_modules would no longer be among them
 
     ia3_l: nn.Parameter  # (out, 1); feed-forward (1, in); convolutions (1, channels, 1, …)
-    is_feedforward: bool
 
     @classmethod
     def prepare(cls, cfg: IA3Config, model: nn.Module) -> None:
@@ -78,7 +78,7 @@ class IA3(Method):
         site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2
         shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)
-        return dict(ia3_l=nn.Parameter(torch.randn(shape)), is_feedforward=inner)
+        return dict(ia3_l=nn.Parameter(torch.randn(shape)), is_feedforward=Attached(inner))
 
     def init(self) -> None:
         if self.cfg.init_ia3_weights:
@@ -96,7 +96,7 @@ class IA3(Method):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.flatten().to(W.dtype)
-        if not self.is_feedforward:
+        if not self.inner:
             return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)
         groups = self.site.op.groups(self.site.module)
         per_group = l.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)

@@ -41,7 +41,7 @@ class RoadConfig(Targets):
             raise ConfigError(f"Invalid variant {self.variant} specified. Known ones: {', '.join(LAYOUT)}.")
         if self.group_size <= 0 or self.group_size % 2:
             raise ConfigError(
-                f"The group_size must be divisible by 2 when using RoadLayer, and positive, but got {self.group_size}."
+                f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}. Give 2, 4, …"
             )
 
 
@@ -59,7 +59,7 @@ class Road(Method):
         n, g = self.site.out_features, self.cfg.group_size
         if n % g:
             raise ConfigError(
-                f"The out_features of the base layer must be divisible by group_size ({g}) when using RoadLayer: layer "
+                f"The out_features of the base layer must be divisible by group_size ({g}) when using RoadLayer. Layer "
                 f"'{self.site.key}' has {n}. Choose another group_size, or do not target this layer."
             )
         return super().check()

@@ -97,8 +97,9 @@ def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> 
             )
         if rank % groups:
             raise ConfigError(
-                f"Trying to pad a convolution with groups={groups} to target rank {rank}, which is no multiple of "
-                f"that. Adapter '{adapter}', layer '{key}'."
+                f"Trying to pad a {layer.site.type_name} LoRA adapter with groups={groups} to target rank {rank}, but "
+                f"the target rank is not divisible by {groups}. Please choose a target rank that is divisible by "
+                f"{groups}. Adapter '{adapter}', layer '{key}'."
             )
         if adapter in layer.merged_adapters:
             raise ConfigError(f"Adapter '{adapter}' is merged into '{key}': call unmerge_adapter() before.")

@@ -57,9 +57,13 @@ class AdamssConfig(Targets, LayerRange):
                 raise ConfigError(f"`{name}` should be a positive integer value, got {getattr(self, name)}")
         if not self.use_asa:
             return
-        for name in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
+        for name, what in (
+            ("mask_interval", "integer"),
+            ("asa_target_subspaces", "integer"),
+            ("asa_schedule_exponent", "number"),
+        ):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be greater than 0 when `use_asa` is set, got {getattr(self, name)}")
+                raise ConfigError(f"`{name}` must be a positive {what} when `use_asa=True`, got {getattr(self, name)}.")
         if self.init_warmup >= self.final_warmup:
             raise ConfigError(
                 f"`init_warmup` ({self.init_warmup}) must be less than `final_warmup` ({self.final_warmup}) when "

@@ -35,9 +35,9 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
     groups = site.op.groups(site.module) if site.op.known else 1
     if cfg.r % groups:
         raise ConfigError(
-            f"Targeting a {site.type_name} with groups={groups} and rank {cfg.r} (layer '{site.key}'). Currently, "
-            "support is limited to conv layers where the rank is divisible by groups. Either choose a different rank "
-            "or do not target this specific layer."
+            f"Targeting a {site.type_name} with groups={groups} and rank {cfg.r}. Currently, support is limited to "
+            "conv layers where the rank is divisible by groups. Either choose a different rank or do not target this "
+            f"specific layer: '{site.key}'."
         )
 
 

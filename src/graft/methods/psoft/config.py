@@ -39,10 +39,14 @@ class PsoftConfig(Targeted, LayerRange):
         super().__post_init__()
         require_positive_rank(self.r)
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
-        if not self.use_cayley_neumann:
-            for name, given in (("cayley_neumann_eps", eps is not None), ("num_cayley_neumann_terms", terms != 5)):
-                if given:
-                    warn(f"`{name}` is only used when `use_cayley_neumann=True`: it has no effect.")
+        niter = self.psoft_svd_lowrank_niter
+        for name, given, condition, met in (
+            ("cayley_neumann_eps", eps is not None, "use_cayley_neumann=True", self.use_cayley_neumann),
+            ("num_cayley_neumann_terms", terms != 5, "use_cayley_neumann=True", self.use_cayley_neumann),
+            ("psoft_svd_lowrank_niter", niter != 10, "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
+        ):
+            if given and not met:
+                warn(f"`{name}` is only used when `{condition}`. It has no effect here.")
         if eps is not None and not 0 < eps < 1:
             raise ConfigError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")
         if not 1 <= terms <= MOST_TERMS:

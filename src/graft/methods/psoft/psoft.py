@@ -65,7 +65,8 @@ class PSOFT(Method):
         r, most = self.cfg.r, min(self.site.out_features, self.site.fan_in)
         if self.site.op.known and r > most:
             raise ConfigError(
-                f"`r` ({r}) must be at most min(in_features, out_features) ({most}) of layer '{self.site.key}'."
+                f"`r` ({r}) must be less than or equal to min(in_features, out_features) ({self.site.fan_in}, "
+                f"{self.site.out_features}), layer '{self.site.key}'."
             )
         return super().check()
 

@@ -11,7 +11,7 @@ import graft
 from graft.core.containers import BufferDict
 from graft.core.errors import ConfigTypeError, PeftWarning
 from graft.core.layer import AdapterLayer
-from graft.model.functional import check_if_peft_model
+from graft.model.functional import check_if_peft_model, rescale_adapter_scale
 from graft.model.tuner import tuner_of
 from tests.looks import layers
 from tests.models import make, seeded
@@ -125,7 +125,8 @@ def test_what_describes_a_machine_is_not_read(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(path.read_text().replace("{", '{"runtime_config": {"ephemeral_gpu_offload": true},', 1))
     assert "runtime_config" not in graft.LoraConfig.from_json_file(path)
-    assert graft.PeftConfig.from_pretrained(tmp_path).target_modules == {"lin"}
+    with pytest.warns(UserWarning, match="runtime_config"):
+        assert graft.PeftConfig.from_pretrained(tmp_path).target_modules == {"lin"}
 
 
 def test_paths_in_configs():
@@ -170,3 +171,14 @@ def test_token_rows_that_nothing_is_tied_to():
         graft.get_peft_model(
             make("llama"), lora(target_modules=["q_proj"], trainable_token_indices=[1], ensure_weight_tying=True)
         )
+
+
+def test_a_scaling_read_before_is_not_changed_by_rescaling():
+    model = graft.get_peft_model(net(), lora(target_modules=["lin"]))
+    layer, x = model.get_base_model().lin, torch.randn(3, 6)
+    base, full = layer.base_layer(x), layer(x)
+    before = layer.scaling
+    with rescale_adapter_scale(model, 0.5):
+        assert layer.scaling["default"] == before["default"] / 2
+        torch.testing.assert_close(layer(x) - base, (full - base) / 2)
+    assert layer.scaling == before and torch.equal(layer(x), full)

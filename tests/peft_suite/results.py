@@ -104,8 +104,12 @@ def sentences() -> str:
     )
 
 
+def first_line(text: str) -> str:
+    return text.partition("\n")[0][:200]
+
+
 def told(found: Found, show: int) -> str:
-    said = [f"{name}\n    {reason}" for name, reason in list(found.failed.items())[:show]]
+    said = [f"{name}\n    {first_line(reason)}" for name, reason in list(found.failed.items())[:show]]
     said += [f"passes, though left_out.md names it: {tests}" for tests in found.idle]
     left = ", ".join(f"{found.left_out[part]} {kind}" for kind, part in PARTS.items())
     said += [f"left out: {left}; skipped by the tests themselves: {found.skipped}"]

@@ -147,7 +147,7 @@ class PeftConfig:
             ConfigError: its peft_type is unknown, or another field has a value that cannot be.
         """
         hub = hub_keywords(kwargs)
-        stored = Stored(pretrained_model_name_or_path, subfolder, cls.from_json_file, **hub)
+        stored = Stored(pretrained_model_name_or_path, subfolder, read_object, **hub)
         loaded = stored.of(found_in(stored.folder))
         known = {f.name for f in fields(PeftConfig)}
         if (

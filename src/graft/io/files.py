@@ -20,6 +20,7 @@ from graft.config.base import PeftConfig
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
+from graft.config.reading import read_object
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError
 from graft.io import seal
@@ -86,7 +87,7 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
         CheckpointError: one of them is not there, or damaged.
         ConfigError: the config is not valid.
     """
-    stored = Stored(where, subfolder, PeftConfig.from_json_file, **hub)
+    stored = Stored(where, subfolder, read_object, **hub)
     loaded = load_weights(where, subfolder, check_digest, **hub)
     fields = stored.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it

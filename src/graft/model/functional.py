@@ -155,16 +155,16 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = [layer for layer in survey(model).layers.values() if getattr(layer, "scaling", None)]
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none.")
-    with layers[0].call.gate.change("rescale_adapter_scale()"):
-        before = [dict(layer.scaling) for layer in layers]
-        for layer in layers:
-            layer.scaling.update({name: value * multiplier for name, value in layer.scaling.items()})
+    gate, before = layers[0].call.gate, [layer.scaling for layer in layers]
+    with gate.change("rescale_adapter_scale()"):
+        for layer in layers:  # another dict: callers compare the two
+            layer.scaling = {name: value * multiplier for name, value in layer.scaling.items()}
     try:
         yield
     finally:
-        with layers[0].call.gate.change("the end of rescale_adapter_scale()"):
+        with gate.change("the end of rescale_adapter_scale()"):
             for layer, scaling in zip(layers, before):
-                layer.scaling.update(scaling)
+                layer.scaling = layer.scaling | scaling
 
 
 @contextmanager

@@ -62,10 +62,10 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
     embedding, tied = tied_to_embedding(model, tree)
     if not tied or embedding is None:
         if ensure:
+            text = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
             if getattr(cfg, "trainable_token_indices", None):
-                warn("ensure_weight_tying=True but the model does not have tied weights: token rows train apart")
-            else:
-                warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model")
+                text += ": ensure_weight_tying=True but the model does not have tied weights; token rows train apart"
+            warn(text)
         return {}
     group = [embedding, *tied]
     targets = Names(cfg.target_modules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method, Tensors
 from graft.kernels.orthogonal import gram_distance
-from graft.methods.adalora.allocator import orthogonal_loss, trainable, update_and_allocate
+from graft.methods.adalora.allocator import orthogonal_loss, trainable
+from graft.methods.adalora.api import API
 from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.forgotten import warn_if_forgotten
-from graft.methods.adalora.resizing import resize_modules_by_rank_pattern
 from graft.storage.parallel import layout_of, whole
 
 TENSORS = ("lora_A", "lora_B", "lora_E")
@@ -34,11 +34,7 @@ class AdaLoRA(Method):
     targets = ADALORA
     single_trainable = True
     over_layers = "divides a budget of ranks among all layers"
-    tuner_methods: ClassVar[dict[str, Any]] = {
-        "update_and_allocate": update_and_allocate,
-        "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
-        "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
-    }
+    tuner_methods = API
 
     lora_A: nn.Parameter  # (r, fan_in), right singular vectors
     lora_B: nn.Parameter  # (out, r), left singular vectors

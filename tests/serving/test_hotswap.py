@@ -585,7 +585,7 @@ def test_preparing_embeddings_patterns_and_several_adapters(tmp_path):
     before = output(model, "embedding")
     graft.prepare_model_for_compiled_hotswap(model, target_rank=6, config=model.peft_config)
     assert_close(output(model, "embedding"), before)
-    assert [(c.r, c.rank_pattern) for c in model.peft_config.values()] == [(6, {}), (6, {})]
+    assert [(c.r, c.rank_pattern) for c in model.peft_config.values()] == [(6, {"lin": 6}), (6, {})]
     model.save_pretrained(tmp_path)
     assert_close(output(loaded(peft, "embedding", str(tmp_path)), "embedding"), before)
     model.set_adapter("b")

@@ -45,7 +45,7 @@ WARNED = [
         "a start from data is replaced by its values",
         MATRICES + "methods/test_corda.py methods/test_lora_shift.py trust/test_audit.py",
     ),
-    Warned("Base layer '.*' has no bias", "BEFT meets layers without one", MATRICES + "model/tasks/"),
+    Warned("Layer '.*' has no bias", "BEFT meets layers without one", MATRICES + "model/tasks/"),
     Warned(
         "`lora_bias=True` was passed", "so does LoRA with a bias of its own", MATRICES + "methods/test_lora_extras.py"
     ),
@@ -191,7 +191,7 @@ WARNED = [
     Warned(
         "Adapter '.*' from .* was trained on a base model of the same architecture",
         "a file meets another base",
-        "methods/test_adamss.py::test_a_file_for_other_clusters_is_refused "
+        "methods/test_adamss.py::test_a_file_of_peft_for_other_clusters_is_refused "
         "methods/test_delora.py::test_norms_are_of_the_weight_without_adapters "
         "methods/test_mica.py::test_b_never_trains trust/test_audit.py",
     ),

@@ -220,7 +220,7 @@ def test_facts_of_layers(sample):
     for name, facts in theirs.items():
         close(ours[name].pop("weight"), facts.pop("weight"), 0)
         missing = facts.pop("delta") ^ ours[name].pop("delta")  # empty ones that only PEFT has
-        spare = ("hada_t1", "hada_t2", "oft_R", "gralora_A_general", "gralora_B_general")
+        spare = ("hada_t1", "hada_t2", "oft_R", "gralora_A_general", "gralora_B_general", "psoft_basis")
         assert all("embedding" in n or n.startswith("lokr_") or n in spare for n in missing), missing
         if sample.method == "PVERA":  # PEFT says of Conv1D that it is none
             facts.pop("is_target_conv_1d_layer", None)

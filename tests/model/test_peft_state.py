@@ -9,7 +9,7 @@ from torch import nn
 
 import graft
 from graft.core.containers import BufferDict
-from graft.core.errors import ConfigTypeError, PeftWarning
+from graft.core.errors import PeftWarning
 from graft.core.layer import AdapterLayer
 from graft.model.functional import check_if_peft_model, rescale_adapter_scale
 from graft.model.tuner import tuner_of
@@ -136,10 +136,9 @@ def test_paths_in_configs():
 
 
 def test_settings_that_nobody_looks_at_may_be_none():
-    config = graft.AdamssConfig(asa_target_subspaces=None, init_warmup=None, mask_interval=None)
-    assert config.asa_target_subspaces == 50
-    with pytest.raises(ConfigTypeError, match="init_warmup"):
-        graft.AdamssConfig(use_asa=True, init_warmup=None)
+    for use_asa in (False, True):
+        config = graft.AdamssConfig(use_asa=use_asa, asa_target_subspaces=None, init_warmup=None, mask_interval=None)
+        assert (config.asa_target_subspaces, config.init_warmup) == (50, graft.AdamssConfig().init_warmup)
 
 
 def test_buffers_are_updated_like_a_dict():

@@ -46,7 +46,7 @@ def test_saved_by_one_loaded_by_the_other(sample, tmp_path):
         assert copies or not result.warned("missing adapter keys")
         assert not result.warned("Unexpected keyword arguments")
         assert type(result.value).__name__ == type(expected).__name__
-        close_dicts(dict(result.value.state_dict()), tensors, 1e-6)
+        close_dicts(dict(result.value.state_dict()), tensors, 3e-6)  # KaSA takes a decomposition out of the base
         if "forward" not in sample.unlike:
             close(output(result.value, sample), output(expected, sample))
 

@@ -16,19 +16,19 @@ SAME_MASKS = [s for s in DROPOUT if s.method in SEEDED]
 @over_all(alike("forward"))
 def test_outputs_and_gradients(sample):
     ours, theirs = (m.eval() for m in both(sample))
-    fresh = output(theirs, sample)
+    fresh, tolerance = output(theirs, sample), 5e-5 if "kasa" in sample.name else 1e-5  # a decomposed base
     if fresh.isfinite().all():  # PEFT's Gram-Schmidt of HRA's doubled initial columns divides by zero
-        close(output(ours, sample), fresh)
+        close(output(ours, sample), fresh, tolerance)
 
     randomize(ours, sample), randomize(theirs, sample)
     changed = output(theirs, sample)
     assert not torch.allclose(fresh, changed, atol=1e-3)  # or the next line would say nothing
-    close(output(ours, sample), changed)
+    close(output(ours, sample), changed, tolerance)
     if sample.kwargs.get("inference_mode") or "gradients" in sample.unlike:
         return
     if sample not in DROPOUT:
         ours.train(), theirs.train()
-    close_dicts(gradients(ours, sample), gradients(theirs, sample))
+    close_dicts(gradients(ours, sample), gradients(theirs, sample), tolerance)
 
 
 @over_all(SAME_MASKS)

@@ -14,7 +14,7 @@ def test_seeded_initial_values(sample):
         values.append(adapt(lib, sample).state_dict())
         states.append(torch.get_rng_state())
     factored = str(sample.kwargs.get("init_lora_weights")).startswith(("pissa", "olora")) or "kasa" in sample.name
-    close_dicts(*values, tolerance=1e-6 if factored else 0)  # a residual of the weight: the last bit is the layout's
+    close_dicts(*values, tolerance=3e-6 if factored else 0)  # a residual of the weight: the last bit is the layout's
     assert torch.equal(*states) or "rng" in sample.unlike
 
 

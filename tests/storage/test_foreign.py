@@ -312,12 +312,15 @@ def test_an_initialisation_that_changes_the_base_is_refused(kind):
         graft.get_peft_model(net(kind), lora(init_lora_weights="pissa"))
 
 
-def test_a_parameter_of_codes_is_no_target():
-    base = net("codes")
-    config = graft.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
-    with pytest.raises(UnsupportedLayerError, match=r"its weight holds int8, .*: load the base model dequantized"):
-        graft.get_peft_model(base, config)
-    assert type(base[0]) is Int8
+def test_the_codes_of_a_layer_as_a_target_are_the_layer():
+    x = torch.randn(3, 6)
+    named, by_layer = (
+        graft.get_peft_model(net("codes"), graft.LoraConfig(r=2, target_modules=modules, target_parameters=parameters))
+        for modules, parameters in (([], ["0.weight"]), (["0"], None))
+    )
+    assert "base_model.model.0.lora_A.default.weight" in named.state_dict()
+    by_layer.load_state_dict(named.state_dict())
+    assert torch.equal(named(x), by_layer(x))
 
 
 @kinds

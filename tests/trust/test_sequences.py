@@ -250,6 +250,10 @@ class Sequences(RuleBasedStateMachine):
             self.reference.add(name, adapter.copy())
         else:
             mine.tensors = adapter.copy().tensors
+        if train and name not in self.reference.active:  # it trains all the same; take that back
+            held = [layer for layer in registry_of(self.model).layers.values() if name in layer.methods]
+            assert all(p.requires_grad for layer in held for p in layer.parameters_of(name))
+            self.model.set_requires_grad(name, False)
 
     @rule(how=st.sampled_from(["deepcopy", "torch.save"]))
     def copied(self, how):

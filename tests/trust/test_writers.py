@@ -222,7 +222,7 @@ def test_a_save_within_a_load(tmp_path, monkeypatch, recwarn, old, new, when):
         if when == "between the formats":
             for name in ("read_safetensors", "read_torch"):
                 real = getattr(adapter_files, name)
-                patch.setattr(adapter_files, name, lambda path, real=real: (save(), real(path))[1])
+                patch.setattr(adapter_files, name, lambda *a, real=real, **k: (save(), real(*a, **k))[1])
         else:
             real = adapter_files.load_weights
 

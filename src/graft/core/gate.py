@@ -329,6 +329,8 @@ def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @wraps(function)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.call is None:  # a carrier that is in no model yet
+                return function(self, *args, **kwargs)
             with self.call.gate.change(told(function, args, kwargs), touches(self, *args, **kwargs)):
                 return function(self, *args, **kwargs)
 

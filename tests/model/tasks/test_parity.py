@@ -111,7 +111,8 @@ def test_equals_peft(cell, tmp_path):
     def theirs(aspect: str) -> nn.Module:
         return twin(ours, cell) if aspect == "loss" else peft.PeftModel.from_pretrained(make(cell.model), str(tmp_path))
 
-    tolerance = 1e-3 if OLD and cell.model == "t5" else 1e-4  # torch 2.6's products in float32 are off by as much
+    # t5's are large, and torch 2.6's products in float32 are off by as much
+    tolerance = (1e-3 if OLD else 2e-4) if cell.model == "t5" else 1e-4
     for aspect, run in aspects(cell).items():
         known, expected = unlike(cell, aspect), outcome(lambda: run(theirs(aspect), cell))  # noqa: B023
         if known is not None and known.shows:

@@ -36,7 +36,7 @@ def skip(*tensors: Tensor) -> None:
             torch.empty(1, device="cpu").uniform_()
         return
     for t in tensors:
-        torch.empty(t.shape, dtype=t.dtype, device="cpu").uniform_()
+        (t if t.is_cpu else torch.empty_like(t, device=CPU)).uniform_()  # the caller overwrites the values
 
 
 @cache
@@ -104,6 +104,9 @@ class DrawnOnCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+NOTHING = nullcontext()
+
+
 def made_on(device: torch.device | None) -> AbstractContextManager[None]:
     """Make tensors on `device` within the block, with the random values that a seed gives on a CPU.
 
@@ -112,7 +115,9 @@ def made_on(device: torch.device | None) -> AbstractContextManager[None]:
     default = torch.get_default_device()
     if device is None or device.type == "meta":
         device = CPU
-    return nullcontext() if default.type == "meta" or default == device == CPU else _made_on(device)
+    if default.type == "meta" or (default.type == "cpu" and device.type == "cpu"):
+        return NOTHING
+    return _made_on(device)
 
 
 @contextmanager

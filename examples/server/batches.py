@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of many requests, answered in mixed batches as they arrive. One thread runs the model."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+import graft
+
+
+class Piece(NamedTuple):
+    """What a token adds to an answer."""
+
+    text: str
+    tokens: list[int]
+    ended: str | None  # why this piece is the last: "stop" or "length"
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and its answer."""
+
+    prompt: list[int]
+    adapter: str  # or "__base__"
+    tell: Callable[[Piece | Exception], Any]  # called in the thread that runs the model
+    limit: int  # tokens
+    temperature: float = 0.0  # 0: the most likely token
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: Sequence[str] = ()
+    made: list[int] = field(default_factory=list)
+    told: int = 0  # characters
+    over: bool = False  # it has ended, or nobody waits for it
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator()
+        self.generator.manual_seed(self.generator.seed() if self.seed is None else self.seed)
+
+    def drawn(self, scores: Tensor) -> Tensor:
+        """Return scores (vocabulary,) whose largest is a draw from softmax(scores / temperature): Gumbel's trick."""
+        scores = scores / self.temperature
+        if self.top_p < 1:
+            ordered, order = scores.sort(descending=True)
+            likely = ordered.softmax(-1)
+            beyond = likely.cumsum(-1) - likely >= self.top_p  # those before it are likely enough without it
+            scores = scores.scatter(0, order, ordered.masked_fill(beyond, -torch.inf))
+        noise = torch.empty(scores.shape).exponential_(generator=self.generator).log_()  # on the CPU: as the seed says
+        return scores - noise.to(scores.device)
+
+    def take(self, token: int, ends: Sequence[int], tokenizer: Any) -> None:
+        """Add a token to the answer, and tell what is settled by now."""
+        ended = "stop" if token in ends else None
+        if not ended:
+            self.made.append(token)
+        text = self.text(tokenizer)
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            text, ended = text[: min(found)], "stop"
+        elif not ended and len(self.made) == self.limit:
+            ended = "length"
+        elif not ended:
+            text = text[: len(text) - unsettled(text, self.stops)]
+        self.over = ended is not None
+        self.tell(Piece(text[self.told :], [] if token in ends else [token], ended))
+        self.told = max(self.told, len(text))
+
+    def text(self, tokenizer: Any) -> str:
+        """Return the answer's text as it follows the prompt: several tokenizers drop a space at the beginning."""
+        if tokenizer is None:
+            return ""
+        known, whole = (tokenizer.decode(self.prompt[-5:] + ids, skip_special_tokens=True) for ids in ([], self.made))
+        return whole[len(known) :]
+
+
+def unsettled(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters at the end may yet change, or turn out to begin a stop."""
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(len(text) - len(text.rstrip("\ufffd")), *begun, 0)
+
+
+class Draw(LogitsProcessor):
+    """Has the largest score of each row be its own draw, so that rows may differ in temperature and seed."""
+
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.stack(
+            [row.drawn(own) if row.temperature and not row.over else own for row, own in zip(self.rows, scores)]
+        )
+
+
+class Tell(StoppingCriteria):
+    """Gives each row its new token. The batch ends when all rows have."""
+
+    def __init__(self, rows: list[Row], ends: Sequence[int], tokenizer: Any):
+        self.rows, self.ends, self.tokenizer = rows, ends, tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for row, token in zip(self.rows, input_ids[:, -1].tolist()):  # waits for the device: so do clients
+            if not row.over:
+                row.take(token, self.ends, self.tokenizer)
+        return torch.tensor([row.over for row in self.rows], device=input_ids.device)
+
+
+class Batches:
+    """One model, and the thread that runs it. Rows that arrive while a batch runs make up the next one."""
+
+    def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int], most: int):
+        self.model, self.tokenizer, self.ends, self.most = model, tokenizer, ends, most
+        self.sizes: Counter[int] = Counter()  # of batches: rows → how many
+        self.waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
+        threading.Thread(target=self.run, name="batches", daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            rows = [self.waiting.get()]
+            while len(rows) < self.most and not self.waiting.empty():
+                rows.append(self.waiting.get())
+            try:
+                self.answer(rows)
+            except Exception as error:
+                for row in rows:
+                    if not row.over:
+                        row.over = True
+                        row.tell(error)
+
+    def answer(self, rows: list[Row]) -> None:
+        with graft.calling(self.model):  # whatever adapter is there now stays, as it is, until the batch ends
+            for row in rows:
+                if row.adapter != "__base__" and row.adapter not in self.model.peft_config:
+                    row.over = True
+                    row.tell(graft.AdapterNotFoundError(f"The model {row.adapter!r} was unloaded before its turn."))
+            rows = [row for row in rows if not row.over]
+            if rows:
+                self.sizes[len(rows)] += 1
+                self.generate(rows)
+
+    def generate(self, rows: list[Row]) -> None:
+        width, device = max(len(row.prompt) for row in rows), self.model.device
+        before = [width - len(row.prompt) for row in rows]  # padding
+        ids = [[0] * n + row.prompt for n, row in zip(before, rows)]
+        mask = [[0] * n + [1] * len(row.prompt) for n, row in zip(before, rows)]
+        self.model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            adapter_names=[row.adapter for row in rows],
+            max_new_tokens=max(row.limit for row in rows),
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Draw(rows)]),
+            stopping_criteria=StoppingCriteriaList([Tell(rows, self.ends, self.tokenizer)]),
+        )

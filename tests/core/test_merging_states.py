@@ -383,3 +383,38 @@ def test_an_embedding_with_a_largest_norm_takes_up_other_rows(config):
     model, ids = shrunk(config), torch.arange(8)
     y = model(ids)
     assert_close(model.merge_and_unload()(ids), y)
+
+
+# a bias where there is none
+
+
+@pytest.mark.parametrize("by", ["fold", "delta"])
+def test_an_adapter_that_makes_a_bias_is_refused_before_any_layer_is_written(by):
+    class Shifting(graft.Method):
+        config, prefix = graft.LoraConfig, "shifting_"
+        shifting_b: nn.Parameter
+
+        def build(self, shared):
+            return {"shifting_b": nn.Parameter(torch.ones(self.site.out_features))}
+
+        def fold(self, W, b):
+            return W * 2, self.shifting_b if b is None else b + self.shifting_b
+
+        def describe(self):
+            if by == "fold":
+                return Rewrite(self.fold)
+            return Update(lambda: torch.ones(6, 6), bias=lambda: self.shifting_b)
+
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    inject(base, graft.LoraConfig(target_modules=["0", "1", "2", "3"]), Shifting, "a")
+    model = graft.get_peft_model(base, None, "a") if False else base
+    layers = [model[i] for i in range(4)]
+    for layer in layers:
+        layer.set_adapter("a")
+    registry = MergingRegistry(base)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    words = "adapter.*'a'.*layer '2': they shift the bias, and it has none"
+    with pytest.raises(NotImplementedError, match=words):
+        registry.merge_adapter(["a"])
+    assert not any(layer.merged for layer in layers)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

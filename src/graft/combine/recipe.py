@@ -47,6 +47,11 @@ class Recipe:
             options["majority_sign_method"] = self.majority
         return partial(ELEMENTWISE[name], **options)
 
+    @property
+    def draws(self) -> bool:
+        """Return True if pruning is random."""
+        return self.kind.startswith("dare")
+
     def check(self, form: Form, peft_type: str) -> None:
         if self.kind not in TYPES:
             raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -18,6 +19,8 @@ from graft.combine.recipe import TYPES, Recipe
 from graft.core.changes import wide
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
 from graft.core.gate import prepares
+from graft.inject.stage import draw
+from graft.methods import method_of
 from graft.storage.parallel import whole_at
 
 
@@ -124,6 +127,8 @@ def add_weighted_adapter(
     tuner.check_new(adapter_name, cfg)
     warn_if_base_changed(tuner, names, adapter_name, cfg)
     report = WeightedReport(adapter_name, kind, ranks)
+    if recipe.draws and form.apart:
+        draw_start(tuner, adapter_name, cfg, list(parts))
     values = {}
     for key, found in parts.items():
         A, B, energy = recipe.combine(terms.pop(key), ranks[key])
@@ -206,6 +211,16 @@ def function_for(peft_type: str) -> Callable[..., Any]:
 
 
 # steps
+
+
+def draw_start(tuner: Any, adapter_name: str, cfg: Any, keys: list[str]) -> None:
+    """Draw the new adapter's initial values, which it does not keep: as in PEFT, pruning draws after that."""
+    method = method_of(cfg.peft_type).variant(cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user saw them when the adapters came
+        for key in keys:
+            layer = tuner.layers[key]
+            draw(method(layer.site, cfg.at(key), adapter_name), {}, layer.call)
 
 
 def kind_of(tuner: Any, names: list[str]) -> str:

@@ -8,8 +8,9 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from typing import Any, ClassVar
@@ -203,9 +204,11 @@ class PeftConfig:
                 warn(f"'{name}' describes a machine, not an adapter: the stored value is ignored.")
         unknown = sorted(set(values) - known)
         if unknown:
+            meant = close_to(unknown, known)
             warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
-                "This probably means that the file was written by a newer version, which knows more settings."
+                + (f"Did you mean {meant}? If not, the" if meant else "This probably means that the")
+                + " file was written by a newer version, which knows more settings."
             )
         return cls(**{k: v for k, v in values.items() if k in known and k not in cls.runtime_fields})
 
@@ -213,6 +216,12 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
         """Return the fields in a file, without those that describe a machine."""
         return {k: v for k, v in read_object(path_json_file).items() if k not in MACHINE}
+
+
+def close_to(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Return the known names that unknown ones look like, as text; "" if there are none."""
+    found = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
+    return ", ".join(f"'{close[0]}' for '{name}'" for name, close in found if close)
 
 
 def matches_end(pattern: str, key: str, field: str) -> bool:

@@ -85,7 +85,8 @@ class Stored:
         return fields
 
     def _say_edited(self, beside: dict[str, Any], inside: dict[str, Any]) -> None:
-        names = [n for n in sorted({*beside, *inside} - DESCRIBING) if plain(beside.get(n)) != plain(inside.get(n))]
+        # a save writes all fields of a config: of others, `PeftConfig.tolerant` warns
+        names = [n for n in sorted(set(inside) - DESCRIBING) if plain(beside.get(n)) != plain(inside[n])]
         if names:
             differ = ", ".join(f"{n} ({beside.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
             warn(

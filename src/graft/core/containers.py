@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,40 @@ from graft.core.wrappers import parameters_in, walk
 
 
 class BufferDict(nn.Module):
-    """Buffers by name, as `nn.ParameterDict` has parameters. persistent: in the state dict; filed: in checkpoints."""
+    """Buffers by name, as `nn.ParameterDict` has parameters.
 
-    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False, filed: bool | None = None):
+    persistent: in the state dict, and in checkpoints; each buffer that `put` puts here may differ.
+    """
+
+    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
         self.persistent = persistent
-        self.filed = persistent if filed is None else filed
+        self._filed: dict[str, bool] = {}  # whether checkpoints hold a buffer
         for name, value in (buffers or {}).items():
             self[name] = value
+
+    def holds_filed(self, name: str) -> bool:
+        """Return True if a checkpoint holds the buffer of this name."""
+        return self._filed.get(name, self.persistent)
+
+    def _put(self, name: str, value: Tensor | Transient) -> None:
+        transient = isinstance(value, Transient)
+        self._filed[name] = not transient or isinstance(value, Filed)
+        self.register_buffer(name, value.tensor if isinstance(value, Transient) else value, persistent=not transient)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._buffers[name]  # type: ignore[return-value]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=self.persistent)
+        if name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.register_buffer(name, value, persistent=self.persistent)
 
     def __delitem__(self, name: str) -> None:
         del self._buffers[name]
+        self._filed.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._buffers
@@ -57,7 +75,9 @@ class BufferDict(nn.Module):
             self[name] = value  # type: ignore[assignment]
 
     def pop(self, name: str) -> Tensor:
-        return self._buffers.pop(name)  # type: ignore[return-value]
+        value = self[name]
+        del self[name]
+        return value
 
 
 class AnyDict(nn.Module):
@@ -68,8 +88,10 @@ class AnyDict(nn.Module):
         self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
             self[name] = other[name]
-            if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.filed):
+            if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.holds_filed(name)):
                 self.transient.add(name)
+            if name in other._non_persistent_buffers_set:
+                self._non_persistent_buffers_set.add(name)
 
     def _held(self, name: object) -> dict[str, Any] | None:
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
@@ -81,13 +103,15 @@ class AnyDict(nn.Module):
         return held[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(value, Transient):
-            if not isinstance(value, Filed):
-                self.transient.add(name)
-            value = value.tensor
+        kind, value = value, value.tensor if isinstance(value, Transient) else value
         held = self._held(name)
         if held is not None:
             del held[name]
+        if isinstance(kind, Transient):
+            if not isinstance(kind, Filed):
+                self.transient.add(name)
+            if not isinstance(value, nn.Parameter):
+                self._non_persistent_buffers_set.add(name)
         if isinstance(value, nn.Module):
             self._modules[name] = value
         elif isinstance(value, nn.Parameter):
@@ -101,6 +125,7 @@ class AnyDict(nn.Module):
             raise KeyError(name)
         del held[name]
         self.transient.discard(name)
+        self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
         return self._held(name) is not None
@@ -142,6 +167,33 @@ class Attached(NamedTuple):
 
 
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which stand in plain dicts
+
+
+class Told(dict):
+    """Facts by adapter which tell how it was made, and which nothing computes with: setting one is refused."""
+
+    key: ClassVar[str]  # their name on the layer
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError(
+            f"layer.{self.key}[…] cannot be set: it tells how an adapter was made, and nothing computes with it. Set "
+            "what the layer computes with, such as layer.scaling[…], or add an adapter with another config."
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return told, (self.key, dict(self))
+
+
+@cache
+def told_by(key: str) -> type[Told]:
+    """Return the class of the facts that a layer shows by this name."""
+    return type("Told", (Told,), {"key": key, "__slots__": ()})
+
+
+def told(key: str, values: dict[str, Any]) -> Told:
+    return told_by(key)(values)
 
 
 @dataclass(slots=True, eq=False)  # made and read in less time than a tuple with names
@@ -213,13 +265,31 @@ def container_for(value: Any) -> Any:
     if isinstance(value, Transient) and isinstance(value.tensor, nn.Parameter):
         return TransientParameterDict()
     if isinstance(value, Transient):
-        return BufferDict(persistent=False, filed=isinstance(value, Filed))
+        return BufferDict(persistent=False)
     return BufferDict(persistent=True)
 
 
 def takes(container: Any, value: Any) -> bool:
-    """Say whether a container holds values of this kind."""
-    return type(container) is AnyDict or type(container) is type(container_for(value))
+    """Return True if a container holds values of this kind."""
+    kind = type(container)
+    if isinstance(value, nn.Module):
+        return kind is ModuleDict or kind is AnyDict
+    if not isinstance(value, (Tensor, Transient)):
+        return isinstance(container, dict)
+    tensor = value.tensor if isinstance(value, Transient) else value
+    if not isinstance(tensor, nn.Parameter):
+        return kind is BufferDict or kind is AnyDict
+    return kind is (TransientParameterDict if isinstance(value, Transient) else nn.ParameterDict) or kind is AnyDict
+
+
+def put(container: Any, adapter: str, value: Any) -> None:
+    """Put a value into a container that `takes` it."""
+    if isinstance(container, BufferDict):
+        container._put(adapter, value)
+    elif isinstance(value, Transient) and not isinstance(container, AnyDict):
+        container[adapter] = value.tensor
+    else:
+        container[adapter] = value
 
 
 def module_of(container: Any, adapter: str) -> nn.Module | None:
@@ -247,5 +317,5 @@ def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterato
     elif isinstance(container, AnyDict):
         if adapter in container and (transient or adapter not in container.transient):
             yield "", container, adapter, container[adapter]
-    elif isinstance(container, BufferDict) and (transient or container.filed) and adapter in container:
+    elif isinstance(container, BufferDict) and adapter in container and (transient or container.holds_filed(adapter)):
         yield "", container, adapter, container[adapter]

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import FACTS, AnyDict, Attached, Slot, Transient, container_for, slots_of, takes
+from graft.core.containers import (
+    FACTS,
+    AnyDict,
+    Attached,
+    Slot,
+    Transient,
+    container_for,
+    put,
+    slots_of,
+    takes,
+    told_by,
+)
 from graft.core.lean import ModuleDict
 from graft.core.place import UPCAST, place_tensor
 from graft.core.site import Site, Store
@@ -37,20 +48,32 @@ class Holding:
         self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
 
     def hold(self, method: Any, values: dict[str, Any]) -> None:
-        """Put the values that `Method.build` returned into containers."""
-        adapter = method.name
+        """Put the values that `Method.build` returned into containers.
+
+        Raises:
+            TypeError: the layer cannot hold them; it holds none.
+        """
+        try:
+            self._hold(method, values)
+        except BaseException:
+            self.let_go(method.name)
+            raise
+
+    def _hold(self, method: Any, values: dict[str, Any]) -> None:
+        adapter, computes_with = method.name, method.computes_with
         slots: list[Slot] = []
         own, modules, known = self.__dict__, self._modules, self.containers
         training = modules["base_layer"].training
-        mixed = any(kind is not method.config for kind in self.kinds)
         for key, value in values.items():
             kind = type(value)
             if kind in FACTS:
-                if key in known:
-                    own[key][adapter] = value
-                else:
-                    own[key] = {adapter: value}
+                if key not in known:
+                    own[key] = {adapter: value} if key in computes_with else told_by(key)({adapter: value})
                     known.append(key)
+                elif key in modules:
+                    raise self._unfit(method, key, kind)
+                else:
+                    self.tell(adapter, **{key: value})
                 continue
             if kind is Attached:  # the container itself, of the whole model, stands here
                 if not isinstance(value.container, nn.Module):  # plain facts of the whole model
@@ -67,7 +90,9 @@ class Holding:
             if key not in known:
                 self._open(key, value, training)
             container: Any = modules[key] if key in modules else own[key]
-            if mixed and not takes(container, value):
+            if not takes(container, value):
+                if isinstance(container, dict) or not isinstance(value, (nn.Module, Tensor, Transient)):
+                    raise self._unfit(method, key, kind)
                 container = self._widen(key, container)
             if type(container) is AnyDict:
                 container[adapter] = value
@@ -86,14 +111,31 @@ class Holding:
                     value.train(training)
                     slots += slots_of(key, container, adapter)
                 continue
-            container[adapter] = value.tensor if isinstance(value, Transient) else value
+            if isinstance(container, dict):
+                self.tell(adapter, **{key: value})
+                continue
+            put(container, adapter, value)
             slots += slots_of(key, container, adapter)
         for key, container in method.empty.items():
             if key not in modules and key not in own:
                 own[key] = container
         self.state.slots[adapter] = slots
+        check_slots(method, self.site.key, slots)
         if "scaling" in values:
             self.scaling_at_start[adapter] = values["scaling"]
+
+    def tell(self, adapter: str, **facts: Any) -> None:
+        """Set facts of an adapter, those too that tell how it was made."""
+        for key, value in facts.items():
+            dict.__setitem__(self.__dict__[key], adapter, value)
+
+    def _unfit(self, method: Any, key: str, kind: type) -> TypeError:
+        others = ", ".join(f"'{name}'" for name in self.methods)
+        return TypeError(
+            f"'{key}' of {type(method).__name__} adapter '{method.name}' on layer '{self.site.key}' is a "
+            f"{kind.__name__}, and of other adapters there ({others}) something else: facts and tensors cannot share a "
+            "name. Let build() return it under another."
+        )
 
     def _open(self, key: str, value: Any, training: bool) -> None:
         """Make a container for values like this one."""
@@ -146,7 +188,7 @@ class Holding:
         for key in own["containers"]:
             container: Any = modules.get(key)
             if container is None:
-                own[key].pop(adapter, None)
+                dict.pop(own[key], adapter, None)  # what tells how it was made lets nobody else do so
             elif type(container) is ModuleDict:  # past its own methods, which take as long as all the rest
                 container._modules.pop(adapter, None)
             elif adapter in container:
@@ -187,3 +229,25 @@ class Holding:
         if tensor is None or slot.held.get(adapter) is not slot.root:
             tensor = self.slots(adapter)[0].tensor
         return tensor
+
+
+def check_slots(method: Any, layer: str, slots: list[Slot]) -> None:
+    """Raise TypeError unless the tensors of an adapter are such as the rest of graft can work with."""
+    why = ""
+    prefix = method.prefix
+    for slot in slots:
+        if slot.saved and not slot.container.startswith(prefix):
+            why = (
+                f"names a tensor '{slot.container}': names of tensors that a file holds begin with '{prefix}', the "
+                "method's prefix"
+            )
+    if not slots:
+        why = "has no tensor: return one at least (a frozen one, if nothing trains there)"
+    elif not slots[0].tensor.is_floating_point():
+        why = (
+            f"begins with '{slots[0].container}' of {slots[0].tensor.dtype}: the first tensor gives the dtype in which "
+            "the adapter computes, so return one of floating numbers before it"
+        )
+    if why:
+        of = f"{type(method).__name__} returns for adapter '{method.name}' on layer '{layer}'"
+        raise TypeError(f"What build() of {of} {why}.")

@@ -407,7 +407,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         as they are stored (dequantized), and ΔW is what the adapters asked for. 0.0: the whole update vanished. Noise
         of rounding that points nowhere leaves it at 1.0. Of several merges, both products are sums.
         """
-        return merging.share_kept(self)
+        return merging.shares_kept([self])[0]
 
     @changes(everything)
     def unmerge(self) -> None:

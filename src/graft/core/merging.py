@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.containers import slots_of
-from graft.core.effect import HALF, LowRank, Replace
+from graft.core.effect import HALF, LowRank, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, warn
 from graft.core.face import Layer
 from graft.core.finite import largest
@@ -84,8 +84,13 @@ def check_together(layer: Layer, methods: Sequence[Method]) -> None:
             type(same[0]).check_together(same)
 
 
-def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool) -> None:
-    """Raise the errors of merging, without writing. safe: compute the weights, and raise unless they are finite."""
+def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked: Asked | None = None) -> None:
+    """Raise the errors of merging, without writing.
+
+    Args:
+        safe: compute the weights, and raise unless they are finite.
+        asked: what `shifts_bias` knows of other layers.
+    """
     key = layer.site.key
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
@@ -110,6 +115,9 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool) -> Non
                 raise ValueError(_broken(layer, names))
         return
     check_together(layer, [layer.methods[n] for n in layer.state.merged] + methods)
+    if getattr(layer.base_layer, "bias", None) is None:
+        if any([shifts_bias(layer, m, set() if asked is None else asked) for m in methods]):
+            raise NotImplementedError(_no_bias(layer, names))
     if safe:
         with layer.store.at_hand(layer, None):
             everything, start = in_order(layer, names)
@@ -138,11 +146,38 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     return why
 
 
+Asked = set[tuple[type, int, type]]  # method, id of the config, kind of layer
+
+
+def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
+    """Return True if merging an adapter makes a bias where there is none.
+
+    A method decides that by its config and the kind of layer, so that one layer of those in `asked` stands for all: a
+    `Rewrite` tells only as it folds, which takes as long as the merge.
+    """
+    kind = (type(m), id(m.cfg), type(layer.op))
+    if kind in asked or not isinstance(m.effect, (LowRank, Update, Rewrite)):
+        return False
+    asked.add(kind)
+    with layer.store.at_hand(layer, None), evaluating(layer), torch.no_grad():
+        if not isinstance(m.effect, Rewrite):
+            return shift_of(m.effect) is not None
+        W = layer.weight_now
+        return m.effect.merged(W.to(torch.promote_types(W.dtype, torch.float32)), None)[1] is not None
+
+
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Say whether what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.store.unread(layer.base_layer, layer.site.parameter) is None
     packed = packed and layer.op.fixed(layer.get_base_layer()) is None
     return packed and all(m.effect.fixed is None for m in methods)
+
+
+def _no_bias(layer: Layer, names: Sequence[str]) -> str:
+    return (
+        f"Cannot merge adapter(s) {list(names)} into layer '{layer.site.key}': they shift the bias, and it has none. "
+        "Keep them unmerged, or unload()."
+    )
 
 
 def _broken(layer: Layer, names: Sequence[str]) -> str:
@@ -296,10 +331,7 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
     wide, bias = _folded(layer, steps, before, old)
     shifted = None if bias is old else bias
     if shifted is not None and old is None:
-        raise NotImplementedError(
-            f"Cannot merge adapter(s) {names} into layer '{layer.site.key}': they shift the bias, and it has none. "
-            "Keep them unmerged, or unload()."
-        )
+        raise NotImplementedError(_no_bias(layer, names))
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
             state.undo.append(("bias", None, old.detach().clone()))
@@ -354,18 +386,27 @@ def unmerge(layer: Layer) -> None:
     state.merged = []
 
 
-def share_kept(layer: Layer) -> float:
-    """Return the share of the merged update that the base weight holds: see `AdapterLayer.share_kept`."""
-    if not layer.state.survived:
-        return 1.0
-    kept, asked = torch.stack(layer.state.survived).sum(0).tolist()
-    return float(kept / asked) if asked > 0 else 1.0
+def shares_kept(layers: Sequence[Layer]) -> list[float]:
+    """Return the share of the merged update that each base weight holds, with one wait for each device.
+
+    See `AdapterLayer.share_kept`.
+    """
+    shares = [1.0] * len(layers)
+    sums: dict[torch.device, dict[int, Tensor]] = {}  # by place of the layer
+    for i, layer in enumerate(layers):
+        if layer.state.survived:
+            both = torch.stack(layer.state.survived).sum(0)
+            sums.setdefault(both.device, {})[i] = both
+    for found in sums.values():
+        for i, (kept, asked) in zip(found, torch.stack(list(found.values())).tolist()):
+            shares[i] = kept / asked if asked > 0 else 1.0
+    return shares
 
 
 def say_lost(layers: Iterable[Layer]) -> dict[str, float]:
     """Return the share of the merged update that each layer holds, by key, and warn of those that lost a part."""
     merged = [layer for layer in layers if layer.state.merged]
-    shares = {layer.site.key: share_kept(layer) for layer in merged}
+    shares = dict(zip([layer.site.key for layer in merged], shares_kept(merged)))
     lost = [layer for layer in merged if shares[layer.site.key] < ENOUGH]
     if lost:
         worst = min((layer.site.key for layer in lost), key=shares.__getitem__)

@@ -36,9 +36,19 @@ def _reader(name: str) -> property:
 
     def read(self: Any) -> Any:
         own = self.layer.__dict__
-        return (own[name] if name in own else own["_modules"][name])[self.name]  # facts stand in plain dicts
+        try:
+            return (own[name] if name in own else own["_modules"][name])[self.name]  # facts stand in plain dicts
+        except KeyError:
+            raise _not_built(self, name) from None
 
     return property(read)
+
+
+def _not_built(method: Any, name: str) -> TypeError:  # after an AttributeError Python would ask `__getattr__`
+    return TypeError(
+        f"{type(method).__name__} declares '{name}', and has none for adapter '{method.name}' on layer "
+        f"'{method.site.key}': let build() return it there, or ask first whether there is one."
+    )
 
 
 class Method:
@@ -77,6 +87,7 @@ class Method:
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     shares: ClassVar[bool] = False  # `share` or `accompany` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
+    computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
     chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
 
     named: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
@@ -90,6 +101,7 @@ class Method:
             if name in vars(cls):
                 continue
             setattr(cls, name, _reader(name))
+            cls.computes_with |= {name}
             still = str(getattr(annotation, "__name__", annotation)).startswith(STILL)
             if name.startswith(getattr(cls, "prefix", "")) and not still and not name.endswith("dropout"):
                 cls.layer_names = (*cls.layer_names, name)

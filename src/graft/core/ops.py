@@ -211,7 +211,8 @@ class Embedding(Op):
         return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
     def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
-        return self.call(m, x, A, None)
+        """Look rows of A up. `max_norm` is for the weight: torch would shrink the rows of any table, in place."""
+        return self.scaled(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
 
     def factor_modules(self, *args: Any, **kwargs: Any) -> None:
         return None

@@ -64,7 +64,8 @@ def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tens
         y = delta.product(x) if op.linear else None
         if y is not None:
             return y if bias is None else y + bias
-    return op.call(base, x, dense(delta).to(m.dtype), bias)
+    delta = dense(delta).to(m.dtype)
+    return op.down(base, x, delta) if op.takes_ids else op.call(base, x, delta, bias)
 
 
 def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,26 @@ from graft.core.effect import LowRank, Update
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
 from graft.core.face import Layer
 from graft.core.folding import delta_of, evaluating
+
+
+ACTIVATE = "set_adapter() activates adapters"
+
+
+class Shown(list):
+    """The names of adapters as a layer shows them: changing the list would change nothing, and is refused."""
+
+    def __init__(self, names: Sequence[str], shown_as: str, remedy: str):
+        super().__init__(names)
+        self.shown_as, self.remedy = shown_as, remedy
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError(f"{self.shown_as} cannot be changed: {self.remedy}.")
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = extend = insert = pop = _refuse
+    remove = reverse = sort = _refuse
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is the caller's
+        return list, (list(self),)
 
 
 class PeftNames:
@@ -85,8 +106,7 @@ class PeftNames:
 
     @property
     def merged_adapters(self: Layer) -> list[str]:
-        merged: list[str] = self.state.merged
-        return merged
+        return Shown(self.state.merged, "merged_adapters", "merge() and unmerge() change what is merged")
 
     @property
     def merged(self: Layer) -> bool:
@@ -95,17 +115,20 @@ class PeftNames:
     @property
     def active_adapter(self: Layer) -> list[str]:
         """The active adapters: a list here and on the tuner, a name on a PeftModel."""
-        active: list[str] = self.state.active
-        return active
+        return Shown(self.state.active, "active_adapter", ACTIVATE)
+
+    @property
+    def active_adapters(self: Layer) -> list[str]:
+        """The active adapters, also those that the layer does not carry."""
+        return Shown(self.state.active, "active_adapters", ACTIVATE)
 
     @property
     def _active_adapter(self: Layer) -> list[str]:
-        active: list[str] = self.state.active
-        return active
+        return Shown(self.state.active, "_active_adapter", ACTIVATE)
 
     @_active_adapter.setter
     def _active_adapter(self, names: Any) -> None:
-        raise AttributeError("_active_adapter cannot be set on a layer: set_adapter() activates adapters.")
+        raise AttributeError(f"_active_adapter cannot be set on a layer: {ACTIVATE}.")
 
     @property
     def _disable_adapters(self: Layer) -> bool:

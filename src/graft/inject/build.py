@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from graft.core.call import Call
 from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.finite import largest
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Method
@@ -150,6 +152,22 @@ def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, 
     return layer.place(method.name, where, upcast)
 
 
+def check_starts(layers: Iterable[AdapterLayer], adapter: str) -> None:
+    """Raise LinAlgError if an adapter that starts from base weights starts with numbers that are not finite.
+
+    Not every decomposition complains of such weights.
+    """
+    started = [(layer, t) for layer in layers for _, t in layer.tensors(adapter, transient=True)]
+    sizes = largest([t for _, t in started])
+    broken = list(dict.fromkeys(layer.site.key for (layer, _), x in zip(started, sizes) if not math.isfinite(x)))
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise torch.linalg.LinAlgError(
+            f"Adapter '{adapter}' cannot start from the weight of layer '{broken[0]}'{more}: its values would not be "
+            "finite. Look for NaN or infinite numbers in the base model, or choose a start that does not read it."
+        )
+
+
 def share(job: Any) -> None:
     """Make the tensors that all layers share."""
     if not job.method.shares:
@@ -176,11 +194,11 @@ def share(job: Any) -> None:
 
 def add_layers(job: Any) -> None:
     shared, loads, adapter = job.shared.attached(), job.values is not None, job.adapter
-    nothing = []
+    nothing, started = [], []
     for key in job.order:
         if key in job.ghosts:
             if not (loads or job.on_meta):
-                draw(job.ghosts[key], shared, job)
+                draw(job.ghosts[key], shared, job.call)
             continue
         site = job.sites[key]
         layer = job.tree.layers.get(key) or layer_for(site, job.call)
@@ -191,10 +209,13 @@ def add_layers(job: Any) -> None:
         else:
             nowhere = not (method.changes_weight() if site.on_meta else not job.on_meta or method.inits_from_weight())
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
+        if not nowhere and method.inits_from_weight():
+            started.append(layer)
         size -= trainable_from_others(layer, adapter)
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:
             nothing.append(key)
+    check_starts(started, adapter)
     if nothing:
         warn(
             f"Adapter '{adapter}' has a scaling of 0 on {len(nothing)} of {len(job.layers)} layers, such as "

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from graft.core.call import Call
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import layer_for
 from graft.core.method import Method
@@ -118,9 +119,9 @@ def in_blocks(parent: str, job: Any, matcher: Matcher) -> Iterator[tuple[str, Si
                 yield key, replace(site, key=key, path=key if site.path == site.key else path + site.path[len(old) :])
 
 
-def draw(method: Method, shared: dict[str, Any], job: Any) -> None:
-    """Draw an absent layer's initial values, and drop them."""
-    spare = layer_for(method.site, job.call)
+def draw(method: Method, shared: dict[str, Any], call: Call) -> None:
+    """Draw a layer's initial values, and drop them: an absent layer's, or one that gets other values."""
+    spare = layer_for(method.site, call)
     method.layer = spare
     with made_on(spare.where[0]):
         spare.add(method, method.build(shared))

@@ -78,6 +78,9 @@ class OFT(Method):
     oft_embedding_R: Rotation
     block_size: int
     blocks: int  # number of blocks in R; if they share one, `oft_R` has only that
+    eps: float | None
+    terms: int
+    module_dropout: float
 
     def describe(self) -> Effect:
         if self.site.op.takes_ids:

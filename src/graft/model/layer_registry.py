@@ -167,9 +167,9 @@ class LayerRegistry(MergingRegistry):
 
             yield finish
 
-    def check_method(self, config: Any) -> None:
+    def check_method(self, adapter_name: str, config: Any) -> None:
         if not self.mixed:
-            super().check_method(config)
+            super().check_method(adapter_name, config)
         elif config.is_prompt_learning:
             raise ConfigError(
                 f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: it "

@@ -62,8 +62,9 @@ class MergingRegistry(Registry):
         merging.say_merged(done, union(wanted.values()), names, replaces)
         if not names:
             return
+        asked: merging.Asked = set()
         for layer, here in chosen.items():
-            merging.check(layer, here, safe_merge, undoable)
+            merging.check(layer, here, safe_merge, undoable, asked)
         merging.check_finite(chosen)
         left = {
             layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
@@ -164,4 +165,4 @@ def merge_report(model: nn.Module) -> dict[str, float]:
     if registry is not None:
         return dict(getattr(registry, "shares_kept", {}))
     merged = {key: layer for key, layer in survey(model).layers.items() if layer.merged_adapters}
-    return {key: layer.share_kept for key, layer in merged.items()}
+    return dict(zip(merged, merging.shares_kept(list(merged.values()))))

@@ -215,14 +215,22 @@ class Registry:
     def check_new(self, adapter_name: str, config: Any) -> None:
         """Raise AdapterNameError or ConfigError unless another adapter can have this name and config."""
         check_adapter_name(adapter_name, list(self.peft_config))
-        self.check_method(config)
+        self.check_method(adapter_name, config)
 
-    def check_method(self, config: Any) -> None:
+    def check_method(self, adapter_name: str, config: Any) -> None:
         """Raise ConfigError unless an adapter of this config's method can stand beside the others."""
         if config.peft_type != self.method.config.peft_type:
             mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
+            prompts = config.is_prompt_learning or self.method.config.is_prompt_learning
             raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type}."
+                f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type} (of adapter "
+                f"'{adapter_name}'): "
+                + (
+                    "prompts stand in a model by themselves, so load it with a base model that has no other adapter."
+                    if prompts
+                    else "PeftMixedModel.from_pretrained(…), or get_peft_model(…, mixed=True), makes a model that takes "
+                    "adapters of several methods."
+                )
             )
 
     def check_trainable(self, adapter_name: str) -> None:

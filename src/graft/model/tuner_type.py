@@ -42,6 +42,6 @@ class TunerType(type):
         if overridden:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(overridden)}, which graft never calls: it would not do what it "
-                f"was written for. {INSTEAD[0].upper()}{INSTEAD[1:]}."
+                f"was written for. Instead: {INSTEAD}."
             )
         return super().__call__(*args, **kwargs)

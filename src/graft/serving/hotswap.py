@@ -158,7 +158,7 @@ def planned(model: Any, loaded: Loaded, adapter: str, config: Any, **options: An
             zeros = [(target, target.new_zeros(()).expand(shape_of(target))) for target in plan.zeros]
             fill_all([*plan.copies, *zeros])
             for layer, rank, alpha, scaling in plan.changes:
-                layer.r[adapter], layer.lora_alpha[adapter] = rank, alpha
+                layer.tell(adapter, r=rank, lora_alpha=alpha)
                 for scalings in (layer.scaling, layer.scaling_at_start):
                     if isinstance(scalings[adapter], Tensor):
                         scalings[adapter].fill_(scaling)

@@ -111,7 +111,7 @@ def prepare(layer: Any, adapter: str, rank: int | None) -> Change:
     """Turn an adapter's scaling on a layer into a tensor, and note its rank."""
     r, alpha, rslora = (held[adapter] for held in (layer.r, layer.lora_alpha, layer.use_rslora))
     change = Change.of(layer, r, alpha, rslora, rank or r)
-    layer.r[adapter], layer.lora_alpha[adapter] = change.rank, change.alpha
+    layer.tell(adapter, r=change.rank, lora_alpha=change.alpha)
     device = layer.methods[adapter].pair[0].device
     for scalings in (layer.scaling, layer.scaling_at_start):
         scalings[adapter] = torch.as_tensor(float(scalings[adapter]), device=device)

@@ -54,11 +54,11 @@ class VeLoRA(LoRA):
             return v
         new = mean_direction(x, cfg.num_groups).to(v.dtype)
         v.copy_(new)
-        self.layer.lora_velora_initialized[self.name] = True
+        self.layer.tell(self.name, lora_velora_initialized=True)
         return new
 
     def is_ready(self) -> bool:
         """Say whether a batch or a file has given a direction. It waits for the device once, at the first batch."""
         if not self.lora_velora_initialized:
-            self.layer.lora_velora_initialized[self.name] = bool(self.lora_velora_embed.any())
+            self.layer.tell(self.name, lora_velora_initialized=bool(self.lora_velora_embed.any()))
         return bool(self.lora_velora_initialized)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer holds for its adapters: which values of `build` it takes, what of it can be set, and by whom."""
+
+import copy
+import pickle
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.core.containers import Filed, Transient
+from graft.core.layer import layer_for
+from graft.core.call import Call
+from graft.inject.survey import site_of, survey
+
+
+def made(build, name="a", layer=None, prefix="thing_"):
+    """A layer with one more adapter, whose method builds these values."""
+
+    class Thing(graft.Method):
+        config: ClassVar = graft.LoraConfig
+        thing_A: nn.Parameter
+        thing_size: int
+
+        def build(self, shared):
+            return build()
+
+        def delta(self):
+            return self.thing_A
+
+    Thing.prefix = prefix
+    base = nn.Sequential(nn.Linear(4, 4))
+    layer = layer or layer_for(site_of("0", base[0], survey(base)), Call())
+    method = Thing(layer.site, graft.LoraConfig(), name)
+    layer.add(method, method.build({}))
+    return layer
+
+
+def parameter():
+    return nn.Parameter(torch.zeros(4, 4))
+
+
+WRONG = {
+    "a name without the prefix": (lambda: {"other_A": parameter()}, "'other_A'.*begin with 'thing_'"),
+    "no tensor": (lambda: {"thing_size": 3}, "no tensor: return one at least"),
+    "an integer first": (lambda: {"thing_ids": torch.arange(3), "thing_A": parameter()}, "'thing_ids' of torch.int64"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_layer_refuses_what_it_cannot_hold(what):
+    build, words = WRONG[what]
+    with pytest.raises(TypeError, match=rf"Thing .*adapter 'a' on layer '0'.*{words}"):
+        made(build)
+    layer = made(lambda: {"thing_A": parameter()}, "b")
+    with pytest.raises(TypeError, match=words):
+        made(build, "a", layer)
+    assert layer.adapters == ["b"] and "a" not in layer.state.slots
+    assert not any("a" in layer._modules[key] for key in layer.holders)
+
+
+@pytest.mark.parametrize("first", [3, None])
+def test_a_fact_and_a_tensor_cannot_share_a_name(first):
+    one, other = (first, torch.zeros(2)) if first else (torch.zeros(2), 3)
+    layer = made(lambda: {"thing_A": parameter(), "thing_size": one}, "a")
+    words = r"'thing_size' of Thing adapter 'b' on layer '0'.*\('a'\).*under another"
+    with pytest.raises(TypeError, match=words):
+        made(lambda: {"thing_A": parameter(), "thing_size": other}, "b", layer)
+    assert layer.adapters == ["a"]
+
+
+def test_reading_what_was_not_built_names_it():
+    layer = made(lambda: {"thing_B": parameter()})
+    with pytest.raises(TypeError, match="Thing declares 'thing_A'.*adapter 'a' on layer '0'.*build"):
+        layer.methods["a"].thing_A  # noqa: B018
+
+
+KINDS = {
+    "saved": lambda: torch.ones(2),
+    "not saved": lambda: Transient(torch.ones(2)),
+    "in files": lambda: Filed(torch.ones(2)),
+    "trained": lambda: nn.Parameter(torch.ones(2)),
+    "drawn again": lambda: Transient(nn.Parameter(torch.ones(2))),
+    "a module": lambda: nn.Linear(2, 1),
+}
+IN_FILES, IN_STATE = ("saved", "in files", "trained", "a module"), ("saved", "trained", "drawn again", "a module")
+
+
+@pytest.mark.parametrize("one", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+def test_each_adapter_keeps_the_kind_of_its_tensors(one, other):
+    layer = made(lambda: {"thing_A": parameter(), "thing_B": KINDS[one]()}, "a")
+    made(lambda: {"thing_A": parameter(), "thing_B": KINDS[other]()}, "b", layer)
+    for name, kind in (("a", one), ("b", other)):
+        assert any(s.container == "thing_B" for s, _ in layer.tensors(name)) == (kind in IN_FILES)
+        assert any(key.startswith(f"thing_B.{name}") for key in layer.state_dict()) == (kind in IN_STATE)
+    layer.drop("a")
+    made(lambda: {"thing_A": parameter(), "thing_B": KINDS[other]()}, "a", layer)
+    assert any(s.container == "thing_B" for s, _ in layer.tensors("a")) == (other in IN_FILES)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save")
+def test_adapters_that_differ_in_what_files_hold_save_and_load(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+    def config(save):
+        return graft.VeraConfig(target_modules=["0", "1"], r=3, save_projection=save, init_weights=False)
+
+    model = graft.get_peft_model(net(), config(True), "a")
+    model.add_adapter("b", config(False))
+    model.set_adapter("b")
+    model.eval()
+    x = torch.randn(2, 6)
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert_close(graft.PeftModel.from_pretrained(net(), tmp_path / "b").eval()(x), y)
+    other = graft.get_peft_model(net(), config(False), "b")
+    other.add_adapter("a", config(True))
+    other.load_adapter(tmp_path / "a", "c")
+    other.load_adapter(tmp_path / "b", "b")
+    other.set_adapter("b")
+    assert_close(other.eval()(x), y)
+
+
+# what can be set
+
+
+def lora():
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), graft.LoraConfig(target_modules=["0"], r=2))
+    return model, model.base_model.model[0]
+
+
+def test_facts_that_nothing_computes_with_cannot_be_set():
+    _, layer = lora()
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        facts = getattr(layer, name)
+        before = dict(facts)
+        for change in (
+            lambda f: f.__setitem__("default", 64),
+            lambda f: f.update(default=64),
+            lambda f: f.pop("default"),
+            lambda f: f.setdefault("x", 1),
+            lambda f: f.clear(),
+        ):
+            with pytest.raises(AttributeError, match=rf"layer\.{name}\[…\] cannot be set.*layer\.scaling"):
+                change(facts)
+        assert facts == before
+        for same in (copy.deepcopy(facts), copy.copy(facts), pickle.loads(pickle.dumps(facts))):
+            assert same == before
+            with pytest.raises(AttributeError, match=name):
+                same["default"] = 64
+
+
+def test_facts_that_the_layer_computes_with_act():
+    model, layer = lora()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(1.0)
+    x = torch.randn(2, 4)
+    once = model(x) - layer.base_layer(x)
+    layer.scaling["default"] *= 2
+    assert_close(model(x) - layer.base_layer(x), 2 * once)
+
+
+def test_lists_of_adapters_that_a_layer_shows_cannot_be_changed():
+    model, layer = lora()
+    model.merge_adapter()
+    for name in ("merged_adapters", "active_adapters", "active_adapter", "_active_adapter"):
+        shown = getattr(layer, name)
+        assert shown == ["default"] and isinstance(shown, list)
+        for change in (lambda s: s.append("x"), lambda s: s.remove("default"), lambda s: s.clear()):
+            with pytest.raises(AttributeError, match=rf"{name} cannot be changed: .*(merge|set_adapter)\(\)"):
+                change(shown)
+        assert type(copy.deepcopy(shown)) is list and pickle.loads(pickle.dumps(shown)) == ["default"]
+    model.unmerge_adapter()
+    assert layer.merged_adapters == []
+
+

@@ -314,3 +314,26 @@ def test_ia3_errors(case):
 
 
 assert set(SVD) <= set(TYPES) and set(UNGROUPED) < set(LAYERS) and randomize
+
+
+@pytest.mark.parametrize("kind", [t for t in TYPES_OF_PEFT if "dare" in t])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_pruning_draws_what_peft_draws(kind, dtype):
+    """The new adapter's initial values come first, and what is drawn afterwards is the same, too."""
+    found = []
+    for lib in LIBS:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 8)).to(dtype)
+        config = lib.LoraConfig(target_modules=["0", "1", "2"], r=4, init_lora_weights=False)
+        model = lib.get_peft_model(net, config, "x")
+        model.add_adapter("y", config)
+        g = torch.Generator().manual_seed(3)
+        for name, p in sorted(model.named_parameters()):
+            if "lora_" in name:
+                p.data.copy_(torch.randn(p.shape, generator=g))
+        torch.manual_seed(7)
+        model.add_weighted_adapter(["x", "y"], [0.7, 0.6], "z", combination_type=kind, density=0.5)
+        after = torch.rand(1)
+        found.append([after, *(m.get_delta_weight("z").detach() for m in model.base_model.model)])
+    for a, b in zip(*found):
+        close(a, b, CLOSE)

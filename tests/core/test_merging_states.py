@@ -12,7 +12,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import graft
+from graft.core.effect import Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
+from graft.methods.lora.lora import LoRA
 from graft.model import functional
 from tests.conformance.samples import disturb
 from tests.core.test_layer import Net, X, adapted, config, same, weights
@@ -389,32 +391,39 @@ def test_an_embedding_with_a_largest_norm_takes_up_other_rows(config):
 
 
 @pytest.mark.parametrize("by", ["fold", "delta"])
-def test_an_adapter_that_makes_a_bias_is_refused_before_any_layer_is_written(by):
-    class Shifting(graft.Method):
-        config, prefix = graft.LoraConfig, "shifting_"
-        shifting_b: nn.Parameter
-
-        def build(self, shared):
-            return {"shifting_b": nn.Parameter(torch.ones(self.site.out_features))}
+def test_an_adapter_that_makes_a_bias_is_refused_before_any_layer_is_written(by, monkeypatch):
+    class Shifting(LoRA):
+        def shift(self):
+            return self.lora_B.weight[:, 0] + 1
 
         def fold(self, W, b):
-            return W * 2, self.shifting_b if b is None else b + self.shifting_b
+            return W * 2, self.shift() if b is None else b + self.shift()
 
         def describe(self):
-            if by == "fold":
-                return Rewrite(self.fold)
-            return Update(lambda: torch.ones(6, 6), bias=lambda: self.shifting_b)
+            return Rewrite(self.fold) if by == "fold" else Update(lambda: torch.ones(6, 6), bias=self.shift)
 
+    monkeypatch.setattr(LoRA, "variant", classmethod(lambda cls, cfg: Shifting))
     base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
-    inject(base, graft.LoraConfig(target_modules=["0", "1", "2", "3"]), Shifting, "a")
-    model = graft.get_peft_model(base, None, "a") if False else base
-    layers = [model[i] for i in range(4)]
-    for layer in layers:
-        layer.set_adapter("a")
-    registry = MergingRegistry(base)
+    model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["0", "1", "2", "3"], r=2), "a").eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    words = "adapter.*'a'.*layer '2': they shift the bias, and it has none"
-    with pytest.raises(NotImplementedError, match=words):
-        registry.merge_adapter(["a"])
-    assert not any(layer.merged for layer in layers)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match=r"'a'.*layer '2': they shift the bias, and it has none"):
+            merge()
+    assert not merged(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["LORA", "LOHA", "LOKR"])
+@pytest.mark.parametrize("training", [False, True])
+def test_max_norm_shrinks_the_rows_of_the_weight_alone(name, training):
+    make = graft.PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    start = "init_lora_weights" if name == "LORA" else "init_weights"
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(8, 6, max_norm=0.5))
+    model = graft.get_peft_model(base, make(target_modules=["0"], r=4, **{start: False}), "a").train(training)
+    layer, ids = model.base_model.model[0], torch.arange(8)
+    before = {key: p.detach().clone() for key, p in model.named_parameters() if "base_layer" not in key}
+    y = model(ids)
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)
+    assert_close(y, layer.base_layer(ids) + layer.get_delta_weight("a"), rtol=1e-5, atol=1e-5)
+    y.sum().backward()

@@ -114,3 +114,17 @@ def test_a_layer_that_is_merged_alone_warns_as_well():
     with pytest.warns(PeftWarning, match="1 of 1 layers"):
         made[0].merge()
     assert graft.merge_report(made) == {"0": made[0].share_kept}
+
+
+def test_a_merge_waits_for_the_shares_of_all_layers_at_once(monkeypatch):
+    def waits(n):
+        base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(n)]).to(torch.bfloat16)
+        made = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=[str(i) for i in range(n)]))
+        count, tolist = [], torch.Tensor.tolist
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda t: count.append(1) or tolist(t))
+            made.merge_adapter()
+            assert len(graft.merge_report(made)) == n
+        return len(count)
+
+    assert waits(7) == waits(2) > 0

@@ -729,3 +729,20 @@ def test_a_key_that_is_there_with_and_without_the_name_of_a_wrapper(saved):
     spoil(saved, lambda t: t.update({LEFT.replace("lin0", "_orig_mod.lin0"): t[LEFT] + 1}))
     with pytest.raises(graft.AdapterKeyError, match="twice"):
         load(saved)
+
+
+@pytest.mark.parametrize("read", ["model", "LoraConfig", "PeftConfig"])
+@pytest.mark.parametrize("field, hint", [("lora_dropuot", "Did you mean 'lora_dropout' for"), ("zzz", "newer version")])
+def test_an_unknown_field_of_a_config_gives_one_warning_with_what_it_may_mean(tmp_path, read, field, hint):
+    adapted().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(fields | {field: 0.3}))
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        if read == "model":
+            with seeded(1):
+                graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
+        else:
+            getattr(graft, read).from_pretrained(tmp_path)
+    (text,) = (str(w.message) for w in record)
+    assert text.startswith(f"Unexpected keyword arguments ['{field}']") and hint in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loads an adapter into a running model looks at it as `load_adapter` does: is the file whole, is it for this base?"""
+"""Hot-swaps and slots look at a file as `load_adapter` does: is it whole, and is it for this base?"""
 
 import re
 

@@ -35,6 +35,7 @@ class Term:
     weight: float
     groups: int = 1
     stack: int = 1
+    transposed: bool = False  # the layer stores (in, out), by which random pruning draws
 
     @property
     def rank(self) -> int:
@@ -88,7 +89,7 @@ def factors_of(m: Any, weight: float) -> Term:
     A, B = f.unscaled()
     op, module = m.site.op, m.site.module
     stack = op.stack(module) if op.opaque else 1
-    return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, op.groups(module), stack)
+    return Term(wide(A), wide(B), 1.0 if f.scale is None else f.scale, weight, op.groups(module), stack, op.transposed)
 
 
 class LoraForm(Form):

@@ -122,7 +122,10 @@ class Recipe:
                 return A, B, 1.0
             A, B, S = rules.truncate_product(A, B, rank * stack // len(A), self.driver)
         else:
-            W = self.rule([(b @ a) * t.scaling for (a, b), t in zip(pairs, terms)], [t.weight for t in terms])
+            updates = [(b @ a) * t.scaling for (a, b), t in zip(pairs, terms)]
+            stored = [W.mT.contiguous() if terms[0].transposed else W for W in updates]
+            W = self.rule(stored, [t.weight for t in terms])
+            W = W.mT if terms[0].transposed else W
             A, B, S = rules.truncate_matrix(W, rank * stack // len(W), self.driver)
         energy = rules.retained_energy(S, A.shape[-2])
         if self.clamp is not None:

@@ -88,7 +88,9 @@ class AnyDict(nn.Module):
         self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
             self[name] = other[name]
-            if isinstance(other, TransientParameterDict) or (isinstance(other, BufferDict) and not other.holds_filed(name)):
+            if isinstance(other, TransientParameterDict) or (
+                isinstance(other, BufferDict) and not other.holds_filed(name)
+            ):
                 self.transient.add(name)
             if name in other._non_persistent_buffers_set:
                 self._non_persistent_buffers_set.add(name)
@@ -169,7 +171,7 @@ class Attached(NamedTuple):
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which stand in plain dicts
 
 
-class Told(dict):
+class Told(dict[str, Any]):
     """Facts by adapter which tell how it was made, and which nothing computes with: setting one is refused."""
 
     key: ClassVar[str]  # their name on the layer

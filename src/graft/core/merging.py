@@ -115,9 +115,9 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
                 raise ValueError(_broken(layer, names))
         return
     check_together(layer, [layer.methods[n] for n in layer.state.merged] + methods)
-    if getattr(layer.base_layer, "bias", None) is None:
-        if any([shifts_bias(layer, m, set() if asked is None else asked) for m in methods]):
-            raise NotImplementedError(_no_bias(layer, names))
+    asked = set() if asked is None else asked
+    if getattr(layer.base_layer, "bias", None) is None and any([shifts_bias(layer, m, asked) for m in methods]):
+        raise NotImplementedError(_no_bias(layer, names))
     if safe:
         with layer.store.at_hand(layer, None):
             everything, start = in_order(layer, names)
@@ -138,7 +138,7 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
         return why
     why = store.fixed(base, layer.site.parameter)
-    bias = None if why is not None else store.fixed(base, "bias")
+    bias = None if why is not None or getattr(base, "bias", None) is None else store.fixed(base, "bias")
     if bias is not None:
         with evaluating(layer):
             shifted = any([effect.additive and shift_of(effect) is not None for effect in effects])

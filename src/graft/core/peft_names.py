@@ -14,11 +14,10 @@ from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
 from graft.core.face import Layer
 from graft.core.folding import delta_of, evaluating
 
-
 ACTIVATE = "set_adapter() activates adapters"
 
 
-class Shown(list):
+class Shown(list[str]):
     """The names of adapters as a layer shows them: changing the list would change nothing, and is refused."""
 
     def __init__(self, names: Sequence[str], shown_as: str, remedy: str):

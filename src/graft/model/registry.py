@@ -228,8 +228,8 @@ class Registry:
                 + (
                     "prompts stand in a model by themselves, so load it with a base model that has no other adapter."
                     if prompts
-                    else "PeftMixedModel.from_pretrained(…), or get_peft_model(…, mixed=True), makes a model that takes "
-                    "adapters of several methods."
+                    else "PeftMixedModel.from_pretrained(…), or get_peft_model(…, mixed=True), makes a model that "
+                    "takes adapters of several methods."
                 )
             )
 

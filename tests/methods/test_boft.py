@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """BOFT: butterfly factors, which PEFT computes on CUDA alone, and blocks that do not fit."""
 
+import copy
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
@@ -86,7 +89,7 @@ class Extension:
         return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
 
 
-@pytest.mark.parametrize("factor, size", [(2, 2), (3, 2), (2, 4)])
+@pytest.mark.parametrize("factor, size", [(2, 2), (3, 2), (2, 4), (2, 16), (3, 8), (4, 4)])
 def test_factors_are_pefts(factor, size, monkeypatch):
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: Extension)
     outputs = []
@@ -100,6 +103,22 @@ def test_factors_are_pefts(factor, size, monkeypatch):
                 p.copy_(torch.linspace(-1, 1.5, p.numel()).cos().view(p.shape))
             outputs.append(model(torch.linspace(-1, 1, 64).view(2, 32)))
     close(*outputs)
+
+
+def test_files_that_hold_permutations(tmp_path):
+    """PEFT wrote them until 0.12; the config tells them as well."""
+    make = lambda: nn.Sequential(nn.Linear(16, 6))
+    torch.manual_seed(0)
+    base = make()
+    model = graft.get_peft_model(copy.deepcopy(base), config(graft, init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.0.boft_P": torch.eye(16)[None]}, path)
+    loaded = graft.PeftModel.from_pretrained(base, tmp_path)
+    x = torch.randn(3, 16)
+    close(loaded(x), model(x))
+    report = loaded.load_adapter(tmp_path, "again")
+    assert not report.unexpected_keys and not report.missing_keys
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])

@@ -78,6 +78,7 @@ class Method:
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
     in_files: ClassVar[dict[str, str]] = {}  # containers whose files have this for the adapter's name; "": nothing
+    left_in_files: ClassVar[tuple[str, ...]] = ()  # tensors of files by older PEFT that the config tells as well
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
     over_layers: ClassVar[str | None] = None  # what it does with all layers of a model at once, if it does

@@ -51,6 +51,7 @@ class BOFT(Method):
     config = BOFTConfig
     prefix = "boft_"
     targets = LORA
+    left_in_files = ("boft_P",)  # the permutations, in files of PEFT before 0.13
 
     boft_R: nn.Parameter  # (F, blocks, b, b); S is its skew-symmetric part
     boft_s: nn.Parameter  # (out, 1), of convolutions (1, out)
@@ -144,6 +145,6 @@ def unfit(n: int, cfg: BOFTConfig) -> str | None:
     size = n // blocks
     if F > 1 and (size % 2 or blocks % 2):
         return f"With several butterfly factors, block size ({size}) and number of blocks ({blocks}) must be even"
-    if n % (size << F - 1) or (F > 1 and math.log2(blocks) < F):
+    if n % (size << F - 1) or (F > 1 and math.log2(blocks) < F - 1):
         return f"boft_n_butterfly_factor ({F}) is too large for {blocks} blocks of size {size}"
     return None

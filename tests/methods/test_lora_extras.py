@@ -106,12 +106,13 @@ def test_a_conversion_keeps_what_is_neither_a_nor_b(options, tmp_path):
     assert_close(logits(graft.PeftModel.from_pretrained(llama(), tmp_path / "end")), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_conversion_that_would_shift_the_base_again_is_refused(tmp_path):
-    model = graft.get_peft_model(llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"))
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_conversion_takes_the_initial_adapter_as_it_was_saved(how, tmp_path):
+    model = graft.get_peft_model(llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=how))
     model.save_pretrained(tmp_path / "start")
-    with pytest.raises(ValueError, match="Set its `init_lora_weights` to `True`"):
-        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    assert not (tmp_path / "end" / "adapter_config.json").exists()
+    expected = logits(nudge(model))
+    model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert_close(logits(graft.PeftModel.from_pretrained(llama(), tmp_path / "end")), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_replicated_layers_share_weights_but_not_adapters(tmp_path):

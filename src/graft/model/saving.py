@@ -107,8 +107,8 @@ def contents(
     if subtract is not None:
         from graft.methods.lora.convert import say_rounded, subtract_initial
 
-        before, initial = files.load_pair(subtract)
-        tensors, config = subtract_initial(initial.tensors, before, tensors, config)
+        _, initial = files.load_pair(subtract)
+        tensors, config = subtract_initial(initial.tensors, tensors, config)
         say_rounded(name, registry_of(model).layers)
     save.describe_base(config, model.get_base_model())
     config.inference_mode = True

@@ -19,7 +19,7 @@ MARK = f".{NAME}."
 
 
 def subtract_initial(
-    initial: dict[str, Tensor], initial_config: Any, tensors: dict[str, Tensor], config: Any
+    initial: dict[str, Tensor], tensors: dict[str, Tensor], config: Any
 ) -> tuple[dict[str, Tensor], Any]:
     """Return tensors and config of the converted adapter, which has twice the rank.
 
@@ -27,16 +27,11 @@ def subtract_initial(
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
 
     Raises:
-        ConfigError: the initial adapter's own initialisation would shift the base again, or it is not what this one
-            began with; alpha / √r cannot be kept, or the variant changes the base weights, too.
+        ConfigError: the initial adapter is not what this one began with; alpha / √r cannot be kept, or the variant
+            changes the base weights, too.
     """
     if not hasattr(config, "init_lora_weights"):
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
-    if isinstance(initial_config.init_lora_weights, str) and initial_config.init_lora_weights.startswith(CONVERTED):
-        raise ConfigError(
-            "The initial adapter was saved with an init_lora_weights that changes the base weights: loading it would "
-            "do that again. Set its `init_lora_weights` to `True` before saving it."
-        )
     how = config.init_lora_weights
     if how is not True and not (isinstance(how, str) and how.startswith(CONVERTED)):
         warn(

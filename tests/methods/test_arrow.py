@@ -92,6 +92,16 @@ def test_conv1D_and_gradients_of_the_input(tmp_path):
     assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_without_autocast(dtype, folder):
+    config, paths = graft.ArrowConfig(top_k=3, rng_seed=7), [str(folder / str(i)) for i in range(3)]
+    half = graft.create_arrow_model(models.make("llama").to(dtype), paths, config, autocast_adapter_dtype=False).eval()
+    assert {p.dtype for n, p in half.named_parameters() if "lora_" in n} == {dtype}
+    y = output(half)
+    full = graft.create_arrow_model(models.make("llama"), paths, graft.ArrowConfig(top_k=3, rng_seed=7)).eval()
+    assert_close(y.float(), output(full), atol=0.15, rtol=0.1)
+
+
 def test_adapters_from_the_hub_may_lie_in_folders_of_a_repository(folder):
     assert source_of("me/tasks") == ("me/tasks", None)
     assert source_of("me/tasks/deep/er") == ("me/tasks", "deep/er")

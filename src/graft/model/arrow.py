@@ -58,7 +58,9 @@ def create_arrow_model(
                 model.load_adapter(where, name, **options)
         arrow_config.task_adapter_names, arrow_config.gks_adapter_names = list(tasks), list(general)
         targets, r = agreed(model, list(sources))
-        model.add_adapter(ROUTER, LoraConfig(arrow_config=arrow_config, target_modules=targets, r=r))  # type: ignore[union-attr]
+        router = LoraConfig(arrow_config=arrow_config, target_modules=targets, r=r)
+        autocast = adapter_kwargs.get("autocast_adapter_dtype", True)
+        model.add_adapter(ROUTER, router, autocast_adapter_dtype=autocast)  # type: ignore[union-attr]
     except BaseException:
         if model is not None:
             registry_of(model).unload()

@@ -65,7 +65,7 @@ class Arrow(LoRA):
     def branch(self, x: Tensor) -> Tensor:
         general, experts = self.others()
         A, B = self.matrices(general, experts)
-        cfg, E = self.cfg.arrow_config, len(experts)
+        cfg, E, x = self.cfg.arrow_config, len(experts), x.to(A.dtype)  # not the router's dtype
         score, which = (x @ self.directions(general, experts, A, B).T).abs().topk(cfg.top_k, dim=-1)  # (…, top_k)
         share = torch.zeros(*x.shape[:-1], E, device=x.device, dtype=x.dtype)
         share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))

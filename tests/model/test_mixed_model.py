@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.methods import METHODS
+from graft.methods.adalora.allocator import orthogonal_loss
 from tests.covering import Sometimes, law
 from tests.looks import layers, merged, registry_of
 from tests.models import seeded
@@ -186,6 +187,22 @@ def test_methods_that_call_different_things_by_one_name():
     assert {n for n, _ in model.named_parameters() if "lora_A" in n} == {
         f"base_model.model.{key}.lora_A.b" for key in ("one", "two")
     }
+
+
+def test_two_adapters_of_adalora_train():
+    """A mixed model has no budget to divide; the loss has the distances of both."""
+    model = graft.get_peft_model(net(), config("ADALORA"), "a", mixed=True)
+    model.add_adapter("b", config("ADALORA"))
+    model.set_adapter(["a", "b"])
+    trains = {n.split(".")[-2 if n.endswith("weight") else -1] for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {"a", "b"}
+    both = orthogonal_loss(registry_of(model))
+    single = []
+    for name in "ab":
+        model.set_adapter(name)
+        single.append(orthogonal_loss(registry_of(model)))
+    assert_close(both, single[0] + single[1])
+    assert both > 0
 
 
 def test_deleting_several():

@@ -4,6 +4,7 @@ that come while all are switched off, values loaded into an adapter of another c
 
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -301,3 +302,13 @@ def test_errors_name_the_adapter():
     ):
         with pytest.raises(graft.NoMatchingPeftModuleError, match="'second'"):
             model.add_adapter("second", lora(**options))
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+def test_an_adapter_without_biases_beside_one_that_trains_them(lib):
+    model = lib.get_peft_model(nn.Sequential(nn.Linear(4, 4)), lib.LoraConfig(target_modules=["0"], bias="all"))
+    model.add_adapter("b", lib.LoraConfig(target_modules=["0"]))
+    bias = next(p for n, p in model.named_parameters() if n.endswith("bias"))
+    assert bias.requires_grad
+    model.set_adapter("b")
+    assert bias.requires_grad

@@ -266,8 +266,8 @@ def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:
         raise NotImplementedError(
             f"Requested bias: {bias}, is not implemented. Use none, all, or {method.__name__.lower()}_only."
         )
-    others = list(others)  # type: ignore[assignment]
-    if others and any(getattr(c, "bias", "none") != "none" for c in (cfg, *others)):
+    kinds = [getattr(other, "bias", "none") for other in others]
+    if kinds and bias != "none":
         raise ValueError(
             f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."

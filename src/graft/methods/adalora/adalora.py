@@ -17,7 +17,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Method, Tensors
 from graft.kernels.orthogonal import gram_distance
-from graft.methods.adalora.allocator import orthogonal_loss, trainable
+from graft.methods.adalora.allocator import all_trainable, orthogonal_loss
 from graft.methods.adalora.api import API
 from graft.methods.adalora.config import AdaLoraConfig
 from graft.methods.adalora.forgotten import warn_if_forgotten
@@ -123,8 +123,9 @@ class AdaLoRA(Method):
         """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
 
         trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()
-        for m in (trainable(tuner) or ("", {}))[1].values() if trains else ():
-            m.sees = layout_of(m.lora_A) is not None
+        for _, methods in all_trainable(tuner) if trains else ():
+            for m in methods.values():
+                m.sees = layout_of(m.lora_A) is not None
 
         def with_loss(output: Any) -> Any:
             if not torch.is_grad_enabled():

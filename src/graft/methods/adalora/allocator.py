@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -52,13 +53,17 @@ class Allocator:
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
 
 
-def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
-    """Return the AdaLoRA adapter that trains, and its methods by layer; None if none does."""
+def all_trainable(tuner: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each active AdaLoRA adapter that trains, and its methods by layer: several only in a PeftMixedModel."""
     for name in tuner.active_adapters:
         config = tuner.peft_config[name]
         if isinstance(config, AdaLoraConfig) and not config.inference_mode:
-            return name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
-    return None
+            yield name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
+
+
+def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
+    """Return the first AdaLoRA adapter that trains, and its methods by layer; None if none does."""
+    return next(all_trainable(tuner), None)
 
 
 def allocator_of(tuner: Any, name: str) -> Allocator:
@@ -129,9 +134,10 @@ def reapply(methods: dict[str, Any], cfg: Any) -> None:
 
 
 def orthogonal_loss(tuner: Any) -> Tensor | float:
-    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains."""
-    found = trainable(tuner)
-    weight = tuner.peft_config[found[0]].orth_reg_weight if found else 0.0
-    if found is None or weight <= 0:
-        return 0.0
-    return weight * torch.stack([d for m in found[1].values() for d in m.distances()]).mean()
+    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains; the sum, of several."""
+    loss: Tensor | float = 0.0
+    for name, methods in all_trainable(tuner):
+        weight = tuner.peft_config[name].orth_reg_weight
+        if weight > 0:
+            loss = loss + weight * torch.stack([d for m in methods.values() for d in m.distances()]).mean()
+    return loss

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
+from graft.config.hub import fetch
 from graft.config.keywords import hub_keywords
-from graft.core.errors import CheckpointError, ConfigError, shortened
+from graft.core.errors import CheckpointError, ConfigError, HubError, PeftWarning, shortened, warn
 from graft.model.peft_model import PeftModel
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -65,7 +65,7 @@ class AutoPeftModel:
             kwargs["trust_remote_code"] = trusted
         own = {k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs}
         base = base_class.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
-        cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted)
+        cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, hub)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **own, **hub
@@ -122,14 +122,21 @@ class AutoPeftModel:
         return found
 
     @staticmethod
-    def _fit_vocabulary(base: Any, where: str, trust_remote_code: bool) -> None:
-        """Resize the embeddings if the adapter's folder holds a larger tokenizer."""
-        if not os.path.isfile(os.path.join(where, "tokenizer_config.json")):
+    def _fit_vocabulary(base: Any, where: str, trust_remote_code: bool, hub: dict[str, Any]) -> None:
+        """Resize the embeddings if the adapter's folder, or its repository on the hub, holds a larger tokenizer."""
+        try:
+            if fetch(where, "tokenizer_config.json", **hub) is None:
+                return
+        except HubError as e:  # which has the adapter in its cache
+            warn(
+                f"Whether '{where}' has a tokenizer with more tokens than the base model is not known: {e}", PeftWarning
+            )
             return
         from transformers import AutoTokenizer
 
+        options = {name: value for name, value in hub.items() if name != "repo_type"}
         try:
-            size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code))
+            size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
         except Exception as e:  # of many types, where files of a tokenizer are damaged
             raise CheckpointError(
                 f"The tokenizer beside the adapter in '{where}' cannot be loaded ({e}). If it brings code that you "

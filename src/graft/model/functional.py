@@ -15,11 +15,11 @@ from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import ACTIVE
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
-from graft.core.place import place
 from graft.inject.match import Matcher
 from graft.inject.parts import gate_of
 from graft.inject.survey import Wrapper, survey
 from graft.io.save import registry_of
+from graft.model.loading import widen
 from graft.model.registry import Registry
 from graft.model.tuner import Tuner
 
@@ -131,15 +131,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     layers = [layer for layer in found if layer.methods[adapter_name].upcast]
     if layers:
         with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
-            _widen(layers, adapter_name)
-
-
-def _widen(layers: list[AdapterLayer], adapter_name: str) -> None:
-    for layer in layers:
-        for key in layer.adapter_layer_names:
-            container = getattr(layer, key)
-            if adapter_name in container:
-                place(container, adapter_name, None, None, upcast=True)
+            widen(layers, adapter_name)
 
 
 @contextmanager

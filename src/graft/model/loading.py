@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +14,8 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.layer import AdapterLayer
+from graft.core.place import place
 from graft.inject.build import put
 from graft.inject.parts import registry_of
 from graft.io import files
@@ -59,8 +62,20 @@ def prepare(config: Any, is_trainable: bool) -> None:
     config.inference_mode = not is_trainable
 
 
-def fill(model: Any, values: Values, is_trainable: bool) -> None:
+def widen(layers: Iterable[AdapterLayer], adapter: str) -> None:
+    """Have the half-precision tensors of an adapter in float32."""
+    for layer in layers:
+        for key in layer.adapter_layer_names:
+            container = getattr(layer, key)
+            if adapter in container:
+                place(container, adapter, None, None, upcast=True)
+
+
+def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -> None:
     """Put a checkpoint's values into an adapter that the model has, which keeps its config.
+
+    Args:
+        upcast: have its half-precision tensors in float32 from now on, where the method trains so.
 
     Raises:
         ConfigError: the adapter is of another method, or cannot train beside those that do.
@@ -81,6 +96,8 @@ def fill(model: Any, values: Values, is_trainable: bool) -> None:
     found = values.of(parts, adapter)
     whole = adapter in registry.merged_adapters or getattr(own, "bias", "none") != "none"
     registry.close(None if whole else (adapter,))
+    if upcast:
+        widen([layer for layer in parts.layers.values() if layer.methods[adapter].upcast], adapter)
     put(parts, adapter, found)
     registry.states.pop(adapter, None)  # which belongs to the values from before
     if is_trainable and len([*prompt.modules()]) < before:

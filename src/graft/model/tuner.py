@@ -20,6 +20,7 @@ from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.asleep import tell_once
 from graft.model.layer_registry import LayerRegistry
+from graft.model.loading import fill
 from graft.model.tuner_type import TunerType
 
 
@@ -55,9 +56,14 @@ class Tuner(nn.Module, metaclass=TunerType):
         registry = self._registry_for(model, tree)
         self.__dict__[HOLDER] = registry
         self.model = model
-        registry.add_adapter(
-            adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict, **options
-        )
+        values = options.get("values")
+        if values is not None and any(adapter_name in part.adapters for part in registry.carriers()):
+            fill(self, values, False, autocast_adapter_dtype)  # transformers has loaded it into the model
+            registry.peft_config[adapter_name].inference_mode = peft_config.inference_mode
+        else:
+            registry.add_adapter(
+                adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict, **options
+            )
         registry.set_adapter(adapter_name, inference_mode=registry.peft_config[adapter_name].inference_mode)
 
     def _registry_for(self, model: nn.Module, tree: Tree | None) -> LayerRegistry:

@@ -76,3 +76,70 @@ with tempfile.TemporaryDirectory() as folder:
     same(make, folder)
 """
     )
+
+
+@pytest.mark.parametrize("by", ["part", "expert"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_experts_whose_alphas_differ(by, rslora):
+    """Each part of each expert acts with its own alpha / r; by transformers and by PeftModel."""
+    run(
+        START
+        + f"""
+pattern = {{"part": {{"w1": 9}}, "expert": {{r"experts\\.1\\.w1": 9}}}}[{by!r}]
+
+def make():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
+
+tensors, expected = {{}}, make()
+experts = expected.model.layers[0].mlp.experts
+for e in range(3):
+    for i, part in enumerate(("w1", "w3")):
+        stem = f"base_model.model.model.layers.0.block_sparse_moe.experts.{{e}}.{{part}}"
+        A, B = torch.randn(2, 8), torch.randn(12, 2)
+        tensors[f"{{stem}}.lora_A.weight"], tensors[f"{{stem}}.lora_B.weight"] = A, B
+        alpha = 9 if part == "w1" and ({by!r} == "part" or e == 1) else 4
+        experts.gate_up_proj.data[e, 12 * i : 12 * i + 12] += alpha / {"2**0.5" if rslora else "2"} * B @ A
+with tempfile.TemporaryDirectory() as folder:
+    save_file(tensors, f"{{folder}}/adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=["w1", "w3"], alpha_pattern=pattern,
+                  use_rslora={rslora})
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    same(make, folder)
+    loaded = graft.PeftModel.from_pretrained(make(), folder)
+    torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-4, rtol=1e-4)
+"""
+    )
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.21.2"])
+def test_stacks_of_old_releases(version):
+    """A and B of stacks that stand for each other, square or not."""
+    run(
+        START
+        + f"""
+def make():
+    torch.manual_seed(0)
+    sizes = SIZES | dict(intermediate_size=8)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3))
+
+names = ["experts.gate_up_proj", "experts.down_proj"]
+model = graft.get_peft_model(make(), graft.LoraConfig(r=2, target_modules=[], target_parameters=names,
+                                                      init_lora_weights=False))
+from safetensors.torch import load_file
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    tensors = load_file(f"{{folder}}/adapter_model.safetensors")
+    if {version!r} != "0.21.2":
+        for stem in {{k.partition(".lora_")[0] for k in tensors}}:
+            a, b = f"{{stem}}.lora_A.weight", f"{{stem}}.lora_B.weight"
+            A, B = tensors[a].view(3, 2, -1), tensors[b].view(-1, 2, 3).permute(2, 0, 1)
+            A, B = B.mT, A.mT
+            tensors[a], tensors[b] = A.reshape(6, -1).contiguous(), B.permute(1, 2, 0).reshape(-1, 6).contiguous()
+    save_file(tensors, f"{{folder}}/adapter_model.safetensors")
+    path = Path(folder, "adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(peft_version={version!r})))
+    same(make, folder)
+    torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(make(), folder)), logits(model))
+"""
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from graft.inject.parts import Nests, Parts
 from graft.storage.offload import hooks_of, put
 from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
 
+T = TypeVar("T")
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
 
 
@@ -165,7 +166,7 @@ def find(entry: Entry, names: set[str]) -> str | None:
     return None
 
 
-def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None, must_fit: bool = False) -> dict[str, Tensor]:
+def renamed(tensors: dict[str, T], mapping: dict[str, str] | None, must_fit: bool = False) -> dict[str, T]:
     """Rewrite each key, after the prefix, by the first {regex: replacement} that fits.
 
     Args:
@@ -184,7 +185,7 @@ def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None, must_fit
             re.sub(text, replacement, "")
         except (re.error, IndexError) as e:
             raise ConfigError(f"{replacement!r} of key_mapping cannot replace {text!r}: {e}.") from e
-    out: dict[str, Tensor] = {}
+    out: dict[str, T] = {}
     hits = 0
     for key, tensor in tensors.items():
         prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")

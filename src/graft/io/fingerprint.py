@@ -104,6 +104,14 @@ def joined(parts: Sequence[dict]) -> dict:
     return made | {"full": full} if full else made
 
 
+def called_otherwise(stored: dict, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> dict | None:
+    """Return a fingerprint whose weights have other names; None if it does not name its weights."""
+    if not stored.get("weights"):
+        return None
+    made = {name: rename(stored[name]) for name in ("weights", "sample", "full") if name in stored}
+    return {**stored, **made, "shapes": note_of(made["weights"], None)["shapes"]}
+
+
 def within(stored: dict, is_here: Callable[[str], bool]) -> dict | None:
     """Return a fingerprint with the weights that are here; None if it does not name its weights."""
     if not stored.get("weights"):

@@ -99,37 +99,49 @@ def put_right(tensors: dict[str, Tensor], parts: Parts, prefix: str, layout: Lay
     out, doubts = dict(tensors), set()
     seen = {t: {s.exchanged for s in stacks if not s.square and s.transposed == t} for t in (False, True)}
     for stack in stacks:
-        n = stack.layer.site.shape[0]
-        A, B = stack.A, stack.B
-        r = len(A) // n
-        if layout.by_expert and r > 1:
-            B = B.view(-1, n, r).transpose(1, 2).flatten(1)
-        elif layout.by_expert is None and min(r, n) > 1:
-            doubts.add("by_expert")
-        exchanged, sure = is_exchanged(stack, seen[stack.transposed], layout)
-        if not sure:
-            doubts.add("exchanged")
-        if exchanged:
-            of_each = Opaque.each(A, B, n)
-            A, B = Opaque.joined(of_each[1].mT, of_each[0].mT)
-        out[stack.a], out[stack.b] = A, B
+        out[stack.a], out[stack.b] = as_here(stack, seen[stack.transposed], layout, doubts)
     say(doubts, layout, what)
     return out
+
+
+def as_here(stack: Stack, seen: set[bool], layout: Layout, doubts: set[str]) -> tuple[Tensor, Tensor]:
+    """Return the factors of a stack as graft holds them.
+
+    Args:
+        seen: what the shapes of the file's other stacks say.
+        doubts: gets what nothing tells.
+    """
+    n = stack.layer.site.shape[0]
+    A, B = stack.A, stack.B
+    r = len(A) // n
+    if layout.by_expert and r > 1:
+        B = B.view(-1, n, r).transpose(1, 2).flatten(1)
+    elif layout.by_expert is None and min(r, n) > 1:
+        doubts.add("by_expert")
+    exchanged, sure = is_exchanged(stack, seen, layout)
+    if not sure:
+        doubts.add("exchanged")
+    if exchanged:
+        of_each = Opaque.each(A, B, n)
+        A, B = Opaque.joined(of_each[1].mT, of_each[0].mT)
+    return A, B
 
 
 def stacks_in(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> Iterator[Stack]:
     """Yield the stacks of which a file has both factors, of shapes that can be."""
     nests = Nests(parts.layers.values())
     for key, layer in parts.layers.items():
-        if not layer.op.opaque or len(layer.site.shape) < 3:
-            continue
         stem = f"{prefix}{nests.path(key, layer)}"
         a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         A, B = tensors.get(a), tensors.get(b)
-        if A is None or B is None or A.dim() != 2 or B.dim() != 2:
-            continue
-        if len(A) == B.shape[1] and len(A) % layer.site.shape[0] == 0:
+        if A is not None and B is not None and fits(layer, A, B):
             yield Stack(layer, a, b, A, B)
+
+
+def fits(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
+    """Return True if two tensors have shapes that the factors of a stack can have."""
+    of_stack = layer.op.opaque and len(layer.site.shape) > 2 and A.dim() == B.dim() == 2
+    return of_stack and len(A) == B.shape[1] and len(A) % layer.site.shape[0] == 0
 
 
 def is_exchanged(stack: Stack, seen: set[bool], layout: Layout) -> tuple[bool, bool]:

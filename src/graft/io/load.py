@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.experts import fused
 from graft.io.files import Loaded
-from graft.io.fingerprint import difference, fingerprint, in_common, same_values, weights_of, within
+from graft.io.fingerprint import called_otherwise, difference, fingerprint, in_common, same_values, weights_of, within
 from graft.io.heads import resized, torn_apart
 from graft.io.layouts import put_right
 from graft.io.save import changes_base, config_of, parts_of
@@ -94,9 +95,13 @@ class Values:
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
         stored = cleaned(loaded.tensors, loaded.path)
-        self.tensors = renamed(stored, own if key_mapping is None else key_mapping, key_mapping is not None)
-        self.path, self.fingerprint, self.strict = loaded.path, loaded.fingerprint, strict
-        self.layout = loaded.layout
+        mapping = own if key_mapping is None else key_mapping
+        self.tensors = renamed(stored, mapping, key_mapping is not None)
+        self.path, self.strict = loaded.path, strict
+        self.fingerprint = loaded.fingerprint
+        if self.fingerprint and self.tensors.keys() != stored.keys():
+            self.fingerprint = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
+        self.layout, self.told = loaded.layout, copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
@@ -158,6 +163,8 @@ class Values:
                 self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
         for layer, held in groups:
             if layer is not None:
+                stem = held[0][0].stem.removesuffix(held[0][0].container)
+                used |= names & {f"{stem}{name}" for name in layer.methods[self.adapter].left_in_files}
                 held = self._restored(layer, held, names, used)
             for entry, name in held:
                 if name is None:
@@ -194,7 +201,7 @@ class Values:
         """Give the factors of stacks of experts the names and the layout that they have here."""
         what = f"Adapter '{self.adapter}' from {self.path}"
         tensors = put_right(self.tensors, parts, prefix, self.layout, what)
-        self.tensors = fused(tensors, parts, prefix, self.model, self.config)
+        self.tensors = fused(tensors, parts, prefix, self.model, self.told, self.adapter)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""
@@ -312,7 +319,7 @@ class Values:
                 f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. Load the base "
                 f"that it was trained on ({self.config.base_model_name_or_path or 'its name was not recorded'})."
             )
-            if self.strict:
+            if self.strict and not self.ignore_mismatched_sizes:  # else what does not fit is told by name
                 raise BaseModelMismatchError(text)
             warn(text, PeftWarning)
             return

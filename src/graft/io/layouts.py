@@ -96,7 +96,7 @@ def put_right(tensors: dict[str, Tensor], parts: Parts, prefix: str, layout: Lay
     stacks = [*stacks_in(tensors, parts, prefix)]
     if not stacks:
         return tensors
-    out, doubts = dict(tensors), set()
+    out, doubts = dict(tensors), set[str]()
     seen = {t: {s.exchanged for s in stacks if not s.square and s.transposed == t} for t in (False, True)}
     for stack in stacks:
         out[stack.a], out[stack.b] = as_here(stack, seen[stack.transposed], layout, doubts)

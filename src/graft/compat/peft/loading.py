@@ -73,7 +73,7 @@ def of_stacks(adapter_name: str, config: Any) -> list[Any]:
     """Return what gives the factors of stacks the layout that they have here."""
     from transformers.core_model_loading import WeightConverter
 
-    operation = Arranging(adapter_name, Layout.of(vars(config)))
+    operation: Any = Arranging(adapter_name, Layout.of(vars(config)))
     names = {name.split(".")[-2] for name in config.target_parameters if "." in name}
     both = [
         [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
@@ -135,7 +135,8 @@ class Arranging:
         if layer is None or len(found) < 2 or not fits(layer, *found.values()):
             return found
         doubts: set[str] = set()
-        stack = Stack(layer, *target_patterns, *found.values())
+        a, b = target_patterns
+        stack = Stack(layer, a, b, found[a], found[b])
         made = as_here(stack, set(), self.layout, doubts)
         say(doubts - self.doubts, self.layout, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)")
         self.doubts |= doubts

@@ -20,9 +20,6 @@ import torch
 
 from tests.warned import WARNED
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before transformers or torch.compile import triton
-
 torch.set_num_threads(1)
 
 SEED = int(os.environ.get("GRAFT_TESTS_SEED", "0"))

@@ -83,8 +83,7 @@ def test_a_package_imports_only_what_is_below_it(module):
 def test_core_and_kernels_know_torch_and_nothing_else(floor, below):
     for module, path in MODULES.items():
         if package(module) == floor:
-            own_packages = {"graft", "torch", *(["triton"] if ".triton." in module else [])}
-            others = {name.split(".")[0] for name in imports(path, nested=True)} - own_packages
+            others = {name.split(".")[0] for name in imports(path, nested=True)} - {"graft", "torch"}
             assert others <= set(sys.stdlib_module_names), f"{module} imports {others}"
             assert {package(m) for m in own(path, nested=True)} <= below | {floor}, module
 

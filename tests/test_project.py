@@ -39,7 +39,7 @@ def same(a, b):
 
 def test_oldest_versions_are_the_lower_bounds():
     bounds, pins = lower_bounds(), dict(re.findall(r"^([\w-]+)==([\d.]+)$", text_of("tests/versions/oldest.txt"), re.M))
-    assert {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "triton"} <= bounds.keys()
+    assert {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"} <= bounds.keys()
     assert bounds.keys() <= pins.keys()
     different = {name: (bounds[name], pins[name]) for name in bounds if not same(bounds[name], pins[name])}
     assert different == {}

@@ -77,11 +77,6 @@ WARNED = [
         MATRICES + "core/test_sparing.py methods/test_shadow.py",
     ),
     Warned("Found missing adapter keys", "files lack keys, to be reported", "compat/test_reports.py"),
-    Warned(
-        "(invalid value|overflow|divide by zero) encountered in",
-        "Triton's interpreter computes by numpy, also where a mask leaves anything",
-        "kernels/test_triton.py",
-    ),
     Warned("The invocation tokens of aLoRA", "random tokens may be without them", MATRICES),
     Warned(
         "Adapter name '.*' should not be contained in the prefix",
@@ -297,7 +292,6 @@ WARNED = [
     Warned("TypedStorage is deprecated", "an old torch file", "trust/test_loading.py"),
     Warned("unclosed (file|scandir)", "an interrupt comes between opening and keeping", "trust/test_saves.py"),
     Warned("FSDP2-wrapped module", "the output of a tiny model is a view", "compat/test_callers.py"),
-    Warned("overflow encountered", "Triton's interpreter computes with masked values", "kernels/test_triton.py"),
     Warned(
         "None of the inputs have requires_grad",
         "reentrant checkpointing of transformers 4 begins below an embedding that does not train",

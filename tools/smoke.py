@@ -16,7 +16,7 @@ from torch import nn
 
 import graft
 
-EXTRAS = {"sklearn", "transformers", "triton"}  # what a module may miss when graft alone is installed
+EXTRAS = {"sklearn", "transformers"}  # what a module may miss when graft alone is installed
 OURS = ("benchmarks", "examples", "tests", "tools")
 
 

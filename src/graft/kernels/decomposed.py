@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from graft.kernels import products, sparse
-from graft.kernels.device import form_for, gathers
 from graft.kernels.function import Function
 from graft.kernels.low_rank import gradients, seed_for
+from graft.kernels.sparse import gathers
 
 SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the product of the few dropped ones
 
@@ -41,8 +41,7 @@ def linear(
     p: float,
 ) -> Tensor:
     """Compute `plain` in the dtype of base(x) = W x + b. base, input_gradient, W: as in `low_rank_linear`."""
-    form = form_for(products, x, A, B)
-    return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p), form)  # type: ignore[no-any-return]
+    return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p))  # type: ignore[no-any-return]
 
 
 class _Linear(Function):
@@ -51,34 +50,34 @@ class _Linear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: Any, input_gradient: Any,
-        scale: float, p: float, seed: int, form: Any,
+        scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])
-        h = form.down(flat, A, 1.0, p, seed)
+        h = products.down(flat, A, 1.0, p, seed)
         wide = y.to(torch.promote_types(y.dtype, h.dtype)).view(-1, y.shape[-1])
-        few = 0 < p <= SPARSE_TO and gathers(x) and form is products
+        few = 0 < p <= SPARSE_TO and gathers(x)
         if p:
             if few:
                 u = sparse.part(flat, W, products.places(flat.numel(), p, seed, x.device)).to(wide.dtype)
                 u = torch.sub(wide, u, out=u)
                 u = (u if b is None else u.sub_(b)).mul_(1 / (1 - p))
             else:
-                u = (products.dropped(flat, p, seed, form.kept) @ W.T).to(wide.dtype)
+                u = (products.dropped(flat, p, seed) @ W.T).to(wide.dtype)
             out = wide.sub_(u)
-            z = form.add_up(u, h, B, scale)
+            z = products.add_up(u, h, B, scale)
             out.addcmul_(z, ratio)
         else:
-            z = form.add_up(wide, h, B, scale)
+            z = products.add_up(wide, h, B, scale)
             out = z * ratio if b is None else torch.addcmul(b * (1 - ratio), z, ratio)
         ctx.save_for_backward(x, W, b, A, B, ratio, h, z)
-        ctx.input_gradient, ctx.options, ctx.few = input_gradient, (scale, p, seed, form), few
+        ctx.input_gradient, ctx.options, ctx.few = input_gradient, (scale, p, seed), few
         return out.to(y.dtype).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, W, b, A, B, ratio, h, z = ctx.saved_tensors
-        scale, p, seed, form = ctx.options
+        scale, p, seed = ctx.options
         need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         if torch.is_grad_enabled():  # for a second derivative
             return _again(ctx, g)
@@ -99,21 +98,21 @@ class _Linear(Function):
             dx = ctx.input_gradient(scaled.to(W.dtype), W)
         elif need[0] and not ctx.few:
             dx = ctx.input_gradient(rows.to(W.dtype), W)
-            dx += products.dropped(ctx.input_gradient((scaled - rows).to(W.dtype), W), p, seed, form.kept)
-        dx, dA, dB = gradients(scaled, x, A, B, h, scale, p, seed, form, need=need, dx=dx)
-        return dx, None, None, dA, dB, d_ratio, None, None, None, None, None, None
+            dx += products.dropped(ctx.input_gradient((scaled - rows).to(W.dtype), W), p, seed)
+        dx, dA, dB = gradients(scaled, x, A, B, h, scale, p, seed, need=need, dx=dx)
+        return dx, None, None, dA, dB, d_ratio, None, None, None, None, None
 
 
 def _again(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    """Return gradients that have gradients: those of the plain form."""
+    """Return gradients that have gradients: those of the plain products."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
-    scale, p, seed, form = ctx.options
-    mask = form.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
+    scale, p, seed = ctx.options
+    mask = products.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
     out = plain(x, W, b, A, B, ratio, scale, mask)
     wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
     given = (x, W, b, A, B, ratio)
     found = torch.autograd.grad(out, [given[i] for i in wanted], g.to(out.dtype), create_graph=True)
-    grads: list[Any] = [None] * 12
+    grads: list[Any] = [None] * 11
     for i, grad in zip(wanted, found):
         grads[i] = grad
     return tuple(grads)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sum y + s · dropout(x) Aᵀ Bᵀ in y's own memory; it keeps little for the backward pass.
-
-The products are those of `products.py` or their Triton forms, as `device.py` chooses.
-"""
+"""The sum y + s · dropout(x) Aᵀ Bᵀ in y's own memory; it keeps little for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.kernels import products
-from graft.kernels.device import form_for
 from graft.kernels.eager import autocast_dtype, eager
 from graft.kernels.function import Function
 from graft.kernels.products import dropped
@@ -34,11 +30,10 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
     """
     if not p and not torch.is_grad_enabled():
         A, B = autocast(x, A, B)
-        form = form_for(products, y, x, A, B)
-        return form.add_up(y, form.down(x.reshape(-1, x.shape[-1]), A), B, scale)  # type: ignore[no-any-return]
+        return products.add_up(y, products.down(x.reshape(-1, x.shape[-1]), A), B, scale)
     if fuses(x, p):
         A, B = autocast(x, A, B)
-        return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p), form_for(products, y, x, A, B))  # type: ignore[no-any-return]
+        return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))  # type: ignore[no-any-return]
     return plain(y, x, A, B, scale, p)
 
 
@@ -51,7 +46,7 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     h = h.to(B.dtype)
     if not fuses(h, 0.0):
         return (y + h @ B.T * scale).to(y.dtype)
-    return _AddProduct.apply(y, h, B, scale, form_for(products, y, h, B))  # type: ignore[no-any-return]
+    return _AddProduct.apply(y, h, B, scale)  # type: ignore[no-any-return]
 
 
 def low_rank_linear(
@@ -74,7 +69,7 @@ def low_rank_linear(
     if not fuses(x, p) or not torch.is_grad_enabled():
         return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)
-    return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p), form_for(products, x, A, B))  # type: ignore[no-any-return]
+    return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))  # type: ignore[no-any-return]
 
 
 def fuses(x: Tensor, p: float) -> bool:
@@ -122,13 +117,11 @@ class _AddLowRank(Function):
     """`add_low_rank`, which keeps x as it came (others often keep it anyway) and h = x Aᵀ, r numbers per row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int, form: Any
-    ) -> Tensor:
-        h = form.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
+        h = products.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
-        ctx.options = scale, p, seed, form
-        return form.add_up(y.data, h, B, scale)  # type: ignore[no-any-return]
+        ctx.options = scale, p, seed
+        return products.add_up(y.data, h, B, scale)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -139,27 +132,25 @@ class _AddLowRank(Function):
             None,
             None,
             None,
-            None,
         )
 
 
 class _AddProduct(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float, form: Any) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
-        ctx.options = h.shape, scale, form
-        return form.add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)  # type: ignore[no-any-return]
+        ctx.options = h.shape, scale
+        return products.add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (h, B), (shape, scale, form) = ctx.saved_tensors, ctx.options
-        form = products if torch.is_grad_enabled() else form  # a second derivative needs operations that have one
+        (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
-            dh = form.down(rows, B.T, scale)
+            dh = products.down(rows, B.T, scale)
         else:
-            dh, dB = form.through_up(rows, B, h.reshape(-1, shape[-1]), scale)
-        return g, dh.view(shape), dB, None, None
+            dh, dB = products.through_up(rows, B, h.reshape(-1, shape[-1]), scale)
+        return g, dh.view(shape), dB, None
 
 
 class _LowRankLinear(Function):
@@ -168,13 +159,13 @@ class _LowRankLinear(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Any, input_gradient: Any, scale: float, p: float,
-        seed: int, form: Any,
+        seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
-        h = form.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
+        h = products.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(W, x, A, B, h)
-        ctx.input_gradient, ctx.options = input_gradient, (scale, p, seed, form)
-        return form.add_up(y, h, B, scale)  # type: ignore[no-any-return]
+        ctx.input_gradient, ctx.options = input_gradient, (scale, p, seed)
+        return products.add_up(y, h, B, scale)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -183,7 +174,7 @@ class _LowRankLinear(Function):
         rows = g.reshape(-1, g.shape[-1])
         dx = ctx.input_gradient(rows, W.to(g.dtype)) if need_x else None
         dx, dA, dB = gradients(rows, *saved, *ctx.options, need=(need_x, *need), dx=dx)
-        return dx, None, dA, dB, None, None, None, None, None, None
+        return dx, None, dA, dB, None, None, None, None, None
 
 
 def gradients(
@@ -195,7 +186,6 @@ def gradients(
     scale: float,
     p: float,
     seed: int,
-    form: Any,
     *,
     need: Sequence[bool],
     dx: Tensor | None = None,
@@ -208,14 +198,13 @@ def gradients(
     drop: dict[str, Any] = dict(p=p, seed=seed)
     flat = x.reshape(-1, x.shape[-1])
     again = torch.is_grad_enabled()
-    if again:  # for a second derivative: operations that have one, and h by them
-        form, drop["kept"] = products, form.kept if p else None
+    if again:  # for a second derivative: h by operations that have one
         h = products.down(flat, A, **drop)
-    dh, dB = form.through_up(g, B, h, scale)
-    dA = form.outer(dh, flat, **drop) if need_A else None
+    dh, dB = products.through_up(g, B, h, scale)
+    dA = products.outer(dh, flat, **drop) if need_A else None
     if need_x and dx is not None and not again:
-        dx = form.add_up(dx, dh, A.T, 1.0, p, seed)
+        dx = products.add_up(dx, dh, A.T, 1.0, p, seed)
     elif need_x:
-        own = form.up(dh, A.T, x.dtype, **drop)
+        own = products.up(dh, A.T, x.dtype, **drop)
         dx = own if dx is None else dx + own
     return None if dx is None else dx.to(x.dtype).view(x.shape), dA, dB if need_B else None

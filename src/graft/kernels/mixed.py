@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.device import triton_form, uses_triton
 from graft.kernels.waits import vector
 
 STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than a loop over the adapters
@@ -29,19 +28,17 @@ def plain(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence
 
 
 def fits(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
-    """Say whether `add_groups` can serve them: all of one dtype and, with gradients and no Triton, cheap to stack."""
+    """Return True if `add_groups` can serve them: all of one dtype and, with gradients, cheap to stack."""
     A = factors[0][0]
     if any(a.dtype != A.dtype or b.dtype != A.dtype for a, b, _ in factors):
         return False
-    return uses_triton(y, x, A) or not torch.is_grad_enabled() or (_alike(factors, sizes) and _small(factors))
+    return not torch.is_grad_enabled() or (_alike(factors, sizes) and _small(factors))
 
 
 def add_groups(
     y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int], in_order: bool = False
 ) -> Tensor:
     """Compute `plain` in y's memory, if it `fits`. in_order: `order` counts all rows from the first to the last."""
-    if uses_triton(y, x, factors[0][0]):
-        return triton_form(__name__).add_groups(y, x, factors, order, sizes)  # type: ignore[no-any-return]
     groups = (x if in_order else x.index_select(0, order)).to(factors[0][0].dtype)
     if _alike(factors, sizes) and (in_order or _small(factors)):
         return _add_stacked(y, groups, factors, None if in_order else order)

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of a low-rank update in plain torch: the references of those in `triton/products.py`.
+"""The products of a low-rank update.
 
 x (rows, n) is wide, h (rows, r) narrow. Dropout, of the share p, acts on the wide side: on the same elements for the
-same seed. An argument `kept` replaces the choice of elements: for a second derivative, by that of another form.
+same seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.device import gathers
+from graft.kernels.sparse import gathers
 
 BLOCK = 256  # rows in a cast
-Choice = Callable[[Tensor, float, int], Tensor]
 
 
 @lru_cache(maxsize=1)  # several products of one layer ask for the same, one after another
@@ -47,41 +45,33 @@ def kept(like: Tensor, p: float, seed: int) -> Tensor:
     return mask
 
 
-mask_of = kept  # another name, for functions with an argument `kept`
-
-
-def dropped(x: Tensor, p: float, seed: int, kept: Choice = kept) -> Tensor:
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """Return dropout(x)."""
     return torch.where(kept(x, p, seed), x * (1 / (1 - p)), 0) if p else x
 
 
-def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int, kept: Choice | None = None) -> Tensor:
+def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
     """Return (1 - p) · dropout(x) in `dtype`: the factor is cheaper on the narrow side."""
     if not p:
         return x.to(dtype)
-    if kept is not None or not gathers(x):
-        return torch.where((kept or mask_of)(x, p, seed), x.to(dtype), 0)
+    if not gathers(x):
+        return torch.where(kept(x, p, seed), x.to(dtype), 0)
     x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     x.view(-1).index_fill_(0, places(x.numel(), p, seed, x.device), 0)
     return x
 
 
-def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a wide tensor to the dtype of the products, once for the several that take it."""
-    return x.to(dtype)
-
-
-def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0, kept: Choice | None = None) -> Tensor:
+def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:
     """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W."""
     if p or x.dtype != W.dtype:
-        x, scale = zeroed(x, W.dtype, p, seed, kept), scale / (1 - p)
+        x, scale = zeroed(x, W.dtype, p, seed), scale / (1 - p)
     h = nn.functional.linear(x, W)
     return h if scale == 1 else h * scale
 
 
-def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0, kept: Choice | None = None) -> Tensor:
+def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
     """Return dropout(h Wᵀ). h (rows, r), W (n, r) → (rows, n), in `dtype`."""
-    return zeroed(h * (1 / (1 - p)) @ W.T if p else h @ W.T, h.dtype, p, seed, kept).to(dtype)
+    return zeroed(h * (1 / (1 - p)) @ W.T if p else h @ W.T, h.dtype, p, seed).to(dtype)
 
 
 def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
@@ -106,9 +96,9 @@ def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: 
     return y
 
 
-def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0, kept: Choice | None = None) -> Tensor:
+def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """Return hᵀ dropout(x). h (rows, r), x (rows, n) → (r, n), in the dtype of h."""
-    product = h.T @ zeroed(x, h.dtype, p, seed, kept)
+    product = h.T @ zeroed(x, h.dtype, p, seed)
     return product * (1 / (1 - p)) if p else product
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.kernels import products
-from graft.kernels.device import form_for
 from graft.kernels.function import Function
 from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.worth import worth_it
@@ -61,20 +60,17 @@ class _AddScaled(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
         flat = h.reshape(-1, h.shape[-1])
-        form = form_for(products, y, flat, B)
         ctx.save_for_backward(h, B, d, b)
-        ctx.form = form
-        return form.add_up(y.data, flat * d, b[:, None] * B, 1.0)  # type: ignore[no-any-return]
+        return products.add_up(y.data, flat * d, b[:, None] * B, 1.0)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         h, B, d, b = ctx.saved_tensors
-        form = products if torch.is_grad_enabled() else ctx.form  # a second derivative needs operations that have one
         flat = h.reshape(-1, h.shape[-1])
-        rows = form.ready(g.reshape(-1, g.shape[-1]), h.dtype)
+        rows = g.reshape(-1, g.shape[-1]).to(h.dtype)
         scaled = b[:, None] * B
-        dd, db = vector_gradients(form.outer_wide(rows, flat, 1.0), B, d, b, ctx.needs_input_grad[3:])
-        dh = (form.down(rows, scaled.T) * d).view(h.shape) if ctx.needs_input_grad[1] else None
+        dd, db = vector_gradients(products.outer_wide(rows, flat, 1.0), B, d, b, ctx.needs_input_grad[3:])
+        dh = (products.down(rows, scaled.T) * d).view(h.shape) if ctx.needs_input_grad[1] else None
         return g, dh, None, dd, db
 
 

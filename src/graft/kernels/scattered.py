@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from graft.kernels import sparse
-from graft.kernels.device import gathers
 from graft.kernels.one_product import Call, InputGradient, holds, linear_with
 
 SPARSE = 0.12  # share of numbers up to which products of these alone beat the full product on a CPU
@@ -72,7 +71,7 @@ class Scattered(NamedTuple):
 def entries(g: Tensor, x: Tensor, places: Tensor) -> Tensor:
     """Return gᵀ x at `places`. g (rows, out), x (rows, n), places (k,)."""
     size = g.shape[1] * x.shape[1]
-    if torch.is_grad_enabled() or len(places) > SPARSE * size or not gathers(x):
+    if torch.is_grad_enabled() or len(places) > SPARSE * size or not sparse.gathers(x):
         return (g.T @ x).reshape(-1).index_select(0, places)
     order = places.argsort()
     found = sparse.entries(g.T.contiguous(), x, places[order])

@@ -16,6 +16,11 @@ from torch import Tensor
 SAMPLED = ("cpu", "cuda")  # device types whose sampled_addmm exists
 
 
+def gathers(x: Tensor) -> bool:
+    """Return True if products of few elements, picked by index, are cheaper than those of all."""
+    return x.device.type == "cpu"
+
+
 def plain_part(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
     """The reference of `part`."""
     some = torch.zeros_like(x)

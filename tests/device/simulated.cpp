@@ -197,6 +197,8 @@ static void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::
   std::optional<Device> asked;
   Generator gen;
   const auto first = stack->size() - args.size();
+  if (name == "histc" && !(*stack)[first].toTensor().is_floating_point())  // CUDA counts whole numbers, a CPU does not
+    (*stack)[first] = (*stack)[first].toTensor().to(kDouble);
   for (size_t i = 0; i < args.size(); i++) {
     IValue& v = (*stack)[first + i];
     if (v.isTensor()) {

@@ -71,6 +71,7 @@ def set_states(states: list[Tensor]) -> None:
 
 _MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 _LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
+_OF = {"bernoulli", "multinomial", "poisson"}  # of a tensor of shares, functions and methods
 # functions of a tensor, torch's or what a library has put in place of those of torch.nn.init
 _UNIFORM = {"uniform_", "kaiming_uniform_", "xavier_uniform_", "random_", "bernoulli_", "sparse_"}
 _NORMAL = {"normal_", "kaiming_normal_", "xavier_normal_", "trunc_normal_", "log_normal_", "orthogonal_"}
@@ -91,7 +92,12 @@ class DrawnOnCPU(TorchFunctionMode):
             if device.type == "meta":
                 return func(*args, **kwargs, device=device)
             return func(*args, **kwargs, device=CPU).to(device)
-        if getattr(func, "__name__", "") in _FILLED:
+        name = getattr(func, "__name__", "")
+        if name in _OF:
+            shares = args[0] if args else kwargs.pop("input")
+            twin = shares if shares.is_meta else shares.to(CPU)
+            return func(twin, *args[1:], **kwargs).to(shares.device)
+        if name in _FILLED:
             t = args[0] if args else kwargs.pop("tensor", None)
             if not isinstance(t, Tensor) or t.device.type in ("cpu", "meta"):
                 return func(t, *args[1:], **kwargs)

@@ -60,6 +60,8 @@ def test_a_seed_draws_the_same_everywhere():
         lambda d: torch.empty(7, device=d).normal_(std=2),
         lambda d: torch.svd_lowrank(torch.arange(24.0, device=d).view(4, 6).sin(), q=2)[1],
         lambda d: torch.rand_like(torch.ones(3, device=d)),
+        lambda d: torch.bernoulli(torch.full((9,), 0.5, device=d)),
+        lambda d: torch.full((9,), 0.1, device=d).multinomial(4),
     ):
         drawn = []
         for device in (CPU, DEVICE):

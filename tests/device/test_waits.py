@@ -19,6 +19,7 @@ from tests.conformance.samples import CALLED_CELLS, CELLS, STORES, cells, featur
 from tests.covering import cover
 from tests.device import simulated
 from tests.device.simulated import WAITS
+from tests.inject import test_parameters as experts
 from tests.methods import test_shadow as shadow
 from tests.methods import test_xlora as xlora
 from tests.prompts import samples as prompts
@@ -35,6 +36,8 @@ ALLOWED = {
     "methods/lora/invocations.py:find": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
     "methods/adalora/allocator.py:allocate": "AdaLoRA's config holds what stays; one read per allocation",
     "methods/adamss/allocator.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
+    "kernels/waits.py:differences": "experts by grouped products: how many rows each has, once per layer and call",
+    "kernels/summed.py:_grouped": "torch's own grouped product, which reads the same where it has no kernel for a dtype",
     "kernels/waits.py:carried": "an adapter that enters a slot, by one copy per dtype",
     "kernels/waits.py:_constant": "rows or slots in an arrangement that no batch before had",
 }
@@ -190,6 +193,21 @@ def test_adapters_of_different_scalings_and_heads():
     model.add_adapter("other", graft.LoraConfig(**config, lora_alpha=3))
     rows = ["default", "default", "other", "other"]
     check_all(model.to(CUDA), {"x": torch.randn(4, 4, 10, device=CUDA)}, rows)
+
+
+@pytest.mark.parametrize("name", experts.MODELS)
+def test_experts(name):
+    """A product of few rows for each expert in use: how many, the router has decided on the device."""
+    model = experts.adapted(graft, name, model=experts.base(name).to(CUDA))
+    layers = sum(m.endswith("experts") for m, _ in model.named_modules())
+    ids = experts.IDS.to(CUDA)
+    act = lambda: model(ids)
+    with torch.no_grad():
+        act()
+        found = waiting(act)
+    found.pop("kernels/summed.py:_grouped", 0)  # torch's, not graft's
+    grouped = name != "llama4"  # which multiplies all experts by all rows
+    assert found == ({"kernels/waits.py:differences": layers} if grouped else {})
 
 
 # prompts

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graft.kernels.low_rank import autocast
+from graft.kernels.waits import differences
 
 Part = tuple[Tensor, Tensor, float]  # A (…, r, in), B (…, out, r), s
 
@@ -148,8 +149,8 @@ def _grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any
     if not M.flipped:
         M = Summed(M.W.mT, [(B.mT, A.mT, s) for A, B, s in M.parts], True)
     y = function(x, M.W.mT, *args, **kwargs)
-    sizes = torch.diff(offs, prepend=offs.new_zeros(1)).tolist()
-    sizes.append(len(x) - sum(sizes))  # rows of no expert
+    sizes = differences(offs)
+    sizes = [*sizes, len(x) - sum(sizes)]  # the last: rows of no expert
     rows = x.split(sizes)
     used = [e for e, n in enumerate(sizes[:-1]) if n]
     for A, B, s in M.parts:

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from graft.kernels.eager import eager, watched
 
@@ -36,10 +38,24 @@ def vector(numbers: Sequence[Any], like: Tensor) -> Tensor:
     return constant(tuple(numbers), like.dtype, like.device)
 
 
+def differences(ends: Tensor) -> list[int]:
+    """Return the sizes of groups of rows that end at `ends`. Waits for the device: once for all products of one layer,
+    which hand over the same tensor."""
+    global _read
+    held, version, sizes = _read
+    if held() is not ends or version != ends._version:
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        _read = (ref(ends), ends._version, sizes)
+    return sizes
+
+
+_read: tuple[Callable[[], Tensor | None], int, list[int]] = (lambda: None, 0, [])
+
+
 def demand(condition: Tensor, error: Callable[[], Exception], text: str) -> None:
     """Raise the error unless the condition, (), is true. CUDA looks itself, and stops with the text: the host does not
-    wait for the values. Other devices have no such check."""
-    if condition.is_cuda:
+    wait for the values. A compiled graph looks as well, and so stays whole. Other devices have no such check."""
+    if condition.is_cuda or is_dynamo_compiling():
         torch._assert_async(condition, text)
     elif not condition:
         raise error()

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of values and numbers of the host, on a CPU: tests/device/test_waits.py counts waits for a device."""
+
+import pytest
+import torch
+
+from graft.kernels import waits
+from tests.leaves_out import WHOLE_GRAPHS
+from tests.prompts import samples as prompts
+
+
+def whole(call):
+    torch._dynamo.reset()
+    return torch.compile(call, backend="eager", fullgraph=True)
+
+
+@WHOLE_GRAPHS
+def test_a_check_of_values_does_not_break_a_graph():
+    def checked(x):
+        waits.demand((x > 0).all(), lambda: ValueError("no"), "all must be positive")
+        return x + 1
+
+    assert torch.equal(whole(checked)(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(RuntimeError, match="all must be positive"):
+        whole(checked)(torch.zeros(2))
+    with pytest.raises(ValueError, match="no"):
+        checked(torch.zeros(2))
+
+
+@WHOLE_GRAPHS
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["MULTITASK_PROMPT_TUNING", "CPT"])
+def test_prompts_that_check_values_compile_as_one_graph(method):
+    sample = prompts.first(method)
+    model, given = prompts.adapt(prompts.LIBS[0], sample).eval(), prompts.batch(sample)
+    if method == "CPT":
+        given["input_type_mask"] = torch.full_like(given["input_ids"], 4)
+    assert torch.equal(whole(lambda: model(**given).loss)(), model(**given).loss)
+
+
+def test_sizes_of_groups_are_read_once_while_they_stay():
+    ends = torch.tensor([1, 1, 4], dtype=torch.int32)
+    first = waits.differences(ends)
+    assert first == [1, 0, 3] and waits.differences(ends) is first
+    ends[0] = 0
+    assert waits.differences(ends) == [0, 1, 3]
+    assert waits.differences(torch.tensor([2, 3])) == [2, 1]

@@ -7,7 +7,7 @@ TESTS ?=
 
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-device test-all coverage test-oldest test-storages test-distributed test-clients test-peft mutations \
+.PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft mutations \
 	fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -43,6 +43,10 @@ test: $(VENV)/.test $(if $(TESTS),,test-device)
 # on a CUDA device, simulated where torch is a CPU build; GRAFT_TESTS_DEVICE=cuda: on the real one
 test-device: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
+
+# these tests and a short benchmark on a GPU of this machine, in out/device-report.json, to send in (docs/devices.md)
+device-report: $(VENV)/.test
+	GRAFT_TESTS_DEVICE=$(or $(GRAFT_TESTS_DEVICE),cuda) $(BIN)/python -m tests.device.report $(REPORT)
 
 # what the tests run of the package, their processes included; fails below the share that pyproject.toml sets
 coverage: $(VENV)/.test

@@ -21,6 +21,7 @@ from graft.core.run import Run, copies_of
 from graft.inject.parts import HOLDER, registry_of
 from graft.io.load import LoadReport, Values
 from graft.model import averaged, loading, saving
+from graft.model.beside import say_unknown
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.rows import names_of_rows, rows_of, spread
 from graft.model.tuner import tuner_of
@@ -87,6 +88,8 @@ class PeftModel(nn.Module):
         if hasattr(config, "pretraining_tp"):
             config.pretraining_tp = 1  # its split matrix products would bypass the adapters
         self.training = self.base_model.training = model.training
+        if not peft_config.inference_mode:
+            say_unknown(type(self))
 
     def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
         """Make the tuner, which holds the base model and its adapters on layers."""
@@ -179,6 +182,7 @@ class PeftModel(nn.Module):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base takes `num_items_in_batch`; Trainer would ask `forward`, which takes any keyword."""
+        say_unknown(type(self))  # Trainer asks when it gets the model
         base = self.get_base_model()
         said = getattr(base, "accepts_loss_kwargs", None)
         taken = inspect.signature(base.forward).parameters.values()

@@ -114,6 +114,7 @@ class Registry:
     states: dict[str, Any]  # state of methods during training, by adapter
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
     watched: set[str]  # adapters for which that was set up
+    trained: set[str]  # adapters that were active in a backward pass
     averaged = False  # the gradients of what trains now will be averaged over processes
     in_ddp = False  # it ran within a DDP, the last time that somebody looked
     starts: dict[str, Any]  # notes of the values with which adapters began, by adapter
@@ -133,7 +134,7 @@ class Registry:
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self.states = {}, {}, [], {}
-        self.watched, self.starts = set(), {}
+        self.watched, self.trained, self.starts = set(), set(), {}
         return found
 
     @property
@@ -315,6 +316,7 @@ class Registry:
         self.reports.pop(adapter_name, None)
         self.states.pop(adapter_name, None)
         self.watched.discard(adapter_name)
+        self.trained.discard(adapter_name)
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:

@@ -18,8 +18,8 @@ These set GRAFT_AS_PEFT=1 and PYTHONPATH, which children inherit; in code, `inst
 variable alone, `import graft` installs the alias. For an environment as a whole, `pip install packaging/as-peft` puts a
 distribution `peft` in PEFT's place; nothing installs it by itself.
 
-Call `install` before the first import of peft, and of modules that look for it on import (transformers' Trainer,
-accelerate, trl): a module that has looked already keeps its answer.
+Call `install` before the first import of peft. Modules of transformers, accelerate, TRL and diffusers that have looked
+for it already are put right (`late.py`); where that cannot be, `install` raises an ImportError that names them.
 
 The package metadata says 0.22.0, because transformers 5.24 accepts nothing older; graft's interface and files are
 those of 0.21.2. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is
@@ -37,6 +37,7 @@ from importlib import import_module
 from types import ModuleType
 
 from graft.compat.peft.children import hand_down, keep_to_itself
+from graft.compat.peft.late import Asked, holders, still_used
 from graft.compat.peft.modules import FINDER, VERSION, ours, real_peft
 
 __all__ = ["install", "installed", "uninstall"]
@@ -53,46 +54,64 @@ def install(*, force: bool = False, version: str = VERSION, children: bool = Fal
     """Make `import peft` and all below it resolve to graft. A second call changes only the version.
 
     Args:
-        force: also if the program has imported PEFT; code that holds its objects keeps them.
+        force: also if the program holds objects of PEFT; it keeps them.
         version: for `peft.__version__` and the package metadata.
         children: also in processes that this one starts, until `uninstall` (they say VERSION).
 
     Raises:
-        ImportError: the program has imported PEFT already.
+        ImportError: the program uses PEFT already, or a module that has looked for it cannot look again. The text
+            names them, and all is as before.
     """
-    FINDER.version = version
-    if installed():
-        if children:
-            hand_down()
-        return
-    real = real_peft()
-    if real and not force:
-        raise ImportError(
-            "peft has been imported already, so part of the program would go on using it. Call "
-            "graft.compat.peft.install() before the first import of peft and of what imports it, or pass force=True."
-        )
-    for name in real:
-        del sys.modules[name]
-    _displaced.update(real)
-    sys.meta_path.insert(0, FINDER)
+    before, FINDER.version = FINDER.version, version
+    if not installed():
+        real = real_peft()
+        try:
+            take_place(real, force)
+        except BaseException:
+            FINDER.version = before
+            raise
     if children:
         hand_down()
 
 
+def take_place(real: dict[str, ModuleType], force: bool) -> None:
+    """Have `import peft` find graft, and the modules that have looked for PEFT look again."""
+    for name in real:
+        del sys.modules[name]
+    sys.meta_path.insert(0, FINDER)
+    asked = Asked()
+    try:
+        asked.again()
+        if real and not force and (names := holders(real)):
+            raise ImportError(still_used(names))
+    except BaseException:
+        sys.meta_path.remove(FINDER)
+        give_place(real)
+        asked.back()
+        raise
+    _displaced.update(real)
+
+
+def give_place(real: dict[str, ModuleType]) -> None:
+    for name in ours(list(sys.modules)):
+        del sys.modules[name]
+    sys.modules.update(real)
+
+
 def uninstall() -> None:
-    """Take the alias away, and put back the modules that `install(force=True)` displaced."""
+    """Take the alias away, put back the modules that `install` displaced, and have clients look again."""
     if not installed():
         return
     sys.meta_path.remove(FINDER)
     keep_to_itself()
-    for name in ours(list(sys.modules)):
-        del sys.modules[name]
-    sys.modules.update(_displaced)
+    give_place(_displaced)
     _displaced.clear()
+    Asked().again()
 
 
 def stand_in() -> None:
     """Put graft in the place of the module `peft` that is being imported, which calls this."""
     sys.modules.pop("peft", None)
-    install()
+    if not installed():
+        sys.meta_path.insert(0, FINDER)  # whoever looked has found this one, so that nobody has to look again
     import_module("peft")

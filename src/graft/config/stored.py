@@ -16,6 +16,7 @@ from graft.config import notes
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
 from graft.config.reading import parsed
+from graft.config.whole import whole_model
 from graft.core.errors import CheckpointError, PeftWarning, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -81,7 +82,8 @@ class Stored:
 
     def _needed(self, fields: Any) -> Any:
         if fields is None:
-            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'" + not_asked(self.where, **self.hub))
+            why = whole_model(self.folder) or not_asked(self.where, **self.hub)
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")
         return fields
 
     def _say_edited(self, beside: dict[str, Any], inside: dict[str, Any]) -> None:

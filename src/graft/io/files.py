@@ -22,6 +22,7 @@ from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import read_object
 from graft.config.stored import Stored
+from graft.config.whole import whole_model
 from graft.core.errors import CheckpointError
 from graft.io import seal
 from graft.io.check import check_archive, fault, has_finite_sum
@@ -118,7 +119,7 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
     place = os.path.join(where, subfolder) if subfolder else where
     raise CheckpointError(
         f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
-        f"the hub{not_asked(where, **hub)}."
+        f"the hub{whole_model(place) or not_asked(where, **hub)}."
     )
 
 

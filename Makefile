@@ -101,7 +101,8 @@ $(VENV)-clients/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
 
 test-clients: $(VENV)-clients/.installed
 	GRAFT_TESTS_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients
-	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k training
+	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k 'training or four_bits'
+	$(VENV)-clients/bin/python -m pytest tests/compat/test_late.py -k clients
 
 # PEFT's own tests, from its source distribution, with graft under PEFT's name; in an environment of its own
 $(VENV)-peft/.installed: pyproject.toml tests/peft_suite/requirements.txt

@@ -279,3 +279,90 @@ def test_all_is_well():
     report = graft.audit(model, optimizer)
     report.no_gradient = [entry for entry in report.no_gradient if not entry.startswith("emb")]  # not in this batch
     assert report.ok and str(report) == "After a backward pass: nothing is wrong with the adapters."
+
+
+# values
+
+
+def stepped(lr, steps=3, **options):
+    model = adapted("inner", "head", **options)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        step(model)()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_updates_of_an_ordinary_training():
+    model, optimizer = stepped(1e-3)
+    report = graft.audit(model, optimizer)
+    assert report.ok and report.stepped and str(report).startswith("After training")
+    for layer in ("inner", "head"):
+        base = getattr(model.base_model.model, layer)
+        share = (base.get_delta_weight("default").norm() / base.base_layer.weight.norm()).item()
+        assert report.updates[f"{layer} ('default')"] == pytest.approx(share, rel=1e-5)
+    assert report.range_of_updates() in str(report)
+    assert graft.audit(model).ok  # gradients that are gone say as much as the optimizer does
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-8])
+def test_a_learning_rate_by_which_nothing_moves(lr):
+    for report in (graft.audit(*stepped(lr)), graft.audit(stepped(lr)[0])):
+        assert report.not_moved == ["inner ('default')", "head ('default')"] and not report.exploded
+        assert "learning rate" in str(report)
+
+
+def test_a_learning_rate_by_which_all_explodes():
+    report = graft.audit(*stepped(1e4))
+    assert report.exploded == ["inner ('default')", "head ('default')"] and "lower learning rate" in str(report)
+
+
+def test_values_that_are_not_finite():
+    model, _ = stepped(1e-3)
+    with torch.no_grad():
+        model.base_model.model.head.lora_A["default"].weight[0, 0] = float("nan")
+    report = graft.audit(model)
+    assert report.broken == ["head ('default')"] and not report.exploded and "checkpoint" in str(report)
+
+
+def test_an_adapter_that_is_in_no_optimizer_does_not_move():
+    model, optimizer = stepped(1e-3, steps=0)
+    del optimizer.param_groups[0]["params"][2:]
+    step(model)()
+    optimizer.step()
+    report = graft.audit(model, optimizer)
+    assert report.not_moved == ["head ('default')"] and len(report.not_optimized) == 2
+
+
+def test_a_head_that_trains_whole_is_measured_beside_its_original():
+    model = adapted("inner", modules_to_save=["head"])
+    head = model.base_model.model.head
+    with torch.no_grad():
+        for p in head.modules_to_save["default"].parameters():
+            p *= 1.5
+    assert graft.audit(model).updates["head ('default')"] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_before_an_optimizer_steps_a_zero_update_is_no_finding():
+    model = adapted("inner")
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    assert graft.audit(model, optimizer).ok
+    step(model)()
+    assert graft.audit(model, optimizer).ok and not graft.audit(model, optimizer).stepped
+
+
+def test_a_start_that_leaves_little_of_the_weight_has_not_exploded():
+    model = adapted("inner", r=6, init_lora_weights="pissa")
+    report = graft.audit(model)
+    assert report.updates["inner ('default')"] > 10 and report.ok
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_no_trained_method_gives_a_false_alarm(sample):
+    layer = next(layer for layer in LAYERS if layer.name == SITES.get(sample.method, "linear"))
+    model = (cell := Cell(sample, layer, STORES[0])).trained().train()
+    model(cell.inputs()).square().mean().backward()
+    model.zero_grad()
+    report = graft.audit(model)
+    assert report.stepped and report.ok, str(report)

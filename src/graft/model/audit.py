@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audit: which of a model's adapters got gradients, and which parameters train, are saved, are optimized."""
+"""Audit: which of a model's adapters got gradients and moved, and which parameters train, are saved, are optimized."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import base_tensors, config_of, parts_of
+from graft.model.sizes import sizes
 
 NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part
 
@@ -29,18 +30,24 @@ NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of th
 class AuditReport:
     """What an audit found. A list that is empty found nothing; `str` shows the others, each with its remedy.
 
-    Entries of the first three are adapters where they act, as "layers.0.q_proj ('default')"; of the others, parameters.
+    Entries up to `nothing_trains` are adapters where they act, as "layers.0.q_proj ('default')"; of the others,
+    parameters.
     """
 
     never_called: list[str] = field(default_factory=list)  # known if the audit ran the model itself
     no_gradient: list[str] = field(default_factory=list)
     zero_gradient: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    exploded: list[str] = field(default_factory=list)
+    not_moved: list[str] = field(default_factory=list)  # after steps of an optimizer
     nothing_trains: list[str] = field(default_factory=list)  # active adapters of a model in which nothing trains
     not_trained: list[str] = field(default_factory=list)  # of active adapters: would be saved, and are frozen
     not_saved: list[str] = field(default_factory=list)
     not_optimized: list[str] = field(default_factory=list)
-    after: str = ""  # which backward passes left the gradients; empty: there were none to look at
+    after: str = ""  # which backward passes left the gradients; empty: there was none
+    updates: dict[str, float] = field(default_factory=dict)  # norm of each update, as a share of its weight's
+    stepped: bool = False  # an optimizer has changed the adapters, as far as one can tell
 
     @property
     def ok(self) -> bool:
@@ -52,6 +59,8 @@ class AuditReport:
         lines = [
             f"{when}: " + ("nothing is wrong with the adapters." if self.ok else "not all adapters train as set up.")
         ]
+        if self.stepped and self.updates:
+            lines.append(f"Their updates are {self.range_of_updates()} of the weights.")
         for name, (title, remedy) in SECTIONS.items():
             found = getattr(self, name)
             if found:
@@ -60,6 +69,14 @@ class AuditReport:
                 lines.append(f"- {title} ({len(found)}): {some(shown)}. {remedy}")
         return "\n".join(lines)
 
+    def range_of_updates(self) -> str:
+        """Return the smallest and the largest share in `updates` as text."""
+        least, most = min(self.updates.values()), max(self.updates.values())
+        return f"{least:.1e}" if least == most else f"{least:.1e} to {most:.1e}"
+
+
+TINY = 1e-5  # share of its weight below which an update changes nothing that one could see
+HUGE = 10.0  # share above which nothing is left of the weight
 
 SECTIONS = {  # {field: (what is wrong, what helps)}
     "never_called": (
@@ -79,6 +96,19 @@ SECTIONS = {  # {field: (what is wrong, what helps)}
     "not_finite": (
         "gradients that are not finite",
         "The loss or an activation overflows: look at inputs and loss, lower the learning rate, or train in bfloat16.",
+    ),
+    "broken": (
+        "values that are not finite",
+        "Training has gone on past an overflow: start again from an earlier checkpoint, with a lower learning rate.",
+    ),
+    "exploded": (
+        f"updates more than {HUGE:.0f} times as large as the weights that they change",
+        "Start again with a lower learning rate (for LoRA, 1e-4 to 1e-3 is usual), or clip gradients.",
+    ),
+    "not_moved": (
+        f"updates that are less than {TINY:.0e} of the weights that they change, after steps of the optimizer",
+        "The adapters are as good as untrained: raise the learning rate (for LoRA, 1e-4 to 1e-3 is usual), see that "
+        "the optimizer holds them and the schedule has not ended at 0, or train longer.",
     ),
     "nothing_trains": (
         "a backward pass ran, and no parameter of the model requires gradients; active are",
@@ -118,10 +148,12 @@ def audit(
     optimizer: torch.optim.Optimizer | None = None,
     loss: Callable[[], Tensor] | None = None,
 ) -> AuditReport:
-    """Report what of a model's active adapters does not train, is not saved, or is not optimized.
+    """Report what of a model's active adapters does not train or move, has exploded, is not saved, or not optimized.
 
-    Call it between `backward()` and `zero_grad()`, or pass `loss`. Before any backward pass it says only what needs no
-    gradients. A model in training looks at itself once, and warns: see `model/watch.py`.
+    Call it between `backward()` and `zero_grad()`, or pass `loss`. Without gradients (before a backward pass, or after
+    `zero_grad()`) it looks at values alone: whether training has changed the adapters, and how large their updates are.
+    It reads all numbers at once, but reads each weight: call it now and then, not in every step. A model in training
+    looks at itself once, and warns: see `model/watch.py`; `graft.train.Watch` does this in a Trainer.
 
     Args:
         model: with adapters; a PeftModel, a module that carries adapters, or a wrapper (DDP, torch.compile) of one.
@@ -141,6 +173,7 @@ def audit(
     else:
         carriers, names = list(registry.carriers()), list(registry.peft_config)
     report = AuditReport()
+    measure(parts_of_active(carriers), report, has_stepped(model, registry, optimizer))
     if loss is None:
         look(parts_of_active(carriers), report)
         report.after = "a backward pass" if any(p.grad is not None for p in model.parameters()) else ""
@@ -150,6 +183,8 @@ def audit(
         report.after = "a backward pass of its own"
     if not report.after:
         report.no_gradient.clear()
+        if was_trained(registry):
+            report.after = "training, whose gradients are gone"
     report.not_trained = frozen(carriers)
     held = {name: parts_of(model, name) for name in names}
     report.not_saved = unsaved(
@@ -207,6 +242,42 @@ def look(parts: list[Part], report: AuditReport, called: set[int] | None = None)
             report.zero_gradient.append(part.label)
         elif state == BROKEN:
             report.not_finite.append(part.label)
+
+
+def has_stepped(model: nn.Module, registry: Any, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Return True if an optimizer has changed a model's adapters, as far as one can tell: its state says so, or
+    gradients of a backward pass are gone."""
+    training = [p for p in model.parameters() if p.requires_grad]
+    if optimizer is not None and any(p in optimizer.state for p in training):
+        return True
+    return was_trained(registry) and all(p.grad is None for p in training)
+
+
+def was_trained(registry: Any) -> bool:
+    """Return True if the active adapters have been so in a backward pass."""
+    active = () if registry is None else registry.active_adapters
+    return bool(active) and registry.trained.issuperset(active)
+
+
+def measure(parts: list[Part], report: AuditReport, stepped: bool) -> None:
+    """Enter into a report how large the updates of these parts are, and what is wrong with their values."""
+    report.stepped = stepped
+    for part, size in zip(parts, sizes(parts)):
+        if not size.finite:
+            report.broken.append(part.label)
+        elif math.isfinite(size.weight) and size.weight and not math.isnan(size.update):
+            report.updates[part.label] = size.share
+            if size.share > HUGE and not starts_large(part):
+                report.exploded.append(part.label)
+            elif stepped and size.share < TINY:
+                report.not_moved.append(part.label)
+
+
+def starts_large(part: Part) -> bool:
+    """Return True where an adapter has begun with a part of the weight, and may have left little of it."""
+    layer = part.carrier.adapter_layer
+    method = None if layer is None else layer.methods.get(part.adapter)
+    return method is not None and method.changes_weight()
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class Watch:
         if self.registry.watch is not self:
             return
         self.looks += 1
+        self.registry.trained.update(self.registry.active_adapters)
         if self.looks == 1:
             say_asleep(parts_of_active(self.registry.carriers()), self.registry.peft_config)
         report = self._first() if self.suspects is None else self._again()

@@ -3,5 +3,6 @@
 
 from graft.train.adalora import adalora_callback, allocate_on_step
 from graft.train.monteclora import MontecloraTrainerMixin
+from graft.train.watch import Watch
 
-__all__ = ["MontecloraTrainerMixin", "adalora_callback", "allocate_on_step"]
+__all__ = ["MontecloraTrainerMixin", "Watch", "adalora_callback", "allocate_on_step"]

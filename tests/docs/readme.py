@@ -47,12 +47,12 @@ def counted() -> list[list[str]]:
 
 def suite() -> list[str]:
     """PEFT's own tests, once a whole run of them is recorded; until then the packages that quantize."""
-    ran = kept().get("graft")
-    if ran is None:
+    run = kept()
+    if run is None:
         packages = list((ROOT / "tests" / "packages").glob("*.txt"))
         return ["packages of quantized layers, tested", str(len(packages)), "–", "`make test-storages`"]
-    counted = ran["passed"] + ran["failed"]
-    return ["PEFT's own tests passed", f"{percent(ran['passed'], counted)} of {counted:,}", "–", "`make test-peft`"]
+    passed = f"{percent(run.passed, run.counted)} of {run.counted:,}"
+    return ["PEFT's own tests passed", passed, "–", "`make test-peft`"]
 
 
 def measured(run: Run) -> list[list[str]]:

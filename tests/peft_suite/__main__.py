@@ -46,7 +46,7 @@ def fetched(cache: Path) -> Path:
     (made / "tests" / "__init__.py").touch()
     shutil.rmtree(made / "src" / "peft.egg-info", ignore_errors=True)
     said = made / "src" / f"peft-{STANDS_FOR}.dist-info"
-    said.mkdir()
+    said.mkdir(exist_ok=True)
     (said / "METADATA").write_text(f"Metadata-Version: 2.1\nName: peft\nVersion: {STANDS_FOR}\n")
     made.rename(suite)
     return suite
@@ -63,13 +63,17 @@ def stand_ins(cache: Path, suite: Path) -> Path:
     return hub
 
 
-def run(args: argparse.Namespace, suite: Path, hub: Path, out: Path) -> None:
+def run(args: argparse.Namespace, suite: Path, hub: Path, out: Path) -> bool:
+    """Return True if pytest came to its end."""
     as_graft = [] if args.peft else ["-m", "graft.compat.peft"]
     path = [str(HERE), str(suite / "src") if args.peft else str(ROOT / "src")]
     inherited = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     files = sorted(f.name for f in (suite / "tests").glob("test_*.py") if f.name not in NEEDS_A_GPU)
     if args.files:
         files = [f for f in files if any(Path(f).match(pattern) for pattern in args.files)]
+    if args.only:
+        named = {name.partition("::")[0] for name in args.only.read_text().splitlines()}
+        files = [f for f in files if f"tests/{f}" in named]
     with served(hub) as address:
         env = {**inherited, **QUIET, "PYTHONPATH": os.pathsep.join(path), "HF_HOME": str(hub), "HF_ENDPOINT": address}
         env |= {"PEFT_SUITE_OUT": str(out), "PEFT_SUITE_PART": str(args.part)}
@@ -80,7 +84,8 @@ def run(args: argparse.Namespace, suite: Path, hub: Path, out: Path) -> None:
         pytest += ["-n", str(args.jobs), *(["-k", args.keyword] if args.keyword else [])]
         command = [sys.executable, *as_graft, *pytest, *(f"tests/{f}" for f in files)]
         with out.with_suffix(".log").open("w") as log:
-            subprocess.run(command, cwd=suite, env=env, stdout=log, stderr=subprocess.STDOUT)
+            done = subprocess.run(command, cwd=suite, env=env, stdout=log, stderr=subprocess.STDOUT)
+    return done.returncode in (0, 1)  # all passed, some failed
 
 
 def main() -> int:
@@ -100,14 +105,16 @@ def main() -> int:
     suite = fetched(cache)
     hub = stand_ins(cache, suite)
     out = cache / "results.jsonl"
-    out.unlink(missing_ok=True)
-    run(args, suite, hub, out)
+    out.write_text("")
+    ended = run(args, suite, hub, out)
     found = results.read(out)
     print(results.told(found, args.show))
-    whole = args.part == 1 and not (args.files or args.only or args.keyword)
-    if args.record and whole:
-        results.record(found, args.peft)
-    return 0 if found.good else 1
+    whole = ended and args.part == 1 and not (args.files or args.only or args.keyword)
+    if args.record and whole and not args.peft:
+        results.record(found)
+    if not ended:
+        print(f"pytest broke off: {out.with_suffix('.log')}")
+    return 0 if ended and found.good else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -57,6 +58,23 @@ class Found:
         return self.passed >= 0.999 * self.counted and not self.idle
 
 
+@dataclass(frozen=True)
+class Run:
+    """The numbers of a whole run, as run.json keeps them."""
+
+    date: str
+    passed: int
+    failed: int
+    skipped: int
+    differs: int = 0
+    inside: int = 0
+    fails: int = 0
+
+    @property
+    def counted(self) -> int:
+        return self.passed + self.failed
+
+
 def read(out: Path) -> Found:
     outcomes: dict[str, tuple[str, str]] = {}
     for text in out.read_text().splitlines():
@@ -92,15 +110,13 @@ def percent(passed: int, counted: int) -> str:
 
 def sentences() -> str:
     """What the documentation says of the last whole run."""
-    runs = kept()
-    ran, theirs = runs.get("graft"), runs.get("PEFT")
-    if ran is None or theirs is None:
+    run = kept()
+    if run is None:
         return "No whole run is recorded yet."
-    counted = ran["passed"] + ran["failed"]
     return (
-        f"Of the {theirs['passed']:,} tests that PEFT itself passes so, {ran.get('differs', 0):,} want what differs "
-        f"here on purpose, and {ran.get('inside', 0):,} test PEFT's inside. Of the other {counted:,} graft passes "
-        f"{ran['passed']:,}: {percent(ran['passed'], counted)}."
+        f"The last whole run was on {run.date}. Of the tests that do not pass, {run.differs:,} want what differs here "
+        f"on purpose, {run.inside:,} test PEFT's inside, and {run.fails:,} fail with PEFT, too. Of the other "
+        f"{run.counted:,} graft passes {run.passed:,}: {percent(run.passed, run.counted)}."
     )
 
 
@@ -117,14 +133,13 @@ def told(found: Found, show: int) -> str:
     return "\n".join(said)
 
 
-def kept() -> dict[str, dict[str, int]]:
-    """Return the numbers of the last whole runs: PEFT's own, and graft's."""
-    return json.loads(KEPT.read_text()) if KEPT.exists() else {}
+def kept() -> Run | None:
+    """Return the last whole run with graft, if one is recorded."""
+    return Run(**json.loads(KEPT.read_text())) if KEPT.exists() else None
 
 
-def record(found: Found, peft: bool) -> None:
-    """Keep the numbers of a whole run."""
-    counts = dict(passed=found.passed, failed=len(found.failed), skipped=found.skipped, **found.left_out)
-    runs = kept()
-    runs["PEFT" if peft else "graft"] = counts
-    KEPT.write_text(json.dumps(runs, indent=1) + "\n")
+def record(found: Found) -> None:
+    """Keep the numbers of a whole run with graft."""
+    numbers = dict(passed=found.passed, failed=len(found.failed), skipped=found.skipped)
+    run = Run(date=date.today().isoformat(), **numbers, **found.left_out)
+    KEPT.write_text(json.dumps(asdict(run), indent=1) + "\n")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of PEFT's tests that do not count: it can be read, and says only what the documentation says, too."""
 
+from collections import Counter
+from datetime import date
 from pathlib import Path
 
 from tests.docs import peft_suite
@@ -34,6 +36,16 @@ def test_a_line_names_parameters_or_all_of_them():
 
 def test_the_page_says_what_the_last_run_gave():
     assert peft_suite.page() == peft_suite.PAGE.read_text(), "run python -m tests.docs.peft_suite"
+
+
+def test_a_run_is_kept_with_its_date(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path / "run.json")
+    assert results.kept() is None and "No whole run" in results.sentences()
+    results.record(Found(passed=1998, skipped=3, failed={"a": "why", "b": ""}, left_out=Counter(differs=4, fails=1)))
+    run = results.kept()
+    assert run is not None and run.date == date.today().isoformat()
+    assert (run.counted, run.skipped, run.differs, run.inside, run.fails) == (2000, 3, 4, 0, 1)
+    assert run.date in results.sentences() and "2,000 graft passes 1,998: 99.9 %" in results.sentences()
 
 
 def test_a_share_is_never_rounded_up():

@@ -366,3 +366,14 @@ def test_several_embeddings_and_a_head_follow_the_embedding(kind, target, tmp_pa
     again = graft.PeftModel.from_pretrained(make(kind), tmp_path).eval()
     ids = dict(input_ids=IDS, decoder_input_ids=IDS)
     assert_close(again(**ids).logits, model(**ids).logits)
+
+
+def test_a_model_that_ties_and_names_no_head():
+    class Names(Tied):
+        config = transformers.PretrainedConfig(tie_word_embeddings=True)
+
+        def get_input_embeddings(self):
+            return self.emb
+
+    config = graft.LoraConfig(r=2, target_modules=["head"], ensure_weight_tying=True)
+    assert set(layers(graft.get_peft_model(Names(), config))) == {"emb", "head"}

@@ -45,7 +45,8 @@ def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
     if weight is None:
         return path, []
     head = None
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if ties and hasattr(model, "get_output_embeddings"):
         head = uncovered(model.get_output_embeddings())
         own = None if head is None else weight_of(head)
         if not weight.is_meta and (own is None or own.device == weight.device):

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import re
 
 import peft
 import pytest
@@ -464,6 +465,19 @@ def test_rows_with_different_adapters_are_refused():
 def test_a_pattern_for_modules_that_matches_nothing_is_said(lib):
     with pytest.warns(RuntimeWarning, match="target_modules=lin were set but no module was matched"):
         of_stack(lib, target_parameters=["m.up"], target_modules="lin")
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+@pytest.mark.parametrize(
+    "field, parameters, modules, kind",
+    [
+        ("target_modules={'lim'}", ["m.up"], ["lim"], "module"),
+        ("target_parameters=['m.ub']", ["m.ub"], ["lin"], "parameter"),
+    ],
+)
+def test_a_list_of_which_nothing_matches_is_said(lib, field, parameters, modules, kind):
+    with pytest.warns(RuntimeWarning, match=re.escape(f"{field} were set but no {kind} was matched")):
+        of_stack(lib, target_parameters=parameters, target_modules=modules)
 
 
 KINDS = {  # options, and the rank for each matrix

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state and the names that other packages read off layers, wrappers, tuners and statuses."""
 
+from operator import attrgetter
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,17 @@ def test_peft_names_of_the_adapters_on_a_carrier():
     for carrier in (inner.lin, inner.head, inner.emb):
         assert carrier._adapters == carrier._get_available_adapters() == {"default"}
         assert carrier._all_available_adapter_names() == ["default"]
+
+
+@pytest.mark.parametrize("lib", [graft, peft])
+def test_the_names_of_a_carriers_containers_lead_to_its_adapters(lib):
+    options = dict(r=2, target_modules=["lin"], modules_to_save=["head"], trainable_token_indices={"emb": [1]})
+    inner = lib.get_peft_model(net(), lib.LoraConfig(**options)).base_model.model
+    for carrier in (inner.lin, inner.head, inner.emb):
+        held = [attrgetter(name)(carrier) for name in carrier.adapter_layer_names]
+        assert all("default" in container for container in held if len(container))
+    assert inner.emb.adapter_layer_names == ("token_adapter.trainable_tokens_delta",)
+    assert inner.emb.token_adapter.token_indices["default"] == [1]
 
 
 def test_token_rows_and_parameters_stand_in_the_status():

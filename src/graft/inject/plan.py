@@ -113,7 +113,7 @@ def match(job: Any) -> dict[str, Verdict]:
     parameters: dict[str, Site] = {}
     if getattr(cfg, "target_parameters", None):
         parameters, idle = parameters_of(job)
-        say_unmatched("target_parameters", idle, report)
+        say_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
         job.sites |= parameters
     if job.absent:
         if not (job.sites or job.prompt) and chosen is None:
@@ -205,12 +205,22 @@ def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Colle
     return wanted
 
 
-def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport) -> None:
-    """Warn of entries of a config's field that matched nothing, and note them in the report."""
-    for entry, similar in list(entries.items())[:MOST_WARNINGS]:
-        warn(f"{name} entry '{entry}' matched nothing{hint(similar)}", PeftWarning)
-    if len(entries) > MOST_WARNINGS:
-        warn(f"{name}: {len(entries) - MOST_WARNINGS} more entries matched nothing", PeftWarning)
+def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: Any = None) -> None:
+    """Warn of entries of a config's field that matched nothing, and note them in the report.
+
+    of: the field, if no entry of it matched, though another field did.
+    """
+    first = list(entries.items())[:MOST_WARNINGS]
+    if of and entries:
+        close = "".join(f" '{entry}'{hint(similar)}" for entry, similar in first if similar)
+        kind = name.removeprefix("target_").removesuffix("s")
+        text = f"{name}={of} were set but no {kind} was matched.{close} Adapter '{report.adapter}' is without them."
+        warn(text, RuntimeWarning)
+    else:
+        for entry, similar in first:
+            warn(f"{name} entry '{entry}' matched nothing{hint(similar)}", PeftWarning)
+        if len(entries) > MOST_WARNINGS:
+            warn(f"{name}: {len(entries) - MOST_WARNINGS} more entries matched nothing", PeftWarning)
     prefix = "" if name == "target_modules" else f"{name}: "
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
@@ -308,7 +318,8 @@ def report_on(
         used = {v.entry for v in verdicts if v.entry is not None}
         # a longer entry may name the same modules, and is the one in `used`
         left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
-        say_unmatched("target_modules", unmatched(set(left) - experts_left.names, used, outcomes), report)
+        missing = unmatched(set(left) - experts_left.names, used, outcomes)
+        say_unmatched("target_modules", missing, report, of=None if "matched" in found else targets)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))

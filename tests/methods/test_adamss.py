@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaMSS: clusters of rows in files, the bias, and the choice of the subspaces that train."""
 
+import copy
 import pickle
 import sys
 from types import SimpleNamespace
@@ -200,3 +201,12 @@ def test_init_weights_false_means_none():
         for lib in LIBS:
             with pytest.raises(ValueError):
                 lib.AdamssConfig(**bad)
+
+
+@pytest.mark.parametrize("autocast, dtype", [(False, torch.float16), (True, torch.float32)])
+def test_the_dtype_of_a_loaded_adapter(autocast, dtype, tmp_path):
+    base, options = nn.Sequential(nn.Linear(10, 20)).half(), dict(autocast_adapter_dtype=autocast)
+    config = graft.AdamssConfig(target_modules=["0"])
+    graft.get_peft_model(copy.deepcopy(base), config, **options).save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(base, tmp_path, **options)
+    assert {p.dtype for n, p in loaded.named_parameters() if "adamss_" in n} == {dtype}

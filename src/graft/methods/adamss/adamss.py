@@ -120,7 +120,8 @@ class AdaMSS(Method):
         given = {place: stored[place].shape for place in shapes.keys() & stored.keys()}
         if here.is_meta and given.keys() == shapes.keys() and fit(stored[ROWS], given, here.shape, self.adamss_newB):
             for (part, j), shape in given.items():
-                getattr(self, part)._parameters[j] = nn.Parameter(torch.empty(shape, device=META))
+                held = getattr(self, part)._parameters
+                held[j] = nn.Parameter(held[j].new_empty(shape))
         return stored
 
 

@@ -377,3 +377,23 @@ def test_a_model_that_ties_and_names_no_head():
 
     config = graft.LoraConfig(r=2, target_modules=["head"], ensure_weight_tying=True)
     assert set(layers(graft.get_peft_model(Names(), config))) == {"emb", "head"}
+
+
+def test_an_encoder_and_a_decoder_are_tied_again_after_a_merge():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=20, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = graft.get_peft_model(
+        T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=True)).eval(),
+        graft.TrainableTokensConfig(target_modules=["shared"], token_indices=[0, 1, 3]),
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    batch = dict(input_ids=torch.tensor([[0, 1, 2, 3]]), decoder_input_ids=torch.tensor([[0, 1, 3]]))
+    y = model(**batch).logits
+    plain = model.merge_and_unload()
+    weight = plain.shared.weight
+    assert plain.encoder.embed_tokens.weight is plain.decoder.embed_tokens.weight is plain.lm_head.weight is weight
+    torch.testing.assert_close(plain(**batch).logits, y, rtol=1e-5, atol=1e-5)

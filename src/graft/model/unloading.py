@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -61,12 +61,29 @@ def survey_places(model: nn.Module, act: Any) -> None:
     visit(model)
 
 
+def declared_tied(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules whose weights a transformers model says are tied to others."""
+    for part in model.modules():
+        for key in getattr(part, "_tied_weights_keys", None) or ():
+            name, _, parameter = key.rpartition(".")
+            try:
+                module = part.get_submodule(name)
+            except AttributeError:  # a pattern, or a part that this model lacks
+                continue
+            if parameter == "weight" and module._parameters.get("weight") is not None:
+                yield module
+
+
 def retie(model: Any) -> None:
     """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    for module in declared_tied(model):  # those of an encoder and a decoder
+        own = module._parameters["weight"]
+        if inputs is not None and own is not inputs.weight and not own.is_meta and torch.equal(own, inputs.weight):
+            module.weight = inputs.weight
     if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
         return
     if torch.equal(inputs.weight, outputs.weight):

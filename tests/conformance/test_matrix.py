@@ -228,7 +228,10 @@ def test_a_saved_adapter_computes_the_same_on_a_fresh_base(cell, tmp_path):
         # mapped memory has another alignment, by which torch may sum in another order
         assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
         saved, held = (graft.get_peft_model_state_dict(m, adapter_name=name) for m in (model, loaded))
-        assert saved.keys() == held.keys() and all(torch.equal(held[key], t) for key, t in saved.items())
+        assert saved.keys() == held.keys()
+        for key, t in saved.items():
+            exact = not key.endswith("lora_shift.sample")  # of the base, from which the load has subtracted again
+            assert_close(held[key], t, rtol=0, atol=0 if exact else 1e-6)
     assert weights(loaded).keys() == weights(model).keys()
 
 

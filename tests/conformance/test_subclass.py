@@ -157,7 +157,7 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
     grads = gradients(model.train(), many)
     assert grads
     for name, g in gradients(hooked(cell.trained()).train(), many).items():
-        close(grads[name], g, 1e-4)
+        close(grads[name], g, 3e-4)
     # rows
     names = ["default", "__base__"] * 2 + ["default"]
     mixed = model.eval()(x, adapter_names=names)

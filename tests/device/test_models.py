@@ -571,8 +571,9 @@ def of_a_projection():
 
 
 def of_layers():
-    """Every method on a linear layer."""
-    for cell in {c.sample.method: c for c in reversed(CELLS) if c.layer.name == "linear"}.values():
+    """Every method on a linear layer, and VeLoRA, which has a Function more."""
+    kinds = {(c.sample.method, c.sample.label == "velora"): c for c in reversed(CELLS) if c.layer.name == "linear"}
+    for cell in kinds.values():
         x = torch.zeros(80, cell.inputs().shape[-1], device=DEVICE, requires_grad=True)
         with unset_fake_temporarily():
             model = cell.trained(("default",)).to(DEVICE).train()

@@ -48,7 +48,8 @@ def test_saved_by_one_loaded_by_the_other(sample, tmp_path):
         assert type(result.value).__name__ == type(expected).__name__
         close_dicts(dict(result.value.state_dict()), tensors, 3e-6)  # KaSA takes a decomposition out of the base
         if "forward" not in sample.unlike:
-            close(output(result.value, sample), output(expected, sample))
+            tolerance = 5e-5 if "kasa" in sample.name else 1e-5  # a decomposed base
+            close(output(result.value, sample), output(expected, sample), tolerance)
 
 
 @over(each("plain", "mlp llama") + each("head", "mlp") + each("tokens", "gpt2"))

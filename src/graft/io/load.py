@@ -98,9 +98,9 @@ class Values:
         mapping = own if key_mapping is None else key_mapping
         self.tensors = renamed(stored, mapping, key_mapping is not None)
         self.path, self.strict = loaded.path, strict
-        self.fingerprint = loaded.fingerprint
-        if self.fingerprint and self.tensors.keys() != stored.keys():
-            self.fingerprint = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
+        self.fingerprint, self.called_otherwise = loaded.fingerprint, None
+        if self.fingerprint and self.tensors.keys() != stored.keys():  # the base's modules may have new names as well
+            self.called_otherwise = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
         self.layout, self.told = loaded.layout, copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
@@ -303,6 +303,8 @@ class Values:
             return
         stored = self.fingerprint
         now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
+        if self.called_otherwise is not None and difference(stored, now):
+            stored = self.called_otherwise
         if difference(stored, now) and self.absent:
             here = within(stored, lambda key: not self.is_absent(key))
             if here is None:

@@ -140,7 +140,9 @@ def test_dpo_of_a_trained_adapter(folder):
     trainer = DPOTrainer(model, args=args, train_dataset=preferences(), processing_class=tiny.tokenizer())
     assert sorted(model.peft_config) == ["default", "ref"]
     trainer.train()
-    return {**result(trainer, folder), "reference": tiny.tensors(model, ".ref.")}
+    found = result(trainer, folder)
+    found["logged"].pop("rewards/accuracies")  # at first the policy is the reference: noise decides which is larger
+    return {**found, "reference": tiny.tensors(model, ".ref.")}
 
 
 @scenario

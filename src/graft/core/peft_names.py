@@ -114,12 +114,12 @@ class PeftNames:
     @property
     def active_adapter(self: Layer) -> list[str]:
         """The active adapters: a list here and on the tuner, a name on a PeftModel."""
-        return Shown(self.state.active, "active_adapter", ACTIVATE)
+        return list(self.state.active)
 
     @property
     def active_adapters(self: Layer) -> list[str]:
         """The active adapters, also those that the layer does not carry."""
-        return Shown(self.state.active, "active_adapters", ACTIVATE)
+        return list(self.state.active)  # plain: other packages hand it on, and pickle it
 
     @property
     def _active_adapter(self: Layer) -> list[str]:

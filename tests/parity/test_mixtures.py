@@ -260,7 +260,7 @@ def test_plans_name_the_experts_that_are_left_out():
     (r".*shared_experts\.\w+_proj", 0, {"1.mlp.shared_experts"}),
     (["shared_experts.up_proj", "o_proj"], 0, {"1.mlp.shared_experts"}),
     (["layers.0.mlp.up_proj"], 0, {"0.mlp"}),
-], ids=str)  # fmt: skip
+], ids=("all-linear", "pattern", "shared", "names", "layer"))  # fmt: skip
 def test_targets_mean_what_they_meant(targets, stacked, dense, tmp_path):
     """Whether as a list of paths, as a regex or as "all-linear"; and PEFT finds the same in the file."""
     made, _ = adapted(graft, "deepseek_v3", targets)

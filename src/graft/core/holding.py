@@ -73,7 +73,7 @@ class Holding:
                 elif key in modules:
                     raise self._unfit(method, key, kind)
                 else:
-                    self.tell(adapter, **{key: value})
+                    dict.__setitem__(own[key], adapter, value)
                 continue
             if kind is Attached:  # the container itself, of the whole model, stands here
                 if not isinstance(value.container, nn.Module):  # plain facts of the whole model
@@ -82,7 +82,8 @@ class Holding:
                     modules[key] = value.container
                     self.attached.add(key)
                 continue
-            if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            is_module = isinstance(value, nn.Module)
+            if not is_module and hasattr(value, "__array__") and not isinstance(value, Tensor):
                 raise TypeError(
                     f"'{key}' of adapter '{adapter}' on layer '{self.site.key}' is a {kind.__name__}, which nothing "
                     "moves or saves: let build() return a tensor, by torch.from_numpy()."
@@ -90,15 +91,15 @@ class Holding:
             if key not in known:
                 self._open(key, value, training)
             container: Any = modules[key] if key in modules else own[key]
-            if not takes(container, value):
-                if isinstance(container, dict) or not isinstance(value, (nn.Module, Tensor, Transient)):
+            if not (is_module and type(container) is ModuleDict or takes(container, value)):
+                if isinstance(container, dict) or not (is_module or isinstance(value, (Tensor, Transient))):
                     raise self._unfit(method, key, kind)
                 container = self._widen(key, container)
             if type(container) is AnyDict:
                 container[adapter] = value
                 slots += slots_of(key, container, adapter)
                 continue
-            if isinstance(value, nn.Module):
+            if is_module:
                 container._modules[adapter] = value
                 if not value._modules and not value._buffers:
                     trains = not (training or method.cfg.inference_mode) and isinstance(value, MODELESS)

@@ -322,8 +322,7 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
             state.undo.append(("restore", _snapshot(layer), None))
         wide = _added(layer.op, W, products)
         if wide is not W:
-            state.survived.append(survival(W, wide))
-            W.copy_(wide)
+            state.survived.append(survival(W, wide, W))
         state.merged += names
         return
     before = layer.weight_now

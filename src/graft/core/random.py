@@ -113,12 +113,13 @@ class DrawnOnCPU(TorchFunctionMode):
 NOTHING = nullcontext()
 
 
-def made_on(device: torch.device | None) -> AbstractContextManager[None]:
+def made_on(device: torch.device | None, default: torch.device | None = None) -> AbstractContextManager[None]:
     """Make tensors on `device` within the block, with the random values that a seed gives on a CPU.
 
-    A default device that a caller has set does not count; "meta" does.
+    A default device that a caller has set does not count; "meta" does. default: that device, if it was asked for.
     """
-    default = torch.get_default_device()
+    if default is None:
+        default = torch.get_default_device()
     if device is None or device.type == "meta":
         device = CPU
     if default.type == "meta" or (default.type == "cpu" and device.type == "cpu"):

@@ -29,14 +29,19 @@ def survival(W: Tensor, wide: Tensor, stored: Tensor | None = None) -> Tensor:
     Args:
         W: the weight as it was, and as it was stored.
         wide: the weight that was asked for, before rounding.
-        stored: W', what came of that; None: `wide`, rounded to W's dtype.
+        stored: W', what came of that; None: `wide`, rounded to W's dtype; W itself: write that into it, and use `wide`
+            up on the way, as all is in the cache then.
     """
     at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
     rows, product = (max(1, len(W)), spread_dot) if spread else (max(1, at_once // max(1, W[:1].numel())), dot)
-    sums = torch.zeros(2, device=W.device)
+    total: Tensor | None = None
     for i in range(0, len(W), rows):
-        asked, before = wide[i : i + rows].float(), W[i : i + rows].float()
-        kept = (asked.to(W.dtype) if stored is None else stored[i : i + rows]).float() - before
-        asked = asked - before
-        sums += torch.stack([product(kept, asked), product(asked, asked)])
-    return sums
+        before, asked = W[i : i + rows].float(), wide[i : i + rows]
+        if stored is W:
+            kept, asked = stored[i : i + rows].copy_(asked).float(), asked.sub_(before)
+        else:
+            kept = (asked.to(W.dtype) if stored is None else stored[i : i + rows]).float()
+            asked = asked.float() - before
+        both = torch.stack([product(kept - before, asked), product(asked, asked)])
+        total = both if total is None else total + both
+    return torch.zeros(2, device=W.device) if total is None else total

@@ -133,7 +133,15 @@ def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
     return sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in sources) if sources else 0
 
 
-def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, on_meta: bool, upcast: bool) -> int:
+def add_adapter(
+    layer: AdapterLayer,
+    method: Method,
+    shared: dict[str, Any],
+    *,
+    on_meta: bool,
+    upcast: bool,
+    default: torch.device | None = None,  # as `made_on` has it
+) -> int:
     """Put an adapter on a layer, frozen. Return how many of its numbers can train."""
     method.layer = layer  # which has the weight
     where = layer.where
@@ -141,7 +149,7 @@ def add_adapter(layer: AdapterLayer, method: Method, shared: dict[str, Any], *, 
         if on_meta:
             layer.add(method, method.placeholders(shared))
         else:
-            with made_on(where[0]):
+            with made_on(where[0], default):
                 layer.add(method, method.build(shared))
                 method.init()
     except torch.linalg.LinAlgError as e:
@@ -194,6 +202,7 @@ def share(job: Any) -> None:
 
 def add_layers(job: Any) -> None:
     shared, loads, adapter = job.shared.attached(), job.values is not None, job.adapter
+    default = torch.get_default_device()
     nothing, started = [], []
     for key in job.order:
         if key in job.ghosts:
@@ -208,7 +217,7 @@ def add_layers(job: Any) -> None:
             nowhere = not method.inits_before_load()
         else:
             nowhere = not (method.changes_weight() if site.on_meta else not job.on_meta or method.inits_from_weight())
-        size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast)
+        size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast, default=default)
         if not nowhere and method.inits_from_weight():
             started.append(layer)
         size -= trainable_from_others(layer, adapter)

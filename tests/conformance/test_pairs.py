@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.call import Call
 from graft.core.layer import AdapterLayer
+from graft.core.method import Layers
 from graft.core.rows import Rows
 from graft.core.shared import Shared
 from graft.inject.build import add_adapter
@@ -83,7 +84,7 @@ def carried(on: Layer, *samples: Sample) -> AdapterLayer:
 
 def place(method, layer: AdapterLayer, cfg, shared: Shared) -> None:
     if type(method).shares:
-        shared.hold(method.name, method.share([layer.site], cfg, {}, {}), (None, torch.float32), True)
+        shared.hold(method.name, method.share(Layers(layer, [layer.site], cfg)), (None, torch.float32), True)
     add_adapter(layer, method, shared.attached(), on_meta=False, upcast=True)
 
 

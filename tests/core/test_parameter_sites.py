@@ -13,6 +13,7 @@ import graft
 from graft.core.call import Call
 from graft.core.errors import RoutingError
 from graft.core.layer import layer_for
+from graft.core.method import Layers
 from graft.core.rows import Rows
 from graft.core.shared import Shared
 from graft.inject.build import add_adapter
@@ -49,7 +50,7 @@ def carried(*methods):
             m, shared = graft.method_of(method)(layer.site, cfg, name), Shared()
             assert m.check() is None
             if m.shares:
-                shared.hold(name, m.share([layer.site], cfg, {}, {}), (None, torch.float32), True)
+                shared.hold(name, m.share(Layers(module, [layer.site], cfg)), (None, torch.float32), True)
             add_adapter(layer, m, shared.attached(), on_meta=False, upcast=True)
             layer.require_grad(name, True)
             for p in layer.parameters_of(name):

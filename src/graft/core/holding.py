@@ -91,7 +91,7 @@ class Holding:
             if key not in known:
                 self._open(key, value, training)
             container: Any = modules[key] if key in modules else own[key]
-            if not (is_module and type(container) is ModuleDict or takes(container, value)):
+            if not ((is_module and type(container) is ModuleDict) or takes(container, value)):
                 if isinstance(container, dict) or not (is_module or isinstance(value, (Tensor, Transient))):
                     raise self._unfit(method, key, kind)
                 container = self._widen(key, container)

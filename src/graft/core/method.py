@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from graft.core.base_config import model_type
 from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.errors import ConfigError
 from graft.core.ops import META, OPS
 from graft.core.site import Site
 
@@ -51,6 +53,36 @@ def _not_built(method: Any, name: str) -> TypeError:  # after an AttributeError 
     )
 
 
+@dataclass
+class Layers:
+    """The layers that an adapter is put on, as `Method.share` sees them."""
+
+    model: nn.Module
+    sites: Sequence[Site]
+    cfg: Any
+    existing: dict[str, Any] = field(default_factory=dict)  # containers of what adapters share already, by name
+    others: dict[str, Any] = field(default_factory=dict)  # configs of these adapters, by name
+
+    @property
+    def wide_in(self) -> int:
+        return max(site.fan_in for site in self.sites)
+
+    @property
+    def wide_out(self) -> int:
+        return max(site.out_features for site in self.sites)
+
+    def agree(self, method: type[Method]) -> None:
+        """Raise ConfigError if the adapter differs from one that shares its tensors in a field of `alike`."""
+        for name, other in self.others.items():
+            for key in method.alike:
+                if getattr(other, key) != getattr(self.cfg, key):
+                    raise ConfigError(
+                        f"{method.__name__} projections are shared: they must be saved for all adapters or none, and "
+                        f"drawn alike. {key} is {getattr(self.cfg, key)}, but adapter '{name}' has "
+                        f"{getattr(other, key)}."
+                    )
+
+
 class Method:
     """One adapter on one site. Its tensors stand on the layer: `self.lora_A` reads `layer.lora_A[self.name]`.
 
@@ -83,10 +115,11 @@ class Method:
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
     over_layers: ClassVar[str | None] = None  # what it does with all layers of a model at once, if it does
     shares_from_weight: ClassVar[bool] = False  # `share` reads base weights, from which what is merged is then out
+    alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
-    shares: ClassVar[bool] = False  # `share` or `accompany` makes tensors that live once per model
+    shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
     computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
     chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
@@ -109,7 +142,7 @@ class Method:
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
         cls.chooses = getattr(cls.excludes, "__func__", cls.excludes) is not Method.excludes.__func__  # type: ignore[attr-defined]
-        cls.shares = any(getattr(cls, f).__func__ is not getattr(Method, f).__func__ for f in ("share", "accompany"))
+        cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
         _refuse_half_an_override(cls)
 
     def __init__(self, site: Site, cfg: Any, name: str):
@@ -147,23 +180,9 @@ class Method:
         return None
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
-        """Make the tensors that all layers of the model share, by name. Parameters and modules train.
-
-        Args:
-            existing: containers of the tensors that other adapters share, by name.
-            others: configs of these adapters, by name.
-        """
+    def share(cls, layers: Layers) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
+        """Make the tensors that all layers of the model share, by name. Parameters and modules train."""
         return {}
-
-    @classmethod
-    def accompany(
-        cls, model: nn.Module, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
-        """Do as `share`, knowing the model that is adapted, for what stands beside it."""
-        return cls.share(sites, cfg, existing, others)
 
     @classmethod
     def relate(cls, methods: Sequence[Method]) -> None:

@@ -16,7 +16,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.random import made_on
 from graft.core.site import Site
 from graft.inject.agree import agree
@@ -187,13 +187,15 @@ def share(job: Any) -> None:
         raise ConfigError(
             f"No layers types compatible with {job.method.__name__} were found: it needs some to size what they share."
         )
+    layers = Layers(job.model, sites, job.cfg, job.shared.containers, job.others)
+    layers.agree(job.method)
     with ExitStack() as stack:
         for layer in job.tree.layers.values() if job.method.shares_from_weight else ():
             if layer.merged_adapters:
                 stack.enter_context(lifted(layer))
         where = sites[0].store.where(sites[0].module)
         stack.enter_context(made_on(where[0]))
-        values = job.method.accompany(job.model, sites, job.cfg, job.shared.containers, job.others)
+        values = job.method.share(layers)
     method = job.method
     job.report.other_trainable += job.shared.hold(
         job.adapter, values, where, job.upcast and method.upcast, method.in_files, method.narrow

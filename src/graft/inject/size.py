@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.core.containers import Transient
+from graft.core.method import Layers
 from graft.core.ops import META
 
 
@@ -19,10 +20,8 @@ def made_early(job: Any) -> float:
     """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
     total = 0.0
     if job.method.shares and job.sites:
-        sites = list(job.sites.values())
-        total += size(
-            lambda: job.method.accompany(job.model, sites, job.cfg, job.shared.containers, job.others).values()
-        )
+        layers = Layers(job.model, list(job.sites.values()), job.cfg, job.shared.containers, job.others)
+        total += size(lambda: job.method.share(layers).values())
     early = [job.methods[key] for key in job.sites if job.methods[key].inits_from_weight()]
     total += sum(size(lambda m=method: m.placeholders({}).values()) for method in early)  # type: ignore[misc]
     for key, indices in job.tokens.items():

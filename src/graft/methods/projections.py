@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +13,9 @@ from torch import Tensor
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method
-from graft.core.site import Site
+from graft.core.method import Layers
+
+DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters that share matrices agree
 
 
 @dataclass(kw_only=True)
@@ -49,17 +49,6 @@ def kept(tensor: Tensor, saved: bool) -> Any:
     return tensor if saved else Transient(tensor)
 
 
-def check_alike(method: type[Method], cfg: Any, others: dict[str, Any], fields: Sequence[str]) -> None:
-    """Raise ConfigError if an adapter that shares its projections with others differs from them in one of `fields`."""
-    for name, other in others.items():
-        for field in fields:
-            if getattr(other, field) != getattr(cfg, field):
-                raise ConfigError(
-                    f"{method.__name__} projections are shared: they must be saved for all adapters or none, and drawn "
-                    f"alike. {field} is {getattr(cfg, field)}, but adapter '{name}' has {getattr(other, field)}."
-                )
-
-
 def check_wide(name: str, size: int, needed: int) -> None:
     """Raise ConfigError if projections that an earlier adapter has drawn are too small for this one."""
     if size < needed:
@@ -69,15 +58,11 @@ def check_wide(name: str, size: int, needed: int) -> None:
         )
 
 
-def projections(
-    method: type[Method], names: tuple[str, str], rows: int, sites: Sequence[Site], cfg: Any, existing: dict[str, Any],
-    others: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, Any]:
     """Draw A (rows, widest in), then B (widest out, r), from one generator; or take those of the other adapters."""
-    check_alike(method, cfg, others, ("projection_prng_key", "save_projection", "r"))
-    wide_out, wide_in = max(s.out_features for s in sites), max(s.fan_in for s in sites)
-    if existing and others:
-        A, B = (existing[name][next(iter(others))] for name in names)
+    cfg, wide_in, wide_out = layers.cfg, layers.wide_in, layers.wide_out
+    if layers.existing and layers.others:
+        A, B = (layers.existing[name][next(iter(layers.others))] for name in names)
         check_wide(names[0], A.shape[1], wide_in)
         check_wide(names[1], B.shape[0], wide_out)
     else:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from graft.config.targets import PVERA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.near import near
 from graft.core.site import Site
 from graft.kernels.eager import eager
-from graft.methods.projections import ProjectionConfig, projections
+from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 
 @dataclass(kw_only=True)
@@ -43,6 +42,7 @@ class PVeRA(Method):
     config = PveraConfig
     prefix = "pvera_lambda_"
     targets = PVERA
+    alike = DRAWN
 
     pvera_lambda_b: nn.Parameter  # (out,)
     pvera_lambda_d: nn.Parameter  # (2 r,), of means, then of variances
@@ -56,10 +56,8 @@ class PVeRA(Method):
         self.before: Tensor | None = None  # the generator's state before the last draw
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: PveraConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
-        return projections(cls, ("pvera_A", "pvera_B"), 2 * cfg.r, sites, cfg, existing, others)
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        return projections(layers, ("pvera_A", "pvera_B"), 2 * layers.cfg.r)
 
     def check(self) -> str | None:
         if self.site.op.known and self.site.op.groups(self.site.module) > 1:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,14 +12,11 @@ from torch import Tensor, nn
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.near import near
 from graft.core.random import kaiming_bound
-from graft.core.site import Site
 from graft.kernels.diagonals import between_diagonals
-from graft.methods.projections import ProjectionConfig, check_alike, check_wide, kept
-
-SHARED = ("projection_prng_key", "save_projection", "r", "sparse", "very_sparse")
+from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, kept
 
 
 @dataclass(kw_only=True)
@@ -45,6 +41,7 @@ class RandLoRA(Method):
     config = RandLoraConfig
     prefix = "randlora_"
     targets = LORA
+    alike = (*DRAWN, "sparse", "very_sparse")
 
     randlora_lambda: nn.Parameter  # (r, n), n = ⌈d / r⌉
     randlora_gamma: nn.Parameter  # (n, d)
@@ -54,18 +51,16 @@ class RandLoRA(Method):
     scaling: float
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: RandLoraConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
-        check_alike(cls, cfg, others, SHARED)
-        sizes = [sorted((s.out_features, s.fan_in)) for s in sites]
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        cfg, existing = layers.cfg, layers.existing
+        sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]
         d, D = max(size[0] for size in sizes), max(size[1] for size in sizes)
-        if existing and others:
-            A, B = (existing[f"randlora_{x}"][next(iter(others))] for x in "AB")
+        if existing and layers.others:
+            A, B = (existing[f"randlora_{x}"][next(iter(layers.others))] for x in "AB")
             check_wide("randlora_A", A.shape[2], d)
             check_wide("randlora_B", B.shape[0], D)
         else:
-            wide = sorted((max(s.out_features for s in sites), max(s.fan_in for s in sites)))  # as PEFT sizes them
+            wide = sorted((layers.wide_out, layers.wide_in))  # as PEFT sizes them
             A, B = (ternary if cfg.sparse or cfg.very_sparse else uniform)(cfg, *wide)
         return dict(randlora_A=kept(A, cfg.save_projection), randlora_B=kept(B, cfg.save_projection))
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +14,8 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Method
-from graft.core.site import Site
-from graft.methods.projections import check_alike, kept
+from graft.core.method import Layers, Method
+from graft.methods.projections import kept
 
 
 @dataclass(kw_only=True)
@@ -54,6 +52,7 @@ class TinyLoRA(Method):
     config = TinyLoraConfig
     prefix = "tinylora_"
     targets = LORA
+    alike = ("save_projection",)
 
     tinylora_A: Tensor  # (r, in); of embeddings (r, embedding_dim)
     tinylora_B: Tensor  # (out, r); of embeddings (vocabulary, r)
@@ -63,10 +62,8 @@ class TinyLoRA(Method):
     tinylora_group: int
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: TinyLoraConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
-        check_alike(cls, cfg, others, ("save_projection",))
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        cfg, sites = layers.cfg, layers.sites
         groups = max(1, round(len(sites) * (1 - cfg.weight_tying)))
         vectors = nn.ParameterDict()
         for group in range(groups):

@@ -15,10 +15,10 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.random import skip
 from graft.core.site import Site
-from graft.methods.projections import check_alike, kept
+from graft.methods.projections import kept
 
 
 @dataclass(kw_only=True)
@@ -82,6 +82,7 @@ class UniLoRA(Method):
     config = UniLoraConfig
     prefix = "unilora_"
     targets = LORA
+    alike = ("save_indices",)
 
     unilora_theta_d: nn.Parameter  # (length,), shared
     unilora_indices_A: Tensor  # (r, in)
@@ -91,16 +92,14 @@ class UniLoRA(Method):
     unilora_dropout: nn.Module
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: UniLoraConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
-        check_alike(cls, cfg, others, ("save_indices",))
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        cfg = layers.cfg
         theta = torch.empty(cfg.theta_d_length)
         if cfg.init_weights:
             nn.init.uniform_(theta, -cfg.init_theta_d_bound, cfg.init_theta_d_bound)
         else:
             nn.init.normal_(theta)
-        return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(sites, cfg))
+        return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(layers.sites, cfg))
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg

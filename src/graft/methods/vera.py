@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from graft.config.targets import PHI_ATTENTION
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.near import near
-from graft.core.site import Site
-from graft.methods.projections import ProjectionConfig, projections
+from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 
 @dataclass(kw_only=True)
@@ -39,6 +37,7 @@ class VeRA(Method):
     config = VeraConfig
     prefix = "vera_lambda_"
     targets = PHI_ATTENTION
+    alike = DRAWN
 
     vera_lambda_b: nn.Parameter  # (out,)
     vera_lambda_d: nn.Parameter  # (r,)
@@ -47,10 +46,8 @@ class VeRA(Method):
     vera_dropout: nn.Module
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: VeraConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
-        return projections(cls, ("vera_A", "vera_B"), cfg.r, sites, cfg, existing, others)
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        return projections(layers, ("vera_A", "vera_B"), layers.cfg.r)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg = self.cfg

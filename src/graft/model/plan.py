@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.shared import Shared
 from graft.inject.inject import Injection
 from graft.inject.report import InjectReport, Matched
@@ -50,8 +50,7 @@ def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectRep
     with torch.device("meta"):
         shared = Shared()
         if method.shares:
-            sites = list(made.sites.values())
-            values = method.accompany(made.model, sites, made.cfg, {}, {})
+            values = method.share(Layers(made.model, list(made.sites.values()), made.cfg))
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
         for key in made.sites:
             report.matched.append(matched(made.methods[key], shared.attached()))

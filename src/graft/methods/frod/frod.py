@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from graft.core.containers import Attached, Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.near import near
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.methods.frod.basis import basis, category, entries, support, width
 from graft.methods.frod.config import FrodConfig
-from graft.methods.projections import check_alike, kept
+from graft.methods.projections import kept
 
 SMALLEST = 1e-12  # norm of a column that counts
 
@@ -33,6 +32,7 @@ class FRoD(Method):
     targets = FROD
     shares_from_weight = True
     narrow = frozenset({"frod_U", "frod_V"})
+    alike = ("projection_prng_key", "save_projection")
 
     frod_lambda_l: nn.Parameter  # (in,)
     frod_lambda_s_values: nn.Parameter  # (entries,)
@@ -40,13 +40,10 @@ class FRoD(Method):
     frod_dropout: nn.Module
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: FrodConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
-        check_alike(cls, cfg, others, ("projection_prng_key", "save_projection"))
-        first = next(iter(others), None)
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        cfg, existing, first = layers.cfg, layers.existing, next(iter(layers.others), None)
         groups: dict[str, list[Site]] = {}
-        for site in sites:
+        for site in layers.sites:
             groups.setdefault(category(site.key), []).append(site)
         generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
         values: dict[str, Any] = {}

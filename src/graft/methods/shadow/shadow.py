@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method
-from graft.core.site import Site
+from graft.core.method import Layers, Method
 from graft.methods.shadow import network
 from graft.methods.shadow.config import ShadowConfig
 from graft.methods.shadow.detached import unload
@@ -55,17 +54,11 @@ class Shadow(Method):
         cfg.hidden_size = network.hidden_size(model)  # no field: it holds for this model only
 
     @classmethod
-    def accompany(
-        cls,
-        model: nn.Module,
-        sites: Sequence[Site],
-        cfg: ShadowConfig,
-        existing: dict[str, Any],
-        others: dict[str, Any],
-    ) -> dict[str, Any]:
-        if others and "SEQ_CLS" in (cfg.task_type, *(c.task_type for c in others.values())):
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        tasks = (c.task_type for c in (layers.cfg, *layers.others.values()))
+        if layers.others and "SEQ_CLS" in tasks:
             raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
-        return network.beside(model, cfg)
+        return network.beside(layers.model, layers.cfg)
 
     @classmethod
     def relate(cls, methods: Sequence[Any]) -> None:

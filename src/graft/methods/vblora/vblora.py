@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.targets import VBLORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.method import Method, Tensors
+from graft.core.method import Layers, Method, Tensors
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
@@ -48,12 +48,11 @@ class VBLoRA(Method):
     looked_at: Tensor | None = None  # the logits, since they were made or loaded
 
     @classmethod
-    def share(
-        cls, sites: Sequence[Site], cfg: VBLoRAConfig, existing: dict[str, Any], others: dict[str, Any]
-    ) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        cfg = layers.cfg
         bank = torch.empty(cfg.num_vectors, cfg.vector_length)
         with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before the logits, and keeps the last
-            for site in sites:
+            for site in layers.sites:
                 nn.init.uniform_(bank, -cfg.init_vector_bank_bound, cfg.init_vector_bank_bound)
                 for shape in logits_of(site, cfg):
                     torch.empty(shape).normal_()

@@ -7,7 +7,7 @@ each token; these are the gates of the second. The experts are LoRA adapters, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method
+from graft.core.method import Layers, Method
 from graft.core.rows import BASE, Rows
 from graft.core.run import Run
-from graft.core.site import Site
 from graft.methods.xlora.api import API
 from graft.methods.xlora.config import XLoraConfig
 from graft.methods.xlora.gates import Scalings, chosen
@@ -36,7 +35,7 @@ class XLora(Method):
     tuner_methods = API
 
     @classmethod
-    def share(cls, sites: Sequence[Site], cfg: Any, existing: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, Any]:
         raise ConfigError("X-LoRA adapts no layers itself: its experts do. Use get_peft_model.")
 
     @classmethod

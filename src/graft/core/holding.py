@@ -170,7 +170,7 @@ class Holding:
         """
         device, dtype = where
         method = self.methods[adapter]
-        upcast, narrow = upcast and method.upcast, method.narrow
+        narrow = method.narrow
         widens = upcast and dtype in UPCAST
         size = 0
         for slot in self.state.slots[adapter]:  # as they were just made

@@ -100,16 +100,14 @@ class Method:
 
     config: ClassVar[Any]  # its PeftConfig class
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
-    upcast: ClassVar[bool] = True  # adapters in half precision train in float32
-    narrow: ClassVar[frozenset[str]] = frozenset()  # containers that do not: they keep the dtype of the base
+    narrow: ClassVar[frozenset[str]] = frozenset()  # containers that keep half precision: others train in float32
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
     shown_as: ClassVar[str] = ""  # PEFT's name of its layers; "": by folder and type of module, lora.Linear
     tuner_methods: ClassVar[dict[str, Any]] = {}  # functions of (tuner, …) that its model class gets as methods
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
-    unnamed: ClassVar[frozenset[str]] = frozenset()  # containers whose one parameter a file names by the container
-    in_files: ClassVar[dict[str, str]] = {}  # containers whose files have this for the adapter's name; "": nothing
+    files: ClassVar[dict[str, str]] = {}  # containers → their names in files: {0} the container, {1} what is below
     left_in_files: ClassVar[tuple[str, ...]] = ()  # tensors of files by older PEFT that the config tells as well
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
@@ -121,6 +119,7 @@ class Method:
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
+    takes_device: ClassVar[bool] = False  # `build` has that argument
     computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
     chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
 
@@ -141,6 +140,7 @@ class Method:
                 cls.layer_names = (*cls.layer_names, name)
         cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
+        cls.takes_device = "device" in inspect.signature(cls.build).parameters
         cls.chooses = getattr(cls.excludes, "__func__", cls.excludes) is not Method.excludes.__func__  # type: ignore[attr-defined]
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
         _refuse_half_an_override(cls)
@@ -221,12 +221,16 @@ class Method:
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Make all that the adapter adds to its layer, by name: parameters, modules, tensors (buffers), plain facts.
 
-        A parameter that does not require gradients never trains.
+        A parameter that does not require gradients never trains. A method that takes a second argument,
+        `device=None`, gets the meta device there where values come later, and goes its own way; others are built with
+        it as the default.
         """
         raise NotImplementedError
 
     def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Make the same with all tensors on the meta device, where values come later."""
+        """Return what `build` gives where values come later, mostly on the meta device."""
+        if self.takes_device:
+            return self.build(shared, META)  # type: ignore[call-arg]
         with META:
             return self.build(shared)
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ class Shared(Carrier):
         self.containers: dict[str, Any] = {}  # "a.b": b within a module a
         self.groups: dict[str, nn.Module] = {}  # these modules
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
-        self.in_files: dict[str, str] = {}  # see `Method.in_files`
+        self.files: dict[str, str] = {}  # see `Method.files`
 
     @property
     def call(self) -> Any:
@@ -40,7 +41,7 @@ class Shared(Carrier):
         values: dict[str, Any],
         where: tuple[Any, Any],
         upcast: bool,
-        in_files: dict[str, str] | None = None,
+        files: Mapping[str, str] = MappingProxyType({}),
         narrow: frozenset[str] = frozenset(),
     ) -> int:
         """Put the tensors that `Method.share` made into containers, frozen. Return how many of their numbers can train.
@@ -48,7 +49,7 @@ class Shared(Carrier):
         where: device and dtype of the base weights.
         narrow: containers, or groups of them, that stay in that dtype.
         """
-        self.in_files |= in_files or {}
+        self.files |= files
         slots = []
         for name, value in values.items():
             container = self.containers.get(name)

@@ -197,9 +197,7 @@ def share(job: Any) -> None:
         stack.enter_context(made_on(where[0]))
         values = job.method.share(layers)
     method = job.method
-    job.report.other_trainable += job.shared.hold(
-        job.adapter, values, where, job.upcast and method.upcast, method.in_files, method.narrow
-    )
+    job.report.other_trainable += job.shared.hold(job.adapter, values, where, job.upcast, method.files, method.narrow)
 
 
 def add_layers(job: Any) -> None:

@@ -102,7 +102,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
     for key, layer in {**parts.layers, **rows}.items():
         method = layer.methods[adapter]
-        unnamed, in_files = method.unnamed, method.in_files
+        files = method.files
         here, there = f"{prefix}{in_model.path(key, layer)}.", f"{prefix}{clean(in_file.path(key, layer))}."
         for slot in layer.slots(adapter):
             if not slot.saved:
@@ -112,11 +112,8 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             below = f".{path}" if path else ""
             memory, file = f"{here}{container}.{adapter}{below}", stem + below
             also: tuple[str, ...] = ()
-            if container in unnamed:
-                file, also = stem, (file,)
-            elif container in in_files:
-                name = in_files[container]
-                file, also = f"{stem}.{name}{below}" if name else file, (file, f"{stem}.{adapter}{below}")
+            if container in files:
+                file, also = files[container].format(stem, below), (file, f"{stem}.{adapter}{below}")
             elif "." in path:
                 file, also = f"{stem}.{adapter}{below}", (file,)
             yield Entry(memory, file, also, slot.owner, slot.attribute, slot.tensor, stem, layer, container, path)
@@ -132,8 +129,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     for slot in () if shared is None else shared.slots(adapter):
         if slot.saved:
             below = f".{slot.path}" if slot.path else ""
-            literal = shared.in_files.get(slot.container)  # type: ignore[union-attr]
-            file = f"base_model.{slot.container}{f'.{literal}' if literal else ''}{below}"
+            file = shared.files.get(slot.container, "{0}{1}").format(f"base_model.{slot.container}", below)  # type: ignore[union-attr]
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file  # type: ignore[union-attr]
             yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
 

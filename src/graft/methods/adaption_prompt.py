@@ -47,7 +47,7 @@ class AdaptionPrompt(Method):
     config = AdaptionPromptConfig
     prefix = "adaption_"
     targets = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
-    upcast = False  # its tokens pass through the attention's own layers
+    narrow = frozenset({"adaption_prompt", "adaption_gate"})  # they pass through the attention's own layers
 
     adaption_prompt: nn.Parameter  # (1, adapter_len, hidden)
     adaption_gate: nn.Parameter  # (1,)

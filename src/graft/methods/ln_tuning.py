@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from graft.config.fields import Targeted
@@ -28,7 +29,7 @@ class LNTuning(Method):
     config = LNTuningConfig
     prefix = "ln_tuning_"
     targets = LN_TUNING
-    upcast = False  # the copy computes as the layer did
+    narrow = frozenset({"ln_tuning_layers"})  # the copy computes as the layer did
 
     ln_tuning_layers: nn.Module
 
@@ -39,15 +40,12 @@ class LNTuning(Method):
     def describe(self) -> Effect:
         return Replace(self.copied)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+        """Copy the module where it is, whatever `device`: that draws no random values."""
         made = standalone(self.site.module)
         for p in made.parameters():
             p.requires_grad = p.is_floating_point()
         return dict(ln_tuning_layers=made)
-
-    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Build a copy again, which draws no random values."""
-        return self.build(shared)
 
     def copied(self) -> nn.Module:
         return self.ln_tuning_layers

@@ -54,7 +54,7 @@ class PEANuT(Method):
     config = PeanutConfig
     prefix = "peanut_"
     targets = LORA
-    in_files: ClassVar[dict[str, str]] = {"peanut_encoders": "", "peanut_decoders": ""}
+    files: ClassVar[dict[str, str]] = dict.fromkeys(("peanut_encoders", "peanut_decoders"), "{0}{1}")
 
     peanut_A: nn.Linear  # (r, out)
     peanut_B: nn.Linear  # (out, r)

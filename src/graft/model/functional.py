@@ -127,8 +127,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
     if not autocast_adapter_dtype:
         return
-    found = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
-    layers = [layer for layer in found if layer.methods[adapter_name].upcast]
+    layers = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
     if layers:
         with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
             widen(layers, adapter_name)

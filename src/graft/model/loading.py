@@ -63,11 +63,11 @@ def prepare(config: Any, is_trainable: bool) -> None:
 
 
 def widen(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Have the half-precision tensors of an adapter in float32."""
+    """Have the half-precision tensors of an adapter in float32, where its method trains so."""
     for layer in layers:
         for key in layer.adapter_layer_names:
             container = getattr(layer, key)
-            if adapter in container:
+            if adapter in container and key not in layer.methods[adapter].narrow:
                 place(container, adapter, None, None, upcast=True)
 
 
@@ -97,7 +97,7 @@ def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -
     whole = adapter in registry.merged_adapters or getattr(own, "bias", "none") != "none"
     registry.close(None if whole else (adapter,))
     if upcast:
-        widen([layer for layer in parts.layers.values() if layer.methods[adapter].upcast], adapter)
+        widen(parts.layers.values(), adapter)
     put(parts, adapter, found)
     registry.states.pop(adapter, None)  # which belongs to the values from before
     if is_trainable and len([*prompt.modules()]) < before:

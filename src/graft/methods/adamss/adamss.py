@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from graft.core.effect import Factors, Product
 from graft.core.errors import UnsupportedLayerError
 from graft.core.merging import unmerged_bias
 from graft.core.method import Method, Tensors
-from graft.core.ops import META
 from graft.methods.adamss.allocator import PARTS, update_and_allocate
 from graft.methods.adamss.clusters import clusters
 from graft.methods.adamss.config import AdamssConfig
@@ -49,9 +49,12 @@ class AdaMSS(Method):
     adamss_clusters: Tensor  # (out,) the cluster of each row; PEFT's files lack it
     adamss_places: Tensor  # (out,) the place of each row when they stand cluster by cluster
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         if self.layer is None:  # nobody has the weight at hand
-            return self.at_most()
+            with device or nullcontext():
+                return self.at_most()
+        if device is not None:
+            return self.emptied(shared, device)
         if self.site.on_meta:
             raise UnsupportedLayerError(
                 f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device: adapt "
@@ -67,15 +70,13 @@ class AdaMSS(Method):
             adamss_places=Transient(places(found.rows)),
         )
 
-    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
-        if self.layer is None:
-            with META:
-                return self.at_most()
+    def emptied(self, shared: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Return tensors of the shapes that the weight gives, without values."""
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)
         self.rows = values["adamss_clusters"]  # for files that do not say
-        values["adamss_places"] = Transient(values["adamss_places"].tensor.to("meta"))
-        return {name: v if isinstance(v, Transient) else v.to("meta") for name, v in values.items()}
+        values["adamss_places"] = Transient(values["adamss_places"].tensor.to(device))
+        return {name: v if isinstance(v, Transient) else v.to(device) for name, v in values.items()}
 
     def at_most(self) -> dict[str, Any]:
         """Return tensors as large as those of any weight of this shape, and as many as those of most."""

@@ -15,7 +15,6 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Factors, LowRank
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
-from graft.core.ops import META
 from graft.methods.lora import checks, shift
 from graft.methods.lora.choices import VARIANTS
 from graft.methods.lora.config import LoraConfig
@@ -38,7 +37,7 @@ class LoRA(Started):
         **{f"lora_{x}": nn.ModuleDict() for x in ("A", "B", "magnitude_vector")},
         **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
     }
-    unnamed = frozenset({"lora_magnitude_vector"})
+    files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
     tuner_methods: ClassVar[dict[str, Any]] = {
         "_get_kasa_loss": kasa_loss,
         "_get_monteclora_loss": monteclora_loss,
@@ -92,9 +91,6 @@ class LoRA(Started):
         if self.keeps_shift:
             values[shift.NAME] = shift.Shift(self.shift_rank, site.shape, device)
         return values
-
-    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
-        return self.build(shared, META)
 
     def tie(self, source: Method) -> None:
         """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, another embedding B A, on the embedding's own memory."""

@@ -19,7 +19,6 @@ from graft.methods.shadow.detached import unload
 from graft.methods.shadow.run import surround
 from graft.methods.shadow.state import FACT
 
-LITERAL = "default"  # PEFT's files have this for the adapter's name
 OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
 BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")
 
@@ -31,7 +30,7 @@ class Shadow(Method):
     prefix = "shadow_"
     compresses_targets = False
     narrow = frozenset(BESIDE)
-    in_files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), LITERAL)
+    files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
     tuner_methods: ClassVar[dict[str, Any]] = {
         "last_shadow_loss": property(network.last_loss),
         "unload_shadow": unload,

@@ -114,8 +114,10 @@ def outcome(run):
 
 def targets_of(kind):
     """The old names of a family's experts, those of others, and one beside them."""
-    names = Conversions(base(kind)).names
-    return [*(MIXTRAL if "w1" in names else LLAMA), "q_proj"]
+    model = base(kind)
+    names = Conversions(model).names
+    there = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    return [*(MIXTRAL if "w1" in names else LLAMA), "q_a_proj" if "q_a_proj" in there else "q_proj"]
 
 
 @FAMILIES

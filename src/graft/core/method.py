@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,6 +114,8 @@ class Method:
     over_layers: ClassVar[str | None] = None  # what it does with all layers of a model at once, if it does
     shares_from_weight: ClassVar[bool] = False  # `share` reads base weights, from which what is merged is then out
     alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
+    # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
+    common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
@@ -126,7 +128,7 @@ class Method:
     named: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
     along: bool = False  # the config names the module around the site, and the site came with that
     layer: Any  # Layer, with the containers of all adapters
-    sources: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are those of another layer
+    lenders: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are another layer's, and whose
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -183,10 +185,6 @@ class Method:
     def share(cls, layers: Layers) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
         """Make the tensors that all layers of the model share, by name. Parameters and modules train."""
         return {}
-
-    @classmethod
-    def relate(cls, methods: Sequence[Method]) -> None:
-        """Set `sources` of those layers of one adapter that use tensors of others. There are no tensors yet."""
 
     @classmethod
     @contextmanager

@@ -71,7 +71,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
 
     An adapter that is merged stays so, with the new values.
     """
-    related = [layer for layer in parts.layers.values() if layer.methods[adapter].sources]
+    related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
     part(related, adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
@@ -101,7 +101,7 @@ def part(layers: Iterable[AdapterLayer], adapter: str) -> None:
     """Give each layer tensors of its own in place of those that it has from others."""
     for layer in layers:
         for slot in layer.slots(adapter):
-            if slot.container in layer.methods[adapter].sources and not slot.tensor.is_meta:
+            if slot.container in layer.methods[adapter].lenders and not slot.tensor.is_meta:
                 slot.where[slot.attribute] = nn.Parameter(slot.tensor.detach().clone(), slot.tensor.requires_grad)
 
 
@@ -109,9 +109,9 @@ def join(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False)
     """Give each layer the tensors that it has from others; with `only_equal`, where it has the same values."""
     apart = []
     for layer in layers:
-        for container, source in layer.methods[adapter].sources.items():
+        for container, lender in layer.methods[adapter].lenders.items():
             own, others = (
-                [s for s in held.slots(adapter) if s.container == container] for held in (layer, source.layer)
+                [s for s in held.slots(adapter) if s.container == container] for held in (layer, lender.layer)
             )
             for mine, theirs in zip(own, others):
                 a, b = mine.tensor, theirs.tensor
@@ -129,8 +129,9 @@ def join(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False)
 
 def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
     """Count the numbers that train in tensors of other layers."""
-    sources = layer.methods[adapter].sources
-    return sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in sources) if sources else 0
+    borrowed = layer.methods[adapter].lenders
+    own = layer.slots(adapter) if borrowed else ()
+    return sum(s.tensor.numel() for s in own if s.trains and s.container in borrowed)
 
 
 def add_adapter(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 from torch import nn
@@ -67,7 +67,7 @@ def find(job: Any) -> None:
     check_sites(job.methods, tree, job.mixed)
     if not cfg.inference_mode and (job.values is None or job.values.names):
         check_unwrapped([method.site for method in job.methods.values()], adapter)
-    variant.relate(in_order)
+    lend(in_order)
     job.saved = modules_to_save_of(cfg, tree, job.report, job.absent)
     for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
@@ -136,6 +136,16 @@ def say_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
     report.skipped += [Skipped(s.path, "Parameter", how.format(s.parameter)) for s in left.stacks]
     how = "left out beside experts, as PEFT does: name its weight in target_parameters"
     report.skipped += [Skipped(path, kind_of(tree.modules[path]), how) for path in left.layers]
+
+
+def lend(methods: Sequence[Method]) -> None:
+    """Name the lender of each tensor that a layer of an adapter has in common with one before it."""
+    for container, keys_of in methods[0].common.items() if methods else ():
+        first: dict[Hashable, Method] = {}
+        for method, key in zip(methods, keys_of(methods)):
+            lender = first.setdefault(key, method)
+            if lender is not method:
+                method.lenders = {**method.lenders, container: lender}
 
 
 def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:

@@ -132,7 +132,7 @@ def draw(method: Method, shared: dict[str, Any], call: Call) -> None:
 def check_alone(job: Any) -> None:
     """Raise UnsupportedLayerError if an adapter of a stage needs what other stages have.
 
-    Call it after `relate` and `share`.
+    Call it after `lend` and `share`.
     """
     if not job.absent:
         return
@@ -141,7 +141,7 @@ def check_alone(job: Any) -> None:
     if why is None and trains:
         why = f"trains '{trains[0]}', which all layers share"
     for method in job.methods.values():
-        other = next((s for s in method.sources.values() if s.site.key in job.ghosts), None)
+        other = next((s for s in method.lenders.values() if s.site.key in job.ghosts), None)
         if why is None and other is not None:
             why = f"uses tensors of layer '{other.site.key}' in layer '{method.site.key}'"
     if why is not None:

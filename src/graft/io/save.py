@@ -90,7 +90,7 @@ def get_peft_model_state_dict(
     if given is not None or not all_here(values.values()):
         values |= gathered(values)
         check_entries(held, values, parts, adapter_name)
-    if any([layer.methods[adapter_name].sources for layer in parts.layers.values()]):
+    if any([layer.methods[adapter_name].lenders for layer in parts.layers.values()]):
         copy_twins(held, values, adapter_name)
     out = stored(parts, held, values, adapter_name, config)
     for key, tensor in more.items():
@@ -135,7 +135,7 @@ def copy_twins(held: list[Entry], values: dict[str, Tensor], adapter: str) -> No
     """Copy the values of tensors that are another layer's: a file has its own for each."""
     seen: set[int] = set()
     for e in held:
-        if id(e.tensor) in seen and e.layer is not None and e.layer.methods[adapter].sources:
+        if id(e.tensor) in seen and e.layer is not None and e.layer.methods[adapter].lenders:
             values[e.file] = values[e.file].detach().clone()
         seen.add(id(e.tensor))
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,6 +42,28 @@ class LilyConfig(Targeted, LayerRange):
             raise ConfigError(f"`num_B` should be at least 2, for there to be a mixture, but it is {self.num_B}")
 
 
+def entry_of(targets: Any, key: str) -> str:
+    """Return the entry of `target_modules` that names a layer, the longest if there are several; a regex itself."""
+    if isinstance(targets, str):
+        return targets
+    return max((entry for entry in targets or () if key.endswith(entry)), key=len, default=key)
+
+
+def kinds(methods: Sequence[Any]) -> list[Any]:
+    """Return the kind of each layer: layers of one kind have one B."""
+    return [(entry_of(m.cfg.target_modules, m.site.key), m.site.shape) for m in methods]
+
+
+def strides(methods: Sequence[Any]) -> list[Any]:
+    """Return the stretch of each layer: `stride_A` layers of a kind, one after another, have one A."""
+    before = Counter[Any]()
+    stretches = []
+    for m, kind in zip(methods, kinds(methods)):
+        stretches.append((kind, before[kind] // m.cfg.stride_A))
+        before[kind] += 1
+    return stretches
+
+
 class Lily(Method):
     """scaling · B̄ A x, B̄ = Σ p_e B_e, p the mean over all tokens of the call of softmax(router A x).
 
@@ -50,24 +73,12 @@ class Lily(Method):
     config = LilyConfig
     prefix = "lily_"
     targets = LORA
+    common: ClassVar[dict[str, Any]] = {"lily_A": strides, "lily_B": kinds}
 
     lily_A: nn.Linear  # (r, in · kernel)
     lily_B: nn.Linear  # weight (num_B · r, out): the B_e, transposed, one after another
     lily_router: nn.Linear  # (num_B, r)
     scaling: float
-
-    @classmethod
-    def relate(cls, methods: Sequence[Method]) -> None:
-        kinds: dict[Any, list[Method]] = {}
-        for method in methods:
-            kinds.setdefault((entry_of(method.cfg.target_modules, method.site.key), method.site.shape), []).append(
-                method
-            )
-        for kind in kinds.values():
-            for i, method in enumerate(kind):
-                first = i - i % method.cfg.stride_A
-                sources = {"lily_A": kind[first]} if first < i else {}
-                method.sources = sources | ({"lily_B": kind[0]} if i else {})
 
     def check(self) -> str | None:
         if self.site.op.known and not self.site.op.factorable(self.site.module):
@@ -102,10 +113,3 @@ class Lily(Method):
         p = self.lily_router(h.movedim(1 - len(self.site.shape), -1)).softmax(-1).flatten(0, -2).mean(0)
         B = p @ self.lily_B.weight.to(p.device).view(self.cfg.num_B, -1)
         return op.up(base, h, B.view(self.cfg.r, -1).T) * self.scaling
-
-
-def entry_of(targets: Any, key: str) -> str:
-    """Return the entry of `target_modules` that names a layer, the longest if there are several; a regex itself."""
-    if isinstance(targets, str):
-        return targets
-    return max((entry for entry in targets or () if key.endswith(entry)), key=len, default=key)

@@ -76,7 +76,7 @@ def matched(method: Method, shared: dict[str, Any]) -> Matched:
     return Matched(
         site.key,
         site.type_name,
-        sum(p.numel() for name, p in sized if p.requires_grad and name not in method.sources),
+        sum(p.numel() for name, p in sized if p.requires_grad and name not in method.lenders),
         shapes,
     )
 

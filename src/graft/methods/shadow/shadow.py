@@ -60,7 +60,7 @@ class Shadow(Method):
         return network.beside(layers.model, layers.cfg)
 
     @classmethod
-    def relate(cls, methods: Sequence[Any]) -> None:
+    def apportion(cls, methods: Sequence[Any]) -> None:
         for method in methods[-1:]:
             method.last = True
 

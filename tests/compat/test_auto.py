@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import transformers
 
+import graft
+from graft.model import auto
 from tests import models
 from tests.pair import LIBS, adapt, close, outcome, output, randomize
 from tests.samples import first
@@ -65,3 +68,18 @@ def test_refused(case, saved):
     for lib in LIBS:
         error = outcome(lambda: getattr(lib, f"AutoPeftModel{name}").from_pretrained(folder)).error  # noqa: B023
         assert type(error) is ValueError and text in str(error), (lib, error)
+
+
+def test_a_tokenizer_that_a_hub_out_of_reach_keeps(monkeypatch):
+    """The adapter and a part of the tokenizer are in the cache: the base keeps its size, and a warning says so."""
+    monkeypatch.setattr(auto, "fetch", lambda *args, **kwargs: "tokenizer_config.json")
+
+    def out_of_reach(*args, **kwargs):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", out_of_reach)
+    base = models.make("llama")
+    with pytest.warns(graft.PeftWarning, match="'org/adapter' has a tokenizer .* not known: We couldn't connect"):
+        auto.AutoPeftModel._fit_vocabulary(base, "org/adapter", False, {})
+    with pytest.raises(graft.CheckpointError, match="cannot be loaded"):
+        auto.AutoPeftModel._fit_vocabulary(base, ".", False, {})

@@ -66,7 +66,7 @@ class CheckpointError(PeftError, ValueError):
     """A checkpoint cannot be read."""
 
 
-class BaseModelMismatchError(PeftError, ValueError):
+class BaseModelMismatchError(PeftError, RuntimeError, ValueError):
     """A checkpoint belongs to a base model of another architecture."""
 
 

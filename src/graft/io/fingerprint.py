@@ -228,7 +228,7 @@ def difference(stored: dict, now: dict) -> str | None:
         return f"it adapts {stored.get('n')} weights, here {now['n']} match, with other names or shapes"
     for key in sorted(set(old) & set(new)):
         if old[key] != new[key]:
-            return f"'{key}' has shape {tuple(old[key])} in the checkpoint's base and {tuple(new[key])} here"
+            return f"size mismatch for '{key}': {tuple(old[key])} in the checkpoint's base, {tuple(new[key])} here"
     if missing := sorted(set(old) - set(new)):
         return f"{len(missing)} adapted layers of its base are not in this model, such as '{missing[0]}'"
     extra = sorted(set(new) - set(old))

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
 from graft.config.hub import fetch
 from graft.config.keywords import hub_keywords
-from graft.core.errors import CheckpointError, ConfigError, HubError, PeftWarning, shortened, warn
+from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shortened, warn
 from graft.model.peft_model import PeftModel
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -124,20 +125,18 @@ class AutoPeftModel:
     @staticmethod
     def _fit_vocabulary(base: Any, where: str, trust_remote_code: bool, hub: dict[str, Any]) -> None:
         """Resize the embeddings if the adapter's folder, or its repository on the hub, holds a larger tokenizer."""
-        try:
-            if fetch(where, "tokenizer_config.json", **hub) is None:
-                return
-        except HubError as e:  # which has the adapter in its cache
-            warn(
-                f"Whether '{where}' has a tokenizer with more tokens than the base model is not known: {e}", PeftWarning
-            )
-            return
         from transformers import AutoTokenizer
 
         options = {name: value for name, value in hub.items() if name != "repo_type"}
         try:
+            if fetch(where, "tokenizer_config.json", **hub) is None:
+                return
             size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
         except Exception as e:  # of many types, where files of a tokenizer are damaged
+            if isinstance(e, OSError) and not os.path.isdir(where):  # a hub out of reach, whose adapter is in the cache
+                unknown = f"Whether '{where}' has a tokenizer with more tokens than the base model is not known: {e}"
+                warn(unknown, PeftWarning)
+                return
             raise CheckpointError(
                 f"The tokenizer beside the adapter in '{where}' cannot be loaded ({e}). If it brings code that you "
                 "trust, pass trust_remote_code=True; or load the base model yourself."

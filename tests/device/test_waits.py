@@ -35,7 +35,7 @@ ALLOWED = {
     "core/finite.py:largest": "the audit after the first backward pass that reaches all layers, once",
     "methods/lora/invocations.py:find": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
     "methods/adalora/allocator.py:allocate": "AdaLoRA's config holds what stays; one read per allocation",
-    "methods/adamss/allocator.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
+    "methods/adamss.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
     "kernels/waits.py:differences": "experts by grouped products: how many rows each has, once per layer and call",
     "kernels/summed.py:_grouped": "torch's own grouped product, which reads them too without a kernel for the dtype",
     "kernels/waits.py:carried": "an adapter that enters a slot, by one copy per dtype",
@@ -281,7 +281,7 @@ def test_adamss_waits_once_per_choice():
     for at in range(4):
         step(model, there(models.inputs("llama")))
         found = waiting(lambda at=at: model.base_model.update_and_allocate(at))
-        assert found == ({} if at % 2 else {"methods/adamss/allocator.py:of": 1})
+        assert found == ({} if at % 2 else {"methods/adamss.py:of": 1})
 
 
 # slots

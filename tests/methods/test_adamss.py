@@ -120,15 +120,15 @@ def test_rows_in_the_file_count(tmp_path, monkeypatch):
     """Other versions of scikit-learn may find other clusters; PEFT's files do not say which there were."""
     model = randomize(adapt(graft, SAMPLE), SAMPLE).eval()
     model.save_pretrained(tmp_path)
-    from graft.methods.adamss import clusters
+    from graft.methods import adamss
 
-    real = clusters.clusters
+    real = adamss.clusters
 
     def permuted(*args):
         found = real(*args)
         return found._replace(rows=found.rows.flip(0))
 
-    monkeypatch.setattr("graft.methods.adamss.adamss.clusters", permuted)
+    monkeypatch.setattr("graft.methods.adamss.clusters", permuted)
     loaded = graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
     close(output(loaded, SAMPLE), output(model, SAMPLE), 0)
     without = {k: t for k, t in load_file(tmp_path / FILE).items() if "adamss_clusters" not in k}

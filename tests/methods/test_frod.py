@@ -6,7 +6,7 @@ import torch
 
 import graft
 from graft.kernels.refactored import Refactored, plain
-from graft.methods.frod.basis import category
+from graft.methods.frod import category
 from tests import models
 from tests.pair import LIBS, adapt, close, output, randomize
 from tests.samples import Sample, first

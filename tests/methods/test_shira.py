@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.methods.shira.masks import random_mask
+from graft.methods.shira import random_mask
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, outcome, output, randomize

@@ -20,10 +20,7 @@ from graft.inject.survey import Tree
 from graft.io import files
 from graft.io.load import Values
 from graft.methods import method_of
-from graft.methods.xlora.api import check_top_k
-from graft.methods.xlora.classifier import XLoraClassifier
-from graft.methods.xlora.config import XLoraConfig
-from graft.methods.xlora.xlora import CLASSIFIER
+from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.layer_registry import LayerRegistry
 from graft.model.registry import check_adapter_name
 from graft.model.tuner import Tuner

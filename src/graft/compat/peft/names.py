@@ -11,10 +11,9 @@ HELD: dict[str, str] = {
     "graft.core.containers": "BufferDict",
     "graft.core.place": "UPCAST_DTYPES=UPCAST",
     "graft.methods.road": "RoadVariant",
-    "graft.methods.shadow.cache": "ShadowCache",
-    "graft.methods.shadow.detached": "DetachedShadowModel",
-    "graft.methods.shira.masks": "random_mask",
-    "graft.methods.xlora.classifier": "XLoraClassifier",
+    "graft.methods.shadow.detached": "DetachedShadowModel ShadowCache",
+    "graft.methods.shira": "random_mask",
+    "graft.methods.xlora": "XLoraClassifier",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "

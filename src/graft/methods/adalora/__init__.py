@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaLoRA: its config and maths, and the allocator that moves rank between layers."""
 
-from graft.methods.adalora.adalora import AdaLoRA
-from graft.methods.adalora.config import AdaLoraConfig
+from graft.methods.adalora.adalora import AdaLoRA, AdaLoraConfig
 
 __all__ = ["AdaLoRA", "AdaLoraConfig"]

@@ -3,17 +3,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graft.core.errors import ConfigError
 from graft.kernels.waits import constant
-from graft.methods.adalora.config import AdaLoraConfig
-from graft.methods.adalora.importance import Importance
-from graft.storage.parallel import fill, layout_of, whole
+from graft.storage.parallel import fill, layout_of, shape_of, whole
+
+
+class Importance:
+    """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty."""
+
+    def __init__(self, beta1: float, beta2: float):
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean: dict[str, Tensor] = {}
+        self.spread: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, name: str, p: Tensor) -> None:
+        grad = p.grad
+        if grad is None:
+            return
+        p = whole(p)
+        now = (p * whole(grad)).abs()
+        mean = self.mean.setdefault(name, torch.zeros_like(p))
+        spread = self.spread.setdefault(name, torch.zeros_like(p))
+        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
+
+    def score(self, name: str, p: Tensor) -> Tensor:
+        """Return the score of each element of `p`; 0 if it never had a gradient, as in an expert without tokens."""
+        return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(shape_of(p))
 
 
 def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
@@ -57,7 +81,7 @@ def all_trainable(tuner: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each active AdaLoRA adapter that trains, and its methods by layer: several only in a PeftMixedModel."""
     for name in tuner.active_adapters:
         config = tuner.peft_config[name]
-        if isinstance(config, AdaLoraConfig) and not config.inference_mode:
+        if config.peft_type == "ADALORA" and not config.inference_mode:
             yield name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
 
 
@@ -141,3 +165,45 @@ def orthogonal_loss(tuner: Any) -> Tensor | float:
         if weight > 0:
             loss = loss + weight * torch.stack([d for m in methods.values() for d in m.distances()]).mean()
     return loss
+
+
+def resize_modules_by_rank_pattern(
+    tuner: Any, rank_pattern: dict[str, Sequence[bool] | Tensor], adapter_name: str
+) -> None:
+    """Keep only the singular triples that masks name: their parameters are new ones, so make the optimizer afterwards.
+
+    Args:
+        rank_pattern: as the config's, {"path.lora_E" or "path.lora_E.adapter": a mask of the layer's triples}.
+
+    Raises:
+        AdapterNotFoundError: there is no such adapter.
+        ConfigError: a layer does not carry it, or has another number of triples. Nothing has changed.
+        ValueError: it is merged.
+        NotImplementedError: its tensors are spread over processes.
+    """
+    tuner.check_known([adapter_name])
+    kept: dict[str, Tensor] = {}
+    for name, mask in rank_pattern.items():
+        key = name.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
+        layer = tuner.layers.get(key)
+        if layer is None or adapter_name not in layer.methods:
+            raise ConfigError(f"rank_pattern names '{key}', where AdaLoRA adapter '{adapter_name}' has no layer.")
+        E = layer.methods[adapter_name].lora_E
+        kept[key] = torch.as_tensor(mask, dtype=torch.bool, device=E.device).flatten()
+        if len(kept[key]) != len(E):
+            raise ConfigError(
+                f"rank_pattern has {len(kept[key])} entries for '{key}', where AdaLoRA adapter '{adapter_name}' has "
+                f"{len(E)} singular triples: give a mask of these."
+            )
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(f"AdaLoRA adapter '{adapter_name}' is merged: unmerge_adapter() it before it is resized.")
+        if layout_of(E) is not None:
+            raise NotImplementedError(
+                f"AdaLoRA adapter '{adapter_name}' has tensors spread over processes: resize it before that."
+            )
+    for key, mask in kept.items():
+        layer = tuner.layers[key]
+        for name, of_columns in (("lora_E", False), ("lora_A", False), ("lora_B", True)):
+            old = getattr(layer, name)[adapter_name]
+            values = old.detach()[:, mask] if of_columns else old.detach()[mask]
+            getattr(layer, name)[adapter_name] = nn.Parameter(values.clone(), old.requires_grad)

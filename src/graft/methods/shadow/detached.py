@@ -7,11 +7,141 @@ import copy
 from functools import cache
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterNotFoundError
-from graft.methods.shadow.cache import NAMES
-from graft.methods.shadow.loss import classification, next_token, pooled
+
+NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+
+
+@cache
+def packed_class() -> type:
+    """Return the class of the cache, which derives from transformers' own."""
+    from transformers import Cache
+
+    class ShadowCache(Cache):
+        """The base model's cache, whose layers stand first, and those of the shadow networks, by adapter.
+
+        What reorders, repeats, selects or cuts rows does so to all layers.
+        """
+
+        __module__, __qualname__ = __name__, "ShadowCache"  # where `pickle` finds it
+
+        def __init__(self, base: Any, shadows: dict[str, Any]):
+            self.base, self.shadows = base, shadows
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__") or name in ("base", "shadows"):
+                raise AttributeError(name)
+            return getattr(self.base, name)
+
+        @property
+        def layers(self) -> list[Any]:  # type: ignore[override]
+            return [layer for cache in (self.base, *self.shadows.values()) for layer in cache.layers]
+
+        def __len__(self) -> int:
+            return len(self.base)
+
+    return ShadowCache
+
+
+def pack(base: Any, shadows: dict[str, Any]) -> Any:
+    """Return a cache that packs the base model's with those of shadow networks."""
+    return packed_class()(base, shadows)
+
+
+def unpack(model: Any, kwargs: dict[str, Any], use_cache: bool | None) -> dict[str, Any] | None:
+    """Return the shadow networks' caches from a call's arguments, and leave the base model's there; None: no cache.
+
+    Raises:
+        ValueError: the cache holds tokens that the shadow network has not seen.
+    """
+    name = next((n for n in NAMES if kwargs.get(n) is not None), None)
+    if name is None:
+        wanted = getattr(getattr(model, "config", None), "use_cache", False) if use_cache is None else use_cache
+        return {} if wanted else None
+    cache = kwargs[name]
+    if isinstance(cache, packed_class()):
+        kwargs[name] = cache.base  # type: ignore[attr-defined]
+        return cache.shadows  # type: ignore[attr-defined,no-any-return]
+    if not hasattr(cache, "get_seq_length"):
+        raise NotImplementedError(f"SHADOW needs a Cache of transformers as `{name}`, not a {type(cache).__name__}.")
+    if cache.get_seq_length():
+        raise ValueError(
+            f"`{name}` holds tokens that the shadow network has not seen: pass on what an output of this model "
+            "holds, or an empty cache."
+        )
+    return {}
+
+
+def with_cache(output: Any, shadows: dict[str, Any]) -> Any:
+    """Return a model's output with its cache packed."""
+    from transformers import Cache
+
+    def packed(value: Any) -> Any:
+        plain = isinstance(value, Cache) and not isinstance(value, packed_class())
+        return pack(value, shadows) if plain else value
+
+    if isinstance(output, tuple):
+        return tuple(packed(value) for value in output)
+    for key, value in list(output.items()):
+        if packed(value) is not value:
+            output[key] = packed(value)
+    return output
+
+
+def empty(network: Any) -> Any:
+    """Return a cache for a shadow network."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=network.config)
+
+
+def shadow_loss(tuner: Any, cfg: Any, name: str, s: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """Return the loss of what the model's head makes of s, (rows, tokens, hidden); None for tasks without one."""
+    labels, model = given["labels"], tuner.model
+    if cfg.task_type == "SEQ_CLS":
+        head = tuner.shared.containers["shadow_head"][name]
+        logits = pooled(head(s.to(dtype_of(head))), given.get("input_ids"), model.config.pad_token_id)
+        return classification(model.config, logits, labels)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None else next_token(head(s.to(dtype_of(head))), labels)
+
+
+def dtype_of(head: Any) -> torch.dtype:
+    dtype: torch.dtype = next(head.parameters()).dtype
+    return dtype
+
+
+def next_token(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each token's logits (rows, tokens, vocabulary) with the next label; -100 has none."""
+    wanted = F.pad(labels, (0, 1), value=-100)[:, 1:].to(logits.device)
+    return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100)
+
+
+def pooled(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
+    """Return the logits (rows, labels) at each row's last token that is no padding."""
+    rows, tokens = logits.shape[:2]
+    last = torch.full((rows,), tokens - 1, device=logits.device)
+    if ids is not None and padding is not None:
+        places = torch.arange(tokens, device=logits.device)
+        last = (places * (ids != padding).to(logits.device)).argmax(-1)
+    return logits[torch.arange(rows, device=logits.device), last]
+
+
+def classification(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of logits (rows, labels) by the config's problem type, or what the labels say of it."""
+    logits, labels, kind = logits.float(), labels.to(logits.device), config.problem_type
+    if kind is None:
+        kind = "regression" if logits.shape[-1] == 1 else ""
+    if kind == "regression":
+        return F.mse_loss(logits.squeeze(), labels.squeeze().float())
+    if kind == "multi_label_classification" or labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    return F.cross_entropy(logits, labels.view(-1))
+
 
 NAME = "DetachedShadowModel"
 
@@ -68,9 +198,10 @@ def detached_class() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name == NAME:
-        return detached_class()
-    raise AttributeError(name)
+    makes = {"ShadowCache": packed_class, NAME: detached_class}.get(name)
+    if makes is None:
+        raise AttributeError(name)
+    return makes()
 
 
 def unload(tuner: Any, adapter_name: str | None = None, copy: bool = False) -> Any:

@@ -4,16 +4,114 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.core.errors import ConfigError
-from graft.methods.shadow.config import MIRROR, SIZES, ShadowConfig
-from graft.methods.shadow.loading import network_from
 from graft.storage.offload import standalone, without_hooks
+
+MIRROR = "mirror"  # the shadow network is of the base model's own class
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+
+
+@dataclass(kw_only=True)
+class ShadowConfig(Targeted, LayerRange):
+    """SHADOW: h ← h + α Up Down (h - s) before each block, s ← (1 - g) s + g T h after it; s starts as the output of a
+    small network.
+
+    Raises:
+        ConfigError: a number that is not positive, or a size for a network that is loaded.
+    """
+
+    peft_type: Any = "SHADOW"
+    r: int = 8  # width of Down
+    shadow_alpha: float = 0.1  # α
+    shadow_dropout: float = 0.2  # of Down's output
+    init_weights: bool = True  # Up is zero: the adapter starts as nothing
+    shadow_model: str = MIRROR  # or a folder, or a name on the hub
+    shadow_num_hidden_layers: int | None = None  # of a mirror; None: 1
+    shadow_hidden_size: int | None = None  # of a mirror; None, here and below: as the base model
+    shadow_num_attention_heads: int | None = None
+    shadow_intermediate_size: int | None = None
+    share_embeddings: bool = True  # a mirror as wide as the base model uses its word embeddings
+    update_hidden_size: int | None = None  # width of T and of the gate's network; None: r
+    auxiliary_loss_weight: float = 0.05  # of the shadow network's own loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for name in ("update_hidden_size", *(f"shadow_{size}" for size in SIZES)):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value}")
+        given = [f"shadow_{size}" for size in SIZES if getattr(self, f"shadow_{size}") is not None]
+        if self.shadow_model != MIRROR and given:
+            raise ConfigError(
+                f"{', '.join(given)} can only be set with shadow_model='{MIRROR}': '{self.shadow_model}' has sizes of "
+                "its own."
+            )
+
+
+PROJECTED, DETACHED = "causal_lm_with_hidden_projection", "DetachedShadowModel"
+PROJECTION = "shadow_hidden_projection.weight"
+
+
+def network_from(where: str, width: int) -> tuple[Any, nn.Module | None]:
+    """Return the network, whose embeddings do not train, and its projection to `width`; None if it has none.
+
+    Raises:
+        ConfigError: the projection is to another width.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    raw = json.loads(_file(where, "config.json").read_text(encoding="utf-8"))
+    if raw.get("model_type") == PROJECTED:
+        inner = dict(raw["shadow_model_config"])
+        network, projection = _filled(AutoConfig.for_model(**inner), where, "shadow_model.")
+    elif raw.get("architectures") == [DETACHED]:
+        network, projection = _filled(AutoConfig.from_pretrained(where), where, "backbone.")
+    else:
+        network, projection = AutoModel.from_pretrained(where), None
+    if projection is not None and projection.out_features != width:
+        raise ConfigError(
+            f"The shadow network of '{where}' projects to {projection.out_features} numbers, and the base model is "
+            f"{width} wide."
+        )
+    embeddings = network.get_input_embeddings()
+    if embeddings is not None:
+        embeddings.requires_grad_(False)
+    return network, projection
+
+
+def _filled(config: Any, where: str, prefix: str) -> tuple[Any, nn.Linear | None]:
+    """Return a network with the values of a file, and the projection beside it."""
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    network = AutoModel.from_config(config)
+    tensors = load_file(_file(where, "model.safetensors"))
+    network.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+    weight = tensors.get(PROJECTION)
+    if weight is None:
+        return network, None
+    projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    projection.load_state_dict({"weight": weight})
+    return network, projection
+
+
+def _file(where: str, name: str) -> Any:
+    from pathlib import Path
+
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(where, name)))
+
 
 LISTS = ("layers", "h", "blocks", "single_transformer_blocks", "transformer_blocks")  # names of stacks of blocks
 HEADS = ("score", "classifier")

@@ -12,10 +12,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.core.method import as_it_is
-from graft.methods.shadow.cache import NAMES, empty, unpack, with_cache
-from graft.methods.shadow.loss import shadow_loss
-from graft.methods.shadow.state import FACT, States
+from graft.methods.shadow.detached import NAMES, empty, shadow_loss, unpack, with_cache
 from graft.storage import place_of
+
+FACT = "shadow"  # its name among the facts of a call
+
+
+class States:
+    """By adapter: of its rows, in their order. So the states of some rows need no selection."""
+
+    def __init__(self, seed: Callable[[str, Tensor], Tensor]):
+        self.seed = seed  # (adapter, its rows at the first block) → state before that
+        self.now: dict[str, Tensor] = {}  # (rows, tokens, hidden)
+
+    def __getitem__(self, index: Any) -> States:
+        return self
+
+    def repeat_interleave(self, repeats: int, dim: int) -> States:
+        return self
+
+    def take(self, adapter: str, h: Tensor) -> Tensor:
+        """Return the state before a block with input h."""
+        if adapter not in self.now:
+            self.now[adapter] = self.seed(adapter, h)
+        return self.now[adapter]
+
 
 TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  # arguments that the network gets, too
 

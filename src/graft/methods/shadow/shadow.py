@@ -14,10 +14,9 @@ from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Layers, Method
 from graft.methods.shadow import network
-from graft.methods.shadow.config import ShadowConfig
 from graft.methods.shadow.detached import unload
-from graft.methods.shadow.run import surround
-from graft.methods.shadow.state import FACT
+from graft.methods.shadow.network import ShadowConfig
+from graft.methods.shadow.run import FACT, surround
 
 OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
 BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")

@@ -3,20 +3,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import require_positive_rank
+from graft.config.fields import Targets, require_positive_rank
 from graft.config.targets import PHI_ATTENTION
 from graft.core.containers import Filed
-from graft.core.errors import CheckpointError, ConfigError
+from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
 from graft.core.method import Method, Tensors
 from graft.kernels.scattered import Scattered
-from graft.methods.shira.config import ShiraConfig
-from graft.methods.shira.masks import random_mask, random_places
+
+
+@dataclass(kw_only=True)
+class ShiraConfig(Targets):
+    """SHiRA: r · (in + out) entries of each weight train, at places that a mask chooses.
+
+    `mask_fn` of a config is a function (base_layer, r, **kwargs) → mask of the weight's shape, of zeros and that many
+    ones. No file holds it: files hold the places. With another `mask_type` than "random", set it before injection.
+    """
+
+    peft_type: Any = "SHIRA"
+    r: int = 32  # as many numbers train as in LoRA of this rank
+    mask_type: str = "random"  # or any other name, for a `mask_fn` of your own
+    random_seed: int | None = None
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    init_weights: bool = True  # zero; else N(0, 1)
+
+    counters: ClassVar[tuple[str, ...]] = ("random_seed",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        self.mask_fn: Callable[..., Tensor] | None = random_mask if self.mask_type == "random" else None
+        if self.mask_fn is None and not self.inference_mode:
+            warn(
+                f"Argument mask_type={self.mask_type!r} is not recognized: set `mask_fn` of this config to a function "
+                "(base_layer, r, **kwargs) → mask before get_peft_model()."
+            )
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: Any) -> Tensor:
+    """Return a mask of the weight's shape with r · (in + out) ones at random places, the same for the same seed."""
+    weight: Any = base_layer.weight
+    places = random_places(weight.shape, r, random_seed).to(weight.device)
+    return torch.zeros_like(weight).view(-1).index_fill(0, places, 1).view(weight.shape)
+
+
+def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
+    """Return r · (in + out) random places of a matrix (out, in) as a flat list, in order."""
+    generator = torch.Generator("cpu")  # without a seed, torch's default one
+    if seed is not None:
+        generator.manual_seed(seed)
+    out, n = shape
+    return torch.randperm(out * n, generator=generator, device="cpu")[: r * (out + n)].sort().values
 
 
 class SHiRA(Method):

@@ -5,22 +5,100 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import VBLORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
+from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import Layers, Method, Tensors
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
 from graft.kernels.waits import demand
-from graft.methods.vblora.config import VBLoRAConfig
-from graft.methods.vblora.largest import INDICES, WEIGHTS, check_largest
-from graft.methods.vblora.savable import print_savable_parameters, savable_parameters
+
+
+@dataclass(kw_only=True)
+class VBLoRAConfig(Targeted, LayerRange):
+    """VB-LoRA: ΔW = B A, whose numbers are mixtures of a few vectors from a bank that all layers share."""
+
+    peft_type: Any = "VBLORA"
+    r: int = 4
+    num_vectors: int = 256  # in the bank
+    vector_length: int = 256  # must divide the widths of all layers
+    topk: int = 2  # how many vectors a mixture has
+    save_only_topk_weights: bool = False  # small files, from which training cannot go on
+    vblora_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, vblora_only
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for name in ("topk", "num_vectors", "vector_length"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` {getattr(self, name)} should be a positive integer value")
+        if self.topk > self.num_vectors:
+            raise ConfigError(f"`topk` {self.topk} is more than `num_vectors` {self.num_vectors}")
+
+    @property
+    def index_type(self) -> torch.dtype:
+        """The smallest integer type that counts the vectors, for files."""
+        sizes = ((2**8, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
+        return next((dtype for most, dtype in sizes if self.num_vectors < most), torch.int64)
+
+
+INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # ends of names in files with the largest logits alone
+ROUNDED = 1.05  # the most that weights in half precision can sum up to
+
+
+def is_index(t: Tensor) -> bool:
+    return not t.is_floating_point() and t.dtype is not torch.bool
+
+
+def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, where: str) -> None:
+    """Raise CheckpointError unless these are indices and weights of the largest logits, all but the last."""
+    rows, n = shape[:-1], shape[-1]
+    if index.shape != (*rows, topk) or first.shape != (*rows, topk - 1) or not is_index(index):
+        why = f"shapes {tuple(index.shape)} and {tuple(first.shape)}"
+    elif int(index.min()) < 0 or int(index.max()) >= n:
+        why = f"an index outside the bank of {n} vectors"
+    elif topk > 1 and bool((index.long().sort(-1)[0].diff() == 0).any()):
+        why = "one index twice"
+    elif not first.is_floating_point() or bool((first.float() < 0).any() | (first.float().sum(-1) > ROUNDED).any()):
+        why = "weights that are negative, or sum up to more than 1"
+    else:
+        return
+    raise CheckpointError(
+        f"{where}{INDICES} and {WEIGHTS} have {why}: they are not the {topk} largest of logits of shape {tuple(shape)}."
+    )
+
+
+def savable_parameters(tuner: Any, adapter: str = "default") -> tuple[int, int]:
+    """Return how many numbers a file of `adapter` holds, in units of four bytes: VB-LoRA's, and others that train."""
+    tuner.check_known([adapter])
+    cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared]
+    added = {id(slot.tensor) for c in carriers for name in c.adapters for slot in c.slots(name)}
+    others = sum(p.numel() for p in tuner.model.parameters() if p.requires_grad and id(p) not in added)
+    bank, *logits = (sum(slot.tensor.numel() for slot in c.slots(adapter)) for c in reversed(carriers))
+    size: float = sum(logits)
+    if cfg.save_only_topk_weights:
+        size *= (cfg.topk - 1 + cfg.topk * cfg.index_type.itemsize / 4) / cfg.num_vectors
+    return int(bank + size), others
+
+
+def print_savable_parameters(tuner: Any, adapter: str = "default") -> None:
+    """Print how many numbers a file of `adapter` holds."""
+    own, others = savable_parameters(tuner, adapter)
+    print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
+
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
 TRUNCATED = (

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning, openreview.net/forum?id=8ZdWmpYxT0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.targets import ADAMSS
+from graft.core.containers import Transient
+from graft.core.effect import Factors, Product
+from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft.core.merging import unmerged_bias
+from graft.core.method import Method, Tensors
+from graft.core.random import seeded
+from graft.methods.adalora.allocator import Importance
+
+SCHEDULE = (
+    *("asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
+    *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
+)
+
+
+@dataclass(kw_only=True)
+class AdamssConfig(Targets, LayerRange):
+    """AdaMSS: rows of the weight in clusters, and a small product in the space of singular vectors for each cluster.
+
+    With `use_asa` call `model.base_model.update_and_allocate(step)` after each backward pass, before gradients are
+    zeroed; or use `AdamssAsaCallback` (transformers' Trainer). Needs scikit-learn: `pip install graft[methods]`.
+    """
+
+    peft_type: Any = "ADAMSS"
+    r: int = 100  # how many singular vectors span the space
+    num_subspaces: int = 5  # clusters of rows of each layer
+    subspace_rank: int = 1  # of the product of a cluster
+    init_weights: Literal["orthogonal"] | bool | None = "orthogonal"  # None or False: B begins random, not 0
+    use_asa: bool = False  # let fewer and fewer subspaces train
+    asa_target_subspaces: int = 50  # how many do in the end, of all layers together
+    init_warmup: int = 50  # steps before the number falls
+    final_warmup: int = 1000  # the step at which it has reached the target
+    mask_interval: int = 100  # steps between two choices
+    asa_importance_beta: float = 0.85  # smoothing of the sensitivity
+    asa_uncertainty_beta: float = 0.85  # smoothing of its uncertainty
+    asa_schedule_exponent: float = 3.0  # the higher, the sooner the number falls
+    use_dynamic_rank: bool = False  # a cluster has a rank for each singular value that is large enough
+    svd_threshold: float = 0.1  # how large, compared with the largest
+    random_seed: int = 0  # of the randomized SVD
+
+    counters: ClassVar[tuple[str, ...]] = ("random_seed", "init_warmup", "final_warmup", "mask_interval")
+
+    def __post_init__(self) -> None:
+        for name in SCHEDULE if not self.use_asa else ():  # nobody looks at these: files have null there
+            if getattr(self, name) is None:
+                setattr(self, name, type(self).__dataclass_fields__[name].default)
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.init_weights is False:
+            self.init_weights = None
+        if self.init_weights not in ("orthogonal", None):
+            raise ConfigError(f"`init_weights` must be 'orthogonal' or None, got {self.init_weights!r}")
+        for name in ("num_subspaces", "subspace_rank"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` should be a positive integer value, got {getattr(self, name)}")
+        if not self.use_asa:
+            return
+        for name, what in (
+            ("mask_interval", "integer"),
+            ("asa_target_subspaces", "integer"),
+            ("asa_schedule_exponent", "number"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` must be a positive {what} when `use_asa=True`, got {getattr(self, name)}.")
+        if self.init_warmup >= self.final_warmup:
+            raise ConfigError(
+                f"`init_warmup` ({self.init_warmup}) must be less than `final_warmup` ({self.final_warmup}) when "
+                "`use_asa` is set"
+            )
+
+
+KMEANS: dict[str, Any] = dict(init="random", n_init=1, max_iter=10, random_state=123456789)  # PEFT's
+
+
+class Clusters(NamedTuple):
+    """The start of an adapter on one layer."""
+
+    space: Tensor  # (R, in), or (R, in + 1) with a bias: right singular vectors
+    rows: Tensor  # (out,) the cluster of each row
+    downs: list[Tensor]  # A of each cluster, (rank, R)
+    ups: list[Tensor]  # B of each cluster, (its rows, rank)
+
+
+def require_sklearn() -> Any:
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as e:
+        raise ImportError(
+            "AdaMSS needs scikit-learn, by whose k-means it puts rows into clusters: pip install graft[methods]"
+        ) from e
+    return KMeans
+
+
+def clusters(W: Tensor, bias: Tensor | None, cfg: Any) -> Clusters:
+    """Find the clusters of W (out, in) with its bias (out,)."""
+    dtype, W = W.dtype, W.detach().float()
+    if bias is not None:
+        W = torch.cat((W, bias.detach().float()[:, None]), 1)
+    R = min(cfg.r, *W.shape)
+    with seeded(cfg.random_seed):
+        U, _, V = torch.svd_lowrank(W, q=R, niter=2)
+    count = min(cfg.num_subspaces, len(W))
+    found = require_sklearn()(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_
+    rows = torch.from_numpy(found).long().to(W.device)
+    downs, ups = [], []
+    for j in range(count):
+        own = U[rows == j]
+        downs.append(start(own, cfg))
+        shape = len(own), len(downs[-1])
+        ups.append(torch.zeros(shape) if cfg.init_weights else torch.randn(shape).to(dtype) * 0.01)
+    return Clusters(V.T.contiguous(), rows, downs, ups)
+
+
+def start(U: Tensor, cfg: Any) -> Tensor:
+    """Return A (rank, R) of a cluster with the coordinates U (n, R)."""
+    gram, rank = U @ U.T, min(len(U), cfg.subspace_rank)
+    if cfg.use_dynamic_rank:
+        S = torch.svd_lowrank(gram, q=len(U), niter=2)[1]
+        large = S.gt(S[0] * cfg.svd_threshold)
+        rank = max(1, min(rank, int(large.sum())))
+    left = torch.svd_lowrank(gram, q=rank, niter=2)[0]
+    Q: Tensor = torch.linalg.qr(U.T @ left).Q
+    return Q.T.contiguous()
+
+
+PARTS = ("adamss_A", "adamss_B")
+
+
+class Allocator(Importance):
+    """The state of the allocation between two steps: the sensitivity of each parameter since the last choice."""
+
+    @torch.no_grad()
+    def update(self, name: str, p: Tensor) -> None:
+        if p.grad is None:
+            return
+        now = (p * p.grad).abs()
+        mean = self.mean.setdefault(name, torch.zeros_like(p))
+        spread = self.spread.setdefault(name, torch.zeros_like(p))
+        spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)  # AdaLoRA takes the new mean
+        mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
+
+    @torch.no_grad()
+    def of(self, methods: dict[str, Any], spaces: list[tuple[str, int]]) -> list[float]:
+        """Return the scores of subspaces, by one wait for the device."""
+        means = [
+            self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean()
+            for key, j in spaces
+            for part in PARTS
+        ]
+        device = means[0].device
+        found = torch.stack([mean.to(device) for mean in means]).view(-1, len(PARTS)).tolist()
+        return [sum(parts) for parts in found]
+
+
+def budget(step: int, total: int, cfg: AdamssConfig) -> int:
+    """Return how many of all subspaces train from a step on: the fewer, the less of the warm-up is left."""
+    left = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
+    target = min(cfg.asa_target_subspaces, total)
+    return int(target + (total - target) * left**cfg.asa_schedule_exponent)
+
+
+def update_and_allocate(tuner: Any, global_step: int) -> None:
+    """Measure importance, and choose which subspaces train. Call after backward(), before gradients are zeroed.
+
+    Does nothing for adapters without `use_asa`, and outside of the warm-up.
+
+    Args:
+        global_step: number of the step.
+
+    Raises:
+        ValueError: an adapter has no gradients.
+    """
+    for name in tuner.active_adapters:
+        cfg = tuner.peft_config[name]
+        if isinstance(cfg, AdamssConfig) and cfg.use_asa and not cfg.inference_mode:
+            allocate(tuner, name, cfg, global_step)
+
+
+def allocate(tuner: Any, name: str, cfg: AdamssConfig, step: int) -> None:
+    if not cfg.init_warmup <= step <= cfg.final_warmup:
+        return
+    methods = {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
+    held = [
+        (f"{key}.{part}.{j}", p) for key, m in methods.items() for part in PARTS for j, p in enumerate(getattr(m, part))
+    ]
+    if held and all(p.grad is None for _, p in held):
+        raise ValueError(
+            f"update_and_allocate({step}): AdaMSS adapter '{name}' has no gradients, from which the importance of its "
+            "subspaces is measured. Call it after backward() and optimizer.step(), before zero_grad()."
+        )
+    if name not in tuner.states:
+        tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
+    state = tuner.states[name]
+    for path, p in held:
+        state.update(path, p)
+    if step % cfg.mask_interval == 0:
+        choose(methods, state, step, cfg)
+        tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
+
+
+def choose(methods: dict[str, Any], state: Allocator, step: int, cfg: AdamssConfig) -> None:
+    """Let the most important subspaces train; of equals, those that do by now."""
+    spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
+    scores = zip(spaces, state.of(methods, spaces))
+    rank = {(key, j): (score, methods[key].adamss_A[j].requires_grad) for (key, j), score in scores}
+    kept = set(sorted(spaces, key=lambda space: rank[space], reverse=True)[: budget(step, len(spaces), cfg)])
+    for key, m in methods.items():
+        for slot in m.layer.slots(m.name):
+            if slot.container in PARTS:  # `set_adapter` lets those train that may
+                slot.trains = (key, int(slot.path)) in kept
+                slot.tensor.requires_grad = slot.trains
+                slot.tensor.grad = slot.tensor.grad if slot.trains else None
+
+
+ROWS = ("adamss_clusters", "")
+
+
+class Shifted(NamedTuple):
+    """A factor with a bias."""
+
+    call: Callable[[Tensor], Tensor]  # the product, with the bias
+    weight: Tensor  # (out, r)
+    bias: Tensor  # (out,)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.call(z)
+
+
+class AdaMSS(Method):
+    """Rows of Δ[W | b] in cluster j: B_j A_j N, with the right singular vectors N of [W | b], which stay."""
+
+    config = AdamssConfig
+    prefix = "adamss_"
+    targets = ADAMSS
+    tuner_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
+
+    adamss_A: nn.ParameterList  # (rank, R) of each cluster
+    adamss_B: nn.ParameterList  # (rows, rank) of each cluster
+    adamss_newB: Tensor  # N (R, in), or (R, in + 1) if the layer has a bias
+    adamss_clusters: Tensor  # (out,) the cluster of each row; PEFT's files lack it
+    adamss_places: Tensor  # (out,) the place of each row when they stand cluster by cluster
+
+    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+        if self.layer is None:  # nobody has the weight at hand
+            with device or nullcontext():
+                return self.at_most()
+        if device is not None:
+            return self.emptied(shared, device)
+        if self.site.on_meta:
+            raise UnsupportedLayerError(
+                f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device: adapt "
+                "the model when it has its values."
+            )
+        bias = unmerged_bias(self.layer)
+        found = clusters(self.layer.W0.flatten(1), bias, self.cfg)
+        return dict(
+            adamss_newB=found.space,
+            adamss_A=nn.ParameterList([nn.Parameter(A) for A in found.downs]),
+            adamss_B=nn.ParameterList([nn.Parameter(B) for B in found.ups]),
+            adamss_clusters=found.rows,
+            adamss_places=Transient(places(found.rows)),
+        )
+
+    def emptied(self, shared: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Return tensors of the shapes that the weight gives, without values."""
+        with torch.random.fork_rng(devices=[]):
+            values = self.build(shared)
+        self.rows = values["adamss_clusters"]  # for files that do not say
+        values["adamss_places"] = Transient(values["adamss_places"].tensor.to(device))
+        return {name: v if isinstance(v, Transient) else v.to(device) for name, v in values.items()}
+
+    def at_most(self) -> dict[str, Any]:
+        """Return tensors as large as those of any weight of this shape, and as many as those of most."""
+        cfg, out = self.cfg, self.site.out_features
+        columns = self.site.fan_in + (getattr(self.site.module, "bias", None) is not None)
+        R, count = min(cfg.r, out, columns), min(cfg.num_subspaces, out)
+        return dict(
+            adamss_newB=torch.empty(R, columns),
+            adamss_A=nn.Parameter(torch.empty(count * cfg.subspace_rank, R)),
+            adamss_B=nn.Parameter(torch.empty(out, cfg.subspace_rank)),
+        )
+
+    def inits_from_weight(self) -> bool:
+        return True
+
+    def inits_before_load(self) -> bool:
+        return False
+
+    def loaded(self) -> None:
+        self.__dict__.pop("rows", None)
+        self.adamss_places.copy_(places(self.adamss_clusters))
+
+    def factors(self) -> Factors:
+        n, op, base = self.site.fan_in, self.site.op, self.layer.base_layer
+        inner = torch.cat([*self.adamss_A])  # (Σ ranks, R)
+        down = inner @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
+        up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places)  # (out, Σ ranks)
+        A: Any = down[:, :n]
+        if self.site.takes_vectors:  # two products, of which the backward pass keeps R numbers per row instead of x
+            A = Product(lambda x: linear(linear(x.to(self.dtype), self.adamss_newB[:, :n]), inner), A)
+        if down.shape[1] == n:
+            return Factors(A, up)
+        shift = up @ down[:, n]
+        return Factors(A, Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
+
+    def restored(self, stored: Tensors, cfg: AdamssConfig) -> Tensors:
+        """Take the clusters of the file and their sizes, as another device may find others; PEFT's files lack them."""
+        here = self.adamss_clusters
+        if ROWS not in stored:
+            return {**stored, ROWS: self.rows if here.is_meta else here}
+        shapes = {(part, j): p.shape for part in PARTS for j, p in getattr(self, part).named_parameters()}
+        given = {place: stored[place].shape for place in shapes.keys() & stored.keys()}
+        if here.is_meta and given.keys() == shapes.keys() and fit(stored[ROWS], given, here.shape, self.adamss_newB):
+            for (part, j), shape in given.items():
+                held = getattr(self, part)._parameters
+                held[j] = nn.Parameter(held[j].new_empty(shape))
+        return stored
+
+
+def fit(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Size, space: Tensor) -> bool:
+    """Return True if A and B of these shapes, by (container, cluster), are for clusters with these rows."""
+    count = len(shapes) // 2
+    if rows.shape != like or rows.is_floating_point() or not ((rows >= 0) & (rows < count)).all():
+        return False
+    sizes = torch.bincount(rows, minlength=count).tolist()
+    pairs = [(shapes[PARTS[0], str(j)], shapes[PARTS[1], str(j)]) for j in range(count)]
+    return all((n, A[0]) == B and A[1:] == space.shape[:1] for (A, B), n in zip(pairs, sizes))
+
+
+def places(rows: Tensor) -> Tensor:
+    """Return where each row stands when they are sorted by cluster, in their order within it."""
+    return rows.argsort(stable=True).argsort()

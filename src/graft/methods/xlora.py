@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148.
+
+Every call runs the model twice. The hidden states of the first pass tell the classifier how much each expert counts at
+each token; these are the gates of the second. The experts are LoRA adapters, which know nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import get_ident
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.base import CONFIG_NAME, PeftConfig
+from graft.config.hub import fetch
+from graft.core.errors import ConfigError, RoutingError, warn
+from graft.core.method import Layers, Method
+from graft.core.rows import BASE, Rows
+from graft.core.run import Run
+
+
+@dataclass(kw_only=True)
+class XLoraConfig(PeftConfig):
+    """X-LoRA (arXiv 2402.07148): a classifier on the base model's hidden states weighs LoRA adapters, the experts.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    peft_type: Any = "XLORA"
+    hidden_size: int | None = None  # of the base model's hidden states; None: 4096
+    adapters: dict[str, str] | None = None  # name of an expert → folder or hub repository
+    enable_softmax: bool = True  # over the experts
+    enable_softmax_topk: bool = False  # over those that are kept
+    layerwise_scalings: bool = False  # each layer has weights of its own
+    xlora_depth: int = 1  # linear layers of the classifier
+    xlora_size: int = 2048  # its width, if it has several layers
+    xlora_dropout_p: float = 0.2  # in the classifier
+    use_trainable_adapters: bool = False  # experts train as well
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None  # so many experts act on a token; None: all
+    scaling_pass_value: float = 0.0  # weight of every expert in the pass that the classifier reads
+    global_scaling_weight: float = 1.0  # times every weight
+
+    taken_on_loading: ClassVar[frozenset[str]] = frozenset({"adapters"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # expert → (where this config was read, sub-folder there, keywords for the hub)
+        self.beside: dict[str, tuple[str, str, dict[str, Any]]] = {}
+        if self.hidden_size is None:
+            warn(
+                "No value was provided for `hidden_size`. This will be set to 4096 by default, please ensure that "
+                "this is correct."
+            )
+            self.hidden_size = 4096
+        if self.adapters is None:
+            warn("No value was provided for `adapters`. This will be set to empty, please ensure that this is correct.")
+            self.adapters = {}
+        if self.enable_softmax_topk and self.top_k_lora is None:
+            warn("`enable_softmax_topk` enabled `top_k_lora` is not set")
+        if self.enable_softmax_topk and self.enable_softmax:
+            warn("`enable_softmax_topk` and `enable_softmax` are both enabled. This will result in worse performance.")
+        if self.top_k_lora is not None and self.top_k_lora < 1:
+            warn("`top_k_lora` value must be at least 1.")
+        if self.xlora_depth <= 0:
+            raise ConfigError("X-LoRA depth must be strictly positive.")
+        for name in ("hidden_size", "xlora_size", "softmax_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.xlora_dropout_p <= 1:
+            raise ConfigError(f"`xlora_dropout_p` must be between 0 and 1, got {self.xlora_dropout_p}.")
+
+    def to_json(self, auto_mapping_dict: dict[str, Any] | None = None) -> str:
+        """Return the text of adapter_config.json, with the experts in their order, which means something."""
+        values = json.loads(super().to_json(auto_mapping_dict))
+        return json.dumps({**values, "adapters": self.adapters}, indent=2)
+
+    def take(self, options: dict[str, Any]) -> None:
+        """Take the experts from other places."""
+        if "adapters" in options:
+            self.adapters, self.beside = dict(options["adapters"]), {}
+
+    def read_from(self, where: str, subfolder: str | None = None, **hub: Any) -> None:
+        """Note which experts are saved beside this config, in sub-folders that have their names.
+
+        Their order is that of the classifier's outputs. PEFT, which calls them 0, 1, 2, …, sorts them as text.
+        """
+        names = list(self.adapters or ())
+        if names == sorted(names) and all(name.isdigit() for name in names):
+            self.adapters = {name: self.adapters[name] for name in sorted(names, key=int)}  # type: ignore[index]
+        for name in self.adapters or {}:
+            folder = os.path.join(subfolder or "", name)
+            if fetch(where, CONFIG_NAME, subfolder=folder, **hub) is not None:
+                self.beside[name] = (where, folder, hub)
+
+
+@dataclass(eq=False)
+class Scalings:
+    weights: Tensor  # (batch, tokens, layers, experts)
+    layers: dict[str, int]  # path → place in `weights`
+    experts: dict[str, int]  # adapter → place in `weights`
+
+    def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
+        w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
+        if part.shape[:2] != w.shape:
+            raise RoutingError(
+                f"layer '{layer.site.key}' computes {tuple(part.shape[:2])} (samples, tokens), and X-LoRA weighs "
+                f"experts at {tuple(w.shape)}: leave the layer out of the experts' target_modules."
+            )
+        return part * w[..., None].to(part.device)
+
+    def rows(self, index: Tensor) -> Scalings:
+        return Scalings(self.weights[index.to(self.weights.device)], self.layers, self.experts)
+
+
+def chosen(scalings: Tensor, cfg: Any) -> Tensor:
+    """Return the weights that act: the `top_k_lora` largest, through a softmax if wanted, times the global weight."""
+    if cfg.top_k_lora is not None:
+        kept = scalings.topk(cfg.top_k_lora, dim=-1).indices
+        scalings = scalings * torch.zeros_like(scalings).scatter(-1, kept, 1)
+    if cfg.enable_softmax_topk:
+        out = scalings == 0
+        scalings = scalings.masked_fill(out, -torch.inf).softmax(-1).masked_fill(out, 0)
+    weights: Tensor = scalings * cfg.global_scaling_weight
+    return weights
+
+
+class XLoraClassifier(nn.Module):
+    """Linear layers with ReLU and dropout between them, and a softmax over the experts.
+
+    Attributes:
+        log_scalings: the weights of the calls since logging was turned on, (batch, tokens, layers, experts) each.
+    """
+
+    def __init__(self, config: Any, n_classes: int, n_layers: int, where: dict[str, Any]):
+        super().__init__()
+        self.config, self.n_classes, self.n_layers = config, n_classes, n_layers
+        self.log_scalings: list[Tensor] = []
+        self.scalings_logging = False
+        self.latest: Tensor | None = None
+        outputs = n_classes * (n_layers if config.layerwise_scalings else 1)
+        widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), outputs]
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(widths)):
+            if i:
+                layers.append(nn.ReLU())
+                if config.xlora_dropout_p > 0:
+                    layers.append(nn.Dropout(config.xlora_dropout_p))
+            layers.append(nn.Linear(before, after, **where))
+        self.layers = nn.Sequential(*layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "latest": None}  # a part of a graph, which cannot be copied
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return weights (batch, tokens, layers, experts) for hidden states (batch, tokens, width)."""
+        if hidden.shape[-1] != self.config.hidden_size:
+            raise RoutingError(
+                f"X-LoRA's classifier reads hidden states of width {self.config.hidden_size}, and the base model's "
+                f"have {hidden.shape[-1]}: set XLoraConfig.hidden_size to that."
+            )
+        logits = self.layers(hidden.to(self.layers[0].weight))  # type: ignore[arg-type]
+        logits = logits.unflatten(-1, (-1, self.n_classes))
+        if self.config.enable_softmax:
+            logits = (logits / self.config.softmax_temperature).softmax(-1)
+        scalings: Tensor = logits.expand(-1, -1, self.n_layers, -1)
+        self.latest = scalings
+        if self.scalings_logging:
+            self.log_scalings.append(scalings.detach())
+        return scalings
+
+    def constant(self, like: Tensor, value: float) -> Tensor:
+        """Return the weights of the first pass, all `value`, for inputs (batch, tokens, …)."""
+        shape = *like.shape[:2], self.n_layers, self.n_classes
+        return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)  # type: ignore[arg-type]
+
+
+def set_topk_lora(tuner: Any, value: int | None) -> None:
+    """Let only so many experts act on each token; None: all of them.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    check_top_k(value, tuner.classifier.n_classes)
+    tuner.classifier.config.top_k_lora = value
+
+
+def set_global_scaling_weight(tuner: Any, weight: float) -> None:
+    """Multiply what all experts add by `weight`."""
+    tuner.classifier.config.global_scaling_weight = weight
+
+
+def get_global_scaling_weight(tuner: Any) -> float:
+    weight: float = tuner.classifier.config.global_scaling_weight
+    return weight
+
+
+def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
+    """Set the weight of every expert in the first pass; None: 1 / number of experts."""
+    tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
+
+
+def get_latest_scalings(tuner: Any) -> Tensor | None:
+    """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
+    latest: Tensor | None = tuner.classifier.latest
+    return latest
+
+
+def get_scalings_log(tuner: Any) -> list[Tensor]:
+    """Return the weights of the calls since logging was turned on, in a list of its own."""
+    return list(tuner.classifier.log_scalings)
+
+
+def enable_scalings_logging(tuner: Any) -> None:
+    tuner.classifier.scalings_logging = True
+
+
+def disable_scalings_logging(tuner: Any) -> None:
+    """Turn logging off, and keep the log."""
+    tuner.classifier.scalings_logging = False
+
+
+def clear_scalings_log(tuner: Any) -> None:
+    tuner.classifier.log_scalings.clear()
+
+
+def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
+    """Return the log by number of tokens: {tokens: (places in the log, weights)}."""
+    buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
+    for i, scalings in enumerate(tuner.classifier.log_scalings):
+        places, values = buckets.setdefault(scalings.shape[1], ([], []))
+        places.append(i)
+        values.append(scalings)
+    return buckets
+
+
+def check_top_k(value: int | None, experts: int) -> None:
+    if value is not None and value > experts:
+        raise ConfigError(f"top_k_lora={value} is more than the {experts} experts.")
+
+
+API = {
+    function.__name__: function
+    for function in (
+        set_topk_lora,
+        set_global_scaling_weight,
+        get_global_scaling_weight,
+        set_scaling_pass_value,
+        get_latest_scalings,
+        get_scalings_log,
+        enable_scalings_logging,
+        disable_scalings_logging,
+        clear_scalings_log,
+        get_bucketed_scalings_log,
+    )
+}
+
+
+CLASSIFIER = "internal_xlora_classifier"
+CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+
+
+class XLora(Method):
+    """It has no site of its own: its one tensor carrier is the classifier, on the tuner (`model/xlora.py`)."""
+
+    config = XLoraConfig
+    prefix = "xlora_"
+    tuner_methods = API
+
+    @classmethod
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        raise ConfigError("X-LoRA adapts no layers itself: its experts do. Use get_peft_model.")
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Weigh the experts: once before a forward pass, before each step of `generate`, which keeps no cache.
+
+        Raises:
+            RoutingError: rows use adapters of their own, or the model returns no hidden states.
+        """
+        with super().around(tuner, call, run) as finish:
+            if tuner.disabled:
+                yield finish
+                return
+            if run.rows is not None:
+                raise RoutingError(
+                    "adapter_names cannot name an X-LoRA adapter, which acts on the whole batch: name its experts, or "
+                    "call set_adapter()."
+                )
+            if not run.generates:
+                with call.giving(gates=weigh(tuner, call, run.inputs, run.kwargs)):
+                    yield finish
+                return
+            run.kwargs["use_cache"] = False
+
+            thread = get_ident()
+
+            def step(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if get_ident() == thread:  # others may run the model as well
+                    call.put(call.given._replace(gates=weigh(tuner, call, args, kwargs)))
+
+            handle = tuner.model.register_forward_pre_hook(step, with_kwargs=True)
+            try:
+                with call.giving(gates=Scalings(torch.empty(0), {}, {})):  # until the first step
+                    yield finish
+            finally:
+                handle.remove()
+
+
+def weigh(tuner: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
+    """Return the gates for a forward pass with these arguments."""
+    classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
+    cfg = classifier.config
+    if any(kwargs.get(name) is not None for name in CACHES):
+        raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache: pass all tokens.")
+    kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
+    kwargs.pop("labels", None)
+    inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
+    with torch.no_grad():
+        if cfg.scaling_pass_value == 0:
+            given = call.given._replace(rows=Rows.of([BASE] * len(inputs), inputs.device), gates=None)
+        else:
+            dummy = classifier.constant(inputs, cfg.scaling_pass_value)
+            given = call.given._replace(gates=Scalings(chosen(dummy, cfg), *places))
+        before = call.put(given)
+        try:
+            output = tuner.model.forward(*args, **kwargs)
+        finally:
+            call.put(before)
+    hidden = getattr(output, "hidden_states", None)
+    if not hidden:
+        raise RoutingError(
+            f"X-LoRA reads the base model's hidden states, and {type(tuner.model).__name__} returns none: it needs a "
+            "model that knows output_hidden_states."
+        )
+    scalings = classifier(hidden[-1])
+    if not cfg.layerwise_scalings:
+        scalings = chosen(scalings[:, :, :1], cfg).expand_as(scalings)
+    else:
+        scalings = chosen(scalings, cfg)
+    return Scalings(scalings, *places)

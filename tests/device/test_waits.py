@@ -33,7 +33,7 @@ CUDA = torch.device("cuda:0")
 ROWS = ["default", "other", BASE, "default", "other"]
 ALLOWED = {
     "core/finite.py:largest": "the audit after the first backward pass that reaches all layers, once",
-    "methods/lora/invocations.py:find": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
+    "methods/lora/alora.py:find": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
     "methods/adalora/allocator.py:allocate": "AdaLoRA's config holds what stays; one read per allocation",
     "methods/adamss.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
     "kernels/waits.py:differences": "experts by grouped products: how many rows each has, once per layer and call",
@@ -150,7 +150,7 @@ def test_alora():
         few, many = (partial(model.generate, **inputs, **options, min_new_tokens=n, max_new_tokens=n) for n in (2, 5))
         few()
         found = waiting(few)
-        assert set(found) == {"methods/lora/invocations.py:find"}
+        assert set(found) == {"methods/lora/alora.py:find"}
         assert found == waiting(many)  # per prompt, not per token
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.compat.peft.shims import calculate_alora_offsets
-from graft.methods.lora.invocations import last
+from graft.methods.lora.alora import last
 from tests import models
 from tests.conformance.samples import disturb
 from tests.leaves_out import CHUNKS_OF_PADDED, WHOLE_GRAPHS

@@ -12,8 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.methods.lora.loftq import loftq_init
-from graft.methods.lora.quantized import BLOCK, NF4, quantized
+from graft.methods.lora.loftq import BLOCK, NF4, loftq_init, quantized
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from graft.methods.lora.quantized import NF4
+from graft.methods.lora.loftq import NF4
 from graft.storage import find_store
 from tests.storage.cells import FEW, Kind, Net, cells, identity, linear, near
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from graft.inject.parts import registry_of
-from graft.methods.lora.losses import monteclora_loss
+from graft.methods.lora.lora import monteclora_loss
 from graft.model.tuner import tuner_of
 
 

@@ -3,8 +3,17 @@
 
 from graft.methods.lora.config import LoraConfig, LoraRuntimeConfig
 from graft.methods.lora.lora import LoRA
-from graft.methods.lora.start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from graft.methods.lora.sub_configs import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from graft.methods.lora.sub_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
 __all__ = [
     "ArrowConfig",

@@ -7,20 +7,172 @@ keys and values of what stands before them are the base model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.core.effect import Branch, Effect
-from graft.core.errors import RoutingError
+from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
 from graft.core.part import low_rank_part
+from graft.core.rows import Rows
 from graft.core.run import Run
-from graft.methods.lora.invocations import ARGUMENT, find
+from graft.kernels.waits import constant
 from graft.methods.lora.lora import LoRA
-from graft.methods.lora.offsets import following
+
+ALL = 1 << 30  # more positions than any input has
+CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+
+
+@dataclass
+class Progress:
+    """How far `generate` is. A fixed number for all steps after the prompt, so that a compiled one is used again."""
+
+    passed: int = 0  # positions between the end of the prompt and the end of what the model sees now
+
+
+@dataclass
+class Offsets:
+    """The positions, counted from the end of the prompt, at which the adapter acts on each row."""
+
+    counts: Tensor  # (batch,), 0: nowhere
+    longest: int  # of `counts`, at least
+    progress: Progress
+
+    def __getitem__(self, index: Tensor) -> Offsets:
+        return Offsets(self.counts[index.to(self.counts.device)], self.longest, self.progress)
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Offsets:
+        return Offsets(self.counts.repeat_interleave(repeats, dim), self.longest, self.progress)
+
+    def mask(self, positions: int, tail: int) -> Tensor:
+        """Return where the adapter acts at the last `tail` of so many positions, (batch, tail)."""
+        at = torch.arange(positions - tail, positions, device=self.counts.device)
+        acts = at >= (positions - self.progress.passed - self.counts)[:, None]
+        return acts & (self.counts > 0)[:, None]
+
+
+def ids_of(run: Run) -> Tensor | None:
+    """Return the input ids, (batch, positions); None if the run has none."""
+    ids = run.argument("input_ids")
+    if ids is None and run.generates:
+        ids = run.kwargs.get("inputs")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() > 2:
+        return None
+    return ids[None] if ids.dim() == 1 else ids
+
+
+@contextmanager
+def following(model: nn.Module, run: Run, offsets: dict[Any, Any]) -> Iterator[None]:
+    """Keep the offsets, which count from the end of the prompt, right in every step of `generate`, with a cache or
+    without."""
+    if not (run.generates and offsets):
+        yield
+        return
+    steps = {id(o.progress): o.progress for o in offsets.values()}.values()
+    prompt, thread = ids_of(run), get_ident()
+    length = (run.kwargs["inputs_embeds"] if prompt is None else prompt).shape[1]
+
+    def follow(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != thread:  # others may run the model as well
+            return
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        inputs = next((t for t in given if t is not None), None)
+        if inputs is None:
+            return
+        new = inputs.shape[1]
+        cache: Any = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        if hasattr(cache, "get_seq_length"):
+            seen = int(cache.get_seq_length())
+        else:  # none, or one that does not tell
+            seen = length if new < length else 0
+        for step in steps:
+            step.passed = ALL if seen >= length else seen + new - length
+
+    # transformers 4 fills a cache in chunks by `forward` itself, past the hooks of the model, not those of its decoder
+    decoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    handles = [m.register_forward_pre_hook(follow, with_kwargs=True) for m in {model, decoder}]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+ARGUMENT = "alora_offsets"
+ONLY_EMBEDS = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass"
+
+
+def find(tuner: Any, run: Run) -> dict[str, Offsets]:
+    """Return the offsets for each aLoRA adapter that acts; none if the input does not tell them.
+
+    On a device, `generate` and the first forward of an adapter wait for them, to say where it does not act.
+    """
+    names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
+    all_tokens = {name: getattr(tuner.peft_config[name], "alora_invocation_tokens", None) for name in names}
+    tokens = {name: invocation for name, invocation in all_tokens.items() if invocation}
+    given, ids = run.own.get(ARGUMENT), ids_of(run)
+    if given is not None:
+        offsets = offsets_from(given, run)
+        return dict.fromkeys(tokens, offsets)
+    if ids is None:
+        where = "during generate as input_ids are not available" if run.generates else ONLY_EMBEDS
+        warn(f"Cannot calculate aLoRA offsets {where}. Pass {ARGUMENT} to have it act.", PeftWarning)
+        return {}
+    out = {}
+    for name, invocation in tokens.items():
+        counts = last(ids, constant(tuple(invocation), torch.long, ids.device))
+        longest = ids.shape[1]
+        if not torch.compiler.is_compiling() and (ids.is_cpu or run.generates or name not in tuner.states):
+            tuner.states[name] = True  # of what follows, `generate` apart, the host does not wait for the counts
+            listed = counts.tolist()
+            longest = max(listed, default=0)
+            say_absent(name, listed, run.rows)
+        out[name] = Offsets(counts, longest, Progress())
+    return out
+
+
+def last(ids: Tensor, invocation: Tensor) -> Tensor:
+    """Return how far before the end the last occurrence in each row starts, (batch,); 0 where there is none."""
+    n, positions = len(invocation), ids.shape[1]
+    if n > positions:
+        return ids.new_zeros(len(ids))
+    found = (ids.unfold(1, n, 1) == invocation).all(-1)  # (batch, starts)
+    start = (found * torch.arange(1, positions - n + 2, device=ids.device)).amax(1)  # from 1; 0: none
+    return torch.where(start > 0, positions - start + 1, 0)
+
+
+def offsets_from(given: Any, run: Run) -> Offsets:
+    """Return the caller's offsets: a number for each row, or None where the adapter is not to act."""
+    values = given.tolist() if isinstance(given, Tensor) else list(given) if isinstance(given, Sequence) else None
+    if values is None or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
+        raise ConfigTypeError(
+            f"{ARGUMENT} takes one number of positions (from the invocation to the end) or None per row, got {given!r}."
+        )
+    tensors = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    if tensors and len(values) not in {len(t) for t in tensors}:
+        raise RoutingError(f"{ARGUMENT} has {len(values)} entries, for a batch of {len(tensors[0])} rows.")
+    counts = constant(tuple(v or 0 for v in values), torch.long, tensors[0].device if tensors else None)
+    return Offsets(counts, max((v or 0 for v in values), default=0), Progress())
+
+
+def say_absent(name: str, counts: list[int], rows: Rows | None) -> None:
+    """Warn of rows that use an adapter and do not invoke it."""
+    own: Sequence[int] = range(len(counts))
+    if rows is not None:
+        own = rows.groups[name]
+    absent = [row for row in own if row < len(counts) and not counts[row]]
+    if absent:
+        shown = f"rows {absent}" if len(absent) < len(counts) else "any row"
+        warn(
+            f"The invocation tokens of aLoRA adapter '{name}' are not in {shown} of the input, where it does nothing.",
+            PeftWarning,
+        )
 
 
 class ALoRA(LoRA):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graft.methods.lora.start_configs import CordaConfig, EvaConfig, LoraGAConfig
+from graft.methods.lora.sub_configs import CordaConfig, EvaConfig, LoraGAConfig
 
 VARIANTS = {  # field, or value of init_lora_weights, that selects it → "module:Class" beside this
     "use_dora": "dora:DoRA",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from graft.core.method import Method, Tensors
-from graft.methods.lora import attention, init, shift, shift_files
+from graft.methods.lora import attention, init, shift
 from graft.methods.lora.start import kind_of
 
 
@@ -55,9 +55,9 @@ class Started(Method):
         return type(self).stored is Started.stored and not self.keeps_shift and not self.along
 
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
-        stored = shift_files.restored(self, stored) if self.keeps_shift else stored
+        stored = shift.restored(self, stored) if self.keeps_shift else stored
         return attention.from_file(stored) if self.along else stored
 
     def loaded(self) -> None:
         if self.keeps_shift:
-            shift_files.loaded(self)
+            shift.loaded(self)

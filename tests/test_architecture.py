@@ -227,7 +227,7 @@ def test_the_forward_pass_decides_nothing():
     hot = {
         "layer": {"forward"},
         "plan": {"run", "through", "add", "gated"},
-        "module_plans": {"run", "add"},
+        "planning": {"run", "add"},
         "mixed": {"run", "one", "add"},
     }
     for module, names in hot.items():

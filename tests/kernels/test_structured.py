@@ -12,7 +12,7 @@ from graft.kernels.fourier import Spectrum, Waves
 from graft.kernels.kronecker import Kronecker
 from graft.kernels.transformed import Sparse
 from graft.kernels.wavelet import Plain, Wavelet
-from graft.methods.waveft.filters import HIGH, LOW
+from graft.methods.waveft import HIGH, LOW
 from tests.models import seeded
 
 ROWS = 7

@@ -104,7 +104,7 @@ def test_gradients_must_be_there():
 
 
 def test_the_callback_calls_it():
-    from graft.train.adamss import AdamssAsaCallback
+    from graft.train.callbacks import AdamssAsaCallback
 
     callback, state = AdamssAsaCallback(), SimpleNamespace(global_step=4)
     assert pickle.loads(pickle.dumps(callback)).__class__ is type(callback)

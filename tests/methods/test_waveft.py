@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.methods.waveft.filters import HIGH, LOW
+from graft.methods.waveft import HIGH, LOW
 from tests import models
 from tests.pair import LIBS, close
 

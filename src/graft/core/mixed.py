@@ -12,8 +12,8 @@ from graft.core import fused
 from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
 from graft.core.face import Layer
-from graft.core.module_plans import Block, Folded, Instead, Whole, with_first
 from graft.core.plan import Chain, Plan, Sum, refuse_gates
+from graft.core.planning import Block, Folded, Instead, Whole, with_first
 from graft.core.rows import Rows
 from graft.kernels.mixed import add_groups, fits
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
 from graft.core.dropout import share_dropped
@@ -17,7 +19,22 @@ from graft.core.effect import Branch, Effect, Factors, LowRank, Unformed, Update
 from graft.core.face import Layer
 from graft.core.folding import dense, formed
 from graft.core.method import Method
-from graft.core.sparing import again, forms
+from graft.kernels.eager import eager
+
+
+def forms(effect: Effect) -> bool:
+    """Say whether what an adapter adds is computed from a tensor as large as the weight."""
+    if isinstance(effect, LowRank):
+        return effect.of_weight and not effect.gains
+    return isinstance(effect, Update) and effect.delta is not None and effect.branch is None
+
+
+def again(layer: Layer, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return run(*args); compute it again in the backward pass."""
+    if not (torch.is_grad_enabled() and eager()):
+        return run(*args)
+    out: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)
+    return out
 
 
 def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from graft.core.errors import RoutingError
 from graft.core.face import Layer
 from graft.core.folding import fold_step, shift_of
 from graft.core.method import Method
-from graft.core.part import ADD, JOIN, add_part, low_rank_part, part_of
-from graft.core.sparing import again
+from graft.core.part import ADD, JOIN, add_part, again, low_rank_part, part_of
 from graft.kernels.low_rank import dropout
 
 Step = tuple[Method, Effect]  # (method, its effect)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
-from graft.core.outputs import tensors_in
+from graft.core.run import tensors_in
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.kernels.eager import autocast_dtype
 from graft.model.asleep import say_asleep

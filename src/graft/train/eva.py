@@ -15,13 +15,13 @@ from graft.core.errors import CalibrationError, ConfigError, some, warn
 from graft.core.pieces import refuse_pieces
 from graft.inject.parts import registry_of
 from graft.train.calibration import in_mode, linear_methods
-from graft.train.eva_inputs import (
+from graft.train.eva_measure import (
+    Measure,
+    apply,
     forward_fn_dict,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from graft.train.eva_measure import Measure
-from graft.train.eva_values import apply
 
 PREFIX = "base_model.model."
 

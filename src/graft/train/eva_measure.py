@@ -12,11 +12,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, ConfigError, some
+from graft.core.errors import CalibrationError, ConfigError, PeftWarning, some, warn
+from graft.inject.match import minimal_names
+from graft.inject.survey import survey
+from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
 from graft.storage import place_of
 from graft.train.calibration import require_all
-from graft.train.eva_inputs import flat_rows
+
+
+def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs)
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
+    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label."""
+    if not isinstance(model_input, Mapping):
+        raise TypeError(
+            "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary, got "
+            f"{type(model_input).__name__}: pass a prepare_model_inputs_fn of your own, or None."
+        )
+    mask: Any = model_input.get("attention_mask")
+    mask = torch.ones_like(model_input["input_ids"]).bool() if mask is None else mask.bool()
+    cfg = peft_config.eva_config
+    if cfg.use_label_mask and "labels" in model_input:
+        mask = mask & (model_input["labels"] != cfg.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """Return the rows (n, in) of a layer's input at the positions that count."""
+    return first_tensor(layer_input, layer_name)[model_input.T.unbind()]
+
+
+def flat_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """Return all rows (n, in) of a layer's input."""
+    return first_tensor(layer_input, layer_name).flatten(0, -2)
+
+
+def first_tensor(layer_input: Any, layer_name: str) -> Tensor:
+    found = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"unsupported input type {type(found)} for prepare_layer_inputs_fn in layer {layer_name}, please provide a "
+            "custom prepare_layer_inputs_fn"
+        )
+    return found
+
 
 MAX_RHO = 1000
 MAX_PASSES = 100
@@ -192,3 +234,86 @@ def digest(rows: Tensor) -> tuple[Any, ...]:
     words = rows.detach().contiguous().view(whole).flatten().long()
     places = torch.arange(len(words), device=words.device) * 0x9E3779B97F4A7C1 + 1
     return (*rows.shape, rows.dtype, int((words * places).sum()), int(words.sum()))
+
+
+def apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
+    """Set A of each layer, with its rank, and describe that in the config."""
+    with registry.call.gate.change(f"EVA's values of adapter '{adapter}'", (adapter,)):
+        _apply(registry, adapter, values)
+
+
+def _apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
+    layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
+    check(adapter, layers, values)
+    cfg = registry.peft_config[adapter]
+    tree = survey(registry.model)
+    kept, missing = {}, []
+    for key, layer in layers.items():
+        here = cfg.at(key)
+        r, alpha = here.r, here.lora_alpha
+        A = values.get(key)
+        if A is None:
+            missing.append(key)
+        elif not len(A):
+            take_off(registry, layer, key, adapter, tree.places[key])
+            continue
+        else:
+            alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
+            r = len(A)
+        begin_anew(layer, adapter, r, alpha, A)
+        kept[key] = (r, alpha)
+    others = [key for key in tree.modules if key not in kept]
+    cfg.target_modules = minimal_names(kept, others) if len(kept) >= COMPRESS_FROM else set(kept)
+    cfg.rank_pattern = {key: r for key, (r, _) in kept.items() if r != cfg.r}
+    cfg.alpha_pattern = {key: alpha for key, (_, alpha) in kept.items() if alpha != cfg.lora_alpha}
+    if missing:
+        warn(
+            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
+            f"state_dict: {some(missing)}",
+            PeftWarning,
+        )
+
+
+def check(adapter: str, layers: dict[str, Any], values: dict[str, Tensor]) -> None:
+    """Raise CalibrationError unless the values fit the layers, and one keeps a rank."""
+    unknown = sorted(values.keys() - layers.keys())
+    if unknown:
+        raise CalibrationError(f"eva_state_dict has values for {some(unknown)}, where adapter '{adapter}' is not.")
+    for key, A in values.items():
+        wanted = layers[key].fan_in
+        if A.dim() != 2 or A.shape[1] != wanted or not A.isfinite().all():
+            raise CalibrationError(
+                f"eva_state_dict['{key}'] has shape {tuple(A.shape)}, expected is (rank, {wanted}) of finite numbers."
+            )
+    if not any(len(A) for A in values.values()):
+        raise CalibrationError(f"eva_state_dict gives no layer of adapter '{adapter}' a rank.")
+
+
+def begin_anew(layer: Any, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
+    """Give an adapter on one layer its values; new parameters if the rank is another, or there are no values yet."""
+    method = layer.methods[adapter]
+    now = method.lora_A.weight
+    if A is None or r != method.cfg.r or now.is_meta:
+        cfg = copy.copy(method.cfg)
+        cfg.r, cfg.lora_alpha = r, alpha
+        names, upcast = list(layer.methods), now.dtype != layer.store.where(layer.base_layer)[1]
+        layer.drop(adapter)
+        made = type(method)(layer.site, cfg, adapter)
+        layer.add(made, made.build({}))
+        layer.methods.update({name: layer.methods.pop(name) for name in names})  # in the order that they had
+        made.init()
+        layer.place(adapter, layer.where, upcast)
+        layer.require_grad(adapter, adapter in layer.state.trainable)
+        layer.changed()
+        method = made
+    if A is not None:
+        method.lora_A.weight.data.copy_(A)
+
+
+def take_off(registry: Any, layer: Any, key: str, adapter: str, place: tuple[nn.Module, str]) -> None:
+    """Take an adapter off a layer, and the layer off its module if it has no other."""
+    layer.forget(adapter)
+    if not layer.methods:
+        parent, name = place
+        parent._modules[name] = layer.base_layer
+        del registry.layers[key]

@@ -35,12 +35,11 @@ HELD: dict[str, str] = {
     "graft.model.tuner": "BaseTuner=Tuner",
     "graft.methods.lora.corda": "CordaEigens",
     "graft.methods.lora.loftq": "loftq_init",
-    "graft.train.eva_inputs": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
+    "graft.train.eva_measure": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
-    "graft.train.monteclora": "MontecloraTrainerMixin",
-    "graft.train.adamss": "AdamssAsaCallback",
+    "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
     "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.clients": "TRANSFORMERS_MODEL_CONFIG VARIANT_KWARG_KEYS _ExcludedModule "

@@ -9,20 +9,82 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
+from graft.config.fields import Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.random import kaiming_bound
 from graft.core.run import Run
-from graft.methods.poly.config import PolyConfig
-from graft.methods.poly.tasks import TASKS, checked, generate
+from graft.kernels.waits import demand
+
+
+@dataclass(kw_only=True)
+class PolyConfig(Targeted):
+    """Poly (arXiv 2202.13914) and, with `n_splits` > 1, multi-head routing (2211.03831).
+
+    Raises:
+        ConfigError: a number that is not positive, or another `poly_type`.
+    """
+
+    peft_type: Any = "POLY"
+    r: int = 8  # rank of each skill
+    init_weights: bool = True  # B starts at 0
+    poly_type: Literal["poly"] = "poly"
+    n_tasks: int = 1
+    n_skills: int = 4  # of each layer
+    n_splits: int = 1  # of its inputs and outputs
+
+    def __post_init__(self) -> None:
+        if self.poly_type not in ("poly", None):
+            raise ConfigError(
+                f"Unsupported poly_type: {self.poly_type}. Currently, only the following types are supported: `poly`."
+            )
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for name in ("n_tasks", "n_skills", "n_splits"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+
+
+TASKS = "task_ids"
+
+
+def generate(tuner: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    """Run the base model's generate for these tasks, one for each row."""
+    run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
+    with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
+        return finish(tuner.model.generate(*args, **kwargs))
+
+
+def checked(run: Run, known: int) -> Tensor:
+    """Return the tasks of the rows, (batch,), checked."""
+    tasks = run.own.get(TASKS)
+    if tasks is None:
+        raise RoutingError("task_ids should not be None. Pass the task of each row: model(…, task_ids=…).")
+    tasks = torch.as_tensor(tasks)
+    if tasks.dim() != 1 or tasks.is_floating_point() or tasks.is_complex() or tasks.dtype == torch.bool:
+        raise RoutingError(f"task_ids must be one integer per row, got {tasks.dtype} of shape {tuple(tasks.shape)}.")
+    if not torch.compiler.is_compiling() and len(tasks):
+        low, high = tasks.aminmax()
+
+        def unknown() -> RoutingError:
+            return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
+
+        available = f"Only {known} tasks available"
+        demand((low >= 0) & (high < known), unknown, available)
+    rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    if rows and len(tasks) not in {len(t) for t in rows}:
+        raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")
+    return tasks.to(rows[0].device) if rows else tasks
+
 
 EPS = 1e-12
 

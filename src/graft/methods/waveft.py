@@ -1,7 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The filters of orthogonal wavelets: Daubechies' dbN, her symN and coifN. The numbers are those of PyWavelets."""
+"""WaveFT: Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, arXiv 2505.12532."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.targets import WAVELET
+from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.kernels.transformed import Basis, Sparse
+from graft.kernels.wavelet import Plain, Wavelet
+from graft.methods.spectral import Spectral, SpectralConfig
+
+
+@dataclass(kw_only=True)
+class WaveFTConfig(SpectralConfig):
+    """WaveFT: ΔW is the inverse wavelet transform of n coefficients, at places that a seed draws.
+
+    Raises:
+        ConfigError: an unknown wavelet, or a number of coefficients that is not positive.
+    """
+
+    peft_type: Any = "WAVEFT"
+    n_frequency: int = 2592  # n; at most the size of the weight
+    scaling: float = 25.0
+    wavelet_family: str = "db1"  # db1 to db10, sym2 to sym10, or coif1 to coif5
+    use_idwt: bool = True  # False: the coefficients are entries of ΔW itself
+    random_loc_seed: int = 777  # of the places, which no file holds
+    bias: str = "none"  # which base biases train: none, all, waveft_only
+    proportional_parameters: bool = False  # layers share n times their number in proportion to their sizes
+    init_weights: bool = True  # zeros, the identity; False: small random values
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wavelet_family not in LOW:
+            raise ConfigError(
+                f"Wavelet family {self.wavelet_family} not supported. Supported wavelet families are: {', '.join(LOW)}"
+            )
+        if self.wavelet_family in ("coif4", "coif5"):
+            warn(
+                f"PEFT 0.21.2 has other filters than those of {self.wavelet_family}: its files of that family compute "
+                "something else here, and graft's there.",
+                PeftWarning,
+            )
+
 
 _TABLE = """
 db1: 0.7071067811865476 0.7071067811865476
@@ -90,3 +137,53 @@ def _low(text: str) -> dict[str, tuple[float, ...]]:
 # low-pass and high-pass filters of the synthesis, by family
 LOW = _low(_TABLE)
 HIGH = {name: tuple((-1) ** k * c for k, c in enumerate(reversed(low))) for name, low in LOW.items()}
+
+
+class WaveFT(Spectral):
+    """ΔW = scaling · S M Tᵀ, where M is zero but at n places. S synthesizes its columns, T its rows, by a wavelet."""
+
+    config = WaveFTConfig
+    prefix = "waveft_"
+    targets = WAVELET
+
+    waveft_spectrum: nn.Parameter  # (n,)
+    waveft_indices: Tensor  # (2, n), the places in M
+
+    @classmethod
+    def apportion(cls, methods: Sequence[Any]) -> None:
+        cfgs = [m.cfg for m in methods]
+        sizes = [m.site.out_features * m.site.fan_in for m in methods]
+        for m, cfg, size in zip(methods, cfgs, sizes):
+            if cfg.proportional_parameters:
+                m.cfg = copy.copy(cfg)
+                m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg = self.cfg
+        return dict(
+            waveft_spectrum=nn.Parameter(torch.zeros(cfg.n_frequency)),
+            waveft_indices=self.places(),
+            waveft_n_frequency=cfg.n_frequency,
+            waveft_scaling=cfg.scaling,
+            waveft_random_loc_seed=cfg.random_loc_seed,
+            waveft_wavelet_family=cfg.wavelet_family,
+            waveft_use_idwt=cfg.use_idwt,
+        )
+
+    def init(self) -> None:
+        if not self.cfg.init_weights:
+            self.waveft_spectrum.data.copy_(torch.randn(len(self.waveft_spectrum)) * 0.01)
+
+    def basis(self, n: int) -> Basis:
+        """Return the basis of vectors of n numbers."""
+        family = self.cfg.wavelet_family
+        return Wavelet(n, LOW[family], HIGH[family]) if self.cfg.use_idwt else Plain(n)
+
+    def transform(self) -> Sparse:
+        site = self.site
+        S, T = self.basis(site.out_features), self.basis(site.fan_in)
+        u, v = self.waveft_indices  # in the middle of the grid of coefficients, which may be larger than ΔW
+        u, v = u + (S.size - site.out_features) // 2, v + (T.size - site.fan_in) // 2
+        if isinstance(S, Wavelet) and isinstance(T, Wavelet):  # details of the rows stand to the right, as in PEFT
+            u, v = v // T.half * S.half + u % S.half, u // S.half * T.half + v % T.half
+        return Sparse(self.cfg.scaling * self.waveft_spectrum[None], u, v, S, T, site.shape)

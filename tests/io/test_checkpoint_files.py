@@ -652,7 +652,7 @@ def deep():
 
 
 BASES = {
-    "shape": (wide, r"'lin0' has shape \(12, 10\) in the checkpoint's base and \(12, 11\) here"),
+    "shape": (wide, r"size mismatch for 'lin0': \(12, 10\) in the checkpoint's base, \(12, 11\) here"),
     "fewer layers": (narrow, "1 adapted layers of its base are not in this model, such as 'layers.2.fc1'"),
     "more layers": (deep, "1 targeted layers of this model were not in its base, such as 'layers.3.fc1'"),
 }

@@ -23,12 +23,11 @@ from graft.io.base import names_in_file
 from graft.io.check import check_room, check_tensors
 from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
-from graft.io.experts import fused
 from graft.io.files import Loaded
 from graft.io.fingerprint import called_otherwise, difference, fingerprint, in_common, same_values, weights_of, within
-from graft.io.heads import resized, torn_apart
-from graft.io.layouts import put_right
+from graft.io.layouts import fused, put_right
 from graft.io.save import changes_base, config_of, parts_of
+from graft.io.tensors import resized, torn_apart
 from graft.storage.offload import is_tied, offloaded_in
 from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of

@@ -13,10 +13,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import CheckpointError
 from graft.io.seal import digest
+from graft.storage import standalone
 
 BUFFER = 2**20  # bytes: many tensors are small
 
@@ -62,3 +63,26 @@ def name_of(dtype: torch.dtype) -> str:
 
     data = save({"x": torch.empty(0, dtype=dtype)})
     return str(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["x"]["dtype"])
+
+
+def torn_apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return name and shape of a weight, and the shape of its bias, which counted the same and no longer do."""
+    for name, shape in before.items():
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in before and before[bias][:1] == shape[:1] and after[bias][:1] != after[name][:1]:
+            return name, after[name], after[bias]
+    return None
+
+
+def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
+    """Return a copy of `module` with parameters of other `shapes` (by name), uninitialised."""
+    made = standalone(module)
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        owner = made.get_submodule(path)
+        old = getattr(owner, leaf)
+        setattr(owner, leaf, nn.Parameter(old.data.new_empty(shape)))
+        for attribute in ("out_features", "num_embeddings"):
+            if leaf == "weight" and hasattr(owner, attribute):
+                setattr(owner, attribute, shape[0])
+    return made

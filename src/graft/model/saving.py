@@ -15,8 +15,7 @@ from graft.core.names import several
 from graft.inject.parts import registry_of
 from graft.io import files, save
 from graft.io.digests import digest
-from graft.io.together import Meeting, hashed, once
-from graft.io.whole import CALL
+from graft.io.together import CALL, Meeting, hashed, once
 from graft.model import averaged
 
 

@@ -18,10 +18,10 @@ from graft.inject.match import Matcher
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
-from graft.model.asleep import tell_once
 from graft.model.layer_registry import LayerRegistry
 from graft.model.loading import fill
 from graft.model.tuner_type import TunerType
+from graft.model.watch import tell_once
 
 
 class Tuner(nn.Module, metaclass=TunerType):

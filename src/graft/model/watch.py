@@ -10,7 +10,9 @@ such a layer it watches, and says so only when `PASSES` backward passes have lef
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,9 +22,47 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.run import tensors_in
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.kernels.eager import autocast_dtype
-from graft.model.asleep import say_asleep
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.parallel import is_sharded
+
+
+def dropouts(config: Any) -> list[str]:
+    """Return the fields of a config that are shares to drop, with their values, where they are not 0."""
+    found = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
+    return [f"{name}={value}" for name, value in found if value and not isinstance(value, bool)]
+
+
+def asleep(parts: list[Part], configs: dict[str, Any]) -> dict[str, int]:
+    """Return how many carriers have each adapter that trains with dropout, if all of these are in eval mode."""
+    modes: dict[str, list[bool]] = defaultdict(list)
+    for part in parts:
+        if hasattr(part.carrier, "training") and part.adapter in configs:
+            modes[part.adapter].append(part.carrier.training)
+    return {name: len(m) for name, m in modes.items() if not any(m) and dropouts(configs[name])}
+
+
+def say_asleep(parts: list[Part], configs: dict[str, Any]) -> None:
+    """Warn of each adapter whose dropout does not act in this backward pass."""
+    for name, n in asleep(parts, configs).items():
+        warn(
+            f"Adapter '{name}' trains without its {', '.join(dropouts(configs[name]))}: its {n} modules are in eval "
+            "mode, as from_pretrained() leaves a model. Call model.train() before training.",
+            PeftWarning,
+        )
+
+
+def tell_once(carriers: Iterable[Any], configs: dict[str, Any], adapter: str) -> None:
+    """Have the first gradient of `adapter` say so, on a model without a PeftModel, whose calls nobody follows."""
+    parts = [part for part in parts_of_active(carriers) if part.adapter == adapter]
+    if not parts or not dropouts(configs[adapter]):
+        return
+
+    def look(_grad: Tensor) -> None:
+        handle.remove()
+        say_asleep(parts, configs)
+
+    handle = parts[0].parameters[0].register_hook(look)
+
 
 PASSES = 8  # backward passes after which a layer without gradients is no coincidence
 LOOKS = 64  # backward passes after which to give up where none of them left gradients

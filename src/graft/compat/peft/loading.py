@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from graft.core.layer import AdapterLayer
 from graft.inject.experts import merges, part_of
-from graft.io.experts import scaled, stacked
-from graft.io.layouts import Layout, Stack, as_here, fits, say
+from graft.io.layouts import Layout, Stack, as_here, fits, say, scaled, stacked
 from graft.methods import METHODS, method_of
 
 OUTER = "down_proj"  # the stack of experts whose layer stands around those of the others

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a combination must be, whatever PEFT gives: sums in what a layer computes, best truncations, all or nothing."""
 
+import peft
 import pytest
 import torch
 from torch.testing import assert_close
 
 import graft
 from graft.combine import rules
+from tests import models
 from tests.combine.several import LAYERS, UNGROUPED, base, batch, build, delta, factors, layer, lora, loras, snapshot
 from tests.models import seeded
 
@@ -273,3 +275,66 @@ def test_loha_truncates_as_well_as_can_be_and_survives_a_file(tmp_path):
 def test_rules_on_factors_mean_nothing_for_loha():
     with pytest.raises(NotImplementedError, match="LOHA adapters: their sum can be had with cat, svd or exact"):
         lohas(["lin"]).add_weighted_adapter(NAMES, WEIGHTS, "new", combination_type="linear")
+
+
+# token rows
+
+ROWS = {
+    "one": ([3, 5], None),
+    "lists": ([3, 5], [5, 7]),
+    "by name": ({"wte": [3, 5]}, {"transformer.wte": [7, 5]}),
+    "a list and a name": ([3, 5], {"wte": [5, 7]}),
+    "embedding and head": ({"wte": [3, 5], "lm_head": [2]}, {"wte": [5]}),
+}
+
+
+def with_rows(lib, a, b, net=None):
+    configs = {n: lora(lib, ["c_attn"], trainable_token_indices=t) for n, t in (("x", a), ("y", b))}
+    return build(lib, configs, models.make("gpt2") if net is None else net)
+
+
+def table(model, name, module="transformer.wte"):
+    """The weight of a module with the rows of an adapter in it."""
+    model.set_adapter(name)
+    return model.base_model.model.get_submodule(module).weight.detach().clone()
+
+
+@pytest.mark.parametrize("kind", ["linear", "exact", "dare_ties_svd"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_token_rows_add_up_by_weight(rows, kind):
+    model = with_rows(graft, *rows)
+    plain = models.make("gpt2")
+    density = 0.6 if "dare" in kind else None
+    model.add_weighted_adapter(["x", "y"], [1.3, -0.5], "new", kind, density=density)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "new" in n)
+    for module in ("transformer.wte", "lm_head"):
+        W = plain.get_submodule(module).weight.detach()
+        wanted = W + 1.3 * (table(model, "x", module) - W) - 0.5 * (table(model, "y", module) - W)
+        assert_close(table(model, "new", module), wanted)
+
+
+def test_rows_of_one_adapter_at_full_weight_are_its_own():
+    model = with_rows(graft, [3, 5], [5, 7])
+    model.add_weighted_adapter(["x"], [1.0], "new")
+    assert torch.equal(table(model, "new"), table(model, "x"))
+
+
+@pytest.mark.parametrize("lib", [graft, peft], ids=["graft", "peft"])
+@pytest.mark.parametrize("rows", list(ROWS.values())[1:], ids=list(ROWS)[1:])
+def test_added_rows_survive_a_file(rows, lib, tmp_path):
+    model, ids = with_rows(graft, *rows), torch.tensor([[1, 3, 5, 7, 2]])
+    model.add_weighted_adapter(["x", "y"], [0.7, 0.6], "new", "cat")
+    model.set_adapter("new")
+    wanted = model(ids).logits
+    model.save_pretrained(str(tmp_path), selected_adapters=["new"])
+    loaded = lib.PeftModel.from_pretrained(models.make("gpt2"), str(tmp_path / "new")).eval()
+    assert_close(loaded(ids).logits, wanted)
+
+
+def test_rows_that_the_head_would_share_with_the_embedding_and_cannot():
+    """Each trains one token of both, the sum would train both tokens of both, tied."""
+    model = with_rows(graft, {"wte": [3], "lm_head": [5]}, {"wte": [5], "lm_head": [3]})
+    before = snapshot(model)
+    with pytest.raises(graft.ConfigError, match="'lm_head' shares its weight with the embedding"):
+        model.add_weighted_adapter(["x", "y"], [0.7, 0.6], "new")
+    assert before.keys() == model.state_dict().keys() and "new" not in model.peft_config

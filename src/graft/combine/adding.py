@@ -6,12 +6,14 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from graft.combine import union
 from graft.combine.forms import Tensors
+from graft.core.changes import wide
 from graft.core.containers import Slot
-from graft.core.errors import NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer
 from graft.methods import method_of
 
@@ -40,12 +42,12 @@ class OtherLayers(Exception):
 
 
 class Combined:
-    """The values of a new adapter: of each layer by path, and token rows of the adapter that has them."""
+    """The values of a new adapter: of each layer by path, and of token rows, from those of the others."""
 
     names = ()  # of no file
 
-    def __init__(self, values: dict[str, Tensors], owner: dict[str, str]):
-        self.values, self.owner = values, owner
+    def __init__(self, values: dict[str, Tensors], rows: union.Rows):
+        self.values, self.rows = values, rows
 
     def head(self, key: str, module: nn.Module) -> None:
         return None
@@ -60,11 +62,29 @@ class Combined:
         for key, layer in parts.layers.items():
             out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
         for key, wrapper in parts.wrappers.items():
-            if "token_adapter" in wrapper._modules:
-                layer = wrapper.token_adapter
-                rows = layer.methods[self.owner[key]].trainable_tokens_delta
+            if wrapper.takes_rows:
+                layer, others = wrapper.token_adapter, self.rows[key]
+                if name in wrapper.tied and any(m.name not in wrapper.tied for m, _ in others):
+                    raise ConfigError(
+                        f"'{key}' shares its weight with the embedding, and its rows are its own in some of the "
+                        f"adapters {[m.name for m, _ in others]}: adapter '{name}', which trains the same tokens in "
+                        "both, cannot hold their sum. Combine the others."
+                    )
+                rows = moved(layer.methods[name], others)
                 out += [(Target(layer, slot), rows) for slot in layer.slots(name) if slot.saved]
         return out
+
+
+def moved(method: Any, others: list[tuple[Any, float]]) -> Tensor:
+    """Return W + Σ wᵢ (rowᵢ - W) for the rows of a new adapter, which are W's yet."""
+    base = wide(method.trainable_tokens_delta)
+    out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])
+    place = {token: i for i, token in enumerate(method.token_indices)}
+    for m, weight in others:
+        at = [place[token] for token in m.token_indices]
+        out[at] += wide(m.rows) * weight
+        left[at] -= weight
+    return out + base * left
 
 
 class Target(NamedTuple):
@@ -80,12 +100,18 @@ class Target(NamedTuple):
 
 
 def put(
-    tuner: Any, name: str, cfg: Any, values: dict[str, Tensors], owner: dict[str, str], widened: bool = True
+    tuner: Any,
+    name: str,
+    cfg: Any,
+    values: dict[str, Tensors],
+    owner: dict[str, str],
+    rows: union.Rows,
+    widened: bool = True,
 ) -> None:
     """Inject the new adapter with its values in it: in float32 if `widened`, else in half precision on such layers."""
 
     def inject() -> None:
-        found, heads = Combined(values, owner), union.heads(tuner, owner, cfg)
+        found, heads = Combined(values, rows), union.heads(tuner, owner, cfg)
         tuner.add_adapter(name, cfg, autocast_adapter_dtype=widened, values=found, heads=heads)
 
     with warnings.catch_warnings():

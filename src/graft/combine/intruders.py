@@ -67,7 +67,9 @@ def reduce_intruder_dimension(
         if len(found[1]):
             values[key] |= m.holding(*without(m, *found, mitigation_lambda))
     widened = all(t.dtype not in UPCAST for found in before.values() for t in found.values())
-    put(registry, new_adapter_name, cfg, values, union.owners(registry, [old_adapter_name]), widened)
+    old = [old_adapter_name]
+    owner, rows = union.owners(registry, old), union.rows_of(registry, old, [1.0], cfg)
+    put(registry, new_adapter_name, cfg, values, owner, rows, widened)
     logging_sink(f"Enabling new adapter {new_adapter_name}")
     registry.set_adapter(new_adapter_name)
 

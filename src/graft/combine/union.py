@@ -13,6 +13,8 @@ from torch import nn
 from graft.core.errors import ConfigError
 from graft.methods import config_of
 
+Rows = dict[str, list[tuple[Any, float]]]  # (TrainableTokens, weight) of each adapter, by path of the module
+
 MIXED = (
     "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` type "
     "being a mix of list/set and string is not supported."
@@ -93,12 +95,13 @@ def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
 
 
 def owners(tuner: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return the adapter that has its own copy of a module, or of some of its rows, by path.
+    """Return the adapter that has its own copy of a module, by path.
 
     Raises:
         ConfigError: two have a copy of the same module: copies are no updates that add up.
     """
-    found = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in tuner.wrappers.items()}
+    whole = {key: w for key, w in tuner.wrappers.items() if not w.takes_rows}
+    found = {key: [n for n in dict.fromkeys(names) if n in w.adapters] for key, w in whole.items()}
     shared = {key: own for key, own in found.items() if len(own) > 1}
     if shared:
         where = ", ".join(f"'{key}' of {own}" for key, own in shared.items())
@@ -114,5 +117,20 @@ def heads(tuner: Any, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
     return {
         key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])
         for key, name in owner.items()
-        if "modules_to_save" in tuner.wrappers[key]._modules and any(key.endswith(n) for n in cfg.modules_to_save or ())
+        if any(key.endswith(n) for n in cfg.modules_to_save or ())
     }
+
+
+def rows_of(tuner: Any, names: Sequence[str], weights: Sequence[float], cfg: Any) -> Rows:
+    """Return who trains rows of a module, by path. `cfg` names all of these rows."""
+    wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
+    rows = {
+        key: [(w.token_adapter.methods[n], x) for n, x in zip(names, weights) if n in w.adapters]
+        for key, w in wrappers.items()
+    }
+    given = [v for n in names if (v := getattr(tuner.peft_config[n], "trainable_token_indices", None))]
+    if any(v != given[0] for v in given):
+        tokens = {key: sorted({t for m, _ in found for t in m.token_indices}) for key, found in rows.items() if found}
+        lists = not any(isinstance(v, dict) for v in given)  # rows of the input embedding
+        cfg.trainable_token_indices = sorted(set().union(*given)) if lists else tokens
+    return rows

@@ -47,7 +47,8 @@ def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., Weighte
 
     @wraps(combine)
     def call(tuner: Any, adapters: list[str], *args: Any, **kwargs: Any) -> WeightedReport:
-        named = [(layer, name) for layer in tuner.layers.values() for name in adapters if name in layer.methods]
+        layers = [*tuner.layers.values(), *(w.adapter_layer for w in tuner.wrappers.values() if w.takes_rows)]
+        named = [(layer, name) for layer in layers for name in adapters if name in layer.methods]
         with whole_at([slot for layer, name in named for slot in layer.slots(name)]):
             return combine(tuner, adapters, *args, **kwargs)
 
@@ -85,7 +86,7 @@ def add_weighted_adapter(
 
     Sums without pruning never become dense matrices: QR of the factors and an SVD of a small matrix do. `linear` takes
     a single adapter if neither `svd_rank`, `svd_clamp` nor `density` asks for more than a scaling. The new adapter gets
-    copies of the modules that one of the adapters trains whole.
+    copies of the modules that one of the adapters trains whole, and its token rows are W + Σ wᵢ (rowᵢ - W).
 
     Args:
         svd_clamp: cut the factors off at ± this quantile of their values.
@@ -121,6 +122,7 @@ def add_weighted_adapter(
     parts = parts_of(tuner, names, weights, form)
     owner = union.owners(tuner, names)
     cfg = form.begin(configs)
+    rows = union.rows_of(tuner, names, weights, cfg)
     terms = {key: [form.read(m, w) for m, w in found] for key, found in parts.items()}
     ranks = recipe.ranks(terms)
     form.configure(cfg, ranks, union.rank_patterns(ranks), configs)
@@ -135,7 +137,7 @@ def add_weighted_adapter(
         values[key] = form.write(A, B, found, cfg)
         if energy is not None:
             report.energy[key] = energy
-    put(tuner, adapter_name, cfg, values, owner)
+    put(tuner, adapter_name, cfg, values, owner, rows)
     return report
 
 
@@ -168,7 +170,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
             )
         l = rules.linear([wide(m.ia3_l) for m, _ in parts], [w for _, w in parts])
         values[key] = {("ia3_l", ""): l + (sum(weights) - sum(w for _, w in parts))}
-    put(tuner, adapter_name, cfg, values, owner)
+    put(tuner, adapter_name, cfg, values, owner, {})
     return WeightedReport(adapter_name, "linear")
 
 

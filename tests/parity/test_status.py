@@ -94,10 +94,11 @@ def test_irregular_status():
     assert found[0] == found[1]
 
 
-def test_status_of_an_injected_model():
-    sample, found = first("LORA", "llama"), []
+@pytest.mark.parametrize("name", ["llama", "mlp"])
+def test_status_of_an_injected_model(name):
+    sample, found = first("LORA", name), []
     for lib in LIBS:
-        found.append(status(lib, lib.inject_adapter_in_model(sample.config(lib), models.make("llama"))))
+        found.append(status(lib, lib.inject_adapter_in_model(sample.config(lib), models.make(name))))
     assert found[0] == found[1]
 
 

@@ -146,8 +146,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     adapters = sorted({a for s in layers for a in s.available_adapters})
     merged = [s.merged_adapters for s in layers]
     params = list(model.parameters())
+    named = wrapped or any(c.__name__ == "PreTrainedModel" for c in type(base).__mro__)
     return TunerModelStatus(
-        base_model_type=type(base).__name__,
+        base_model_type=type(base).__name__ if named else "other",
         adapter_model_type=type(registry.holder).__name__ if wrapped else "None",
         peft_types={name: c.peft_type.value for name, c in configs.items()} if wrapped else {},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),

@@ -7,7 +7,7 @@ import torch
 from tests import models
 from tests.covering import Case, Sometimes, law
 from tests.pair import LIBS, adapt, both, close, close_dicts, common, gradients, outcome, output, randomize
-from tests.samples import alike, each, first, mergeable, over
+from tests.samples import SAMPLES, alike, each, first, mergeable, over
 
 ONE_OF_EACH = each(models="mlp")
 # methods with which several adapters can be active; of C3A, PEFT gives the second the output of the first
@@ -267,3 +267,19 @@ def test_deleting_the_last_adapter_leaves_the_base(sample):
         output(randomize(model, sample).eval(), sample),
         output(randomize(adapt(LIBS[0], sample, "again"), sample).eval(), sample),
     )
+
+
+@over([s for s in SAMPLES if s.method == "TRAINABLE_TOKENS" or s.kwargs.get("trainable_token_indices")])
+def test_rows_of_the_base_that_token_rows_stand_for(sample):
+    found = []
+    for lib, model in zip(LIBS, both(sample)):
+        add("b")(lib, model, sample)
+        randomize(model, sample).merge_adapter()
+        holders = {k: m for k, m in model.named_modules() if hasattr(m, "trainable_tokens_original")}
+        seen = {f"{k}.{n}": t.clone() for k, m in holders.items() for n, t in m.trainable_tokens_original.items()}
+        model.unmerge_adapter()
+        for name in "default", "b":
+            model.delete_adapter(name)
+        assert holders and not any(len(m.trainable_tokens_original) for m in holders.values())
+        found.append(seen)
+    close_dicts(*found)

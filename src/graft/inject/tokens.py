@@ -58,7 +58,8 @@ class TrainableTokensWrapper(Carrier, nn.Module):
         """Return the tensors that a file holds of an adapter, from this module's state dict."""
         return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
 
-    adapter_layer_names, other_param_names = ("token_adapter.trainable_tokens_delta",), ("token_adapter.token_indices",)
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
     @property
     def state(self) -> State:  # type: ignore[override]

@@ -37,6 +37,7 @@ class TrainableTokens(Method):
     always_tied = True
 
     trainable_tokens_delta: nn.Parameter  # (k, d): the rows themselves, not a difference
+    trainable_tokens_original: Tensor  # (k, d): those of the base, for callers of PEFT
     sorted_tokens: Tensor  # (k,) int, ascending
     order_of_tokens: Tensor  # (k,) int: row of `trainable_tokens_delta` for each of `sorted_tokens`
     token_indices: list[int]
@@ -67,6 +68,9 @@ class TrainableTokens(Method):
             seen |= set(m.token_indices)
 
     def inits_from_weight(self) -> bool:
+        return True
+
+    def starts_from_weight(self) -> bool:
         return bool(self.cfg.init_weights)
 
     def describe(self) -> Effect:
@@ -78,18 +82,20 @@ class TrainableTokens(Method):
         tokens, order = torch.tensor(indices).sort()
         return dict(
             trainable_tokens_delta=nn.Parameter(torch.empty(len(indices), width)),
+            trainable_tokens_original=Transient(torch.empty(len(indices), width)),
             sorted_tokens=Transient(tokens),
             order_of_tokens=Transient(order),
             token_indices=indices,
         )
 
     def init(self) -> None:
-        if not self.cfg.init_weights:
-            nn.init.normal_(self.trainable_tokens_delta)
+        W = self.layer.W0.detach()
+        rows = (W.T if self.site.op.takes_ids else W)[self.token_indices]  # a copy
+        self.layer.trainable_tokens_original[self.name] = rows
+        if self.cfg.init_weights:
+            self.layer.trainable_tokens_delta[self.name] = nn.Parameter(rows.clone())
         else:
-            W = self.layer.W0.detach()
-            rows = W.T if self.site.op.takes_ids else W  # (tokens, d)
-            self.layer.trainable_tokens_delta[self.name] = nn.Parameter(rows[self.token_indices].clone())
+            nn.init.normal_(self.trainable_tokens_delta)
 
     def tie(self, source: Method) -> None:
         self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta

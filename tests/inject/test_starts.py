@@ -10,6 +10,7 @@ import graft
 STARTS = {
     "olora": lambda: graft.LoraConfig(target_modules=["0", "1"], r=2, init_lora_weights="olora"),
     "pissa": lambda: graft.LoraConfig(target_modules=["0", "1"], r=2, init_lora_weights="pissa"),
+    "dora": lambda: graft.LoraConfig(target_modules=["0", "1"], r=2, use_dora=True),
 }
 
 
@@ -34,3 +35,11 @@ def test_a_start_that_reads_nothing_goes_on():
         base[1].weight[2, 3] = float("nan")
     model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["0", "1"], r=2))
     assert all(p.isfinite().all() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_random_rows_may_stand_for_rows_that_are_not_finite():
+    base = nn.Sequential(nn.Embedding(6, 4))
+    with torch.no_grad():
+        base[0].weight[2] = float("nan")
+    config = graft.TrainableTokensConfig(target_modules=["0"], token_indices=[2], init_weights=False)
+    assert graft.get_peft_model(base, config)(torch.tensor([2, 3])).isfinite().all()

@@ -239,6 +239,10 @@ class Method:
         """Say whether `init` reads or changes the base weight."""
         return False
 
+    def starts_from_weight(self) -> bool:
+        """Say whether some of its first values come from the base weight, which then has to be finite."""
+        return self.inits_from_weight()
+
     def changes_weight(self) -> bool:
         """Say whether `init` changes the base weight."""
         return False

@@ -219,7 +219,7 @@ def add_layers(job: Any) -> None:
         else:
             nowhere = not (method.changes_weight() if site.on_meta else not job.on_meta or method.inits_from_weight())
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast, default=default)
-        if not nowhere and method.inits_from_weight():
+        if not nowhere and method.starts_from_weight():
             started.append(layer)
         size -= trainable_from_others(layer, adapter)
         job.report.matched.append(Matched(key, site.type_name, size))

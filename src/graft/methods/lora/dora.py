@@ -43,6 +43,9 @@ class DoRA(LoRA):
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
         return super().build(shared, device) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape, device=device)))
 
+    def starts_from_weight(self) -> bool:
+        return True
+
     def init(self) -> None:
         super().init()
         if self.site.on_meta:

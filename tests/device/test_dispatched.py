@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import graft
-from graft.core.near import near
+from graft.kernels.waits import near
 from tests import models
 from tests.device.dispatch import (
     FIRST,

@@ -71,7 +71,7 @@ class Mixed:
         if not self.idle and len(rows.segments) > 1:
             site = self.layer.site
             raise RoutingError(
-                f"Layer '{site.key}': {self.layer._get_name()} does not support mixed adapter batches yet, as the "
+                f"Layer '{site.key}': {self.layer.type_name} does not support mixed adapter batches yet, as the "
                 "weight is used in ways of their own by the modules around it, which do not say which inputs belong to "
                 "which row. Give all rows of a batch one adapter, or make adapters that leave this layer out."
             )

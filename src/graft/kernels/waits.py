@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways not to wait for the device in a step or a forward: numbers of the host, checks of values, many copies in one."""
+"""Ways not to wait for a device in a step or a forward: numbers of the host, checks of values, copies that are kept."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graft.kernels.eager import eager, watched
 
@@ -72,3 +73,26 @@ def carried(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[
         for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
             out[i] = part.view(tensors[i].shape)
     return out
+
+
+# {tensor: {device: (its version, copy)}}; copies go when the tensor does, and no copy or file of the model holds them
+COPIES = WeakTensorKeyDictionary()
+
+
+def near(t: Tensor, device: torch.device) -> Tensor:
+    """Return `t` on the device of a layer that is elsewhere: itself, or a copy, which is kept until other values are
+    written to `t`.
+
+    No copy of a parameter is kept, and gradients flow to it.
+    """
+    if t.device == device:
+        return t
+    if isinstance(t, nn.Parameter) or t.requires_grad or t.is_inference() or not eager() or watched():
+        return t.to(device)
+    copies: dict[torch.device, tuple[int, Tensor]] = COPIES.setdefault(t, {})
+    version, copy = copies.get(device, (-1, t))
+    if version != t._version:
+        with torch.inference_mode(False):  # or training could not use it
+            copy = t.to(device)
+        copies[device] = t._version, copy
+    return copy

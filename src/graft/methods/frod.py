@@ -18,9 +18,9 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Layers, Method
-from graft.core.near import near
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
+from graft.kernels.waits import near
 from graft.methods.projections import kept, warn_unsaved
 
 

@@ -13,9 +13,9 @@ from graft.config.targets import PVERA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.method import Layers, Method
-from graft.core.near import near
 from graft.core.site import Site
 from graft.kernels.eager import eager
+from graft.kernels.waits import near
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 

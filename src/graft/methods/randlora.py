@@ -13,9 +13,9 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method
-from graft.core.near import near
 from graft.core.random import kaiming_bound
 from graft.kernels.diagonals import between_diagonals
+from graft.kernels.waits import near
 from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, kept
 
 

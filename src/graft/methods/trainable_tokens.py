@@ -15,7 +15,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.core.near import near
+from graft.kernels.waits import near
 
 
 @dataclass(kw_only=True)

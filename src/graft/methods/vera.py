@@ -13,7 +13,7 @@ from graft.config.targets import PHI_ATTENTION
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method
-from graft.core.near import near
+from graft.kernels.waits import near
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 

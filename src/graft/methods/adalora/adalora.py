@@ -103,13 +103,6 @@ class AdaLoraConfig(LoraConfig):
         return None
 
 
-API: dict[str, Any] = {
-    "update_and_allocate": update_and_allocate,
-    "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
-    "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
-}
-
-
 def warn_if_forgotten(tuner: Any) -> None:
     """Say so if an optimizer step has changed the adapter and nobody has allocated, whatever the loop."""
     for name in tuner.active_adapters:
@@ -150,7 +143,11 @@ class AdaLoRA(Method):
     targets = ADALORA
     single_trainable = True
     over_layers = "divides a budget of ranks among all layers"
-    tuner_methods = API
+    tuner_methods: ClassVar[dict[str, Any]] = {
+        "update_and_allocate": update_and_allocate,
+        "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
+        "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
+    }
 
     lora_A: nn.Parameter  # (r, fan_in), right singular vectors
     lora_B: nn.Parameter  # (out, r), left singular vectors

@@ -143,3 +143,35 @@ with tempfile.TemporaryDirectory() as folder:
     torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(make(), folder)), logits(model))
 """
     )
+
+
+def test_the_layout_that_unsloth_notes():
+    """Columns of B by expert, which the config's `lora_B_layout` says."""
+    run(
+        START
+        + """
+def make():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3))
+
+names = ["experts.gate_up_proj", "experts.down_proj"]
+model = graft.get_peft_model(make(), graft.LoraConfig(r=2, target_modules=[], target_parameters=names,
+                                                      init_lora_weights=False))
+from safetensors.torch import load_file
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    tensors = load_file(f"{folder}/adapter_model.safetensors")
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = tensors[name].view(-1, 2, 3).transpose(1, 2).reshape(-1, 6).contiguous()
+    save_file(tensors, f"{folder}/adapter_model.safetensors")
+    path = Path(folder, "adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(lora_B_layout="grouped_by_expert")))
+    same(make, folder)
+    loaded = graft.PeftModel.from_pretrained(make(), folder)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    loaded.save_pretrained(folder)
+    assert "lora_B_layout" not in json.loads(path.read_text())
+    torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(make(), folder)), logits(model))
+"""
+    )

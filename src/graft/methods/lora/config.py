@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from graft.config.base import PeftConfig
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
 from graft.core.ops import OPS, Op
@@ -171,8 +172,11 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         check_start(self)
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        return {k: v for k, v in kwargs.items() if k != "lora_B_layout"}  # Unsloth's, which `io.layouts` reads
+    def tolerant(cls, values: dict[str, Any]) -> PeftConfig:
+        mark = "lora_B_layout"  # Unsloth's, of a file, which `io.layouts` reads
+        config = super().tolerant({k: v for k, v in values.items() if k != mark})
+        vars(config).update({mark: values[mark]} if mark in values else {})  # no field: no file of graft's has it
+        return config
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], Any]) -> None:
         """Let an injection adapt modules of further types. No file holds this: say it again before a load.

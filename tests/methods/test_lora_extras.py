@@ -106,9 +106,13 @@ def test_a_conversion_keeps_what_is_neither_a_nor_b(options, tmp_path):
     assert_close(logits(graft.PeftModel.from_pretrained(llama(), tmp_path / "end")), expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["pissa", "olora"])
+@pytest.mark.parametrize("how", ["pissa", "olora", "corda"])
 def test_a_conversion_takes_the_initial_adapter_as_it_was_saved(how, tmp_path):
-    model = graft.get_peft_model(llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=how))
+    base, config = llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=how)
+    if how == "corda":
+        config.corda_config = graft.CordaConfig()
+        graft.preprocess_corda(base, config, lambda: base(input_ids=IDS))
+    model = graft.get_peft_model(base, config)
     model.save_pretrained(tmp_path / "start")
     expected = logits(nudge(model))
     model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))

@@ -530,6 +530,35 @@ def test_an_offline_hub_is_said(monkeypatch):
         graft.PeftConfig.from_pretrained("a/b")
 
 
+def test_a_larger_vocabulary_on_the_hub_is_that_of_the_adapters_revision(monkeypatch, tmp_path):
+    import transformers
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    models.make("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = graft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    graft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text("{}")
+    more, asked = base.config.vocab_size + 3, {}
+
+    def download(repo, filename, revision=None, **_):
+        asked[repo, filename] = revision
+        if not (tmp_path / "adapter" / filename).is_file():
+            raise http(errors.EntryNotFoundError)
+        return str(tmp_path / "adapter" / filename)
+
+    def tokenizer(repo, revision=None, **_):
+        asked[repo, "tokenizer"] = revision
+        return range(more)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, **_: None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer)
+    loaded = graft.AutoPeftModelForCausalLM.from_pretrained("a/b", revision="v2")
+    assert loaded.get_base_model().get_input_embeddings().num_embeddings == more
+    assert set(asked.values()) == {"v2"} and {("a/b", "tokenizer"), ("a/b", "tokenizer_config.json")} <= set(asked)
+
+
 # code
 
 

@@ -184,8 +184,8 @@ class Thread(threading.Thread):
 
 
 @contextmanager
-def stopped(model, request, where="second"):
-    """A request of another thread, which stands between two layers until the block ends."""
+def stopped_at(module, request, name):
+    """A request of another thread, which stands before a module until the block ends."""
     entered, leave = threading.Event(), threading.Event()
 
     def stop(*_):
@@ -193,10 +193,9 @@ def stopped(model, request, where="second"):
             entered.set()
             assert leave.wait(20)
 
-    layer = getattr(registry_of(model).model, where)
-    handle = layer.register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop)
     ready = threading.Event()
-    thread = Thread(lambda: ready.wait(20) and request(model), name="request")
+    thread = Thread(lambda: ready.wait(20) and request(), name)
     ready.set()
     assert entered.wait(20), thread.result
     handle.remove()
@@ -205,6 +204,11 @@ def stopped(model, request, where="second"):
     finally:
         leave.set()
         thread.join(20)
+
+
+def stopped(model, request):
+    """One that stands between two layers."""
+    return stopped_at(registry_of(model).model.second, lambda: request(model), "request")
 
 
 def until(condition):
@@ -715,26 +719,8 @@ def mixes(adapters=6, room=3):
     return [[n if int(n[1]) in {int(m[1]) for m in mix[:room]} else "__base__" for n in mix] for mix in found]
 
 
-@contextmanager
 def stopped_slots(slots, names):
-    entered, leave = threading.Event(), threading.Event()
-
-    def stop(*_):
-        if threading.current_thread() is thread:
-            entered.set()
-            assert leave.wait(20)
-
-    ready = threading.Event()
-    thread = Thread(lambda: ready.wait(20) and slots(X, adapter_names=names), "batch")
-    handle = slots.model.second.register_forward_pre_hook(stop)
-    ready.set()
-    assert entered.wait(20), thread.result
-    handle.remove()
-    try:
-        yield thread
-    finally:
-        leave.set()
-        thread.join(20)
+    return stopped_at(slots.model.second, lambda: slots(X, adapter_names=names), "batch")
 
 
 def test_slots_refill_beside_a_batch_what_it_does_not_use_and_wait_for_what_it_does():

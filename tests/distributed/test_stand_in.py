@@ -22,12 +22,17 @@ SAYS = "import peft, importlib.metadata as m; print(peft.LoraConfig.__module__, 
 OURS = f"graft.methods.lora.config {VERSION} {VERSION}"
 
 
-def start(*command: str, path: str = "", **variables: str) -> str:
-    """What a process prints, in an environment that knows this tree; it must end well."""
-    own = {k: v for k, v in os.environ.items() if k not in (children.VARIABLE, "PYTHONPATH")}
+def started(*command: str, path: str = "", **variables: str) -> subprocess.CompletedProcess:
+    """A process that has ended, in an environment that knows this tree."""
+    own = {k: v for k, v in os.environ.items() if k not in (children.VARIABLE, children.VERSION_VARIABLE, "PYTHONPATH")}
     where = os.pathsep.join(p for p in (path, str(ROOT / "src"), str(ROOT)) if p)
     env = {**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": where, **variables}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+
+
+def start(*command: str, **options: str) -> str:
+    """What a process prints; it must end well."""
+    done = started(*command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -81,6 +86,62 @@ def test_children_of_a_script(script):
     assert lines(python(script(install + textwrap.dedent(CHILDREN)))) == BOTH
 
 
+@pytest.mark.parametrize("how", ["option", "=", "variable"])
+def test_another_version(script, tmp_path, how):
+    """For the launched script, and in its children, whether they ask the metadata before peft is imported or later."""
+    path, cache, say = script(CHILDREN + f"        {SAYS}\n"), {"XDG_CACHE_HOME": str(tmp_path)}, "0.20.0"
+    module = ("-m", "graft.compat.peft")
+    if how == "variable":
+        printed = python(*module, path, **{children.VERSION_VARIABLE: say}, **cache)
+    else:
+        option = ("--peft-version", say) if how == "option" else (f"--peft-version={say}",)
+        printed = python(*module, *option, path, **cache)
+    assert lines(printed) == [line.replace(VERSION, say) for line in (*BOTH, OURS)]
+    early = "import importlib.metadata as m; print(m.version('peft')); import peft; print(peft.__version__)"
+    child = f"import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', {early!r}], text=True))"
+    assert lines(python(*module, "--peft-version", say, script(child), **cache)) == [say, say]
+
+
+@pytest.mark.parametrize("version", ["", "new", "0.20.x", "0..1", "1.0 ", "0.20.0/../.."])
+def test_no_version(script, tmp_path, version):
+    path, cache = script(SAYS), {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = started(sys.executable, "-m", "graft.compat.peft", "--peft-version", version, path, **cache)
+    assert done.returncode == 1 and f"{version!r}, which is no version" in done.stderr and not done.stdout
+    code = f"""
+import graft.compat.peft as alias, os, sys
+before, path, finders = dict(os.environ), list(sys.path), list(sys.meta_path)
+for options in ({{"version": {version!r}}}, {{}}):
+    try:
+        alias.install(children=True, **options)
+    except ValueError as e:
+        assert {version!r} in str(e)
+        assert options or {children.VERSION_VARIABLE!r} in str(e)
+    else:
+        raise AssertionError(options)
+    assert dict(os.environ) == before and sys.path == path and sys.meta_path == finders
+"""
+    if version:  # an empty variable is none
+        python("-c", code, **{children.VERSION_VARIABLE: version}, **cache)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    code = """
+import graft.compat.peft as alias, os, sys
+before, path, finders = dict(os.environ), list(sys.path), list(sys.meta_path)
+try:
+    alias.install(version="0.20.0", children=True)
+except OSError as e:
+    assert "XDG_CACHE_HOME" in str(e)
+else:
+    raise AssertionError
+assert dict(os.environ) == before and sys.path == path and sys.meta_path == finders
+alias.install(version="0.20.0")
+"""
+    python("-c", code, XDG_CACHE_HOME=str(tmp_path / "file"))
+
+
 def test_the_variable_alone(script):
     """`import graft` reads it; "0" and "" ask for nothing."""
     code = f"import graft; {SAYS}"
@@ -90,27 +151,32 @@ def test_the_variable_alone(script):
         assert python("-c", code, **{children.VARIABLE: value}).split() == ["peft.tuners.lora.config", *[installed] * 2]
 
 
-def test_without_asking_nothing_is_handed_down():
+def test_without_asking_nothing_is_handed_down(tmp_path):
     code = f"""
 import graft.compat.peft as alias, os, subprocess, sys
 alias.install()
 assert {children.VARIABLE!r} not in os.environ and not any("as_peft" in p for p in sys.path)
 before, path = dict(os.environ), list(sys.path)
-alias.install(children=True)
-alias.install(children=True)
+alias.install(children=True, version="0.20.0")
+alias.install(children=True, version="0.19.0")
+assert os.environ["PYTHONPATH"].count("as_peft") == 2 == sum("as_peft" in p for p in sys.path)
+alias.install(children=True, version="0.22.0")
 assert os.environ["PYTHONPATH"].count("as_peft") == 1 == sum("as_peft" in p for p in sys.path)
 alias.uninstall()
 assert dict(os.environ) == before and sys.path == path
 import peft
 assert "site-packages" in peft.__file__
 """
-    python("-c", code)
+    python("-c", code, XDG_CACHE_HOME=str(tmp_path))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a line for a POSIX shell")
-def test_a_shell():
-    line = f'eval "$({sys.executable} -m graft.compat.peft --env)" && {sys.executable} -W ignore -c "{SAYS}"'
-    assert start("bash", "-c", line).strip() == OURS
+def test_a_shell(tmp_path):
+    line = 'eval "$({0} -m graft.compat.peft {1} --env)" && {0} -W ignore -c "{2}"'
+    assert start("bash", "-c", line.format(sys.executable, "", SAYS)).strip() == OURS
+    other = line.format(sys.executable, "--peft-version 0.20.0", SAYS)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "a cache")}
+    assert start("bash", "-c", other, **cache).strip() == OURS.replace(VERSION, "0.20.0")
 
 
 def test_torchrun(script):

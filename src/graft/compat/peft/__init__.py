@@ -22,8 +22,9 @@ Call `install` before the first import of peft. Modules of transformers, acceler
 for it already are put right (`late.py`); where that cannot be, `install` raises an ImportError that names them.
 
 The package metadata says 0.22.0, because transformers 5.24 accepts nothing older; graft's interface and files are
-those of 0.21.2. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is
-installed or not.
+those of 0.21.2. `--peft-version 0.20.0` before the script, GRAFT_PEFT_VERSION or `install(version="0.20.0")` have it
+say what another client wants. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT
+is installed or not.
 
 Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance; a
 class derived from one can be defined, and making one, patching one, or issubclass on the class of a layer is an error
@@ -36,9 +37,9 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from graft.compat.peft.children import hand_down, keep_to_itself
+from graft.compat.peft.children import hand_down, keep_to_itself, variables, version_to_say
 from graft.compat.peft.late import Asked, holders, still_used
-from graft.compat.peft.modules import FINDER, VERSION, ours, real_peft
+from graft.compat.peft.modules import FINDER, ours, real_peft
 
 __all__ = ["install", "installed", "uninstall"]
 
@@ -50,18 +51,21 @@ def installed() -> bool:
     return FINDER in sys.meta_path
 
 
-def install(*, force: bool = False, version: str = VERSION, children: bool = False) -> None:
+def install(*, force: bool = False, version: str | None = None, children: bool = False) -> None:
     """Make `import peft` and all below it resolve to graft. A second call changes only the version.
 
     Args:
         force: also if the program holds objects of PEFT; it keeps them.
-        version: for `peft.__version__` and the package metadata.
-        children: also in processes that this one starts, until `uninstall` (they say VERSION).
+        version: for `peft.__version__` and the package metadata; None: GRAFT_PEFT_VERSION, or 0.22.0.
+        children: also in processes that this one starts, until `uninstall`.
 
     Raises:
         ImportError: the program uses PEFT already, or a module that has looked for it cannot look again. The text
             names them, and all is as before.
+        ConfigError: the version is none.
     """
+    version = version_to_say(version)
+    inherited = variables(version) if children else None
     before, FINDER.version = FINDER.version, version
     if not installed():
         real = real_peft()
@@ -70,8 +74,8 @@ def install(*, force: bool = False, version: str = VERSION, children: bool = Fal
         except BaseException:
             FINDER.version = before
             raise
-    if children:
-        hand_down()
+    if inherited:
+        hand_down(inherited)
 
 
 def take_place(real: dict[str, ModuleType], force: bool) -> None:
@@ -113,5 +117,6 @@ def stand_in() -> None:
     """Put graft in the place of the module `peft` that is being imported, which calls this."""
     sys.modules.pop("peft", None)
     if not installed():
+        FINDER.version = version_to_say(None)
         sys.meta_path.insert(0, FINDER)  # whoever looked has found this one, so that nobody has to look again
     import_module("peft")

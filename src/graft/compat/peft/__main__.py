@@ -9,21 +9,27 @@ import runpy
 import sys
 
 from graft.compat.peft import install
-from graft.compat.peft.children import exports
+from graft.compat.peft.children import exports, version_to_say
+from graft.core.errors import ConfigError
 
-USAGE = "usage: python -m graft.compat.peft (script.py | -m module) [arguments …] | --env"
+USAGE = "usage: python -m graft.compat.peft [--peft-version X.Y.Z] ((script.py | -m module) [arguments …] | --env)"
 
 
 def main(arguments: list[str]) -> None:
+    given, arguments = version_in(arguments)
+    try:
+        version = version_to_say(given)
+    except ConfigError as e:
+        sys.exit(f"{e} {USAGE}")
     if arguments == ["--env"]:
-        print(exports())
+        print(exports(version))
         return
     as_module = arguments[:1] == ["-m"]
     arguments = arguments[as_module:]
     if not arguments or arguments[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         sys.exit(2)
-    install(children=True)
+    install(version=version, children=True)
     sys.argv = arguments
     if as_module:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
@@ -33,6 +39,15 @@ def main(arguments: list[str]) -> None:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def version_in(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the version that stands before the script, None if there is none, and the rest."""
+    if arguments[:1] == ["--peft-version"] and len(arguments) > 1:
+        return arguments[1], arguments[2:]
+    if arguments and arguments[0].startswith("--peft-version="):
+        return arguments[0].partition("=")[2], arguments[1:]
+    return None, arguments
 
 
 if __name__ == "__main__":

@@ -4,43 +4,97 @@
 A child inherits environment variables, and looks along PYTHONPATH: a folder in front of it holds a package `peft`, of
 two lines, which puts graft in its own place, and the metadata that says a version. Nothing runs when an interpreter
 starts, and nothing is installed. A `.pth` file would run in every interpreter of the environment, asked or not.
+Another version than VERSION has metadata in the user's cache, in front of that folder.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
 
+from graft.compat.peft.modules import VERSION, metadata
+from graft.config.atomic import replace, write_text
+from graft.core.errors import ConfigError
+
 VARIABLE = "GRAFT_AS_PEFT"  # "1": `import graft` calls install(children=True)
+VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # what `install` says where it is not told
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "as_peft")
+OF_VERSIONS = ("graft", "as_peft")  # in the user's cache: a folder for each version
+RELEASE = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
 
 
-def variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return what a process has to inherit: GRAFT_AS_PEFT, and PYTHONPATH with the folder in front."""
-    rest = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and p != FOLDER]
-    return {VARIABLE: "1", "PYTHONPATH": os.pathsep.join([FOLDER, *rest])}
+def version_to_say(given: str | None) -> str:
+    """Return the version to say: the one given, that of the variable, or VERSION.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    version = given if given is not None else os.environ.get(VERSION_VARIABLE) or VERSION
+    if not (isinstance(version, str) and RELEASE.fullmatch(version)):
+        where = VERSION_VARIABLE if given is None else "the version for peft"
+        raise ConfigError(f"{where} is {version!r}, which is no version: give one like '{VERSION}'.")
+    return version
 
 
-def exports() -> str:
+def variables(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return what a process has to inherit: GRAFT_AS_PEFT, the version, and PYTHONPATH with our folders in front."""
+    path = os.pathsep.join([*folders(version), *rest(environment)])
+    return {VARIABLE: "1", VERSION_VARIABLE: version, "PYTHONPATH": path}
+
+
+def folders(version: str) -> list[str]:
+    """Return the folders that children look into: the stand-in's, and before it one that says another version.
+
+    Raises:
+        OSError: the user's cache cannot be written.
+    """
+    if version == VERSION:
+        return [FOLDER]
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), *OF_VERSIONS, version)
+    info = os.path.join(folder, f"peft-{version}.dist-info")
+    try:
+        os.makedirs(info, exist_ok=True)
+        replace(os.path.join(info, "METADATA"), write_text(metadata(version)))
+    except OSError as e:
+        raise OSError(f"Other processes cannot be told version {version} ({e}): set XDG_CACHE_HOME.") from e
+    return [folder, FOLDER]
+
+
+def is_ours(folder: str) -> bool:
+    return folder == FOLDER or tuple(folder.split(os.sep)[-3:-1]) == OF_VERSIONS
+
+
+def rest(environment: Mapping[str, str]) -> list[str]:
+    """Return the entries of PYTHONPATH that are not ours."""
+    return [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and not is_ours(p)]
+
+
+def exports(version: str) -> str:
     """Return a line for a shell: `eval "$(python -m graft.compat.peft --env)"`."""
-    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables().items())
+    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables(version).items())
 
 
-def hand_down() -> None:
-    """Have all processes that this one starts from now on find graft under PEFT's name."""
-    os.environ.update(variables())
-    if FOLDER not in sys.path:  # multiprocessing's spawn gives children the parent's path
-        sys.path.insert(1, FOLDER)  # after the script's own folder
+def hand_down(inherited: dict[str, str]) -> None:
+    """Have all processes that this one starts from now on find graft under PEFT's name.
+
+    Args:
+        inherited: what `variables` returns.
+    """
+    keep_to_itself()
+    os.environ.update(inherited)
+    # after the script's own folder: multiprocessing's spawn gives children the parent's path
+    sys.path[1:1] = filter(is_ours, inherited["PYTHONPATH"].split(os.pathsep))
 
 
 def keep_to_itself() -> None:
     """Undo `hand_down`."""
-    os.environ.pop(VARIABLE, None)
-    rest = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p != FOLDER]
-    if any(rest):
-        os.environ["PYTHONPATH"] = os.pathsep.join(rest)
-    else:
-        os.environ.pop("PYTHONPATH", None)
-    sys.path[:] = [p for p in sys.path if p != FOLDER]
+    for name in (VARIABLE, VERSION_VARIABLE):
+        os.environ.pop(name, None)
+    path = rest(os.environ)
+    os.environ.pop("PYTHONPATH", None)
+    if path:
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    sys.path[:] = [p for p in sys.path if not is_ours(p)]

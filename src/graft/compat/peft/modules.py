@@ -128,14 +128,15 @@ class AliasModule(ModuleType):
         return names_in(self.__name__)
 
 
+def metadata(version: str) -> str:
+    return f"Metadata-Version: 2.1\nName: {ROOT}\nVersion: {version}\nSummary: graft in PEFT's place\n"
+
+
 class _Distribution(importlib.metadata.Distribution):
     """The answer to `importlib.metadata.version("peft")`, by which libraries tell whether PEFT is installed."""
 
     def __init__(self, version: str):
-        self._texts = {
-            "METADATA": f"Metadata-Version: 2.1\nName: {ROOT}\nVersion: {version}\nSummary: graft in PEFT's place\n",
-            "top_level.txt": ROOT,
-        }
+        self._texts = {"METADATA": metadata(version), "top_level.txt": ROOT}
 
     def read_text(self, filename: str) -> str | None:  # type: ignore[override]
         return self._texts.get(filename)

@@ -111,9 +111,13 @@ def machine() -> str:
 
 
 def write_text(text: str) -> Write:
+    return write_bytes(text.encode())
+
+
+def write_bytes(held: bytes) -> Write:
     def write(path: str) -> None:
-        with open(path, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
+        with open(path, "wb") as f:
+            f.write(held)
 
     return write
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -19,11 +20,11 @@ from graft.config.atomic import replace, write_text
 from graft.config.enums import TaskType
 from graft.config.keywords import hub_keywords
 from graft.config.numbers import check_numbers
-from graft.config.pair import CONFIG_NAME, found_in
+from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
 from graft.config.patterns import ending
 from graft.config.reading import read_object
 from graft.config.stored import Stored
-from graft.core.errors import ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
+from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
 MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
@@ -216,6 +217,54 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
         """Return the fields in a file, without those that describe a machine."""
         return {k: v for k, v in read_object(path_json_file).items() if k not in MACHINE}
+
+
+SAVE, READ = PeftConfig.save_pretrained, PeftConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+def files_of(config: PeftConfig) -> dict[str, bytes]:
+    """Return the files of a config by name: adapter_config.json, and what a class's own `save_pretrained` writes.
+
+    Raises:
+        CheckpointError: that fails, or writes no config, or what cannot stand beside an adapter.
+    """
+    if getattr(config.save_pretrained, "__func__", None) is SAVE:
+        return {CONFIG_NAME: config.to_json().encode()}
+    name = f"{type(config).__qualname__}.save_pretrained()"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder, auto_mapping_dict=config.auto_mapping)
+            read_object(os.path.join(folder, CONFIG_NAME))
+            found = {}
+            for of in os.listdir(folder):
+                path = os.path.join(folder, of)
+                if of in (SAFETENSORS, TORCH) or os.path.islink(path) or not os.path.isfile(path):
+                    raise CheckpointError(f"It writes '{of}': beside the weights stand files of other names.")
+                with open(path, "rb") as f:
+                    found[of] = f.read()
+        except Exception as e:
+            raise CheckpointError(f"{name} failed, and nothing was saved: {type(e).__name__}: {e}") from e
+    return found
+
+
+def config_in(fields: dict[str, Any], path: str, where: str, subfolder: str | None, **hub: Any) -> PeftConfig:
+    """Return the config of a saved adapter: of its fields, or what a `from_pretrained` returns that a client replaced.
+
+    Args:
+        path: of the file that has the fields, for errors.
+
+    Raises:
+        ConfigTypeError: that returns no config.
+    """
+    target = PeftConfig.named_in(fields)
+    if getattr(target.from_pretrained, "__func__", None) is READ:
+        config = PeftConfig.from_file(fields, path)
+        config.read_from(where, subfolder, **hub)
+        return config
+    made = target.from_pretrained(where, subfolder=subfolder, **hub)
+    if not isinstance(made, PeftConfig):
+        raise ConfigTypeError(f"{target.__name__}.from_pretrained() returned {described(made)}, which is no config.")
+    return made
 
 
 def close_to(unknown: Iterable[str], known: Iterable[str]) -> str:

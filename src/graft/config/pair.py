@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from graft.config import notes
-from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_text
+from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_bytes, write_text
 from graft.core.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -27,7 +27,7 @@ MARK = "saving-"
 ROUNDS = 100
 
 
-def save(folder: str, name: str, write: Write, text: str) -> None:
+def save(folder: str, name: str, write: Write, text: str, beside: dict[str, bytes] | None = None) -> None:
     """Replace an adapter in a folder: its weights, which `write` writes and which hold `text`, and its config.
 
     A call that fails leaves the old files. One that is cut short leaves the old adapter or the new one.
@@ -35,6 +35,7 @@ def save(folder: str, name: str, write: Write, text: str) -> None:
     Args:
         name: of the weights' file. One of the other format, which would be stale, goes.
         text: of adapter_config.json.
+        beside: further files, by name.
     """
     left = left_over(folder)
     clear(path for path, of in left.items() if not of.startswith(MARK))
@@ -44,6 +45,7 @@ def save(folder: str, name: str, write: Write, text: str) -> None:
     with Scratch(folder) as scratch:
         new = scratch.write(name, write)
         new_config = scratch.write(CONFIG_NAME, write_text(text))
+        more = {scratch.write(of, write_bytes(held)): of for of, held in (beside or {}).items()}
         kept = {path: scratch.keep(path) for path in old}
         made = notes.stamp(new)
         scratch.create(mark_of(made, text))
@@ -53,6 +55,8 @@ def save(folder: str, name: str, write: Write, text: str) -> None:
                 with suppress(FileNotFoundError):  # another process was quicker
                     os.remove(stale)
             os.replace(new_config, config)
+            for path, of in more.items():
+                os.replace(path, os.path.join(folder, of))
             agree(scratch, text)
             sync(folder)
         except BaseException as e:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graft.config import notes, pair
-from graft.config.base import PeftConfig
+from graft.config.base import config_in, files_of
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
@@ -51,8 +51,9 @@ class Loaded:
 def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
     """Write weights and config; on an error both stay as they were."""
     check(folder, tensors)
+    beside = files_of(config)
+    text = beside.pop(pair.CONFIG_NAME).decode()
     os.makedirs(folder, exist_ok=True)
-    text = config.to_json()
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_of(held)}
 
@@ -64,7 +65,7 @@ def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetenso
                 torch.save(held, f)
                 notes.add(f, noted)
 
-    pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text)
+    pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
 
 
 def check(folder: str, tensors: dict[str, Tensor]) -> None:
@@ -93,9 +94,7 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
     fields = stored.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
         loaded.layout = Layout.of(fields)
-    config = PeftConfig.from_file(fields, stored.path)
-    config.read_from(os.fspath(where), subfolder, **hub)
-    return config, loaded
+    return config_in(fields, stored.path, os.fspath(where), subfolder, **hub), loaded
 
 
 def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: Any) -> Loaded:

@@ -114,7 +114,7 @@ def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -
 def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
     ours, theirs = here.saved_dict(), there.saved_dict()
-    left = SETTLED | set(here.results)  # these come from the file
+    left = SETTLED | set(here.results) | (set(ours) - set(theirs))  # these come from the file, or are a client's
     if here.is_prompt_learning:
         left |= {n for n in OF_THE_BASE if theirs[n] is None}  # sizes that the base model gives: CPT's files have none
     names = [n for n in ours if n not in left and "init" not in n and (ours[n] or None) != (theirs[n] or None)]

@@ -140,7 +140,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     qalora_group_size: int = 16  # inputs in a group
     monteclora_config: MontecloraConfig | dict[str, Any] | None = None  # MonteCLoRA (arXiv 2411.04358): a random A
     layer_replication: list[tuple[int, int]] | None = None  # stack these ranges of layers, sharing weights
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    runtime_config: LoraRuntimeConfig | dict[str, Any] = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False  # B has a bias
     target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
     use_bdlora: BdLoraConfig | dict[str, Any] | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
@@ -161,6 +161,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.megatron_config and not str(self.megatron_core).startswith("megatron."):
             raise ConfigError(f"megatron_core must name a module of Megatron, 'megatron.core': {self.megatron_core!r}.")
+        self.runtime_config = sub_config(self.runtime_config, LoraRuntimeConfig)
         self.kasa_config = sub_config(self.kasa_config, KasaConfig)
         self.arrow_config = sub_config(self.arrow_config, ArrowConfig)
         self.velora_config = sub_config(self.velora_config, VeloraConfig)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,6 +67,7 @@ class Injection:
         tree: a survey of the model, if one was just made.
         mixed: layers may carry adapters of other methods.
         close: waits until no call of the model is under way.
+        steps: those of the tuner that were replaced, to be asked.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class Injection:
     mixed: bool = False
     prompt: Prompt | None = None  # the adapter itself, if it is a prompt
     close: Callable[[], None] = nobody  # closes the model's gate, before `commit`
+    steps: Any = None  # Steps
 
     # found by `plan.find`
     cfg: Any = None  # copy of the user's config with targets and the like filled in
@@ -139,7 +141,8 @@ class Injection:
         """Find all that the injection will do and raise all that can go wrong, without a change to the model."""
         self.tree = self.tree or survey(self.model)
         self.cfg = copy.copy(self.config)
-        plan.find(self)
+        with nullcontext() if self.steps is None else self.steps.asking(self):
+            plan.find(self)
         return self
 
     @contextmanager

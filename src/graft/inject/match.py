@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from graft.config.patterns import pattern
 
-Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "untargeted"]
+Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "left", "untargeted"]
 MOST_HINTS, LONGEST_NAME = 100, 100  # entries for which similar names are sought, which takes a while; characters
 LAYER_INDEX = pattern("", "layers_pattern", r".*?\.[^.]*\.(\d+)\.")
 WHY = {
@@ -19,6 +19,7 @@ WHY = {
     "saved": "trained whole, through modules_to_save",
     "layer": "its layer index is not in layers_to_transform",
     "tied": "adapted along with the embedding whose weight it shares",
+    "left": "left out by the tuner's _check_target_module_exists, which was replaced",
     "untargeted": "not named by target_modules",
 }
 

@@ -29,26 +29,36 @@ def why_not_composed(module: nn.Module) -> str | None:
     return None if composed is None else composed.why_not(module)
 
 
-def parameters_of(job: Any) -> tuple[dict[str, Site], dict[str, list[tuple[str, int]]]]:
-    """Return the sites of the parameters that `target_parameters` names, by path; and the entries that name none, each
-    with similar names."""
-    cfg, tree, adapter = job.cfg, job.tree, job.adapter
+Found = list[tuple[str, str, str]]  # path of a parameter, path of its module, its name there
+Idle = dict[str, list[tuple[str, int]]]  # entries of a config that name nothing, each with similar names
+
+
+def parameters_of(job: Any) -> tuple[dict[str, Site], Idle]:
+    """Return the sites of the parameters that `target_parameters` names, by path; and the entries that name none."""
+    if job.steps is not None:
+        return job.steps.parameters(job)  # type: ignore[no-any-return]
+    found, idle = search_parameters(job, job.cfg)
+    return dict(parameter_target(job, path, name) for _, path, name in found), idle
+
+
+def search_parameters(job: Any, cfg: Any) -> tuple[Found, Idle]:
+    """Return the parameters that a config names, in the model's order; and the entries that name none."""
     if job.keys is not None:
         raise ConfigError(
             "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: leave "
-            f"state_dict out (adapter '{adapter}'), and load the values afterwards."
+            f"state_dict out (adapter '{job.adapter}'), and load the values afterwards."
         )
     matcher = Matcher(cfg, parameters=True)
     for name in uncovered(job.model)._parameters:  # type: ignore[union-attr]
         if matcher.targets.find(name) is not None:
             raise ConfigError(
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{name}'). Adapter "
-                f"'{adapter}': put the module into another one."
+                f"'{job.adapter}': put the module into another one."
             )
-    sites: dict[str, Site] = {}
+    found: Found = []
     used: set[str] = set()
     paths: list[str] = []
-    for key, module in tree.modules.items():
+    for key, module in job.tree.modules.items():
         base = innermost(module)
         names = [*base._parameters, *getattr(base, "parametrizations", ())]
         for name in names:
@@ -62,12 +72,22 @@ def parameters_of(job: Any) -> tuple[dict[str, Site], dict[str, list[tuple[str, 
                 why = verdict.why.replace("target_modules", "target_parameters")
                 job.report.skipped.append(Skipped(path, "Parameter", why))
                 continue
-            if is_packed_layer(base, name):
-                sites[key] = site_of(key, module, tree)
-                continue
-            check_parameter(job, path, key, module, name)
-            sites[path] = parameter_site(key, base, name, tree)
-    return sites, unmatched(cfg.target_parameters, used, paths)
+            found.append((path, key, name))
+    return found, unmatched(cfg.target_parameters, used, paths)
+
+
+def parameter_target(job: Any, key: str, name: str) -> tuple[str, Site]:
+    """Return the site of a parameter of the module at path `key`, and the path that it stands under.
+
+    Raises:
+        UnsupportedLayerError: the parameter cannot be adapted by itself.
+    """
+    module, path = job.tree.modules[key], f"{key}.{name}"
+    base = innermost(module)
+    if is_packed_layer(base, name):
+        return key, site_of(key, module, job.tree)
+    check_parameter(job, path, key, module, name)
+    return path, parameter_site(key, base, name, job.tree)
 
 
 def is_packed_layer(base: nn.Module, name: str) -> bool:

@@ -25,7 +25,7 @@ from graft.core.site import Site
 from graft.core.wrappers import MANAGED
 from graft.inject import experts, saved
 from graft.inject.experts import LeftOut
-from graft.inject.match import Matcher, Verdict, hint, unmatched
+from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
 from graft.inject.parameters import children_of, parameters_of, why_not_composed
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.stage import absent_in, ghosts
@@ -51,12 +51,16 @@ def find(job: Any) -> None:
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
     job.absent = absent_in(tree.modules)
     match(job)
+    if job.steps is not None:
+        job.steps.followers()
     followed = {k: site_of(k, tree.modules[k], tree) for k, source in job.followers.items() if source in job.sites}
     adapted = {**job.sites, **followed}
     variant = method.variant(cfg)
     for key, site in adapted.items():
         source = key.rpartition(".")[0] if key in job.along else job.followers.get(key, key)
-        made = job.methods[key] = variant(site, cfg.at(source), adapter)  # patterns name what is targeted
+        own, source = (cfg, source) if job.steps is None else job.steps.handed_on(source)
+        kind = variant if own is cfg else method.variant(own)
+        made = job.methods[key] = kind(site, own.at(source), adapter)  # patterns name what is targeted
         if source != key:
             made.named, made.along = source, key in job.along
     everywhere = ghosts(job) if job.absent else job.sites
@@ -95,6 +99,8 @@ def match(job: Any) -> dict[str, Verdict]:
             verdict = matcher(key)
         else:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
+        if job.steps is not None and matcher is not None:
+            verdict = job.steps.verdict(key, verdict)
         if key in job.followers and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
@@ -104,7 +110,9 @@ def match(job: Any) -> dict[str, Verdict]:
             report.skipped.append(Skipped(key, kind_of(module), verdict.why))
         elif not module._modules:
             report.untargeted[kind_of(module)] += 1
-    for key in [key for key, site in job.sites.items() if site.op.opaque]:
+    if job.steps is not None:
+        job.steps.modules()
+    for key in [key for key, site in job.sites.items() if site.op.opaque and site.path == key]:
         site = job.sites.pop(key)
         for path in (f"{key}.{child}" for child in children_of(site.module)):
             job.sites[path] = site_of(path, tree.modules[path], tree)
@@ -340,6 +348,8 @@ def report_on(
 
 def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
     targets = cfg.target_modules
+    if any(v.outcome == "left" for v in outcomes.values()):
+        return f"The {len(outcomes)} modules of the model, of which the config targets some, were all {WHY['left']}."
     left = any(v.outcome in ("untargeted", "layer") for v in outcomes.values())
     if excluded and not left:
         return (

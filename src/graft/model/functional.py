@@ -15,13 +15,12 @@ from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import ACTIVE
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
-from graft.inject.match import Matcher
 from graft.inject.parts import gate_of
 from graft.inject.survey import Wrapper, survey
 from graft.io.save import registry_of
-from graft.model.loading import widen
+from graft.model.loading import cast_adapter_dtype as cast_adapter_dtype
 from graft.model.registry import Registry
-from graft.model.tuner import Tuner
+from graft.model.tuner import Tuner, targets_of
 
 
 def registry_in(model: Any) -> Registry | None:
@@ -123,16 +122,6 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
             part.set_requires_grad(names, requires_grad)
 
 
-def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
-    if not autocast_adapter_dtype:
-        return
-    layers = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
-    if layers:
-        with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
-            widen(layers, adapter_name)
-
-
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Multiply the scaling of all adapters by `multiplier` within the block.
@@ -193,10 +182,10 @@ def calling(model: nn.Module) -> AbstractContextManager[Any]:
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """Return the paths of modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
-    matcher = Matcher(tuner.peft_config[adapter_name])
+    targets = targets_of(tuner, tuner.peft_config[adapter_name])
     paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
     for key in survey(tuner.model).modules:
-        paths["matched" if matcher(key).outcome == "matched" else "unmatched"].append(key)
+        paths["matched" if targets(key) else "unmatched"].append(key)
     return paths
 
 

@@ -17,10 +17,12 @@ from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
+from graft.inject.steps import Steps
 from graft.inject.survey import Tree
 from graft.io.base import original
 from graft.methods import ROWS, method_of
 from graft.model.merging import MergingRegistry
+from graft.model.tuner_type import replaced
 
 
 class LayerRegistry(MergingRegistry):
@@ -30,6 +32,7 @@ class LayerRegistry(MergingRegistry):
     """
 
     method: type[Method]
+    steps: Steps | None = None  # of the injection under way, if some were replaced
     several = "use model.base_model.set_adapter([...]) to activate several"
 
     def __init__(self, holder: nn.Module, model: nn.Module, method: type[Method] | None, tree: Tree | None = None):
@@ -91,6 +94,7 @@ class LayerRegistry(MergingRegistry):
             self.close(None)  # the base's biases get the values of the file
         tree, self.tree, disabled = self.tree, None, self.switched_off
         method = self.method_for(config)
+        theirs = replaced(self.holder, method)
         done = inject(
             self.model,
             config,
@@ -102,6 +106,7 @@ class LayerRegistry(MergingRegistry):
             tree=tree,
             mixed=self.mixed,
             close=self.close,
+            steps=Steps(self.holder, theirs) if theirs else None,
             **options,
         )
         for name, container in self.shared.modules().items():

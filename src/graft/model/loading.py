@@ -18,6 +18,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.place import place
 from graft.inject.build import put
 from graft.inject.parts import registry_of
+from graft.inject.survey import survey
 from graft.io import files
 from graft.io.layouts import Layout
 from graft.io.load import Values
@@ -141,3 +142,13 @@ def let_train(model: Any, adapter: str, is_trainable: bool, new: bool = True) ->
                 PeftWarning,
             )
         model.eval()
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
+    if not autocast_adapter_dtype:
+        return
+    layers = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
+    if layers:
+        with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
+            widen(layers, adapter_name)

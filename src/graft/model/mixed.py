@@ -13,7 +13,8 @@ from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of
 from graft.methods import METHODS
 from graft.model.peft_model import PeftModel
-from graft.model.tuner import Tuner
+from graft.model.tuner import Tuner, tuner_of
+from graft.model.tuner_type import step
 
 
 class MixedModel(Tuner):
@@ -24,6 +25,11 @@ class MixedModel(Tuner):
     """
 
     _method = None
+
+    @step
+    def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Do what the tuner class of the config's method does."""
+        tuner_of(peft_config.peft_type)._create_and_replace(self, peft_config, *args, **kwargs)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any

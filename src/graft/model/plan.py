@@ -20,6 +20,7 @@ from graft.inject.survey import kind_of, site_of
 from graft.methods import method_of
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.model.prompts import Prompts
+from graft.model.tuner import steps_for
 
 
 def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> InjectReport:
@@ -40,7 +41,7 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
             return Prompts.plan(model, config, adapter_name)
         if not hasattr(config, "target_modules"):
             raise ConfigError(f"{config.peft_type.value} adapts no layers itself: plan its experts, one by one.")
-        made = Injection(model, config, method, adapter_name)
+        made = Injection(model, config, method, adapter_name, steps=steps_for(model, config))
         with made.restructured(keep=False):
             return _plan(made.find(), method, adapter_name)
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, wraps
+from collections.abc import Callable, Sequence
+from functools import cache, partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -15,12 +15,13 @@ from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.run import Run
 from graft.inject.match import Matcher
-from graft.inject.parts import HOLDER, registry_of
+from graft.inject.parts import HOLDER, registry_of, unwrapped
+from graft.inject.steps import Steps
 from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.layer_registry import LayerRegistry
-from graft.model.loading import fill
-from graft.model.tuner_type import TunerType
+from graft.model.loading import cast_adapter_dtype, fill
+from graft.model.tuner_type import INTERNALS, TunerType, not_here, replaced, step
 from graft.model.watch import tell_once
 
 
@@ -53,9 +54,7 @@ class Tuner(nn.Module, metaclass=TunerType):
                     f"{list(peft_config)}: pass one, then add_adapter() the others."
                 )
             peft_config = peft_config[adapter_name]
-        registry = self._registry_for(model, tree)
-        self.__dict__[HOLDER] = registry
-        self.model = model
+        registry = begin(self, model, tree)
         values = options.get("values")
         if values is not None and any(adapter_name in part.adapters for part in registry.carriers()):
             fill(self, values, False, autocast_adapter_dtype)  # transformers has loaded it into the model
@@ -75,6 +74,8 @@ class Tuner(nn.Module, metaclass=TunerType):
         except AttributeError:
             if name == "model" or name.startswith("__"):
                 raise
+            if name in INTERNALS:
+                raise AttributeError(not_here(name, type(self).__name__)) from None
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +83,49 @@ class Tuner(nn.Module, metaclass=TunerType):
         own = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
         with registry.calling("forward"), registry.acting(Run(args, kwargs, own)) as finish:
             return finish(self.model(*args, **kwargs))
+
+    # steps of an injection: their originals, which `inject/steps.py` describes
+
+    @step
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str | None = None,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Note that the injection under way adapts a module, or a parameter of it, with this config."""
+        steps = steps_under_way(self, "_create_and_replace")
+        steps.note(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+
+    @step
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+    ) -> list[str]:
+        """Adapt the parameters that `target_parameters` names; return their paths."""
+        return steps_under_way(self, "_inject_parameters").search(peft_config)[0]
+
+    @staticmethod
+    @step
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        """Say whether a config targets the module at path `key`."""
+        return Matcher(peft_config)(key).outcome == "matched"
+
+    @step
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
+        steps = registry_of(self).steps
+        if steps is None:
+            cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
+        else:
+            steps.cast = autocast_adapter_dtype
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Do nothing: an injection refuses what it cannot adapt once it knows all of that."""
 
     # PEFT's names for the registry's methods
 
@@ -198,6 +242,46 @@ class Tuner(nn.Module, metaclass=TunerType):
         return "" if self._method is None else self._method.prefix
 
 
+def begin(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> LayerRegistry:
+    """Put a tuner around a model, which stays as it is; return the tuner's registry."""
+    registry = tuner.__dict__[HOLDER] = tuner._registry_for(model, tree)
+    tuner.model = model
+    return registry
+
+
+def steps_for(model: nn.Module, config: Any) -> Steps | None:
+    """Return the replaced steps that an injection into a model, with or without adapters, would ask; None for none."""
+    method, registry = method_of(config.peft_type), registry_of(unwrapped(model))
+    if registry is None:
+        tuner = Tuner.__new__(tuner_of(config.peft_type))
+        nn.Module.__init__(tuner)
+    else:
+        tuner = registry.holder
+    theirs = replaced(tuner, method)
+    if theirs and registry is None:
+        begin(tuner, model)
+    return Steps(tuner, theirs) if theirs else None
+
+
+def targets_of(tuner: Tuner, config: Any) -> Callable[[str], Any]:
+    """Return the function that says of a path whether a config targets it: graft's, or one that has replaced it."""
+    theirs = "_check_target_module_exists" in replaced(tuner, None)
+    check = partial(tuner._check_target_module_exists, config)
+    matcher = Matcher(config)
+    return check if theirs else lambda path: matcher(path).outcome == "matched"
+
+
+def steps_under_way(tuner: Tuner, step: str) -> Any:
+    """Return the Steps of the injection under way."""
+    steps = registry_of(tuner).steps
+    if steps is None:
+        raise RuntimeError(
+            f"{type(tuner).__name__}.{step} makes no layer by itself: called by a replacement of a step, it tells the "
+            "injection under way what to adapt. Call add_adapter() with a config that names the layer."
+        )
+    return steps
+
+
 def tuner_of(peft_type: str) -> Any:
     """Return the Tuner subclass of a peft_type, under PEFT's name for it; for a prompt method, the encoder's class."""
     name = getattr(peft_type, "value", peft_type)
@@ -225,6 +309,7 @@ def _tuner_class(name: str) -> type[Tuner]:
     members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
     own = method.tuner_methods | {"add_weighted_adapter": weighted.function_for(name)}
     members |= {key: for_tuner(value) for key, value in own.items()}
+    members["_create_and_replace"] = Tuner._create_and_replace  # each has its own, to be replaced for its method alone
     return type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)
 
 
@@ -274,9 +359,8 @@ def inject_adapter_in_model(
 def compare_targets(tuner: Tuner, config: Any, adapter_name: str) -> None:
     if config.target_modules is None:
         return
-    matcher = Matcher(config)
-    tree = survey(tuner.model)
-    wanted = {k for k in tree.modules if matcher(k).outcome == "matched"}
+    targets = targets_of(tuner, config)
+    wanted = {k for k in survey(tuner.model).modules if targets(k)}
     have = set(registry_of(tuner).layers)
     if wanted == have:
         return

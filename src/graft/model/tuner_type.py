@@ -1,33 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class of tuner classes, which says what a patch or a subclass written for PEFT's tuners would be here: nothing.
+"""The class of tuner classes, which says what a patch or a subclass written for PEFT's tuners would be here.
 
-PEFT's tuners make layers one by one in methods that subclasses override and other packages replace. graft's tuners have
-no such methods: an override would never run. Defining a class with one is no error, as packages do so on import.
+PEFT's tuners make layers one by one in methods that subclasses override and other packages replace. Of these graft's
+tuners have the steps that an injection asks if they were replaced; any other would never run. Defining a class with an
+override is no error, as packages do so on import.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 NAMES = (  # methods of PEFT's tuners that make layers, which graft's do not have
-    "_cast_adapter_dtype _check_new_adapter_config _check_target_module_exists _create_and_replace "
-    "_create_and_replace_parameter _create_new_module _get_adapter_state_dict _inject_parameters "
+    "_check_new_adapter_config _create_and_replace_parameter _create_new_module _get_adapter_state_dict "
     "_mark_only_adapters_as_trainable _prepare_adapter_config _prepare_model _remap_adapter_state_dict_for_load "
     "_replace_module _unload_and_optionally_merge"
 )
 INTERNALS = frozenset(NAMES.split())
+STEPS: dict[str, list[Any]] = {}  # steps of an injection: graft's own functions, by name
+OF_METHODS: dict[Any, type] = {}  # tuner classes by method; None: that of any
+OVERRIDES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()  # in the bodies of classes of others
 INSTEAD = (
     "graft.plan() shows what an adapter is put on; for new mathematics write a graft.Method, for a new layer type an "
     "Op (docs/architecture.md); for a tuner written for PEFT use PEFT itself"
 )
 
 
+def step(function: Any) -> Any:
+    """Mark a function of a tuner as graft's own form of a step that other packages may replace."""
+    STEPS.setdefault(function.__name__, []).append(function)
+    return function
+
+
+def replaced(tuner: Any, method: Any) -> list[str]:
+    """Return the names of the steps that were replaced on a tuner, its class, or the class for a method."""
+    classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
+    return [n for n, own in STEPS.items() if n in tuner.__dict__ or any(getattr(c, n) not in own for c in classes)]
+
+
+def not_here(name: str, holder: str) -> str:
+    return f"{holder}.{name} is not in graft, which makes layers in other ways: {INSTEAD}."
+
+
 class TunerType(type):
     """The metaclass of tuners."""
 
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any):
+        cls = super().__new__(mcs, name, bases, namespace, **options)
+        held = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
+        OVERRIDES[cls] = frozenset(n for n, f in held.items() if n in INTERNALS or f not in STEPS.get(n, [f]))
+        if "_method" in namespace:
+            OF_METHODS[namespace["_method"]] = cls
+        return cls
+
     def __getattr__(cls, name: str) -> Any:
         if name in INTERNALS:
-            raise AttributeError(f"{cls.__name__}.{name} is not in graft, which makes layers in other ways: {INSTEAD}.")
+            raise AttributeError(not_here(name, cls.__name__))
         raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")
 
     def __setattr__(cls, name: str, value: Any) -> None:
@@ -38,7 +66,7 @@ class TunerType(type):
         super().__setattr__(name, value)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        overridden = sorted({name for c in cls.__mro__ for name in INTERNALS & c.__dict__.keys()})
+        overridden = sorted({name for c in cls.__mro__ for name in OVERRIDES.get(c, ())})
         if overridden:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(overridden)}, which graft never calls: it would not do what it "

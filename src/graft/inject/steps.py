@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of an injection that are methods of the tuner's class, which other packages replace by their own.
+
+An injection asks a step only if it was replaced, before anything is built. A replacement decides by what it hands on to
+the original: that notes what to adapt, and with which config. Graft makes the layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError
+from graft.core.site import Site
+from graft.inject.match import Verdict, unmatched
+from graft.inject.parameters import Idle, parameter_target, search_parameters
+from graft.inject.parts import registry_of
+from graft.inject.report import Skipped
+from graft.inject.survey import kind_of, site_of
+from graft.storage import innermost
+
+CHECK, CREATE, PARAMETERS, CAST = (
+    "_check_target_module_exists",
+    "_create_and_replace",
+    "_inject_parameters",
+    "_cast_adapter_dtype",
+)
+
+
+class Noted(NamedTuple):
+    target: str  # path by which the config's patterns name it
+    cfg: Any  # the config as handed on
+
+
+class Steps:
+    """The replaced steps of one injection. replaced: their names."""
+
+    job: Any  # the Injection
+
+    def __init__(self, tuner: Any, replaced: list[str]):
+        self.tuner, self.replaced = tuner, replaced
+        self.target = ""  # the path that is being asked for
+        self.asked: list[str] = []
+        self.noted: dict[str, Noted] = {}  # by key of the site
+        self.refused: Exception | None = None
+        self.cast = False
+
+    @contextmanager
+    def asking(self, job: Any) -> Iterator[None]:
+        """Let the block ask; put back modules that a replacement has changed if it raises."""
+        self.job, self.before, self.paths = job, copy.copy(job.cfg), paths_of(job.tree)
+        held = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
+        registry = registry_of(self.tuner)
+        configs = dict(registry.peft_config)
+        registry.peft_config[job.adapter], registry.steps = job.cfg, self
+        try:
+            yield
+            if CAST in self.replaced:
+                self._ask(CAST, adapter_name=job.adapter, autocast_adapter_dtype=job.upcast)
+                job.upcast = self.cast
+            self._check_intact(held)
+        except BaseException:
+            for parent, name, module in held:
+                parent._modules[name] = module
+            raise
+        finally:
+            registry.steps = None
+            if job.adapter in configs:
+                registry.peft_config[job.adapter] = configs[job.adapter]
+            else:
+                del registry.peft_config[job.adapter]
+
+    def _ask(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        answer = getattr(self.tuner, step)(*args, **kwargs)
+        if self.refused is not None:  # whatever the replacement has made of the error
+            raise self.refused
+        return answer
+
+    def of(self, step: str) -> str:
+        """Return a replaced step as texts show it."""
+        now = getattr(self.tuner, step)
+        name = getattr(now, "__qualname__", repr(now))
+        return f"{type(self.tuner).__name__}.{step}, replaced by {getattr(now, '__module__', '')}.{name}"
+
+    def all_of(self) -> str:
+        return " and ".join(map(self.of, self.replaced))
+
+    def _check_intact(self, held: Iterable[tuple[nn.Module, str, nn.Module | None]]) -> None:
+        """Raise UnsupportedLayerError if a place holds another module than it did."""
+        for parent, name, module in held:
+            if (now := parent._modules.get(name)) is not module:
+                raise UnsupportedLayerError(
+                    f"{self.all_of()}, put a {type(now).__name__} in the place of '{self.paths.get(module, name)}': "
+                    f"graft makes the layers of adapter '{self.job.adapter}' itself, of what a step hands on to the "
+                    "original. For another layer type write an Op, for other mathematics a graft.Method "
+                    "(docs/architecture.md)."
+                )
+
+    # modules
+
+    def verdict(self, path: str, own: Verdict) -> Verdict:
+        """Return a config's verdict about a path, as the replaced check has it."""
+        if CHECK not in self.replaced:
+            return own
+        answer = self._ask(CHECK, self.job.cfg, path)
+        if bool(answer) == (own.outcome == "matched"):
+            return own
+        return Verdict("matched", own.entry or path) if answer else Verdict("left", own.entry)
+
+    def modules(self) -> None:
+        """Make `sites` of an injection those of what the replaced step adapts for its targets."""
+        if CREATE not in self.replaced:
+            return
+        targets, self.job.sites = self.job.sites, {}
+        for path in targets:
+            self._create(path)
+
+    def followers(self) -> None:
+        """Have modules follow the embedding to which they are tied only if the replaced step adapts them."""
+        if CREATE not in self.replaced:
+            return
+        job = self.job
+        for path in [k for k, source in job.followers.items() if source in job.sites]:
+            before = dict(self.noted)
+            self._create(path)
+            new = self.noted.keys() - before.keys()
+            if new - {path}:
+                raise UnsupportedLayerError(
+                    f"{self.of(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to '{job.followers[path]}' "
+                    f"and has its tensors: leave ensure_weight_tying off in the config of adapter '{job.adapter}'."
+                )
+            del (job.sites if new else job.followers)[path]
+        if self.asked and not self.noted:
+            raise NoMatchingPeftModuleError(
+                f"Adapter '{job.adapter}' adapts nothing: {self.of(CREATE)}, left out all {len(self.asked)} targets, "
+                f"such as '{self.asked[0]}'. Name others in target_modules, or restore the step."
+            )
+
+    def _create(self, path: str, parameter: str | None = None, key: str | None = None, cfg: Any = None) -> None:
+        """Ask what to adapt for a target: a module, or one of its parameters, at the path `key`."""
+        job, self.target = self.job, key or path
+        (parent, name), module, count = job.tree.places[path], job.tree.modules[path], len(self.noted)
+        options = {} if parameter is None else {"parameter_name": parameter}
+        self.asked.append(self.target)
+        held = parent._modules[name]
+        self._ask(CREATE, cfg or job.cfg, job.adapter, module, name, parent, current_key=self.target, **options)
+        self._check_intact([(parent, name, held)])
+        if len(self.noted) == count:
+            kind = kind_of(module) if parameter is None else "Parameter"
+            job.report.skipped.append(Skipped(self.target, kind, f"left out by {self.of(CREATE)}"))
+
+    # parameters
+
+    def parameters(self, job: Any) -> tuple[dict[str, Site], Idle]:
+        """Return what `parameters_of` does, as the steps have it."""
+        before = set(self.noted)
+        if PARAMETERS in self.replaced:
+            names = {"peft_config": job.cfg, "model": job.model, "adapter_name": job.adapter}
+            self._ask(PARAMETERS, **names, low_cpu_mem_usage=job.on_meta)
+            idle = {} if len(self.noted) > len(before) else unmatched(job.cfg.target_parameters, set(), ())
+        else:
+            idle = self.search(job.cfg)[1]
+        return {key: job.sites[key] for key in self.noted if key not in before}, idle
+
+    def search(self, cfg: Any) -> tuple[list[str], Idle]:
+        """Adapt the parameters that a config names; return their paths, and the entries that name none."""
+        found, idle = search_parameters(self.job, cfg)
+        for key, path, name in found:
+            self._create(path, name, key, cfg)
+        return [key for key, *_ in found], idle
+
+    # what the originals do
+
+    def note(
+        self, cfg: Any, adapter: str, target: Any, name: str, parent: Any, key: str | None, parameter: str | None
+    ) -> None:
+        """Note what a call of the original adapts, and with which config.
+
+        Raises:
+            UnsupportedLayerError: that is nothing which this injection could adapt, or has been noted before.
+        """
+        try:
+            self._note(cfg, adapter, target, (parent, name), key or self.target, parameter)
+        except Exception as e:
+            self.refused = e
+            raise
+
+    def _note(
+        self, cfg: Any, adapter: str, target: Any, place: tuple[Any, str], key: str, parameter: str | None
+    ) -> None:
+        job = self.job
+        tree, path = job.tree, self.paths.get(target) if isinstance(target, nn.Module) else None
+        why = None
+        if adapter != job.adapter:
+            why = f"adapter '{adapter}' instead of '{job.adapter}', which is being injected"
+        elif not isinstance(cfg, job.method.config):
+            why = f"a {type(cfg).__name__} instead of the adapter's {job.method.config.__name__}, or a copy of it"
+        elif path is None:
+            why = f"a {type(target).__name__} that is no module of the model"
+        elif tree.places[path] != place and self.paths.get(place[0]) != path:  # the second: within its own layers
+            why = f"'{path}', and places it as '{place[1]}' of a {type(place[0]).__name__}, where it is not"
+        if why is None:
+            module = tree.modules[path]
+            if parameter is None:
+                site_key, site = path, site_of(path, module, tree)
+            else:
+                site_key, site = parameter_target(job, path, parameter)
+            if site_key in self.noted:
+                why = f"'{site_key}' twice: for '{self.noted[site_key].target}' already"
+        if why is not None:
+            raise UnsupportedLayerError(
+                f"For '{self.target}' {self.all_of()}, hands on {why}. Hand on the target, or "
+                "another module of the model with its parent and its name there, each once; or nothing, to leave the "
+                "target out."
+            )
+        job.sites[site_key] = site
+        self.noted[site_key] = Noted(key, job.cfg if cfg == self.before else copy.copy(cfg))
+
+    def handed_on(self, key: str) -> tuple[Any, str]:
+        """Return the config handed on for a site, and the path by which its patterns name it."""
+        noted = self.noted.get(key)
+        return (self.job.cfg, key) if noted is None else (noted.cfg, noted.target)
+
+
+def paths_of(tree: Any) -> dict[nn.Module, str]:
+    """Return the path of each module that a survey shows; of those around and within layers of parameters, too."""
+    paths = dict(tree.paths)
+    for (parent, name), base in tree.vacant:
+        paths[parent._modules[name]] = paths[base]
+    for path, nest in tree.nests.items():
+        paths |= dict.fromkeys((*nest, innermost(tree.modules[path])), path)
+    return paths

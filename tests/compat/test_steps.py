@@ -213,6 +213,27 @@ def test_a_changed_config(both):
     assert ranks == {"k": 3, "v": 5} and ours.peft_config["default"].r == 8
 
 
+def test_a_config_changed_for_good(both):
+    """Targets before the change have the config as it was."""
+
+    def make(cls, lib):
+        original = cls._create_and_replace
+
+        def create_and_replace(self, config, adapter, target, *args, **options):
+            if isinstance(target, Odd):
+                original(self, config, adapter, target, *args, **options)
+                config.r = 3
+            else:
+                original(self, config, adapter, target, *args, **options)
+
+        return create_and_replace
+
+    both("_create_and_replace", make)
+    _, ours = same_shapes(LINEAR)
+    assert [layer.r["default"] for layer in ours._registry.layers.values()] == [8, 3, 3, 3]
+    assert ours.peft_config["default"].r == 3
+
+
 def test_dora_on_some_layers(both):
     def make(cls, lib):
         original = cls._create_and_replace

@@ -353,6 +353,8 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             y = plan.run(*args, **kwargs)
         return y if back is None else back(y)
 
+    _own_forward = forward  # whatever other packages put in the place of the other
+
     def mix_of(self, rows: Any) -> Mixed:
         """Return the layer's plans for a batch with these rows."""
         state = self.state
@@ -427,9 +429,11 @@ class ParameterLayer(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return super().forward(*args, **kwargs)
+            return super()._own_forward(*args, **kwargs)
         with SWAPS.it:
-            return super().forward(*args, **kwargs)
+            return super()._own_forward(*args, **kwargs)
+
+    _own_forward = forward
 
     def __getattr__(self, name: str) -> Any:
         """Return what the adapters make of the parameter, where modules around ask for it."""

@@ -14,7 +14,7 @@ a merge that only adds products keeps their factors and subtracts them again, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -215,6 +215,15 @@ def check_finite(chosen: Mapping[Any, Sequence[str]]) -> None:
     broken = [layer for (_, users), x in zip(held.values(), sizes) if not math.isfinite(x) for layer in users]
     for layer in dict.fromkeys(broken):
         check(layer, chosen[layer], safe=True, undoable=False)
+
+
+def theirs(layer: Any, name: str) -> Callable[..., Any] | None:
+    """Return what has replaced a method of a layer: on itself, or on PEFT's class of its kind; None if nothing has."""
+    own, now = getattr(type(layer), name), getattr(layer, name)
+    if getattr(now, "__func__", None) is not own:
+        return now  # type: ignore[no-any-return]
+    find = getattr(own, "find", None)
+    return None if find is None or find(layer) is None else now
 
 
 def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:

@@ -298,6 +298,12 @@ class Method:
     # facts
 
     @property
+    def is_variant(self) -> bool:
+        """Say whether the class is one that a method chooses by its config, and not the method's own."""
+        own = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
+        return own not in (type(self), Method)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the adapter computes: that of its first tensor."""
         first: Tensor = self.layer.first_tensor(self.name)

@@ -6,15 +6,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graft.core.changes import why_none
 from graft.core.effect import LowRank, Update
-from graft.core.errors import AdapterNotFoundError, PeftWarning, warn
+from graft.core.errors import AdapterNotFoundError, PeftWarning, RoutingError, warn
 from graft.core.face import Layer
 from graft.core.folding import delta_of, evaluating
+from graft.core.method import Method
 
 ACTIVATE = "set_adapter() activates adapters"
+
+
+class Variant:
+    """An adapter that adds another thing than scaling · B A dropout(x), as a forward for PEFT's layers runs it."""
+
+    def __init__(self, method: Method):
+        self.method = method
+
+    def forward(self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Return `result`, the output of a layer for x, with the adapter."""
+        y: Tensor = module.plan_for((active_adapter,)).over(x, result)
+        return y
+
+    def supports_lora_conversion(self) -> bool:
+        return why_none(self.method) is None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"A variant has no '{name}' in graft, whose layers merge() and unmerge() adapters.")
 
 
 class Shown(list[str]):
@@ -149,6 +169,31 @@ class PeftNames:
     @property
     def other_param_names(self: Any) -> tuple[str, ...]:
         return tuple(k for k in self.containers if k not in self.adapter_layer_names)
+
+    # what a forward written for PEFT's layers uses
+
+    @property
+    def lora_variant(self: Layer) -> dict[str, Variant]:
+        """The adapters whose forward is another than plain LoRA's."""
+        return {name: Variant(m) for name, m in self.methods.items() if m.is_variant}
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: names of rows are checked where the model is called."""
+
+    def _cast_input_dtype(self: Layer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
+
+    def _mixed_batch_forward(
+        self: Any, x: Tensor, *args: Any, adapter_names: Any = None, alora_offsets: Any = None, **kwargs: Any
+    ) -> Any:
+        """Run the layer as graft does, in a mixed batch or not: which adapters act on which rows, the call knows.
+
+        Raises:
+            RoutingError: it knows of none.
+        """
+        if adapter_names is not None and not (self.call.open and self.call.current()):
+            raise RoutingError(f"adapter_names for layer '{self.site.key}' alone: pass them to the PeftModel.")
+        return self._own_forward(x, *args, **kwargs)
 
     # scaling
 

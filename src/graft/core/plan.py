@@ -34,6 +34,13 @@ class Plan:
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def over(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y, the output for x of what is beneath them, with the steps on it: of a plan of one adapter."""
+        raise NotImplementedError(
+            f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output: call the "
+            "original forward in its place."
+        )
+
     def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that acts as base and (first n) adapters together."""
         for m, effect in self.steps[:n]:
@@ -91,6 +98,9 @@ class Sum(Plan):
             y = add(self.layer, m, effect, x, y, fuse)
         return y.to(dtype)
 
+    def over(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.add(x, y, False)
+
     def gated(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y with the parts of all steps, weighed by the gates of the call."""
         dtype, gates = y.dtype, self.layer.call.weights()
@@ -121,6 +131,12 @@ class Chain(Plan):
             return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
         m, effect = self.steps[n - 1]
         return self.ways[n - 1](self, n - 1, m, effect, x, args, kwargs)
+
+    def over(self, x: Tensor, y: Tensor) -> Tensor:
+        m, effect = self.steps[0]
+        if not (isinstance(effect, LowRank) and effect.gains):
+            return super().over(x, y)
+        return _gained(self, 0, m, effect.factors(), x, y, lambda inner: self.through(0, inner, (), {}), False)
 
     # what a layer of which a process computes a piece does in another way
 
@@ -185,22 +201,33 @@ def _add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: Any, k
 
 
 def _gain(plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Return b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself."""
-    layer, op = plan.layer, plan.layer.op
-    f = effect.factors()
+    layer, f = plan.layer, effect.factors()
     fuse = n == 0 and layer.may_fuse
     if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
         joined = fused.joined(layer, f, x)
         if joined is not None:
             return joined
+    y = plan.through(n, x, args, kwargs)
+    return _gained(plan, n, m, f, x, y, lambda inner: plan.through(n, inner, args, kwargs), fuse)
+
+
+def _gained(
+    plan: Chain, n: int, m: Method, f: Factors, x: Tensor, y: Tensor, beneath: Callable[[Tensor], Tensor], fuse: bool
+) -> Tensor:
+    """Return b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself.
+
+    Args:
+        beneath: what has made y of x.
+        fuse: a kernel may write to y.
+    """
+    op = plan.layer.op
     assert f.gain is not None
     gain = plan.channels(f.gain)
-    y = plan.through(n, x, args, kwargs)
     p = 0.0 if op.takes_ids or f.dropout is None else share_dropped(f.dropout)
     rest = None
     if p != 0:
         kept = plan.dropped(f.dropout, x)
-        product = plan.through(n, kept, args, kwargs)
+        product = beneath(kept)
         rest = y - product
         z = product + plan.low_rank(m, f._replace(dropout=None), kept)
     elif fuse and y.dtype == m.dtype:

@@ -33,7 +33,7 @@ CHECK, CREATE, PARAMETERS, CAST = (
 
 class Noted(NamedTuple):
     target: str  # path by which the config's patterns name it
-    cfg: Any  # the config as handed on
+    cfg: Any  # the config as handed on; None: the adapter's, as it was
 
 
 class Steps:
@@ -52,7 +52,7 @@ class Steps:
     @contextmanager
     def asking(self, job: Any) -> Iterator[None]:
         """Let the block ask; put back modules that a replacement has changed if it raises."""
-        self.job, self.before, self.paths = job, copy.copy(job.cfg), paths_of(job.tree)
+        self.job, self.paths = job, paths_of(job.tree)
         held = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
         registry = registry_of(self.tuner)
         configs = dict(registry.peft_config)
@@ -113,6 +113,7 @@ class Steps:
 
     def modules(self) -> None:
         """Make `sites` of an injection those of what the replaced step adapts for its targets."""
+        self.before = copy.copy(self.job.cfg)
         if CREATE not in self.replaced:
             return
         targets, self.job.sites = self.job.sites, {}
@@ -218,12 +219,13 @@ class Steps:
                 "target out."
             )
         job.sites[site_key] = site
-        self.noted[site_key] = Noted(key, job.cfg if cfg == self.before else copy.copy(cfg))
+        self.noted[site_key] = Noted(key, None if cfg == self.before else copy.copy(cfg))
 
     def handed_on(self, key: str) -> tuple[Any, str]:
         """Return the config handed on for a site, and the path by which its patterns name it."""
-        noted = self.noted.get(key)
-        return (self.job.cfg, key) if noted is None else (noted.cfg, noted.target)
+        target, cfg = self.noted.get(key, Noted(key, None))
+        own = self.job.cfg if self.job.cfg == self.before else self.before  # a replacement may have changed it since
+        return own if cfg is None else cfg, target
 
 
 def paths_of(tree: Any) -> dict[nn.Module, str]:

@@ -64,9 +64,11 @@ class MergingRegistry(Registry):
         if not names:
             return
         asked: merging.Asked = set()
-        for layer, here in chosen.items():
+        replaced = {layer: f for layer in chosen if (f := merging.theirs(layer, "merge")) is not None}
+        own = {layer: here for layer, here in chosen.items() if layer not in replaced}
+        for layer, here in own.items():
             merging.check(layer, here, safe_merge, undoable, asked)
-        merging.check_finite(chosen)
+        merging.check_finite(own)
         left = {
             layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
             for layer in (chosen if undoable else layers)
@@ -76,7 +78,17 @@ class MergingRegistry(Registry):
             if undoable:
                 until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
             warn(f"Active adapters {silent} are not merged: {until}.")
-        steps: Any = chosen.items()
+        before = {layer: list(layer.state.merged) for layer in replaced}
+        try:
+            for layer, merge in replaced.items():  # first, as these may raise
+                merge(safe_merge=safe_merge, adapter_names=chosen[layer])
+        except BaseException:
+            for layer, merged in before.items():
+                if layer.state.merged != merged:
+                    merging.unmerge(layer)
+                    layer.merge_checked(merged, True) if merged else layer.changed()
+            raise
+        steps: Any = own.items()
         if progress:
             from tqdm import tqdm
 

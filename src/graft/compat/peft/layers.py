@@ -3,20 +3,23 @@
 
 Other packages derive classes from these when they are imported, whether or not they use them later. A derived class
 can be defined; to make an instance of it is an error that says what to do instead, and so is setting an attribute.
+Three methods can be replaced: `forward`, `merge` and `unmerge`. Only then do graft's layers look for replacements.
 """
 
 from __future__ import annotations
 
 from abc import ABC, ABCMeta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from graft.compat.peft.names import OF_STORES
-from graft.core.layer import AdapterLayer
+from graft.core.call import Call
+from graft.core.layer import AdapterLayer, ParameterLayer
 from graft.core.method import Method
 from graft.core.ops import OPS
+from graft.core.rows import BASE
 from graft.inject.saved import ModulesToSaveWrapper
 from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods import METHODS, method_of
@@ -31,6 +34,7 @@ OF_LORA = {WRAPPER: WRAPPER, "LoraParallelLinear": "LoraParallelLinear", "_LoraP
 KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
 
+REPLACEABLE = ("forward", "merge", "unmerge")
 INSTEAD = "write a graft.Method for new mathematics, an Op for a new layer type"
 
 
@@ -78,6 +82,10 @@ class _LayerType(ABCMeta):
         )
 
     def __setattr__(cls, name: str, value: Any) -> None:
+        if name in REPLACEABLE and not cls.derived:
+            super().__setattr__(name, value)
+            substitute(cls, name, value)
+            return
         if not (name.startswith(("__", "_abc")) or cls.derived):
             own = "AdapterLayer" if cls.method is None else cls.method.__name__
             raise AttributeError(
@@ -85,6 +93,51 @@ class _LayerType(ABCMeta):
                 f"mathematics is {own}; {INSTEAD}."
             )
         super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        super().__delattr__(name)
+        if name in REPLACEABLE and not cls.derived:
+            substitute(cls, name, OWN[name])
+
+
+def substitute(cls: type, name: str, value: Any) -> None:
+    """Have graft's layers ask for a replacement of a method as long as some class has one; `value` is the newest."""
+    theirs = REPLACED.setdefault(name, [])
+    theirs[:] = [c for c in theirs if c is not cls]
+    if value is not OWN[name]:
+        theirs.insert(0, cls)
+    for kind, own in GRAFTS[name].items():
+        setattr(kind, name, asking(name) if theirs else own)
+
+
+def asking(name: str) -> Any:
+    """Return the form of a layer's method that looks for a replacement."""
+
+    def run(self: AdapterLayer, *args: Any, **kwargs: Any) -> Any:
+        theirs = run.find(self)  # type: ignore[attr-defined]
+        if theirs is None:
+            return OWN[name](self, *args, **kwargs)
+        if name == "forward" and self.call.open and (names := names_of_rows(self.call)):
+            kwargs["adapter_names"] = names
+        return theirs(self, *args, **kwargs)
+
+    run.find = partial(find, name)  # type: ignore[attr-defined]
+    return run
+
+
+def find(name: str, layer: AdapterLayer) -> Any:
+    """Return the function that has replaced a method of layers of this kind; None if none has."""
+    if name == "forward" and layer.call.open and layer.call.weights() is not None:  # PEFT's mixtures do not call it
+        return None
+    return next((vars(cls)[name] for cls in REPLACED[name] if cls.__instancecheck__(layer)), None)
+
+
+def names_of_rows(call: Call) -> list[str] | None:
+    """Return the adapter of each row of the mixed batch that runs, as PEFT hands it to layers; None in none."""
+    rows = call.current()
+    groups = {} if rows is None else rows.groups
+    named = {row: BASE if name is None else name for name, group in groups.items() for row in group}
+    return [named[row] for row in sorted(named)] or None
 
 
 def kind_of(layer: AdapterLayer) -> str:
@@ -129,6 +182,22 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
 
     method = None
     kind = None
+
+    # the originals, for those who replace them
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._mixed_batch_forward(x, *args, **kwargs)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        GRAFTS["merge"][AdapterLayer](self, *args, **kwargs)
+
+    def unmerge(self) -> None:
+        GRAFTS["unmerge"][AdapterLayer](self)
+
+
+OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
+GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParameterLayer)} for name in REPLACEABLE}
+REPLACED: dict[str, list[type]] = {}  # classes on which clients have replaced a method, the last first
 
 
 @cache

@@ -435,6 +435,10 @@ class ParameterLayer(AdapterLayer):
 
     _own_forward = forward
 
+    def get_param(self) -> nn.Parameter:
+        """Return the parameter itself, without what adapters do."""
+        return getattr(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
+
     def __getattr__(self, name: str) -> Any:
         """Return what the adapters make of the parameter, where modules around ask for it."""
         site = self.__dict__.get("site")

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from graft.core.changes import why_none
 from graft.core.effect import LowRank, Update
-from graft.core.errors import AdapterNotFoundError, PeftWarning, RoutingError, warn
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.face import Layer
 from graft.core.folding import delta_of, evaluating
+from graft.core.gate import changes, everything
+from graft.core.merging import lifted
 from graft.core.method import Method
+from graft.core.place import Exact, moved
 
 ACTIVATE = "set_adapter() activates adapters"
 
@@ -194,6 +197,40 @@ class PeftNames:
         if adapter_names is not None and not (self.call.open and self.call.current()):
             raise RoutingError(f"adapter_names for layer '{self.site.key}' alone: pass them to the PeftModel.")
         return self._own_forward(x, *args, **kwargs)
+
+    @changes(everything)
+    def reset_lora_parameters(self: Any, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Give A and B of a LoRA adapter the values of a start again; a merge holds the new ones then.
+
+        Args:
+            init_lora_weights: True or "gaussian"; False: leave all as it is.
+
+        Raises:
+            AdapterNotFoundError: the layer does not carry the adapter.
+            ConfigError: it is none of LoRA's, or the start is one that changes more than A and B.
+        """
+        method = self.methods.get(adapter_name)
+        if method is None:
+            raise AdapterNotFoundError(f"Adapter {adapter_name} not found on layer '{self.site.key}'.")
+        if not hasattr(method, "restart"):
+            raise ConfigError(
+                f"Adapter '{adapter_name}' on layer '{self.site.key}' is {type(method).__name__}, which has no A and B "
+                "of LoRA: delete_adapter() it and add it anew."
+            )
+        with lifted(self):
+            method.restart(init_lora_weights)
+
+    def _move_adapter_to_device_of_base_layer(self: Any, adapter_name: str, device: Any = None) -> None:
+        """Put an adapter where the base weight is, or on another device; its floats get the base's dtype."""
+        if adapter_name not in self.methods:
+            return
+        there, dtype = self.where
+        for slot in self.slots(adapter_name):
+            keeps = isinstance(slot.owner, Exact) or dtype is None or not dtype.is_floating_point
+            data = slot.tensor.data
+            new = moved(data, there if device is None else torch.device(device), None if keeps else dtype, False)
+            if new is not data:
+                slot.tensor.data = new
 
     # scaling
 

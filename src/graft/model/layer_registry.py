@@ -22,6 +22,7 @@ from graft.inject.survey import Tree
 from graft.io.base import original
 from graft.methods import ROWS, method_of
 from graft.model.merging import MergingRegistry
+from graft.model.registry import configs_of
 from graft.model.tuner_type import replaced
 
 
@@ -44,7 +45,7 @@ class LayerRegistry(MergingRegistry):
         self.shared.state.call = self.call
         self.surrounding: dict[Any, type[Method]] = {}  # classes that surround runs of the model, by adapter
         self.arguments: set[str] = set()
-        self.peft_config |= getattr(model, "peft_config", None) or {}
+        self.peft_config |= configs_of(model)
         for name, config in self.peft_config.items():
             self._note(name, config)
 

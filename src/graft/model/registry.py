@@ -69,12 +69,22 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
         )
 
 
+class Configs(dict[str, Any]):
+    """The configs of a tuner's adapters, by name, which its model shows as `peft_config` as well."""
+
+
+def configs_of(model: Any) -> dict[str, Any]:
+    """Return the configs of the adapters that a model carries without a PeftModel."""
+    configs = getattr(model, "peft_config", None)
+    return {} if configs is None or isinstance(configs, Configs) else configs
+
+
 def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> None:
     """Raise AlreadyInjectedError if `model` carries adapters of another PeftModel's registry.
 
     Adapters of a model without a PeftModel stand in the model's own `peft_config`.
     """
-    registered = getattr(model, "peft_config", None) or ()
+    registered = configs_of(model)
     foreign = sorted({name for part in parts for name in part.adapters if name not in registered})
     if foreign:
         raise AlreadyInjectedError(
@@ -133,7 +143,7 @@ class Registry:
         check_registered(model, known)
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.call = known[0].call if known else Call()
-        self.peft_config, self.reports, self.active_adapters, self.states = {}, {}, [], {}
+        self.peft_config, self.reports, self.active_adapters, self.states = Configs(), {}, [], {}
         self.watched, self.trained, self.starts = set(), set(), {}
         return found
 

@@ -64,6 +64,7 @@ class Tuner(nn.Module, metaclass=TunerType):
                 adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict, **options
             )
         registry.set_adapter(adapter_name, inference_mode=registry.peft_config[adapter_name].inference_mode)
+        model.peft_config = registry.peft_config  # type: ignore[assignment]
 
     def _registry_for(self, model: nn.Module, tree: Tree | None) -> LayerRegistry:
         return LayerRegistry(self, model, self._method, tree)
@@ -351,7 +352,7 @@ def inject_adapter_in_model(
     tuner = cls(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
     if state_dict is not None:
         compare_targets(tuner, peft_config, adapter_name)
-    model.peft_config = tuner.peft_config  # type: ignore[assignment]
+    model.peft_config = dict(tuner.peft_config)  # type: ignore[assignment]
     tell_once(registry_of(tuner).carriers(), tuner.peft_config, adapter_name)
     return model
 

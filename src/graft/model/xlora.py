@@ -22,7 +22,7 @@ from graft.io.load import Values
 from graft.methods import method_of
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.layer_registry import LayerRegistry
-from graft.model.registry import check_adapter_name
+from graft.model.registry import Configs, check_adapter_name
 from graft.model.tuner import Tuner
 
 OTHERS = ("base_model.lora_model.", f"base_model.{CLASSIFIER}.")  # in PEFT's files of experts, which are not only that
@@ -92,7 +92,7 @@ class XLoraRegistry(LayerRegistry):
             report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
             if values is not None:
                 put(self.parts_of(adapter_name), adapter_name, values.of(self.parts_of(adapter_name), adapter_name))
-        self.peft_config = {adapter_name: config, **self.peft_config}
+        self.peft_config = Configs({adapter_name: config, **self.peft_config})
         self._note(adapter_name, config)
         self.reports[adapter_name] = report
         return report

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from graft.core.errors import PeftWarning, warn
 from graft.inject import experts
 from graft.inject.survey import survey
 from graft.methods.adaption_prompt import AdaptionPrompt
@@ -55,6 +59,56 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     """
     if peft_config.peft_type == "LORA" and hasattr(getattr(model, "config", None), "model_type"):
         experts.convert(peft_config, model, survey(model), None)
+
+
+# adaption prompts
+
+
+def llama_rotate_half(x: Tensor) -> Tensor:
+    """Return (-b, a) of the last dimension's halves (a, b)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
+
+def llama_apply_rotary_pos_emb(q: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+    """Return queries (batch, heads, length, dim) turned by tables of positions (…, positions, dim)."""
+    cos, sin = (table.reshape(-1, table.shape[-1])[position_ids][:, None] for table in (cos, sin))
+    return q * cos + llama_rotate_half(q) * sin
+
+
+# what has nothing in graft that could run it
+
+
+class _Unused(type):
+    """The metaclass of classes of PEFT's that nothing in graft makes or asks."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{cls.__name__}: {cls.__doc__}")
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        warn(f"{cls.__name__}.{name} was set, and nothing in graft asks for it: {cls.__doc__}", PeftWarning)
+        super().__setattr__(name, value)
+
+
+class RankAllocator(metaclass=_Unused):
+    """graft's AdaLoRA ranks the triplets of all layers at once, in model.base_model.update_and_allocate(step)."""
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        raise NotImplementedError(type(self).__doc__)
+
+
+@cache
+def dispatcher(name: str) -> Callable[..., Any]:
+    """Return a function in the place of one that chooses PEFT's layer class for a module."""
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}() chooses one of PEFT's layer classes. In graft an injection makes layers, of what a module's Op "
+            "and Store say: call get_peft_model(), or Linear(base, adapter, config=…) of peft.tuners.lora for one."
+        )
+
+    dispatch.__name__ = name
+    return dispatch
 
 
 def register_peft_method(

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's layer classes, for isinstance: an AdapterLayer belongs to one by its methods and its base layer.
 
-Other packages derive classes from these when they are imported, whether or not they use them later. A derived class
-can be defined; to make an instance of it is an error that says what to do instead, and so is setting an attribute.
-Three methods can be replaced: `forward`, `merge` and `unmerge`. Only then do graft's layers look for replacements.
+Calling one makes a layer by hand. Other packages derive classes from these when they are imported, whether or not they
+use them later. A derived class can be defined; to make an instance of it is an error that says what to do instead, and
+so is setting a method. Markers may be set, and three methods can be replaced: `forward`, `merge` and `unmerge`. Only
+then do graft's layers look for replacements.
 """
 
 from __future__ import annotations
 
 from abc import ABC, ABCMeta
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
+from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer, ParameterLayer
 from graft.core.method import Method
 from graft.core.ops import OPS
@@ -30,7 +33,12 @@ BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which P
 PLAIN = [name.rpartition(".")[2] for name in OPS.names() if name not in STORES.names()]
 WRAPPER = "ParamWrapper"  # PEFT's class of LoRA on a tensor that its module does not call
 PARALLEL = ("ColumnParallelLinear", "RowParallelLinear")  # Megatron's
-OF_LORA = {WRAPPER: WRAPPER, "LoraParallelLinear": "LoraParallelLinear", "_LoraParameterProxy": ""}
+OF_LORA = {WRAPPER: WRAPPER, "LoraParallelLinear": "LoraParallelLinear", "_LoraParameterProxy": "", "TeLinear": ""}
+SPECIAL: dict[str, dict[str, str | None]] = {  # class names that do not follow from a layer type, by method
+    "LORA": {**OF_STORES, **OF_LORA},
+    "ADAPTION_PROMPT": {"AdaptedAttention": None, "AdaptedAttentionGPT": "GPT2Attention"},
+}
+PARAM = "get_param"  # nothing in graft calls it, so that who replaces it decides what other clients get
 KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
 
@@ -69,10 +77,13 @@ class _LayerType(ABCMeta):
         )
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            f"{cls.__name__} is only for isinstance: graft makes its layers when a config is injected, and not from "
-            f"PEFT's layer classes; {INSTEAD}."
-        )
+        """Make a layer by hand, as `by_hand` says."""
+        if cls.derived or cls.method is None:
+            raise TypeError(
+                f"{cls.__name__} is only for isinstance: graft makes layers when a config is injected, and not from "
+                f"such classes; {INSTEAD}."
+            )
+        return by_hand(cls, *args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__") or cls.__dict__.get("derived", True):
@@ -86,7 +97,14 @@ class _LayerType(ABCMeta):
             super().__setattr__(name, value)
             substitute(cls, name, value)
             return
-        if not (name.startswith(("__", "_abc")) or cls.derived):
+        if name == PARAM and name in cls.__dict__ and not cls.derived:
+            setattr(ParameterLayer, name, value)
+            super().__setattr__(name, value)
+            return
+        if name == "__init__" and not cls.derived:
+            warn(f"{cls.__name__}.__init__ was replaced: graft makes layers without it, as before.", PeftWarning)
+        marks = name.startswith("_") and isinstance(value, (bool, int, str, type(None)))
+        if not (name.startswith(("__", "_abc")) or cls.derived or marks):
             own = "AdapterLayer" if cls.method is None else cls.method.__name__
             raise AttributeError(
                 f"setting {cls.__name__}.{name} would change nothing: graft's layers are AdapterLayer, and their "
@@ -140,6 +158,42 @@ def names_of_rows(call: Call) -> list[str] | None:
     return [named[row] for row in sorted(named)] or None
 
 
+def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> AdapterLayer:
+    """Return the layer of a class: `base_layer` with an adapter, whose own parameters train as before.
+
+    Args:
+        args, kwargs: for a ParamWrapper `parameter_name`; then `config`, `r` and `lora_alpha` (None: those of the
+            config). Others have no effect.
+
+    Raises:
+        TypeError: there is no config of the class's method, or its layers are around other modules.
+    """
+    from graft.model.tuner import inject_adapter_in_model
+
+    names = (*(("parameter_name",) if cls.kind == WRAPPER else ()), "config", "r", "lora_alpha")
+    given: dict[str, Any] = dict(zip(names, args)) | kwargs
+    config = given.get("config")
+    if getattr(config, "peft_type", None) != cls.method.config.peft_type:
+        raise TypeError(f"{cls.__name__} is made with config=…, a {cls.method.config.__name__}; it is {config!r}.")
+    own = dict.fromkeys(("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules"))
+    own |= {k: given[k] for k in ("r", "lora_alpha") if given.get(k) is not None}
+    if cls.kind == WRAPPER:
+        own["target_parameters"] = [f"base.{given['parameter_name']}"]
+    else:
+        own["target_modules"] = ["base"]
+    trained = [p for p in base_layer.parameters() if p.requires_grad]
+    around: Any = nn.Module()
+    around.base = base_layer
+    inject_adapter_in_model(
+        replace(config, **{k: v for k, v in own.items() if hasattr(config, k)}), around, adapter_name
+    )
+    for p in trained:
+        p.requires_grad_(True)
+    if not isinstance(around.base, cls):
+        raise TypeError(f"{cls.__name__} is not the class of layers around a {type(base_layer).__name__}.")
+    return around.base  # type: ignore[no-any-return]
+
+
 def kind_of(layer: AdapterLayer) -> str:
     """Return PEFT's class name for a layer type: that of the base layer, or of the first above it that has one."""
     names = [SAME.get(c.__name__, c.__name__) for c in type(layer.get_base_layer()).__mro__]
@@ -169,7 +223,7 @@ def layer_names(peft_type: str) -> list[str]:
     return [
         f"{stem(peft_type)}Layer",
         *kind_names(peft_type, KINDS),
-        *({**OF_STORES, **OF_LORA} if peft_type == "LORA" else ()),
+        *SPECIAL.get(peft_type, ()),
     ]
 
 
@@ -208,13 +262,15 @@ def layer_class(peft_type: str, name: str) -> type | None:
         bases: tuple[type, ...] = (BaseTunerLayer,)
         kind = None
     else:
-        special = {**OF_STORES, **OF_LORA}.get(name) if peft_type == "LORA" else None
-        kind = name.removeprefix(PREFIXES.get(peft_type, own)) if special is None else special
-        if special is None and kind not in KINDS:
+        special = SPECIAL.get(peft_type, {})
+        kind = special[name] if name in special else name.removeprefix(PREFIXES.get(peft_type, own))
+        if name not in special and kind not in KINDS:
             return None
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
     method = method_of(peft_type)
     facts = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names, "__module__": __name__}
+    if kind == WRAPPER:
+        facts[PARAM] = getattr(ParameterLayer, PARAM)
     return _LayerType(name, bases, facts)
 
 

@@ -56,6 +56,7 @@ def method_names(peft_type: str, suffix: str) -> list[str]:
         ".model": [row.tuner],
         **{f".{store}": [name] for name, store in OF_STORES.items() if peft_type == "LORA"},
         ".tp_layer": ["LoraParallelLinear"] if peft_type == "LORA" else [],
+        ".te": ["TeLinear"] if peft_type == "LORA" else [],
         ".bnb": kind_names(peft_type, BNB) if peft_type in WITH_BNB else [],
     }
     if suffix:
@@ -81,6 +82,10 @@ def resolve(module: str, name: str) -> Any:
         if check is not None:
             return check
     if name in names_in(module):
+        if name.startswith("dispatch_"):
+            from graft.compat.peft.clients import dispatcher
+
+            return dispatcher(name)
         if name in MAPPINGS:
             return method_of(MAPPINGS[name]).targets
         if name in WHERE:

@@ -42,7 +42,8 @@ HELD: dict[str, str] = {
     "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
     "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
-    "graft.compat.peft.clients": "TRANSFORMERS_MODEL_CONFIG VARIANT_KWARG_KEYS _ExcludedModule "
+    "graft.compat.peft.clients": "RankAllocator TRANSFORMERS_MODEL_CONFIG VARIANT_KWARG_KEYS _ExcludedModule "
+    "llama_apply_rotary_pos_emb llama_rotate_half "
     "convert_peft_config_for_transformers get_bnb_param_type get_model_conversion_mapping get_quantization_config "
     "onload_layer register_peft_method",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper BaseTunerLayer",
@@ -131,6 +132,9 @@ MODULES: dict[str, str] = {
     "tuners.adamss.asa_callback": "AdamssAsaCallback",
     "tuners.adaption_prompt.config": "TRANSFORMERS_MODEL_CONFIG",
     "tuners.shadow": "DetachedShadowModel ShadowCache",
+    "tuners.adaption_prompt.utils": "llama_apply_rotary_pos_emb llama_rotate_half",
+    "tuners.adalora": "RankAllocator",
+    "tuners.adalora.layer": "RankAllocator",
     "tuners.cartridge.utils": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "tuners.lokr.layer": "factorization",
@@ -228,4 +232,15 @@ OF_STORES = {  # PEFT's classes of LoRA on other packed weights → the store
     "TorchaoLoraLinear": "torchao",
 }
 OF_METHODS |= {f"tuners.lora.{store}": ("LORA", f".{store}") for store in OF_STORES.values()}
-OF_METHODS["tuners.lora.tp_layer"] = ("LORA", ".tp_layer")
+OF_METHODS |= {f"tuners.lora.{file}": ("LORA", f".{file}") for file in ("tp_layer", "te")}
+DISPATCH = {  # module below peft.tuners.lora → what of functions that choose a layer class it has
+    "layer": "default",
+    "bnb": "bnb_4bit bnb_8bit",
+    "te": "transformer_engine",
+    "tp_layer": "megatron",
+    **{store: store for store in OF_STORES.values()},
+}
+DISPATCH["model"] = " ".join(DISPATCH.values())
+for file, kinds in DISPATCH.items():
+    path = f"tuners.lora.{file}"
+    MODULES[path] = f"{MODULES.get(path, '')} {' '.join(f'dispatch_{kind}' for kind in kinds.split())}".strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors
 from graft.methods.lora import attention, init, shift
 from graft.methods.lora.start import kind_of
@@ -15,6 +16,15 @@ class Started(Method):
 
     def init(self) -> None:
         init.initialise(self, self.cfg.init_lora_weights)
+
+    def restart(self, how: bool | str) -> None:
+        """Give A and B the values of another start."""
+        if not isinstance(how, bool) and how.lower() != "gaussian":
+            raise ConfigError(
+                f"Unknown initialization init_lora_weights={how!r} for values that start again on layer "
+                f"'{self.site.key}': True, False and 'gaussian' are known. For another, add the adapter anew."
+            )
+        init.initialise(self, how)
 
     @classmethod
     def changes_base(cls, cfg: Any) -> str | None:

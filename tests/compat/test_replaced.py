@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -19,6 +21,7 @@ from tests.models import nudged
 
 BEFORE = {(kind, name): getattr(kind, name) for kind in (AdapterLayer, ParameterLayer) for name in ("forward", "merge")}
 BOTH = {"theirs": PEFT, "ours": GRAFT}
+close = partial(assert_close, rtol=2e-4, atol=1e-3)  # outputs are in the hundreds
 ALL = {"target_modules": ["linear", "k", "v"], "init_lora_weights": False}
 
 
@@ -100,13 +103,13 @@ def test_a_forward_written_by_hand(variant, train, monkeypatch):
     with monkeypatch.context() as within:
         within.setattr(layer_of(GRAFT, "Linear"), "forward", by_hand(seen))
         torch.manual_seed(3)
-        assert_close(model(X), expected)
+        close(model(X), expected)
         layers = len(model._registry.layers)
         assert len(seen) == layers
         with model.disable_adapter():
             plain = model(X)
         assert len(seen) == 2 * layers
-    assert_close(plain, model.unload()(X))
+    close(plain, model.unload()(X))
     assert not torch.allclose(plain, expected)
     assert len(seen) == 2 * layers
 
@@ -117,18 +120,18 @@ def test_the_same_forward_in_both_libraries(monkeypatch):
     expected = theirs(X)
     for name, lib in BOTH.items():
         monkeypatch.setattr(layer_of(lib, "Linear"), "forward", by_hand(seen[name]))
-    assert_close(theirs(X), expected)
-    assert_close(ours(X), expected)
+    close(theirs(X), expected)
+    close(ours(X), expected)
     for model, lib in ((theirs, PEFT), (ours, GRAFT)):
         model.add_adapter("other", lib.api.LoraConfig(**ALL))
         model.base_model.set_adapter(["default", "other"])
     ours.load_state_dict(nudged(theirs).state_dict())
-    assert_close(ours(X), theirs(X))
-    names = ["default", "__base__", "other", "default"]
-    assert_close(ours(X, adapter_names=names), theirs(X, adapter_names=names))
+    close(ours(X), theirs(X))
+    names = ["other", "__base__", "other", "other"]  # PEFT has no rows with DoRA
+    close(ours(X, adapter_names=names), theirs(X, adapter_names=names))
     assert seen["ours"] == seen["theirs"] and seen["ours"][-1][1] == names
-    theirs.merge_adapter(["default"]), ours.merge_adapter(["default"])
-    assert_close(ours(X), theirs(X))
+    theirs.merge_adapter(), ours.merge_adapter()
+    close(ours(X), theirs(X))
 
 
 def test_gradients(monkeypatch):
@@ -138,7 +141,7 @@ def test_gradients(monkeypatch):
     model.zero_grad()
     monkeypatch.setattr(layer_of(GRAFT, "Linear"), "forward", by_hand([]))
     model(X).square().sum().backward()
-    assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+    close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
 
 
 def test_only_layers_of_the_class_and_wrapping_twice(monkeypatch):
@@ -157,17 +160,17 @@ def test_only_layers_of_the_class_and_wrapping_twice(monkeypatch):
         return forward
 
     monkeypatch.setattr(linear, "forward", around(linear, "inner"))
-    assert_close(model(X), expected)
+    close(model(X), expected)
     assert seen == [("inner", True)] * 6
     monkeypatch.setattr(linear, "forward", around(linear, "outer"))
     monkeypatch.setattr(param, "forward", around(param, "experts"))
     seen.clear()
-    assert_close(model(X), expected)
+    close(model(X), expected)
     assert seen[:2] == [("outer", True), ("inner", True)] and len(seen) == 14
     assert seen.count(("experts", True)) == 2
     linear.forward = param.forward = layer_of(GRAFT, "LoraLayer").forward  # the original
     seen.clear()
-    assert_close(model(X), expected)
+    close(model(X), expected)
     assert not seen
 
 
@@ -184,11 +187,11 @@ def test_a_param_wrapper_that_goes_its_own_way(monkeypatch):
         return (x @ full["up"] @ full["down"]).sum(0)
 
     expected = theirs(X)
-    assert_close(ours(X), expected)
+    close(ours(X), expected)
     for lib in BOTH.values():
         monkeypatch.setattr(layer_of(lib, "ParamWrapper"), "forward", forward)
-    assert_close(theirs(X), expected)
-    assert_close(ours(X), expected)
+    close(theirs(X), expected)
+    close(ours(X), expected)
 
 
 def test_the_class_of_a_layer_in_few_bits():
@@ -204,8 +207,8 @@ def test_the_class_of_a_layer_in_few_bits():
         assert find("forward", layers[0]) is f and find("forward", layers[1]) is None
         plain.forward = g = lambda self, x: x + 1
         assert find("forward", layers[0]) is f and find("forward", layers[1]) is g
-        assert_close(layers[0](X), X)
-        assert_close(layers[1](X[:, :3]), X[:, :3] + 1)
+        close(layers[0](X), X)
+        close(layers[1](X[:, :3]), X[:, :3] + 1)
     finally:
         del four.forward, plain.forward
     assert REPLACED["forward"] == []
@@ -222,7 +225,7 @@ def test_gates_pass_by(monkeypatch):
     with model._registry.call.giving(gates=Half()):
         expected = model(X)
         monkeypatch.setattr(layer_of(GRAFT, "Linear"), "forward", by_hand([]))
-        assert_close(model(X), expected)
+        close(model(X), expected)
 
 
 # merge
@@ -251,14 +254,14 @@ def test_merge_replaced_on_layers(name):
     model.merge_adapter()
     assert seen == list(layers)
     assert {n for n, layer in layers.items() if layer.merged} == {n for n in layers if "blocks.0" in n}
-    assert_close(model(X), expected)
+    close(model(X), expected)
     model.unmerge_adapter()
     for layer in layers.values():
         layer.merge = layer.merge_origin
         del layer.merge_origin
     model.merge_adapter()
     assert all(layer.merged for layer in layers.values()) and len(seen) == len(layers)
-    assert_close(model(X), expected)
+    close(model(X), expected)
 
 
 def test_merge_and_unmerge_replaced_on_the_class(monkeypatch):
@@ -275,17 +278,18 @@ def test_merge_and_unmerge_replaced_on_the_class(monkeypatch):
         monkeypatch.setattr(linear, name, changed)
     model.merge_adapter(safe_merge=True)
     assert seen == ["merge"] * 6 and all(layer.merged for layer in model._registry.layers.values())
-    assert_close(model(X), expected)
+    close(model(X), expected)
     model.unmerge_adapter()
     assert seen == ["merge"] * 6 + ["unmerge"] * 6
-    assert_close(copy.deepcopy(model).merge_and_unload()(X), expected)
+    close(copy.deepcopy(model).merge_and_unload()(X), expected)
 
 
 def test_a_merge_that_raises_leaves_nothing_merged(monkeypatch):
     linear = layer_of(GRAFT, "Linear")
     model = nudged(GRAFT.wrap(base(), ALL))
     model.add_adapter("other", graft.LoraConfig(**ALL))
-    model.merge_adapter(["other"])
+    with pytest.warns(UserWarning, match="'default'. are not merged"):
+        model.merge_adapter(["other"])
     before, merged = {n: p.clone() for n, p in model.named_parameters()}, linear.merge
 
     def merge(self, *args, **kwargs):
@@ -294,10 +298,11 @@ def test_a_merge_that_raises_leaves_nothing_merged(monkeypatch):
         merged(self, *args, **kwargs)
 
     monkeypatch.setattr(linear, "merge", merge)
-    with pytest.raises(LookupError, match="mine"):
+    with pytest.raises(LookupError, match="mine"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model.merge_adapter(["default"])
     assert {tuple(layer.merged_adapters) for layer in model._registry.layers.values()} == {("other",)}
-    assert_close(dict(model.named_parameters()), before)
+    close(dict(model.named_parameters()), before)
 
 
 @pytest.mark.parametrize("name", ["get_delta_weight", "update_layer", "_activate_lora", "forward_of_mine"])

@@ -108,9 +108,9 @@ def test_a_conversion_keeps_what_is_neither_a_nor_b(options, tmp_path):
 
 @pytest.mark.parametrize("how", ["pissa", "olora", "corda"])
 def test_a_conversion_takes_the_initial_adapter_as_it_was_saved(how, tmp_path):
-    base, config = llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=how)
+    settings = {"corda_config": graft.CordaConfig()} if how == "corda" else {}
+    base, config = llama(), graft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=how, **settings)
     if how == "corda":
-        config.corda_config = graft.CordaConfig()
         graft.preprocess_corda(base, config, lambda: base(input_ids=IDS))
     model = graft.get_peft_model(base, config)
     model.save_pretrained(tmp_path / "start")

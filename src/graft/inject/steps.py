@@ -94,7 +94,7 @@ class Steps:
         for parent, name, module in held:
             if (now := parent._modules.get(name)) is not module:
                 raise UnsupportedLayerError(
-                    f"{self.all_of()}, put a {type(now).__name__} in the place of '{self.paths.get(module, name)}': "
+                    f"{self.all_of()}, put a {type(now).__name__} in the place of '{name if module is None else self.paths.get(module, name)}': "
                     f"graft makes the layers of adapter '{self.job.adapter}' itself, of what a step hands on to the "
                     "original. For another layer type write an Op, for other mathematics a graft.Method "
                     "(docs/architecture.md)."
@@ -194,13 +194,13 @@ class Steps:
         self, cfg: Any, adapter: str, target: Any, place: tuple[Any, str], key: str, parameter: str | None
     ) -> None:
         job = self.job
-        tree, path = job.tree, self.paths.get(target) if isinstance(target, nn.Module) else None
+        tree, path = job.tree, self.paths.get(target, "") if isinstance(target, nn.Module) else ""
         why = None
         if adapter != job.adapter:
             why = f"adapter '{adapter}' instead of '{job.adapter}', which is being injected"
         elif not isinstance(cfg, job.method.config):
             why = f"a {type(cfg).__name__} instead of the adapter's {job.method.config.__name__}, or a copy of it"
-        elif path is None:
+        elif path not in tree.places:
             why = f"a {type(target).__name__} that is no module of the model"
         elif tree.places[path] != place and self.paths.get(place[0]) != path:  # the second: within its own layers
             why = f"'{path}', and places it as '{place[1]}' of a {type(place[0]).__name__}, where it is not"
@@ -223,9 +223,9 @@ class Steps:
 
     def handed_on(self, key: str) -> tuple[Any, str]:
         """Return the config handed on for a site, and the path by which its patterns name it."""
-        target, cfg = self.noted.get(key, Noted(key, None))
+        noted = self.noted.get(key, Noted(key, None))
         own = self.job.cfg if self.job.cfg == self.before else self.before  # a replacement may have changed it since
-        return own if cfg is None else cfg, target
+        return own if noted.cfg is None else noted.cfg, noted.target
 
 
 def paths_of(tree: Any) -> dict[nn.Module, str]:

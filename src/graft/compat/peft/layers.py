@@ -172,7 +172,7 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: Any, **kw
 
     names = (*(("parameter_name",) if cls.kind == WRAPPER else ()), "config", "r", "lora_alpha")
     given: dict[str, Any] = dict(zip(names, args)) | kwargs
-    config = given.get("config")
+    config: Any = given.get("config")
     if getattr(config, "peft_type", None) != cls.method.config.peft_type:
         raise TypeError(f"{cls.__name__} is made with config=…, a {cls.method.config.__name__}; it is {config!r}.")
     own = dict.fromkeys(("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules"))

@@ -52,7 +52,7 @@ def subtract_initial(
         elif "lora_B" in key or "lora_embedding_B" in key:
             out[key] = torch.cat([now, -before], dim=1)  # type: ignore[operator]
     made = copy.deepcopy(config)
-    made.init_lora_weights = True
+    made.init_lora_weights, made.corda_config = True, None
     made.r *= 2
     made.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     made.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}

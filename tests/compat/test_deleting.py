@@ -49,3 +49,13 @@ def test_from_a_peft_model():
         model = adapt(lib, first("LORA"), "a")
         assert outcome(lambda: model.delete_adapter(["a", "a"])).kind is TypeError  # noqa: B023
         assert list(model.peft_config) == ["a"]
+
+
+@pytest.mark.parametrize("lib", LIBS, ids=lambda lib: lib.__name__)
+def test_modules_to_save_are_those_of_the_adapters_there(lib):
+    model = lib.get_peft_model(models.make("mlp"), lib.LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"]))
+    assert model.modules_to_save == {"lin1"}
+    model.add_adapter("other", lib.LoraConfig(target_modules=["lin0"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert model.modules_to_save is None

@@ -63,7 +63,6 @@ class PeftModel(nn.Module):
     ):
         super().__init__()
         check_adapter_name(adapter_name)
-        self.modules_to_save: set[str] | None = None
         options |= dict(low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
         with unless_it_fails(peft_config):
             self._extend_config(peft_config)
@@ -81,7 +80,6 @@ class PeftModel(nn.Module):
             averaged.note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
-        self._note_modules_to_save(peft_config)
         if registry.checkpointing or not is_checkpointable(model):
             self.prepare_model_for_gradient_checkpointing(model)
         config: Any = getattr(model, "config", None)
@@ -107,10 +105,10 @@ class PeftModel(nn.Module):
     def _extend_config(self, config: PeftConfig) -> None:
         """Add heads that must train to the config: a hook for task classes."""
 
-    def _note_modules_to_save(self, config: Any) -> None:
-        names = getattr(config, "modules_to_save", None)
-        if names:
-            self.modules_to_save = {*(self.modules_to_save or ()), *names}
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names that configs of the adapters have in `modules_to_save`; None if there are none."""
+        return {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()} or None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -247,7 +245,6 @@ class PeftModel(nn.Module):
                 )
             if "values" not in options:
                 averaged.note_start(self._registry, adapter_name)
-            self._note_modules_to_save(peft_config)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active and (unless for inference) trainable one.

@@ -5,10 +5,11 @@ BIN = $(VENV)/bin
 VERSIONS ?= tests/versions/today.txt
 TESTS ?=
 
+TRAINERS = $(patsubst tests/trainers/%.txt,%,$(wildcard tests/trainers/*.txt))
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
-.PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft mutations \
-	fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
+.PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
+	test-trainers mutations fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -112,6 +113,19 @@ $(VENV)-peft/.installed: pyproject.toml tests/peft_suite/requirements.txt
 
 test-peft: $(VENV)-peft/.installed
 	$(VENV)-peft/bin/python -m tests.peft_suite $(PEFT)
+
+# trainers' own commands, under PEFT and with graft in its place, each in an environment of its own
+test-trainers: $(TRAINERS:%=test-trainers-%)
+
+test-trainers-%: $(VENV)/.test $(VENV)/trainers/%/.installed
+	$(BIN)/python -m tests.trainers $(VENV)/trainers/$* $(TRAINER)
+
+.PRECIOUS: $(VENV)/trainers/%/.installed
+$(VENV)/trainers/%/.installed: tests/trainers/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --no-deps -r $<
+	touch $@
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations

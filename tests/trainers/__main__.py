@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a trainer's cases: `python -m tests.trainers .venv/trainers/ms_swift`, an environment of ms_swift.txt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.clients.pair import SHOWN
+from tests.trainers import results
+from tests.trainers.both import Trainer, differences
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.trainers", description=__doc__)
+    parser.add_argument("environment", type=Path)
+    parser.add_argument("--only", nargs="*", metavar="CASE", help="'DoRA' …")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave what the commands write there")
+    parser.add_argument("--record", action="store_true", help="keep what the cases gave, for the documentation")
+    args = parser.parse_args()
+    trainer = Trainer(args.environment)
+    cases = {case: commands for case, commands in trainer.cases.CASES.items() if case in (args.only or [case])}
+    equal = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = (args.keep or Path(temporary)).resolve()
+        sides = trainer.sides(root)
+        for number, (case, commands) in enumerate(cases.items()):
+            place = root / str(number)
+            place.mkdir()
+            try:
+                theirs, ours = (side.case(commands, place) for side in sides)
+                found = list(differences(theirs, ours))
+            except AssertionError as e:
+                found = [str(e)]
+            equal[case] = not found
+            head = f"{len(found)} differences, of which the first are" if found else "equal"
+            print("\n  ".join([f"{case}: {head}", *found[:SHOWN]]), flush=True)
+        for side in sides:
+            side.end()
+    if args.record:
+        results.record(trainer, equal)
+    print(f"{trainer.cases.TITLE}: {sum(equal.values())} passed, {len(equal) - sum(equal.values())} failed")
+    return 0 if equal and all(equal.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ms-swift."""
+
+from tests.trainers.both import flags
+
+TITLE = "ms-swift"
+PACKAGE = "ms-swift"
+LOADED = ["swift.pipelines"]
+
+MODEL = dict(model="made/model", model_type="llama3", template="dummy", torch_dtype="float32")
+TRAIN = dict(
+    **MODEL,
+    **dict(dataset="made/sft.jsonl", tuner_type="lora", output_dir="out", add_version=False),
+    **dict(lora_dropout=0, learning_rate=1e-2, per_device_train_batch_size=4, max_steps=4, save_steps=2),
+    **dict(logging_steps=1, report_to="none", use_cpu=True, dataloader_num_workers=0, gradient_checkpointing=False),
+)
+RLHF = dict(rlhf_type="dpo", dataset="made/dpo.jsonl")
+
+
+def train(**options: object) -> list[str]:
+    return ["swift.cli.sft", *flags(TRAIN | options)]
+
+
+def rlhf(**options: object) -> list[str]:
+    return ["swift.cli.rlhf", *flags(TRAIN | RLHF | options)]
+
+
+CASES = {
+    "LoRA": [train()],
+    "torchrun with two processes": [
+        ["env", "NPROC_PER_NODE=2", "swift", "sft", *flags(TRAIN), "--ddp_backend", "gloo"]
+    ],
+    "DoRA": [train(use_dora=True)],
+    "rsLoRA": [train(use_rslora=True)],
+    "LoRA+": [train(lorap_lr_ratio=4)],
+    "LoRA in bfloat16": [train(lora_dtype="bfloat16")],
+    "modules to save": [train(modules_to_save="lm_head")],
+    "AdaLoRA": [train(tuner_type="adalora", adalora_tinit=1, adalora_tfinal=1)],
+    "VeRA": [train(tuner_type="vera", vera_rank=8, target_modules="q_proj")],
+    "BOFT": [train(tuner_type="boft")],
+    "FourierFT": [train(tuner_type="fourierft", fourier_n_frequency=50)],
+    "IA3": [train(tuner_type="ia3")],
+    "all weights": [train(tuner_type="full")],
+    "resume": [
+        train(lora_dtype="bfloat16"),
+        train(lora_dtype="bfloat16", output_dir="more", resume_from_checkpoint="out/checkpoint-2", max_steps=6),
+    ],
+    "export": [
+        train(),
+        ["swift.cli.export", *flags(dict(adapters="out/checkpoint-4", merge_lora=True, output_dir="merged"))],
+    ],
+    "DPO": [rlhf()],
+    "KTO": [rlhf(rlhf_type="kto", dataset="made/kto.jsonl")],
+}

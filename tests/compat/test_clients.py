@@ -17,6 +17,7 @@ from pathlib import Path
 import peft
 import pytest
 
+from graft.compat.peft import children
 from graft.compat.peft.modules import AliasModule, known
 from tests.compat.test_compat import run
 
@@ -204,3 +205,12 @@ def test_issubclass():
         Mine.flag = 3  # a client's own class
         """
     )
+
+
+@pytest.mark.parametrize(("transformers", "said"), [("", "0.22.0"), ("5.6.0", "0.20.0"), ("5.24.0", "0.22.0")])
+def test_the_version_suits_the_installed_transformers(transformers, said, monkeypatch):
+    numbers = tuple(map(int, transformers.split("."))) if transformers else ()
+    monkeypatch.setattr("graft.compat.peft.shims.release", lambda package: numbers)
+    monkeypatch.delenv(children.VERSION_VARIABLE, raising=False)
+    assert children.version_to_say(None) == said
+    assert children.version_to_say("0.19.1") == "0.19.1"

@@ -21,9 +21,9 @@ distribution `peft` in PEFT's place; nothing installs it by itself.
 Call `install` before the first import of peft. Modules of transformers, accelerate, TRL and diffusers that have looked
 for it already are put right (`late.py`); where that cannot be, `install` raises an ImportError that names them.
 
-The package metadata says 0.22.0, because transformers 5.24 accepts nothing older; graft's interface and files are
-those of 0.21.2. `--peft-version 0.20.0` before the script, GRAFT_PEFT_VERSION or `install(version="0.20.0")` have it
-say what another client wants. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT
+The package metadata says 0.22.0, because transformers 5.24 accepts nothing older, and 0.20.0 beside older ones, which
+LLaMA-Factory and ms-swift accept; graft's interface and files are those of 0.21.2. `--peft-version 0.21.2` before the
+script, GRAFT_PEFT_VERSION or `install(version="0.21.2")` have it say what another client wants. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT
 is installed or not.
 
 Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance; a
@@ -56,7 +56,7 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
 
     Args:
         force: also if the program holds objects of PEFT; it keeps them.
-        version: for `peft.__version__` and the package metadata; None: GRAFT_PEFT_VERSION, or 0.22.0.
+        version: for `peft.__version__` and the package metadata; None: GRAFT_PEFT_VERSION, or the usual.
         children: also in processes that this one starts, until `uninstall`.
 
     Raises:

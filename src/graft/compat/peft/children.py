@@ -21,22 +21,30 @@ from graft.core.errors import ConfigError
 
 VARIABLE = "GRAFT_AS_PEFT"  # "1": `import graft` calls install(children=True)
 VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # what `install` says where it is not told
+OLDER, NEEDS_NEWER = "0.20.0", (5, 24)  # the most that LLaMA-Factory takes; transformers that takes VERSION at least
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "as_peft")
 OF_VERSIONS = ("graft", "as_peft")  # in the user's cache: a folder for each version
 RELEASE = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
 
 
 def version_to_say(given: str | None) -> str:
-    """Return the version to say: the one given, that of the variable, or VERSION.
+    """Return the version to say: the one given, that of the variable, or the usual one.
 
     Raises:
         ConfigError: it is none.
     """
-    version = given if given is not None else os.environ.get(VERSION_VARIABLE) or VERSION
+    version = given if given is not None else os.environ.get(VERSION_VARIABLE) or usual()
     if not (isinstance(version, str) and RELEASE.fullmatch(version)):
         where = VERSION_VARIABLE if given is None else "the version for peft"
         raise ConfigError(f"{where} is {version!r}, which is no version: give one like '{VERSION}'.")
     return version
+
+
+def usual() -> str:
+    """Return the version that the installed transformers takes, and the trainers that are made for it."""
+    from graft.compat.peft.shims import release
+
+    return OLDER if () < release("transformers") < NEEDS_NEWER else VERSION
 
 
 def variables(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -152,12 +152,13 @@ def import_check(name: str) -> Callable[[], bool] | bool | None:
         package = PACKAGES.get(match[1], match[1])
         return lambda *_, **__: importlib.util.find_spec(package) is not None
     if match := re.fullmatch(r"is_([a-z]+)_ge_v(\d+(?:_\d+)*)", name):
-        new_enough = _release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
+        new_enough = release(match[1]) >= tuple(int(n) for n in match[2].split("_"))
         return new_enough if match[1] == "transformers" else lambda: new_enough
     return None
 
 
-def _release(package: str) -> tuple[int, ...]:
+def release(package: str) -> tuple[int, ...]:
+    """Return the numbers of an installed package's version; () if it is not installed."""
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

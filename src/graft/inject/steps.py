@@ -93,8 +93,9 @@ class Steps:
         """Raise UnsupportedLayerError if a place holds another module than it did."""
         for parent, name, module in held:
             if (now := parent._modules.get(name)) is not module:
+                where = name if module is None else self.paths.get(module, name)
                 raise UnsupportedLayerError(
-                    f"{self.all_of()}, put a {type(now).__name__} in the place of '{name if module is None else self.paths.get(module, name)}': "
+                    f"{self.all_of()}, put a {type(now).__name__} in the place of '{where}': "
                     f"graft makes the layers of adapter '{self.job.adapter}' itself, of what a step hands on to the "
                     "original. For another layer type write an Op, for other mathematics a graft.Method "
                     "(docs/architecture.md)."

@@ -23,8 +23,8 @@ for it already are put right (`late.py`); where that cannot be, `install` raises
 
 The package metadata says 0.22.0, because transformers 5.24 accepts nothing older, and 0.20.0 beside older ones, which
 LLaMA-Factory and ms-swift accept; graft's interface and files are those of 0.21.2. `--peft-version 0.21.2` before the
-script, GRAFT_PEFT_VERSION or `install(version="0.21.2")` have it say what another client wants. `importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT
-is installed or not.
+script, GRAFT_PEFT_VERSION or `install(version="0.21.2")` have it say what another client wants.
+`importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is installed or not.
 
 Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance; a
 class derived from one can be defined, and making one, patching one, or issubclass on the class of a layer is an error

@@ -21,7 +21,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INSIDE = HERE / "inside"  # what runs in a trainer's environment
 LIBRARIES = ("peft", "graft")
-SAYS = "0.20.0"  # the version of PEFT that graft says: these trainers, and the transformers of each, accept it
 LOSSES, TENSORS = 1e-5, 1e-6  # relative or absolute
 TIMED = ("runtime", "per_second", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
 QUIET = {
@@ -41,7 +40,7 @@ class Side:
 
     def __init__(self, trainer: Trainer, library: str, folder: Path):
         self.library, self.bin, self.made = library, trainer.bin, folder / "made"
-        under = ["-m", "graft.compat.peft", "--peft-version", SAYS] if library == "graft" else []
+        under = ["-m", "graft.compat.peft"] if library == "graft" else []
         self.start = [str(self.bin / "python"), *under, str(INSIDE / "forks.py"), *trainer.cases.LOADED]
         self.shell = ["bash", "-c", f'eval "$(python {" ".join(under)} --env)" && exec "$@"', "bash"] if under else []
         paths = [self.made, INSIDE, *([ROOT / "src"] if library == "graft" else [])]

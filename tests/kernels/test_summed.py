@@ -54,6 +54,18 @@ def test_it_is_the_sum(how, flipped, monkeypatch):
     assert_close(result, (APART | FORMED)[how](DENSE), rtol=1e-4, atol=1e-4)
 
 
+@torch.inference_mode()
+def test_groups_in_inference_mode():
+    """Offsets that a model computes there, which change in place without a sign."""
+    S, offsets = summed(W, PARTS), OFFSETS + 0
+    assert offsets.is_inference()
+    for _ in range(2):
+        assert_close(
+            F.grouped_mm(ROWS, S.mT, offs=offsets), F.grouped_mm(ROWS, DENSE.mT, offs=offsets), rtol=1e-4, atol=1e-4
+        )
+        offsets.copy_(torch.tensor([2, 4, 5, 6]))
+
+
 def test_facts_are_those_of_the_sum():
     for S, D in ((summed(W, PARTS), DENSE), (summed(W, PARTS, True), DENSE.mT)):
         assert (S.shape, S.dtype, S.device, S.dim(), len(S), S.numel()) == (

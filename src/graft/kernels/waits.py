@@ -41,16 +41,17 @@ def vector(numbers: Sequence[Any], like: Tensor) -> Tensor:
 
 def differences(ends: Tensor) -> list[int]:
     """Return the sizes of groups of rows that end at `ends`. Waits for the device: once for all products of one layer,
-    which hand over the same tensor."""
+    which hand over the same tensor, or once for each in inference mode."""
     global _read
     held, version, sizes = _read
-    if held() is not ends or version != ends._version:
+    now = None if ends.is_inference() else ends._version  # None: nobody would see that it has changed
+    if held() is not ends or version != now or now is None:
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        _read = (ref(ends), ends._version, sizes)
+        _read = (ref(ends), now, sizes)
     return sizes
 
 
-_read: tuple[Callable[[], Tensor | None], int, list[int]] = (lambda: None, 0, [])
+_read: tuple[Callable[[], Tensor | None], int | None, list[int]] = (lambda: None, 0, [])
 
 
 def demand(condition: Tensor, error: Callable[[], Exception], text: str) -> None:

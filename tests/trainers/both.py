@@ -117,8 +117,8 @@ def losses(state: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not any(part in k for part in TIMED)} for line in logged]
 
 
-def config(file: Path, keys: set[str]) -> dict[str, Any]:
-    said = json.loads(file.read_text())
+def config(file: Path, folder: Path, keys: set[str]) -> dict[str, Any]:
+    said = json.loads(file.read_text().replace(str(folder), "."))  # the base model's path
     told = {key: said[key] for key in keys & said.keys() - {"peft_version"}}
     return {k: sorted(v) if isinstance(v, list) and k.endswith("modules") else v for k, v in told.items()}  # of a set
 
@@ -135,6 +135,6 @@ def differences(theirs: Path, ours: Path) -> Iterator[str]:
             yield from compare(losses(a), losses(b), LOSSES, where)
         elif name.endswith("adapter_config.json"):
             keys = set(json.loads(b.read_text()))  # graft's are those of a newer PEFT
-            yield from compare(config(a, keys), config(b, keys), 0, where)
+            yield from compare(config(a, ours, keys), config(b, theirs, keys), 0, where)
     if not any(name.endswith(".safetensors") for name in there):
         yield "PEFT's commands wrote no tensors"

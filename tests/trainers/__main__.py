@@ -41,8 +41,12 @@ def main() -> int:
             side.end()
     if args.record:
         results.record(trainer, equal)
-    print(f"{trainer.cases.TITLE}: {sum(equal.values())} passed, {len(equal) - sum(equal.values())} failed")
-    return 0 if equal and all(equal.values()) else 1
+    differs = getattr(trainer.cases, "DIFFERS", {})
+    failed = [case for case, good in equal.items() if good is (case in differs)]
+    for case in failed:
+        print(f"{case} is {'equal' if equal[case] else 'not equal'}, and was to be other")
+    print(f"{trainer.cases.TITLE}: {len(equal) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed or not equal else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ CONFIG = dict(
     **dict(base_model="made/model", datasets=[SFT], dataset_prepared_path="prepared", val_set_size=0, sequence_len=128),
     **dict(chat_template="tokenizer_default", adapter="lora", lora_r=8, lora_alpha=16, lora_dropout=0),
     **dict(lora_target_modules=["q_proj", "v_proj"], output_dir="out", micro_batch_size=4, max_steps=4, save_steps=2),
-    **dict(gradient_accumulation_steps=1, optimizer="adamw_torch", lr_scheduler="cosine", learning_rate=1e-2),
+    **dict(gradient_accumulation_steps=1, optimizer="adamw_torch", lr_scheduler="cosine", learning_rate=1e-3),
     **dict(logging_steps=1, bf16=False, fp16=False, tf32=False, attn_implementation="eager", seed=0),
 )
 TOKENS = [3, 4]
@@ -32,7 +32,6 @@ def train(**options: Any) -> list[str]:
 
 CASES = {
     "LoRA": [train()],
-    "through accelerate": [["env", *command("train")]],
     "DoRA": [train(peft_use_dora=True)],
     "rsLoRA": [train(peft_use_rslora=True)],
     "LoRA+": [train(loraplus_lr_ratio=4)],

@@ -22,6 +22,7 @@ ROOT = HERE.parents[1]
 INSIDE = HERE / "inside"  # what runs in a trainer's environment
 LIBRARIES = ("peft", "graft")
 LOSSES, TENSORS = 1e-5, 1e-6  # relative or absolute
+MORE = ".lora_shift."  # what graft's files hold beside PEFT's: docs/differences.md
 TIMED = ("runtime", "per_second", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
 QUIET = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),
@@ -130,7 +131,8 @@ def differences(theirs: Path, ours: Path) -> Iterator[str]:
     for name in sorted(here.keys() & there.keys()):
         a, b, where = here[name], there[name], f"{name}: "
         if name.endswith(".safetensors"):
-            yield from compare(load_file(a), load_file(b), TENSORS, where)
+            held = {k: v for k, v in load_file(a).items() if MORE not in k}
+            yield from compare(held, load_file(b), TENSORS, where)
         elif name.endswith("trainer_state.json"):
             yield from compare(losses(a), losses(b), LOSSES, where)
         elif name.endswith("adapter_config.json"):

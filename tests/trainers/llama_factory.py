@@ -20,7 +20,7 @@ MODEL = dict(model_name_or_path="made/model", template="empty", use_cpu=True, tr
 TRAIN = dict(
     **MODEL,
     **dict(stage="sft", do_train=True, dataset="sft", dataset_dir="made", finetuning_type="lora", output_dir="out"),
-    **dict(lora_target="q_proj,v_proj", lora_dropout=0, learning_rate=1e-2, per_device_train_batch_size=4),
+    **dict(lora_target="q_proj,v_proj", lora_dropout=0, learning_rate=1e-3, per_device_train_batch_size=4),
     **dict(max_steps=4, save_steps=2, logging_steps=1, report_to="none"),
 )
 
@@ -51,3 +51,4 @@ CASES = {
     "export": [train(), export(adapter_name_or_path="out")],
     "DPO": [train(stage="dpo", dataset="dpo", pref_beta=0.1)],
 }
+DIFFERS = {"a second adapter on the first": "loading the first draws random numbers under PEFT alone"}

@@ -7,11 +7,11 @@ TITLE = "ms-swift"
 PACKAGE = "ms-swift"
 LOADED = ["swift.pipelines"]
 
-MODEL = dict(model="made/model", model_type="llama3", template="dummy", torch_dtype="float32")
+MODEL = dict(model="made/model", model_type="llama", template="dummy", torch_dtype="float32")
 TRAIN = dict(
     **MODEL,
     **dict(dataset="made/sft.jsonl", tuner_type="lora", output_dir="out", add_version=False),
-    **dict(lora_dropout=0, learning_rate=1e-2, per_device_train_batch_size=4, max_steps=4, save_steps=2),
+    **dict(lora_dropout=0, learning_rate=1e-3, per_device_train_batch_size=4, max_steps=4, save_steps=2),
     **dict(logging_steps=1, report_to="none", use_cpu=True, dataloader_num_workers=0, gradient_checkpointing=False),
 )
 RLHF = dict(rlhf_type="dpo", dataset="made/dpo.jsonl")

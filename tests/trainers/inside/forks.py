@@ -12,6 +12,7 @@ import runpy
 import sys
 import traceback
 
+import torch
 from sitecustomize import say
 
 
@@ -21,6 +22,7 @@ def run(folder: str, log: str, words: list[str]) -> int:
     os.dup2(out, 2)
     os.chdir(folder)
     os.environ["PEFT_WAS"] = f"{log}.peft"
+    torch.manual_seed(0)  # axolotl sets no seed before it makes an adapter
     sys.argv = words
     try:
         if os.path.exists(words[0]):

@@ -7,7 +7,7 @@ import sys
 
 
 def say() -> None:
-    if (peft := sys.modules.get("peft")) is not None:
+    if "PEFT_WAS" in os.environ and (peft := sys.modules.get("peft")) is not None:
         with open(os.environ["PEFT_WAS"], "a") as told:
             print(peft.get_peft_model.__module__.partition(".")[0], file=told)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cases gave, kept for the documentation: `make test-trainers-NAME TRAINER=--record`."""
+"""What the cases gave, kept for the documentation: `make test-trainers TRAINER=--record`."""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ import torch
 from peft.tuners.adaption_prompt import layer as their_attention
 from peft.tuners.adaption_prompt import utils as their_rotary
 from peft.tuners.lora import layer as theirs
+from peft.utils import other
 from torch import nn
 
 import graft
-from graft.compat.peft import clients
+from graft.compat.peft import clients, shims
 from graft.compat.peft.layers import layer_class
 from tests import models
 from tests.pair import LIBS, adapt, randomize
@@ -321,3 +322,19 @@ def test_marks_of_a_layer():
     before = models.output(model, batch)
     layer._marked = layer.name = True
     assert layer._marked and layer.name and torch.equal(models.output(model, batch), before)
+
+
+@pytest.mark.parametrize("lib", LIBS, ids=lambda lib: lib.__name__)
+def test_heads_and_rows_alone(lib):
+    """As trainers switch what trains whole, beside layers that they switch by themselves."""
+    set_alone = (shims if lib is graft else other)._set_adapter
+    model = lib.get_peft_model(models.make("mlp"), lib.LoraConfig(target_modules=["lin0"], modules_to_save=["head"]))
+    model.add_adapter("other", lib.LoraConfig(target_modules=["lin0"], modules_to_save=["head"]))
+    model.add_adapter("without", lib.LoraConfig(target_modules=["lin0"]))
+    head, layer = model.base_model.model.head, model.base_model.model.lin0
+    set_alone(model, "other")
+    assert head.active_adapters == ["other"] and layer.active_adapters == ["default"]
+    trains = {n for n, p in head.named_parameters() if p.requires_grad}
+    assert trains == {"modules_to_save.other.weight", "modules_to_save.other.bias"}
+    set_alone(model, "without")
+    assert head.active_adapters == [] and not any(p.requires_grad for p in head.parameters())

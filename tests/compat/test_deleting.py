@@ -53,8 +53,8 @@ def test_from_a_peft_model():
 
 @pytest.mark.parametrize("lib", LIBS, ids=lambda lib: lib.__name__)
 def test_modules_to_save_are_those_of_the_adapters_there(lib):
-    model = lib.get_peft_model(models.make("mlp"), lib.LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"]))
-    assert model.modules_to_save == {"lin1"}
+    model = lib.get_peft_model(models.make("mlp"), lib.LoraConfig(target_modules=["lin0"], modules_to_save=["head"]))
+    assert model.modules_to_save == {"head"}
     model.add_adapter("other", lib.LoraConfig(target_modules=["lin0"]))
     model.set_adapter("other")
     model.delete_adapter("default")

@@ -50,7 +50,7 @@ HELD: dict[str, str] = {
     "graft.compat.peft.loading": "build_peft_weight_mapping",
     "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG calculate_alora_offsets "
     "TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
-    "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers "
+    "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers _set_adapter "
     "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
     "id_tensor_storage init_empty_weights match_target_against_key transpose",
 }
@@ -171,8 +171,8 @@ MODULES: dict[str, str] = {
     "utils.loftq_utils": "loftq_init replace_lora_weights_loftq",
     "utils.merge_utils": "dare_linear dare_ties magnitude_based_pruning magnitude_prune task_arithmetic ties",
     "utils.other": f"{_FILES} {_DISCOVERY} {_EXPORTED} {_TRAINING} {_WRAPPERS} {_SUBMODULES} "
-    "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules fsdp_auto_wrap_policy "
-    "get_quantization_config id_tensor_storage match_target_against_key",
+    "_get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules _set_adapter "
+    "fsdp_auto_wrap_policy get_quantization_config id_tensor_storage match_target_against_key",
     "utils.peft_types": "PeftType TaskType register_peft_method",
     "utils.save_and_load": f"{_STATE} {_WEIGHTS} {_DISCOVERY} PEFT_TYPE_TO_TUNER_MAPPING PeftType",
     "utils.transformers_weight_conversion": "build_peft_weight_mapping convert_peft_config_for_transformers "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graft.config.base import matches_end
 from graft.config.patterns import pattern
 from graft.core.merging import not_merged
+from graft.core.names import one_or_several
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, all_linear
@@ -53,6 +54,13 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         peft_config.target_modules = all_linear(peft_config, model, survey(model).modules)
     return peft_config
+
+
+def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Make adapters active on the heads and token rows of a model; where there is none of them, the base's act."""
+    names = one_or_several(adapter_name, "_set_adapter")
+    for wrapper in survey(model).wrappers.values():
+        wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
 
 
 def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:

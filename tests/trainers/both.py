@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from safetensors.torch import load_file
 
+import graft
 from tests.clients.pair import compare
 
 HERE = Path(__file__).parent
@@ -120,7 +122,10 @@ def losses(state: Path) -> list[dict[str, Any]]:
 
 def config(file: Path, folder: Path, keys: set[str]) -> dict[str, Any]:
     said = json.loads(file.read_text().replace(str(folder), "."))  # the base model's path
+    kind = graft.PEFT_TYPE_TO_CONFIG_MAPPING.get(said.get("peft_type"), graft.PeftConfig)
+    usual = {f.name: f.default for f in fields(kind)}
     told = {key: said[key] for key in keys & said.keys() - {"peft_version"}}
+    told = {k: usual.get(k) if v is None else v for k, v in told.items()}  # null means the default, which graft writes
     return {k: sorted(v) if isinstance(v, list) and k.endswith("modules") else v for k, v in told.items()}  # of a set
 
 

@@ -50,5 +50,5 @@ CASES = {
         ["swift.cli.export", *flags(dict(adapters="out/checkpoint-4", merge_lora=True, output_dir="merged"))],
     ],
     "DPO": [rlhf()],
-    "KTO": [rlhf(rlhf_type="kto", dataset="made/kto.jsonl")],
 }
+DIFFERS = {"FourierFT": "norms of gradients differ in the fourth digit, tensors by 6e-6 after four steps"}

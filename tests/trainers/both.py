@@ -23,9 +23,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INSIDE = HERE / "inside"  # what runs in a trainer's environment
 LIBRARIES = ("peft", "graft")
-LOSSES, TENSORS = 1e-5, 1e-6  # relative or absolute
+LOSSES, TENSORS = 1e-5, 2e-6  # relative or absolute
 MORE = ".lora_shift."  # what graft's files hold beside PEFT's: docs/differences.md
-TIMED = ("runtime", "per_second", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
+TIMED = ("runtime", "per_sec", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
 QUIET = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "DISABLE_TELEMETRY", "DO_NOT_TRACK"), "1"),

@@ -28,9 +28,9 @@ SUBJECT = os.environ.get("GRAFT_TESTS_SUBJECT", "graft")
 if SUBJECT != "graft":
     sys.modules["graft"] = __import__(SUBJECT)
 else:
-    from graft.model import beside
+    from graft.model import watch
 
-    beside._said = True  # some test of this process loads Trainer; what a model says then, compat/test_late.py shows
+    watch._said = True  # some test of this process loads Trainer; what a model says then, compat/test_late.py shows
 
 
 @pytest.hookimpl(tryfirst=True)

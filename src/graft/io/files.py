@@ -21,8 +21,7 @@ from graft.config.hub import fetch, not_asked
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import read_object
-from graft.config.stored import Stored
-from graft.config.whole import whole_model
+from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError
 from graft.io import seal
 from graft.io.check import check_archive, fault, has_finite_sum

@@ -21,10 +21,10 @@ from graft.core.run import Run, copies_of
 from graft.inject.parts import HOLDER, registry_of
 from graft.io.load import LoadReport, Values
 from graft.model import averaged, loading, saving
-from graft.model.beside import say_unknown
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.rows import names_of_rows, rows_of, spread
 from graft.model.tuner import tuner_of
+from graft.model.watch import say_unknown
 from graft.storage import numel
 
 OF_TASKS: dict[Any, Any] = {}  # the PeftModel class by task type; `model/tasks.py` fills it

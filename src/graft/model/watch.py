@@ -10,6 +10,7 @@ such a layer it watches, and says so only when `PASSES` backward passes have lef
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -201,3 +202,21 @@ def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
         not p.numel() or is_sharded(p) or p._post_accumulate_grad_hooks or any(hasattr(p, a) for a in KEPT_ELSEWHERE)
         for p in parameters
     ) or any(type(m).__name__.startswith(SHARDED) for m in model.modules())
+
+
+_said = False
+
+
+def say_unknown(model_class: type) -> None:
+    """Warn once in a process that the loaded Trainer takes models of this class for any other modules."""
+    global _said
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is None or _said or issubclass(model_class, getattr(trainer, "PeftModel", ())):
+        return
+    _said = True
+    warn(
+        "transformers' Trainer is loaded and does not know graft's models: its checkpoints would be whole models, "
+        "without an adapter, and TRL's trainers would fail. To train by one of them, call "
+        "graft.compat.peft.install(), also now; for a loop of your own nothing is to be done.",
+        PeftWarning,
+    )

@@ -18,10 +18,13 @@ SOURCE = Path(graft.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # package → what it may import besides itself, torch, the standard library and other distributions
-FLOORS = ["kernels", "core", "storage config", "methods prompts", "inject", "combine io", "model"]  # the lowest first
+FLOORS = [  # the lowest first
+    "kernels", "core", "storage config", "files", "methods prompts", "inject", "combine io", "model",
+]  # fmt: skip
 MAY_IMPORT: dict[str, set[str | None]] = {}
 for floor in [*FLOORS, "serving optim train"]:
     MAY_IMPORT |= {name: {*MAY_IMPORT} for name in floor.split()}
+MAY_IMPORT["command"] = {*MAY_IMPORT, None}
 MAY_IMPORT["compat"] = {*MAY_IMPORT, None}  # None: the public names
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command's frame: exit codes, errors in one line, and what every verb does with `--json` and `--quiet`.
+
+Exit codes: 0 done; 1 problems were found; 2 wrong usage; 3 an input is unreadable or damaged; 4 it does not fit the
+base; 5 refused, since something would be lost.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, ConfigTypeError, PeftError
+from graft.files.errors import LossError, OutputExistsError
+
+FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
+CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
+    (OutputExistsError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT), (CheckpointError, UNREADABLE),
+    (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
+)  # fmt: skip
+VERBS: tuple[str, ...] = ()  # modules of this package, in the order of `graft --help`
+
+app = typer.Typer(
+    name="graft", no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Adapters as files: look at them, compare, change, convert and prove them.",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run the command; leave the process with its exit code."""
+    for verb in VERBS:
+        import_module(f"graft.command.{verb}")
+    try:
+        app()
+    except tuple(kind for kind, _ in CODES) as e:
+        print(f"graft: {e}", file=sys.stderr)
+        sys.exit(next(code for kind, code in CODES if isinstance(e, kind)))
+
+
+def print_json(value: Any) -> None:
+    """Print one document for programs, on standard output."""
+    print(json.dumps(value, indent=1, sort_keys=True))

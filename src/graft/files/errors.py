@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of what works on files."""
+
+from __future__ import annotations
+
+from graft.core.errors import PeftError
+
+
+class LossError(PeftError, ValueError):
+    """A format, or a smaller rank, cannot hold all that an adapter has."""
+
+
+class OutputExistsError(PeftError, FileExistsError):
+    """There is something already where a result would be written."""
+
+    __str__ = Exception.__str__  # OSError's shows the arguments of another call

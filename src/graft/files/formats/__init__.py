@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formats of adapter files, a module each, and the table by which a file is recognised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+from graft.core.errors import CheckpointError
+from graft.files.neutral import AdapterFile
+
+# in the order in which they look at a path
+FORMATS = ("peft",)
+
+
+class Base(Protocol):
+    """What a format may ask of a base model, which need not be loaded: the names and shapes of its tensors."""
+
+    path: str
+    config: Mapping[str, Any]  # config.json
+    shapes: Mapping[str, tuple[int, ...]]  # "model.layers.0.mlp.up_proj.weight" → its shape
+
+    @property
+    def modules(self) -> Iterable[str]: ...
+
+
+class Format(Protocol):
+    """A module of this package."""
+
+    NAME: str  # as `--to` takes it
+
+    def recognises(self, path: str) -> bool:
+        """Return True if a file or folder is of this format; a look at names and a header, never at values."""
+
+    def read(self, path: str, base: Base | None = None) -> AdapterFile: ...
+
+    def write(self, adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+        """Write a file or folder, whole or not at all; return what was lost, empty unless `lossy`."""
+
+
+def module_of(name: str) -> Any:
+    """Return the module of a format by its name."""
+    if name not in FORMATS:
+        raise CheckpointError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
+    return import_module(f"graft.files.formats.{name}")
+
+
+def recognise(path: str) -> str:
+    """Return the name of the format of a file or folder.
+
+    Raises:
+        CheckpointError: it is of none that graft reads, or is a model.
+    """
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path} does not exist.")
+    for name in FORMATS:
+        if module_of(name).recognises(path):
+            return name
+    raise CheckpointError(f"{path} is no adapter of a format that graft reads: {', '.join(FORMATS)}.")
+
+
+def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
+    """Read an adapter file of any format.
+
+    Args:
+        path: a file or folder.
+        base: the base model's names, where the format needs them.
+    """
+    path = os.fspath(path)
+    held: AdapterFile = module_of(recognise(path)).read(path, base)
+    return held

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter file says, whatever its format: the one form between all readers and writers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graft.files.tensors import Tensor
+
+Kind = Literal["linear", "conv", "embedding", "experts"]
+
+
+@dataclass
+class LowRank:
+    """What LoRA adds to the weight of a module: ΔW = scale · B A, with W (out, in).
+
+    Attributes:
+        A: (r, in); of a convolution (r, in, *kernel); of an embedding (r, vocabulary); of experts (E, r, in).
+        B: (out, r); of a convolution (out, r, 1, …); of an embedding (dim, r); of experts (E, out, r).
+        scale: whatever alpha, rank and rsLoRA make of it.
+        magnitude: DoRA's, (out,).
+        bias: that the second factor adds, (out,), times `scale`.
+        mid: Tucker's core of a convolution, (r, r, *kernel); A is (r, in, 1, …) then.
+        alpha: what the file says, where `scale` does not tell it.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    kind: Kind = "linear"
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    mid: Tensor | None = None
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1 if self.kind == "experts" else 0]
+
+
+@dataclass
+class Other:
+    """What a method that is not LoRA keeps for a module: its tensors, by the names that PEFT's files give them."""
+
+    method: str  # PEFT's peft_type, or that of a method which PEFT lacks: "LOHA", "BOTTLENECK"
+    tensors: dict[str, Tensor]  # "hada_w1_a"
+    scale: float | None = None  # where the method has one
+
+
+@dataclass
+class AdapterFile:
+    """An adapter that was read from a file, or is about to be written to one.
+
+    Attributes:
+        method: PEFT's peft_type of it: "LORA", "LOHA", "PROMPT_TUNING".
+        modules: module path of the base model → what the adapter has for it.
+        full: name of a tensor of the base model → its trained value: heads, norms, biases.
+        rows: name of an embedding's weight → (their indices, their values (n, dim)).
+        shared: tensors that belong to no module: prompts, projections of all layers; by name in the file.
+        config: the fields of the file's own config, as they are.
+        metadata: of a safetensors file.
+        unread: keys that the reader knows no meaning of. Writers refuse to drop them in silence.
+    """
+
+    format: str
+    path: str
+    method: str = "LORA"
+    modules: dict[str, LowRank | Other] = field(default_factory=dict)
+    full: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    base: str | None = None  # its name or path, where the file says it
+
+    @property
+    def low_rank(self) -> dict[str, LowRank]:
+        return {path: held for path, held in self.modules.items() if isinstance(held, LowRank)}

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in files, read when they are asked for, and safetensors files of them: by numpy, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from graft.config.atomic import replace
+from graft.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BITS = {  # of an element, by the name that safetensors gives a dtype
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+LARGEST = 100_000_000  # bytes: safetensors reads no longer header
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of known shape and dtype; whoever reads it gets its values.
+
+    Attributes:
+        shape: as in the file.
+        dtype: as safetensors calls it: "F32", "BF16".
+        load: returns the bytes, little-endian and contiguous.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Any]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+    def read(self) -> np.ndarray:
+        """Return the values: float64 and integers as they are, other floating dtypes as float32.
+
+        Raises:
+            CheckpointError: the dtype is a float of 8 bits, which numpy has no form of.
+        """
+        import numpy as np
+
+        held = self.load()
+        if self.dtype == "BF16":
+            wide = np.frombuffer(held, "<u2").astype("<u4") << 16
+            return wide.view("<f4").reshape(self.shape)
+        if self.dtype not in NUMPY:
+            raise CheckpointError(f"Values of dtype {self.dtype} cannot be read without torch.")
+        values = np.frombuffer(held, NUMPY[self.dtype]).reshape(self.shape)
+        return values.astype("<f4") if self.dtype == "F16" else values
+
+
+def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
+    """Return an array as a Tensor. `dtype` rounds it to nearest, ties to even; None: the array's own dtype."""
+    import numpy as np
+
+    values = np.ascontiguousarray(values)
+    own = next((name for name, form in NUMPY.items() if np.dtype(form) == values.dtype), None)
+    dtype = dtype or own
+    if dtype == "BF16":
+        bits = values.astype("<f4").view("<u4")
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        held = np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
+    elif dtype in NUMPY:
+        with np.errstate(over="ignore"):
+            held = values.astype(NUMPY[dtype])
+    else:
+        raise CheckpointError(f"Values cannot be written as {dtype or values.dtype}.")
+    return Tensor(tuple(values.shape), dtype, held.tobytes)
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, none of them read yet, and its metadata.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or is damaged: tensors overlap, or lie outside the file.
+    """
+    path = os.fspath(path)
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        whole = os.fstat(f.fileno()).st_size
+        if not 2 <= size <= min(LARGEST, whole - 8):
+            raise CheckpointError(
+                f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."
+            )
+        try:
+            header = json.loads(f.read(size))
+            metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+            listed = [(name, _entry(entry)) for name, entry in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise CheckpointError(f"The header of {path} is damaged: {e}") from None
+    start, end = 8 + size, 0
+    for name, (dtype, shape, begin, stop) in sorted(listed, key=lambda item: item[1][2:]):
+        if begin != end or stop - begin != prod(shape) * BITS[dtype] // 8 or start + stop > whole:
+            raise CheckpointError(f"{path} is damaged or cut off: '{name}' is not where its header says.")
+        end = stop
+    if start + end != whole:
+        raise CheckpointError(f"{path} is damaged: {whole - start - end} bytes behind its last tensor.")
+    return {
+        name: Tensor(shape, dtype, _reader(path, start + b, e - b)) for name, (dtype, shape, b, e) in listed
+    }, metadata
+
+
+def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    begin, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in BITS:
+        raise ValueError(f"dtype {entry['dtype']!r}")
+    if not all(type(n) is int and n >= 0 for n in (begin, stop, *shape)):
+        raise ValueError(f"{entry}")
+    return entry["dtype"], shape, begin, stop
+
+
+def _reader(path: str, begin: int, size: int) -> Callable[[], bytes]:
+    def load() -> bytes:
+        with open(path, "rb") as f:
+            f.seek(begin)
+            held = f.read(size)
+        if len(held) != size:
+            raise CheckpointError(f"{path} is shorter than it was.")
+        return held
+
+    return load
+
+
+def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors one after another, the widest dtypes first so that all are aligned; the file appears whole."""
+    order = sorted(tensors.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, t in order:
+        begin, end = end, end + t.nbytes
+        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for _, t in order:
+                f.write(t.load())
+
+    replace(path, write)

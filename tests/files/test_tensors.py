@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in files: safetensors' own library reads what is written, and what it writes is read."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft.core.errors import CheckpointError
+from graft.files.tensors import read_header, tensor, write_safetensors
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reads_what_safetensors_writes(tmp_path, dtype):
+    values = (torch.randn(3, 5) * 4).to(dtype)
+    save_file({"x": values, "empty": values[:0]}, tmp_path / "a.safetensors", {"k": "v"})
+    held, metadata = read_header(tmp_path / "a.safetensors")
+    assert metadata == {"k": "v"} and held["x"].shape == (3, 5) and held["empty"].read().size == 0
+    wanted = values.float() if dtype in (torch.float16, torch.bfloat16) else values
+    assert np.array_equal(held["x"].read(), wanted.numpy())
+
+
+def test_safetensors_reads_what_is_written(tmp_path):
+    values = torch.randn(4, 7) * torch.logspace(-30, 30, 28).view(4, 7)
+    values[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    path = str(tmp_path / "b.safetensors")
+    write_safetensors(path, {name: tensor(values.numpy(), name) for name in names}, {"z": "1", "a": "2"})
+    for name, held in load_file(path).items():
+        assert torch.equal(held.nan_to_num(7), values.to(names[name]).nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("cut", [0, 4, 9, 40, -1])
+def test_a_file_that_is_cut_is_damaged(tmp_path, cut):
+    path = tmp_path / "c.safetensors"
+    save_file({"x": torch.ones(8), "y": torch.ones(2)}, path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"c\.safetensors"):
+        read_header(path)
+
+
+def test_tensors_that_overlap_are_damage(tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_file({"x": torch.ones(8), "y": torch.ones(8)}, path)
+    path.write_bytes(path.read_bytes().replace(b"[32,64]", b"[16,48]"))
+    with pytest.raises(CheckpointError, match="'y' is not where its header says"):
+        read_header(path)

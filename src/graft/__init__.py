@@ -34,7 +34,7 @@ _NAMES: dict[str, str] = {
         "graft.prompts.multitask_prompt_tuning": "MultitaskPromptTuningInit",
         "graft.config.prompt": "PromptLearningConfig",
         "graft.inject.report": "InjectReport",
-        "graft.inject.saved": "ModulesToSaveWrapper",
+        "graft.inject.beside": "ModulesToSaveWrapper",
         "graft.model.functional": "calling",
         "graft.model.api": "get_peft_config get_peft_model",
         "graft.model.tuner": "Tuner inject_adapter_in_model",

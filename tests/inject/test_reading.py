@@ -15,7 +15,7 @@ from transformers import FalconMambaConfig, JambaConfig, MambaConfig, MobileBert
 
 import graft
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.inject.reading import SETS_UP, Source, Use, uses_of
+from graft.inject.survey import SETS_UP, Source, Use, uses_of
 from tests.models import seeded
 
 MODELS = Path(transformers.__file__).parent / "models"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.inject.tied import weight_of
+from graft.inject.targets import weight_of
 from tests import models
 from tests.conformance.samples import disturb
 from tests.looks import layers

@@ -1,35 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the carriers of an adapter, apart from the model, and give them their values."""
+"""Build the carriers of an adapter, apart from the model, and give them their values; and the size of that, counted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.core.call import Call
+from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Layers, Method
+from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.site import Site
-from graft.inject.agree import agree
+from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
-from graft.inject.saved import ModulesToSaveWrapper
-from graft.inject.size import made_early
-from graft.inject.stage import check_alone, draw
+from graft.inject.stage import agree, check_alone, draw
 from graft.inject.survey import site_of
-from graft.inject.tokens import TrainableTokensWrapper
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.storage import hold_bias, place_of
 from graft.storage.offload import hooks_of, offloaded_in
+
+
+def made_early(job: Any) -> float:
+    """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
+    total = 0.0
+    if job.method.shares and job.sites:
+        layers = Layers(job.model, list(job.sites.values()), job.cfg, job.shared.containers, job.others)
+        total += size(lambda: job.method.share(layers).values())
+    early = [job.methods[key] for key in job.sites if job.methods[key].inits_from_weight()]
+    total += sum(size(lambda m=method: m.placeholders({}).values()) for method in early)  # type: ignore[misc]
+    for key, indices in job.tokens.items():
+        weight = getattr(job.tree.modules[key], "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            total += len(indices) * weight.shape[1]
+    return total
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that code makes, also of those that it drops."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def size(make: Callable[[], Iterable[Any]]) -> float:
+    """Count the numbers that `make` needs room for: in what it returns, or in its largest tensor. Run it on meta."""
+    try:
+        with META, Largest() as largest, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is made for good
+            return max(sum(numbers(value) for value in make()), largest.numbers)
+    except (RuntimeError, OverflowError):  # shapes that no tensor can have
+        return math.inf
+
+
+def numbers(value: Any) -> int:
+    if isinstance(value, Transient):
+        value = value.tensor
+    if isinstance(value, nn.Module):
+        return sum(t.numel() for t in (*value.parameters(), *value.buffers()))
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def build(job: Any) -> None:

@@ -17,11 +17,11 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.shared import Shared
 from graft.core.site import Site
-from graft.inject import build, plan
-from graft.inject.agree import draw_alike
+from graft.inject import build, find
 from graft.inject.experts import LeftOut
 from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
+from graft.inject.stage import draw_alike
 from graft.inject.survey import Place, Tree, Wrapper, survey
 from graft.methods import ROWS
 from graft.prompts.base import Prompt
@@ -142,7 +142,7 @@ class Injection:
         self.tree = self.tree or survey(self.model)
         self.cfg = copy.copy(self.config)
         with nullcontext() if self.steps is None else self.steps.asking(self):
-            plan.find(self)
+            find.find(self)
         return self
 
     @contextmanager

@@ -17,10 +17,10 @@ from torch import nn
 from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError
 from graft.core.site import Site
 from graft.inject.match import Verdict, unmatched
-from graft.inject.parameters import Idle, parameter_target, search_parameters
 from graft.inject.parts import registry_of
 from graft.inject.report import Skipped
 from graft.inject.survey import kind_of, site_of
+from graft.inject.targets import Idle, parameter_target, search_parameters
 from graft.storage import innermost
 
 CHECK, CREATE, PARAMETERS, CAST = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The meaning of `target_modules` in a model: defaults by architecture, "all-linear", compression of long lists."""
+"""What the targets of a config mean in a model: defaults by architecture, "all-linear", tied modules, parameters."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from graft.core import merging
 from graft.core.base_config import model_type
-from graft.core.carrier import layer_in
-from graft.core.errors import ConfigError
+from graft.core.carrier import carrier_of, layer_in
+from graft.core.errors import ConfigError, UnsupportedLayerError, warn
 from graft.core.method import Method
 from graft.core.ops import find_op
-from graft.inject.match import Names, minimal_names
-from graft.inject.survey import uncovered
+from graft.core.site import Site
+from graft.inject.beside import matches
+from graft.inject.match import Matcher, Names, minimal_names, unmatched
+from graft.inject.report import Skipped
+from graft.inject.survey import COMPOSED, Tree, kind_of, parameter_site, site_of, uncovered
+from graft.storage import DENSE, find_store, innermost
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
@@ -66,3 +71,191 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
     return other is not None and (module is other or any(m is other for m in module.modules()))
+
+
+def weight_of(module: nn.Module) -> nn.Parameter | None:
+    """Return the weight of a module, also of one beneath adapter layers and wrappers."""
+    layer, carrier = layer_in(module), carrier_of(module)
+    if layer is not None and (left := merging.tied_weight(layer)) is not None:
+        return left
+    if carrier is not None:
+        return weight_of(carrier.base_module)
+    return module._parameters.get("weight")
+
+
+def embedding_path(model: Any, tree: Tree) -> str | None:
+    """Return the path of a model's input embedding; None if the model does not tell."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        embedding = uncovered(model.get_input_embeddings())
+    except NotImplementedError:
+        return None
+    return None if embedding is None else tree.paths.get(embedding)
+
+
+def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
+    """Return the path of the input embedding, and those of the other modules that hold its weight."""
+    path, modules = embedding_path(model, tree), tree.modules
+    embedding = modules.get(path) if path else None
+    weight = weight_of(embedding) if embedding is not None else None
+    if weight is None:
+        return path, []
+    head = None
+    ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if ties and hasattr(model, "get_output_embeddings"):
+        head = uncovered(model.get_output_embeddings())
+        own = None if head is None else weight_of(head)
+        if not weight.is_meta and (own is None or own.device == weight.device):
+            head = None  # a move to meta, or to several devices, unties weights that a model on one device shares
+    return path, [k for k, m in modules.items() if k != path and (m is head or weight_of(m) is weight)]
+
+
+def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict[str, str]:
+    """Rewrite a config so that it names the embedding itself. Return the tied modules: {path: embedding's path}.
+
+    Tied modules leave target_modules and modules_to_save: they follow the embedding.
+    """
+    ensure = getattr(cfg, "ensure_weight_tying", False)
+    embedding, tied = tied_to_embedding(model, tree)
+    if not tied or embedding is None:
+        if ensure:
+            text = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
+            if getattr(cfg, "trainable_token_indices", None):
+                text += ": ensure_weight_tying=True but the model does not have tied weights; token rows train apart"
+            warn(text)
+        return {}
+    group = [embedding, *tied]
+    targets = Names(cfg.target_modules)
+    targeted = any(targets.find(k) is not None for k in group)
+    names = list(getattr(cfg, "modules_to_save", None) or ())
+    saved = any(matches(k, names) is not None for k in group)
+    if not ensure and not (method.always_tied and targets.find(embedding) is not None):
+        if targeted or saved:
+            can = hasattr(cfg, "ensure_weight_tying")
+            why = "`ensure_weight_tying` is not set to True" if can else "no implementation exists to tie the adapters"
+            warn(
+                f"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but {why}. Merging "
+                "will give the tied layers different weights."
+            )
+        return {}
+    if not (targeted or saved):
+        warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+            "`target_modules`"
+        )
+        return {}
+    if saved:
+        kept = [n for n in names if not any(k.endswith(n) for k in tied)]
+        cfg.modules_to_save = kept + [embedding] * (embedding not in kept)
+    if targeted:
+        if isinstance(cfg.target_modules, str):
+            cfg.target_modules = (
+                f"(?:{cfg.target_modules}|^{embedding}$)" if targets.find(embedding) is None else cfg.target_modules
+            )
+        else:
+            kept_targets = {t for t in cfg.target_modules if not any(k == t or k.endswith(f".{t}") for k in tied)}
+            cfg.target_modules = kept_targets | {embedding}
+    return {k: embedding for k in tied}
+
+
+def children_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's children whose weights are adapted along with its own."""
+    composed = COMPOSED.find(type(module))
+    return () if composed is None else composed.children
+
+
+def why_not_composed(module: nn.Module) -> str | None:
+    """Say why a module whose weights are a parameter and those of children cannot be adapted; None for any other."""
+    composed = COMPOSED.find(type(module))
+    return None if composed is None else composed.why_not(module)
+
+
+Found = list[tuple[str, str, str]]  # path of a parameter, path of its module, its name there
+Idle = dict[str, list[tuple[str, int]]]  # entries of a config that name nothing, each with similar names
+
+
+def parameters_of(job: Any) -> tuple[dict[str, Site], Idle]:
+    """Return the sites of the parameters that `target_parameters` names, by path; and the entries that name none."""
+    if job.steps is not None:
+        return job.steps.parameters(job)  # type: ignore[no-any-return]
+    found, idle = search_parameters(job, job.cfg)
+    return dict(parameter_target(job, path, name) for _, path, name in found), idle
+
+
+def search_parameters(job: Any, cfg: Any) -> tuple[Found, Idle]:
+    """Return the parameters that a config names, in the model's order; and the entries that name none."""
+    if job.keys is not None:
+        raise ConfigError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: leave "
+            f"state_dict out (adapter '{job.adapter}'), and load the values afterwards."
+        )
+    matcher = Matcher(cfg, parameters=True)
+    for name in uncovered(job.model)._parameters:  # type: ignore[union-attr]
+        if matcher.targets.find(name) is not None:
+            raise ConfigError(
+                f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{name}'). Adapter "
+                f"'{job.adapter}': put the module into another one."
+            )
+    found: Found = []
+    used: set[str] = set()
+    paths: list[str] = []
+    for key, module in job.tree.modules.items():
+        base = innermost(module)
+        names = [*base._parameters, *getattr(base, "parametrizations", ())]
+        for name in names:
+            path = f"{key}.{name}"
+            verdict = matcher(path)
+            paths.append(path)
+            if verdict.entry is None:
+                continue
+            used.add(verdict.entry)
+            if verdict.outcome != "matched":
+                why = verdict.why.replace("target_modules", "target_parameters")
+                job.report.skipped.append(Skipped(path, "Parameter", why))
+                continue
+            found.append((path, key, name))
+    return found, unmatched(cfg.target_parameters, used, paths)
+
+
+def parameter_target(job: Any, key: str, name: str) -> tuple[str, Site]:
+    """Return the site of a parameter of the module at path `key`, and the path that it stands under.
+
+    Raises:
+        UnsupportedLayerError: the parameter cannot be adapted by itself.
+    """
+    module, path = job.tree.modules[key], f"{key}.{name}"
+    base = innermost(module)
+    if is_packed_layer(base, name):
+        return key, site_of(key, module, job.tree)
+    check_parameter(job, path, key, module, name)
+    return path, parameter_site(key, base, name, job.tree)
+
+
+def is_packed_layer(base: nn.Module, name: str) -> bool:
+    """Return True if a parameter is the packed weight of a linear layer, which is adapted as a layer: the sum is the
+    same, and nobody can put W + ΔW in its place."""
+    return name == "weight" and find_op(base).linear and find_store(base) is not DENSE
+
+
+def check_parameter(job: Any, path: str, key: str, module: nn.Module, name: str) -> None:
+    """Raise UnsupportedLayerError unless the parameter can be adapted by itself."""
+    base: Any = innermost(module)
+    why = None
+    if (carrier_of(module) is not None and key not in job.tree.nests) or key in job.sites:
+        kind = kind_of(module)
+        why = (
+            f"Trying to wrap an `nn.Parameter` of layer '{key}' of type {kind}, which is not a valid target: the "
+            "module itself is adapted or trained whole. Take it out of target_modules, or its parameter out of "
+            "target_parameters"
+        )
+    elif name not in base._parameters:
+        why = (
+            f"Parameter '{path}' is parametrized, so that it is computed anew in each call: make it one of its own "
+            "first, with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    elif base._parameters[name] is None or base._parameters[name].dim() not in (2, 3):
+        dims = 0 if base._parameters[name] is None else base._parameters[name].dim()
+        why = f"Parameter '{path}' has {dims} dimensions, but only 2d and 3d are supported by target_parameters"
+    if why is not None:
+        raise UnsupportedLayerError(f"{why}. Adapter '{job.adapter}'.")

@@ -20,10 +20,9 @@ from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.names import is_bias
 from graft.core.wrappers import bare, clean, walk
-from graft.inject.agree import group_in
 from graft.inject.match import Names
 from graft.inject.parts import Nests, Parts, registry_of, unwrapped
-from graft.inject.stage import absent_from
+from graft.inject.stage import absent_from, group_in
 from graft.inject.survey import survey
 from graft.io.base import names_in_file, original
 from graft.io.digests import digests

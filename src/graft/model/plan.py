@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method
 from graft.core.shared import Shared
+from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
 from graft.inject.report import InjectReport, Matched
-from graft.inject.saved import add_task_heads
 from graft.inject.survey import kind_of, site_of
 from graft.methods import method_of
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig

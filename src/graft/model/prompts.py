@@ -20,12 +20,11 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.run import Run
-from graft.inject.agree import draw_alike
+from graft.inject.build import size
 from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport, Matched
-from graft.inject.size import size
-from graft.inject.stage import absent_from
+from graft.inject.stage import absent_from, draw_alike
 from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry

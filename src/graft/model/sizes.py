@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.core.effect import Branch, Replace, Rewrite
 from graft.core.finite import is_plain
 from graft.core.folding import delta_of, evaluating, fold_step, shift_of
-from graft.inject.saved import ModulesToSaveWrapper
+from graft.inject.beside import ModulesToSaveWrapper
 from graft.storage.parallel import layout_of
 
 UNKNOWN = math.nan

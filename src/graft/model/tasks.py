@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
+from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of
-from graft.inject.saved import add_task_heads
 from graft.model.peft_model import OF_TASKS, PeftModel
 
 

@@ -23,8 +23,7 @@ from graft.core.layer import AdapterLayer, ParameterLayer
 from graft.core.method import Method
 from graft.core.ops import OPS
 from graft.core.rows import BASE
-from graft.inject.saved import ModulesToSaveWrapper
-from graft.inject.tokens import TrainableTokensWrapper
+from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 from graft.storage import STORES
 

@@ -25,7 +25,7 @@ HELD: dict[str, str] = {
     "graft.inject.match": "_find_minimal_target_modules=minimal_names",
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
-    "graft.inject.tokens": "TrainableTokensWrapper",
+    "graft.inject.beside": "TrainableTokensWrapper",
     "graft.model.auto": "_BaseAutoPeftModel=AutoPeftModel",
     "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter disable_input_dtype_casting "
     "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad",

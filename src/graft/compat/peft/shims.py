@@ -20,8 +20,7 @@ from graft.core.merging import not_merged
 from graft.core.names import one_or_several
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
-from graft.inject.targets import ALL_LINEAR, all_linear
-from graft.inject.tied import tied_to_embedding
+from graft.inject.targets import ALL_LINEAR, all_linear, tied_to_embedding
 from graft.methods.lora.alora import last
 from graft.methods.trainable_tokens import input_embedding
 from graft.storage import find_store

@@ -23,15 +23,22 @@ from graft.core.method import Method
 from graft.core.names import is_bias
 from graft.core.site import Site
 from graft.core.wrappers import MANAGED
-from graft.inject import experts, saved
+from graft.inject import beside, experts
 from graft.inject.experts import LeftOut
 from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
-from graft.inject.parameters import children_of, parameters_of, why_not_composed
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.stage import absent_in, ghosts
 from graft.inject.survey import Tree, kind_of, site_of
-from graft.inject.targets import DUMMY, resolve_targets
-from graft.inject.tied import embedding_path, expand, tied_to_embedding
+from graft.inject.targets import (
+    DUMMY,
+    children_of,
+    embedding_path,
+    expand,
+    parameters_of,
+    resolve_targets,
+    tied_to_embedding,
+    why_not_composed,
+)
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.storage import loose_bias, refusal
 
@@ -75,7 +82,7 @@ def find(job: Any) -> None:
     job.saved = modules_to_save_of(cfg, tree, job.report, job.absent)
     for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
-        saved.refuse(key, tree.modules[key], inside, adapter)
+        beside.refuse(key, tree.modules[key], inside, adapter)
     job.tokens = token_targets(cfg, model, tree, adapter)
     for key in job.tokens.keys() & job.absent.keys():
         del job.tokens[key]
@@ -215,7 +222,7 @@ def by_itself(method: Method) -> str | None:
 def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Collection[str]) -> list[str]:
     """Return the paths of the modules that train whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
-    everywhere = [key for key in tree.modules if saved.matches(key, names) is not None] if names else []
+    everywhere = [key for key in tree.modules if beside.matches(key, names) is not None] if names else []
     wanted = [key for key in everywhere if key not in absent]
     defaults = getattr(cfg, "_default_heads", ())
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]

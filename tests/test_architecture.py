@@ -230,7 +230,6 @@ def test_the_forward_pass_decides_nothing():
     hot = {
         "layer": {"forward"},
         "plan": {"run", "through", "add", "gated"},
-        "planning": {"run", "add"},
         "mixed": {"run", "one", "add"},
     }
     for module, names in hot.items():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.changes import why_none
+from graft.core.folding import why_none
 from tests import models
 from tests.conformance.samples import CELLS, features
 from tests.covering import law

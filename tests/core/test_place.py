@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from graft.core.containers import BufferDict
-from graft.core.place import moved, place
+from graft.core.containers import BufferDict, moved, place
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 HALF = [torch.bfloat16, torch.float16]

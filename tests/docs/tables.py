@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from graft.core.changes import why_none
+from graft.core.folding import why_none
 from graft.methods import METHODS, PROMPTS
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
 from tests.docs.marks import put

@@ -275,7 +275,7 @@ def test_without_a_task_the_base_class_comes_from_the_stored_mapping(tmp_path):
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_shifted_bias_and_dora_act_together_as_they_merge(order, kind, bias):
     from graft.core.merging import folded
-    from graft.core.planning import ordered
+    from graft.core.plan import ordered
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 8, bias=bias) if kind == "linear" else nn.Conv1d(6, 8, 3, bias=bias)).double()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from graft.combine import union
 from graft.combine.forms import Tensors
-from graft.core.changes import wide
 from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
 from graft.methods import method_of
 

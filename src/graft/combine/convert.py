@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graft.combine import rules, union
 from graft.combine.adding import changes_base
 from graft.combine.forms import Tensors, of_all_groups
-from graft.core.changes import Change, change_of, why_none
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
+from graft.core.folding import Change, change_of, why_none
 from graft.core.layer import AdapterLayer
 from graft.core.ops import META
 from graft.inject.match import Matcher

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from graft.combine import union
-from graft.core.changes import change_of, why_none, wide
 from graft.core.errors import ConfigError
-from graft.core.folding import evaluating
+from graft.core.folding import change_of, evaluating, why_none, wide
 from graft.core.ops import Opaque
 from graft.kernels.hadamard import narrow
 from graft.methods import method_of

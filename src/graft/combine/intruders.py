@@ -13,9 +13,9 @@ from torch import Tensor
 from graft.combine import rules, union
 from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import factors_of
-from graft.core.changes import wide
+from graft.core.containers import UPCAST
 from graft.core.errors import ConfigError
-from graft.core.place import UPCAST
+from graft.core.folding import wide
 from graft.inject.parts import registry_of
 from graft.methods.lora.config import LoraConfig
 

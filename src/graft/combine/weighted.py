@@ -16,8 +16,8 @@ from graft.combine import rules, union
 from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import FORMS, Form, Tensors, UpdateForm
 from graft.combine.recipe import TYPES, Recipe
-from graft.core.changes import wide
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
+from graft.core.folding import wide
 from graft.core.gate import prepares
 from graft.inject.stage import draw
 from graft.methods import method_of

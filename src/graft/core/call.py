@@ -19,8 +19,7 @@ import torch
 
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
-from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows
-from graft.core.run import tensors_in
+from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows, tensors_in
 
 
 class Here(local):

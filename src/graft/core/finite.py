@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many tensors looked at in one go: is there anything in them, and is it finite?"""
+"""Many tensors looked at in one go: is there anything in them, is it finite, what did rounding leave of an update?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,3 +41,42 @@ def is_plain(t: Tensor) -> bool:
         and t.element_size() > NARROW
         and not (t.is_meta or t.is_sparse)
     )
+
+
+AT_ONCE, ON_CPU = 2**24, 2**16  # numbers in one pass: few copies of a layer, and those of a CPU in its cache
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def spread_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the same of tensors that are spread over processes."""
+    total: Any = (a * b).sum()
+    whole: Tensor = total.full_tensor()
+    return whole
+
+
+@torch.no_grad()
+def survival(W: Tensor, wide: Tensor, stored: Tensor | None = None) -> Tensor:
+    """Return <W' - W, ΔW> and <ΔW, ΔW> in float32, (2,), where ΔW = wide - W.
+
+    Args:
+        W: the weight as it was, and as it was stored.
+        wide: the weight that was asked for, before rounding.
+        stored: W', what came of that; None: `wide`, rounded to W's dtype; W itself: write that into it, and use `wide`
+            up on the way, as all is in the cache then.
+    """
+    at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
+    rows, product = (max(1, len(W)), spread_dot) if spread else (max(1, at_once // max(1, W[:1].numel())), dot)
+    total: Tensor | None = None
+    for i in range(0, len(W), rows):
+        before, asked = W[i : i + rows].float(), wide[i : i + rows]
+        if stored is W:
+            kept, asked = stored[i : i + rows].copy_(asked).float(), asked.sub_(before)
+        else:
+            kept = (asked.to(W.dtype) if stored is None else stored[i : i + rows]).float()
+            asked = asked.float() - before
+        both = torch.stack([product(kept - before, asked), product(asked, asked)])
+        total = both if total is None else total + both
+    return torch.zeros(2, device=W.device) if total is None else total

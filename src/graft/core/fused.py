@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from graft.core.dropout import share_dropped
 from graft.core.effect import Compact, Factors, Product, Unformed
-from graft.core.face import Layer
 from graft.core.lean import Linear
+from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
 from graft.kernels.eager import has_no_hooks
 from graft.kernels.low_rank import add_low_rank, add_product, autocast, dropout, low_rank_linear

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from graft.core.containers import (
     FACTS,
+    UPCAST,
     AnyDict,
     Attached,
     Slot,
     Transient,
     container_for,
+    place_tensor,
     put,
     slots_of,
     takes,
     told_by,
 )
 from graft.core.lean import ModuleDict
-from graft.core.place import UPCAST, place_tensor
 from graft.core.site import Site, Store
 
 Where = tuple[torch.device | None, torch.dtype | None]

@@ -14,7 +14,6 @@ from torch.compiler import is_dynamo_compiling
 from graft.core import merging
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State
-from graft.core.dispatched import HOOK, brought_in
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import unfolded
 from graft.core.gate import Lock, changes, everything
@@ -25,10 +24,10 @@ from graft.core.mixed import Mixed
 from graft.core.names import one_or_several
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import Plan, refuse_gates
-from graft.core.planning import plan_of
+from graft.core.plan import Plan, plan_of, refuse_gates
 from graft.core.rows import OFF
 from graft.core.site import Site, Store
+from graft.core.wrappers import HOOK, brought_in
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
 
@@ -42,7 +41,7 @@ class LayerState(State):
         super().__init__(call)
         self.merged: list[str] = []
         self.undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
-        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/rounding.py`
+        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
         self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run

@@ -5,7 +5,7 @@ Weights fold in the order in which adapters act (`planning.ordered`). An adapter
 later; if it acts before a merged one, `merge` takes all out and folds anew, so that merging a, then b, equals both at
 once.
 
-Where writing rounds, the layer keeps how much of the update that left (`core/rounding.py`).
+Where writing rounds, the layer keeps how much of the update that left (`core/finite.py`).
 
 Unmerging gives a weight in half precision back bit for bit: the first merge keeps a copy of it. In float32 and float64
 a merge that only adds products keeps their factors and subtracts them again, which costs no copy and rounds.
@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from graft.core.containers import slots_of
 from graft.core.effect import HALF, LowRank, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, warn
-from graft.core.face import Layer
-from graft.core.finite import largest
+from graft.core.finite import largest, survival
 from graft.core.folding import evaluating, fold_step, shift_of
 from graft.core.method import Method
 from graft.core.names import several
-from graft.core.plan import Step
-from graft.core.planning import ordered
-from graft.core.rounding import survival
+from graft.core.plan import Step, ordered
+from graft.core.protocols import Layer
 
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
 ENOUGH = 0.9  # of an update; less is worth a warning

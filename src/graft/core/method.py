@@ -22,7 +22,7 @@ from graft.core.site import Site
 
 if TYPE_CHECKING:
     from graft.core.call import Call
-    from graft.core.run import Run
+    from graft.core.rows import Run
 
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")

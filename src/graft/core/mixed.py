@@ -11,9 +11,8 @@ from torch import Tensor
 from graft.core import fused
 from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
-from graft.core.face import Layer
-from graft.core.plan import Chain, Plan, Sum, refuse_gates
-from graft.core.planning import Block, Folded, Instead, Whole, with_first
+from graft.core.plan import Block, Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates, with_first
+from graft.core.protocols import Layer
 from graft.core.rows import Rows
 from graft.kernels.mixed import add_groups, fits
 

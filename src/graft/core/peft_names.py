@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.changes import why_none
+from graft.core.containers import Exact, moved
 from graft.core.effect import LowRank, Update
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
-from graft.core.face import Layer
-from graft.core.folding import delta_of, evaluating
+from graft.core.folding import delta_of, evaluating, why_none
 from graft.core.gate import changes, everything
 from graft.core.merging import lifted
 from graft.core.method import Method
-from graft.core.place import Exact, moved
+from graft.core.protocols import Layer
 
 ACTIVATE = "set_adapter() activates adapters"
 

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from graft.core.dropout import share_dropped
 from graft.core.effect import Effect, Factors, LowRank, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
-from graft.core.face import Layer
 from graft.core.folding import formed
 from graft.core.fused import tensor_of
 from graft.core.method import Method
-from graft.core.part import applied, part_of
-from graft.core.plan import Chain, Step, Sum
+from graft.core.plan import Chain, Step, Sum, applied, part_of
+from graft.core.protocols import Layer
 from graft.core.random import states
 from graft.kernels.cuts import Cut, cut_up, given, joined, summed
 from graft.kernels.low_rank import dropout

@@ -1,26 +1,171 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: the work of a layer with its active adapters. The layer decides it when they change, and runs it at each call.
+"""Plans: what a layer computes with its active adapters. It plans when they change, and runs the plan at each call.
 
-Here are the plans of a layer of one input: a sum of what adapters add, or a chain of adapters, one around the other.
-"""
+An adapter's part is what it adds to the output; a plan sums parts, or chains what adapters make of input and output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
 from graft.core.dropout import share_dropped
-from graft.core.effect import Effect, Factors, LowRank, Rewrite
+from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Unformed, Update
 from graft.core.errors import RoutingError
-from graft.core.face import Layer
-from graft.core.folding import fold_step, shift_of
+from graft.core.folding import dense, fold_step, formed, same_inputs, shift_of
 from graft.core.method import Method
-from graft.core.part import ADD, JOIN, add_part, again, low_rank_part, part_of
+from graft.core.ops import Opaque
+from graft.core.protocols import Layer
+from graft.kernels.eager import eager, watched
 from graft.kernels.low_rank import dropout
+from graft.kernels.summed import summed
+
+
+def forms(effect: Effect) -> bool:
+    """Say whether what an adapter adds is computed from a tensor as large as the weight."""
+    if isinstance(effect, LowRank):
+        return effect.of_weight and not effect.gains
+    return isinstance(effect, Update) and effect.delta is not None and effect.branch is None
+
+
+def again(layer: Layer, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return run(*args); compute it again in the backward pass."""
+    if not (torch.is_grad_enabled() and eager()):
+        return run(*args)
+    out: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)
+    return out
+
+
+def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
+    """Return scale · outer ⊙ B (inner ⊙ A dropout(x)); call modules one by one."""
+    op, base, A, B = layer.op, layer.base_layer, f.A, f.B
+    x = m.cast(x)
+    if f.dropout is not None and not op.takes_ids:
+        x = f.dropout(x)
+    by_tensors = isinstance(A, Tensor)
+    if by_tensors and not op.factorable(base):
+        return op.call(base, x, op.product(*f.matrices(), layer.site.shape), f.shift())
+    z = op.down(base, x, A) if by_tensors else A(x)
+    if f.inner is not None:
+        z = z * op.channels(f.inner)
+    z = op.up(base, z, B) if isinstance(B, Tensor) else B(z)
+    if f.outer is not None:
+        z = z * op.channels(f.outer)
+    return z if f.scale is None else z * f.scale
+
+
+def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
+    """Return ΔW dropout(x) + Δb."""
+    op = layer.op
+    x = m.cast(x)
+    if effect.dropout is not None and not op.takes_ids:
+        x = effect.dropout()(x)
+    bias = None if effect.bias is None else effect.bias()
+    if effect.branch is not None:
+        y = effect.branch(x)
+        return y if bias is None else y + op.channels(bias)
+    y = applied(layer, m, formed(layer, effect), bias, x)
+    return y if effect.beside is None else y + low_rank_part(layer, m, effect.beside(), x)
+
+
+def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only columns that ids name, or nothing where that pays."""
+    op, base = layer.op, layer.base_layer
+    if delta is None:
+        assert bias is not None  # an Update has one of them
+        return op.channels(bias)
+    if not isinstance(delta, Tensor):
+        if op.takes_ids:
+            return op.scaled(base, delta.columns(x).to(m.dtype))
+        y = delta.product(x) if op.linear else None
+        if y is not None:
+            return y if bias is None else y + bias
+    delta = dense(delta).to(m.dtype)
+    return op.down(base, x, delta) if op.takes_ids else op.call(base, x, delta, bias)
+
+
+def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
+    """Return the part that an additive adapter adds to the output."""
+    if not layer.store.exact and forms(effect):
+        return again(layer, _part_of, layer, m, effect, x)
+    return _part_of(layer, m, effect, x)
+
+
+def _part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
+    if isinstance(effect, LowRank):
+        return low_rank_part(layer, m, effect.factors(), x)
+    if isinstance(effect, Update):
+        return update_part(layer, m, effect, x)
+    assert isinstance(effect, Branch)
+    return effect.branch(m.cast(x))
+
+
+Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method, effect, x, y, may it write to y?)
+
+
+def add_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return add_factors(layer, m, effect.factors(), x, y, fuse)
+
+
+def add_factors(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    out = fused.added(f, x, y) if fuse else None
+    return y + low_rank_part(layer, m, f, x) if out is None else out
+
+
+def add_update(layer: Layer, m: Method, effect: Update, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return y + update_part(layer, m, effect, x)
+
+
+def add_branch(layer: Layer, m: Method, effect: Branch, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return y + effect.branch(m.cast(x))
+
+
+def add_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+    return y + part_of(layer, m, effect, x)
+
+
+ADD: dict[type, Add] = {LowRank: add_low_rank, Update: add_update, Branch: add_branch}
+
+
+def join_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor) -> Tensor:
+    f = effect.factors()
+    out = fused.joined(layer, f, x)
+    if out is not None:
+        return out
+    y: Tensor = layer.base_layer(x)
+    return (y + low_rank_part(layer, m, f, x)).to(y.dtype)
+
+
+def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
+    if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
+        delta = formed(layer, effect)
+        bias = None if effect.bias is None else effect.bias()
+        out = fused.updated(layer, delta, bias, x, m.dtype)
+        if out is None:
+            y: Tensor = layer.base_layer(x)
+            out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
+        if effect.beside is not None:
+            out = add_factors(layer, m, effect.beside(), x, out, True).to(out.dtype)
+        return out
+    y = layer.base_layer(x)
+    return (y + update_part(layer, m, effect, x)).to(y.dtype)
+
+
+def join_branch(layer: Layer, m: Method, effect: Branch, x: Tensor) -> Tensor:
+    y: Tensor = layer.base_layer(x)
+    return (y + effect.branch(m.cast(x))).to(y.dtype)
+
+
+JOIN: dict[type, Callable[[Any, Any, Any, Tensor], Tensor]] = {
+    LowRank: join_low_rank,
+    Update: join_update,
+    Branch: join_branch,
+}
+
 
 Step = tuple[Method, Effect]  # (method, its effect)
 
@@ -252,3 +397,156 @@ def refuse_gates(layer: Layer) -> None:
         f"Adapters of layer '{layer.site.key}' do more than add to its output, so that gates (of a mixture) cannot "
         "weigh them: leave them out of the mixture, or deactivate them."
     )
+
+
+class Folded(Plan):
+    """A weight that only its module knows how to use: fold, then call the module with the folded weight.
+
+    A sum of products is not formed: the module gets a tensor that stands for it, so that of a stack only the matrices
+    in use cost anything.
+    """
+
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        assert isinstance(layer.op, Opaque)
+        self.op = layer.op
+        self.products = [effect for _, effect in self.steps if isinstance(effect, LowRank) and effect.additive]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if layer.call.open:
+            refuse_gates(layer)
+        W = self.stand_in()
+        return self.op.apply(layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
+
+    def stand_in(self) -> Any:
+        """Return a tensor that stands for the sum; None where operations do not run as written."""
+        layer = self.layer
+        if len(self.products) < len(self.steps) or not eager() or watched():
+            return None
+        op, W = self.op, layer.weight_now
+        if type(W) not in fused.PLAIN or W.dim() < 2:
+            return None
+        parts = []
+        for effect in self.products:
+            A, B = same_inputs(effect.factors()).matrices()
+            parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
+        return summed(W, parts, op.transposed)
+
+
+class Whole(Plan):
+    """A module with several inputs that returns a tuple, to whose first item adapters add."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        y, *others = self.layer.base_layer(*args, **kwargs)
+        return self.add(self.input(args, kwargs), y), *others
+
+    def input(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        names = self.layer.argument_names
+        effect: Any = self.steps[0][1]
+        x: Tensor = effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})
+        return x
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool = False, first: int = 0) -> Tensor:
+        gates = self.layer.call.weights() if self.layer.call.open else None
+        for m, effect in self.steps[first:]:
+            part = part_of(self.layer, m, effect, x)
+            y = y + (part if gates is None else gates.apply(self.layer, m.name, part))
+        return y
+
+
+class Block(Plan):
+    """A module with several inputs, before and after which adapters act."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        x, call = self.input(args, kwargs)
+        inner, given = self.before(x)
+        return with_first(call(inner), lambda y: self.after(given, y))
+
+    def input(self, args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Return the first input, and the module as a function of it."""
+        layer = self.layer
+        if args:
+            return args[0], lambda x: layer.base_layer(x, *args[1:], **kwargs)
+        name = layer.argument_names[0]
+        return kwargs[name], lambda x: layer.base_layer(**{**kwargs, name: x})
+
+    def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the input that the module gets, and what each step got."""
+        given = []
+        for _, effect in reversed(self.steps):
+            given.append(x)
+            x = effect.pre(x).to(x.dtype)  # type: ignore[attr-defined]
+        return x, given[::-1]
+
+    def after(self, given: list[Tensor], y: Tensor) -> Tensor:
+        """Return the output, from the module's."""
+        for (_, effect), x in zip(self.steps, given):
+            y = effect.post(x, y).to(y.dtype)  # type: ignore[attr-defined]
+        return y
+
+
+def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the output of a module with its tensor, or the first item of its tuple, changed."""
+    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+
+
+class Instead(Plan):
+    """A module that runs in place of the layer."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.call.open:
+            refuse_gates(self.layer)
+        return self.module(*args, **kwargs)
+
+    @property
+    def module(self) -> Any:
+        effect: Any = self.steps[0][1]
+        return effect.module()
+
+    def folded_now(self) -> tuple[Tensor, Tensor | None]:
+        module = self.module
+        return self.layer.op.canon(module.weight), self.bias()
+
+    def bias(self, n: int | None = None) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+
+def ordered(layer: Layer, methods: Iterable[Method]) -> list[Step]:
+    """Return the steps of these methods of a layer, the innermost first."""
+    kinds = layer.kinds
+    rank = {kind: i for i, kind in enumerate(kinds)}
+    groups: dict[int, list[Step]] = {}
+    for m in methods:
+        effect = m.effect
+        steps = groups.setdefault(rank[m.config], [])
+        if effect.inward:
+            steps.insert(0, (m, effect))
+        else:
+            steps.append((m, effect))
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    return [step for i in sorted(groups) for step in groups[i]]
+
+
+def plan_of(layer: Layer, names: Sequence[str]) -> Plan | None:
+    """Return the plan for those of `names` that the layer carries; None if it carries none."""
+    methods = [layer.methods[n] for n in names if n in layer.methods]
+    if not methods:
+        return None
+    steps = ordered(layer, methods)
+    effects = [effect for _, effect in steps]
+    kind: type[Plan]
+    if layer.op.opaque:
+        kind = Folded
+    elif any(e.whole for e in effects):
+        kind = Instead
+    elif any(isinstance(e, Branch) and e.input_of for e in effects):
+        kind = Whole
+    elif any(isinstance(e, Rewrite) and e.block for e in effects):
+        kind = Block
+    else:
+        kind = Sum if all(e.additive for e in effects) else Chain
+    if layer.site.piece is not None:
+        kind = layer.site.piece.plans.get(kind, kind)
+    return kind(layer, steps)

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from graft.core.carrier import Carrier, State
-from graft.core.containers import Attached, Slot, Transient, container_for, slots_of
-from graft.core.place import place
+from graft.core.containers import Attached, Slot, Transient, container_for, place, slots_of
 
 
 class Shared(Carrier):

@@ -13,11 +13,11 @@ from graft.config.targets import TASK_HEADS
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State, carrier_of, layer_in
 from graft.core.containers import Slot, slots_of, tensors_of
-from graft.core.dispatched import HOOK, brought_in
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.core.rows import Rows
+from graft.core.wrappers import HOOK, brought_in
 from graft.storage import codes_in, place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)

@@ -22,7 +22,7 @@ from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.random import kaiming_bound
-from graft.core.run import Run
+from graft.core.rows import Run
 from graft.kernels.waits import demand
 
 

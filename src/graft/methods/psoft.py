@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
+from graft.core.containers import Exact
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Tensors
-from graft.core.place import Exact
 from graft.core.random import seeded
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew

@@ -23,8 +23,7 @@ from graft.config.base import CONFIG_NAME, PeftConfig
 from graft.config.hub import fetch
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
-from graft.core.rows import BASE, Rows
-from graft.core.run import Run
+from graft.core.rows import BASE, Rows, Run
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.core.errors import AdapterNameError, ConfigError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
-from graft.core.run import Run
+from graft.core.rows import Run
 from graft.core.shared import Shared
 from graft.inject.inject import Values, check_bias, inject
 from graft.inject.parts import Parts

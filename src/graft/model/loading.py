@@ -13,9 +13,9 @@ from torch import nn
 from graft.config.base import PeftConfig
 from graft.config.keywords import hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
+from graft.core.containers import place
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.place import place
 from graft.inject.build import put
 from graft.inject.parts import registry_of
 from graft.inject.survey import survey

@@ -16,8 +16,7 @@ from graft.config.base import PeftConfig
 from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.core.errors import AdapterNotFoundError
 from graft.core.gate import PATIENCE
-from graft.core.rows import Given
-from graft.core.run import Run, copies_of
+from graft.core.rows import Given, Run, copies_of
 from graft.inject.parts import HOLDER, registry_of
 from graft.io.load import LoadReport, Values
 from graft.model import averaged, loading, saving

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
-from graft.core.run import Run
+from graft.core.rows import Run
 from graft.inject.build import size
 from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts

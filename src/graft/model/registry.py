@@ -24,8 +24,7 @@ from graft.core.errors import (
 from graft.core.gate import ACTIVE, Names, changes, everything
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
-from graft.core.rows import BASE
-from graft.core.run import Run
+from graft.core.rows import BASE, Run
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
-from graft.core.run import tensors_in
+from graft.core.rows import tensors_in
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved

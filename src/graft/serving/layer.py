@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graft.core.containers import moved
 from graft.core.errors import RoutingError
 from graft.core.ops import is_stock
-from graft.core.place import moved
 from graft.core.site import Site
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.waits import constant

@@ -17,8 +17,7 @@ from graft.config.keywords import HUB_KEYWORDS
 from graft.core.errors import AlreadyInjectedError, ConfigError, InUseError, RoutingError, UnsupportedLayerError, some
 from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces
-from graft.core.rows import BASE
-from graft.core.run import copies_of
+from graft.core.rows import BASE, copies_of
 from graft.inject.inject import Injection, attach
 from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.save import config_of, get_peft_model_state_dict

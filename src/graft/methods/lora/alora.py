@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
-from graft.core.part import low_rank_part
-from graft.core.rows import Rows
-from graft.core.run import Run
+from graft.core.plan import low_rank_part
+from graft.core.rows import Rows, Run
 from graft.kernels.waits import constant
 from graft.methods.lora.lora import LoRA
 

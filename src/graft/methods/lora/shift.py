@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.core.containers import Exact
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Tensors
-from graft.core.place import Exact
 from graft.methods.lora.choices import TITLES
 from graft.methods.lora.loftq import quantized
 from graft.methods.lora.start import start_of

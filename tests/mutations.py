@@ -30,7 +30,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "fused path: half of a low-rank product",
-        "kernels/products.py",
+        "kernels/low_rank.py",
         "flat.addmm_(h, W.T, alpha=scale)\n        return y",
         "flat.addmm_(h, W.T, alpha=scale / 2)\n        return y",
     ),

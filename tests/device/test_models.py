@@ -19,8 +19,8 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.random import DrawnOnCPU
-from graft.kernels import decomposed, hadamard, low_rank, narrow, projection, scaled_low_rank
-from graft.kernels.function import Function
+from graft.kernels import decomposed, low_rank, narrow, one_product
+from graft.kernels.eager import Function
 from graft.serving import AdapterSlots
 from tests import models
 from tests.conformance.samples import CELLS
@@ -545,7 +545,7 @@ def of_dropout():
 
 def of_hadamard():
     factors = drawn((20, 3), (3, 12), (20, 3), (3, 12))
-    return hadamard.product(*factors), factors
+    return one_product.product(*factors), factors
 
 
 def of_narrow():
@@ -555,19 +555,19 @@ def of_narrow():
 
 def of_scaled():
     y, h, B, d, b = drawn((80, 20), (80, 3), (20, 3), (3,), (20,))
-    return scaled_low_rank.add_scaled(y * 1, h, B.detach(), d, b), (y, h, d, b)
+    return low_rank.add_scaled(y * 1, h, B.detach(), d, b), (y, h, d, b)
 
 
 def of_one_product():
     x, W, A, B, d, b = drawn((80, 12), (20, 12), (3, 12), (20, 3), (3,), (20,))
     fixed = (t.detach() for t in (A, B))
     call = lambda x, W, bias: x @ W.T
-    return scaled_low_rank.linear_with(W.detach(), None, x, *fixed, d, b, call, lambda g, W: g @ W), (x, d, b)
+    return low_rank.linear_with(W.detach(), None, x, *fixed, d, b, call, lambda g, W: g @ W), (x, d, b)
 
 
 def of_a_projection():
     Z, W = drawn((20, 4), (20, 12))
-    return projection.onto(Z, W.detach().bfloat16()), (Z,)
+    return narrow.onto(Z, W.detach().bfloat16()), (Z,)
 
 
 def of_layers():

@@ -11,10 +11,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.kernels import decomposed, low_rank, mixed, products, sparse
-from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, plain
-from graft.kernels.norm import plain_row_norms, row_norms
-from graft.kernels.products import dropped, kept
+from graft.kernels import decomposed, low_rank, mixed, sparse
+from graft.kernels.decomposed import plain_row_norms, row_norms
+from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropped, kept, plain
 from tests.models import seeded
 
 SCALE = 1.37
@@ -272,7 +271,7 @@ def test_products_of_few_elements():
     with seeded(9):
         x, W, g = torch.randn(30, 12).double(), torch.randn(20, 12).double(), torch.randn(30, 20).double()
     for p in (0.001, 0.05, 0.5):
-        found = products.places(x.numel(), p, 5, x.device)
+        found = low_rank.places(x.numel(), p, 5, x.device)
         assert_close(sparse.part(x, W, found), sparse.plain_part(x, W, found))
         assert_close(sparse.entries(g, W, found), sparse.plain_entries(g, W, found))
     half = sparse.part(x.bfloat16(), W.bfloat16(), found), sparse.entries(g.bfloat16(), W.bfloat16(), found)
@@ -285,7 +284,7 @@ def test_places_are_independent_draws(p):
     size, seeds = 400, 4000
     drops = torch.zeros(seeds, size)
     for seed in range(seeds):
-        found = products.places(size, p, seed, drops.device)
+        found = low_rank.places(size, p, seed, drops.device)
         assert (found.diff() > 0).all() and ((found >= 0) & (found < size)).all()
         drops[seed, found] = 1
     share, sigma = drops.mean(0), (p * (1 - p) / seeds) ** 0.5

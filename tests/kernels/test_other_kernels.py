@@ -14,12 +14,10 @@ import graft
 import graft.core.fused as fused_forms
 from graft.core.dropout import share_dropped
 from graft.core.effect import LowRank
-from graft.kernels import hadamard, householder, modulated, narrow, orthogonal, planar, rescaled, scaled_low_rank
-from graft.kernels.difference import Difference
-from graft.kernels.low_rank import FUSED_FROM
-from graft.kernels.one_product import Factored, linear_with
-from graft.kernels.scattered import Scattered
-from graft.kernels.worth import worth_it
+from graft.kernels import low_rank, narrow, one_product, orthogonal
+from graft.kernels.low_rank import FUSED_FROM, worth_it
+from graft.kernels.one_product import Difference, Factored, linear_with
+from graft.kernels.sparse import Scattered
 from tests.covering import law
 from tests.models import seeded
 
@@ -63,7 +61,7 @@ def not_worse(fused, plain, values):
 def reflections():
     with seeded(1):
         x, u = randn((2, ROWS // 2, 12), (12, 5))
-    return x, *householder.compact(u.detach())
+    return x, *orthogonal.compact(u.detach())
 
 
 def test_the_compact_form_is_the_product_of_the_reflections():
@@ -72,7 +70,7 @@ def test_the_compact_form_is_the_product_of_the_reflections():
     H = torch.eye(12).double()
     for column in u.T:
         H = H - 2 * (H @ column)[:, None] * column / column.square().sum()
-    U, T = householder.compact(u)
+    U, T = orthogonal.compact(u)
     assert_close(torch.eye(12).double() - U @ T @ U.T, H)
 
 
@@ -81,14 +79,18 @@ def test_reflecting_equals_the_plain_formula(x_grad):
     x, U, T = reflections()
     values = x.detach().requires_grad_(x_grad), U.requires_grad_(), T.requires_grad_()
     assert worth_it(x)
-    exact = results(householder.plain, wide(values))
-    assert max(errors(results(householder.reflect, values), exact)) < 1e-6
+    exact = results(orthogonal.plain_householder, wide(values))
+    assert max(errors(results(orthogonal.reflect, values), exact)) < 1e-6
     assert len(exact) == 3 + x_grad
 
 
 def test_reflecting_in_half_precision_errs_no_more():
     x, U, T = reflections()
-    not_worse(householder.reflect, householder.plain, [x.detach().bfloat16().requires_grad_(), U, T.requires_grad_()])
+    not_worse(
+        orthogonal.reflect,
+        orthogonal.plain_householder,
+        [x.detach().bfloat16().requires_grad_(), U, T.requires_grad_()],
+    )
 
 
 # orthogonal blocks
@@ -135,10 +137,10 @@ def turns(dtype=torch.float32):
 
 def test_turning_equals_the_plain_formula():
     values = turns()
-    exact = results(planar.plain, wide(values))
-    assert max(errors(results(planar.turn, values), exact)) < 1e-6
+    exact = results(orthogonal.plain_planar, wide(values))
+    assert max(errors(results(orthogonal.turn, values), exact)) < 1e-6
     with torch.no_grad():
-        assert_close(planar.turn(*values).double(), exact[0], rtol=1e-5, atol=1e-6)
+        assert_close(orthogonal.turn(*values).double(), exact[0], rtol=1e-5, atol=1e-6)
     z, c, s = wide(values)
     R = torch.diag(c.flatten().detach())
     for k in range(3):
@@ -149,7 +151,7 @@ def test_turning_equals_the_plain_formula():
 
 
 def test_turning_in_half_precision_errs_no_more():
-    not_worse(planar.turn, planar.plain, turns(torch.bfloat16))
+    not_worse(orthogonal.turn, orthogonal.plain_planar, turns(torch.bfloat16))
 
 
 # low rank, scaled by vectors
@@ -168,15 +170,15 @@ def fresh(function):
 
 def test_adding_scaled_equals_the_plain_formula():
     values = scaled()
-    exact = results(scaled_low_rank.plain, wide(values))
-    assert max(errors(results(fresh(scaled_low_rank.add_scaled), values), exact)) < 1e-6
+    exact = results(low_rank.plain_scaled_low_rank, wide(values))
+    assert max(errors(results(fresh(low_rank.add_scaled), values), exact)) < 1e-6
     y, *rest = values
     base = y * 1
-    assert scaled_low_rank.add_scaled(base, *rest).data_ptr() == base.data_ptr(), "in its memory"
+    assert low_rank.add_scaled(base, *rest).data_ptr() == base.data_ptr(), "in its memory"
 
 
 def test_adding_scaled_in_half_precision_errs_no_more():
-    not_worse(fresh(scaled_low_rank.add_scaled), scaled_low_rank.plain, scaled(torch.bfloat16))
+    not_worse(fresh(low_rank.add_scaled), low_rank.plain_scaled_low_rank, scaled(torch.bfloat16))
 
 
 def input_gradient(g, W):
@@ -193,11 +195,11 @@ def test_one_product_with_scaled_factors_equals_two(x_grad):
     def one(x, d, b):
         fixed = (t.to(x.dtype) for t in (W, bias))
         factors = (t.to(x.dtype) for t in (A, B))
-        return scaled_low_rank.linear_with(*fixed, x, *factors, d, b, nn.functional.linear, input_gradient)
+        return low_rank.linear_with(*fixed, x, *factors, d, b, nn.functional.linear, input_gradient)
 
     def two(x, d, b):
         w, s, a, c = (t.to(x.dtype) for t in (W, bias, A, B))
-        return scaled_low_rank.plain(nn.functional.linear(x, w, s), x @ a.T, c, d, b)
+        return low_rank.plain_scaled_low_rank(nn.functional.linear(x, w, s), x @ a.T, c, d, b)
 
     exact = results(two, wide(values))
     assert max(errors(results(one, values), exact)) < 1e-6
@@ -205,9 +207,9 @@ def test_one_product_with_scaled_factors_equals_two(x_grad):
 
 
 def test_one_product_needs_many_rows():
-    assert scaled_low_rank.one_product_pays(1024, 576, 576)
-    assert not scaled_low_rank.one_product_pays(1024, 4096, 4096)
-    assert not scaled_low_rank.one_product_pays(1, 8, 8)
+    assert low_rank.one_product_pays(1024, 576, 576)
+    assert not low_rank.one_product_pays(1024, 4096, 4096)
+    assert not low_rank.one_product_pays(1, 8, 8)
 
 
 # Hadamard products
@@ -216,14 +218,14 @@ def test_one_product_needs_many_rows():
 def test_narrow_factors_are_the_hadamard_product():
     with seeded(6):
         a, b, c, d = randn((OUT, 3), (3, IN), (OUT, 3), (3, IN))
-    A, B = hadamard.narrow(a, b, c, d)
+    A, B = one_product.narrow(a, b, c, d)
     assert A.shape == (9, IN) and B.shape == (OUT, 9)
-    assert_close(B @ A, hadamard.plain(a, b, c, d), rtol=1e-5, atol=1e-5)
-    assert hadamard.is_narrow(2, OUT, IN) and not hadamard.is_narrow(3, OUT, IN)
+    assert_close(B @ A, one_product.plain_hadamard(a, b, c, d), rtol=1e-5, atol=1e-5)
+    assert one_product.is_narrow(2, OUT, IN) and not one_product.is_narrow(3, OUT, IN)
 
 
 def product(*factors):
-    return hadamard.Hadamard(*factors, SCALE, (factors[0].shape[0], factors[1].shape[1]))
+    return one_product.Hadamard(*factors, SCALE, (factors[0].shape[0], factors[1].shape[1]))
 
 
 @pytest.mark.parametrize("x_grad", [True, False])
@@ -239,7 +241,7 @@ def test_one_product_with_a_hadamard_product_equals_two(x_grad):
 
     def two(x, *factors):
         w, s = (t.to(x.dtype) for t in (W, bias))
-        return nn.functional.linear(x, w, s) + SCALE * x @ hadamard.plain(*factors).T
+        return nn.functional.linear(x, w, s) + SCALE * x @ one_product.plain_hadamard(*factors).T
 
     exact = results(two, wide(values))
     assert max(errors(results(one, values), exact)) < 1e-6
@@ -262,9 +264,11 @@ def modulating(W, bias, W0):
 
     def one(x, B, A):
         w, s, w0 = (t.to(x.dtype) for t in (W, bias, W0))
-        return modulated.Modulated(w0, B, A).linear_with(w, s, x, nn.functional.linear, input_gradient)
+        return one_product.Modulated(w0, B, A).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
-    return one, lambda x, B, A: modulated.plain(*(t.to(A.dtype) for t in (W, bias, x, W0)), B, A).to(x.dtype)
+    return one, lambda x, B, A: one_product.plain_modulated(*(t.to(A.dtype) for t in (W, bias, x, W0)), B, A).to(
+        x.dtype
+    )
 
 
 @pytest.mark.parametrize("x_grad", [True, False])
@@ -280,7 +284,7 @@ def test_one_product_with_a_modulated_weight_in_half_precision_errs_no_more():
     fixed, values = modulated_values(torch.bfloat16)
     one, two = modulating(*fixed)
     not_worse(one, two, values)
-    narrow = modulated.Modulated(fixed[2].float(), *(t.bfloat16() for t in values[1:]))
+    narrow = one_product.Modulated(fixed[2].float(), *(t.bfloat16() for t in values[1:]))
     assert narrow.linear_with(fixed[0].float(), None, values[0], nn.functional.linear, input_gradient) is None
 
 
@@ -290,7 +294,7 @@ def test_a_modulated_weight_formed_and_by_columns(stored):
     with seeded(8):
         (W,) = randn((OUT, IN) if stored == "(out, in)" else (IN, OUT), grad=False)
         ids = torch.randint(IN, (2, 5))
-    delta = modulated.Modulated(W if stored == "(out, in)" else W.T, B, A)
+    delta = one_product.Modulated(W if stored == "(out, in)" else W.T, B, A)
     dense = delta.dense()
     assert_close(dense, delta.W * (B @ A), rtol=1e-5, atol=1e-5)
     assert dense.stride() == delta.W.stride()
@@ -312,16 +316,16 @@ def test_one_product_with_a_modulated_weight_and_an_addend_equals_three(x_grad):
 
     def one(x, s, *factors):
         w, w0 = (t.to(x.dtype) for t in (W, W0))
-        return modulated.Modulated(w0, *factors).linear_with(w, s, x, nn.functional.linear, input_gradient)
+        return one_product.Modulated(w0, *factors).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
     def three(x, s, *factors):
-        return modulated.plain(W.to(x.dtype), s, x, W0.to(x.dtype), *factors)
+        return one_product.plain_modulated(W.to(x.dtype), s, x, W0.to(x.dtype), *factors)
 
     values = [x, s, B, A, D, C]
     exact = results(three, wide(values))
     assert max(errors(results(one, values), exact)) < 1e-6
     assert len(exact) == 6 + x_grad
-    delta = modulated.Modulated(W0, B, A, D, C)
+    delta = one_product.Modulated(W0, B, A, D, C)
     ids = torch.arange(IN).flip(0).view(2, -1)
     assert_close(delta.columns(ids), delta.dense().T[ids], rtol=1e-5, atol=1e-5)
 
@@ -337,14 +341,14 @@ def test_a_rescaled_weight_in_one_product(shape):
 
     def one(x, s, a, b):
         w = W.to(x.dtype)
-        return rescaled.Rescaled(w, a, b).linear_with(w, s, x, nn.functional.linear, input_gradient)
+        return one_product.Rescaled(w, a, b).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
     def reference(x, s, a, b):
-        return rescaled.plain(W.to(x.dtype), s, x, a, b)
+        return one_product.plain_rescaled(W.to(x.dtype), s, x, a, b)
 
     values = [x, s, a, b]
     assert max(errors(results(one, values), results(reference, wide(values)))) < 1e-5
-    delta = rescaled.Rescaled(W, a, b)
+    delta = one_product.Rescaled(W, a, b)
     ids = torch.arange(IN).flip(0).view(2, -1)
     assert_close(delta.columns(ids), delta.dense().T[ids], rtol=1e-5, atol=1e-5)
     assert delta.linear_with(W.clone(), s, x, nn.functional.linear, input_gradient) is None
@@ -373,19 +377,19 @@ def test_first_and_second_derivatives():
         d, b, *factors = randn((3,), (6,), (6, 2), (2, 8), (6, 2), (2, 8), dtype=torch.float64)
         c, s = randn((2, 2, 2), (2, 2, 2), dtype=torch.float64)
         W, A, B, y = randn((6, 8), (3, 8), (6, 3), (ROWS, 6), dtype=torch.float64, grad=False)
-    U, T = (t.detach().requires_grad_() for t in householder.compact(u))
+    U, T = (t.detach().requires_grad_() for t in orthogonal.compact(u))
     linear = nn.functional.linear
     for function, values in (
-        (householder.reflect, (x, U, T)),
+        (orthogonal.reflect, (x, U, T)),
         (orthogonal.rotate, (x, R)),
-        (planar.turn, (x, c, s)),
+        (orthogonal.turn, (x, c, s)),
         (lambda Q: orthogonal.orthogonal(Q, 5), (orthogonal.skew(v * 0.1, 4),)),
         (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
-        (lambda x, d, b: scaled_low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
-        (lambda x, d, b: scaled_low_rank.linear_with(W, None, x, A, B, d, b, linear, input_gradient), (x, d, b)),
+        (lambda x, d, b: low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),
+        (lambda x, d, b: low_rank.linear_with(W, None, x, A, B, d, b, linear, input_gradient), (x, d, b)),
         (lambda x, *f: product(*f).linear_with(W, None, x, linear, input_gradient), (x, *factors)),
         (
-            lambda x, B, A: modulated.Modulated(2 * W, B, A).linear_with(W, None, x, linear, input_gradient),
+            lambda x, B, A: one_product.Modulated(2 * W, B, A).linear_with(W, None, x, linear, input_gradient),
             (x, *factors[:2]),
         ),
         (
@@ -535,9 +539,9 @@ def test_the_fused_form_runs_where_it_should(name, monkeypatch):
     """The tests above would pass without it."""
     owner, fused = {
         "VERA": (fused_forms, "linear_with"),
-        "LOHA-wide": (hadamard.Hadamard, "linear_with"),
-        "HIRA": (modulated.Modulated, "linear_with"),
-        "GLORA": (modulated.Modulated, "linear_with"),
+        "LOHA-wide": (one_product.Hadamard, "linear_with"),
+        "HIRA": (one_product.Modulated, "linear_with"),
+        "GLORA": (one_product.Modulated, "linear_with"),
     }.get(name, (fused_forms, "low_rank_linear"))
     calls = []
     real = getattr(owner, fused)

@@ -13,7 +13,7 @@ from torch.nn.modules import module as modules
 from torch.testing import assert_close
 
 import graft
-from graft.kernels import eager, function
+from graft.kernels import eager
 from graft.kernels.low_rank import FUSED_FROM
 from tests.models import seeded
 
@@ -210,7 +210,7 @@ def test_every_function_of_a_kernel_has_a_backward_pass_that_autocast_leaves_alo
         return {cls, *(c for sub in cls.__subclasses__() for c in below(sub))}
 
     ours = {c for c in below(torch.autograd.Function) if c.__module__.startswith(("graft.kernels", "graft.storage"))}
-    assert len(ours) > 8 and ours == below(function.Function)
+    assert len(ours) > 8 and ours == below(eager.Function)
 
 
 @dropping

@@ -6,12 +6,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from graft.kernels import blocks, circular, kronecker, transformed
-from graft.kernels.circular import Circulant
-from graft.kernels.fourier import Spectrum, Waves
-from graft.kernels.kronecker import Kronecker
-from graft.kernels.transformed import Sparse
-from graft.kernels.wavelet import Plain, Wavelet
+from graft.kernels import structured, transforms
+from graft.kernels.structured import Kronecker
+from graft.kernels.transforms import Circulant, Plain, Sparse, Spectrum, Wavelet, Waves
 from graft.methods.waveft import HIGH, LOW
 from tests.models import seeded
 
@@ -55,7 +52,7 @@ class Shaped:
 
 def circulant(m, n, b):
     def make(w):
-        return Shaped(Circulant(w, 1.0, (m * b, n * b)), lambda x: circular.product(x, w))
+        return Shaped(Circulant(w, 1.0, (m * b, n * b)), lambda x: transforms.product(x, w))
 
     return make, (m, n, b)
 
@@ -63,7 +60,7 @@ def circulant(m, n, b):
 def kron(l, m, k, n):
     def make(c):
         a, b = c[: l * m].view(l, m), c[l * m :].view(k, n)
-        return Shaped(Kronecker(a, b, (l * k, m * n)), lambda x: kronecker.product(x, a, b))
+        return Shaped(Kronecker(a, b, (l * k, m * n)), lambda x: structured.product(x, a, b))
 
     return make, (l * m + k * n,)
 
@@ -158,7 +155,7 @@ def test_a_synthesis_is_the_analysis_transposed(S):
 def test_sums_are_gathered_in_pieces(monkeypatch):
     make, c, x = case("wavelet long")
     whole = torch.func.grad(lambda c: make(c).times(x).square().sum())(c)
-    monkeypatch.setattr(transformed, "AT_ONCE", 2 * ROWS)
+    monkeypatch.setattr(transforms, "AT_ONCE", 2 * ROWS)
     make(c.requires_grad_()).times(x).square().sum().backward()
     assert_close(c.grad, whole)
 
@@ -168,10 +165,10 @@ def test_factors_of_blocks(k):
     with seeded(0):
         A, B, x = torch.randn(k, 5, 2 * k), torch.randn(k, 2 * k, 4), torch.randn(2, 3, 5 * k)
         general = nn.Linear(5 * k, 3, bias=False), nn.Linear(3, 4 * k, bias=False)
-    down, up = blocks.Inputs(A), blocks.Outputs(B)
+    down, up = structured.Inputs(A), structured.Outputs(B)
     close = dict(rtol=1e-5, atol=1e-5)
-    assert_close(up(down(x)), blocks.plain(x, A, B), **close)
+    assert_close(up(down(x)), structured.plain_blocks(x, A, B), **close)
     assert_close(x @ (up.weight @ down.weight).T, up(down(x)), **close)
-    down, up = blocks.Inputs(A, general[0]), blocks.Outputs(B, general[1])
-    assert_close(up(down(x)), blocks.plain(x, A, B) + general[1](general[0](x)), **close)
+    down, up = structured.Inputs(A, general[0]), structured.Outputs(B, general[1])
+    assert_close(up(down(x)), structured.plain_blocks(x, A, B) + general[1](general[0](x)), **close)
     assert_close(x @ (up.weight @ down.weight).T, up(down(x)), **close)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.kernels.projection import onto, plain_onto
+from graft.kernels.narrow import onto, plain_onto
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, output, randomize

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.kernels.kronecker import factorization
+from graft.kernels.structured import factorization
 from tests import models
 from tests.models import seeded
 from tests.pair import LIBS, close

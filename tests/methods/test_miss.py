@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import graft
-from graft.kernels.shards import Repeated, Shards
+from graft.kernels.structured import Repeated, Shards
 from tests import models
 from tests.pair import LIBS, close, output, randomize
 from tests.samples import Sample, first

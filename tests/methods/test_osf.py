@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.kernels.projection import _by_sum, inside, outside
+from graft.kernels.narrow import _by_sum, inside, outside
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, outcome, output, randomize

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.kernels import diagonals
+from graft.kernels import structured
 from tests import models
 from tests.pair import LIBS, adapt, close, close_dicts, output, randomize
 from tests.samples import first
@@ -65,8 +65,8 @@ def test_the_matrix_between_diagonals():
         torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((3, 2), (3, 5), (2, 5))
     )
     A.requires_grad_(False)
-    close(diagonals.between_diagonals(left, A, right), diagonals.plain(left, A, right), 0)
-    assert torch.autograd.gradcheck(lambda a, b: diagonals.between_diagonals(a, A, b), (left, right))
+    close(structured.between_diagonals(left, A, right), structured.plain_diagonals(left, A, right), 0)
+    assert torch.autograd.gradcheck(lambda a, b: structured.between_diagonals(a, A, b), (left, right))
 
 
 def test_merged_in_half_precision_and_back():

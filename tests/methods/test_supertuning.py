@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.kernels import scattered
+from graft.kernels import sparse
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, outcome, output, randomize
@@ -85,8 +85,8 @@ def test_the_product_with_few_entries(rows, sparsity, transposed):
     places, values = torch.randperm(2000)[:k], torch.randn(k, dtype=torch.float64, requires_grad=True)
     x = torch.randn(rows, 50, dtype=torch.float64, requires_grad=True)
     g = torch.randn(rows, 40, dtype=torch.float64)
-    delta = scattered.Scattered(values, places, (40, 50))
-    expected = scattered.plain(W, None, x, values, places)
+    delta = sparse.Scattered(values, places, (40, 50))
+    expected = sparse.plain(W, None, x, values, places)
     call, back = nn.functional.linear, lambda g, W: g @ W
     found = [delta.linear_with(W, None, x, call, back)]
     part = delta.product(x)

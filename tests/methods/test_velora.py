@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.kernels.sketch import mean_direction, reconstructed, sketched_product
+from graft.kernels.low_rank import mean_direction, reconstructed, sketched_product
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.models import nudged, seeded
 

@@ -15,7 +15,7 @@ from graft.combine import union
 from graft.core.errors import ConfigError
 from graft.core.folding import change_of, evaluating, why_none, wide
 from graft.core.ops import Opaque
-from graft.kernels.hadamard import narrow
+from graft.kernels.one_product import narrow
 from graft.methods import method_of
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)

@@ -19,9 +19,17 @@ from graft.core.lean import Linear
 from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
 from graft.kernels.eager import has_no_hooks
-from graft.kernels.low_rank import add_low_rank, add_product, autocast, dropout, low_rank_linear
-from graft.kernels.scaled_low_rank import add_scaled, linear_with, one_product_pays
-from graft.kernels.worth import worth_it
+from graft.kernels.low_rank import (
+    add_low_rank,
+    add_product,
+    add_scaled,
+    autocast,
+    dropout,
+    linear_with,
+    low_rank_linear,
+    one_product_pays,
+    worth_it,
+)
 
 LINEARS = frozenset({Linear, nn.Linear})
 PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.kernels.function import Function
+from graft.kernels.eager import Function
 
 
 class Cut(NamedTuple):

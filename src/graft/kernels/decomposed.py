@@ -3,7 +3,9 @@
 
 Dropout acts on the low-rank part and on the change (ratio - 1) ⊙ W x, not on W x itself:
 x ↦ W x + b + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x', where x' = dropout(x).
-"""
+
+
+Its ratio needs the norm of W + scale · B A, which is had without forming that sum."""
 
 from __future__ import annotations
 
@@ -13,10 +15,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels import products, sparse
-from graft.kernels.function import Function
+from graft.kernels import low_rank, sparse
+from graft.kernels.cuts import Cut, piece_of, total, whole_of
+from graft.kernels.eager import Function
 from graft.kernels.low_rank import gradients, seed_for
 from graft.kernels.sparse import gathers
+
+
+def plain_row_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The reference. W (out, n), A (r, n), B (out, r) → (out,)."""
+    return (W + B @ A).norm(dim=1)
+
+
+def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns: Cut | None = None) -> Tensor:
+    """Return ‖W + BA‖ per row, in at least float32: the terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel.
+
+    rows, columns: the cut by which W is this process's piece; no gradients then.
+    """
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
+    own = B if rows is None else piece_of(B, rows, 0)
+    square = torch.linalg.vector_norm(W, dim=1).square()
+    product = W @ (A if columns is None else piece_of(A, columns, 1)).T
+    if columns is not None:
+        square, product = total(square, columns), total(product, columns)
+    both = torch.addmm(2 * product, own, A @ A.T)
+    norms = (square + (both * own).sum(1)).clamp_(min=0).sqrt_()
+    return norms if rows is None else whole_of(norms, rows, 0)
+
 
 SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the product of the few dropped ones
 
@@ -54,21 +80,21 @@ class _Linear(Function):
     ) -> Tensor:  # fmt: skip
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])
-        h = products.down(flat, A, 1.0, p, seed)
+        h = low_rank.down(flat, A, 1.0, p, seed)
         wide = y.to(torch.promote_types(y.dtype, h.dtype)).view(-1, y.shape[-1])
         few = 0 < p <= SPARSE_TO and gathers(x)
         if p:
             if few:
-                u = sparse.part(flat, W, products.places(flat.numel(), p, seed, x.device)).to(wide.dtype)
+                u = sparse.part(flat, W, low_rank.places(flat.numel(), p, seed, x.device)).to(wide.dtype)
                 u = torch.sub(wide, u, out=u)
                 u = (u if b is None else u.sub_(b)).mul_(1 / (1 - p))
             else:
-                u = (products.dropped(flat, p, seed) @ W.T).to(wide.dtype)
+                u = (low_rank.dropped(flat, p, seed) @ W.T).to(wide.dtype)
             out = wide.sub_(u)
-            z = products.add_up(u, h, B, scale)
+            z = low_rank.add_up(u, h, B, scale)
             out.addcmul_(z, ratio)
         else:
-            z = products.add_up(wide, h, B, scale)
+            z = low_rank.add_up(wide, h, B, scale)
             out = z * ratio if b is None else torch.addcmul(b * (1 - ratio), z, ratio)
         ctx.save_for_backward(x, W, b, A, B, ratio, h, z)
         ctx.input_gradient, ctx.options, ctx.few = input_gradient, (scale, p, seed), few
@@ -89,7 +115,7 @@ class _Linear(Function):
                 d_ratio -= rows.sum(0) * b
         if need[0] and ctx.few:
             part = rows * ((ratio - 1) / (1 - p))
-            places = products.places(x.numel(), p, seed, x.device)
+            places = low_rank.places(x.numel(), p, seed, x.device)
             less = sparse.entries(part, W, places)
             dx = ctx.input_gradient(part.add_(rows).to(W.dtype), W)
             dx.view(-1).index_add_(0, places, less.to(dx.dtype), alpha=-1)
@@ -98,7 +124,7 @@ class _Linear(Function):
             dx = ctx.input_gradient(scaled.to(W.dtype), W)
         elif need[0] and not ctx.few:
             dx = ctx.input_gradient(rows.to(W.dtype), W)
-            dx += products.dropped(ctx.input_gradient((scaled - rows).to(W.dtype), W), p, seed)
+            dx += low_rank.dropped(ctx.input_gradient((scaled - rows).to(W.dtype), W), p, seed)
         dx, dA, dB = gradients(scaled, x, A, B, h, scale, p, seed, need=need, dx=dx)
         return dx, None, None, dA, dB, d_ratio, None, None, None, None, None
 
@@ -107,7 +133,7 @@ def _again(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     """Return gradients that have gradients: those of the plain products."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options
-    mask = products.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
+    mask = low_rank.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
     out = plain(x, W, b, A, B, ratio, scale, mask)
     wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
     given = (x, W, b, A, B, ratio)

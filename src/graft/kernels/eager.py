@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that operations and modules do as written and nothing more, so that kernels may take short cuts past them."""
-
-# ruff: noqa: RUF019 - a membership test takes half of the time of `get`
+"""When kernels may take short cuts: operations and modules do as written and nothing more; and autograd.Functions whose
+backward pass computes in the dtypes that its forward pass left."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
-from torch import compiler, nn
+from torch import Tensor, compiler, nn
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as modules
+
+# ruff: noqa: RUF019 - a membership test takes half of the time of `get`
+
 
 # hooks on all modules; torch fills and empties these in place
 BEFORE, AFTER = modules._global_forward_pre_hooks, modules._global_forward_hooks
@@ -70,3 +76,22 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+class Function(torch.autograd.Function):
+    """A Function with one output. Its `backward` does all casts itself; autocast around backward() changes nothing."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[assignment]
+
+
+def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    @wraps(backward)
+    def run(ctx: Any, g: Tensor) -> Any:
+        if autocast_dtype(g.device) is None:
+            return backward(ctx, g)
+        with torch.autocast(g.device.type, enabled=False):
+            return backward(ctx, g)
+
+    return run

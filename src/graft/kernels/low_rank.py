@@ -1,18 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sum y + s · dropout(x) Aᵀ Bᵀ in y's own memory; it keeps little for the backward pass."""
+"""Low-rank updates: y + s · dropout(x) Aᵀ Bᵀ in y's own memory, with vectors beside fixed A and B, or with projections
+of x kept for the backward pass (VeLoRA's, arXiv 2405.17991); and when such a form pays.
+
+x (rows, n) is wide, h (rows, r) narrow. Dropout, of the share p, acts on the wide side: on the same elements for the
+same seed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.kernels import products
-from graft.kernels.eager import autocast_dtype, eager
-from graft.kernels.function import Function
-from graft.kernels.products import dropped
+from graft.kernels.eager import Function, autocast_dtype, eager
+from graft.kernels.one_product import Call, InputGradient
+from graft.kernels.sparse import gathers
+
+BLOCK = 256  # rows in a cast
+
+
+@lru_cache(maxsize=1)  # several products of one layer ask for the same, one after another
+def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """Return where dropout puts zeros: each of `size` places with probability p < 1, the same for the same seed.
+
+    The gaps between zeros are geometric, which takes one random number per zero, not one per place. Do not write to
+    the result: it is cached.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    draws = int(size * p + 6 * math.sqrt(size * p)) + 16  # enough but for one time in 10⁹
+    while True:
+        gaps = torch.rand(draws, generator=g, device=device).neg_().log1p_().mul_(1 / math.log1p(-p))
+        found = gaps.to(torch.int64).add_(1).cumsum(0).sub_(1)
+        if found[-1] >= size:
+            return found[: int(torch.searchsorted(found, size))]
+        draws *= 2
+
+
+def kept(like: Tensor, p: float, seed: int) -> Tensor:
+    """Return a mask of the elements that dropout keeps."""
+    if not gathers(like):  # `places` would wait for the device
+        g = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
+        return torch.rand(like.shape, generator=g, device=like.device) >= p
+    mask = torch.ones(like.shape, dtype=torch.bool, device=like.device)
+    mask.view(-1).index_fill_(0, places(like.numel(), p, seed, like.device), False)
+    return mask
+
+
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """Return dropout(x)."""
+    return torch.where(kept(x, p, seed), x * (1 / (1 - p)), 0) if p else x
+
+
+def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
+    """Return (1 - p) · dropout(x) in `dtype`: the factor is cheaper on the narrow side."""
+    if not p:
+        return x.to(dtype)
+    if not gathers(x):
+        return torch.where(kept(x, p, seed), x.to(dtype), 0)
+    x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    x.view(-1).index_fill_(0, places(x.numel(), p, seed, x.device), 0)
+    return x
+
+
+def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:
+    """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W."""
+    if p or x.dtype != W.dtype:
+        x, scale = zeroed(x, W.dtype, p, seed), scale / (1 - p)
+    h = nn.functional.linear(x, W)
+    return h if scale == 1 else h * scale
+
+
+def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
+    """Return dropout(h Wᵀ). h (rows, r), W (n, r) → (rows, n), in `dtype`."""
+    return zeroed(h * (1 / (1 - p)) @ W.T if p else h @ W.T, h.dtype, p, seed).to(dtype)
+
+
+def add_up(y: Tensor, h: Tensor, W: Tensor, scale: float, p: float = 0.0, seed: int = 0) -> Tensor:
+    """Return y + dropout(scale · h Wᵀ) in y's memory. y (…, n), h (rows, r), W (n, r)."""
+    flat = y.view(-1, y.shape[-1])
+    if not p and y.dtype == h.dtype:
+        flat.addmm_(h, W.T, alpha=scale)
+        return y
+    dtype = torch.promote_types(y.dtype, h.dtype)
+    wide = flat.to(dtype)  # to round the sum once
+    h, W, scale = h.to(dtype), W.to(dtype), scale / (1 - p)
+    if p and not gathers(y):
+        wide.add_(zeroed(h @ W.T, dtype, p, seed), alpha=scale)
+    elif p:  # put the elements without an addition back afterwards
+        where = places(y.numel(), p, seed, y.device)
+        before = wide.view(-1).index_select(0, where)
+        wide.addmm_(h, W.T, alpha=scale).view(-1).index_copy_(0, where, before)
+    else:
+        wide.addmm_(h, W.T, alpha=scale)
+    if wide is not flat:
+        flat.copy_(wide)
+    return y
+
+
+def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
+    """Return hᵀ dropout(x). h (rows, r), x (rows, n) → (r, n), in the dtype of h."""
+    product = h.T @ zeroed(x, h.dtype, p, seed)
+    return product * (1 / (1 - p)) if p else product
+
+
+def outer_wide(x: Tensor, h: Tensor, scale: float) -> Tensor:
+    """Return scale · xᵀ h. x (rows, n), h (rows, r) → (n, r), in the dtype of h."""
+    return ((h.T @ x.to(h.dtype)) * scale).T  # xᵀ h takes twice as long
+
+
+def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return gradients of h and W through scale · h Wᵀ. g (rows, n), W (n, r), h (rows, r) → (rows, r), (n, r)."""
+    if g.dtype == h.dtype or torch.is_grad_enabled():
+        return down(g, W.T, scale), outer_wide(g, h, scale)
+    dh, dW = torch.empty_like(h), h.new_zeros(W.shape[::-1])
+    for part, narrow, out in zip(g.split(BLOCK), h.split(BLOCK), dh.split(BLOCK)):
+        wide = part.to(h.dtype)  # small enough to stay in the cache for both
+        torch.mm(wide, W, out=out)
+        dW.addmm_(narrow.T, wide)
+    return dh.mul_(scale), dW.mul_(scale).T
+
 
 FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it saves
 
@@ -30,7 +139,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
     """
     if not p and not torch.is_grad_enabled():
         A, B = autocast(x, A, B)
-        return products.add_up(y, products.down(x.reshape(-1, x.shape[-1]), A), B, scale)
+        return add_up(y, down(x.reshape(-1, x.shape[-1]), A), B, scale)
     if fuses(x, p):
         A, B = autocast(x, A, B)
         return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))  # type: ignore[no-any-return]
@@ -118,10 +227,10 @@ class _AddLowRank(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
-        h = products.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
+        h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
         ctx.options = scale, p, seed
-        return products.add_up(y.data, h, B, scale)
+        return add_up(y.data, h, B, scale)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -140,16 +249,16 @@ class _AddProduct(Function):
     def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
         ctx.options = h.shape, scale
-        return products.add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
+        return add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
-            dh = products.down(rows, B.T, scale)
+            dh = down(rows, B.T, scale)
         else:
-            dh, dB = products.through_up(rows, B, h.reshape(-1, shape[-1]), scale)
+            dh, dB = through_up(rows, B, h.reshape(-1, shape[-1]), scale)
         return g, dh.view(shape), dB, None
 
 
@@ -162,10 +271,10 @@ class _LowRankLinear(Function):
         seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
-        h = products.down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
+        h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(W, x, A, B, h)
         ctx.input_gradient, ctx.options = input_gradient, (scale, p, seed)
-        return products.add_up(y, h, B, scale)
+        return add_up(y, h, B, scale)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -199,12 +308,159 @@ def gradients(
     flat = x.reshape(-1, x.shape[-1])
     again = torch.is_grad_enabled()
     if again:  # for a second derivative: h by operations that have one
-        h = products.down(flat, A, **drop)
-    dh, dB = products.through_up(g, B, h, scale)
-    dA = products.outer(dh, flat, **drop) if need_A else None
+        h = down(flat, A, **drop)
+    dh, dB = through_up(g, B, h, scale)
+    dA = outer(dh, flat, **drop) if need_A else None
     if need_x and dx is not None and not again:
-        dx = products.add_up(dx, dh, A.T, 1.0, p, seed)
+        dx = add_up(dx, dh, A.T, 1.0, p, seed)
     elif need_x:
-        own = products.up(dh, A.T, x.dtype, **drop)
+        own = up(dh, A.T, x.dtype, **drop)
         dx = own if dx is None else dx + own
     return None if dx is None else dx.to(x.dtype).view(x.shape), dA, dB if need_B else None
+
+
+def worth_it(x: Tensor) -> bool:
+    """Say whether gradients are on, x has enough rows, and neither a compiler nor autocast changes the operations."""
+    if not (torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]):
+        return False
+    return eager() and autocast_dtype(x.device) is None
+
+
+def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """The reference, from h = x Aᵀ. y (…, out), h (…, r), B (out, r), d (r,), b (out,)."""
+    return (y + nn.functional.linear(h * d, B) * b).to(y.dtype)
+
+
+def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """Compute `plain`. y's memory may hold the result, so nothing else may need its values. B gets no gradient."""
+    return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain_scaled_low_rank(y, h, B, d, b)  # type: ignore[no-any-return]
+
+
+def one_product_pays(rows: int, out: int, n: int) -> bool:
+    """Say whether forming W + ΔW, once in each direction, costs less than three products with the factors.
+
+    The costs are 2 out · n and rows (2 out + n), times r. The sums with W come on top: hence 3.
+    """
+    return 3 * out * n < rows * (2 * out + n)
+
+
+def linear_with(
+    W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
+    call: Call, input_gradient: InputGradient,
+) -> Tensor:  # fmt: skip
+    """Compute `plain` for y = x Wᵀ + bias, as x (W + ΔW)ᵀ + bias: one product for both, where `one_product_pays`.
+
+    Only d, b and x get gradients. All have one dtype.
+    """
+    h = x.reshape(-1, x.shape[-1]) @ A.T
+    return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)  # type: ignore[no-any-return]
+
+
+def vector_gradients(
+    G: Tensor, B: Tensor, d: Tensor, b: Tensor, need: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of d and b from G = gᵀ h (out, r), without another product of the width of y."""
+    dd = b @ (G * B) if need[0] else None
+    db = (G * B) @ d if need[1] else None
+    return dd, db
+
+
+class _AddScaled(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        flat = h.reshape(-1, h.shape[-1])
+        ctx.save_for_backward(h, B, d, b)
+        return add_up(y.data, flat * d, b[:, None] * B, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, B, d, b = ctx.saved_tensors
+        flat = h.reshape(-1, h.shape[-1])
+        rows = g.reshape(-1, g.shape[-1]).to(h.dtype)
+        scaled = b[:, None] * B
+        dd, db = vector_gradients(outer_wide(rows, flat, 1.0), B, d, b, ctx.needs_input_grad[3:])
+        dh = (down(rows, scaled.T) * d).view(h.shape) if ctx.needs_input_grad[1] else None
+        return g, dh, None, dd, db
+
+
+class _OneProduct(Function):
+    """`linear_with`. The caller makes h = x Aᵀ, so that a second derivative finds x. The gradient of x includes h's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, W: Tensor, bias: Any, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
+        call: Any, input_gradient: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(h, W, A, B, d, b)
+        ctx.input_gradient = input_gradient
+        return call(x, _sum(W, A, B, d, b), bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        h, W, A, B, d, b = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.input_gradient(rows, _sum(W, A, B, d, b)).view(*g.shape[:-1], A.shape[1])
+        dd, db = vector_gradients(rows.T @ h, B, d, b, ctx.needs_input_grad[6:8])
+        return dx, None, None, None, None, None, dd, db, None, None
+
+
+def _sum(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(W, b[:, None] * B, d[:, None] * A)
+
+
+def width(n: int, groups: int) -> int:
+    """Return D, how many numbers of an input vector (n,) are in a group."""
+    return -(-n // groups)
+
+
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """Cut vectors into groups: (…, n) → (…, groups, D)."""
+    n = x.shape[-1]
+    D = width(n, groups)
+    return (x if n == groups * D else nn.functional.pad(x, (0, groups * D - n))).unflatten(-1, (groups, D))
+
+
+def unit(v: Tensor) -> Tensor:
+    """Return v with length 1, in float32; in place of zero, a vector of equal numbers."""
+    v = v.float()
+    norm = v.norm()
+    return torch.where(norm > 0, v / norm, v.shape[0] ** -0.5)
+
+
+def mean_direction(x: Tensor, groups: int) -> Tensor:
+    """Return the direction of the mean group of inputs x (…, n): (D,)."""
+    mean = x.reshape(-1, x.shape[-1]).mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return unit(grouped(mean, groups).mean(0))
+
+
+def reconstructed(x: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Return what stands for x in the gradient of A: the reference. x (…, n), v (D,)."""
+    c = grouped(x, groups) @ v
+    return (c[..., None] * v).flatten(-2)[..., : x.shape[-1]]
+
+
+def sketched_product(x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+    """Return x Aᵀ in the dtype of A. The gradient of A is scale · gᵀ `reconstructed`(x). x (…, n), A (r, n), v (D,)."""
+    A, v = autocast(x, A, v)
+    return _Sketched.apply(x.to(A.dtype), A, v.to(A.dtype), groups, scale)  # type: ignore[no-any-return]
+
+
+class _Sketched(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
+        c = grouped(x.reshape(-1, x.shape[-1]), groups) @ v  # (rows, groups)
+        ctx.save_for_backward(c, A, v)
+        ctx.scale = scale
+        return nn.functional.linear(x, A)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        c, A, v = ctx.saved_tensors
+        dx = g @ A if ctx.needs_input_grad[0] else None
+        dA = None
+        if ctx.needs_input_grad[1]:  # c_g v needs no forming: gᵀ (c ⊗ v) = (gᵀ c) ⊗ v
+            sums = g.reshape(-1, g.shape[-1]).T @ c * ctx.scale  # (r, groups)
+            dA = (sums[..., None] * v).flatten(1)[:, : A.shape[1]]
+        return dx, dA, None, None, None

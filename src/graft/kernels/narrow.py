@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product with a weight of a narrower dtype, which is widened part by part, and never kept so."""
+"""Products with a frozen weight of few digits: widened part by part and never kept so, or in more digits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels.eager import only_backward
-from graft.kernels.function import Function
+from graft.kernels.eager import Function, only_backward
 
 PART = 1 << 20  # numbers of the weight that are wide at a time
 
@@ -47,3 +46,73 @@ class _Product(Function):
 def parts(W: Tensor) -> tuple[Tensor, ...]:
     """Return W in columns of not too many numbers."""
     return W.split(max(1, PART // max(1, W.shape[0])), 1)
+
+
+def plain_onto(Z: Tensor, W: Tensor) -> Tensor:
+    """The reference of `onto`."""
+    return Z.T @ W.detach().to(Z.dtype)
+
+
+def onto(Z: Tensor, W: Tensor) -> Tensor:
+    """Return Zᵀ W in the dtype of Z, (r, n); keep W as it is, and no copy of it. Z (out, r), W (out, n), frozen."""
+    if W.dtype == Z.dtype or not only_backward():
+        return plain_onto(Z, W)
+    return _Onto.apply(Z, W)  # type: ignore[no-any-return]
+
+
+class _Onto(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(Z: Tensor, W: Tensor) -> Tensor:
+        return Z.T @ W.to(Z.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (W,) = ctx.saved_tensors
+        return W.to(g.dtype) @ g.T, None
+
+
+def outside(p: Tensor, Q: Tensor) -> Tensor:
+    """Return p, whose gradient g becomes g - Q Qᵀ g. p (n, k); the columns of Q (n, j) are orthonormal."""
+    return _Projected.apply(p, Q, False) if only_backward() else _by_sum(p, Q, False)  # type: ignore[no-any-return]
+
+
+def inside(p: Tensor, Q: Tensor) -> Tensor:
+    """Return p, whose gradient g becomes Q Qᵀ g."""
+    return _Projected.apply(p, Q, True) if only_backward() else _by_sum(p, Q, True)  # type: ignore[no-any-return]
+
+
+def projected(g: Tensor, Q: Tensor, within: bool) -> Tensor:
+    """Return the part of g (n, k) in the space of Q's columns, or the part outside."""
+    Q = Q.to(g.dtype)
+    part = Q @ (Q.T @ g)
+    return part if within else g - part
+
+
+def _by_sum(p: Tensor, Q: Tensor, within: bool) -> Tensor:
+    """The reference: what is projected is zero, and only its gradient matters."""
+    still = p.detach()
+    return still + projected(p - still, Q, within)
+
+
+class _Projected(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor, Q: Tensor, within: bool) -> Tensor:
+        return p.view_as(p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.within = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (Q,) = ctx.saved_tensors
+        return projected(g, Q, ctx.within), None, None

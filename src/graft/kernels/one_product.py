@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layer x (W + ΔW)ᵀ + b: one product where x Wᵀ + x ΔWᵀ takes two. Each ΔW says how to add it to W."""
+"""The linear layer x (W + ΔW)ᵀ + b: one product where x Wᵀ + x ΔWᵀ takes two; and the ΔW that are not formed for it.
+
+Each ΔW says how to add it to W, and the gradients of its parts: (a b) ⊙ (c d); W ⊙ (B A) + D C; a ⊙ W + b 1ᵀ, with a
+number for each row; the difference B A - B₀ A₀ of two products of high rank."""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
-from graft.kernels.function import Function
+from graft.kernels.eager import Function, only_backward
 
 Call = Callable[..., Tensor]  # (x, weight, bias) → the output of a linear layer
 InputGradient = Callable[..., Tensor]  # (gradient of that output (rows, out), weight) → gradient of its input (rows, n)
@@ -118,3 +122,231 @@ class Factored(NamedTuple):
         dA = (self.B.T @ G) * self.scale if need[0] else None
         dB = (G @ self.A.T) * self.scale if need[1] else None
         return dA, dB, None
+
+
+def plain_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The reference. a, c (out, r), b, d (r, n) → (out, n)."""
+    return (a @ b) * (c @ d)
+
+
+def is_narrow(r: int, out: int, n: int) -> bool:
+    """Say whether factors of rank r² are the better choice: less work, at most half of the dense matrix's memory."""
+    return 2 * r * r * (out + n) < out * n
+
+
+def narrow(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (A, B) with (a b) ⊙ (c d) = B A: products of all pairs of rows, of columns. A (r², n), B (out, r²)."""
+    return (b[:, None] * d).flatten(0, 1), (a[:, :, None] * c[:, None]).flatten(1)
+
+
+class Hadamard(NamedTuple):
+    """ΔW = scale · (a b) ⊙ (c d), not formed yet."""
+
+    a: Tensor  # (out, r)
+    b: Tensor  # (r, n)
+    c: Tensor
+    d: Tensor
+    scale: float
+    shape: tuple[int, ...]  # of ΔW
+
+    def dense(self) -> Tensor:
+        return self.scale * product(*self[:4]).reshape(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
+
+    def product(self, x: Tensor) -> None:
+        """Say that for few rows, too, the matrix has to be formed."""
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias; None where the sum would round ΔW."""
+        return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
+
+    def added(self, W: Tensor) -> Tensor:
+        return torch.addcmul(W, self.a @ self.b, self.c @ self.d, value=self.scale)
+
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        return *factor_gradients((g.T @ x) * self.scale, *self[:4]), None, None
+
+
+def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Compute `plain`; keep only the factors for the backward pass, as the products are as large as the weight."""
+    return _Product.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)  # type: ignore[no-any-return]
+
+
+class _Product(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return (a @ b) * (c @ d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return factor_gradients(grad, *ctx.saved_tensors)
+
+
+def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of a, b, c and d from that of (a b) ⊙ (c d)."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.promote_types(c.dtype, d.dtype))
+    a, b, c, d = (t.to(wide) for t in (a, b, c, d))  # autocast may have made some of them
+    left = grad * (c @ d)
+    right = grad * (a @ b)
+    return left @ b.T, a.T @ left, right @ d.T, c.T @ right
+
+
+def plain_modulated(
+    W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, B: Tensor, A: Tensor,
+    D: Tensor | None = None, C: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The reference: x (W + W0 ⊙ B A + D C)ᵀ + bias. W (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
+    y = x @ W.T + x @ (W0 * (B @ A)).T
+    if D is not None and C is not None:
+        y = y + x @ (D @ C).T
+    return y if bias is None else y + bias
+
+
+class Modulated(NamedTuple):
+    """ΔW = W ⊙ (B A) + D C, not formed yet. W gets no gradient."""
+
+    W: Tensor  # (out, in, *kernel)
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, in · kernel)
+    D: Tensor | None = None  # (out, r); None: no D C
+    C: Tensor | None = None  # (r, in · kernel)
+
+    def dense(self) -> Tensor:
+        delta = self.W * product_like(self.B, self.A, self.W).view(self.W.shape)
+        return delta if self.D is None else delta + product_like(self.D, self.C, self.W).view(self.W.shape)  # type: ignore[arg-type]
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        own = embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
+        return own if self.D is None else own + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
+
+    def product(self, x: Tensor) -> None:
+        """Say that for few rows, too, the matrix has to be formed."""
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
+        return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
+
+    def added(self, W: Tensor) -> Tensor:
+        """Return W + ΔW in the dtype of the factors."""
+        P = product_like(self.B, self.A, W)
+        S = torch.addcmul(W, self.W, P) if W.dtype == P.dtype else (self.W * P).add_(W)
+        return S if self.D is None or self.C is None else S.addmm_(self.D, self.C)
+
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        inner = g.T @ x  # of ΔW
+        dD = dC = None
+        if self.D is not None and self.C is not None and (need[3] or need[4]):
+            dD, dC = inner @ self.C.T, self.D.T @ inner
+        inner = inner * self.W if torch.is_grad_enabled() else inner.mul_(self.W)  # of B A
+        return None, inner @ self.A.T, self.B.T @ inner, dD, dC
+
+
+def product_like(B: Tensor, A: Tensor, like: Tensor) -> Tensor:
+    """Return B A, (out, n), in the memory layout of `like`, which may be stored as (in, out)."""
+    return (A.T @ B.T).T if like.dim() == 2 and not like.is_contiguous() else B @ A
+
+
+def plain_rescaled(W: Tensor, bias: Tensor | None, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The reference: x (W + a ⊙ W + b 1ᵀ)ᵀ + bias. W (out, n), a and b (out, 1) or (1,), x (…, n) → (…, out)."""
+    y = x @ (W + a * W + b).T
+    return y if bias is None else y + bias
+
+
+class Rescaled(NamedTuple):
+    """ΔW = a ⊙ W + b 1ᵀ, not formed yet. W gets no gradient."""
+
+    W: Tensor  # (out, in, *kernel)
+    a: Tensor | None  # (out, 1) or (1,); None: zero, and b as well
+    b: Tensor | None
+
+    def dense(self) -> Tensor:
+        if self.a is None or self.b is None:
+            return torch.zeros_like(self.W)
+        return torch.addcmul(self.b, self.a, self.W.flatten(1)).view(self.W.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        own = embedding(ids, self.W.T)
+        return torch.zeros_like(own) if self.a is None or self.b is None else own * self.a.flatten() + self.b.flatten()
+
+    def product(self, x: Tensor) -> None:
+        """Say that for few rows, too, the matrix has to be formed."""
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias, from x Wᵀ. Return None if W is another weight than that of ΔW.
+
+        input_gradient is unused: nothing here but operations with a backward pass of their own.
+        """
+        if W.data_ptr() != self.W.data_ptr():
+            return None
+        if self.a is None or self.b is None:
+            return call(x, W, None if bias is None else bias.to(x.dtype))
+        y = call(x, W, None) * (1 + self.a.flatten())
+        y = y.addcmul_(x.sum(-1, keepdim=True, dtype=y.dtype), self.b.flatten())
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def plain_difference(
+    W: Tensor, bias: Tensor | None, x: Tensor, B: Tensor, A: Tensor, B0: Tensor, A0: Tensor
+) -> Tensor:  # fmt: skip
+    """The reference: x (W + B A - B₀ A₀)ᵀ + bias. W (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
+    y = x @ W.T + x @ (B @ A - B0 @ A0).T
+    return y if bias is None else y + bias
+
+
+class Difference(NamedTuple):
+    """ΔW = B A - B₀ A₀, not formed yet; 0 where both products are the same. B₀ and A₀ get no gradient."""
+
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, n)
+    B0: Tensor
+    A0: Tensor
+    shape: tuple[int, ...]  # of ΔW
+
+    def dense(self) -> Tensor:
+        return (self.B @ self.A - self.B0 @ self.A0).view(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        return embedding(ids, self.A.T) @ self.B.T - embedding(ids, self.A0.T) @ self.B0.T
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """Return x ΔWᵀ, (…, out); None if x has so many rows that forming ΔW is less work."""
+        (out, r), n = self.B.shape, self.A.shape[1]
+        rows = x.numel() // n
+        if 2 * r * rows * (out + n) > out * n * (2 * r + rows):
+            return None
+        return x @ self.A.T @ self.B.T - x @ self.A0.T @ self.B0.T
+
+    def linear_with(
+        self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
+    ) -> Tensor | None:
+        """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
+        return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
+
+    def added(self, W: Tensor) -> Tensor:
+        """Return W + ΔW in the dtype of A and the memory layout of W, which may be stored as (in, out)."""
+        B, A, B0, A0, shape = self
+        if W.T.is_contiguous() and not W.is_contiguous():
+            return Difference(A.T, B.T, A0.T, B0.T, shape[::-1]).added(W.T).T
+        return torch.addmm(torch.addmm(W.contiguous().to(A.dtype), B, A), B0, A0, alpha=-1)
+
+    def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        G = g.T @ x
+        return G @ self.A.T, self.B.T @ G, None, None, None

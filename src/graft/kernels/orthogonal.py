@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orthogonal matrices from free parameters, and products with blocks of them."""
+"""Orthogonal matrices from free parameters, by blocks; Householder reflections in compact WY form, H = I - U T Uᵀ
+(Schreiber and Van Loan, 1989); rotations of pairs of channels."""
 
 from __future__ import annotations
 
@@ -9,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels.eager import autocast_dtype, eager, functional
-from graft.kernels.function import Function
-from graft.kernels.worth import worth_it
+from graft.kernels.eager import Function, autocast_dtype, eager, functional
+from graft.kernels.low_rank import FUSED_FROM, worth_it
 
 
 def skew(v: Tensor, size: int) -> Tensor:
@@ -159,3 +159,101 @@ def butterfly(x: Tensor, R: Tensor, orders: Tensor | None, transpose: bool = Fal
 def gram_distance(P: Tensor) -> Tensor:
     """Return ‖P Pᵀ - I‖_F: how far the rows of P are from orthonormal."""
     return torch.linalg.norm(P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype))
+
+
+def compact(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (U, T) of (I - 2 û_1 û_1ᵀ) (I - 2 û_2 û_2ᵀ) …, û_k the normalised columns of u. u, U (n, r), T (r, r)."""
+    U = u / u.norm(dim=0)
+    half = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
+    # T⁻¹ = ½ I + striu(UᵀU)
+    return U, torch.linalg.solve_triangular((U.T @ U).triu(1) + half, 4 * half * half, upper=True)
+
+
+def gram_schmidt(u: Tensor) -> Tensor:
+    """Make the columns of u orthonormal one after another; one that depends on those before it becomes 0."""
+    columns: list[Tensor] = []
+    for column in u.unbind(1):
+        v = column
+        for q in columns:
+            v = v - (q @ v) * q
+        norm = v.norm()
+        depends = norm <= 1e-5 * column.norm()
+        columns.append(torch.where(depends, 0, v / torch.where(depends, 1, norm)))
+    return torch.stack(columns, dim=1)
+
+
+def plain_householder(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
+    """The reference: x Hᵀ, computed in the dtype of U. x (…, n), U (n, r), T (r, r)."""
+    z = x.to(U.dtype)
+    return (z - (z @ U) @ T.T @ U.T).to(x.dtype)
+
+
+def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
+    """Compute `plain` without a temporary of full width; keep x as it came and r numbers per row."""
+    return _Reflect.apply(x, U, T) if worth_it(x) else plain_householder(x, U, T)  # type: ignore[no-any-return]
+
+
+class _Reflect(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, U: Tensor, T: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
+        h = flat @ U
+        ctx.save_for_backward(x, U, T, h)
+        return torch.addmm(flat, h @ T.T, U.T, alpha=-1).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, U, T, h = ctx.saved_tensors
+        need_x, need_U, need_T = ctx.needs_input_grad
+        flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
+        if torch.is_grad_enabled():  # for a second derivative: h as a function of x and U
+            h = flat @ U
+        rows = g.reshape(-1, g.shape[-1]).to(U.dtype)
+        down = rows @ U  # (rows, r)
+        dh = down @ T
+        dx = torch.addmm(rows, dh, U.T, alpha=-1).to(x.dtype).view(x.shape) if need_x else None
+        dU = -(flat.T @ dh) - rows.T @ (h @ T.T) if need_U else None
+        dT = -(down.T @ h) if need_T else None
+        return dx, dU, dT
+
+
+def plain_planar(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """The reference: c ⊙ z + s ⊙ z′, z′ with the two of each pair exchanged, computed in the dtype of c.
+
+    z (…, n), c and s (n / g, 2, g / 2). A rotation has s (-sin, sin).
+    """
+    pairs = z.to(c.dtype).view(*z.shape[:-1], *c.shape)
+    return torch.addcmul(pairs * c, pairs.flip(-2), s).flatten(-3).to(z.dtype)
+
+
+def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Compute `plain`, for many rows without a copy of the halves; keep z as it came."""
+    if torch.is_grad_enabled():
+        return _Turn.apply(z, c, s) if worth_it(z) else plain_planar(z, c, s)  # type: ignore[no-any-return]
+    return _turned(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain_planar(z, c, s)
+
+
+def _turned(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    pairs = z.to(c.dtype).view(*z.shape[:-1], *c.shape)
+    y = pairs * c
+    y[..., 0, :].addcmul_(pairs[..., 1, :], s[:, 0])
+    y[..., 1, :].addcmul_(pairs[..., 0, :], s[:, 1])
+    return y.flatten(-3).to(z.dtype)
+
+
+class _Turn(Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(z, c, s)
+        return _turned(z, c, s)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        z, c, s = ctx.saved_tensors
+        need_z, need_c, need_s = ctx.needs_input_grad
+        pairs, out = (t.to(c.dtype).unflatten(-1, c.shape) for t in (z, g))
+        (z1, z2), (g1, g2) = pairs.unbind(-2), out.unbind(-2)
+        rows = tuple(range(z.dim() - 1))
+        dc = (out * pairs).sum(rows) if need_c else None
+        ds = torch.stack(((g1 * z2).sum(rows), (g2 * z1).sum(rows)), 1) if need_s else None
+        return _turned(g, c, s.flip(1)) if need_z else None, dc, ds

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from graft.kernels.low_rank import worth_it
 from graft.kernels.one_product import Call, InputGradient, holds, linear_with
-from graft.kernels.scattered import Scattered, entries
-from graft.kernels.worth import worth_it
+from graft.kernels.sparse import Scattered, scattered_entries
 
 
 def plain(W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, U: Tensor, M: Tensor, V: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Middle(NamedTuple):
         return Scattered(self.values, self.places, (self.n, self.n)).dense()
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        return entries(g, x, self.places), None, None
+        return scattered_entries(g, x, self.places), None, None
 
 
 class Whole(NamedTuple):
@@ -103,4 +103,4 @@ class Whole(NamedTuple):
         return self.U @ (Middle(self.values, self.places, len(self.V)).added(W) @ self.V.T)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        return None, None, entries(g @ self.U, x @ self.V, self.places), None
+        return None, None, scattered_entries(g @ self.U, x @ self.V, self.places), None

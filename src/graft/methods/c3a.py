@@ -15,7 +15,7 @@ from graft.config.targets import FOURIER
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.kernels.circular import Circulant, product
+from graft.kernels.transforms import Circulant, product
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, LowRank, Product
 from graft.core.method import Method
-from graft.kernels.projection import onto
+from graft.kernels.narrow import onto
 
 
 @dataclass(kw_only=True)

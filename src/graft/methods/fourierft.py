@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import FOURIER
 from graft.core.errors import ConfigError
-from graft.kernels.fourier import Spectrum
+from graft.kernels.transforms import Spectrum
 from graft.methods.spectral import Spectral, SpectralConfig
 
 

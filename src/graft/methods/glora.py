@@ -14,9 +14,8 @@ from graft.config.fields import Targets, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
-from graft.kernels.modulated import Modulated
 from graft.kernels.narrow import product
-from graft.kernels.rescaled import Rescaled
+from graft.kernels.one_product import Modulated, Rescaled
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import linear
-from graft.kernels.blocks import Inputs, Outputs
+from graft.kernels.structured import Inputs, Outputs
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
-from graft.kernels.modulated import Modulated
+from graft.kernels.one_product import Modulated
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method
-from graft.kernels.householder import compact, gram_schmidt, reflect
+from graft.kernels.orthogonal import compact, gram_schmidt, reflect
 
 
 @dataclass(kw_only=True)

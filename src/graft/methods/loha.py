@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Factors, LowRank, Update
-from graft.kernels.hadamard import Hadamard, is_narrow, narrow
+from graft.kernels.one_product import Hadamard, is_narrow, narrow
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 

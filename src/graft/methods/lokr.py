@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Update
-from graft.kernels.kronecker import Kronecker, factorization, product
+from graft.kernels.structured import Kronecker, factorization, product
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 

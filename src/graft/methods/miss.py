@@ -16,7 +16,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
-from graft.kernels.shards import Repeated, Shards
+from graft.kernels.structured import Repeated, Shards
 
 
 @dataclass(kw_only=True)

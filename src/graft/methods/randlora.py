@@ -14,7 +14,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method
 from graft.core.random import kaiming_bound
-from graft.kernels.diagonals import between_diagonals
+from graft.kernels.structured import between_diagonals
 from graft.kernels.waits import near
 from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, kept
 

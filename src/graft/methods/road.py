@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.kernels.planar import turn
+from graft.kernels.orthogonal import turn
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 # numbers of angles, and of scales, that a pair has: (2 if c and s have their own, 2 if both channels have their own)

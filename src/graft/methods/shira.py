@@ -16,7 +16,7 @@ from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
 from graft.core.method import Method, Tensors
-from graft.kernels.scattered import Scattered
+from graft.kernels.sparse import Scattered
 
 
 @dataclass(kw_only=True)

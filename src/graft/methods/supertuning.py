@@ -18,7 +18,7 @@ from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.ops import linear
-from graft.kernels.scattered import Scattered
+from graft.kernels.sparse import Scattered
 
 MOST = 2**31  # entries of a weight that int32 counts
 SAVING = "Super-Tuning indices must be saved for all adapters or none (save_precomputed_indices)"

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import WAVELET
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.kernels.transformed import Basis, Sparse
-from graft.kernels.wavelet import Plain, Wavelet
+from graft.kernels.transforms import Basis, Plain, Sparse, Wavelet
 from graft.methods.spectral import Spectral, SpectralConfig
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.ops import find_op
-from graft.kernels.function import Function
+from graft.kernels.eager import Function
 from graft.storage.offload import at_hand
 
 MENDED: set[type] = set()

@@ -7,7 +7,7 @@ from graft.methods import METHODS, ROWS
 
 # PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
-    "graft.kernels.kronecker": "factorization",
+    "graft.kernels.structured": "factorization",
     "graft.core.containers": "BufferDict UPCAST_DTYPES=UPCAST",
     "graft.methods.road": "RoadVariant",
     "graft.methods.shadow.detached": "DetachedShadowModel ShadowCache",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Factors, LowRank
+from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import eager
-from graft.kernels.norm import row_norms
 from graft.methods.lora.caching import DoraCaching, Kept
 from graft.methods.lora.lora import LoRA
 

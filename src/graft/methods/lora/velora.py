@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graft.core.effect import Factors, Product
 from graft.kernels.eager import functional
-from graft.kernels.sketch import mean_direction, sketched_product, unit, width
+from graft.kernels.low_rank import mean_direction, sketched_product, unit, width
 from graft.methods.lora import checks
 from graft.methods.lora.lora import LoRA
 

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with structured matrices, which nothing forms: blocks of low rank, repeated shards, Kronecker products,
+diagonals around a fixed matrix.
+
+Block (j, n) of a matrix of k × k blocks is (A_n[:, j] B_j[n, :])ᵀ. A_n (in / k, r) maps part n of the input to r
+numbers, of which chunk j goes to part j of the output; there B_j (r, out / k) takes the chunks of all n."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from graft.kernels.eager import Function, autocast_dtype, eager, only_backward
+
+
+def plain_blocks(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The reference. x (…, in), A (k, in / k, r), B (k, r, out / k) → (…, out)."""
+    k = len(A)
+    rows = []
+    for j in range(k):
+        blocks = (A[n].chunk(k, 1)[j] @ B[j].chunk(k, 0)[n] for n in range(k))
+        rows.append(torch.cat(list(blocks)).T)  # (out / k, in)
+    return x @ torch.cat(rows).T
+
+
+class Inputs(NamedTuple):
+    """x ↦ the chunks (j, n) of A_n x_n, then `general` of all of x: (…, in) → (…, k r + s)."""
+
+    A: Tensor  # (k, in / k, r)
+    general: Any = None  # a linear layer to s numbers
+
+    def __call__(self, x: Tensor) -> Tensor:
+        k, width, r = self.A.shape
+        z = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), self.A)  # (n, rows, j · chunk)
+        z = z.unflatten(-1, (k, -1)).permute(1, 2, 0, 3).reshape(*x.shape[:-1], k * r)
+        return z if self.general is None else torch.cat((z, self.general(x)), -1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (k r + s, in)."""
+        k, width, r = self.A.shape
+        chunks = self.A.unflatten(-1, (k, -1)).permute(2, 0, 3, 1)  # (j, n, chunk, in / k)
+        place = torch.eye(k, dtype=chunks.dtype, device=chunks.device)
+        own = (chunks[:, :, :, None] * place[:, None, :, None]).reshape(k * r, k * width)
+        return own if self.general is None else torch.cat((own, self.general.weight))
+
+
+class Outputs(NamedTuple):
+    """z ↦ B_j of the chunks (j, n), and `general` of the last s numbers: (…, k r + s) → (…, out)."""
+
+    B: Tensor  # (k, r, out / k)
+    general: Any = None  # a linear layer of s numbers
+
+    def __call__(self, z: Tensor) -> Tensor:
+        k, r, _ = self.B.shape
+        own = z[..., : k * r].reshape(-1, k, r).transpose(0, 1)
+        y = torch.bmm(own, self.B).transpose(0, 1).reshape(*z.shape[:-1], -1)
+        return y if self.general is None else y + self.general(z[..., k * r :])
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (out, k r + s)."""
+        k, r, width = self.B.shape
+        place = torch.eye(k, dtype=self.B.dtype, device=self.B.device)
+        own = (self.B.mT[:, :, None] * place[:, None, :, None]).reshape(k * width, k * r)
+        return own if self.general is None else torch.cat((own, self.general.weight), 1)
+
+
+class Shards(NamedTuple):
+    """x ↦ (x₀ + x_r + x_2r + …, x₁ + x_r+1 + …, …): the product with identity matrices side by side."""
+
+    r: int
+    fan_in: int
+    like: Tensor  # has the dtype and device that `weight` gets
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (…, fan_in) to (…, r)."""
+        whole = self.fan_in - self.fan_in % self.r
+        z = x[..., :whole].unflatten(-1, (-1, self.r)).sum(-2)
+        return z if whole == self.fan_in else z + nn.functional.pad(x[..., whole:], (0, self.r - self.fan_in + whole))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix of zeros and ones, (r, fan_in)."""
+        eye = torch.eye(self.r, dtype=self.like.dtype, device=self.like.device)
+        return eye.repeat(1, -(-self.fan_in // self.r))[:, : self.fan_in]
+
+
+class Repeated(NamedTuple):
+    """z ↦ z [D D …]."""
+
+    D: Tensor  # (r, out / times)
+    times: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Map (…, r) to (…, out)."""
+        y = z @ self.D
+        return y if self.times == 1 else y.repeat(*[1] * (y.dim() - 1), self.times)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [D D …]ᵀ, (out, r)."""
+        return (self.D if self.times == 1 else self.D.repeat(1, self.times)).T
+
+
+class Kronecker(NamedTuple):
+    """The matrix a ⊗ b, not formed yet."""
+
+    a: Tensor  # (l, m)
+    b: Tensor  # (k, n)
+    shape: tuple[int, ...]  # of the weight that it updates: l k rows, m n columns
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.a, self.b).reshape(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns that `ids` (…) name: (…, l k)."""
+        n = self.b.shape[1]
+        a, b = embedding(ids // n, self.a.T), embedding(ids % n, self.b.T)
+        return (a[..., :, None] * b[..., None, :]).flatten(-2)
+
+
+def plain_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The reference. x (…, m n), a (l, m), b (k, n) → (…, l k)."""
+    return x @ torch.kron(a, b).T
+
+
+def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Compute `plain`, in the dtype of autocast if it is on; keep x, a and b for the backward pass."""
+    dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
+    function = _Product.apply if only_backward() else multiplied
+    return function(x.to(dtype), a.to(dtype), b.to(dtype))  # type: ignore[no-any-return]
+
+
+def last_first(a: Tensor, b: Tensor) -> bool:
+    """Say whether it is cheaper to multiply by b before a."""
+    (l, m), (k, n) = a.shape, b.shape
+    return m * k * (n + l) <= l * n * (m + k)
+
+
+def multiplied(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return a X bᵀ for each row X (m, n) of x, flat."""
+    X = x.reshape(-1, a.shape[1], b.shape[1])
+    Y = a @ (X @ b.T) if last_first(a, b) else (a @ X) @ b.T
+    return Y.reshape(*x.shape[:-1], a.shape[0] * b.shape[0])
+
+
+class _Product(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return multiplied(x, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
+        X, G = x.reshape(-1, a.shape[1], b.shape[1]), g.reshape(-1, a.shape[0], b.shape[0])
+        dx = da = db = None
+        if last_first(a, b):
+            T = a.T @ G  # (rows, m, k)
+            if ctx.needs_input_grad[0]:
+                dx = (T @ b).view(x.shape)
+            if ctx.needs_input_grad[2]:
+                db = T.flatten(0, 1).T @ X.flatten(0, 1)
+            if ctx.needs_input_grad[1]:
+                da = G.transpose(0, 1).flatten(1) @ (X @ b.T).transpose(0, 1).flatten(1).T
+        else:
+            T = G @ b  # (rows, l, n)
+            if ctx.needs_input_grad[0]:
+                dx = (a.T @ T).reshape(x.shape)
+            if ctx.needs_input_grad[1]:
+                da = T.transpose(0, 1).flatten(1) @ X.transpose(0, 1).flatten(1).T
+            if ctx.needs_input_grad[2]:
+                db = G.flatten(0, 1).T @ (a @ X).flatten(0, 1)
+        return dx, da, db
+
+
+def factorization(n: int, factor: int) -> tuple[int, int]:
+    """Return (a, b), a ≤ b and a b = n, as near to each other as it goes with a ≤ `factor`; -1 sets no limit.
+
+    If `factor` divides n, a is `factor`, and may be the larger one.
+    """
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    limit = n if factor == -1 else factor
+    best = (1, n)
+    for a in range(1, n + 1):
+        if n % a == 0:
+            b = n // a
+            if a + b > sum(best) or a > limit:
+                break
+            best = (a, b)
+    return min(best), max(best)
+
+
+def plain_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
+    """The reference. left (r, n), A (r, d), right (n, d) → (r · n, d)."""
+    return (left[..., None] * A[:, None] * right).flatten(0, 1)
+
+
+def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
+    """Compute `plain`; keep nothing but what it gets for the backward pass. A gets no gradient."""
+    if not (torch.is_grad_enabled() and eager()):
+        return plain_diagonals(left, A, right)
+    return _Between.apply(left, A, right)  # type: ignore[no-any-return]
+
+
+class _Between(Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, A: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, A, right)
+        return plain_diagonals(left, A, right)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor]:
+        left, A, right = ctx.saved_tensors
+        inner = g.view(*left.shape, A.shape[1]) * A[:, None]
+        return torch.einsum("rnd,nd->rn", inner, right), None, torch.einsum("rnd,rn->nd", inner, left)

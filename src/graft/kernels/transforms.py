@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates by fast transforms: circulant blocks, few frequencies, wavelets, and sums Σ_p S_p M_p T_pᵀ.
+
+Each M has few entries, and the work never grows with the size of the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from graft.kernels.eager import Function, eager, only_backward
+from graft.kernels.waits import constant
+
+
+class Circulant(NamedTuple):
+    """The matrix whose blocks w, (out / b, in / b, b), describes, not formed yet."""
+
+    w: Tensor
+    scale: float
+    shape: tuple[int, ...]  # of the weight that it updates
+
+    def dense(self) -> Tensor:
+        b = self.w.shape[-1]
+        t = torch.arange(b, device=self.w.device)
+        blocks = self.w[:, :, (t - t[:, None]) % b]  # (m, n, t, s)
+        return self.scale * blocks.transpose(1, 2).reshape(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns that `ids` (…) name: (…, out)."""
+        b = self.w.shape[-1]
+        t = torch.arange(b, device=self.w.device)
+        part, s = ids.reshape(-1, 1) // b, ids.reshape(-1, 1) % b
+        picked = self.w[:, part, (s - t) % b]  # (m, ids, t)
+        return self.scale * picked.transpose(0, 1).reshape(*ids.shape, -1)
+
+
+def plain_circular(x: Tensor, w: Tensor) -> Tensor:
+    """The reference. x (…, in), w (out / b, in / b, b) → (…, out)."""
+    m, n, b = w.shape
+    return x @ Circulant(w, 1.0, (m * b, n * b)).dense().T
+
+
+def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    """Compute scale · `plain`, in float32 at least; keep x and w for the backward pass."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    if not x.numel():  # transforms take no empty batch
+        return scale * plain_circular(x.to(dtype), w.to(dtype))
+    function = _Circular.apply if only_backward() else correlate
+    return function(x.to(dtype), w.to(dtype), scale)  # type: ignore[no-any-return]
+
+
+def spectrum(x: Tensor, parts: int) -> Tensor:
+    """Return the transforms of the parts of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts)."""
+    rows = x.reshape(-1, parts, x.shape[-1] // parts).contiguous()  # torch 2.6 transforms no expanded tensors
+    return torch.fft.rfft(rows).permute(2, 0, 1)
+
+
+def signal(X: Tensor, shape: tuple[int, ...], b: int) -> Tensor:
+    """Return the inverse of `spectrum`, in this shape."""
+    return torch.fft.irfft(X.permute(1, 2, 0), n=b).reshape(shape)
+
+
+def correlate(x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """Return scale · x Cᵀ."""
+    m, n, b = w.shape
+    W = torch.fft.rfft(w * scale).permute(2, 1, 0)  # (frequency, n, m)
+    return signal(spectrum(x, n) @ W.conj(), (*x.shape[:-1], m * b), b)
+
+
+class _Circular(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
+        return correlate(x, w, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        m, n, b = w.shape
+        G, dx, dw = spectrum(g, m), None, None  # (frequency, rows, m)
+        if ctx.needs_input_grad[0]:
+            dx = signal(G @ torch.fft.rfft(w * ctx.scale).permute(2, 0, 1), x.shape, b)
+        if ctx.needs_input_grad[1]:
+            dw = torch.fft.irfft((G.mH @ spectrum(x, n)).permute(1, 2, 0), n=b) * ctx.scale
+        return dx, dw, None
+
+
+class Waves(NamedTuple):
+    """cos(2π f q / n), and -sin of it, for the frequencies f ≤ n / 2: a `Basis` of two parts."""
+
+    n: int
+
+    @property
+    def size(self) -> int:
+        return self.n // 2 + 1
+
+    def analysis(self, x: Tensor) -> Parts:
+        X = turned(torch.fft.rfft(x.contiguous()))  # torch 2.6 transforms no expanded tensors
+        return X.real.contiguous(), X.imag.contiguous()
+
+    def synthesis(self, z: Parts) -> Tensor:
+        return torch.fft.irfft(turned(torch.complex(z[0], z[1])), n=self.n)
+
+    def factors(self, index: Tensor) -> Tensor:
+        alone = (index == 0) | (2 * index == self.n)  # every other f stands for -f, too
+        return torch.where(alone, float(self.n), self.n / 2)
+
+    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        turn = (index[:, None] * q % self.n).to(dtype) * (2 * torch.pi / self.n)
+        return turn.cos(), -turn.sin()
+
+
+def turned(X: Tensor) -> Tensor:
+    """Return the transpose of a complex matrix."""
+    if torch.is_grad_enabled() or X.dtype != torch.complex64 or not eager():
+        return X.T
+    return X.contiguous().view(torch.float64).T.contiguous().view(X.dtype)  # torch has a fast way for real numbers
+
+
+class Spectrum(NamedTuple):
+    """scale · Re ifft2(F), not formed yet. F (out, in) is zero but for real coefficients at places (u, v)."""
+
+    coefficients: Tensor  # (n,)
+    places: Tensor  # (2, n)
+    size: tuple[int, int]  # of F
+    scale: float
+    shape: tuple[int, ...]  # of the weight that it updates
+
+    def dense(self) -> Tensor:
+        wide = self.coefficients.to(torch.promote_types(self.coefficients.dtype, torch.float32))
+        F = wide.new_zeros(self.size).index_put((self.places[0], self.places[1]), wide)
+        return torch.fft.ifft2(F).real.reshape(self.shape) * self.scale
+
+    def halved(self) -> Sparse:
+        """Return the same by frequencies f ≤ n / 2: (u, v) and (-u, -v) have one real part."""
+        (out, fan_in), (u, v) = self.size, self.places
+        back = 2 * u > out
+        u, v = torch.where(back, out - u, u), torch.where(back, -v % fan_in, v)
+        beyond = 2 * v > fan_in  # there the sine has the other sign
+        v = torch.where(beyond, fan_in - v, v)
+        c = self.coefficients * (self.scale / (out * fan_in))
+        values = torch.stack((c, torch.where(beyond, c, -c)))
+        return Sparse(values, u, v, Waves(out), Waves(fan_in), self.shape)
+
+    def times(self, x: Tensor) -> Tensor:
+        """Return x ΔWᵀ. x (…, in) → (…, out)."""
+        return self.halved().times(x)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns of ΔW that `ids` (…) name: (…, out)."""
+        return self.halved().columns(ids)
+
+
+class Wavelet(NamedTuple):
+    """The low-pass filter in steps of two, then the high-pass filter, as columns: a `Basis` of one part."""
+
+    n: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @property
+    def half(self) -> int:
+        return (self.n + len(self.low) - 1) // 2
+
+    @property
+    def size(self) -> int:
+        return 2 * self.half
+
+    @property
+    def first(self) -> int:
+        """How much of the first column lies before the output."""
+        return len(self.low) - 2
+
+    def analysis(self, x: Tensor) -> Parts:
+        reach = 2 * self.half - 1
+        wide = pad(x, (self.first, 2 * self.half - self.n)).T.contiguous()
+        taps = [wide[k : k + reach : 2] for k in range(len(self.low))]
+        return [torch.cat([summed(f, taps) for f in (self.low, self.high)])]
+
+    def synthesis(self, z: Parts) -> Tensor:
+        more = self.first // 2
+        low, high = (pad(band, (0, 0, more, more)) for band in z[0].split(self.half))
+        taps = [b[more - k : more - k + self.half + more] for b in (low, high) for k in range(more + 1)]
+        both = [summed((*self.low[odd::2], *self.high[odd::2]), taps) for odd in (0, 1)]
+        return torch.stack(both, 1).flatten(0, 1)[self.first : self.first + self.n].T
+
+    def factors(self, index: Tensor) -> Tensor:
+        return torch.ones_like(index)
+
+    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        filters = constant((self.low, self.high), dtype, q.device)
+        band, place = index[:, None] // self.half, index[:, None] % self.half
+        tap = q + self.first - 2 * place
+        inside = (tap >= 0) & (tap < len(self.low))
+        return [torch.where(inside, filters[band, tap.clamp(0, len(self.low) - 1)], 0.0)]
+
+
+class Plain(NamedTuple):
+    """The identity: a `Basis` of one part."""
+
+    n: int
+
+    @property
+    def size(self) -> int:
+        return self.n
+
+    def analysis(self, x: Tensor) -> Parts:
+        return [x.T.contiguous()]
+
+    def synthesis(self, z: Parts) -> Tensor:
+        return z[0].T
+
+    def factors(self, index: Tensor) -> Tensor:
+        return torch.ones_like(index)
+
+    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
+        return [(index[:, None] == q).to(dtype)]
+
+
+def summed(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
+    """Return the weighted sum of the terms."""
+    total = terms[0] * weights[0]
+    for w, t in zip(weights[1:], terms[1:]):
+        total = torch.add(total, t, alpha=w)
+    return total
+
+
+AT_ONCE = 1 << 18  # numbers that `sampled` gathers at once: few enough for the cache
+
+
+Parts = Sequence[Tensor]  # for each part, (size, samples)
+
+
+class Basis(Protocol):
+    """A matrix S (n, parts · size) with fast transforms. M acts on each part of its columns apart."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def analysis(self, x: Tensor) -> Parts: ...  # x (samples, n) → Sᵀ xᵀ
+    def synthesis(self, z: Parts) -> Tensor: ...  # z → (S D⁻¹ z)ᵀ, (samples, n)
+    def factors(self, index: Tensor) -> Tensor: ...  # D[index], which `synthesis` leaves to its caller
+    def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts: ...  # S[q, index], (indices, samples)
+
+
+class Sparse(NamedTuple):
+    """Σ_p S_p M_p T_pᵀ, not formed yet. M_p[rows[e], cols[e]] is the sum of values[p, e] over all such e."""
+
+    values: Tensor  # (parts, entries)
+    rows: Tensor  # (entries,)
+    cols: Tensor
+    S: Basis
+    T: Basis
+    shape: tuple[int, ...]  # of the weight that it updates
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix of one part."""
+        S, T = self.S, self.T
+        values = self.values[0] * S.factors(self.rows) * T.factors(self.cols)
+        M = values.new_zeros(S.size, T.size).index_put((self.rows, self.cols), values, accumulate=True)
+        return T.synthesis([S.synthesis([M])]).reshape(self.shape)
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return the columns that `ids` (…) name: (…, n of S)."""
+        q, values = ids.flatten(), self.values * self.S.factors(self.rows)
+        picked = [v[:, None] * t for v, t in zip(values, self.T.at(self.cols, q, values.dtype))]  # (entries, ids)
+        z = [p.new_zeros(self.S.size, len(q)).index_add(0, self.rows, p) for p in picked]
+        return self.S.synthesis(z).reshape(*ids.shape, -1)
+
+    def times(self, x: Tensor) -> Tensor:
+        """Compute `plain`, in float32 at least; keep x and the entries for the backward pass."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.values.dtype), torch.float32)
+        if not x.numel():  # transforms take no empty batch
+            return x.to(dtype).new_zeros(*x.shape[:-1], self.S.n) + 0 * (x.sum() + self.values.sum())
+        function = _Product.apply if only_backward() else plain_transformed
+        return function(x.to(dtype), self.values.to(dtype), self.rows, self.cols, self.S, self.T)  # type: ignore[no-any-return]
+
+
+def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:
+    """The reference of `Sparse.times`. x (…, n of T) → (…, n of S)."""
+    flat = x.reshape(-1, x.shape[-1])
+    return through(values, cols, T.analysis(flat), rows, S).reshape(*x.shape[:-1], -1)
+
+
+def through(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) -> Tensor:
+    """Add values[p, e] times row source[e] of z to row target[e] of zeros, and return the synthesis of that."""
+    values = values * S.factors(target)
+    if eager():
+        order, starts = sorted_by(target, S.size)
+        pick, values = source[order], values[:, order]
+        return S.synthesis(
+            [embedding_bag(pick, p, starts, mode="sum", per_sample_weights=v) for p, v in zip(z, values)]
+        )
+    sums = (p.new_zeros(S.size, p.shape[1]).index_add(0, target, v[:, None] * p[source]) for p, v in zip(z, values))
+    return S.synthesis(list(sums))
+
+
+def sorted_by(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the order that sorts `target`, and where each number below `size` begins in it."""
+    order = target.argsort()
+    return order, torch.searchsorted(target[order], torch.arange(size, device=order.device))
+
+
+def sampled(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
+    """Return Σ_samples G[p][rows[e]] z[p][cols[e]], (parts, entries)."""
+    if eager() and not torch.is_grad_enabled():
+        order, starts = sorted_by(rows, len(G[0]))
+        values, pick = [p.new_zeros(len(rows)).requires_grad_() for p in z], cols[order]
+        with torch.enable_grad():  # they are the derivatives of such sums by their weights
+            sums = [embedding_bag(pick, p, starts, mode="sum", per_sample_weights=v) for p, v in zip(z, values)]
+            return torch.stack(torch.autograd.grad(sums, values, G))[:, order.argsort()]
+    step = max(1, AT_ONCE // z[0].shape[1]) if eager() else len(rows)
+    pairs = list(zip(rows.split(step), cols.split(step)))
+    return torch.stack([torch.cat([(g[r] * p[c]).sum(1) for r, c in pairs]) for g, p in zip(G, z)])
+
+
+class _Product(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Any, T: Any) -> Tensor:
+        return plain_transformed(x, values, rows, cols, S, T)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.S, ctx.T = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, rows, cols = ctx.saved_tensors
+        G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
+        if ctx.needs_input_grad[0]:
+            dx = through(values, rows, G, cols, ctx.T).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            dvalues = sampled(G, rows, ctx.T.analysis(x.reshape(-1, x.shape[-1])), cols)
+        return dx, dvalues, None, None, None, None

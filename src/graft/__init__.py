@@ -22,8 +22,7 @@ _NAMES: dict[str, str] = {
         "InUseError NoMatchingPeftModuleError PeftError PeftWarning RoutingError UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",
-        "graft.config.base": "PeftConfig",
-        "graft.config.enums": "TaskType",
+        "graft.config.base": "PeftConfig TaskType",
         "graft.methods": "PeftType method_of",
         "graft.methods.lora": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
         "LoraRuntimeConfig MontecloraConfig VeloraConfig",
@@ -54,12 +53,11 @@ _NAMES: dict[str, str] = {
         "graft.model.mappings": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
         "graft.model.kv_init": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
         "prompt_embeddings_from_past_key_values",
-        "graft.io.compose": "compose_cartridge_adapters",
+        "graft.io.compose": "compose_cartridge_adapters join_stages",
         "graft.io.base": "get_base_model_state_dict set_base_model_state_dict",
         "graft.io.files": "load_peft_weights",
         "graft.io.load": "LoadReport set_peft_model_state_dict",
         "graft.io.save": "get_peft_model_state_dict",
-        "graft.io.stages": "join_stages",
         "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
         "graft.serving.room": "prepare_model_for_compiled_hotswap",
         "graft.train.corda": "preprocess_corda",

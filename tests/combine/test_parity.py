@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graft
-from graft.combine.recipe import SVD, TYPES
+from graft.combine.rules import SVD, TYPES
 from tests import models
 from tests.combine.several import (
     LAYERS,

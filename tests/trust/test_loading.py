@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graft
-from graft.config import patterns
+from graft.config import reading
 from graft.core.errors import HubError, NonFiniteError
 from graft.io.check import check_tensors, has_finite_sum
 from graft.io.entries import renamed
@@ -52,7 +52,7 @@ SLOW, NAME = "(a|aa)+", "a" * 40 + "b"
 
 @pytest.fixture
 def brief(monkeypatch):
-    monkeypatch.setattr(patterns, "BUDGET", 0.1)
+    monkeypatch.setattr(reading, "BUDGET", 0.1)
 
 
 @pytest.mark.usefixtures("brief")
@@ -87,7 +87,7 @@ def test_a_slow_pattern_of_key_mapping_and_of_feed_forward_modules():
 @pytest.mark.parametrize("text", ["a{1000000000}", "((a{1000}){1000}){1000}", "a" * 200_000])
 def test_a_pattern_that_would_fill_memory_is_refused(text):
     with pytest.raises(graft.ConfigError, match="too large"):
-        patterns.pattern(text, "target_modules")
+        reading.pattern(text, "target_modules")
 
 
 # JSON

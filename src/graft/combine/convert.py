@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.combine import rules, union
+from graft.combine import adding, rules
 from graft.combine.adding import changes_base
 from graft.combine.forms import Tensors, of_all_groups
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
@@ -53,7 +53,7 @@ def convert(
     for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
         change = change_of(layer.methods[adapter])
         held[key] = Change(*of_rank(change, rank, decompose), change.shift)
-    made = union.plain_lora([cfg])
+    made = adding.plain_lora([cfg])
     configure(made, base, {key: A.shape[0] * A.shape[1] for key, (A, _, _) in held.items()}, rank)
     made.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
     made.lora_bias = any(shift is not None for _, _, shift in held.values())
@@ -155,7 +155,7 @@ def configure(cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | floa
         cfg.alpha_pattern = dict(cfg.rank_pattern)
     matcher = Matcher(cfg)
     if {key for key in survey(base).modules if matcher(key).outcome == "matched"} != set(ranks):
-        union.name_exactly(cfg, ranks)
+        adding.name_exactly(cfg, ranks)
 
 
 def values_on(m: Any, change: Change, cfg: Any) -> Tensors:

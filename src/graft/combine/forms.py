@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graft.combine import union
+from graft.combine import adding
 from graft.core.errors import ConfigError
 from graft.core.folding import change_of, evaluating, why_none, wide
 from graft.core.ops import Opaque
@@ -61,7 +61,7 @@ class Form:
 
     def begin(self, configs: Sequence[Any]) -> Any:
         """Return a config for the layers that any of these selects."""
-        return union.union_of(configs)
+        return adding.union_of(configs)
 
     def why_not(self, m: Any) -> str | None:
         """Say why a method cannot be read; None if it can."""
@@ -143,7 +143,7 @@ class UpdateForm(LoraForm):
         self.shifted = False  # one of them changes a bias
 
     def begin(self, configs):
-        return union.plain_lora(configs)
+        return adding.plain_lora(configs)
 
     def why_not(self, m):
         return why_none(m)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.combine import rules, union
+from graft.combine import adding, rules
 from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import factors_of
 from graft.core.containers import UPCAST
@@ -68,7 +68,7 @@ def reduce_intruder_dimension(
             values[key] |= m.holding(*without(m, *found, mitigation_lambda))
     widened = all(t.dtype not in UPCAST for found in before.values() for t in found.values())
     old = [old_adapter_name]
-    owner, rows = union.owners(registry, old), union.rows_of(registry, old, [1.0], cfg)
+    owner, rows = adding.owners(registry, old), adding.rows_of(registry, old, [1.0], cfg)
     put(registry, new_adapter_name, cfg, values, owner, rows, widened)
     logging_sink(f"Enabling new adapter {new_adapter_name}")
     registry.set_adapter(new_adapter_name)

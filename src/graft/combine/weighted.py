@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from graft.combine import rules, union
+from graft.combine import adding, rules
 from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import FORMS, Form, Tensors, UpdateForm
-from graft.combine.recipe import TYPES, Recipe
+from graft.combine.rules import TYPES, Recipe
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
 from graft.core.folding import wide
 from graft.core.gate import prepares
@@ -120,12 +120,12 @@ def add_weighted_adapter(
             )
     configs = [tuner.peft_config[name] for name in names]
     parts = parts_of(tuner, names, weights, form)
-    owner = union.owners(tuner, names)
+    owner = adding.owners(tuner, names)
     cfg = form.begin(configs)
-    rows = union.rows_of(tuner, names, weights, cfg)
+    rows = adding.rows_of(tuner, names, weights, cfg)
     terms = {key: [form.read(m, w) for m, w in found] for key, found in parts.items()}
     ranks = recipe.ranks(terms)
-    form.configure(cfg, ranks, union.rank_patterns(ranks), configs)
+    form.configure(cfg, ranks, adding.rank_patterns(ranks), configs)
     tuner.check_new(adapter_name, cfg)
     warn_if_base_changed(tuner, names, adapter_name, cfg)
     report = WeightedReport(adapter_name, kind, ranks)
@@ -156,10 +156,10 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     """
     names, weights = checked(tuner, adapters, weights)
     configs = [tuner.peft_config[name] for name in names]
-    owner = union.owners(tuner, names)
+    owner = adding.owners(tuner, names)
     mixed = "All adapter configs should have the same type for target and feedforward modules."
-    cfg = union.union_of(configs, mixed)
-    cfg.feedforward_modules = union.either([c.feedforward_modules for c in configs], mixed)
+    cfg = adding.union_of(configs, mixed)
+    cfg.feedforward_modules = adding.either([c.feedforward_modules for c in configs], mixed)
     tuner.check_new(adapter_name, cfg)
     values: dict[str, Tensors] = {}
     for key, parts in parts_of(tuner, names, weights, Form()).items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PeftConfig ⇄ adapter_config.json."""
+"""PeftConfig ⇄ adapter_config.json; and the task types."""
 
 from __future__ import annotations
 
@@ -17,17 +17,25 @@ from functools import cache
 from typing import Any, ClassVar
 
 from graft.config.atomic import replace, write_text
-from graft.config.enums import TaskType
-from graft.config.keywords import hub_keywords
-from graft.config.numbers import check_numbers
+from graft.config.hub import hub_keywords
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
-from graft.config.patterns import ending
-from graft.config.reading import read_object
+from graft.config.reading import check_numbers, ending, read_object
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
 MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
+
+
+class TaskType(str, Enum):
+    """The task that a model is trained for; it selects the PeftModel class."""
+
+    SEQ_CLS = "SEQ_CLS"  # text classification
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"  # encoder-decoder language model
+    CAUSAL_LM = "CAUSAL_LM"  # decoder-only language model
+    TOKEN_CLS = "TOKEN_CLS"  # token classification
+    QUESTION_ANS = "QUESTION_ANS"  # extractive question answering
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"  # hidden states as embeddings
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from elsewhere, read with suspicion: its size, depth and numbers are bounded, and no key counts twice."""
+"""Configs from anywhere, read with suspicion: JSON of bounded size and depth, numbers within bounds since sizes become
+memory, regular expressions matched in bounded time."""
 
 from __future__ import annotations
 
@@ -7,9 +8,15 @@ import json
 import math
 import os
 import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import lru_cache, partial
+from time import perf_counter
 from typing import Any
 
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, ConfigError, shortened
 
 LARGEST = 2**24  # bytes of a file
 DEEPEST = 32  # containers inside each other
@@ -75,3 +82,139 @@ def check(value: Any, what: str, field: str, depth: int) -> None:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if type(inner) in (float, list, dict):
                 check(inner, what, field or str(key), depth + 1)
+
+
+LARGEST_NUMBER = 2**24  # of a size or factor
+LARGEST_COUNTER = 2**63 - 1  # of a seed, or of steps
+MOST_NAMES = 100_000  # entries of a list
+MOST_PATTERNS = 10_000  # entries of a dict; each is tried on every layer
+
+
+def check_numbers(config: Any, hints: dict[str, Any]) -> None:
+    """Raise ConfigError for the first dropout outside [0, 1], number that is too large or not finite, or long list.
+
+    Args:
+        hints: the types of the config's fields. Those of any type hold what others read, and are not looked into.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None or isinstance(value, (str, bool)) or anything(hints[f.name]):
+            continue
+        if f.name.endswith("dropout") and not 0 <= value <= 1:
+            raise ConfigError(f"`{f.name}` must be a probability, between 0 and 1, got {value}.")
+        if isinstance(value, (list, set, dict)):
+            most = MOST_PATTERNS if isinstance(value, dict) else MOST_NAMES
+            if len(value) > most:
+                raise ConfigError(f"`{f.name}` has {len(value):,} entries: {most:,} is the most.")
+        most = LARGEST_COUNTER if f.name in getattr(config, "counters", ()) else LARGEST_NUMBER
+        for number in numbers(value):
+            if number != number or number in (float("inf"), -float("inf")):
+                raise ConfigError(f"`{f.name}` must be a finite number, got {number}.")
+            if not -most <= number <= most:
+                raise ConfigError(f"`{f.name}` must be between {-most:,} and {most:,}, got {brief(number)}.")
+
+
+def anything(hint: Any) -> bool:
+    """Say whether a type leaves open what a value contains."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(anything(part) for part in typing.get_args(hint))
+    return hint in (Any, dict)
+
+
+def numbers(value: Any) -> Iterator[int | float]:
+    """Yield the numbers that a value is or contains."""
+    if isinstance(value, (int, float)):
+        if not isinstance(value, bool):
+            yield value
+    elif isinstance(value, (list, tuple, set, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+
+
+def brief(number: int | float) -> str:
+    return str(number) if isinstance(number, float) or number.bit_length() < 80 else "a number of many digits"
+
+
+LONGEST = 100_000  # characters of a pattern
+MOST_REPEATS = 10_000  # product of the counts in {…}; a compiled pattern may grow with it
+QUICK_REPEATS = 2  # so many repetitions, none inside another, take a time that is quadratic in the text
+SLOW = 0.001  # seconds; a match on a module's path takes some microseconds
+BUDGET = 1.0  # seconds that all slow matches of one pattern may take together
+
+
+class Pattern:
+    """A regular expression of a config's field, as Python's `re` understands it.
+
+    Args:
+        text: the pattern as the field has it.
+        whole: the pattern to match; None: `text`.
+
+    Raises:
+        ConfigError: it is no regular expression, or it takes too long to match.
+    """
+
+    __slots__ = ("field", "fullmatch", "left", "match", "subn", "text")
+
+    def __init__(self, text: str, field: str, whole: str | None = None):
+        self.text, self.field, self.left = text, field, BUDGET
+        whole = text if whole is None else whole
+        bare = unescaped(text)
+        if len(text) > LONGEST or math.prod(counts(bare)) > MOST_REPEATS:
+            raise ConfigError(f"{shortened(repr(text))} of {field} is too large for a regular expression of names.")
+        try:
+            plain = re.compile(whole)
+            if is_quick(bare):
+                self.match, self.fullmatch, self.subn = plain.match, plain.fullmatch, plain.subn
+                return
+            import regex  # not needed to import graft
+
+            timed: Any = regex.compile(whole)
+        except Exception as e:  # of many types: nesting, counts, syntax
+            raise ConfigError(
+                f"{shortened(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a list "
+                "to name modules plainly."
+            ) from e
+        self.match, self.fullmatch = partial(self._timed, timed.match), partial(self._timed, timed.fullmatch)
+        self.subn = partial(self._timed, timed.subn)
+
+    def _timed(self, function: Any, *args: Any) -> Any:
+        start = perf_counter()
+        try:
+            found = function(*args, timeout=max(self.left, SLOW))
+        except TimeoutError as e:
+            self.left = 0.0
+            raise ConfigError(
+                f"{shortened(repr(self.text))} of {self.field} takes too long to match '{args[-1]}': it has "
+                "repetitions inside repetitions, such as (a+)+. Write it without, or give a list of names."
+            ) from e
+        taken = perf_counter() - start
+        if taken > SLOW:
+            self.left -= taken
+        return found
+
+
+@lru_cache(maxsize=4096)
+def pattern(text: str, field: str, whole: str | None = None) -> Pattern:
+    """Return the compiled pattern of a config's field."""
+    return Pattern(text, field, whole)
+
+
+def ending(text: str, field: str) -> Pattern:
+    """Return the pattern that matches a path whose end `text` matches, from the path's start or from a dot."""
+    return pattern(text, field, rf"(.*\.)?({text})$")
+
+
+def unescaped(text: str) -> str:
+    """Return a pattern without what is escaped, and without the question marks that name a kind of group."""
+    return re.sub(r"\(\?", "(", re.sub(r"\\.", "", text, flags=re.DOTALL))
+
+
+def counts(bare: str) -> list[int]:
+    """Return the numbers that stand in braces."""
+    return [int(n[:9]) or 1 for braces in re.findall(r"\{[\d,\s]*\}", bare) for n in re.findall(r"[0-9]+", braces)]
+
+
+def is_quick(bare: str) -> bool:
+    """Say whether a pattern has few repetitions, and none of a group."""
+    repeats = re.findall(r"[*+?{]", bare)
+    return len(repeats) <= QUICK_REPEATS and not re.search(r"\)[*+{]", bare)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.config.patterns import pattern
+from graft.config.reading import pattern
 
 Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "left", "untargeted"]
 MOST_HINTS, LONGEST_NAME = 100, 100  # entries for which similar names are sought, which takes a while; characters

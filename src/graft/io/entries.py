@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.patterns import pattern
+from graft.config.reading import pattern
 from graft.core.containers import Slot, held_in
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer

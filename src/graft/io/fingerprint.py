@@ -2,18 +2,21 @@
 """The fingerprint of a base model, in a few bytes: shapes of weights, and a few of their values.
 
 The weights are those that the adapter acts on; for a prompt, those of the model's blocks. A base that was changed in
-other weights, or between the values that are sampled, is out of reach: `io/digests.py` sees every bit of it.
-"""
+other weights, or between the values that are sampled, is out of reach.
+
+
+`save_pretrained(fingerprint="full")` writes digests of all tensors instead: they see every changed bit."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graft.config.reading import parsed
 from graft.core.carrier import carrier_of
@@ -23,8 +26,48 @@ from graft.core.site import Site
 from graft.core.wrappers import clean, parameters_in
 from graft.inject.parts import Parts
 from graft.inject.survey import survey
+from graft.io.base import get_base_model_state_dict
 from graft.storage import find_store
-from graft.storage.parallel import is_whole, layout_of, numbers_at, shape_of
+from graft.storage.dense import plain_tensors
+from graft.storage.parallel import is_sharded, is_whole, layout_of, numbers_at, shape_of
+
+
+def digests(base: nn.Module, names: Container[str] | None = None, without: Container[str] = ()) -> dict[str, str]:
+    """Return "dtype:digest" of each tensor of the base model by its original name.
+
+    Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded, on the meta device or
+    of a type that does not show its bytes, and layers that something is merged into.
+
+    Args:
+        names: those to look at; all if None.
+        without: those to leave out.
+    """
+    merged = {layer.site.path for layer in survey(base).layers.values() if layer.merged_adapters}
+    found = {
+        name: tensor_digest(t)
+        for name, t in get_base_model_state_dict(base).items()
+        if (names is None or name in names) and name not in without and not (t.is_meta or is_sharded(t))
+        if name.rpartition(".")[0] not in merged
+    }
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def tensor_digest(t: Tensor) -> str | None:
+    """Return dtype and digest of a tensor, or of all tensors that it is made of; None if nobody can tell its bytes."""
+    parts = plain_tensors(t)
+    if parts is None:
+        return None
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+    return f"{str(t.dtype).removeprefix('torch.')}:{made.hexdigest()[:16]}"
+
+
+def changed(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Name the tensors that differ. Those in another dtype cannot be told apart in this way."""
+    pairs = [(name, stored[name], now[name]) for name in stored if name in now]
+    return [name for name, a, b in pairs if a != b and a.partition(":")[0] == b.partition(":")[0]]
+
 
 KEY = "graft_base"  # key in the safetensors metadata
 MAX_NAMED = 1024  # with more layers a fingerprint holds only a digest of names and shapes

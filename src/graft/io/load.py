@@ -21,10 +21,19 @@ from graft.inject.parts import Parts, gate_of, registry_of, unwrapped
 from graft.inject.stage import absent_from, below
 from graft.io.base import names_in_file
 from graft.io.check import check_room, check_tensors
-from graft.io.digests import changed, digests
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.files import Loaded
-from graft.io.fingerprint import called_otherwise, difference, fingerprint, in_common, same_values, weights_of, within
+from graft.io.fingerprint import (
+    called_otherwise,
+    changed,
+    difference,
+    digests,
+    fingerprint,
+    in_common,
+    same_values,
+    weights_of,
+    within,
+)
 from graft.io.layouts import fused, put_right
 from graft.io.save import changes_base, config_of, parts_of
 from graft.io.tensors import resized, torn_apart

@@ -25,9 +25,8 @@ from graft.inject.parts import Nests, Parts, registry_of, unwrapped
 from graft.inject.stage import absent_from, group_in
 from graft.inject.survey import survey
 from graft.io.base import names_in_file, original
-from graft.io.digests import digests
 from graft.io.entries import Entry, entries
-from graft.io.fingerprint import fingerprint, weights_of
+from graft.io.fingerprint import digests, fingerprint, weights_of
 from graft.io.together import all_here, check_entries, check_value, gathered, ranks_of
 from graft.storage.offload import brought, offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy

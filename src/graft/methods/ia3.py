@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Targeted, as_set
-from graft.config.patterns import pattern
+from graft.config.reading import pattern
 from graft.config.targets import IA3 as TARGETS
 from graft.config.targets import IA3_FEEDFORWARD
 from graft.core.base_config import model_type

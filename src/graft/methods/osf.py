@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Targets
-from graft.config.patterns import pattern
+from graft.config.reading import pattern
 from graft.config.targets import OSF as TARGETS
 from graft.core.base_config import model_type
 from graft.core.containers import Transient

@@ -8,8 +8,7 @@ import os
 from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
-from graft.config.hub import fetch
-from graft.config.keywords import hub_keywords
+from graft.config.hub import fetch, hub_keywords
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shortened, warn
 from graft.model.peft_model import PeftModel
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.config.keywords import hub_keywords
+from graft.config.hub import hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.containers import place
 from graft.core.errors import ConfigError, PeftWarning, warn

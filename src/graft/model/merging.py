@@ -22,7 +22,7 @@ from graft.inject.parts import registry_of, unwrapped
 from graft.inject.survey import nest_of, survey
 from graft.model.registry import Registry
 from graft.storage import DENSE, Quantized, holds_codes, innermost, release
-from graft.storage.packed import dtype_beside, unmark
+from graft.storage.codes import dtype_beside, unmark
 
 
 def union(names: Iterable[list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.config.keywords import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
+from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.core.errors import AdapterNotFoundError
 from graft.core.gate import PATIENCE
 from graft.core.rows import Given, Run, copies_of

@@ -28,10 +28,11 @@ from graft.inject.stage import absent_from, draw_alike
 from graft.inject.survey import Tree
 from graft.methods import method_of
 from graft.model.registry import Registry
-from graft.prompts import admission, calls, entry, labels
-from graft.prompts.base import STORED, Prompt
-from graft.prompts.encoders import PLACE, Encoders
-from graft.prompts.heads import fitted
+from graft.prompts import admission
+from graft.prompts.arguments import put_labels
+from graft.prompts.base import PLACE, STORED, Encoders, Prompt
+from graft.prompts.entry import attach
+from graft.prompts.kv_prefix import fitted
 from graft.prompts.prefix_tuning import as_pairs
 from graft.prompts.stack import Stack, stacks_of
 
@@ -59,7 +60,7 @@ class Prompts(Registry):
         self._begin(model, peft_config, options.pop("tree", None))
         self.add_adapter(adapter_name, peft_config, **options)
         for stack in self.stacks.values():
-            entry.attach(stack)
+            attach(stack)
         self.set_adapter(adapter_name, peft_config.inference_mode)
 
     def _begin(self, model: nn.Module, config: Any, tree: Tree | None = None) -> None:
@@ -188,8 +189,8 @@ class Prompts(Registry):
             return
         last = self._entered(self.active[0])[-1]
         if last is self.stacks.get("decoder", last):  # else the prompt is in the encoder, which has no cache
-            calls.check_caches(kwargs, self.model)
-            calls.check_assistant(kwargs, self.model, last)
+            admission.check_caches(kwargs, self.model)
+            admission.check_assistant(kwargs, self.model, last)
 
     def _used(self) -> tuple[str, ...]:
         return super()._used() if self.wrappers else ()  # the prompt has been computed when the model begins
@@ -231,11 +232,11 @@ class Prompts(Registry):
         if not cfg.holds_keys:
             if kwargs.get("labels") is not None:
                 main, both = self.stacks["main"], cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)
-                finish = labels.put(self.model, main, cfg, prompt, both, kwargs, arguments)
+                finish = put_labels(self.model, main, cfg, prompt, both, kwargs, arguments)
             if "decoder" in self.stacks:
-                calls.drop_encoder_outputs(kwargs, cfg)
+                admission.drop_encoder_outputs(kwargs, cfg)
         value = prompt(**arguments)
-        calls.check_rows(value, kwargs)
+        admission.check_rows(value, kwargs)
         return finish, value
 
     def _insert(self, cfg: Any, value: Tensor) -> None:

@@ -14,7 +14,7 @@ from graft.core.errors import CheckpointError, PeftWarning, warn
 from graft.core.names import several
 from graft.inject.parts import registry_of
 from graft.io import files, save
-from graft.io.digests import digest
+from graft.io.fingerprint import tensor_digest
 from graft.io.together import CALL, Meeting, hashed, once
 from graft.model import averaged
 
@@ -66,7 +66,7 @@ def save_adapters(
     if meeting is not None:
         meeting.by_the_first(write)
     elif given is None and averaged.has_copies(registry_of(model)):
-        values = [digest(t) for tensors, *_ in made.values() for t in tensors.values()]
+        values = [tensor_digest(t) for tensors, *_ in made.values() for t in tensors.values()]
         once(os.fspath(directory), hashed(str(values)), write)
     else:
         write()

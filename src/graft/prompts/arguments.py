@@ -1,18 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prompt changes in the arguments of a call of the stack: input, cache, masks, positions, types of tokens."""
+"""What a prompt changes in the arguments of a call: input, cache, masks, positions, types of tokens, labels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from graft.prompts import heads, kv_prefix
-from graft.prompts.inside import first_of
+from graft.core.method import as_it_is
+from graft.prompts import kv_prefix
+from graft.prompts.base import IGNORED_LABEL, Prompt, shift_tokens_right
 from graft.prompts.kv_prefix import per_row
-from graft.prompts.masks import widened
-from graft.prompts.stack import Stack
+from graft.prompts.stack import Stack, first_of
+
+
+def widened(
+    mask: Any, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
+) -> Any:
+    """Return the mask with the prompt's tokens.
+
+    Args:
+        mask: (batch, tokens), or (batch, heads, queries, tokens) of numbers to add or of truth values.
+        prompt: how many tokens the prompt has.
+        total: how many tokens there are with it.
+        before: how many of the prompt's are in front of the input of this call.
+        window: how many tokens back the layers with this mask see; None: to the beginning.
+        cuts: the cache of these layers holds no more than the window.
+        causal: tokens see only those before them.
+        covered: the mask may have columns for the prompt already.
+
+    Raises:
+        ValueError: the mask is of another number of tokens.
+    """
+    tokens = total - prompt
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if covered and mask.shape[1] == total:
+            return mask
+        if mask.shape[1] != tokens:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns for {tokens} tokens (and the prompt's "
+                f"{prompt}, which it need not cover)."
+            )
+        return torch.cat([mask.new_ones(len(mask), prompt), mask], dim=1)
+    if not isinstance(mask, Tensor) or mask.shape[-1] != tokens:
+        return mask
+    open_, shut = (0, torch.finfo(mask.dtype).min) if mask.is_floating_point() else (1, 0)
+    b, h, q, k = mask.shape
+    if before:
+        own = mask.new_full((), shut) if causal else mutual(mask, shut)
+        mask = torch.cat([own.expand(b, h, before, k), mask], dim=-2)
+    rows = before + q
+    at = torch.arange(total, device=mask.device)
+    back = at[total - rows :, None] - at[:prompt]
+    sees = (back >= 0) & (back < (window or total)) if causal else torch.ones_like(back, dtype=torch.bool)
+    front = torch.full_like(back, shut, dtype=mask.dtype).masked_fill(sees, open_)
+    mask = torch.cat([front.expand(b, h, rows, -1), mask], dim=-1)
+    return mask[..., 1 - window - rows :] if window and cuts else mask
+
+
+def mutual(mask: Tensor, shut: float) -> Tensor:
+    """Return which tokens the prompt may see, (batch, heads, 1, tokens): all that some token sees, but none that sees
+    a token which does not see it, as those after a prefix do."""
+    sees = mask != shut
+    later = (sees & ~sees.transpose(-1, -2)).any(-1)
+    return mask.amax(-2, keepdim=True).masked_fill(later[..., None, :], shut)
+
+
+PADDED = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token; the prompt's tokens have none
+
+
+def put_labels(
+    model: Any,
+    main: Stack,
+    cfg: Any,
+    prompt: Prompt,
+    both: bool,
+    kwargs: dict[str, Any],
+    arguments: dict[str, Any],
+) -> Callable[[Any], Any]:
+    """Give the tokens of a prompt of embeddings labels in `kwargs`; return a function for the output of the call.
+
+    Args:
+        main: the stack that the prompt enters; the encoder's, if there are two.
+        both: it enters the decoder's as well, and the labels are the decoder's.
+        arguments: of the call that are the prompt's own.
+    """
+    labels, P = kwargs["labels"], cfg.num_virtual_tokens
+    if prompt.has_own_loss:
+        del kwargs["labels"]
+        return lambda output: with_loss(output, partial(prompt.own_loss, labels=labels, **arguments))
+    if both or cfg.task_type in PADDED:
+        if both:
+            put_decoder_inputs(model, labels, kwargs)
+        kwargs["labels"] = nn.functional.pad(labels, (P, 0), value=IGNORED_LABEL)
+        mask = kwargs.get("attention_mask")
+        if cfg.task_type == "TOKEN_CLS" and isinstance(mask, Tensor) and mask.shape == labels.shape:
+            # some losses leave out masked tokens
+            kwargs["attention_mask"] = nn.functional.pad(mask, (P, 0), value=1)
+            main.now.covered = True
+    return as_it_is
+
+
+def put_decoder_inputs(model: Any, labels: Tensor, kwargs: dict[str, Any]) -> None:
+    """Make decoder inputs from the labels as the model would, before the prompt's labels join them."""
+    if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:  # M2M100, Blenderbot and others do it in their forward only
+            ids = shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+        kwargs["decoder_input_ids"] = ids
+
+
+def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, tuple):
+        return loss(output[0]), *output
+    return type(output)(**{"loss": loss(output.logits), **{k: v for k, v in output.items() if k != "loss"}})
+
 
 # arguments with a number per token, and the number of the prompt's tokens
 KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
@@ -51,7 +157,7 @@ def put_keys(stack: Stack, given: dict[str, Any], cache: Any, batch: int) -> Non
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.wanted()
     value = stack.now.replays.apart(stack.now.keys, given) if replayed else stack.now.keys
-    pairs = heads.fitted(stack.now.as_pairs(value), stack.key_shapes())
+    pairs = kv_prefix.fitted(stack.now.as_pairs(value), stack.key_shapes())
     given[stack.cache_name] = filled = stack.filled(cache, pairs, batch)
     if replayed:
         stack.now.replays.start(kv_prefix.frozen(filled))

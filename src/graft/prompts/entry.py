@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from graft.prompts.arguments import put_embeddings, put_keys, widen, widen_encoded
-from graft.prompts.inside import first_of
 from graft.prompts.kv_prefix import is_static, length
-from graft.prompts.stack import NEW_CACHE, OLD_CACHE, Stack
+from graft.prompts.stack import NEW_CACHE, OLD_CACHE, Stack, first_of
 
 ORDERS = ("perm_mask", "target_mapping")  # XLNet's arguments, which have no place for a prompt
 

@@ -12,10 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.prompts import heads, kv_prefix
-from graft.prompts.inside import layers_in, positions_in, words_in
+from graft.prompts import kv_prefix
 from graft.prompts.replays import Replays
 from graft.storage import place_of
+
+
+def first_of(given: dict[str, Any]) -> Any:
+    """Return the input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    return ids if embeds is None else embeds
+
+
+def layers_in(module: nn.Module) -> dict[int, nn.Module]:
+    """Return a module of each layer by the layer's number, where modules have one (`layer_idx`)."""
+    numbered = [(getattr(m, "layer_idx", None), m) for m in module.modules()]
+    return {i: m for i, m in numbered if isinstance(i, int)}
+
+
+def words_in(module: Any) -> nn.Module | None:
+    """Return the word embeddings of a model, if it has any."""
+    try:
+        words = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return words if isinstance(getattr(words, "weight", None), Tensor) else None
+
+
+def positions_in(module: nn.Module) -> int | None:
+    """Return the size of a table of position embeddings; None if the model computes positions."""
+    for name, m in module.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(m, nn.Embedding) and (leaf == "wpe" or ("position" in leaf and "relative" not in leaf)):
+            reserved = m.padding_idx + 1 if m.padding_idx is not None else getattr(m, "offset", 0)
+            return m.num_embeddings - reserved
+    return None
+
 
 NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # inside models that read images as well, and OPT
@@ -78,8 +109,8 @@ class Stack:
         self.positions = positions_in(module)
         self.config = getattr(module, "config", None)
         self.layers = layers_in(module)
-        self.shapes = heads.key_shapes(module)
-        self.cuts = heads.head_cuts(module)
+        self.shapes = kv_prefix.key_shapes(module)
+        self.cuts = kv_prefix.head_cuts(module)
         self.causal = any(getattr(m, "is_causal", False) for m in module.modules())
         self.in_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.attached = False
@@ -145,7 +176,7 @@ class Stack:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
         pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more
-        pairs = heads.own_heads(pairs, self.cuts)
+        pairs = kv_prefix.own_heads(pairs, self.cuts)
         return kv_prefix.fill(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:

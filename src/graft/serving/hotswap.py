@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.config.keywords import HUB_KEYWORDS, warn_unknown
+from graft.config.hub import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, some, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean

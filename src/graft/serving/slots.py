@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.keywords import HUB_KEYWORDS
+from graft.config.hub import HUB_KEYWORDS
 from graft.core.errors import AlreadyInjectedError, ConfigError, InUseError, RoutingError, UnsupportedLayerError, some
 from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces

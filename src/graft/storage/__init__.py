@@ -11,6 +11,7 @@ from graft.storage.find import (
     TENSORS,
     find_store,
     find_tensor_store,
+    innermost,
     of_tensor,
     place_of,
 )
@@ -18,7 +19,6 @@ from graft.storage.foreign import ByIdentity
 from graft.storage.quantized import Quantized
 from graft.storage.shared_work import group_of, piece_of, refusal
 from graft.storage.tensor_parallel import standalone
-from graft.storage.within import innermost
 
 __all__ = [
     "DENSE",

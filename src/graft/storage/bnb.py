@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stores of bitsandbytes' layers: codes of 4 bits with a scale for each block, of 8 bits with one for each row."""
+"""The stores of bitsandbytes' layers and embeddings: codes of 4 bits with a scale for each block, of 8 bits with one
+for each row."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.ops import Embedding
+from graft.storage.dense import Dense
 from graft.storage.quantized import Quantized, moved
 
 REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
@@ -200,4 +203,30 @@ def dense(codes: Tensor, scales: Tensor | None) -> Tensor:
     return (codes * (scales * (1 / 127))[:, None]).to(dtype)
 
 
-MODULES = {"bitsandbytes.nn.modules.Linear4bit": Four(), "bitsandbytes.nn.modules.Linear8bitLt": Eight()}
+class Table(Quantized):
+    def dense(self, m: Any, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
+        """Return a plain embedding that holds the same values."""
+        W = self.read(m)
+        options = (m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        return nn.Embedding.from_pretrained(W.to(dtype or m.dtype), True, *options).train(m.training)
+
+
+class Table4(Table, Four):
+    pass
+
+
+class Table8(Table, Eight):
+    pass
+
+
+TABLES: dict[str, Dense] = {
+    "bitsandbytes.nn.modules.Embedding4bit": Table4(),
+    "bitsandbytes.nn.modules.Embedding8bit": Table8(),
+    "bitsandbytes.nn.modules.Embedding": Dense(),  # writes out what nn.Embedding does
+}
+LINEAR: dict[str, Dense] = {
+    "bitsandbytes.nn.modules.Linear4bit": Four(),
+    "bitsandbytes.nn.modules.Linear8bitLt": Eight(),
+}
+MODULES = LINEAR | TABLES
+OPS = dict.fromkeys(TABLES, Embedding())

@@ -13,8 +13,8 @@ from torch import nn
 
 from graft.core.errors import PeftWarning, warn
 from graft.storage import holds_codes
+from graft.storage.codes import dtype_is_fixed, is_marked, is_packed
 from graft.storage.dense import is_composed
-from graft.storage.packed import dtype_is_fixed, is_marked, is_packed
 
 HALF = (torch.float16, torch.bfloat16)
 OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # in transformers from 5.2x on, before

@@ -46,9 +46,8 @@ HELD: dict[str, str] = {
     "convert_peft_config_for_transformers get_bnb_param_type get_model_conversion_mapping get_quantization_config "
     "onload_layer register_peft_method",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper BaseTunerLayer",
-    "graft.compat.peft.loading": "build_peft_weight_mapping",
-    "graft.compat.peft.shims": "ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG calculate_alora_offsets "
-    "TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
+    "graft.compat.peft.shims": "build_peft_weight_mapping ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
+    "calculate_alora_offsets TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers _set_adapter "
     "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "
     "id_tensor_storage init_empty_weights match_target_against_key transpose",

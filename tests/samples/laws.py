@@ -25,7 +25,7 @@ class Sample:
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     other: dict[str, Any] = field(default_factory=dict, hash=False)  # where a second adapter must differ
     subtracts: bool = False  # unmerging subtracts the update, so the weight comes back rounded
-    identity: bool = True  # a fresh adapter changes nothing
+    identity: bool | float = True  # a fresh adapter changes nothing, or no output by more than this
     together: bool = True  # two adapters can be active at once
     draws: bool = False  # its adapters are random in training
     by_row: bool = True  # what a row gets depends on that row alone, and not on the others of its adapter

@@ -13,7 +13,7 @@ from examples.compare import __main__ as compare
 from examples.compare import one
 from examples.compare.choices import CHOICES, FAMILY
 from examples.demo_lm import data
-from graft.methods import ROWS
+from graft.methods import IN_PEFT
 from tests.examples.test_demo_lm import tokenizer, write  # noqa: F401
 
 MADE = dict(exact=0.5, lenient=0.6, loss=0.1, seconds=3.0, steps=3, cpu_seconds=2.0, prepare_seconds=0.0,
@@ -47,7 +47,7 @@ def test_a_method_trains_saves_and_answers(name, source, capsys):
 def test_every_choice_has_a_config():
     configs = {name: choice.config(60) for name, choice in CHOICES.items()}
     assert {c.task_type for c in configs.values()} == {"CAUSAL_LM"}
-    left = set(ROWS) - {c.peft_type.value for c in configs.values()}
+    left = set(IN_PEFT) - {c.peft_type.value for c in configs.values()}
     assert left == {
         "XLORA",
         "POLY",

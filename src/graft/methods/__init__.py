@@ -17,6 +17,7 @@ class Row(NamedTuple):
     config: str  # public name of its config
     tuner: str  # public name of the model class that holds it; of a prompt, its encoder
     base: str = "model.tuner:Tuner"  # what that class derives from, "module:Class" below graft
+    in_peft: bool = True  # PEFT has it: else no name of the package `peft` stands for it
 
 
 METHODS: dict[str, Row] = {
@@ -75,6 +76,7 @@ PROMPTS: dict[str, Row] = {
     "CARTRIDGE": Row("prompts.cartridge:CartridgeEncoder", "CartridgeConfig", "CartridgeEncoder"),
 }
 ROWS = METHODS | PROMPTS
+IN_PEFT = {name: row for name, row in ROWS.items() if row.in_peft}
 
 PeftType = Enum("PeftType", {name: name for name in ROWS}, type=str, module=__name__)  # type: ignore[misc]
 PeftType.__doc__ = "The methods, by the name that adapter_config.json uses."

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import graft
+from graft.methods import IN_PEFT
 from tests.covering import Sometimes
 from tests.models import LENGTH, STD, VOCAB, TinyModel, pairs, seed, seeded, tokens, transformer
 from tests.models import MODELS as TINY
+from tests.samples import LAWS
 
 TOKENS = 3  # virtual ones of each prompt
 STEPS = 8  # tokens to generate
@@ -219,6 +221,10 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "CPT": dict(cpt_token_ids=[5, 9, 7], cpt_tokens_type_mask=[1, 2, 4], opt_projection_epsilon=3.0),
     "CARTRIDGE": dict(num_virtual_tokens=TOKENS, num_frozen_tokens=1),
 }
+for _sample in LAWS[::-1]:  # those that PEFT lacks, by their first samples
+    if _sample.method not in IN_PEFT:
+        _somewhere = {} if graft.method_of(_sample.method).targets else {"target_modules": "all-linear"}
+        LAYER_METHODS[_sample.method] = _somewhere | _sample.config
 METHODS = LAYER_METHODS | PROMPTS
 
 SPREAD = {  # standard deviation of trained values, where it is not 0.4

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from graft.methods import METHODS, ROWS
+from graft.methods import IN_PEFT, METHODS
 
 # PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
@@ -93,7 +93,7 @@ WITHOUT_TARGETS = (
     "SHADOW",
 )  # methods that have no default targets by architecture
 MAPPINGS: dict[str, str] = {  # → peft_type
-    mapping_name(row.config): name for name, row in METHODS.items() if name not in WITHOUT_TARGETS
+    mapping_name(row.config): name for name, row in METHODS.items() if row.in_peft and name not in WITHOUT_TARGETS
 }
 _TARGETS = f"TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING {' '.join(MAPPINGS)}"
 _EXPORTED = " ".join(n for n in _TARGETS.split() if MAPPINGS.get(n) not in ("HIRA", "OSF"))  # which PEFT forgot
@@ -125,7 +125,7 @@ MODULES: dict[str, str] = {
     "tuners": "ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig "
     "MontecloraConfig VeloraConfig create_arrow_model MultitaskPromptTuningInit PromptEncoderReparameterizationType "
     f"{_EVA} preprocess_loraga "
-    "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in ROWS.values()),
+    "PromptTuningInit " + " ".join(f"{row.config} {row.tuner}" for row in IN_PEFT.values()),
     "tuners._buffer_dict": "BufferDict",
     "tuners.adamss.asa_callback": "AdamssAsaCallback",
     "tuners.adaption_prompt.config": "TRANSFORMERS_MODEL_CONFIG",
@@ -202,7 +202,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
 
 def folder(peft_type: str) -> str:
     """Return the folder of a method below peft.tuners, which has the same name as graft's."""
-    return ROWS[peft_type].method.partition(":")[0].rpartition(".")[2]
+    return IN_PEFT[peft_type].method.partition(":")[0].rpartition(".")[2]
 
 
 WITH_BNB = ("LORA", "ADALORA", "IA3", "RANDLORA", "ROAD", "HIRA", "PVERA")  # methods with a module of these
@@ -213,7 +213,7 @@ OF_METHODS: dict[str, tuple[str, str]] = {
         peft_type,
         suffix,
     )
-    for peft_type in ROWS
+    for peft_type in IN_PEFT
     for suffix in (
         *("", ".config", ".model"),
         *((".layer",) if peft_type in METHODS else ()),

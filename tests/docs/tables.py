@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/methods.md, printed from the code: `python -m tests.docs.tables` writes them into the page."""
+"""What pages say of each method, printed from the code: `python -m tests.docs.tables` writes it into them,
+and into README.
+
+Printed anew: the table of docs/methods.md, and the entries of docs/reference/configs.md. A method that the list of all
+methods lacks gets a row there, of the first sentence of its config's docstring and the paper that its file names.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 from graft.core.folding import why_none
-from graft.methods import METHODS, PROMPTS
+from graft.methods import METHODS, PROMPTS, ROWS, config_of, method_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
 from tests.docs.marks import put
 from tests.looks import layers
 from tests.samples.laws import Sample
 
-PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, CONFIGS = DOCS / "methods.md", DOCS / "reference" / "configs.md"
 MARK = "printed by tests/docs/tables.py"
 KINDS = {  # column → layers of the law suite
     "linear": ("linear", "Conv1D"),
@@ -83,10 +91,42 @@ def table() -> str:
     )
 
 
-def page() -> str:
-    """The page with the tables as the code has them now."""
-    return put(PAGE.read_text(), MARK, table())
+def entries() -> str:
+    """The entries of all configs in the reference."""
+    options = "".join(f"\n      {name}: false" for name in ("members", "show_signature", "separate_signature"))
+    configs = [config_of(name) for name in ROWS]
+    return "\n\n".join(f"::: {c.__module__}.{c.__name__}\n    options:{options}" for c in configs)
+
+
+def listing(name: str) -> str:
+    """The row of the list of all methods, by what the file of the method says."""
+    config, method = config_of(name), method_of(name)
+    title, _, says = (config.__doc__ or "").partition(": ")
+    text = sys.modules[method.__module__].__doc__ or ""
+    paper = re.search(r"arXiv (\d{4}\.\d{5})", text)
+    link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "–"
+    return f"| {title} | `{config.__name__}` | {' '.join(says.split('.')[0].split())} | {link} |"
+
+
+def listed(text: str) -> str:
+    """The page, with a row in its list of all methods for each that has none."""
+    before, heading, rest = text.partition("## All methods, with configs and papers\n")
+    table, end, after = rest.partition("\n\nPrompt methods serve")
+    assert heading and end
+    missing = [name for name, row in ROWS.items() if f"| `{row.config}` |" not in table]
+    return before + heading + "\n".join([table, *map(listing, missing)]) + end + after
+
+
+def pages() -> dict[Path, str]:
+    """The pages as the code has them now."""
+    return {
+        PAGE: listed(put(PAGE.read_text(), MARK, table())),
+        CONFIGS: put(CONFIGS.read_text(), MARK, f"\n{entries()}\n"),
+    }
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    from tests.docs import readme  # which counts methods by these tables
+
+    for path, text in (pages() | {readme.PAGE: readme.page()}).items():
+        path.write_text(text)

@@ -3,12 +3,15 @@
 
 import re
 
+import pytest
+
 from graft.methods import ROWS
 from tests.docs import storages, tables
 
 
-def test_the_tables_of_the_methods_page_are_printed_from_the_code():
-    assert tables.page() == tables.PAGE.read_text(), "run python -m tests.docs.tables"
+@pytest.mark.parametrize("path", [tables.PAGE, tables.CONFIGS], ids=lambda path: path.name)
+def test_what_pages_say_of_each_method_is_printed_from_the_code(path):
+    assert path.read_text() == tables.pages()[path], "run python -m tests.docs.tables"
 
 
 def test_the_tables_of_the_storages_page_are_printed_from_the_code():

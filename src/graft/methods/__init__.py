@@ -62,6 +62,7 @@ METHODS: dict[str, Row] = {
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),
     "ADAPTION_PROMPT": Row("methods.adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
+    "LORAXS": Row("methods.loraxs:LoraXS", "LoraXsConfig", "LoraXsModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {
     "PROMPT_TUNING": Row("prompts.prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),

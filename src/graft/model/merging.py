@@ -47,7 +47,17 @@ class MergingRegistry(Registry):
 
     @changes(everything)
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters (None: those active on each layer) into the base weights: see `Tuner.merge_adapter`."""
+        """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
+
+        Args:
+            safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
+                Without it only the adapters' own tensors are checked, not whether a sum overflows half precision.
+
+        Raises:
+            AdapterNotFoundError: one of them is not loaded.
+            ValueError: values are not finite, a name is there twice, or adapters are disabled. Nothing is merged then.
+            NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
+        """
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
@@ -115,7 +125,12 @@ class MergingRegistry(Registry):
         adapter_names: list[str] | None = None,
         dequantize: bool = False,
     ) -> nn.Module:
-        """Merge for good and return the plain model: see `Tuner.merge_and_unload`."""
+        """Merge for good and return the plain model.
+
+        Args:
+            dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
+                codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
+        """
         with self._dequantized(adapter_names) if dequantize else nullcontext():
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
         plain = self.unload()
@@ -159,9 +174,10 @@ class MergingRegistry(Registry):
 
     @changes(everything)
     def unload(self) -> nn.Module:
-        """Return the model without adapter layers: see `Tuner.unload`.
+        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
 
-        A base that had adapters before this registry was made stays frozen.
+        A base that had adapters before it came here stays frozen. Modules in `modules_to_save` keep the active
+        adapter's values, also while adapters are disabled.
         """
         unload(self.model, self.frozen_before)
         self.layers, self.wrappers = {}, {}

@@ -258,7 +258,8 @@ class Registry:
             raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say whether plain LoRA can hold what an adapter does to all of its layers; False if there are none."""
+        """Return True if plain LoRA can hold what an adapter does to all of its layers, of which there are some: see
+        `graft.convert_to_lora`."""
         layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
@@ -298,15 +299,6 @@ class Registry:
     def _changed(self) -> None:
         if self.on_change is not None:
             self.on_change()
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The active adapters. Setting it is `set_adapter`."""
-        return self.active_adapters
-
-    @active_adapter.setter
-    def active_adapter(self, names: str | Sequence[str]) -> None:
-        self.set_adapter(names)
 
     @changes(lambda self, adapter_name: (adapter_name, *((ACTIVE,) if adapter_name in self.active_adapters else ())))
     def delete_adapter(self, adapter_name: str) -> None:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +26,20 @@ from graft.model.tuner_type import INTERNALS, TunerType, not_here, replaced, ste
 from graft.model.watch import tell_once
 
 
+def of_registry(name: str) -> Any:
+    """Return the method of that name of a tuner's registry, which may be of any class, as one of the tuner."""
+
+    @wraps(getattr(LayerRegistry, name))
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(registry_of(self), name)(*args, **kwargs)
+
+    return run
+
+
 class Tuner(nn.Module, metaclass=TunerType):
     """The user's model as `.model`, with adapters on its layers. Attributes that PEFT's tuners lack are the model's.
+
+    What it does with adapters, its registry does: methods of that name and text are those of `LayerRegistry`.
 
     `tuner_of` makes the subclasses (`LoraModel`, …) from the table of methods; they differ only in their method. By
     itself a tuner leaves adapters in the base's dtype; a PeftModel trains them in float32.
@@ -128,100 +141,28 @@ class Tuner(nn.Module, metaclass=TunerType):
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """Do nothing: an injection refuses what it cannot adapt once it knows all of that."""
 
-    # PEFT's names for the registry's methods
+    # what the registry does
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say whether plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
-        return registry_of(self).supports_lora_conversion(adapter_name)  # type: ignore[no-any-return]
+    peft_config = property(attrgetter(f"{HOLDER}.peft_config"))
+    active_adapters = property(attrgetter(f"{HOLDER}.active_adapters"))
+    active_adapter = property(
+        attrgetter(f"{HOLDER}.active_adapters"),
+        lambda self, names: self.set_adapter(names),
+        doc="The active adapters. Setting it is `set_adapter`.",
+    )
+    set_adapter = of_registry("set_adapter")
+    delete_adapter = of_registry("delete_adapter")
+    set_requires_grad = of_registry("set_requires_grad")
+    inject_adapter = of_registry("inject_adapter")
+    enable_adapter_layers = of_registry("enable_adapter_layers")
+    disable_adapter_layers = of_registry("disable_adapter_layers")
+    merge_adapter = of_registry("merge_adapter")
+    unmerge_adapter = of_registry("unmerge_adapter")
+    merge_and_unload = of_registry("merge_and_unload")
+    unload = of_registry("unload")
+    supports_lora_conversion = of_registry("supports_lora_conversion")
 
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        return registry_of(self).peft_config  # type: ignore[no-any-return]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return registry_of(self).active_adapters  # type: ignore[no-any-return]
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """The active adapters. Setting it is `set_adapter`."""
-        return registry_of(self).active_adapters  # type: ignore[no-any-return]
-
-    @active_adapter.setter
-    def active_adapter(self, names: str | Sequence[str]) -> None:
-        self.set_adapter(names)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, in this order, and trainable unless for inference.
-
-        Raises:
-            AdapterNotFoundError: one of them is not loaded.
-            ValueError: two of them cannot be active together.
-        """
-        registry_of(self).set_adapter(adapter_name, inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors.
-
-        Raises:
-            AdapterNotFoundError: it is not loaded.
-            ValueError: it is merged.
-        """
-        registry_of(self).delete_adapter(adapter_name)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the parameters of any adapters, active or not, train or not."""
-        registry_of(self).set_requires_grad(adapter_names, requires_grad)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject the config that the caller has put into `peft_config` under that name, as PEFT's callers do."""
-        registry_of(self).inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def enable_adapter_layers(self) -> None:
-        registry_of(self).enable_adapter_layers()
-
-    def disable_adapter_layers(self) -> None:
-        registry_of(self).disable_adapter_layers()
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters (the active ones if None) into the base weights; `unmerge_adapter` takes them out again.
-
-        Args:
-            safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
-                Without it only the adapters' own tensors are checked, not whether a sum overflows half precision.
-
-        Raises:
-            AdapterNotFoundError: one of them is not loaded.
-            ValueError: values are not finite, a name is there twice, or adapters are disabled. Nothing is merged then.
-            NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
-        """
-        registry_of(self).merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the base weights again."""
-        registry_of(self).unmerge_adapter()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        dequantize: bool = False,
-    ) -> nn.Module:
-        """Merge for good and return the plain model.
-
-        Args:
-            dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
-                codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
-        """
-        return registry_of(self).merge_and_unload(progressbar, safe_merge, adapter_names, dequantize)  # type: ignore[no-any-return]
-
-    def unload(self) -> nn.Module:
-        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
-
-        Modules in `modules_to_save` keep the active adapter's values, also while adapters are disabled.
-        """
-        return registry_of(self).unload()  # type: ignore[no-any-return]
+    # facts
 
     @property
     def target_module_mapping(self) -> dict[str, Any]:

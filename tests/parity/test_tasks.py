@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task classes: chosen by task_type, with their heads, their arguments and generation."""
 
+import inspect
 import pickle
 from copy import deepcopy
 
@@ -21,6 +22,22 @@ def test_class_and_head(sample):
     assert type(ours).__name__ == type(theirs).__name__
     assert ours.modules_to_save == theirs.modules_to_save
     assert ours.peft_config["default"].modules_to_save == theirs.peft_config["default"].modules_to_save
+
+
+@over([s for s in TASKS if s.name == "tasks"])
+def test_arguments_by_place(sample):
+    """Their order is PEFT's; more than there are, and one that is there twice, are refused as Python does."""
+    ours, theirs = both(sample)
+    own, there = (list(inspect.signature(m.forward).parameters)[:-1] for m in (ours, theirs))
+    assert own[: len(there)] == there
+    rest = models.inputs(sample.model)
+    ids = rest.pop("input_ids")
+    for model in (ours.eval(), theirs.eval()):
+        close(model(ids, **rest)[0], model(input_ids=ids, **rest)[0])
+        with pytest.raises(TypeError, match="multiple values for argument"):
+            model(ids, input_ids=ids)
+        with pytest.raises(TypeError, match="positional"):
+            model(*[None] * 20)
 
 
 LABELS = {

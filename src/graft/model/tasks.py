@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from graft.config.targets import TASK_HEADS
 from graft.inject.beside import add_task_heads
@@ -116,42 +117,48 @@ def _labels(model: nn.Module) -> tuple[int, Any, Any] | None:
     return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))
 
 
-def _forward(
-    self: PeftModel,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
-    return_dict: bool | None = None,
-    task_ids: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Run the base model's forward. The names tell transformers' Trainer which columns of a data set to keep."""
-    return self._call(self.get_base_model(), (), _given(locals()))
+FIRST = "input_ids attention_mask"
+LAST = "output_attentions output_hidden_states return_dict task_ids"
+
+
+def _forward(names: str) -> Any:
+    """Return a `forward` with these arguments, which tell transformers' Trainer the columns of a data set to keep."""
+    arguments, kind = names.split(), inspect.Parameter
+    own = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
+    signature = inspect.Signature([kind("self", kind.POSITIONAL_OR_KEYWORD), *own, kind("kwargs", kind.VAR_KEYWORD)])
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
+        given = dict(zip(arguments, args))
+        if len(args) > len(arguments) or not given.keys().isdisjoint(kwargs):
+            signature.bind(self, *args, **kwargs)  # raises TypeError
+        given |= kwargs
+        ours = {"task_ids"} - registry_of(self).arguments
+        passed = {name: given[name] for name in arguments if given.get(name) is not None and name not in ours}
+        return self._call(self.get_base_model(), (), passed | {k: v for k, v in given.items() if k not in arguments})
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
 
 
 class PeftModelForSequenceClassification(_Classification):
     """The PeftModel for task type SEQ_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "SEQ_CLS"
-    forward = _forward
+    forward = _forward(f"{FIRST} inputs_embeds labels {LAST} token_type_ids position_ids")
 
 
 class PeftModelForTokenClassification(_Classification):
     """The PeftModel for task type TOKEN_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "TOKEN_CLS"
-    forward = _forward
+    forward = PeftModelForSequenceClassification.forward
 
 
 class PeftModelForCausalLM(PeftModel):
     """The PeftModel for task type CAUSAL_LM."""
 
-    forward = _forward
+    forward = PeftModelForSequenceClassification.forward
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
@@ -160,73 +167,24 @@ class PeftModelForCausalLM(PeftModel):
 class PeftModelForSeq2SeqLM(PeftModel):
     """The PeftModel for task type SEQ_2_SEQ_LM."""
 
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._call(self.get_base_model(), (), _given(locals()))
+    prepare_inputs_for_generation = PeftModelForCausalLM.prepare_inputs_for_generation
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+    forward = _forward(
+        f"{FIRST} inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels {LAST}"
+    )
 
 
 class PeftModelForQuestionAnswering(_WithHead):
     """The PeftModel for task type QUESTION_ANS. `qa_outputs` trains with the adapter."""
 
     task = "QUESTION_ANS"
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._call(self.get_base_model(), (), _given(locals()))
+    forward = _forward(f"{FIRST} token_type_ids position_ids inputs_embeds start_positions end_positions {LAST}")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """The PeftModel for task type FEATURE_EXTRACTION."""
 
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._call(self.get_base_model(), (), _given(locals()))
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the caller passed: a base model need not know the others, nor a method `task_ids`."""
-    ours = {"self", "kwargs", "__class__", "task_ids"} - registry_of(arguments["self"]).arguments
-    return {**{k: v for k, v in arguments.items() if v is not None and k not in ours}, **arguments["kwargs"]}
+    forward = _forward(f"{FIRST} inputs_embeds {LAST} token_type_ids position_ids")
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = OF_TASKS

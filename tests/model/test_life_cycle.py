@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
+from graft.inject.inject import Options
 from graft.io.files import read_safetensors
 from tests.looks import registry_of
 from tests.models import seeded
@@ -45,7 +46,7 @@ def test_the_collector_is_as_it_was(enabled, fails):
         if fails:
             with pytest.raises(RuntimeError, match="on the way"):
                 model = graft.get_peft_model(net(), config())
-                registry_of(model).add_adapter("b", config(), values=Failing())
+                registry_of(model).add_adapter("b", config(), Options(values=Failing()))
         else:
             graft.get_peft_model(net(), config())
         assert gc.isenabled() is enabled and gc.get_threshold() == threshold

@@ -17,6 +17,7 @@ from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
+from graft.inject.inject import Options
 from graft.methods import config_of, method_of
 
 Rows = dict[str, list[tuple[Any, float]]]  # (TrainableTokens, weight) of each adapter, by path of the module
@@ -235,8 +236,7 @@ def put(
     """Inject the new adapter with its values in it: in float32 if `widened`, else in half precision on such layers."""
 
     def inject() -> None:
-        found, own = Combined(values, rows), heads(tuner, owner, cfg)
-        tuner.add_adapter(name, cfg, autocast_adapter_dtype=widened, values=found, heads=own)
+        tuner.add_adapter(name, cfg, Options(widened, False, Combined(values, rows), union.heads(tuner, owner, cfg)))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user saw them when the adapters came

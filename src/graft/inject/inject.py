@@ -29,9 +29,12 @@ from graft.storage import innermost, ready
 
 
 class Values(Protocol):
-    """A checkpoint's values, which an injection assigns in place of initial ones. `names`: its keys."""
+    """A checkpoint's values, which an injection assigns in place of initial ones."""
 
-    names: Collection[str]
+    @property
+    def names(self) -> Collection[str]:
+        """The checkpoint's keys."""
+        ...
 
     def head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
@@ -44,6 +47,17 @@ class Values(Protocol):
     def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
         """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
         ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an adapter comes with, beside its name and config."""
+
+    upcast: bool = True  # train half-precision adapters in float32
+    on_meta: bool = False  # leave its tensors on the meta device
+    values: Values | None = None  # a checkpoint's, in place of initial ones
+    heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
+    state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
 
 
 def nobody() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNameError, ConfigError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Run
 from graft.core.shared import Shared
-from graft.inject.inject import Values, check_bias, inject
+from graft.inject.inject import Options, check_bias, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
 from graft.inject.steps import Steps
@@ -63,33 +64,14 @@ class LayerRegistry(MergingRegistry):
     def add_adapter(
         self,
         adapter_name: str,
-        config: Any,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        values: Values | None = None,
-        keys: Any = None,
-        heads: dict[str, nn.Module] | None = None,
-        state_dict: dict[str, Tensor] | None = None,
+        config: PeftConfig,
+        options: Options,
     ) -> InjectReport:
-        """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`.
-
-        Args:
-            state_dict: adapt exactly the layers that it has tensors for.
-        """
+        """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
         self.check_new(adapter_name, config)
-        if state_dict is not None:
-            keys = self._keys_in(state_dict, config)
-        return self._inject(
-            adapter_name,
-            config,
-            upcast=autocast_adapter_dtype,
-            on_meta=low_cpu_mem_usage,
-            values=values,
-            keys=keys,
-            heads=heads,
-        )
+        return self._inject(adapter_name, config, options)
 
-    def _inject(self, adapter_name: str, config: Any, **options: Any) -> InjectReport:
+    def _inject(self, adapter_name: str, config: Any, options: Options) -> InjectReport:
         """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
         if getattr(config, "bias", "none") != "none":
             self.close(None)  # the base's biases get the values of the file
@@ -108,7 +90,11 @@ class LayerRegistry(MergingRegistry):
             mixed=self.mixed,
             close=self.close,
             steps=Steps(self.holder, theirs) if theirs else None,
-            **options,
+            upcast=options.upcast,
+            on_meta=options.on_meta,
+            values=options.values,
+            heads=options.heads,
+            keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
         )
         for name, container in self.shared.modules().items():
             if name not in self.holder._modules:
@@ -144,7 +130,8 @@ class LayerRegistry(MergingRegistry):
         if any(adapter_name in part.adapters for part in self.carriers()):
             raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
         config = self.peft_config.pop(adapter_name)
-        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict)
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, state_dict=state_dict)
+        self.add_adapter(adapter_name, config, options)
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)

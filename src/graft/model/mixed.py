@@ -64,8 +64,8 @@ class PeftMixedModel(PeftModel):
                 "acts on no layers. Leave out mixed=True."
             )
 
-    def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
-        return MixedModel(model, config, adapter_name, **options)
+    def _tuner_class(self, config: PeftConfig) -> type[Tuner]:
+        return MixedModel
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:

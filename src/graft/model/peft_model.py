@@ -16,13 +16,17 @@ from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.core.errors import AdapterNotFoundError
 from graft.core.gate import PATIENCE
+from graft.core.rows import Given
+from graft.core.rows import Run, copies_of
+from graft.inject.inject import Options
 from graft.core.rows import Given, Run, copies_of
 from graft.inject.parts import HOLDER, registry_of
+from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import averaged, loading, saving
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.rows import names_of_rows, rows_of, spread
-from graft.model.tuner import tuner_of
+from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import say_unknown
 from graft.storage import numel
 
@@ -58,24 +62,29 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         change_timeout: float | None = PATIENCE,
-        **options: Any,
+        *,
+        heads: dict[str, nn.Module] | None = None,
+        values: Values | None = None,
+        tree: Tree | None = None,
     ):
         super().__init__()
         check_adapter_name(adapter_name)
-        options |= dict(low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads)
         with unless_it_fails(peft_config):
             self._extend_config(peft_config)
             if peft_config.is_prompt_learning:
                 from graft.model.prompts import Prompts  # not needed for adapters on layers
 
-                registry: Any = Prompts(model, peft_config, adapter_name, **options)
+                registry: Any = Prompts(model, peft_config, adapter_name, options, tree)
                 self.base_model, self.prompt_encoder = model, registry.prompt_encoder
             else:
-                self.base_model = self._tuner(model, peft_config, adapter_name, options)
+                self.base_model = self._tuner_class(peft_config)(
+                    model, peft_config, adapter_name, options=options, tree=tree
+                )
                 registry = registry_of(self.base_model)
         self.__dict__[HOLDER] = registry
         registry.call.gate.timeout = change_timeout
-        if options.get("values") is None:
+        if values is None:
             averaged.note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
@@ -88,9 +97,9 @@ class PeftModel(nn.Module):
         if not peft_config.inference_mode:
             say_unknown(type(self))
 
-    def _tuner(self, model: nn.Module, config: PeftConfig, adapter_name: str, options: dict[str, Any]) -> nn.Module:
-        """Make the tuner, which holds the base model and its adapters on layers."""
-        return tuner_of(config.peft_type)(model, config, adapter_name, **options)  # type: ignore[no-any-return]
+    def _tuner_class(self, config: PeftConfig) -> type[Tuner]:
+        """Return the class of the tuner, which holds the base model and its adapters on layers."""
+        return tuner_of(config.peft_type)  # type: ignore[no-any-return]
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
@@ -223,7 +232,6 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         heads: dict[str, nn.Module] | None = None,
-        **options: Any,
     ) -> None:
         """Add an adapter, inactive and frozen.
 
@@ -235,14 +243,15 @@ class PeftModel(nn.Module):
             ValueError: the name is taken, or the config is of another method.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
         """
+        self._add(adapter_name, peft_config, Options(autocast_adapter_dtype, low_cpu_mem_usage, None, heads))
+
+    def _add(self, adapter_name: str, config: PeftConfig, options: Options) -> None:
         with self._registry.call.gate.preparing(f"add_adapter({adapter_name!r})"):
-            self._registry.check_new(adapter_name, peft_config)
-            with unless_it_fails(peft_config):
-                self._extend_config(peft_config)
-                self._registry.add_adapter(
-                    adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, heads=heads, **options
-                )
-            if "values" not in options:
+            self._registry.check_new(adapter_name, config)
+            with unless_it_fails(config):
+                self._extend_config(config)
+                self._registry.add_adapter(adapter_name, config, options)
+            if options.values is None:
                 averaged.note_start(self._registry, adapter_name)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -544,7 +553,7 @@ class PeftModel(nn.Module):
             base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
             values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             if new:
-                self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, values=values)
+                self._add(adapter_name, config, Options(autocast_adapter_dtype, values=values))
             else:
                 loading.fill(self, values, is_trainable)
             loading.let_train(self, adapter_name, is_trainable, new)

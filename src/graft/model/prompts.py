@@ -20,6 +20,8 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Run
+from graft.inject.stage import draw_alike
+from graft.inject.inject import Injection, Options, inject
 from graft.inject.build import size
 from graft.inject.inject import Injection, Values, inject
 from graft.inject.parts import Parts
@@ -52,13 +54,12 @@ class Prompts(Registry):
         self,
         model: nn.Module,
         peft_config: Any,
-        adapter_name: str = "default",
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        **options: Any,
+        adapter_name: str,
+        options: Options,
+        tree: Tree | None = None,
     ):
-        self._begin(model, peft_config, options.pop("tree", None))
-        self.add_adapter(adapter_name, peft_config, **options)
+        self._begin(model, peft_config, tree)
+        self.add_adapter(adapter_name, peft_config, options)
         for stack in self.stacks.values():
             attach(stack)
         self.set_adapter(adapter_name, peft_config.inference_mode)
@@ -95,28 +96,19 @@ class Prompts(Registry):
     # adapters
 
     @prepares
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: Any,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        values: Values | None = None,
-        heads: dict[str, nn.Module] | None = None,
-        **_: Any,
-    ) -> None:
+    def add_adapter(self, adapter_name: str, config: Any, options: Options) -> None:
         """Add a prompt, inactive. A call that fails changes nothing."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
         self._fit(cfg)
-        if values is not None:
-            values.check_room(size(lambda: [self._made(cfg)]))
+        if options.values is not None:
+            options.values.check_room(size(lambda: [self._made(cfg)]))
         draw_alike(self.model.modules())
         prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)
         done = inject(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            values=values, keys=(), heads=heads, prompt=prompt, close=self.close,
+            values=options.values, keys=(), heads=options.heads, prompt=prompt, close=self.close,
         )  # fmt: skip
         own = matched(prompt)
         prompt.train(self.model.training)

@@ -15,6 +15,7 @@ from graft.core.base_config import model_config
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.rows import Run
+from graft.inject.inject import Options
 from graft.inject.match import Matcher
 from graft.inject.parts import HOLDER, registry_of, unwrapped
 from graft.inject.steps import Steps
@@ -55,9 +56,9 @@ class Tuner(nn.Module, metaclass=TunerType):
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-        autocast_adapter_dtype: bool = False,
+        *,
+        options: Options | None = None,
         tree: Tree | None = None,
-        **options: Any,
     ):
         super().__init__()
         if isinstance(peft_config, dict):
@@ -68,14 +69,13 @@ class Tuner(nn.Module, metaclass=TunerType):
                 )
             peft_config = peft_config[adapter_name]
         registry = begin(self, model, tree)
-        values = options.get("values")
+        options = options or Options(upcast=False, on_meta=low_cpu_mem_usage, state_dict=state_dict)
+        values: Any = options.values
         if values is not None and any(adapter_name in part.adapters for part in registry.carriers()):
-            fill(self, values, False, autocast_adapter_dtype)  # transformers has loaded it into the model
+            fill(self, values, False, options.upcast)  # transformers has loaded it into the model
             registry.peft_config[adapter_name].inference_mode = peft_config.inference_mode
         else:
-            registry.add_adapter(
-                adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, state_dict=state_dict, **options
-            )
+            registry.add_adapter(adapter_name, peft_config, options)
         registry.set_adapter(adapter_name, inference_mode=registry.peft_config[adapter_name].inference_mode)
         model.peft_config = registry.peft_config  # type: ignore[assignment]
 

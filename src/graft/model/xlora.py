@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.gate import changes, everything, prepares
 from graft.core.ops import META
 from graft.core.shared import OnTuner
 from graft.inject.build import put
+from graft.inject.inject import Options
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree
@@ -58,16 +59,8 @@ class XLoraRegistry(LayerRegistry):
     # adapters
 
     @prepares
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: XLoraConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        values: Any = None,
-        keys: Any = None,
-        heads: dict[str, nn.Module] | None = None,
-        state_dict: dict[str, Tensor] | None = None,
+    def add_adapter(  # type: ignore[override]
+        self, adapter_name: str, config: XLoraConfig, options: Options
     ) -> InjectReport:
         """Load the experts and make the classifier. All or nothing.
 
@@ -76,8 +69,8 @@ class XLoraRegistry(LayerRegistry):
             CheckpointError: an expert is not where the config says.
         """
         self.check_new(adapter_name, config)
-        if not (heads is None and keys is None and state_dict is None):
-            raise ConfigError("X-LoRA takes its layers from its experts: pass neither heads, keys nor a state_dict.")
+        if not (options.heads is None and options.state_dict is None):
+            raise ConfigError("X-LoRA takes its layers from its experts: pass neither heads nor a state_dict.")
         found = {name: self._expert(adapter_name, config, name) for name in config.adapters or {}}
         if not found:
             raise ConfigError("X-LoRA needs experts: name them in XLoraConfig.adapters, {name: path}.")
@@ -85,13 +78,14 @@ class XLoraRegistry(LayerRegistry):
         with self._all_or_nothing():
             for name, (expert, loaded) in found.items():
                 own = Values(self.model, expert, name, loaded)
-                self._inject(name, expert, upcast=autocast_adapter_dtype, values=own)
+                self._inject(name, expert, Options(options.upcast, values=own))
             self._check_experts(found)
-            self._gather(adapter_name, config, list(found), low_cpu_mem_usage)
+            self._gather(adapter_name, config, list(found), options.on_meta)
             report = InjectReport(adapter_name, config.peft_type.value)
             report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
-            if values is not None:
-                put(self.parts_of(adapter_name), adapter_name, values.of(self.parts_of(adapter_name), adapter_name))
+            if options.values is not None:
+                parts = self.parts_of(adapter_name)
+                put(parts, adapter_name, options.values.of(parts, adapter_name))
         self.peft_config = Configs({adapter_name: config, **self.peft_config})
         self._note(adapter_name, config)
         self.reports[adapter_name] = report

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -159,19 +159,29 @@ class Carrier:
 
     @changes(everything)
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:
-        """Forget `adapter`. If it was active, activate `new_active_adapters`; if None, the others that were active; if
-        there are none, the first (by name) that is left."""
-        was_active = adapter in self.active_adapters
+        """Forget `adapter`. If it was active, activate `new_active_adapters`; if None, as `active_without` says."""
+        before = self.active_adapters
         self.forget(adapter)
-        if not was_active:
-            return
-        left = list(self.active_adapters)
-        if new_active_adapters is not None:
-            left = new_active_adapters
-        elif not left and self.adapters:
-            left = sorted(self.adapters)[:1]
-            warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
-        self.set_adapter(left)
+        if adapter in before:
+            self.set_adapter(
+                active_without(adapter, before, self.adapters) if new_active_adapters is None else new_active_adapters
+            )
+
+
+def active_without(adapter: str, active: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return what is active once `adapter` is deleted: the others that were; if there are none, the first (by name) of
+    `others`, with a warning."""
+    left = [name for name in active if name != adapter]
+    if not left and adapter in active and (left := sorted(others)[:1]):
+        warn(f"Adapter {adapter} was active which is now deleted. Setting active adapter to {left[0]}.")
+    return left
+
+
+def check_not_merged(names: Sequence[str], merged: Collection[str]) -> None:
+    """Raise ValueError if one of these adapters, to be deleted, is merged."""
+    wrong = [name for name in names if name in merged]
+    if wrong:
+        raise ValueError(f"Cannot delete adapter(s) {wrong} while they are merged. Please unmerge them first.")
 
 
 def carrier_of(module: Any) -> Any:

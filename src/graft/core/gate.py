@@ -45,6 +45,11 @@ def everything(*_: Any, **__: Any) -> Names:
     return None
 
 
+def deletion(adapter: str, active: Collection[str]) -> Names:
+    """Return what a deletion of an adapter touches, where these are active."""
+    return (adapter, ACTIVE) if adapter in active else (adapter,)
+
+
 class Passage:
     """A call under way."""
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.core.carrier import layer_in
+from graft.core.carrier import active_without, check_not_merged, layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
-from graft.core.gate import ACTIVE
+from graft.core.gate import deletion
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.inject.parts import gate_of
@@ -83,27 +83,20 @@ def delete_adapter(
         registry.delete_adapter(adapter_name)
         return list(registry.active_adapters)
     parts = parts_in(model)
-    if not any(adapter_name in part.adapters for part in parts):
-        have = dict.fromkeys(name for part in parts for name in part.adapters)
-        warn(f"There is no adapter {adapter_name} to delete. The model has: {', '.join(have) or 'none'}.", PeftWarning)
-        return next((list(p.active_adapters) for p in parts if p.active_adapters), [])
-    if any(adapter_name in part.merged_adapters for part in parts):
-        raise ValueError(
-            f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
-        )
+    have = dict.fromkeys(name for part in parts for name in part.adapters)
     active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
-    touches = (adapter_name, *((ACTIVE,) if adapter_name in active else ()))
-    with parts[0].call.gate.change(f"delete_adapter({adapter_name!r})", touches):
+    if adapter_name not in have:
+        warn(f"There is no adapter {adapter_name} to delete. The model has: {', '.join(have) or 'none'}.", PeftWarning)
+        return active
+    check_not_merged([adapter_name], {name for part in parts for name in part.merged_adapters})
+    with parts[0].call.gate.change(f"delete_adapter({adapter_name!r})", deletion(adapter_name, active)):
         for part in parts:
             part.forget(adapter_name)
         configs = getattr(model, "peft_config", None)
         if isinstance(configs, dict):  # a model without a PeftModel
             configs.pop(adapter_name, None)
-        left = [n for n in active if n != adapter_name]
-        others = sorted({name for part in parts for name in part.adapters})
-        if active and not left and others:
-            left = others[:1]
-            warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
+        left = active_without(adapter_name, active, have.keys() - {adapter_name})
+        if left and left[0] not in active:
             set_adapter(model, left)
     return left
 

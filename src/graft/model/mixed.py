@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.core.carrier import check_not_merged
 from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of
 from graft.methods import METHODS
@@ -88,7 +89,7 @@ class PeftMixedModel(PeftModel):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         self._registry.check_known(names)
-        self._registry.check_not_merged(names)
+        check_not_merged(names, self._registry.merged_adapters)
         for name in names:
             self._registry.delete_adapter(name)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from graft.core.call import Call
+from graft.core.carrier import active_without, check_not_merged
 from graft.core.containers import BufferDict
 from graft.core.errors import (
     AdapterNameError,
@@ -21,7 +22,7 @@ from graft.core.errors import (
     shortened,
     warn,
 )
-from graft.core.gate import ACTIVE, Names, changes, everything
+from graft.core.gate import ACTIVE, Names, changes, deletion, everything
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.core.rows import BASE, Run
@@ -252,11 +253,6 @@ class Registry:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found. Loaded adapters: {loaded}.")
 
-    def check_not_merged(self, names: Sequence[str]) -> None:
-        merged = [n for n in names if n in self.merged_adapters]
-        if merged:
-            raise ValueError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True if plain LoRA can hold what an adapter does to all of its layers, of which there are some: see
         `graft.convert_to_lora`."""
@@ -300,7 +296,7 @@ class Registry:
         if self.on_change is not None:
             self.on_change()
 
-    @changes(lambda self, adapter_name: (adapter_name, *((ACTIVE,) if adapter_name in self.active_adapters else ())))
+    @changes(lambda self, adapter_name: deletion(adapter_name, self.active_adapters))
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors.
 
@@ -312,7 +308,7 @@ class Registry:
             raise AdapterNotFoundError(
                 f"Adapter {adapter_name} does not exist. Loaded adapters: {', '.join(self.peft_config)}."
             )
-        self.check_not_merged([adapter_name])
+        check_not_merged([adapter_name], self.merged_adapters)
         del self.peft_config[adapter_name]
         self.reports.pop(adapter_name, None)
         self.states.pop(adapter_name, None)
@@ -321,11 +317,7 @@ class Registry:
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:
-            left = [n for n in self.active_adapters if n != adapter_name]
-            if not left and self.peft_config:
-                left = sorted(self.peft_config)[:1]
-                warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
-            self.set_adapter(left)
+            self.set_adapter(active_without(adapter_name, self.active_adapters, self.peft_config))
 
     @changes(lambda _, adapter_names, *__, **___: one_or_several(adapter_names, "set_requires_grad"))
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

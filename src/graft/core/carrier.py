@@ -168,6 +168,17 @@ class Carrier:
             )
 
 
+def carried(carriers: Iterable[Carrier], names: Sequence[str] | None = None) -> Iterator[tuple[Any, str]]:
+    """Yield each carrier with each of these adapters that it has; None: of those that are active there."""
+    for carrier in carriers:
+        wanted = carrier.active_adapters if names is None else names
+        if wanted:
+            have = carrier.adapters
+            for name in wanted:
+                if name in have:
+                    yield carrier, name
+
+
 def active_without(adapter: str, active: Sequence[str], others: Iterable[str]) -> list[str]:
     """Return what is active once `adapter` is deleted: the others that were; if there are none, the first (by name) of
     `others`, with a warning."""

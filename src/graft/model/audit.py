@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.core.carrier import carried
 from graft.core.errors import some
 from graft.core.finite import largest
 from graft.inject.parts import Parts, registry_of, unwrapped
@@ -198,18 +199,8 @@ def audit(
 
 def parts_of_active(carriers: Iterable[Any]) -> list[Part]:
     """Return the parts that should get gradients."""
-    found = []
-    for carrier in carriers:
-        active = carrier.active_adapters
-        if not active:
-            continue
-        have = carrier.adapters
-        for name in active:
-            if name in have:
-                parameters = [p for p in carrier.parameters_of(name) if p.requires_grad]
-                if parameters:
-                    found.append(Part(carrier, name, parameters))
-    return found
+    held = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in carried(carriers))
+    return [Part(*part) for part in held if part[2]]
 
 
 def states(parts: Iterable[Part]) -> list[str]:
@@ -310,9 +301,7 @@ def frozen(carriers: Iterable[Any]) -> list[str]:
     """Name the parameters of active adapters that a file holds and that do not require gradients."""
     return [
         f"{carrier.key}.{slot.container} ('{name}')"
-        for carrier in carriers
-        for name in carrier.active_adapters
-        if name in carrier.adapters
+        for carrier, name in carried(carriers)
         for slot in carrier.slots(name)
         if slot.trains and slot.saved and not slot.tensor.requires_grad
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from graft.core.carrier import carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.wrappers import MANAGED
@@ -30,7 +31,7 @@ REMEDY = (
 def note_start(registry: Any, adapter: str) -> None:
     """Note for the other processes with which values an adapter begins."""
     if processes() > 1:
-        held = tensors_of(registry, [adapter])
+        held = tensors_of(registry, adapter)
         norms = torch.stack(torch._foreach_norm(held)).tolist() if held else []
         registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in held]), str(norms))
 
@@ -94,17 +95,15 @@ def compare_starts(registry: Any) -> None:
 
 def slots_of_active(registry: Any) -> Iterable[tuple[str, Slot, bool]]:
     """Yield the slots of active adapters that can train: name for errors, slot, whether the adapter is to train."""
-    for carrier in registry.carriers():
-        have = carrier.adapters
-        for name in registry.active_adapters:
-            for slot in carrier.slots(name) if name in have else ():
-                if slot.trains:
-                    yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
+    for carrier, name in carried(registry.carriers(), registry.active_adapters):
+        for slot in carrier.slots(name):
+            if slot.trains:
+                yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
 
 
-def tensors_of(registry: Any, names: list[str]) -> list[Tensor]:
-    """Return the floating tensors of adapters that have values."""
-    slots = (s for c in registry.carriers() for n in names if n in c.adapters for s in c.slots(n))
+def tensors_of(registry: Any, adapter: str) -> list[Tensor]:
+    """Return the floating tensors of an adapter that have values."""
+    slots = (s for carrier, name in carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     held = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
     return [t for t in held if t.numel() and layout_of(t) is None]
 

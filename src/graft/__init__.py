@@ -58,15 +58,12 @@ _NAMES: dict[str, str] = {
         "graft.io.files": "load_peft_weights",
         "graft.io.load": "LoadReport set_peft_model_state_dict",
         "graft.io.save": "get_peft_model_state_dict",
-        "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
-        "graft.serving.room": "prepare_model_for_compiled_hotswap",
-        "graft.train.corda": "preprocess_corda",
+        "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+        "graft.train.calibration": "preprocess_corda preprocess_loraga",
         "graft.train.eva": "get_eva_state_dict initialize_lora_eva_weights",
         "graft.train.loftq": "replace_lora_weights_loftq",
-        "graft.train.loraga": "preprocess_loraga",
-        "graft.train.helpers": "cast_mixed_precision_params shift_tokens_right",
+        "graft.train.helpers": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
         "graft.train.kappa": "KappaTuneSelector find_kappa_target_modules",
-        "graft.train.kbit": "prepare_model_for_kbit_training",
     }.items()
     for name in names.split()
 }

@@ -144,10 +144,9 @@ def test_a_forward_and_rows_of_the_callers_own_for_a_named_adapter():
 
 def test_inputs_of_other_processes_can_be_left_out(monkeypatch):
     asked = []
-    for file in ("eva", "eva_measure"):
-        several = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0)
-        monkeypatch.setattr(f"graft.train.{file}.dist", several)
-    monkeypatch.setattr("graft.train.eva_measure.gathered", lambda rows: asked.append(1) or rows)
+    several = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0)
+    monkeypatch.setattr("graft.train.eva.dist", several)
+    monkeypatch.setattr("graft.train.eva.gathered", lambda rows: asked.append(1) or rows)
     for gather in (False, True):
         cfg = config(graft, target_modules=["lin0"])
         said = pytest.warns(UserWarning, match="will gather tensors from all ranks") if gather else nullcontext()
@@ -245,7 +244,7 @@ def test_data_that_say_too_little(names, data, text):
 
 
 def test_what_never_settles_ends(monkeypatch):
-    monkeypatch.setattr("graft.train.eva_measure.MAX_PASSES", 2)
+    monkeypatch.setattr("graft.train.eva.MAX_PASSES", 2)
     with pytest.raises(graft.CalibrationError, match="1 layers still turn after 2 passes"):
         with models.seeded(0):
             data = [dict(x=torch.randn(5, 6)) for _ in range(2)]

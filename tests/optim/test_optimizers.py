@@ -11,7 +11,7 @@ import torch
 
 import graft
 from graft import optim as optimizers
-from graft.optim.pairs import by_cholesky, gram
+from graft.optim import by_cholesky, gram
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
 from tests.samples import each, first

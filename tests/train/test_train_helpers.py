@@ -18,7 +18,7 @@ import graft
 from graft.compat.peft import shims
 from graft.core.errors import AdapterNotFoundError
 from graft.model import functional, signature
-from graft.train import helpers, kbit
+from graft.train import helpers
 from tests import models
 from tests.pair import LIBS, adapt, outcome
 from tests.samples import first
@@ -37,7 +37,7 @@ def facts(model: nn.Module) -> dict:
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": False}, None], ids=["default", "not reentrant", "off"])
 def test_prepare_model_for_kbit_training(mark, options):
     found = []
-    for prepare in (kbit.prepare_model_for_kbit_training, peft.prepare_model_for_kbit_training):
+    for prepare in (helpers.prepare_model_for_kbit_training, peft.prepare_model_for_kbit_training):
         model = models.make("llama").to(torch.bfloat16)
         for name, value in (mark if isinstance(mark, dict) else {"quantization_method": mark}).items():
             setattr(model, name, value)
@@ -57,7 +57,7 @@ def test_checkpointing_options_that_a_model_does_not_take():
 
     model = Old(2, 2)
     with pytest.warns(UserWarning, match="gradient_checkpointing_kwargs is not supported"):
-        kbit.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        helpers.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     assert model.called == 1
 
 

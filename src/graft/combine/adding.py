@@ -236,7 +236,7 @@ def put(
     """Inject the new adapter with its values in it: in float32 if `widened`, else in half precision on such layers."""
 
     def inject() -> None:
-        tuner.add_adapter(name, cfg, Options(widened, False, Combined(values, rows), union.heads(tuner, owner, cfg)))
+        tuner.add_adapter(name, cfg, Options(widened, False, Combined(values, rows), heads(tuner, owner, cfg)))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user saw them when the adapters came

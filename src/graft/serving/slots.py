@@ -24,8 +24,7 @@ from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.registry import check_adapter_name
-from graft.serving.fit import Known, SlotFactors, fitted
-from graft.serving.layer import NONE, Choice, SlotLayer
+from graft.serving.layer import NONE, Choice, Known, SlotFactors, SlotLayer, fitted
 
 
 @dataclass

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What initialisations that begin with data share: the layers that they measure, and their files."""
+"""Prepare starts that are measured on data: CorDA (arXiv 2406.05223) and LoRA-GA (arXiv 2407.05000)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from graft.core.errors import CalibrationError, CheckpointError, ConfigError, so
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
 from graft.methods import method_of
+from graft.methods.lora.corda import EIGENS, CordaEigens, eigens_of
+from graft.methods.lora.loraga import GRADIENT
 
 
 def linear_methods(model: nn.Module, config: Any, how: str) -> dict[str, Any]:
@@ -91,3 +93,179 @@ def of_file(found: dict[str, Tensor], name: str, path: str | None) -> Tensor:
             "made anew."
         )
     return found[name]
+
+
+NAMES = ("S_WC", "U_WC", "V_WC")
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: Any,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Measure what `get_peft_model` with init_lora_weights="corda" begins with; call it with the same model and config.
+
+    Each targeted linear layer gets an attribute `eigens`, which the initialisation uses up.
+
+    Args:
+        run_model: runs the model on the data; not needed if the config names a file that is there already.
+        hooked_model: the model that `run_model` runs, if it is another one with the same names.
+
+    Raises:
+        CalibrationError: no `run_model`, or data that leave a layer without a finite covariance.
+        ConfigError: the config is not of CorDA, or a rank is above the dimensions of its layer.
+        CheckpointError: a file is damaged, or of another model.
+    """
+    methods = linear_methods(model, lora_config, "corda")
+    cfg = lora_config.corda_config
+    for key, m in methods.items():
+        if m.cfg.r > min(m.site.shape):
+            raise ConfigError(
+                f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples: "
+                "choose a smaller r."
+            )
+    found = stored(cfg.cache_file)
+    if found is not None:
+        made = {
+            key: CordaEigens(*(of_file(found, f"{key}.{EIGENS}.{n}", cfg.cache_file) for n in NAMES)) for key in methods
+        }
+    else:
+        covariances = covariances_of(model, methods, cfg, run_model, hooked_model)
+        items: Iterable[tuple[str, Any]] = methods.items()
+        if cfg.verbose:
+            from tqdm import tqdm
+
+            items = tqdm(items, desc="Collecting eigens")
+        made = {}
+        for key, m in items:
+            W = m.site.op.canon(m.site.store.read(m.site.module, m.site.parameter)).detach()
+            made[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
+        store(cfg.cache_file, {f"{key}.{EIGENS}.{n}": getattr(e, n) for key, e in made.items() for n in NAMES})
+    for key, m in methods.items():
+        setattr(m.site.module, EIGENS, made[key])
+
+
+def covariances_of(
+    model: nn.Module,
+    methods: dict[str, Any],
+    cfg: Any,
+    run_model: Callable[[], Any] | None,
+    hooked_model: nn.Module | None,
+) -> dict[str, Tensor]:
+    """Return C (in, in) of each layer: the mean over calls of xᵀ x, x (tokens, in) divided by its largest value."""
+    found = stored(cfg.covariance_file)
+    if found is not None:
+        return {key: of_file(found, key, cfg.covariance_file) for key in methods}
+    if run_model is None:
+        raise CalibrationError("run_model must be specified when covariance file and cache file aren't built.")
+    sums: dict[str, Tensor] = {}
+    calls: dict[str, int] = {}
+
+    def watch(key: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0].detach().flatten(0, -2)
+            x = x if cfg.use_float16_for_covariance else x.float()
+            x = x / x.max().abs()
+            C = x.T @ x
+            if not C.isfinite().all():
+                raise CalibrationError(
+                    f"Invalid value found in the inputs of layer '{key}': NaN, infinite, or zero throughout. Check the "
+                    "data."
+                )
+            sums[key] = sums[key] + C if key in sums else C
+            calls[key] = calls.get(key, 0) + 1
+
+        return hook
+
+    watched = hooked_model if hooked_model is not None else model
+    modules = dict(watched.named_modules())
+    hooks = [modules[key].register_forward_hook(watch(key)) for key in methods if key in modules]
+    try:
+        with in_mode(watched, False):
+            run_model()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    require_all(methods, sums, "input")
+    means = {key: sums[key] / calls[key] for key in methods}
+    store(cfg.covariance_file, means)
+    return means
+
+
+def preprocess_loraga(
+    model: nn.Module, lora_config: Any, train_step: Callable[[], Any], cache_file: str | None = None
+) -> None:
+    """Estimate what `get_peft_model` with init_lora_weights="lora_ga" begins with; call it with the same model, config.
+
+    Each targeted linear layer gets an attribute `_peft_loraga_grad`, which the initialisation uses up. A config without
+    target_modules gets those of the architecture.
+
+    Args:
+        train_step: runs forward and backward, once or more often: gradients are averaged. No optimizer step.
+        cache_file: gradients are read from here if the file exists, and written otherwise.
+
+    Raises:
+        CalibrationError: a layer got no gradient, or one that is not finite.
+        ConfigError: the config is not of LoRA-GA, or a layer is quantized.
+        CheckpointError: the cache is damaged, or of another model.
+    """
+    if lora_config.lora_ga_config is None:
+        raise ConfigError(
+            "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
+            "lora_ga_config=LoraGAConfig(...)."
+        )
+    methods = linear_methods(model, lora_config, "lora_ga")
+    for key, m in methods.items():
+        if not m.site.store.exact:
+            raise ConfigError(
+                f"LoRA-GA does not support quantized models. Found quantized module: '{key}': it has no gradient."
+            )
+    found = stored(cache_file)
+    if found is not None:
+        made = {key: of_file(found, f"{key}.{GRADIENT}", cache_file) for key in methods}
+    else:
+        made = gradients_of(model, methods, train_step)
+        store(cache_file, {f"{key}.{GRADIENT}": G for key, G in made.items()})
+    for key, m in methods.items():
+        setattr(m.site.module, GRADIENT, made[key].to(m.site.store.where(m.site.module)[0]))
+
+
+def gradients_of(model: nn.Module, methods: dict[str, Any], train_step: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return the mean gradient of each weight, as the layer stores it. Parameters are left as they were."""
+    weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
+    trained = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    calls = dict.fromkeys(methods, 0)
+
+    def count(key: str) -> Callable[..., None]:
+        def came(_: Tensor) -> None:
+            calls[key] += 1
+
+        def ran(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:  # not in a first pass under reentrant checkpointing
+                output.register_hook(came)
+
+        return ran
+
+    hooks = []
+    try:
+        for p in trained:
+            p.requires_grad, p.grad = False, None
+        for key, m in methods.items():
+            weights[key].requires_grad = True
+            hooks.append(m.site.module.register_forward_hook(count(key)))
+        with in_mode(model, True), torch.enable_grad():
+            train_step()
+        seen = [key for key, W in weights.items() if W.grad is not None and calls[key]]
+        require_all(methods, seen, "gradient")
+        made = {key: W.grad.detach() / calls[key] for key, W in weights.items()}
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for p, (requires, grad) in trained.items():
+            p.requires_grad, p.grad = requires, grad
+    broken = [key for key, G in made.items() if not G.isfinite().all()]
+    if broken:
+        raise CalibrationError(f"The gradient of layer '{broken[0]}' is not finite: check the data and the loss.")
+    return made

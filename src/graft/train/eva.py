@@ -1,27 +1,326 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initialise EVA adapters (arXiv 2410.07170) from data: measure the layers' inputs, then set A, ranks and targets."""
+"""EVA (arXiv 2410.07170): A begins with principal components of the layers' inputs, and ranks are given out by them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, ConfigError, some, warn
+from graft.core.errors import CalibrationError, ConfigError, PeftWarning, some, warn
 from graft.core.pieces import refuse_pieces
+from graft.inject.match import minimal_names
 from graft.inject.parts import registry_of
-from graft.train.calibration import in_mode, linear_methods
-from graft.train.eva_measure import (
-    Measure,
-    apply,
-    forward_fn_dict,
-    prepare_layer_inputs_fn_language_modeling,
-    prepare_model_inputs_fn_language_modeling,
-)
+from graft.inject.survey import survey
+from graft.inject.targets import COMPRESS_FROM
+from graft.methods.lora.eva import Components, distribute
+from graft.storage import place_of
+from graft.train.calibration import in_mode, linear_methods, require_all
+
+
+def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs)
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
+    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label."""
+    if not isinstance(model_input, Mapping):
+        raise TypeError(
+            "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary, got "
+            f"{type(model_input).__name__}: pass a prepare_model_inputs_fn of your own, or None."
+        )
+    mask: Any = model_input.get("attention_mask")
+    mask = torch.ones_like(model_input["input_ids"]).bool() if mask is None else mask.bool()
+    cfg = peft_config.eva_config
+    if cfg.use_label_mask and "labels" in model_input:
+        mask = mask & (model_input["labels"] != cfg.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """Return the rows (n, in) of a layer's input at the positions that count."""
+    return first_tensor(layer_input, layer_name)[model_input.T.unbind()]
+
+
+def flat_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+    """Return all rows (n, in) of a layer's input."""
+    return first_tensor(layer_input, layer_name).flatten(0, -2)
+
+
+def first_tensor(layer_input: Any, layer_name: str) -> Tensor:
+    found = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"unsupported input type {type(found)} for prepare_layer_inputs_fn in layer {layer_name}, please provide a "
+            "custom prepare_layer_inputs_fn"
+        )
+    return found
+
+
+MAX_RHO = 1000
+MAX_PASSES = 100
+
+
+@dataclass
+class Measure:
+    """One measurement of a model's layers."""
+
+    model: nn.Module
+    layers: dict[str, nn.Module]  # by name in the model
+    ranks: dict[str, int]  # by layer, as the config has them
+    cfg: Any  # LoraConfig
+    dataloader: Iterable[Any]
+    forward_fn: Callable[[nn.Module, Any], Any]
+    prepare_model: Callable[[Any, Any], Any] | None
+    prepare_layer: Any  # function, {layer name: function}, or None
+    gather: bool
+    progress: bool
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield (batch, what `prepare_model` makes of it) of one pass through the data."""
+        device = place_of(self.model)[0]
+        device = None if device is None or device.type == "meta" else device
+        for batch in self.dataloader:
+            inputs = batch if device is None else to_device(batch, device)
+            prepared = copy.deepcopy(inputs) if self.prepare_model is None else self.prepare_model(inputs, self.cfg)
+            yield inputs, prepared
+
+    def run(self, batch: tuple[Any, Any], names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
+        """Run the model on a batch; let `see` have the rows of the named layers' inputs."""
+        inputs, prepared = batch
+
+        def watch(name: str) -> Callable[..., None]:
+            prepare = self.prepare_layer
+            prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flat_rows
+
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                rows = prepare(args, prepared, name)
+                if self.gather and dist.is_initialized():
+                    rows = gathered(rows)
+                if not rows.isfinite().all():
+                    raise CalibrationError(f"The inputs of layer '{name}' are not finite: check the data.")
+                see(name, rows)
+
+            return hook
+
+        hooks = [self.layers[name].register_forward_hook(watch(name)) for name in names]
+        try:
+            self.forward_fn(self.model, inputs)
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the first components of each layer's inputs, (rank, in), as many as it gets."""
+        first = next(self.batches(), None)
+        if first is None:
+            raise CalibrationError("dataloader is empty: EVA begins with the inputs of layers on some batches.")
+        seen: dict[str, Any] = {}
+        self.run(first, self.layers, lambda name, rows: seen.setdefault(name, (digest(rows), rows.shape[1])))
+        require_all(self.layers, seen, "input")
+        most = self.most({name: width for name, (_, width) in seen.items()})
+        groups: dict[Any, list[str]] = {}
+        for name in self.layers:
+            groups.setdefault(seen[name][0], []).append(name)
+        owner = {}
+        for names in groups.values():
+            for name in names:
+                owner[name], most[name] = names[0], max(most[n] for n in names)
+        found = {name: Components(most[name], self.cfg.eva_config.tau) for name in dict.fromkeys(owner.values())}
+        owner = {**{name: name for name in found}, **{k: v for k, v in owner.items() if k != v}}
+        ranks = self.converge(found, owner, most)
+        made = {}
+        for name, rank in ranks.items():
+            source = found[owner[name]]
+            made[name] = source.V[:rank].clone()
+            if self.cfg.eva_config.whiten:
+                made[name] /= source.S[:rank, None].sqrt()
+        return made
+
+    def most(self, widths: dict[str, int]) -> dict[str, int]:
+        """Return the largest rank that each layer can get."""
+        rho = self.cfg.eva_config.rho
+        if rho > MAX_RHO:
+            rho = min(rho, max(max(p.shape, default=1) for p in self.model.parameters()) // self.cfg.r)
+        for name, r in self.ranks.items():
+            if r > widths[name]:
+                raise ConfigError(
+                    f"The rank of layer '{name}' is {r}, and its inputs have {widths[name]} components: choose a "
+                    "smaller r, or a rank_pattern for this layer."
+                )
+        return {name: min(round(r * rho), widths[name]) for name, r in self.ranks.items()}
+
+    def converge(self, found: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:
+        """Take in batches until the components that get a rank do not turn any more; return the ranks."""
+        budget, ranks = sum(self.ranks.values()), dict(most)
+        largest: dict[str, int] = dict.fromkeys(found, 0)
+        bar = self.bar()
+
+        def see(name: str, rows: Tensor) -> None:
+            largest[name] = max(largest[name], len(rows))
+            if len(rows) >= found[name].n:
+                found[name].add(rows)
+
+        def left() -> list[str]:
+            return [name for name, c in found.items() if not c.rows or not c.converged[: ranks[name]].all()]
+
+        try:
+            for _ in range(MAX_PASSES):
+                for batch in self.batches():
+                    turning = left()
+                    if bar is not None:
+                        bar.set_description(f"{len(found) - len(turning)}/{len(found)} inputs have converged")
+                        bar.update()
+                    if not turning:
+                        return ranks
+                    self.run(batch, turning, see)
+                    if all(c.rows for c in found.values()):
+                        ranks = distribute(found, owner, most, budget)
+                short = {name: c.n for name, c in found.items() if not c.rows}
+                if short:
+                    lines = [
+                        f"{name} ({n} rows needed, at most {largest[name]} in a batch)" for name, n in short.items()
+                    ]
+                    raise CalibrationError(
+                        f"There are too few samples in a batch for {len(short)} layers: {some(lines)}. Use larger "
+                        "batches, a smaller r or a smaller rho."
+                    )
+        finally:
+            if bar is not None:
+                bar.close()
+        if not left():
+            return ranks
+        raise CalibrationError(
+            f"Components of {len(left())} layers still turn after {MAX_PASSES} passes through the data: "
+            f"{some(left())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
+        )
+
+    def bar(self) -> Any:
+        if not self.progress or (dist.is_initialized() and dist.get_rank()):
+            return None
+        from tqdm import tqdm
+
+        return tqdm(leave=False)
+
+
+def to_device(inputs: Any, device: torch.device | None) -> Any:
+    if hasattr(inputs, "to"):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return type(inputs)({k: to_device(v, device) for k, v in inputs.items()})  # type: ignore[call-arg]
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(to_device(v, device) for v in inputs)
+    return inputs
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, which may have different numbers of them."""
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    numbers = [int(n) for n in sizes]
+    padded = rows.new_zeros(max(numbers), rows.shape[1])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, numbers)])
+
+
+def digest(rows: Tensor) -> tuple[Any, ...]:
+    """Return what tells different tensors apart, from all their bits."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    words = rows.detach().contiguous().view(whole).flatten().long()
+    places = torch.arange(len(words), device=words.device) * 0x9E3779B97F4A7C1 + 1
+    return (*rows.shape, rows.dtype, int((words * places).sum()), int(words.sum()))
+
+
+def apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
+    """Set A of each layer, with its rank, and describe that in the config."""
+    with registry.call.gate.change(f"EVA's values of adapter '{adapter}'", (adapter,)):
+        _apply(registry, adapter, values)
+
+
+def _apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
+    layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
+    check(adapter, layers, values)
+    cfg = registry.peft_config[adapter]
+    tree = survey(registry.model)
+    kept, missing = {}, []
+    for key, layer in layers.items():
+        here = cfg.at(key)
+        r, alpha = here.r, here.lora_alpha
+        A = values.get(key)
+        if A is None:
+            missing.append(key)
+        elif not len(A):
+            take_off(registry, layer, key, adapter, tree.places[key])
+            continue
+        else:
+            alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
+            r = len(A)
+        begin_anew(layer, adapter, r, alpha, A)
+        kept[key] = (r, alpha)
+    others = [key for key in tree.modules if key not in kept]
+    cfg.target_modules = minimal_names(kept, others) if len(kept) >= COMPRESS_FROM else set(kept)
+    cfg.rank_pattern = {key: r for key, (r, _) in kept.items() if r != cfg.r}
+    cfg.alpha_pattern = {key: alpha for key, (_, alpha) in kept.items() if alpha != cfg.lora_alpha}
+    if missing:
+        warn(
+            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
+            f"state_dict: {some(missing)}",
+            PeftWarning,
+        )
+
+
+def check(adapter: str, layers: dict[str, Any], values: dict[str, Tensor]) -> None:
+    """Raise CalibrationError unless the values fit the layers, and one keeps a rank."""
+    unknown = sorted(values.keys() - layers.keys())
+    if unknown:
+        raise CalibrationError(f"eva_state_dict has values for {some(unknown)}, where adapter '{adapter}' is not.")
+    for key, A in values.items():
+        wanted = layers[key].fan_in
+        if A.dim() != 2 or A.shape[1] != wanted or not A.isfinite().all():
+            raise CalibrationError(
+                f"eva_state_dict['{key}'] has shape {tuple(A.shape)}, expected is (rank, {wanted}) of finite numbers."
+            )
+    if not any(len(A) for A in values.values()):
+        raise CalibrationError(f"eva_state_dict gives no layer of adapter '{adapter}' a rank.")
+
+
+def begin_anew(layer: Any, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
+    """Give an adapter on one layer its values; new parameters if the rank is another, or there are no values yet."""
+    method = layer.methods[adapter]
+    now = method.lora_A.weight
+    if A is None or r != method.cfg.r or now.is_meta:
+        cfg = copy.copy(method.cfg)
+        cfg.r, cfg.lora_alpha = r, alpha
+        names, upcast = list(layer.methods), now.dtype != layer.store.where(layer.base_layer)[1]
+        layer.drop(adapter)
+        made = type(method)(layer.site, cfg, adapter)
+        layer.add(made, made.build({}))
+        layer.methods.update({name: layer.methods.pop(name) for name in names})  # in the order that they had
+        made.init()
+        layer.place(adapter, layer.where, upcast)
+        layer.require_grad(adapter, adapter in layer.state.trainable)
+        layer.changed()
+        method = made
+    if A is not None:
+        method.lora_A.weight.data.copy_(A)
+
+
+def take_off(registry: Any, layer: Any, key: str, adapter: str, place: tuple[nn.Module, str]) -> None:
+    """Take an adapter off a layer, and the layer off its module if it has no other."""
+    layer.forget(adapter)
+    if not layer.methods:
+        parent, name = place
+        parent._modules[name] = layer.base_layer
+        del registry.layers[key]
+
 
 PREFIX = "base_model.model."
 

@@ -34,12 +34,12 @@ HELD: dict[str, str] = {
     "graft.model.tuner": "BaseTuner=Tuner",
     "graft.methods.lora.corda": "CordaEigens",
     "graft.methods.lora.loftq": "loftq_init",
-    "graft.train.eva_measure": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
+    "graft.train.eva": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
-    "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device shift_tokens_right "
+    "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device "
+    "prepare_model_for_kbit_training shift_tokens_right "
     "_get_no_split_modules=no_split_modules",
     "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
-    "graft.train.kbit": "prepare_model_for_kbit_training",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.clients": "RankAllocator TRANSFORMERS_MODEL_CONFIG VARIANT_KWARG_KEYS _ExcludedModule "
     "llama_apply_rotary_pos_emb llama_rotate_half "

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers that treat LoRA's A and B in different ways: LoRA+, LoRA-FA, Riemannian preconditioning."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graft.core.carrier import layer_in
+from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.inject.parts import registry_of
+
+__all__ = [
+    "LoraFAOptimizer",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
+]
+
+
+def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
+    """Yield A, B and scaling of each LoRA adapter on a layer that is no embedding."""
+    for layer in model.modules():
+        if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
+            Bs: Any = layer.lora_B
+            for name, A in layer.lora_A.items():
+                check_whole(layer, name)
+                yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]
+
+
+def check_whole(layer: Any, adapter: str) -> None:
+    """Raise ConfigError if the weights of A and B are not the matrices that they stand for."""
+    cfg = layer.methods[adapter].cfg
+    for option in ("use_bdlora", "use_qalora"):
+        if getattr(cfg, option):
+            raise ConfigError(
+                f"This optimizer needs A and B as matrices, and of adapter '{adapter}' (layer '{layer.key}') {option} "
+                "keeps a part: choose another optimizer, such as LoRA+."
+            )
+
+
+def gram(factor: Tensor, damping: float) -> Tensor:
+    """Return (factor factorᵀ + damping · 1)⁺, (r, r), of a matrix (r, n), in float32."""
+    if not factor.is_cpu:
+        return by_cholesky(factor, damping)
+    factor = factor.float()
+    return torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))
+
+
+def by_cholesky(factor: Tensor, damping: float) -> Tensor:
+    """Return the same where the host would wait for the device, as an SVD needs it.
+
+    It is R = (G + c)⁻¹ with the damping c. Where that is less than what float32 rounds, c is the latter, and with
+    E = c R the result R (1 + E) (1 - E²): G⁻¹ up to (c / λ)², and 0 in directions without any of G.
+    """
+    wide = factor.to(torch.float32 if factor.device.type == "mps" else torch.float64)
+    G, eye = wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    least = len(G) * torch.finfo(torch.float32).eps * G.diagonal().amax() + torch.finfo(torch.float32).tiny
+    c = least.clamp(min=damping)
+    L = torch.linalg.cholesky_ex(G + c * eye)[0]
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    R = inverse.T @ inverse
+    E = c * R
+    return torch.where(least > damping, R @ (eye + E) @ (eye - E @ E), R).float()
+
+
+EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # of bitsandbytes
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """Make an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
+
+    One-dimensional parameters learn with B, all others with A; biases and layer norms do not decay. An 8-bit Adam of
+    bitsandbytes keeps the state of embeddings that train in 32 bits.
+
+    Args:
+        loraplus_weight_decay: decay of all others (0).
+        loraplus_lr_embedding: learning rate of adapters on embeddings (1e-6).
+        kwargs: arguments of the optimizer.
+    """
+    decay, lr_embedding = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
+    groups: dict[str, list[nn.Parameter]] = {"A": [], "embedding": [], "B": [], "B without decay": []}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if "lora_embedding_" in name:
+            groups["embedding"].append(p)
+        elif "lora_B" not in name and p.ndim > 1:
+            groups["A"].append(p)
+        else:
+            groups["B without decay" if "bias" in name or id(p) in norms else "B"].append(p)
+    fast = lr * loraplus_lr_ratio
+    rates = {"A": (lr, decay), "embedding": (lr_embedding, decay), "B": (fast, decay), "B without decay": (fast, 0.0)}
+    made = [{"params": groups[k], "lr": rate, "weight_decay": wd} for k, (rate, wd) in rates.items()]
+    optimizer = optimizer_cls(made, **kwargs)  # type: ignore[arg-type]
+    if optimizer_cls.__name__ in EIGHT_BIT:
+        keep_embeddings_wide(model)
+    return optimizer
+
+
+def keep_embeddings_wide(model: nn.Module) -> None:
+    """Have bitsandbytes hold the state of embeddings in 32 bits: of most tokens a step sees nothing, of some much."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+class LoraFAOptimizer(Optimizer):
+    """Adam with a projected gradient of B, which follows that of ΔW as far as the fixed A allows.
+
+    Args:
+        correct_bias: divide the running means by what they lack in the first steps, as Adam does.
+        factors: B → its A and its scaling. Other parameters get Adam's steps.
+
+    Raises:
+        ConfigError: a number out of range, or groups made for PEFT's class, which tell A from B by names.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        factors: dict[nn.Parameter, tuple[nn.Parameter, float]] | None = None,
+    ):
+        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"lr and eps must be ≥ 0 and betas from 0 to below 1, got {lr}, {eps} and {betas}.")
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
+        )
+        self.factors = factors or {}  # B → A, scaling
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        foreign = {"names", "scaling_factor", "scaling_factors"} & param_group.keys()
+        if foreign:
+            raise ConfigError(
+                f"A group with {', '.join(sorted(foreign))} is made for PEFT's LoraFAOptimizer. Here `factors` says "
+                "which parameter is the A of which B: call create_lorafa_optimizer(model, …)."
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+        g: Any = p.grad
+        if p in self.factors:
+            A, scaling = self.factors[p]
+            g = (g.flatten(1).float() @ gram(A.flatten(1), 1e-8) / scaling**2).view_as(p).to(p.dtype)
+        state, (b1, b2) = self.state[p], group["betas"]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+        rate = group["lr"] * (1 - b2**t) ** 0.5 / (1 - b1**t) if group["correct_bias"] else group["lr"]
+        p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-rate)
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def create_lorafa_optimizer(
+    model: nn.Module,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> LoraFAOptimizer:
+    """Make an optimizer for LoRA-FA (arXiv 2308.03303). Freeze A at once: no layer keeps its input for A's gradient.
+
+    Args:
+        r, lora_alpha: what the active adapters have. Each layer's own scaling counts; a warning says if these differ.
+        use_rslora: deprecated: configs say it.
+
+    Raises:
+        ConfigError: an active adapter's config says something else than `use_rslora`, or a number is out of range.
+            Nothing is frozen then.
+    """
+    check_options(model, r, lora_alpha, use_rslora)
+    found = list(pairs(model))
+    As = {A for A, _, _ in found}
+    factors = {B: (A, scaling) for A, B, scaling in found}
+    trained = [p for p in model.parameters() if p.requires_grad and p not in As]
+    made = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors)
+    for A in As:
+        A.requires_grad_(False)
+    return made
+
+
+def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use_rslora: bool | None) -> None:
+    """Compare the options with the configs of the active adapters, which are what counts."""
+    registry = registry_of(model)
+    configs = {} if registry is None else {name: registry.peft_config[name] for name in registry.active_adapters}
+    if use_rslora is not None:
+        other = [name for name, cfg in configs.items() if getattr(cfg, "use_rslora", use_rslora) != use_rslora]
+        if other:
+            raise ConfigError(
+                f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, and the config of the active "
+                f"adapters {other} says otherwise. Leave the argument out: the config decides."
+            )
+        warn("`use_rslora` of create_lorafa_optimizer is deprecated: LoraConfig says it.", FutureWarning)
+    for option, value in (("r", r), ("lora_alpha", lora_alpha)):
+        held = {name: getattr(cfg, option, value) for name, cfg in configs.items()}
+        if value is not None and held and value not in held.values():
+            warn(
+                f"{option}={value} was passed to create_lorafa_optimizer and has no effect: each layer has a scaling "
+                f"of its own, and the configs of the active adapters say {held}.",
+                PeftWarning,
+            )
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 0.01, **kwargs: Any
+) -> Optimizer:
+    """Make an optimizer for Riemannian preconditioned LoRA (arXiv 2402.02347), with gradients in the metric of B A.
+
+    Before each step g_A ← (BᵀB + reg)⁺ g_A and g_B ← g_B (AAᵀ + reg)⁺.
+
+    Raises:
+        TypeError: the class is no optimizer's.
+        ConfigError: no pair of A and B trains, or a step needs or gets a closure.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
+            "those before it would be in the metric of B A: choose an optimizer whose step() takes none."
+        )
+    both = [(A, B) for A, B, _ in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
+    if not both:
+        raise ConfigError("create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs.")
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # type: ignore[call-arg]
+
+    @torch.no_grad()
+    def precondition(_: Any, inputs: tuple, options: dict[str, Any]) -> None:
+        if len(inputs) > 1 or options.get("closure") is not None:  # a closure would compute other gradients
+            raise ConfigError("An optimizer with Riemannian preconditioning does not support closures.")
+        for A, B in both:
+            if A.grad is not None and B.grad is not None:
+                a, b = gram(B.T, reg) @ A.grad.float(), B.grad.float() @ gram(A, reg)
+                A.grad.copy_(a)
+                B.grad.copy_(b)
+
+    optimizer.register_step_pre_hook(precondition)
+    return optimizer

@@ -16,10 +16,8 @@ from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.core.errors import AdapterNotFoundError
 from graft.core.gate import PATIENCE
-from graft.core.rows import Given
-from graft.core.rows import Run, copies_of
-from graft.inject.inject import Options
 from graft.core.rows import Given, Run, copies_of
+from graft.inject.inject import Options
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values

@@ -20,10 +20,8 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Run
-from graft.inject.stage import draw_alike
-from graft.inject.inject import Injection, Options, inject
 from graft.inject.build import size
-from graft.inject.inject import Injection, Values, inject
+from graft.inject.inject import Injection, Options, inject
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike

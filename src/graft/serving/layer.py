@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import AdapterKeyError, ConfigError, RoutingError, some
 from graft.core.containers import moved
-from graft.core.errors import RoutingError
+from graft.core.errors import AdapterKeyError, ConfigError, RoutingError, some
 from graft.core.ops import is_stock
 from graft.core.site import Site
 from graft.inject.match import Matcher

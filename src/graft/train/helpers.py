@@ -19,8 +19,8 @@ from graft.core.layer import AdapterLayer
 from graft.prompts.base import Prompt
 from graft.prompts.base import shift_tokens_right as shift_tokens_right
 from graft.storage import holds_codes
+from graft.storage.codes import dtype_is_fixed, is_marked, is_packed
 from graft.storage.dense import is_composed
-from graft.storage.packed import dtype_is_fixed, is_marked, is_packed
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
 

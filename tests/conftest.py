@@ -44,6 +44,9 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "graft_only: what graft does and PEFT does not; left out when PEFT is the subject"
     )
+    config.addinivalue_line(
+        "markers", "differs(case, peft, graft, why): a row of docs/peft_defects.md, which this test shows"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

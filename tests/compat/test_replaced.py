@@ -214,6 +214,11 @@ def test_the_class_of_a_layer_in_few_bits():
     assert REPLACED["forward"] == []
 
 
+@pytest.mark.differs(
+    "`forward`, `merge` or `unmerge` replaced on a layer class, `merge` or `unmerge` on a layer",
+    peft="works",
+    graft="run in place of graft's own; under gates (X-LoRA) graft's `forward` runs",
+)
 def test_gates_pass_by(monkeypatch):
     """Mixtures of adapters weigh parts that a replaced forward does not show: PEFT's do not call it either."""
     model = nudged(GRAFT.wrap(base(), ALL))
@@ -305,6 +310,13 @@ def test_a_merge_that_raises_leaves_nothing_merged(monkeypatch):
     close(dict(model.named_parameters()), before)
 
 
+@pytest.mark.differs(
+    "replacing another method of a layer class, or of a tuner where it makes layers (`_create_new_module`, …); a "
+    "class body that overrides any of these",
+    peft="works",
+    graft="AttributeError: it would change nothing; TypeError when an instance is made",
+    why="instead: a `graft.Method`, an `Op`",
+)
 @pytest.mark.parametrize("name", ["get_delta_weight", "update_layer", "_activate_lora", "forward_of_mine"])
 def test_other_methods_are_refused(name):
     with pytest.raises(AttributeError, match=rf"setting Linear\.{name} would change nothing"):
@@ -317,6 +329,12 @@ def test_adapter_names_for_one_layer():
         model.base_model.model.blocks[0].k._mixed_batch_forward(X, adapter_names=["default"] * 4)
 
 
+@pytest.mark.differs(
+    "`layer.lora_variant[…]`",
+    peft="works",
+    graft="has `forward` alone, where PEFT's merge and unmerge as well",
+    why="instead: `layer.merge()`",
+)
 def test_variants_of_a_layer():
     model = GRAFT.wrap(base(), TARGETS | {"target_modules": ["k"]})
     model.add_adapter("dora", graft.LoraConfig(target_modules=["k"], use_dora=True))

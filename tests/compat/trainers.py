@@ -4,8 +4,9 @@
     python -m tests.compat.trainers [--from FOLDER] [trainer …]
 
 reads the newest releases, as `refresh_names` does, and prints what PEFT 0.21.2 has and graft neither has nor names in
-docs/differences.md or `absent_names.json`. An attribute of some object counts if a class of PEFT's defines its name and
-no class of torch, transformers or Python does, in files that mention peft; graft has it if its own sources define it.
+docs/differences.md, docs/peft_defects.md or `absent_names.json`. An attribute of some object counts if a class of
+PEFT's defines its name and no class of torch, transformers or Python does, in files that mention peft; graft has it if
+its own sources define it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TRAINERS = (
     "optimum-habana",
 )
 ELSEWHERE = {"OneTrainer": "not on PyPI", "ai-toolkit": "on PyPI that is another project"}
-DIFFERENCES = Path(__file__).parents[2] / "docs" / "differences.md"
+DOCS = Path(__file__).parents[2] / "docs"
 COMMON = (nn.Module, nn.ModuleDict, nn.ParameterDict, nn.Linear, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)
 COMMON += (torch.Tensor, torch.nn.Parameter, torch.optim.Optimizer, transformers.PreTrainedModel, transformers.Trainer)
 COMMON += (transformers.PretrainedConfig, transformers.TrainingArguments, transformers.GenerationConfig, Path)
@@ -151,7 +152,8 @@ def main() -> None:
     of_peft = {a for tree in trees(Path(peft.__file__).parent) for a in defined(tree) if len(a) > 2} - common
     ours = [*trees(Path(graft.__file__).parent)]
     here = {a for tree in ours for a in (*defined(tree), *told_by(tree))}
-    told = set(re.findall(r"\w+", DIFFERENCES.read_text()))
+    pages = [(DOCS / name).read_text() for name in ("differences.md", "peft_defects.md")]
+    told = set(re.findall(r"\w+", "".join(pages)))
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for trainer in given.trainers:

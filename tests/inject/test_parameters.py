@@ -143,6 +143,14 @@ def test_every_implementation_of_experts_sees_the_sum(how):
     assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.differs(
+    "the cost of an adapter on a stack of experts",
+    peft="forms A B of every expert; with several adapters W + ΔW",
+    graft=(
+        "products with the experts that tokens use, where the module selects, multiplies or groups them; W + ΔW under "
+        "a compiler"
+    ),
+)
 @FUSED_EXPERTS
 def test_only_experts_in_use_cost_anything(monkeypatch):
     from graft.kernels.summed import Summed
@@ -167,6 +175,11 @@ def test_half_precision_comes_back_bit_for_bit(name):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.differs(
+    "`target_parameters`: adapters on different parameters of a model",
+    peft="ValueError",
+    graft="each has its own; in files the names of an adapter alone",
+)
 @FUSED_EXPERTS
 def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
     model = adapted(graft, "mixtral", target_parameters=BOTH[:1], target_modules=None)
@@ -208,6 +221,11 @@ def test_rank_pattern_names_parameters():
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+@pytest.mark.differs(
+    "`target_parameters` with `lora_dropout`; DoRA on a matrix",
+    peft="ValueError",
+    graft="dropout takes out the same inputs for all rows of a call, as the module reads a weight; DoRA works",
+)
 @FUSED_EXPERTS
 def test_dropout_takes_the_same_inputs_out_of_all_rows():
     """PEFT refuses dropout here. The module reads a weight, so that rows cannot drop inputs of their own."""
@@ -339,6 +357,11 @@ def test_copies_are_equal_and_independent():
         assert torch.equal(run(model, X), expected) and not torch.equal(run(other, X), expected)
 
 
+@pytest.mark.differs(
+    "threads that run a model with `target_parameters`",
+    peft="see each other's weights",
+    graft="take turns in these modules",
+)
 def test_threads_do_not_see_each_others_weights():
     model = of_stack().eval()
     expected = run(model, X)
@@ -408,6 +431,11 @@ def test_a_refusal_changes_nothing(config, error, text):
     assert type(model["m"]) is Stack
 
 
+@pytest.mark.differs(
+    "a parametrized parameter",
+    peft="adds its update again in every call",
+    graft="`UnsupportedLayerError` with the remedy",
+)
 def test_parametrized_parameters_and_those_of_the_model_itself_are_refused():
     model = stack()
     parametrize.register_parametrization(model["m"], "flat", nn.Tanh())
@@ -444,6 +472,11 @@ def test_other_options_are_pefts(config):
     assert_close(run(ours, X), run(theirs, X), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.differs(
+    "`target_parameters`: `exclude_modules`, `layers_to_transform`",
+    peft="ignored",
+    graft="apply to the paths of parameters",
+)
 @FUSED_EXPERTS
 def test_exclusions_and_layers_apply_to_parameters():
     """PEFT ignores both for parameters."""
@@ -488,6 +521,11 @@ KINDS = {  # options, and the rank for each matrix
 }
 
 
+@pytest.mark.differs(
+    "adapters with `target_parameters`",
+    peft="ValueError",
+    graft="each matrix of a stack is combined by itself: `cat`, `svd` and `exact` give sums of its updates",
+)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:The density")

@@ -147,6 +147,12 @@ def test_half_precision_is_as_exact_as_pefts(name):
     assert (ours[:2] < 1.2 * theirs[:2]).all() and (ours < 0.05).all(), (ours, theirs)
 
 
+@pytest.mark.differs(
+    "adaption prompts: names in memory",
+    peft="`self_attn.model.q_proj`, `self_attn.adaption_prompt`",
+    graft="`self_attn.base_layer.q_proj`, `self_attn.adaption_prompt.<adapter>`; files are PEFT's",
+    why="a method like the others",
+)
 @every
 def test_files_are_pefts(name, tmp_path):
     ours, theirs = (opened(adapt(name, lib)) for lib in LIBS)
@@ -303,6 +309,11 @@ def test_switching_deleting_disabling(name):
     assert plain.state_dict().keys() == base.state_dict().keys() and torch.equal(logits(plain), logits(base))
 
 
+@pytest.mark.differs(
+    "adaption prompts: several adapters",
+    peft="only the active one is in the model",
+    graft="all are; two can be active and add up",
+)
 @torch.no_grad()
 def test_two_active_adapters_add_up():
     model = three()
@@ -315,6 +326,12 @@ def test_two_active_adapters_add_up():
     assert_close(y[2, "default"], y[1, "default"] + y[1, "other"] - base, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.differs(
+    "adaption prompts: mixed batches, layer status, `inject_adapter_in_model`, `set_adapter(inference_mode=True)`",
+    peft="an error",
+    graft="work",
+    why="follows from the hooks",
+)
 @every
 def test_a_mixed_batch_is_each_row_alone(name):
     model = three(name)
@@ -489,6 +506,11 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.differs(
+    "adaption prompts: `target_modules`",
+    peft="any name that ends so",
+    graft="the module's whole name; a list is a `ConfigTypeError`",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name):
     base_name, options, error, text = REFUSED[name]
@@ -508,6 +530,11 @@ def test_errors_that_peft_raises_as_well(name):
         assert result.kind is ValueError and text in str(result.error)
 
 
+@pytest.mark.differs(
+    "`adapter_len`, `adapter_layers` missing or ≤ 0",
+    peft="TypeError, or an adapter of no tokens or the wrong layers",
+    graft="`ConfigError`",
+)
 @pytest.mark.parametrize("field", ["adapter_len", "adapter_layers"])
 def test_numbers_must_be_positive(field):
     for value in (0, -1):

@@ -118,6 +118,12 @@ def test_padding(left):
     assert_close(out[:, 3:] if left else out[:, :8], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.differs(
+    "aLoRA: rows without the invocation tokens",
+    peft="silent",
+    graft="a `PeftWarning` that names the rows",
+    why="they are the base model's",
+)
 def test_rows_without_the_tokens_are_the_base_models_and_named():
     model, inputs = adapted(), batch(3)
     inputs["input_ids"][1] = 20
@@ -192,6 +198,11 @@ def test_rows_with_adapters_of_their_own():
         assert torch.equal(out, without)
 
 
+@pytest.mark.differs(
+    "several aLoRA adapters active",
+    peft="the offsets of the first for all",
+    graft="each its own",
+)
 def test_two_active_at_once_each_from_its_own_tokens():
     model, inputs = adapted(other={"alora_invocation_tokens": [15]}), batch()
     inputs["input_ids"][:, 6] = 15
@@ -212,6 +223,11 @@ CASES = [
 ]
 
 
+@pytest.mark.differs(
+    "aLoRA generating without a cache",
+    peft="counts from the end of the growing text: acts on fewer tokens at each step",
+    graft="acts from the invocation on, as with a cache; prompts in chunks and static caches too",
+)
 @pytest.mark.parametrize("how, left", CASES)
 def test_generation_with_a_cache_is_that_without(how, left):
     model, inputs = adapted(), padded(batch(), left, True)
@@ -256,6 +272,11 @@ def test_generation_from_embeddings():
         model.generate(**options, do_sample=False)
 
 
+@pytest.mark.differs(
+    "aLoRA with beams, two forwards under gradient checkpointing",
+    peft="ValueError",
+    graft="work",
+)
 def test_beams_are_refused():
     from transformers import GenerationConfig
 
@@ -327,6 +348,11 @@ def test_compiled():
 # refused
 
 
+@pytest.mark.differs(
+    "`alora_invocation_tokens=[]`",
+    peft="plain LoRA, silent",
+    graft="`ConfigError`",
+)
 @pytest.mark.parametrize("tokens", [[], [3, -1]])
 def test_tokens_that_are_none(tokens):
     with pytest.raises(graft.ConfigError, match="must be the ids of one token or more"):

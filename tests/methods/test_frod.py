@@ -53,6 +53,12 @@ def test_the_kernel_is_the_reference(rows, out, n, dtype, share):
     assert Refactored(W, U, V, values, places).linear_with(W.clone(), b, x, call, None) is None
 
 
+@pytest.mark.differs(
+    "FRoD on layers of one category with different numbers of inputs",
+    peft="an error in the decomposition",
+    graft="`ConfigError` that names them",
+    why="they share V",
+)
 def test_layers_of_one_category_need_one_width():
     class Net(torch.nn.Module):
         def __init__(self):
@@ -75,6 +81,11 @@ def test_a_second_adapter_shares_v_and_may_have_more_layers():
     close(output(model, SAMPLE), both, 1e-4)
 
 
+@pytest.mark.differs(
+    "FRoD adapters of different `sparse_rate` on one model",
+    peft="the entries of the first, whatever the config of the second says",
+    graft="each has its own",
+)
 def test_adapters_may_have_other_entries():
     """PEFT gives the second adapter the entries of the first."""
     model = adapt(graft, SAMPLE)

@@ -69,6 +69,11 @@ def test_adapters_act_on_the_weight_as_it_was(kind):
         close(model.base_model.model[0].base_layer.bias, base[0].bias, 0)
 
 
+@pytest.mark.differs(
+    "GLoRA unmerge",
+    peft="divides by 1 + A, which fails where that is 0",
+    graft="restores weight and bias exactly",
+)
 def test_unmerging_where_a_weight_became_zero():
     """PEFT divides by 1 + A, which is 0 here."""
     kept = []
@@ -82,6 +87,12 @@ def test_unmerging_where_a_weight_became_zero():
     assert not kept[1].isfinite().all()
 
 
+@pytest.mark.differs(
+    "GLoRA: mixed batches in training",
+    peft="ValueError",
+    graft="work",
+    why="follows from the hooks",
+)
 def test_a_mixed_batch_trains():
     """PEFT refuses it in training."""
     model = adapted("lora", "default", "b").train()
@@ -114,6 +125,12 @@ def test_unknown_kinds(field):
         graft.GloraConfig(r=0)
 
 
+@pytest.mark.differs(
+    "GLoRA on a base in half precision",
+    peft="rounds W' to the base's dtype, so that most of an update below its steps is lost",
+    graft="computes in float32",
+    why="slower there: a step takes 1.15 to 1.3 times as long on a CPU",
+)
 def test_updates_below_the_base_s_precision_act():
     """On a bfloat16 base, PEFT rounds W' to bfloat16, and most of what is smaller than its steps is lost."""
     x, found = torch.ones(1, 1024).bfloat16(), []

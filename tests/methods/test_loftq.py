@@ -23,6 +23,11 @@ def weight(out=24, fan_in=40):
         return torch.randn(out, fan_in)
 
 
+@pytest.mark.differs(
+    "LoftQ",
+    peft="needs bitsandbytes, scipy and a GPU",
+    graft="plain torch, on any device; the same NF4 and int8",
+)
 def test_four_bits_are_the_nearest_of_sixteen_values():
     W = weight()
     Q = quantized(W, 4)
@@ -59,6 +64,11 @@ def test_product_and_quantized_weight_are_near(bits):
         loftq_init(W, 4, r, 0)
 
 
+@pytest.mark.differs(
+    "LoftQ with a scaling other than 1",
+    peft="A and B add s times the quantization error",
+    graft="A and B add the quantization error",
+)
 @pytest.mark.parametrize("name", ["mlp", "conv1D"])
 @pytest.mark.parametrize("alpha", [6, 15])
 def test_the_adapter_makes_up_for_what_is_lost(name, alpha):
@@ -155,6 +165,11 @@ def test_a_callback_decides(tmp_path):
     assert not layers(model)["other"].lora_B["default"].weight.any()
 
 
+@pytest.mark.differs(
+    "`replace_lora_weights_loftq`",
+    peft="4-bit layers of bitsandbytes",
+    graft="every quantized layer; checks all before the first changes",
+)
 def test_what_cannot_be_replaced(tmp_path):
     model, tensors = coarse()
     with pytest.raises(TypeError, match="valid PeftModel"):

@@ -177,6 +177,11 @@ def test_checkpointing_draws_the_same_again():
         assert_close(a, b)
 
 
+@pytest.mark.differs(
+    "MonteCLoRA: a copy of a model after a training step; its loss for large concentrations",
+    peft="RuntimeError, as buffers hold a graph; infinite",
+    graft="works; finite",
+)
 def test_a_copy_after_a_step():
     """PEFT's buffers hold a graph, which cannot be copied."""
     model = adapted()
@@ -185,6 +190,15 @@ def test_a_copy_after_a_step():
     assert_close(other._get_monteclora_loss(), model._get_monteclora_loss())
 
 
+@pytest.mark.differs(
+    "MonteCLoRA: draws",
+    peft="150 ahead for each layer, for inference too, while the adapter is built",
+    graft="when a layer runs in training; a seed gives PEFT's draws with `buffer_size=1`",
+    why=(
+        "0.3 GB per layer of 4096 inputs at r 16; gradient checkpointing draws the same again, where PEFT takes the "
+        "next"
+    ),
+)
 def test_nothing_is_drawn_ahead():
     """PEFT keeps 150 draws of each layer, for inference too."""
     model = adapted()
@@ -194,6 +208,11 @@ def test_nothing_is_drawn_ahead():
     assert held - plain == 2 * (4 + 3 + 4 * 4 + 3)
 
 
+@pytest.mark.differs(
+    "MonteCLoRA with `low_cpu_mem_usage`",
+    peft="makes its tensors at the first forward pass, dropping those of a file",
+    graft="loads them",
+)
 @pytest.mark.parametrize("light", [False, True])
 def test_files_go_both_ways(light, tmp_path):
     for writer, reader in (LIBS, LIBS[::-1]):

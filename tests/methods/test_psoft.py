@@ -16,6 +16,11 @@ def config(lib, **options):
     return lib.PsoftConfig(target_modules=["0"], **options)
 
 
+@pytest.mark.differs(
+    "`psoft_alpha=0`",
+    peft="divides by 0",
+    graft="`ConfigError`",
+)
 @pytest.mark.parametrize("lib", LIBS)
 @pytest.mark.parametrize(
     "options",

@@ -23,6 +23,7 @@ class LowRank:
         bias: that the second factor adds, (out,), times `scale`.
         mid: Tucker's core of a convolution, (r, r, *kernel); A is (r, in, 1, …) then.
         alpha: what the file says, where `scale` does not tell it.
+        extra: further tensors of PEFT's variants, by their names there: "lora_velora_embed".
     """
 
     A: Tensor
@@ -33,17 +34,26 @@ class LowRank:
     bias: Tensor | None = None
     mid: Tensor | None = None
     alpha: float | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         return self.A.shape[1 if self.kind == "experts" else 0]
+
+    @property
+    def shift(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of what an initialisation took out of the base (PiSSA): ΔW of the base as it was is scale · B A less
+        their product."""
+        if "lora_shift.A" not in self.extra:
+            return None
+        return self.extra["lora_shift.A"], self.extra["lora_shift.B"]
 
 
 @dataclass
 class Other:
     """What a method that is not LoRA keeps for a module: its tensors, by the names that PEFT's files give them."""
 
-    method: str  # PEFT's peft_type, or that of a method which PEFT lacks: "LOHA", "BOTTLENECK"
+    method: str  # PEFT's peft_type, or that of a method or variant that has none: "LOHA", "KASA", "BOTTLENECK"
     tensors: dict[str, Tensor]  # "hada_w1_a"
     scale: float | None = None  # where the method has one
 
@@ -54,13 +64,17 @@ class AdapterFile:
 
     Attributes:
         method: PEFT's peft_type of it: "LORA", "LOHA", "PROMPT_TUNING".
-        modules: module path of the base model → what the adapter has for it.
+        modules: module path of the base model → what the adapter has for it. What acts on a parameter of another name
+            than `weight`, such as a stack of experts, has that behind the path: "model.layers.0.mlp.experts.down_proj".
         full: name of a tensor of the base model → its trained value: heads, norms, biases.
         rows: name of an embedding's weight → (their indices, their values (n, dim)).
         shared: tensors that belong to no module: prompts, projections of all layers; by name in the file.
         config: the fields of the file's own config, as they are.
         metadata: of a safetensors file.
         unread: keys that the reader knows no meaning of. Writers refuse to drop them in silence.
+        changed_base: an initialisation that changed the base, by PEFT's name, where the file does not say how: ΔW is
+            that of a base which only this initialisation makes.
+        selected: the modules that the targets in `config` select; None where it is no config of PEFT.
     """
 
     format: str
@@ -74,6 +88,8 @@ class AdapterFile:
     metadata: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     base: str | None = None  # its name or path, where the file says it
+    changed_base: str | None = None
+    selected: frozenset[str] | None = None
 
     @property
     def low_rank(self) -> dict[str, LowRank]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from graft.config.atomic import replace
+from graft.config.atomic import Write
+from graft.config.atomic import replace as put_in_place
 from graft.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -82,6 +84,31 @@ def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
     return Tensor(tuple(values.shape), dtype, held.tobytes)
 
 
+def reshaped(held: Tensor, *shape: int) -> Tensor:
+    """Return a tensor of the same values, in order, with another shape."""
+    return replace(held, shape=shape)
+
+
+def rearranged(held: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
+    """Return a tensor whose values `change` puts into another order when it is read; they stay the same bits.
+
+    Args:
+        shape: that `change` gives.
+    """
+
+    def load() -> bytes:
+        import numpy as np
+
+        return change(np.frombuffer(held.load(), f"u{BITS[held.dtype] // 8}").reshape(held.shape)).tobytes()
+
+    return Tensor(shape, held.dtype, load)
+
+
+def whole_numbers(values: Sequence[int]) -> Tensor:
+    """Return numbers as a tensor of I64."""
+    return Tensor((len(values),), "I64", lambda: struct.pack(f"<{len(values)}q", *values))
+
+
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file, none of them read yet, and its metadata.
 
@@ -137,7 +164,12 @@ def _reader(path: str, begin: int, size: int) -> Callable[[], bytes]:
 
 
 def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors one after another, the widest dtypes first so that all are aligned; the file appears whole."""
+    """Write tensors into a file, which appears whole."""
+    put_in_place(path, safetensors(tensors, metadata))
+
+
+def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
+    """Return a function that writes tensors one after another, the widest dtypes first so that all are aligned."""
     order = sorted(tensors.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -147,10 +179,10 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as f:
+    def write(path: str) -> None:
+        with open(path, "wb") as f:
             f.write(len(text).to_bytes(8, "little") + text)
             for _, t in order:
                 f.write(t.load())
 
-    replace(path, write)
+    return write

@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's folders, which are graft's: adapter_config.json beside adapter_model.safetensors or .bin."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from graft.config import notes, pair
+from graft.config.patterns import ending, pattern
+from graft.config.reading import read_object
+from graft.config.stored import Stored, whole_model
+from graft.core.errors import CheckpointError, some
+from graft.files.errors import LossError
+from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
+from graft.io import seal
+
+if TYPE_CHECKING:
+    from graft.files.formats import Base
+
+NAME = "peft"
+WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # how the names of tensors begin
+PREFIXES = {  # of the names of a method's tensors on a module
+    "LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_", "VERA": "vera_", "PVERA": "pvera_", "LOHA": "hada_",
+    "OFT": "oft_", "HRA": "hra_", "HIRA": "hira_", "MISS": "miss_", "VBLORA": "vblora_", "GRALORA": "gralora_",
+    "DELORA": "delora_", "C3A": "c3a_", "FOURIERFT": "fourierft_", "WAVEFT": "waveft_", "LOKR": "lokr_",
+    "ROAD": "road_", "RANDLORA": "randlora_", "UNILORA": "unilora_", "TINYLORA": "tinylora_", "GLORA": "glora_",
+    "PEANUT": "peanut_", "LILY": "lily_", "SHADOW": "shadow_", "ADAMSS": "adamss_", "FROD": "frod_",
+    "TRAINABLE_TOKENS": "trainable_tokens_", "BEFT": "beft_", "SHIRA": "shira_", "SUPERTUNING": "supertuning_",
+    "DEFT": "deft_", "BOFT": "boft_", "PSOFT": "psoft_", "OSF": "osf_", "LN_TUNING": "ln_tuning_", "POLY": "poly_",
+    "XLORA": "xlora_", "ADAPTION_PROMPT": "adaption_",
+}  # fmt: skip
+ANY = tuple(PREFIXES.values())
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
+OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
+TOKENS = "token_adapter"  # a module of PEFT around an embedding whose rows train
+VARIANTS = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}  # whose A and B are not LoRA's
+BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
+SCALED = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # methods of the scale alpha / r → its field
+FIRST = ("gate_up_proj", "w1", "w13", "up_proj", "down_proj", "w2", "w3")  # parameters of experts as modules hold them
+RANK = 8  # where a config does not say r or alpha
+
+
+# reading
+
+
+def recognises(path: str) -> bool:
+    folder = folder_of(path)
+    if folder is None:
+        return False
+    config = os.path.join(folder, pair.CONFIG_NAME)
+    try:
+        fields = read_object(config) if os.path.isfile(config) else {}
+    except CheckpointError:
+        return pair.found_in(folder) is not None  # then reading says what is wrong with it
+    return "peft_type" in fields or getattr(pair.found_in(folder), "config", None) is not None
+
+
+def folder_of(path: str) -> str | None:
+    """Return the folder of an adapter; its files stand for it. None: it is neither."""
+    if os.path.isdir(path):
+        return path
+    if os.path.basename(path) in (pair.CONFIG_NAME, pair.SAFETENSORS, pair.TORCH):
+        return os.path.dirname(path) or "."
+    return None
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read an adapter.
+
+    Args:
+        path: the folder, or one of the two files in it.
+        base: tells which parameters of experts the factors belong to, where the config leaves that open.
+
+    Raises:
+        CheckpointError: a file is not there or damaged, or config and tensors contradict each other.
+    """
+    folder = folder_of(path) or path
+    stored = Stored(folder, None, read_object)
+    tensors, metadata, noted = weights_in(folder)
+    config = stored.of(noted)
+    method = config.get("peft_type")
+    if method not in PREFIXES and method not in PROMPTS:
+        raise CheckpointError(f"{stored.path} has peft_type {method!r}, which graft does not know.")
+    out = AdapterFile(NAME, folder, method, config=config, metadata=metadata)
+    out.base = config.get("base_model_name_or_path")
+    held = split(out, tensors)
+    for raw, of_module in held.items():
+        if method == "LORA":
+            take_lora(out, raw, of_module, held, base)
+        else:
+            take_other(out, clean(raw), method, of_module)
+    if method in PREFIXES:
+        for path in dict.fromkeys(around(tensors)):  # modules of which the file has nothing but their bias
+            out.modules.setdefault(path, Other(method, {}))
+    if not any(m.shift for m in out.low_rank.values()):
+        out.changed_base = changes_base(config)
+    out.selected = frozenset(out.modules)
+    return out
+
+
+def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.Noted]:
+    """Return the tensors in an adapter's folder, the notes beside them, and what the file says of itself."""
+    path = os.path.join(folder, pair.SAFETENSORS)
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            stamp = notes.stamp(f.fileno())
+        tensors, metadata = read_header(path)
+        return tensors, metadata, notes.Noted(path, metadata.get(notes.CONFIG), stamp)
+    path = os.path.join(folder, pair.TORCH)
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"Can't find weights in {folder}: neither {pair.SAFETENSORS} nor {pair.TORCH} is there"
+            f"{whole_model(folder)}."
+        )
+    from graft.io.files import read_torch
+    from graft.io.tensors import bytes_of, name_of
+
+    loaded = read_torch(path)
+    with open(path, "rb") as f:
+        metadata = notes.in_torch(f)
+    tensors = {}
+    for name, t in loaded.tensors.items():
+        t = t.detach().contiguous()
+        tensors[name] = Tensor(tuple(t.shape), name_of(t.dtype), partial(bytes, bytes_of(name, t)))
+    return tensors, metadata, loaded.noted or notes.Noted(path, None, None)
+
+
+def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Put what is not a module's adapter into `out`; return the rest: module as the file names it → name → tensor."""
+    held: dict[str, dict[str, Tensor]] = {}
+    of_prompt = out.method in PROMPTS
+    own = PREFIXES.get(out.method, " ")
+    for key, t in tensors.items():
+        if of_prompt and key in OF_PROMPT:
+            out.shared[key] = t
+            continue
+        if key.startswith(PROMPT_WRAPPED) and not key.startswith(WRAPPED) and not of_prompt:
+            out.shared[key.removeprefix(PROMPT_WRAPPED)] = t
+            continue
+        name = key.removeprefix(PROMPT_WRAPPED if of_prompt else WRAPPED)
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(own) or part == TOKENS), None)
+        leaf = None if at is None else ".".join(parts[at:])
+        path = ".".join(parts[:at])
+        if leaf in (f"{TOKENS}.trainable_tokens_delta", "trainable_tokens_delta"):
+            take_rows(out, clean(path), key, t)
+        elif leaf is not None and path and parts[at] != TOKENS:  # type: ignore[index]
+            held.setdefault(path, {})[leaf] = t
+        elif leaf is not None or any(part.startswith(ANY) for part in parts) or clean(name) in out.full:
+            out.unread.append(key)
+        else:
+            out.full[clean(name)] = t
+    return held
+
+
+def around(names: Iterable[str]) -> Iterator[str]:
+    """Yield the modules of which a file has a tensor of the base's own: with adapters around them."""
+    for name in names:
+        head, middle, tail = name.partition(".base_layer.")
+        if middle and tail in ("weight", "bias"):
+            yield head.removeprefix(WRAPPED)
+
+
+def clean(path: str) -> str:
+    """Return a path without the modules that PEFT puts around those of the base."""
+    return ".".join(part for part in path.split(".") if part not in ("base_layer", "modules_to_save"))
+
+
+def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
+    which = out.config.get("token_indices" if out.method == "TRAINABLE_TOKENS" else "trainable_token_indices")
+    if isinstance(which, dict):
+        which = next((rows for name, rows in which.items() if f".{path}".endswith(f".{name}")), None)
+    if which is None or len(which) != values.shape[0]:
+        out.unread.append(key)
+    else:
+        out.rows[f"{path}.weight"] = whole_numbers(which), values
+
+
+def take_other(out: AdapterFile, path: str, method: str, held: dict[str, Tensor]) -> None:
+    scale = None
+    if method in SCALED:
+        r, alpha = numbers_at(out.config, path, SCALED[method])
+        scale = alpha / r
+    elif method == "ADALORA":
+        r, alpha = out.config.get("init_r") or 12, out.config.get("lora_alpha", RANK)
+        scale = (alpha if alpha > 0 else r) / (r + 1e-5)
+    out.modules[path] = Other(method, held, scale)
+
+
+def take_lora(out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mapping[str, Any], base: Base | None) -> None:
+    config, path = out.config, clean(raw)
+    A, B = held.pop("lora_A.weight", None), held.pop("lora_B.weight", None)
+    embedded = A is None and B is None
+    if embedded:
+        A, B = held.pop("lora_embedding_A", None), held.pop("lora_embedding_B", None)
+    if A is None or B is None or len(A.shape) < 2 or len(A.shape) != len(B.shape):
+        kept = {"lora_A.weight": A, "lora_B.weight": B} | held
+        out.unread += [f"{WRAPPED}{raw}.{name}" for name, t in kept.items() if t is not None]
+        return
+    stack = None if embedded else parameter_at(config, raw, every, A, B, base)
+    if stack is not None:
+        path = f"{path}.{stack}" if stack != "weight" else path
+    r, alpha = numbers_at(config, f"{path}.weight" if stack == "weight" else path, SCALED["LORA"])
+    scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    variant = next((name for field, name in VARIANTS.items() if config.get(field)), None)
+    if variant == "BDLORA" and not any(part in path for part in blocks_of(config)):
+        variant = None
+    if variant is not None:
+        pair_of = {"lora_A.weight": A, "lora_B.weight": B}
+        out.modules[path] = Other(variant, pair_of | held, scale)
+        return
+    n = A.shape[0] // r if stack is not None else 1
+    if A.shape[0] != n * r or B.shape[1] != (A.shape[0] if len(A.shape) == 2 else B.shape[1]):
+        raise CheckpointError(
+            f"{out.path}: '{raw}' has factors of shapes {A.shape} and {B.shape}, but adapter_config.json says rank {r} "
+            "there: the two files belong to different adapters, or one was edited."
+        )
+    kind = "embedding" if embedded else "conv" if len(A.shape) > 2 else "linear"
+    if n > 1 or (stack is not None and stack != "weight"):
+        kind, A, B = "experts", *by_expert(A, B, n, config)
+    made = LowRank(A, B, scale, kind)  # type: ignore[arg-type]
+    if (m := held.pop("lora_magnitude_vector", None)) is not None:
+        made.magnitude = reshaped(m, math.prod(m.shape))
+    made.bias = held.pop("lora_B.bias", None)
+    made.extra = held
+    out.modules[path] = made
+
+
+def blocks_of(config: Mapping[str, Any]) -> list[str]:
+    held = config["use_bdlora"]
+    return [*(held.get("target_modules_bd_a") or ()), *(held.get("target_modules_bd_b") or ())]
+
+
+def numbers_at(config: Mapping[str, Any], path: str, name: str) -> tuple[int, float]:
+    """Return rank and alpha of a module."""
+    held: list[Any] = []
+    for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
+        value = config.get(field)
+        for key, there in (config.get(patterns) or {}).items():
+            if ending(key, patterns).match(path):
+                value = there
+                break
+        value = RANK if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (field == "r" and value < 1):
+            raise CheckpointError(f"adapter_config.json: {field} of '{path}' is {value!r}, which is no number for it.")
+        held.append(value)
+    return held[0], held[1]
+
+
+# experts: factors of parameters, of which a module may have several
+
+
+def parameter_at(
+    config: Mapping[str, Any], raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None
+) -> str | None:
+    """Return the name of the parameter that a pair of factors belongs to; None if they belong to a module.
+
+    Raises:
+        CheckpointError: `target_parameters` names several, and neither the file nor the base tells which it is.
+    """
+    path = clean(raw)
+    targets = config.get("target_parameters") or ()
+    names = [t.rpartition(".")[2] for t in targets if f".{path}".endswith(f".{t.rpartition('.')[0]}".rstrip("."))]
+    names = list(dict.fromkeys(names))
+    if not names or (any("." not in t for t in targets) and is_target(config, path)):
+        return None
+    if base is not None:
+        names = [n for n in names if fits(base.shapes.get(f"{path}.{n}"), A, B)] or names
+    nest = sorted((e for e in every if clean(e) == path), key=len, reverse=True)  # the innermost first
+    if len(names) == 1 and len(nest) == 1:
+        return names[0]
+    if len(names) != len(nest):
+        raise CheckpointError(
+            f"'{raw}' holds factors of one of the parameters {some(names)}, and the file does not tell which: give the "
+            "base model."
+        )
+    return as_held(names)[nest.index(raw)] if len(nest) > 1 else names[0]
+
+
+def as_held(names: list[str]) -> list[str]:
+    """Sort the parameters of a module as it holds them, where that is known."""
+    known = set(names) <= set(FIRST)
+    return sorted(names, key=FIRST.index) if known else names
+
+
+def is_target(config: Mapping[str, Any], path: str) -> bool:
+    """Return True if `target_modules` selects a module."""
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return targets == "all-linear" or pattern(targets, "target_modules").fullmatch(path) is not None
+    return any(f".{path}".endswith(f".{t}") for t in targets or ())
+
+
+def fits(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
+    return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
+
+
+def by_expert(A: Tensor, B: Tensor, n: int, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the factors (n, r, in) and (n, out, r) of a stack."""
+    (rows, fan_in), out = A.shape, B.shape[0]
+    r = rows // n
+    if config.get("lora_B_layout") == "grouped_by_expert":  # Unsloth's mark
+        B = rearranged(B, lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
+    else:
+        B = rearranged(B, lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
+    return reshaped(A, n, r, fan_in), B
+
+
+# writing
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write an adapter as a folder that PEFT and graft load; return what was lost.
+
+    Args:
+        base: its modules' names let `target_modules` be short.
+
+    Raises:
+        LossError: PEFT's files have no place for something, and `lossy` is False.
+        CheckpointError: there is nothing to write.
+    """
+    lost = [f"{key} (unread)" for key in adapter.unread]
+    tensors = tensors_of(adapter, lost)
+    config = config_of(adapter, base)
+    if lost and not lossy:
+        raise LossError(f"PEFT's files have no place for {some(lost)} of {adapter.path}.")
+    if not tensors:
+        raise CheckpointError(f"Nothing is left of {adapter.path} that could be written to {path}.")
+    text = json.dumps(config, indent=2, sort_keys=True)
+    unchanged = adapter.selected == frozenset(adapter.modules)
+    noted = {"graft_base": adapter.metadata["graft_base"]} if unchanged and "graft_base" in adapter.metadata else {}
+    digest = seal.digest((name, t.dtype, t.shape, t.load()) for name, t in tensors.items())
+    noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest}
+    os.makedirs(path, exist_ok=True)
+    pair.save(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
+    return lost
+
+
+def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
+    """Return an adapter's tensors by the names that PEFT gives them; add to `lost` what has none."""
+    out: dict[str, Tensor] = {}
+    of_prompt = adapter.method in PROMPTS
+    wrapped = PROMPT_WRAPPED if of_prompt else WRAPPED
+    alike = {adapter.method, *(VARIANTS.values() if adapter.method == "LORA" else ())}
+    for path, held in adapter.modules.items():
+        stem = f"{wrapped}{place_of(path, adapter)}"
+        if isinstance(held, LowRank):
+            if adapter.method != "LORA":
+                lost.append(f"{path} (LoRA beside {adapter.method})")
+            else:
+                out |= {f"{stem}.{name}": t for name, t in tensors_of_lora(held).items()}
+        elif held.method not in alike or adapter.method not in PREFIXES:
+            lost.append(f"{path} ({held.method})")
+        else:
+            out |= {f"{stem}.{name}": t for name, t in held.tensors.items()}
+    for name, t in adapter.full.items():
+        module, _, leaf = name.rpartition(".")
+        own = f"{module}.base_layer" if module in adapter.modules else module
+        out[f"{wrapped}{inside(own, adapter)}.{leaf}"] = t
+    for name, (_, values) in adapter.rows.items():
+        leaf = "trainable_tokens_delta"
+        leaf = leaf if adapter.method == "TRAINABLE_TOKENS" else f"{TOKENS}.{leaf}"
+        out[f"{wrapped}{inside(name.removesuffix('.weight'), adapter)}.{leaf}"] = values
+    for name, t in adapter.shared.items():
+        out[name if of_prompt else f"{PROMPT_WRAPPED}{name}"] = t
+    return out
+
+
+def tensors_of_lora(held: LowRank) -> dict[str, Tensor]:
+    A, B = held.A, held.B
+    if held.kind == "embedding":
+        out = {"lora_embedding_A": A, "lora_embedding_B": B}
+    else:
+        if held.mid is not None:
+            A = with_core(A, held.mid)
+        if held.kind == "experts":
+            n, r, fan_in = A.shape
+            out_features = B.shape[1]
+            A = reshaped(A, n * r, fan_in)
+            B = rearranged(B, lambda v: v.transpose(1, 2, 0), out_features, r * n)
+        out = {"lora_A.weight": A, "lora_B.weight": B}
+    if held.bias is not None:
+        out["lora_B.bias"] = held.bias
+    if held.magnitude is not None:
+        ones = (1,) * (len(A.shape) - 2)
+        m = held.magnitude
+        out["lora_magnitude_vector"] = reshaped(m, 1, *m.shape, *ones) if held.kind == "conv" else m
+    return out | held.extra
+
+
+def with_core(A: Tensor, mid: Tensor) -> Tensor:
+    """Return A (r, in, *kernel) of a convolution whose A (r, in, 1, …) a core (r, r, *kernel) follows."""
+    import numpy as np
+
+    r, fan_in = A.shape[:2]
+    values = np.einsum("rj...,ji->ri...", mid.read().astype("f8"), A.read().astype("f8").reshape(r, fan_in))
+    return tensor(values, A.dtype)
+
+
+def inside(path: str, adapter: AdapterFile) -> str:
+    """Return a path with `base_layer` behind each module around it that is adapted itself."""
+    out, above = [], ""
+    for part in path.split("."):
+        out += ["base_layer"] * (part != "base_layer" and above in adapter.modules)
+        out.append(part)
+        above = f"{above}.{part}" if above else part
+    return ".".join(out)
+
+
+def place_of(path: str, adapter: AdapterFile) -> str:
+    """Return the path of a module as PEFT names it; parameters of one module stand around each other."""
+    held = adapter.modules[path]
+    if not isinstance(held, LowRank) or held.kind != "experts":
+        return inside(path, adapter)
+    module, _, name = path.rpartition(".")
+    stacks = (p.rpartition(".") for p, h in adapter.modules.items() if getattr(h, "kind", "") == "experts")
+    names = as_held([other for around, _, other in stacks if around == module])
+    depth = len(names) - 1 - names.index(name)
+    return inside(module, adapter) + ".base_layer" * depth
+
+
+# the config
+
+
+def config_of(adapter: AdapterFile, base: Base | None) -> dict[str, Any]:
+    """Return the fields of adapter_config.json: those that were read, as far as they are still true."""
+    config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
+    if adapter.selected != frozenset(adapter.modules):
+        paths = [p for p, h in adapter.modules.items() if getattr(h, "kind", "") != "experts"]
+        config["target_modules"] = targets_of(paths, base)
+        for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if config.get(field) is not None:
+                config[field] = None
+        if adapter.method == "LORA":
+            config["target_parameters"] = [p for p in adapter.modules if p not in paths] or None
+    if adapter.method in SCALED:
+        set_numbers(config, adapter)
+    if changes_base(config) and adapter.changed_base is None and not any(h.shift for h in adapter.low_rank.values()):
+        config["init_lora_weights"] = True
+    return config
+
+
+def changes_base(config: Mapping[str, Any]) -> str | None:
+    """Return the initialisation of a config that changes the base's weights; None if it does not."""
+    init = str(config.get("init_lora_weights")).lower()
+    return init if init.startswith(BASE_CHANGING) else None
+
+
+def new_config(adapter: AdapterFile) -> dict[str, Any]:
+    """Return the config of an adapter that was no folder of PEFT."""
+    biases = {n for n in adapter.full if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in adapter.full}
+    of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}
+    whole = {n.rpartition(".")[0] for n in adapter.full if n not in biases}
+    config: dict[str, Any] = {
+        "peft_type": adapter.method, "task_type": None, "base_model_name_or_path": adapter.base,
+        "inference_mode": True, "modules_to_save": sorted(whole - set(adapter.modules)) or None,
+    }  # fmt: skip
+    if adapter.method == "LORA":
+        low_rank = adapter.low_rank.values()
+        config |= {
+            "lora_dropout": 0.0, "fan_in_fan_out": False, "use_rslora": False, "init_lora_weights": True,
+            "bias": "all" if biases > of_targets else "lora_only" if biases else "none",
+            "use_dora": any(h.magnitude is not None for h in low_rank),
+            "lora_bias": any(h.bias is not None for h in low_rank),
+        }  # fmt: skip
+        if adapter.rows:
+            rows = {name.removesuffix(".weight"): which.read() for name, (which, _) in adapter.rows.items()}
+            config["trainable_token_indices"] = {name: [int(i) for i in which] for name, which in rows.items()}
+    return config
+
+
+def targets_of(paths: list[str], base: Base | None) -> list[str]:
+    """Return `target_modules` that select these modules and no other: their last names if the base shows that these
+    do, else whole paths."""
+    if base is not None:
+        known = set(base.modules)
+        leaves = {p.rpartition(".")[2] for p in paths}
+        if {m for m in known if m.rpartition(".")[2] in leaves} <= set(paths):
+            return sorted(leaves)
+    return sorted(paths)
+
+
+def set_numbers(config: dict[str, Any], adapter: AdapterFile) -> None:
+    """Let rank, alpha and their patterns say what each module has, unless they do."""
+    name = SCALED[adapter.method]
+    wanted = {p: held for p, h in adapter.modules.items() if (held := rank_and_scale(h, adapter)) is not None}
+    if not wanted:
+        return
+    root = bool(config.get("use_rslora"))
+
+    def scale_of(r: int, alpha: float) -> float:
+        return alpha / (math.sqrt(r) if root else r)
+
+    def said(path: str) -> tuple[int, float]:
+        r, alpha = numbers_at(config, path, name)
+        return r, scale_of(r, alpha)
+
+    if "r" in config and all(same(said(p), held) for p, held in wanted.items()):
+        return
+    r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
+    alphas = {p: plain(s * (math.sqrt(k) if root else k)) for p, (k, s) in wanted.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config |= {
+        "r": r, name: alpha,
+        "rank_pattern": {key_of(p, wanted): k for p, (k, _) in wanted.items() if k != r},
+        "alpha_pattern": {key_of(p, wanted): a for p, a in alphas.items() if a != alpha},
+    }  # fmt: skip
+
+
+def rank_and_scale(held: LowRank | Other, adapter: AdapterFile) -> tuple[int, float] | None:
+    if isinstance(held, LowRank):
+        return held.rank, held.scale
+    if held.scale is None or held.method != adapter.method:
+        return None
+    for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if name in held.tensors:
+            return held.tensors[name].shape[0], held.scale
+    return None
+
+
+def same(a: tuple[int, float], b: tuple[int, float]) -> bool:
+    return a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-12)
+
+
+def plain(value: float) -> float:
+    """Return an alpha without the noise of a division, as a whole number where it is one."""
+    near = round(value, 10)
+    return int(near) if near == int(near) else near if math.isclose(near, value, rel_tol=1e-12) else value
+
+
+def key_of(path: str, paths: Iterable[str]) -> str:
+    """Return the pattern of one module: its path, marked as whole if it is the end of another's, too."""
+    twice = any(p != path and p.endswith(f".{path}") for p in paths)
+    return re.escape(path).replace(r"\_", "_") if not twice else f"^{path}"

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's folders: what is read and written again has the same tensors and config, and PEFT loads what has changed."""
+
+import json
+import os
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import graft
+from graft.core.errors import CheckpointError
+from graft.files.errors import LossError
+from graft.files.formats import peft as form
+from graft.files.formats import read, recognise
+from graft.files.neutral import Other
+from graft.files.tensors import tensor
+from graft.methods import METHODS, PROMPTS
+from tests import models
+from tests.pair import LIBS, adapt, close, output, randomize
+from tests.samples import SAMPLES, first, over
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def written_again(folder, to):
+    adapter = read(folder)
+    assert not adapter.unread and form.write(adapter, str(to)) == []
+    return adapter
+
+
+def alike(a, b):
+    ours, theirs = load_file(a / WEIGHTS), load_file(b / WEIGHTS)
+    assert sorted(ours) == sorted(theirs)
+    assert all(torch.equal(ours[k], t) and ours[k].dtype == t.dtype for k, t in theirs.items())
+    assert json.loads((a / CONFIG).read_text()) == json.loads((b / CONFIG).read_text())
+
+
+@over(SAMPLES)
+@pytest.mark.parametrize("lib", LIBS, ids=["graft", "peft"])
+def test_read_and_written_again_it_is_the_same(sample, lib, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        randomize(adapt(lib, sample), sample).save_pretrained(tmp_path / "a")
+    adapter = written_again(tmp_path / "a", tmp_path / "b")
+    assert adapter.method == sample.method and (adapter.modules or adapter.rows or adapter.shared)
+    alike(tmp_path / "a", tmp_path / "b")
+
+
+def test_every_method_has_its_prefix():
+    assert {*METHODS} == {*form.PREFIXES} and {*PROMPTS} == {*form.PROMPTS}
+    for name in METHODS:
+        assert graft.method_of(name).prefix.startswith(form.PREFIXES[name]), name
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(name, tmp_path):
+    base = models.make("gpt2")
+    more = {"CPT": dict(cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2])}
+    config = graft.config_of(name) if hasattr(graft, "config_of") else graft.PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    made = config(task_type="CAUSAL_LM", **more.get(name, dict(num_virtual_tokens=3)))
+    graft.get_peft_model(base, made).save_pretrained(tmp_path / "a")
+    adapter = written_again(tmp_path / "a", tmp_path / "b")
+    assert "prompt_embeddings" in adapter.shared and not adapter.modules and not adapter.full
+    alike(tmp_path / "a", tmp_path / "b")
+
+
+class Experts(torch.nn.Module):
+    """Two stacks, the second written (n, in, out) by a module that says so."""
+
+    def __init__(self, transposed=False):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 6, 4))
+        self.down_proj = torch.nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        return torch.einsum("eoi,bi->beo", self.gate_up_proj, x).sum() + self.down_proj.sum()
+
+
+class WithExperts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(4, 4)
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(self.up(x))
+
+
+@pytest.mark.parametrize("lib", LIBS, ids=["graft", "peft"])
+@pytest.mark.parametrize("names", [["gate_up_proj", "down_proj"], ["down_proj"]], ids=["both", "one"])
+def test_experts(lib, names, tmp_path):
+    torch.manual_seed(0)
+    config = lib.LoraConfig(
+        r=2, lora_alpha=5, target_modules=["up"], target_parameters=[f"experts.{n}" for n in names],
+        rank_pattern={"experts.down_proj": 3}, init_lora_weights=False,
+    )  # fmt: skip
+    model = lib.get_peft_model(WithExperts(), config)
+    model.save_pretrained(tmp_path / "a")
+    adapter = written_again(tmp_path / "a", tmp_path / "b")
+    alike(tmp_path / "a", tmp_path / "b")
+    assert set(adapter.modules) == {"up", *(f"experts.{n}" for n in names)}
+    before = {n: p.detach().clone() for n, p in model.base_model.model.named_parameters() if n.endswith("_proj")}
+    merged = model.merge_and_unload()
+    for name in names:
+        held = adapter.modules[f"experts.{name}"]
+        assert held.kind == "experts" and held.rank == (3 if name == "down_proj" else 2)
+        delta = held.scale * held.B.read() @ held.A.read()
+        was = next(t for n, t in before.items() if n.endswith(name))
+        close(torch.from_numpy(delta), getattr(merged.experts, name) - was, 1e-5)
+
+
+def test_attention_whose_projections_are_one_parameter(tmp_path):
+    for lib in LIBS:
+        base = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(8, 2), "lin": torch.nn.Linear(8, 8)})
+        config = lib.LoraConfig(target_modules=["mha", "lin"], init_lora_weights=False)
+        lib.get_peft_model(base, config).save_pretrained(tmp_path / lib.__name__ / "a")
+        adapter = written_again(tmp_path / lib.__name__ / "a", tmp_path / lib.__name__ / "b")
+        assert {"mha", "mha.out_proj", "lin"} == set(adapter.modules)
+        alike(tmp_path / lib.__name__ / "a", tmp_path / lib.__name__ / "b")
+
+
+def test_torch_files(tmp_path):
+    sample = first("LORA", "conv2d")
+    model = randomize(adapt(peft, sample), sample)
+    model.save_pretrained(tmp_path / "a", safe_serialization=False)
+    model.save_pretrained(tmp_path / "safe")
+    written_again(tmp_path / "a", tmp_path / "b")
+    alike(tmp_path / "safe", tmp_path / "b")
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "done"),)
+
+    (tmp_path / "a").mkdir()
+    torch.save({"x": Evil()}, tmp_path / "a" / "adapter_model.bin")
+    (tmp_path / "a" / CONFIG).write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="holds other objects"):
+        read(tmp_path / "a")
+    assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_scales_that_changed_load_in_peft(rslora, tmp_path):
+    sample = first("LORA", "llama")
+    sample = replace(sample, kwargs=sample.kwargs | dict(use_rslora=rslora, target_modules=["q_proj", "v_proj"]))
+    model = randomize(adapt(peft, sample), sample).eval()
+    model.save_pretrained(tmp_path / "a")
+    adapter = read(tmp_path / "a")
+    for i, held in enumerate(adapter.modules.values()):
+        grown = i + 1
+        A, B = held.A.read(), held.B.read()
+        zeros = np.zeros((grown, A.shape[1]), "f4"), np.zeros((B.shape[0], grown), "f4")
+        held.A = tensor(np.concatenate([A, zeros[0]]))
+        held.B = tensor(np.concatenate([B * held.scale / (i + 1.5), zeros[1]], 1))
+        held.scale = i + 1.5
+    form.write(adapter, str(tmp_path / "b"))
+    for lib in LIBS:
+        loaded = lib.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+        close(output(loaded, sample), output(model, sample))
+
+
+def test_fewer_modules_are_what_the_config_says(tmp_path):
+    sample = first("LORA", "llama")
+    randomize(adapt(graft, sample), sample).save_pretrained(tmp_path / "a")
+    adapter = read(tmp_path / "a")
+    gone = next(iter(adapter.modules))
+    del adapter.modules[gone]
+    form.write(adapter, str(tmp_path / "b"))
+    for lib in LIBS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model = lib.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+        found = {n for n, _ in model.named_parameters() if "lora_A" in n}
+        assert len(found) == len(adapter.modules) and not any(gone in n for n in found)
+
+
+def test_what_has_no_place_is_refused_by_name(tmp_path):
+    sample = first("LORA", "mlp")
+    randomize(adapt(graft, sample), sample).save_pretrained(tmp_path / "a")
+    adapter = read(tmp_path / "a")
+    path = next(iter(adapter.modules))
+    adapter.modules[path] = Other("BOTTLENECK", {"down": adapter.modules[path].A})
+    with pytest.raises(LossError, match=rf"{path} \(BOTTLENECK\)"):
+        form.write(adapter, str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+    assert form.write(adapter, str(tmp_path / "b"), lossy=True) == [f"{path} (BOTTLENECK)"]
+    assert path not in read(tmp_path / "b").modules
+
+
+def test_keys_without_a_meaning_are_listed(tmp_path):
+    sample = first("LORA", "mlp")
+    randomize(adapt(graft, sample), sample).save_pretrained(tmp_path)
+    held = load_file(tmp_path / WEIGHTS)
+    key = next(k for k in held if "lora_A" in k)
+    more = {"base_model.model.fc.hada_w1_a": torch.ones(2), key.replace("lora_A", "lora_Q"): torch.ones(2)}
+    save_file(held | more, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text())
+    adapter = read(tmp_path)
+    assert "base_model.model.fc.hada_w1_a" in adapter.unread
+    assert any("lora_Q.weight" in m.extra for m in adapter.low_rank.values())
+
+
+def test_a_rank_that_the_factors_do_not_have(tmp_path):
+    sample = first("LORA", "mlp")
+    randomize(adapt(peft, sample), sample).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"r": 64}))
+    with pytest.raises(CheckpointError, match="says rank 64"):
+        read(tmp_path)
+
+
+def test_what_is_no_adapter(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read(tmp_path / "none")
+    (tmp_path / CONFIG).write_text('{"fine_tune_type": "lora"}')
+    assert not form.recognises(str(tmp_path))
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
+    assert recognise(str(tmp_path)) == recognise(str(tmp_path / CONFIG)) == "peft"
+    with pytest.raises(CheckpointError, match="neither"):
+        read(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"\x10" + bytes(30))
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA"')
+    with pytest.raises(CheckpointError, match=r"is no safetensors file|not valid JSON"):
+        read(tmp_path)

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Algebra of low-rank changes by their factors, in float64: ΔW = B A is never formed.
+
+B = Q R and Aᵀ = Q' R' make the singular values of B A those of R R'ᵀ, an r × r matrix: (in + out) r² operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from graft.files.neutral import LowRank, Other
+from graft.files.tensors import Tensor, tensor
+
+NOISE = 1e-6  # of the largest singular value: float32 factors make smaller ones by rounding
+
+
+class Product(NamedTuple):
+    """A matrix B A of low rank: B (out, r), A (r, in)."""
+
+    B: np.ndarray
+    A: np.ndarray
+
+
+@dataclass(frozen=True)
+class Svd:
+    """A matrix U diag(s) Vt of low rank."""
+
+    U: np.ndarray  # (out, k)
+    s: np.ndarray  # (k,), the largest first
+    Vt: np.ndarray  # (k, in)
+
+    def rank(self, noise: float = NOISE) -> int:
+        """Return how many singular values are not rounding."""
+        return int((self.s > noise * self.s[0]).sum()) if len(self.s) else 0
+
+
+# from and to the factors of files
+
+
+def products(held: LowRank) -> list[Product]:
+    """Return what LoRA adds to the weight of a module, as the module stores it: one matrix, or one for each expert.
+
+    Of a convolution (out, in · kernel), of an embedding (vocabulary, dim). What an initialisation took out of the base
+    counts, DoRA's magnitude does not: see `with_magnitude`.
+    """
+    A, B = wide(held.A), wide(held.B) * held.scale
+    if held.kind == "experts":
+        return [Product(b, a) for b, a in zip(B, A, strict=True)]
+    if held.mid is not None:
+        A = np.einsum("rj...,ji->ri...", wide(held.mid), A.reshape(A.shape[:2]))
+    A, B = A.reshape(len(A), -1), B.reshape(len(B), -1)
+    groups = len(A) // B.shape[1]
+    if groups > 1:  # a second factor that has groups, as its convolution has
+        B = block_diagonal(np.split(B, groups))
+    made = Product(A.T, B.T) if held.kind == "embedding" else Product(B, A)
+    if held.shift is not None:
+        taken_A, taken_B = held.shift
+        made = total([made, Product(-wide(taken_B), wide(taken_A))])
+    return [made]
+
+
+def wide(held: Tensor) -> np.ndarray:
+    return held.read().astype("f8")
+
+
+def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    out = np.zeros((sum(len(b) for b in blocks), sum(b.shape[1] for b in blocks)))
+    row = column = 0
+    for block in blocks:
+        out[row : row + len(block), column : column + block.shape[1]] = block
+        row, column = row + len(block), column + block.shape[1]
+    return out
+
+
+def as_low_rank(held: LowRank | Other) -> LowRank | None:
+    """Return LoRA as it is, and AdaLoRA's triplets as LoRA; None for other methods."""
+    if isinstance(held, LowRank):
+        return held
+    if held.method != "ADALORA" or held.scale is None:
+        return None
+    A = held.tensors["lora_A"]
+    scaled = wide(A) * wide(held.tensors["lora_E"])
+    return LowRank(tensor(scaled, A.dtype), held.tensors["lora_B"], held.scale)
+
+
+def with_factors(held: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
+    """Return `held` with the largest `rank` triplets of an SVD in place of its factors, at scale 1.
+
+    √σ stands on both sides. A module that has fewer triplets gets zeros.
+    """
+    pairs = [split(svd, rank) for svd in made]
+    dtype, bias = held.B.dtype, held.bias
+    if held.kind == "experts":
+        A, B = np.stack([a for _, a in pairs]), np.stack([b for b, _ in pairs])
+    elif held.kind == "embedding":
+        ((right, left),) = pairs
+        A, B = right.T, left.T
+    else:
+        ((B, A),) = pairs
+        kernel = held.A.shape[2:] if held.mid is None else held.mid.shape[2:]
+        A, B = A.reshape(rank, held.A.shape[1], *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
+    if bias is not None and held.scale != 1:
+        bias = tensor(wide(bias) * held.scale, bias.dtype)
+    return LowRank(tensor(A, held.A.dtype), tensor(B, dtype), 1.0, held.kind, held.magnitude, bias)
+
+
+def split(svd: Svd, rank: int) -> Product:
+    k = min(rank, len(svd.s))
+    root = np.sqrt(svd.s[:k])
+    B, A = np.zeros((len(svd.U), rank)), np.zeros((rank, svd.Vt.shape[1]))
+    B[:, :k], A[:k] = svd.U[:, :k] * root, root[:, None] * svd.Vt[:k]
+    return Product(B, A)
+
+
+def with_magnitude(held: LowRank, W: np.ndarray) -> np.ndarray:
+    """Return all that DoRA changes of a weight W (out, …), as a matrix: m (W + ΔW) / ‖W + ΔW‖ - W by rows.
+
+    Of an embedding (vocabulary, dim) by columns.
+    """
+    W = W.reshape(len(W), -1).astype("f8")
+    ((B, A),) = products(held)
+    new = W + B @ A
+    assert held.magnitude is not None
+    axis = 0 if held.kind == "embedding" else 1
+    gain = wide(held.magnitude) / np.linalg.norm(new, axis=axis)
+    return new * (gain if axis == 0 else gain[:, None]) - W
+
+
+# one matrix
+
+
+def svd(made: Product) -> Svd:
+    """Return the singular triplets of B A, as many as its factors have columns."""
+    Qb, Rb = np.linalg.qr(made.B)
+    Qa, Ra = np.linalg.qr(made.A.T)
+    U, s, Vt = np.linalg.svd(Rb @ Ra.T)
+    k = len(s)
+    return Svd(Qb @ U[:, :k], s, Vt[:k] @ Qa.T)
+
+
+def spectrum(made: Product) -> np.ndarray:
+    """Return the singular values of B A, the largest first."""
+    return np.linalg.svd(core(made), compute_uv=False)
+
+
+def norm(made: Product) -> float:
+    """Return ‖B A‖ (Frobenius)."""
+    return float(np.linalg.norm(core(made)))
+
+
+def core(made: Product) -> np.ndarray:
+    """Return R R'ᵀ (r, r), which has the singular values of B A."""
+    Rb, Ra = (np.asarray(np.linalg.qr(M, "r")) for M in (made.B, made.A.T))
+    return Rb @ Ra.T
+
+
+def stable_rank(s: np.ndarray) -> float:
+    """Return ‖·‖²_F / σ₁²; 0 of a matrix that is 0."""
+    return float((s**2).sum() / s[0] ** 2) if len(s) and s[0] > 0 else 0.0
+
+
+def effective_rank(s: np.ndarray) -> float:
+    """Return exp(H(σ / Σσ)), H the entropy (Roy and Vetterli 2007); 0 of a matrix that is 0."""
+    p = s[s > 0] / s.sum() if s.sum() > 0 else np.empty(0)
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
+
+
+def rank_for_energy(s: np.ndarray, energy: float) -> int:
+    """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ²."""
+    kept = np.cumsum(s**2)
+    return int(np.searchsorted(kept, energy * kept[-1] * (1 - 1e-12)) + 1) if kept[-1] > 0 else 1
+
+
+def rank_for_ratio(s: np.ndarray, ratio: float) -> int:
+    """Return how many σ are larger than σ₁ / ratio."""
+    return max(1, int((s > s[0] / ratio).sum()))
+
+
+def energy_of(s: np.ndarray, rank: int) -> float:
+    """Return the part of Σ σ² that the first `rank` hold; 1 of a matrix that is 0."""
+    whole = float((s**2).sum())
+    return float((s[:rank] ** 2).sum()) / whole if whole > 0 else 1.0
+
+
+# several
+
+
+def total(parts: Iterable[Product], weights: Iterable[float] | None = None) -> Product:
+    """Return a weighted sum, exactly: factors stand side by side, and ranks add up."""
+    parts = list(parts)
+    weights = [1.0] * len(parts) if weights is None else list(weights)
+    B = np.concatenate([w * part.B for w, part in zip(weights, parts, strict=True)], 1)
+    return Product(B, np.concatenate([part.A for part in parts]))
+
+
+def inner(a: Product, b: Product) -> float:
+    """Return Σ a ⊙ b, the inner product of two matrices."""
+    return float(((a.B.T @ b.B) * (a.A @ b.A.T)).sum())
+
+
+class Difference(NamedTuple):
+    """How two changes of one weight differ."""
+
+    cosine: float | None  # None: one of them is 0
+    relative: float  # ‖a - b‖ / the larger of ‖a‖ and ‖b‖
+    angle: float | None  # degrees: the largest between what they write to, or read from
+
+
+def compare(a: Sequence[Product], b: Sequence[Product]) -> Difference:
+    """Compare two changes: of each one matrix, or as many as there are experts."""
+    size_a, size_b = (np.sqrt(sum(norm(p) ** 2 for p in parts)) for parts in (a, b))
+    apart = np.sqrt(sum(norm(total(pair, (1, -1))) ** 2 for pair in zip(a, b, strict=True)))
+    larger = max(size_a, size_b)
+    if min(size_a, size_b) == 0:
+        return Difference(None, float(apart / larger) if larger else 0.0, None)
+    cosine = sum(inner(x, y) for x, y in zip(a, b, strict=True)) / (size_a * size_b)
+    angles = [largest_angle(x, y) for x, y in zip(a, b, strict=True)]
+    found = [angle for angle in angles if angle is not None]
+    return Difference(float(np.clip(cosine, -1, 1)), float(apart / larger), max(found, default=None))
+
+
+def largest_angle(a: Product, b: Product) -> float | None:
+    """Return the largest principal angle in degrees between the column spaces of two matrices, or their row spaces."""
+    x, y = svd(a), svd(b)
+    k, l = x.rank(), y.rank()
+    if not k or not l:
+        return None
+    return max(between(x.U[:, :k], y.U[:, :l]), between(x.Vt[:k].T, y.Vt[:l].T))
+
+
+def between(P: np.ndarray, Q: np.ndarray) -> float:
+    """Return the largest principal angle between two spaces, of orthonormal bases, in degrees.
+
+    Sines tell small angles, cosines large ones. The smaller space may lie in the larger one: then it is 0.
+    """
+    small, large = (P, Q) if P.shape[1] <= Q.shape[1] else (Q, P)
+    inside = large.T @ small
+    sine = np.linalg.norm(small - large @ inside, 2)
+    cosine = np.linalg.svd(inside, compute_uv=False)[-1]
+    return float(np.degrees(np.arctan2(sine, cosine)))
+
+
+def sizes(held: LowRank) -> tuple[int, int]:
+    """Return how many rows and columns the matrix has that a module's change is."""
+    if held.kind == "experts":
+        return held.B.shape[1], held.A.shape[2]
+    kernel = held.A.shape[2:] if held.mid is None else held.mid.shape[2:]
+    return held.B.shape[0], held.A.shape[1] * prod(kernel)

@@ -31,7 +31,7 @@ def lower_bounds():
 
 
 def same(a, b):
-    """Say whether two versions are one: 13 is 13.0.0."""
+    """Return True if two versions are one: 13 is 13.0.0."""
     a, b = ([*map(int, v.split("."))] for v in (a, b))
     width = max(len(a), len(b))
     return a + [0] * (width - len(a)) == b + [0] * (width - len(b))

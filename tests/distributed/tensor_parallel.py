@@ -198,7 +198,7 @@ def megatron_laws() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def takes(sample: Any, style: str) -> bool:
-    """Say whether a sample's sizes fit the layer."""
+    """Return True if a sample's sizes fit the layer."""
     try:
         with seeded(0):
             adapted(Net(), sample, STYLES[style][0])

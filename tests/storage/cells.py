@@ -257,5 +257,5 @@ def restored(layer: nn.Linear) -> nn.Linear:
 
 
 def takes(kind: Kind, sample: Sample) -> bool:
-    """Say whether the storage has a cell for the sample: not if that writes to a base that cannot be written."""
+    """Return True if the storage has a cell for the sample: not if that writes to a base that cannot be written."""
     return (str(sample) in kind.only or not kind.only) and not (sample.rewrites and kind.fixed is not None)

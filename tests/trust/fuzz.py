@@ -176,7 +176,7 @@ def load(way: str, model: nn.Module, where: str) -> tuple[Any, str]:
 
 
 def is_told(e: BaseException) -> bool:
-    """Say whether an error is one that graft raises to say what is wrong."""
+    """Return True if an error is one that graft raises to say what is wrong."""
     if isinstance(e, graft.PeftError):
         return True
     raised_in = traceback.extract_tb(e.__traceback__)[-1]

@@ -157,7 +157,7 @@ def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str, cfg: A
 
 
 def changes_base(cfg: Any) -> bool:
-    """Say whether the initialisation of adapters with this config changes the base weights."""
+    """Return True if the initialisation of adapters with this config changes the base weights."""
     setting = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
     return setting is not None and setting(cfg) is not None
 

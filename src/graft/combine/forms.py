@@ -64,7 +64,7 @@ class Form:
         return adding.union_of(configs)
 
     def why_not(self, m: Any) -> str | None:
-        """Say why a method cannot be read; None if it can."""
+        """Return why a method cannot be read; None if it can."""
         if m.effect.additive or type(m) is method_of(m.cfg.peft_type):
             return None
         return f"{type(m).__name__} does more than add a low-rank update"

@@ -80,7 +80,7 @@ def left_over(folder: str) -> dict[str, str]:
 
 
 def in_use(path: str, where: str, pid: int) -> bool:
-    """Say whether the process that made a temporary file may still run."""
+    """Return True if the process that made a temporary file may still run."""
     if where == machine() and os.name == "posix" and not alive(pid):  # elsewhere `os.kill` would end it
         return False
     try:

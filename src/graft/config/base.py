@@ -108,7 +108,7 @@ class PeftConfig:
         return here
 
     def reaches(self, text: str, key: str, field: str) -> bool:
-        """Say whether a pattern of `field`, one of `patterns`, fits layer path `key`."""
+        """Return True if a pattern of `field`, one of `patterns`, fits layer path `key`."""
         return matches_end(text, key, field)
 
     # dicts and files
@@ -282,7 +282,7 @@ def close_to(unknown: Iterable[str], known: Iterable[str]) -> str:
 
 
 def matches_end(pattern: str, key: str, field: str) -> bool:
-    """Say whether a regular expression of `field` matches the end of a layer path, from its start or from a dot."""
+    """Return True if a regular expression of `field` matches the end of a layer path, from its start or from a dot."""
     return ending(pattern, field).match(key) is not None
 
 
@@ -352,7 +352,7 @@ def described(value: Any) -> str:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Say whether `value`, and all that it contains, is of the type that an annotation names."""
+    """Return True if `value`, and all that it contains, is of the type that an annotation names."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True

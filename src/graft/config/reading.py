@@ -115,7 +115,7 @@ def check_numbers(config: Any, hints: dict[str, Any]) -> None:
 
 
 def anything(hint: Any) -> bool:
-    """Say whether a type leaves open what a value contains."""
+    """Return True if a type leaves open what a value contains."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(anything(part) for part in typing.get_args(hint))
     return hint in (Any, dict)
@@ -215,6 +215,6 @@ def counts(bare: str) -> list[int]:
 
 
 def is_quick(bare: str) -> bool:
-    """Say whether a pattern has few repetitions, and none of a group."""
+    """Return True if a pattern has few repetitions, and none of a group."""
     repeats = re.findall(r"[*+?{]", bare)
     return len(repeats) <= QUICK_REPEATS and not re.search(r"\)[*+{]", bare)

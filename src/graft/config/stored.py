@@ -71,7 +71,7 @@ class Stored:
         return inside
 
     def _is_marked(self, stamp: notes.Stamp | None) -> bool:
-        """Say whether a save, under way or cut short, has brought these weights or what is beside them."""
+        """Return True if a save, under way or cut short, has brought these weights or what is beside them."""
         marks = marked(self.folder)
         if not marks or token(stamp) in marks:
             return bool(marks)

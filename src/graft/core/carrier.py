@@ -99,7 +99,7 @@ class Carrier:
 
     @property
     def disable_adapters(self) -> bool:
-        """Say whether adapters are switched off, or disabled for the call that this thread is in."""
+        """Return True if adapters are switched off, or disabled for the call that this thread is in."""
         state = self.state
         return state.disabled or (state.call is not None and state.call.off)
 

@@ -220,7 +220,7 @@ class Slot:
 
     @property
     def flattened(self) -> bool:
-        """Say whether FSDP keeps the tensor in a flat parameter, which trains as a whole."""
+        """Return True if FSDP keeps the tensor in a flat parameter, which trains as a whole."""
         return self.is_parameter and self.where is self.owner.__dict__
 
     def assign(self, value: Tensor, device: Any = None) -> None:

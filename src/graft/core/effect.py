@@ -109,17 +109,17 @@ class Effect:
 
     @property
     def additive(self) -> bool:
-        """Say whether y = base(x) + part(x)."""
+        """Return True if y = base(x) + part(x)."""
         return True
 
     @property
     def reads(self) -> bool:
-        """Say whether a forward pass needs the values of the weight."""
+        """Return True if a forward pass needs the values of the weight."""
         return self.of_weight
 
     @property
     def keeps_weight(self) -> bool:
-        """Say whether its merged form changes the bias alone."""
+        """Return True if its merged form changes the bias alone."""
         return False
 
     @property

@@ -130,7 +130,7 @@ class Change(NamedTuple):
 
 
 def why_none(m: Any) -> str | None:
-    """Say why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
+    """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
     A `Rewrite` that gives nothing but a new weight f(W) has one, f(W₀) - W₀; one that acts on inputs and outputs has a
     merged form at most.

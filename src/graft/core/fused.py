@@ -67,7 +67,7 @@ def weight_of(linear: Any) -> Tensor:
 
 
 def is_fixed(A: Tensor, B: Tensor) -> bool:
-    """Say whether only the vectors between and around the factors train."""
+    """Return True if only the vectors between and around the factors train."""
     return not (A.requires_grad or B.requires_grad)
 
 

@@ -181,7 +181,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.activate(names, not inference_mode)
 
     def is_merged(self, names: list[str]) -> bool:
-        """Say whether of the merged adapters there are just these."""
+        """Return True if of the merged adapters there are just these."""
         return self.state.merged == [n for n in names if n in self.methods]
 
     @changes(everything)
@@ -365,7 +365,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     @property
     def may_fuse(self) -> bool:
-        """Say whether a kernel may now write to the base layer's output, and use its weight without calling it."""
+        """Return True if a kernel may now write to the base layer's output, and use its weight without calling it."""
         return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])
 
     @cached_property

@@ -46,7 +46,7 @@ def not_merged(layer: Layer, names: Sequence[str] | None) -> list[str]:
 
 
 def replaces(layer: Layer, names: Sequence[str]) -> bool:
-    """Say whether one of these adapters stands in for the whole layer."""
+    """Return True if one of these adapters stands in for the whole layer."""
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
 
@@ -125,7 +125,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
 
 
 def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
-    """Say why merging cannot write these adapters into this layer; None if it can."""
+    """Return why merging cannot write these adapters into this layer; None if it can."""
     effects = [m.effect for m in methods]
     for effect in effects:
         if effect.fixed is not None:
@@ -165,7 +165,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
 
 
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
-    """Say whether what stands against merging is that the weight is packed, and can be read."""
+    """Return True if what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.store.unread(layer.base_layer, layer.site.parameter) is None
     packed = packed and layer.op.fixed(layer.get_base_layer()) is None
     return packed and all(m.effect.fixed is None for m in methods)

@@ -198,14 +198,14 @@ class Method:
 
     @classmethod
     def excludes(cls, other: Any) -> str | None:
-        """Say why an adapter with the config `other` cannot stand beside one of this class; None if it can.
+        """Return why an adapter with the config `other` cannot stand beside one of this class; None if it can.
 
         A layer asks both adapters about each other.
         """
         return None
 
     def check(self) -> str | None:
-        """Say why the method cannot adapt this site; None if it can. There are no tensors yet."""
+        """Return why the method cannot adapt this site; None if it can. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__
         whole = effect.whole or getattr(effect, "input_of", None) or getattr(effect, "block", False)
         if not (site.op.known or whole):
@@ -236,19 +236,19 @@ class Method:
         """Set initial values. Before a load it runs only if `inits_before_load`."""
 
     def inits_from_weight(self) -> bool:
-        """Say whether `init` reads or changes the base weight."""
+        """Return True if `init` reads or changes the base weight."""
         return False
 
     def starts_from_weight(self) -> bool:
-        """Say whether some of its first values come from the base weight, which then has to be finite."""
+        """Return True if some of its first values come from the base weight, which then has to be finite."""
         return self.inits_from_weight()
 
     def changes_weight(self) -> bool:
-        """Say whether `init` changes the base weight."""
+        """Return True if `init` changes the base weight."""
         return False
 
     def inits_before_load(self) -> bool:
-        """Say whether `init` must run before a load, too; not if `loaded` makes up for it."""
+        """Return True if `init` must run before a load, too; not if `loaded` makes up for it."""
         return self.inits_from_weight()
 
     def loaded(self) -> None:
@@ -266,7 +266,7 @@ class Method:
 
     @property
     def stores_as_held(self) -> bool:
-        """Say whether `stored` changes nothing."""
+        """Return True if `stored` changes nothing."""
         return type(self).stored is Method.stored
 
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
@@ -299,7 +299,7 @@ class Method:
 
     @property
     def is_variant(self) -> bool:
-        """Say whether the class is one that a method chooses by its config, and not the method's own."""
+        """Return True if the class is one that a method chooses by its config, and not the method's own."""
         own = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
         return own not in (type(self), Method)
 

@@ -36,5 +36,5 @@ def check(names: list[str], argument: str) -> None:
 
 
 def is_bias(name: str) -> bool:
-    """Say whether a parameter of that name is one of those that `bias="all"` trains and saves, as in PEFT."""
+    """Return True if a parameter of that name is one of those that `bias="all"` trains and saves, as in PEFT."""
     return name.rpartition(".")[2] == "bias"

@@ -102,7 +102,7 @@ class Op:
         return g @ W
 
     def factorable(self, m: Any) -> bool:
-        """Say whether `down` and `up` together can do the work of a low-rank weight."""
+        """Return True if `down` and `up` together can do the work of a low-rank weight."""
         return True
 
     def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ UNKNOWN = Unknown()
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Say whether a module runs the forward of its row in the table, and nothing of its own."""
+    """Return True if a module runs the forward of its row in the table, and nothing of its own."""
     kind: Any = type(module)
     known: Any = OPS.origin(kind)
     return known is not None and kind.forward is known.forward

@@ -80,12 +80,12 @@ class PeftNames:
 
     @property
     def fan_in_fan_out(self: Layer) -> bool:
-        """Say whether the base layer stores (in, out)."""
+        """Return True if the base layer stores (in, out)."""
         return self.op.transposed and not self.op.takes_ids
 
     @property
     def is_target_conv_1d_layer(self: Layer) -> bool:
-        """Say whether the base layer is transformers' Conv1D."""
+        """Return True if the base layer is transformers' Conv1D."""
         return self.site.type_name == "Conv1D"
 
     @property
@@ -120,7 +120,7 @@ class PeftNames:
             return self.op.uncanon(delta_of(self, effect))
 
     def supports_lora_conversion(self: Layer, adapter_name: str = "default") -> bool:
-        """Say whether plain LoRA can hold what an adapter does to this layer: see `graft.convert_to_lora`."""
+        """Return True if plain LoRA can hold what an adapter does to this layer: see `graft.convert_to_lora`."""
         return adapter_name in self.methods and why_none(self.methods[adapter_name]) is None
 
     # adapters

@@ -53,7 +53,7 @@ class Piece:
     left_out: Callable[[nn.Module], tuple[Any, ...]] | None = None
 
     def leaves_bias(self, module: nn.Module) -> bool:
-        """Say whether the output comes without the layer's bias, which the caller adds."""
+        """Return True if the output comes without the layer's bias, which the caller adds."""
         return self.left_out is not None and self.left_out(module)[0] is not None
 
     @property
@@ -193,7 +193,7 @@ class OfPieces:
 
 
 def draws(m: Method) -> bool:
-    """Say whether an adapter may draw random numbers in training."""
+    """Return True if an adapter may draw random numbers in training."""
     return any(
         isinstance(value, float) and value > 0 for name, value in vars(m.cfg).items() if "dropout" in name
     ) or bool(getattr(m.effect, "draws", False))

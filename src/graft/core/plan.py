@@ -26,7 +26,7 @@ from graft.kernels.summed import summed
 
 
 def forms(effect: Effect) -> bool:
-    """Say whether what an adapter adds is computed from a tensor as large as the weight."""
+    """Return True if what an adapter adds is computed from a tensor as large as the weight."""
     if isinstance(effect, LowRank):
         return effect.of_weight and not effect.gains
     return isinstance(effect, Update) and effect.delta is not None and effect.branch is None

@@ -70,17 +70,17 @@ class Site:
 
     @property
     def takes_vectors(self) -> bool:
-        """Say whether the inputs are vectors, which a matrix multiplies: no ids, and no channels of a convolution."""
+        """Return True if a matrix multiplies the inputs: they are no ids, and no channels of a convolution."""
         return len(self.shape) == 2 and not self.op.takes_ids
 
     @property
     def by_itself(self) -> bool:
-        """Say whether what is adapted is a tensor, and not a call of the module."""
+        """Return True if what is adapted is a tensor, and not a call of the module."""
         return self.op.opaque or not self.is_called
 
     @property
     def on_meta(self) -> bool:
-        """Say whether there is no weight yet, so that values for it would be lost."""
+        """Return True if there is no weight yet, so that values for it would be lost."""
         device = self.store.where(self.module)[0]
         return device is not None and device.type == "meta"
 

@@ -185,7 +185,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
 
 
 def why_not_parallel(method: Method) -> str | None:
-    """Say why a method cannot adapt a module of which each process has a piece; None if it can."""
+    """Return why a method cannot adapt a module of which each process has a piece; None if it can."""
     site, effect = method.site, method.effect
     inside = effect.whole or getattr(effect, "input_of", None) is not None or site.op.opaque
     why = refusal(site.module, site.op, inside)
@@ -207,7 +207,7 @@ def check_unwrapped(sites: list[Site], adapter: str) -> None:
 
 
 def by_itself(method: Method) -> str | None:
-    """Say why a method cannot adapt a tensor that modules use in ways of their own; None if it can."""
+    """Return why a method cannot adapt a tensor that modules use in ways of their own; None if it can."""
     site, effect = method.site, method.effect
     if not site.by_itself:
         return None

@@ -63,7 +63,7 @@ def gaps(blocks: nn.Module) -> list[str]:
 
 
 def below(path: str, absent: Iterable[str]) -> bool:
-    """Say whether a path is that of an absent module, or in one."""
+    """Return True if a path is that of an absent module, or in one."""
     return any(path == key or path.startswith(f"{key}.") for key in absent)
 
 

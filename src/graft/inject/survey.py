@@ -340,7 +340,7 @@ class Composed(NamedTuple):
 
 
 def why_not_attention(m: Any) -> str | None:
-    """Say why an nn.MultiheadAttention cannot be adapted; None if it can."""
+    """Return why an nn.MultiheadAttention cannot be adapted; None if it can."""
     if m.in_proj_weight is None:
         return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
     out = getattr(m.out_proj, "base_layer", m.out_proj)

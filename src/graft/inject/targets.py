@@ -166,7 +166,7 @@ def children_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def why_not_composed(module: nn.Module) -> str | None:
-    """Say why a module whose weights are a parameter and those of children cannot be adapted; None for any other."""
+    """Return why a module whose weights are a parameter and those of children cannot be adapted; None for any other."""
     composed = COMPOSED.find(type(module))
     return None if composed is None else composed.why_not(module)
 

@@ -47,7 +47,7 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def is_added(base: nn.Module, key: str) -> bool:
-    """Say whether a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
+    """Return True if a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
     module: Any = base
     parts = key.split(".")
     for i, part in enumerate(parts):

@@ -91,7 +91,7 @@ def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
 
 
 def sums(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
-    """Say of groups whether their sums are finite, which is quick to see. One that is not may have overflowed."""
+    """Return for each group whether its sum is finite, which is quick to see. One that is not may have overflowed."""
     out = [False] * len(groups)
     places: dict[torch.device, list[int]] = defaultdict(list)
     for i, named in enumerate(groups):
@@ -109,7 +109,7 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
 
 
 def has_finite_sum(data: bytes, tensors: dict[str, Tensor]) -> bool:
-    """Say whether the sum of all numbers of a safetensors file, whose tensors these are, is finite.
+    """Return True if the sum of all numbers of a safetensors file, whose tensors these are, is finite.
 
     One pass over the file takes a quarter of the time of one over each tensor. False says nothing: the numbers may not
     be float32, or their sum may have overflowed.

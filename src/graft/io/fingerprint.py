@@ -232,7 +232,7 @@ def rounded(values: list[float]) -> list[float]:
 
 
 def same_values(stored: dict, now: dict) -> bool:
-    """Say whether two fingerprints could be of the same weights."""
+    """Return True if two fingerprints could be of the same weights."""
     old, new = stored.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return True
@@ -263,7 +263,7 @@ def in_common(stored: dict, now: dict) -> tuple[dict, dict] | None:
 
 
 def difference(stored: dict, now: dict) -> str | None:
-    """Say in words how the architectures differ; None if they do not."""
+    """Return in words how the architectures differ; None if they do not."""
     if stored.get("shapes") == now["shapes"]:
         return None
     old, new = stored.get("weights"), now.get("weights")

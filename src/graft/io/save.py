@@ -241,7 +241,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
 
 
 def resized_vocabulary(base: nn.Module, config: Any) -> bool:
-    """Say whether the vocabulary's size differs from that of the original model, in a local folder or the hub's cache.
+    """Return True if the vocabulary's size differs from that of the original, in a local folder or the hub's cache.
 
     Never ask the network.
     """

@@ -35,7 +35,7 @@ GATHER = (
 
 
 def all_here(tensors: Iterable[Tensor]) -> bool:
-    """Say whether each tensor is a plain one with numbers, which is quick to see: no part, and no stand-in for one."""
+    """Return True if each tensor is plain and has numbers, which is quick to see: no part, and no stand-in."""
     return all([is_plain(t) and t.numel() for t in tensors])
 
 
@@ -76,7 +76,7 @@ def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, ad
 
 
 def is_odd(tensor: Tensor, value: Tensor) -> bool:
-    """Say whether a tensor is empty in the stead of another, or a value has another shape than it."""
+    """Return True if a tensor is empty in the stead of another, or a value has another shape than it."""
     if value is tensor and is_plain(tensor):
         return not is_whole(tensor)
     layout = layout_of(tensor)

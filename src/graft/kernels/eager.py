@@ -24,8 +24,8 @@ BACKWARD_BEFORE, BACKWARD = modules._global_backward_pre_hooks, modules._global_
 
 
 def eager() -> bool:
-    """Say whether operations run as written, and nothing more: no compiler fuses them, no tracer records them, there is
-    no functional transform or forward-mode derivative, no hook on all modules. Every layer asks at every call."""
+    """Return True if operations run as written, and nothing more: no compiler fuses them, no tracer records them, there
+    is no functional transform or forward-mode derivative, no hook on all modules. Every layer asks at every call."""
     return not (
         is_dynamo_compiling()
         or compiler._is_compiling_flag
@@ -40,23 +40,23 @@ def eager() -> bool:
 
 
 def only_backward() -> bool:
-    """Say whether an autograd.Function that has a rule for vmap, and compiles, may stand for operations: no tracer
+    """Return True if an autograd.Function that has a rule for vmap, and compiles, may stand for operations: no tracer
     records them, and nobody wants a forward-mode derivative."""
     return is_dynamo_compiling() or not (_is_tracing() or forward_ad._current_level >= 0)
 
 
 def functional() -> bool:
-    """Say whether a functional transform runs; code within it must not write to tensors."""
+    """Return True if a functional transform runs; code within it must not write to tensors."""
     return not is_dynamo_compiling() and _are_functorch_transforms_active()
 
 
 def watched() -> bool:
-    """Say whether a dispatch mode sees operations one by one, and may give them tensors without values."""
+    """Return True if a dispatch mode sees operations one by one, and may give them tensors without values."""
     return _len_torch_dispatch_stack() > 0
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """Say whether calling a module does nothing but its forward, so that code may go past the call. For hooks on all
+    """Return True if calling a module does nothing but its forward, so that code may go past the call. For hooks on all
     modules ask `eager`."""
     held = module.__dict__  # a lean module may have no dictionaries for hooks
     return not (

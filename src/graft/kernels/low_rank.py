@@ -182,7 +182,7 @@ def low_rank_linear(
 
 
 def fuses(x: Tensor, p: float) -> bool:
-    """Say whether an autograd.Function pays. x (…, in).
+    """Return True if an autograd.Function pays. x (…, in).
 
     With dropout it does also without gradients: reentrant checkpointing runs first without, then with them, and both
     runs need one mask.
@@ -320,7 +320,7 @@ def gradients(
 
 
 def worth_it(x: Tensor) -> bool:
-    """Say whether gradients are on, x has enough rows, and neither a compiler nor autocast changes the operations."""
+    """Return True if gradients are on, x has enough rows, and no compiler or autocast changes the operations."""
     if not (torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]):
         return False
     return eager() and autocast_dtype(x.device) is None
@@ -337,7 +337,7 @@ def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
 
 
 def one_product_pays(rows: int, out: int, n: int) -> bool:
-    """Say whether forming W + ΔW, once in each direction, costs less than three products with the factors.
+    """Return True if forming W + ΔW, once in each direction, costs less than three products with the factors.
 
     The costs are 2 out · n and rows (2 out + n), times r. The sums with W come on top: hence 3.
     """

@@ -53,7 +53,7 @@ def add_groups(
 
 
 def _alike(factors: Factors, sizes: Sequence[int]) -> bool:
-    """Say whether one batched product covers them all."""
+    """Return True if one batched product covers them all."""
     first = factors[0][0]
     return len(set(sizes)) == 1 and all(A.shape == first.shape for A, _, _ in factors)
 

@@ -45,7 +45,7 @@ def linear_with(
 
 
 def holds(numbers: Tensor, W: Tensor) -> bool:
-    """Say whether the dtype of ΔW's numbers has all values of W's, so that the sum rounds none of W."""
+    """Return True if the dtype of ΔW's numbers has all values of W's, so that the sum rounds none of W."""
     return torch.promote_types(W.dtype, numbers.dtype) == numbers.dtype
 
 
@@ -99,7 +99,7 @@ def plain_low_rank(W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tens
 
 
 def low_rank_pays(rows: int, out: int, n: int, r: int, need_A: bool, need_B: bool) -> bool:
-    """Say whether forming W + s · B A, once in each direction, costs less in training than products with the factors.
+    """Return True if forming W + s · B A, once in each direction, costs less in training than multiplying by factors.
 
     That is so where r is a good part of n or `out`. `need_…`: the factor gets a gradient, by way of that of W.
     """
@@ -130,7 +130,7 @@ def plain_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def is_narrow(r: int, out: int, n: int) -> bool:
-    """Say whether factors of rank r² are the better choice: less work, at most half of the dense matrix's memory."""
+    """Return True if factors of rank r² are the better choice: less work, at most half of the dense matrix's memory."""
     return 2 * r * r * (out + n) < out * n
 
 
@@ -157,7 +157,7 @@ class Hadamard(NamedTuple):
         return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
 
     def product(self, x: Tensor) -> None:
-        """Say that for few rows, too, the matrix has to be formed."""
+        """Return True: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -232,7 +232,7 @@ class Modulated(NamedTuple):
         return own if self.D is None else own + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
 
     def product(self, x: Tensor) -> None:
-        """Say that for few rows, too, the matrix has to be formed."""
+        """Return True: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -284,7 +284,7 @@ class Rescaled(NamedTuple):
         return torch.zeros_like(own) if self.a is None or self.b is None else own * self.a.flatten() + self.b.flatten()
 
     def product(self, x: Tensor) -> None:
-        """Say that for few rows, too, the matrix has to be formed."""
+        """Return True: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient

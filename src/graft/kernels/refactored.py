@@ -33,7 +33,7 @@ class Refactored(NamedTuple):
 
     @property
     def always(self) -> bool:
-        """Say that `linear_with` pays for any input."""
+        """Return True: `linear_with` pays for any input."""
         return True
 
     @property

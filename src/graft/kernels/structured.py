@@ -136,7 +136,7 @@ def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def last_first(a: Tensor, b: Tensor) -> bool:
-    """Say whether it is cheaper to multiply by b before a."""
+    """Return True if it is cheaper to multiply by b before a."""
     (l, m), (k, n) = a.shape, b.shape
     return m * k * (n + l) <= l * n * (m + k)
 

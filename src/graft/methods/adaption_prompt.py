@@ -129,5 +129,5 @@ class AdaptionPrompt(Method):
 
 
 def fused(attention: nn.Module) -> bool:
-    """Say whether one layer makes queries, keys and values, as in GPT-2; the prompt's output then has no projection."""
+    """Return True if one layer makes queries, keys and values, as GPT-2's; the prompt's output then has no projection."""
     return "c_attn" in attention._modules

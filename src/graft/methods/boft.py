@@ -136,7 +136,7 @@ class BOFT(Method):
 
 
 def unfit(n: int, cfg: BOFTConfig) -> str | None:
-    """Say why n channels do not have these blocks and factors; None if they have."""
+    """Return why n channels do not have these blocks and factors; None if they have."""
     size, blocks, F = cfg.boft_block_size, cfg.boft_block_num, cfg.boft_n_butterfly_factor
     name, given = ("boft_block_num", blocks) if blocks else ("boft_block_size", size)
     if n % given:

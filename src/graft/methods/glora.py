@@ -82,7 +82,7 @@ class GLoRA(Method):
 
     @property
     def shifts(self) -> bool:
-        """Say whether C, D and E act: on a layer that has a bias."""
+        """Return True if C, D and E act: on a layer that has a bias."""
         return getattr(self.site.module, "bias", None) is not None
 
     def describe(self) -> Effect:

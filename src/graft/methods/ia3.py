@@ -67,7 +67,7 @@ class IA3(Method):
 
     @property
     def inner(self) -> bool:
-        """Say whether the config scales this layer's input."""
+        """Return True if the config scales this layer's input."""
         return _is_feedforward(self.site.key, self.cfg)
 
     def describe(self) -> Effect:

@@ -52,7 +52,7 @@ class Lycoris(Method):
 
     @property
     def cp(self) -> bool:
-        """Say whether the adapter factors the kernel of a convolution, too."""
+        """Return True if the adapter factors the kernel of a convolution, too."""
         return self.cfg.use_effective_conv2d and math.prod(self.site.shape[2:]) > 1
 
     @property
@@ -63,7 +63,7 @@ class Lycoris(Method):
 
     @property
     def draws(self) -> bool:
-        """Say whether ΔW is random in training."""
+        """Return True if ΔW is random in training."""
         return bool(self.cfg.rank_dropout or self.cfg.module_dropout)
 
     def kept(self, like: Tensor, rescale: bool) -> Tensor | None:

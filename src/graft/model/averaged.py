@@ -64,7 +64,7 @@ def check(registry: Any) -> None:
 
 
 def has_copies(registry: Any) -> bool:
-    """Say whether each process is known to hold all of one adapter, which they train together."""
+    """Return True if each process is known to hold all of one adapter, which they train together."""
     if processes() < 2:
         return False
     return registry.in_ddp or bool(mastered(registry.model.parameters()))
@@ -109,7 +109,7 @@ def tensors_of(registry: Any, adapter: str) -> list[Tensor]:
 
 
 def is_late(slot: Slot) -> bool:
-    """Say whether FSDP does not know a parameter: its module is new, or other parameters there are in parts.
+    """Return True if FSDP does not know a parameter: its module is new, or other parameters there are in parts.
 
     That the parameter is whole says nothing: FSDP has put those together that its outermost unit has by now.
     """

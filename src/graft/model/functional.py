@@ -183,7 +183,7 @@ def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Say whether a folder or hub repository holds an adapter."""
+    """Return True if a folder or hub repository holds an adapter."""
     try:
         return PeftConfig.from_pretrained(model_name_or_path).peft_type is not None
     except (PeftError, OSError, TypeError, ValueError):

@@ -193,7 +193,7 @@ class PeftModel(nn.Module):
         return any(p.kind is p.VAR_KEYWORD for p in taken) if said is None else bool(said)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say whether plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
+        """Return True if plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
         return self._registry.supports_lora_conversion(adapter_name)  # type: ignore[no-any-return]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -568,5 +568,5 @@ CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  #
 
 
 def is_checkpointable(model: nn.Module) -> bool:
-    """Say whether a model tells if its gradient checkpointing is on."""
+    """Return True if a model tells if its gradient checkpointing is on."""
     return any(hasattr(type(model), flag) for flag in CHECKPOINTABLE)

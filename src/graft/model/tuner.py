@@ -126,7 +126,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     @staticmethod
     @step
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        """Say whether a config targets the module at path `key`."""
+        """Return True if a config targets the module at path `key`."""
         return Matcher(peft_config)(key).outcome == "matched"
 
     @step

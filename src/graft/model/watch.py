@@ -189,13 +189,13 @@ def parameters_in(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def has_rows(part: Part) -> bool:
-    """Say whether a part may train rows of a table, of which a batch uses some."""
+    """Return True if a part may train rows of a table, of which a batch uses some."""
     layer = part.carrier.adapter_layer
     return part.carrier.takes_rows or (layer is not None and layer.op.takes_ids)
 
 
 def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
-    """Say whether something may have taken gradients away from parameters, or keeps them sharded: FSDP, DeepSpeed,
+    """Return True if something may have taken gradients away from parameters, or keeps them sharded: FSDP, DeepSpeed,
     Megatron, an optimizer that steps within the backward pass."""
     parameters = [p for part in parts for p in part.parameters]
     return any(

@@ -113,22 +113,22 @@ def length(cache: Any) -> int:
 
 
 def holds_tokens(layer: Any) -> bool:
-    """Say whether a layer of a cache holds keys and values."""
+    """Return True if a layer of a cache holds keys and values."""
     return hasattr(layer, "get_seq_length")
 
 
 def holds_state(layer: Any) -> bool:
-    """Say whether a layer of a cache holds only a state, as for linear attention and convolutions."""
+    """Return True if a layer of a cache holds only a state, as for linear attention and convolutions."""
     return hasattr(layer, "conv_states") and not holds_tokens(layer)
 
 
 def is_static(cache: Any) -> bool:
-    """Say whether a cache has room for a fixed number of tokens only."""
+    """Return True if a cache has room for a fixed number of tokens only."""
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
 
 
 def slides(cache: Any) -> bool:
-    """Say whether a cache has layers that keep only the tokens of a sliding window."""
+    """Return True if a cache has layers that keep only the tokens of a sliding window."""
     own = getattr(cache, "self_attention_cache", cache)
     return any(getattr(layer, "is_sliding", False) for layer in getattr(own, "layers", ()))
 

@@ -31,7 +31,7 @@ class Replays:
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 
     def wanted(self) -> bool:
-        """Say whether layers will run again. If not, switch checkpointing off, which would only withhold the cache."""
+        """Return True if layers will run again. If not, switch checkpointing off: it would only withhold the cache."""
         if not self.stack.module.training:
             return False
         if not self._in_turn and any(RUN in m.__dict__ for m in self.stack.module.modules()):

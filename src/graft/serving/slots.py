@@ -300,7 +300,7 @@ class AdapterSlots:
         return turn not in self._line or self._line[0] is turn
 
     def _fit_beside(self, wanted: Sequence[str]) -> bool:
-        """Say whether there are slots for these beside what is pinned or in use."""
+        """Return True if there are slots for these beside what is pinned or in use."""
         return len({*wanted, *self._pinned, *self._in_use()}) <= self.max_adapters
 
     def _put(self, wanted: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:

@@ -32,7 +32,7 @@ class Aqlm(OwnModule):
         return m.codebooks.dtype  # type: ignore[no-any-return]
 
     def loses_gradient(self, m: Any) -> bool:
-        """Say so of codes that its kernel for CPUs has permuted, which its backward pass does not know."""
+        """Return True for codes that its kernel for CPUs has permuted, which its backward pass does not know."""
         return has_bytes(m)
 
     def protect(self, y: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ class Aqlm(OwnModule):
 
 
 def is_permuted(m: Any, groups: tuple[int, int]) -> bool:
-    """Say whether a first call on a CPU has put the groups of inputs first."""
+    """Return True if a first call on a CPU has put the groups of inputs first."""
     if groups[0] != groups[1]:
         return tuple(m.codes.shape[:2]) != groups
     return has_bytes(m) and m.gemv_op is not None
 
 
 def has_bytes(m: Any) -> bool:
-    """Say whether codes are bytes on a CPU, for which there is a kernel."""
+    """Return True if codes are bytes on a CPU, for which there is a kernel."""
     return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
 
 

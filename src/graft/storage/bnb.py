@@ -25,7 +25,7 @@ def functional() -> Any:
 
 
 def lacking(name: str) -> str | None:
-    """Say why bitsandbytes has no function of this name here; None if it has."""
+    """Return why bitsandbytes has no function of this name here; None if it has."""
     try:
         package = functional()
     except ImportError as error:
@@ -117,7 +117,7 @@ def is_interleaved(state: Any) -> bool:
 
 
 def is_transposed(state: Any) -> bool:
-    """Say whether bitsandbytes has put the codes back (for `state_dict()`), and forgotten the scales."""
+    """Return True if bitsandbytes has put the codes back (for `state_dict()`), and forgotten the scales."""
     return state.absmax.dim() == 2
 
 

@@ -32,7 +32,7 @@ def dtype_is_fixed(model: nn.Module) -> bool:
 
 
 def is_marked(model: nn.Module) -> bool:
-    """Say whether the one who loaded a model says that it is quantized."""
+    """Return True if the one who loaded a model says that it is quantized."""
     return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
 
 
@@ -80,13 +80,13 @@ def packed_store(m: nn.Module) -> Store | None:
 
 
 def holds_codes(m: nn.Module) -> bool:
-    """Say whether a module's weight is packed: codes and scales, whatever the module is called."""
+    """Return True if a module's weight is packed: codes and scales, whatever the module is called."""
     own = STORES.find(type(m))
     return strange_tensor(m, "weight") is not None if own is None else isinstance(own, Quantized)
 
 
 def codes_in(module: nn.Module) -> str | None:
-    """Say why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
+    """Return why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
     for m in filter(holds_codes, module.modules()):
         own = STORES.find(type(m))
         if not (isinstance(own, Quantized) and own.trains(m)):
@@ -95,7 +95,7 @@ def codes_in(module: nn.Module) -> str | None:
 
 
 def loose_bias(module: nn.Module) -> bool:
-    """Say whether a layer with a packed weight has a bias that is no Parameter."""
+    """Return True if a layer with a packed weight has a bias that is no Parameter."""
     bias = getattr(module, "bias", None)
     loose = isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter)
     return loose and isinstance(STORES.find(type(module)), Quantized)

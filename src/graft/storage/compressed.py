@@ -33,7 +33,7 @@ class Compressed(Dense):
         return self.waits(m, name) or super().fixed(m, name)
 
     def loses_gradient(self, m: Any) -> bool:
-        """Say so of layers that round inputs or outputs: compressed-tensors rounds without a gradient."""
+        """Return True for layers that round inputs or outputs: compressed-tensors rounds without a gradient."""
         scheme = m.quantization_scheme
         return scheme.input_activations is not None or scheme.output_activations is not None
 

@@ -30,7 +30,7 @@ LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that can be read an
 
 
 def strange_tensor(m: nn.Module, name: str) -> str | None:
-    """Say why a tensor of a module is not a plain one of floating-point numbers; None if it is, or is computed."""
+    """Return why a tensor of a module is not a plain one of floating-point numbers; None if it is, or is computed."""
     t: Any = m._parameters.get(name)
     t = m._buffers.get(name) if t is None else t
     if t is None:
@@ -44,7 +44,7 @@ def strange_tensor(m: nn.Module, name: str) -> str | None:
 
 
 def is_composed(t: Tensor) -> bool:
-    """Say whether a tensor has no memory of its own: it stands for what its type makes of other tensors."""
+    """Return True if a tensor has no memory of its own: it stands for what its type makes of other tensors."""
     kind = type(t)
     return not (kind in PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or LIKE_PLAIN.find(kind))
 
@@ -63,7 +63,7 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
 
 
 def strange_forward(m: nn.Module) -> str | None:
-    """Say why a module may use its weight in another way than its row of OPS says, and what to do if it does not."""
+    """Return why a module may use its weight in another way than its row of OPS says, and what to do if it does not."""
     return "".join(own_forward(m) or ()) or None
 
 
@@ -81,7 +81,7 @@ def own_forward(m: nn.Module) -> tuple[str, str] | None:
 
 
 def flattened(m: nn.Module, name: str) -> str | None:
-    """Say why a tensor cannot be read or written that FSDP1 keeps in a flat parameter; None if it does not."""
+    """Return why a tensor cannot be read or written that FSDP1 keeps in a flat parameter; None if it does not."""
     t = parameters_in(m).get(name) if MANAGED in m.__dict__ else None
     layout = None if t is None else layout_of(t)
     return in_parts(name, layout.name) if layout is not None and not layout.writable else None

@@ -31,7 +31,7 @@ class Engine(Dense):
 
 
 def why_not(m: Any) -> str | None:
-    """Say why no adapter can act on a linear layer of Transformer Engine; None if one can."""
+    """Return why no adapter can act on a linear layer of Transformer Engine; None if one can."""
     if not any(cls.__module__.startswith("transformer_engine.") for cls in type(m).__mro__):
         return None
     if getattr(m, "tp_size", 1) > 1:

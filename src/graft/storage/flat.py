@@ -67,12 +67,12 @@ def piece_of(t: Tensor) -> Piece | None:
 
 
 def is_flat(t: Tensor) -> bool:
-    """Say whether a tensor is a view of a flat parameter, which trains as a whole (use_orig_params=False)."""
+    """Return True if a tensor is a view of a flat parameter, which trains as a whole (use_orig_params=False)."""
     return t._base is not None and hasattr(t._base, "_is_flat_param")
 
 
 def trains(t: Tensor) -> bool:
-    """Say whether a tensor gets gradients."""
+    """Return True if a tensor gets gradients."""
     return bool(t._base.requires_grad if is_flat(t) else t.requires_grad)  # type: ignore[union-attr]
 
 

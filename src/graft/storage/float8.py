@@ -90,7 +90,7 @@ class Blocks(Float8):
         return super().fixed(m, name)
 
     def loses_gradient(self, m: Any) -> bool:
-        """Say so of 4-bit floats, through which transformers has no backward pass."""
+        """Return True for 4-bit floats, through which transformers has no backward pass."""
         return m.weight.dtype == torch.int8  # type: ignore[no-any-return]
 
 

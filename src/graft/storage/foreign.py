@@ -45,7 +45,7 @@ def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None
 
 @uncompiled
 def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
-    """Say why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
+    """Return why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
     run = quiet(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = (x * torch.tensor(SIZES, device="cpu")[:, None]).to(device, dtype)
@@ -60,7 +60,7 @@ def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None,
 
 @uncompiled
 def not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
-    """Say that a module adds something else to W x than its own bias; None if it does not."""
+    """Return what a module adds to W x beside its own bias; None if that is nothing."""
     bias = getattr(m, "bias", None)  # first: a call may put it away again
     zero = output(quiet(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
     if not _near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):

@@ -55,7 +55,7 @@ class Gemma(OwnModule):
         return super().fixed(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Say so of all: rounded activations give a gradient of zero, and to ask for their scales waits for the GPU."""
+        """Return True: rounded activations give a gradient of zero, and to ask for their scales waits for the GPU."""
         return True
 
 

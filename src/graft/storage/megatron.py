@@ -67,7 +67,7 @@ def piece_in(m: Any, op: Op) -> Piece | None:
 
 
 def why_not(m: Any) -> str | None:
-    """Say why no adapter can act on a module; None if one can, or the module is not Megatron's."""
+    """Return why no adapter can act on a module; None if one can, or the module is not Megatron's."""
     if KINDS.find(type(m)) is None:
         return None
     if getattr(m, "sequence_parallel", False):

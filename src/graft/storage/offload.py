@@ -25,7 +25,7 @@ def device_of(m: nn.Module) -> torch.device | None:
 
 
 def is_away(m: nn.Module) -> bool:
-    """Say whether a tensor of the module is offloaded, and not there now."""
+    """Return True if a tensor of the module is offloaded, and not there now."""
     held = (*m._parameters.values(), *m._buffers.values())
     return any(t is not None and t.is_meta for t in held) and bool(hooks_of(m))
 
@@ -36,12 +36,12 @@ def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | Non
 
 
 def is_tied(m: nn.Module, name: str) -> bool:
-    """Say whether an offloaded tensor is also that of another module."""
+    """Return True if an offloaded tensor is also that of another module."""
     return any(name in h.tied_params_names for h in hooks_of(m))
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Say whether accelerate has hooks on the base layer or its children; if not, it has none on adapters either."""
+    """Return True if accelerate has hooks on the base layer or its children; if not, it has none on adapters either."""
     base: Any = layer._modules["base_layer"]
     return any("_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
 

@@ -100,7 +100,7 @@ DISTRIBUTED, FLAT, ZERO3 = Distributed(), Flat(), Zero3()
 
 
 def is_plain(t: Tensor) -> bool:
-    """Say whether a tensor bears no mark of any layout, which is quick to see."""
+    """Return True if a tensor bears no mark of any layout, which is quick to see."""
     return type(t) in (nn.Parameter, Tensor) and t._base is None and not t.__dict__
 
 
@@ -131,7 +131,7 @@ def mastered(parameters: Iterable[Any]) -> set[int]:
 
 
 def is_whole(t: Tensor) -> bool:
-    """Say whether a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
+    """Return True if a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
     if not t.numel() and t.is_floating_point():
         return False
     if is_plain(t):

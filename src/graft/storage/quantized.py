@@ -42,11 +42,11 @@ class Quantized(Dense):
         return None
 
     def trains(self, m: nn.Module) -> bool:
-        """Say whether the module rounds floats at each call, so that a copy of it can train."""
+        """Return True if the module rounds floats at each call, so that a copy of it can train."""
         return False
 
     def unreadable(self, m: nn.Module) -> str | None:
-        """Say why the weight of this module cannot be read; None if it can."""
+        """Return why the weight of this module cannot be read; None if it can."""
         return None
 
     def on_meta(self, m: nn.Module) -> bool:
@@ -54,7 +54,7 @@ class Quantized(Dense):
         return device is not None and device.type == "meta"
 
     def strange(self, m: nn.Module) -> str | None:
-        """Say why the module may not compute what `values` says: a class derived from that which is known."""
+        """Return why the module may not compute what `values` says: a class derived from that which is known."""
         return strange_forward(m)
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
@@ -128,7 +128,7 @@ class Quantized(Dense):
         put(m, values)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Say whether the module's own backward pass is wrong: see `straight.py`."""
+        """Return True if the module's own backward pass is wrong: see `straight.py`."""
         return False
 
     def protect(self, y: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def group_of(module: nn.Module) -> Any:
 
 
 def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
-    """Say why a module that processes share cannot be adapted; None if nothing of the kind keeps it from that.
+    """Return why a module that processes share cannot be adapted; None if nothing of the kind keeps it from that.
 
     inside: the adapter knows what happens inside the module.
     """

@@ -85,7 +85,7 @@ def group_of(module: nn.Module) -> Any:
 
 
 def why_not_cut(module: nn.Module, style: Style) -> str | None:
-    """Say why the pieces of a parallel module are not plain ones of inputs or outputs; None if they are."""
+    """Return why the pieces of a parallel module are not plain ones of inputs or outputs; None if they are."""
     kind, it = style.kind, style.it
     weight: Any = module._parameters.get("weight")
     if kind == "TensorParallelLayer":
@@ -141,7 +141,7 @@ def standalone(module: nn.Module) -> nn.Module:
 
 
 def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
-    """Say why tensor parallelism keeps a module from being adapted; None if it does not.
+    """Return why tensor parallelism keeps a module from being adapted; None if it does not.
 
     inside: the adapter knows what happens inside the module.
     """

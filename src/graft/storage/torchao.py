@@ -89,7 +89,7 @@ def pre_scale(weight: Any) -> Tensor | None:
 
 
 def granularity(old: Any) -> Any:
-    """Say by torchao's types which numbers share a scale."""
+    """Return by torchao's types which numbers share a scale."""
     from torchao import quantization as ao
 
     block, shape = tuple(old.block_size or ()), tuple(old.shape)

@@ -47,7 +47,7 @@ _displaced: dict[str, ModuleType] = {}
 
 
 def installed() -> bool:
-    """Say whether `import peft` is graft now."""
+    """Return True if `import peft` is graft now."""
     return FINDER in sys.meta_path
 
 

@@ -173,7 +173,7 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
-    """Say whether a config targets the module at path `key`."""
+    """Return True if a config targets the module at path `key`."""
     return Matcher(config)(key).outcome == "matched"
 
 

@@ -104,7 +104,7 @@ class AdaLoraConfig(LoraConfig):
 
 
 def warn_if_forgotten(tuner: Any) -> None:
-    """Say so if an optimizer step has changed the adapter and nobody has allocated, whatever the loop."""
+    """Warn if an optimizer step has changed the adapter and nobody has allocated, whatever the loop."""
     for name in tuner.active_adapters:
         state = tuner.states.get(name)
         if state is not None and (state.called or state.warned):

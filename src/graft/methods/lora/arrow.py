@@ -129,7 +129,7 @@ def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
 
 
 def why_not(router: Arrow, general: list[Any], experts: list[Any]) -> str:
-    """Say why a router cannot run on its layer."""
+    """Return why a router cannot run on its layer."""
     start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
     cfg, names = router.cfg.arrow_config, [m.name for m in experts]
     other = [m.name for m in experts if not is_plain(m)]

@@ -57,7 +57,7 @@ def check_parameter(site: Site, cfg: LoraConfig) -> None:
 
 
 def only_linear(site: Site, what: str) -> str | None:
-    """Say why a variant cannot adapt a layer that is not linear, or None. what: what it does with features."""
+    """Return why a variant cannot adapt a layer that is not linear, or None. what: what it does with features."""
     return None if site.op.linear or not site.op.known else f"{what}: it adapts linear layers only"
 
 
@@ -72,7 +72,7 @@ def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
 
 
 def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
-    """Say why an adapter on this layer has no merged form; None if it has one."""
+    """Return why an adapter on this layer has no merged form; None if it has one."""
     if site.op.known and site.op.groups(site.module) > 1:
         return "Merging is not supported for _ConvNd layers with groups > 1! A mixes the groups"
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:

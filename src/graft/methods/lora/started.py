@@ -40,7 +40,7 @@ class Started(Method):
 
     @property
     def keeps_shift(self) -> bool:
-        """Say whether the adapter holds what `init` takes out of the base weight."""
+        """Return True if the adapter holds what `init` takes out of the base weight."""
         how = self.cfg.init_lora_weights
         return type(how) is str and kind_of(how) is not None and self.site.op.linear
 

@@ -58,7 +58,7 @@ class VeLoRA(LoRA):
         return new
 
     def is_ready(self) -> bool:
-        """Say whether a batch or a file has given a direction. It waits for the device once, at the first batch."""
+        """Return True if a batch or a file has given a direction. It waits for the device once, at the first batch."""
         if not self.lora_velora_initialized:
             self.layer.tell(self.name, lora_velora_initialized=bool(self.lora_velora_embed.any()))
         return bool(self.lora_velora_initialized)

@@ -300,7 +300,7 @@ class Lock:
             os.register_at_fork(after_in_child=self.begin)
 
     def begin(self) -> None:
-        self.it = RLock()
+        self.lock = RLock()
 
 
 def name_of(thread: int) -> str:

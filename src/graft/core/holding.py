@@ -171,7 +171,7 @@ class Holding:
         """
         device, dtype = where
         method = self.methods[adapter]
-        narrow = method.narrow
+        narrow = method.keeps_base_dtype
         widens = upcast and dtype in UPCAST
         size = 0
         for slot in self.state.slots[adapter]:  # as they were just made

@@ -283,7 +283,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         return self.op.uncanon(plan.fold(self.weight_now, self.bias_now)[0])
 
     def rewrite_base(self, W: Tensor) -> None:
-        """Make W (canonical) the weight without adapters; merged ones stay so. `rollback` undoes it until `settle`.
+        """Make W (canonical) the weight without adapters; merged ones stay so. `rollback` undoes it until `keep`.
 
         Raises:
             UnsupportedLayerError: the store cannot read or write the weight.
@@ -324,7 +324,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
         self.changed()
 
     def on_rollback(self, takeback: Callable[[], None]) -> None:
-        """Have `rollback` call `takeback`, with nothing merged, unless `settle` comes first."""
+        """Have `rollback` call `takeback`, with nothing merged, unless `keep` comes first."""
         self.state.takebacks = [*(self.state.takebacks or ()), takeback]
 
     def rollback(self) -> None:
@@ -335,7 +335,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
                 for takeback in reversed(takebacks):
                     takeback()
 
-    def settle(self) -> None:
+    def keep(self) -> None:
         self.state.takebacks = None
 
     # forward
@@ -393,7 +393,7 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             merging.check(self, names, safe_merge, undoable)
             merging.check_finite({self: names})
             self.merge_checked(names, undoable)
-            merging.say_lost([self])
+            merging.warn_lost([self])
 
     def merge_checked(self, names: list[str], undoable: bool) -> None:
         """`merge` of adapters that are here and have been checked."""
@@ -429,7 +429,7 @@ class ParameterLayer(AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return super()._own_forward(*args, **kwargs)
-        with SWAPS.it:
+        with SWAPS.lock:
             return super()._own_forward(*args, **kwargs)
 
     _own_forward = forward

@@ -41,7 +41,7 @@ def not_merged(layer: Layer, names: Sequence[str] | None) -> list[str]:
     names = layer.state.active if names is None else several(names, "adapter_names")
     left = [n for n in names if n not in done]
     if done:
-        say_merged(done, names, left, replaces(layer, left))
+        warn_merged(done, names, left, replaces(layer, left))
     return left
 
 
@@ -50,7 +50,7 @@ def replaces(layer: Layer, names: Sequence[str]) -> bool:
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
 
-def say_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], replaces: bool) -> None:
+def warn_merged(done: Sequence[str], names: Sequence[str], left: Sequence[str], replaces: bool) -> None:
     if done and left and replaces:
         warn(f"Unmerging {list(done)} first: only one can stand in for a layer.")
     elif done and left:
@@ -409,7 +409,7 @@ def shares_kept(layers: Sequence[Layer]) -> list[float]:
     return shares
 
 
-def say_lost(layers: Iterable[Layer]) -> dict[str, float]:
+def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
     """Return the share of the merged update that each layer holds, by key, and warn of those that lost a part."""
     merged = [layer for layer in layers if layer.state.merged]
     shares = dict(zip([layer.site.key for layer in merged], shares_kept(merged)))

@@ -100,7 +100,7 @@ class Method:
 
     config: ClassVar[Any]  # its PeftConfig class
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
-    narrow: ClassVar[frozenset[str]] = frozenset()  # containers that keep half precision: others train in float32
+    keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
     single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
     empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
@@ -173,7 +173,7 @@ class Method:
         """Complete the config for this model, or raise. Its `target_modules` are set by now."""
 
     @classmethod
-    def apportion(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[Any]) -> None:
         """Complete the configs of one adapter's methods, which may depend on all its sites. No tensors yet."""
 
     @classmethod

@@ -227,7 +227,7 @@ def share(job: Any) -> None:
     """Make the tensors that all layers share."""
     if not job.method.shares:
         return
-    sites: list[Site] = [(job.methods.get(key) or job.ghosts[key]).site for key in job.order]
+    sites: list[Site] = [(job.methods.get(key) or job.remote_sites[key]).site for key in job.order]
     if not sites and job.absent:
         return
     if not sites:
@@ -244,7 +244,9 @@ def share(job: Any) -> None:
         stack.enter_context(made_on(where[0]))
         values = job.method.share(layers)
     method = job.method
-    job.report.other_trainable += job.shared.hold(job.adapter, values, where, job.upcast, method.files, method.narrow)
+    job.report.other_trainable += job.shared.hold(
+        job.adapter, values, where, job.upcast, method.files, method.keeps_base_dtype
+    )
 
 
 def add_layers(job: Any) -> None:
@@ -252,9 +254,9 @@ def add_layers(job: Any) -> None:
     default = torch.get_default_device()
     nothing, started = [], []
     for key in job.order:
-        if key in job.ghosts:
+        if key in job.remote_sites:
             if not (loads or job.on_meta):
-                draw(job.ghosts[key], shared, job.call)
+                draw(job.remote_sites[key], shared, job.call)
             continue
         site = job.sites[key]
         layer = job.tree.layers.get(key) or layer_for(site, job.call)
@@ -308,17 +310,17 @@ def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:
 
 def add_tokens(job: Any) -> None:
     """Wrap the embeddings whose single rows train, and the heads tied to them."""
-    followers, tree, adapter = job.row_followers, job.tree, job.adapter
-    for key in [*(k for k in job.tokens if k not in followers), *followers]:
+    tied_modules, tree, adapter = job.tied_rows, job.tree, job.adapter
+    for key in [*(k for k in job.tokens if k not in tied_modules), *tied_modules]:
         wrapper: Any = tree.wrappers.get(key)
         if wrapper is None:
             wrapper = TrainableTokensWrapper(AdapterLayer(site_of(key, tree.modules[key], tree), job.call), key)
         job.wrappers[key] = wrapper
-        indices = job.tokens[followers.get(key, key)]
+        indices = job.tokens[tied_modules.get(key, key)]
         method = TrainableTokens(wrapper.token_adapter.site, TrainableTokensConfig(token_indices=indices), adapter)
         size = add_adapter(wrapper.token_adapter, method, {}, on_meta=False, upcast=job.upcast)
-        if key in followers:
-            source: Any = job.wrappers[followers[key]]
+        if key in tied_modules:
+            source: Any = job.wrappers[tied_modules[key]]
             method.tie(source.token_adapter.methods[adapter])
             wrapper.tied.add(adapter)
         else:
@@ -328,7 +330,7 @@ def add_tokens(job: Any) -> None:
 def follow(job: Any) -> None:
     """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
     tree, adapter = job.tree, job.adapter
-    for key, source in job.followers.items():
+    for key, source in job.tied_modules.items():
         module = tree.modules[key]
         here, there = place_of(module)[0], place_of(tree.modules[source])[0]
         if here != there and not job.method.always_tied:

@@ -27,7 +27,7 @@ from graft.inject import beside, experts
 from graft.inject.experts import LeftOut
 from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.stage import absent_in, ghosts
+from graft.inject.stage import absent_in, remote_sites
 from graft.inject.survey import Tree, kind_of, site_of
 from graft.inject.targets import (
     DUMMY,
@@ -54,40 +54,42 @@ def find(job: Any) -> None:
             job.left = experts.convert(cfg, model, tree, None if job.values is None else job.values.names)
         resolve_targets(cfg, method, model, tree.modules)
     method.prepare(cfg, model)
-    job.followers = expand(cfg, method, model, tree) if job.keys is None else {}
+    job.tied_modules = expand(cfg, method, model, tree) if job.keys is None else {}
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
     job.absent = absent_in(tree.modules)
     match(job)
     if job.steps is not None:
-        job.steps.followers()
-    followed = {k: site_of(k, tree.modules[k], tree) for k, source in job.followers.items() if source in job.sites}
+        job.steps.tied_modules()
+    followed = {k: site_of(k, tree.modules[k], tree) for k, source in job.tied_modules.items() if source in job.sites}
     adapted = {**job.sites, **followed}
     variant = method.variant(cfg)
     for key, site in adapted.items():
-        source = key.rpartition(".")[0] if key in job.along else job.followers.get(key, key)
+        source = key.rpartition(".")[0] if key in job.along else job.tied_modules.get(key, key)
         own, source = (cfg, source) if job.steps is None else job.steps.handed_on(source)
         kind = variant if own is cfg else method.variant(own)
         made = job.methods[key] = kind(site, own.at(source), adapter)  # patterns name what is targeted
         if source != key:
             made.named, made.along = source, key in job.along
-    everywhere = ghosts(job) if job.absent else job.sites
-    job.ghosts = {key: variant(site, cfg.at(key), adapter) for key, site in everywhere.items() if key not in adapted}
+    everywhere = remote_sites(job) if job.absent else job.sites
+    job.remote_sites = {
+        key: variant(site, cfg.at(key), adapter) for key, site in everywhere.items() if key not in adapted
+    }
     job.order = list(everywhere)
-    in_order = [job.methods.get(key) or job.ghosts[key] for key in everywhere]
-    variant.apportion([*in_order, *(job.methods[key] for key in followed)])
+    in_order = [job.methods.get(key) or job.remote_sites[key] for key in everywhere]
+    variant.split_budget([*in_order, *(job.methods[key] for key in followed)])
     check_sites(job.methods, tree, job.mixed)
     if not cfg.inference_mode and (job.values is None or job.values.names):
         check_unwrapped([method.site for method in job.methods.values()], adapter)
     lend(in_order)
     job.saved = modules_to_save_of(cfg, tree, job.report, job.absent)
-    for key in [*job.saved, *(k for k, source in job.followers.items() if source in job.saved)]:
+    for key in [*job.saved, *(k for k, source in job.tied_modules.items() if source in job.saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
         beside.refuse(key, tree.modules[key], inside, adapter)
     job.tokens = token_targets(cfg, model, tree, adapter)
     for key in job.tokens.keys() & job.absent.keys():
         del job.tokens[key]
-    job.row_followers = following_tokens(job.tokens, cfg, model, tree)
-    check_tokens(job.tokens, job.row_followers, adapted, job.saved, tree, adapter)
+    job.tied_rows = following_tokens(job.tokens, cfg, model, tree)
+    check_tokens(job.tokens, job.tied_rows, adapted, job.saved, tree, adapter)
     targeted = [tree.modules[key] for key in adapted if key in tree.modules]
     job.biases, job.loose = biases_of(cfg, model, targeted, job.saved)
     job.report.other_trainable = sum(b.numel() for b in (*job.biases, *(layer.bias for layer in job.loose)))
@@ -108,7 +110,7 @@ def match(job: Any) -> dict[str, Verdict]:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
         if job.steps is not None and matcher is not None:
             verdict = job.steps.verdict(key, verdict)
-        if key in job.followers and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
+        if key in job.tied_modules and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
@@ -128,7 +130,7 @@ def match(job: Any) -> dict[str, Verdict]:
     parameters: dict[str, Site] = {}
     if getattr(cfg, "target_parameters", None):
         parameters, idle = parameters_of(job)
-        say_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
+        warn_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
         job.sites |= parameters
     if job.absent:
         if not (job.sites or job.prompt) and chosen is None:
@@ -139,11 +141,11 @@ def match(job: Any) -> dict[str, Verdict]:
             )
     elif matcher is not None:
         report_on(cfg, matcher, outcomes, report, list(parameters), job.left)
-        say_left_out(job.left, tree, report)
+        warn_left_out(job.left, tree, report)
     return outcomes
 
 
-def say_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
+def warn_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
     """Warn of experts and layers that a config names and does not reach, and note them in the report."""
     for text in filter(None, (left.of_experts, left.of_layers)):
         warn(f"{text} Adapter '{report.adapter}'.", PeftWarning)
@@ -226,11 +228,11 @@ def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Colle
     wanted = [key for key in everywhere if key not in absent]
     defaults = getattr(cfg, "_default_heads", ())
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
-    say_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
+    warn_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
     return wanted
 
 
-def say_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: Any = None) -> None:
+def warn_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: Any = None) -> None:
     """Warn of entries of a config's field that matched nothing, and note them in the report.
 
     of: the field, if no entry of it matched, though another field did.
@@ -272,16 +274,16 @@ def biases_of(
 
 def check_tokens(
     tokens: dict[str, list[int]],
-    followers: dict[str, str],
+    tied_modules: dict[str, str],
     adapted: dict[str, Site],
     saved_paths: list[str],
     tree: Tree,
     adapter: str,
 ) -> None:
     """Raise unless single rows of these modules, and of those that follow them, can train."""
-    for key in dict.fromkeys((*tokens, *followers)):
+    for key in dict.fromkeys((*tokens, *tied_modules)):
         module = tree.modules[key]
-        name = f"'{key}'" if key in tokens else f"'{key}', which follows '{followers[key]}' as it shares its weight"
+        name = f"'{key}'" if key in tokens else f"'{key}', which follows '{tied_modules[key]}' as it shares its weight"
         if key in saved_paths:
             raise ValueError(
                 f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` "
@@ -334,17 +336,17 @@ def report_on(
         )
     elif exclude and not isinstance(exclude, str):
         idle = [e for e in exclude if not any(k == e or k.endswith(f".{e}") for k in outcomes)]
-        say_unmatched("exclude_modules", unmatched(idle, set(), outcomes), report)
+        warn_unmatched("exclude_modules", unmatched(idle, set(), outcomes), report)
     if matcher.indices:
         reached = {matcher.layer_of(k) for k, v in outcomes.items() if v.outcome == "matched"}
         idle = [str(i) for i in sorted(matcher.indices) if i not in reached]
-        say_unmatched("layers_to_transform", {i: [] for i in idle}, report)
+        warn_unmatched("layers_to_transform", {i: [] for i in idle}, report)
     if isinstance(targets, (set, list)) and DUMMY not in targets:
         used = {v.entry for v in verdicts if v.entry is not None}
         # a longer entry may name the same modules, and is the one in `used`
         left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
         missing = unmatched(set(left) - experts_left.names, used, outcomes)
-        say_unmatched("target_modules", missing, report, of=None if "matched" in found else targets)
+        warn_unmatched("target_modules", missing, report, of=None if "matched" in found else targets)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))

@@ -110,11 +110,11 @@ class Injection:
     along: set[str] = field(default_factory=set)  # paths of sites that came with that of the module around them
     saved: list[str] = field(default_factory=list)  # paths of modules_to_save
     tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding → its rows that train
-    followers: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
-    row_followers: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
+    tied_modules: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
+    tied_rows: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
     absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
     left: LeftOut = field(default_factory=LeftOut)  # experts that the config names by their old names, and their like
-    ghosts: dict[str, Method] = field(default_factory=dict)  # methods of sites of other stages, by path
+    remote_sites: dict[str, Method] = field(default_factory=dict)  # methods of sites of other stages, by path
     order: list[str] = field(default_factory=list)  # paths of sites, those of other stages among them
     biases: list[nn.Parameter] = field(default_factory=list)  # biases of the base model that train
     loose: list[nn.Module] = field(default_factory=list)  # layers whose bias trains and is no Parameter yet
@@ -193,7 +193,7 @@ class Injection:
             attach(where, base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
-            layer.settle()
+            layer.keep()
             if key in tree.layers:
                 continue
             if layer.op.opaque:

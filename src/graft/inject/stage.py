@@ -67,7 +67,7 @@ def below(path: str, absent: Iterable[str]) -> bool:
     return any(path == key or path.startswith(f"{key}.") for key in absent)
 
 
-def ghosts(job: Any) -> dict[str, Site]:
+def remote_sites(job: Any) -> dict[str, Site]:
     """Return the sites of an Injection in the model's order, with those that other stages have.
 
     A site of an absent block looks as that of a block that is here. It draws its initial values as well, which nobody
@@ -140,7 +140,7 @@ def check_alone(job: Any) -> None:
     if why is None and trains:
         why = f"trains '{trains[0]}', which all layers share"
     for method in job.methods.values():
-        other = next((s for s in method.lenders.values() if s.site.key in job.ghosts), None)
+        other = next((s for s in method.lenders.values() if s.site.key in job.remote_sites), None)
         if why is None and other is not None:
             why = f"uses tensors of layer '{other.site.key}' in layer '{method.site.key}'"
     if why is not None:

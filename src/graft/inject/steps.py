@@ -121,21 +121,22 @@ class Steps:
         for path in targets:
             self._create(path)
 
-    def followers(self) -> None:
+    def tied_modules(self) -> None:
         """Have modules follow the embedding to which they are tied only if the replaced step adapts them."""
         if CREATE not in self.replaced:
             return
         job = self.job
-        for path in [k for k, source in job.followers.items() if source in job.sites]:
+        for path in [k for k, source in job.tied_modules.items() if source in job.sites]:
             before = dict(self.noted)
             self._create(path)
             new = self.noted.keys() - before.keys()
             if new - {path}:
                 raise UnsupportedLayerError(
-                    f"{self.of(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to '{job.followers[path]}' "
-                    f"and has its tensors: leave ensure_weight_tying off in the config of adapter '{job.adapter}'."
+                    f"{self.of(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to "
+                    f"'{job.tied_modules[path]}' and has its tensors: leave ensure_weight_tying off in the config "
+                    f"of adapter '{job.adapter}'."
                 )
-            del (job.sites if new else job.followers)[path]
+            del (job.sites if new else job.tied_modules)[path]
         if self.asked and not self.noted:
             raise NoMatchingPeftModuleError(
                 f"Adapter '{job.adapter}' adapts nothing: {self.of(CREATE)}, left out all {len(self.asked)} targets, "

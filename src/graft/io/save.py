@@ -27,7 +27,7 @@ from graft.inject.survey import survey
 from graft.io.base import names_in_file, original
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import digests, fingerprint, weights_of
-from graft.io.together import all_here, check_entries, check_value, gathered, ranks_of
+from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
 from graft.storage.offload import brought, offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy
 

@@ -47,7 +47,7 @@ class AdaptionPrompt(Method):
     config = AdaptionPromptConfig
     prefix = "adaption_"
     targets = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
-    narrow = frozenset({"adaption_prompt", "adaption_gate"})  # they pass through the attention's own layers
+    keeps_base_dtype = frozenset({"adaption_prompt", "adaption_gate"})  # they pass through the attention's own layers
 
     adaption_prompt: nn.Parameter  # (1, adapter_len, hidden)
     adaption_gate: nn.Parameter  # (1,)
@@ -129,5 +129,5 @@ class AdaptionPrompt(Method):
 
 
 def fused(attention: nn.Module) -> bool:
-    """Return True if one layer makes queries, keys and values, as GPT-2's; the prompt's output then has no projection."""
+    """Return True if one layer makes queries, keys and values (GPT-2): the prompt's output then has no projection."""
     return "c_attn" in attention._modules

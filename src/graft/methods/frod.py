@@ -125,7 +125,7 @@ class FRoD(Method):
     prefix = "frod_"
     targets = FROD
     shares_from_weight = True
-    narrow = frozenset({"frod_U", "frod_V"})
+    keeps_base_dtype = frozenset({"frod_U", "frod_V"})
     alike = ("projection_prng_key", "save_projection")
 
     frod_lambda_l: nn.Parameter  # (in,)

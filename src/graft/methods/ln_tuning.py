@@ -29,7 +29,7 @@ class LNTuning(Method):
     config = LNTuningConfig
     prefix = "ln_tuning_"
     targets = LN_TUNING
-    narrow = frozenset({"ln_tuning_layers"})  # the copy computes as the layer did
+    keeps_base_dtype = frozenset({"ln_tuning_layers"})  # the copy computes as the layer did
 
     ln_tuning_layers: nn.Module
 

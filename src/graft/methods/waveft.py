@@ -149,7 +149,7 @@ class WaveFT(Spectral):
     waveft_indices: Tensor  # (2, n), the places in M
 
     @classmethod
-    def apportion(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[Any]) -> None:
         cfgs = [m.cfg for m in methods]
         sizes = [m.site.out_features * m.site.fan_in for m in methods]
         for m, cfg, size in zip(methods, cfgs, sizes):

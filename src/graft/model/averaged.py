@@ -18,7 +18,7 @@ from graft.core.carrier import carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.wrappers import MANAGED
-from graft.io.together import Note, processes
+from graft.io.rendezvous import Note, processes
 from graft.storage.flat import is_flat, trains
 from graft.storage.parallel import layout_of, mastered
 

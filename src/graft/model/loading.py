@@ -68,7 +68,7 @@ def widen(layers: Iterable[AdapterLayer], adapter: str) -> None:
     for layer in layers:
         for key in layer.adapter_layer_names:
             container = getattr(layer, key)
-            if adapter in container and key not in layer.methods[adapter].narrow:
+            if adapter in container and key not in layer.methods[adapter].keeps_base_dtype:
                 place(container, adapter, None, None, upcast=True)
 
 
@@ -90,7 +90,7 @@ def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -
         )
     if is_trainable:
         registry.check_trainable(adapter)
-    say_kept(adapter, values.path, own, config)
+    warn_kept(adapter, values.path, own, config)
     parts = registry.parts_of(adapter)
     prompt: Any = parts.prompt or nn.Module()
     before = len([*prompt.modules()])
@@ -112,7 +112,7 @@ def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -
         setattr(own, name, getattr(config, name))
 
 
-def say_kept(adapter: str, path: str, here: Any, there: Any) -> None:
+def warn_kept(adapter: str, path: str, here: Any, there: Any) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
     ours, theirs = here.saved_dict(), there.saved_dict()
     left = SETTLED | set(here.results) | (set(ours) - set(theirs))  # these come from the file, or are a client's

@@ -70,7 +70,7 @@ class MergingRegistry(Registry):
         chosen = {layer: names for layer, names in chosen.items() if names}
         names = union(chosen.values())
         replaces = any(merging.replaces(layer, here) for layer, here in chosen.items())
-        merging.say_merged(done, union(wanted.values()), names, replaces)
+        merging.warn_merged(done, union(wanted.values()), names, replaces)
         if not names:
             return
         asked: merging.Asked = set()
@@ -105,7 +105,7 @@ class MergingRegistry(Registry):
             steps = tqdm(steps, desc="Merging", unit="layer")
         for layer, here in steps:
             layer.merge_checked(here, undoable)
-        self.shares_kept = merging.say_lost(self.mergeable_layers())
+        self.shares_kept = merging.warn_lost(self.mergeable_layers())
 
     @changes(everything)
     def unmerge_adapter(self) -> None:

@@ -25,7 +25,7 @@ from graft.model import averaged, loading, saving
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.rows import names_of_rows, rows_of, spread
 from graft.model.tuner import Tuner, tuner_of
-from graft.model.watch import say_unknown
+from graft.model.watch import warn_trainer_unaware
 from graft.storage import numel
 
 OF_TASKS: dict[Any, Any] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
@@ -93,7 +93,7 @@ class PeftModel(nn.Module):
             config.pretraining_tp = 1  # its split matrix products would bypass the adapters
         self.training = self.base_model.training = model.training
         if not peft_config.inference_mode:
-            say_unknown(type(self))
+            warn_trainer_unaware(type(self))
 
     def _tuner_class(self, config: PeftConfig) -> type[Tuner]:
         """Return the class of the tuner, which holds the base model and its adapters on layers."""
@@ -186,7 +186,7 @@ class PeftModel(nn.Module):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base takes `num_items_in_batch`; Trainer would ask `forward`, which takes any keyword."""
-        say_unknown(type(self))  # Trainer asks when it gets the model
+        warn_trainer_unaware(type(self))  # Trainer asks when it gets the model
         base = self.get_base_model()
         said = getattr(base, "accepts_loss_kwargs", None)
         taken = inspect.signature(base.forward).parameters.values()

@@ -56,13 +56,13 @@ def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectRep
         for key in made.sites:
             report.matched.append(matched(made.methods[key], shared.attached()))
     sizes = {m.name: m.parameters for m in report.matched}
-    for key, source in made.followers.items():
+    for key, source in made.tied_modules.items():
         if source in sizes:
             size = 0 if method.always_tied else sizes[source]
             report.matched.append(Matched(key, kind_of(modules[key]), size))
     made.count_saved()
     for key, indices in made.tokens.items():
-        if key not in made.row_followers:
+        if key not in made.tied_rows:
             site = site_of(key, modules[key], made.tree)
             rows = TrainableTokens(site, TrainableTokensConfig(token_indices=indices), adapter_name)
             size = matched(rows, {}).parameters

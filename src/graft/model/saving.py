@@ -15,7 +15,7 @@ from graft.core.names import several
 from graft.inject.parts import registry_of
 from graft.io import files, save
 from graft.io.fingerprint import tensor_digest
-from graft.io.together import CALL, Meeting, hashed, once
+from graft.io.rendezvous import CALL, Meeting, hashed, once
 from graft.model import averaged
 
 
@@ -104,11 +104,11 @@ def contents(
     tensors = save.get_peft_model_state_dict(model, given, name, save_embedding_layers=embeddings)
     config = copy.copy(model.peft_config[name])
     if subtract is not None:
-        from graft.methods.lora.convert import say_rounded, subtract_initial
+        from graft.methods.lora.convert import subtract_initial, warn_rounded
 
         _, initial = files.load_pair(subtract)
         tensors, config = subtract_initial(initial.tensors, tensors, config)
-        say_rounded(name, registry_of(model).layers)
+        warn_rounded(name, registry_of(model).layers)
     save.describe_base(config, model.get_base_model())
     config.inference_mode = True
     if getattr(config, "target_parameters", None):

@@ -33,7 +33,7 @@ def dropouts(config: Any) -> list[str]:
     return [f"{name}={value}" for name, value in found if value and not isinstance(value, bool)]
 
 
-def asleep(parts: list[Part], configs: dict[str, Any]) -> dict[str, int]:
+def eval_mode_dropout(parts: list[Part], configs: dict[str, Any]) -> dict[str, int]:
     """Return how many carriers have each adapter that trains with dropout, if all of these are in eval mode."""
     modes: dict[str, list[bool]] = defaultdict(list)
     for part in parts:
@@ -42,9 +42,9 @@ def asleep(parts: list[Part], configs: dict[str, Any]) -> dict[str, int]:
     return {name: len(m) for name, m in modes.items() if not any(m) and dropouts(configs[name])}
 
 
-def say_asleep(parts: list[Part], configs: dict[str, Any]) -> None:
+def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, Any]) -> None:
     """Warn of each adapter whose dropout does not act in this backward pass."""
-    for name, n in asleep(parts, configs).items():
+    for name, n in eval_mode_dropout(parts, configs).items():
         warn(
             f"Adapter '{name}' trains without its {', '.join(dropouts(configs[name]))}: its {n} modules are in eval "
             "mode, as from_pretrained() leaves a model. Call model.train() before training.",
@@ -60,7 +60,7 @@ def tell_once(carriers: Iterable[Any], configs: dict[str, Any], adapter: str) ->
 
     def look(_grad: Tensor) -> None:
         handle.remove()
-        say_asleep(parts, configs)
+        warn_eval_mode_dropout(parts, configs)
 
     handle = parts[0].parameters[0].register_hook(look)
 
@@ -108,7 +108,7 @@ class Watch:
         self.looks += 1
         self.registry.trained.update(self.registry.active_adapters)
         if self.looks == 1:
-            say_asleep(parts_of_active(self.registry.carriers()), self.registry.peft_config)
+            warn_eval_mode_dropout(parts_of_active(self.registry.carriers()), self.registry.peft_config)
         report = self._first() if self.suspects is None else self._again()
         if report is not None or self.looks >= LOOKS:
             self.registry.watch = None
@@ -207,7 +207,7 @@ def gradients_elsewhere(model: nn.Module, parts: Iterable[Part]) -> bool:
 _said = False
 
 
-def say_unknown(model_class: type) -> None:
+def warn_trainer_unaware(model_class: type) -> None:
     """Warn once in a process that the loaded Trainer takes models of this class for any other modules."""
     global _said
     trainer = sys.modules.get("transformers.trainer")

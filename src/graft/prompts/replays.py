@@ -35,7 +35,7 @@ class Replays:
         if not self.stack.module.training:
             return False
         if not self._in_turn and any(RUN in m.__dict__ for m in self.stack.module.modules()):
-            TURNS.it.acquire()  # until `clear`
+            TURNS.lock.acquire()  # until `clear`
             self._in_turn = True
         layers = self.layers()
         if torch.is_grad_enabled():
@@ -72,7 +72,7 @@ class Replays:
             self._handle.remove()
             self._handle = None
         if self._in_turn:
-            TURNS.it.release()
+            TURNS.lock.release()
             self._in_turn = False
 
     def apart(self, value: Tensor, given: dict[str, Any]) -> Tensor:

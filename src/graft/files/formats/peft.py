@@ -13,8 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graft.config import notes, pair
-from graft.config.patterns import ending, pattern
-from graft.config.reading import read_object
+from graft.config.reading import ending, pattern, read_object
 from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import LossError

@@ -131,7 +131,7 @@ def find(tuner: Any, run: Run) -> dict[str, Offsets]:
             tuner.states[name] = True  # of what follows, `generate` apart, the host does not wait for the counts
             listed = counts.tolist()
             longest = max(listed, default=0)
-            say_absent(name, listed, run.rows)
+            warn_absent(name, listed, run.rows)
         out[name] = Offsets(counts, longest, Progress())
     return out
 
@@ -160,7 +160,7 @@ def offsets_from(given: Any, run: Run) -> Offsets:
     return Offsets(counts, max((v or 0 for v in values), default=0), Progress())
 
 
-def say_absent(name: str, counts: list[int], rows: Rows | None) -> None:
+def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
     """Warn of rows that use an adapter and do not invoke it."""
     own: Sequence[int] = range(len(counts))
     if rows is not None:

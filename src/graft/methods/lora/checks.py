@@ -80,7 +80,7 @@ def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
     return None
 
 
-def say_unmergeable(site: Site, cfg: LoraConfig) -> None:
+def warn_unmergeable(site: Site, cfg: LoraConfig) -> None:
     """Warn where `unmergeable` has a reason."""
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."

@@ -77,7 +77,7 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
             )
 
 
-def say_rounded(adapter: str, layers: dict[str, Any]) -> None:
+def warn_rounded(adapter: str, layers: dict[str, Any]) -> None:
     """Warn where the initialisation has rounded a weight anew, which no ΔW undoes."""
     rounded = [key for key, layer in layers.items() if adapter in layer.methods and not layer.store.exact]
     if rounded:

@@ -113,7 +113,7 @@ class LoRA(Started):
                 lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features, device=device)),
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
-        checks.say_unmergeable(site, cfg)
+        checks.warn_unmergeable(site, cfg)
         fill = cfg.init_lora_weights in (False, "eva")  # any other initialisation overwrites these values
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
         values |= dict(lora_A=A, lora_B=B)

@@ -137,7 +137,7 @@ def loaded(lora: Any) -> None:
             shift.before = None
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
             layer.rewrite_base((wide + (B @ A - shift.B @ shift.A).to(wide)).to(W.dtype))
-            layer.settle()
+            layer.keep()
         return
     if lora.site.on_meta:
         layer.rewrite_base(layer.W0)  # warns, as there is nothing to change

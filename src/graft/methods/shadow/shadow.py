@@ -28,7 +28,7 @@ class Shadow(Method):
     config = ShadowConfig
     prefix = "shadow_"
     compresses_targets = False
-    narrow = frozenset(BESIDE)
+    keeps_base_dtype = frozenset(BESIDE)
     files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
     tuner_methods: ClassVar[dict[str, Any]] = {
         "last_shadow_loss": property(network.last_loss),
@@ -59,7 +59,7 @@ class Shadow(Method):
         return network.beside(layers.model, layers.cfg)
 
     @classmethod
-    def apportion(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[Any]) -> None:
         for method in methods[-1:]:
             method.last = True
 

@@ -70,7 +70,7 @@ MUTATIONS = [
     ),
     Mutation(
         "nobody asks who averages gradients",
-        "model/averaged.py",
+        "model/watch.py",
         "    if names:\n        raise",
         "    if not names:\n        raise",
         "tests/distributed",

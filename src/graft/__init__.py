@@ -35,23 +35,22 @@ _NAMES: dict[str, str] = {
         "graft.inject.report": "InjectReport",
         "graft.inject.beside": "ModulesToSaveWrapper",
         "graft.model.functional": "calling",
-        "graft.model.api": "get_peft_config get_peft_model",
+        "graft.model.api": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
+        "get_peft_config get_peft_model plan",
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
-        "graft.model.arrow": "create_arrow_model",
+        "graft.model.experts": "create_arrow_model",
         "graft.model.merging": "merge_report",
         "graft.model.convert": "convert_to_lora save_as_lora",
-        "graft.model.plan": "plan",
         "graft.model.audit": "AuditReport audit",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "
         "PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
-        "PeftModelForSequenceClassification PeftModelForTokenClassification",
-        "graft.model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "PeftModelForSequenceClassification PeftModelForTokenClassification "
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
         "AutoPeftModelForTokenClassification",
         "graft.model.status": "get_layer_status get_model_status",
-        "graft.model.mappings": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING",
-        "graft.model.kv_init": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
+        "graft.model.prompts": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
         "prompt_embeddings_from_past_key_values",
         "graft.io.compose": "compose_cartridge_adapters join_stages",
         "graft.io.base": "get_base_model_state_dict set_base_model_state_dict",

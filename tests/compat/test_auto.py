@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 import graft
-from graft.model import auto
+from graft.model import tasks
 from tests import models
 from tests.pair import LIBS, adapt, close, outcome, output, randomize
 from tests.samples import first
@@ -72,7 +72,7 @@ def test_refused(case, saved):
 
 def test_a_tokenizer_that_a_hub_out_of_reach_keeps(monkeypatch):
     """The adapter and a part of the tokenizer are in the cache: the base keeps its size, and a warning says so."""
-    monkeypatch.setattr(auto, "fetch", lambda *args, **kwargs: "tokenizer_config.json")
+    monkeypatch.setattr(tasks, "fetch", lambda *args, **kwargs: "tokenizer_config.json")
 
     def out_of_reach(*args, **kwargs):
         raise OSError("We couldn't connect")
@@ -80,6 +80,6 @@ def test_a_tokenizer_that_a_hub_out_of_reach_keeps(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", out_of_reach)
     base = models.make("llama")
     with pytest.warns(graft.PeftWarning, match="'org/adapter' has a tokenizer .* not known: We couldn't connect"):
-        auto.AutoPeftModel._fit_vocabulary(base, "org/adapter", False, {})
+        tasks.AutoPeftModel._fit_vocabulary(base, "org/adapter", False, {})
     with pytest.raises(graft.CheckpointError, match="cannot be loaded"):
-        auto.AutoPeftModel._fit_vocabulary(base, ".", False, {})
+        tasks.AutoPeftModel._fit_vocabulary(base, ".", False, {})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.model.arrow import source_of
+from graft.model.experts import source_of
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of

@@ -17,7 +17,7 @@ from torch import nn
 import graft
 from graft.compat.peft import shims
 from graft.core.errors import AdapterNotFoundError
-from graft.model import functional, signature
+from graft.model import functional
 from graft.train import helpers
 from tests import models
 from tests.pair import LIBS, adapt, outcome
@@ -223,12 +223,12 @@ def test_update_signature(method):
     model = adapt(graft, LORA)
     batch = models.inputs("llama")
     before, base = models.output(model, batch), model.get_base_model()
-    signature.update_signature(model, method)
+    functional.update_signature(model, method)
     for name in ("forward", "generate"):
         same = inspect.signature(getattr(model, name)) == inspect.signature(getattr(base, name))
         assert same == (method in (name, "all"))
     assert torch.equal(models.output(model, batch), before)
-    for module in (signature, peft.helpers):
+    for module in (functional, peft.helpers):
         with pytest.raises(ValueError, match="not supported please choose one of"):
             module.update_signature(model, "nope")
 

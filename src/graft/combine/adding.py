@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.combine.forms import Tensors
 from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import wide
@@ -20,6 +19,7 @@ from graft.core.layer import AdapterLayer
 from graft.inject.inject import Options
 from graft.methods import config_of, method_of
 
+Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
 Rows = dict[str, list[tuple[Any, float]]]  # (TrainableTokens, weight) of each adapter, by path of the module
 
 MIXED = (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.combine import adding, rules
-from graft.combine.adding import changes_base
-from graft.combine.forms import Tensors, of_all_groups
+from graft.combine.adding import Tensors, changes_base
+from graft.combine.forms import of_all_groups
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 from graft.core.folding import Change, change_of, why_none
 from graft.core.layer import AdapterLayer

@@ -11,14 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graft.combine import adding
+from graft.combine.adding import Tensors, plain_lora, union_of
 from graft.core.errors import ConfigError
 from graft.core.folding import change_of, evaluating, why_none, wide
 from graft.core.ops import Opaque
 from graft.kernels.one_product import narrow
 from graft.methods import method_of
-
-Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Form:
 
     def begin(self, configs: Sequence[Any]) -> Any:
         """Return a config for the layers that any of these selects."""
-        return adding.union_of(configs)
+        return union_of(configs)
 
     def why_not(self, m: Any) -> str | None:
         """Return why a method cannot be read; None if it can."""
@@ -143,7 +141,7 @@ class UpdateForm(LoraForm):
         self.shifted = False  # one of them changes a bias
 
     def begin(self, configs):
-        return adding.plain_lora(configs)
+        return plain_lora(configs)
 
     def why_not(self, m):
         return why_none(m)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from graft.combine import adding, rules
-from graft.combine.adding import put, warn_if_base_changed
-from graft.combine.forms import FORMS, Form, Tensors, UpdateForm
+from graft.combine.adding import Tensors, put, warn_if_base_changed
+from graft.combine.forms import FORMS, Form, UpdateForm
 from graft.combine.rules import TYPES, Recipe
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
 from graft.core.folding import wide

@@ -60,7 +60,7 @@ METHODS: dict[str, Row] = {
     "OSF": Row("methods.osf:OSF", "OSFConfig", "OSFModel"),
     "LN_TUNING": Row("methods.ln_tuning:LNTuning", "LNTuningConfig", "LNTuningModel"),
     "POLY": Row("methods.poly:Poly", "PolyConfig", "PolyModel"),
-    "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.xlora:XLoraTuner"),
+    "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.experts:XLoraTuner"),
     "ADAPTION_PROMPT": Row("methods.adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
     "LORAXS": Row("methods.loraxs:LoraXS", "LoraXsConfig", "LoraXsModel", in_peft=False),
 }

@@ -269,7 +269,7 @@ CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x 
 
 
 class XLora(Method):
-    """It has no site of its own: its one tensor carrier is the classifier, on the tuner (`model/xlora.py`)."""
+    """It has no site of its own: its one tensor carrier is the classifier, on the tuner (`model/experts.py`)."""
 
     config = XLoraConfig
     prefix = "xlora_"

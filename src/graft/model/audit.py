@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.carrier import carried
+from graft.core.effect import Branch, Replace, Rewrite
 from graft.core.errors import some
-from graft.core.finite import largest
+from graft.core.finite import is_plain, largest
+from graft.core.folding import delta_of, evaluating, fold_step, shift_of
+from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import base_tensors, config_of, parts_of
-from graft.model.sizes import sizes
+from graft.storage.parallel import layout_of
 
 NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part
 
@@ -323,3 +326,85 @@ def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, An
             warnings.simplefilter("ignore")  # saving will say it
             saved |= {own[name] for name in base_tensors(base, parts, config, "auto") if name in own}
     return [name for name, p in training.items() if id(p) not in saved]
+
+
+UNKNOWN = math.nan
+
+
+class Size(NamedTuple):
+    """Of an adapter on one carrier. NaN: not known."""
+
+    largest: float = 0.0  # magnitude of a parameter; inf or NaN if one is not finite
+    update: float = UNKNOWN  # Frobenius norm of what it adds to the weight, or makes of it
+    weight: float = UNKNOWN  # of the weight without it
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.largest)
+
+    @property
+    def share(self) -> float:
+        """The update as a share of its weight; NaN if that is not known, or the weight is 0."""
+        return self.update / self.weight if self.weight else UNKNOWN
+
+
+@torch.no_grad()
+def sizes(parts: Sequence[Any]) -> list[Size]:
+    """Measure parts of an audit, with one wait for each device."""
+    numbers: dict[torch.device, list[tuple[int, str, Tensor]]] = defaultdict(list)
+    for i, part in enumerate(parts):
+        held = [p for p in part.parameters if is_plain(p) and p.numel() and layout_of(p) is None]
+        if len(held) < len(part.parameters):
+            continue  # in parts, or elsewhere
+        for p, norm in zip(held, torch._foreach_norm(held, math.inf)):
+            numbers[p.device].append((i, "largest", norm))
+        for name, norm in zip(("update", "weight"), norms(part.carrier, part.adapter)):
+            numbers[norm.device].append((i, name, norm))
+    found: list[dict[str, float]] = [{} for _ in parts]
+    for of_device in numbers.values():
+        read = torch.stack([norm.float() for _, _, norm in of_device]).tolist()
+        for (i, name, _), value in zip(of_device, read):
+            before = found[i].get(name, 0.0)
+            found[i][name] = before if math.isnan(before) else value if math.isnan(value) else max(before, value)
+    return [Size(**values) for values in found]
+
+
+def norms(carrier: Any, adapter: str) -> tuple[Tensor, ...]:
+    """Return the norms of update and weight; () if there is no such pair that can be read here."""
+    if isinstance(carrier, ModulesToSaveWrapper):
+        return of_module(carrier.modules_to_save[adapter], carrier.original_module)
+    layer = carrier.adapter_layer
+    if layer is None or adapter not in layer.methods:
+        return ()
+    method = layer.methods[adapter]
+    effect = method.effect
+    if isinstance(effect, (Branch, Replace)) or effect.fixed or (isinstance(effect, Rewrite) and effect.block):
+        return ()
+    base = layer.base_layer
+    if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):
+        return ()  # processes would have to read it together
+    if layer.store.unread(base, layer.site.parameter):
+        return ()
+    with evaluating(layer):
+        W = layer.W0
+        if isinstance(effect, Rewrite):
+            b = layer.b0
+            folded, bias = fold_step(layer, method, effect, W, b)
+            delta, shift = folded.float() - W.float(), None if bias is None or b is None else bias - b
+        else:
+            delta, shift = delta_of(layer, effect), shift_of(effect)
+        update = delta.float().norm()
+        if shift is not None:
+            update = torch.hypot(update, shift.float().norm())
+        return update, W.float().norm()
+
+
+def of_module(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
+    """Return the norms of the difference between a module and the one that it stands for, and of that one."""
+    pairs = list(zip(module.parameters(), original.parameters()))
+    if not pairs or not all([is_plain(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):
+        return ()
+    if any([p.shape != q.shape or p.device != q.device for p, q in pairs]):
+        return ()
+    apart = torch.stack([(p.float() - q.float()).norm() for p, q in pairs]).norm()
+    return apart, torch.stack([q.float().norm() for _, q in pairs]).norm()

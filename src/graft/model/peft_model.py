@@ -21,11 +21,11 @@ from graft.inject.inject import Options
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
-from graft.model import averaged, loading, saving
+from graft.model import checkpoints
 from graft.model.registry import check_adapter_name, unless_it_fails
 from graft.model.rows import names_of_rows, rows_of, spread
 from graft.model.tuner import Tuner, tuner_of
-from graft.model.watch import warn_trainer_unaware
+from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
 from graft.storage import numel
 
 OF_TASKS: dict[Any, Any] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
@@ -83,7 +83,7 @@ class PeftModel(nn.Module):
         self.__dict__[HOLDER] = registry
         registry.call.gate.timeout = change_timeout
         if values is None:
-            averaged.note_start(registry, adapter_name)
+            note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
         if registry.checkpointing or not is_checkpointable(model):
@@ -250,7 +250,7 @@ class PeftModel(nn.Module):
                 self._extend_config(config)
                 self._registry.add_adapter(adapter_name, config, options)
             if options.values is None:
-                averaged.note_start(self._registry, adapter_name)
+                note_start(self._registry, adapter_name)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active and (unless for inference) trainable one.
@@ -349,7 +349,7 @@ class PeftModel(nn.Module):
         own = {name: kwargs.pop(name) for name in taken if name in kwargs}
         rows = rows_of(registry, names, inputs, kwargs)
         if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            averaged.check(registry)
+            check_averaged(registry)
             registry.averaged = True
         run = Run(inputs, kwargs, own, rows, generates)
         run.copies = copies_of(registry.model, kwargs) if generates else 1
@@ -426,7 +426,7 @@ class PeftModel(nn.Module):
             CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
-        saving.save_adapters(
+        checkpoints.save_adapters(
             self,
             save_directory,
             selected_adapters,
@@ -490,11 +490,11 @@ class PeftModel(nn.Module):
             NonFiniteError: tensors hold NaN or infinite numbers.
             HubError: the hub cannot be reached, or does not give a file.
         """
-        config, loaded = loading.read(model_id, kwargs, config)
+        config, loaded = checkpoints.read(model_id, kwargs, config)
         warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
         with unless_it_fails(config):
             config.take({name: kwargs[name] for name in config.taken_on_loading if name in kwargs})
-            loading.prepare(config, is_trainable)
+            checkpoints.prepare(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             made = cls._class_for(config)(
@@ -505,7 +505,7 @@ class PeftModel(nn.Module):
                 values=values,
                 change_timeout=change_timeout,
             )
-        loading.let_train(made, adapter_name, is_trainable)
+        checkpoints.let_train(made, adapter_name, is_trainable)
         made._heads_changed()
         return made
 
@@ -542,19 +542,19 @@ class PeftModel(nn.Module):
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
-        config, loaded = loading.read(model_id, kwargs)
+        config, loaded = checkpoints.read(model_id, kwargs)
         tears: Any = None if self.training and not is_trainable else ()  # the model goes to eval mode
         with self._registry.call.gate.preparing(f"load_adapter({adapter_name!r})", tears):
             new = adapter_name not in self.peft_config
             if new:
-                loading.prepare(config, is_trainable)
+                checkpoints.prepare(config, is_trainable)
             base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
             values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             if new:
                 self._add(adapter_name, config, Options(autocast_adapter_dtype, values=values))
             else:
-                loading.fill(self, values, is_trainable)
-            loading.let_train(self, adapter_name, is_trainable, new)
+                checkpoints.fill(self, values, is_trainable)
+            checkpoints.let_train(self, adapter_name, is_trainable, new)
             self._heads_changed()
             return values.report
 

@@ -21,8 +21,8 @@ from graft.inject.parts import HOLDER, registry_of, unwrapped
 from graft.inject.steps import Steps
 from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
+from graft.model.checkpoints import cast_adapter_dtype, fill
 from graft.model.layer_registry import LayerRegistry
-from graft.model.loading import cast_adapter_dtype, fill
 from graft.model.tuner_type import INTERNALS, TunerType, not_here, replaced, step
 from graft.model.watch import tell_once
 

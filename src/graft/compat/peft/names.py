@@ -25,10 +25,10 @@ HELD: dict[str, str] = {
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
     "graft.inject.beside": "TrainableTokensWrapper",
-    "graft.model.auto": "_BaseAutoPeftModel=AutoPeftModel",
+    "graft.model.tasks": "_BaseAutoPeftModel=AutoPeftModel",
     "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter disable_input_dtype_casting "
-    "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad",
-    "graft.model.signature": "update_forward_signature update_generate_signature update_signature",
+    "inspect_matched_modules rescale_adapter_scale set_adapter set_requires_grad update_forward_signature "
+    "update_generate_signature update_signature",
     "graft.model.status": "TunerLayerStatus TunerModelStatus",
     "graft.model.mixed": "MixedModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PeftMixedModel",
     "graft.model.tuner": "BaseTuner=Tuner",

@@ -30,7 +30,7 @@ def test_arguments_by_place(sample):
     ours, theirs = both(sample)
     own, there = (list(inspect.signature(m.forward).parameters)[:-1] for m in (ours, theirs))
     assert own[: len(there)] == there
-    rest = models.inputs(sample.model)
+    rest = dict(models.inputs(sample.model))
     ids = rest.pop("input_ids")
     for model in (ours.eval(), theirs.eval()):
         close(model(ids, **rest)[0], model(input_ids=ids, **rest)[0])

@@ -26,7 +26,7 @@ class _WithHead(PeftModel):
 
     task: str
 
-    def _extend_config(self, config: Any) -> None:
+    def _extend_config(self, config: PeftConfig) -> None:
         add_task_heads(config)
 
     @property
@@ -135,7 +135,7 @@ def _forward(names: str) -> Any:
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
         given = dict(zip(arguments, args))
-        if len(args) > len(arguments) or not given.keys().isdisjoint(kwargs):
+        if len(args) > len(arguments) or any([name in kwargs for name in given]):
             signature.bind(self, *args, **kwargs)  # raises TypeError
         given |= kwargs
         ours = {"task_ids"} - registry_of(self).arguments

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -51,6 +52,17 @@ def _not_built(method: Any, name: str) -> TypeError:  # after an AttributeError 
         f"{type(method).__name__} declares '{name}', and has none for adapter '{method.name}' on layer "
         f"'{method.site.key}': let build() return it there, or ask first whether there is one."
     )
+
+
+class Use(Flag):
+    """What the first values of an adapter have to do with the base weight."""
+
+    NOT = 0
+    TAKES = auto()  # some come from it, which then has to be finite
+    READS = auto()  # `init` reads it, also where other adapters are left on the meta device
+    CHANGES = auto()  # `init` changes it
+    AGAIN = auto()  # `init` runs before a load, too: files lack what it finds, and `loaded` does not make up for it
+    STARTS = TAKES | READS  # what most methods do whose `init` looks at it
 
 
 @dataclass
@@ -112,7 +124,6 @@ class Method:
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
     over_layers: ClassVar[str | None] = None  # what it does with all layers of a model at once, if it does
-    shares_from_weight: ClassVar[bool] = False  # `share` reads base weights, from which what is merged is then out
     alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
     common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
@@ -210,7 +221,7 @@ class Method:
         whole = effect.whole or getattr(effect, "input_of", None) or getattr(effect, "block", False)
         if not (site.op.known or whole):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
-        reads = effect.reads or self.inits_from_weight() or site.op.opaque
+        reads = effect.reads or Use.READS in self.uses_weight() or site.op.opaque
         why = site.store.unread(site.module, site.parameter) if reads else None
         if why is not None:
             return f"{name} needs its weight, and {why}"
@@ -233,23 +244,11 @@ class Method:
             return self.build(shared)
 
     def init(self) -> None:
-        """Set initial values. Before a load it runs only if `inits_before_load`."""
+        """Set initial values. Before a load it runs only with `Use.AGAIN`."""
 
-    def inits_from_weight(self) -> bool:
-        """Return True if `init` reads or changes the base weight."""
-        return False
-
-    def starts_from_weight(self) -> bool:
-        """Return True if some of its first values come from the base weight, which then has to be finite."""
-        return self.inits_from_weight()
-
-    def changes_weight(self) -> bool:
-        """Return True if `init` changes the base weight."""
-        return False
-
-    def inits_before_load(self) -> bool:
-        """Return True if `init` must run before a load, too; not if `loaded` makes up for it."""
-        return self.inits_from_weight()
+    def uses_weight(self) -> Use:
+        """Return what the first values have to do with the base weight; with `Use.READS`, `share` may read it, too."""
+        return Use.NOT
 
     def loaded(self) -> None:
         """Follow the values of a checkpoint, which have just been put into the adapter's tensors."""

@@ -19,6 +19,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
+from graft.core.method import Layers, Method, Use
 from graft.core.method import Layers, Method
 from graft.core.ops import META
 from graft.core.random import made_on
@@ -39,7 +40,7 @@ def made_early(job: Any) -> float:
     if job.method.shares and job.sites:
         layers = Layers(job.model, list(job.sites.values()), job.cfg, job.shared.containers, job.others)
         total += size(lambda: job.method.share(layers).values())
-    early = [job.methods[key] for key in job.sites if job.methods[key].inits_from_weight()]
+    early = [job.methods[key] for key in job.sites if Use.READS in job.methods[key].uses_weight()]
     total += sum(size(lambda m=method: m.placeholders({}).values()) for method in early)  # type: ignore[misc]
     for key, indices in job.tokens.items():
         weight = getattr(job.tree.modules[key], "weight", None)
@@ -237,7 +238,8 @@ def share(job: Any) -> None:
     layers = Layers(job.model, sites, job.cfg, job.shared.containers, job.others)
     layers.agree(job.method)
     with ExitStack() as stack:
-        for layer in job.tree.layers.values() if job.method.shares_from_weight else ():
+        reads = any(Use.READS in method.uses_weight() for method in job.methods.values())
+        for layer in job.tree.layers.values() if reads else ():
             if layer.merged_adapters:
                 stack.enter_context(lifted(layer))
         where = sites[0].store.where(sites[0].module)
@@ -262,12 +264,13 @@ def add_layers(job: Any) -> None:
         layer = job.tree.layers.get(key) or layer_for(site, job.call)
         job.layers[key] = layer
         method = job.methods[key]
+        use = method.uses_weight()
         if loads:
-            nowhere = not method.inits_before_load()
+            nowhere = Use.AGAIN not in use
         else:
-            nowhere = not (method.changes_weight() if site.on_meta else not job.on_meta or method.inits_from_weight())
+            nowhere = Use.CHANGES not in use if site.on_meta else job.on_meta and Use.READS not in use
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast, default=default)
-        if not nowhere and method.starts_from_weight():
+        if not nowhere and Use.TAKES in use:
             started.append(layer)
         size -= trainable_from_others(layer, adapter)
         job.report.matched.append(Matched(key, site.type_name, size))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.errors import CheckpointError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import layer_for
+from graft.core.method import Method, Use
+from graft.core.random import made_on
 from graft.core.method import Method
 from graft.core.random import made_on, set_states, states
 from graft.core.site import Site
@@ -124,7 +126,7 @@ def draw(method: Method, shared: dict[str, Any], call: Call) -> None:
     method.layer = spare
     with made_on(spare.where[0]):
         spare.add(method, method.build(shared))
-        if not method.changes_weight():
+        if Use.CHANGES not in method.uses_weight():
             method.init()
 
 

@@ -18,6 +18,7 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
+from graft.core.method import Use
 from graft.core.names import is_bias
 from graft.core.wrappers import bare, clean, walk
 from graft.inject.match import Names
@@ -298,4 +299,4 @@ def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, togethe
 
 def changes_base(parts: Parts, adapter: str) -> bool:
     methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
-    return any(m is not None and m.changes_weight() for m in methods)
+    return any(m is not None and Use.CHANGES in m.uses_weight() for m in methods)

@@ -18,7 +18,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.core.merging import unmerged_bias
-from graft.core.method import Method, Tensors
+from graft.core.method import Method, Tensors, Use
 from graft.core.random import seeded
 from graft.methods.adalora.allocator import Importance
 
@@ -295,11 +295,8 @@ class AdaMSS(Method):
             adamss_B=nn.Parameter(torch.empty(out, cfg.subspace_rank)),
         )
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return False
+    def uses_weight(self) -> Use:
+        return Use.STARTS
 
     def loaded(self) -> None:
         self.__dict__.pop("rows", None)

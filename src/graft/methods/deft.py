@@ -14,8 +14,9 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, LowRank, Product
-from graft.core.method import Method
+from graft.core.method import Method, Use
 from graft.kernels.narrow import onto
+from graft.core.method import Method
 
 
 @dataclass(kw_only=True)
@@ -53,11 +54,8 @@ class DEFT(Method):
     def describe(self) -> Effect:
         return LowRank(self.factors, of_weight=True)
 
-    def inits_from_weight(self) -> bool:
-        return self.cfg.init_weights and not self.cfg.para
-
-    def inits_before_load(self) -> bool:
-        return False
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.init_weights and not self.cfg.para else Use.NOT
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site

@@ -14,7 +14,7 @@ from graft.config.fields import LayerRange, RankPattern, Targeted, require_posit
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.method import Method
+from graft.core.method import Method, Use
 
 SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 
@@ -72,11 +72,8 @@ class DeLoRA(Method):
             W = self.layer.W0.detach().flatten(1)
             self.delora_w_norm.copy_(torch.linalg.vector_norm(W, dim=0))
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return False  # the file has the norms
+    def uses_weight(self) -> Use:
+        return Use.STARTS  # the file has the norms
 
     def factors(self) -> Factors:
         A, B = self.delora_A, self.delora_B

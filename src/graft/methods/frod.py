@@ -17,7 +17,7 @@ from graft.core.containers import Attached, Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Layers, Method
+from graft.core.method import Layers, Method, Use
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.kernels.waits import near
@@ -124,7 +124,6 @@ class FRoD(Method):
     config = FrodConfig
     prefix = "frod_"
     targets = FROD
-    shares_from_weight = True
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
     alike = ("projection_prng_key", "save_projection")
 
@@ -173,11 +172,8 @@ class FRoD(Method):
     def dropout(self) -> nn.Module:
         return self.frod_dropout
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return False  # `loaded` follows
+    def uses_weight(self) -> Use:
+        return Use.STARTS  # `loaded` follows
 
     @torch.no_grad()
     def init(self) -> None:

@@ -14,7 +14,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Method, Use
 from graft.methods.projections import kept
 
 
@@ -56,11 +56,8 @@ class LoraXS(Method):
             )
         return super().check()
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return not self.cfg.save_projection
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, site, r = self.cfg, self.site, self.cfg.r

@@ -16,9 +16,10 @@ from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method
-from graft.kernels.narrow import inside, outside
+from graft.core.method import Method, Use
 from graft.kernels.one_product import Difference
+from graft.kernels.narrow import inside, outside
+from graft.core.method import Method
 
 
 @dataclass(kw_only=True)
@@ -76,8 +77,8 @@ class OSF(Method):
             )
         return super().check()
 
-    def inits_from_weight(self) -> bool:
-        return True
+    def uses_weight(self) -> Use:
+        return Use.STARTS | Use.AGAIN
 
     def describe(self) -> Effect:
         out, n, _, r = self.sizes

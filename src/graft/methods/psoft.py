@@ -16,6 +16,8 @@ from graft.core.containers import Exact
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
+from graft.core.method import Method, Tensors, Use
+from graft.core.containers import Exact
 from graft.core.method import Method, Tensors
 from graft.core.random import seeded
 from graft.core.site import Site
@@ -119,11 +121,8 @@ class PSOFT(Method):
             )
         return super().check()
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return False  # a file holds the basis
+    def uses_weight(self) -> Use:
+        return Use.STARTS  # a file holds the basis
 
     def restored(self, stored: Tensors, cfg: PsoftConfig) -> Tensors:
         """Complete a file of PEFT by the basis of the weight here."""

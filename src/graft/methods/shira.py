@@ -15,8 +15,9 @@ from graft.config.targets import PHI_ATTENTION
 from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
-from graft.core.method import Method, Tensors
+from graft.core.method import Method, Tensors, Use
 from graft.kernels.sparse import Scattered
+from graft.core.method import Method, Tensors
 
 
 @dataclass(kw_only=True)
@@ -89,11 +90,8 @@ class SHiRA(Method):
             )
         return super().check()
 
-    def inits_from_weight(self) -> bool:
-        return self.cfg.mask_fn not in (None, random_mask)  # which may look at it
-
-    def inits_before_load(self) -> bool:
-        return False  # files hold the places
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.mask_fn not in (None, random_mask) else Use.NOT  # a mask may look at it
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         return dict(

@@ -16,7 +16,7 @@ from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method
+from graft.core.method import Method, Use
 from graft.core.ops import linear
 from graft.kernels.sparse import Scattered
 
@@ -89,11 +89,8 @@ class SuperTuning(Method):
         saves = getattr(other, "save_precomputed_indices", self.cfg.save_precomputed_indices)
         return None if saves == self.cfg.save_precomputed_indices else SAVING
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return not self.cfg.save_precomputed_indices
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.save_precomputed_indices else Use.STARTS | Use.AGAIN
 
     def describe(self) -> Effect:
         return Update(self.delta, beside=None if self.cfg.r is None else self.factors_beside)

@@ -14,7 +14,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Layers, Method
+from graft.core.method import Layers, Method, Use
 from graft.methods.projections import kept
 
 
@@ -97,11 +97,8 @@ class TinyLoRA(Method):
             r=r,
         )
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def inits_before_load(self) -> bool:
-        return False  # a file holds A and B
+    def uses_weight(self) -> Use:
+        return Use.STARTS  # a file holds A and B
 
     @torch.no_grad()
     def init(self) -> None:

@@ -14,7 +14,7 @@ from graft.config.base import PeftConfig
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Method, Use
 from graft.kernels.waits import near
 
 
@@ -67,11 +67,8 @@ class TrainableTokens(Method):
                 )
             seen |= set(m.token_indices)
 
-    def inits_from_weight(self) -> bool:
-        return True
-
-    def starts_from_weight(self) -> bool:
-        return bool(self.cfg.init_weights)
+    def uses_weight(self) -> Use:
+        return (Use.STARTS if self.cfg.init_weights else Use.READS) | Use.AGAIN
 
     def describe(self) -> Effect:
         return Rewrite(self.fold, post=self.post, apart=True, looks_up=True)

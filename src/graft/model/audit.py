@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from graft.core.carrier import carried
 from graft.core.effect import Branch, Replace, Rewrite
 from graft.core.errors import some
+from graft.core.finite import largest
+from graft.core.method import Use
 from graft.core.finite import is_plain, largest
 from graft.core.folding import delta_of, evaluating, fold_step, shift_of
 from graft.inject.beside import ModulesToSaveWrapper
@@ -271,7 +273,7 @@ def starts_large(part: Part) -> bool:
     """Return True where an adapter has begun with a part of the weight, and may have left little of it."""
     layer = part.carrier.adapter_layer
     method = None if layer is None else layer.methods.get(part.adapter)
-    return method is not None and method.changes_weight()
+    return method is not None and Use.CHANGES in method.uses_weight()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Factors, LowRank
+from graft.core.method import Use
 from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import eager
 from graft.methods.lora.caching import DoraCaching, Kept
@@ -43,8 +44,8 @@ class DoRA(LoRA):
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
         return super().build(shared, device) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape, device=device)))
 
-    def starts_from_weight(self) -> bool:
-        return True
+    def uses_weight(self) -> Use:
+        return super().uses_weight() | Use.TAKES
 
     def init(self) -> None:
         super().init()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Tensors
+from graft.core.method import Tensors, Use
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.lora.lora import LoRA
 
@@ -42,8 +42,8 @@ class KaSA(LoRA):
     def keeps_shift(self) -> bool:
         return False  # the weight is made anew on loading, in one go with the truncation
 
-    def inits_before_load(self) -> bool:
-        return True
+    def uses_weight(self) -> Use:
+        return super().uses_weight() | Use.AGAIN
 
     @classmethod
     def excludes(cls, other: Any) -> str | None:

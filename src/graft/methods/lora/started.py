@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Tensors
+from graft.core.method import Method, Tensors, Use
 from graft.methods.lora import attention, init, shift
 from graft.methods.lora.start import kind_of
 
@@ -32,11 +32,8 @@ class Started(Method):
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if kind_of(how) else None
 
-    def inits_from_weight(self) -> bool:
-        return self.changes_weight()
-
-    def changes_weight(self) -> bool:
-        return self.changes_base(self.cfg) is not None
+    def uses_weight(self) -> Use:
+        return Use.NOT if self.changes_base(self.cfg) is None else Use.STARTS | Use.CHANGES
 
     @property
     def keeps_shift(self) -> bool:
@@ -49,9 +46,6 @@ class Started(Method):
         """Return the rank of that: LoftQ takes nothing out before it quantizes for the first time."""
         cfg = self.cfg
         return 0 if cfg.init_lora_weights == "loftq" and cfg.loftq_config["loftq_iter"] == 1 else cfg.r
-
-    def inits_before_load(self) -> bool:
-        return False
 
     def stored(self, values: Tensors, cfg: Any) -> Tensors:
         if self.along:

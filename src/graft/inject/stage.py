@@ -16,8 +16,6 @@ from graft.core.call import Call
 from graft.core.errors import CheckpointError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import layer_for
 from graft.core.method import Method, Use
-from graft.core.random import made_on
-from graft.core.method import Method
 from graft.core.random import made_on, set_states, states
 from graft.core.site import Site
 from graft.inject.match import Matcher

@@ -16,7 +16,6 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, LowRank, Product
 from graft.core.method import Method, Use
 from graft.kernels.narrow import onto
-from graft.core.method import Method
 
 
 @dataclass(kw_only=True)

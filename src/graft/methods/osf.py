@@ -17,9 +17,8 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Use
-from graft.kernels.one_product import Difference
 from graft.kernels.narrow import inside, outside
-from graft.core.method import Method
+from graft.kernels.one_product import Difference
 
 
 @dataclass(kw_only=True)

@@ -17,8 +17,6 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Tensors, Use
-from graft.core.containers import Exact
-from graft.core.method import Method, Tensors
 from graft.core.random import seeded
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew

@@ -17,7 +17,6 @@ from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
 from graft.core.method import Method, Tensors, Use
 from graft.kernels.sparse import Scattered
-from graft.core.method import Method, Tensors
 
 
 @dataclass(kw_only=True)

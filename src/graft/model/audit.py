@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from graft.core.carrier import carried
 from graft.core.effect import Branch, Replace, Rewrite
 from graft.core.errors import some
-from graft.core.finite import largest
-from graft.core.method import Use
 from graft.core.finite import is_plain, largest
 from graft.core.folding import delta_of, evaluating, fold_step, shift_of
+from graft.core.method import Use
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import generic

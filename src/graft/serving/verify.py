@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a running server apply an adapter? Its log-probabilities beside graft's own, on the same weights and tokens.
+
+graft computes what the server should say, and what it would say if it made one of the mistakes that servers make:
+without the adapter, without one kind of module, with one scale for all, with a scale that is k times too large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import BaseModelMismatchError, ConfigError
+from graft.inject.survey import survey
+from graft.serving.ask import Connection, Seen, ask, server_of
+
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-probability, as a root mean square
+OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft differ by on the base
+ANOTHER_BASE = 10  # tolerances
+GRID = [2.0**n for n in range(-6, 7)]  # multiples of the scale, where the search for k begins
+APPLIED, NOT_APPLIED, OFF, MISSING, PATTERNS, ANOTHER, UNDECIDED = (
+    "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", "too small to tell",
+)  # fmt: skip
+
+Factor = Callable[[str], float]  # path of a layer → what its scaling is multiplied by
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a server does with an adapter.
+
+    Attributes:
+        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", or "too small
+            to tell".
+        text: the same in a sentence.
+        tolerance: the root mean square of differences of log-probabilities that counts as equal.
+        effect: what the adapter changes log-probabilities by.
+        noise: what server and graft differ by on the base.
+        deviations: what the server's adapter differs by from each thing that it might be.
+        scale: k, of "scale off".
+    """
+
+    verdict: str
+    text: str
+    tolerance: float
+    effect: float
+    noise: float
+    deviations: dict[str, float] = field(default_factory=dict)
+    scale: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == APPLIED
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+def prompts(vocabulary: int, number: int = 4, length: int = 16) -> list[list[int]]:
+    """Return the same prompts each time: token ids all over a vocabulary."""
+    return [
+        [(7919 * i * i + 104729 * i + 13) % vocabulary for i in range(n, n + length)]
+        for n in range(1, 977 * number, 977)
+    ]
+
+
+def verify(
+    connection: Connection,
+    base: nn.Module,
+    load: Callable[[nn.Module], nn.Module],
+    name: str,
+    base_name: str,
+    dtype: str = "float32",
+    tolerance: float | None = None,
+    server: str | None = None,
+) -> Verdict:
+    """Ask a server for log-probabilities of its base and of an adapter, and compare them with a model's own.
+
+    Args:
+        base: the base model in eval mode, with the weights that the server has.
+        load: puts the adapter onto the base, and returns the model; what an initialisation does to the base's weights
+            happens there.
+        name: by which the server knows the adapter.
+        dtype: in which the server computes; its tolerance is at least that of TOLERANCES.
+        tolerance: use this one.
+        server: as `server_of` returns it, where the server does not say so.
+
+    Raises:
+        BaseModelMismatchError: the server's base has other weights, or another vocabulary.
+        ServerError: it cannot be asked.
+    """
+    if dtype not in TOLERANCES:
+        raise ConfigError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
+    vocabulary = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    asked = prompts(vocabulary)
+    server = server or server_of(connection)
+    of_base = ask(connection, server, base_name, asked, base=True)
+    of_adapter = ask(connection, server, name, asked, base=False)
+    places = shared(of_base, of_adapter, vocabulary)
+    before, now = values(of_base, places), values(of_adapter, places)
+    own_base = log_probabilities(base, asked, places)
+    noise = rms(before - own_base)
+    floor = TOLERANCES[dtype] if tolerance is None else tolerance
+    if noise > ANOTHER_BASE * floor:
+        raise BaseModelMismatchError(
+            f"The server's base {base_name!r} says other log-probabilities than this base model, by {noise:.2g} in the "
+            f"mean, where {dtype} explains {floor:.2g}: it has other weights, or computes in another dtype (--dtype)."
+        )
+    allowed = max(floor, OF_NOISE * noise) if tolerance is None else tolerance
+    model = load(base)
+
+    def own(factor: Factor | None = None) -> Tensor:
+        with scaled(model, factor):
+            return log_probabilities(model, asked, places)
+
+    return judge(now, before, own_base, own, scalings(model), allowed, noise)
+
+
+def judge(
+    now: Tensor, before: Tensor, own_base: Tensor, own: Callable[..., Tensor], scales: dict[str, tuple[float, float]],
+    tolerance: float, noise: float,
+) -> Verdict:  # fmt: skip
+    """Say which of its possible mistakes explains what a server says.
+
+    Args:
+        now: the log-probabilities by the server's adapter.
+        before: by its base.
+        own_base: graft's, without the adapter.
+        own: returns graft's with the adapter, its layers' scalings multiplied by a factor by path.
+        scales: path of a layer → its scaling, and what it would be without patterns and rsLoRA.
+    """
+    right = own()
+    effect = rms(right - own_base)
+    near = {APPLIED: rms(now - right), NOT_APPLIED: rms(now - before)}
+
+    def verdict(which: str, text: str, k: float | None = None) -> Verdict:
+        return Verdict(which, text, tolerance, effect, noise, near, k)
+
+    if effect < 2 * tolerance:
+        return verdict(
+            UNDECIDED,
+            f"The adapter changes log-probabilities by {effect:.2g} only, too little beside the tolerance: has it been "
+            "trained? A server in float32 tells more.",
+        )
+    if near[APPLIED] <= tolerance:
+        return verdict(APPLIED, "The server applies the adapter.")
+    if near[NOT_APPLIED] <= tolerance:
+        return verdict(NOT_APPLIED, "The server answers as its base: it has loaded the adapter and does not apply it.")
+    for part in sorted({last(path) for path in scales}, key=lambda name: (name != "lm_head", name)):
+        near[f"{part} {MISSING}"] = rms(now - own(lambda path, part=part: float(last(path) != part)))
+        if near[f"{part} {MISSING}"] <= tolerance:
+            return verdict(MISSING, f"{part} {MISSING}: the server applies all of the adapter but that.")
+    if any(s != plain for s, plain in scales.values()):
+        near[PATTERNS] = rms(now - own(lambda path: scales[path][1] / scales[path][0] if scales[path][0] else 1.0))
+        if near[PATTERNS] <= tolerance and len({round(plain / s, 6) for s, plain in scales.values() if s}) > 1:
+            return verdict(PATTERNS, "The server takes lora_alpha / r for all modules: it does not read the patterns.")
+    if scales:
+        k = fitted(lambda k: own(lambda path: k) - now)
+        near[f"scale × {k:.4g}"] = rms(now - own(lambda path: k))
+        if near[f"scale × {k:.4g}"] <= tolerance:
+            return verdict(OFF, f"scale off by {k:.4g}{why(k, scales)}.", k)
+    least = min(near, key=near.__getitem__)
+    return verdict(
+        ANOTHER,
+        f"another adapter: the server's answers are {near[least]:.2g} from the nearest of its possible mistakes "
+        f"({least}). It has other values, or was loaded under this name before they changed.",
+    )
+
+
+def why(k: float, scales: dict[str, tuple[float, float]]) -> str:
+    """Explain a factor by what a server may not have read."""
+    if all(math.isclose(k * s, plain, rel_tol=1e-2) for s, plain in scales.values()):
+        return ": the server takes lora_alpha / r, and does not read use_rslora"
+    if all(math.isclose(k * s, 1, rel_tol=1e-2) for s, _ in scales.values()):
+        return ": the server takes 1, and does not read the config"
+    return ""
+
+
+def fitted(residual: Callable[[float], Tensor]) -> float:
+    """Return the k with the least squares of `residual`, by Gauss and Newton from the best of a grid."""
+    best = min(GRID, key=lambda k: rms(residual(k)))
+    k, r = best, residual(best)
+    for _ in range(8):
+        h = 1e-2 * k
+        slope = (residual(k + h) - r) / h
+        step = float(slope @ r / (slope @ slope).clamp(min=1e-30))
+        new = min(max(k - step, k / 2), 2 * k)
+        other = residual(new)
+        if rms(other) >= rms(r):
+            break
+        k, r = new, other
+    return k
+
+
+# graft's own
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: nn.Module, asked: Sequence[Sequence[int]], places: Sequence[tuple[int, int, int]]
+) -> Tensor:
+    """Return the model's own values at (prompt, position, token), in float64."""
+    ids = torch.tensor(asked, device=next(model.parameters()).device)
+    logits = model(input_ids=ids).logits.double().log_softmax(-1).cpu()
+    which, position, token = torch.tensor(places).T
+    return logits[which, position - 1, token]
+
+
+@contextmanager
+def scaled(model: nn.Module, factor: Factor | None) -> Iterator[None]:
+    """Multiply the scalings of a model's layers within the block."""
+    found = {} if factor is None else layers_of(model)
+    held = {path: layer.scaling for path, layer in found.items()}
+    gate = next((layer.call.gate for layer in found.values()), None)
+    if gate is None or factor is None:
+        yield
+        return
+    with gate.change("verify()"):
+        for path, layer in found.items():
+            layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
+    try:
+        yield
+    finally:
+        with gate.change("the end of verify()"):
+            for path, layer in found.items():
+                layer.scaling = held[path]
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that have a scaling, by path in the base model."""
+    return {path: layer for path, layer in survey(model).layers.items() if getattr(layer, "scaling", None)}
+
+
+def scalings(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Return the scaling of each layer, and lora_alpha / r as a server takes it that reads no patterns."""
+    found = {}
+    for path, layer in layers_of(model).items():
+        (name, s), *_ = layer.scaling.items()
+        cfg = model.peft_config[name]  # type: ignore[index]
+        plain = cfg.lora_alpha / cfg.r if hasattr(cfg, "lora_alpha") and hasattr(cfg, "r") else s
+        found[path] = (float(s), float(plain))
+    return found
+
+
+# figures
+
+
+def shared(a: list[Seen], b: list[Seen], vocabulary: int) -> list[tuple[int, int, int]]:
+    """Return (prompt, position, token) of what a server says of both models."""
+    places = [(n, *place) for n, (one, other) in enumerate(zip(a, b)) for place in sorted(one.keys() & other.keys())]
+    if not places:
+        raise BaseModelMismatchError(
+            "The server tells no log-probability of the same token for the base and the adapter."
+        )
+    if strange := [token for *_, token in places if not 0 <= token < vocabulary]:
+        raise BaseModelMismatchError(f"The server has a token {strange[0]}, and the base model {vocabulary} of them.")
+    return places
+
+
+def values(seen: list[Seen], places: Sequence[tuple[int, int, int]]) -> Tensor:
+    return torch.tensor([seen[n][position, token] for n, position, token in places], dtype=torch.float64)
+
+
+def rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def last(path: str) -> str:
+    return path.rpartition(".")[2]

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify` tells what a server does with an adapter: it asks one that runs another file, as a faulty server would."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from contextlib import suppress
+
+import pytest
+import torch
+
+import graft
+from graft.core.errors import BaseModelMismatchError
+from graft.serving.ask import Connection, ServerError, UnknownModelError, server_of
+from graft.serving.verify import verify
+from tests.models import make, nudged, seeded
+from tests.serving.server import answers, serving
+
+TARGETS = ["q_proj", "v_proj", "up_proj", "lm_head"]
+
+
+def adapted(seed=1, **options):
+    """A model with an adapter of order-one effect, LoRA of these options."""
+    with seeded(seed):
+        config = graft.LoraConfig(**dict(target_modules=TARGETS, r=4, lora_alpha=6, task_type="CAUSAL_LM") | options)
+        model = graft.get_peft_model(make("llama"), config)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data.normal_(std=0.15)
+    return model.eval()
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def loader(folder):
+    return lambda base: graft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def scaled(model, k):
+    """A copy whose B is k times as large."""
+    other = copy.deepcopy(model)
+    for name, p in other.named_parameters():
+        if "lora_B" in name:
+            p.data.mul_(k)
+    return other
+
+
+def without(model, part):
+    other = copy.deepcopy(model)
+    for name, p in other.named_parameters():
+        if "lora_B" in name and f".{part}." in name:
+            p.data.zero_()
+    return other
+
+
+def verdict(folder, served, kind="vllm", dtype="float32", **options):
+    base = make("llama")
+    with serving({"base": answers(make("llama")), "tuned": answers(served)}, kind) as url:
+        return verify(Connection(url), base, loader(folder), "tuned", "base", dtype, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return adapted()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return saved(model, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp", "openai"])
+def test_an_adapter_that_the_server_applies(kind, folder, model):
+    found = verdict(folder, model, kind)
+    assert found.ok and found.verdict == "applied"
+    assert found.effect > 0.1 and found.deviations["applied"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp"])
+def test_a_server_that_answers_as_its_base(kind, folder):
+    found = verdict(folder, make("llama"), kind)
+    assert (found.verdict, found.ok) == ("not applied", False)
+
+
+@pytest.mark.parametrize("k", [0.05, 0.354, 1.25, 2.0, 11.0])
+def test_a_scale_that_is_off(k, folder, model):
+    found = verdict(folder, scaled(model, k))
+    assert found.verdict == "scale off"
+    assert found.scale == pytest.approx(k, rel=1e-3)
+
+
+def test_a_scale_of_one(folder, model):
+    assert "does not read the config" in verdict(folder, scaled(model, 4 / 6)).text
+
+
+def test_a_server_without_rslora(tmp_path):
+    model = adapted(use_rslora=True, r=9)
+    found = verdict(saved(model, tmp_path), scaled(model, 1 / 3))
+    assert found.scale == pytest.approx(1 / 3, rel=1e-3)
+    assert "use_rslora" in found.text
+
+
+@pytest.mark.parametrize("part", ["lm_head", "v_proj"])
+def test_a_part_that_is_missing(part, folder, model):
+    found = verdict(folder, without(model, part))
+    assert found.verdict == "missing"
+    assert found.text.startswith(f"{part} missing")
+
+
+def test_patterns_that_are_not_read(tmp_path):
+    options = dict(alpha_pattern={"layers.0.self_attn.q_proj": 24, "up_proj": 1})
+    model = adapted(**options)
+    other = adapted()
+    other.load_state_dict(model.state_dict())
+    assert verdict(saved(model, tmp_path), other).verdict == "patterns not read"
+
+
+def test_another_adapter(folder):
+    found = verdict(folder, adapted(seed=2))
+    assert found.verdict == "another adapter"
+    assert min(found.deviations.values()) > 10 * found.tolerance
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_server_of_less_precision(dtype, folder, model):
+    """Its own rounding is no fault; what it does wrong is seen all the same."""
+    half = getattr(torch, dtype)
+    for served, expected in (model, "applied"), (make("llama"), "not applied"), (scaled(model, 2), "scale off"):
+        served = copy.deepcopy(served).to(half)
+        with serving({"base": answers(make("llama").to(half)), "tuned": answers(served)}) as url:
+            found = verify(Connection(url), make("llama"), loader(folder), "tuned", "base", dtype)
+        assert found.verdict == expected, found
+
+
+def test_an_adapter_that_has_not_been_trained(tmp_path):
+    config = graft.LoraConfig(target_modules=TARGETS, r=4)
+    model = graft.get_peft_model(make("llama"), config).eval()
+    assert verdict(saved(model, tmp_path), model).verdict == "too small to tell"
+
+
+def test_a_start_that_changes_the_base(tmp_path):
+    """PiSSA's base without the adapter is not the server's base."""
+    with seeded(3):
+        model = graft.get_peft_model(
+            make("llama"), graft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="pissa")
+        )
+    model = nudged(model)
+    found = verdict(saved(model, tmp_path), model)
+    assert found.ok
+    assert verdict(str(tmp_path), make("llama")).verdict == "not applied"
+
+
+def test_methods_without_a_scaling(tmp_path):
+    with seeded(3):
+        model = graft.get_peft_model(make("llama"), graft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+        for name, p in model.named_parameters():
+            if "ia3" in name:
+                p.data.normal_(1, 0.5)
+    folder = saved(model.eval(), tmp_path)
+    assert verdict(folder, model).ok
+    assert verdict(folder, make("llama")).verdict == "not applied"
+    assert verdict(folder, adapted()).verdict == "another adapter"
+
+
+# servers that are not right
+
+
+def ask_it(folder, answer=None, timeout=5.0, base=None, kind="vllm", name="tuned", **options):
+    with serving({"base": base or answers(make("llama")), "tuned": answers(make("llama"))}, kind, answer) as url:
+        return verify(Connection(url, timeout), make("llama"), loader(folder), name, "base", **options)
+
+
+def test_another_base(folder):
+    with seeded(5):
+        other = make("llama")
+        for p in other.parameters():
+            p.data.add_(0.05 * torch.randn(p.shape))
+    with pytest.raises(BaseModelMismatchError, match="other weights"):
+        ask_it(folder, base=answers(other))
+
+
+def test_another_tokenizer(folder):
+    def answer(handler):
+        if handler.path != "/v1/completions":
+            return False
+        tokens = [f"token_id:{i}" for i in range(40)]
+        handler.say({"choices": [{"logprobs": {"token_logprobs": [None, *[-1.0] * 39], "tokens": tokens}}]})
+        return True
+
+    with pytest.raises(BaseModelMismatchError, match="another vocabulary"):
+        ask_it(folder, answer)
+
+
+def test_a_larger_vocabulary(folder):
+    large = lambda ids: torch.zeros(len(ids), 50).log_softmax(-1)
+    with (
+        serving({"base": large, "tuned": large}, "llama.cpp") as url,
+        pytest.raises(BaseModelMismatchError, match="41 of them"),
+    ):
+        verify(Connection(url), make("llama"), loader(folder), "tuned", "base")
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_a_name_that_the_server_does_not_know(kind, folder):
+    with pytest.raises(UnknownModelError, match=r"no (model|adapter) 'tuend'.*tuned"):
+        ask_it(folder, name="tuend", kind=kind)
+
+
+@pytest.mark.parametrize(
+    "said", [b"<html>", b"[1, 2", b"", b"null", {"choices": []}, {"choices": [{"logprobs": None}]}, [], {"choices": 1},
+             {"choices": [{"logprobs": {"token_logprobs": [None, *["x"] * 20], "tokens": []}}]},
+             {"choices": [{"logprobs": {"token_logprobs": [None, *[math.nan] * 20], "tokens": []}}]},
+             {"choices": [{"logprobs": {"token_logprobs": [None, *[-math.inf] * 20], "tokens": ["token_id:x"]}}]}],
+)  # fmt: skip
+def test_garbage(said, folder):
+    def answer(handler):
+        return handler.command == "POST" and (handler.say(said) or True)
+
+    with pytest.raises(ServerError, match="/v1/completions"):
+        ask_it(folder, answer)
+
+
+@pytest.mark.parametrize("said", [b"", {"data": 3}, {"data": [3]}, [], {}])
+def test_garbage_instead_of_models(said, folder):
+    with pytest.raises(ServerError, match="/v1/models"):
+        ask_it(folder, lambda handler: handler.say(said) or True)
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"completion_probabilities": [{}]}, {"completion_probabilities": [{"top_logprobs": []}]}]
+)
+def test_garbage_of_llama(said, folder):
+    def answer(handler):
+        if handler.path == "/detokenize":
+            handler.say({"content": "a"})
+        elif handler.path == "/completion":
+            handler.say(said)
+        else:
+            return False
+        return True
+
+    with pytest.raises(ServerError, match="/completion"):
+        ask_it(folder, answer, kind="llama.cpp")
+
+
+def test_a_generated_token_that_is_a_part_of_a_character(folder, model):
+    """llama.cpp's server tells nothing of it; with a bias to a plain token it does."""
+    plain = []
+
+    def answer(handler):
+        if handler.path == "/detokenize":
+            plain.append(handler.body["tokens"][0])
+            handler.say({"content": "word" if plain[-1] == 7 else "\ufffd"})
+        elif handler.path == "/completion" and handler.body.get("logit_bias") != [[7, 100]]:
+            handler.say({"content": ""})
+        else:
+            return False
+        return True
+
+    with serving({"base": answers(make("llama")), "tuned": answers(model)}, "llama.cpp", answer) as url:
+        assert verify(Connection(url), make("llama"), loader(folder), "tuned", "base").ok
+    assert set(plain) == {3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("code", [500, 503, 400, 401])
+def test_a_server_that_fails(code, folder):
+    def answer(handler):
+        return handler.command == "POST" and (handler.say({"error": "out of memory"}, code) or True)
+
+    with pytest.raises(ServerError, match=f"answers {code}.*out of memory"):
+        ask_it(folder, answer)
+
+
+def test_a_server_that_is_slow(folder):
+    def answer(handler):
+        if handler.command == "POST":
+            time.sleep(1)
+        return False
+
+    with pytest.raises(ServerError, match=r"within 0\.3 s"):
+        ask_it(folder, answer, timeout=0.3)
+
+
+def test_a_server_that_sends_a_byte_now_and_then(folder):
+    def answer(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(BrokenPipeError):
+            for _ in range(20):
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                time.sleep(0.1)
+        return True
+
+    before = time.monotonic()
+    with pytest.raises(ServerError, match=r"within 0\.3 s"):
+        ask_it(folder, answer, timeout=0.3)
+    assert time.monotonic() - before < 1.5
+
+
+def test_no_server():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ServerError, match="cannot be reached"):
+            server_of(Connection("http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000", "", "ftp://host"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(ServerError, match="no address of a server"):
+        Connection(url)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp", "openai"])
+def test_which_server_it_is(kind):
+    with serving({"base": answers(make("llama"))}, kind) as url:
+        assert server_of(Connection(url + "/v1/")) == kind

@@ -14,7 +14,8 @@ import torch
 
 import graft
 from graft.core.errors import BaseModelMismatchError
-from graft.serving.ask import Connection, ServerError, UnknownModelError, server_of
+from graft.files.errors import ServerError, UnknownModelError
+from graft.serving.ask import Connection, server_of
 from graft.serving.verify import verify
 from tests.models import make, nudged, seeded
 from tests.serving.server import answers, serving

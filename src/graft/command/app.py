@@ -15,14 +15,15 @@ from typing import Any
 import typer
 
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, ConfigTypeError, PeftError
-from graft.files.errors import LossError, OutputExistsError
+from graft.files.errors import LossError, OutputExistsError, ServerError, UnknownModelError
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
-    (OutputExistsError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT), (CheckpointError, UNREADABLE),
-    (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
+    (OutputExistsError, USAGE), (UnknownModelError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT),
+    (ServerError, UNREADABLE), (CheckpointError, UNREADABLE), (ConfigTypeError, UNREADABLE),
+    (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
 )  # fmt: skip
-VERBS: tuple[str, ...] = ()  # modules of this package, in the order of `graft --help`
+VERBS: tuple[str, ...] = ("check", "export", "verify")  # modules of this package, in the order of `graft --help`
 
 app = typer.Typer(
     name="graft", no_args_is_help=True, pretty_exceptions_enable=False,

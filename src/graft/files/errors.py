@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of what works on files."""
+"""Errors of what works on files, and of servers that load them."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ class OutputExistsError(PeftError, FileExistsError):
     """There is something already where a result would be written."""
 
     __str__ = Exception.__str__  # OSError's shows the arguments of another call
+
+
+class ServerError(PeftError, OSError):
+    """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
+
+    __str__ = Exception.__str__
+
+
+class UnknownModelError(ServerError):
+    """A server has no model, or adapter, of that name."""

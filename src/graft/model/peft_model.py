@@ -402,6 +402,7 @@ class PeftModel(nn.Module):
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         fingerprint: str = "sampled",
+        for_server: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
@@ -420,12 +421,21 @@ class PeftModel(nn.Module):
                 shapes and 64 values of the adapted weights, and so cannot see a change elsewhere; "full" a digest of
                 each tensor of the base, which saving and every load then read in full. Save it before merging: what
                 unmerging in float32 gives back has other last bits.
+            for_server: "vllm", "llama.cpp" or another that `graft check` knows: write each adapter in the one form of
+                LoRA that servers read right. A method that is not LoRA is truncated to one that keeps 99.99 % of ‖ΔW‖²,
+                with a warning that says the error; `graft.save_as_lora` takes another rank.
 
         Raises:
+            LossError: no LoRA does what the adapter does, and `for_server` asks for one.
             ValueError: the path is a file, or a selected adapter is not loaded.
             CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
+        if for_server is not None:
+            from graft.model.export import export_adapters
+
+            export_adapters(self, save_directory, selected_adapters, for_server, is_main_process)
+            return
         checkpoints.save_adapters(
             self,
             save_directory,

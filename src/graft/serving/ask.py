@@ -14,21 +14,12 @@ from math import isfinite
 from typing import Any
 from urllib.parse import urlsplit
 
-from graft.core.errors import BaseModelMismatchError, PeftError
+from graft.core.errors import BaseModelMismatchError
+from graft.files.errors import ServerError, UnknownModelError
 
 LARGEST = 64_000_000  # bytes of an answer
 PROBABILITIES = 512  # of one position, where a server tells of one only
 Seen = dict[tuple[int, int], float]  # (position, token there) → its log-probability after the tokens before it
-
-
-class ServerError(PeftError, OSError):
-    """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
-
-    __str__ = Exception.__str__
-
-
-class UnknownModelError(ServerError):
-    """A server has no model, or adapter, of that name."""
 
 
 class Connection:

@@ -18,9 +18,14 @@ FORMATS = ("peft",)
 class Base(Protocol):
     """What a format may ask of a base model, which need not be loaded: the names and shapes of its tensors."""
 
-    path: str
-    config: Mapping[str, Any]  # config.json
-    shapes: Mapping[str, tuple[int, ...]]  # "model.layers.0.mlp.up_proj.weight" → its shape
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...  # config.json
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # "model.layers.0.mlp.up_proj.weight" → its shape
 
     @property
     def modules(self) -> Iterable[str]: ...

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft check`: what servers would do with an adapter, before one is started."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graft.command.app import FOUND, app, print_json
+from graft.files.serving import Finding, Options, servers
+
+COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
+
+
+@app.command()
+def check(
+    adapter: Annotated[Path, typer.Argument(help="A folder or file with an adapter.")],
+    servers_: Annotated[
+        str, typer.Option("--for", help="Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…")
+    ],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the model that they serve: compare names with it.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="--max-lora-rank of the server.")] = None,
+    targets: Annotated[
+        str | None, typer.Option("--lora-target-modules", help="The server's option of that name, by commas.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+) -> None:
+    """Say what servers would do with an adapter: refuse it, compute something else, ignore it.
+
+    A server that ignores an adapter answers as its base, without a word. What is known of each stands in a file of
+    data, with the version that was run or read and the date. Exit code 1 if one would not apply the adapter as it is.
+
+        graft check out/adapter --for vllm,sglang --base models/llama
+    """
+    from graft.files import formats, serving
+    from graft.files.base import base_files
+
+    model = None if base is None else base_files(base)
+    listed = None if targets is None else tuple(part.strip() for part in targets.split(","))
+    names = [part.strip() for part in servers_.split(",") if part.strip()]
+    found = serving.check(formats.read(adapter, model), names, model, Options(max_rank, listed))
+    if as_json:
+        print_json({"adapter": str(adapter), "servers": names, "findings": [f.as_dict() for f in found]})
+    else:
+        show(names, found, model is not None)
+    if not all(f.ok for f in found):
+        sys.exit(FOUND)
+
+
+def show(names: list[str], found: list[Finding], compared: bool) -> None:
+    """Print the findings by server."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, known = Console(highlight=False, soft_wrap=True), servers()
+    for name in names:
+        own = [f for f in found if f.server == name]
+        console.print(Text.assemble((name, "bold"), f" {known[name].version}, as of {known[name].date}"))
+        for f in own:
+            note = "" if f.evidence == "run" else f" ({f.evidence})"
+            console.print(Text.assemble("  ", (f.verdict, COLOURS[f.verdict]), f": {name} {f.does}{note}: {f.what}"))
+            if f.remedy:
+                console.print(Text(f"    → {f.remedy}"))
+        if not own:
+            console.print(Text.assemble("  ", ("ok", "green"), ": nothing is known that it would not do"))
+    if not compared:
+        console.print("Names of modules were not compared: give the model with --base.")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft verify`: does a running server apply an adapter?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graft.command.app import FOUND, app, print_json
+from graft.core.errors import ConfigError
+
+
+@app.command()
+def verify(
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder, as it was trained or exported.")],
+    base: Annotated[Path, typer.Option(help="Folder of the model that the server runs.")],
+    url: Annotated[str | None, typer.Option(help="Of the server: http://host:port")] = None,
+    model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",
+    base_name: Annotated[str, typer.Option(help="The base's name there.")] = "base",
+    server: Annotated[
+        str | None, typer.Option(help="vllm, sglang, llama.cpp or openai, if the server does not tell.")
+    ] = None,
+    in_process: Annotated[str | None, typer.Option(help="Start this server for the time: vllm.")] = None,
+    dtype: Annotated[str, typer.Option(help="In which the server computes: float32, float16, bfloat16.")] = "float32",
+    tolerance: Annotated[float | None, typer.Option(min=0, help="Of a log-probability, in the mean.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for each answer.")] = 60,
+    api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY", help="Sent as a bearer token.")] = None,
+    device: Annotated[str, typer.Option(help="On which graft computes.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+) -> None:
+    """Ask a running server for log-probabilities, and compare them with graft's own on the same weights.
+
+    Prompts of token ids go to the base's name and to the adapter's. The verdict: applied; not applied; scale off by k;
+    lm_head (or another part) missing; patterns not read; another adapter. Exit code 1 unless it is applied, 4 if the
+    server's base is another.
+
+        graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
+    """
+    from graft.command.models import load_base, on
+    from graft.serving.ask import Connection
+    from graft.serving.start import started
+    from graft.serving.verify import verify as compare
+
+    if (url is None) == (in_process is None):
+        raise ConfigError("Give one of the two: --url of a running server, or --in-process vllm.")
+    own = load_base(base, device=device)
+    options = dict(dtype=dtype, tolerance=tolerance, server=server)
+
+    def ask(at: str) -> None:
+        connection = Connection(at, timeout, api_key)
+        found = compare(connection, own, lambda m: on(m, adapter), model, base_name, **options)  # type: ignore[arg-type]
+        if as_json:
+            print_json(found.as_dict())
+        else:
+            print(found.text)
+            print(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
+            print(f"  {found.noise:.2g}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
+            for what, figure in sorted(found.deviations.items(), key=lambda item: item[1]):
+                print(f"    {what:<20} {figure:.3g}")
+        if not found.ok:
+            sys.exit(FOUND)
+
+    if url is not None:
+        ask(url)
+        return
+    with started(str(in_process), str(base), base_name, {model: str(adapter)}, dtype) as at:
+        ask(at)

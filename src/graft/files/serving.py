@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Will a server take an adapter, and do what it says? What is known of servers is data: servers.json.
+
+A row there says of a server: under this condition it does that. A condition is one of the functions below, which
+returns what in the adapter fulfils it, for people to read; nothing if the adapter does not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+from graft.config import pair
+from graft.core.errors import ConfigError, some
+from graft.files.base import BaseFiles
+from graft.files.neutral import AdapterFile, LowRank, Other
+
+DATA = os.path.join(os.path.dirname(__file__), "servers.json")
+VERDICTS = ("refused", "wrong", "ignored", "ok")  # ok: a thing to know
+CHANGED = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a server is started, where that decides.
+
+    Attributes:
+        max_rank: `--max-lora-rank`; None: the server's own default.
+        targets: `--lora-target-modules`; None: all that the server knows.
+    """
+
+    max_rank: int | None = None
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the data says of a server, but for its rows.
+
+    Attributes:
+        version: that was run or read, on `date`.
+        formats: of adapter files that it loads.
+        max_rank: the default of its limit, if it has one.
+        heads: modules that it takes whole.
+    """
+
+    name: str
+    version: str
+    date: str
+    formats: tuple[str, ...]
+    max_rank: int | None = None
+    heads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a server does with an adapter, and why.
+
+    Attributes:
+        verdict: "refused", "wrong" (it loads, and computes something else), "ignored" (it loads, and that part does
+            nothing), or "ok" (with something to know).
+        what: in the adapter makes it do so.
+        evidence: "run": by us, with this version; "source": read in its source or documentation; else a thread.
+    """
+
+    server: str
+    version: str
+    date: str
+    condition: str
+    verdict: str
+    what: str
+    does: str
+    remedy: str
+    evidence: str
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "ok"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a condition looks at."""
+
+    adapter: AdapterFile
+    server: Server
+    options: Options = field(default_factory=Options)
+    base: BaseFiles | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.adapter.config
+
+    @property
+    def low_rank(self) -> dict[str, LowRank]:
+        return self.adapter.low_rank
+
+
+Condition = Callable[[Subject], Iterable[str]]
+CONDITIONS: dict[str, Condition] = {}
+
+
+def condition(function: Condition) -> Condition:
+    CONDITIONS[function.__name__] = function
+    return function
+
+
+@cache
+def data() -> dict[str, Any]:
+    with open(DATA, encoding="utf-8") as f:
+        held: dict[str, Any] = json.load(f)
+    return held
+
+
+def servers() -> dict[str, Server]:
+    """Return the servers that the data knows, by name."""
+    return {
+        name: Server(
+            name, of["version"], of["date"], tuple(of["formats"]), of.get("max_rank"), tuple(of.get("heads", ()))
+        )
+        for name, of in data()["servers"].items()
+    }
+
+
+def check(
+    adapter: AdapterFile, names: Sequence[str], base: BaseFiles | None = None, options: Options | None = None
+) -> list[Finding]:
+    """Return what these servers do with an adapter as its file stands, other than apply it.
+
+    Args:
+        names: of servers in the data: "vllm", "llama.cpp".
+        base: the model that they serve; without it, names of modules cannot be compared.
+
+    Raises:
+        ConfigError: there is nothing known of a server.
+    """
+    known = servers()
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"Nothing is known of {some(unknown)}; there are {', '.join(known)}.")
+    found = []
+    for name in dict.fromkeys(names):
+        server = known[name]
+        subject = Subject(adapter, server, options or Options(), base)
+        for row in data()["servers"][name]["rows"]:
+            if what := list(CONDITIONS[row["when"]](subject)):
+                remedy = data()["remedies"][row["remedy"]]
+                known_base = "BASE" if base is None else base.path
+                remedy = remedy.format(server=name, adapter=adapter.path, format=server.formats[0], base=known_base)
+                facts = name, server.version, server.date, row["when"], row["verdict"], some(what, 3), row["does"]
+                found.append(Finding(*facts, remedy, row.get("evidence", "run")))
+    return found
+
+
+# conditions: of the file
+
+
+@condition
+def another_format(s: Subject) -> Iterable[str]:
+    if s.adapter.format not in s.server.formats:
+        yield f"the file is of the format {s.adapter.format}"
+
+
+@condition
+def torch_file(s: Subject) -> Iterable[str]:
+    if s.adapter.format == "peft" and not os.path.exists(os.path.join(s.adapter.path, pair.SAFETENSORS)):
+        yield pair.TORCH
+
+
+@condition
+def added_tokens(s: Subject) -> Iterable[str]:
+    path = os.path.join(s.adapter.path, "added_tokens.json")
+    if os.path.isdir(s.adapter.path) and os.path.exists(path):
+        yield "added_tokens.json"
+
+
+@condition
+def fields_missing(s: Subject) -> Iterable[str]:
+    if s.adapter.format == "peft" and s.adapter.method == "LORA":
+        yield from (name for name in ("r", "lora_alpha", "target_modules") if s.config.get(name) is None)
+
+
+# conditions: what the adapter is
+
+
+@condition
+def another_method(s: Subject) -> Iterable[str]:
+    if s.adapter.method != "LORA":
+        yield f"its method is {s.adapter.method}"
+
+
+def variant(name: str) -> Condition:
+    def of(s: Subject) -> Iterable[str]:
+        if any(isinstance(held, Other) and held.method == name for held in s.adapter.modules.values()):
+            yield name
+
+    return of
+
+
+CONDITIONS |= {"kasa": variant("KASA"), "blocks": variant("BDLORA"), "pooled": variant("QALORA")}
+
+
+@condition
+def dora(s: Subject) -> Iterable[str]:
+    return (f"magnitude of {path}" for path, held in s.low_rank.items() if held.magnitude is not None)
+
+
+@condition
+def dora_of_kohya(s: Subject) -> Iterable[str]:
+    return dora(s) if s.adapter.format == "kohya" else ()
+
+
+@condition
+def bias(s: Subject) -> Iterable[str]:
+    yield from (f"lora_bias of {path}" for path, held in s.low_rank.items() if held.bias is not None)
+    yield from (name for name in s.adapter.full if of_bias(name, s.adapter))
+
+
+@condition
+def extra_tensors(s: Subject) -> Iterable[str]:
+    names = {name for held in s.low_rank.values() for name in held.extra if not name.startswith("lora_shift")}
+    return sorted(names)
+
+
+@condition
+def activated(s: Subject) -> Iterable[str]:
+    if s.config.get("alora_invocation_tokens"):
+        yield f"alora_invocation_tokens={s.config['alora_invocation_tokens']}"
+
+
+@condition
+def replicated(s: Subject) -> Iterable[str]:
+    if s.config.get("layer_replication"):
+        yield f"layer_replication={s.config['layer_replication']}"
+
+
+@condition
+def base_changed_and_kept(s: Subject) -> Iterable[str]:
+    return (f"lora_shift of {path}" for path, held in s.low_rank.items() if held.shift is not None)
+
+
+@condition
+def base_changed(s: Subject) -> Iterable[str]:
+    if s.adapter.changed_base is not None:
+        yield f"init_lora_weights={s.config.get('init_lora_weights')!r}"
+
+
+# conditions: beside the low-rank products
+
+
+def of_bias(name: str, adapter: AdapterFile) -> bool:
+    return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" not in adapter.full
+
+
+def norms(adapter: AdapterFile) -> list[str]:
+    """Return the modules trained whole whose weight is a vector."""
+    weights = {name.rpartition(".")[0]: t for name, t in adapter.full.items() if name.endswith(".weight")}
+    return [module for module, t in weights.items() if len(t.shape) == 1]
+
+
+def beside(adapter: AdapterFile) -> list[str]:
+    """Return the names of weights of the base that stand in a file beside factors of the same module, as they were."""
+    return [name for name in adapter.full if name.rpartition(".")[0] in adapter.modules and name.endswith(".weight")]
+
+
+@condition
+def whole_norms(s: Subject) -> Iterable[str]:
+    return norms(s.adapter)
+
+
+@condition
+def whole_modules(s: Subject) -> Iterable[str]:
+    names = {*s.adapter.full} - {*beside(s.adapter)}
+    modules = {name.rpartition(".")[0] for name in names if not of_bias(name, s.adapter)}
+    return sorted(m for m in modules - {*norms(s.adapter)} if last(m) not in s.server.heads)
+
+
+@condition
+def another_vocabulary(s: Subject) -> Iterable[str]:
+    """Of an embedding that got other rows after the base was made."""
+    for name in beside(s.adapter) if s.base is not None else ():
+        own, there = s.adapter.full[name].shape, s.base.shapes.get(name)
+        if there is not None and own != there:
+            yield f"{name} has the shape {own}, the base's {there}"
+
+
+@condition
+def token_rows(s: Subject) -> Iterable[str]:
+    return (f"{len(rows.load()) // 8} rows of {name}" for name, (rows, _) in s.adapter.rows.items())
+
+
+@condition
+def embeddings(s: Subject) -> Iterable[str]:
+    return (path for path, held in s.low_rank.items() if held.kind == "embedding")
+
+
+@condition
+def output_head(s: Subject) -> Iterable[str]:
+    return (path for path in s.low_rank if last(path) == "lm_head")
+
+
+@condition
+def experts(s: Subject) -> Iterable[str]:
+    return (path for path, held in s.low_rank.items() if held.kind == "experts")
+
+
+@condition
+def kernels(s: Subject) -> Iterable[str]:
+    for path, held in s.low_rank.items():
+        if held.kind == "conv" and any(n > 1 for n in held.A.shape[2:]):
+            yield f"a kernel of {' × '.join(map(str, held.A.shape[2:]))} on {path}"
+
+
+# conditions: rank and scale
+
+
+def said(s: Subject) -> tuple[float, float] | None:
+    """Return r and lora_alpha of a config of PEFT."""
+    r, alpha = s.config.get("r"), s.config.get("lora_alpha")
+    numbers = isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0
+    return (float(r), float(alpha)) if numbers else None  # type: ignore[arg-type]
+
+
+def off(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
+    """Yield the modules whose scale is not what a server makes of a rank and the config's r and lora_alpha."""
+    if (numbers := said(s)) is not None:
+        for path, held in s.low_rank.items():
+            taken = expected(held, *numbers)
+            if not math.isclose(held.scale, taken, rel_tol=1e-6):
+                yield f"{path} has the scale {held.scale:.4g}, and would get {taken:.4g}"
+
+
+@condition
+def rank_above_the_limit(s: Subject) -> Iterable[str]:
+    limit = s.options.max_rank or s.server.max_rank
+    if limit is not None:
+        yield from (
+            f"{path} has rank {h.rank}, the limit is {limit}" for path, h in s.low_rank.items() if h.rank > limit
+        )
+
+
+@condition
+def rank_above_128(s: Subject) -> Iterable[str]:
+    return (f"{path} has rank {h.rank}" for path, h in s.low_rank.items() if h.rank > 128)
+
+
+@condition
+def several_ranks(s: Subject) -> Iterable[str]:
+    ranks = {h.rank for h in s.low_rank.values()}
+    if len(ranks) > 1:
+        yield f"ranks {sorted(ranks)}"
+
+
+@condition
+def scale_is_not_one(s: Subject) -> Iterable[str]:
+    return off(s, lambda held, r, alpha: 1.0)
+
+
+@condition
+def scale_is_not_alpha_by_the_rank(s: Subject) -> Iterable[str]:
+    return off(s, lambda held, r, alpha: alpha / held.rank)
+
+
+@condition
+def scale_is_not_alpha_by_r(s: Subject) -> Iterable[str]:
+    return off(s, lambda held, r, alpha: alpha / r)
+
+
+@condition
+def scale_is_not_the_configs(s: Subject) -> Iterable[str]:
+    return off(s, lambda held, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
+
+
+@condition
+def scale_is_not_told(s: Subject) -> Iterable[str]:
+    """Of diffusers' files: neither metadata nor alphas say it, and the reader takes one."""
+    if s.adapter.format == "diffusers" and "lora_adapter_metadata" not in s.adapter.metadata:
+        yield from (path for path, held in s.low_rank.items() if held.scale != 1.0)
+
+
+# conditions: which modules
+
+
+@condition
+def regular_expression(s: Subject) -> Iterable[str]:
+    targets = s.config.get("target_modules")
+    if isinstance(targets, str) and targets not in ("all-linear", "all"):
+        yield f"target_modules={targets!r}"
+
+
+@condition
+def targets_are_no_suffixes(s: Subject) -> Iterable[str]:
+    targets = s.config.get("target_modules")
+    if s.adapter.format == "peft" and s.low_rank:
+        if isinstance(targets, str) or s.config.get("target_parameters"):
+            yield f"target_modules={targets!r}, target_parameters={s.config.get('target_parameters')!r}"
+        else:
+            yield from (t for t in targets or () if "." in t)
+
+
+@condition
+def q_without_v(s: Subject) -> Iterable[str]:
+    for path in s.low_rank:
+        stem, _, name = path.rpartition(".")
+        if name == "q_proj" and f"{stem}.v_proj" not in s.low_rank:
+            yield path
+
+
+@condition
+def some_layers_only(s: Subject) -> Iterable[str]:
+    """A kind of module that not every layer has an adapter on."""
+    kinds: dict[str, set[str]] = {}
+    for path in s.low_rank:
+        if numbered := in_layer(path):
+            kinds.setdefault(numbered[0], set()).add(numbered[1])
+    there: dict[str, set[str]] = {}
+    for module in s.base.modules if s.base is not None else s.low_rank:
+        if numbered := in_layer(module):
+            there.setdefault(numbered[0] if s.base is not None else "", set()).add(numbered[1])
+    for kind, layers in kinds.items():
+        every = there.get(kind if s.base is not None else "", layers)
+        if missing := every - layers:
+            yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
+
+
+def in_layer(path: str) -> tuple[str, str] | None:
+    """Return a path with "#" for the number of its layer, and the number."""
+    found = re.search(r"\.(\d+)\.", path)
+    return (f"{path[: found.start(1)]}#{path[found.end(1) :]}", found[1]) if found else None
+
+
+@condition
+def targets_excluded(s: Subject) -> Iterable[str]:
+    packed = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}] if s.server.name == "vllm" else []
+    listed = s.options.targets
+    if listed is not None:
+        more = {name for pack in packed if pack & {*listed} for name in pack}
+        yield from sorted({last(path) for path in s.low_rank} - {*listed, *more})
+
+
+def strangers(s: Subject) -> list[str]:
+    """Return the modules that the model which the server runs does not have."""
+    if s.base is None:
+        return []
+    known = {*s.base.modules}
+    paths = [module_of(path, held) for path, held in s.adapter.modules.items()]
+    if all(path in known for path in paths):
+        return []
+    known |= names_of_class(s.base)
+    return [path for path in paths if path not in known]
+
+
+def module_of(path: str, held: LowRank | Other) -> str:
+    """Return the path of the module that holds what is adapted."""
+    return path.rpartition(".")[0] if getattr(held, "kind", "") == "experts" else path
+
+
+@condition
+def modules_missing(s: Subject) -> Iterable[str]:
+    """Of a name that no module of the base has."""
+    found = strangers(s)
+    names = {last(m) for m in s.base.modules} if found and s.base is not None else set()
+    return [path for path in found if last(path) not in names]
+
+
+@condition
+def layers_missing(s: Subject) -> Iterable[str]:
+    """Beyond the base's last layer."""
+    found = strangers(s)
+    kinds = {numbered[0] for m in (s.base.modules if found and s.base is not None else ()) if (numbered := in_layer(m))}
+    return [path for path in found if (numbered := in_layer(path)) and numbered[0] in kinds]
+
+
+@condition
+def prefixes_differ(s: Subject) -> Iterable[str]:
+    """Of a name that modules of the base have, elsewhere: the adapter was trained with another class of the model."""
+    apart = {*modules_missing(s), *layers_missing(s)}
+    return [path for path in strangers(s) if path not in apart]
+
+
+def names_of_class(base: BaseFiles) -> set[str]:
+    """Return the modules of the class that the base's config names, as transformers builds it; none without it.
+
+    Checkpoints of multimodal models have other names in part: `language_model.model.layers` in the file,
+    `model.language_model.layers` in the model.
+    """
+    try:
+        import transformers
+        from torch import device
+    except ImportError:
+        return set()
+    cls = getattr(transformers, (base.config.get("architectures") or [""])[0], None)
+    if cls is None:
+        return set()
+    config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
+    with device("meta"):
+        return {name for name, _ in cls(config).named_modules()}
+
+
+def last(path: str) -> str:
+    return path.rpartition(".")[2]

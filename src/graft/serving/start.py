@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server of this machine's, for as long as a block runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from graft.core.errors import ConfigError
+from graft.files.errors import ServerError
+from graft.serving.ask import Connection
+
+LONGEST = 600  # seconds until it must be ready
+
+
+@contextmanager
+def started(
+    server: str, base: str, base_name: str, adapters: Mapping[str, str], dtype: str = "float32", max_rank: int = 64
+) -> Iterator[str]:
+    """Start vLLM of this Python's environment; yield its address, and end it with the block.
+
+    Args:
+        base: folder of the model.
+        adapters: name → folder.
+
+    Raises:
+        ConfigError: it is another server, or not installed.
+        ServerError: it ended, or was not ready in time; the text has the end of its log.
+    """
+    if server != "vllm":
+        raise ConfigError(f"--in-process {server}: graft starts vllm only; start others yourself, and give --url.")
+    if find_spec("vllm") is None:
+        raise ConfigError(f"vllm is not installed beside graft, in {sys.prefix}.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", base_name,
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager", "--max-model-len", "128",
+        "--max-num-seqs", "4", "--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules",
+        *(f"{name}={os.path.abspath(path)}" for name, path in adapters.items()),
+    ]  # fmt: skip
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
+        try:
+            wait(process, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait(process: subprocess.Popen[bytes], url: str, log: object) -> None:
+    """Wait until the server answers."""
+    end = time.monotonic() + LONGEST
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            Connection(url, 5).get("/v1/models")
+            return
+        except ServerError:
+            time.sleep(0.5)
+    log.seek(0)  # type: ignore[attr-defined]
+    said = log.read().decode(errors="replace").strip().splitlines()[-15:]  # type: ignore[attr-defined]
+    raise ServerError("vllm ended before it was ready, or took too long:\n" + "\n".join(said))

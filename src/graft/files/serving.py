@@ -397,16 +397,6 @@ def regular_expression(s: Subject) -> Iterable[str]:
 
 
 @condition
-def targets_are_no_suffixes(s: Subject) -> Iterable[str]:
-    targets = s.config.get("target_modules")
-    if s.adapter.format == "peft" and s.low_rank:
-        if isinstance(targets, str) or s.config.get("target_parameters"):
-            yield f"target_modules={targets!r}, target_parameters={s.config.get('target_parameters')!r}"
-        else:
-            yield from (t for t in targets or () if "." in t)
-
-
-@condition
 def q_without_v(s: Subject) -> Iterable[str]:
     for path in s.low_rank:
         stem, _, name = path.rpartition(".")

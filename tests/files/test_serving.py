@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`check`: each condition holds for an adapter that has it and for no plain one; each row of the data can come up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from math import sqrt
+
+import numpy as np
+import pytest
+
+from graft.core.errors import ConfigError
+from graft.files.base import base_files
+from graft.files.formats import read
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.serving import CONDITIONS, VERDICTS, Options, Subject, check, data, servers
+from graft.files.tensors import tensor
+from tests.files import adapters
+
+Q0 = "model.layers.0.self_attn.q_proj"
+CASES = {  # condition → adapter that fulfils it, server, options, text of what it returns
+    "another_format": ("plain", "mlx", Options(), "peft"),
+    "torch_file": ("bin/plain", "lorax", Options(), "adapter_model.bin"),
+    "another_method": ("method/LoHaConfig", "vllm", Options(), "LOHA"),
+    "kasa": ("kasa", "vllm", Options(), "KASA"),
+    "blocks": ("bdlora", "vllm", Options(), "BDLORA"),
+    "pooled": ("qalora", "vllm", Options(), "QALORA"),
+    "dora": ("dora", "vllm", Options(), Q0),
+    "bias": ("bias", "vllm", Options(), Q0),
+    "extra_tensors": ("velora", "vllm", Options(), "lora_velora_embed"),
+    "activated": ("alora", "vllm", Options(), "[3, 4]"),
+    "replicated": ("replicated", "vllm", Options(), "[1, 2]"),
+    "base_changed_and_kept": ("pissa", "vllm", Options(), Q0),
+    "base_changed": ("peft/pissa", "vllm", Options(), "'pissa'"),
+    "whole_norms": ("whole norm", "vllm", Options(), "model.norm"),
+    "whole_modules": ("whole head", "vllm", Options(), "lm_head"),
+    "another_vocabulary": ("resized/embed", "vllm", Options(), "(44, 24)"),
+    "token_rows": ("rows", "vllm", Options(), "2 rows of model.embed_tokens.weight"),
+    "embeddings": ("embedding", "openvino", Options(), "model.embed_tokens"),
+    "output_head": ("lm_head", "onnxruntime", Options(), "lm_head"),
+    "kernels": ("conv/conv2d", "openvino", Options(), "kernel of"),
+    "rank_above_the_limit": ("plain", "vllm", Options(max_rank=3), "rank 4, the limit is 3"),
+    "rank_above_128": ("high", "lorax", Options(), "rank 130"),
+    "several_ranks": ("patterns", "mlx", Options(), "ranks [2, 4]"),
+    "scale_is_not_one": ("scaled", "openvino", Options(), "the scale 1.5, and would get 1"),
+    "scale_is_not_alpha_by_the_rank": ("rslora", "llama.cpp", Options(), "the scale 4, and would get 2"),
+    "scale_is_not_alpha_by_r": ("patterns", "sglang", Options(), "the scale 2.5, and would get 2"),
+    "scale_is_not_the_configs": ("patterns", "lorax", Options(), "the scale 2.5, and would get 2"),
+    "regular_expression": ("regex", "sglang", Options(), "(q|v)_proj"),
+    "q_without_v": ("q", "sglang", Options(), Q0),
+    "some_layers_only": ("one layer", "lorax", Options(), "model.layers.N.self_attn.q_proj on 1 of 2 layers"),
+    "targets_excluded": ("plain", "vllm", Options(targets=("q_proj", "o_proj")), "up_proj"),
+}
+OTHERS = {  # conditions that have tests of their own
+    "added_tokens", "fields_missing", "scale_is_not_told", "dora_of_kohya", "experts", "modules_missing",
+    "layers_missing", "prefixes_differ",
+}  # fmt: skip
+
+
+def subject(adapter, server="vllm", options=None, base=True):
+    held = adapter if isinstance(adapter, AdapterFile) else read(adapters.folder(adapter))
+    return Subject(held, servers()[server], options or Options(), base_files(adapters.base()) if base else None)
+
+
+def holds(name, *args, **options):
+    return [*CONDITIONS[name](subject(*args, **options))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_condition_that_is_fulfilled(name):
+    adapter, server, options, text = CASES[name]
+    assert text in " ".join(holds(name, adapter, server, options))
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_condition_that_is_not(name):
+    """Neither with the base nor without: plain LoRA has none of them."""
+    server = CASES[name][1] if name in CASES and name != "another_format" else "vllm"
+    for base in True, False:
+        assert holds(name, "plain", server, base=base) == []
+
+
+def test_every_condition_is_tested_and_used():
+    assert {*CASES} | OTHERS == {*CONDITIONS}
+    assert not {*CASES} & OTHERS
+    assert {row["when"] for of in data()["servers"].values() for row in of["rows"]} == {*CONDITIONS}
+
+
+@pytest.mark.parametrize("name", servers())
+def test_the_data(name):
+    of = data()["servers"][name]
+    assert (
+        {"version", "date", "formats", "rows"} <= {*of} <= {"version", "date", "formats", "rows", "max_rank", "heads"}
+    )
+    assert max(Counter(row["when"] for row in of["rows"]).values()) == 1
+    for row in of["rows"]:
+        assert {"when", "verdict", "does", "remedy"} <= {*row} <= {"when", "verdict", "does", "remedy", "evidence"}
+        assert row["verdict"] in VERDICTS and row["does"]
+        remedy = data()["remedies"][row["remedy"]].format(server="S", adapter="A", format="F", base="B")
+        assert bool(remedy) == (row["verdict"] != "ok" or row["when"] == "dora"), row
+
+
+def test_no_remedy_is_left_over():
+    used = {row["remedy"] for of in data()["servers"].values() for row in of["rows"]}
+    assert used == {*data()["remedies"]}
+
+
+@pytest.mark.parametrize(
+    "adapter, server, expected",
+    [
+        ("plain", "vllm", {}),
+        ("patterns", "vllm", {}),
+        ("rslora", "vllm", {}),
+        ("dora", "vllm", {"dora": "refused"}),
+        ("dora", "lorax", {"dora": "ignored"}),
+        ("rslora", "sglang", {"scale_is_not_alpha_by_r": "wrong"}),
+        ("rslora", "lorax", {}),
+        ("scaled", "openvino", {"scale_is_not_one": "wrong"}),
+        ("plain", "openvino", {}),
+        ("peft/pissa", "sglang", {"base_changed": "wrong"}),
+        ("lm_head", "vllm", {}),
+        ("velora", "openvino", {"scale_is_not_one": "wrong"}),
+        ("whole norm", "llama.cpp", {"another_format": "refused", "whole_norms": "wrong",}),
+        ("q", "sglang", {"q_without_v": "refused"}),
+    ],
+)  # fmt: skip
+def test_what_a_server_does(adapter, server, expected):
+    """As SERVERS were measured and read."""
+    found = check(read(adapters.folder(adapter)), [server], base_files(adapters.base()))
+    assert {f.condition: f.verdict for f in found} == expected
+    for f in found:
+        assert f.ok == (f.verdict == "ok")
+        assert (f.version, f.date) == (servers()[server].version, servers()[server].date)
+
+
+def test_a_server_that_nobody_knows():
+    with pytest.raises(ConfigError, match="ollama.*vllm"):
+        check(read(adapters.folder("plain")), ["vllm", "ollama"])
+
+
+def test_the_rank_that_a_server_has_room_for_by_default():
+    assert holds("rank_above_the_limit", "high") and not holds("rank_above_the_limit", "high", "sglang")
+    assert not holds("rank_above_the_limit", "high", options=Options(max_rank=130))
+
+
+def test_packed_projections_pass_together():
+    """vLLM's --lora-target-modules q_proj lets k and v pass."""
+    assert holds("targets_excluded", "plain", "vllm", Options(targets=("q_proj",))) == ["up_proj"]
+    assert holds("targets_excluded", "plain", "sglang", Options(targets=("q_proj",))) == ["up_proj", "v_proj"]
+
+
+# files that somebody changed, or made by hand
+
+
+def copied(tmp_path, name="plain"):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters.folder(name), folder)
+    return folder
+
+
+def test_added_tokens(tmp_path):
+    folder = copied(tmp_path)
+    assert not holds("added_tokens", read(folder))
+    (folder / "added_tokens.json").write_text("{}")
+    assert holds("added_tokens", read(folder)) == ["added_tokens.json"]
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "target_modules"])
+def test_a_field_that_is_missing(field, tmp_path):
+    folder = copied(tmp_path)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config[field]
+    held = read(adapters.folder("plain"))
+    assert holds("fields_missing", replace(held, config=config)) == [field]
+
+
+def by_hand(format, path="lora", magnitude=False, kind="linear", **options):
+    a, b = tensor(np.ones((2, 6), "f4")), tensor(np.ones((6, 2), "f4"))
+    m = tensor(np.ones(6, "f4")) if magnitude else None
+    return AdapterFile(format, "x", "LORA", {path: LowRank(a, b, 0.5, kind, m)}, **options)
+
+
+def test_files_of_diffusers():
+    assert holds("scale_is_not_told", by_hand("diffusers")) == ["lora"]
+    assert not holds("scale_is_not_told", by_hand("diffusers", metadata={"lora_adapter_metadata": "{}"}))
+    assert holds("dora_of_kohya", by_hand("kohya", magnitude=True)) == ["magnitude of lora"]
+    assert not holds("dora_of_kohya", by_hand("diffusers", magnitude=True))
+
+
+def test_stacks_of_experts():
+    assert holds("experts", by_hand("peft", "model.layers.0.mlp.experts.down_proj", kind="experts"))
+
+
+# names
+
+
+def renamed(adapter, change):
+    held = read(adapters.folder(adapter))
+    return replace(held, modules={change(path): of for path, of in held.modules.items()})
+
+
+@pytest.mark.parametrize(
+    "change, condition",
+    [
+        (lambda path: path.replace("model.", "model.language_model.", 1), "prefixes_differ"),
+        (lambda path: path.removeprefix("model."), "prefixes_differ"),
+        (lambda path: path.replace("layers.1", "layers.7"), "layers_missing"),
+        (lambda path: path.replace("up_proj", "w3"), "modules_missing"),
+    ],
+)
+def test_names_that_the_base_does_not_have(change, condition):
+    adapter = renamed("plain", change)
+    names = ("prefixes_differ", "layers_missing", "modules_missing")
+    assert [name for name in names if holds(name, adapter)] == [condition]
+    assert all(path not in read(adapters.folder("plain")).modules for path in holds(condition, adapter))
+    assert not any(holds(name, adapter, base=False) for name in names)
+
+
+def test_the_class_that_the_server_runs(tmp_path):
+    """An adapter of the text model does nothing in the multimodal one, whose checkpoint has a third kind of names."""
+    transformers = pytest.importorskip("transformers")
+    text = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, vocab_size=41)
+    vision = dict(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text)
+    )
+    adapters.quietly(transformers.LlavaForConditionalGeneration(config).save_pretrained, tmp_path)
+    base, server = base_files(tmp_path), servers()["vllm"]
+    adapter = read(adapters.folder("plain"))
+    assert [*CONDITIONS["prefixes_differ"](Subject(adapter, server, base=base))] == [*adapter.modules]
+    there = renamed("plain", lambda path: path.replace("model.", "model.language_model.", 1))
+    assert not {*there.modules} <= {*base.modules}  # the checkpoint says language_model.model
+    assert not [*CONDITIONS["prefixes_differ"](Subject(there, server, base=base))]
+
+
+def test_scales_in_figures():
+    held = read(adapters.folder("rslora"))
+    assert {of.scale for of in held.low_rank.values()} == {8 / sqrt(4)}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.changes import change_of
 from graft.core.errors import PeftWarning, warn
+from graft.core.folding import change_of
 from graft.files.export import Exported, server_named
 from graft.files.export import export as export_file
 from graft.files.formats import peft

@@ -82,7 +82,7 @@ def model(name: str, lib: Any = graft) -> Any:
 def moved(on: Any, config: Any, lib: Any = graft) -> Any:
     with seeded(2):
         made = lib.get_peft_model(on, config)
-        for key, p in made.named_parameters():
+        for p in made.parameters():
             if p.requires_grad:
                 p.data.add_(torch.randn(p.shape), alpha=0.2)
     return made.eval()

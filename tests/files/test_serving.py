@@ -137,7 +137,7 @@ def test_what_a_server_does(adapter, server, expected):
 
 
 def test_a_server_that_nobody_knows():
-    with pytest.raises(ConfigError, match="ollama.*vllm"):
+    with pytest.raises(ConfigError, match=r"ollama.*vllm"):
         check(read(adapters.folder("plain")), ["vllm", "ollama"])
 
 

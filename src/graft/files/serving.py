@@ -286,8 +286,9 @@ def whole_modules(s: Subject) -> Iterable[str]:
 @condition
 def another_vocabulary(s: Subject) -> Iterable[str]:
     """Of an embedding that got other rows after the base was made."""
-    for name in beside(s.adapter) if s.base is not None else ():
-        own, there = s.adapter.full[name].shape, s.base.shapes.get(name)
+    shapes = {} if s.base is None else s.base.shapes
+    for name in beside(s.adapter):
+        own, there = s.adapter.full[name].shape, shapes.get(name)
         if there is not None and own != there:
             yield f"{name} has the shape {own}, the base's {there}"
 

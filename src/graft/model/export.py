@@ -19,8 +19,8 @@ from graft.files.formats import peft
 from graft.io import files
 from graft.io.base import get_base_model_state_dict
 from graft.io.fingerprint import fingerprint, weights_of
+from graft.model.checkpoints import check, contents, folder_of, names_to_save
 from graft.model.convert import convert_to_lora, found
-from graft.model.saving import check, contents, folder_of, names_to_save
 
 ENERGY = 0.9999  # part of ‖ΔW‖² that a method which is no LoRA keeps
 

@@ -26,7 +26,7 @@ _NAMES: dict[str, str] = {
         "graft.methods": "PeftType method_of",
         "graft.methods.lora": "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig "
         "LoraRuntimeConfig MontecloraConfig VeloraConfig",
-        "graft.methods.lora.caching": "DoraCaching",
+        "graft.methods.lora.dora": "DoraCaching",
         "graft.combine.intruders": "reduce_intruder_dimension",
         "graft.prompts.prompt_tuning": "PromptTuningInit",
         "graft.prompts.p_tuning": "PromptEncoderReparameterizationType",

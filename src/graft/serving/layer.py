@@ -22,7 +22,7 @@ from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.waits import constant
-from graft.methods.lora.choices import CONVERTED
+from graft.methods.lora.sub_configs import CONVERTED
 
 NONE = 0  # the slot of zeros, for rows without adapter
 

@@ -16,8 +16,7 @@ from graft.core.errors import CalibrationError, CheckpointError, ConfigError, so
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
 from graft.methods import method_of
-from graft.methods.lora.corda import EIGENS, CordaEigens, eigens_of
-from graft.methods.lora.loraga import GRADIENT
+from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 
 
 def linear_methods(model: nn.Module, config: Any, how: str) -> dict[str, Any]:

@@ -12,8 +12,11 @@ from graft.config.base import PeftConfig
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
 from graft.core.errors import ConfigError, warn
 from graft.core.ops import OPS, Op
-from graft.methods.lora.choices import CONVERTED, SETTINGS, TITLES, VARIANTS
 from graft.methods.lora.sub_configs import (
+    CONVERTED,
+    SETTINGS,
+    TITLES,
+    VARIANTS,
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,

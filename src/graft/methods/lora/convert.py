@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.methods.lora.choices import CONVERTED
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
+from graft.methods.lora.sub_configs import CONVERTED
 
 MARK = f".{NAME}."
 

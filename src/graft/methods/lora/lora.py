@@ -17,10 +17,10 @@ from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.methods.lora import checks, shift
-from graft.methods.lora.choices import VARIANTS
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
 from graft.methods.lora.started import Started
+from graft.methods.lora.sub_configs import VARIANTS
 
 
 def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:

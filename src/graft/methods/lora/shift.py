@@ -16,9 +16,9 @@ from torch import Tensor
 from graft.core.containers import Exact
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Tensors
-from graft.methods.lora.choices import TITLES
 from graft.methods.lora.loftq import quantized
 from graft.methods.lora.start import start_of
+from graft.methods.lora.sub_configs import TITLES
 
 NAME = "lora_shift"  # container
 SAMPLES = 16

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initialisations that begin with the base weight and take their part out of it: which there are, and the rest."""
+"""Initialisations that begin with the base weight and take their part out of it: which there are, and the rest.
+
+PiSSA (arXiv 2404.02948) begins with its largest singular vectors, OLoRA (2406.01775) with a QR decomposition, CorDA
+(2406.05223) with those that the inputs weigh, LoRA-GA (2407.05000) with those of a gradient. LoftQ has its own file."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError
-from graft.methods.lora.choices import TITLES
+from graft.core.errors import CalibrationError, ConfigError, shortened
+from graft.methods.lora.sub_configs import TITLES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STARTS = {  # init → "module:function" beside this, which takes the adapter and W (out, in) in float32
-    "pissa": "pissa:start",
-    "olora": "olora:start",
-    "corda": "corda:start",
-    "lora_ga": "loraga:start",
+    "pissa": "start:pissa",
+    "olora": "start:olora",
+    "corda": "start:corda",
+    "lora_ga": "start:loraga",
     "loftq": "loftq:start",
 }
 
@@ -71,3 +76,138 @@ def check_rank(lora: Any, times: int) -> None:
             f"init_lora_weights={cfg.init_lora_weights!r} needs a positive lora_alpha and a rank that the weight of "
             f"'{lora.site.key}' can have, at most {most}: r={cfg.r}, lora_alpha={cfg.lora_alpha}."
         )
+
+
+def pissa(lora: Any, W: Tensor) -> Start:
+    """Return the r largest singular triples of W, with an even share for A and B."""
+    how, r, s = lora.cfg.init_lora_weights, lora.cfg.r, lora.scaling
+    if how == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    elif match := re.fullmatch(r"pissa_niter_(\d+)", how):
+        if len(match[1]) > 3:
+            raise ConfigError(f"init_lora_weights='{shortened(how)}' asks for too many iterations: 999 is the most.")
+        U, S, V = torch.svd_lowrank(W, r, niter=int(match[1]))
+        Vh = V.T
+    else:
+        raise ConfigError(
+            f"init_lora_weights should be 'pissa' or 'pissa_niter_[number of iters]', got '{how}' instead."
+        )
+    root = (S / s).sqrt()
+    return Start.of(root[:, None] * Vh, U * root, s)
+
+
+def olora(lora: Any, W: Tensor) -> Start:
+    """Return the first r columns and rows of W = Q R."""
+    Q, R = torch.linalg.qr(W)
+    return Start.of(R[: lora.cfg.r], Q[:, : lora.cfg.r], lora.scaling)
+
+
+EIGENS = "eigens"  # attribute of a base layer, as in PEFT
+DAMP, GOOD_ENOUGH = 0.01, 0.05
+
+
+@dataclass
+class CordaEigens:
+    """r singular triples of W C, with C⁻¹ multiplied back: W ≈ U diag(S) Vᵀ on inputs like those behind C."""
+
+    S_WC: Tensor  # (r,)
+    U_WC: Tensor  # (out, r)
+    V_WC: Tensor  # (in, r)
+
+
+def corda(lora: Any, W: Tensor) -> Start:
+    """Return the triples that `preprocess_corda` has chosen, with an even share for A and B."""
+    site, r, s = lora.site, lora.cfg.r, lora.scaling
+    module = site.module
+    if EIGENS not in module.__dict__:
+        raise CalibrationError(
+            f"`eigens` attribute not found for layer '{site.key}', please run `preprocess_corda` first, with this "
+            f"model and config (adapter '{lora.name}')."
+        )
+    eigens = module.__dict__.pop(EIGENS)
+    lora.layer.on_rollback(lambda: setattr(module, EIGENS, eigens))
+    S, U, V = (t.to(W) for t in (eigens.S_WC, eigens.U_WC, eigens.V_WC))
+    wanted = {"S": (r,), "U": (len(W), r), "V": (W.shape[1], r)}
+    for name, t in dict(S=S, U=U, V=V).items():
+        if t.shape != wanted[name]:
+            raise CalibrationError(
+                f"Matrix {name} size mismatch: {tuple(t.shape)} vs. {wanted[name]} on layer '{site.key}'. "
+                "`preprocess_corda` and `get_peft_model` need the same model and rank; so does a cache file."
+            )
+        if not t.isfinite().all():
+            raise CalibrationError(f"Invalid value found in matrix {name} for layer '{site.key}': NaN or infinite.")
+    root = (S / s).sqrt()
+    return Start.of(root[:, None] * V.T, U * root, s)
+
+
+@torch.no_grad()
+def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigens:
+    """Decompose W C, W (out, in), C (in, in); keep the r largest triples (ipm) or the smallest (kpm).
+
+    Raises:
+        CalibrationError: C is zero or not finite.
+    """
+    W, C = W.float(), C.float()
+    mean = C.diagonal().mean()
+    if not (C.isfinite().all() and mean > 0):
+        raise CalibrationError(f"The inputs of layer '{key}' are all zero, or not finite: there is no covariance.")
+    one, damp = torch.eye(len(C), device=C.device), DAMP
+    while True:
+        damped = C + damp * mean * one
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, one) < GOOD_ENOUGH:
+            break
+        damp *= 2
+    U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
+    V = (Vh @ inverse).T
+    kept = slice(r) if method == "ipm" else slice(len(S) - r, None)
+    return CordaEigens(S[kept].clone(), U[:, kept].clone(), V[:, kept].clone())
+
+
+GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT
+
+
+def loraga(lora: Any, W: Tensor) -> Start:
+    """Return singular vectors of the gradient: some of the first 2r for A, some for B."""
+    site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
+    module = site.module
+    if GRADIENT not in module.__dict__:
+        raise CalibrationError(
+            f"There is no gradient for layer '{site.key}' (adapter '{lora.name}'): call preprocess_loraga with this "
+            "model and config before."
+        )
+    G = module.__dict__.pop(GRADIENT)
+    lora.layer.on_rollback(lambda: setattr(module, GRADIENT, G))
+    G = site.op.canon(G).to(W)
+    if G.shape != W.shape:
+        raise CalibrationError(
+            f"The gradient for layer '{site.key}' is {tuple(G.shape)}, and the weight {tuple(W.shape)}: it was "
+            "estimated with another model."
+        )
+    U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
+    for_A, for_B = directions(cfg.direction, r)
+    A, B = V.T[for_A], U[:, for_B] * S[for_B]
+    if cfg.scale == "stable":
+        B = B * (len(W) ** 0.25 / cfg.stable_gamma**0.5)
+    elif cfg.scale == "weight_svd":
+        largest = torch.svd_lowrank(W, q=r, niter=4)[1][0]
+        first = S[for_B][0]
+        B = B * (largest / first) if first > 0 else B
+    elif cfg.scale == "gd_scale":
+        A, B = A / s, B / s
+    dtype = lora.layer.W0.dtype
+    return Start.of(A.to(dtype).float(), B.to(dtype).float(), s)  # rounded as the adapter will be
+
+
+def directions(how: str, r: int) -> tuple[Tensor, Tensor]:
+    """Return which of 2r singular vectors A and B take."""
+    both = torch.arange(2 * r)
+    if how == "random":
+        chosen = torch.randperm(2 * r)[:r]
+        return chosen, chosen
+    return {
+        "ArBr": (both[1::2], both[0::2]),
+        "A2rBr": (both[r:], both[:r]),
+        "ArB2r": (both[:r], both[r:]),
+    }[how]

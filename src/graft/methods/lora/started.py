@@ -1,21 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of LoRA that decides how an adapter starts, and keeps what that takes out of the base weight."""
+"""How an adapter of LoRA starts: kaiming (arXiv 2106.09685), gaussian, orthogonal, or by `start.py` from the
+base weight, and what its files hold then.
+
+PEFT adds the update of an nn.MultiheadAttention's output projection twice, in training, inference and merging. So a
+file's B stands for twice its values there. graft keeps the update as the config says it in memory, and halves and
+doubles B on the way: either library computes the same from a file of the other, and nothing is rounded."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors, Use
-from graft.methods.lora import attention, init, shift
-from graft.methods.lora.start import kind_of
+from graft.core.random import kaiming_bound
+from graft.methods.lora import shift
+from graft.methods.lora.start import STARTS, kind_of, start_of
+
+KNOWN = ("True", "False", "gaussian", "orthogonal", "mica", "eva", "pissa_niter_[number]", *STARTS)
+
+
+def initialise(lora: Any, how: bool | str) -> None:
+    A, B = (p.data for p in lora.pair)
+    site = lora.site
+    if lora.lora_bias and how is not False:
+        lora.lora_B.bias.data.zero_()
+    if how is True:
+        (_table if site.op.takes_ids else _plain)(A, B)
+    elif how is False:
+        pass  # as the modules of A and B, or `build`, initialise themselves
+    elif how.lower() == "gaussian":
+        A.normal_(std=1 / lora.cfg.r)
+        B.zero_()
+    elif kind_of(how) is not None:
+        if site.on_meta:
+            _plain(A, B)
+        begin(lora, A, B)
+    elif how == "orthogonal" and A.dim() == 2:
+        _orthogonal(A, B)
+    elif how == "eva" and site.op.linear:
+        B.zero_()  # and A as its module initialises itself, until `initialize_lora_eva_weights`
+    else:
+        why = "has no meaning" if how in KNOWN else "is unknown"
+        raise ConfigError(
+            f"Unknown initialization init_lora_weights='{how}' for layer '{site.key}' ({site.type_name}): it {why} "
+            f"there. Known ones: {', '.join(KNOWN)}; convolutions take the first three, embeddings also orthogonal."
+        )
+
+
+def _plain(A: Tensor, B: Tensor) -> None:
+    bound = kaiming_bound(A[0].numel())
+    A.uniform_(-bound, bound)
+    B.zero_()
+
+
+def _table(A: Tensor, B: Tensor) -> None:
+    A.zero_()
+    B.normal_()
+
+
+def _orthogonal(A: Tensor, B: Tensor) -> None:
+    """A's rows and B's columns are built on orthogonal halves of one random basis, so that B A = 0."""
+    r = A.shape[0]
+    if r % 2:
+        raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+    Q, _ = torch.linalg.qr(torch.randn(r, r))
+    odd, even = Q[0::2], Q[1::2]  # (r/2, r) each
+    A.copy_((torch.randn(A.shape[1], r // 2) @ odd).T / 10)
+    B.copy_((torch.randn(r // 2, B.shape[0]).T @ even) / 10)
+
+
+@torch.no_grad()
+def begin(lora: Any, A: Tensor, B: Tensor) -> None:
+    """Fill in A and B, and change the base weight."""
+    site, how = lora.site, lora.cfg.init_lora_weights
+    if not site.op.linear:
+        raise ConfigError(
+            f"init_lora_weights={how!r} takes its part out of the weight of a linear layer and has no meaning for "
+            f"'{site.key}' ({site.type_name}): take that out of target_modules, or give it an adapter of its own with "
+            "another initialisation."
+        )
+    if site.shared:
+        raise ConfigError(
+            f"init_lora_weights={how!r} would change the weight of layer '{site.key}', which another module uses as "
+            "well: take the layer out of target_modules, or choose another initialisation."
+        )
+    W = lora.layer.W0
+    if site.on_meta:
+        lora.layer.rewrite_base(W)  # warns, as there is nothing to begin with
+        return
+    start = start_of(lora, W)
+    A.copy_(start.A)
+    B.copy_(start.B)
+    shift.take_out(lora, start.taken_A, start.taken_B)
+
+
+PLACE = ("lora_B", "weight")
+
+
+def to_file(values: Tensors) -> Tensors:
+    return {place: t / 2 if place == PLACE else t for place, t in values.items()}
+
+
+def from_file(stored: Tensors) -> Tensors:
+    return {place: t * 2 if place == PLACE else t for place, t in stored.items()}
 
 
 class Started(Method):
     """Starts by `init_lora_weights`, and holds a `Shift` on each layer whose base weight that changes."""
 
     def init(self) -> None:
-        init.initialise(self, self.cfg.init_lora_weights)
+        initialise(self, self.cfg.init_lora_weights)
 
     def restart(self, how: bool | str) -> None:
         """Give A and B the values of another start."""
@@ -24,7 +121,7 @@ class Started(Method):
                 f"Unknown initialization init_lora_weights={how!r} for values that start again on layer "
                 f"'{self.site.key}': True, False and 'gaussian' are known. For another, add the adapter anew."
             )
-        init.initialise(self, how)
+        initialise(self, how)
 
     @classmethod
     def changes_base(cls, cfg: Any) -> str | None:
@@ -49,7 +146,7 @@ class Started(Method):
 
     def stored(self, values: Tensors, cfg: Any) -> Tensors:
         if self.along:
-            values = attention.to_file(values)
+            values = to_file(values)
         if kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
@@ -60,7 +157,7 @@ class Started(Method):
 
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
         stored = shift.restored(self, stored) if self.keeps_shift else stored
-        return attention.from_file(stored) if self.along else stored
+        return from_file(stored) if self.along else stored
 
     def loaded(self) -> None:
         if self.keeps_shift:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configs within a LoraConfig that set how one variant works."""
+"""What a LoraConfig chooses between, and the configs within it that set how one variant works."""
 
 from __future__ import annotations
 
@@ -206,3 +206,24 @@ class LoraGAConfig:
         require("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
         if self.stable_gamma <= 0:
             raise ConfigError(f"`stable_gamma` must be positive, got {self.stable_gamma}.")
+
+
+VARIANTS = {  # field, or value of init_lora_weights, that selects it → "module:Class" beside this
+    "use_dora": "dora:DoRA",
+    "kasa_config": "kasa:KaSA",
+    "alora_invocation_tokens": "alora:ALoRA",
+    "arrow_config": "arrow:Arrow",
+    "use_bdlora": "bdlora:BdLoRA",
+    "velora_config": "velora:VeLoRA",
+    "monteclora_config": "monteclora:MonteCLoRA",
+    "mica": "mica:MiCA",
+    "use_qalora": "qalora:QALoRA",
+}
+
+CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight
+TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ", "eva": "EVA"}
+SETTINGS: dict[str, tuple[str, Any]] = {  # field with the settings of one init → (that init, class of the settings)
+    "eva_config": ("eva", EvaConfig),
+    "corda_config": ("corda", CordaConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
+}

@@ -111,7 +111,7 @@ from graft.core.method import Method
 class Gate(Method):
     prefix: ClassVar[str] = "gate_"
     upcast: typing.ClassVar[bool] = False
-    single_trainable: bool = False
+    always_tied: bool = False
     config = graft.IA3Config
 
     gate_scale: nn.Parameter
@@ -148,7 +148,7 @@ def test_declarations_are_read_however_they_are_written(future, module):
     space = {"__name__": module}
     exec("from __future__ import annotations\n" * future + PLUG_IN, space)
     Gate = space["Gate"]
-    assert (Gate.prefix, Gate.upcast, Gate.single_trainable) == ("gate_", False, False)
+    assert (Gate.prefix, Gate.upcast, Gate.always_tied) == ("gate_", False, False)
     model = nn.Sequential(nn.Linear(4, 3))
     place = site_of("0", model[0], survey(model))
     layer, made = AdapterLayer(place, Call()), Gate(place, None, "a")

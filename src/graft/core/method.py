@@ -114,22 +114,20 @@ class Method:
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
-    single_trainable: ClassVar[bool] = False  # one adapter of a model trains at a time
-    empty: ClassVar[dict[str, Any]] = {}  # containers that a layer shows, empty, if it does not need them
-    shown_as: ClassVar[str] = ""  # PEFT's name of its layers; "": by folder and type of module, lora.Linear
     tuner_methods: ClassVar[dict[str, Any]] = {}  # functions of (tuner, …) that its model class gets as methods
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
-    files: ClassVar[dict[str, str]] = {}  # containers → their names in files: {0} the container, {1} what is below
-    left_in_files: ClassVar[tuple[str, ...]] = ()  # tensors of files by older PEFT that the config tells as well
+    # containers → their names in files: {0} the container, {1} what is below; "": older files have it, nobody needs it
+    files: ClassVar[dict[str, str]] = {}
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
-    over_layers: ClassVar[str | None] = None  # what it does with all layers of a model at once, if it does
+    over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
     alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
     common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
+    empty: ClassVar[dict[str, Any]] = {}  # these containers, as a layer shows those that it does not need
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
     takes_device: ClassVar[bool] = False  # `build` has that argument
@@ -148,13 +146,14 @@ class Method:
                 continue
             setattr(cls, name, _reader(name))
             cls.computes_with |= {name}
-            still = str(getattr(annotation, "__name__", annotation)).startswith(STILL)
-            if name.startswith(getattr(cls, "prefix", "")) and not still and not name.endswith("dropout"):
-                cls.layer_names = (*cls.layer_names, name)
-        cls.layer_names = tuple(dict.fromkeys((*cls.layer_names, *cls.empty)))
+            kind = str(getattr(annotation, "__name__", annotation))
+            own = name.startswith(getattr(cls, "prefix", "")) and not name.endswith("dropout")
+            if own and not kind.startswith(STILL):
+                cls.empty = {**cls.empty, name: nn.ParameterDict() if kind.endswith("Parameter") else nn.ModuleDict()}
+        cls.layer_names = tuple(cls.empty)
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
         cls.takes_device = "device" in inspect.signature(cls.build).parameters
-        cls.chooses = getattr(cls.excludes, "__func__", cls.excludes) is not Method.excludes.__func__  # type: ignore[attr-defined]
+        cls.chooses = cls.excludes is not Method.excludes
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
         _refuse_half_an_override(cls)
 
@@ -207,16 +206,15 @@ class Method:
     def check_together(cls, methods: Sequence[Any]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
 
-    @classmethod
-    def excludes(cls, other: Any) -> str | None:
-        """Return why an adapter with the config `other` cannot stand beside one of this class; None if it can.
+    def excludes(self, other: Any) -> str | None:
+        """Return why an adapter with the config `other` cannot stand beside this one, or None.
 
         A layer asks both adapters about each other.
         """
         return None
 
     def check(self) -> str | None:
-        """Return why the method cannot adapt this site; None if it can. There are no tensors yet."""
+        """Return why the method cannot adapt this site, or None. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__
         whole = effect.whole or getattr(effect, "input_of", None) or getattr(effect, "block", False)
         if not (site.op.known or whole):
@@ -235,13 +233,6 @@ class Method:
         it as the default.
         """
         raise NotImplementedError
-
-    def placeholders(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Return what `build` gives where values come later, mostly on the meta device."""
-        if self.takes_device:
-            return self.build(shared, META)  # type: ignore[call-arg]
-        with META:
-            return self.build(shared)
 
     def init(self) -> None:
         """Set initial values. Before a load it runs only with `Use.AGAIN`."""
@@ -262,11 +253,6 @@ class Method:
     def stored(self, values: Tensors, cfg: Any) -> Tensors:
         """Return a file's tensors from those in memory. cfg: the adapter's config, for all sites."""
         return values
-
-    @property
-    def stores_as_held(self) -> bool:
-        """Return True if `stored` changes nothing."""
-        return type(self).stored is Method.stored
 
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
         """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
@@ -311,6 +297,14 @@ class Method:
     def cast(self, x: Tensor) -> Tensor:
         """Return x in the dtype of the adapter. Ids stay as they are."""
         return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
+
+
+def placeholders(method: Method, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return what `build` gives where values come later, mostly on the meta device."""
+    if method.takes_device:
+        return method.build(shared, META)  # type: ignore[call-arg]
+    with META:
+        return method.build(shared)
 
 
 def as_it_is(output: Any) -> Any:

@@ -19,6 +19,7 @@ from graft.core.method import Method
 from graft.core.protocols import Layer
 
 ACTIVATE = "set_adapter() activates adapters"
+SHOWN = {"trainable_tokens": "TrainableTokensLayer"}  # PEFT's; others are by folder and module: lora.Linear
 
 
 class Variant:
@@ -275,11 +276,8 @@ class PeftNames:
         return self.site.parameter
 
     def _get_name(self: Any) -> str:
-        names = {m.shown_as for m in self.methods.values()}
-        if len(names) == 1 and (name := names.pop()):
-            return name  # type: ignore[no-any-return]
-        modules = [type(m).__module__.removeprefix("graft.methods.").split(".")[0] for m in self.methods.values()]
-        return f"{'+'.join(dict.fromkeys(modules)) or 'graft'}.{self.type_name}"
+        modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
+        return SHOWN.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
 
     def extra_repr(self: Layer) -> str:
         parameter = f"parameter_name='{self.site.parameter}', " if self.site.path != self.site.key else ""

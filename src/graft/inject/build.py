@@ -19,6 +19,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
+from graft.core.method import Layers, Method, Use, placeholders
 from graft.core.method import Layers, Method, Use
 from graft.core.ops import META
 from graft.core.random import made_on
@@ -40,7 +41,7 @@ def made_early(job: Any) -> float:
         layers = Layers(job.model, list(job.sites.values()), job.cfg, job.shared.containers, job.others)
         total += size(lambda: job.method.share(layers).values())
     early = [job.methods[key] for key in job.sites if Use.READS in job.methods[key].uses_weight()]
-    total += sum(size(lambda m=method: m.placeholders({}).values()) for method in early)  # type: ignore[misc]
+    total += sum(size(lambda m=method: placeholders(m, {}).values()) for method in early)  # type: ignore[misc]
     for key, indices in job.tokens.items():
         weight = getattr(job.tree.modules[key], "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2:
@@ -194,7 +195,7 @@ def add_adapter(
     where = layer.where
     try:
         if on_meta:
-            layer.add(method, method.placeholders(shared))
+            layer.add(method, placeholders(method, shared))
         else:
             with made_on(where[0], default):
                 layer.add(method, method.build(shared))

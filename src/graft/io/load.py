@@ -172,7 +172,8 @@ class Values:
         for layer, held in groups:
             if layer is not None:
                 stem = held[0][0].stem.removesuffix(held[0][0].container)
-                used |= names & {f"{stem}{name}" for name in layer.methods[self.adapter].left_in_files}
+                files = layer.methods[self.adapter].files.items()
+                used |= names & {f"{stem}{name}" for name, file in files if not file}
                 held = self._restored(layer, held, names, used)
             for entry, name in held:
                 if name is None:

@@ -68,9 +68,7 @@ class DeLoRA(Method):
         else:
             nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
         self.delora_lambda.data.fill_(self.cfg.delora_lambda)
-        if not self.site.on_meta:
-            W = self.layer.W0.detach().flatten(1)
-            self.delora_w_norm.copy_(torch.linalg.vector_norm(W, dim=0))
+        self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))
 
     def uses_weight(self) -> Use:
         return Use.STARTS  # the file has the norms

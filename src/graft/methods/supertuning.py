@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,6 @@ class SuperTuning(Method):
     config = SupertuningConfig
     prefix = "supertuning_"
     targets = LORA
-    empty: ClassVar[dict[str, Any]] = {f"supertuning_lora_{x}": nn.ModuleDict() for x in "AB"}
 
     supertuning_values: nn.Parameter  # v (k,)
     supertuning_indices: Tensor  # (k,) int32: places in the weight as a flat list, the largest first
@@ -85,7 +84,7 @@ class SuperTuning(Method):
             )
         return super().check()
 
-    def excludes(self, other: Any) -> str | None:  # type: ignore[override]
+    def excludes(self, other: Any) -> str | None:
         saves = getattr(other, "save_precomputed_indices", self.cfg.save_precomputed_indices)
         return None if saves == self.cfg.save_precomputed_indices else SAVING
 

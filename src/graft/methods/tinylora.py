@@ -13,7 +13,7 @@ from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method, Use
 from graft.methods.projections import kept
 
@@ -102,13 +102,6 @@ class TinyLoRA(Method):
 
     @torch.no_grad()
     def init(self) -> None:
-        if self.site.on_meta:
-            warn(
-                f"TinyLoRA starts from the weight of layer '{self.site.key}', which is on the meta device: load an "
-                "adapter, or adapt the model when it has its values.",
-                PeftWarning,
-            )
-            return
         W = self.layer.W0.flatten(1)
         found = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)
         U, S, V = (t.to(W.dtype) for t in found)  # rounded before the square root, as PEFT does

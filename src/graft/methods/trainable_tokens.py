@@ -33,7 +33,6 @@ class TrainableTokens(Method):
 
     config = TrainableTokensConfig
     prefix = "trainable_tokens_"
-    shown_as = "TrainableTokensLayer"
     always_tied = True
 
     trainable_tokens_delta: nn.Parameter  # (k, d): the rows themselves, not a difference

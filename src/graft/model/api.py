@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
-from graft.core.method import Layers, Method
+from graft.core.method import Layers, Method, placeholders
 from graft.core.shared import Shared
 from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
@@ -163,7 +163,7 @@ def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectRep
 
 
 def matched(method: Method, shared: dict[str, Any]) -> Matched:
-    site, values = method.site, method.placeholders(shared)
+    site, values = method.site, placeholders(method, shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(

@@ -183,7 +183,7 @@ class LayerRegistry(MergingRegistry):
         """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
         method, tuner = self.method_for(config), ROWS[config.peft_type.value].tuner
         others = [n for n, c in self.alike(config).items() if n != adapter_name and not c.inference_mode]
-        if method.single_trainable and others and not self.mixed:  # which has no allocator
+        if method.over_layers and others and not self.mixed:  # which has no allocator
             raise ConfigError(
                 f"{tuner} supports only 1 trainable adapter. When using multiple adapters, set "
                 f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."

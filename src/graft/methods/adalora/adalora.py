@@ -141,7 +141,6 @@ class AdaLoRA(Method):
     config = AdaLoraConfig
     prefix = "lora_"
     targets = ADALORA
-    single_trainable = True
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Any]] = {
         "update_and_allocate": update_and_allocate,

@@ -45,8 +45,7 @@ class KaSA(LoRA):
     def uses_weight(self) -> Use:
         return super().uses_weight() | Use.AGAIN
 
-    @classmethod
-    def excludes(cls, other: Any) -> str | None:
+    def excludes(self, other: Any) -> str | None:
         if getattr(other, "kasa_config", None) is not None:
             return None
         return "KaSA cannot be combined with adapters that don't use KaSA, since it changes the base weights"

@@ -62,10 +62,6 @@ class LoRA(Started):
     config = LoraConfig
     prefix = "lora_"
     targets = LORA
-    empty: ClassVar[dict[str, Any]] = {
-        **{f"lora_{x}": nn.ModuleDict() for x in ("A", "B", "magnitude_vector")},
-        **{f"lora_embedding_{x}": nn.ParameterDict() for x in "AB"},
-    }
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
     tuner_methods: ClassVar[dict[str, Any]] = {
         "_get_kasa_loss": kasa_loss,
@@ -77,6 +73,7 @@ class LoRA(Started):
     lora_B: nn.Module  # weight (out, r), for convolutions (out, r / groups, 1, …)
     lora_embedding_A: nn.Parameter  # (r, vocabulary)
     lora_embedding_B: nn.Parameter  # (embedding_dim, r)
+    lora_magnitude_vector: nn.Module  # DoRA's
     lora_dropout: nn.Module
     scaling: float
     lora_bias: bool

@@ -110,7 +110,7 @@ class Storage:
         return self.name
 
 
-FLOATS_ONLY = "LN_TUNING LORA-loftq LORA-lora_ga"
+FLOATS_ONLY = "LN_TUNING LORA-loftq LORA-lora_ga LORAXS-sb"
 STORES = [Storage("dense"), Storage("rounded", stores.held, ("linear", "linear-no-bias"), FLOATS_ONLY, 1e-3)]
 
 

@@ -61,7 +61,7 @@ def test_every_method_is_in_the_matrix():
 
 def test_every_initialisation_that_begins_with_the_weight_or_data_is_in_the_matrix():
     assert {s.label for s in SAMPLES if s.shifts} == set(STARTS)
-    assert {s.label for s in SAMPLES if s.prepare} == {"corda", "lora_ga", "eva"}
+    assert {s.label for s in SAMPLES if s.prepare} == {"corda", "lora_ga", "eva", "sb"}
 
 
 @pytest.mark.differs(

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604."""
+"""LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604.
+
+LoRA-SB: Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning,
+arXiv 2411.19557: A and B are singular vectors of AdamW's first step of the weight, with which the adapter begins.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +17,11 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.errors import ConfigError
+from graft.core.errors import CalibrationError, ConfigError
 from graft.core.method import Method, Use
 from graft.methods.projections import kept
+
+STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`
 
 
 @dataclass(kw_only=True)
@@ -27,11 +33,13 @@ class LoraXsConfig(Targeted, LayerRange):
     lora_alpha: float = 8  # the update counts alpha / r times
     lora_dropout: float = 0.0
     save_projection: bool = True  # put A and B into files, which then do not depend on the decomposition
-    init_weights: bool = True  # R of zeros; False: of the paper's N(0, 1e-5)
+    init_weights: bool | Literal["sb"] = True  # R of zeros; False: of the paper's N(0, 1e-5); "sb": LoRA-SB
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive_rank(self.r)
+        if self.init_weights == "sb" and not self.save_projection:
+            raise ConfigError("init_weights='sb' begins with data, which a load lacks: leave save_projection on.")
 
 
 class LoraXS(Method):
@@ -54,6 +62,8 @@ class LoraXS(Method):
                 f"LoRA-XS has at most as many singular vectors as the weight of layer '{site.key}', whose shape is "
                 f"{tuple(site.shape)}: choose a smaller r than {r}."
             )
+        if self.cfg.init_weights == "sb" and not site.op.linear:
+            return "LoRA-SB measures linear layers only"
         return super().check()
 
     def uses_weight(self) -> Use:
@@ -72,11 +82,28 @@ class LoraXS(Method):
 
     @torch.no_grad()
     def init(self) -> None:
-        if not self.cfg.init_weights:
-            nn.init.normal_(self.loraxs_R, std=1e-5)
-        U, S, V = largest(self.layer.W0.flatten(1), self.cfg.r)
+        if self.cfg.init_weights == "sb":
+            U, S, V = largest(self.step(), self.cfg.r)
+            self.loraxs_R.copy_(torch.diag(S / self.scaling))
+            S = torch.ones_like(S)
+        else:
+            U, S, V = largest(self.layer.W0.flatten(1), self.cfg.r)
+            if not self.cfg.init_weights:
+                nn.init.normal_(self.loraxs_R, std=1e-5)
         self.loraxs_A.copy_(S[:, None] * V)
         self.loraxs_B.copy_(U)
+
+    def step(self) -> Tensor:
+        """Take from the base layer what `preprocess_lorasb` has left there; give it back if the injection is undone."""
+        module = self.site.module
+        if STEP not in module.__dict__:
+            raise CalibrationError(
+                f"There is no step for layer '{self.site.key}' (adapter '{self.name}'): call preprocess_lorasb with "
+                "this model and config before."
+            )
+        step: Tensor = module.__dict__.pop(STEP)
+        self.layer.on_rollback(lambda: setattr(module, STEP, step))
+        return step
 
     def factors(self) -> Factors:
         return Factors(self.loraxs_A, self.loraxs_B @ self.loraxs_R, self.scaling, self.loraxs_dropout)

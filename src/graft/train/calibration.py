@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare starts that are measured on data: CorDA (arXiv 2406.05223) and LoRA-GA (arXiv 2407.05000)."""
+"""Prepare starts that are measured on data: CorDA (arXiv 2406.05223), LoRA-GA (2407.05000), LoRA-SB (2411.19557)."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
 from graft.methods import method_of
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
+from graft.methods.loraxs import STEP
 
 
-def linear_methods(model: nn.Module, config: Any, how: str) -> dict[str, Any]:
+def linear_methods(model: nn.Module, config: Any, how: str, field: str = "init_lora_weights") -> dict[str, Any]:
     """Return, by path, what an injection of `config` would put on the linear layers of `model`; nothing changes.
 
     Raises:
         ConfigError: the config asks for another initialisation, or targets no linear layer.
         as `get_peft_model`, for what would not fit.
     """
-    if config.init_lora_weights != how:
-        raise ConfigError(f"This prepares init_lora_weights='{how}', and the config says {config.init_lora_weights!r}.")
-    found = Injection(model, config, method_of("LORA"), "default").find().methods
+    if (said := getattr(config, field, None)) != how:
+        raise ConfigError(f"This prepares {field}='{how}', and the config says {said!r}.")
+    found = Injection(model, config, method_of(config.peft_type), "default").find().methods
     linear = {key: m for key, m in found.items() if m.site.op.linear}
     if not linear:
         kinds = ", ".join(sorted({m.site.type_name for m in found.values()}))
         raise ConfigError(
-            f"No supported layers found for init_lora_weights='{how}': it begins with data of linear layers, and "
+            f"No supported layers found for {field}='{how}': it begins with data of linear layers, and "
             f"target_modules={config.target_modules} names {kinds}."
         )
-    refuse_pieces(((key, m.site) for key, m in linear.items()), f"init_lora_weights='{how}' measures data")
+    refuse_pieces(((key, m.site) for key, m in linear.items()), f"{field}='{how}' measures data")
     return linear
 
 
@@ -216,11 +217,7 @@ def preprocess_loraga(
             "lora_ga_config=LoraGAConfig(...)."
         )
     methods = linear_methods(model, lora_config, "lora_ga")
-    for key, m in methods.items():
-        if not m.site.store.exact:
-            raise ConfigError(
-                f"LoRA-GA does not support quantized models. Found quantized module: '{key}': it has no gradient."
-            )
+    refuse_quantized(methods, "LoRA-GA")
     found = stored(cache_file)
     if found is not None:
         made = {key: of_file(found, f"{key}.{GRADIENT}", cache_file) for key in methods}
@@ -229,6 +226,38 @@ def preprocess_loraga(
         store(cache_file, {f"{key}.{GRADIENT}": G for key, G in made.items()})
     for key, m in methods.items():
         setattr(m.site.module, GRADIENT, made[key].to(m.site.store.where(m.site.module)[0]))
+
+
+def preprocess_lorasb(model: nn.Module, config: Any, train_step: Callable[[], Any], step: float) -> None:
+    """Estimate what `get_peft_model` with init_weights="sb" begins with; call it with the same model and config.
+
+    Each targeted linear layer gets an attribute that the initialisation uses up: -step · sign(G), AdamW's first step of
+    the weight, whose best product of rank r the adapter adds in the beginning.
+
+    Args:
+        train_step: runs forward and backward, once or more often, about 50 samples in all: gradients are added up. No
+            optimizer step.
+        step: its size, lr / (warmup_ratio · steps).
+
+    Raises:
+        CalibrationError: a layer got no gradient, or one that is not finite.
+        ConfigError: the config is not of LoRA-SB, a layer is quantized, or the step is not positive.
+    """
+    if not 0 < step < float("inf"):
+        raise ConfigError(f"`step` should be a positive number but the value passed is {step}.")
+    methods = linear_methods(model, config, "sb", "init_weights")
+    refuse_quantized(methods, "LoRA-SB")
+    for key, G in gradients_of(model, methods, train_step).items():
+        site = methods[key].site
+        setattr(site.module, STEP, -step * site.op.canon(G).sign())
+
+
+def refuse_quantized(methods: dict[str, Any], who: str) -> None:
+    for key, m in methods.items():
+        if not m.site.store.exact:
+            raise ConfigError(
+                f"{who} does not support quantized models. Found quantized module: '{key}': it has no gradient."
+            )
 
 
 def gradients_of(model: nn.Module, methods: dict[str, Any], train_step: Callable[[], Any]) -> dict[str, Tensor]:

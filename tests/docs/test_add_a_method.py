@@ -15,17 +15,26 @@ from tests.docs.blocks import ROOT, blocks
 from tests.docs.run import lines
 
 PAGE = ROOT / "docs" / "add_a_method.md"
-TOY, USE, SAMPLES = blocks(PAGE)
-LAWS = "TOY and (linear or embedding)"  # a part of what the page runs
+TOY, USE, EXCERPT, SAMPLES = blocks(PAGE)
+TABLES = "python -m tests.docs.tables"
+CHECKS = {  # a part of what `pytest -k TOY` and the whole suite run: tests → those selected, and how many at least
+    "conformance/test_matrix.py": ("TOY and (linear or embedding)", 20),
+    "conformance/test_subclass.py storage/test_stores.py": ("TOY and not conv", 5),
+    "docs/test_tables.py docs/test_reference.py": ("tables or list or methods or ToyConfig or twice", 5),
+    "compat/test_compat.py": ("names_are_where or default_targets or every_layer_class or stands_for", 50),
+    "test_architecture.py core/test_method.py model/tasks/test_matrix.py": ("Toy or TOY or row or every_cell", 5),
+}
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A copy with the page's method in it."""
     copy = tmp_path_factory.mktemp("repository")
-    for folder in ("src", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
+    left = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png", "*.svg")
+    for folder in ("src", "tests", "docs", "benchmarks"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=left)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, copy)
     (diff,) = blocks(PAGE, "diff")
     head, line = (text[1:] for text in diff.text.splitlines())
     table = copy / "src" / "graft" / "methods" / "__init__.py"
@@ -40,7 +49,7 @@ def run(repository, *arguments: str) -> str:
     paths = os.pathsep.join([str(repository / "src"), str(repository)])
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=repository, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+        command, cwd=repository, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
@@ -50,15 +59,25 @@ def test_the_files_are_named_as_the_page_says():
     assert all(name in PAGE.read_text() for name in ("`src/graft/methods/toy.py`", "`tests/samples/toy.py`"))
 
 
+def test_the_second_example_is_a_part_of_its_file():
+    (name,) = re.findall(r"From `(\S+)`:", PAGE.read_text())
+    assert [
+        part for part in EXCERPT.text.rstrip().split(":\n", 1)[1].split("\n\n") if part not in (ROOT / name).read_text()
+    ] == []
+
+
 def test_a_file_and_a_line_make_a_method(repository):
     assert lines(run(repository, "-c", USE.text)) == lines(USE.printed or "")
     names = "import graft; print(graft.ToyModel.__name__, graft.PeftType.TOY.value, graft.method_of('TOY').__module__)"
     assert run(repository, "-c", names) == "ToyModel TOY graft.methods.toy\n"
 
 
-def test_a_file_of_samples_brings_the_laws(repository):
-    """Those of single layers, as `pytest tests/conformance -k TOY` runs them."""
-    assert "pytest tests/conformance -k TOY" in PAGE.read_text()
-    printed = run(repository, "-m", "pytest", "-p", "no:cacheprovider", "tests/conformance/test_matrix.py", "-vk", LAWS)
-    passed = re.search(r"(\d+) passed", printed)
-    assert passed and int(passed[1]) > 20, printed[-500:]
+def test_what_the_page_asks_for_passes_the_tests_of_all_methods(repository):
+    """The laws of single layers, and what tests of pages, of PEFT's names and of whole models ask of each method."""
+    assert "pytest tests/conformance -k TOY" in PAGE.read_text() and f"`{TABLES}`" in PAGE.read_text()
+    run(repository, *TABLES.split()[1:])
+    for files, (chosen, least) in CHECKS.items():
+        tests = [f"tests/{file}" for file in files.split()]
+        printed = run(repository, "-m", "pytest", "-p", "no:cacheprovider", *tests, "-vk", chosen)
+        passed = re.search(r"(\d+) passed", printed)
+        assert passed and int(passed[1]) >= least, printed[-500:]

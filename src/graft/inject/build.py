@@ -20,7 +20,6 @@ from graft.core.finite import largest
 from graft.core.layer import AdapterLayer, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Layers, Method, Use, placeholders
-from graft.core.method import Layers, Method, Use
 from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.site import Site

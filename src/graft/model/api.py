@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
 from graft.core.method import Layers, Method, placeholders
@@ -81,7 +82,7 @@ def get_peft_model(
         )
 
 
-def hint_at_name(adapter_name: str, config: Any) -> None:
+def hint_at_name(adapter_name: str, config: PeftConfig) -> None:
     prefix = method_of(config.peft_type).prefix
     if adapter_name and adapter_name in prefix:
         warn(
@@ -90,7 +91,7 @@ def hint_at_name(adapter_name: str, config: Any) -> None:
         )
 
 
-def record_origin(model: nn.Module, config: Any, revision: str | None) -> None:
+def record_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> None:
     """Write the base model's name and revision into the config."""
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
@@ -113,7 +114,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     return PeftConfig.resolve(config_dict["peft_type"])(**config_dict)
 
 
-def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> InjectReport:
+def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> InjectReport:
     """Return the report of injecting `config`: layers, trainable parameters, skipped modules and why.
 
     Allocate nothing (but a prompt, for a moment) and change nothing; the model may be on the meta device. Print the
@@ -127,7 +128,7 @@ def plan(model: nn.Module, config: Any, adapter_name: str = "default") -> Inject
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says the same
         add_task_heads(config)
-        if config.is_prompt_learning:
+        if isinstance(config, PromptLearningConfig):
             from graft.model.prompts import Prompts  # not needed for adapters on layers
 
             return Prompts.plan(model, config, adapter_name)

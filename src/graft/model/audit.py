@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.core.carrier import carried
+from graft.config.base import PeftConfig
+from graft.core.carrier import Carrier, carried
 from graft.core.effect import Branch, Replace, Rewrite
 from graft.core.errors import some
 from graft.core.finite import is_plain, largest
@@ -137,7 +138,7 @@ SECTIONS = {  # {field: (what is wrong, what helps)}
 class Part(NamedTuple):
     """An active adapter on one of its carriers, and its parameters that require gradients."""
 
-    carrier: Any
+    carrier: Carrier
     adapter: str
     parameters: list[nn.Parameter]
 
@@ -173,7 +174,7 @@ def audit(
     registry = registry_of(model)
     if registry is None:
         tree = survey(model)
-        carriers: list[Any] = [*tree.layers.values(), *tree.wrappers.values()]
+        carriers: list[Carrier] = [*tree.layers.values(), *tree.wrappers.values()]
         names = list(dict.fromkeys(name for carrier in carriers for name in carrier.adapters))
     else:
         carriers, names = list(registry.carriers()), list(registry.peft_config)
@@ -201,7 +202,7 @@ def audit(
     return report
 
 
-def parts_of_active(carriers: Iterable[Any]) -> list[Part]:
+def parts_of_active(carriers: Iterable[Carrier]) -> list[Part]:
     """Return the parts that should get gradients."""
     held = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in carried(carriers))
     return [Part(*part) for part in held if part[2]]
@@ -276,7 +277,7 @@ def starts_large(part: Part) -> bool:
 
 
 @contextmanager
-def tried(model: nn.Module, carriers: Iterable[Any], loss: Callable[[], Tensor]) -> Iterator[set[int]]:
+def tried(model: nn.Module, carriers: Iterable[Carrier], loss: Callable[[], Tensor]) -> Iterator[set[int]]:
     """Run forward and backward; yield ids of the carriers that ran, and put gradients back after the block."""
     before = [(p, p.grad) for p in model.parameters()]
     called: set[int] = set()
@@ -301,7 +302,7 @@ def tried(model: nn.Module, carriers: Iterable[Any], loss: Callable[[], Tensor])
 # what trains and what is saved
 
 
-def frozen(carriers: Iterable[Any]) -> list[str]:
+def frozen(carriers: Iterable[Carrier]) -> list[str]:
     """Name the parameters of active adapters that a file holds and that do not require gradients."""
     return [
         f"{carrier.key}.{slot.container} ('{name}')"
@@ -311,7 +312,7 @@ def frozen(carriers: Iterable[Any]) -> list[str]:
     ]
 
 
-def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, Any]]) -> list[str]:
+def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, PeftConfig]]) -> list[str]:
     """Name the parameters of the model that require gradients and are in no adapter's file.
 
     adapters: (name, carriers, base model, config) of each.
@@ -350,11 +351,11 @@ class Size(NamedTuple):
 
 
 @torch.no_grad()
-def sizes(parts: Sequence[Any]) -> list[Size]:
+def sizes(parts: Sequence[Part]) -> list[Size]:
     """Measure parts of an audit, with one wait for each device."""
     numbers: dict[torch.device, list[tuple[int, str, Tensor]]] = defaultdict(list)
     for i, part in enumerate(parts):
-        held = [p for p in part.parameters if is_plain(p) and p.numel() and layout_of(p) is None]
+        held: list[Tensor] = [p for p in part.parameters if is_plain(p) and p.numel() and layout_of(p) is None]
         if len(held) < len(part.parameters):
             continue  # in parts, or elsewhere
         for p, norm in zip(held, torch._foreach_norm(held, math.inf)):
@@ -370,7 +371,7 @@ def sizes(parts: Sequence[Any]) -> list[Size]:
     return [Size(**values) for values in found]
 
 
-def norms(carrier: Any, adapter: str) -> tuple[Tensor, ...]:
+def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     """Return the norms of update and weight; () if there is no such pair that can be read here."""
     if isinstance(carrier, ModulesToSaveWrapper):
         return of_module(carrier.modules_to_save[adapter], carrier.original_module)

@@ -35,7 +35,9 @@ SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors se
 }  # fmt: skip
 
 
-def read(where: str | os.PathLike, options: dict[str, Any], config: Any = None) -> tuple[Any, files.Loaded]:
+def read(
+    where: str | os.PathLike, options: dict[str, Any], config: PeftConfig | None = None
+) -> tuple[PeftConfig, files.Loaded]:
     """Return config and tensors of a saved adapter.
 
     Args:
@@ -60,7 +62,7 @@ def read(where: str | os.PathLike, options: dict[str, Any], config: Any = None) 
     return config, loaded
 
 
-def prepare(config: Any, is_trainable: bool) -> None:
+def prepare(config: PeftConfig, is_trainable: bool) -> None:
     """Have the config of an adapter that is about to come say whether it trains."""
     if config.is_prompt_learning and is_trainable:
         raise ValueError(
@@ -79,7 +81,7 @@ def widen(layers: Iterable[AdapterLayer], adapter: str) -> None:
                 place(container, adapter, None, None, upcast=True)
 
 
-def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -> None:
+def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = False) -> None:
     """Put a checkpoint's values into an adapter that the model has, which keeps its config.
 
     Args:
@@ -119,7 +121,7 @@ def fill(model: Any, values: Values, is_trainable: bool, upcast: bool = False) -
         setattr(own, name, getattr(config, name))
 
 
-def warn_kept(adapter: str, path: str, here: Any, there: Any) -> None:
+def warn_kept(adapter: str, path: str, here: PeftConfig, there: PeftConfig) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
     ours, theirs = here.saved_dict(), there.saved_dict()
     left = SETTLED | set(here.results) | (set(ours) - set(theirs))  # these come from the file, or are a client's
@@ -135,7 +137,7 @@ def warn_kept(adapter: str, path: str, here: Any, there: Any) -> None:
         )
 
 
-def let_train(model: Any, adapter: str, is_trainable: bool, new: bool = True) -> None:
+def let_train(model: nn.Module, adapter: str, is_trainable: bool, new: bool = True) -> None:
     """Let an adapter that has been loaded train or not, and set the model to eval mode if it does not."""
     registry = registry_of(model)
     if new or is_trainable:  # whether it is active or not, so that an optimizer made next has it
@@ -241,7 +243,7 @@ def names_to_save(model: Any, selected: list[str] | None, directory: str) -> lis
 
 def contents(
     model: Any, name: str, given: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
-) -> tuple[dict[str, Tensor], Any]:
+) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors and the config that a file holds of an adapter."""
     tensors = save.get_peft_model_state_dict(model, given, name, save_embedding_layers=embeddings)
     config = copy.copy(model.peft_config[name])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.combine.convert import convert
+from graft.config.base import PeftConfig
 from graft.core.errors import ConfigTypeError
 from graft.inject.parts import Parts, unwrapped
 from graft.io import files, save
@@ -22,7 +23,7 @@ def convert_to_lora(
     adapter_name: str = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
-) -> tuple[Any, dict[str, Tensor]]:
+) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return the LoraConfig and the tensors of a LoRA adapter that does what another one does; change nothing.
 
     An update that is a product of that rank is taken as it is; of any other, an SVD gives the product that comes
@@ -75,7 +76,7 @@ def save_as_lora(
     files.save_adapter(os.fspath(path), tensors, config, True, fingerprint(weights_of(parts, base)))
 
 
-def found(model: Any, adapter: str) -> tuple[Parts, str, nn.Module, Any]:
+def found(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module, PeftConfig]:
     """Return the carriers of an adapter, the prefix of its keys, its base model and its config."""
     model = unwrapped(model)
     config = save.config_of(model, adapter)

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from graft.config.base import CONFIG_NAME
+from graft.config.base import CONFIG_NAME, PeftConfig
+from graft.core.carrier import Carrier
 from graft.core.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from graft.core.gate import changes, everything, prepares
+from graft.core.method import Method
 from graft.core.ops import META
 from graft.core.shared import OnTuner
 from graft.inject.build import put
@@ -43,14 +45,14 @@ class XLoraRegistry(LayerRegistry):
     places: dict[str, int]  # path of a layer → its place among the classifier's weights
     expert_places: dict[str, int]
 
-    def method_for(self, config: Any) -> Any:
+    def method_for(self, config: PeftConfig) -> type[Method]:
         return method_of(config.peft_type)
 
     @property
     def classifier(self) -> XLoraClassifier:
         return getattr(self.holder, CLASSIFIER)  # type: ignore[no-any-return]
 
-    def carriers(self) -> Iterator[Any]:
+    def carriers(self) -> Iterator[Carrier]:
         yield from super().carriers()
         if self.gate is not None:
             yield self.gate
@@ -96,7 +98,7 @@ class XLoraRegistry(LayerRegistry):
         self.reports[adapter_name] = report
         return report
 
-    def _expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[Any, files.Loaded]:
+    def _expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.Loaded]:
         """Read an expert: from beside the config, where that is a checkpoint of its own, else from where it says."""
         check_adapter_name(name, [*self.peft_config, owner])
         where = config.adapters[name]  # type: ignore[index]
@@ -124,7 +126,7 @@ class XLoraRegistry(LayerRegistry):
         expert.inference_mode = False
         return expert, loaded
 
-    def _check_experts(self, names: Any) -> None:
+    def _check_experts(self, names: Iterable[str]) -> None:
         for key, layer in self.layers.items():
             for m in (layer.methods[name] for name in names if name in layer.methods):
                 op = layer.site.op
@@ -162,7 +164,7 @@ class XLoraRegistry(LayerRegistry):
                 p.requires_grad = True
             raise
 
-    def check_new(self, adapter_name: str, config: Any) -> None:
+    def check_new(self, adapter_name: str, config: PeftConfig) -> None:
         super().check_new(adapter_name, config)
         if self.layers:
             raise ConfigError(
@@ -178,7 +180,7 @@ class XLoraRegistry(LayerRegistry):
         if together:
             names = [self.owner, *self.experts]
         super().set_adapter(names, inference_mode)
-        if together and not self.peft_config[self.owner].use_trainable_adapters:
+        if together and not self.classifier.config.use_trainable_adapters:
             self.set_requires_grad(self.experts, False)
 
     @changes(everything)
@@ -248,7 +250,8 @@ def create_arrow_model(
         raise ConfigError(f"top_k={arrow_config.top_k} is more than the {len(tasks)} experts.")
     general = {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ()) if arrow_config.use_gks}
     sources = {name: source_of(path) for name, path in {**tasks, **general}.items()}
-    trained, model = [p for p in base_model.parameters() if p.requires_grad], None
+    trained = [p for p in base_model.parameters() if p.requires_grad]
+    model: Any = None
     try:
         for name, (where, subfolder) in sources.items():
             options = dict(adapter_kwargs) if subfolder is None else {"subfolder": subfolder, **adapter_kwargs}
@@ -260,15 +263,15 @@ def create_arrow_model(
         targets, r = agreed(model, list(sources))
         router = LoraConfig(arrow_config=arrow_config, target_modules=targets, r=r)
         autocast = adapter_kwargs.get("autocast_adapter_dtype", True)
-        model.add_adapter(ROUTER, router, autocast_adapter_dtype=autocast)  # type: ignore[union-attr]
+        model.add_adapter(ROUTER, router, autocast_adapter_dtype=autocast)
     except BaseException:
         if model is not None:
             registry_of(model).unload()
         for p in trained:
             p.requires_grad = True
         raise
-    model.set_adapter(ROUTER)  # type: ignore[union-attr]
-    return model  # type: ignore[return-value]
+    model.set_adapter(ROUTER)
+    return model  # type: ignore[no-any-return]
 
 
 def source_of(path: str) -> tuple[str, str | None]:
@@ -283,7 +286,7 @@ def source_of(path: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
-def agreed(model: Any, names: list[str]) -> tuple[list[str], int]:
+def agreed(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
     """Return the targets and the rank of the router: those of the adapters, which must agree."""
     layers = registry_of(model).layers
     adapted = {name: {key: layer for key, layer in layers.items() if name in layer.methods} for name in names}

@@ -21,11 +21,12 @@ from graft.inject.parts import gate_of
 from graft.inject.survey import Wrapper, survey
 from graft.io.save import registry_of
 from graft.model.checkpoints import cast_adapter_dtype as cast_adapter_dtype
+from graft.model.peft_model import PeftModel
 from graft.model.registry import Registry
 from graft.model.tuner import Tuner, targets_of
 
 
-def registry_in(model: Any) -> Registry | None:
+def registry_in(model: nn.Module) -> Registry | None:
     """Return the registry of a model's adapters; None without a PeftModel or registry."""
     model = getattr(model, "_orig_mod", model)
     return registry_of(model)
@@ -195,7 +196,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 CALLS = ("forward", "generate")
 
 
-def update_signature(model: Any, method: str = "all") -> None:
+def update_signature(model: PeftModel, method: str = "all") -> None:
     """Show the base model's signature and docstring on methods that take just (*args, **kwargs).
 
     Args:
@@ -212,11 +213,11 @@ def update_signature(model: Any, method: str = "all") -> None:
             setattr(model, name, like(getattr(model, name), getattr(base, name)))
 
 
-def update_forward_signature(model: Any) -> None:
+def update_forward_signature(model: PeftModel) -> None:
     update_signature(model, "forward")
 
 
-def update_generate_signature(model: Any) -> None:
+def update_generate_signature(model: PeftModel) -> None:
     update_signature(model, "generate")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.core.carrier import Carrier
 from graft.core.errors import AdapterNameError, ConfigError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
@@ -44,16 +45,16 @@ class LayerRegistry(MergingRegistry):
         self.checkpointing = self.tree.checkpointing
         self.shared = Shared()
         self.shared.state.call = self.call
-        self.surrounding: dict[Any, type[Method]] = {}  # classes that surround runs of the model, by adapter
+        self.surrounding: dict[str, type[Method]] = {}  # classes that surround runs of the model, by adapter
         self.arguments: set[str] = set()
         self.peft_config |= configs_of(model)
         for name, config in self.peft_config.items():
             self._note(name, config)
 
-    def method_for(self, config: Any) -> type[Method]:
+    def method_for(self, config: PeftConfig) -> type[Method]:
         return method_of(config.peft_type) if self.mixed else self.method  # type: ignore[no-any-return]
 
-    def alike(self, config: Any) -> dict[str, Any]:
+    def alike(self, config: PeftConfig) -> dict[str, PeftConfig]:
         """Return the configs of the adapters of the same method, by name."""
         method = method_of(config.peft_type)
         return {name: c for name, c in self.peft_config.items() if method_of(c.peft_type) is method}
@@ -71,7 +72,7 @@ class LayerRegistry(MergingRegistry):
         self.check_new(adapter_name, config)
         return self._inject(adapter_name, config, options)
 
-    def _inject(self, adapter_name: str, config: Any, options: Options) -> InjectReport:
+    def _inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
         """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
         if getattr(config, "bias", "none") != "none":
             self.close(None)  # the base's biases get the values of the file
@@ -107,7 +108,7 @@ class LayerRegistry(MergingRegistry):
         self.reports[adapter_name] = done.report
         return done.report
 
-    def _note(self, adapter_name: str, config: Any) -> None:
+    def _note(self, adapter_name: str, config: PeftConfig) -> None:
         method = method_of(config.peft_type).variant(config)
         self.surrounding.pop(adapter_name, None)
         if method.surrounds:
@@ -160,7 +161,7 @@ class LayerRegistry(MergingRegistry):
 
             yield finish
 
-    def check_method(self, adapter_name: str, config: Any) -> None:
+    def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         if not self.mixed:
             super().check_method(adapter_name, config)
         elif config.is_prompt_learning:
@@ -169,7 +170,7 @@ class LayerRegistry(MergingRegistry):
                 "acts on no layers. Use get_peft_model without mixed=True."
             )
 
-    def check_new(self, adapter_name: str, config: Any) -> None:
+    def check_new(self, adapter_name: str, config: PeftConfig) -> None:
         super().check_new(adapter_name, config)
         method = self.method_for(config)
         if not config.inference_mode:
@@ -179,7 +180,7 @@ class LayerRegistry(MergingRegistry):
     def check_trainable(self, adapter_name: str) -> None:
         self._check_alone(adapter_name, self.peft_config[adapter_name])
 
-    def _check_alone(self, adapter_name: str, config: Any) -> None:
+    def _check_alone(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
         method, tuner = self.method_for(config), ROWS[config.peft_type.value].tuner
         others = [n for n, c in self.alike(config).items() if n != adapter_name and not c.inference_mode]
@@ -189,11 +190,11 @@ class LayerRegistry(MergingRegistry):
                 f"inference_mode to True for all adapters except the one you want to train. Trainable: {others}."
             )
 
-    def carriers(self) -> Iterator[Any]:
+    def carriers(self) -> Iterator[Carrier]:
         yield from super().carriers()
         if self.shared.containers:
             yield self.shared
 
-    def _keys_in(self, state_dict: dict[str, Tensor], config: Any) -> set[str]:
+    def _keys_in(self, state_dict: dict[str, Tensor], config: PeftConfig) -> set[str]:
         mark = f".{self.method_for(config).prefix}"
         return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}

@@ -28,7 +28,7 @@ class MixedModel(Tuner):
     _method = None
 
     @step
-    def _create_and_replace(self, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    def _create_and_replace(self, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """Do what the tuner class of the config's method does."""
         tuner_of(peft_config.peft_type)._create_and_replace(self, peft_config, *args, **kwargs)
 
@@ -95,11 +95,11 @@ class PeftMixedModel(PeftModel):
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge the active adapters for good and return the plain model."""
-        return self._registry.merge_and_unload(*args, **kwargs)  # type: ignore[no-any-return]
+        return registry_of(self).merge_and_unload(*args, **kwargs)  # type: ignore[no-any-return]
 
     def unload(self) -> nn.Module:
         """Return the model without adapters."""
-        return self._registry.unload()  # type: ignore[no-any-return]
+        return registry_of(self).unload()  # type: ignore[no-any-return]
 
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, type[MixedModel]] = dict.fromkeys(METHODS, MixedModel)

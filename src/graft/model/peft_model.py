@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
+from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import AdapterNotFoundError
+from graft.core.gate import PATIENCE, Names
+from graft.core.rows import Given
+from graft.core.rows import Run, copies_of
 from graft.core.gate import PATIENCE
 from graft.core.rows import Given, Run, copies_of
 from graft.inject.inject import Options
@@ -22,13 +26,14 @@ from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import checkpoints
-from graft.model.registry import check_adapter_name, unless_it_fails
+from graft.model.registry import Registry, check_adapter_name, unless_it_fails
 from graft.model.rows import names_of_rows, rows_of, spread
+from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
 from graft.storage import numel
 
-OF_TASKS: dict[Any, Any] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
+OF_TASKS: dict[Any, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
 
 
@@ -70,11 +75,11 @@ class PeftModel(nn.Module):
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads)
         with unless_it_fails(peft_config):
             self._extend_config(peft_config)
-            if peft_config.is_prompt_learning:
+            if isinstance(peft_config, PromptLearningConfig):
                 from graft.model.prompts import Prompts  # not needed for adapters on layers
 
-                registry: Any = Prompts(model, peft_config, adapter_name, options, tree)
-                self.base_model, self.prompt_encoder = model, registry.prompt_encoder
+                registry: Registry = (prompts := Prompts(model, peft_config, adapter_name, options, tree))
+                self.base_model, self.prompt_encoder = model, prompts.prompt_encoder
             else:
                 self.base_model = self._tuner_class(peft_config)(
                     model, peft_config, adapter_name, options=options, tree=tree
@@ -105,7 +110,7 @@ class PeftModel(nn.Module):
         return OF_TASKS.get(config.task_type, cls)
 
     @property
-    def _registry(self) -> Any:
+    def _registry(self) -> Registry:
         return registry_of(self)
 
     def _extend_config(self, config: PeftConfig) -> None:
@@ -135,7 +140,7 @@ class PeftModel(nn.Module):
     # facts
 
     @property
-    def peft_config(self) -> dict[str, Any]:
+    def peft_config(self) -> dict[str, PeftConfig]:
         return self._registry.peft_config
 
     @property
@@ -161,7 +166,7 @@ class PeftModel(nn.Module):
         self._registry.call.gate.timeout = seconds
 
     @property
-    def active_peft_config(self) -> Any:
+    def active_peft_config(self) -> PeftConfig:
         if not self.active_adapters:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterNotFoundError(f"No adapter is active: call set_adapter(). Loaded adapters: {loaded}.")
@@ -211,14 +216,10 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def get_layer_status(self) -> list:
-        from graft.model.status import get_layer_status
-
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         return get_layer_status(self)
 
-    def get_model_status(self) -> Any:
-        from graft.model.status import get_model_status
-
+    def get_model_status(self) -> TunerModelStatus:
         return get_model_status(self)
 
     # adapters
@@ -553,7 +554,7 @@ class PeftModel(nn.Module):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
         config, loaded = checkpoints.read(model_id, kwargs)
-        tears: Any = None if self.training and not is_trainable else ()  # the model goes to eval mode
+        tears: Names = None if self.training and not is_trainable else ()  # the model goes to eval mode
         with self._registry.call.gate.preparing(f"load_adapter({adapter_name!r})", tears):
             new = adapter_name not in self.peft_config
             if new:

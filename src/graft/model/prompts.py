@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.prompt import PromptLearningConfig
+from graft.core.carrier import Carrier
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
@@ -47,12 +49,13 @@ class NoLayers(Method):
 class Prompts(Registry):
     """The registry of a model's prompts."""
 
+    peft_config: dict[str, PromptLearningConfig]  # type: ignore[assignment]
     several = "only one prompt can be in front of the input at a time"
 
     def __init__(
         self,
         model: nn.Module,
-        peft_config: Any,
+        peft_config: PromptLearningConfig,
         adapter_name: str,
         options: Options,
         tree: Tree | None = None,
@@ -63,7 +66,7 @@ class Prompts(Registry):
             attach(stack)
         self.set_adapter(adapter_name, peft_config.inference_mode)
 
-    def _begin(self, model: nn.Module, config: Any, tree: Tree | None = None) -> None:
+    def _begin(self, model: nn.Module, config: PromptLearningConfig, tree: Tree | None = None) -> None:
         self.checkpointing = self.begin(model, tree).checkpointing
         self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
         self.arguments = set(self.method.arguments)
@@ -71,7 +74,7 @@ class Prompts(Registry):
         self.stacks = stacks_of(model)
 
     @classmethod
-    def plan(cls, model: nn.Module, config: Any, adapter_name: str) -> InjectReport:
+    def plan(cls, model: nn.Module, config: PromptLearningConfig, adapter_name: str) -> InjectReport:
         """Return the report of a first prompt on `model`."""
         prompts = cls.__new__(cls)
         prompts._begin(model, config)
@@ -83,7 +86,7 @@ class Prompts(Registry):
             made.report.matched.append(matched(prompts._made(cfg)))
         return made.report
 
-    def carriers(self) -> Iterator[Any]:
+    def carriers(self) -> Iterator[Carrier]:
         yield self.prompt_encoder
         yield from self.wrappers.values()
 
@@ -95,7 +98,7 @@ class Prompts(Registry):
     # adapters
 
     @prepares
-    def add_adapter(self, adapter_name: str, config: Any, options: Options) -> None:
+    def add_adapter(self, adapter_name: str, config: PromptLearningConfig, options: Options) -> InjectReport:  # type: ignore[override]
         """Add a prompt, inactive. A call that fails changes nothing."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
@@ -116,12 +119,13 @@ class Prompts(Registry):
         self.take_in(done.parts, disabled)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
+        return done.report
 
-    def _made(self, cfg: Any) -> Prompt:
+    def _made(self, cfg: PromptLearningConfig) -> Prompt:
         """Make a prompt of a complete config, on the CPU, with initial values."""
         return self.method(cfg, base_words(self.stacks["main"].words))
 
-    def _fit(self, cfg: Any) -> None:
+    def _fit(self, cfg: PromptLearningConfig) -> None:
         """Complete the config against the model, or raise ConfigError if it does not fit."""
         if cfg.task_type is None:
             raise ConfigError(
@@ -164,14 +168,14 @@ class Prompts(Registry):
                 "the task_type that it was made for, or FEATURE_EXTRACTION."
             )
 
-    def _entered(self, cfg: Any) -> list[Stack]:
+    def _entered(self, cfg: PromptLearningConfig) -> list[Stack]:
         """Return the stacks that a prompt goes into."""
         if "decoder" not in self.stacks or not (cfg.holds_keys or self._in_decoder(cfg)):
             return [self.stacks["main"]]
         return [self.stacks["decoder"]] if cfg.holds_keys else list(self.stacks.values())
 
-    def _in_decoder(self, cfg: Any) -> bool:
-        return self.method.in_decoder and cfg.num_transformer_submodules > 1
+    def _in_decoder(self, cfg: PromptLearningConfig) -> bool:
+        return self.method.in_decoder and (cfg.num_transformer_submodules or 1) > 1
 
     # acting
 
@@ -187,7 +191,7 @@ class Prompts(Registry):
         return super()._used() if self.wrappers else ()  # the prompt has been computed when the model begins
 
     @property
-    def active(self) -> tuple[Any, Prompt] | None:
+    def active(self) -> tuple[PromptLearningConfig, Prompt] | None:
         """Config and encoder of the prompt that acts now, if one does."""
         if self.prompt_encoder.disable_adapters or not self.active_adapters:
             return None
@@ -230,8 +234,8 @@ class Prompts(Registry):
         admission.check_rows(value, kwargs)
         return finish, value
 
-    def _insert(self, cfg: Any, value: Tensor) -> None:
-        P, main, decoder = cfg.num_virtual_tokens, self.stacks["main"], self.stacks.get("decoder")
+    def _insert(self, cfg: PromptLearningConfig, value: Tensor) -> None:
+        P, main, decoder = cfg.num_virtual_tokens or 0, self.stacks["main"], self.stacks.get("decoder")
         if cfg.holds_keys:
             (decoder or main).put_keys(value, partial(as_pairs, cfg=cfg))
             return
@@ -251,7 +255,7 @@ class Prompts(Registry):
         return {name: torch.arange(config.rows) for name, config in self.peft_config.items()}
 
     @property
-    def word_embeddings(self) -> Any:
+    def word_embeddings(self) -> nn.Module | None:
         return self.stacks["main"].words
 
     def stored(self, adapter_name: str) -> Tensor:
@@ -303,7 +307,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 
 
 def initialize_kv_prefix_from_past_key_values(
-    model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
+    model: nn.Module, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> Tensor:
     """Set a CARTRIDGE or PREFIX_TUNING adapter to the first tokens of a cache.
 
@@ -392,7 +396,7 @@ def initialize_kv_prefix_from_text(
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 
 
-def prefix_of(model: Any, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Any]:
+def prefix_of(model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Any]:
     """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
     registry = registry_of(unwrapped(model))
     if registry is None:

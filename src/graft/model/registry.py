@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft.config.base import PeftConfig
 from graft.core.call import Call
-from graft.core.carrier import active_without, check_not_merged
+from graft.core.carrier import Carrier, active_without, check_not_merged
 from graft.core.containers import BufferDict
 from graft.core.errors import (
     AdapterNameError,
@@ -24,12 +25,18 @@ from graft.core.errors import (
 )
 from graft.core.gate import ACTIVE, Names, changes, deletion, everything
 from graft.core.layer import AdapterLayer
+from graft.core.method import Method
 from graft.core.names import one_or_several
+from graft.core.rows import BASE
+from graft.core.rows import Run
+from graft.inject.inject import Options
 from graft.core.rows import BASE, Run
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
+from graft.io.together import Note
 from graft.model.watch import Watch
+from graft.prompts.base import Prompt
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -69,17 +76,17 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
         )
 
 
-class Configs(dict[str, Any]):
+class Configs(dict[str, PeftConfig]):
     """The configs of a tuner's adapters, by name, which its model shows as `peft_config` as well."""
 
 
-def configs_of(model: Any) -> dict[str, Any]:
+def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
     """Return the configs of the adapters that a model carries without a PeftModel."""
     configs = getattr(model, "peft_config", None)
     return {} if configs is None or isinstance(configs, Configs) else configs
 
 
-def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> None:
+def check_registered(model: nn.Module, parts: Sequence[AdapterLayer | Wrapper]) -> None:
     """Raise AlreadyInjectedError if `model` carries adapters of another PeftModel's registry.
 
     Adapters of a model without a PeftModel stand in the model's own `peft_config`.
@@ -94,7 +101,7 @@ def check_registered(model: Any, parts: Sequence[AdapterLayer | Wrapper]) -> Non
 
 
 @contextmanager
-def unless_it_fails(config: Any) -> Iterator[None]:
+def unless_it_fails(config: PeftConfig) -> Iterator[None]:
     """Restore a config's fields if the block raises."""
     before = dict(vars(config))
     try:
@@ -111,23 +118,24 @@ class Registry:
     A plain object beside the model: in PeftModel or tuner its names would hide those of the base model.
     """
 
-    method: Any  # the Method or Prompt class
+    method: type[Method] | type[Prompt]  # the Method or Prompt class
     model: nn.Module  # the base model
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
     call: Call
-    peft_config: dict[str, Any]
+    checkpointing: bool  # the model has gradient checkpointing on
+    peft_config: dict[str, PeftConfig]
     reports: dict[str, InjectReport]
     active_adapters: list[str]
     on_change: Callable[[], None] | None = None  # called when other adapters run
-    merged_adapters: Any = ()
+    merged_adapters: Sequence[str] = ()
     states: dict[str, Any]  # state of methods during training, by adapter
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
     watched: set[str]  # adapters for which that was set up
     trained: set[str]  # adapters that were active in a backward pass
     averaged = False  # the gradients of what trains now will be averaged over processes
     in_ddp = False  # it ran within a DDP, the last time that somebody looked
-    starts: dict[str, Any]  # notes of the values with which adapters began, by adapter
+    starts: dict[str, Note]  # notes of the values with which adapters began, by adapter
     arguments: set[str]  # of a call of the model that are the methods' own
     several: str  # for errors: how to activate several adapters
 
@@ -173,7 +181,7 @@ class Registry:
         with self.call.gate.change("a change", touches):
             pass
 
-    def carriers(self) -> Iterator[Any]:
+    def carriers(self) -> Iterator[Carrier]:
         """Yield all carriers of adapters."""
         yield from self.layers.values()
         yield from self.wrappers.values()
@@ -216,6 +224,10 @@ class Registry:
             all_layers=self.layers,
         )
 
+    def add_adapter(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
+        """Add an adapter, inactive. A call that fails changes nothing."""
+        raise NotImplementedError
+
     def acting(self, run: Run) -> AbstractContextManager[Callable[[Any], Any]]:
         """Surround a run of the model, whose `kwargs` may change; yield a function for its output."""
         raise NotImplementedError
@@ -223,12 +235,12 @@ class Registry:
     def check_generate(self, kwargs: dict[str, Any]) -> None:
         """Raise for arguments of `generate` that do not work with the adapters."""
 
-    def check_new(self, adapter_name: str, config: Any) -> None:
+    def check_new(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise AdapterNameError or ConfigError unless another adapter can have this name and config."""
         check_adapter_name(adapter_name, list(self.peft_config))
         self.check_method(adapter_name, config)
 
-    def check_method(self, adapter_name: str, config: Any) -> None:
+    def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError unless an adapter of this config's method can stand beside the others."""
         if config.peft_type != self.method.config.peft_type:
             mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type

@@ -14,6 +14,7 @@ from torch import Tensor
 from graft.core.call import Call
 from graft.core.errors import RoutingError
 from graft.core.rows import BASE, Given, Rows
+from graft.model.registry import Registry
 
 
 def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
@@ -34,7 +35,7 @@ def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
     return names
 
 
-def rows_of(registry: Any, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
+def rows_of(registry: Registry, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
     """Return the rows of a mixed batch, checked; None without names."""
     if names is None:
         return None

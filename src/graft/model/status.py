@@ -56,7 +56,7 @@ def same(values: list) -> Any:
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
 
-def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
+def _layers(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
     registry = registry_of(model)
     tree = survey(model if registry is None else registry.model)
@@ -76,7 +76,7 @@ def _layers(model: Any) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     return found
 
 
-def with_layers(model: Any, caller: str) -> Any:
+def with_layers(model: nn.Module, caller: str) -> nn.Module:
     model = unwrapped(model)
     if getattr(registry_of(model), "prompt_encoder", None) is not None:
         raise TypeError(
@@ -86,7 +86,7 @@ def with_layers(model: Any, caller: str) -> Any:
     return model
 
 
-def shared_parameters(layer: Any, adapter: str) -> list[nn.Parameter]:
+def shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: str) -> list[nn.Parameter]:
     """Return the parameters of an adapter that a layer shares with others."""
     slots = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], adapter))
     return [slot.tensor for slot in slots if slot.is_parameter]  # type: ignore[misc]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.core.base_config import model_config
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
@@ -52,7 +53,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     def __init__(
         self,
         model: nn.Module,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
@@ -103,7 +104,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     @step
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -118,14 +119,14 @@ class Tuner(nn.Module, metaclass=TunerType):
 
     @step
     def _inject_parameters(
-        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
     ) -> list[str]:
         """Adapt the parameters that `target_parameters` names; return their paths."""
         return steps_under_way(self, "_inject_parameters").search(peft_config)[0]
 
     @staticmethod
     @step
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
         """Return True if a config targets the module at path `key`."""
         return Matcher(peft_config)(key).outcome == "matched"
 
@@ -138,7 +139,7 @@ class Tuner(nn.Module, metaclass=TunerType):
         else:
             steps.cast = autocast_adapter_dtype
 
-    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         """Do nothing: an injection refuses what it cannot adapt once it knows all of that."""
 
     # what the registry does
@@ -191,7 +192,7 @@ def begin(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> LayerRegi
     return registry
 
 
-def steps_for(model: nn.Module, config: Any) -> Steps | None:
+def steps_for(model: nn.Module, config: PeftConfig) -> Steps | None:
     """Return the replaced steps that an injection into a model, with or without adapters, would ask; None for none."""
     method, registry = method_of(config.peft_type), registry_of(unwrapped(model))
     if registry is None:
@@ -205,7 +206,7 @@ def steps_for(model: nn.Module, config: Any) -> Steps | None:
     return Steps(tuner, theirs) if theirs else None
 
 
-def targets_of(tuner: Tuner, config: Any) -> Callable[[str], Any]:
+def targets_of(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
     """Return the function that says of a path whether a config targets it: graft's, or one that has replaced it."""
     theirs = "_check_target_module_exists" in replaced(tuner, None)
     check = partial(tuner._check_target_module_exists, config)
@@ -213,7 +214,7 @@ def targets_of(tuner: Tuner, config: Any) -> Callable[[str], Any]:
     return check if theirs else lambda path: matcher(path).outcome == "matched"
 
 
-def steps_under_way(tuner: Tuner, step: str) -> Any:
+def steps_under_way(tuner: Tuner, step: str) -> Steps:
     """Return the Steps of the injection under way."""
     steps = registry_of(tuner).steps
     if steps is None:
@@ -263,7 +264,7 @@ def __getattr__(name: str) -> Any:  # `pickle` finds the generated classes here
 
 
 def inject_adapter_in_model(
-    peft_config: Any,
+    peft_config: PeftConfig,
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
@@ -298,8 +299,8 @@ def inject_adapter_in_model(
     return model
 
 
-def compare_targets(tuner: Tuner, config: Any, adapter_name: str) -> None:
-    if config.target_modules is None:
+def compare_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> None:
+    if getattr(config, "target_modules", None) is None:
         return
     targets = targets_of(tuner, config)
     wanted = {k for k in survey(tuner.model).modules if targets(k)}

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from graft.core.carrier import carried
+from graft.config.base import PeftConfig
+from graft.core.carrier import Carrier, carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.rows import tensors_in
@@ -38,13 +39,13 @@ from graft.storage.flat import is_flat, trains
 from graft.storage.parallel import is_sharded, layout_of, mastered
 
 
-def dropouts(config: Any) -> list[str]:
+def dropouts(config: PeftConfig) -> list[str]:
     """Return the fields of a config that are shares to drop, with their values, where they are not 0."""
     found = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
     return [f"{name}={value}" for name, value in found if value and not isinstance(value, bool)]
 
 
-def eval_mode_dropout(parts: list[Part], configs: dict[str, Any]) -> dict[str, int]:
+def eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> dict[str, int]:
     """Return how many carriers have each adapter that trains with dropout, if all of these are in eval mode."""
     modes: dict[str, list[bool]] = defaultdict(list)
     for part in parts:
@@ -53,7 +54,7 @@ def eval_mode_dropout(parts: list[Part], configs: dict[str, Any]) -> dict[str, i
     return {name: len(m) for name, m in modes.items() if not any(m) and dropouts(configs[name])}
 
 
-def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, Any]) -> None:
+def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> None:
     """Warn of each adapter whose dropout does not act in this backward pass."""
     for name, n in eval_mode_dropout(parts, configs).items():
         warn(
@@ -63,7 +64,7 @@ def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, Any]) -> None:
         )
 
 
-def tell_once(carriers: Iterable[Any], configs: dict[str, Any], adapter: str) -> None:
+def tell_once(carriers: Iterable[Carrier], configs: dict[str, PeftConfig], adapter: str) -> None:
     """Have the first gradient of `adapter` say so, on a model without a PeftModel, whose calls nobody follows."""
     parts = [part for part in parts_of_active(carriers) if part.adapter == adapter]
     if not parts or not dropouts(configs[adapter]):
@@ -92,7 +93,7 @@ class Watch:
         self.task: int | None = None  # the backward pass under way
         self.half = False  # a call ran in float16, where gradients may overflow and a scaler skips the step
         self.moving = False  # a call had inputs with gradients, for which a backward pass may have run
-        self.suspects: list[tuple[Any, str]] | None = None  # (carrier, adapter); None: no pass was looked at yet
+        self.suspects: list[tuple[Carrier, str]] | None = None  # (carrier, adapter); None: no pass was looked at yet
 
     def follow(self, output: Any, inputs: Iterable[Any]) -> None:
         """Look once the backward pass of this call's output ends."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.layer import AdapterLayer
 from graft.inject.parts import registry_of
 
 __all__ = [
@@ -33,7 +34,7 @@ def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]
                 yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]
 
 
-def check_whole(layer: Any, adapter: str) -> None:
+def check_whole(layer: AdapterLayer, adapter: str) -> None:
     """Raise ConfigError if the weights of A and B are not the matrices that they stand for."""
     cfg = layer.methods[adapter].cfg
     for option in ("use_bdlora", "use_qalora"):

@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from graft.config.atomic import replace, write_text
 from graft.config.hub import hub_keywords
@@ -24,6 +24,7 @@ from graft.config.stored import Stored
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
 MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
+C = TypeVar("C", bound="PeftConfig")
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 
 
@@ -92,7 +93,7 @@ class PeftConfig:
 
     # one layer's view
 
-    def at(self, key: str) -> PeftConfig:
+    def at(self: C, key: str) -> C:
         """Return this config with the overrides that its patterns have for layer path `key`."""
         changes = {}
         for pattern_field, name in self.patterns.items():

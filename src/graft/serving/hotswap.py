@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.io.save import config_of, parts_of
-from graft.methods.lora import LoRA
+from graft.methods.lora import LoRA, LoraConfig
 from graft.storage.parallel import fill_all, layout_of, shape_of
 
 MUST_AGREE = (
@@ -84,7 +84,7 @@ def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: dict[str, Tensor],
     adapter_name: str,
-    config: Any,
+    config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
     """Do as `hotswap_adapter`, from tensors. Their keys may be those of a file or of the model's state dict.
@@ -99,13 +99,13 @@ def hotswap_adapter_from_state_dict(
 class Change(NamedTuple):
     """The facts that a layer will have of its adapter."""
 
-    layer: Any
+    layer: AdapterLayer
     rank: int  # rank of the tensors in the model
     alpha: float
     scaling: float
 
     @classmethod
-    def of(cls, layer: Any, r: int, alpha: float, rslora: bool, rank: int) -> Change:
+    def of(cls, layer: AdapterLayer, r: int, alpha: float, rslora: bool, rank: int) -> Change:
         """Return the change for an adapter of rank r in tensors of `rank` ≥ r."""
         scale = math.sqrt if rslora else float
         return cls(layer, rank, alpha if r == rank else alpha * scale(rank) / scale(r), alpha / scale(r))
@@ -124,7 +124,7 @@ class Swap:
     wrong: list[str] = field(default_factory=list)
 
 
-def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options: Any) -> None:
+def swap(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **options: Any) -> None:
     """Check everything, then write."""
     model = unwrapped(model)
     gate = gate_of(model)
@@ -134,7 +134,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: Any, **options:
             write()
 
 
-def planned(model: Any, loaded: Loaded, adapter: str, config: Any, **options: Any) -> Callable[[], None]:
+def planned(model: Any, loaded: Loaded, adapter: str, config: LoraConfig, **options: Any) -> Callable[[], None]:
     """Check everything; return the function that writes."""
     parts, _, base = parts_of(model, adapter)
     now = config_of(model, adapter)
@@ -160,7 +160,8 @@ def planned(model: Any, loaded: Loaded, adapter: str, config: Any, **options: An
             fill_all([*plan.copies, *zeros])
             for layer, rank, alpha, scaling in plan.changes:
                 layer.tell(adapter, r=rank, lora_alpha=alpha)
-                for scalings in (layer.scaling, layer.scaling_at_start):
+                held: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
+                for scalings in held:
                     if isinstance(scalings[adapter], Tensor):
                         scalings[adapter].fill_(scaling)
                     else:
@@ -171,7 +172,7 @@ def planned(model: Any, loaded: Loaded, adapter: str, config: Any, **options: An
     return write
 
 
-def check_compatible(now: Any, new: Any) -> None:
+def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
     """Raise ConfigError unless an adapter of config `new` can run in the place of one of config `now`."""
     kinds = [getattr(c.peft_type, "value", c.peft_type) for c in (now, new)]
     if kinds[0] != kinds[1]:
@@ -186,7 +187,7 @@ def check_compatible(now: Any, new: Any) -> None:
         check_base(config, which)
 
 
-def check_base(config: Any, which: str) -> None:
+def check_base(config: LoraConfig, which: str) -> None:
     """Raise if an adapter's initialisation changes the base, which others have as it was, or its rank cannot change."""
     setting = LoRA.variant(config).changes_base(config)  # type: ignore[attr-defined]
     if setting is not None:
@@ -201,7 +202,7 @@ def check_base(config: Any, which: str) -> None:
         )
 
 
-def check_growth(plan: Swap, adapter: str, config: Any) -> None:
+def check_growth(plan: Swap, adapter: str, config: LoraConfig) -> None:
     """Raise ConfigError if larger tensors cannot take the place of tied ones; warn if compiled code will not fit."""
     rank = max(rank for _, _, rank in plan.larger)
     if any(layout_of(entry.tensor) is not None for entry, _, _ in plan.larger):
@@ -215,7 +216,7 @@ def check_growth(plan: Swap, adapter: str, config: Any) -> None:
         warn(f"{text}compiled code will be compiled again.", PeftWarning)
 
 
-def check_tied(adapter: str, config: Any, rank: int) -> None:
+def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
     if getattr(config, "ensure_weight_tying", False):
         raise ConfigError(
             f"Adapter '{adapter}' shares its memory between tied layers (ensure_weight_tying) and cannot grow to rank "
@@ -272,7 +273,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     return plan
 
 
-def name_in(names: Any, entry: Entry) -> str | None:
+def name_in(names: Collection[str], entry: Entry) -> str | None:
     """Return the one of `names` that is an entry's: in a file, or in the model's state dict; None if none is."""
     if entry.file in names:
         return entry.file
@@ -332,7 +333,7 @@ def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
                 setattr(entry.owner, name, rank)
 
 
-def described(config: Any, changes: list[Change]) -> Any:
+def described(config: LoraConfig, changes: list[Change]) -> LoraConfig:
     """Return a copy of `config` with the ranks and alphas of the layers, so that a file holds what runs."""
     made = copy.copy(config)
     made.r, made.rank_pattern = usual({c.layer.site.key: c.rank for c in changes})
@@ -350,7 +351,7 @@ def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
     target_rank: int | None = None,
-    config: Any = None,
+    config: LoraConfig | dict[str, LoraConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
     """Make room for adapters to come, so that a model compiled afterwards need not be compiled again.
@@ -381,7 +382,7 @@ def prepare_model_for_compiled_hotswap(
             PeftWarning,
         )
     model = unwrapped(model)
-    on: dict[str, dict[str, Any]] = defaultdict(dict)  # layers by adapter
+    on: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)  # layers by adapter
     for key, layer in survey(model).layers.items():
         for name in (n for n, m in layer.methods.items() if isinstance(m, LoRA)):
             on[name][key] = layer
@@ -403,18 +404,18 @@ def prepare_model_for_compiled_hotswap(
         for name, layers in on.items():
             changes = [prepare(layer, name, target_rank) for layer in layers.values()]
             if (known := config_of(model, name)) is not None:
-                model.peft_config[name] = described(known, changes)  # type: ignore[union-attr,index,operator]
+                model.peft_config[name] = described(known, changes)  # type: ignore[union-attr,index,operator,assignment]
     if target_rank is not None:
         for name, given in configs_in(config).items():
             given.r, given.rank_pattern = target_rank, dict.fromkeys(patterns[name], target_rank)
 
 
-def configs_in(config: Any) -> dict[str, Any]:
+def configs_in(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, LoraConfig]:
     """Return the configs that a caller gives: one, several by name, or none."""
     return config if isinstance(config, dict) else {} if config is None else {"": config}
 
 
-def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> None:
+def check_room(adapter: str, layers: dict[str, AdapterLayer], rank: int, config: LoraConfig) -> None:
     """Raise ConfigError unless this can pad an adapter's tensors to a rank."""
     for key, layer in layers.items():
         r, groups = layer.r[adapter], layer.op.groups(layer.base_layer)
@@ -435,12 +436,13 @@ def check_room(adapter: str, layers: dict[str, Any], rank: int, config: Any) -> 
             check_tied(adapter, config, rank)
 
 
-def prepare(layer: Any, adapter: str, rank: int | None) -> Change:
+def prepare(layer: AdapterLayer, adapter: str, rank: int | None) -> Change:
     """Turn an adapter's scaling on a layer into a tensor, and note its rank."""
-    r, alpha, rslora = (held[adapter] for held in (layer.r, layer.lora_alpha, layer.use_rslora))
+    r, alpha, rslora = (of[adapter] for of in (layer.r, layer.lora_alpha, layer.use_rslora))
     change = Change.of(layer, r, alpha, rslora, rank or r)
     layer.tell(adapter, r=change.rank, lora_alpha=change.alpha)
     device = layer.methods[adapter].pair[0].device
-    for scalings in (layer.scaling, layer.scaling_at_start):
+    held: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
+    for scalings in held:
         scalings[adapter] = torch.as_tensor(float(scalings[adapter]), device=device)
     return change

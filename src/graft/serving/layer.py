@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from graft.core.containers import moved
 from graft.core.errors import AdapterKeyError, ConfigError, RoutingError, some
 from graft.core.ops import is_stock
+from graft.core.containers import moved
+from graft.core.site import Site, Store
 from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts
@@ -22,6 +24,7 @@ from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.waits import constant
+from graft.methods.lora import LoraConfig
 from graft.methods.lora.sub_configs import CONVERTED
 
 NONE = 0  # the slot of zeros, for rows without adapter
@@ -160,7 +163,7 @@ class SlotLayer(nn.Module):
         return self.site.out_features
 
     @property
-    def store(self) -> Any:
+    def store(self) -> Store:
         return self.site.store
 
     def get_base_layer(self) -> nn.Module:
@@ -211,7 +214,7 @@ class Known:
         return sum(t.nbytes for f in (self.factors or {}).values() for t in (f.A, f.B))
 
 
-def check_config(name: str, config: Any) -> None:
+def check_config(name: str, config: LoraConfig) -> None:
     """Raise ConfigError unless adapters of this config are plain LoRA for the base as it is."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
@@ -233,11 +236,11 @@ def check_config(name: str, config: Any) -> None:
 
 def fitted(
     name: str,
-    config: Any,
+    config: LoraConfig,
     loaded: Loaded,
     layers: dict[str, SlotLayer],
     max_rank: int,
-    base: Any,
+    base: nn.Module,
     allow_nonfinite: bool = False,
 ) -> dict[str, SlotFactors]:
     """Return the factors of an adapter by layer path, in memory of their own.
@@ -272,7 +275,9 @@ def fitted(
     return {key: _pair(name, key, pair, config.at(key), layers[key], max_rank) for key, pair in found.items()}
 
 
-def _pair(name: str, key: str, pair: dict[str, Tensor], cfg: Any, layer: SlotLayer, max_rank: int) -> SlotFactors:
+def _pair(
+    name: str, key: str, pair: dict[str, Tensor], cfg: LoraConfig, layer: SlotLayer, max_rank: int
+) -> SlotFactors:
     A, B, r = pair["A"], pair["B"], cfg.r
     if r > max_rank:
         raise ConfigError(f"Adapter '{name}' does not fit: rank {r} on '{key}' is above max_rank={max_rank}.")

@@ -130,7 +130,7 @@ class AdapterSlots:
         name: str,
         source: Any,
         *,
-        config: Any = None,
+        config: LoraConfig | None = None,
         adapter: str = "default",
         keep: bool = True,
         allow_nonfinite: bool = False,
@@ -166,7 +166,9 @@ class AdapterSlots:
             check_adapter_name(name, list(self._known))
             self._known[name] = Known(factors, None) if keep else Known(None, read)
 
-    def _source(self, name: str, source: Any, config: Any, adapter: str, hub: dict[str, Any]) -> tuple[Any, Loaded]:
+    def _source(
+        self, name: str, source: Any, config: LoraConfig | None, adapter: str, hub: dict[str, Any]
+    ) -> tuple[LoraConfig, Loaded]:
         """Return config and tensors of an adapter."""
         if isinstance(source, nn.Module):
             source = getattr(source, "_orig_mod", source)
@@ -185,7 +187,7 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded
 
-    def _fit(self, name: str, config: Any, loaded: Loaded, allow_nonfinite: bool) -> dict[str, SlotFactors]:
+    def _fit(self, name: str, config: LoraConfig, loaded: Loaded, allow_nonfinite: bool) -> dict[str, SlotFactors]:
         with torch.inference_mode(False), torch.no_grad():
             return fitted(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from graft.config.atomic import replace
 from graft.core.errors import CalibrationError, CheckpointError, ConfigError, some
+from graft.core.method import Method
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
 from graft.methods import method_of
+from graft.methods.lora import LoraConfig
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
-from graft.methods.loraxs import STEP
+from graft.methods.loraxs import STEP, LoraXsConfig
 
 
-def linear_methods(model: nn.Module, config: Any, how: str, field: str = "init_lora_weights") -> dict[str, Any]:
+def linear_methods(
+    model: nn.Module, config: LoraConfig | LoraXsConfig, how: str, field: str = "init_lora_weights"
+) -> dict[str, Method]:
     """Return, by path, what an injection of `config` would put on the linear layers of `model`; nothing changes.
 
     Raises:
@@ -53,7 +57,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def require_all(keys: Any, seen: Any, what: str) -> None:
+def require_all(keys: Collection[str], seen: Collection[str], what: str) -> None:
     """Raise CalibrationError unless all of `keys` are in `seen`."""
     missing = [key for key in keys if key not in seen]
     if missing:
@@ -101,7 +105,7 @@ NAMES = ("S_WC", "U_WC", "V_WC")
 @torch.no_grad()
 def preprocess_corda(
     model: nn.Module,
-    lora_config: Any,
+    lora_config: LoraConfig,
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
@@ -119,7 +123,7 @@ def preprocess_corda(
         CheckpointError: a file is damaged, or of another model.
     """
     methods = linear_methods(model, lora_config, "corda")
-    cfg = lora_config.corda_config
+    cfg: Any = lora_config.corda_config
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
             raise ConfigError(
@@ -133,7 +137,7 @@ def preprocess_corda(
         }
     else:
         covariances = covariances_of(model, methods, cfg, run_model, hooked_model)
-        items: Iterable[tuple[str, Any]] = methods.items()
+        items: Iterable[tuple[str, Method]] = methods.items()
         if cfg.verbose:
             from tqdm import tqdm
 
@@ -149,7 +153,7 @@ def preprocess_corda(
 
 def covariances_of(
     model: nn.Module,
-    methods: dict[str, Any],
+    methods: dict[str, Method],
     cfg: Any,
     run_model: Callable[[], Any] | None,
     hooked_model: nn.Module | None,
@@ -195,7 +199,7 @@ def covariances_of(
 
 
 def preprocess_loraga(
-    model: nn.Module, lora_config: Any, train_step: Callable[[], Any], cache_file: str | None = None
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | None = None
 ) -> None:
     """Estimate what `get_peft_model` with init_lora_weights="lora_ga" begins with; call it with the same model, config.
 
@@ -228,7 +232,7 @@ def preprocess_loraga(
         setattr(m.site.module, GRADIENT, made[key].to(m.site.store.where(m.site.module)[0]))
 
 
-def preprocess_lorasb(model: nn.Module, config: Any, train_step: Callable[[], Any], step: float) -> None:
+def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], Any], step: float) -> None:
     """Estimate what `get_peft_model` with init_weights="sb" begins with; call it with the same model and config.
 
     Each targeted linear layer gets an attribute that the initialisation uses up: -step · sign(G), AdamW's first step of
@@ -252,7 +256,7 @@ def preprocess_lorasb(model: nn.Module, config: Any, train_step: Callable[[], An
         setattr(site.module, STEP, -step * site.op.canon(G).sign())
 
 
-def refuse_quantized(methods: dict[str, Any], who: str) -> None:
+def refuse_quantized(methods: dict[str, Method], who: str) -> None:
     for key, m in methods.items():
         if not m.site.store.exact:
             raise ConfigError(
@@ -260,7 +264,7 @@ def refuse_quantized(methods: dict[str, Any], who: str) -> None:
             )
 
 
-def gradients_of(model: nn.Module, methods: dict[str, Any], train_step: Callable[[], Any]) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Callable[[], Any]) -> dict[str, Tensor]:
     """Return the mean gradient of each weight, as the layer stores it. Parameters are left as they were."""
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
     trained = {p: (p.requires_grad, p.grad) for p in model.parameters()}

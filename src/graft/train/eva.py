@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.errors import CalibrationError, ConfigError, PeftWarning, some, warn
+from graft.core.layer import AdapterLayer
 from graft.core.pieces import refuse_pieces
 from graft.inject.match import minimal_names
 from graft.inject.parts import registry_of
 from graft.inject.survey import survey
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
+from graft.model.layer_registry import LayerRegistry
 from graft.storage import place_of
 from graft.train.calibration import in_mode, linear_methods, require_all
 
@@ -239,16 +241,16 @@ def digest(rows: Tensor) -> tuple[Any, ...]:
     return (*rows.shape, rows.dtype, int((words * places).sum()), int(words.sum()))
 
 
-def apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
+def apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> None:
     """Set A of each layer, with its rank, and describe that in the config."""
     with registry.call.gate.change(f"EVA's values of adapter '{adapter}'", (adapter,)):
         _apply(registry, adapter, values)
 
 
-def _apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
+def _apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> None:
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
     check(adapter, layers, values)
-    cfg = registry.peft_config[adapter]
+    cfg: Any = registry.peft_config[adapter]
     tree = survey(registry.model)
     kept, missing = {}, []
     for key, layer in layers.items():
@@ -277,7 +279,7 @@ def _apply(registry: Any, adapter: str, values: dict[str, Tensor]) -> None:
         )
 
 
-def check(adapter: str, layers: dict[str, Any], values: dict[str, Tensor]) -> None:
+def check(adapter: str, layers: dict[str, AdapterLayer], values: dict[str, Tensor]) -> None:
     """Raise CalibrationError unless the values fit the layers, and one keeps a rank."""
     unknown = sorted(values.keys() - layers.keys())
     if unknown:
@@ -292,7 +294,7 @@ def check(adapter: str, layers: dict[str, Any], values: dict[str, Tensor]) -> No
         raise CalibrationError(f"eva_state_dict gives no layer of adapter '{adapter}' a rank.")
 
 
-def begin_anew(layer: Any, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
+def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
     """Give an adapter on one layer its values; new parameters if the rank is another, or there are no values yet."""
     method = layer.methods[adapter]
     now = method.lora_A.weight
@@ -313,7 +315,9 @@ def begin_anew(layer: Any, adapter: str, r: int, alpha: float, A: Tensor | None)
         method.lora_A.weight.data.copy_(A)
 
 
-def take_off(registry: Any, layer: Any, key: str, adapter: str, place: tuple[nn.Module, str]) -> None:
+def take_off(
+    registry: LayerRegistry, layer: AdapterLayer, key: str, adapter: str, place: tuple[nn.Module, str]
+) -> None:
     """Take an adapter off a layer, and the layer off its module if it has no other."""
     layer.forget(adapter)
     if not layer.methods:

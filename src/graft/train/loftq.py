@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
+from graft.core.layer import AdapterLayer
+from graft.core.ops import Op
 from graft.inject.parts import registry_of
 from graft.methods.lora.loftq import decomposed
 
@@ -21,7 +22,7 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @torch.no_grad()
 def replace_lora_weights_loftq(
-    peft_model: Any,
+    peft_model: nn.Module,
     model_path: str | None = None,
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
@@ -69,7 +70,7 @@ def replace_lora_weights_loftq(
                     p.copy_(value)
 
 
-def name_of(model: Any) -> str:
+def name_of(model: nn.Module) -> str:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         raise ConfigError(
@@ -82,7 +83,7 @@ def name_of(model: Any) -> str:
 class Weights:
     """The tensors of a base model's safetensors files, read one by one."""
 
-    def __init__(self, where: str, model: Any):
+    def __init__(self, where: str, model: nn.Module):
         self.where = os.path.dirname(where) or "." if where.endswith(".safetensors") else where
         path = where if where.endswith(".safetensors") else fetch(where, FILE, local_files_only=True)
         index = None if path and os.path.isfile(path) else fetch(self.where, INDEX, local_files_only=True)
@@ -102,7 +103,7 @@ class Weights:
         prefix = getattr(model, "base_model_prefix", "")
         self.prefix = f"{prefix}." if prefix else ""
 
-    def file_of(self, key: str, layer: Any) -> tuple[str, str, Any]:
+    def file_of(self, key: str, layer: AdapterLayer) -> tuple[str, str, Op]:
         """Return path and name of a layer's weight, checked."""
         from safetensors import safe_open
 
@@ -122,7 +123,7 @@ class Weights:
             )
         return path, name, layer.op
 
-    def read(self, path: str, name: str, op: Any) -> Tensor:
+    def read(self, path: str, name: str, op: Op) -> Tensor:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as f:

@@ -209,7 +209,7 @@ def parts_of_active(carriers: Iterable[Carrier]) -> list[Part]:
 
 
 def states(parts: Iterable[Part]) -> list[str]:
-    """Say what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
+    """Return what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
     held = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
     sizes = iter(largest([g for grads in held for g in grads]))
     out = []

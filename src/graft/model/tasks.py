@@ -129,18 +129,21 @@ LAST = "output_attentions output_hidden_states return_dict task_ids"
 def _forward(names: str) -> Any:
     """Return a `forward` with these arguments, which tell transformers' Trainer the columns of a data set to keep."""
     arguments, kind = names.split(), inspect.Parameter
+    known = frozenset(arguments)
     own = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
     signature = inspect.Signature([kind("self", kind.POSITIONAL_OR_KEYWORD), *own, kind("kwargs", kind.VAR_KEYWORD)])
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
-        given = dict(zip(arguments, args))
-        if len(args) > len(arguments) or any([name in kwargs for name in given]):
-            signature.bind(self, *args, **kwargs)  # raises TypeError
-        given |= kwargs
-        ours = {"task_ids"} - registry_of(self).arguments
-        passed = {name: given[name] for name in arguments if given.get(name) is not None and name not in ours}
-        return self._call(self.get_base_model(), (), passed | {k: v for k, v in given.items() if k not in arguments})
+        if args:
+            given = dict(zip(arguments, args))
+            if len(args) > len(arguments) or any([name in kwargs for name in given]):
+                signature.bind(self, *args, **kwargs)  # raises TypeError
+            kwargs = given | kwargs
+        if "task_ids" in kwargs and "task_ids" not in registry_of(self).arguments:
+            del kwargs["task_ids"]
+        passed = {name: value for name, value in kwargs.items() if value is not None or name not in known}
+        return self._call(self.get_base_model(), (), passed)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward

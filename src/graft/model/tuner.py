@@ -33,7 +33,7 @@ def of_registry(name: str) -> Any:
 
     @wraps(getattr(LayerRegistry, name))
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(registry_of(self), name)(*args, **kwargs)
+        return getattr(self.__dict__[HOLDER], name)(*args, **kwargs)
 
     return run
 

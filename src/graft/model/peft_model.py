@@ -17,9 +17,6 @@ from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import AdapterNotFoundError
 from graft.core.gate import PATIENCE, Names
-from graft.core.rows import Given
-from graft.core.rows import Run, copies_of
-from graft.core.gate import PATIENCE
 from graft.core.rows import Given, Run, copies_of
 from graft.inject.inject import Options
 from graft.inject.parts import HOLDER, registry_of

@@ -27,14 +27,12 @@ from graft.core.gate import ACTIVE, Names, changes, deletion, everything
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.names import one_or_several
-from graft.core.rows import BASE
-from graft.core.rows import Run
-from graft.inject.inject import Options
 from graft.core.rows import BASE, Run
+from graft.inject.inject import Options
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
-from graft.io.together import Note
+from graft.io.rendezvous import Note
 from graft.model.watch import Watch
 from graft.prompts.base import Prompt
 

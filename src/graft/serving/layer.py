@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from graft.core.containers import moved
 from graft.core.errors import AdapterKeyError, ConfigError, RoutingError, some
 from graft.core.ops import is_stock
-from graft.core.containers import moved
 from graft.core.site import Site, Store
-from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts
 from graft.io.files import Loaded

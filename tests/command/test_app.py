@@ -18,6 +18,7 @@ def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
         raise error("what is wrong")
 
     monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr(app, "VERBS", ())
     with pytest.raises(SystemExit) as left:
         app.main()
     assert left.value.code == code
@@ -26,5 +27,6 @@ def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
 
 def test_other_errors_are_bugs_and_show_their_trace(monkeypatch):
     monkeypatch.setattr(app, "app", lambda: 1 // 0)
+    monkeypatch.setattr(app, "VERBS", ())
     with pytest.raises(ZeroDivisionError):
         app.main()

@@ -270,7 +270,7 @@ def test_transformers_own_integration():
                 base.save_pretrained(folder)
                 wrapped = graft.PeftModel.from_pretrained(models.make("llama"), folder)
                 # mapped memory has another alignment, by which torch may sum in another order
-                assert torch.allclose(models.output(wrapped, batch), after, atol=1e-5)
+                assert torch.allclose(models.output(wrapped, batch), after, atol=1e-6)
                 wrapped.save_pretrained(folder)
                 model = models.make("llama")
                 # (transformers takes any name that contains the adapter's for one of its tensors: "b" is in "embed")

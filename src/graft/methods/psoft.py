@@ -158,7 +158,7 @@ class PSOFT(Method):
         if self.cfg.ab_svd_init == "pissa_init":
             S = S.sqrt()
             V = S[:, None] * V
-        return V.clone(), U * S
+        return V.clone(memory_format=torch.contiguous_format), (U * S).contiguous()  # as a file gives them: equal bits
 
     def largest(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the r largest singular components of W₀: U (out, r), S (r,), V (r, fan_in)."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 
 
@@ -105,3 +108,31 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, category, stacklevel=level)
+
+
+_gathered: ContextVar[dict[tuple[str, type[Warning]], list[str]] | None] = ContextVar("_gathered", default=None)
+
+
+def warn_of(layer: str, text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of a layer, which stands for {} in the text; while `gathering`, once of all layers with this text."""
+    gathered = _gathered.get()
+    if gathered is None:
+        warn(text.format(f"'{layer}'"), category)
+    else:
+        gathered.setdefault((text, category), []).append(layer)
+
+
+@contextmanager
+def gathering() -> Iterator[Callable[[], None]]:
+    """Gather what `warn_of` says in this block; yield the function that says it, for afterwards."""
+    gathered: dict[tuple[str, type[Warning]], list[str]] = {}
+
+    def say() -> None:
+        for (text, category), (first, *others) in gathered.items():
+            warn(text.format(f"'{first}'" + (f" (and {len(others)} more)" if others else "")), category)
+
+    token = _gathered.set(gathered)
+    try:
+        yield say
+    finally:
+        _gathered.reset(token)

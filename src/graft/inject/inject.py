@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from graft.core.call import Call
+from graft.core.errors import gathering
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.shared import Shared
@@ -137,12 +138,13 @@ class Injection:
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
         """
         with self.restructured():
-            with collector_paused():
+            with collector_paused(), gathering() as say:
                 self.find()
                 draw_alike(self.tree.modules.values())
                 before = list(self.shared.containers)
                 build.build(self)
             try:
+                say()
                 self.close()
             except BaseException:
                 self.undo(before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import Targets
 from graft.config.targets import BEFT as TARGETS
 from graft.core.effect import Effect, Update
-from graft.core.errors import PeftWarning, warn
+from graft.core.errors import PeftWarning, warn_of
 from graft.core.method import Method
 
 
@@ -41,10 +41,8 @@ class BEFT(Method):
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         if self.effect.fixed is not None:
-            warn(
-                f"Layer '{self.site.key}' has no bias. Note you cannot merge the BEFT adapter into the base layer.",
-                PeftWarning,
-            )
+            text = "Layer {} has no bias. Note you cannot merge the BEFT adapter into the base layer."
+            warn_of(self.site.key, text, PeftWarning)
         return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
 
     def init(self) -> None:

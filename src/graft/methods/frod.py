@@ -16,7 +16,7 @@ from graft.config.targets import FROD
 from graft.core.containers import Attached, Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Layers, Method, Use
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
@@ -202,11 +202,8 @@ class FRoD(Method):
         """Set U so that U diag(λ) Vᵀ = W₀; return λ, (in,). None on the meta device."""
         shared = self.layer.frod_shared[0][self.name]
         if self.site.on_meta or shared.is_meta:
-            warn(
-                f"FRoD needs the weight of layer '{self.site.key}', which is on the meta device: adapt the model when "
-                "it has its values.",
-                PeftWarning,
-            )
+            text = "FRoD needs the weight of layer {}, which is on the meta device: adapt a model that has its values."
+            warn_of(self.site.key, text, PeftWarning)
             return None
         W, V = (t.detach().to("cpu", torch.float64) for t in (self.layer.W0.flatten(1), shared))
         try:

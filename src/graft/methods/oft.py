@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import ConfigError, warn, warn_of
 from graft.core.method import Method
 from graft.kernels.orthogonal import constrained, orthogonal, rotate, skew
 
@@ -95,7 +95,7 @@ class OFT(Method):
         wanted = getattr(cfg, what)
         fitting = nearest_divisor(n, wanted)
         if fitting != wanted:
-            warn(f"Invalid `{what}` ({wanted}) for '{site.key}': adjusted to ({fitting}).")
+            warn_of(site.key, f"Invalid `{what}` ({wanted}) for {{}}: adjusted to ({fitting}).")
         size = n // fitting if cfg.r else fitting
         return {
             "oft_embedding_R" if site.op.takes_ids else "oft_R": Rotation(1 if cfg.block_share else n // size, size),

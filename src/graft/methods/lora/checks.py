@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from graft.config.fields import require_positive_rank
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
 
@@ -84,6 +84,6 @@ def warn_unmergeable(site: Site, cfg: LoraConfig) -> None:
     """Warn where `unmergeable` has a reason."""
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
-        warn(f"{text} Adapter weights of '{site.key}' cannot be merged.", PeftWarning)
+        warn_of(site.key, f"{text} Adapter weights of {{}} cannot be merged.", PeftWarning)
     if site.op.groups(site.module) > 1:
-        warn("LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")
+        warn_of(site.key, "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of docs/performance.md, printed from a run of the benchmark.
+"""The numbers of docs/performance.md and docs/performance_rows.md, printed from a run of the benchmark.
 
 `python -m tests.docs.performance [FILE]` takes what `make bench BENCH="--json FILE"` wrote as the run to show, and
-writes page, picture and README's table anew.
+writes pages, picture and README's table anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
 
 from benchmarks import guard, results, tables
 from benchmarks.plots import draw
@@ -20,23 +21,35 @@ from tests.docs.marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 PICTURE = PAGE.with_name("bench.png")
-EXPECT = {  # what to expect → rows that say so
-    "Importing it, of which torch and safetensors are the most": ["import (floor: torch and safetensors)"],
-    "The first adapter on 560 linear layers": ["inject, 560 linears"],
-    "A second adapter on 10,000 of them": ["second adapter, 10k modules"],
-    "Loading the tenth adapter from a file": ["load_adapter, 10th"],
-    "Switching among 50 adapters": ["set_adapter, 50 loaded"],
-    "Merging": ["merge_adapter (floor: addmm_)"],
-    "A training step with LoRA, in float32, where the base's own products are nearly all of it": [
-        "training step, LoRA all linear, float32"
-    ],
-    "The same with a bf16 base and dropout, and what autograd keeps for it": [
-        "training step, bf16 base + dropout",
-        "bytes kept, bf16 base + dropout",
-    ],
-    "A training step with DoRA and dropout": ["training step, DoRA + dropout", "bytes kept, DoRA + dropout"],
-    "Decoding one token, and a batch of 64 tokens with 64 adapters in slots": ["decode", "slots 64 × 1, 64 adapters"],
-}
+ROWS = PAGE.with_name("performance_rows.md")
+EXPECT = (  # the rows that a reader looks for first
+    "import (floor: torch and safetensors)",
+    "inject, 560 linears",
+    "second adapter, 1k modules",
+    "second adapter, 10k modules",
+    "load_adapter, 10th",
+    "save_pretrained (floor: save_file)",
+    "set_adapter, 50 loaded",
+    "merge_adapter (floor: addmm_)",
+    "merge_and_unload",
+    "weighted svd, 3 adapters",
+    "training step, LoRA all linear, float32",
+    "training step, bf16 base + dropout",
+    "bytes kept, bf16 base + dropout",
+    "peak memory, LoRA step, 30 layers, bf16",
+    "training step, DoRA + dropout",
+    "bytes kept, DoRA + dropout",
+    "step, OFT block 32",
+    "step, VeRA r 256",
+    "step, SHiRA r 8, bf16 base",
+    "step, LoRA r 16 on NF4",
+    "decode",
+    "decode, LoRA on 32 experts (floor: the base)",
+    "mixed batch 64 × 1, 64 adapters",
+    "slots 64 × 1, 64 adapters",
+    "hotswap_adapter (floor: load_file and copy)",
+)
+NOISE = 0.04  # of a ratio
 PARTS = (
     "training step, ",
     "forward, ",
@@ -46,15 +59,27 @@ PARTS = (
 )  # of a row's name, before its subject
 
 
-def expect(run: Run) -> str:
-    lines = []
-    for what, names in EXPECT.items():
-        figures = []
-        for row in map(run.row, names):
-            graft, peft = (show(row.median(who), 0, row.unit) for who in ("graft", "PEFT"))
-            figures.append(f"{graft} against {peft} ({ratio(row.faster)} ×)")
-        lines.append(f"- {what}: {'; '.join(figures)}.")
+def summary(run: Run) -> str:
+    """In how many rows graft is ahead of PEFT, as far as the run tells."""
+    rows = [(r.faster, r.what) for r in run.rows if r.faster is not None]
+    ahead = [x for x, _ in rows if x > 1 + NOISE]
+    behind = sorted((x, what) for x, what in rows if x < 1 - NOISE)
+    named = "; ".join(f"{what} ({ratio(x)} ×)" for x, what in behind)
+    lines = [
+        f"- graft is ahead in {len(ahead)} of {len(rows)} rows, in half of these by {ratio(median(ahead))} × or more.",
+        f"- {len(rows) - len(ahead) - len(behind)} rows are equal within {100 * NOISE:.0f} %, which is noise here.",
+        f"- PEFT is ahead in {len(behind)}{': ' if named else ''}{named}.",
+        f"- The run: {run.run}. {run.versions}.",
+    ]
     return "\n".join(lines)
+
+
+def expect(run: Run) -> str:
+    head = ["what", "graft", "PEFT", "PEFT / graft"]
+    lines = [head, ["---"] * len(head)]
+    for row in map(run.row, EXPECT):
+        lines.append([row.what, *(show(row.median(who), 0, row.unit) for who in head[1:3]), ratio(row.faster)])
+    return "\n".join(map(tables.line, lines))
 
 
 def table(run: Run) -> str:
@@ -88,11 +113,16 @@ def behind(run: Run) -> str:
     return f"PEFT is ahead in {len(rows)} of {len(run.rows)} rows: {named}."
 
 
-def page() -> str:
-    run, text = results.read(), PAGE.read_text()
-    for mark, printed in (("expect", expect(run)), ("behind", behind(run)), ("table", table(run))):
-        text = put(text, mark, printed)
-    return text
+def pages() -> dict[Path, str]:
+    """The pages as the run has them, by their paths."""
+    run = results.read()
+    parts = {PAGE: (("summary", summary), ("expect", expect)), ROWS: (("behind", behind), ("table", table))}
+    written = {}
+    for path, printed in parts.items():
+        written[path] = path.read_text()
+        for mark, said in printed:
+            written[path] = put(written[path], mark, said(run))
+    return written
 
 
 def main(*files: str) -> None:
@@ -103,7 +133,8 @@ def main(*files: str) -> None:
             sys.exit(f"{file} has not all rows: run the benchmark without --only and --quick, to its end")
         shutil.copyfile(file, results.RESULTS)
     run = results.read()
-    PAGE.write_text(page())
+    for page, text in pages().items():
+        page.write_text(text)
     draw(run.rows, str(PICTURE), run.versions, results.digest())
     readme.PAGE.write_text(readme.page())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/performance.md and its picture show the run in benchmarks/results.json."""
+"""docs/performance.md, its picture and docs/performance_rows.md show the run in benchmarks/results.json."""
 
 import itertools
 import json
@@ -12,7 +12,8 @@ from tests.docs import performance, readme
 
 
 def test_the_numbers_of_the_page_are_those_of_the_run():
-    assert performance.page() == performance.PAGE.read_text(), "run python -m tests.docs.performance"
+    for page, text in performance.pages().items():
+        assert text == page.read_text(), "run python -m tests.docs.performance"
 
 
 def test_the_picture_was_drawn_from_the_run():
@@ -23,7 +24,7 @@ def test_the_picture_was_drawn_from_the_run():
 def copies(tmp_path, monkeypatch):
     """Page, picture, README and run, to write into."""
     monkeypatch.setattr(performance, "PICTURE", tmp_path / "bench.png")
-    for module, name in ((performance, "PAGE"), (readme, "PAGE"), (results, "RESULTS")):
+    for module, name in ((performance, "PAGE"), (performance, "ROWS"), (readme, "PAGE"), (results, "RESULTS")):
         page = getattr(module, name)
         monkeypatch.setattr(module, name, tmp_path / page.name)
         (tmp_path / page.name).write_text(page.read_text())
@@ -41,9 +42,11 @@ def run(folder, **changes):
 def test_a_new_run_changes_page_picture_and_readme(copies):
     performance.main(run(copies, run="a later day"))
     assert "The run: a later day" in performance.PAGE.read_text()
-    assert "(123 ×)" in performance.PAGE.read_text() and "(123 ×)" in readme.PAGE.read_text()
+    assert all("| 123 |" in page.read_text() for page in (performance.PAGE, performance.ROWS))
+    assert "(123 ×)" in readme.PAGE.read_text()
     assert results.digest().encode() in performance.PICTURE.read_bytes()
-    assert performance.page() == performance.PAGE.read_text() and readme.page() == readme.PAGE.read_text()
+    assert all(text == page.read_text() for page, text in performance.pages().items())
+    assert readme.page() == readme.PAGE.read_text()
 
 
 def test_a_run_of_some_rows_is_refused(copies):
@@ -51,6 +54,14 @@ def test_a_run_of_some_rows_is_refused(copies):
     with pytest.raises(SystemExit, match="has not all rows"):
         performance.main(run(copies, whole=False))
     assert performance.PAGE.read_text() == before
+
+
+def test_the_summary_counts_rows_beyond_noise():
+    ratios = [2.0, 3.0, 1.05, 1.0, 0.97, 0.5, None]
+    rows = [results.Found(f"row {x}", "s", {}, x, None, "", None) for x in ratios]
+    said = performance.summary(results.Run("versions", "a day", True, rows))
+    assert said.startswith("- graft is ahead in 3 of 6 rows, in half of these by 2.00 × or more.\n- 2 rows are equal")
+    assert "\n- PEFT is ahead in 1: row 0.5 (0.50 ×).\n- The run: a day. versions." in said
 
 
 def test_the_page_says_what_the_run_lacks_and_where_peft_is_ahead():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/storages.md, printed from the code: `python -m tests.docs.storages` writes them into the page."""
+"""The tables of docs/storages.md and docs/storages_matrix.md: `python -m tests.docs.storages` prints them from the code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.docs.marks import put
 from tests.samples import LAWS, mergeable
 
 PAGE = Path(__file__).parents[2] / "docs" / "storages.md"
+MATRIX = PAGE.with_name("storages_matrix.md")
 PEFTS = Path(__file__).with_name("peft_storages.md")  # measured with PEFT 0.21.2
 COLUMNS = {  # of PEFT's table → our row
     "bnb4": "bitsandbytes.nn.modules.Linear4bit",
@@ -97,12 +98,12 @@ def of_method(name: str, column: str) -> str:
     return "or" if store.calibrated or not store.writes else "om"
 
 
-def page() -> str:
-    text = PAGE.read_text()
-    for mark, table in (("storages", storages()), ("matrix", matrix())):
-        text = put(text, mark, table)
-    return text
+def pages() -> dict[Path, str]:
+    """The pages with the tables as the code has them now, by their paths."""
+    printed = {PAGE: ("storages", storages()), MATRIX: ("matrix", matrix())}
+    return {path: put(path.read_text(), mark, table) for path, (mark, table) in printed.items()}
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for page, text in pages().items():
+        page.write_text(text)

@@ -46,7 +46,7 @@ def test_oldest_versions_are_the_lower_bounds():
 
 
 def test_one_version():
-    assert graft.__version__ == release.version(ROOT) == version("graft")
+    assert graft.__version__ == release.version(ROOT) == version("graft-adapters")
     name, date, _ = next(section for section in release.sections(text_of("CHANGELOG.md")) if section[2])
     assert name == ("Unreleased" if date is None else graft.__version__)
 
@@ -144,9 +144,9 @@ def test_a_release_that_may_not_be(project, change, text):
 
 
 def wheel_of(folder, files):
-    path = folder / "graft-1.2.0-py3-none-any.whl"
+    path = folder / "graft_adapters-1.2.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("graft-1.2.0.dist-info/METADATA", "")
+        archive.writestr("graft_adapters-1.2.0.dist-info/METADATA", "")
         for name, data in files.items():
             archive.writestr(name, data)
     return path
@@ -163,10 +163,10 @@ def test_the_contents_of_a_wheel(tmp_path):
 
 
 def test_the_contents_of_a_source_distribution(tmp_path):
-    path, present = tmp_path / "graft-1.2.0.tar.gz", [name for name in dist.IN_SDIST if name != "docs"]
+    path, present = tmp_path / "graft_adapters-1.2.0.tar.gz", [name for name in dist.IN_SDIST if name != "docs"]
     with tarfile.open(path, "w:gz") as archive:
         for name in [*present, "src/graft/__init__.py"]:
-            archive.addfile(tarfile.TarInfo(f"graft-1.2.0/{name}"))
+            archive.addfile(tarfile.TarInfo(f"graft_adapters-1.2.0/{name}"))
     wanted = {"graft/__init__.py": b"", "graft/py.typed": b""}
     assert dist.sdist_problems(path, wanted) == [f"{path.name} lacks docs", f"{path.name} lacks src/graft/py.typed"]
 

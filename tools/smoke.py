@@ -37,8 +37,8 @@ def tiny() -> Tiny:
 def installed() -> None:
     """graft comes from where packages are installed, under one version, and brings nothing else."""
     assert "site-packages" in graft.__file__, f"graft came from {graft.__file__}, not from what was installed"
-    assert graft.__version__ == importlib.metadata.version("graft")
-    assert any(str(file).endswith("graft/py.typed") for file in importlib.metadata.files("graft") or ())
+    assert graft.__version__ == importlib.metadata.version("graft-adapters")
+    assert any(str(file).endswith("graft/py.typed") for file in importlib.metadata.files("graft-adapters") or ())
     for name in OURS:
         assert importlib.util.find_spec(name) is None, f"{name} was installed beside graft"
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("graft", "peft", "torch", "transformers", "accelerate", "safetensors", "numpy", "triton")
+PACKAGES = ("graft-adapters", "peft", "torch", "transformers", "accelerate", "safetensors", "numpy", "triton")
 TURNS = 20
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/storages.md and docs/storages_matrix.md: `python -m tests.docs.storages` prints them from the code."""
+"""The tables of docs/storages.md and docs/storages_matrix.md, as `python -m tests.docs.storages` prints them."""
 
 from __future__ import annotations
 

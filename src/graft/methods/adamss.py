@@ -33,7 +33,8 @@ class AdamssConfig(Targets, LayerRange):
     """AdaMSS: rows of the weight in clusters, and a small product in the space of singular vectors for each cluster.
 
     With `use_asa` call `model.base_model.update_and_allocate(step)` after each backward pass, before gradients are
-    zeroed; or use `AdamssAsaCallback` (transformers' Trainer). Needs scikit-learn: `pip install graft[methods]`.
+    zeroed; or use `AdamssAsaCallback` (transformers' Trainer). Needs scikit-learn:
+    `pip install graft-adapters[methods]`.
     """
 
     peft_type: Any = "ADAMSS"
@@ -101,7 +102,8 @@ def require_sklearn() -> Any:
         from sklearn.cluster import KMeans
     except ImportError as e:
         raise ImportError(
-            "AdaMSS needs scikit-learn, by whose k-means it puts rows into clusters: pip install graft[methods]"
+            "AdaMSS needs scikit-learn, by whose k-means it puts rows into clusters: pip install "
+            "graft-adapters[methods]"
         ) from e
     return KMeans
 

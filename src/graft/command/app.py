@@ -15,13 +15,13 @@ from typing import Any
 import typer
 
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, ConfigTypeError, PeftError
-from graft.files.errors import LossError, OutputExistsError, ServerError, UnknownModelError
+from graft.files.errors import LossError, OptionError, OutputExistsError, ServerError, UnknownModelError
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
-    (OutputExistsError, USAGE), (UnknownModelError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT),
-    (ServerError, UNREADABLE), (CheckpointError, UNREADABLE), (ConfigTypeError, UNREADABLE),
-    (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
+    (OptionError, USAGE), (OutputExistsError, USAGE), (UnknownModelError, USAGE), (LossError, LOSS),
+    (BaseModelMismatchError, MISFIT), (ServerError, UNREADABLE), (CheckpointError, UNREADABLE),
+    (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
 )  # fmt: skip
 VERBS: tuple[str, ...] = ("check", "export", "verify")  # modules of this package, in the order of `graft --help`
 

@@ -16,6 +16,10 @@ class OutputExistsError(PeftError, FileExistsError):
     __str__ = Exception.__str__  # OSError's shows the arguments of another call
 
 
+class OptionError(PeftError, ValueError):
+    """Options of a verb contradict each other, or have values that cannot be."""
+
+
 class ServerError(PeftError, OSError):
     """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
 

@@ -39,6 +39,7 @@ PREFIXES = {  # of the names of a method's tensors on a module
 ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
+NONE = "dummy-target-modules"  # as target_modules: the adapter is what stands beside LoRA
 TOKENS = "token_adapter"  # a module of PEFT around an embedding whose rows train
 VARIANTS = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}  # whose A and B are not LoRA's
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
@@ -434,7 +435,7 @@ def config_of(adapter: AdapterFile, base: Base | None) -> dict[str, Any]:
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
         paths = [p for p, h in adapter.modules.items() if getattr(h, "kind", "") != "experts"]
-        config["target_modules"] = targets_of(paths, base)
+        config["target_modules"] = targets_of(paths, base) if adapter.modules else NONE
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if config.get(field) is not None:
                 config[field] = None
@@ -459,13 +460,16 @@ def new_config(adapter: AdapterFile) -> dict[str, Any]:
     of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}
     whole = {n.rpartition(".")[0] for n in adapter.full if n not in biases}
     config: dict[str, Any] = {
-        "peft_type": adapter.method, "task_type": None, "base_model_name_or_path": adapter.base,
-        "inference_mode": True, "modules_to_save": sorted(whole - set(adapter.modules)) or None,
+        "peft_type": adapter.method, "task_type": adapter.config.get("task_type"), "inference_mode": True,
+        "base_model_name_or_path": adapter.base, "modules_to_save": sorted(whole - set(adapter.modules)) or None,
     }  # fmt: skip
     if adapter.method == "LORA":
+        own = adapter.config if adapter.format == NAME else {}
         low_rank = adapter.low_rank.values()
         config |= {
-            "lora_dropout": 0.0, "fan_in_fan_out": False, "use_rslora": False, "init_lora_weights": True,
+            "lora_dropout": 0.0, "fan_in_fan_out": own.get("fan_in_fan_out", False),
+            "ensure_weight_tying": own.get("ensure_weight_tying", False), "use_rslora": False,
+            "init_lora_weights": True,
             "bias": "all" if biases > of_targets else "lora_only" if biases else "none",
             "use_dora": any(h.magnitude is not None for h in low_rank),
             "lora_bias": any(h.bias is not None for h in low_rank),

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smaller ranks for a LoRA adapter, module by module, at the least loss: the largest singular triplets stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from graft.core.errors import some
+from graft.files import algebra
+from graft.files.errors import LossError, OptionError
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.tensors import BITS
+
+MB = 10**6
+OVERHEAD = 100  # bytes that a file's header has for a tensor, beside its name
+OF_TRAINING: dict[str, Any] = {  # fields of PEFT's config that say how the factors began or trained
+    "use_rslora": False, "init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None,
+    "loftq_config": {}, "velora_config": None, "monteclora_config": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resized:
+    """What became of one module."""
+
+    module: str
+    before: int  # rank
+    after: int
+    energy: float  # the part of Σ σ² that is left
+    size: float  # ‖ΔW‖ before
+
+
+def resize(
+    adapter: AdapterFile,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    max_mb: float | None = None,
+    max_rank: int | None = None,
+    uniform: bool = False,
+) -> tuple[AdapterFile, list[Resized]]:
+    """Return an adapter of smaller ranks, and what became of each module. DoRA's magnitudes stay.
+
+    Args:
+        rank: of all modules.
+        energy: the part of Σ σ² that each module keeps, of 1.
+        ratio: a module keeps what is larger than its largest singular value / ratio.
+        max_mb: megabytes (10⁶ bytes) of the file: the ranks are those that lose least of all modules' Σ σ² together.
+        max_rank: at most, whatever the others say.
+        uniform: all modules get one rank, the largest that one of them needs, or the largest that fits `max_mb`;
+            zeros fill up.
+
+    Raises:
+        OptionError: none or several of `rank`, `energy`, `ratio` and `max_mb`, or a value out of range.
+        LossError: the adapter is none of LoRA, or of a base that an initialisation changed, and its file does not say
+            how; or not even rank 1 fits `max_mb`.
+    """
+    check(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
+    held = factors_in(adapter)
+    profiles = {path: profile(h) for path, h in held.items()}
+    most = {path: min(len(s), max_rank or len(s)) for path, s in profiles.items()}
+    if max_mb is not None:
+        ranks = ranks_within(adapter, held, profiles, most, max_mb, uniform)
+    else:
+        ranks = {
+            path: min(
+                most[path],
+                rank or (algebra.rank_for_energy(s, energy) if energy else algebra.rank_for_ratio(s, ratio or 1)),
+            )
+            for path, s in profiles.items()
+        }
+        if uniform:
+            one = rank or max(ranks.values())
+            ranks = dict.fromkeys(ranks, min(one, max_rank or one))
+    modules = dict(adapter.modules)
+    rows = []
+    for path, h in held.items():
+        modules[path] = algebra.with_factors(h, [algebra.svd(p) for p in algebra.products(h)], ranks[path])
+        s = profiles[path]
+        rows.append(Resized(path, h.rank, ranks[path], algebra.energy_of(s, ranks[path]), float(np.linalg.norm(s))))
+    config = adapter.config | {k: v for k, v in OF_TRAINING.items() if k in adapter.config}
+    return replace(adapter, method="LORA", modules=modules, config=config), rows
+
+
+def check(ways: Mapping[str, float | None], max_rank: int | None) -> None:
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise OptionError(f"Give one of rank, energy, ratio and max_mb: {some(given) if given else 'none'} given.")
+    name = given[0]
+    value = ways[name]
+    assert value is not None
+    wrong = (
+        (name == "rank" and value < 1) or (name == "energy" and not 0 < value <= 1)
+        or (name == "ratio" and value <= 1) or (name == "max_mb" and value <= 0)
+    )  # fmt: skip
+    if wrong or (max_rank is not None and max_rank < 1):
+        raise OptionError(
+            f"{name}={value} with max_rank={max_rank}: a rank is at least 1, an energy in (0, 1], a ratio above 1."
+        )
+
+
+def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
+    """Return the LoRA of each module.
+
+    Raises:
+        LossError: a module has another method's tensors, or factors that say nothing of the base as it was.
+    """
+    if adapter.changed_base is not None:
+        raise LossError(
+            f"{adapter.path} was initialised by {adapter.changed_base}, which changed the base by A and B of the same "
+            "rank, and does not say how. Load it with graft and save it again, and it will."
+        )
+    made = {path: algebra.as_low_rank(held) for path, held in adapter.modules.items()}
+    if other := [f"{path} ({adapter.modules[path].method})" for path, h in made.items() if h is None]:  # type: ignore[union-attr]
+        raise LossError(f"{adapter.path} has modules without a rank of LoRA: {some(other)}. See graft.convert_to_lora.")
+    if grouped := [path for path, h in made.items() if has_groups(h)]:  # type: ignore[arg-type]
+        raise LossError(
+            f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: {some(grouped)}."
+        )
+    if not made:
+        raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module.")
+    return made  # type: ignore[return-value]
+
+
+def has_groups(held: LowRank) -> bool:
+    return held.kind == "conv" and held.B.shape[1] != held.rank
+
+
+def profile(held: LowRank) -> np.ndarray:
+    """Return singular values by which a module's rank is chosen; of experts, the norm over all of each in turn."""
+    found = np.stack([algebra.spectrum(p) for p in algebra.products(held)])
+    rows, columns = algebra.sizes(held)
+    return np.sqrt((found**2).sum(0))[: min(rows, columns)]
+
+
+def ranks_within(
+    adapter: AdapterFile, held: Mapping[str, LowRank], profiles: Mapping[str, np.ndarray], most: Mapping[str, int],
+    max_mb: float, uniform: bool,
+) -> dict[str, int]:  # fmt: skip
+    """Return the ranks with which a file is no larger, at the least loss of Σ σ²: triplets by σ² per byte."""
+    costs = {path: bytes_of_rank(h) for path, h in held.items()}
+    left = int(max_mb * MB) - fixed_bytes(adapter, held) - sum(costs.values())
+    if left < 0:
+        raise LossError(
+            f"{adapter.path} needs {(int(max_mb * MB) - left) / MB:.3g} MB at rank 1: {max_mb} is too little."
+        )
+    if uniform:
+        return dict.fromkeys(held, min(max(most.values()), 1 + left // sum(costs.values())))
+    ranks = dict.fromkeys(held, 1)
+    gains = [(s[i] ** 2 / costs[path], path) for path, s in profiles.items() for i in range(1, most[path]) if s[i] > 0]
+    for _, path in sorted(gains, key=lambda gain: -gain[0]):  # those of a module come in order
+        if costs[path] <= left:
+            ranks[path], left = ranks[path] + 1, left - costs[path]
+    return ranks
+
+
+def bytes_of_rank(held: LowRank) -> int:
+    per = held.A.nbytes // held.rank + held.B.nbytes // held.rank
+    if held.mid is not None:  # which the new A contains
+        rows, columns = algebra.sizes(held)
+        per = (rows * BITS[held.B.dtype] + columns * BITS[held.A.dtype]) // 8
+    return per
+
+
+def fixed_bytes(adapter: AdapterFile, held: Mapping[str, LowRank]) -> int:
+    """Return at least how many bytes a file has beside the factors."""
+    rest = [
+        *adapter.full.items(),
+        *adapter.shared.items(),
+        *((name, values) for name, (_, values) in adapter.rows.items()),
+    ]
+    rest += [(path, t) for path, h in held.items() for t in (h.magnitude, h.bias) if t is not None]
+    names = [name for name, _ in rest] + [path for path in held for _ in "AB"]
+    text = len(str(adapter.config)) + sum(len(v) for v in adapter.metadata.values()) + 4 * sum(map(len, held))
+    return sum(prod(t.shape) * BITS[t.dtype] // 8 for _, t in rest) + sum(len(n) + OVERHEAD for n in names) + text

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft extract`: an adapter from a fine-tuned model and its base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+
+from graft.command import show
+from graft.command.app import app, print_json
+
+
+@app.command("extract")
+def extract(
+    tuned: Annotated[str, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="Folder of its base.", show_default=False)],
+    output: show.Output,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="At most, of each module; 32 if nothing is said.", show_default=False)
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Part of ‖Δ‖² that each module keeps, of 1.", show_default=False)
+    ] = None,
+    max_mb: Annotated[
+        float | None, typer.Option("--max-mb", help="Megabytes of the file; least loss.", show_default=False)
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option("--include", help="Names to take, as in a shell: '*.mlp.*'.", show_default=False)
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", help="Names to leave out.", show_default=False)
+    ] = None,
+    embed: Annotated[
+        Literal["lora", "full"], typer.Option("--embed", help="How to keep embeddings and heads.")
+    ] = "full",
+    force: show.Force = False,
+    dry_run: show.DryRun = False,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
+) -> None:  # fmt: skip
+    """Make a LoRA adapter of the difference between two checkpoints, a matrix at a time.
+
+    Example: graft extract my-tuned-model my-base -o adapter --rank 64
+    """
+    from graft.files.base import base_files
+    from graft.files.extract import extract as extracted
+    from graft.files.formats import peft
+    from graft.files.sources import check_output
+
+    if not dry_run:
+        check_output(output, [tuned, base], force)
+    models = base_files(tuned), base_files(base)
+    made = extracted(
+        *models, rank, energy, max_mb, include, exclude, embed, lambda name: show.log(name, quiet or as_json)
+    )
+    if not dry_run:
+        peft.write(made.adapter, output)
+    if as_json:
+        print_json({
+            "output": None if dry_run else output, "tensors": [asdict(r) for r in made.rows], "unchanged": made.same,
+        })  # fmt: skip
+    elif not quiet:
+        show.table(
+            "", ["tensor", "kept as", "rank", "energy kept", "‖Δ‖", "‖Δ‖/‖W‖"],
+            [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in made.rows],
+        )  # fmt: skip
+        print(f"{len(made.rows)} tensors, {made.same} unchanged" + (" (dry run)" if dry_run else f": {output}"))

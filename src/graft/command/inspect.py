@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft inspect`: what an adapter file holds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from graft.command import show
+from graft.command.app import app, print_json
+
+
+@app.command("inspect")
+def inspect(
+    adapter: show.Adapter,
+    base: show.Base = None,
+    spectrum: Annotated[bool, typer.Option("--spectrum", help="Singular values and ranks of each module.")] = False,
+    plot: Annotated[
+        str | None, typer.Option("--plot", help="Draw spectra and sizes into a picture.", show_default=False)
+    ] = None,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
+) -> None:
+    """Show what an adapter holds: method, base, ranks and scales by group of modules, bytes, sizes of the changes.
+
+    Example: graft inspect my-adapter --spectrum
+    """
+    from graft.files.base import base_files
+    from graft.files.inspect import inspect as report_of
+    from graft.files.inspect import plot as draw
+    from graft.files.sources import adapter_at
+
+    held = None if base is None else base_files(base)
+    report = report_of(adapter_at(adapter, held), held, spectrum or plot is not None)
+    if plot is not None:
+        draw(report, plot)
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        print_report(report, spectrum)
+
+
+def print_report(report: dict[str, Any], spectrum: bool) -> None:
+    show.facts([
+        ("adapter", report["path"]), ("format", report["format"]), ("method", report["method"]),
+        ("base", report["base"]), ("changed by", report["changed_base"]), ("written by", report["writer"]),
+        ("licence", report["licence"]), ("parameters", show.amount(report["parameters"])),
+        ("bytes", f"{show.amount(report['bytes'])} ({show.text(report['dtypes'])})"),
+        ("whole", list(report["full"])), ("rows", [f"{n} of {name}" for name, n in report["rows"].items()]),
+        ("shared", list(report["shared"])), ("not known", report["unread"]),
+    ])  # fmt: skip
+    show.table(
+        "", ["modules", "count", "rank", "scale", "parameters", "‖ΔW‖ least", "median", "largest"],
+        [
+            (g["modules"] if g["method"] == "LORA" else f"{g['modules']} ({g['method']})", g["count"],
+             show.shape_of(g["ranks"]), g["scales"][0] if len(g["scales"]) == 1 else g["scales"] or None,
+             show.amount(g["parameters"]), *(g["norms"] or (None, None, None)))
+            for g in report["groups"]
+        ],
+    )  # fmt: skip
+    modules = [m for m in report["modules"] if "norm" in m]
+    if any("relative" in m for m in modules):
+        show.table(
+            "Beside the base", ["module", "‖ΔW‖", "‖W‖", "‖ΔW‖/‖W‖"],
+            [(m["module"], m["norm"], m["weight_norm"], m["relative"]) for m in modules],
+        )  # fmt: skip
+    if spectrum:
+        show.table(
+            "Spectra", ["module", "rank", "σ₁", "‖ΔW‖", "stable rank", "effective rank", "used"],
+            [
+                (m["module"], m["rank"], m["singular_values"][0], m["norm"], m["stable_rank"], m["effective_rank"],
+                 f"{m['utilisation']:.0%}")
+                for m in modules
+            ],
+        )  # fmt: skip

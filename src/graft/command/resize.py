@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft resize`: smaller ranks for a LoRA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from graft.command import show
+from graft.command.app import app, print_json
+
+
+@app.command("resize")
+def resize(
+    adapter: show.Adapter,
+    output: show.Output,
+    rank: Annotated[int | None, typer.Option("--rank", help="The rank of all modules.", show_default=False)] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Part of Σσ² that each module keeps, of 1.", show_default=False)
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="Keep σ above the largest / ratio.", show_default=False)
+    ] = None,
+    max_mb: Annotated[
+        float | None, typer.Option("--max-mb", help="Megabytes of the file; least loss.", show_default=False)
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", help="At most, whatever else is said.", show_default=False)
+    ] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all modules.")] = False,
+    force: show.Force = False,
+    dry_run: show.DryRun = False,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
+) -> None:
+    """Give a LoRA adapter smaller ranks, by rank, energy, ratio or size; show what each module keeps.
+
+    Example: graft resize my-adapter -o smaller --energy 0.95
+    """
+    from graft.files.formats import peft
+    from graft.files.resize import resize as resized
+    from graft.files.sources import adapter_at, check_output, local
+
+    source = local(adapter)
+    if not dry_run:
+        check_output(output, [source], force)
+    made, rows = resized(adapter_at(source), rank, energy, ratio, max_mb, max_rank, uniform)
+    if not dry_run:
+        peft.write(made, output)
+    whole = sum(r.size**2 for r in rows)
+    kept = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
+    if as_json:
+        print_json({
+            "adapter": adapter, "output": None if dry_run else output, "modules": [asdict(r) for r in rows],
+            "energy": kept,
+        })  # fmt: skip
+    elif not quiet:
+        show.table(
+            "", ["module", "rank before", "after", "energy left", "‖ΔW‖ before"],
+            [(r.module, r.before, r.after, f"{r.energy:.2%}", r.size) for r in rows],
+        )  # fmt: skip
+        before, after = (sum(getattr(r, name) for r in rows) for name in ("before", "after"))
+        print(
+            f"{before} → {after} ranks in all, {kept:.2%} of the energy" + (" (dry run)" if dry_run else f": {output}")
+        )

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs share: their common options, tables for people, and numbers as text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Adapter = Annotated[str, typer.Argument(help="Folder, file, or hub id (user/repo@revision).", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Output = Annotated[str, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and report, and write nothing.")]
+Base = Annotated[str | None, typer.Option("--base", help="Folder of the base model.", show_default=False)]
+
+UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table, unless it has no rows; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*map(text, row))
+    if made.row_count:
+        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(made)
+
+
+def facts(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Print facts, a line for each that is one."""
+    for name, value in pairs:
+        if value not in (None, "", [], {}):
+            print(f"{name:<12} {text(value)}")
+
+
+def text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text, value))
+    return str(value)
+
+
+def amount(n: int) -> str:
+    """Return a number as people write it: 1.3M."""
+    return next((f"{n / size:.3g}{unit}" for size, unit in UNITS if n >= size), str(n))
+
+
+def shape_of(ranks: Sequence[int]) -> str:
+    return "–" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+
+
+def log(line: str, quiet: bool = False) -> None:
+    """Print a line on standard error."""
+    if not quiet:
+        print(line, file=sys.stderr)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter file holds: by groups of modules, with sizes of the changes and their spectra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from graft.config.notes import CONFIG
+from graft.core.errors import BaseModelMismatchError
+from graft.files import algebra
+from graft.files.base import BaseFiles
+from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.sources import licence_in, names_in
+from graft.files.tensors import Tensor
+
+TOP = 16  # singular values that a report lists
+
+
+def inspect(adapter: AdapterFile, base: BaseFiles | None = None, spectrum: bool = False) -> dict[str, Any]:
+    """Return what an adapter is, as plain values for a table or JSON.
+
+    Args:
+        base: for each change its size beside that of the weight; of DoRA, all that it changes.
+        spectrum: for each module the singular values and what follows from them.
+
+    Raises:
+        BaseModelMismatchError: the base lacks a module, or has it in another shape.
+    """
+    tensors = [t for held in adapter.modules.values() for t in tensors_of(held)]
+    beside = [*adapter.full.values(), *adapter.shared.values(), *(values for _, values in adapter.rows.values())]
+    modules = [of_module(path, held, spectrum) for path, held in adapter.modules.items()]
+    if base is not None:
+        compared(modules, adapter, base)
+    return {
+        "path": adapter.path, "format": adapter.format, "method": method_of(adapter), "base": adapter.base,
+        "changed_base": adapter.changed_base, "writer": writer_of(adapter), "licence": licence_in(adapter.path),
+        "parameters": sum(prod(t.shape) for t in (*tensors, *beside) if t.dtype[0] in "FB"),
+        "bytes": sum(t.nbytes for t in (*tensors, *beside)), "dtypes": sorted({t.dtype for t in (*tensors, *beside)}),
+        "groups": groups(modules), "modules": modules,
+        "full": {name: list(t.shape) for name, t in adapter.full.items()},
+        "rows": {name: values.shape[0] for name, (_, values) in adapter.rows.items()},
+        "shared": {name: list(t.shape) for name, t in adapter.shared.items()}, "unread": adapter.unread,
+    }  # fmt: skip
+
+
+def tensors_of(held: LowRank | Other) -> Iterable[Tensor]:
+    if isinstance(held, Other):
+        return held.tensors.values()
+    return [t for t in (held.A, held.B, held.mid, held.magnitude, held.bias, *held.extra.values()) if t is not None]
+
+
+def method_of(adapter: AdapterFile) -> str:
+    """Return the method, and those of its variants that change what A and B mean."""
+    config = adapter.config
+    more = ["DoRA"] * any(h.magnitude is not None for h in adapter.low_rank.values())
+    more += ["aLoRA"] * bool(config.get("alora_invocation_tokens")) + ["rsLoRA"] * bool(config.get("use_rslora"))
+    more += sorted({h.method for h in adapter.modules.values() if isinstance(h, Other)} - {adapter.method})
+    return " ".join([adapter.method, *more])
+
+
+def writer_of(adapter: AdapterFile) -> str | None:
+    version = adapter.config.get("peft_version")
+    if CONFIG in adapter.metadata:
+        return "graft"
+    return f"PEFT {version}" if version else None
+
+
+def of_module(path: str, held: LowRank | Other, spectrum: bool) -> dict[str, Any]:
+    low = algebra.as_low_rank(held)
+    out: dict[str, Any] = {
+        "module": path, "method": held.method if isinstance(held, Other) else "LORA", "scale": held.scale,
+        "parameters": sum(prod(t.shape) for t in tensors_of(held)), "kind": low.kind if low else None,
+    }  # fmt: skip
+    if low is None:
+        return out
+    parts = algebra.products(low)
+    rows, columns = algebra.sizes(low)
+    out |= {
+        "rank": low.rank,
+        "shape": [rows, columns],
+        "norm": float(np.sqrt(sum(algebra.norm(p) ** 2 for p in parts))),
+    }
+    if spectrum:
+        found = [algebra.spectrum(p) for p in parts]
+        s = np.sqrt((np.stack(found) ** 2).sum(0))  # of experts, over all of them
+        effective = float(np.mean([algebra.effective_rank(x) for x in found]))
+        out |= {
+            "singular_values": [float(x) for x in s[:TOP]], "effective_rank": effective,
+            "stable_rank": float(np.mean([algebra.stable_rank(x) for x in found])),
+            "utilisation": effective / min(low.rank, rows, columns),
+        }  # fmt: skip
+    return out
+
+
+def compared(modules: list[dict[str, Any]], adapter: AdapterFile, base: BaseFiles) -> None:
+    """Add to each module what its change is beside the base's weight."""
+    found = names_in((m["module"] for m in modules), base.shapes)
+    for m in modules:
+        low = algebra.as_low_rank(adapter.modules[m["module"]])
+        if low is None:
+            continue
+        W = weight(m["module"], found, base, low)
+        m["weight_norm"] = float(np.linalg.norm(W))
+        if low.magnitude is not None:
+            m["norm"] = float(np.linalg.norm(algebra.with_magnitude(low, W)))
+        m["relative"] = m["norm"] / m["weight_norm"] if m["weight_norm"] else None
+
+
+def weight(path: str, found: dict[str, str], base: BaseFiles, low: LowRank) -> np.ndarray:
+    """Return the weight that a module changes, turned as its change is: (out, in), of an embedding (vocabulary, dim).
+
+    Raises:
+        BaseModelMismatchError: the base has none, or one of another shape.
+    """
+    rows, columns = algebra.sizes(low)
+    if path not in found:
+        raise BaseModelMismatchError(f"{base.path} has no weight for '{path}'.")
+    shape = base.shapes[found[path]]
+    own = (columns, rows) if low.kind == "embedding" else (rows, columns)
+    stack = low.kind == "experts"
+    flat = (shape[-2], shape[-1]) if stack else (shape[0], prod(shape[1:]))
+    if flat not in (own, own[::-1]) or (stack and shape[0] != low.A.shape[0]):
+        raise BaseModelMismatchError(f"'{path}' is {shape} in {base.path}, and the adapter is made for {own}.")
+    W = base.tensors[found[path]].read()
+    W = W if stack else W.reshape(flat)
+    return W if flat == own else W.swapaxes(-1, -2)
+
+
+def groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put modules together whose names end alike and which have one method."""
+    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for m in modules:
+        out.setdefault((m["module"].rpartition(".")[2], m["method"]), []).append(m)
+    made = []
+    for (name, method), members in out.items():
+        norms = sorted(m["norm"] for m in members if "norm" in m)
+        made.append({
+            "modules": name, "method": method, "count": len(members),
+            "ranks": sorted({m["rank"] for m in members if "rank" in m}),
+            "scales": sorted({round(m["scale"], 9) for m in members if m["scale"] is not None}),
+            "parameters": sum(m["parameters"] for m in members),
+            "norms": [norms[0], float(np.median(norms)), norms[-1]] if norms else None,
+        })  # fmt: skip
+    return made
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """Draw the spectra of all modules, and the sizes of their changes by layer, into a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    modules = [m for m in report["modules"] if "norm" in m]
+    fig, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    names = list(dict.fromkeys(m["module"].rpartition(".")[2] for m in modules))
+    for i, name in enumerate(names):
+        members = [m for m in modules if m["module"].rpartition(".")[2] == name]
+        for j, m in enumerate(members):
+            s = [x for x in m.get("singular_values", ()) if x > 0]
+            left.semilogy(range(1, len(s) + 1), s, color=f"C{i % 10}", alpha=0.5, label=name if j == 0 else None)
+        right.plot(
+            [m.get("relative") or m["norm"] for m in members], "o-", color=f"C{i % 10}", label=name, markersize=3
+        )
+    left.set(xlabel="i", ylabel="σᵢ of ΔW", title="Spectra")
+    relative = any(m.get("relative") for m in modules)
+    right.set(xlabel="module, in order", ylabel="‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖", title="Sizes of the changes")
+    left.legend(fontsize="small")
+    fig.suptitle(os.path.basename(os.path.normpath(report["path"])))
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    pyplot.close(fig)

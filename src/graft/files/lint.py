@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What looks wrong in an adapter file: a rule is a function, and says what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from graft.config.patterns import ending
+from graft.config.reading import parsed
+from graft.core.errors import BaseModelMismatchError, some
+from graft.files import algebra
+from graft.files.base import BaseFiles
+from graft.files.formats.peft import PROMPTS, SCALED
+from graft.files.inspect import tensors_of, weight
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.sources import CARD, licence_in, names_in
+from graft.files.tensors import Tensor
+
+Severity = Literal["error", "warning", "note"]
+DEAD = 1e-4  # of the median size of the changes
+OUTLIER = 6  # median absolute deviations above the median
+SCALES = 1 / 16, 8
+WASTE = 0.25  # of the rank
+TINY, HUGE = 2.0**-14, 65504.0  # the smallest normal number of float16, and the largest
+SUBNORMAL = 0.01  # share of a tensor's values
+TOP, INTRUDER = 10, 0.5  # singular vectors that are looked at; the cosine below which one is an intruder
+MIRROR = re.compile(r"^unsloth/|-(bnb-)?(4|8)bit\b|-(gptq|awq|gguf|fp8)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a rule found."""
+
+    rule: str
+    severity: Severity
+    text: str
+    remedy: str
+    where: tuple[str, ...] = ()
+
+
+@dataclass
+class Look:
+    """An adapter, and what several rules ask of it."""
+
+    adapter: AdapterFile
+    base: BaseFiles | None = None
+    names: dict[str, str] = field(default_factory=dict)  # module → its weight's name in the base
+
+    @cached_property
+    def low(self) -> dict[str, LowRank]:
+        """The modules of low rank whose numbers are finite."""
+        made = {path: algebra.as_low_rank(held) for path, held in self.adapter.modules.items()}
+        bad = {path for path, values in self.values if not np.isfinite(values.read()).all()}
+        return {path: held for path, held in made.items() if held is not None and path not in bad}
+
+    @cached_property
+    def values(self) -> list[tuple[str, Tensor]]:
+        """All floating tensors, by the module or name that they belong to."""
+        adapter = self.adapter
+        held = [(path, t) for path, h in adapter.modules.items() for t in tensors_of(h)]
+        held += [*adapter.full.items(), *adapter.shared.items(), *((n, v) for n, (_, v) in adapter.rows.items())]
+        return [(name, t) for name, t in held if t.dtype in ("F64", "F32", "F16", "BF16")]
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        return {p: float(np.sqrt(sum(algebra.norm(x) ** 2 for x in algebra.products(h)))) for p, h in self.low.items()}
+
+    @cached_property
+    def alive(self) -> dict[str, float]:
+        return {path: size for path, size in self.norms.items() if size > 0}
+
+
+def lint(adapter: AdapterFile, base: BaseFiles | None = None) -> list[Finding]:
+    """Return what looks wrong in an adapter, the worst first.
+
+    Args:
+        base: lets the rules look that compare with it, the slow one for intruder dimensions among them.
+    """
+    look = Look(adapter, base)
+    if base is not None:
+        look.names = names_in(adapter.modules, base.shapes)
+    order = ("error", "warning", "note")
+    found = [
+        Finding(rule.name, rule.severity, text, rule.remedy, tuple(where))
+        for rule in RULES
+        if base is not None or not rule.of_base
+        for text, where in rule.check(look)
+    ]
+    return sorted(found, key=lambda f: order.index(f.severity))
+
+
+Found = Iterator[tuple[str, list[str]]]  # a text, and the names that it is about
+
+
+def nan(look: Look) -> Found:
+    bad = {name for name, t in look.values if np.isnan(t.read()).any()}
+    if bad:
+        yield f"NaN in {some(sorted(bad), 3)}", sorted(bad)
+
+
+def inf(look: Look) -> Found:
+    bad = {name for name, t in look.values if np.isinf(t.read()).any()}
+    if bad:
+        yield f"an infinite number in {some(sorted(bad), 3)}", sorted(bad)
+
+
+def zero_b(look: Look) -> Found:
+    zero = [path for path, size in look.norms.items() if size == 0]
+    if zero:
+        which = "all modules" if len(zero) == len(look.norms) else f"{len(zero)} of {len(look.norms)} modules"
+        yield f"{which} change nothing: {some(zero, 3)}", zero
+
+
+def dead(look: Look) -> Found:
+    if look.alive:
+        least = DEAD * float(np.median([*look.alive.values()]))
+        if found := [path for path, size in look.alive.items() if size < least]:
+            yield f"‖ΔW‖ is below {DEAD} of the median in {some(found, 3)}", found
+
+
+def outlier(look: Look) -> Found:
+    sizes = {path: size / whole for path, size, whole in relative(look) if whole > 0}
+    if len(sizes) < 4:
+        return
+    middle = float(np.median([*sizes.values()]))
+    spread = float(np.median([abs(s - middle) for s in sizes.values()]))
+    if found := [path for path, s in sizes.items() if spread > 0 and s > middle + OUTLIER * spread]:
+        worst = max(found, key=sizes.__getitem__)
+        yield f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {some(found, 3)}", found
+
+
+def relative(look: Look) -> Iterator[tuple[str, float, float]]:
+    for path, size in look.norms.items():
+        try:
+            W = weight(path, look.names, look.base, look.low[path])  # type: ignore[arg-type]
+        except BaseModelMismatchError:  # of which another rule tells
+            continue
+        yield path, size, float(np.linalg.norm(W))
+
+
+def scale(look: Look) -> Found:
+    found = [p for p, h in look.low.items() if not SCALES[0] <= abs(h.scale) <= SCALES[1]]
+    if found:
+        yield f"the scale is {look.low[found[0]].scale:.4g} in {some(found, 3)}", found
+
+
+def rank_waste(look: Look) -> Found:
+    found = []
+    for path, held in look.low.items():
+        parts = [algebra.spectrum(p) for p in algebra.products(held)]
+        used = np.mean([algebra.effective_rank(s) for s in parts]) / min(held.rank, *algebra.sizes(held))
+        if held.rank > 1 and 0 < used < WASTE:
+            found.append(path)
+    if found:
+        yield (
+            f"less than {WASTE:.0%} of the rank is used in {len(found)} of {len(look.low)} modules: {some(found, 3)}",
+            found,
+        )
+
+
+def dtype(look: Look) -> Found:
+    tiny, huge = set(), set()
+    for name, t in look.values:
+        if t.dtype == "F16" and t.shape and 0 not in t.shape:
+            values = np.abs(t.read())
+            if ((values > 0) & (values < TINY)).mean() > SUBNORMAL:
+                tiny.add(name)
+            if (values >= HUGE).any():
+                huge.add(name)
+    if tiny:
+        yield f"float16 holds values only roughly that are below {TINY:.1e}: {some(sorted(tiny), 3)}", sorted(tiny)
+    if huge:
+        yield f"float16 is at its largest number in {some(sorted(huge), 3)}", sorted(huge)
+
+
+def unused_target(look: Look) -> Found:
+    config, paths = look.adapter.config, [*look.adapter.modules, *(n.rpartition(".")[0] for n in look.adapter.rows)]
+    for name in ("target_modules", "target_parameters"):
+        targets = config.get(name)
+        if isinstance(targets, list) and paths:
+            unused = [t for t in targets if not any(f".{p}".endswith(f".{t}".removesuffix(".weight")) for p in paths)]
+            if unused:
+                yield f"{name} names what the file has no tensor for: {some(sorted(unused), 5)}", unused
+
+
+def orphan_key(look: Look) -> Found:
+    adapter, config = look.adapter, look.adapter.config
+    if adapter.unread:
+        yield f"keys without a meaning: {some(adapter.unread, 3)}", adapter.unread
+    saved = [*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head"]
+    told = "peft_type" in config and adapter.method not in PROMPTS
+    lone = [
+        name for name in adapter.full
+        if not any(f".{name}".find(f".{s}.") >= 0 for s in saved)
+        and not (name.endswith(".bias") and config.get("bias", "none") != "none")
+        and name.rpartition(".")[0] not in adapter.modules
+    ]  # fmt: skip
+    if told and lone:
+        yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
+
+
+def pattern_unused(look: Look) -> Found:
+    config = look.adapter.config
+    if look.adapter.method not in SCALED:
+        return
+    for name in ("rank_pattern", "alpha_pattern"):
+        keys = [k for k in config.get(name) or () if not any(ending(k, name).match(p) for p in look.adapter.modules)]
+        if keys:
+            yield f"{name} names no module of the file: {some(keys, 5)}", keys
+
+
+def base_mismatch(look: Look) -> Found:
+    assert look.base is not None
+    wrong, texts = [], []
+    for path, held in look.low.items():
+        try:
+            weight(path, look.names, look.base, held)
+        except BaseModelMismatchError as e:
+            wrong.append(path)
+            texts.append(str(e))
+    if wrong:
+        yield f"{len(wrong)} of {len(look.low)} modules do not fit: {texts[0]}", wrong
+    note = look.adapter.metadata.get("graft_base")
+    shapes = (parsed(note, "the fingerprint") or {}).get("weights", {}) if note else {}
+    other = [p for p, s in shapes.items() if p in look.names and tuple(s) != look.base.shapes[look.names[p]]]
+    turned = [p for p in other if tuple(shapes[p]) != look.base.shapes[look.names[p]][::-1]]
+    if turned and not wrong:
+        yield f"the file's fingerprint is of other shapes: {some(turned, 3)}", turned
+
+
+def base_name(look: Look) -> Found:
+    name = look.adapter.base
+    if not name:
+        yield "the file does not name its base", []
+    elif name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
+        yield f"the base is a path of one machine: {name}", [name]
+    elif MIRROR.search(name):
+        yield f"the base is a quantized copy of a model: {name}", [name]
+
+
+def licence(look: Look) -> Found:
+    own = licence_in(look.adapter.path)
+    theirs = licence_in(look.base.path) if look.base is not None else None
+    if os.path.isfile(os.path.join(look.adapter.path, CARD)) and own is None:
+        yield "the card names no licence", []
+    if own and theirs and own != theirs:
+        yield f"the adapter's licence is {own}, the base's {theirs}", []
+
+
+def no_card(look: Look) -> Found:
+    if os.path.isdir(look.adapter.path) and not os.path.isfile(os.path.join(look.adapter.path, CARD)):
+        yield f"there is no {CARD}", []
+
+
+def pickle(look: Look) -> Found:
+    folder = look.adapter.path
+    names = os.listdir(folder) if os.path.isdir(folder) else [os.path.basename(folder)]
+    if found := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
+        yield f"a pickle, which may run code where others load it: {some(found, 3)}", found
+
+
+def big_embedding(look: Look) -> Found:
+    assert look.base is not None
+    found = [
+        name for name, t in look.adapter.full.items()
+        if name.endswith(".weight") and len(t.shape) == 2 and look.base.shapes.get(name) == t.shape
+        and name.rpartition(".")[0].rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")
+    ]  # fmt: skip
+    if found:
+        yield f"whole embeddings, though the vocabulary is the base's: {some(found, 3)}", found
+
+
+def split_alpha(look: Look) -> Found:
+    if look.adapter.format != "kohya":
+        return
+    found = [p for p, h in look.adapter.low_rank.items() if p.endswith(("qkv", "linear1")) and has_blocks(h)]
+    if found:
+        yield f"B is block-diagonal, and alpha is that of one block: {some(found, 3)}", found
+
+
+def has_blocks(held: LowRank) -> bool:
+    """Return True if B (out, n · r) has n blocks of rows, each of which uses its own columns."""
+    B = held.B.read()
+    used = np.abs(B) > 0
+    n = 3 if B.shape[1] % 3 == 0 else 4
+    if held.kind != "linear" or B.shape[1] % n:
+        return False
+    columns = np.stack([part.any(1) for part in np.split(used, n, 1)])  # (n, out): which rows use the part
+    return bool((columns.sum(0) <= 1).all() and columns.any(1).all())
+
+
+def intruder(look: Look) -> Found:
+    found, texts = [], []
+    for path, held in look.low.items():
+        if held.kind == "experts" or look.norms[path] == 0:
+            continue
+        try:
+            W = weight(path, look.names, look.base, held).astype("f8")  # type: ignore[arg-type]
+        except BaseModelMismatchError:
+            continue
+        new = with_change(held, W)
+        U = np.linalg.svd(new, full_matrices=False)[0][:, :TOP]
+        like = np.abs(U.T @ np.linalg.svd(W, full_matrices=False)[0]).max(1)
+        if n := int((like < INTRUDER).sum()):
+            found.append(path)
+            texts.append(f"{path} {n}")
+    if found:
+        yield f"singular vectors of W + ΔW that are like none of W's: {some(texts, 3)}", found
+
+
+def with_change(held: LowRank, W: np.ndarray) -> np.ndarray:
+    if held.magnitude is not None:
+        return W + algebra.with_magnitude(held, W)
+    ((B, A),) = algebra.products(held)
+    return W + B @ A
+
+
+class Rule(NamedTuple):
+    name: str
+    severity: Severity
+    check: Callable[[Look], Found]
+    remedy: str
+    of_base: bool = False
+
+
+RULES = (
+    Rule("nan", "error", nan, "Train again from a checkpoint before it, with a smaller learning rate."),
+    Rule("inf", "error", inf, "Train again, or save in float32 or bfloat16."),
+    Rule("zero-B", "warning", zero_b, "They were never trained: look for what froze them, or leave them out."),
+    Rule("dead", "warning", dead, "They learned next to nothing: leave them out of target_modules."),
+    Rule("outlier", "warning", outlier, "See whether training diverged there, and give it a smaller weight.", True),
+    Rule("scale", "warning", scale, "Check lora_alpha and use_rslora: runtimes read them differently."),
+    Rule("rank-waste", "note", rank_waste, "graft resize --energy 0.99 makes the file smaller."),
+    Rule("dtype", "warning", dtype, "Save in bfloat16 or float32."),
+    Rule("unused-target", "warning", unused_target, "Take it out of the config, or find out why it was not adapted."),
+    Rule("orphan-key", "error", orphan_key, "Others drop or refuse them: save it again where it was made."),
+    Rule("pattern-unused", "warning", pattern_unused, "Mend the pattern: it has no effect."),
+    Rule("base-mismatch", "error", base_mismatch, "Give the base that the adapter was trained on.", True),
+    Rule("base-name", "note", base_name, "Write the hub id of the original model into base_model_name_or_path."),
+    Rule("licence", "note", licence, "Write `license:` into the card, and see whether the base's allows it."),
+    Rule("no-card", "note", no_card, "Write one: what it was trained on, for what, and the licence."),
+    Rule("pickle", "warning", pickle, "Convert it: graft convert --to peft writes safetensors."),
+    Rule("big-embedding", "note", big_embedding, "Save with save_embedding_layers=False.", True),
+    Rule("split-alpha", "warning", split_alpha, "Readers divide alpha by all rows of A: multiply it by their blocks."),
+    Rule("intruder", "note", intruder, "They cost knowledge of the base: see graft.reduce_intruder_dimension.", True),
+)  # fmt: skip

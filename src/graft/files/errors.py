@@ -16,6 +16,10 @@ class OutputExistsError(PeftError, FileExistsError):
     __str__ = Exception.__str__  # OSError's shows the arguments of another call
 
 
+class BaseNeededError(PeftError, ValueError):
+    """A format says less than another needs: the base model has the rest, its names or its heads."""
+
+
 class OptionError(PeftError, ValueError):
     """Options of a verb contradict each other, or have values that cannot be."""
 

@@ -125,7 +125,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             )
         try:
             header = json.loads(f.read(size))
-            metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+            metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX: null
             listed = [(name, _entry(entry)) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"The header of {path} is damaged: {e}") from None

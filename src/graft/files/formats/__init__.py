@@ -12,7 +12,7 @@ from graft.core.errors import CheckpointError
 from graft.files.neutral import AdapterFile
 
 # in the order in which they look at a path
-FORMATS = ("peft",)
+FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "kohya", "diffusers")
 
 
 class Base(Protocol):
@@ -76,3 +76,11 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
     path = os.fspath(path)
     held: AdapterFile = module_of(recognise(path)).read(path, base)
     return held
+
+
+def one_file(path: str, *suffixes: str) -> str | None:
+    """Return a file, or the only one of a folder, whose name ends in one of `suffixes`; None: none, or several."""
+    if os.path.isfile(path):
+        return path if path.endswith(suffixes) else None
+    held = [name for name in sorted(os.listdir(path)) if name.endswith(suffixes) and not name.startswith(".")]
+    return os.path.join(path, held[0]) if len(held) == 1 else None

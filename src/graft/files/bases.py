@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base models in the forms in which people have them: folders of weights, of a pipeline, a config, a live model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graft.config.reading import read_object
+from graft.core.errors import CheckpointError
+from graft.files.base import BaseFiles, base_files
+from graft.files.tensors import Tensor
+
+PIPELINE, CONFIG = "model_index.json", "config.json"
+COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adapters are for; more end in a number
+
+
+def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
+    """Look at a base model without its weights.
+
+    Args:
+        path: a folder with safetensors files, or of a diffusers pipeline, or with a config.json alone; or that file.
+
+    Raises:
+        CheckpointError: it is none of these, or damaged.
+    """
+    path = os.fspath(path)
+    if os.path.basename(path) == CONFIG and os.path.isfile(path):
+        path = os.path.dirname(path) or "."
+    if os.path.exists(os.path.join(path, PIPELINE)):
+        return pipeline(path)
+    config = os.path.join(path, CONFIG)
+    if os.path.exists(config) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
+        return from_config(path, read_object(config))
+    return base_files(path)
+
+
+def pipeline(path: str) -> Skeleton:
+    """Return the models of a diffusers pipeline as one: the name of its part stands before each tensor's."""
+    out = Skeleton(path, read_object(os.path.join(path, PIPELINE)))
+    for part in sorted(os.listdir(path)):
+        folder = os.path.join(path, part)
+        if os.path.exists(os.path.join(folder, CONFIG)) and part.startswith(COMPONENTS):
+            held = base_of(folder)
+            out.shapes |= {f"{part}.{name}": shape for name, shape in held.shapes.items()}
+            out.tensors |= {f"{part}.{name}": tensor for name, tensor in held.tensors.items()}
+            out.modules += [f"{part}.{name}" for name in held.modules]
+    if not out.modules:
+        raise CheckpointError(f"{path} holds no models of a pipeline.")
+    return out
+
+
+@dataclass
+class Skeleton:
+    """A model of which names and shapes are known, and values only of some tensors."""
+
+    path: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
+
+
+def skeleton(model: Any, path: str) -> Skeleton:
+    """Return the names and shapes of a model, an `nn.Module` on any device.
+
+    Args:
+        path: what to call it in errors.
+    """
+    config = getattr(model, "config", None) or {}
+    fields = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name])
+
+
+def from_config(path: str, config: Mapping[str, Any]) -> Skeleton:
+    """Return the model that a config describes, built on the meta device by its library.
+
+    Raises:
+        CheckpointError: the library is not installed, or does not know the model.
+    """
+    import torch
+
+    try:
+        if name := config.get("_class_name"):
+            import diffusers
+
+            with torch.device("meta"):
+                return skeleton(getattr(diffusers, name).from_config(config), path)
+        import transformers
+
+        made = transformers.AutoConfig.from_pretrained(path)
+        kind = getattr(transformers, (config.get("architectures") or [""])[0], None)
+        with torch.device("meta"):
+            return skeleton(transformers.AutoModel.from_config(made) if kind is None else kind._from_config(made), path)
+    except (ImportError, AttributeError, ValueError, KeyError, TypeError, OSError) as e:
+        raise CheckpointError(f"{path} holds no weights, and no model can be made of its config: {e}") from e

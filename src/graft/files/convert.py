@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From any format of adapter files to any other, by the neutral form."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from graft.core.errors import CheckpointError
+from graft.files import names
+from graft.files.bases import base_of
+from graft.files.components import parts_of, split
+from graft.files.errors import OutputExistsError
+from graft.files.formats import Base, module_of, read, recognise
+from graft.files.holding import one_scale
+from graft.files.lycoris import as_peft
+from graft.files.neutral import AdapterFile
+
+ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
+
+
+@dataclass
+class Converted:
+    """What a conversion did.
+
+    Attributes:
+        path: of what was written; where it would be, if nothing was.
+        modules: how many were written.
+        lost: what was not.
+        rounding: the largest relative error of an entry of B, into which a scale was folded.
+    """
+
+    source: str
+    path: str
+    of: str
+    to: str
+    modules: int
+    lost: list[str]
+    rounding: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | Base | None = None,
+    lossy: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Converted:
+    """Write an adapter in another format. The source is never changed.
+
+    Args:
+        source: a file or folder of any format that graft reads.
+        to: the name of a format.
+        out: a file or folder; beside the source if None.
+        base: the base model, or what `graft.files.bases.base_of` takes: names, sizes, and values where ΔW depends on
+            them.
+        lossy: leave out what the format cannot hold.
+        force: replace what is at `out`.
+        dry_run: write nothing that stays.
+
+    Raises:
+        LossError: the format cannot hold all of it, and `lossy` is False.
+        BaseNeededError: one of the formats needs a base.
+        BaseModelMismatchError: the adapter does not fit the base.
+        CheckpointError: the source is damaged, or no adapter.
+        OutputExistsError: there is something at `out`.
+    """
+    source = os.fspath(source)
+    form, of = module_of(to), recognise(source)
+    target = os.path.abspath(beside(source, to) if out is None else os.fspath(out))
+    if to in ENDS and out is not None and os.path.isdir(target) and not force:
+        target = os.path.join(target, f"adapter{ENDS[to]}")
+    if os.path.lexists(target) and not force and not (os.path.isdir(target) and not os.listdir(target)):
+        raise OutputExistsError(f"{target} exists: pass force=True (--force) to replace it.")
+    if force and os.path.exists(target) and os.path.samefile(target, source):
+        raise OutputExistsError(f"{target} is the source, which stays as it is: give another output.")
+    known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
+    adapter = read_for(source, known, to)
+    if known is not None and not adapter.flat:
+        names.check(adapter, known)
+    rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if hasattr(form, "HOLDS") else 0.0
+    lost = written(adapter, form, target, known, lossy, dry_run)
+    kept = len(adapter.modules) - sum(
+        any(line.endswith(f": {path}") or line.endswith(f" on {path}") for line in lost) for path in adapter.modules
+    )
+    return Converted(source, target, of, to, kept, lost, rounding)
+
+
+def beside(source: str, to: str) -> str:
+    """Return where a conversion goes by itself: next to its source, with the format in its name."""
+    stem = os.path.abspath(source)
+    if os.path.isfile(stem):
+        stem = os.path.splitext(stem)[0]
+    return f"{stem}-{to}{ENDS.get(to, '')}"
+
+
+def read_for(source: str, base: Base | None, to: str) -> AdapterFile:
+    """Read an adapter, or those of the parts of a pipeline in folders of their names."""
+    if os.path.isdir(source) and (parts := parts_of(os.listdir(source))):
+        held = {part: read(os.path.join(source, part)) for part in sorted(parts)}
+        adapter = replace(next(iter(held.values())), path=source, modules={}, full={}, config={})
+        for part, of_part in held.items():
+            adapter.modules |= {f"{part}.{path}": module for path, module in of_part.modules.items()}
+            adapter.full |= {f"{part}.{path}": values for path, values in of_part.full.items()}
+            adapter.unread += [f"{part}: {key}" for key in of_part.unread if of_part is not next(iter(held.values()))]
+        return adapter
+    adapter = read(source, base)
+    return as_peft(adapter, base) if to == "peft" else adapter
+
+
+def written(adapter: AdapterFile, form: Any, target: str, base: Base | None, lossy: bool, dry_run: bool) -> list[str]:
+    """Write an adapter, whole or not at all; return what was lost."""
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        if dry_run:
+            folder = tempfile.gettempdir()
+        else:
+            os.makedirs(folder)
+    room = tempfile.mkdtemp(prefix=".graft-", dir=folder)
+    try:
+        made = os.path.join(room, os.path.basename(target))
+        if form.NAME == "peft" and (parts := split(adapter)):
+            lost = []
+            for part, of_part in parts.items():
+                lost += [f"{part}: {line}" for line in form.write(of_part, os.path.join(made, part), None, lossy)]
+        else:
+            lost = form.write(adapter, made, base, lossy)
+        if not dry_run:
+            put(made, target, room)
+        return lost
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def put(made: str, target: str, room: str) -> None:
+    """Give a result its name; what is there goes only when the result has come."""
+    if not os.path.exists(made):
+        raise CheckpointError(f"Nothing was written for {target}.")
+    old = os.path.join(room, "old")
+    if os.path.lexists(target):
+        os.rename(target, old)
+    try:
+        os.rename(made, target)
+    except BaseException:
+        if os.path.lexists(old):
+            os.rename(old, target)
+        raise

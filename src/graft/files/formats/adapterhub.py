@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA and (IA)³ of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from graft.config.atomic import replace, write_text
+from graft.config.reading import read_object
+from graft.core.errors import CheckpointError, some
+from graft.files.errors import LossError
+from graft.files.formats import Base
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.pickles import read_torch, tensors_of, to_torch
+from graft.files.tensors import Tensor, read_header, tensor
+
+NAME = "adapterhub"
+CONFIG = "adapter_config.json"
+FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+HOLDS = Holds("alpha", False, methods=frozenset({"IA3"}))
+KEY = re.compile(r"(?P<path>.+)\.loras\.(?P<name>[^.]+)\.(?P<leaf>lora_A|lora_B|m|gate\..+|lora_C|.+)")
+PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
+    "query": ("selfattn_lora", "q"), "q_proj": ("selfattn_lora", "q"), "key": ("selfattn_lora", "k"),
+    "k_proj": ("selfattn_lora", "k"), "value": ("selfattn_lora", "v"), "v_proj": ("selfattn_lora", "v"),
+    "intermediate.dense": ("intermediate_lora", None), "fc1": ("intermediate_lora", None),
+    "up_proj": ("intermediate_lora", None), "output.dense": ("output_lora", None), "fc2": ("output_lora", None),
+    "down_proj": ("output_lora", None),
+}  # fmt: skip
+
+
+def recognises(path: str) -> bool:
+    config = os.path.join(path, CONFIG)
+    if not os.path.isdir(path) or not os.path.exists(config):
+        return False
+    fields = read_object(config)
+    return "peft_type" not in fields and isinstance(fields.get("config"), dict) and "version" in fields
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a folder.
+
+    Raises:
+        CheckpointError: a file is not there or damaged, or the adapter is neither LoRA nor (IA)³.
+    """
+    fields = read_object(os.path.join(path, CONFIG))
+    config = fields["config"]
+    if config.get("architecture") != "lora":
+        raise CheckpointError(
+            f"{path} is an adapter of architecture {config.get('architecture')!r}: graft reads LoRA and (IA)³ of "
+            "AdapterHub."
+        )
+    file = next((where for name in FILES if os.path.exists(where := os.path.join(path, name))), None)
+    if file is None:
+        raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}.")
+    held = read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
+    scales = config.get("composition_mode") == "scale"
+    out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in held.items():
+        match = KEY.fullmatch(key)
+        if (
+            match is None
+            or match["name"] != fields.get("name", match["name"])
+            or match["leaf"] not in ("lora_A", "lora_B")
+        ):
+            out.unread.append(key)
+        else:
+            modules.setdefault(match["path"], {})[match["leaf"]] = values
+    r, alpha = config.get("r"), config.get("alpha", 1)
+    if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
+        raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}.")
+    for module, of_module in modules.items():
+        if scales:
+            vector = of_module["lora_B"].read().astype("f8").reshape(-1, 1) * alpha
+            out.modules[module] = Other("IA3", {"ia3_l": tensor(vector.astype("f4"), of_module["lora_B"].dtype)})
+        else:
+            out.modules[module] = low_rank(path, module, of_module, r, alpha)
+    if scales:  # which scale outputs everywhere, where PEFT would scale the inputs of some
+        out.config = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": sorted(modules)}
+    return out
+
+
+def low_rank(path: str, module: str, held: dict[str, Tensor], r: int, alpha: float) -> LowRank:
+    if held.keys() != {"lora_A", "lora_B"}:
+        raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")
+    A, B = held["lora_A"], held["lora_B"]
+    if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
+        raise CheckpointError(f"{path}: the factors of '{module}' have shapes {A.shape} and {B.shape}, of rank {r}.")
+    if A.shape[0] != r:
+        raise CheckpointError(
+            f"{path}: '{module}' has {A.shape[0]} rows of A for rank {r}: a fused projection, of which graft does not "
+            "know the parts."
+        )
+    return LowRank(A, B, alpha / r)
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write a folder. Ranks are filled up, scales folded into B.
+
+    Raises:
+        LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
+            all blocks.
+    """
+    import torch
+
+    held = fit(adapter, HOLDS, NAME, lossy)
+    modules = held.adapter.modules
+    lost = held.lost
+    fields: dict[str, Any] = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
+    letters: set[str] = set()
+    tensors: dict[str, Any] = {}
+    strange = []
+    for module, m in modules.items():
+        place = place_of(module)
+        if place is None or (isinstance(m, Other) and m.tensors["ia3_l"].shape[-1] != 1):
+            strange.append(module)
+            continue
+        fields[place[0]] = True
+        letters |= {place[1]} if place[1] else set()
+        stem = f"{module}.loras.default"
+        if isinstance(m, Other):
+            tensors[f"{stem}.lora_B"] = to_torch(tensor(np.ascontiguousarray(m.tensors["ia3_l"].read().reshape(-1, 1))))
+        else:
+            tensors |= {f"{stem}.lora_A": to_torch(m.A), f"{stem}.lora_B": to_torch(m.B)}
+    lost += [f"no place in the config of AdapterHub: {module}" for module in strange]
+    if (strange and not lossy) or not tensors:
+        raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    first = next(iter(modules.values()))
+    numbers = (1, 1.0) if isinstance(first, Other) else (first.rank, first.scale * first.rank)
+    config = {
+        "architecture": "lora", "r": numbers[0], "alpha": plain(numbers[1]), "attn_matrices": sorted(letters),
+        "composition_mode": "scale" if isinstance(first, Other) else "add", "dropout": 0.0, "dtype": None,
+        "init_weights": "ia3" if isinstance(first, Other) else "lora", "leave_out": [], "use_gating": False, **fields,
+    }  # fmt: skip
+    text = {
+        "config": config, "name": "default", "version": "adapters.1.3.0", "model_name": adapter.base or "",
+        "hidden_size": base.config.get("hidden_size") if base else None,
+        "model_class": ((base.config.get("architectures") or [None])[0]) if base else None,
+        "model_type": base.config.get("model_type") if base else None,
+    }  # fmt: skip
+    os.makedirs(path, exist_ok=True)
+    replace(os.path.join(path, FILES[1]), lambda temporary: torch.save(tensors, temporary))
+    replace(os.path.join(path, CONFIG), write_text(json.dumps(text, indent=2, sort_keys=True) + "\n"))
+    return lost
+
+
+def plain(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def place_of(module: str) -> tuple[str, str | None] | None:
+    if "attention.output" in module:  # of which their config knows nothing
+        return None
+    return next((place for end, place in PLACES.items() if f".{module}".endswith(f".{end}")), None)

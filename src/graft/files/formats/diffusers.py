@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers: pytorch_lora_weights.safetensors, the parts of a pipeline in front of the names; its three older layouts.
+
+Since diffusers 0.34 the header's `lora_adapter_metadata` has a LoraConfig for each part. Without it, and without alpha
+beside the factors, the scale is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+from graft.core.errors import CheckpointError
+from graft.files.bases import COMPONENTS
+from graft.files.errors import BaseNeededError
+from graft.files.formats import Base, one_file
+from graft.files.formats.kohya import scale_of
+from graft.files.formats.peft import key_of, numbers_at, plain
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.pickles import mentions, read_torch, tensors_of
+from graft.files.tensors import Tensor, read_header, reshaped, write_safetensors
+
+NAME = "diffusers"
+FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+HOLDS = Holds(parts=frozenset({"magnitude", "bias", "conv"}))
+LEAVES = {  # ends of names → what they are; the newest layout first
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude", ".lora.down.weight": "A", ".lora.up.weight": "B",
+    ".lora_linear_layer.down.weight": "A", ".lora_linear_layer.up.weight": "B", ".alpha": "alpha",
+}  # fmt: skip
+OLDEST = re.compile(r"(?P<path>.+)\.processor\.(?P<which>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
+PART = re.compile(rf"({'|'.join(COMPONENTS)})(_\d+)?\.")
+
+
+def recognises(path: str) -> bool:
+    file = file_in(path)
+    if file is None:
+        return False
+    if not file.endswith(".safetensors"):
+        return mentions(file, b"_lora.down.weight", b".lora.down.weight", b"lora_linear_layer")
+    held, metadata = read_header(file)
+    if METADATA in metadata:
+        return True
+    return (
+        bool(held)
+        and sum(PART.match(key) is not None or OLDEST.fullmatch(key) is not None for key in held) > len(held) / 2
+        and any(split(key) is not None for key in held)
+    )
+
+
+def file_in(path: str) -> str | None:
+    return one_file(path, ".safetensors") or one_file(path, "pytorch_lora_weights.bin")
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """Return path and kind of a tensor; None: it is of no layout."""
+    if match := OLDEST.fullmatch(key):
+        path = f"{match['path']}.{match['which']}{'.0' if match['which'] == 'to_out' else ''}"
+        path = path if PART.match(path) else f"unet.{path}"
+        return path, "A" if match["side"] == "down" else "B"
+    leaf = next((leaf for leaf in LEAVES if key.endswith(leaf)), None)
+    return None if leaf is None else (key.removesuffix(leaf), LEAVES[leaf])
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a file of any layout; paths begin with the part of the pipeline ("unet.", "text_encoder_2.").
+
+    Raises:
+        CheckpointError: it is damaged, or factors are missing or contradict the metadata.
+    """
+    file = file_in(path) or path
+    if file.endswith(".safetensors"):
+        held, metadata = read_header(file)
+    else:
+        held, metadata = tensors_of(read_torch(file), file), {}
+    out = AdapterFile(NAME, file, metadata=metadata)
+    configs = configs_in(metadata, file)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in held.items():
+        found = split(key)
+        if found is None:
+            out.unread.append(key)
+        else:
+            modules.setdefault(found[0], {})[found[1]] = values
+    for module, of_module in modules.items():
+        if of_module.keys() == {"alpha"}:
+            out.unread.append(f"{module}.alpha")
+        else:
+            out.modules[module] = low_rank(file, module, of_module, configs)
+    return out
+
+
+def configs_in(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]:
+    """Return the config of each part of the pipeline."""
+    if METADATA not in metadata:
+        return {}
+    try:
+        fields = json.loads(metadata[METADATA]).items()
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"{file}: {METADATA} is damaged: {e}") from None
+    out: dict[str, dict[str, Any]] = {}
+    for key, value in fields:
+        part, _, name = key.partition(".")
+        out.setdefault(part, {})[name] = value
+    return out
+
+
+def low_rank(file: str, module: str, held: dict[str, Tensor], configs: dict[str, dict[str, Any]]) -> LowRank:
+    if "A" not in held or "B" not in held:
+        raise CheckpointError(f"{file} has only one factor for '{module}': it is cut off, or was written wrong.")
+    A, B = held["A"], held["B"]
+    if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:
+        raise CheckpointError(
+            f"{file}: the factors of '{module}' have shapes {A.shape} and {B.shape}, which do not fit."
+        )
+    part, _, path = module.partition(".")
+    scale = scale_of(held.get("alpha"), A.shape[0])
+    if "alpha" not in held and part in configs:
+        r, alpha = numbers_at(configs[part], path, "lora_alpha")
+        if r != A.shape[0]:
+            raise CheckpointError(f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}.")
+        scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
+    magnitude = held.get("magnitude")
+    if magnitude is not None:
+        magnitude = reshaped(magnitude, B.shape[0])
+    return LowRank(A, B, scale, "conv" if len(A.shape) > 2 else "linear", magnitude, held.get("bias"))
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write a file of the newest layout, into a folder unless `path` ends in .safetensors.
+
+    Args:
+        base: tells which part of the pipeline an adapter of one model is for.
+
+    Raises:
+        BaseNeededError: nothing tells that.
+    """
+    held = fit(adapter, HOLDS, NAME, lossy)
+    parts: dict[str, dict[str, LowRank]] = {}
+    for module, of_module in placed(held.adapter, base).items():
+        part, _, inner = module.partition(".")
+        parts.setdefault(part, {})[inner] = of_module
+    tensors: dict[str, Tensor] = {}
+    fields: dict[str, Any] = {}
+    for part, modules in parts.items():
+        fields |= {f"{part}.{name}": value for name, value in config_of(modules).items()}
+        for inner, m in modules.items():
+            stem = f"{part}.{inner}"
+            tensors |= {f"{stem}.lora_A.weight": m.A, f"{stem}.lora_B.weight": m.B}
+            if m.bias is not None:
+                tensors[f"{stem}.lora_B.bias"] = m.bias
+            if m.magnitude is not None:
+                ones = [1] * (len(m.A.shape) - 2)
+                shape = (1, *m.magnitude.shape, *ones) if ones else m.magnitude.shape
+                tensors[f"{stem}.lora_magnitude_vector"] = reshaped(m.magnitude, *shape)
+    metadata = {"format": "pt", METADATA: json.dumps(fields, indent=2, sort_keys=True)}
+    if not path.endswith(".safetensors"):
+        os.makedirs(path, exist_ok=True)
+        path = os.path.join(path, FILE)
+    write_safetensors(path, tensors, metadata)
+    return held.lost
+
+
+def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
+    """Return modules by paths that begin with a part of a pipeline."""
+    modules = adapter.low_rank
+    if all(PART.match(module) for module in modules):
+        return modules
+    parts = {} if base is None else {PART.match(path)[0]: None for path in base.modules if PART.match(path)}  # type: ignore[index]
+    known = set() if base is None else set(base.modules)
+    fitting = [part for part in parts if all(part + module in known for module in modules)]
+    if base is not None and not parts:
+        name = str(base.config.get("_class_name", ""))
+        fitting = ["unet."] if name.startswith("UNet") else ["transformer."] if "Transformer" in name else []
+    if len(fitting) != 1:
+        raise BaseNeededError(
+            f"Nothing says which part of a pipeline {adapter.path} is for: give the pipeline's folder, or that of its "
+            f"unet or transformer (--base).{' It fits ' + ' and '.join(fitting) if fitting else ''}"
+        )
+    return {fitting[0] + module: of_module for module, of_module in modules.items()}
+
+
+def config_of(modules: dict[str, LowRank]) -> dict[str, Any]:
+    """Return the fields of a LoraConfig that gives each module its rank and scale."""
+    first = next(iter(modules.values()))
+    r, alpha = first.rank, plain(first.scale * first.rank)
+    alphas = {path: plain(m.scale * m.rank) for path, m in modules.items()}
+    return {
+        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "rank_pattern": {key_of(path, modules): m.rank for path, m in modules.items() if m.rank != r},
+        "alpha_pattern": {key_of(path, modules): a for path, a in alphas.items() if a != alpha},
+        "target_modules": sorted(modules), "use_dora": any(m.magnitude is not None for m in modules.values()),
+        "lora_bias": any(m.bias is not None for m in modules.values()), "init_lora_weights": True,
+    }  # fmt: skip

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF, llama.cpp's: names by the package gguf, one alpha for all, rows of q and k in the order of llama.cpp's RoPE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace as with_
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from graft.config.atomic import replace
+from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError, some
+from graft.files.errors import BaseNeededError, LossError
+from graft.files.formats import Base
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.rope import interleaved, two_halves
+from graft.files.tensors import Tensor, tensor
+
+NAME = "gguf"
+MAGIC = b"GGUF"
+HOLDS = Holds("alpha", True, frozenset({"embedding", "experts"}))
+# llama.cpp's converter, November 2026: architecture in config.json → its name in GGUF, whether it permutes q and k.
+# Those whose weights it changes in another way (falcon's qkv, bloom's, internlm2's) are not here.
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama", True),
+    "MistralForCausalLM": ("llama", True),
+    "MixtralForCausalLM": ("llama", True),
+    "ArceeForCausalLM": ("arcee", True),
+    "GraniteForCausalLM": ("granite", True),
+    "SmolLM3ForCausalLM": ("smollm3", True),
+    "Qwen2ForCausalLM": ("qwen2", False),
+    "Qwen2MoeForCausalLM": ("qwen2moe", False),
+    "Qwen3ForCausalLM": ("qwen3", False),
+    "Qwen3MoeForCausalLM": ("qwen3moe", False),
+    "Phi3ForCausalLM": ("phi3", False),
+    "GemmaForCausalLM": ("gemma", False),
+    "Gemma2ForCausalLM": ("gemma2", False),
+    "Gemma3ForCausalLM": ("gemma3", False),
+    "OlmoForCausalLM": ("olmo", True),
+    "Olmo2ForCausalLM": ("olmo2", False),
+    "StableLmForCausalLM": ("stablelm", False),
+    "Starcoder2ForCausalLM": ("starcoder2", False),
+    "CohereForCausalLM": ("command-r", False),
+    "GPT2LMHeadModel": ("gpt2", False),
+}
+DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names → those of ggml
+
+
+def package() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as e:
+        raise PeftError("GGUF files need the package gguf: pip install 'graft[gguf]'.") from e
+    return gguf
+
+
+def recognises(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return f.read(4) == MAGIC
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a file; without a base the modules have llama.cpp's names.
+
+    Raises:
+        CheckpointError: it is a model, or damaged.
+        BaseModelMismatchError: the base is of another architecture, or lacks a module.
+    """
+    fields, tensors = contents(path)
+    kind = fields.get("general.type")
+    if kind != "adapter":
+        raise CheckpointError(f"{path} is a model (general.type = {kind!r}), not an adapter.")
+    if fields.get("adapter.type") != "lora":
+        raise CheckpointError(f"{path} is an adapter of type {fields.get('adapter.type')!r}: graft reads LoRA.")
+    arch, alpha = str(fields.get("general.architecture")), float(fields.get("adapter.lora.alpha", 0.0))
+    out = AdapterFile(NAME, path, config=fields, flat=base is None)
+    out.base = next(
+        (str(fields[k]) for k in ("general.base_model.0.repo_url", "general.base_model.0.name") if k in fields), None
+    )
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in tensors.items():
+        module, _, leaf = key.rpartition(".weight.lora_")
+        if leaf in ("a", "b"):
+            modules.setdefault(module, {})[leaf] = values
+        else:
+            out.unread.append(key)
+    paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
+    if absent := [name for name in modules if name not in paths]:
+        raise BaseModelMismatchError(f"{base.path if base else ''} has no modules for {some(absent, 4)} of {path}.")
+    for name, held in modules.items():
+        out.modules[paths[name]] = low_rank(path, name, held, alpha, base)
+    return out
+
+
+def contents(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the fields of a file, and its tensors, dequantized where they are quantized."""
+    gguf = package()
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {t.name: of_ggml(gguf, t) for t in reader.tensors}
+    except Exception as e:  # the package checks little: a cut file ends in whatever numpy says
+        raise CheckpointError(f"{path} is damaged or cut off: {type(e).__name__}: {e}") from e
+    return fields, tensors
+
+
+def of_ggml(gguf: ModuleType, t: Any) -> Tensor:
+    shape = tuple(int(n) for n in reversed(t.shape))
+    name = t.tensor_type.name
+    if int(np.prod(shape)) * (4 if name == "F32" else 1) > 4 * max(1, t.data.nbytes) and name in DTYPES:
+        raise ValueError(f"tensor {t.name} has {t.data.nbytes} bytes for shape {shape}")
+    if name == "BF16":
+        return Tensor(shape, "BF16", lambda: t.data.tobytes())
+    if name in DTYPES:
+        return Tensor(shape, name, lambda: np.ascontiguousarray(t.data).tobytes())
+    return Tensor(shape, "F32", lambda: gguf.quants.dequantize(t.data, t.tensor_type).astype("<f4").tobytes())
+
+
+def low_rank(path: str, name: str, held: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
+    a, b = held.get("a"), held.get("b")
+    if a is None or b is None:
+        raise CheckpointError(f"{path} has only one factor for '{name}': it is cut off, or was written wrong.")
+    if name.startswith("token_embd"):
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
+            raise CheckpointError(f"{path}: the factors of '{name}' have shapes {a.shape} and {b.shape}.")
+        A, rank, kind = tensor(np.ascontiguousarray(a.read().T), a.dtype), a.shape[1], "embedding"
+    else:
+        if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3) or a.shape[-2] != b.shape[-1]:
+            raise CheckpointError(f"{path}: the factors of '{name}' have shapes {a.shape} and {b.shape}.")
+        A, rank, kind = a, a.shape[-2], "linear" if len(a.shape) == 2 else "experts"
+    out = LowRank(A, b, alpha / rank if alpha else 1.0, kind)  # type: ignore[arg-type]
+    heads = None if base is None else heads_of(name, base)
+    return out if heads is None else with_(out, B=two_halves(out.B, heads))
+
+
+def arch_of(base: Base) -> tuple[str, bool]:
+    """Return the name of a base's architecture in GGUF, and whether llama.cpp's converter permutes its q and k."""
+    named = (base.config.get("architectures") or [None])[0]
+    if named not in ARCHITECTURES:
+        raise LossError(
+            f"graft does not know what llama.cpp's converter does to the weights of {named} ({base.path}); of these "
+            f"it does: {', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[named]
+
+
+def heads_of(name: str, base: Base) -> int | None:
+    """Return the number of heads by which the rows of a module are permuted; None: they are not."""
+    leaf = name.rpartition(".")[2]
+    if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:
+        return None
+    heads = base.config.get("num_attention_heads")
+    heads = heads if leaf == "attn_q" else base.config.get("num_key_value_heads") or heads
+    if not isinstance(heads, int) or heads < 1:
+        raise BaseNeededError(f"The config of {base.path} does not say how many attention heads it has.")
+    return heads
+
+
+def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
+    """Return the base's path of each name that llama.cpp has.
+
+    Raises:
+        BaseModelMismatchError: the base is of another architecture.
+        CheckpointError: two modules have one name.
+    """
+    own, _ = arch_of(base)
+    if own != arch:
+        raise BaseModelMismatchError(f"{what} is for a model of architecture '{arch}', and {base.path} is '{own}'.")
+    out: dict[str, str] = {}
+    for path, name in names_of(base).items():
+        if (other := out.setdefault(name, path)) != path:
+            raise CheckpointError(f"llama.cpp has one name, '{name}', for {other} and {path} of {base.path}.")
+    return out
+
+
+def names_of(base: Base) -> dict[str, str]:
+    """Return llama.cpp's name of each module of a base that has one."""
+    gguf = package()
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch_of(base)[0])
+    blocks = base.config.get("num_hidden_layers") or base.config.get("n_layer")
+    table = gguf.get_tensor_name_map(arch, int(blocks or 0))
+    found = {path: table.get_name(path) for path in base.modules}
+    return {path: name for path, name in found.items() if name is not None}
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write a file.
+
+    Raises:
+        BaseNeededError: `base` is None: its architecture and heads are in the file.
+        LossError: llama.cpp has no name for a module; or what `fit` raises.
+    """
+    gguf = package()
+    if base is None:
+        raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
+    arch, _ = arch_of(base)
+    held = fit(adapter, HOLDS, NAME, lossy)
+    names, lost = names_of(base), held.lost
+    if strange := [module for module in held.adapter.modules if module not in names]:
+        lost += [f"no name in llama.cpp: {module}" for module in strange]
+        if not lossy or len(strange) == len(held.adapter.modules):
+            raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    modules = {names[path]: module for path, module in held.adapter.low_rank.items() if path in names}
+    first = next(iter(modules.values()))
+
+    def save(temporary: str) -> None:
+        writer = gguf.GGUFWriter(temporary, arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
+        for name, module in modules.items():
+            heads = heads_of(name, base)
+            B = module.B if heads is None else interleaved(module.B, heads)
+            A = (
+                tensor(np.ascontiguousarray(module.A.read().T), module.A.dtype)
+                if module.kind == "embedding"
+                else module.A
+            )
+            for leaf, factor in (("a", A), ("b", B)):
+                add(gguf, writer, f"{name}.weight.lora_{leaf}", factor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    replace(path, save)
+    return lost
+
+
+def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
+    if t.dtype not in DTYPES:
+        t = tensor(t.read().astype("f4"), "F32")
+    if t.dtype == "BF16":
+        values: Any = np.frombuffer(t.load(), "u1").reshape(*t.shape[:-1], 2 * t.shape[-1])
+        writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        return
+    values = np.frombuffer(t.load(), "<f4" if t.dtype == "F32" else "<f2").reshape(t.shape)
+    writer.add_tensor(name, values)

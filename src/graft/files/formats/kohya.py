@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kohya's sd-scripts and LyCORIS: one file, modules by their paths with "_" for ".", alpha beside the factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from graft.core.errors import CheckpointError
+from graft.files import names
+from graft.files.bases import COMPONENTS
+from graft.files.formats import Base, one_file
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.pickles import mentions, read_torch, tensors_of
+from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors
+
+NAME = "kohya"
+PREFIXES = {  # prefix in the file → parts of a pipeline; "": the base is one model
+    "lora_unet_": ("unet", "transformer", ""),
+    "lora_transformer_": ("transformer", ""),
+    "lora_te_": ("text_encoder", ""),
+    "lora_te1_": ("text_encoder", ""),
+    "lora_te2_": ("text_encoder_2", ""),
+    "lora_te3_": ("text_encoder_3", ""),
+    "lycoris_": ("",),
+}
+KEY = re.compile(rf"({'|'.join(PREFIXES)})[^.]+\.[a-z].*")
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+LOW_RANK = {DOWN, UP, MID, "alpha", "dora_scale"}
+LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}
+LOKR = {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}
+WHOLE = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}  # differences → tensors of the base
+OTHERS = {  # a tensor that tells the method → its name, and the tensors that it has
+    "oft_blocks": ("LyCORIS OFT", {"oft_blocks", "rescale", "alpha"}),
+    "a1.weight": ("LyCORIS GLoRA", {"a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha"}),
+    "on_input": ("LyCORIS IA3", {"weight", "on_input"}),
+    "lambda_layer": ("LyCORIS T-LoRA", {"q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"}),
+}
+FULL, DORA_OF_INPUTS, DORA_OF_OTHERS = "LyCORIS full", "LyCORIS DoRA of inputs", "LyCORIS DoRA of another method"
+OWN = frozenset({method for method, _ in OTHERS.values()} | {FULL, DORA_OF_INPUTS, DORA_OF_OTHERS})
+HOLDS = Holds(parts=frozenset({"magnitude", "conv", "mid"}), methods=OWN | {"LOHA", "LOKR"})
+
+
+def recognises(path: str) -> bool:
+    file = one_file(path, ".safetensors", ".pt", ".ckpt")
+    if file is None:
+        return False
+    if not file.endswith(".safetensors"):
+        return mentions(file, b"lora_down.weight", b"hada_w1_a", b"lokr_w")
+    found = [*read_header(file)[0]]
+    return bool(found) and sum(KEY.fullmatch(key) is not None for key in found) > len(found) // 2
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a file; without a base the modules have its own names.
+
+    Raises:
+        CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
+        BaseModelMismatchError: the base has no such modules.
+    """
+    file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
+    if file.endswith(".safetensors"):
+        held, metadata = read_header(file)
+    else:
+        loaded = read_torch(file)
+        held, metadata = tensors_of(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded, file), {}
+    out = AdapterFile(NAME, file, metadata=metadata, flat=base is None, base=metadata.get("ss_sd_model_name"))
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in held.items():
+        name, _, leaf = key.partition(".")
+        modules.setdefault(name, {})[leaf] = values
+    for name in [name for name in modules if not name.startswith((*PREFIXES,))]:
+        out.unread += [f"{name}.{leaf}" if leaf else name for leaf in modules.pop(name)]
+    paths = dict(zip(modules, modules)) if base is None else found(out, modules, base)
+    for name, of_module in modules.items():
+        read_module(out, paths[name], name, of_module, base)
+    methods = {held.method for held in out.modules.values() if isinstance(held, Other)}
+    if len(methods) == 1 and not out.low_rank:
+        out.method = methods.pop()
+    return out
+
+
+def found(adapter: AdapterFile, modules: Mapping[str, Any], base: Base) -> dict[str, str]:
+    """Return the path in the base of each name of a file."""
+    flat = names.Flat(base)
+    paths: dict[str, str] = {}
+    absent = []
+    for name in modules:
+        prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+        path = flat.find(name.removeprefix(prefix), PREFIXES[prefix])
+        if path is None:
+            absent.append(name)
+        else:
+            paths[name] = path
+    if absent:
+        raise names.missing(adapter, absent, base)
+    twice: dict[str, str] = {}
+    for name, path in paths.items():
+        if (other := twice.setdefault(path, name)) != name:
+            raise CheckpointError(f"{adapter.path} has {path} twice, as {other} and as {name}.")
+    return paths
+
+
+def read_module(out: AdapterFile, path: str, name: str, held: dict[str, Tensor], base: Base | None) -> None:
+    """Put what a file has for one module into `out`."""
+    rest = dict(held)
+
+    def take(*leaves: str) -> dict[str, Tensor]:
+        return {leaf: rest.pop(leaf) for leaf in leaves if leaf in rest}
+
+    if DOWN in held or UP in held:
+        of_module = take(*LOW_RANK)
+        out.modules[path] = low_rank(out.path, name, of_module)
+    elif "hada_w1_a" in held:
+        of_module = take(*LOHA, "alpha")
+        alpha = of_module.pop("alpha", None)
+        rank = of_module["hada_w1_b"].shape[0] if "hada_w1_b" in of_module else 0
+        out.modules[path] = Other("LOHA", of_module, scale_of(alpha, rank))
+    elif LOKR & held.keys():
+        of_module = take(*LOKR, "alpha")
+        out.modules[path] = Other("LOKR", of_module, lokr_scale(of_module, of_module.pop("alpha", None)))
+    else:
+        for sign, (method, leaves) in OTHERS.items():
+            if sign in held:
+                out.modules[path] = Other(method, take(*leaves))
+                break
+    for leaf, values in take(*WHOLE).items():
+        whole(out, f"{path}.{WHOLE[leaf]}", leaf, values, base)
+    if "dora_scale" in rest and path in out.modules:  # of a method that is not LoRA
+        out.modules[path] = Other(DORA_OF_OTHERS, held)
+        rest.pop("dora_scale")
+    out.unread += [f"{name}.{leaf}" for leaf in rest]
+
+
+def low_rank(file: str, name: str, held: dict[str, Tensor]) -> LowRank | Other:
+    if DOWN not in held or UP not in held:
+        raise CheckpointError(f"{file} has only one factor for '{name}': it is cut off, or was written wrong.")
+    A, B, mid = held[DOWN], held[UP], held.get(MID)
+    rank = A.shape[0] if A.shape else 0
+    if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
+        raise CheckpointError(f"{file}: the factors of '{name}' have shapes {A.shape} and {B.shape}, which do not fit.")
+    if len(A.shape) > 2 and len(B.shape) == 2:
+        B = reshaped(B, *B.shape, *[1] * (len(A.shape) - 2))
+    magnitude = held.get("dora_scale")
+    if magnitude is not None:
+        if magnitude.shape[0] != B.shape[0] and magnitude.shape[:2] == (1, A.shape[1]):
+            return Other(DORA_OF_INPUTS, held)
+        if magnitude.nbytes == 0 or magnitude.shape[0] != B.shape[0] or set(magnitude.shape[1:]) - {1}:
+            raise CheckpointError(
+                f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs."
+            )
+        magnitude = reshaped(magnitude, B.shape[0])
+    kind = "conv" if len(A.shape) > 2 else "linear"
+    return LowRank(A, B, scale_of(held.get("alpha"), rank), kind, magnitude, mid=mid)  # type: ignore[arg-type]
+
+
+def scale_of(alpha: Tensor | None, rank: int) -> float:
+    """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
+    value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
+    return value / rank if value and rank else 1.0
+
+
+def lokr_scale(held: Mapping[str, Tensor], alpha: Tensor | None) -> float:
+    """Return 1 if both factors are whole, else alpha by the rank of the second, or of the first."""
+    for leaf in ("lokr_w2_b", "lokr_w1_b"):
+        if leaf in held:
+            return scale_of(alpha, held[leaf].shape[0])
+    return 1.0
+
+
+def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
+    """Put a tensor that was trained whole into `full`, if the base has values; else keep the difference."""
+    held = getattr(base, "tensors", {}).get(key)
+    path = key.rpartition(".")[0]
+    if held is None:
+        of_module = out.modules.setdefault(path, Other(FULL, {}))
+        if isinstance(of_module, LowRank) or of_module.method != FULL:
+            out.unread.append(f"{path}.{leaf}")
+        else:
+            of_module.tensors[leaf] = difference
+        return
+    if held.shape != difference.shape:
+        raise CheckpointError(f"{out.path}: the difference of {key} has shape {difference.shape}, not {held.shape}.")
+    out.full[key] = tensor((held.read() + difference.read()).astype("f4"), "F32")
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    made = adapter if adapter.format == NAME and adapter.flat else None
+    lost: list[str] = []
+    if made is None:
+        fitted = fit(adapter, HOLDS, NAME, lossy)
+        made, lost = fitted.adapter, fitted.lost
+        paths = written(made)
+    else:
+        paths = dict(zip(made.modules, made.modules))
+    tensors: dict[str, Tensor] = {}
+    for module, held in made.modules.items():
+        tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in leaves(held).items()}
+    write_safetensors(path, tensors, made.metadata if made.format == NAME else {"format": "pt"})
+    return lost
+
+
+def written(adapter: AdapterFile) -> dict[str, str]:
+    """Return the name in a file of each path."""
+    second = any(path.startswith("text_encoder_2.") for path in adapter.modules)
+    prefixes = {"unet": "lora_unet_", "transformer": "lora_transformer_", "text_encoder_2": "lora_te2_",
+                "text_encoder_3": "lora_te3_", "text_encoder": "lora_te1_" if second else "lora_te_"}  # fmt: skip
+    out = {}
+    for path, name in names.flattened(adapter.modules).items():
+        part = path.partition(".")[0]
+        out[path] = prefixes[part] + name.removeprefix(f"{part}_") if part in prefixes else f"lycoris_{name}"
+    return out
+
+
+def leaves(held: LowRank | Other) -> dict[str, Tensor]:
+    """Return what a file has for a module, by what stands behind its name."""
+    import numpy as np
+
+    if isinstance(held, Other):
+        out = dict(held.tensors)
+        rank = next((held.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in out), 0)
+        if held.scale is not None and "alpha" not in out:
+            out["alpha"] = tensor(np.array(held.scale * (rank or 1), "f4"))
+            if held.method == "LOKR" and not rank and held.scale != 1:  # whose alpha no reader looks at
+                out["lokr_w1"] = tensor((out["lokr_w1"].read() * held.scale).astype("f4"), out["lokr_w1"].dtype)
+        return out
+    alpha = held.scale * held.rank
+    out = {DOWN: held.A, UP: held.B, "alpha": tensor(np.array(alpha, "f4"))}
+    if not alpha:  # 0 means 1 to every reader
+        out |= {UP: tensor(np.zeros(held.B.shape, "f4"), held.B.dtype), "alpha": tensor(np.array(held.rank, "f4"))}
+    if held.mid is not None:
+        out[MID] = held.mid
+    if held.magnitude is not None:
+        out["dora_scale"] = reshaped(held.magnitude, held.magnitude.shape[0], *[1] * (len(held.A.shape) - 1))
+    return out
+
+
+def parts_of(adapter: AdapterFile) -> set[str]:
+    """Return the parts of a pipeline that an adapter is for; empty if it is for one model."""
+    first = {path.partition(".")[0] for path in (*adapter.modules, *adapter.full)}
+    return {part for part in first if part.rstrip("_0123456789") in COMPONENTS}

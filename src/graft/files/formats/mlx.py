@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mlx-lm: a folder with adapters.safetensors and adapter_config.json; factors transposed, one scale and one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from graft.config.atomic import replace, write_text
+from graft.config.reading import read_object
+from graft.core.errors import CheckpointError
+from graft.files.formats import Base
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.tensors import Tensor, read_header, rearranged, tensor, write_safetensors
+
+NAME = "mlx"
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+DEFAULT = 20.0  # scale where the config has none
+HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}))
+BLOCK = re.compile(r"^(?P<blocks>.*?\.layers)\.(?P<number>\d+)\.(?P<key>.+)$")
+
+
+def recognises(path: str) -> bool:
+    config = os.path.join(path, CONFIG)
+    if not os.path.exists(config) or not os.path.exists(os.path.join(path, WEIGHTS)):
+        return False
+    return "peft_type" not in read_object(config)
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a folder.
+
+    Raises:
+        CheckpointError: a file is not there or damaged, or factors are missing, or not transposed as MLX has them.
+    """
+    config = read_object(os.path.join(path, CONFIG))
+    held, metadata = read_header(os.path.join(path, WEIGHTS))
+    out = AdapterFile(NAME, path, config=config, metadata=metadata, base=config.get("model"))
+    if config.get("fine_tune_type") == "full":
+        out.full = held
+        return out
+    parameters = config.get("lora_parameters") or {}
+    scale = parameters.get("scale", DEFAULT)
+    if not isinstance(scale, (int, float)):
+        raise CheckpointError(f"{path}: the scale is {scale!r}, not a number.")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in held.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf in ("lora_a", "lora_b", "m"):
+            modules.setdefault(module, {})[leaf] = values
+        else:
+            out.unread.append(key)
+    for module, of_module in modules.items():
+        out.modules[module] = low_rank(path, module, of_module, float(scale), parameters.get("rank"))
+    return out
+
+
+def low_rank(path: str, module: str, held: dict[str, Tensor], scale: float, rank: Any) -> LowRank:
+    a, b = held.get("lora_a"), held.get("lora_b")
+    if a is None or b is None:
+        raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")
+    if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
+        return LowRank(a, b, scale, "experts", held.get("m"))
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):
+        raise CheckpointError(
+            f"{path}: the factors of '{module}' have shapes {a.shape} and {b.shape}, where MLX has (in, {rank or 'r'}) "
+            f"and ({rank or 'r'}, out)."
+        )
+    kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
+    return LowRank(transposed(a), transposed(b), scale, kind, held.get("m"))  # type: ignore[arg-type]
+
+
+def transposed(t: Tensor) -> Tensor:
+    """Return a matrix the other way round, bit for bit."""
+    return rearranged(t, lambda values: values.T, *t.shape[::-1])
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write a folder. Modules below a block are named as mlx-lm names them there, others by their whole paths.
+
+    Raises:
+        LossError: some modules have a magnitude, and others not; or it is not of LoRA.
+    """
+    held = fit(adapter, HOLDS, NAME, lossy)
+    modules = held.adapter.low_rank
+    tensors: dict[str, Tensor] = {}
+    if any(module.magnitude is not None for module in modules.values()):
+        modules = as_dora(held.adapter, base)
+    for name, module in modules.items():
+        swap = (lambda t: t) if module.kind == "experts" else transposed
+        tensors |= {f"{name}.lora_a": swap(module.A), f"{name}.lora_b": swap(module.B)}
+        if module.magnitude is not None:
+            tensors[f"{name}.m"] = module.magnitude
+    first = next(iter(modules.values()))
+    dora = any(module.magnitude is not None for module in modules.values())
+    config = {
+        "fine_tune_type": "dora" if dora else "lora",
+        "lora_parameters": {"dropout": 0.0, "keys": keys(modules), "rank": first.rank, "scale": first.scale},
+        "model": adapter.base,
+        "num_layers": -1,
+    }
+    os.makedirs(path, exist_ok=True)
+    write_safetensors(os.path.join(path, WEIGHTS), tensors, {"format": "mlx"})
+    replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=4, sort_keys=True) + "\n"))
+    return held.lost
+
+
+def keys(modules: dict[str, LowRank]) -> list[str]:
+    """Return names below a block where all blocks have the same, else whole paths, which older versions do not read."""
+    blocks: dict[str, set[str]] = {}
+    for name in modules:
+        match = BLOCK.match(name)
+        if match is None:
+            return sorted(modules)
+        blocks.setdefault(f"{match['blocks']}.{match['number']}", set()).add(match["key"])
+    first, *others = blocks.values()
+    same = len({block.rpartition(".")[0] for block in blocks}) == 1 and all(other == first for other in others)
+    return sorted(first if same else modules)
+
+
+def as_dora(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
+    """Return modules that all have a magnitude: of a module without one the norm of W + ΔW, which changes nothing.
+
+    Raises:
+        LossError: that needs the base's weights, which are not there.
+    """
+    from dataclasses import replace as with_
+
+    from graft.files.errors import LossError
+    from graft.files.holding import delta
+
+    out = {}
+    for name, module in adapter.low_rank.items():
+        if module.magnitude is None:
+            weight = getattr(base, "tensors", {}).get(f"{name}.weight")
+            if weight is None:
+                raise LossError(
+                    f"MLX has a magnitude for all modules or for none, and '{name}' of {adapter.path} has none: give "
+                    "the base model with its weights (--base), of which it can be made."
+                )
+            norm = np.linalg.norm(weight.read().astype("f8") + delta(module), axis=1)
+            module = with_(module, magnitude=tensor(norm.astype("f4"), "F32"))
+        out[name] = module
+    return out

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchtune: a folder with adapter_model.pt and a config; its own names, and the rows of q and k as pairs.
+
+The PEFT files that torchtune 0.6 writes beside it are wrong for DoRA, whose magnitude it leaves in the other order, and
+for Qwen, whose rows it permutes though they are no pairs: graft reads adapter_model.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace as with_
+from typing import Any
+
+from graft.config.atomic import replace, write_text
+from graft.config.reading import read_object
+from graft.core.errors import CheckpointError, some
+from graft.files.errors import BaseNeededError, LossError
+from graft.files.formats import Base, one_file
+from graft.files.formats.peft import numbers_at
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.pickles import mentions, read_torch, tensors_of, to_torch
+from graft.files.rope import interleaved, two_halves
+from graft.files.tensors import Tensor
+
+NAME = "torchtune"
+FILE, CONFIG = "adapter_model.pt", "adapter_config.json"
+HOLDS = Holds("alpha", False, frozenset({"magnitude"}))
+NAMES = {  # torchtune's → transformers', of llama's family and Qwen2; Phi's fused layers have no names of their own
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}  # fmt: skip
+BACK = {theirs: own for own, theirs in NAMES.items()}
+LEAVES = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "magnitude"}
+KEY = re.compile(rf"(?P<path>.+)\.(?P<leaf>{'|'.join(map(re.escape, LEAVES))})")
+OWN = re.compile(r"(?:decoder\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)")
+THEIRS = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
+PAIRS = {"llama", "mistral", "gemma", "gemma2"}  # model types whose q and k torchtune keeps as pairs
+HALVES = {"qwen2"}
+
+
+def file_in(path: str) -> str | None:
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, FILE)):
+        return os.path.join(path, FILE)
+    found = one_file(path, ".pt") if os.path.isfile(path) else None
+    return found if found and re.fullmatch(r"adapter_(model|\d+)\.pt", os.path.basename(found)) else None
+
+
+def recognises(path: str) -> bool:
+    file = file_in(path)
+    return file is not None and mentions(file, b".lora_a.weight")
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a folder, or the file in it with the config beside it.
+
+    Raises:
+        CheckpointError: the config is not there, or a file is damaged.
+        BaseNeededError: q or k is adapted, and only the base says how many heads it has.
+    """
+    file = file_in(path) or path
+    config_path = os.path.join(os.path.dirname(file), CONFIG)
+    if not os.path.exists(config_path):
+        raise CheckpointError(f"{config_path} is not there: torchtune's file alone does not say rank and alpha.")
+    config = read_object(config_path)
+    out = AdapterFile(NAME, path, config={k: v for k, v in config.items() if k != "peft_type"})
+    out.base = config.get("base_model_name_or_path")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in tensors_of(read_torch(file), file).items():
+        match = KEY.fullmatch(key)
+        name = None if match is None else renamed(match["path"])
+        if match is None or name is None:
+            out.unread.append(key)
+        else:
+            modules.setdefault(name, {})[LEAVES[match["leaf"]]] = values
+    for name, held in modules.items():
+        out.modules[name] = low_rank(out, name, held, config, base)
+    return out
+
+
+def renamed(path: str) -> str | None:
+    """Return transformers' path of a module; None: it has none."""
+    if path in ("output", "decoder.output"):
+        return "lm_head"
+    match = OWN.fullmatch(path)
+    if match is None or match["rest"] not in NAMES:
+        return None
+    return f"model.layers.{match['number']}.{NAMES[match['rest']]}"
+
+
+def low_rank(out: AdapterFile, name: str, held: dict[str, Tensor], config: dict, base: Base | None) -> LowRank:
+    if "A" not in held or "B" not in held:
+        raise CheckpointError(f"{out.path} has only one factor for '{name}': it is cut off, or was written wrong.")
+    A, B = held["A"], held["B"]
+    r, alpha = numbers_at(config, name, "lora_alpha")
+    if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (r, r):
+        raise CheckpointError(f"{out.path}: the factors of '{name}' have shapes {A.shape} and {B.shape}, of rank {r}.")
+    made = LowRank(A, B, alpha / r, "linear", held.get("magnitude"))
+    heads = heads_of(name, out, base)
+    if heads is None:
+        return made
+    magnitude = None if made.magnitude is None else two_halves(made.magnitude, heads)
+    return with_(made, B=two_halves(B, heads), magnitude=magnitude)
+
+
+def heads_of(name: str, adapter: AdapterFile, base: Base | None) -> int | None:
+    """Return the number of heads by which the rows of a module are pairs; None: they are not.
+
+    Raises:
+        BaseNeededError: there is no base to say it.
+        LossError: it is of a family that graft does not know torchtune's order of.
+    """
+    leaf = name.rpartition(".")[2]
+    if leaf not in ("q_proj", "k_proj"):
+        return None
+    if base is None:
+        raise BaseNeededError(
+            f"torchtune has the rows of {name} in pairs per head: give the base model, whose config says how many heads"
+            " it has (--base)."
+        )
+    kind = base.config.get("model_type")
+    if kind in HALVES:
+        return None
+    if kind not in PAIRS:
+        raise LossError(f"graft does not know torchtune's order of the rows of {name} for model type {kind!r}.")
+    heads = base.config.get("num_attention_heads")
+    heads = heads if leaf == "q_proj" else base.config.get("num_key_value_heads") or heads
+    if not isinstance(heads, int) or heads < 1:
+        raise BaseNeededError(f"The config of {base.path} does not say how many attention heads it has.")
+    return heads
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write a folder with adapter_model.pt and adapter_config.json. Ranks are filled up, scales folded into B.
+
+    Raises:
+        LossError: torchtune has no name for a module.
+    """
+    import torch
+
+    held = fit(adapter, HOLDS, NAME, lossy)
+    names = {module: named(module) for module in held.adapter.modules}
+    lost = held.lost
+    if strange := [module for module, name in names.items() if name is None]:
+        lost += [f"no name in torchtune: {module}" for module in strange]
+        if not lossy or len(strange) == len(names):
+            raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    tensors: dict[str, Any] = {}
+    modules = {module: m for module, m in held.adapter.low_rank.items() if names[module]}
+    for module, m in modules.items():
+        heads = heads_of(module, adapter, base)
+        B, magnitude = m.B, m.magnitude
+        if heads is not None:
+            B, magnitude = interleaved(B, heads), None if magnitude is None else interleaved(magnitude, heads)
+        tensors |= {f"{names[module]}.lora_a.weight": to_torch(m.A), f"{names[module]}.lora_b.weight": to_torch(B)}
+        if magnitude is not None:
+            tensors[f"{names[module]}.magnitude"] = to_torch(magnitude)
+    first = next(iter(modules.values()))
+    alpha = first.scale * first.rank
+    config = {
+        "peft_type": "LORA", "r": first.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "base_model_name_or_path": adapter.base, "use_dora": any(m.magnitude is not None for m in modules.values()),
+    }  # fmt: skip
+    os.makedirs(path, exist_ok=True)
+    replace(os.path.join(path, FILE), lambda temporary: torch.save(tensors, temporary))
+    replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
+    return lost
+
+
+def named(path: str) -> str | None:
+    """Return torchtune's path of a module; None: it has none."""
+    if path == "lm_head":
+        return "output"
+    match = THEIRS.fullmatch(path)
+    own = None if match is None else BACK.get(match["rest"])
+    return None if match is None or own is None else f"layers.{match['number']}.{own}"

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format can hold, and adapters made to fit: scales folded into B, ranks filled up, the rest listed as lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from graft.core.errors import CheckpointError, some
+from graft.files.errors import BaseNeededError, LossError
+from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.tensors import Tensor, tensor
+
+Parts = frozenset[str]
+PARTS = {
+    "magnitude": "DoRA's magnitude",
+    "bias": "a bias of the second factor",
+    "full": "whole tensors of the base",
+    "rows": "rows of embeddings",
+    "shared": "tensors of no module",
+    "conv": "convolutions",
+    "embedding": "embeddings",
+    "experts": "stacks of experts",
+    "extra": "what a variant of LoRA keeps beside its factors",
+}
+
+
+@dataclass(frozen=True)
+class Holds:
+    """What a format can hold.
+
+    Attributes:
+        scales: of each module its own, or alpha / rank with one alpha for all, or one for all.
+        ranks: each module has its own.
+        parts: keys of PARTS.
+        methods: those that are not LoRA.
+    """
+
+    scales: Literal["each", "alpha", "one"] = "each"
+    ranks: bool = True
+    parts: Parts = frozenset()
+    methods: Parts = frozenset()
+
+
+@dataclass
+class Fit:
+    """An adapter as a format can hold it.
+
+    Attributes:
+        lost: what that leaves out.
+        rounding: the largest relative error of an entry of B that folding a scale into it has rounded.
+    """
+
+    adapter: AdapterFile
+    lost: list[str]
+    rounding: float
+
+
+def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> Fit:
+    """Return an adapter as a format can hold it.
+
+    Args:
+        to: the format's name, for errors.
+        lossy: leave out what it cannot hold.
+
+    Raises:
+        LossError: it cannot hold something; or, with `lossy`, anything.
+        BaseNeededError: the adapter's names are no paths of modules.
+    """
+    if adapter.flat:
+        raise BaseNeededError(
+            f"{adapter.path} names modules as its format does ({some([*adapter.modules], 2)}): give the base model "
+            "whose names they come from (--base)."
+        )
+    lost = [f"the key '{key}', which no reader knows" for key in adapter.unread]
+    out = replace(adapter, modules={}, unread=[])
+    for name, held in (("full", adapter.full), ("rows", adapter.rows), ("shared", adapter.shared)):
+        if held and name not in holds.parts:
+            lost += [f"{PARTS[name]}: {key}" for key in held]
+            setattr(out, name, {})
+    for path, module in adapter.modules.items():
+        if isinstance(module, Other):
+            if module.method in holds.methods:
+                out.modules[path] = module
+            else:
+                lost.append(f"{module.method} on {path}")
+            continue
+        if module.kind not in ("linear", *holds.parts):
+            lost.append(f"{PARTS[module.kind]}: {path}")
+            continue
+        if module.mid is not None and "mid" not in holds.parts:
+            module = without_mid(module)
+        for part in ("magnitude", "bias"):
+            if getattr(module, part) is not None and part not in holds.parts:
+                lost.append(f"{PARTS[part]}: {path}")
+                module = replace(module, magnitude=None) if part == "magnitude" else replace(module, bias=None)
+        if module.extra and "extra" not in holds.parts:
+            lost.append(f"{PARTS['extra']} ({some([*module.extra], 2)}): {path}")
+            module = replace(module, extra={})
+        out.modules[path] = module
+    if adapter.changed_base is not None:
+        lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
+    if lost and not lossy:
+        raise LossError(
+            f"The format {to} cannot hold all of {adapter.path}: {some(lost)}. Pass lossy=True (--lossy) to write the "
+            "rest."
+        )
+    if not out.modules and not out.full and not out.shared and not out.rows:
+        raise LossError(f"The format {to} can hold nothing of {adapter.path}: {some(lost)}.")
+    return Fit(out, lost, one_scale(out, holds))
+
+
+def one_scale(adapter: AdapterFile, holds: Holds) -> float:
+    """Fold scales into B and fill up ranks, in place, as far as a format needs it; return the largest rounding."""
+    low_rank = adapter.low_rank
+    rounding = 0.0
+    if not low_rank:
+        return rounding
+    if not holds.ranks:
+        most = max(module.rank for module in low_rank.values())
+        low_rank = {path: padded(module, most) for path, module in low_rank.items()}
+    if holds.scales != "each":
+        by = {path: module.rank if holds.scales == "alpha" else 1 for path, module in low_rank.items()}
+        common = Counter(module.scale * by[path] for path, module in low_rank.items() if module.scale)
+        wanted = common.most_common(1)[0][0] if common else 1.0
+        for path, module in low_rank.items():
+            low_rank[path], error = folded(module, wanted / by[path])
+            rounding = max(rounding, error)
+    adapter.modules.update(low_rank)
+    return rounding
+
+
+def folded(module: LowRank, scale: float) -> tuple[LowRank, float]:
+    """Return a module whose scale is `scale`, with the rest of its own in B; and how far rounding put an entry off.
+
+    The product is formed in float32 and rounded once, to B's own dtype.
+    """
+    factor = module.scale / scale
+    if abs(factor - 1) < 1e-12:
+        return replace(module, scale=scale), 0.0
+    exact = module.B.read().astype("f8") * factor
+    B = tensor(exact.astype("f4"), module.B.dtype)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        errors = np.abs(B.read() - exact) / np.abs(exact)
+    bias = None if module.bias is None else tensor((module.bias.read() * factor).astype("f4"), module.bias.dtype)
+    error = float(np.max(errors[exact != 0], initial=0.0))
+    if not np.isfinite(error):
+        raise CheckpointError(f"A factor B of dtype {module.B.dtype} does not hold its scale {factor:g}: it overflows.")
+    return replace(module, B=B, bias=bias, scale=scale, alpha=None), error
+
+
+def padded(module: LowRank, rank: int) -> LowRank:
+    """Return a module of a higher rank that does the same: its factors have zeros from its own rank on."""
+    more = rank - module.rank
+    if not more:
+        return module
+    of_a, of_b = (1, 2) if module.kind == "experts" else (0, 1)
+    return replace(module, A=longer(module.A, of_a, more), B=longer(module.B, of_b, more), alpha=None)
+
+
+def longer(t: Tensor, axis: int, more: int) -> Tensor:
+    values = t.read()
+    return tensor(np.pad(values, [(0, more if i == axis else 0) for i in range(values.ndim)]), t.dtype)
+
+
+def without_mid(module: LowRank) -> LowRank:
+    """Return a convolution with Tucker's core in A, which becomes one of the whole kernel: the same rank, exactly."""
+    assert module.mid is not None
+    A, mid = module.A.read().astype("f8"), module.mid.read().astype("f8")
+    product = np.tensordot(mid, A.reshape(len(A), -1), (1, 0))  # (r, *kernel, in)
+    return replace(module, A=tensor(np.moveaxis(product, -1, 1).astype("f4"), "F32"), mid=None)
+
+
+def delta(module: LowRank) -> np.ndarray:
+    """Return ΔW of a module, in float64: of the shape of its weight, without what a magnitude does."""
+    if module.mid is not None:
+        module = without_mid(module)
+    A, B = module.A.read().astype("f8"), module.B.read().astype("f8")
+    if module.kind == "experts":
+        return module.scale * B @ A
+    if module.kind == "embedding":
+        return module.scale * (B @ A).T
+    return module.scale * np.tensordot(B.reshape(B.shape[:2]), A, 1)

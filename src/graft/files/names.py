@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of modules: what a file calls them, looked up among those that a base model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.files.neutral import AdapterFile, LowRank
+
+if TYPE_CHECKING:
+    from graft.files.formats import Base
+
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}  # model types with weights (in, out)
+
+
+class Flat:
+    """A base's modules by their paths with "_" for ".": whole names are looked up, none is ever split."""
+
+    def __init__(self, base: Base):
+        self.path = base.path
+        self.held: dict[str, list[str]] = {}
+        for module in base.modules:
+            self.held.setdefault(module.replace(".", "_"), []).append(module)
+
+    def find(self, name: str, components: Iterable[str] = ("",)) -> str | None:
+        """Return the path of a module, in the first of `components` of the base that has it; None: none has.
+
+        Raises:
+            CheckpointError: two modules have this name.
+        """
+        for component in components:
+            found = self.held.get(f"{component}_{name}" if component else name, [])
+            found = [path for path in found if not component or path.startswith(f"{component}.")]
+            if len(found) > 1:
+                raise CheckpointError(
+                    f"The name '{name}' is that of two modules of {self.path}: {' and '.join(found[:2])}. The file "
+                    "does not say which it means."
+                )
+            if found:
+                return found[0]
+        return None
+
+
+def flattened(paths: Iterable[str]) -> dict[str, str]:
+    """Return the paths with "_" for ".", by path.
+
+    Raises:
+        CheckpointError: two paths get one name.
+    """
+    names: dict[str, str] = {}
+    for path in paths:
+        other = names.setdefault(path.replace(".", "_"), path)
+        if other != path:
+            raise CheckpointError(f"{other} and {path} would have one name, '{path.replace('.', '_')}'.")
+    return {path: name for name, path in names.items()}
+
+
+def missing(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModelMismatchError:
+    """Return the error for names that a base model does not have."""
+    return BaseModelMismatchError(
+        f"{base.path} has no modules for {some([*names], 4)} of {adapter.path}: it is another model than the adapter "
+        "was trained on."
+    )
+
+
+def check(adapter: AdapterFile, base: Base) -> None:
+    """Compare an adapter's modules and shapes with a base model's.
+
+    A path may have more or fewer modules in front than the base's files have: heads stand around models.
+
+    Raises:
+        BaseModelMismatchError: there is no such module, or its weight has another shape.
+    """
+    modules = set(base.modules)
+    tails: dict[str, str | None] = {}
+    absent, wrong = [], []
+    for path, held in adapter.modules.items():
+        found = path if path in modules else inside(path, modules, tails)
+        if found is None:
+            absent.append(path)
+            continue
+        shape = base.shapes.get(f"{found}.weight")
+        if shape is None or not isinstance(held, LowRank) or "quantization_config" in base.config:
+            continue
+        if not fits(held, shape, base.config.get("model_type") in CONV1D):
+            wrong.append(f"{path}: A {held.A.shape} and B {held.B.shape} for a weight {shape}")
+    if absent:
+        raise missing(adapter, absent, base)
+    if wrong:
+        raise BaseModelMismatchError(
+            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
+        )
+
+
+def inside(path: str, modules: set[str], tails: dict[str, str | None]) -> str | None:
+    """Return the one module that `path` means if it, or the base's name, has further modules in front; else None."""
+    rest = path
+    while "." in rest:
+        rest = rest.partition(".")[2]
+        if rest in modules:
+            return rest
+    if not tails:
+        for module in modules:
+            rest = module
+            while "." in rest:
+                rest = rest.partition(".")[2]
+                tails[rest] = None if rest in tails else module
+    return tails.get(path)
+
+
+def fits(held: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
+    """Return True if the factors of a module make an update of a weight of this shape."""
+    A, B = held.A.shape, held.B.shape
+    if held.kind == "experts":
+        return len(shape) < 3 or (len(A) == len(B) == 3 and shape == (B[0], B[1], A[2]))
+    if len(A) < 2 or len(B) < 2 or A[0] != B[1] or (held.kind == "linear" and len(A) + len(B) != 4):
+        return False
+    if held.kind == "embedding":
+        return shape == (A[1], B[0])
+    of_update = (B[0], *(held.mid.shape[2:] if held.mid else A[2:]))
+    made = (of_update[0], A[1], *of_update[1:])
+    return shape == made or (transposed and shape == made[::-1]) or (shape[:2] == made[:2] and set(shape[2:]) == {1})

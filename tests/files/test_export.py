@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`export`: what it writes does what the adapter did, in graft and in PEFT, and has the one form that servers read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import peft
+import pytest
+import torch
+
+import graft
+from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, PeftWarning
+from graft.files import formats
+from graft.files.base import base_files
+from graft.files.errors import LossError
+from graft.files.export import export
+from graft.files.serving import check
+from graft.model.export import export as export_of_model
+from tests.files import adapters
+from tests.models import inputs, make, output, seeded
+
+EXACT = [
+    "plain", "scaled", "patterns", "rslora", "regex", "paths", "one layer", "q", "pissa", "olora", "velora", "monteclora",
+    "qalora", "bdlora", "lm_head", "embedding", "high",
+]  # fmt: skip
+REFUSED = {
+    "dora": "magnitude", "bias": "lora_bias", "whole head": "lm_head", "whole norm": "model.norm", "rows": "2 rows",
+    "kasa": "KASA", "alora": "alora_invocation_tokens", "replicated": "layer_replication", "peft/pissa": "pissa",
+    "method/LoHaConfig": "LOHA", "method/IA3Config": "IA3",
+}  # fmt: skip
+
+
+def run(model):
+    with torch.no_grad():
+        return output(model, inputs("llama"))
+
+
+def truth(name):
+    return run(adapters.quietly(graft.PeftModel.from_pretrained, make("llama"), adapters.folder(name)).eval())
+
+
+def exported(name, path, server="vllm"):
+    base = base_files(adapters.base())
+    return export(formats.read(adapters.folder(name), base), server, base, str(path))
+
+
+def loaded(path, lib=graft):
+    return lib.PeftModel.from_pretrained(make("llama"), str(path)).eval()
+
+
+def assert_form(path):
+    """The file says nothing that a server could fail to read."""
+    config = json.loads((path / "adapter_config.json").read_text())
+    held = formats.read(path)
+    assert config["r"] == config["lora_alpha"]
+    assert isinstance(config["target_modules"], list) and not any(
+        re.search(r"\d|\*", t) for t in config["target_modules"]
+    )
+    assert not any(config.get(name) for name in (
+        "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "layers_to_transform", "lora_bias",
+    ))  # fmt: skip
+    assert {(of.rank, of.scale) for of in held.low_rank.values()} == {(config["r"], 1.0)}
+    assert not held.full and not held.unread and all(not of.extra for of in held.low_rank.values())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_it_does_what_the_adapter_did(name, tmp_path):
+    report = exported(name, tmp_path)
+    assert_form(tmp_path)
+    expected = truth(name)
+    assert (expected - run(make("llama"))).abs().max() > 0.05
+    for lib in graft, peft:
+        torch.testing.assert_close(run(loaded(tmp_path, lib)), expected, rtol=1e-5, atol=1e-5)
+    assert len(formats.read(tmp_path).modules) == report.modules
+    assert report.rounding == 0 and report.error is None
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "high"])
+def test_no_server_has_anything_against_it(name, tmp_path):
+    exported(name, tmp_path, "sglang")
+    read = formats.read(tmp_path)
+    found = check(read, ["vllm", "sglang", "lorax", "openvino"], base_files(adapters.base()))
+    assert {f.condition for f in found} <= {"embeddings"}, found
+
+
+def test_what_changed_is_said(tmp_path):
+    notes = {
+        name: " ".join(exported(name, tmp_path / name).notes) for name in ("plain", "one layer", "pissa", "velora")
+    }
+    assert "zeros" not in notes["plain"] and "3 modules have factors of zeros" in notes["one layer"]
+    assert "twice the rank" in notes["pissa"] and "lora_velora_embed" in notes["velora"]
+
+
+def test_a_file_in_half_precision(tmp_path):
+    """B with the scale in it is cast once, and the error is said."""
+    model = adapters.model("rslora")
+    for key, p in model.named_parameters():
+        if "lora_" in key:
+            p.data = p.data.bfloat16()
+    model.save_pretrained(tmp_path / "bf16")
+    base = base_files(adapters.base())
+    held = formats.read(tmp_path / "bf16")
+    assert {of.B.dtype for of in held.low_rank.values()} == {"BF16"}
+    for of in held.low_rank.values():
+        of.scale = 1.37
+    report = export(held, "vllm", base, str(tmp_path / "out"))
+    assert 1e-4 < report.rounding < 2**-8
+    written = formats.read(tmp_path / "out")
+    for path, of in written.low_rank.items():
+        assert of.B.dtype == "BF16"
+        torch.testing.assert_close(
+            torch.tensor(of.B.read().copy()), torch.tensor(1.37 * held.low_rank[path].B.read()), rtol=2**-8, atol=0
+        )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_plain_lora_cannot_hold(name, tmp_path):
+    with pytest.raises(LossError, match=re.escape(REFUSED[name])) as refused:
+        exported(name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if name in ("dora", "bias", "whole head", "whole norm", "rows", "kasa"):
+        assert "graft merge" in str(refused.value)
+
+
+def test_sglang_gets_v_beside_q(tmp_path):
+    exported("q", tmp_path / "a", "sglang")
+    exported("q", tmp_path / "b", "vllm")
+    config = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab"]
+    assert [c["target_modules"] for c in config] == [["q_proj", "v_proj"], ["q_proj"]]
+
+
+def test_modules_of_another_name(tmp_path):
+    """Those of the multimodal class become the text model's, as the base has them; what it lacks is an error."""
+    held, base = formats.read(adapters.folder("plain")), base_files(adapters.base())
+    modules = held.modules
+    held.modules = {path.replace("model.", "model.language_model.", 1): of for path, of in modules.items()}
+    report = export(held, "vllm", base, str(tmp_path / "a"))
+    assert len(report.renamed) == len(modules)
+    torch.testing.assert_close(run(loaded(tmp_path / "a")), truth("plain"), rtol=1e-5, atol=1e-5)
+    held.modules = {path.replace("layers.1", "layers.5"): of for path, of in modules.items()}
+    with pytest.raises(BaseModelMismatchError, match=r"no module 'model\.layers\.5"):
+        export(held, "vllm", base, str(tmp_path / "b"))
+
+
+def test_a_suffix_that_other_modules_have(tmp_path):
+    """`fc1` of one part of a model and `fc1` of another: the suffix is as long as it takes."""
+    on = torch.nn.ModuleDict({name: torch.nn.ModuleDict({"fc1": torch.nn.Linear(6, 6)}) for name in ("left", "right")})
+    model = graft.get_peft_model(on, graft.LoraConfig(target_modules=["left.fc1"], init_lora_weights=False))
+    export_of_model(model, "default", "vllm", str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["left.fc1"]
+
+
+def test_another_vocabulary(tmp_path):
+    with pytest.raises(LossError, match=r"embed_tokens.*graft merge"):
+        exported("resized/embed", tmp_path)
+
+
+def test_an_unknown_server(tmp_path):
+    with pytest.raises(ConfigError, match=r"ollama.*vllm"):
+        exported("plain", tmp_path, "ollama")
+
+
+def test_a_format_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", ("peft",))
+    with pytest.raises(CheckpointError, match="gguf"):
+        exported("plain", tmp_path, "llama.cpp")
+    assert not os.listdir(tmp_path)
+
+
+# from a model
+
+
+@pytest.mark.parametrize("name", ["patterns", "pissa", "lm_head"])
+def test_save_pretrained_for_a_server(name, tmp_path):
+    model = adapters.model(name)
+    expected = run(model)
+    model.save_pretrained(tmp_path, for_server="vllm")
+    assert_form(tmp_path)
+    for lib in graft, peft:
+        torch.testing.assert_close(run(loaded(tmp_path, lib)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(model), expected)  # which is as it was
+
+
+def test_save_pretrained_refuses(tmp_path):
+    with pytest.raises(LossError, match="graft merge"):
+        adapters.model("dora").save_pretrained(tmp_path, for_server="vllm")
+    with pytest.raises(ConfigError, match="ollama"):
+        adapters.model("plain").save_pretrained(tmp_path, for_server="ollama")
+    assert not os.listdir(tmp_path)
+
+
+def test_several_adapters(tmp_path):
+    model = adapters.model("plain")
+    with seeded(4):
+        model.add_adapter("other", graft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path, for_server="vllm")
+    assert_form(tmp_path)
+    assert_form(tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "HiraConfig", "VeraConfig"])
+def test_another_method_becomes_lora(kind, tmp_path):
+    options = {"VeraConfig": dict(target_modules=["q_proj"])}.get(kind, dict(target_modules=adapters.LISTED))
+    model = adapters.moved(make("llama"), getattr(graft, kind)(**options))
+    report = export_of_model(model, "default", "vllm", str(tmp_path))
+    assert_form(tmp_path)
+    assert report.error is not None and report.error < 0.011
+    torch.testing.assert_close(run(loaded(tmp_path, peft)), run(model), rtol=0.05, atol=0.1)
+
+
+def test_a_truncated_method_says_its_error(tmp_path, monkeypatch):
+    """Against the weights themselves."""
+    model = adapters.moved(make("llama"), graft.LoHaConfig(r=4, target_modules=adapters.LISTED))
+    report = export_of_model(model, "default", "vllm", str(tmp_path), rank=2)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, graft.AdapterLayer)}
+    made = {n: m for n, m in loaded(tmp_path).named_modules() if isinstance(m, graft.AdapterLayer)}
+    exact = {n: layer.get_delta_weight("default") for n, layer in layers.items()}
+    lost = sum(float((exact[n] - made[n].get_delta_weight("default")).square().sum()) for n in exact)
+    assert report.error == pytest.approx((lost / sum(float(d.square().sum()) for d in exact.values())) ** 0.5, rel=1e-4)
+    assert report.error > 0.1
+    monkeypatch.setattr("graft.model.export.ENERGY", 0.5)
+    with pytest.warns(PeftWarning, match="differs from its ΔW"):
+        model.save_pretrained(tmp_path / "warned", for_server="vllm")
+
+
+def test_a_method_without_an_update(tmp_path):
+    model = adapters.moved(make("llama"), graft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(TypeError, match="support LoRA conversion"):
+        model.save_pretrained(tmp_path, for_server="vllm")
+    assert not os.listdir(tmp_path)

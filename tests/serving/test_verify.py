@@ -122,6 +122,18 @@ def test_patterns_that_are_not_read(tmp_path):
     assert verdict(saved(model, tmp_path), other).verdict == "patterns not read"
 
 
+@pytest.mark.parametrize("part", ["all", "lm_head"])
+def test_a_base_that_answers_with_the_adapter(part, folder, model):
+    """As vLLM on a CPU does with lm_head, after an adapter that has one."""
+    leaked = model
+    for other in ("q_proj", "v_proj", "up_proj") if part == "lm_head" else ():
+        leaked = without(leaked, other)
+    with serving({"base": answers(leaked), "tuned": answers(model)}) as url:
+        found = verify(Connection(url), make("llama"), loader(folder), "tuned", "base")
+    assert (found.verdict, found.ok) == ("in the base too", False)
+    assert f"({part} of it)" in found.text and found.deviations["applied"] < 1e-5
+
+
 def test_another_adapter(folder):
     found = verdict(folder, adapted(seed=2))
     assert found.verdict == "another adapter"

@@ -22,9 +22,10 @@ LONGEST = 600  # seconds until it must be ready
 
 @contextmanager
 def started(
-    server: str, base: str, base_name: str, adapters: Mapping[str, str], dtype: str = "float32", max_rank: int = 64
-) -> Iterator[str]:
-    """Start vLLM of this Python's environment; yield its address, and end it with the block.
+    server: str, base: str, base_name: str, adapters: Mapping[str, str], dtype: str = "float32", max_rank: int = 64,
+    python: str = sys.executable,
+) -> Iterator[str]:  # fmt: skip
+    """Start vLLM of a Python's environment; yield its address, and end it with the block.
 
     Args:
         base: folder of the model.
@@ -36,17 +37,18 @@ def started(
     """
     if server != "vllm":
         raise ConfigError(f"--in-process {server}: graft starts vllm only; start others yourself, and give --url.")
-    if find_spec("vllm") is None:
+    if python == sys.executable and find_spec("vllm") is None:
         raise ConfigError(f"vllm is not installed beside graft, in {sys.prefix}.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", base_name,
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", base_name,
         "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager", "--max-model-len", "128",
-        "--max-num-seqs", "4", "--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules",
-        *(f"{name}={os.path.abspath(path)}" for name, path in adapters.items()),
+        "--max-num-seqs", "4", "--enable-lora", "--max-lora-rank", str(max_rank),
     ]  # fmt: skip
+    if adapters:
+        command += ["--lora-modules", *(f"{name}={os.path.abspath(path)}" for name, path in adapters.items())]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)

@@ -24,8 +24,9 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-pr
 OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft differ by on the base
 ANOTHER_BASE = 10  # tolerances
 GRID = [2.0**n for n in range(-6, 7)]  # multiples of the scale, where the search for k begins
-APPLIED, NOT_APPLIED, OFF, MISSING, PATTERNS, ANOTHER, UNDECIDED = (
+APPLIED, NOT_APPLIED, OFF, MISSING, PATTERNS, ANOTHER, UNDECIDED, LEAKED = (
     "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", "too small to tell",
+    "in the base too",
 )  # fmt: skip
 
 Factor = Callable[[str], float]  # path of a layer → what its scaling is multiplied by
@@ -36,8 +37,8 @@ class Verdict:
     """What a server does with an adapter.
 
     Attributes:
-        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", or "too small
-            to tell".
+        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", "too small to
+            tell", or "in the base too".
         text: the same in a sentence.
         tolerance: the root mean square of differences of log-probabilities that counts as equal.
         effect: what the adapter changes log-probabilities by.
@@ -107,11 +108,6 @@ def verify(
     own_base = log_probabilities(base, asked, places)
     noise = rms(before - own_base)
     floor = TOLERANCES[dtype] if tolerance is None else tolerance
-    if noise > ANOTHER_BASE * floor:
-        raise BaseModelMismatchError(
-            f"The server's base {base_name!r} says other log-probabilities than this base model, by {noise:.2g} in the "
-            f"mean, where {dtype} explains {floor:.2g}: it has other weights, or computes in another dtype (--dtype)."
-        )
     allowed = max(floor, OF_NOISE * noise) if tolerance is None else tolerance
     model = load(base)
 
@@ -119,7 +115,19 @@ def verify(
         with scaled(model, factor):
             return log_probabilities(model, asked, places)
 
-    return judge(now, before, own_base, own, scalings(model), allowed, noise)
+    scales = scalings(model)
+    if noise <= ANOTHER_BASE * floor:
+        return judge(now, before, own_base, own, scales, allowed, noise)
+    for part in ("all", *sorted({last(path) for path in scales})):
+        alone = own({path: float(part in ("all", last(path))) for path in scales}.__getitem__)
+        if rms(before - alone) <= floor:
+            text = f"The server's base answers with the adapter, too ({part} of it): the two names are not kept apart."
+            effect, deviations = rms(own() - own_base), {APPLIED: rms(now - own())}
+            return Verdict(LEAKED, text, floor, effect, noise, deviations)
+    raise BaseModelMismatchError(
+        f"The server's base {base_name!r} says other log-probabilities than this base model, by {noise:.2g} in the "
+        f"mean, where {dtype} explains {floor:.2g}: it has other weights, or computes in another dtype (--dtype)."
+    )
 
 
 def judge(

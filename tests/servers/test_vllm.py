@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real vLLM: what `check` says of adapters it does, what `export` writes it applies, what is broken `verify` names.
+
+make test-serving
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+import graft
+from graft.core.errors import PeftError
+from graft.files import formats
+from graft.files.base import base_files
+from graft.files.errors import ServerError
+from graft.files.export import export
+from graft.files.serving import check
+from graft.files.tensors import read_header, write_safetensors
+from graft.serving.ask import Connection
+from graft.serving.start import started
+from graft.serving.verify import verify
+from tests.files import adapters
+from tests.models import seeded
+
+PYTHON = os.environ.get("GRAFT_VLLM")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="needs an environment with vLLM: make test-serving")
+OPTIONS = adapters.LORA | {
+    "qalora": dict(use_qalora=True, qalora_group_size=16), "high": dict(r=4, rank_pattern={"up_proj": 65}),
+}  # fmt: skip
+APPLIED = ["scaled", "patterns", "rslora", "regex", "paths", "one layer"]  # as they stand
+EXPORTED = [*APPLIED, "pissa", "olora", "velora", "monteclora", "qalora", "bdlora"]
+REFUSED = [
+    "dora",
+    "bias",
+    "whole head",
+    "whole norm",
+    "rows",
+    "velora",
+    "qalora",
+    "bdlora",
+    "kasa",
+    "pissa",
+    "alora",
+    "high",
+]
+
+
+def model():
+    """A base that vLLM's kernels for CPUs take: heads of 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    with seeded(0):
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=512, max_position_embeddings=256, initializer_range=0.08, **sizes)
+        ).eval()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of the base, with a tokenizer, which vLLM wants."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("base")
+    model().save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
+        path
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def url(base):
+    given = os.environ.get("GRAFT_VLLM_URL")  # of one that serves the same base already
+    if given:
+        yield given
+        return
+    os.environ |= {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3000",
+    }  # fmt: skip
+    with started("vllm", base, "base", {}, max_rank=64, python=str(PYTHON)) as at:
+        yield at
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = str(tmp_path_factory.mktemp("adapter"))
+            config = graft.LoraConfig(**dict(r=4, lora_alpha=8, target_modules=adapters.LISTED) | OPTIONS[name])
+            adapters.quietly(adapters.quietly(adapters.moved, model(), config).save_pretrained, made[name])
+        return made[name]
+
+    return of
+
+
+def load(url, path):
+    """Load an adapter into the server; return its name there."""
+    load.number = getattr(load, "number", 0) + 1
+    name = f"a{os.getpid()}-{load.number}"
+    body = {"lora_name": name, "lora_path": str(path)}
+    try:
+        Connection(url, 600).post("/v1/load_lora_adapter", body)
+    except ServerError as e:
+        if "answers something else" not in str(e) and "does not answer JSON: 'Success" not in str(e):
+            raise
+    return name
+
+
+def verdict(url, name, path):
+    own = lambda base: adapters.quietly(graft.PeftModel.from_pretrained, base, str(path)).eval()
+    return verify(Connection(url, 600), model(), own, name, "base")
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_an_adapter_that_check_lets_pass(name, url, base, folder):
+    assert not check(formats.read(folder(name)), ["vllm"], base_files(base))
+    found = verdict(url, load(url, folder(name)), folder(name))
+    assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_that_check_says_it_refuses(name, url, base, folder):
+    from graft.files.serving import Options
+
+    found = check(formats.read(folder(name)), ["vllm"], base_files(base), Options(max_rank=64))
+    assert {f.verdict for f in found} == {"refused"}
+    with pytest.raises(ServerError):
+        load(url, folder(name))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_export_writes(name, url, base, folder, tmp_path):
+    held = base_files(base)
+    export(formats.read(folder(name), held), "vllm", held, str(tmp_path))
+    found = verdict(url, load(url, tmp_path), folder(name))
+    assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
+
+
+def test_another_method_as_lora(url, tmp_path):
+    made = adapters.quietly(adapters.moved, model(), graft.LoHaConfig(r=4, target_modules=adapters.LISTED))
+    made.save_pretrained(tmp_path / "loha")
+    made.save_pretrained(tmp_path / "vllm", for_server="vllm")
+    with pytest.raises(ServerError):
+        load(url, tmp_path / "loha")
+    assert verdict(url, load(url, tmp_path / "vllm"), tmp_path / "vllm").ok
+
+
+# adapters broken on purpose
+
+
+def broken(tmp_path, path, change_config=None, change_name=None, change=None):
+    """Return a copy of an adapter with another config, names or tensors."""
+    out = tmp_path / "broken"
+    shutil.copytree(path, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | (change_config or {})))
+    tensors, _ = read_header(out / "adapter_model.safetensors")
+    tensors = {(change_name or str)(name): t for name, t in tensors.items() if change is None or change(name)}
+    write_safetensors(str(out / "adapter_model.safetensors"), tensors, {"format": "pt"})
+    return out
+
+
+def test_a_scale_that_is_off(url, folder, tmp_path):
+    path = broken(tmp_path, folder("scaled"), {"lora_alpha": 24})
+    found = verdict(url, load(url, path), folder("scaled"))
+    assert found.verdict == "scale off" and found.scale == pytest.approx(4, rel=1e-3)
+
+
+def test_rslora_that_is_not_read(url, folder, tmp_path):
+    path = broken(tmp_path, folder("rslora"), {"use_rslora": False})
+    found = verdict(url, load(url, path), folder("rslora"))
+    assert found.scale == pytest.approx(0.5, rel=1e-3) and "use_rslora" in found.text
+
+
+def test_patterns_that_are_not_read(url, folder, tmp_path):
+    path = broken(tmp_path, folder("patterns"), {"alpha_pattern": {"q_proj": 4}})
+    assert verdict(url, load(url, path), folder("patterns")).verdict == "patterns not read"
+
+
+def test_names_of_another_class(url, base, folder, tmp_path):
+    path = broken(tmp_path, folder("scaled"), None, lambda n: n.replace("model.layers", "model.language_model.layers"))
+    assert {f.verdict for f in check(formats.read(path), ["vllm"], base_files(base))} == {"ignored"}
+    assert verdict(url, load(url, path), folder("scaled")).verdict == "not applied"
+    held = base_files(base)
+    export(formats.read(path), "vllm", held, str(tmp_path / "out"))
+    assert verdict(url, load(url, tmp_path / "out"), folder("scaled")).ok
+
+
+def test_another_adapter(url, folder, tmp_path):
+    with seeded(9):
+        made = graft.PeftModel.from_pretrained(model(), folder("scaled"))
+        for p in made.parameters():
+            p.data.add_(torch.randn(p.shape), alpha=0.2) if p.shape[0] == 4 or p.shape[-1] == 4 else None
+    made.save_pretrained(tmp_path)
+    assert verdict(url, load(url, tmp_path), folder("scaled")).verdict == "another adapter"
+
+
+def test_a_name_that_is_unknown(url, folder):
+    with pytest.raises(PeftError, match=re.escape("no model 'nobody'")):
+        verdict(url, "nobody", folder("scaled"))
+
+
+# last, as they leave something behind in the server
+
+
+def test_lm_head(url, folder, tmp_path):
+    """vLLM on a CPU answers for the base with the lm_head of the adapter that it loaded or ran last."""
+    whole = load(url, folder("lm_head"))
+    assert verdict(url, whole, folder("lm_head")).verdict == "in the base too"
+    path = broken(
+        tmp_path, folder("lm_head"), {"target_modules": ["q_proj", "v_proj"]}, change=lambda n: "lm_head" not in n
+    )
+    found = verdict(url, load(url, path), folder("lm_head"))
+    assert found.verdict == "missing" and found.text.startswith("lm_head missing")

@@ -12,8 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from graft.config.patterns import ending
-from graft.config.reading import parsed
+from graft.config.reading import ending, parsed
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files import algebra
 from graft.files.base import BaseFiles

@@ -20,13 +20,10 @@ class Base(Protocol):
 
     @property
     def path(self) -> str: ...
-
     @property
     def config(self) -> Mapping[str, Any]: ...  # config.json
-
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # "model.layers.0.mlp.up_proj.weight" → its shape
-
     @property
     def modules(self) -> Iterable[str]: ...
 

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of an adapter file do to the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graft.core.errors import BaseModelMismatchError
+from graft.files.errors import LossError, OptionError
+from graft.files.merging.numbers import wide
+from graft.files.merging.places import Places, Spot
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.tensors import Tensor
+from graft.kernels.decomposed import row_norms
+from graft.methods.lora.loftq import quantized
+from graft.methods.lora.shift import near, sample
+
+Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new memory
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")  # models of layers that store (in, out)
+
+
+@dataclass
+class Change:
+    """What one adapter does to one tensor of a checkpoint.
+
+    Attributes:
+        key: the tensor's name.
+        param: the parameter that the adapter changes, by its name in the model.
+        fold: (the value, in at least float32, which it may overwrite; the checkpoint's own, by a call before that) →
+            the new value.
+        shape: of the new value.
+        of: the adapter's tensors that it comes from.
+        new: the checkpoint has no such tensor; `fold` gets an empty one.
+    """
+
+    key: str
+    param: str
+    fold: Callable[[torch.Tensor, Read], torch.Tensor]
+    shape: tuple[int, ...]
+    of: tuple[Any, ...] = ()
+    new: bool = False
+
+
+@dataclass
+class Job:
+    """An adapter on its way into a checkpoint."""
+
+    adapter: AdapterFile
+    weight: float
+    places: Places
+    config: Mapping[str, Any]  # the base's
+    stacked: Callable[[str], bool]  # path of a parameter → its matrices are stored (in, out)
+    kinds: Mapping[str, torch.dtype]  # of the checkpoint's floating tensors
+    read: Callable[[str], torch.Tensor]  # the checkpoint's own value, in new memory
+
+    @property
+    def name(self) -> str:
+        return self.adapter.path
+
+    def misfit(self, path: str, why: str) -> BaseModelMismatchError:
+        return BaseModelMismatchError(f"Adapter '{self.name}' does not fit the base at '{path}': {why}.")
+
+
+def changes(job: Job) -> list[Change]:
+    """Return what a file's low-rank parts, whole tensors and rows do to a checkpoint, in the order in which they act.
+
+    Raises:
+        BaseModelMismatchError: something has no place in the checkpoint, or another shape there.
+    """
+    found = list[Change]()
+    if job.adapter.changed_base is not None:
+        raise LossError(
+            f"Adapter '{job.name}' was trained on a base that init_lora_weights='{job.adapter.changed_base}' changed, "
+            "and its file does not say how: load it with graft, and save it again, or as plain LoRA (save_as_lora)."
+        )
+    low = job.adapter.low_rank
+    spots = job.places.settle(
+        [weight_name(path, held) for path, held in low.items()] + list(job.adapter.rows), job.name
+    )
+    for name, value in job.adapter.full.items():  # first, since some files bring along what their factors add to
+        found += whole(job, name, value)
+    for path, held in low.items():
+        for spot in spots[weight_name(path, held)]:
+            found.append(low_rank(job, path, held, spot))
+        if held.bias is not None:
+            found.append(shift(job, path, held))
+    for name, (indices, values) in job.adapter.rows.items():
+        found.append(rows(job, name, indices, values, spots[name]))
+    return found
+
+
+def weight_name(path: str, held: LowRank) -> str:
+    return path if held.kind == "experts" else f"{path}.weight"
+
+
+# low rank
+
+
+def low_rank(job: Job, path: str, held: LowRank, spot: Spot) -> Change:
+    given = job.adapter.full.get(weight_name(path, held))
+    shape = job.places.shapes[spot.key] if given is None else given.shape
+    view = orientation(job, path, held, spot, shape)
+    adds = held.magnitude is None and held.shift is None
+    scale = held.scale * job.weight if adds else held.scale
+    shift = None if held.shift is None else Shift(held, job.adapter.config, job.kinds.get(spot.key))
+
+    def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
+        own = own if given is None else lambda: wide(given)
+        made = W if adds or job.weight == 1 else W.clone()
+        for matrix, before, A, B in parts(held, spot, view, made, own):
+            A, B = A.to(matrix.dtype), B.to(matrix.dtype) * scale
+            gain = None
+            if shift is not None:
+                matrix.copy_(shift(matrix))
+            if held.magnitude is not None:
+                start = matrix if made is not W else before()
+                start = start if shift is None or start is matrix else shift(start)
+                gain = wide(held.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+            matrix.addmm_(B, A)
+            if gain is not None:
+                matrix.mul_(gain[:, None])
+        return made if made is W else W.lerp_(made, job.weight)
+
+    of = (scale, held.A, held.B, held.magnitude, held.mid, *(held.shift or ()))
+    return Change(spot.key, weight_name(path, held), fold, shape, of)
+
+
+class Shift:
+    """What an initialisation took out of a weight before training: a base that still has it loses it now.
+
+    Args:
+        kind: dtype of the base's weight, to which training had it rounded.
+    """
+
+    def __init__(self, held: LowRank, config: Mapping[str, Any], kind: torch.dtype | None):
+        assert held.shift is not None
+        self.A, self.B = held.shift
+        self.sample = held.extra.get("lora_shift.sample")
+        self.bits = (config.get("loftq_config") or {}).get("loftq_bits", 4)
+        self.bits = self.bits if config.get("init_lora_weights") == "loftq" else None
+        self.kind = kind
+
+    def __call__(self, W: torch.Tensor) -> torch.Tensor:
+        if self.sample is not None:
+            here, (fresh, changed) = sample(W), wide(self.sample)
+            if torch.dist(here, changed) < torch.dist(here, fresh) and near(here, changed):
+                return W  # the base is the one that the initialisation made
+        made = W - wide(self.B).to(W.dtype) @ wide(self.A).to(W.dtype)
+        if self.bits is not None:
+            made = quantized(made, self.bits)
+        return made if self.kind is None else made.to(self.kind).to(W.dtype)
+
+
+def orientation(
+    job: Job, path: str, held: LowRank, spot: Spot, shape: tuple[int, ...]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes a stored weight, or a matrix of a stack, the matrix (out, fan_in) that B A adds to."""
+    out, fan_in = sizes(held, spot)
+    own = shape[1:] if held.kind == "experts" and spot.expert is None else shape
+    straight, turned = (*own[:1], flat(own[1:])) == (out, fan_in), own == (fan_in, out)
+    if held.kind == "embedding" or (straight and turned and square_is_turned(job, path, held, spot)):
+        straight = False
+    if held.kind == "experts" and spot.expert is None and shape[0] != held.A.shape[0]:
+        straight = turned = False
+    if straight:
+        return lambda W: W.flatten(1)
+    if turned:
+        return lambda W: W.T
+    raise job.misfit(path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + groups_hint(held, own, out, fan_in))
+
+
+def groups_hint(held: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
+    grouped = held.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, flat(own[1:])) == 0
+    return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
+
+
+def square_is_turned(job: Job, path: str, held: LowRank, spot: Spot) -> bool:
+    if held.kind == "experts":
+        return spot.expert is None and job.stacked(path)
+    if held.kind == "conv":
+        return False
+    told = job.adapter.config.get("fan_in_fan_out")
+    return job.config.get("model_type") in CONV1D and told is not False if told is None else bool(told)
+
+
+def sizes(held: LowRank, spot: Spot) -> tuple[int, int]:
+    """Return (out, fan_in) of the matrix that B A adds to."""
+    if held.kind == "experts":
+        out, fan_in = held.B.shape[1], held.A.shape[2]
+        return (out if spot.rows is None else spot.rows[1]), fan_in
+    kernel = held.A.shape[2:] if held.mid is None else held.mid.shape[2:]
+    return held.B.shape[0], flat((held.A.shape[1], *kernel))
+
+
+def flat(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def parts(held: LowRank, spot: Spot, view: Any, W: torch.Tensor, own: Read) -> Any:
+    """Yield each matrix (out, fan_in) of a weight, what returns the checkpoint's own, and the factors A and B."""
+    A, B = wide(held.A), wide(held.B)
+    if held.kind != "experts":
+        if held.mid is not None:
+            core = wide(held.mid)
+            A = torch.einsum("ij...,jn->in...", core, A.flatten(1))
+        yield view(W), lambda: view(own()), A.flatten(1), B.flatten(1)
+    elif spot.expert is not None:
+        start, n = spot.rows or (0, B.shape[1])
+        yield view(W), lambda: view(own()), A[spot.expert], B[spot.expert][start : start + n]
+    else:
+        for e in range(len(A)):
+            yield view(W[e]), lambda e=e: view(own()[e]), A[e], B[e]
+
+
+def shift(job: Job, path: str, held: LowRank) -> Change:
+    """Return the change of a bias, which the second factor's own bias adds to."""
+    assert held.bias is not None
+    found = job.places.find(f"{path}.bias")
+    if not found:
+        raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
+    shape, value = job.places.shapes[found[0].key], held.bias
+    if shape != tuple(value.shape):
+        raise job.misfit(path, f"its bias is {tuple(value.shape)}, '{found[0].key}' {shape}")
+
+    def fold(b: torch.Tensor, own: Read) -> torch.Tensor:
+        return b.add_(wide(value).to(b.dtype), alpha=held.scale * job.weight)
+
+    return Change(found[0].key, f"{path}.bias", fold, shape, (value, held.scale))
+
+
+# whole tensors and rows
+
+
+def whole(job: Job, name: str, value: Tensor) -> list[Change]:
+    """Return the changes that put a trained tensor in the place of the base's, or beside it if the base has none."""
+    spots = job.places.find(name)
+    if spots is None:
+        return [Change(name, name, lambda _, own: wide(value), tuple(value.shape), (value,), new=True)]
+    return [part_of_whole(job, name, value, spot) for spot in spots]
+
+
+def part_of_whole(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
+    shape = job.places.shapes[spot.key]
+    cut = value.shape
+    if spot.expert is not None:
+        cut = cut[1:] if spot.rows is None else (spot.rows[1], *cut[2:])
+    resized = cut != shape
+    if resized and (spot.expert is not None or cut[1:] != shape[1:]):
+        raise job.misfit(name, f"it brings a tensor {tuple(value.shape)}, '{spot.key}' is {shape}")
+
+    def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
+        made = wide(value)
+        if spot.expert is not None:
+            made = made[spot.expert]
+            made = made if spot.rows is None else made[spot.rows[0] : sum(spot.rows)]
+        if job.weight == 1:
+            return made
+        if resized:
+            raise OptionError(
+                f"Adapter '{job.name}' brings '{name}' with other sizes than the base's, which weight {job.weight} "
+                "cannot mix: give it weight 1."
+            )
+        return W.lerp_(made.to(W.dtype), job.weight)
+
+    return Change(spot.key, name, fold, tuple(cut), (value,))
+
+
+def rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:
+    """Return the change that puts trained rows of an embedding in the place of the base's."""
+    (spot,) = spots
+    shape = job.places.shapes[spot.key]
+    at = torch.from_numpy(indices.read().copy()).long()
+    if len(shape) != 2 or values.shape[1] != shape[1] or (len(at) and int(at.max()) >= shape[0]):
+        raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")
+
+    def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
+        made = wide(values).to(W.dtype)
+        W[at] = made if job.weight == 1 else W[at].lerp(made, job.weight)
+        return W
+
+    return Change(spot.key, name, fold, shape, ("rows", indices, values))

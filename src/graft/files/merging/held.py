@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a checkpoint holds its weights: plainly, or in a quantized form that can be read, and written again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graft.files.base import BaseFiles
+from graft.files.merging.numbers import of_file
+from graft.files.tensors import Tensor
+
+
+class Held:
+    """The weights of a checkpoint. A subclass knows a quantized form.
+
+    Attributes:
+        shapes: of the dense weights, by name.
+        packed: name of a dense weight → the checkpoint's tensors that hold it, the codes first.
+        dtype: of dense weights that are written in place of packed ones, as safetensors calls it.
+    """
+
+    form = "plain"
+
+    def __init__(self, base: BaseFiles):
+        self.base = base
+        self.packed: dict[str, list[str]] = {}
+        self.shapes = dict(base.shapes)
+        told = base.config.get("dtype") or base.config.get("torch_dtype")
+        self.dtype = {"float32": "F32", "float16": "F16"}.get(str(told), "BF16")
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a dense weight: a plain one in its own dtype, a packed one in float32."""
+        return of_file(self.base.tensors[name])
+
+    def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
+        """Return the tensors that hold W as the checkpoint held the weight of that name.
+
+        Raises:
+            LossError: graft does not know how to write this form.
+        """
+        raise NotImplementedError
+
+    def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        """Return the dense weight, in float32, that `pack` made these tensors of."""
+        raise NotImplementedError
+
+    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return config.json of the model without quantization."""
+        return {name: value for name, value in config.items() if name != "quantization_config"}

@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge adapter files into a model's folder, tensor by tensor: at no time is more than one weight in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from graft.config.atomic import replace, write_text
+from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
+from graft.files.base import INDEX, BaseFiles, base_files, shards
+from graft.files.errors import LossError, OptionError
+from graft.files.formats import read
+from graft.files.merging import heads
+from graft.files.merging.folds import Change, Job, changes
+from graft.files.merging.forms import held_in
+from graft.files.merging.held import Held
+from graft.files.merging.measures import measured
+from graft.files.merging.numbers import FLOATS, TORCH, to_bytes
+from graft.files.merging.places import Places
+from graft.files.merging.skeleton import skeleton
+from graft.files.merging.stream import Out, Workplace
+from graft.files.merging.ties import Tied, tied_groups
+from graft.files.neutral import AdapterFile, LowRank
+
+CERTIFICATE = "merge.json"
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".ot")
+NOT_COPIED = (INDEX, "pytorch_model.bin.index.json", "README.md", CERTIFICATE)
+KEPT = 0.9  # share of an update; less is worth a note
+Others = Callable[[Job, BaseFiles], list[Change]]  # changes of the parts of an adapter that are not low rank
+
+
+@dataclass
+class Merged:
+    """The account of a merge.
+
+    Attributes:
+        tensors: names of those that were changed, with what a certificate says of each, once they are written.
+        notes: what differs from a plain sum, in sentences.
+        shards: file → bytes of its tensors.
+    """
+
+    output: str
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    shards: dict[str, int] = field(default_factory=dict)
+    resumed: int = 0  # shards that an earlier run had written
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    certificate: bool = False,
+    keep_quantized: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    others: Others | None = None,
+    step: Callable[[str], None] | None = None,
+) -> Merged:
+    """Write a model's folder with adapters merged into it, one after another: W ← W + weight · ΔW, rounded once.
+
+    Peak memory is one weight in float32 and what the certificate's figures need. A run that was killed goes on when the
+    same call is made again; one that fails leaves nothing. Sources are never changed.
+
+    Args:
+        base: a folder with config.json and safetensors files.
+        adapters: files or folders of any format that graft reads.
+        weights: one for each adapter; None: 1. An adapter that does not add, such as DoRA, is put in the part of the
+            way to the weight that it makes.
+        dtype: "float32", "float16", "bfloat16" for all floating tensors; None: each keeps its own.
+        shard_size: bytes; None: the base's shards.
+        certificate: write merge.json.
+        keep_quantized: a quantized checkpoint stays so; else it becomes a dense one.
+        force: replace an output that exists.
+        dry_run: check all and write nothing.
+        others: what merges the parts of adapters that are not low rank; None: they are refused.
+        step: called with the name of each shard when it stands.
+
+    Raises:
+        OutputExistsError, CheckpointError, BaseModelMismatchError, LossError, OptionError, OSError: before anything has
+            been written, but for what only the values can tell, such as NaN.
+    """
+    files = base_files(base)
+    output = os.fspath(output)
+    check_apart(files.path, output)
+    place = Workplace(output, key_of(files, adapters, locals_of(weights, dtype, shard_size, keep_quantized)), force)
+    place.check()
+    work = Work(files, [os.fspath(a) for a in adapters], weights, dtype, keep_quantized, others)
+    layout = work.layout(shard_size)
+    account = Merged(output, {key: {} for key in work.changed}, work.notes, {n: sum(o.nbytes for o in outs) for n, outs in layout.items()})  # fmt: skip # noqa: E501
+    if dry_run:
+        return account
+    with place.held():
+        account.resumed = len(place.done)
+        try:
+            place.check_room(layout)
+            place.write(layout, step)
+            for row in (row for held in place.done.values() for row in held["rows"]):
+                account.tensors[row["tensor"]] = {name: value for name, value in row.items() if name != "tensor"}
+            note_losses(account)
+            work.small_files(place.folder, layout)
+            if certificate:
+                text = json.dumps(certificate_of(work, place, account), indent=1)
+                replace(place.at(CERTIFICATE), write_text(text + "\n"))
+            place.finish()
+        except Exception:
+            shutil.rmtree(place.folder, ignore_errors=True)
+            raise
+    return account
+
+
+def locals_of(*options: Any) -> list[Any]:
+    return [list(o) if isinstance(o, Sequence) and not isinstance(o, str) else o for o in options]
+
+
+def check_apart(base: str, output: str) -> None:
+    """Raise OptionError if the output would stand on, in or around the base."""
+    b, o = os.path.realpath(base), os.path.realpath(output)
+    if os.path.commonpath([b, o]) in (b, o):
+        raise OptionError(f"The output {output} and the base {base} are one folder, or one is in the other.")
+
+
+def key_of(base: BaseFiles, adapters: Iterable[str | os.PathLike[str]], options: list[Any]) -> str:
+    """Return a digest of all that an output depends on: the inputs by size and time, and the options."""
+    seen: list[Any] = [options]
+    for path in (base.path, *[os.fspath(a) for a in adapters]):
+        for name in sorted(inputs(path)):
+            stat = os.stat(name)
+            seen.append([os.path.realpath(name), stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+def inputs(path: str) -> list[str]:
+    """Return the files of a folder, or the file itself."""
+    if not os.path.isdir(path):
+        return [path] if os.path.exists(path) else []
+    return [e.path for e in os.scandir(path) if e.is_file() and not e.name.startswith(".")]
+
+
+class Work:
+    """What a merge will do: all checked, nothing written."""
+
+    def __init__(
+        self,
+        base: BaseFiles,
+        adapters: list[str],
+        weights: Sequence[float] | None,
+        dtype: str | None,
+        keep_quantized: bool,
+        others: Others | None,
+    ):
+        if not adapters:
+            raise OptionError("There is no adapter to merge.")
+        if weights is not None and len(weights) != len(adapters):
+            raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+        if dtype is not None and dtype not in DTYPES:
+            raise OptionError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
+        self.base, self.notes = base, list[str]()
+        self.paths, self.dtype = adapters, None if dtype is None else DTYPES[dtype]
+        self.weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+        self.held: Held = held_in(base)
+        self.keep = keep_quantized and bool(self.held.packed)
+        if keep_quantized and not self.held.packed:
+            raise OptionError(f"{base.path} is not quantized: leave --keep-quantized out.")
+        self.model = cache(partial(skeleton, base.path))
+        self.tied: Tied = Tied(self.held.shapes, partial(tied_groups, self.model, base.config, self.held.shapes))
+        self.places = Places(self.tied.shapes, self.model)
+        self.changed: dict[str, list[Change]] = {}
+        self.adapters = [self._read(path) for path in adapters]
+        kinds: Any = {name: TORCH[t.dtype] for name, t in base.tensors.items() if t.dtype in FLOATS}
+        for weight, adapter in zip(self.weights, self.adapters):
+            self._add(Job(adapter, weight, self.places, base.config, self._stacked, kinds, self._own), others)
+        self.notes += self.tied.settle(self.changed)
+        self._check_writable()
+
+    def _read(self, path: str) -> AdapterFile:
+        adapter = read(path, self.base)
+        if adapter.unread:
+            raise LossError(
+                f"Nothing is known of {len(adapter.unread)} tensors of {path}, and merging would drop them: "
+                f"{some(adapter.unread, 4)}."
+            )
+        return adapter
+
+    def _add(self, job: Job, others: Others | None) -> None:
+        adapter = job.adapter
+        self.tied.look_at(adapter)
+        found = changes(job)
+        unusual = {path: held for path, held in adapter.modules.items() if not isinstance(held, LowRank)}
+        if unusual or adapter.shared:
+            if others is None:
+                raise LossError(f"{adapter.method} of {job.name} is not low rank: merge it with graft.merge_files.")
+            found += others(job, self.base)
+        if not found:
+            raise CheckpointError(f"{job.name} changes nothing: there is nothing to merge.")
+        together = self.tied.spread(found, adapter)
+        for change in together:
+            before = self.changed.setdefault(change.key, [])
+            if change.new and any(c.new for c in before):
+                raise OptionError(f"Two adapters bring '{change.key}' along: merge one of them.")
+            before.append(change)
+
+    def _stacked(self, path: str) -> bool:
+        """Return True if the module of a parameter says that the matrices of its stacks are stored (in, out)."""
+        model = self.model()
+        try:
+            owner = None if model is None else model.get_submodule(path.rpartition(".")[0])
+        except AttributeError:
+            owner = None
+        return bool(getattr(owner, "is_transposed", False))
+
+    def _check_writable(self) -> None:
+        for key in self.changed:
+            kind = None if key not in self.base.tensors else self.base.tensors[key].dtype
+            if key not in self.held.packed and kind is not None and kind not in FLOATS:
+                raise BaseModelMismatchError(
+                    f"'{key}' of {self.base.path} is of dtype {kind}, and nothing says what its values mean: "
+                    "graft cannot merge into it."
+                )
+
+    # what will be written
+
+    def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
+        """Return the tensors of each file of the output."""
+        parts = {part: name for name, held in self.held.packed.items() for part in held}
+        by_file: dict[str, list[Out]] = {name: [] for name in shards(self.base.path)}
+        for key, file in self.base.files.items():
+            if (name := parts.get(key)) is not None:
+                by_file[file] += self._packed(name, key)
+            elif key in self.changed:
+                by_file[file].append(self._edited(key))
+            else:
+                by_file[file].append(self._copied(key))
+        last = next(reversed(by_file))
+        for key in self.changed:
+            if key not in self.base.tensors and key not in self.held.packed:
+                by_file[self.base.files.get(self.tied.source(key), last)].append(self._edited(key))
+        by_file = {name: outs for name, outs in by_file.items() if outs}
+        return by_file if shard_size is None else resharded(by_file, shard_size)
+
+    def _packed(self, name: str, key: str) -> list[Out]:
+        """Return what stands in the output for one of the tensors that hold a packed weight."""
+        if self.keep:
+            if name not in self.changed:
+                return [self._copied(key, cast=False)]
+            old = self.base.tensors[key]
+            return [Out(key, old.dtype, old.shape, partial(self._repack, name, key))]
+        return [self._edited(name)] if key == self.held.packed[name][0] else []
+
+    def _copied(self, key: str, cast: bool = True) -> Out:
+        held = self.base.tensors[key]
+        if cast and self.dtype is not None and held.dtype in FLOATS and held.dtype != self.dtype:
+            return Out(key, self.dtype, held.shape, partial(self._cast, key, self.dtype))
+        return Out(key, held.dtype, held.shape, lambda: (held.load(), None))
+
+    def _cast(self, key: str, dtype: str) -> tuple[Any, None]:
+        return to_bytes(self._stored(key, self.held.read(key), dtype)), None
+
+    def _edited(self, key: str) -> Out:
+        folds = self.changed.get(key, [])
+        shape = folds[-1].shape if folds else self.tied.shapes[key]
+        dtype = self._dtype(key)
+        return Out(key, dtype, shape, partial(self._fold, key, dtype))
+
+    def _dtype(self, key: str) -> str:
+        if self.dtype is not None:
+            return self.dtype
+        source = self.tied.source(key)
+        if source in self.held.packed:
+            return self.held.dtype
+        if source in self.base.tensors:
+            return self.base.tensors[source].dtype
+        kinds = [t.dtype for t in self.base.tensors.values() if t.dtype in FLOATS]
+        return max(set(kinds), key=kinds.count) if kinds else "F32"
+
+    # values
+
+    def _own(self, key: str) -> torch.Tensor:
+        W = self.held.read(self.tied.source(key))
+        return W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
+
+    @torch.no_grad()
+    def _exact(self, key: str) -> torch.Tensor:
+        folds = self.changed.get(key, [])
+        W = torch.empty(0) if folds and folds[0].new else self._own(key)
+        for i, change in enumerate(folds):
+            W = change.fold(W, partial(self._own, key) if i else partial(torch.Tensor.view_as, W, W))
+            if not W.isfinite().all():
+                raise NonFiniteError(f"Merged, '{change.param}' holds NaN or infinite numbers: an adapter is broken.")
+        return W
+
+    def _fold(self, key: str, dtype: str) -> tuple[Any, dict[str, Any] | None]:
+        exact = self._exact(key)
+        stored = self._stored(key, exact, dtype)
+        return to_bytes(stored), self._row(key, exact, stored)
+
+    def _stored(self, key: str, exact: torch.Tensor, dtype: str) -> torch.Tensor:
+        stored = exact.to(TORCH[dtype])
+        if dtype == "F16" and not stored.isfinite().all():
+            raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504: use --dtype bfloat16 or float32.")
+        return stored
+
+    def _row(self, key: str, exact: torch.Tensor, stored: torch.Tensor) -> dict[str, Any] | None:
+        if key not in self.changed:
+            return None
+        if self.changed[key] and self.changed[key][0].new:
+            return {"new": True}
+        before = self.held.read(self.tied.source(key))
+        if before.shape != exact.shape:
+            return {"resized": [list(before.shape), list(exact.shape)]}
+        return measured(before, exact, stored)
+
+    @torch.no_grad()
+    def _repack(self, name: str, key: str) -> tuple[Any, dict[str, Any] | None]:
+        exact = self._exact(name)
+        made = self.held.pack(name, exact)
+        row = None
+        if key == self.held.packed[name][0]:
+            row = measured(self.held.read(name), exact, self.held.unpack(name, made))
+            row["tensor"] = name
+        return made[key].load(), row
+
+    # the rest
+
+    def small_files(self, folder: str, layout: dict[str, list[Out]]) -> None:
+        """Write config and index, and copy what else stands beside the weights."""
+        for source, name in small_files(self.base.path):
+            target = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(source, target)
+        if self.base.config:
+            text = json.dumps(self.config(), indent=2, ensure_ascii=False)
+            replace(os.path.join(folder, "config.json"), write_text(text + "\n"))
+        if len(layout) > 1:
+            total = sum(out.nbytes for outs in layout.values() for out in outs)
+            names = {out.name: file for file, outs in layout.items() for out in outs}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+            replace(os.path.join(folder, INDEX), write_text(json.dumps(index, indent=2) + "\n"))
+
+    def config(self) -> dict[str, Any]:
+        """Return config.json of the output."""
+        config = dict(self.base.config)
+        if self.held.packed and not self.keep:
+            config = self.held.plain_config(config)
+        if self.dtype is not None:
+            kind = next(name for name, code in DTYPES.items() if code == self.dtype)
+            config |= {name: kind for name in ("dtype", "torch_dtype") if name in config} or {"dtype": kind}
+        self.tied.mark(config)
+        heads.resize(config, self.changed, self.held.shapes)
+        return heads.architecture(config, self.changed, self.adapters)
+
+
+def small_files(path: str) -> list[tuple[str, str]]:
+    """Return the files beside a model's weights that belong to any model with other values, and their names."""
+    found = []
+    for root, folders, names in os.walk(path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(names):
+            own = os.path.relpath(os.path.join(root, name), path)
+            if not name.startswith((".", "adapter_")) and not name.endswith(WEIGHTS) and own not in NOT_COPIED:
+                found.append((os.path.join(root, name), own))
+    return found
+
+
+def resharded(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out]]:
+    """Return the same tensors in files of at most that many bytes, where no tensor is larger."""
+    groups: list[list[Out]] = [[]]
+    for out in (out for outs in by_file.values() for out in outs):
+        if groups[-1] and sum(o.nbytes for o in groups[-1]) + out.nbytes > size:
+            groups.append([])
+        groups[-1].append(out)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": outs for i, outs in enumerate(groups, 1)}
+
+
+def note_losses(account: Merged) -> None:
+    """Note updates of which rounding left little."""
+    lost = {key: row["kept"] for key, row in account.tensors.items() if row.get("kept", 1.0) < KEPT}
+    if lost:
+        worst = min(lost, key=lost.__getitem__)
+        account.notes.append(
+            f"Rounding lost more than a tenth of the update of {len(lost)} tensors; '{worst}' holds {lost[worst]:.0%} "
+            "of it. --dtype float32 keeps all."
+        )
+
+
+def certificate_of(work: Work, place: Workplace, account: Merged) -> dict[str, Any]:
+    from graft.config.base import FORMAT_VERSION
+
+    sources = {"base": sorted(os.path.join(work.base.path, n) for n in {*work.base.files.values(), "config.json"})}
+    held = {
+        "graft": "1", "peft_format": FORMAT_VERSION,
+        "base": {"path": work.base.path, "files": digests(sources["base"]), "form": work.held.form},
+        "adapters": [
+            {"path": p, "weight": w, "format": a.format, "method": a.method, "files": digests(inputs(p))}
+            for p, w, a in zip(work.paths, work.weights, work.adapters)
+        ],
+        "output": {name: shard["sha256"] for name, shard in place.done.items()},
+        "dtype": work.dtype, "quantized": work.keep,
+        "tensors": account.tensors, "notes": account.notes,
+    }  # fmt: skip
+    return held
+
+
+def digests(paths: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of files, by their names."""
+    found = {}
+    for path in sorted(paths):
+        with suppress(FileNotFoundError), open(path, "rb") as f:
+            digest = hashlib.sha256()
+            while block := f.read(1 << 20):
+                digest.update(block)
+            found[os.path.basename(path)] = digest.hexdigest()
+    return found

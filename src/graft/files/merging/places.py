@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in a checkpoint the parameters of its model stand: under their names, other names, or in other pieces.
+
+Names are looked up as they are; then as transformers would rename them as it loads the checkpoint; then with a prefix
+that all names lack, or have too much.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from graft.core.errors import BaseModelMismatchError, some
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A tensor of a checkpoint that holds a parameter, or a piece of one.
+
+    Attributes:
+        expert: which matrix of a stack the tensor is; None: all of the parameter's first dimension.
+        rows: the first and the number of rows of that matrix that it holds; None: all.
+    """
+
+    key: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+class Places:
+    """The map from a model's parameters to the tensors of its checkpoint.
+
+    Args:
+        shapes: the checkpoint's names and shapes.
+        model: returns the model on the meta device, by which transformers tells what it renames; None if there is none.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], model: Any):
+        self.shapes, self.model = shapes, model
+
+    @cached_property
+    def by_transformers(self) -> dict[str, list[Spot]]:
+        model = self.model()
+        return {} if model is None else renamed(model, self.shapes)
+
+    def settle(self, names: Collection[str], adapter: str) -> dict[str, list[Spot]]:
+        """Return the spots of each of these parameters, in one way for all that do not stand under their own names.
+
+        Raises:
+            BaseModelMismatchError: the checkpoint does not hold some of them.
+        """
+        found = {name: [Spot(name)] for name in names if name in self.shapes}
+        left = [name for name in names if name not in found]
+        if not left:
+            return found
+        theirs = {name: self.by_transformers[name] for name in left if name in self.by_transformers}
+        if len(theirs) < len(left) and not theirs and not found:
+            prefixed = with_prefix(left, self.shapes)
+            theirs = {name: [Spot(key)] for name, key in prefixed.items()}
+        missing = [name for name in left if name not in theirs]
+        if missing:
+            raise BaseModelMismatchError(
+                f"The base's checkpoint does not hold {len(missing)} of the {len(names)} tensors that adapter "
+                f"'{adapter}' changes: {some(missing, 4)}. It is of another model, or its names need the installed "
+                "transformers to know the model."
+            )
+        return found | theirs
+
+    def find(self, name: str) -> list[Spot] | None:
+        """Return the spots of one parameter; None if the checkpoint does not hold it."""
+        if name in self.shapes:
+            return [Spot(name)]
+        return self.by_transformers.get(name)
+
+
+def with_prefix(names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
+    """Return the names as the checkpoint has them, if one prefix more or less makes all of them keys; else {}."""
+    names = list(names)
+    first = f".{names[0]}"
+    more = {key[: len(key) - len(first) + 1] for key in keys if key.endswith(first)}
+    less = {names[0][: i + 1] for i, c in enumerate(names[0]) if c == "." and names[0][i + 1 :] in keys}
+    fits = [{name: prefix + name for name in names} for prefix in sorted(more)]
+    fits += [
+        {name: name[len(prefix) :] for name in names}
+        for prefix in sorted(less)
+        if all(name.startswith(prefix) for name in names)
+    ]
+    fits = [fit for fit in fits if all(key in keys for key in fit.values())]
+    return fits[0] if len(fits) == 1 else {}
+
+
+def renamed(model: Any, shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:
+    """Return the spots of a transformers model's parameters, as transformers loads them."""
+    try:
+        from transformers import conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+    except ImportError:  # before 5
+        return by_patterns(getattr(type(model), "_checkpoint_conversion_mapping", None) or {}, shapes)
+    conversions = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters: list[Any] = [c for c in conversions if not isinstance(c, WeightRenaming)]
+    own = model.state_dict()
+    found: dict[str, list[Spot]] = {}
+    stacks: dict[str, dict[str, list[str]]] = {}  # parameter → pattern of a part → its keys
+    orders: dict[str, list[str]] = {}
+    for key in sorted(shapes, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if pattern is None:
+            found.setdefault(target, []).append(Spot(key))
+            continue
+        converter = next(c for c in converters if pattern in c.source_patterns and c.rename_source_key(key)[1])
+        if steps(converter) in (("MergeModulelist",), ("MergeModulelist", "Concatenate")):
+            stacks.setdefault(target, {}).setdefault(pattern, []).append(key)
+            orders[target] = list(converter.source_patterns)
+    for target, parts in stacks.items():
+        start, spots = 0, list[Spot]()
+        for pattern in orders[target]:
+            keys = parts.get(pattern, [])
+            for expert, key in enumerate(keys):
+                spots.append(Spot(key, expert, (start, shapes[key][0])))
+            start += shapes[keys[0]][0] if keys else 0
+        found[target] = spots
+    return found
+
+
+def steps(converter: Any) -> tuple[str, ...]:
+    return tuple(type(o).__name__ for o in converter.operations)
+
+
+def by_patterns(patterns: Mapping[str, str], shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:
+    """Return the spots by a class's `_checkpoint_conversion_mapping`: the first pattern that fits renames a key."""
+    found: dict[str, list[Spot]] = {}
+    for key in shapes:
+        for pattern, put in patterns.items():
+            name, n = re.subn(pattern, put, key)
+            if n:
+                found.setdefault(name, []).append(Spot(key))
+                break
+    return found

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the shards of a model one after another, each tensor when it is its turn; go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from graft.config.atomic import replace, sync, write_text
+from graft.files.errors import OutputExistsError
+from graft.files.tensors import BITS
+
+STATE = ".graft-merge"
+METADATA = {"format": "pt"}
+SPARE = 1 << 20  # bytes: for the small files
+
+
+@dataclass
+class Out:
+    """A tensor that the output will hold.
+
+    Attributes:
+        make: returns its bytes, and what a certificate says of it, if anything.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], tuple[Any, dict[str, Any] | None]]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * BITS[self.dtype] // 8
+
+
+def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[dict[str, Any]]]:
+    """Write a safetensors file; return its sha256, and what there is to say of its tensors."""
+    order = sorted(outs, key=lambda out: (-BITS[out.dtype], out.name))  # the widest first, so that all are aligned
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for out in order:
+        begin, end = end, end + out.nbytes
+        header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest, rows = hashlib.sha256(), list[dict[str, Any]]()
+    part = f"{path}.part"
+    with open(part, "wb") as f:
+        for held in (len(text).to_bytes(8, "little"), text):
+            f.write(held)
+            digest.update(held)
+        for out in order:
+            held, row = out.make()
+            assert len(held) == out.nbytes, out.name
+            f.write(held)
+            digest.update(held)
+            del held
+            if row is not None:
+                rows.append({"tensor": out.name, **row})
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    return digest.hexdigest(), rows
+
+
+class Workplace:
+    """The folder in which an output comes about: beside it, under a name that the next run finds.
+
+    Args:
+        key: of inputs and options. What another key has left there is deleted.
+    """
+
+    def __init__(self, output: str, key: str, force: bool):
+        self.output = os.path.abspath(output)
+        parent, name = os.path.split(self.output)
+        self.folder, self.old = (os.path.join(parent, f".{name}.{end}") for end in ("graft-merge", "graft-before"))
+        self.key, self.force = key, force
+        self.done: dict[str, Any] = {}
+
+    def check(self) -> None:
+        """Raise OutputExistsError if something stands where the output goes."""
+        if os.path.lexists(self.output) and not self.force:
+            raise OutputExistsError(f"{self.output} exists: --force replaces it.")
+        if os.path.lexists(self.output) and not os.path.isdir(self.output):
+            raise OutputExistsError(f"{self.output} is no folder, and stays as it is.")
+
+    @contextmanager
+    def held(self) -> Iterator[Workplace]:
+        """Have the folder alone; take up what a killed run of the same key has finished."""
+        os.makedirs(self.folder, exist_ok=True)
+        lock = os.open(os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            with suppress(ImportError):  # not on Windows
+                import fcntl
+
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise OutputExistsError(f"Another process is merging into {self.output} now.") from None
+            self.done = self._left()
+            yield self
+        finally:
+            os.close(lock)
+
+    def _left(self) -> dict[str, Any]:
+        path = os.path.join(self.folder, STATE)
+        with suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
+            state = json.load(f)
+            if state["key"] == self.key:
+                return {name: held for name, held in state["shards"].items() if os.path.exists(self.at(name))}
+        for name in os.listdir(self.folder):
+            if name != ".lock":
+                there = os.path.join(self.folder, name)
+                shutil.rmtree(there) if os.path.isdir(there) and not os.path.islink(there) else os.remove(there)
+        return {}
+
+    def at(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def check_room(self, shards: Mapping[str, Sequence[Out]]) -> None:
+        """Raise OSError (ENOSPC) unless the disk has room for what is not written yet."""
+        left = sum(out.nbytes for name, outs in shards.items() if name not in self.done for out in outs) + SPARE
+        free = shutil.disk_usage(self.folder).free
+        if left > free:
+            os_error = os.strerror(errno.ENOSPC)
+            raise OSError(
+                errno.ENOSPC, f"{os_error}: {left / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free",
+                self.output,
+            )  # fmt: skip
+
+    def write(self, shards: Mapping[str, Sequence[Out]], step: Callable[[str], None] | None = None) -> None:
+        for name, outs in shards.items():
+            if name not in self.done:
+                digest, rows = write_shard(self.at(name), outs)
+                self.done[name] = {"sha256": digest, "rows": rows}
+                state = json.dumps({"key": self.key, "shards": self.done})
+                replace(self.at(STATE), write_text(state))
+            if step is not None:
+                step(name)
+
+    def finish(self) -> None:
+        """Put the folder where the output goes; what stands there leaves only when this one is in its place."""
+        with suppress(FileNotFoundError):
+            os.remove(self.at(STATE))
+        sync(self.folder)
+        if os.path.isdir(self.output):
+            if os.path.isdir(self.old):
+                shutil.rmtree(self.old)
+            os.rename(self.output, self.old)
+        os.rename(self.folder, self.output)
+        sync(os.path.dirname(self.output))
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(self.output, ".lock"))
+        if os.path.isdir(self.old):
+            shutil.rmtree(self.old)

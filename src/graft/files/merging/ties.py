@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tied weights: one tensor that two parameters are. A change of one alone unties them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from graft.files.merging.folds import Change
+from graft.files.neutral import AdapterFile
+from graft.files.tensors import Tensor
+
+Groups = list[list[str]]
+
+
+def tied_groups(model: Any, config: Mapping[str, Any], shapes: Mapping[str, Any]) -> Groups:
+    """Return the names of parameters that are one, by the model; without one, by its config."""
+    if config.get("tie_word_embeddings") is False:
+        return []
+    made = model()
+    if made is None:
+        known = [n for n in shapes if n.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
+        return [[known[0], "lm_head.weight"]] if len(known) == 1 and config.get("tie_word_embeddings") else []
+    if hasattr(made, "tie_weights"):
+        made.tie_weights()
+    same: dict[int, list[str]] = {}
+    for name, p in made.named_parameters(remove_duplicate=False):
+        same.setdefault(id(p), []).append(name)
+    return [names for names in same.values() if len(names) > 1]
+
+
+class Tied:
+    """The ties of a checkpoint, looked at only where an adapter may pull one apart.
+
+    Attributes:
+        shapes: the checkpoint's, and those of tied tensors that it leaves out.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], groups: Callable[[], Groups]):
+        self.shapes = dict(shapes)
+        self.stored = set(shapes)
+        self.groups_of = groups
+        self.groups: Groups | None = None
+        self.sources: dict[str, str] = {}  # tensor that the checkpoint leaves out → the one that it is
+        self.untied = False
+
+    def look_at(self, adapter: AdapterFile) -> None:
+        """Find the ties, if an adapter changes what may be tied: embeddings, whole tensors, what seems not there."""
+        touched = [path for path, held in adapter.low_rank.items() if held.kind != "experts"]
+        may = adapter.rows or adapter.full or len(touched) < len(adapter.modules)
+        may = may or any(held.kind == "embedding" for held in adapter.low_rank.values())
+        may = may or any(f"{path}.weight" not in self.stored or path.rpartition(".")[2] in HEADS for path in touched)
+        if self.groups is not None or not may:
+            return
+        self.groups = self.groups_of()
+        for group in self.groups:
+            there = [name for name in group if name in self.stored]
+            for name in group if there else ():
+                if name not in self.stored:
+                    self.shapes[name], self.sources[name] = self.shapes[there[0]], there[0]
+
+    def source(self, key: str) -> str:
+        return self.sources.get(key, key)
+
+    def spread(self, found: list[Change], adapter: AdapterFile) -> list[Change]:
+        """Return the changes, with those of one tied tensor on all where the adapter means all.
+
+        Trained rows and biases of the base are those of all, since training had the one tensor; others are if the
+        config says `ensure_weight_tying`.
+        """
+        made = list(found)
+        together = bool(adapter.config.get("ensure_weight_tying"))
+        biases = adapter.config.get("bias") not in (None, "none")
+        for group in self.groups or ():
+            for change in found:
+                one = together or change.of[:1] == ("rows",) or (biases and change.key.endswith(".bias"))
+                if change.key in group and one:
+                    others = [n for n in group if not any(c.key == n and c.of[:1] == change.of[:1] for c in found)]
+                    made += [replace(change, key=name, param=name) for name in others if name in self.shapes]
+        return made
+
+    def settle(self, changed: dict[str, list[Change]]) -> list[str]:
+        """Leave out what tied tensors have in common, or have all of a group written; return what a user should know.
+
+        Members whose changes are the same stay tied.
+        """
+        notes = []
+        for group in self.groups or ():
+            names = [name for name in group if name in self.shapes]
+            if not any(name in changed for name in names):
+                continue
+            if all(alike(changed.get(names[0], []), changed.get(name, [])) for name in names[1:]):
+                for name in names:
+                    if name not in self.stored:
+                        changed.pop(name, None)
+                continue
+            self.untied = True
+            one = ", ".join(f"'{name}'" for name in names)
+            notes.append(
+                f"{one} are one tensor in the base and differ now: each is written, tie_word_embeddings=false."
+            )
+        if self.untied:  # of all that the config ties
+            for group in self.groups or ():
+                for name in group:
+                    if name in self.shapes:
+                        changed.setdefault(name, [])
+        return notes
+
+    def mark(self, config: dict[str, Any]) -> None:
+        """Say in a config that embeddings are not tied any more."""
+        if not self.untied:
+            return
+        config["tie_word_embeddings"] = False
+        for name, part in config.items():
+            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+                config[name] = {**part, "tie_word_embeddings": False}
+
+
+HEADS = ("lm_head", "embed_out", "output", "decoder", "score", "classifier")  # last names of what may be tied
+
+
+def alike(a: list[Change], b: list[Change]) -> bool:
+    """Return True if two lists of changes do the same, by the values that they come from."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and len(x.of) == len(y.of) and all(map(same, x.of, y.of)) for x, y in zip(a, b)
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and bytes(a.load()) == bytes(b.load()))
+    return bool(a == b)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging of any method into a checkpoint: on a model whose weights take no memory, each of which comes by in turn."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.core.effect import Replace, Rewrite
+from graft.core.errors import BaseModelMismatchError
+from graft.core.folding import evaluating, fold_step, shift_of
+from graft.core.layer import AdapterLayer
+from graft.core.merging import fixed
+from graft.core.method import Method
+from graft.files.base import BaseFiles
+from graft.files.errors import LossError
+from graft.files.formats import peft
+from graft.files.merging import Merged, heads, merge
+from graft.files.merging.folds import Change, Job, Read, whole
+from graft.files.merging.numbers import to_file
+from graft.files.merging.skeleton import nothing, skeleton
+from graft.files.neutral import LowRank
+from graft.inject.survey import survey
+from graft.model.peft_model import PeftModel
+
+NAME = "default"
+
+
+def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.PathLike[str], **options: Any) -> Merged:
+    """Merge adapter files into a model's folder, tensor by tensor: see `graft.files.merging.merge`, for every method
+    that has a merged form."""
+    adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    return merge(base, adapters, output, others=changes, **options)
+
+
+def changes(job: Job, base: BaseFiles) -> list[Change]:
+    """Return what the parts of an adapter that are not low rank do to a checkpoint.
+
+    Raises:
+        LossError: they have no merged form.
+        BaseModelMismatchError: transformers does not know the base, or it has no place for them.
+    """
+    adapter = job.adapter
+    if adapter.method in peft.PROMPTS:
+        raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
+    layers = loaded(job, base)
+    found: list[Change] = []
+    asked: dict[Any, bool] = {}
+    for path, held in adapter.modules.items():
+        if isinstance(held, LowRank):
+            continue
+        layer = layers.get(path)
+        if layer is None or NAME not in layer.methods:
+            raise job.misfit(path, "there is no such layer in the model")
+        m = layer.methods[NAME]
+        effect: Any = m.effect
+        why = fixed(layer, [m]) or ("it acts on a module without a weight" if getattr(effect, "block", False) else None)
+        if why is not None:
+            raise LossError(f"{adapter.method} of {job.name} cannot be merged at '{path}': {why}.")
+        if isinstance(effect, Replace):
+            for name, p in effect.module().named_parameters():
+                found += whole(job, f"{path}.{name}", to_file(p))
+        else:
+            found += of_layer(job, path, layer, m, asked)
+    return found
+
+
+def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
+    """Return the layers of an adapter on the base's model, whose weights are zeros that take no memory."""
+    kind = heads.head_class(base.config, job.adapter) if job.adapter.full else None
+    model = skeleton(base.path, "cpu", kind)
+    if model is None:
+        raise BaseModelMismatchError(
+            f"{job.adapter.method} of {job.name} can be merged only into a model that the installed transformers "
+            f"knows, and it does not know {base.path}."
+        )
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")  # of a fingerprint that zeros do not have
+        path = job.adapter.path
+        if job.adapter.format != peft.NAME:
+            peft.write(job.adapter, folder, base)
+            path = folder
+        made = PeftModel.from_pretrained(model, path, adapter_name=NAME)
+    return survey(made.get_base_model()).layers
+
+
+def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[Any, bool]) -> list[Change]:
+    name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
+    (spot, *more) = job.places.settle([name], job.name)[name]
+    stored = job.places.shapes[spot.key]
+    if (
+        more
+        or spot.expert is not None
+        or tuple(layer.op.uncanon(torch.empty(layer.site.shape, device="meta")).shape) != stored
+    ):
+        raise job.misfit(path, f"'{spot.key}' {stored} is not the layer's weight as the model holds it")
+    bias = job.places.find(f"{path}.bias")
+    key = bias[0].key if bias and getattr(layer.base_layer, "bias", None) is not None else None
+    found = []
+    if not m.effect.keeps_weight:
+        found.append(Change(spot.key, name, partial(fold, job, layer, m, False, key), stored, (m,)))
+    if shifts(layer, m, asked):
+        if key is None:
+            raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
+        act = partial(fold, job, layer, m, True, spot.key)
+        found.append(Change(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
+    return found
+
+
+def shifts(layer: AdapterLayer, m: Method, asked: dict[Any, bool]) -> bool:
+    """Return True if an adapter changes the bias; one layer of those with the same method, config and kind answers."""
+    kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
+    if kind not in asked:
+        with torch.no_grad(), evaluating(layer):
+            if isinstance(m.effect, Rewrite):
+                b = None if kind[-1] else torch.zeros(layer.site.out_features)
+                asked[kind] = m.effect.merged(torch.zeros(layer.site.shape), b)[1] is not b
+            else:
+                asked[kind] = shift_of(m.effect) is not None
+    return asked[kind]
+
+
+def fold(
+    job: Job, layer: AdapterLayer, m: Method, of_bias: bool, other: str | None, value: torch.Tensor, own: Read
+) -> torch.Tensor:
+    """Return the weight, or the bias, that an adapter makes of its layer's.
+
+    Args:
+        other: the checkpoint's name of the bias, or of the weight if `value` is the bias; None: there is none.
+    """
+    beside = None if other is None else job.read(other)
+    W, b = (beside, value) if of_bias else (value, beside)
+    W0, b0 = (beside, own()) if of_bias else (own(), beside)
+    assert W is not None and W0 is not None
+    base: Any = layer.base_layer
+    held = base._parameters
+    with torch.no_grad(), evaluating(layer):
+        held[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
+        if b0 is not None:
+            held["bias"] = nn.Parameter(b0, requires_grad=False)
+        try:
+            made = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
+            assert made is not None
+            made = made if of_bias else layer.op.uncanon(made)
+            return made if job.weight == 1 else torch.lerp(value, made.to(value.dtype), job.weight)
+        finally:
+            held[layer.site.parameter] = nn.Parameter(nothing(W0), requires_grad=False)
+            if b0 is not None:
+                held["bias"] = nn.Parameter(nothing(b0), requires_grad=False)

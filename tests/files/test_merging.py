@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging into files: the same bits as merging in memory, whatever the method and the names; all or nothing."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import graft
+from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
+from graft.files.errors import LossError, OptionError, OutputExistsError
+from graft.files.merging import merge
+from graft.model.checkpoint import merge_files
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # of ties and of PiSSA, which other tests have
+SMALL = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=96,
+)  # fmt: skip
+MOE = dict(SMALL, num_experts_per_tok=2)
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)),
+    "bert": lambda: BertForMaskedLM(
+        BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=4)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=48, head_dim=8)
+    ),
+}
+TARGETS = {"gpt2": ["c_attn", "c_proj"], "bert": ["query", "output.dense"]}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+IDS = torch.arange(10)[None]
+
+
+def base_of(kind, folder):
+    """Save a model in several shards; return its folder."""
+    MODELS[kind]().save_pretrained(folder / "base", max_shard_size="60KB")
+    return folder / "base"
+
+
+def adapted(kind, folder, config, lib=graft, name="adapter", seed=0):
+    """Save an adapter with values on the base in `folder`; return the model with it, and the adapter's folder."""
+    cls = type(MODELS[kind]())
+    model = lib.get_peft_model(cls.from_pretrained(folder / "base"), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    model.save_pretrained(folder / name)
+    return model, folder / name
+
+
+def lora(lib=graft, kind="llama", **fields):
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS.get(kind, ["q_proj", "up_proj"]), **fields}
+    return lib.LoraConfig(**fields)
+
+
+def loaded(kind, folder):
+    return type(MODELS[kind]()).from_pretrained(folder).eval()
+
+
+def assert_same(merged, plain, base, ulps=0):
+    """All tensors are equal, bit for bit or nearly, and some differ from the base's."""
+    a, b, before = merged.state_dict(), plain.state_dict(), base.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=ulps * 2**-22, atol=ulps * 1e-9)
+    assert any(not torch.equal(a[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("llama", {}),
+        ("llama", {"lora_bias": False, "use_rslora": True, "rank_pattern": {"up_proj": 2}}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj", "wte"]}),
+        ("bert", {"target_modules": ["query", "word_embeddings"], "modules_to_save": ["LayerNorm"]}),
+        ("bert", {"bias": "all"}),
+        ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("tied", {"trainable_token_indices": [1, 7]}),
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    ],
+)
+def test_lora_merges_to_the_same_bits_as_in_memory(kind, fields, dora, tmp_path):
+    if dora and fields.get("target_parameters"):
+        pytest.skip("there is no DoRA of parameters")
+    base = base_of(kind, tmp_path)
+    model, adapter = adapted(kind, tmp_path, lora(kind=kind, use_dora=dora, **fields))
+    merge(base, [adapter], tmp_path / "out")
+    merged, whole = loaded(kind, tmp_path / "out"), model.merge_and_unload()
+    assert_same(merged, whole, loaded(kind, base), ulps=dora)  # which adds B A in place, to hold one matrix fewer
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "tied", "mixtral"])
+def test_an_adapter_of_peft_gives_the_outputs_that_it_has_in_peft(kind, tmp_path):
+    base = base_of(kind, tmp_path)
+    extra = {"target_modules": ["q_proj"], "target_parameters": EXPERTS} if kind == "mixtral" else {}
+    if kind == "tied":
+        extra = {"target_modules": ["q_proj", "embed_tokens"]}
+    model, adapter = adapted(kind, tmp_path, lora(peft, kind, **extra), peft)
+    merge(base, [adapter], tmp_path / "out")
+    with torch.no_grad():
+        there, here = model(input_ids=IDS).logits, loaded(kind, tmp_path / "out")(input_ids=IDS).logits
+        plain = loaded(kind, base)(input_ids=IDS).logits
+    torch.testing.assert_close(here, there, rtol=0, atol=1e-6)
+    assert (plain - there).abs().max() > 1e-3
+
+
+T = ["q_proj", "up_proj"]
+METHODS = {
+    "vera": lambda: graft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+    "vblora": lambda: graft.VBLoRAConfig(r=4, vector_length=16, num_vectors=8, target_modules=T),
+    "randlora": lambda: graft.RandLoraConfig(r=4, target_modules=T),
+    "hra": lambda: graft.HRAConfig(r=4, target_modules=T),
+    "oft": lambda: graft.OFTConfig(oft_block_size=8, r=0, target_modules=T),
+    "loha": lambda: graft.LoHaConfig(r=4, target_modules=T),
+    "hira": lambda: graft.HiraConfig(r=4, target_modules=T),
+    "ia3": lambda: graft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adalora": lambda: graft.AdaLoraConfig(init_r=4, target_r=4, total_step=10, target_modules=T),
+    "ln_tuning": lambda: graft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "tokens": lambda: graft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "pissa": lambda: lora(init_lora_weights="pissa"),
+    "olora": lambda: lora(init_lora_weights="olora"),
+    "loftq": lambda: lora(init_lora_weights="loftq", loftq_config=graft.LoftQConfig(loftq_bits=4)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_merge_to_the_same_bits_as_in_memory(method, tmp_path):
+    base = base_of("llama", tmp_path)
+    model, adapter = adapted("llama", tmp_path, METHODS[method]())
+    merge_files(base, adapter, tmp_path / "out")
+    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+
+
+@pytest.mark.parametrize("config", [graft.HRAConfig(r=4), graft.LoKrConfig(r=4), graft.IA3Config()])
+def test_other_methods_merge_into_weights_that_are_stored_transposed(config, tmp_path):
+    base = base_of("gpt2", tmp_path)
+    config.target_modules = ["c_attn", "c_fc"]
+    if hasattr(config, "feedforward_modules"):
+        config.feedforward_modules = ["c_fc"]
+    model, adapter = adapted("gpt2", tmp_path, config)
+    merge_files(base, adapter, tmp_path / "out")
+    assert_same(loaded("gpt2", tmp_path / "out"), model.merge_and_unload(), loaded("gpt2", base))
+
+
+def test_weights_scale_updates_and_several_adapters_add_up(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, a = adapted("llama", tmp_path, lora(), name="a", seed=1)
+    _, b = adapted("llama", tmp_path, lora(r=2, use_rslora=True), name="b", seed=2)
+    merge(base, [a, b], tmp_path / "out", weights=[0.5, -2.0])
+    W0 = loaded("llama", base).state_dict()
+    expected = {name: W.double() for name, W in W0.items()}
+    for folder, weight in ((a, 0.5), (b, -2.0)):
+        whole = graft.PeftModel.from_pretrained(loaded("llama", base), folder).merge_and_unload().state_dict()
+        for name in expected:
+            expected[name] += weight * (whole[name].double() - W0[name].double())
+    for name, W in loaded("llama", tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(W.double(), expected[name], rtol=0, atol=1e-6)
+
+
+def test_a_weight_puts_dora_part_of_the_way(tmp_path):
+    base = base_of("llama", tmp_path)
+    model, a = adapted("llama", tmp_path, lora(use_dora=True))
+    merge(base, [a], tmp_path / "out", weights=[0.25])
+    W0, W1 = loaded("llama", base).state_dict(), model.merge_and_unload().state_dict()
+    for name, W in loaded("llama", tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(W, W0[name].lerp(W1[name], 0.25), rtol=0, atol=1e-7)
+
+
+def test_a_head_that_the_base_lacks_comes_along_with_its_class(tmp_path):
+    base = base_of("llama", tmp_path)
+    config = AutoConfig.from_pretrained(base, num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+    model.config.pad_token_id = 0
+    model = graft.get_peft_model(model, lora(task_type="SEQ_CLS")).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    merged.config.pad_token_id = 0
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
+
+
+def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
+    base = base_of("llama", tmp_path)
+    model = loaded("llama", base)
+    model.resize_token_embeddings(100)
+    model = graft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    with torch.no_grad():
+        merged = loaded("llama", tmp_path / "out")
+        torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
+    assert merged.config.vocab_size == 100
+
+
+def test_names_that_lack_a_prefix_are_found(tmp_path):
+    """A checkpoint of the model inside, and an adapter trained on the one with a head."""
+    base = base_of("bert", tmp_path)
+    model, adapter = adapted("bert", tmp_path, lora(kind="bert"))
+    inner = loaded("bert", base).bert
+    shutil.rmtree(base)
+    inner.save_pretrained(base)
+    merge(base, [adapter], tmp_path / "out")
+    whole, got = model.merge_and_unload().state_dict(), load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(W, whole[f"bert.{name}"]) for name, W in got.items() if f"bert.{name}" in whole)
+    assert not torch.equal(
+        got["encoder.layer.0.attention.self.query.weight"],
+        inner.state_dict()["encoder.layer.0.attention.self.query.weight"],
+    )
+
+
+def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):
+    base = base_of("tied", tmp_path)
+    _, adapter = adapted("tied", tmp_path, lora(target_modules=["embed_tokens"]))
+    account = merge(base, [adapter], tmp_path / "out")
+    assert "tie_word_embeddings" in account.notes[0]
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    held = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
+    old = {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}["model.embed_tokens.weight"]
+    assert torch.equal(held["lm_head.weight"], old) and not torch.equal(held["model.embed_tokens.weight"], old)
+
+
+def test_the_same_rows_on_both_sides_leave_them_tied(tmp_path):
+    base = base_of("tied", tmp_path)
+    _, adapter = adapted("tied", tmp_path, lora(trainable_token_indices=[1, 7]))
+    assert merge(base, [adapter], tmp_path / "out").notes == []
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+
+
+# what is written
+
+
+def bf16_base(folder):
+    model = MODELS["llama"]().to(torch.bfloat16)
+    model.save_pretrained(folder / "base", max_shard_size="30KB")
+    return folder / "base"
+
+
+def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_path):
+    base = bf16_base(tmp_path)
+    (base / "tokenizer.json").write_text("{}")
+    (base / "pytorch_model.bin").write_bytes(b"the same weights, unmerged")
+    (base / "sub").mkdir()
+    (base / "sub/vocab.txt").write_text("a")
+    _, adapter = adapted("llama", tmp_path, lora())
+    merge(base, [adapter], tmp_path / "out")
+    wide = loaded("llama", base).float().state_dict()
+    factors = load_file(adapter / "adapter_model.safetensors")
+    got = {k: v for f in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(f).items()}
+    for name, W in got.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" in factors:
+            A, B = factors[f"{key}A.weight"].float(), factors[f"{key}B.weight"].float()
+            assert torch.equal(W, (wide[name].addmm(B * 1.5, A)).bfloat16())
+        else:
+            assert torch.equal(W, wide[name].bfloat16())
+    names = {
+        os.path.relpath(os.path.join(r, f), tmp_path / "out") for r, _, fs in os.walk(tmp_path / "out") for f in fs
+    }
+    shards = {f.name for f in base.glob("*.safetensors")}
+    assert len(shards) > 1
+    assert names == {*shards, "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+                     "sub/vocab.txt"}  # fmt: skip
+
+
+def test_the_certificate_says_what_rounding_left(tmp_path):
+    base = bf16_base(tmp_path)
+    _, adapter = adapted("llama", tmp_path, lora())
+    merge(base, [adapter], tmp_path / "out", certificate=True)
+    held = json.loads((tmp_path / "out/merge.json").read_text())
+    wide, factors = loaded("llama", base).float().state_dict(), load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+    exact = wide[name].double() + 1.5 * factors[f"{key}B.weight"].double() @ factors[f"{key}A.weight"].double()
+    stored = loaded("llama", tmp_path / "out").state_dict()[name].double()
+    row = held["tensors"][name]
+    delta = exact - wide[name].double()
+    assert row["update"] == pytest.approx(float(delta.norm()), rel=1e-5)
+    assert row["largest_difference"] == pytest.approx(float((stored - exact).abs().max()), rel=1e-3)
+    assert row["unchanged"] == pytest.approx(float((stored == wide[name].double()).double().mean()), abs=2e-3)
+    assert row["kept"] == pytest.approx(
+        float(((stored - wide[name].double()) * delta).sum() / delta.square().sum()), rel=1e-4
+    )
+    import hashlib
+
+    for shard, digest in held["output"].items():
+        assert hashlib.sha256((tmp_path / "out" / shard).read_bytes()).hexdigest() == digest
+
+
+def test_an_update_that_rounding_loses_is_told(tmp_path):
+    base = bf16_base(tmp_path)
+    _, adapter = adapted("llama", tmp_path, lora())
+    account = merge(base, [adapter], tmp_path / "out", weights=[1e-3])
+    assert "Rounding lost" in account.notes[0]
+    assert merge(base, [adapter], tmp_path / "wide", weights=[1e-3], dtype="float32").notes == []
+    assert loaded("llama", tmp_path / "wide").dtype == torch.float32
+
+
+def test_shards_of_another_size_hold_the_same(tmp_path):
+    base = base_of("llama", tmp_path)
+    model, adapter = adapted("llama", tmp_path, lora())
+    merge(base, [adapter], tmp_path / "one", shard_size=10**9)
+    merge(base, [adapter], tmp_path / "many", shard_size=20_000)
+    assert [f.name for f in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
+    assert len([*(tmp_path / "many").glob("*.safetensors")]) > 5
+    whole = model.merge_and_unload()
+    for folder in ("one", "many"):
+        assert_same(loaded("llama", tmp_path / folder), whole, loaded("llama", base))
+
+
+# what is refused, before anything is written
+
+
+def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = adapted("llama", tmp_path, lora())
+    other = SimpleNamespace(base=tmp_path / "gpt2" / "base")
+    (tmp_path / "gpt2").mkdir()
+    base_of("gpt2", tmp_path / "gpt2")
+    out = tmp_path / "out"
+    with pytest.raises(BaseModelMismatchError, match="does not hold 4 of the 4"):
+        merge(other.base, [adapter], out)
+    with pytest.raises(OptionError, match="one for each"):
+        merge(base, [adapter], out, weights=[1, 2])
+    with pytest.raises(OptionError, match="one folder, or one is in the other"):
+        merge(base, [adapter], base / "merged")
+    with pytest.raises(CheckpointError):
+        merge(tmp_path / "nowhere", [adapter], out)
+    with pytest.raises(OptionError, match="not quantized"):
+        merge(base, [adapter], out, keep_quantized=True)
+    _, hra = adapted("llama", tmp_path, graft.HRAConfig(r=4, target_modules=T), name="hra")
+    with pytest.raises(LossError, match="not low rank"):
+        merge(base, [hra], out)
+    _, prompt = adapted(
+        "llama", tmp_path, graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), name="p"
+    )
+    with pytest.raises(LossError, match="an input of the model"):
+        merge_files(base, prompt, out)
+    _, biased = adapted("llama", tmp_path, lora(lora_bias=True), name="biased")
+    with pytest.raises(BaseModelMismatchError, match="shifts the bias"):
+        merge(base, [biased], out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "biased", "gpt2", "hra", "p"]
+
+
+def test_an_output_that_exists_stays_without_force(tmp_path):
+    base = base_of("llama", tmp_path)
+    model, adapter = adapted("llama", tmp_path, lora())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("precious")
+    with pytest.raises(OutputExistsError, match="--force"):
+        merge(base, [adapter], tmp_path / "out")
+    assert (tmp_path / "out/mine").read_text() == "precious"
+    merge(base, [adapter], tmp_path / "out", force=True)
+    assert not (tmp_path / "out/mine").exists()
+    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_a_broken_adapter_is_named_and_leaves_nothing(tmp_path):
+    base = base_of("llama", tmp_path)
+    model, _ = adapted("llama", tmp_path, lora())
+    next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n).data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+        merge(base, [tmp_path / "nan"], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "nan"]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    base = base_of("llama", tmp_path)
+    _, adapter = adapted("llama", tmp_path, lora())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="are free") as e:
+        merge(base, [adapter], tmp_path / "out")
+    assert e.value.errno == errno.ENOSPC
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = adapted("llama", tmp_path, lora())
+    account = merge(base, [adapter], tmp_path / "out", dry_run=True)
+    assert len(account.tensors) == 4 and sum(account.shards.values()) > 80_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# killed
+
+
+SLOW = """
+import sys, time
+from graft.files.merging import merge, stream
+whole = stream.write_shard
+def slow(path, outs):
+    made = whole(path, outs)
+    print("shard", flush=True)
+    time.sleep(float(sys.argv[4]))
+    return made
+stream.write_shard = slow
+account = merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
+print("resumed", account.resumed, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no kill -9")
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_run_that_was_killed_goes_on(after, tmp_path):
+    base = base_of("llama", tmp_path)
+    model, adapter = adapted("llama", tmp_path, lora())
+    command = [sys.executable, "-c", SLOW, str(base), str(adapter), str(tmp_path / "out")]
+    first = subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True)
+    for _ in range(after):
+        assert first.stdout.readline() == "shard\n"
+        if after > 1:
+            break
+    time.sleep(0.5 if after == 0 else 0)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run([*command, "0"], capture_output=True, text=True, check=True).stdout
+    assert "resumed" in done
+    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_what_another_call_left_is_not_taken_up(tmp_path):
+    """A state of the same output with other options, and one with its first shard finished."""
+    base = base_of("llama", tmp_path)
+    model, adapter = adapted("llama", tmp_path, lora())
+
+    def stop(name):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [adapter], tmp_path / "out", step=stop)
+    assert (tmp_path / ".out.graft-merge/.graft-merge").exists()
+    assert merge(base, [adapter], tmp_path / "out", weights=[2.0]).resumed == 0
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [adapter], tmp_path / "out", step=stop)
+    assert merge(base, [adapter], tmp_path / "out").resumed == 1
+    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))

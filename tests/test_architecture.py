@@ -203,8 +203,8 @@ QUANTIZED = re.compile(
 )
 
 
-# "optim": bitsandbytes has optimizers, too
-@pytest.mark.parametrize("module", [m for m in MODULES if package(m) not in (None, "storage", "optim", "compat")])
+# "optim": bitsandbytes has optimizers, too; "files": checkpoints name who quantized them
+@pytest.mark.parametrize("module", [m for m in MODULES if package(m) not in (None, "storage", "optim", "compat", "files")])
 def test_storage_is_a_matter_of_storage(module):
     for number, line in enumerate(MODULES[module].read_text().splitlines(), 1):
         assert not QUANTIZED.search(line), f"{module}:{number} {line.strip()}"
@@ -262,6 +262,7 @@ _base _shapes _shard_param_infos _numels_with_padding _is_padding_mask _params _
 _active_ddp_module _z3_optimizer _get_zeros_like_grad_buckets
 _foreach_copy_ _foreach_zero_ _foreach_mul_ _foreach_norm _post_accumulate_grad_hooks _asdict _replace _getframe
 _assert_async _standard_gamma
+_from_config
 """
 TORCHS = frozenset(NAMES_OF_TORCH.split())
 

@@ -31,7 +31,7 @@ def repository(tmp_path_factory):
     """A copy with the page's method in it."""
     copy = tmp_path_factory.mktemp("repository")
     left = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png", "*.svg")
-    for folder in ("src", "tests", "docs", "benchmarks"):
+    for folder in ("src", "tests", "docs", "benchmarks", "examples"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=left)
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, copy)

@@ -18,7 +18,7 @@ from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
-from graft.core.method import Method, Use
+from graft.core.method import Use
 from graft.core.names import is_bias
 from graft.core.wrappers import bare, clean, walk
 from graft.inject.match import Names
@@ -144,7 +144,7 @@ def stored(parts: Parts, held: list[Entry], values: dict[str, Tensor], adapter: 
     out: dict[str, Tensor] = {}
     for layer, group in groupby(held, attrgetter("layer")):
         method = None if layer is None else layer.methods[adapter]
-        if method is None or type(method).stored is Method.stored:
+        if method is None or method.stores_as_held:
             for e in group:
                 out[e.file] = values[e.file]
             continue

@@ -151,6 +151,10 @@ class Started(Method):
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
 
+    @property
+    def stores_as_held(self) -> bool:
+        return type(self).stored is Started.stored and not self.keeps_shift and not self.along
+
     def restored(self, stored: Tensors, cfg: Any) -> Tensors:
         stored = shift.restored(self, stored) if self.keeps_shift else stored
         return from_file(stored) if self.along else stored

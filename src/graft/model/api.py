@@ -114,6 +114,9 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     return PeftConfig.resolve(config_dict["peft_type"])(**config_dict)
 
 
+# a plan
+
+
 def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> InjectReport:
     """Return the report of injecting `config`: layers, trainable parameters, skipped modules and why.
 
@@ -179,6 +182,9 @@ def _parameters(value: Any) -> list[Tensor]:
     if isinstance(value, nn.Parameter):
         return [value]
     return list(value.parameters()) if isinstance(value, nn.Module) else []
+
+
+# by peft_type, as in PEFT; reading a value imports the method's file
 
 
 class _View(Mapping[Any, Any]):

@@ -330,6 +330,9 @@ def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, Pe
     return [name for name, p in training.items() if id(p) not in saved]
 
 
+# how large updates are
+
+
 UNKNOWN = math.nan
 
 

@@ -163,6 +163,9 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             widen(layers, adapter_name)
 
 
+# saving
+
+
 def save_adapters(
     model: Any,
     directory: str,

@@ -219,6 +219,9 @@ class XLoraTuner(Tuner):
         return self.internal_xlora_classifier.config  # type: ignore[no-any-return]
 
 
+# Arrow
+
+
 TASK, GENERAL, ROUTER = "task_", "gks_", "arrow_router"
 
 

@@ -193,6 +193,9 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
         return False
 
 
+# signatures
+
+
 CALLS = ("forward", "generate")
 
 

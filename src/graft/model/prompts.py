@@ -288,6 +288,9 @@ def base_words(words: nn.Module | None) -> nn.Module | None:
     return getattr(words, "original_module", words)
 
 
+# keys and values of a text, or of a cache
+
+
 Pair = tuple[Tensor, Tensor]  # key and value of one layer, each (1, heads, tokens, head_dim)
 
 

@@ -206,6 +206,9 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING |= {
 }
 
 
+# loaders of base model and adapter
+
+
 ALLOWED_LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")
 
 

@@ -234,6 +234,9 @@ def warn_trainer_unaware(model_class: type) -> None:
     )
 
 
+# who averages gradients
+
+
 REMEDY = (
     "wrap the model again, or set all adapters trainable before wrapping "
     "(model.set_requires_grad([…]) of all their names) and find_unused_parameters=True"

@@ -347,6 +347,9 @@ def usual(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}
 
 
+# room for what will come
+
+
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,

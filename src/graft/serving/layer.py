@@ -171,6 +171,9 @@ class SlotLayer(nn.Module):
         return f"slots={self.A.shape[0] - 1}, max_rank={self.A.shape[1]}"
 
 
+# what fits into slots
+
+
 # fields of a LoraConfig that add something to A and B or run them in another way, and the value that leaves them off
 PLAIN: dict[str, tuple] = {
     "use_dora": (False,),

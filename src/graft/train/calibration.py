@@ -99,6 +99,9 @@ def of_file(found: dict[str, Tensor], name: str, path: str | None) -> Tensor:
     return found[name]
 
 
+# CorDA
+
+
 NAMES = ("S_WC", "U_WC", "V_WC")
 
 
@@ -196,6 +199,9 @@ def covariances_of(
     means = {key: sums[key] / calls[key] for key in methods}
     store(cfg.covariance_file, means)
     return means
+
+
+# LoRA-GA
 
 
 def preprocess_loraga(

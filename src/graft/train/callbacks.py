@@ -72,6 +72,9 @@ class MontecloraTrainerMixin:
         return (found[0] + own, found[1]) if return_outputs else found + own
 
 
+# an audit
+
+
 FIRST = 3  # steps before the first look: a schedule may begin at 0
 OF_GRADIENTS = ("no_gradient", "zero_gradient")
 

@@ -120,6 +120,9 @@ def no_split_modules(model: nn.Module) -> set[str]:
     return {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
 
 
+# quantized bases
+
+
 HALF = (torch.float16, torch.bfloat16)
 OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # in transformers from 5.2x on, before
 

@@ -136,7 +136,7 @@ def main(*files: str) -> None:
     for page, text in pages().items():
         page.write_text(text)
     draw(run.rows, str(PICTURE), run.versions, results.digest())
-    readme.PAGE.write_text(readme.page())
+    readme.main()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's table of reasons, printed from the code and a run of the benchmark: `python -m tests.docs.readme`."""
+"""The table of reasons, of README and the site's first page, from the code and a run: `python -m tests.docs.readme`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.peft_suite.results import kept, percent
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "README.md"
+INDEX = ROOT / "docs" / "index.md"
 MEASURED = {  # what → row of the benchmark, and how `--only` names it
     "a second adapter, 10,000 layers": ("second adapter, 10k modules", "10k"),
     "loading a tenth adapter": ("load_adapter, 10th", "10th"),
@@ -71,10 +72,17 @@ def table() -> str:
     return "\n".join(line(cells) for cells in [head, ["---"] * len(head), *counted(), *measured(run)])
 
 
-def page() -> str:
-    return put(PAGE.read_text(), "why", table())
+def pages() -> dict[Path, str]:
+    """Both pages with the table of now, by their paths."""
+    printed = table()
+    return {page: put(page.read_text(), "why", printed) for page in (PAGE, INDEX)}
+
+
+def main() -> None:
+    for page, text in pages().items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    main()
     print(table())

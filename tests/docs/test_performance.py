@@ -24,7 +24,13 @@ def test_the_picture_was_drawn_from_the_run():
 def copies(tmp_path, monkeypatch):
     """Page, picture, README and run, to write into."""
     monkeypatch.setattr(performance, "PICTURE", tmp_path / "bench.png")
-    for module, name in ((performance, "PAGE"), (performance, "ROWS"), (readme, "PAGE"), (results, "RESULTS")):
+    for module, name in (
+        (performance, "PAGE"),
+        (performance, "ROWS"),
+        (readme, "PAGE"),
+        (readme, "INDEX"),
+        (results, "RESULTS"),
+    ):
         page = getattr(module, name)
         monkeypatch.setattr(module, name, tmp_path / page.name)
         (tmp_path / page.name).write_text(page.read_text())
@@ -46,7 +52,7 @@ def test_a_new_run_changes_page_picture_and_readme(copies):
     assert "(123 ×)" in readme.PAGE.read_text()
     assert results.digest().encode() in performance.PICTURE.read_bytes()
     assert all(text == page.read_text() for page, text in performance.pages().items())
-    assert readme.page() == readme.PAGE.read_text()
+    assert all(text == page.read_text() for page, text in readme.pages().items())
 
 
 def test_a_run_of_some_rows_is_refused(copies):

@@ -22,7 +22,8 @@ def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str 
         import torch
         import transformers
     except ImportError:
-        raise ConfigError("A model can be run with transformers only: pip install 'graft[transformers]'.") from None
+        text = "A model can be run with transformers only: pip install 'graft-adapters[transformers]'."
+        raise ConfigError(text) from None
     name = (held.config.get("architectures") or ["AutoModelForCausalLM"])[0]
     cls = getattr(transformers, name, None)
     if cls is None:

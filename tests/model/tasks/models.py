@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import graft
+from graft.config.targets import LORA
 from graft.methods import IN_PEFT
 from tests.covering import Sometimes
 from tests.models import LENGTH, STD, VOCAB, TinyModel, pairs, seed, seeded, tokens, transformer
@@ -221,10 +222,8 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "CPT": dict(cpt_token_ids=[5, 9, 7], cpt_tokens_type_mask=[1, 2, 4], opt_projection_epsilon=3.0),
     "CARTRIDGE": dict(num_virtual_tokens=TOKENS, num_frozen_tokens=1),
 }
-for _sample in LAWS[::-1]:  # those that PEFT lacks, by their first samples
-    if _sample.method not in IN_PEFT:
-        _somewhere = {} if graft.method_of(_sample.method).targets else {"target_modules": "all-linear"}
-        LAYER_METHODS[_sample.method] = _somewhere | _sample.config
+# those that PEFT lacks, by their first samples
+LAYER_METHODS |= {s.method: s.config for s in LAWS[::-1] if s.method not in IN_PEFT}
 METHODS = LAYER_METHODS | PROMPTS
 
 SPREAD = {  # standard deviation of trained values, where it is not 0.4
@@ -287,7 +286,8 @@ class Cell:
     def config(self, lib: Any) -> Any:
         """The configuration as an object of `lib` (graft or peft)."""
         values: dict[str, Any] = {**copy.deepcopy(METHODS[self.method]), "task_type": self.task}
-        explicit = EXPLICIT.get(self.method, {}).get(_original(self.model).config.model_type)
+        elsewhere = {} if self.method in IN_PEFT or graft.method_of(self.method).targets else LORA
+        explicit = EXPLICIT.get(self.method, elsewhere).get(_original(self.model).config.model_type)
         if explicit is not None:
             values["target_modules"] = list(explicit)
         return lib.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**values)

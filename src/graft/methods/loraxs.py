@@ -82,14 +82,13 @@ class LoraXS(Method):
 
     @torch.no_grad()
     def init(self) -> None:
+        W = self.layer.W0 if self.cfg.init_weights != "sb" else self.step()
+        U, S, V = largest(W.flatten(1), self.cfg.r)
+        if not self.cfg.init_weights:
+            nn.init.normal_(self.loraxs_R, std=1e-5)
         if self.cfg.init_weights == "sb":
-            U, S, V = largest(self.step(), self.cfg.r)
             self.loraxs_R.copy_(torch.diag(S / self.scaling))
             S = torch.ones_like(S)
-        else:
-            U, S, V = largest(self.layer.W0.flatten(1), self.cfg.r)
-            if not self.cfg.init_weights:
-                nn.init.normal_(self.loraxs_R, std=1e-5)
         self.loraxs_A.copy_(S[:, None] * V)
         self.loraxs_B.copy_(U)
 

@@ -46,4 +46,4 @@ def diff(
 
 
 def degrees(angle: float | None) -> str | None:
-    return None if angle is None else f"{angle:.3g}°"
+    return None if angle is None else f"{angle:.2f}°"

@@ -64,6 +64,6 @@ def shape_of(ranks: Sequence[int]) -> str:
 
 
 def log(line: str, quiet: bool = False) -> None:
-    """Print a line on standard error."""
-    if not quiet:
+    """Print how far a verb is, on standard error, for who sits before it."""
+    if not quiet and sys.stderr.isatty():
         print(line, file=sys.stderr)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs on files, as people and programs run them: what is printed, exit codes, what is written and what is not."""
+
+import json
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import graft
+from graft.command import app
+from graft.files import inspect
+from graft.files.formats import read
+from tests import models
+from tests.pair import adapt, close, output, randomize
+from tests.samples import first
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process; return its exit code, output and what it logs."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["graft", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            app.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, a tuned model, and adapters of several kinds."""
+    made = tmp_path_factory.mktemp("files")
+    base = models.make("llama")
+    base.save_pretrained(made / "base")
+    sample = first("LORA", "llama")
+    model = randomize(adapt(peft, sample), sample)
+    model.save_pretrained(made / "a")
+    randomize(adapt(peft, first("LOHA", "llama")), first("LOHA", "llama")).save_pretrained(made / "loha")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(made / "tuned")
+    return made
+
+
+def test_inspect(run, folder):
+    code, out, err = run("inspect", folder / "a", "--json", "--spectrum", "--base", folder / "base")
+    report = json.loads(out)
+    assert code == 0 and not err and report["method"] == "LORA" and report["writer"].startswith("PEFT 0.")
+    held, base = load_file(folder / "a" / WEIGHTS), load_file(folder / "base" / "model.safetensors")
+    assert report["parameters"] == sum(t.numel() for t in held.values())
+    assert report["bytes"] == sum(t.nbytes for t in held.values())
+    for m in report["modules"]:
+        A, B = (held[f"base_model.model.{m['module']}.lora_{x}.weight"].double() for x in "AB")
+        W = base[f"{m['module']}.weight"].double()
+        delta = m["scale"] * B @ A
+        S = torch.linalg.svdvals(delta)[: m["rank"]]
+        assert m["norm"] == pytest.approx(float(delta.norm()), rel=1e-6)
+        assert m["relative"] == pytest.approx(float(delta.norm() / W.norm()), rel=1e-5)
+        close(torch.tensor(m["singular_values"]), S.float(), 1e-5)
+        assert m["shape"] == list(W.shape)
+    code, out, _ = run("inspect", folder / "a", "--spectrum")
+    assert code == 0 and "q_proj" in out and "stable rank" in out
+    assert run("inspect", folder / "a", "-q") == (0, "", "")
+
+
+def test_inspect_draws(run, folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run("inspect", folder / "a", "-q", "--plot", tmp_path / "p.png")[0] == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["LOHA", "VERA", "IA3", "OFT", "BOFT", "ADALORA", "TRAINABLE_TOKENS"])
+def test_inspect_of_other_methods(method, run, tmp_path):
+    base = models.make("llama")
+    more = {"ADALORA": dict(total_step=9, target_modules=["q_proj"]), "TRAINABLE_TOKENS": dict(token_indices=[1, 4]),
+            "IA3": dict(target_modules=["q_proj"], feedforward_modules=[])}  # fmt: skip
+    config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](**more.get(method, dict(target_modules=["q_proj"])))
+    graft.get_peft_model(base, config).save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--json")
+    report = json.loads(out)
+    held = load_file(tmp_path / WEIGHTS)
+    assert code == 0 and report["method"] == method and not report["unread"]
+    assert report["parameters"] == sum(t.numel() for t in held.values() if t.is_floating_point())
+    assert run("inspect", tmp_path)[0] == 0
+
+
+def test_diff(run, folder, tmp_path):
+    assert run("diff", folder / "a", folder / "a")[0] == 0
+    run("resize", folder / "a", "-o", tmp_path / "same", "--energy", "1")
+    code, out, _ = run("diff", folder / "a", tmp_path / "same", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["equal"] and found["largest"] < 1e-6 and "lora_alpha" in found["config"]
+    run("resize", folder / "a", "-o", tmp_path / "less", "--rank", "2")
+    code, out, _ = run("diff", folder / "a", tmp_path / "less", "--json")
+    assert code == 1
+    rows = {
+        row["module"]: row
+        for row in json.loads(run("resize", folder / "a", "-o", "x", "--rank", "2", "--dry-run", "--json")[1])[
+            "modules"
+        ]
+    }
+    for m in json.loads(out)["modules"]:
+        assert m["relative"] ** 2 == pytest.approx(1 - rows[m["module"]]["energy"], rel=1e-4)
+        assert m["cosine"] ** 2 == pytest.approx(rows[m["module"]]["energy"], rel=1e-4)
+    assert run("diff", folder / "a", tmp_path / "less", "--tol", "1")[0] == 0
+    code, out, _ = run("diff", folder / "a", folder / "loha")
+    assert code == 1 and "peft_type" in out
+
+
+def test_diff_of_what_is_beside_the_factors(run, folder, tmp_path):
+    for name in ("a", "b"):
+        os.makedirs(tmp_path / name)
+        (tmp_path / name / CONFIG).write_text((folder / "a" / CONFIG).read_text())
+    held = load_file(folder / "a" / WEIGHTS) | {"base_model.model.lm_head.weight": torch.ones(3, 4)}
+    save_file(held, tmp_path / "a" / WEIGHTS)
+    assert run("diff", folder / "a", tmp_path / "a", "-q")[0] == 1
+    save_file(held | {"base_model.model.lm_head.weight": torch.ones(3, 4) * 1.5}, tmp_path / "b" / WEIGHTS)
+    code, out, _ = run("diff", tmp_path / "a", tmp_path / "b", "--json")
+    assert code == 1 and json.loads(out)["largest"] == pytest.approx(1 / 3)
+
+
+def test_resize_writes_what_peft_loads(run, folder, tmp_path):
+    sample = first("LORA", "llama")
+    code, out, err = run("resize", folder / "a", "-o", tmp_path / "b", "--energy", "1")
+    assert code == 0 and "100.00%" in out and not err
+    ours, theirs = (peft.PeftModel.from_pretrained(models.make("llama"), p) for p in (tmp_path / "b", folder / "a"))
+    close(output(ours, sample), output(theirs, sample), 1e-5)
+    before = (tmp_path / "b" / WEIGHTS).read_bytes()
+    assert run("resize", folder / "a", "-o", tmp_path / "b", "--rank", "1")[0] == 2
+    assert run("resize", folder / "a", "-o", folder / "a", "--rank", "1", "--force")[0] == 2, "a source"
+    assert run("resize", folder / "a", "-o", tmp_path / "b", "--rank", "1", "--force", "--dry-run")[0] == 0
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == before
+    assert run("resize", folder / "a", "-o", tmp_path / "b", "--rank", "1", "--force")[0] == 0
+    assert {h.rank for h in read(tmp_path / "b").low_rank.values()} == {1}
+    assert run("resize", folder / "loha", "-o", tmp_path / "c", "--rank", "1")[0] == 5
+    assert run("resize", folder / "a", "-o", tmp_path / "c")[0] == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_extract_gives_the_adapter_back(run, folder, tmp_path):
+    code, out, err = run("extract", folder / "tuned", folder / "base", "-o", tmp_path / "e", "--rank", "8")
+    assert code == 0 and "unchanged" in out and "q_proj" in out and not err
+    assert run("diff", folder / "a", tmp_path / "e", "--tol", "1e-4", "-q")[0] == 0
+    assert run("extract", folder / "base", folder / "base", "-o", tmp_path / "f")[0] == 3
+    assert run("extract", folder / "a", folder / "base", "-o", tmp_path / "f")[0] == 3, "no model"
+    models.make("gpt2").save_pretrained(tmp_path / "gpt2")
+    code, _, err = run("extract", tmp_path / "gpt2", folder / "base", "-o", tmp_path / "f", "-q")
+    assert code == 4 and "is no fine-tuned" in err
+    assert not (tmp_path / "f").exists()
+
+
+def test_bad_input(run, folder, tmp_path):
+    code, _, err = run("inspect", folder / "base")
+    assert code == 3 and err.startswith("graft: ") and err.count("\n") == 1
+    assert run("inspect", tmp_path / "nothing")[0] == 3
+    assert run("inspect", folder / "a", "--base", tmp_path)[0] == 3
+    models.make("gpt2").save_pretrained(tmp_path / "gpt2")
+    assert run("inspect", folder / "a", "--base", tmp_path / "gpt2")[0] == 4
+    os.makedirs(tmp_path / "cut")
+    (tmp_path / "cut" / CONFIG).write_text((folder / "a" / CONFIG).read_text())
+    for size in (0, 7, 100, -1):
+        (tmp_path / "cut" / WEIGHTS).write_bytes((folder / "a" / WEIGHTS).read_bytes()[:size])
+        for verb in ("inspect", "lint"):
+            code, _, err = run(verb, tmp_path / "cut")
+            assert code == 3 and WEIGHTS in err, size
+    (tmp_path / "cut" / CONFIG).write_text("{")
+    assert run("lint", tmp_path / "cut")[0] == 3
+    assert run("inspect")[0] == 2
+    assert run("inspect", "no-one/has-this")[0] == 3
+
+
+def test_no_verb_waits_for_torch(folder, tmp_path):
+    """Files are read, compared and written by numpy alone: a start takes a fraction of torch's."""
+    code = (
+        "import sys\nfrom graft.command import main\nsys.argv = ['graft', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'matplotlib', 'safetensors', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for args in (
+        ["inspect", folder / "a", "--spectrum"], ["inspect", folder / "a", "--json"],
+        ["diff", folder / "a", folder / "a"], ["lint", folder / "a", "--base", folder / "base"],
+        ["resize", folder / "a", "-o", tmp_path / "r", "--rank", "2"],
+        ["extract", folder / "tuned", folder / "base", "-o", tmp_path / "e"], ["--help"],
+    ):  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+        assert done.returncode == 0, (args, done.stderr)
+
+
+def test_help_names_every_verb(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(f" {verb} " in out for verb in app.VERBS)
+    for verb in app.VERBS:
+        code, out, _ = run(verb, "--help")
+        assert code == 0 and "Example: graft" in out
+    assert inspect.TOP

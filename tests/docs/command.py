@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/command.md shows of the command: `python -m tests.docs.command` runs it and puts the output on the page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import graft
+from tests import models
+from tests.docs.blocks import ROOT
+
+PAGE = ROOT / "docs" / "command.md"
+BLOCK = re.compile(r"```console\n\$ (?P<command>graft [^\n]*)\n(?P<output>.*?)```", re.S)
+
+
+def prepare(folder: Path) -> None:
+    """Make what the page's examples work on: a base, an adapter on it with a card, and the two merged."""
+    base = models.make("llama")
+    base.save_pretrained(folder / "my-base")
+    base.name_or_path = "someone/my-base"
+    (folder / "my-base" / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    torch.manual_seed(0)
+    config = graft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    model = graft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p *= 0.3 ** torch.arange(8)
+    model.save_pretrained(folder / "my-adapter")
+    (folder / "my-adapter" / "README.md").write_text("---\nlicense: mit\n---\n")
+    model.merge_and_unload().save_pretrained(folder / "my-tuned-model")
+
+
+def run(command: str, folder: Path) -> str:
+    """Return what a command prints, errors too, and its exit code if that is not 0."""
+    code = "from graft.command import main; main()"
+    env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()[1:]], cwd=folder, env=env, text=True, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    while lines and not lines[-1]:
+        del lines[-1]
+    lines += [f"(exit code {done.returncode})"] if done.returncode else []
+    return "".join(f"{line}\n" for line in lines)
+
+
+def filled(text: str, answer: Callable[[str], str]) -> str:
+    """Return the page with the output of each command below it, in the page's order."""
+    return BLOCK.sub(lambda m: f"```console\n$ {m['command']}\n{answer(m['command'])}```", text)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        PAGE.write_text(filled(PAGE.read_text(), lambda command: run(command, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()

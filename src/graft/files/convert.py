@@ -15,7 +15,7 @@ from graft.files.bases import base_of
 from graft.files.components import parts_of, split
 from graft.files.errors import OutputExistsError
 from graft.files.formats import Base, module_of, read, recognise
-from graft.files.holding import one_scale
+from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
 from graft.files.neutral import AdapterFile
 
@@ -86,12 +86,14 @@ def convert(
     adapter = read_for(source, known, to)
     if known is not None and not adapter.flat:
         names.check(adapter, known)
-    rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if hasattr(form, "HOLDS") else 0.0
-    lost = written(adapter, form, target, known, lossy, dry_run)
-    kept = len(adapter.modules) - sum(
-        any(line.endswith(f": {path}") or line.endswith(f" on {path}") for line in lost) for path in adapter.modules
-    )
-    return Converted(source, target, of, to, kept, lost, rounding)
+    lost: list[str] = []
+    if to == "peft":
+        fitted = fit(adapter, PEFT, to, lossy)
+        adapter, lost = fitted.adapter, fitted.lost
+    rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
+    lost += written(adapter, form, target, known, lossy, dry_run)
+    gone = [path for path in adapter.modules if any(line.endswith((f": {path}", f" on {path}")) for line in lost)]
+    return Converted(source, target, of, to, len(adapter.modules) - len(gone), lost, rounding)
 
 
 def beside(source: str, to: str) -> str:

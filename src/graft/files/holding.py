@@ -11,6 +11,7 @@ import numpy as np
 
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError
+from graft.files.formats.peft import PREFIXES, VARIANTS
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor, tensor
 
@@ -43,6 +44,11 @@ class Holds:
     ranks: bool = True
     parts: Parts = frozenset()
     methods: Parts = frozenset()
+
+
+PEFT = Holds(
+    parts=frozenset({*PARTS, "changed_base"}), methods=frozenset({*PREFIXES, *VARIANTS.values()} - {"LORA"})
+)  # but methods beside each other, which its writer looks for
 
 
 @dataclass
@@ -101,7 +107,7 @@ def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> Fit
             lost.append(f"{PARTS['extra']} ({some([*module.extra], 2)}): {path}")
             module = replace(module, extra={})
         out.modules[path] = module
-    if adapter.changed_base is not None:
+    if adapter.changed_base is not None and "changed_base" not in holds.parts:
         lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
     if lost and not lossy:
         raise LossError(

@@ -25,7 +25,7 @@ def as_peft(adapter: AdapterFile, base: Any = None) -> AdapterFile:
     if method == "LyCORIS IA3":
         return ia3(adapter, base)
     if method == "LOKR":
-        return lokr(adapter)
+        return lokr(adapter, base)
     return adapter
 
 
@@ -44,27 +44,55 @@ def ia3(adapter: AdapterFile, base: Any) -> AdapterFile:
     return replace(adapter, method="IA3", modules=modules, config=config)
 
 
-def lokr(adapter: AdapterFile) -> AdapterFile:
-    """Return an adapter whose config makes PEFT's LoKr of the same shapes: the factor, and a rank per module.
+def lokr(adapter: AdapterFile, base: Any) -> AdapterFile:
+    """Return an adapter whose config makes PEFT's LoKr of the same shapes: a factor, and a rank per module.
 
-    A second factor that is whole has a rank from which on PEFT keeps it whole.
+    A second factor that is whole has a rank from which on PEFT keeps it whole. Where no one factor makes all shapes,
+    the adapter stays as it is, and no file of PEFT can hold it.
     """
-    modules: dict[str, Any] = {}
+    from graft.kernels.kronecker import factorization
+
     ranks, alphas = {}, {}
+    grids: list[tuple[tuple[int, int], tuple[int, int]]] = []
     for path, m in adapter.modules.items():
-        held = m.tensors  # type: ignore[union-attr]
-        scale = m.scale or 1.0  # type: ignore[union-attr]
-        small = next((held[k].shape[0] for k in ("lokr_w2_b", "lokr_w1_b") if k in held), None)
-        rank = small if small is not None else max(held["lokr_w2"].shape[:2])
-        modules[path], ranks[path], alphas[path] = m, rank, scale * rank
-    first = next(iter(modules))
-    firsts = [held.tensors.get("lokr_w1") for held in modules.values()]
-    factor = max((min(t.shape) if min(t.shape) > 1 else max(t.shape) for t in firsts if t is not None), default=-1)
+        assert isinstance(m, Other)
+        one, two = sides(m, "lokr_w1"), sides(m, "lokr_w2")
+        if base is not None and f"{path}.weight" in base.shapes:  # columns of a factored kernel are n · its size
+            two = two[0], base.shapes[f"{path}.weight"][1] // one[1]
+        grids.append((one, two))
+        small = next((m.tensors[k].shape[0] for k in ("lokr_w2_b", "lokr_w1_b") if k in m.tensors), None)
+        ranks[path] = max(two) if small is None else small
+        alphas[path] = (m.scale or 1.0) * ranks[path]
+    factor = next(
+        (
+            f for f in (-1, *range(1, 1 + max(max(one) for one, _ in grids)))
+            if all(
+                (factorization(a[0] * b[0], f), factorization(a[1] * b[1], f)) == ((a[0], b[0]), (a[1], b[1]))
+                for a, b in grids
+            )
+        ),
+        None,
+    )  # fmt: skip
+    if factor is None:
+        modules = {path: replace(m, method="LoKr of several factors") for path, m in adapter.modules.items()}
+        return replace(adapter, method="LOKR", modules=modules)
+    first = next(iter(ranks))
     config = {
-        "peft_type": "LOKR", "r": ranks[first], "alpha": alphas[first], "target_modules": sorted(modules),
-        "decompose_both": any("lokr_w1_b" in m.tensors for m in modules.values()), "decompose_factor": factor,
-        "use_effective_conv2d": any("lokr_t2" in m.tensors for m in modules.values()),
+        "peft_type": "LOKR", "r": ranks[first], "alpha": alphas[first], "target_modules": sorted(ranks),
+        "decompose_both": any("lokr_w1_b" in m.tensors for m in adapter.modules.values() if isinstance(m, Other)),
+        "decompose_factor": factor,
+        "use_effective_conv2d": any("lokr_t2" in m.tensors for m in adapter.modules.values() if isinstance(m, Other)),
         "rank_pattern": {f"^{path}": r for path, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {f"^{path}": a for path, a in alphas.items() if a != alphas[first]},
     }  # fmt: skip
-    return replace(adapter, method="LOKR", modules=modules, config=config)
+    return replace(adapter, method="LOKR", config=config)
+
+
+def sides(m: Other, name: str) -> tuple[int, int]:
+    """Return the rows and columns of a factor, whole or in two."""
+    held = m.tensors
+    if name in held:
+        return held[name].shape[0], held[name].shape[1]
+    if "lokr_t2" in held and name == "lokr_w2":
+        return held[f"{name}_a"].shape[1], held[f"{name}_b"].shape[1]
+    return held[f"{name}_a"].shape[0], held[f"{name}_b"].shape[1]

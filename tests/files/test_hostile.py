@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are damaged, are not what they seem, or do not fit: a specific error, and nothing is written or run."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from graft.core.errors import BaseModelMismatchError, CheckpointError
+from graft.files import formats
+from graft.files.bases import Skeleton, base_of
+from graft.files.convert import convert
+from graft.files.errors import BaseNeededError, LossError, OutputExistsError
+from tests.files.dense import changes
+
+FIXTURES = Path(__file__).parent / "fixtures"
+LLAMA, NET = FIXTURES / "base_llama", FIXTURES / "base_net"
+RAN = []
+
+
+class Code:
+    def __reduce__(self):
+        return RAN.append, ("it ran",)
+
+
+@pytest.fixture
+def locon(tmp_path):
+    path = tmp_path / "locon.safetensors"
+    shutil.copy(FIXTURES / "lycoris_locon" / "adapter.safetensors", path)
+    return path
+
+
+def refused(error, match, source, to, out, *args, **options):
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(error, match=match):
+        convert(source, to, out, *args, **options)
+    assert sorted(out.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.pt", "lit_model.pth.lora", "pytorch_adapter.bin"])
+def test_code_in_a_pickle_never_runs(tmp_path, name):
+    source = {"adapter_model.pt": "torchtune_lora", "lit_model.pth.lora": "litgpt_lora"}.get(name, "adapterhub_lora")
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / source, folder)
+    held = torch.load(folder / name)
+    torch.save({**held, "more.lora_a.weight": Code()}, folder / name, pickle_module=pickle)
+    base = LLAMA if source != "adapterhub_lora" else None
+    refused(CheckpointError, "nothing of it has been run", folder, "peft", tmp_path / "out", base)
+    assert RAN == []
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.6, 0.99])
+@pytest.mark.parametrize("name", ["mlx_lora", "lycoris_loha", "diffusers_new", "torchtune_lora", "litgpt_lora"])
+def test_a_file_that_is_cut_off(tmp_path, name, keep):
+    folder = tmp_path / name
+    shutil.copytree(FIXTURES / name, folder)
+    file = max(folder.iterdir(), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
+    refused(CheckpointError, name, folder, "peft", tmp_path / "out", LLAMA)
+
+
+def test_underscore_names_need_the_base(locon, tmp_path):
+    refused(BaseNeededError, "--base", locon, "peft", tmp_path / "out")
+    adapter = formats.read(locon)
+    assert adapter.flat and "lycoris_down_blocks_0_to_q" in adapter.modules
+
+
+def test_another_base(locon, tmp_path):
+    refused(BaseModelMismatchError, "has no modules for", locon, "peft", tmp_path / "out", LLAMA)
+    refused(BaseModelMismatchError, "has no modules for", FIXTURES / "mlx_lora", "peft", tmp_path / "out", NET)
+    tensors = load_file(NET / "model.safetensors")
+    tensors["down_blocks.1.to_q.weight"] = np.zeros((12, 9), "f4")
+    (tmp_path / "wide").mkdir()
+    save_file(tensors, tmp_path / "wide" / "model.safetensors")
+    refused(BaseModelMismatchError, r"down_blocks\.1\.to_q", locon, "peft", tmp_path / "out", tmp_path / "wide")
+
+
+def test_a_name_that_two_modules_have(locon):
+    both = Skeleton("both", {}, {}, ["down_blocks.0.to_q", "down_blocks.0.to.q", "down_blocks.1.to_q"])
+    with pytest.raises(CheckpointError, match=r"down_blocks\.0\.to_q and down_blocks\.0\.to\.q"):
+        formats.read(locon, both)
+
+
+def test_two_paths_of_one_name_cannot_be_written(tmp_path):
+    tensors = load_file(FIXTURES / "mlx_lora" / "adapters.safetensors")
+    name = "model.layers.1.self_attn.q_proj.lora_a"
+    stem = name.removesuffix(".lora_a")
+    for leaf in ("lora_a", "lora_b"):
+        tensors[f"model.layers.1.self.attn_q_proj.{leaf}"] = tensors[f"{stem}.{leaf}"]
+    shutil.copytree(FIXTURES / "mlx_lora", tmp_path / "a")
+    save_file(tensors, tmp_path / "a" / "adapters.safetensors")
+    refused(CheckpointError, "would have one name", tmp_path / "a", "kohya", tmp_path / "out.safetensors")
+
+
+def test_keys_that_nobody_knows(locon, tmp_path):
+    tensors = load_file(locon)
+    save_file(tensors | {"lycoris_down_blocks_0_to_q.something": np.ones(2, "f4")}, locon)
+    refused(LossError, r"something.*--lossy", locon, "peft", tmp_path / "out", NET)
+    done = convert(locon, "peft", tmp_path / "out", NET, lossy=True)
+    assert done.lost == ["the key 'lycoris_down_blocks_0_to_q.something', which no reader knows"]
+    base = base_of(NET)
+    found, wanted = (changes(formats.read(p, base), base) for p in (tmp_path / "out", FIXTURES / "lycoris_locon"))
+    assert found.keys() == wanted.keys()
+
+
+def test_half_a_pair(tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / "mlx_lora", folder)
+    tensors = load_file(folder / "adapters.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.lora_b"]
+    save_file(tensors, folder / "adapters.safetensors")
+    refused(CheckpointError, "only one factor", folder, "peft", tmp_path / "out")
+
+
+def test_factors_of_mlx_that_nobody_transposed(tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / "mlx_lora", folder)
+    tensors = load_file(folder / "adapters.safetensors")
+    save_file({k: np.ascontiguousarray(v.T) for k, v in tensors.items()}, folder / "adapters.safetensors")
+    refused(CheckpointError, r"where MLX has \(in, 4\)", folder, "peft", tmp_path / "out")
+
+
+def test_sizes_of_another_run(tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / "litgpt_lora", folder)
+    path = folder / "hyperparameters.yaml"
+    path.write_text(path.read_text().replace("lora_key: false", "lora_key: true"))
+    refused(CheckpointError, "of another run", folder, "peft", tmp_path / "out")
+    path.write_text("!!python/object/apply:os.system ['true']")
+    refused(CheckpointError, "more than plain values", folder, "peft", tmp_path / "out")
+
+
+def test_heads_need_the_base(tmp_path):
+    refused(BaseNeededError, "how many heads", FIXTURES / "torchtune_lora", "peft", tmp_path / "out")
+
+
+def test_an_output_that_exists(tmp_path, locon):
+    out = tmp_path / "out"
+    convert(locon, "peft", out, NET)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputExistsError, match="--force"):
+        convert(locon, "peft", out, NET)
+    (out / "mine.txt").write_text("x")
+    convert(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+    with pytest.raises(OutputExistsError, match="the source"):
+        convert(locon, "kohya", locon, NET, force=True)
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path, locon, monkeypatch):
+    out = tmp_path / "out"
+    convert(locon, "peft", out, NET)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        convert(locon, "peft", out, NET, force=True)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["locon.safetensors", "out"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path, locon):
+    done = convert(locon, "peft", tmp_path / "deep" / "out", NET, dry_run=True)
+    assert done.modules == 6 and [p.name for p in tmp_path.iterdir()] == ["locon.safetensors"]
+
+
+def test_a_config_alone_has_the_names(tmp_path):
+    (tmp_path / "base").mkdir()
+    shutil.copy(LLAMA / "config.json", tmp_path / "base" / "config.json")
+    convert(FIXTURES / "mlx_lora", "kohya", tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", tmp_path / "base")
+    targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
+    assert "model.layers.1.mlp.down_proj" in targets
+
+
+def test_half_precision_is_rounded_once_and_says_so(tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / "lycoris_locon", folder)
+    tensors = load_file(folder / "adapter.safetensors")
+    names = [name for name in tensors if "proj_in" not in name]
+    tensors = {name: tensors[name].astype("f2") for name in names}
+    tensors["lycoris_down_blocks_0_to_q.alpha"] = np.array(7, "f2")
+    save_file(tensors, folder / "adapter.safetensors")
+    done = convert(folder, "mlx", tmp_path / "out", NET)
+    assert 1e-5 < done.rounding < 2.0**-10
+    found, wanted = (changes(formats.read(p, base_of(NET)), None) for p in (tmp_path / "out", folder))
+    for path, d in wanted.items():
+        assert np.abs(found[path] - d).max() < 2e-3 * np.abs(d).max(), path

@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,12 +35,20 @@ SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors se
 }  # fmt: skip
 
 
+class Held(NamedTuple):
+    """An adapter in memory, in place of the folder that it would be read from."""
+
+    config: PeftConfig
+    loaded: files.Loaded
+
+
 def read(
-    where: str | os.PathLike, options: dict[str, Any], config: PeftConfig | None = None
+    where: str | os.PathLike | Held, options: dict[str, Any], config: PeftConfig | None = None
 ) -> tuple[PeftConfig, files.Loaded]:
     """Return config and tensors of a saved adapter.
 
     Args:
+        where: folder or hub repository.
         options: keyword arguments of the caller; those for the hub, `subfolder`, `check_digest` and `expert_layout`
             count.
         config: use this in place of the stored one.
@@ -48,6 +56,8 @@ def read(
     Raises:
         ConfigError: `expert_layout` is none.
     """
+    if isinstance(where, Held):
+        return where
     source = hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
     source["check_digest"] = options.get("check_digest", True)
     if config is None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""graft.load_adapter: files of other libraries straight onto models; merged weights change as those libraries say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import graft
+from tests.files.make_fixtures import LLAMA, net
+
+FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    model.load_state_dict(load_file(FIXTURES / "base_llama" / "model.safetensors"))
+    return model
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig.from_pretrained(FIXTURES / "base_bert"))
+    model.load_state_dict(load_file(FIXTURES / "base_bert" / "model.safetensors"), strict=False)
+    return model
+
+
+FILES = {
+    "lycoris_locon": net, "lycoris_tucker": net, "lycoris_dora": net, "lycoris_loha": net, "lycoris_lokr": net,
+    "mlx_lora": llama, "mlx_dora": llama, "torchtune_lora": llama, "torchtune_dora": llama, "litgpt_lora": llama,
+    "adapterhub_lora": bert, "adapterhub_ia3": bert,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_merging_changes_the_weights_as_the_other_library_does(name):
+    model = FILES[name]()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    merged = graft.load_adapter(model, FIXTURES / name).merge_and_unload()
+    wanted = load_file(FIXTURES / f"{name}.delta.safetensors")
+    for key, value in merged.state_dict().items():
+        path, _, leaf = key.rpartition(".")
+        if leaf == "weight":
+            change = wanted.get(path, torch.zeros_like(value))
+            assert (value - before[key] - change).abs().max() < 4e-6 * max(1, change.abs().max()), key
+
+
+def test_beside_the_adapters_of_a_peft_model():
+    model = graft.get_peft_model(llama(), graft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    model.eval().requires_grad_(False)
+    assert graft.load_adapter(model, FIXTURES / "torchtune_dora", "tune") is model
+    assert model.active_adapters == ["default"] and set(model.peft_config) == {"default", "tune"}
+    ids = torch.arange(6)[None]
+    model.set_adapter("tune")
+    plain = graft.load_adapter(llama(), FIXTURES / "torchtune_dora").eval()
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+
+
+def test_another_model_stays_as_it_was():
+    model = net()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(graft.BaseModelMismatchError, match="has no modules for"):
+        graft.load_adapter(model, FIXTURES / "mlx_lora")
+    assert [name for name, _ in model.named_modules()] == before

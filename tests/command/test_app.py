@@ -5,13 +5,13 @@ import pytest
 
 from graft.command import app
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, PeftError
-from graft.files.errors import LossError, OutputExistsError
+from graft.files.errors import BaseNeededError, LossError, OutputExistsError
 
 
 @pytest.mark.parametrize(
     "error, code",
     [(CheckpointError, 3), (BaseModelMismatchError, 4), (LossError, 5), (OutputExistsError, 2), (ConfigError, 3),
-     (PeftError, 1), (FileNotFoundError, 3)],
+     (PeftError, 1), (FileNotFoundError, 3), (BaseNeededError, 2)],
 )  # fmt: skip
 def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
     def fail():

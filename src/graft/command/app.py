@@ -15,16 +15,23 @@ from typing import Any
 import typer
 
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, ConfigTypeError, PeftError
-from graft.files.errors import LossError, OptionError, OutputExistsError, ServerError, UnknownModelError
+from graft.files.errors import (
+    BaseNeededError,
+    LossError,
+    OptionError,
+    OutputExistsError,
+    ServerError,
+    UnknownModelError,
+)
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
-    (OptionError, USAGE), (OutputExistsError, USAGE), (UnknownModelError, USAGE), (LossError, LOSS),
-    (BaseModelMismatchError, MISFIT), (ServerError, UNREADABLE), (CheckpointError, UNREADABLE),
+    (OptionError, USAGE), (OutputExistsError, USAGE), (UnknownModelError, USAGE), (BaseNeededError, USAGE),
+    (LossError, LOSS), (BaseModelMismatchError, MISFIT), (ServerError, UNREADABLE), (CheckpointError, UNREADABLE),
     (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
 )  # fmt: skip
 VERBS = (  # modules of this package, in the order of `graft --help`
-    "inspect", "diff", "lint", "resize", "extract", "check", "export", "verify",
+    "inspect", "diff", "lint", "resize", "extract", "merge", "convert", "check", "export", "verify", "plan", "hub",
 )  # fmt: skip
 
 app = typer.Typer(

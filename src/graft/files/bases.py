@@ -94,6 +94,6 @@ def from_config(path: str, config: Mapping[str, Any]) -> Skeleton:
         made = transformers.AutoConfig.from_pretrained(path)
         kind = getattr(transformers, (config.get("architectures") or [""])[0], None)
         with torch.device("meta"):
-            return skeleton(transformers.AutoModel.from_config(made) if kind is None else kind._from_config(made), path)
+            return skeleton(transformers.AutoModel.from_config(made) if kind is None else kind(made), path)
     except (ImportError, AttributeError, ValueError, KeyError, TypeError, OSError) as e:
         raise CheckpointError(f"{path} holds no weights, and no model can be made of its config: {e}") from e

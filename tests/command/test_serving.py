@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft check`, `export` and `verify` as commands: exit codes, what they print, what they leave behind."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from graft.command import app
+from tests.files import adapters
+from tests.models import make
+from tests.serving.server import answers, serving
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["graft", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as left:
+            app.main()
+        said = capsys.readouterr()
+        return left.value.code or 0, said.out, said.err
+
+    return run
+
+
+def test_check_finds_something(run):
+    code, out, _ = run("check", adapters.folder("rslora"), "--for", "vllm,sglang", "--base", adapters.base())
+    assert code == 1
+    assert "vllm 0.32.0" in out and "ok: nothing is known" in out
+    assert "wrong: sglang takes lora_alpha / r for all modules (sglang 40835)" in out
+    assert f"graft export {adapters.folder('rslora')} --for sglang --base {adapters.base()}" in out
+
+
+def test_check_finds_nothing(run):
+    code, out, _ = run("check", adapters.folder("plain"), "--for", "vllm")
+    assert code == 0 and "Names of modules were not compared" in out
+
+
+def test_check_for_programs(run):
+    code, out, _ = run("check", adapters.folder("dora"), "--for", "vllm,lorax", "--json")
+    found = {f["server"]: f["verdict"] for f in json.loads(out)["findings"]}
+    assert (code, found) == (1, {"vllm": "refused", "lorax": "ignored"})
+
+
+def test_check_takes_the_servers_options(run):
+    options = "--for", "vllm", "--max-rank", 3, "--lora-target-modules", "q_proj, o_proj"
+    _, out, _ = run("check", adapters.folder("plain"), *options)
+    assert "the limit is 3" in out and "ignored" in out and "up_proj" in out
+
+
+@pytest.mark.parametrize(
+    "words, code, says",
+    [
+        (("check", "nowhere", "--for", "vllm"), 3, "nowhere does not exist"),
+        (("check", "ADAPTER", "--for", "ollama"), 3, "ollama"),
+        (("check", "ADAPTER"), 2, "--for"),
+        (("check", "BASE", "--for", "vllm"), 3, "no adapter"),
+        (("check", "ADAPTER", "--for", "vllm", "--base", "ADAPTER"), 3, "no safetensors files of a model"),
+        (("export", "ADAPTER", "--for", "vllm", "--base", "BASE", "-o", "ADAPTER"), 2, "--force"),
+        (("export", "ADAPTER", "--for", "vllm", "--base", "BASE", "-o", "ADAPTER", "--force"), 2, "the adapter itself"),
+        (("export", "DORA", "--for", "vllm", "--base", "BASE", "-o", "OUT"), 5, "graft merge"),
+        (("export", "ADAPTER", "--for", "vllm", "--base", "BASE", "-o", "OUT", "--rank", "x"), 3, "--rank x"),
+        (("verify", "--adapter", "ADAPTER", "--base", "BASE"), 3, "--url"),
+        (("verify", "--adapter", "ADAPTER", "--base", "BASE", "--url", "http://127.0.0.1:9"), 3, "cannot be reached"),
+        (("verify", "--adapter", "ADAPTER", "--base", "BASE", "--in-process", "tgi"), 3, "vllm only"),
+    ],
+)
+def test_what_is_wrong_is_said(words, code, says, run, tmp_path):
+    places = {"ADAPTER": adapters.folder("plain"), "DORA": adapters.folder("dora"), "BASE": adapters.base()}
+    before = sorted(os.listdir(places["ADAPTER"]))
+    found, out, err = run(*(places.get(word, word if word != "OUT" else tmp_path / "out") for word in words))
+    assert found == code, err
+    assert says in err and out == ""
+    assert sorted(os.listdir(places["ADAPTER"])) == before and not (tmp_path / "out").exists()
+
+
+def test_export_and_check_again(run, tmp_path):
+    out = tmp_path / "out"
+    code, said, _ = run("export", adapters.folder("patterns"), "--for", "sglang", "--base", adapters.base(), "-o", out)
+    assert code == 0 and "all modules have rank 4" in said
+    assert run("check", out, "--for", "vllm,sglang,lorax,openvino", "--base", adapters.base())[0] == 0
+    assert run("export", adapters.folder("plain"), "--for", "vllm", "--base", adapters.base(), "-o", out)[0] == 2
+    again = run(
+        "export", adapters.folder("plain"), "--for", "vllm", "--base", adapters.base(), "-o", out, "--force", "-q"
+    )
+    assert again == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["method/LoHaConfig", "peft/pissa"])
+def test_export_of_what_needs_the_base(name, run, tmp_path):
+    """Another method becomes factors; PEFT's PiSSA is subtracted from the base as it was."""
+    words = (
+        "export",
+        adapters.folder(name),
+        "--for",
+        "vllm",
+        "--base",
+        adapters.base(),
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
+    code, said, _ = run(*words)
+    report = json.loads(said)
+    assert code == 0
+    assert ("relative error" in report["notes"][0]) == (report["error"] is not None) == (name == "method/LoHaConfig")
+    assert run("check", tmp_path / "out", "--for", "vllm", "--max-rank", 64)[0] == 0
+
+
+@pytest.mark.parametrize("served, code, says", [("plain", 0, "applies the adapter"), ("lm_head", 1, "another adapter")])
+def test_verify(served, code, says, run):
+    models = {"base": answers(make("llama")), "tuned": answers(adapters.model(served))}
+    words = "verify", "--model", "tuned", "--adapter", adapters.folder("plain"), "--base", adapters.base()
+    with serving(models) as url:
+        found, out, err = run(*words, "--url", url)
+        assert (found, says in out) == (code, True), out + err
+        assert json.loads(run(*words, "--url", url, "--json")[1])["ok"] == (code == 0)
+        assert run(*words[:2], "nobody", *words[3:], "--url", url)[0] == 2

@@ -362,6 +362,10 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
         merge(base, [adapter], out, weights=[1, 2])
     with pytest.raises(OptionError, match="one folder, or one is in the other"):
         merge(base, [adapter], base / "merged")
+    with pytest.raises(OptionError, match="one folder, or one is in the other"):
+        merge(base, [adapter], tmp_path, force=True)
+    with pytest.raises(OptionError, match="one folder, or one is in the other"):
+        merge(base, [adapter], adapter, force=True)
     with pytest.raises(CheckpointError):
         merge(tmp_path / "nowhere", [adapter], out)
     with pytest.raises(OptionError, match="not quantized"):

@@ -96,7 +96,7 @@ def merge(
     """
     files = base_files(base)
     output = os.fspath(output)
-    check_apart(files.path, output)
+    check_apart(files.path, output, [os.fspath(a) for a in adapters])
     place = Workplace(output, key_of(files, adapters, locals_of(weights, dtype, shard_size, keep_quantized)), force)
     place.check()
     work = Work(files, [os.fspath(a) for a in adapters], weights, dtype, keep_quantized, others)
@@ -127,11 +127,14 @@ def locals_of(*options: Any) -> list[Any]:
     return [list(o) if isinstance(o, Sequence) and not isinstance(o, str) else o for o in options]
 
 
-def check_apart(base: str, output: str) -> None:
-    """Raise OptionError if the output would stand on, in or around the base."""
-    b, o = os.path.realpath(base), os.path.realpath(output)
-    if os.path.commonpath([b, o]) in (b, o):
-        raise OptionError(f"The output {output} and the base {base} are one folder, or one is in the other.")
+def check_apart(base: str, output: str, adapters: Sequence[str]) -> None:
+    """Raise OptionError if the output would stand on, in or around the base, or around an adapter."""
+    o = os.path.realpath(output)
+    for path in (base, *adapters):
+        there = os.path.realpath(path)
+        both = os.path.commonpath([there, o])
+        if both == o or (both == there and path == base):
+            raise OptionError(f"The output {output} and {path} are one folder, or one is in the other.")
 
 
 def key_of(base: BaseFiles, adapters: Iterable[str | os.PathLike[str]], options: list[Any]) -> str:
@@ -345,7 +348,7 @@ class Work:
         if self.base.config:
             text = json.dumps(self.config(), indent=2, ensure_ascii=False)
             replace(os.path.join(folder, "config.json"), write_text(text + "\n"))
-        if len(layout) > 1:
+        if [*layout] != ["model.safetensors"]:
             total = sum(out.nbytes for outs in layout.values() for out in outs)
             names = {out.name: file for file, outs in layout.items() for out in outs}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}

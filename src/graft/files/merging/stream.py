@@ -89,8 +89,8 @@ class Workplace:
         """Raise OutputExistsError if something stands where the output goes."""
         if os.path.lexists(self.output) and not self.force:
             raise OutputExistsError(f"{self.output} exists: --force replaces it.")
-        if os.path.lexists(self.output) and not os.path.isdir(self.output):
-            raise OutputExistsError(f"{self.output} is no folder, and stays as it is.")
+        if os.path.lexists(self.output) and (os.path.islink(self.output) or not os.path.isdir(self.output)):
+            raise OutputExistsError(f"{self.output} is a link or no folder, and stays as it is.")
 
     @contextmanager
     def held(self) -> Iterator[Workplace]:

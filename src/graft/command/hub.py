@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft push`, `pull`, `card`: adapters to and from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graft.command.app import app, print_json
+from graft.files.errors import OutputExistsError
+
+OWN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+JSON = Annotated[bool, typer.Option("--json", help="One document for programs.")]
+
+
+@app.command()
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Upload adapter",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the adapter, send nothing.")] = False,
+    quiet: QUIET = False,
+    as_json: JSON = False,
+) -> None:
+    """Upload an adapter's folder, after a look at it: what no reader could load never leaves.
+
+    graft push out/adapter me/my-adapter --private
+    """
+    from graft.config import hub
+    from graft.files import formats
+
+    held = formats.read(adapter)
+    found: dict[str, Any] = {"repo": repo, "format": held.format, "method": held.method, "files": names_in(adapter)}
+    if not dry_run:
+        found["url"] = str(
+            hub.push(lambda folder: copied(adapter, Path(folder)), repo, private=private, commit_message=message)
+        )
+    report(found, f"{'Would push' if dry_run else 'Pushed'} {len(found['files'])} files to {repo}.", quiet, as_json)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="user/name on the hub, @revision behind it if wanted.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    quiet: QUIET = False,
+    as_json: JSON = False,
+) -> None:
+    """Download an adapter into a folder. Pickles are left out where safetensors are there.
+
+    graft pull me/my-adapter@main -o adapters/mine
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    from graft.core.errors import HubError
+    from graft.files import formats
+
+    if output.exists() and not force:
+        raise OutputExistsError(f"{output} exists: --force replaces it.")
+    name, _, revision = repo.partition("@")
+    try:
+        there = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*OWN, "*.safetensors", "*.md"]))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as e:
+        raise HubError(f"{repo} cannot be fetched from the hub: {type(e).__name__}: {e}") from e
+    held = formats.read(there)  # whatever is no adapter never gets to the output
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    copied(there, part, pickles=not any(there.glob("*.safetensors")))
+    if output.exists():
+        shutil.rmtree(output)
+    part.rename(output)
+    found = {
+        "repo": repo,
+        "output": str(output),
+        "format": held.format,
+        "method": held.method,
+        "files": names_in(output),
+    }
+    report(found, f"Pulled {len(found['files'])} files of {repo} to {output}.", quiet, as_json)
+
+
+@app.command()
+def card(
+    adapter: Annotated[Path, typer.Argument(help="Folder with an adapter.")],
+    base: Annotated[str | None, typer.Option(help="Name of the base model; else that of the adapter's config.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="As the hub writes it: apache-2.0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card, write nothing.")] = False,
+    quiet: QUIET = False,
+) -> None:
+    """Write README.md, the adapter's model card; of one that is there the text stays, and its head is renewed.
+
+    graft card out/adapter --license apache-2.0
+    """
+    from graft.config.atomic import replace, write_text
+    from graft.files import formats
+
+    text = card_of(formats.read(adapter), adapter / "README.md", base, licence)
+    if dry_run:
+        print(text)
+        return
+    replace(str(adapter / "README.md"), write_text(text))
+    if not quiet:
+        print(f"Wrote {adapter / 'README.md'}.")
+
+
+def card_of(held: Any, path: Path, base: str | None, licence: str | None) -> str:
+    """Return the text of a model card for an adapter that was read."""
+    from huggingface_hub import ModelCard
+
+    from graft.files.neutral import LowRank
+
+    base = base or held.base
+    local = base is not None and (base.startswith(("/", ".", "~")) or base.count("/") > 1)
+    if path.exists():
+        made = ModelCard(path.read_text(encoding="utf-8"))
+    else:
+        ranks = sorted({m.rank for m in held.modules.values() if isinstance(m, LowRank)})
+        parts = [f"- method: {held.method}", f"- adapted modules: {len(held.modules)}"]
+        parts += [f"- rank: {', '.join(map(str, ranks))}"] * bool(ranks)
+        parts += [f"- trained whole: {len(held.full)} tensors"] * bool(held.full)
+        made = ModelCard("---\n{}\n---\n# Adapter for " + f"{base or 'an unknown base'}\n\n" + "\n".join(parts) + "\n")
+    tags = {*(made.data.get("tags") or []), *(["lora"] if held.method == "LORA" else [])}
+    made.data["library_name"] = "peft"
+    made.data["tags"] = sorted(tags)
+    if base and not local:  # a path of this machine means nothing to others
+        made.data["base_model"] = base
+        made.data["base_model_relation"] = "adapter"
+    if licence:
+        made.data["license"] = licence
+    return str(made)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def copied(source: Path, target: Path, pickles: bool = True) -> None:
+    """Copy the files of a folder, but for hidden ones."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names_in(source):
+        if pickles or not name.endswith((".bin", ".pt", ".pth")):
+            shutil.copyfile(source / name, target / name)
+
+
+def report(found: dict[str, Any], text: str, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+    elif not quiet:
+        print(text)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft merge`: adapters into the files of their base, without the model in memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graft.command.app import app, print_json
+from graft.files.errors import OptionError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model: config.json and safetensors files.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Adapters, merged in this order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    weights: Annotated[str | None, typer.Option(help="A weight for each adapter, by commas: 0.7,0.3")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 for all; else each its own.")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest file: 5GB. Else the base's files.")] = None,
+    certificate: Annotated[bool, typer.Option("--certificate", help="Write merge.json.")] = False,
+    probe: Annotated[int, typer.Option(min=0, help="Load both and compare logits on N prompts, in merge.json.")] = 0,
+    keep_quantized: Annotated[bool, typer.Option("--keep-quantized", help="A quantized base stays so.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+) -> None:
+    """Merge adapters into the files of their base model, one weight at a time.
+
+    The model is never in memory: 150 MB beside the interpreter merge a model of any number of layers. A run that was
+    killed goes on when the same command runs again.
+
+        graft merge models/llama out/adapter -o models/llama-merged --certificate
+    """
+    from graft.model.checkpoint import merge_files
+    from graft.model.probing import probed
+
+    account = merge_files(
+        base, list(adapters), output, weights=None if weights is None else numbers(weights), dtype=dtype,
+        shard_size=None if shard_size is None else size(shard_size), certificate=certificate or probe > 0,
+        keep_quantized=keep_quantized, force=force, dry_run=dry_run,
+    )  # fmt: skip
+    found: dict[str, Any] = {
+        "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
+        "notes": account.notes, "resumed": account.resumed,
+    }  # fmt: skip
+    if probe and not dry_run:
+        found["probe"] = probed(base, list(adapters), output, probe, None if weights is None else numbers(weights))
+    if as_json:
+        print_json(found)
+    elif not quiet:
+        show(found)
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--weights takes numbers, by commas, not {text!r}.") from None
+
+
+def size(text: str) -> int:
+    """Return a size in bytes: "5GB" is five thousand million."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
+    unit = None if found is None else UNITS.get(found[2] if found[2].endswith("B") or not found[2] else f"{found[2]}B")
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise OptionError(f"A size is a number with KB, MB or GB behind it, not {text!r}.")
+    return int(float(found[1]) * unit)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what was done, in a few lines."""
+    changed, total = found["tensors"], sum(found["shards"].values())
+    done = "Merged" if found["written"] else "Would merge"
+    resumed = f", {found['resumed']} of them from an earlier run" if found["resumed"] else ""
+    print(f"{done} into {len(changed)} tensors: {found['output']}, {total / 1e9:.2f} GB in {len(found['shards'])} files"
+          f"{resumed}.")  # fmt: skip
+    rows = [row for row in changed.values() if "update" in row]
+    if rows:
+        shares = sorted(row["update"] / row["weight"] for row in rows if row["weight"])
+        middle = shares[len(shares) // 2] if shares else 0.0
+        print(f"The update is {middle:.2%} of the weight in the median; rounding kept "
+              f"{min(row['kept'] for row in rows):.1%} of it or more.")  # fmt: skip
+    for note in found["notes"]:
+        print(note)
+    if "probe" in found:
+        p = found["probe"]
+        print(f"On {p['prompts']} prompts logits differ by {p['largest_difference']:.2e} at most, KL {p['kl']:.2e}.")

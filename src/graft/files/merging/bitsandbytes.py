@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of bitsandbytes: codes of 4 bits with a scale for each block, of 8 bits with one for each row.
+
+Nothing of the package is needed: a file holds the table of its codes' values. QLoRA, arXiv 2305.14314, describes the
+form and the second quantization of the scales.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graft.core.errors import CheckpointError
+from graft.files.base import BaseFiles
+from graft.files.merging.held import Held
+from graft.files.merging.numbers import of_file, to_file
+from graft.files.tensors import Tensor
+
+STATE = ".quant_state.bitsandbytes__"
+INT8 = ("SCB", "weight_format")
+
+
+class Form(Held):
+    form = "bitsandbytes"
+
+    def __init__(self, base: BaseFiles, config: Mapping[str, Any]):
+        super().__init__(base)
+        self.states: dict[str, dict[str, Any]] = {}
+        for key in base.tensors:
+            name, found, _ = key.partition(STATE)
+            if found:
+                self._four(name, key)
+            elif key.endswith(".SCB"):
+                name = f"{key.removesuffix('SCB')}weight"
+                parts = [f"{key.removesuffix('SCB')}{end}" for end in INT8]
+                self.packed[name] = [name, *(part for part in parts if part in base.tensors)]
+        for name, parts in self.packed.items():
+            if name not in base.tensors:
+                raise CheckpointError(f"{base.path} has '{parts[1]}' and no '{name}'.")
+            for part in parts[1:]:
+                self.shapes.pop(part, None)
+
+    def _four(self, name: str, key: str) -> None:
+        try:
+            state = json.loads(bytes(self.base.tensors[key].load()))
+            self.shapes[name] = tuple(state["shape"])
+            state["dtype"] = getattr(torch, state["dtype"])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"'{key}' of {self.base.path} is damaged: {e!r}") from None
+        self.states[name] = state
+        ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        self.packed[name] = [name, *(p for end in ends if (p := f"{name}.{end}") in self.base.tensors), key]
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.packed:
+            return super().read(name)
+        return self.unpack(name, {part: self.base.tensors[part] for part in self.packed[name]})
+
+    def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        if name not in self.states:
+            scale = of_file(parts[f"{name.removesuffix('weight')}SCB"]).float()
+            return of_file(parts[name]).float() * (scale / 127)[:, None]
+        state = self.states[name]
+        byte = of_file(parts[name]).flatten().view(torch.uint8)
+        table = of_file(parts[f"{name}.quant_map"]).float()
+        n, size = state["shape"][0] * state["shape"][1], state["blocksize"]
+        W = table[torch.stack([byte >> 4, byte & 15], 1).flatten().long()[:n]]
+        scale = self._scales(name, parts)
+        W = torch.nn.functional.pad(W, (0, -n % size)).view(-1, size).mul_(scale[:, None]).flatten()[:n]
+        return W.to(state["dtype"]).float().view(state["shape"])  # rounded as training saw it
+
+    def _scales(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        """Return the scale of each block; they may be codes themselves."""
+        held, state = of_file(parts[f"{name}.absmax"]), self.states[name]
+        if f"{name}.nested_absmax" not in parts:
+            return held.float()
+        values = of_file(parts[f"{name}.nested_quant_map"]).float()[held.long()]
+        outer = of_file(parts[f"{name}.nested_absmax"]).float()
+        return values * outer.repeat_interleave(state["nested_blocksize"])[: len(values)] + state["nested_offset"]
+
+    def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
+        old = {part: self.base.tensors[part] for part in self.packed[name]}
+        if name not in self.states:
+            scale = W.abs().amax(1)
+            codes = (W / scale.clamp_min(1e-30)[:, None] * 127).round_().to(torch.int8)
+            return old | {name: to_file(codes), f"{name.removesuffix('weight')}SCB": to_file(scale.float())}
+        state, table = self.states[name], of_file(old[f"{name}.quant_map"]).float()
+        flat = W.to(state["dtype"]).float().flatten()
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % state["blocksize"])).view(-1, state["blocksize"])
+        scale = blocks.abs().amax(1)
+        codes = nearest(blocks / scale.clamp_min(1e-30)[:, None], table).flatten()[: len(flat)]
+        codes = torch.nn.functional.pad(codes, (0, len(flat) % 2)).view(-1, 2)
+        form = of_file(old[name])
+        made = {name: to_file((codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8).view(form.dtype).view(form.shape))}
+        return old | made | self._pack_scales(name, scale, old)
+
+    def _pack_scales(self, name: str, scale: torch.Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if f"{name}.nested_absmax" not in old:
+            return {f"{name}.absmax": to_file(scale)}
+        state = self.states[name]
+        size = state["nested_blocksize"]
+        rest = scale - state["nested_offset"]  # that of the file: a mean of much the same scales
+        blocks = torch.nn.functional.pad(rest, (0, -len(rest) % size)).view(-1, size)
+        outer = blocks.abs().amax(1)
+        codes = nearest(blocks / outer.clamp_min(1e-30)[:, None], of_file(old[f"{name}.nested_quant_map"]).float())
+        return {
+            f"{name}.absmax": to_file(codes.flatten()[: len(rest)].to(torch.uint8)),
+            f"{name}.nested_absmax": to_file(outer),
+        }
+
+
+def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return the places of the nearest values in a table, in any order."""
+    ordered, places = table.sort()
+    return places[torch.bucketize(values, (ordered[1:] + ordered[:-1]) / 2)]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of compressed-tensors: integers of 8 bits, or of 4 packed into 32, with scales for rows or groups.
+
+`x.weight` (int8) or `x.weight_packed` (int32, with `x.weight_shape`) stands beside `x.weight_scale` and, where zero is
+no code 0, `x.weight_zero_point`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from graft.core.errors import UnsupportedLayerError
+from graft.files.base import BaseFiles
+from graft.files.merging.held import Held
+from graft.files.merging.numbers import of_file, to_file
+from graft.files.tensors import Tensor
+from graft.storage.float8 import largest
+
+ENDS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape",
+        "input_scale", "input_zero_point", "output_scale", "output_zero_point")  # fmt: skip
+
+
+class Form(Held):
+    form = "compressed-tensors"
+
+    def __init__(self, base: BaseFiles, config: Mapping[str, Any]):
+        super().__init__(base)
+        kinds = {g.get("format") or config.get("format") for g in (config.get("config_groups") or {}).values()}
+        strange = kinds - {"pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None}
+        if strange or config.get("transform_config"):
+            how = ", ".join(map(str, strange)) or "transformed weights"
+            raise UnsupportedLayerError(
+                f"{base.path} is held by compressed-tensors as {how}, "
+                "which merging cannot read: merge into the model as it was before, and quantize the result."
+            )
+        self.bits: dict[str, int] = {}
+        for key in base.tensors:
+            stem, _, end = key.rpartition(".")
+            if end != "weight_scale":
+                continue
+            parts = [n for e in ENDS if (n := f"{stem}.{e}") in base.tensors]
+            name = f"{stem}.weight"
+            self._check(name, parts, config)
+            self.packed[name] = parts
+            for part in parts:
+                self.shapes.pop(part, None)
+            codes = base.tensors[parts[0]]
+            shape = f"{stem}.weight_shape"
+            self.shapes[name] = tuple(int(n) for n in of_file(base.tensors[shape])) if shape in parts else codes.shape
+
+    def _check(self, name: str, parts: list[str], config: Mapping[str, Any]) -> None:
+        if f"{name}_g_idx" in parts:
+            raise UnsupportedLayerError(
+                f"'{name}' has groups in an order of its own (g_idx), which merging cannot read."
+            )
+        kind = self.base.tensors[parts[0]].dtype
+        if kind not in ("I32", "I8", "F8_E4M3"):
+            raise UnsupportedLayerError(f"'{parts[0]}' is of dtype {kind}, which merging cannot read.")
+        groups = list((config.get("config_groups") or {}).values())
+        bits: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}
+        if kind == "I32" and (len(bits) != 1 or bits.isdisjoint({4, 8})):
+            raise UnsupportedLayerError(f"'{name}' is packed with {bits} bits: merging reads 4 or 8, one for all.")
+        self.bits[name] = bits.pop() if kind == "I32" else 8
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.packed:
+            return super().read(name)
+        return self.unpack(name, {part: self.base.tensors[part] for part in self.packed[name]})
+
+    def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
+        codes, shape = of_file(parts[self.packed[name][0]]), self.shapes[name]
+        if codes.dtype == torch.int32:
+            codes = unpacked(codes, self.bits[name], shape[1])
+        W = codes.float()
+        scale = of_file(parts[f"{name}_scale"])
+        if (zero := self._zero(name, parts, scale)) is not None:
+            W -= spread(zero, W.shape)
+        return (W * spread(scale.float(), W.shape)).to(scale.dtype).float()  # as the layer computes it
+
+    def _zero(self, name: str, parts: Mapping[str, Tensor], scale: torch.Tensor) -> torch.Tensor | None:
+        if f"{name}_zero_point" not in parts:
+            return None
+        zero = of_file(parts[f"{name}_zero_point"])
+        if zero.dtype == torch.int32:  # packed along the rows
+            zero = unpacked(zero.T.contiguous(), self.bits[name], scale.shape[0]).T
+        return zero.float()
+
+    def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
+        old = {part: self.base.tensors[part] for part in self.packed[name]}
+        first, scale = of_file(old[self.packed[name][0]]), of_file(old[f"{name}_scale"])
+        zero, kind = self._zero(name, old, scale), first.dtype
+        most = 448.0 if kind == torch.float8_e4m3fn else 2.0 ** (self.bits[name] - 1) - 1
+        # the scales of the old weight where they reach, so that what did not change keeps its codes
+        if zero is None:
+            reach = grouped_max(W, scale)
+            grown = torch.where(reach > scale.float() * (most + 0.5), reach / most, scale.float()).to(scale.dtype)
+        else:
+            grown = reaching(W, scale.float(), zero, most).to(scale.dtype)
+        codes = W.float() / spread(grown.float(), W.shape)
+        if zero is not None:
+            codes += spread(zero, W.shape)
+        if kind == torch.float8_e4m3fn:
+            made = codes.clamp_(-most, most).to(kind)
+        else:
+            made = codes.round_().clamp_(-most - 1, most).to(torch.int8)
+            made = packed(made, self.bits[name]) if kind == torch.int32 else made
+        return old | {self.packed[name][0]: to_file(made), f"{name}_scale": to_file(grown)}
+
+    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
+
+
+def unpacked(held: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Return the codes (rows, columns) that stand in words of 32 bits, the first in the lowest; 0 is the smallest."""
+    at = torch.arange(0, 32, bits)
+    codes = (held[..., None] >> at) & (2**bits - 1)
+    return (codes.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+
+
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return codes (rows, columns) in words of 32 bits."""
+    each = 32 // bits
+    raised = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -codes.shape[1] % each))
+    words = (raised.view(len(codes), -1, each) << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def spread(scale: torch.Tensor, shape: Any) -> torch.Tensor:
+    """Return scales (1), (rows, 1), (rows, groups) or of blocks over a weight."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    scale = scale.reshape(scale.shape[0], -1)
+    rows, columns = (-(-n // m) for n, m in zip(shape, scale.shape))
+    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
+
+
+def grouped_max(W: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of what shares a scale, in the shape of the scales."""
+    if scale.numel() == 1:
+        return W.abs().amax().float().reshape(scale.shape)
+    rows, columns = (-(-n // m) for n, m in zip(W.shape, scale.reshape(scale.shape[0], -1).shape))
+    return largest(W.float(), rows, columns).reshape(scale.shape)
+
+
+def reaching(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:
+    """Return scales by which codes from -most - 1 to most, less their zero, reach over all of each group."""
+    parts = W.float().reshape(*scale.shape, -1)
+    for end, last in ((parts.amax(-1), most - zero), (parts.amin(-1), -most - 1 - zero)):
+        beyond = (last != 0) & (end / last > scale)
+        scale = torch.where(beyond, end / last, scale)
+    return scale

@@ -336,7 +336,7 @@ RULES = (
     Rule("dead", "warning", dead, "They learned next to nothing: leave them out of target_modules."),
     Rule("outlier", "warning", outlier, "See whether training diverged there, and give it a smaller weight.", True),
     Rule("scale", "warning", scale, "Check lora_alpha and use_rslora: runtimes read them differently."),
-    Rule("rank-waste", "note", rank_waste, "graft resize --energy 0.99 makes the file smaller."),
+    Rule("rank-waste", "note", rank_waste, "Make the file smaller: graft resize --energy 0.99."),
     Rule("dtype", "warning", dtype, "Save in bfloat16 or float32."),
     Rule("unused-target", "warning", unused_target, "Take it out of the config, or find out why it was not adapted."),
     Rule("orphan-key", "error", orphan_key, "Others drop or refuse them: save it again where it was made."),

@@ -204,7 +204,9 @@ QUANTIZED = re.compile(
 
 
 # "optim": bitsandbytes has optimizers, too; "files": checkpoints name who quantized them
-@pytest.mark.parametrize("module", [m for m in MODULES if package(m) not in (None, "storage", "optim", "compat", "files")])
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if package(m) not in (None, "storage", "optim", "compat", "files")]
+)
 def test_storage_is_a_matter_of_storage(module):
     for number, line in enumerate(MODULES[module].read_text().splitlines(), 1):
         assert not QUANTIZED.search(line), f"{module}:{number} {line.strip()}"

@@ -44,7 +44,7 @@ def plan(
     """
     from graft.command.merge import size
     from graft.files.merging.skeleton import skeleton
-    from graft.model.plan import plan as planned
+    from graft.model.api import plan as planned
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")

@@ -50,7 +50,7 @@ def lokr(adapter: AdapterFile, base: Any) -> AdapterFile:
     A second factor that is whole has a rank from which on PEFT keeps it whole. Where no one factor makes all shapes,
     the adapter stays as it is, and no file of PEFT can hold it.
     """
-    from graft.kernels.kronecker import factorization
+    from graft.kernels.structured import factorization
 
     ranks, alphas = {}, {}
     grids: list[tuple[tuple[int, int], tuple[int, int]]] = []

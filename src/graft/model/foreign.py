@@ -21,7 +21,7 @@ from graft.files.names import check
 from graft.files.pickles import from_torch, to_torch
 from graft.inject.survey import survey
 from graft.io.files import Loaded
-from graft.model.loading import Held
+from graft.model.checkpoints import Held
 from graft.model.peft_model import PeftModel
 
 

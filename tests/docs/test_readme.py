@@ -8,7 +8,7 @@ import sys
 
 from tests.docs import readme
 
-LONGEST = 700  # words, code and tables among them, as `wc -w` counts
+LONGEST = 760  # words, code and tables among them, as `wc -w` counts
 
 
 def blocks(language: str) -> list[str]:

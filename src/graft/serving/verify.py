@@ -24,9 +24,9 @@ TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-pr
 OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft differ by on the base
 ANOTHER_BASE = 10  # tolerances
 GRID = [2.0**n for n in range(-6, 7)]  # multiples of the scale, where the search for k begins
-APPLIED, NOT_APPLIED, OFF, MISSING, PATTERNS, ANOTHER, UNDECIDED, LEAKED = (
-    "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", "too small to tell",
-    "in the base too",
+APPLIED, UNDECIDED = "applied", "too small to tell"
+NOT_APPLIED, OFF, MISSING, PATTERNS, ANOTHER, LEAKED = FAULTS = (
+    "not applied", "scale off", "missing", "patterns not read", "another adapter", "in the base too",
 )  # fmt: skip
 
 Factor = Callable[[str], float]  # path of a layer → what its scaling is multiplied by

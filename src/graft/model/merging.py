@@ -39,7 +39,7 @@ class MergingRegistry(Registry):
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         """The adapters merged into some layer."""
-        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.merged_adapters))
+        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.state.merged))
 
     def mergeable_layers(self) -> list[AdapterLayer]:
         rows = [w.adapter_layer for w in self.wrappers.values() if w.adapter_layer is not None]

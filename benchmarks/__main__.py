@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, and not the slowest rows")
     parser.add_argument("--json", metavar="FILE", help="write all values")
     parser.add_argument("--plot", metavar="FILE", help="draw all rows")
-    parser.add_argument("--check", action="store_true", help="fail if a goal that was met once is lost")
-    parser.add_argument("--record", action="store_true", help="note which goals are met, for --check")
+    parser.add_argument("--check", action="store_true", help="fail if what was met or reached once is lost")
+    parser.add_argument("--record", action="store_true", help="note what is met or reached, for --check")
     options = parser.parse_args()
     torch.set_num_threads(1)
     named = [b for b in BENCHES if options.only.lower() in b.what.lower()]
@@ -66,7 +66,7 @@ def main() -> None:
     if options.check:
         gone = guard.lost(rows)
         if gone:
-            console.print("[red]Goals that were met and are lost:[/]", *gone, sep="\n  ")
+            console.print("[red]What was met or reached once, and is lost:[/]", *gone, sep="\n  ")
     if failed or (options.check and gone):
         sys.exit(1)
 

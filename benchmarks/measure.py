@@ -40,18 +40,23 @@ class Effort:
 
 @dataclass(frozen=True)
 class Goal:
-    """`faster`: PEFT / graft at least; `over_floor`: graft / floor at most."""
+    """`faster`: PEFT / graft at least; `over_floor`: graft / floor at most.
+
+    The second says how near graft is to what can be had: what a good implementation does beside the floor, estimated
+    from its parts, whatever graft takes today.
+    """
 
     faster: float | None = None
     over_floor: float | None = None
 
     def met(self, row: Row) -> bool | None:
+        """None if the row lacks a value that the goal is about, or there is no goal."""
         tests = []
-        if self.faster is not None and row.faster is not None:
-            tests.append(row.faster >= self.faster)
-        if self.over_floor is not None and row.over_floor is not None:
-            tests.append(row.over_floor <= self.over_floor)
-        return all(tests) if tests else None
+        if self.faster is not None:
+            tests.append(None if row.faster is None else row.faster >= self.faster)
+        if self.over_floor is not None:
+            tests.append(None if row.over_floor is None else row.over_floor <= self.over_floor)
+        return all(tests) if tests and None not in tests else None
 
     def __str__(self) -> str:
         parts = []

@@ -52,8 +52,10 @@ def addmm() -> Turns:
         yield update
 
 
+# k: of the floor, a twentieth each to read the factors in search of values that are not finite, to find, check and note
+# 210 layers, and to put base layers back; a seventh to copy the factors, for unmerging, into memory that is new
 BENCHES = [
-    Bench("merge_adapter (floor: addmm_)", merge, Goal(faster=1.8), addmm),
-    Bench("unmerge_adapter", unmerge, Goal(faster=1.8), addmm, long=True),
-    Bench("merge_and_unload", merge_and_unload, Goal(faster=2.5), addmm, long=True),
+    Bench("merge_adapter (floor: addmm_)", merge, Goal(1, 1.25), addmm),
+    Bench("unmerge_adapter", unmerge, Goal(1, 1.1), addmm, long=True),
+    Bench("merge_and_unload", merge_and_unload, Goal(1, 1.15), addmm, long=True),
 ]

@@ -91,7 +91,11 @@ class Step(Part):
     def run(self, effort: Effort) -> Row:
         case = self.case
         turns = {who: self.repeat(make(), case.inputs(who)) for who, make in case.models().items()}
-        return Row(self.what, take_turns(turns, effort), Goal(EVEN, case.limit))
+        return Row(self.what, take_turns(turns, effort), self.goal)
+
+    @property
+    def goal(self) -> Goal:
+        return Goal(EVEN, self.case.limit)
 
     def repeat(self, model: nn.Module, batch: dict[str, Tensor]) -> Turns:
         call = partial(step, model, batch)
@@ -105,7 +109,11 @@ class Kept(Part):
     def run(self, effort: Effort) -> Row:
         case = self.case
         values = {who: [kept(make(), case.inputs(who))] for who, make in case.models().items()}
-        return Row(self.what, values, Goal(self.case.flat), unit="B")
+        return Row(self.what, values, self.goal, unit="B")
+
+    @property
+    def goal(self) -> Goal:
+        return Goal(self.case.flat)
 
 
 EVERY = dict(target_modules=list(LINEAR))  # the seven layers of a block that the floor has, too

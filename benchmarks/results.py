@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run found, as a file: `--json` writes it, the tables of the pages and the picture are made of it."""
+"""What a run found, as a file: `--json` writes it, the tables of the pages and the picture are made of it.
+
+`python -m benchmarks.results WHOLE AGAIN…` writes results.json of the files of a whole run and of rows that ran again
+after it, by today's goals, and notes which of these are met.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import Row
+from benchmarks.measure import Goal, Row
 
 RESULTS = Path(__file__).with_name("results.json")  # the run that docs/performance.md and README show
 
@@ -45,14 +50,17 @@ class Run:
         return next(r for r in self.rows if r.what == what)
 
 
-def write(path: str, rows: list[Row], versions: str, whole: bool, seconds: float) -> None:
+def write(path: str | Path, rows: list[Row], versions: str, whole: bool, seconds: float) -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    put(path, rows, versions, f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {machine}", whole)
+
+
+def put(path: str | Path, rows: list[Row], versions: str, run: str, whole: bool) -> None:
     found = [
         dict(what=r.what, unit=r.unit, values=r.values, faster=r.faster, over_floor=r.over_floor, goal=str(r.goal))
         | dict(met=r.goal.met(r))
         for r in rows
     ]
-    run = f"{time.strftime('%Y-%m-%d')}, {seconds / 60:.0f} minutes, {machine}"
     head = json.dumps({"versions": versions, "run": run, "whole": whole}, ensure_ascii=False).removesuffix("}")
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found)
     Path(path).write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
@@ -66,3 +74,30 @@ def read(path: Path | None = None) -> Run:
 def digest() -> str:
     """What the picture of the run that is shown says that it was drawn from."""
     return hashlib.sha256(RESULTS.read_bytes()).hexdigest()
+
+
+def joined(goals: dict[str, Goal], whole: Run, again: list[Run]) -> tuple[list[Row], str]:
+    """The rows of a whole run, judged by `goals`, those that ran again by what they gave then; and a text on the run.
+
+    A row that has no goal any more is left out: it has another name now, and ran again under that.
+    """
+    later = {row.what: row for run in again for row in run.rows}
+    found = {row.what: row for row in whole.rows} | later
+    rows = [Row(what, found[what].values, goal, found[what].unit) for what, goal in goals.items() if what in found]
+    days = sorted({run.run.split(",")[0] for run in again})
+    names = "; ".join(what for what in goals if what in later)
+    return rows, f"{whole.run}; {len(later)} rows ran again, one by one, on {' and '.join(days)}: {names}"
+
+
+def main(whole: str, *again: str) -> None:
+    from benchmarks import guard
+    from benchmarks.rows import BENCHES
+
+    first = read(Path(whole))
+    rows, text = joined({b.what: b.goal for b in BENCHES}, first, [read(Path(file)) for file in again])
+    put(RESULTS, rows, first.versions, text, first.whole)
+    guard.record(rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,11 +6,16 @@ import re
 import time
 from pathlib import Path
 
+import peft
 import pytest
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import load_file
 
 import benchmarks
-from benchmarks import guard, results, tables
+from benchmarks import files, guard, injection, results, switching, tables, weighted
 from benchmarks.measure import Effort, Goal, Row, take_turns
+from benchmarks.models import SCALING
 from benchmarks.plots import draw
 from benchmarks.rows import BENCHES, GROUPS
 
@@ -73,6 +78,14 @@ def test_the_floor_counts_too(record):
     assert len(guard.lost([row([1.3], floor=[1.0], goal=goal)])) == 1
 
 
+@pytest.mark.parametrize(("values", "expected"), [((2, 10, 1), True), ((2.1, 10.5, 1), False), ((2, 9, 1), False)])
+def test_a_goal_is_judged_by_all_that_it_is_about(values, expected):
+    both = Goal(faster=5.0, over_floor=2.0)
+    assert both.met(row(*([value] for value in values))) is expected
+    assert both.met(row([2.0], [10.0])) is None is both.met(row([2.0], [], [1.0])), "a value is lacking"
+    assert Goal().met(row([1.0])) is None
+
+
 def test_the_plot_is_written(tmp_path):
     path = tmp_path / "bench.png"
     draw([row([1.0], floor=[0.5]), row([20.0], what="slower")], str(path), "title")
@@ -81,8 +94,8 @@ def test_the_plot_is_written(tmp_path):
 
 def test_every_file_of_rows_is_in_the_benchmark_and_names_are_its_own():
     folder = Path(benchmarks.__file__).parent
-    files = {p.stem for p in folder.glob("*.py") if re.search(r"^BENCHES\b", p.read_text(), re.MULTILINE)} - {"rows"}
-    assert {group.__name__.rpartition(".")[2] for group in GROUPS} == files
+    found = {p.stem for p in folder.glob("*.py") if re.search(r"^BENCHES\b", p.read_text(), re.MULTILINE)} - {"rows"}
+    assert {group.__name__.rpartition(".")[2] for group in GROUPS} == found
     names = [bench.what for bench in BENCHES]
     assert len(set(names)) == len(names)
     assert any("on NF4" in name for name in names)
@@ -114,3 +127,108 @@ def test_the_table_of_a_run_for_a_page(tmp_path):
 
 def test_the_run_that_is_shown_is_of_rows_that_there_are():
     assert {r.what for r in results.read().rows} <= {bench.what for bench in BENCHES}
+
+
+def test_a_goal_that_changed_is_recorded_anew_or_not_at_all(record):
+    guard.record([row([1.0], floor=[0.5]), row([1.0], floor=[0.5], what="load")])
+    near, far = Goal(1.0, 3.0), Goal(1.0, 1.5)
+    guard.record([row([1.0], floor=[0.5], goal=near), row([1.0], floor=[0.5], goal=far, what="load")])
+    assert guard.known() == {"inject": "≥ 1 ×, ≤ 3 × floor", "load": 2.0}
+
+
+def test_a_row_that_misses_its_goal_is_held_to_what_it_reached(record):
+    def missed(graft):
+        return row([graft], floor=[1.0], goal=Goal(1.0, 1.5))
+
+    guard.record([missed(3.0)])
+    guard.record([missed(2.0)])
+    guard.record([missed(4.0)])
+    assert guard.met_once() == {} and guard.lost([missed(2.1)]) == []
+    (text,) = guard.lost([missed(2.5)])
+    assert "once 2.0 × floor" in text
+    guard.record([missed(1.0)])
+    assert guard.lost([missed(1.5)]) == [] and "goal" in guard.lost([missed(2.0)])[0]
+
+
+def test_rows_that_ran_again_stand_in_for_those_of_the_whole_run_by_the_goals_of_today(tmp_path):
+    paths = [tmp_path / name for name in ("whole.json", "again.json")]
+    results.write(paths[0], [row([1.0], floor=[1.0], what=w) for w in ("same", "again", "old")], "", True, 60.0)
+    results.write(paths[1], [row([2.0], floor=[0.5], what=w) for w in ("again", "new")], "", False, 60.0)
+    goals = {"same": Goal(1.0, 1.2), "new": Goal(1.0, 5.0), "again": Goal(1.0, 3.0), "never run": Goal(1.0)}
+    whole, again = map(results.read, paths)
+    rows, text = results.joined(goals, whole, [again])
+    assert [(r.what, r.over_floor, r.goal.met(r)) for r in rows] == [
+        ("same", 1.0, True),
+        ("new", 4.0, True),
+        ("again", 4.0, False),
+    ]
+    assert text.startswith(whole.run) and "2 rows ran again" in text and text.endswith(": new; again")
+
+
+def test_the_record_is_of_goals_that_there_are():
+    goals = {bench.what: str(bench.goal) for bench in BENCHES}
+    assert guard.met_once().items() <= goals.items()
+
+
+# floors: they do what they stand for
+
+
+def run_once(turns):
+    return next(turns)()
+
+
+def test_the_floor_of_an_injection_draws_what_peft_does():
+    build, config = injection.blocks(1), injection.lora
+    torch.manual_seed(3)
+    made = run_once(injection.least(build, injection.FIRST)())
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(build(), config(peft))
+    assert torch.equal(after, torch.rand(1)), "the generators have drawn as many numbers"
+    theirs = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert [len(modules) for modules in made] == [injection.FIRST] * 7
+    for mine, p in zip([m.weight for modules in made for m in modules[:2]], theirs, strict=True):
+        assert torch.equal(mine, p)
+
+
+def test_the_floor_of_a_load_has_the_tensors_of_the_file():
+    found = run_once(files.read())
+    read = load_file(f"{files.saved()}/{files.WEIGHTS}")
+    assert found.keys() == read.keys() and all(torch.equal(found[key], read[key]) for key in read)
+
+
+def test_the_floor_of_a_state_dict_is_the_state_dict():
+    found = run_once(switching.collect())
+    theirs = peft.get_peft_model_state_dict(switching.loaded(peft, 2))
+    assert found.keys() == theirs.keys() and all(found[key].shape == theirs[key].shape for key in theirs)
+
+
+@pytest.fixture
+def factors():
+    """A and B of three adapters of a layer, and Σ w s B A."""
+    As, Bs = ([torch.randn(*shape, dtype=torch.float64) for _ in weighted.NAMES] for shape in ((16, 50), (60, 16)))
+    return As, Bs, sum(SCALING * w * B @ A for A, B, w in zip(As, Bs, weighted.WEIGHTS))
+
+
+def test_the_floor_of_cat_is_the_sum(factors):
+    As, Bs, full = factors
+    A, B = weighted.cat(As, Bs)
+    torch.testing.assert_close(B @ A, full)
+
+
+def test_the_floor_of_svd_is_the_best_product(factors):
+    As, Bs, full = factors
+    A, B = weighted.svd(As, Bs)
+    U, S, V = torch.linalg.svd(full)
+    torch.testing.assert_close(B @ A, U[:, :16] @ S[:16].diag() @ V[:16])
+
+
+def test_the_floor_of_ties_is_pefts(factors):
+    weights = torch.tensor([SCALING * w for w in weighted.WEIGHTS], dtype=torch.float64)
+    for ts, found in zip(factors[:2], weighted.ties(*factors[:2])):
+        torch.testing.assert_close(found, merge_utils.ties([t.clone() for t in ts], weights, 0.5))
+
+
+def test_the_floor_of_linear_is_a_sum(factors):
+    for ts, found in zip(factors[:2], weighted.sums(*factors[:2])):
+        torch.testing.assert_close(found, sum(SCALING * w * t for t, w in zip(ts, weighted.WEIGHTS)))

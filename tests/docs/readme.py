@@ -28,7 +28,7 @@ MEASURED = {  # what → row of the benchmark, and how `--only` names it
     "a training step, LoRA, float32": ("training step, LoRA all linear, float32", "'LoRA all'"),
     "kept for backward, bf16, dropout": ("bytes kept, bf16 base + dropout", "'base + dropout'"),
     "a batch for 64 adapters": ("slots 64 × 1, 64 adapters", "slots"),
-    "another adapter in place": ("hotswap_adapter (floor: load_file and copy)", "hotswap"),
+    "another adapter in place": ("hotswap_adapter (floor: read, check, copy)", "hotswap"),
 }
 
 

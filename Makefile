@@ -9,7 +9,8 @@ TRAINERS = $(patsubst tests/trainers/%.txt,%,$(wildcard tests/trainers/*.txt))
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
-	test-trainers test-serving mutations fuzz check dist release bench demo demo-lm demo-4bit compare examples docs docs-look clean
+	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-lm demo-4bit compare \
+	examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -105,6 +106,16 @@ test-clients: $(VENV)-clients/.installed
 	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k 'training or four_bits'
 	$(VENV)-clients/bin/python -m pytest tests/compat/test_late.py -k clients
 
+# the libraries of other formats of adapter files load what graft writes; in an environment of its own
+$(VENV)-formats/.installed: pyproject.toml $(wildcard tests/formats/*.txt)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -e '.[test,gguf]' -r tests/formats/requirements.txt
+	$(@D)/bin/pip install -q --no-deps -r tests/formats/libraries.txt
+	touch $@
+
+test-formats: $(VENV)-formats/.installed
+	GRAFT_TESTS_FORMATS=1 $(VENV)-formats/bin/python -W ignore -m pytest -W ignore tests/formats
+
 # PEFT's own tests, from its source distribution, with graft under PEFT's name; in an environment of its own
 $(VENV)-peft/.installed: pyproject.toml tests/peft_suite/requirements.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -194,4 +205,4 @@ examples: $(VENV)-clients/.installed
 	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest tests/examples/test_guides.py tests/examples/test_server.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-peft build dist out
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-peft $(VENV)-formats build dist out

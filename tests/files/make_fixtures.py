@@ -2,7 +2,7 @@
 """Make the files in `fixtures/`: adapters written by the libraries themselves, and what each does to every weight.
 
 `python -m tests.files.make_fixtures FOLDER NAME…`; the packages that a name needs are in
-`tests/files/formats.txt`. Beside an adapter's folder stands `NAME.delta.safetensors`: the path of a module → W' − W,
+`tests/formats/`. Beside an adapter's folder stands `NAME.delta.safetensors`: the path of a module → W' − W,
 by that library's own merge, or by its own forward pass where its merge is wrong.
 """
 

@@ -23,9 +23,11 @@ def convert(
     base: Annotated[
         Path | None, typer.Option(help="Folder of the base model: its names and sizes; a config.json is enough.")
     ] = None,
-    lossy: Annotated[bool, typer.Option(help="Leave out what the format cannot hold, and say what.")] = False,
-    force: Annotated[bool, typer.Option(help="Replace what is at the output.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Do all but leave a result.")] = False,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Leave out what the format cannot hold, and say what.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but leave a result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:

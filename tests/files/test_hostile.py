@@ -109,6 +109,29 @@ def test_keys_that_nobody_knows(locon, tmp_path):
     assert found.keys() == wanted.keys()
 
 
+def test_kohya_to_kohya_drops_nothing_in_silence(locon, tmp_path):
+    convert(locon, "kohya", tmp_path / "same.safetensors")
+    held, back = load_file(locon), load_file(tmp_path / "same.safetensors")
+    assert held.keys() == back.keys() and all(np.array_equal(held[k], back[k]) for k in held)
+    save_file(held | {"lycoris_down_blocks_0_to_q.something": np.ones(2, "f4")}, locon)
+    refused(LossError, "something", locon, "kohya", tmp_path / "more.safetensors")
+
+
+def test_a_head_that_shares_the_weight_of_an_embedding(tmp_path):
+    """Its files have no tensor of the head; the model that its config describes has the module."""
+    base = tmp_path / "tied"
+    shutil.copytree(LLAMA, base)
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors")
+    done = convert(FIXTURES / "torchtune_lora", "kohya", tmp_path / "a.safetensors", base)
+    assert done.modules == 13
+    back = formats.read(convert(tmp_path / "a.safetensors", "peft", tmp_path / "out", base).path)
+    assert "lm_head" in back.modules
+
+
 def test_half_a_pair(tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(FIXTURES / "mlx_lora", folder)

@@ -47,3 +47,8 @@ def test_tensors_that_overlap_are_damage(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"[32,64]", b"[16,48]"))
     with pytest.raises(CheckpointError, match="'y' is not where its header says"):
         read_header(path)
+
+
+def test_a_number_alone_has_no_dimension(tmp_path):
+    write_safetensors(str(tmp_path / "e.safetensors"), {"alpha": tensor(np.array(3, "f4"))}, {})
+    assert load_file(tmp_path / "e.safetensors")["alpha"].shape == ()

@@ -75,6 +75,21 @@ def skeleton(model: Any, path: str) -> Skeleton:
     return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name])
 
 
+def wider(base: Any) -> Skeleton | None:
+    """Return a base of files with the names of the model that its config describes; None: no library makes it.
+
+    A model may call its modules otherwise than its files do, and has those that share a weight with others.
+    """
+    if not isinstance(base, BaseFiles):
+        return None
+    try:
+        made = from_config(base.path, base.config)
+    except CheckpointError:
+        return None
+    modules = [*dict.fromkeys([*made.modules, *base.modules])]
+    return Skeleton(base.path, base.config, made.shapes | base.shapes, modules, base.tensors)
+
+
 def from_config(path: str, config: Mapping[str, Any]) -> Skeleton:
     """Return the model that a config describes, built on the meta device by its library.
 

@@ -9,9 +9,9 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from graft.core.errors import CheckpointError
+from graft.core.errors import BaseModelMismatchError, CheckpointError
 from graft.files import names
-from graft.files.bases import base_of
+from graft.files.bases import base_of, wider
 from graft.files.components import parts_of, split
 from graft.files.errors import OutputExistsError
 from graft.files.formats import Base, module_of, read, recognise
@@ -83,9 +83,12 @@ def convert(
     if force and os.path.exists(target) and os.path.samefile(target, source):
         raise OutputExistsError(f"{target} is the source, which stays as it is: give another output.")
     known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
-    adapter = read_for(source, known, to)
-    if known is not None and not adapter.flat:
-        names.check(adapter, known)
+    try:
+        adapter = checked(source, known, to)
+    except BaseModelMismatchError:
+        if (known := wider(known)) is None:
+            raise
+        adapter = checked(source, known, to)
     lost: list[str] = []
     if to == "peft":
         fitted = fit(adapter, PEFT, to, lossy)
@@ -102,6 +105,14 @@ def beside(source: str, to: str) -> str:
     if os.path.isfile(stem):
         stem = os.path.splitext(stem)[0]
     return f"{stem}-{to}{ENDS.get(to, '')}"
+
+
+def checked(source: str, base: Base | None, to: str) -> AdapterFile:
+    """Read an adapter and compare it with the base."""
+    adapter = read_for(source, base, to)
+    if base is not None and not adapter.flat:
+        names.check(adapter, base)
+    return adapter
 
 
 def read_for(source: str, base: Base | None, to: str) -> AdapterFile:

@@ -77,6 +77,8 @@ def check(adapter: AdapterFile, base: Base) -> None:
     tails: dict[str, str | None] = {}
     absent, wrong = [], []
     for path, held in adapter.modules.items():
+        if getattr(held, "kind", None) == "experts":  # parameters, or modules that files have one by one
+            continue
         found = path if path in modules else inside(path, modules, tails)
         if found is None:
             absent.append(path)

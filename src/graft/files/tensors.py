@@ -69,7 +69,7 @@ def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
     """Return an array as a Tensor. `dtype` rounds it to nearest, ties to even; None: the array's own dtype."""
     import numpy as np
 
-    values = np.ascontiguousarray(values)
+    values = np.asarray(values, order="C")  # a number alone stays one
     own = next((name for name, form in NUMPY.items() if np.dtype(form) == values.dtype), None)
     dtype = dtype or own
     if dtype == "BF16":

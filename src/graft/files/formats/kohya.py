@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from graft.core.errors import CheckpointError
@@ -187,14 +188,10 @@ def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base 
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    made = adapter if adapter.format == NAME and adapter.flat else None
-    lost: list[str] = []
-    if made is None:
-        fitted = fit(adapter, HOLDS, NAME, lossy)
-        made, lost = fitted.adapter, fitted.lost
-        paths = written(made)
-    else:
-        paths = dict(zip(made.modules, made.modules))
+    own_names = adapter.format == NAME and adapter.flat
+    fitted = fit(replace(adapter, flat=False) if own_names else adapter, HOLDS, NAME, lossy)
+    made, lost = fitted.adapter, fitted.lost
+    paths = {name: name for name in made.modules} if own_names else written(made)
     tensors: dict[str, Tensor] = {}
     for module, held in made.modules.items():
         tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in leaves(held).items()}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from graft.core.errors import ConfigError
@@ -78,7 +79,7 @@ def budget(
         batch, length: rows and tokens of a row.
         dtype: of the base's weights.
         checkpointing: blocks keep their inputs only, and run again in the backward pass.
-        bits: 4 or 8: the weights of linear layers in blocks, as bitsandbytes holds them; None: as `dtype` says.
+        bits: 4 or 8: of each weight in a block, with a scale for 64 of them where they have 4; None: as `dtype` says.
 
     Raises:
         ConfigError: for an optimizer that is not known, or a model without blocks.
@@ -194,7 +195,7 @@ class Counter:
 
 
 def key(t: Tensor) -> int:
-    return t.untyped_storage()._cdata  # type: ignore[no-any-return]
+    return int(StorageWeakRef(t.untyped_storage()).cdata)
 
 
 def hidden(model: Any) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from benchmarks import (
+    checkpoints,
     experts,
     files,
     imports,
@@ -28,6 +29,7 @@ GROUPS = (
     merging,
     weighted,
     memory,
+    checkpoints,
     training,
     methods,
     packed,

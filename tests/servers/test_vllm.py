@@ -196,6 +196,13 @@ def test_rslora_that_is_not_read(url, folder, tmp_path):
     assert found.scale == pytest.approx(0.5, rel=1e-3) and "use_rslora" in found.text
 
 
+def test_rslora_that_is_not_read_where_ranks_differ(url, tmp_path):
+    options = dict(r=4, lora_alpha=8, target_modules=adapters.LISTED, use_rslora=True, rank_pattern={"up_proj": 16})
+    adapters.quietly(adapters.moved, model(), graft.LoraConfig(**options)).save_pretrained(tmp_path / "a")
+    path = broken(tmp_path, tmp_path / "a", {"use_rslora": False})
+    assert verdict(url, load(url, path), tmp_path / "a").verdict == "use_rslora not read"
+
+
 def test_patterns_that_are_not_read(url, folder, tmp_path):
     path = broken(tmp_path, folder("patterns"), {"alpha_pattern": {"q_proj": 4}})
     assert verdict(url, load(url, path), folder("patterns")).verdict == "patterns not read"

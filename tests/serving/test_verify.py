@@ -107,6 +107,13 @@ def test_a_server_without_rslora(tmp_path):
     assert "use_rslora" in found.text
 
 
+def test_a_server_without_rslora_where_ranks_differ(tmp_path):
+    model = adapted(use_rslora=True, r=9, rank_pattern={"up_proj": 4}, alpha_pattern={"lm_head": 3})
+    other = adapted(r=9, rank_pattern={"up_proj": 4}, alpha_pattern={"lm_head": 3})
+    other.load_state_dict(model.state_dict())
+    assert verdict(saved(model, tmp_path), other).verdict == "use_rslora not read"
+
+
 @pytest.mark.parametrize("part", ["lm_head", "v_proj"])
 def test_a_part_that_is_missing(part, folder, model):
     found = verdict(folder, without(model, part))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,20 @@ OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft d
 ANOTHER_BASE = 10  # tolerances
 GRID = [2.0**n for n in range(-6, 7)]  # multiples of the scale, where the search for k begins
 APPLIED, UNDECIDED = "applied", "too small to tell"
-NOT_APPLIED, OFF, MISSING, PATTERNS, ANOTHER, LEAKED = FAULTS = (
-    "not applied", "scale off", "missing", "patterns not read", "another adapter", "in the base too",
+NOT_APPLIED, OFF, MISSING, PATTERNS, ROOTS, ANOTHER, LEAKED = FAULTS = (
+    "not applied", "scale off", "missing", "patterns not read", "use_rslora not read", "another adapter",
+    "in the base too",
 )  # fmt: skip
 
 Factor = Callable[[str], float]  # path of a layer → what its scaling is multiplied by
+
+
+class Scale(NamedTuple):
+    """The scaling of a layer, and what a server makes of its config that does not read all of it."""
+
+    own: float
+    plain: float  # lora_alpha / r for all layers
+    rootless: float  # each layer's own alpha / rank
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,8 @@ class Verdict:
     """What a server does with an adapter.
 
     Attributes:
-        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "another adapter", "too small to
-            tell", or "in the base too".
+        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "use_rslora not read", "another
+            adapter", "too small to tell", or "in the base too".
         text: the same in a sentence.
         tolerance: the root mean square of differences of log-probabilities that counts as equal.
         effect: what the adapter changes log-probabilities by.
@@ -131,7 +140,7 @@ def verify(
 
 
 def judge(
-    now: Tensor, before: Tensor, own_base: Tensor, own: Callable[..., Tensor], scales: dict[str, tuple[float, float]],
+    now: Tensor, before: Tensor, own_base: Tensor, own: Callable[..., Tensor], scales: dict[str, Scale],
     tolerance: float, noise: float,
 ) -> Verdict:  # fmt: skip
     """Say which of its possible mistakes explains what a server says.
@@ -141,7 +150,7 @@ def judge(
         before: by its base.
         own_base: graft's, without the adapter.
         own: returns graft's with the adapter, its layers' scalings multiplied by a factor by path.
-        scales: path of a layer → its scaling, and what it would be without patterns and rsLoRA.
+        scales: by path of the layer.
     """
     right = own()
     effect = rms(right - own_base)
@@ -164,10 +173,13 @@ def judge(
         near[f"{part} {MISSING}"] = rms(now - own(lambda path, part=part: float(last(path) != part)))
         if near[f"{part} {MISSING}"] <= tolerance:
             return verdict(MISSING, f"{part} {MISSING}: the server applies all of the adapter but that.")
-    if any(s != plain for s, plain in scales.values()):
-        near[PATTERNS] = rms(now - own(lambda path: scales[path][1] / scales[path][0] if scales[path][0] else 1.0))
-        if near[PATTERNS] <= tolerance and len({round(plain / s, 6) for s, plain in scales.values() if s}) > 1:
-            return verdict(PATTERNS, "The server takes lora_alpha / r for all modules: it does not read the patterns.")
+    for which, taken in (PATTERNS, "plain"), (ROOTS, "rootless"):
+        factors = {path: getattr(s, taken) / s.own if s.own else 1.0 for path, s in scales.items()}
+        if len({round(f, 6) for f in factors.values()}) > 1:  # else it is a scale that is off
+            near[which] = rms(now - own(factors.__getitem__))
+            if near[which] <= tolerance:
+                each = "each module's alpha / rank" if which == ROOTS else "lora_alpha / r for all modules"
+                return verdict(which, f"{which}: the server takes {each} as the scale.")
     if scales:
         k = fitted(lambda k: own(lambda path: k) - now)
         near[f"scale × {k:.4g}"] = rms(now - own(lambda path: k))
@@ -181,11 +193,11 @@ def judge(
     )
 
 
-def why(k: float, scales: dict[str, tuple[float, float]]) -> str:
+def why(k: float, scales: dict[str, Scale]) -> str:
     """Explain a factor by what a server may not have read."""
-    if all(math.isclose(k * s, plain, rel_tol=1e-2) for s, plain in scales.values()):
+    if all(math.isclose(k * s.own, s.plain, rel_tol=1e-2) for s in scales.values()):
         return ": the server takes lora_alpha / r, and does not read use_rslora"
-    if all(math.isclose(k * s, 1, rel_tol=1e-2) for s, _ in scales.values()):
+    if all(math.isclose(k * s.own, 1, rel_tol=1e-2) for s in scales.values()):
         return ": the server takes 1, and does not read the config"
     return ""
 
@@ -245,14 +257,16 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
     return {path: layer for path, layer in survey(model).layers.items() if getattr(layer, "scaling", None)}
 
 
-def scalings(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Return the scaling of each layer, and lora_alpha / r as a server takes it that reads no patterns."""
+def scalings(model: nn.Module) -> dict[str, Scale]:
+    """Return the scales of each layer."""
     found = {}
     for path, layer in layers_of(model).items():
-        (name, s), *_ = layer.scaling.items()
-        cfg = model.peft_config[name]  # type: ignore[index]
-        plain = cfg.lora_alpha / cfg.r if hasattr(cfg, "lora_alpha") and hasattr(cfg, "r") else s
-        found[path] = (float(s), float(plain))
+        (name, own), *_ = layer.scaling.items()
+        cfg: Any = model.peft_config[name]  # type: ignore[index]
+        here = layer.methods[name].cfg
+        known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
+        rates = (cfg.lora_alpha / cfg.r, here.lora_alpha / here.r) if known else (own, own)
+        found[path] = Scale(float(own), *map(float, rates))
     return found
 
 

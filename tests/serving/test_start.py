@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify --in-process` starts a server, says why it does not come up, and leaves none behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import pairwise
+
+import pytest
+
+from graft.core.errors import ConfigError
+from graft.files.errors import ServerError
+from graft.serving.ask import Connection
+from graft.serving.start import started
+
+SERVER = """
+import http.server, json, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"pid": os.getpid(), "words": sys.argv[1:]}).encode())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def python(tmp_path, text):
+    """An executable that runs this program with the words of `started`'s command."""
+    (tmp_path / "server.py").write_text(text)
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/server.py" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_server_for_as_long_as_the_block_runs(tmp_path):
+    adapters = {"one": "a/one", "two": "/two"}
+    with started("vllm", "a/base", "named", adapters, "bfloat16", 32, python=python(tmp_path, SERVER)) as url:
+        said = Connection(url).get("/v1/models")
+    words = said["words"]
+    assert words[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    given = dict(pairwise(words[2:]))
+    assert given["--model"] == "a/base" and given["--served-model-name"] == "named"
+    assert given["--dtype"] == "bfloat16" and given["--max-lora-rank"] == "32"
+    assert words[words.index("--lora-modules") + 1 :] == [f"one={os.getcwd()}/a/one", "two=/two"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(said["pid"], 0)
+
+
+def test_a_server_that_ends(tmp_path):
+    with (
+        pytest.raises(ServerError, match=r"ended before it was ready(.|\n)*ValueError: no such model"),
+        started("vllm", "base", "base", {}, python=python(tmp_path, "raise ValueError('no such model')")),
+    ):
+        raise AssertionError("it is not ready")
+
+
+def test_servers_that_cannot_be_started():
+    with pytest.raises(ConfigError, match="vllm only"), started("tgi", "base", "base", {}):
+        raise AssertionError
+    with pytest.raises(ConfigError, match="not installed beside graft"), started("vllm", "base", "base", {}):
+        raise AssertionError

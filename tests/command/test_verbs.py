@@ -199,8 +199,9 @@ def test_no_verb_waits_for_torch(folder, tmp_path):
 
 def test_help_names_every_verb(run):
     code, out, _ = run("--help")
-    assert code == 0 and all(f" {verb} " in out for verb in app.VERBS)
-    for verb in app.VERBS:
+    verbs = [*(set(app.VERBS) - {"hub"}), "push", "pull", "card"]
+    assert code == 0 and all(f" {verb} " in out for verb in verbs)
+    for verb in verbs:
         code, out, _ = run(verb, "--help")
         assert code == 0 and "Example: graft" in out
     assert inspect.TOP

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/command.md shows of the command: `python -m tests.docs.command` runs it and puts the output on the page."""
+"""What pages show of the command: `python -m tests.docs.command` runs it and puts the output on them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests import models
 from tests.docs.blocks import ROOT
 
 PAGE = ROOT / "docs" / "command.md"
+PAGES = (PAGE, ROOT / "docs" / "command_merge.md")
 BLOCK = re.compile(r"```console\n\$ (?P<command>graft [^\n]*)\n(?P<output>.*?)```", re.S)
 
 
@@ -64,7 +65,8 @@ def filled(text: str, answer: Callable[[str], str]) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        PAGE.write_text(filled(PAGE.read_text(), lambda command: run(command, Path(folder))))
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), lambda command: run(command, Path(folder))))
 
 
 if __name__ == "__main__":

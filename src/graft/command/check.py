@@ -35,7 +35,7 @@ def check(
     A server that ignores an adapter answers as its base, without a word. What is known of each stands in a file of
     data, with the version that was run or read and the date. Exit code 1 if one would not apply the adapter as it is.
 
-        graft check out/adapter --for vllm,sglang --base models/llama
+    Example: graft check out/adapter --for vllm,sglang --base models/llama
     """
     from graft.files import formats, serving
     from graft.files.base import base_files

@@ -33,8 +33,8 @@ def convert(
 ) -> None:
     """Write an adapter in the format of another library. What that cannot hold is an error that lists it.
 
-    graft convert out/adapter --to gguf --base models/llama
-    graft convert style.safetensors --to peft --base models/sd -o out/style
+    Example: graft convert out/adapter --to gguf --base models/llama
+    Or: graft convert style.safetensors --to peft --base models/sd -o out/style
     """
     from graft.files.convert import convert as run
 

@@ -34,7 +34,7 @@ def export(
     for the base as it was. Any other method that has a ΔW becomes a product of factors, and the error is printed.
     What plain LoRA cannot hold (DoRA, modules_to_save) is refused with exit code 5: merge it.
 
-        graft export out/adapter --for vllm --base models/llama -o out/for_vllm
+    Example: graft export out/adapter --for vllm --base models/llama -o out/for_vllm
     """
     from graft.files import export as files
     from graft.files import formats

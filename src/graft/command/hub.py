@@ -29,7 +29,7 @@ def push(
 ) -> None:
     """Upload an adapter's folder, after a look at it: what no reader could load never leaves.
 
-    graft push out/adapter me/my-adapter --private
+    Example: graft push out/adapter me/my-adapter --private
     """
     from graft.config import hub
     from graft.files import formats
@@ -53,7 +53,7 @@ def pull(
 ) -> None:
     """Download an adapter into a folder. Pickles are left out where safetensors are there.
 
-    graft pull me/my-adapter@main -o adapters/mine
+    Example: graft pull me/my-adapter@main -o adapters/mine
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -94,7 +94,7 @@ def card(
 ) -> None:
     """Write README.md, the adapter's model card; of one that is there the text stays, and its head is renewed.
 
-    graft card out/adapter --license apache-2.0
+    Example: graft card out/adapter --license apache-2.0
     """
     from graft.config.atomic import replace, write_text
     from graft.files import formats

@@ -33,10 +33,10 @@ def merge(
 ) -> None:
     """Merge adapters into the files of their base model, one weight at a time.
 
-    The model is never in memory: 150 MB beside the interpreter merge a model of any number of layers. A run that was
+    The model is never in memory: one weight in float32 is, and what it is written as. A run that was
     killed goes on when the same command runs again.
 
-        graft merge models/llama out/adapter -o models/llama-merged --certificate
+    Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
     """
     from graft.model.checkpoint import merge_files
     from graft.model.probing import probed

@@ -40,7 +40,7 @@ def plan(
 
     Activations are measured where autograd keeps them, on tensors without memory; weights are never made.
 
-        graft plan models/llama --rank 16 --batch 4 --seq 2048 --gpu 24GB
+    Example: graft plan models/llama --rank 16 --batch 4 --seq 2048 --gpu 24GB
     """
     from graft.command.merge import size
     from graft.files.merging.skeleton import skeleton

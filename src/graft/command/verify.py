@@ -37,7 +37,7 @@ def verify(
     lm_head (or another part) missing; patterns not read; another adapter. Exit code 1 unless it is applied, 4 if the
     server's base is another.
 
-        graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
+    Example: graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
     """
     from graft.command.models import load_base, on
     from graft.serving.ask import Connection

@@ -41,7 +41,7 @@ def _reader(name: str) -> property:
         own = self.layer.__dict__
         try:
             return (own[name] if name in own else own["_modules"][name])[self.name]  # facts stand in plain dicts
-        except KeyError:
+        except (KeyError, AttributeError):  # the second: an empty container of Parameters
             raise _not_built(self, name) from None
 
     return property(read)

@@ -24,7 +24,7 @@ CONFIG = {
     "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 1024,
     "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
-IMPORTS = "from graft.model.checkpoint import merge_files\nimport transformers\n"
+IMPORTS = "from graft.model.merge_files import merge_files\nimport transformers\n"
 MERGE = IMPORTS + "merge_files({base!r}, {adapter!r}, {output!r}, force=True)"
 IN_MEMORY = """
 import transformers

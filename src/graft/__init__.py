@@ -43,6 +43,7 @@ _NAMES: dict[str, str] = {
         "graft.model.merging": "merge_report",
         "graft.model.convert": "convert_to_lora save_as_lora",
         "graft.model.foreign": "load_adapter",
+        "graft.model.merge_files": "merge_files",
         "graft.model.audit": "AuditReport audit",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "
         "PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "

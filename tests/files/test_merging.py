@@ -33,7 +33,7 @@ import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging import merge
-from graft.model.checkpoint import merge_files
+from graft.model.merge_files import merge_files
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # of ties and of PiSSA, which other tests have

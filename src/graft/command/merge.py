@@ -38,7 +38,7 @@ def merge(
 
     Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
     """
-    from graft.model.checkpoint import merge_files
+    from graft.model.merge_files import merge_files
     from graft.model.probing import probed
 
     account = merge_files(

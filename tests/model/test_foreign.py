@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import graft
+from graft.model import foreign
 from tests.files.make_fixtures import LLAMA, net
 
 FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
@@ -66,3 +67,10 @@ def test_another_model_stays_as_it_was():
     with pytest.raises(graft.BaseModelMismatchError, match="has no modules for"):
         graft.load_adapter(model, FIXTURES / "mlx_lora")
     assert [name for name, _ in model.named_modules()] == before
+
+
+def test_weights_of_the_model_are_not_copied_where_names_are_enough(monkeypatch):
+    asked = []
+    monkeypatch.setattr(foreign, "values_of", lambda p, name: asked.append(name))
+    graft.load_adapter(llama(), FIXTURES / "mlx_lora")
+    assert asked == []

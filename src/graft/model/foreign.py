@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,10 @@ from graft.files.holding import PEFT, fit
 from graft.files.lycoris import as_peft
 from graft.files.names import check
 from graft.files.pickles import from_torch, to_torch
+from graft.files.tensors import Tensor
 from graft.inject.survey import survey
 from graft.io.files import Loaded
+from graft.io.tensors import name_of
 from graft.model.checkpoints import Held
 from graft.model.peft_model import PeftModel
 
@@ -84,5 +87,10 @@ def names_in(model: nn.Module) -> Skeleton:
             continue
         out.shapes[plain] = tuple(p.shape)
         if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
-            out.tensors[plain] = from_torch(p, plain)
+            out.tensors[plain] = Tensor(tuple(p.shape), name_of(p.dtype), partial(values_of, p, plain))
     return out
+
+
+def values_of(p: nn.Parameter, name: str) -> bytes:
+    """Return the bytes of a weight, from its device: only a format that needs values asks."""
+    return bytes(from_torch(p.data, name).load())

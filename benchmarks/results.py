@@ -85,7 +85,7 @@ def joined(goals: dict[str, Goal], whole: Run, again: list[Run]) -> tuple[list[R
     found = {row.what: row for row in whole.rows} | later
     rows = [Row(what, found[what].values, goal, found[what].unit) for what, goal in goals.items() if what in found]
     days = sorted({run.run.split(",")[0] for run in again})
-    names = "; ".join(what for what in goals if what in later)
+    names = "; ".join(dict.fromkeys(what.split(",")[0].split(" (")[0] for what in goals if what in later))
     return rows, f"{whole.run}; {len(later)} rows ran again, one by one, on {' and '.join(days)}: {names}"
 
 

@@ -12,7 +12,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import base_files
 from graft.files.merging import merge
-from graft.files.merging.forms import held_in
+from graft.files.merging.held import held_in
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a checkpoint holds its weights: plainly, or in a quantized form that can be read, and written again."""
+"""How a checkpoint holds its weights: plain, or in a quantized form, by the method that config.json names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 
+from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file
 from graft.files.tensors import Tensor
@@ -50,3 +52,25 @@ class Held:
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return config.json of the model without quantization."""
         return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed"}  # → module
+
+
+def held_in(base: BaseFiles) -> Held:
+    """Return how a checkpoint holds its weights.
+
+    Raises:
+        UnsupportedLayerError: in a quantized form that graft cannot read.
+    """
+    config: Any = base.config.get("quantization_config") or base.config.get("compression_config")
+    if not config:
+        return Held(base)
+    method = config.get("quant_method")
+    if method not in FORMS:
+        raise UnsupportedLayerError(
+            f"{base.path} is quantized by '{method}', which merging cannot read; it reads {', '.join(FORMS)}. Merge "
+            "into the model as it was before quantization, and quantize the result."
+        )
+    made: Held = import_module(f"graft.files.merging.{FORMS[method]}").Form(base, config)
+    return made

@@ -22,10 +22,8 @@ from graft.files.errors import LossError, OptionError
 from graft.files.formats import read
 from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, changes
-from graft.files.merging.forms import held_in
-from graft.files.merging.held import Held
-from graft.files.merging.measures import measured
-from graft.files.merging.numbers import FLOATS, TORCH, to_bytes
+from graft.files.merging.held import Held, held_in
+from graft.files.merging.numbers import FLOATS, TORCH, measured, to_bytes
 from graft.files.merging.places import Places
 from graft.files.merging.skeleton import skeleton
 from graft.files.merging.stream import Out, Workplace

@@ -54,7 +54,7 @@ def package() -> ModuleType:
     try:
         import gguf
     except ImportError as e:
-        raise PeftError("GGUF files need the package gguf: pip install 'graft[gguf]'.") from e
+        raise PeftError("GGUF files need the package gguf: pip install 'graft-adapters[gguf]'.") from e
     return gguf
 
 

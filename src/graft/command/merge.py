@@ -79,8 +79,8 @@ def show(found: dict[str, Any]) -> None:
     changed, total = found["tensors"], sum(found["shards"].values())
     done = "Merged" if found["written"] else "Would merge"
     resumed = f", {found['resumed']} of them from an earlier run" if found["resumed"] else ""
-    print(f"{done} into {len(changed)} tensors: {found['output']}, {total / 1e9:.2f} GB in {len(found['shards'])} files"
-          f"{resumed}.")  # fmt: skip
+    size, files = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.2f} MB", len(found["shards"])
+    print(f"{done} into {len(changed)} tensors: {found['output']}, {size} in {files} file{'s'[: files > 1]}{resumed}.")
     rows = [row for row in changed.values() if "update" in row]
     if rows:
         shares = sorted(row["update"] / row["weight"] for row in rows if row["weight"])

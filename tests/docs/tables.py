@@ -128,5 +128,5 @@ def pages() -> dict[Path, str]:
 if __name__ == "__main__":
     from tests.docs import readme  # which counts methods by these tables
 
-    for path, text in (pages() | {readme.PAGE: readme.page()}).items():
+    for path, text in (pages() | readme.pages()).items():
         path.write_text(text)

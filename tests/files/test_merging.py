@@ -36,7 +36,7 @@ from graft.files.merging import merge
 from graft.model.merge_files import merge_files
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # of ties and of PiSSA, which other tests have
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of ties and of PiSSA, which other tests have
 SMALL = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=96,

@@ -103,8 +103,8 @@ MUTATIONS = [
     Mutation(
         "rows in another order",
         "core/rows.py",
-        "return torch.argsort(",
-        "return torch.arange(self.batch) if False else torch.argsort(-",
+        "constant((*listed, *places), torch.long",
+        "constant((*listed, *places[::-1]), torch.long",
     ),
     Mutation(
         "rows of another adapter",
@@ -115,8 +115,8 @@ MUTATIONS = [
     Mutation(
         "a saved name",
         "io/entries.py",
-        'stem = f"{prefix}{there}.{container}"',
-        'stem = f"{prefix}{there}.{container}x"',
+        "stem = there + container",
+        'stem = there + container + "x"',
         "tests/parity/test_files.py tests/io",
     ),
     Mutation("a merge in training mode", "core/folding.py", 'self.own["training"] = False', "pass"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """graft: parameter-efficient adapters for pretrained PyTorch models, with PEFT's API and checkpoints.
 
-Public names are imported when they are first used; `import graft` itself imports torch and nothing heavier.
+Public names are imported when they are first used; `import graft` itself imports not even torch.
 """
 
 from __future__ import annotations

@@ -71,6 +71,24 @@ def test_another_model_stays_as_it_was():
 
 def test_weights_of_the_model_are_not_copied_where_names_are_enough(monkeypatch):
     asked = []
-    monkeypatch.setattr(foreign, "values_of", lambda p, name: asked.append(name))
+    monkeypatch.setattr(foreign, "values_of", lambda read, name: asked.append(name))
     graft.load_adapter(llama(), FIXTURES / "mlx_lora")
     assert asked == []
+
+
+def test_weights_are_those_of_the_base_while_an_adapter_is_merged():
+    config = graft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = graft.get_peft_model(llama(), config)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before = foreign.names_in(model).tensors[name].read().copy()
+    model.merge_adapter()
+    now = foreign.names_in(model).tensors[name].read()
+    assert (
+        abs(now - before).max()
+        < 1e-6
+        < 1e-3
+        < abs(
+            model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer.weight.detach().numpy()
+            - before
+        ).max()
+    )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.core.errors import some
+from graft.core.merging import unmerged
 from graft.files.bases import Skeleton, skeleton
 from graft.files.components import split
 from graft.files.errors import LossError
@@ -87,10 +89,12 @@ def names_in(model: nn.Module) -> Skeleton:
             continue
         out.shapes[plain] = tuple(p.shape)
         if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
-            out.tensors[plain] = Tensor(tuple(p.shape), name_of(p.dtype), partial(values_of, p, plain))
+            layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
+            read = (lambda p=p: p.data) if layer is None else partial(unmerged, layer)
+            out.tensors[plain] = Tensor(tuple(p.shape), name_of(p.dtype), partial(values_of, read, plain))
     return out
 
 
-def values_of(p: nn.Parameter, name: str) -> bytes:
+def values_of(read: Callable[[], Any], name: str) -> bytes:
     """Return the bytes of a weight, from its device: only a format that needs values asks."""
-    return bytes(from_torch(p.data, name).load())
+    return bytes(from_torch(read().detach(), name).load())

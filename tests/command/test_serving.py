@@ -55,7 +55,7 @@ def test_check_takes_the_servers_options(run):
     "words, code, says",
     [
         (("check", "nowhere", "--for", "vllm"), 3, "nowhere does not exist"),
-        (("check", "ADAPTER", "--for", "ollama"), 3, "ollama"),
+        (("check", "ADAPTER", "--for", "ollama"), 2, "ollama"),
         (("check", "ADAPTER"), 2, "--for"),
         (("check", "BASE", "--for", "vllm"), 3, "no adapter"),
         (("check", "ADAPTER", "--for", "vllm", "--base", "ADAPTER"), 3, "no safetensors files of a model"),

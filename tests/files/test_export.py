@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import graft
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, PeftWarning
+from graft.core.errors import BaseModelMismatchError, ConfigError, PeftWarning
 from graft.files import formats
 from graft.files.base import base_files
-from graft.files.errors import LossError
+from graft.files.errors import LossError, OptionError
 from graft.files.export import export
 from graft.files.serving import check
 from graft.model.export import export as export_of_model
@@ -166,7 +166,7 @@ def test_an_unknown_server(tmp_path):
 
 def test_a_format_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "FORMATS", ("peft",))
-    with pytest.raises(CheckpointError, match="gguf"):
+    with pytest.raises(OptionError, match="gguf"):
         exported("plain", tmp_path, "llama.cpp")
     assert not os.listdir(tmp_path)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from graft.core.errors import PeftError
+from graft.core.errors import ConfigError, PeftError
 
 
 class LossError(PeftError, ValueError):
@@ -22,6 +22,10 @@ class BaseNeededError(PeftError, ValueError):
 
 class OptionError(PeftError, ValueError):
     """Options of a verb contradict each other, or have values that cannot be."""
+
+
+class UnknownServerError(OptionError, ConfigError):
+    """Nothing is known of a server of that name."""
 
 
 class ServerError(PeftError, OSError):

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graft.core.errors import BaseModelMismatchError, ConfigError, some
-from graft.files.errors import LossError
+from graft.core.errors import BaseModelMismatchError, some
+from graft.files.errors import LossError, UnknownServerError
 from graft.files.formats import Base, module_of
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, servers
@@ -51,7 +51,7 @@ class Exported:
 def server_named(name: str) -> Server:
     known = servers()
     if name not in known:
-        raise ConfigError(f"Nothing is known of the server {name!r}; there are {', '.join(known)}.")
+        raise UnknownServerError(f"Nothing is known of the server {name!r}; there are {', '.join(known)}.")
     return known[name]
 
 

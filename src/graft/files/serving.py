@@ -17,8 +17,9 @@ from functools import cache
 from typing import Any
 
 from graft.config import pair
-from graft.core.errors import ConfigError, some
+from graft.core.errors import some
 from graft.files.base import BaseFiles
+from graft.files.errors import UnknownServerError
 from graft.files.neutral import AdapterFile, LowRank, Other
 
 DATA = os.path.join(os.path.dirname(__file__), "servers.json")
@@ -145,7 +146,7 @@ def check(
     """
     known = servers()
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"Nothing is known of {some(unknown)}; there are {', '.join(known)}.")
+        raise UnknownServerError(f"Nothing is known of {some(unknown)}; there are {', '.join(known)}.")
     found = []
     for name in dict.fromkeys(names):
         server = known[name]

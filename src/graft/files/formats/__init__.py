@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, Protocol
 
+from graft.config.pair import CONFIG_NAME
 from graft.core.errors import CheckpointError
+from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
 
 # in the order in which they look at a path
@@ -45,7 +47,7 @@ class Format(Protocol):
 def module_of(name: str) -> Any:
     """Return the module of a format by its name."""
     if name not in FORMATS:
-        raise CheckpointError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
+        raise OptionError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
     return import_module(f"graft.files.formats.{name}")
 
 
@@ -60,7 +62,9 @@ def recognise(path: str) -> str:
     for name in FORMATS:
         if module_of(name).recognises(path):
             return name
-    raise CheckpointError(f"{path} is no adapter of a format that graft reads: {', '.join(FORMATS)}.")
+    model = os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, CONFIG_NAME))
+    what = "holds a model, and no adapter" if model else "is no adapter"
+    raise CheckpointError(f"{path} {what} of a format that graft reads: {', '.join(FORMATS)}.")
 
 
 def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:

@@ -2,6 +2,7 @@
 """Files that hold the factors of stacks of experts in other layouts: those of old releases of PEFT, and Unsloth's."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from tests.inject.test_parameters import SIZES, adapted, gpt_oss, llama4, logits, mixtral, qwen
+from tests.io import old_peft
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import seeded
@@ -156,3 +158,16 @@ def test_files_of_unsloth(tmp_path, targets, version):
     assert_close(logits(load(unmarked, mixtral, SQUARE, expert_layout="grouped_by_expert")), expected)
     written(marked, mixtral, targets, SQUARE, version, lora_B_layout="rank_major", **UNSLOTH)
     assert_close(logits(load(marked, mixtral, SQUARE)), expected)
+
+
+@pytest.mark.parametrize("release", sorted(folder.name for folder in old_peft.FOLDER.iterdir()))
+@pytest.mark.parametrize("kind", old_peft.KINDS)
+def test_files_that_old_releases_wrote(kind, release):
+    """Square stacks, which shapes do not tell apart; 0.17 did not note its version."""
+    folder = old_peft.FOLDER / release
+    said = release == "0.17.1" and kind != "transposed"
+    with pytest.warns(graft.PeftWarning, match="does not tell whether A and B") if said else nullcontext():
+        model = graft.PeftModel.from_pretrained(old_peft.Model(kind), folder / kind)
+    expected = load_file(folder / "outputs.safetensors")[kind]
+    assert_close(model(old_peft.INPUT), expected)
+    assert not torch.allclose(old_peft.Model(kind)(old_peft.INPUT), expected, atol=1e-3)

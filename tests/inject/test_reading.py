@@ -2,6 +2,7 @@
 """Layers whose weight the modules around them read, and do not call: adapters act there, too, or are refused."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.testing import assert_close
-from transformers import FalconMambaConfig, JambaConfig, MambaConfig, MobileBertConfig, WavLMConfig
+from transformers import CONFIG_MAPPING, FalconMambaConfig, JambaConfig, MambaConfig, MobileBertConfig, WavLMConfig
 
 import graft
 from graft.core.errors import RoutingError, UnsupportedLayerError
@@ -29,6 +30,35 @@ WAVLM = dict(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8], conv_stride=[4],
     conv_kernel=[8], num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
 )  # fmt: skip
+HEADS = dict(num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2)
+SSD = dict(num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+MIXED = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_chunk_size=4)
+FAMILIES = {  # every model type with default targets for mixers that have a state
+    "mamba": SSM,
+    "falcon_mamba": SSM,
+    "mamba2": SSM | SSD,
+    "jamba": JAMBA,
+    "bamba": HEADS | MIXED | dict(attn_layer_indices=[1], mamba_n_groups=1),
+    "falcon_h1": HEADS | MIXED | dict(mamba_d_ssm=32),
+    "zamba": HEADS | dict(
+        num_hidden_layers=3, attention_head_dim=16, mamba_d_state=4, mamba_dt_rank=4,
+        layers_block_type=["mamba", "hybrid", "hybrid"],
+    ),
+    "zamba2": HEADS | dict(
+        mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=8, mamba_d_state=4, chunk_size=4, num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"], hybrid_layer_ids=[1],
+    ),
+    "granitemoehybrid": HEADS | MIXED | dict(
+        layer_types=["mamba", "attention"], num_local_experts=2, num_experts_per_tok=1, shared_intermediate_size=16
+    ),
+    "lfm2": HEADS | dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": HEADS | dict(layer_types=["conv", "full_attention"], num_experts=2, moe_intermediate_size=16),
+    "qwen3_next": HEADS | dict(
+        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}  # fmt: skip
 BERT = dict(
     vocab_size=32, hidden_size=16, embedding_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
     intra_bottleneck_size=8, tie_word_embeddings=False,
@@ -106,6 +136,45 @@ def test_a_kernel_gets_the_adapted_weights(name, target, monkeypatch):
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     assert_close(output(model.merge_and_unload().train(), name), out)
+
+
+def scan(x, *args, outproj_weight, outproj_bias, **kwargs):
+    """Use the last weight, as the fused kernel of Mamba 2 does."""
+    return F.linear(x[..., : outproj_weight.shape[1]], outproj_weight, outproj_bias)
+
+
+def family(name):
+    small = dict(vocab_size=32, hidden_size=16, intermediate_size=32)
+    with seeded(0):
+        return transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**small | FAMILIES[name])).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixers_have_default_targets(name):
+    model = family(name)
+    plain = model(IDS).logits
+    with seeded(1):
+        model = graft.get_peft_model(model, graft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False))
+    assert {"mixer", "mamba", "conv", "linear_attn"} & {
+        part for key in model.targeted_module_names for part in key.split(".")
+    }
+    out = model(IDS).logits
+    assert not torch.equal(out, plain)
+    assert_close(model.merge_and_unload()(IDS).logits, out)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "falcon_h1", "zamba2", "granitemoehybrid"])
+def test_the_kernel_of_mamba_2_gets_the_adapted_weight(name, monkeypatch):
+    model = family(name)
+    modeling = importlib.import_module(type(model).__module__)
+    monkeypatch.setattr(modeling, "mamba2_split_conv1d_scan_combined", scan)
+    plain = model.train()(IDS, use_cache=False).logits
+    model = graft.get_peft_model(model, graft.LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False))
+    out = model(IDS, use_cache=False).logits
+    assert (out - plain).abs().max() > 1e-3
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert_close(model.merge_and_unload()(IDS, use_cache=False).logits, out)
 
 
 def test_what_has_no_weight_to_give_out_is_refused():

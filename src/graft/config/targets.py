@@ -30,6 +30,16 @@ LORA = _table(
     ("rwkv7", ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"]),
 )
 
+# mixers with a state, which PEFT has no targets for: the projections around them, and attention as in `LORA`
+MIXERS = _table(
+    ("mamba mamba2 falcon_mamba", ["in_proj", "out_proj"]),
+    (
+        "jamba bamba falcon_h1 zamba zamba2 granitemoehybrid lfm2 lfm2_moe",
+        ["q_proj", "v_proj", "in_proj", "out_proj"],
+    ),
+    ("qwen3_next", ["q_proj", "v_proj", "in_proj_qkvz", "out_proj"]),
+)
+
 IA3 = _table(
     ("t5", ["k", "v", "wo"]),
     ("mt5", ["k", "v", "wi_1"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from graft.config.targets import MIXERS
 from graft.core import merging
 from graft.core.base_config import model_type
 from graft.core.carrier import carrier_of, layer_in
@@ -31,7 +32,7 @@ def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: d
     if cfg.target_modules is None and getattr(cfg, "target_parameters", None):
         return
     if cfg.target_modules is None:
-        defaults = method.default_targets(model)
+        defaults = defaults_of(method, model)
         if defaults is None:
             what = (
                 "`target_modules` or `target_parameters`in"
@@ -52,6 +53,13 @@ def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: d
         shorter = minimal_names(cfg.target_modules, [k for k in modules if ends.find(k) is None])
         if len(shorter) < len(cfg.target_modules):
             cfg.target_modules = shorter
+
+
+def defaults_of(method: type[Method], model: nn.Module) -> list[str] | str | None:
+    """Return the `target_modules` of a config that names none; None if there are no defaults for this model."""
+    own = method.default_targets(model)
+    adapts_projections = "nemotron_h" in method.targets  # the one model with such mixers that PEFT's tables know
+    return MIXERS.get(model_type(model)) if own is None and adapts_projections else own
 
 
 def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that a layer holds for its adapters: containers by PEFT's names, keyed by adapter, and slots in them."""
+"""The tensors that a host holds for its adapters: containers by PEFT's names, keyed by adapter, and slots in them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from graft.core.containers import (
     told_by,
 )
 from graft.core.lean import ModuleDict
+from graft.core.method import Method
 from graft.core.site import Site, Store
 
 Where = tuple[torch.device | None, torch.dtype | None]
@@ -31,7 +32,7 @@ MODELESS = (nn.Linear, nn.Identity)  # modules that do the same in training and 
 
 
 class Holding:
-    """The part of an AdapterLayer that holds tensors, and facts (plain numbers and the like) in dicts beside them."""
+    """The part of a host that holds tensors, and facts (plain numbers and the like) in dicts beside them."""
 
     containers: list[str]  # all names, those of facts too
     holders: list[str]  # those of them that are modules
@@ -39,8 +40,9 @@ class Holding:
     scaling: dict[str, float]  # by adapter, of methods that have one
     scaling_at_start: dict[str, float]
     state: Any  # LayerState
-    methods: dict[str, Any]  # Method by adapter
-    kinds: list[Any]
+    methods: dict[str, Method]  # by adapter
+    kinds: list[Any]  # config classes of the methods, in the order in which they came
+    inner_name: str
     store: Store
     site: Site
     _modules: dict[str, Any]
@@ -48,7 +50,7 @@ class Holding:
     def begin_holding(self) -> None:
         self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
 
-    def hold(self, method: Any, values: dict[str, Any]) -> None:
+    def hold(self, method: Method, values: dict[str, Any]) -> None:
         """Put the values that `Method.build` returned into containers.
 
         Raises:
@@ -60,11 +62,11 @@ class Holding:
             self.let_go(method.name)
             raise
 
-    def _hold(self, method: Any, values: dict[str, Any]) -> None:
+    def _hold(self, method: Method, values: dict[str, Any]) -> None:
         adapter, computes_with = method.name, method.computes_with
         slots: list[Slot] = []
         own, modules, known = self.__dict__, self._modules, self.containers
-        training = modules["base_layer"].training
+        training = modules[self.inner_name].training
         for key, value in values.items():
             kind = type(value)
             if kind in FACTS:
@@ -131,7 +133,7 @@ class Holding:
         for key, value in facts.items():
             dict.__setitem__(self.__dict__[key], adapter, value)
 
-    def _unfit(self, method: Any, key: str, kind: type) -> TypeError:
+    def _unfit(self, method: Method, key: str, kind: type) -> TypeError:
         others = ", ".join(f"'{name}'" for name in self.methods)
         return TypeError(
             f"'{key}' of {type(method).__name__} adapter '{method.name}' on layer '{self.site.key}' is a "
@@ -162,7 +164,7 @@ class Holding:
     @property
     def where(self) -> Where:
         """Device and dtype of the base weight."""
-        return self.store.where(self._modules["base_layer"])
+        return self.store.where(self._modules[self.inner_name])
 
     def place(self, adapter: str, where: Where, upcast: bool = True) -> int:
         """Move a new adapter to a device and dtype, those of the base weight; half precision to float32 if `upcast`.
@@ -208,7 +210,7 @@ class Holding:
             return slots
         place = self.place_of_whole(adapter)
         if place is not None:  # its module and the base layer have changed places
-            return list(slots_of(place, ModuleDict({adapter: self._modules["base_layer"]}), adapter))
+            return list(slots_of(place, ModuleDict({adapter: self._modules[self.inner_name]}), adapter))
         never = {(slot.container, slot.path) for slot in slots if slot.is_parameter and not slot.trains}
         slots = [slot for key in self.holders for slot in slots_of(key, self._modules[key], adapter, never)]
         self.state.slots[adapter] = slots
@@ -233,7 +235,7 @@ class Holding:
         return tensor
 
 
-def check_slots(method: Any, layer: str, slots: list[Slot]) -> None:
+def check_slots(method: Method, layer: str, slots: list[Slot]) -> None:
     """Raise TypeError unless the tensors of an adapter are such as the rest of graft can work with."""
     why = ""
     prefix = method.prefix

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterLayer: a base layer and the adapters on it. Method, Op and Store meet only here."""
+"""Hosts: a module of the base model and the methods on it, above all AdapterLayer. Method, Op and Store meet here."""
 
 from __future__ import annotations
 
@@ -59,26 +59,14 @@ SWAPS = Lock()
 
 
 @lean
-class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
-    """The carrier that runs `base_layer` with the active adapters.
-
-    Containers such as `lora_A` are keyed by adapter, so that names in memory are PEFT's:
-    `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
-    """
+class Host(Holding, Carrier, nn.Module):
+    """A module of the base model and the methods on it: runs what those that are active make of the module."""
 
     site: Site
     op: Op
     store: Store
     call: Call
     state: LayerState
-    methods: dict[str, Method]  # by adapter
-    kinds: list[Any]  # config classes of the methods, in the order in which they came
-    in_features: int
-    out_features: int
-    fan_in: int
-    output_is_new: bool  # adapters may overwrite the base layer's output
-    inner_name, claim = "base_layer", "carries"
-    cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
 
     def __init__(self, site: Site, call: Call):
         begin(
@@ -90,37 +78,14 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             state=LayerState(call),
             methods={},
             kinds=[],
-            in_features=site.in_features,
-            out_features=site.out_features,
-            fan_in=site.fan_in,
-            output_is_new=site.op.output_is_new and site.store.exact and site.piece is None and is_stock(site.module),
             training=site.module.training,
         )
         self.begin_holding()
-        self._modules["base_layer"] = site.module
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            held = self.__dict__
-            stands_in = "op" in held and (held["op"].opaque or not held["op"].known)
-            if name.startswith("__") or not stands_in or "base_layer" not in held["_modules"]:
-                raise
-            return getattr(held["_modules"]["base_layer"], name)  # modules around it may read the module's own
-
-    @property
-    def base_layer(self) -> Any:
-        """The base layer; `nn.Module.__getattr__` would find it, too, but slower."""
-        return self._modules["base_layer"]
-
-    @property
-    def adapter_layer(self) -> AdapterLayer:
-        return self
+        self._modules[self.inner_name] = site.module
 
     @property
     def base_module(self) -> Any:
-        return self._modules["base_layer"]
+        return self._modules[self.inner_name]
 
     kept = base_module  # the module that unloading leaves
 
@@ -131,8 +96,6 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
     @property
     def adapters(self) -> list[str]:
         return list(self.methods)
-
-    # adapters
 
     def add(self, method: Method, values: dict[str, Any]) -> None:
         """Take in an adapter: a method, and the values that its `build` returned.
@@ -166,6 +129,88 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             self.kinds[:] = [kind for kind in self.kinds if kind in have]
         state.forget(adapter)
 
+    def changed(self) -> None:
+        """Decide on the plan of `forward`, once per change."""
+        state = self.state
+        if state.disabled or state.merged:
+            state.plan = None
+            return
+        names = tuple(state.active)
+        state.plan = state.plans[names] if names in state.plans else self.plan_for(names)
+
+    def plan_for(self, names: tuple[str, ...]) -> Plan | None:
+        """Return the plan for these adapters; None if the layer carries none of them."""
+        plans = self.state.plans
+        if names not in plans:
+            plans[names] = plan_of(self, names)  # type: ignore[arg-type]  # a head has what its plan asks for
+        return plans[names]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base, plan, back = self.base_module, self.state.plan, None
+        if HOOK in base.__dict__:
+            args, kwargs, back = brought_in(base, args, kwargs)
+        if self.call.open and (rows := self.call.current()) is not None:
+            y = base(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
+        elif plan is None:
+            y = base(*args, **kwargs)
+        else:
+            y = plan.run(*args, **kwargs)
+        return y if back is None else back(y)
+
+    def mix_of(self, rows: Any) -> Mixed:
+        """Return the layer's plans for a batch with these rows."""
+        state = self.state
+        names = () if state.disabled else rows.names
+        mix = state.mix
+        if mix is None or mix.names != names:
+            mix = state.mix = Mixed(self, names)  # type: ignore[arg-type]
+        return mix
+
+
+class AdapterLayer(PeftNames, Host):
+    """The host that runs `base_layer` with the active adapters.
+
+    Containers such as `lora_A` are keyed by adapter, so that names in memory are PEFT's:
+    `…q_proj.lora_A.default.weight`, `…q_proj.base_layer.weight`.
+    """
+
+    in_features: int
+    out_features: int
+    fan_in: int
+    output_is_new: bool  # adapters may overwrite the base layer's output
+    inner_name, claim = "base_layer", "carries"
+    cast_input_dtype_enabled: bool = True  # adapters get their input in their own dtype
+
+    def __init__(self, site: Site, call: Call):
+        super().__init__(site, call)
+        self.__dict__.update(
+            in_features=site.in_features,
+            out_features=site.out_features,
+            fan_in=site.fan_in,
+            output_is_new=site.op.output_is_new and site.store.exact and site.piece is None and is_stock(site.module),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            held = self.__dict__
+            stands_in = "op" in held and (held["op"].opaque or not held["op"].known)
+            if name.startswith("__") or not stands_in or "base_layer" not in held["_modules"]:
+                raise
+            return getattr(held["_modules"]["base_layer"], name)  # modules around it may read the module's own
+
+    @property
+    def base_layer(self) -> Any:
+        """The base layer; `nn.Module.__getattr__` would find it, too, but slower."""
+        return self._modules["base_layer"]
+
+    @property
+    def adapter_layer(self) -> AdapterLayer:
+        return self
+
+    _own_forward = Host.forward  # whatever other packages put in the place of `forward`
+
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
         merging.check_together(self, [self.methods[n] for n in names if n in self.methods])
@@ -192,22 +237,6 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
             self.unmerge()
         state.disabled = not enabled
         self.changed()
-
-    def changed(self) -> None:
-        """Decide on the plan of `forward`, once per change."""
-        state = self.state
-        if state.disabled or state.merged:
-            state.plan = None
-            return
-        names = tuple(state.active)
-        state.plan = state.plans[names] if names in state.plans else self.plan_for(names)
-
-    def plan_for(self, names: tuple[str, ...]) -> Plan | None:
-        """Return the plan for these adapters; None if the layer carries none of them."""
-        plans = self.state.plans
-        if names not in plans:
-            plans[names] = plan_of(self, names)
-        return plans[names]
 
     # the base weight
 
@@ -337,31 +366,6 @@ class AdapterLayer(Holding, PeftNames, Carrier, nn.Module):
 
     def keep(self) -> None:
         self.state.takebacks = None
-
-    # forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base, plan, back = self.base_layer, self.state.plan, None
-        if HOOK in base.__dict__:
-            args, kwargs, back = brought_in(base, args, kwargs)
-        if self.call.open and (rows := self.call.current()) is not None:
-            y = base(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
-        elif plan is None:
-            y = base(*args, **kwargs)
-        else:
-            y = plan.run(*args, **kwargs)
-        return y if back is None else back(y)
-
-    _own_forward = forward  # whatever other packages put in the place of the other
-
-    def mix_of(self, rows: Any) -> Mixed:
-        """Return the layer's plans for a batch with these rows."""
-        state = self.state
-        names = () if state.disabled else rows.names
-        mix = state.mix
-        if mix is None or mix.names != names:
-            mix = state.mix = Mixed(self, names)
-        return mix
 
     @property
     def may_fuse(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
 from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows, tensors_in
@@ -85,13 +86,13 @@ class Call:
         return before
 
     @contextmanager
-    def using(self, rows: Rows | None) -> Iterator[None]:
-        """Show `rows` to the layers within the block."""
+    def using(self, rows: Rows | None, draws: Draws | None = None) -> Iterator[None]:
+        """Show `rows`, and the generators from which adapters draw, to the layers within the block."""
         self._drop_stale()
         self._tell(NOTHING)
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
-        before = self.put(self.here.given._replace(rows=rows))
+        before = self.put(self.here.given._replace(rows=rows, draws=draws))
         try:
             yield
         finally:
@@ -102,7 +103,7 @@ class Call:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
         given = self.here.given
         gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS
-        before = self.put(Given(given.rows, gates, facts))
+        before = self.put(Given(given.rows, gates, facts, given.draws))
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
 from graft.core.plan import Block, Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates, with_first
 from graft.core.protocols import Layer
-from graft.core.rows import Rows
+from graft.core.rows import Given, Rows
 from graft.kernels.mixed import add_groups, fits
 
 
@@ -47,19 +48,29 @@ class Mixed:
             return self.around(rows, args, kwargs)
         x, args = rows.take(args[0], layer.site.key, layer.op.takes_ids), args[1:]
         rows = rows.on(x.device)
-        if len(rows.segments) == 1:
+        given = layer.call.now()
+        if len(rows.segments) == 1 and given.draws is None:
             return self.one(rows.segments[0][0], x, args, kwargs)
-        if self.adds:
+        if self.adds and given.draws is None and not torch.is_grad_enabled():
             return self.add(rows, x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
-        refuse_gates(layer)
-        given, parts = layer.call.now(), []
-        for name, index in rows.segments:
-            before = layer.call.narrowed(given.only(index))
+        if not self.adds:
+            refuse_gates(layer)
+        return self.apart(rows, x, given, args, kwargs)
+
+    def apart(self, rows: Rows, x: Tensor, given: Given, args: Any, kwargs: Any) -> Tensor:
+        """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well."""
+        call, draws, parts = self.layer.call, given.draws, []
+        if not self.layer.training:
+            draws = None
+        ticket = 0 if draws is None else draws.ticket()
+        for (name, index), part in zip(rows.segments, rows.cut(x)):
+            before = call.narrowed(given.only(index))
             try:
-                parts.append(self.one(name, x.index_select(0, index), args, kwargs))
+                with nullcontext() if draws is None else draws.of(name, ticket, x.device):
+                    parts.append(self.one(name, part, args, kwargs))
             finally:
-                layer.call.narrowed(before)
-        return torch.cat(parts).index_select(0, rows.inverse)
+                call.narrowed(before)
+        return rows.put_together(parts)
 
     def only(self, rows: Rows) -> Plan | None:
         """Return the plan that all rows use, of a weight that its module uses in ways of its own.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from graft.core.draws import Draws
 from graft.core.errors import RoutingError
 from graft.kernels.waits import constant
 
@@ -55,6 +56,20 @@ class Rows:
         if device not in self.elsewhere:
             self.elsewhere[device] = self.placed(self.batch, self.groups, device)
         return self.elsewhere[device]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many rows each segment has."""
+        return [len(rows) for rows in self.groups.values()]
+
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """Return the rows of each segment: views, if the batch is in order. x (batch, …), on the device of the rows."""
+        return list((x if self.in_order else x.index_select(0, self.order)).split(self.sizes))
+
+    def put_together(self, parts: list[Tensor]) -> Tensor:
+        """Undo `cut`: return (batch, …)."""
+        whole = torch.cat(parts)
+        return whole if self.in_order else whole.index_select(0, self.inverse)
 
     @cached_property
     def names(self) -> tuple[str | None, ...]:
@@ -117,6 +132,7 @@ class Given(NamedTuple):
     rows: Rows | None = None
     gates: Gates | None = None
     facts: Mapping[Any, PerRow] = NO_FACTS
+    draws: Draws | None = None
 
     def __bool__(self) -> bool:
         return self.rows is not None or self.gates is not None or bool(self.facts)
@@ -129,7 +145,7 @@ class Given(NamedTuple):
     def only(self, index: Tensor) -> Given:
         """Return gates and facts of some rows of the batch."""
         gates = None if self.gates is None else self.gates.rows(index)
-        return Given(self.rows, gates, {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS)
+        return Given(self.rows, gates, {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS, self.draws)
 
     def repeated(self, copies: int) -> Given:
         """Return the same for a batch with `copies` of each row. Whoever makes gates makes them for that batch."""
@@ -140,7 +156,8 @@ class Given(NamedTuple):
                 for name, group in rows.groups.items()
             }
             rows = Rows.placed(rows.batch * copies, groups, rows.order.device)
-        return Given(rows, self.gates, {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS)
+        facts = {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS
+        return Given(rows, self.gates, facts, self.draws)
 
 
 NOTHING, ALL_OFF, AMBIGUOUS = Given(), Given(OFF), Given(UNCLEAR)

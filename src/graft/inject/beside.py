@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
@@ -118,18 +118,20 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
 
     def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         x, parts = rows.take(x, self.key), []
-        rows = rows.on(x.device)
-        for adapter, index in rows.segments:
+        rows, draws = rows.on(x.device), self.call.now().draws if self.training else None
+        ticket = 0 if draws is None else draws.ticket()
+        for adapter, rows_of_it in zip(rows.names, rows.cut(x)):
             has_own = adapter is not None and adapter in self.modules_to_save
             own = self.modules_to_save[adapter] if has_own else self.original_module  # type: ignore[index]
-            part = own(x.index_select(0, index), *args, **kwargs)
+            with nullcontext() if draws is None else draws.of(adapter, ticket, x.device):
+                part = own(rows_of_it, *args, **kwargs)
             if not isinstance(part, Tensor):
                 raise TypeError(
                     f"Mixed batches need a tensor from '{self.key}', which returns a {type(part).__name__}: "
                     "run one adapter at a time."
                 )
             parts.append(part)
-        return torch.cat(widened(parts)).index_select(0, rows.inverse)
+        return rows.put_together(widened(parts))
 
 
 def widened(parts: list[Tensor]) -> list[Tensor]:

@@ -196,8 +196,8 @@ def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
     return factors if dtype is None else [f.to(dtype) for f in factors]
 
 
-def new_seed() -> int:
-    return int(torch.randint(2**62, (), device="cpu").item())
+def new_seed(generator: torch.Generator | None = None) -> int:
+    return int(torch.randint(2**62, (), device="cpu", generator=generator).item())
 
 
 def seed_for(p: float) -> int:

@@ -23,8 +23,8 @@ from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import checkpoints
-from graft.model.registry import Registry, check_adapter_name, unless_it_fails
-from graft.model.rows import names_of_rows, rows_of, spread
+from graft.model.registry import Registry, check_adapter_name, parameters_of, unless_it_fails
+from graft.model.rows import draws_of, names_of_rows, rows_of, spread, untouched
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
@@ -207,6 +207,15 @@ class PeftModel(nn.Module):
             trainable += n if p.requires_grad else 0
         return trainable, total
 
+    def adapter_parameters(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of one adapter that can train, active or not, as `named_parameters` does: those of its
+        layers, heads and token rows, and the base's biases that its config has train.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+        """
+        return parameters_of(self, self._registry, adapter_name)
+
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
         print(
@@ -345,13 +354,17 @@ class PeftModel(nn.Module):
             registry.check_generate(kwargs)
         call, taken = registry.call, (*self.special_peft_forward_args, *registry.arguments)
         own = {name: kwargs.pop(name) for name in taken if name in kwargs}
+        generators = kwargs.pop("adapter_generators", None)
+        if generates and generators is not None:
+            raise TypeError("adapter_generators are for training, by the model's forward: generate() takes none.")
         rows = rows_of(registry, names, inputs, kwargs)
+        draws = draws_of(generators, rows)
         if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_averaged(registry)
             registry.averaged = True
         run = Run(inputs, kwargs, own, rows, generates)
         run.copies = copies_of(registry.model, kwargs) if generates else 1
-        with call.using(rows), self._heads_of(names), registry.acting(run) as finish:
+        with untouched(draws), call.using(rows, draws), self._heads_of(names), registry.acting(run) as finish:
             if run.copies > 1 and call.given:
                 with spread(call, run.copies, self.get_base_model()):
                     return finish(function(*inputs, **kwargs)), call.given
@@ -368,9 +381,13 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter.
 
+        `adapter_generators`: a generator of the CPU for each adapter of the batch, from which it draws in training (its
+        dropout) as it would alone from torch's own: see "Many adapters".
+
         Raises:
-            RoutingError: a name is not loaded, the number of names is wrong, or adapters are merged.
-            TypeError: `adapter_names` are no names.
+            RoutingError: a name is not loaded, the number of names is wrong, or adapters are merged; an adapter has no
+                generator, or shares one; or the base itself draws random numbers.
+            TypeError: `adapter_names` are no names, or `adapter_generators` no generators.
         """
         return self._call(self.get_base_model(), args, kwargs)
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.core.call import Call
-from graft.core.carrier import Carrier, active_without, check_not_merged
-from graft.core.containers import BufferDict
+from graft.core.carrier import Carrier, active_without, carried, check_not_merged
+from graft.core.containers import BufferDict, Slot
 from graft.core.errors import (
     AdapterNameError,
     AdapterNotFoundError,
@@ -28,6 +28,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.names import one_or_several
 from graft.core.rows import BASE, Run
+from graft.inject.find import biases_of
 from graft.inject.inject import Options
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
@@ -110,6 +111,21 @@ def unless_it_fails(config: PeftConfig) -> Iterator[None]:
         raise
 
 
+def parameters_of(module: nn.Module, registry: Registry, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of one adapter that can train, with their names in `module`, in its order.
+
+    Raises:
+        AdapterNotFoundError: it is not loaded.
+    """
+    registry.check_known([adapter])
+    slots = {name: list(registry.slots_of(name)) for name in registry.peft_config}
+    own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
+    adapted = [layer.base_module for layer in registry.parts_of(adapter).layers.values()]
+    biases, _ = biases_of(registry.peft_config[adapter], registry.model, adapted, list(registry.wrappers))
+    own |= {id(bias) for bias in biases} - {id(slot.tensor) for held in slots.values() for slot in held}
+    return ((name, p) for name, p in module.named_parameters() if id(p) in own)
+
+
 class Registry:
     """The registry of a model's adapters, which act on layers (`LayerRegistry`) or are prompts (`Prompts`).
 
@@ -178,6 +194,11 @@ class Registry:
         """Wait until no call is under way, in the middle of a change that this thread has prepared."""
         with self.call.gate.change("a change", touches):
             pass
+
+    def slots_of(self, adapter: str) -> Iterator[Slot]:
+        """Yield the slots of an adapter's tensors on all its carriers."""
+        for part, name in carried(self.carriers(), [adapter]):
+            yield from part.slots(name)
 
     def carriers(self) -> Iterator[Carrier]:
         """Yield all carriers of adapters."""

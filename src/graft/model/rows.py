@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from graft.core.call import Call
+from graft.core.draws import Draws, Untouched
 from graft.core.errors import RoutingError
 from graft.core.rows import BASE, Given, Rows
 from graft.model.registry import Registry
@@ -57,6 +58,54 @@ def rows_of(registry: Registry, names: list[str] | None, inputs: tuple, kwargs: 
             f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
         )
     return Rows.of(names, tensors[0].device if tensors else None)
+
+
+def draws_of(generators: Any, rows: Rows | None) -> Draws | None:
+    """Return the generators of a call by adapter, checked; None without `adapter_generators`."""
+    if generators is None:
+        return None
+    if rows is None:
+        raise RoutingError(
+            "adapter_generators go with adapter_names: pass one name per row of the batch, also if all rows use one "
+            "adapter; or seed torch's own generator (torch.manual_seed), from which an adapter alone draws."
+        )
+    if not isinstance(generators, Mapping):
+        raise TypeError(f"adapter_generators takes a torch.Generator by adapter, got a {type(generators).__name__}.")
+    wrong = {n: g for n, g in generators.items() if not isinstance(g, Generator) or g.device.type != "cpu"}
+    if wrong:
+        raise TypeError(f"adapter_generators takes generators of the CPU (torch.Generator()), got {wrong}.")
+    names = {name for name in rows.names if name is not None}
+    if names - set(generators):
+        raise RoutingError(
+            f"adapter_generators has none for {sorted(names - set(generators))}: give each adapter of the batch one."
+        )
+    if len({id(generators[name]) for name in names}) < len(names):
+        raise RoutingError(
+            f"Adapters {sorted(names)} share a generator, so that what each draws would depend on the others: give "
+            "each its own."
+        )
+    return Draws({name: generators[name] for name in rows.names if name is not None})
+
+
+@contextmanager
+def untouched(draws: Draws | None) -> Iterator[None]:
+    """Raise RoutingError if the block draws from torch's own generators, when adapters have theirs. What they drew is
+    taken back then."""
+    if draws is None:
+        yield
+        return
+    before = Untouched()
+    try:
+        yield
+        if not before.still():
+            raise RoutingError(
+                "The base model drew random numbers for the whole batch, so that what an adapter gets depends on the "
+                "others in it: set the base's dropout to 0 (attention_dropout, hidden_dropout_prob, …), or leave out "
+                "adapter_generators."
+            )
+    except BaseException:
+        draws.take_back()
+        raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from threading import get_ident, local
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
@@ -31,6 +32,7 @@ class Here(local):
         self.given = NOTHING  # of the thread's call
         self.narrow: Given | None = None  # the part of it that a layer sees while it runs some of the rows
         self.off: list[None] = []  # blocks of `disabled` around it
+        self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by adapter and the layer that reads them
 
 
 @dataclass
@@ -45,7 +47,6 @@ class Call:
     """The state of the calls under way. One object per model, shared by all its adapter layers."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {}  # values that layers hand on to those that run later
         # an entry for each thing for which layers have to ask `current`: no thread comes between append and pop
         self.open: list[None] = []
         self.here = Here()
@@ -56,7 +57,7 @@ class Call:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave calls under way out: a copy is in none."""
-        return {"state": self.state, "gate": self.gate}
+        return {"gate": self.gate}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         Call.__init__(self)
@@ -97,6 +98,8 @@ class Call:
             yield
         finally:
             self.put(before)
+            if self.here.tapped:  # of blocks that failed
+                self.here.tapped.clear()
 
     @contextmanager
     def giving(self, gates: Gates | None = None, facts: Mapping[Any, PerRow] = NO_FACTS) -> Iterator[None]:
@@ -204,6 +207,20 @@ class Call:
     def fact(self, name: Any) -> Any:
         """Return a fact about each row that a layer sees now; None if nobody gave it."""
         return self.now().facts.get(name)
+
+    def tapped(self, adapter: str, layer: str) -> Tensor:
+        """Return the input that a `Tap` of an adapter keeps for a layer, of the rows that the layer sees now.
+
+        Raises:
+            RoutingError: it keeps none, as the tap's layer has not run.
+        """
+        x, index = self.here.tapped.get((adapter, layer)), self.now().some
+        if x is None:
+            raise RoutingError(
+                f"Adapter '{adapter}' of layer '{layer}' needs the input of a layer that runs before it, which has not "
+                "run in this block: call the block as a whole."
+            )
+        return x if index is None else x.index_select(0, index)
 
     def now(self) -> Given:
         """Return all that is given for the layer that asks.

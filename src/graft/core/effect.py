@@ -113,6 +113,21 @@ class Effect:
         return True
 
     @property
+    def above(self) -> bool:
+        """Return True if it needs no more than input and output of the layer as those before it made it."""
+        return self.additive
+
+    @property
+    def weighable(self) -> bool:
+        """Return True if gates can weigh what it adds to the output."""
+        return self.additive
+
+    @property
+    def any_module(self) -> bool:
+        """Return True if it adapts modules that no `Op` knows."""
+        return self.whole
+
+    @property
     def reads(self) -> bool:
         """Return True if a forward pass needs the values of the weight."""
         return self.of_weight
@@ -161,29 +176,63 @@ class Update(Effect):
         return self.delta is None
 
 
+NO_WEIGHT = "it changes activations, in a way that no weight does"
+
+
+def not_merged(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    raise NotImplementedError(NO_WEIGHT)
+
+
 @dataclass(frozen=True, eq=False)
 class Rewrite(Effect):
     """A function of weight and bias: (W', b') = merged(W, b). Forward is pre → layer → post, or the layer with W'.
 
     Args:
+        merged: left out where what it makes of inputs and outputs has no merged form.
         pre: x → x', where W' x = W x'.
         post: (x, y) → y', from the input before `pre` and the output.
+        part: (x, y) → Δy, in place of `post`, which is then y + Δy. Gates can weigh it; all parts that they weigh come
+            from one output.
         apart: `post` acts on the output without its bias.
         looks_up: `post` gives rows of another table as the module, which takes ids, would output them.
         block: the site is a module with several inputs, of which `pre` gets the first; what `post` gets is its output,
             the first item if that is a tuple. It has no weight, and so no merged form.
+        tapped: `post` and `part` get, in place of the layer's input, that of a `Tap` of the same adapter.
     """
 
-    merged: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    merged: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] = not_merged
     pre: Callable[[Tensor], Tensor] | None = None
     post: Callable[[Tensor, Tensor], Tensor] | None = None
+    part: Callable[[Tensor, Tensor], Tensor] | None = None
     apart: bool = False
     looks_up: bool = False
     block: bool = False
+    tapped: bool = False
+
+    def __post_init__(self) -> None:
+        part = self.part
+        if part is not None:
+            if self.post is not None or self.apart:
+                raise TypeError("a Rewrite with `part` has no `post` of its own, and nothing apart")
+            object.__setattr__(self, "post", lambda x, y: y + part(x, y))
+        if self.merged is not_merged and self.fixed is None:
+            object.__setattr__(self, "fixed", NO_WEIGHT)
 
     @property
     def additive(self) -> bool:
         return False
+
+    @property
+    def above(self) -> bool:
+        return self.pre is None and self.post is not None
+
+    @property
+    def weighable(self) -> bool:
+        return self.pre is None and self.part is not None
+
+    @property
+    def any_module(self) -> bool:
+        return self.block
 
     @property
     def folds(self) -> bool:
@@ -202,13 +251,32 @@ class Rewrite(Effect):
 class Branch(Effect):
     """A branch beside the layer, without a merged form: y = base(x) + branch(x).
 
-    `input_of`, for a module with several inputs that returns a tuple: (module, its arguments by name) → x, (batch, …).
-    y is then the first item of the tuple.
+    `input_of`, for a module with several inputs: (module, its arguments by name) → x, (batch, …). Of a tuple that it
+    returns, y is the first item.
     """
 
     branch: Callable[[Tensor], Tensor]
     input_of: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
     fixed: str | None = field(default="a branch beside the layer has no merged form", kw_only=True)
+
+    @property
+    def any_module(self) -> bool:
+        return self.input_of is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Tap(Effect):
+    """Nothing done to the layer: a layer that runs later, in the same block, gets its input (`Rewrite.tapped`).
+
+    `readers`: the paths of such layers.
+    """
+
+    readers: tuple[str, ...]
+    fixed: str | None = field(default="a layer that runs later reads its input", kw_only=True)
+
+    @property
+    def any_module(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Update, matrix
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Tap, Update, matrix
 from graft.core.method import Method
 from graft.core.protocols import Layer
 
@@ -74,7 +74,7 @@ def shift_of(effect: Effect) -> Tensor | None:
 def unfolded(m: Method) -> str | None:
     """Return why an adapter cannot act through a weight that modules read without calling the layer, if so."""
     effect, name = m.effect, type(m).__name__
-    if isinstance(effect, Branch) or (isinstance(effect, Rewrite) and effect.block):
+    if isinstance(effect, (Branch, Tap)) or (isinstance(effect, Rewrite) and effect.block):
         return f"The weight is used without a call of the layer, so that {name} would have no effect"
     if effect.fixed is not None:
         return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"

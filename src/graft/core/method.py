@@ -216,8 +216,7 @@ class Method:
     def check(self) -> str | None:
         """Return why the method cannot adapt this site, or None. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__
-        whole = effect.whole or getattr(effect, "input_of", None) or getattr(effect, "block", False)
-        if not (site.op.known or whole):
+        if not (site.op.known or effect.any_module):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
         reads = effect.reads or Use.READS in self.uses_weight() or site.op.opaque
         why = site.store.unread(site.module, site.parameter) if reads else None

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,19 @@ from torch import Tensor
 from graft.core import fused
 from graft.core.effect import LowRank
 from graft.core.errors import RoutingError
-from graft.core.plan import Block, Chain, Folded, Instead, Plan, Sum, Whole, refuse_gates, with_first
+from graft.core.plan import (
+    Block,
+    Folded,
+    Plan,
+    Sum,
+    Tapped,
+    Whole,
+    drop_inputs,
+    first_of,
+    keep_input,
+    refuse_gates,
+    with_first,
+)
 from graft.core.protocols import Layer
 from graft.core.rows import Given, Rows
 from graft.kernels.mixed import add_groups, fits
@@ -24,15 +37,32 @@ class Mixed:
     def __init__(self, layer: Layer, names: tuple[str | None, ...]):
         self.layer, self.names = layer, names
         self.plans: dict[str | None, Plan | None] = {n: None if n is None else layer.plan_for((n,)) for n in names}
+        self.taps: list[tuple[str, str]] = []  # of inputs to keep
+        self.tapped = False
+        for n, plan in self.plans.items():
+            if isinstance(plan, Tapped):
+                self.taps += plan.taps
+                self.plans[n], self.tapped = plan.plan, True
         plans = [plan for plan in self.plans.values() if plan is not None]
         self.whole = any(isinstance(plan, Whole) for plan in plans)
         self.block = any(isinstance(plan, Block) for plan in plans)
-        self.adds = not any(isinstance(plan, (Block, Chain, Folded, Instead)) for plan in plans)
+        self.adds = all(plan.above for plan in plans)
         self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
         self.folded = any(isinstance(plan, Folded) for plan in plans)
         self.idle = not plans
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        if not self.tapped:
+            return self.run_plans(rows, *args, **kwargs)
+        if self.taps:
+            x = rows.take(first_of(self.layer.argument_names, args, kwargs), self.layer.site.key)
+            keep_input(self.layer, self.taps, x)
+        try:
+            return self.run_plans(rows, *args, **kwargs)
+        finally:
+            drop_inputs(self.layer)
+
+    def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         if self.idle:
             return layer.base_layer(*args, **kwargs)
@@ -41,9 +71,9 @@ class Mixed:
             return layer.base_layer(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole:
             plan: Any = next(plan for plan in self.plans.values() if plan is not None)
-            y, *others = layer.base_layer(*args, **kwargs)
+            output = layer.base_layer(*args, **kwargs)
             x = rows.take(plan.input(args, kwargs), layer.site.key)
-            return self.add(rows.on(x.device), x, y), *others
+            return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
         if self.block:
             return self.around(rows, args, kwargs)
         x, args = rows.take(args[0], layer.site.key, layer.op.takes_ids), args[1:]
@@ -59,17 +89,12 @@ class Mixed:
 
     def apart(self, rows: Rows, x: Tensor, given: Given, args: Any, kwargs: Any) -> Tensor:
         """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well."""
-        call, draws, parts = self.layer.call, given.draws, []
-        if not self.layer.training:
-            draws = None
+        draws, parts = given.draws if self.layer.training else None, []
         ticket = 0 if draws is None else draws.ticket()
         for (name, index), part in zip(rows.segments, rows.cut(x)):
-            before = call.narrowed(given.only(index))
-            try:
-                with nullcontext() if draws is None else draws.of(name, ticket, x.device):
-                    parts.append(self.one(name, part, args, kwargs))
-            finally:
-                call.narrowed(before)
+            own = nullcontext() if draws is None else draws.of(name, ticket, x.device)
+            with self.seeing(index), own:
+                parts.append(self.one(name, part, args, kwargs))
         return rows.put_together(parts)
 
     def only(self, rows: Rows) -> Plan | None:
@@ -93,7 +118,6 @@ class Mixed:
 
     def around(self, rows: Rows, args: Any, kwargs: Any) -> Any:
         """Run a module with several inputs once; before and after it, the adapters of each row."""
-        refuse_gates(self.layer)
         first: Any = next(plan for plan in self.plans.values() if plan is not None)
         x, call = first.input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
@@ -101,21 +125,34 @@ class Mixed:
         some = [(plans[name], index) for name, index in rows.on(x.device).segments if plans[name] is not None]
         inner, given = x, []
         for plan, index in some:
-            own, seen = plan.before(x.index_select(0, index))
+            with self.seeing(index):
+                own, seen = plan.before(x.index_select(0, index))
             given.append(seen)
-            inner = inner.index_copy(0, index, own)
+            if own is not seen[-1]:
+                inner = inner.index_copy(0, index, own)
 
         def after(y: Tensor) -> Tensor:
             for (plan, index), seen in zip(some, given):
-                y = y.index_copy(0, index, plan.after(seen, y.index_select(0, index)))
+                with self.seeing(index):
+                    own = plan.after(seen, y.index_select(0, index))
+                y = y.index_copy(0, index, own)
             return y
 
         return with_first(call(inner), after)
 
+    @contextmanager
+    def seeing(self, index: Tensor) -> Iterator[None]:
+        """Have the layer see what the call says of these rows alone."""
+        call = self.layer.call
+        before = call.narrowed(call.now().only(index))
+        try:
+            yield
+        finally:
+            call.narrowed(before)
+
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
-        layer, call = self.layer, self.layer.call
-        given = call.now()
+        layer, given = self.layer, self.layer.call.now()
         gates, facts = given.gates, given.facts
         if y.is_leaf and y.requires_grad:
             y = y.clone()  # a hook made it a leaf, which takes no addition in place
@@ -129,14 +166,11 @@ class Mixed:
             if plan is None:
                 continue
             own, part = x.index_select(0, index), y.index_select(0, index)
-            if gates is None and not facts:
+            if gates is None and not facts and not self.tapped:
                 part = plan.add(own, part, fuse)
             else:
-                before = call.narrowed(given.only(index))
-                try:
+                with self.seeing(index):
                     part = plan.add(own, part, fuse) if gates is None else plan.gated(own, part)
-                finally:
-                    call.narrowed(before)
             y.index_copy_(0, index, part.to(y.dtype))
         return y
 

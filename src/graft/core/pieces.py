@@ -13,7 +13,7 @@ needs rules of its own for values, gradients and files.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import formed
 from graft.core.fused import tensor_of
 from graft.core.method import Method
-from graft.core.plan import Chain, Step, Sum, applied, part_of
+from graft.core.plan import Chain, Step, Sum, applied, part_of, seen
 from graft.core.protocols import Layer
 from graft.core.random import states
 from graft.kernels.cuts import Cut, cut_up, given, joined, summed
@@ -152,8 +152,8 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     return op.up(base, given(z, piece.outputs), cut_up(B, piece.outputs, 0))
 
 
-def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
-    """Return this process's piece of what an additive adapter adds to the output."""
+def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+    """Return this process's piece of what an adapter adds to y, the output for x."""
     piece = layer.site.piece
     if isinstance(effect, LowRank):
         return low_rank_piece(layer, m, effect.factors(), x)
@@ -164,7 +164,9 @@ def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
         else:
             y = cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
         return y if effect.beside is None else y + low_rank_piece(layer, m, effect.beside(), x)
-    return cut_up(part_of(layer, m, effect, joined(x, piece.inputs)), piece.outputs)
+    if isinstance(effect, Rewrite):
+        y = joined(y, piece.outputs)
+    return cut_up(part_of(layer, m, effect, joined(x, piece.inputs), y), piece.outputs)
 
 
 class OfPieces:
@@ -209,14 +211,18 @@ class SumOfPieces(OfPieces, Sum):
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         dtype = y.dtype
         for m, effect in self.steps[first:]:
-            y = y + piece_of_part(self.layer, m, effect, x)
+            y = y + piece_of_part(self.layer, m, effect, x, y)
         return y.to(dtype)
 
-    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
-        return piece_of_part(self.layer, m, effect, x)
+    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        return piece_of_part(self.layer, m, effect, x, y)
 
 
 class ChainOfPieces(OfPieces, Chain):
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        self.above = False
+
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.given_out(super().run(x, *args, **kwargs))
 
@@ -226,25 +232,28 @@ class ChainOfPieces(OfPieces, Chain):
     def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if n == 0:
             return self.base(x, args, kwargs)
-        effect = self.steps[n - 1][1]
+        m, effect = self.steps[n - 1]
         if isinstance(effect, Rewrite) and not effect.folds:
-            return self.rewritten(n - 1, effect, x, args, kwargs)
+            return self.rewritten(n - 1, m, effect, x, args, kwargs)
         return super().through(n, x, args, kwargs)
 
-    def rewritten(self, n: int, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def rewritten(self, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         piece = self.layer.site.piece
         whole = joined(x, piece.inputs)
         inner = x if effect.pre is None else cut_up(effect.pre(whole).to(x.dtype), piece.inputs)
-        y = self.through(n, inner, args, kwargs)
+        return self.after(n, m, effect, seen(self.layer, m, effect, whole), self.through(n, inner, args, kwargs))
+
+    def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         if effect.post is None:
             return y
+        piece = self.layer.site.piece
         out = joined(y, piece.outputs)
         b = self.bias(n) if effect.apart else None
-        out = effect.post(whole, out) if b is None else effect.post(whole, out - b) + b
+        out = effect.post(x, out) if b is None else effect.post(x, out - b) + b
         return cut_up(out.to(y.dtype), piece.outputs)
 
-    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
-        return piece_of_part(self.layer, m, effect, x)
+    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        return piece_of_part(self.layer, m, effect, x, y)
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
         return low_rank_piece(self.layer, m, f, x)

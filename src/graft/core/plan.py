@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
 from graft.core.dropout import share_dropped
-from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Unformed, Update
+from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update
 from graft.core.errors import RoutingError
 from graft.core.folding import dense, fold_step, formed, same_inputs, shift_of
 from graft.core.method import Method
@@ -88,8 +88,11 @@ def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tens
     return op.down(base, x, delta) if op.takes_ids else op.call(base, x, delta, bias)
 
 
-def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
-    """Return the part that an additive adapter adds to the output."""
+def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+    """Return the part that an adapter adds to y, the output for x."""
+    if isinstance(effect, Rewrite):
+        assert effect.part is not None
+        return effect.part(seen(layer, m, effect, x), y)
     if not layer.store.exact and forms(effect):
         return again(layer, _part_of, layer, m, effect, x)
     return _part_of(layer, m, effect, x)
@@ -125,7 +128,7 @@ def add_branch(layer: Layer, m: Method, effect: Branch, x: Tensor, y: Tensor, fu
 
 
 def add_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    return y + part_of(layer, m, effect, x)
+    return y + part_of(layer, m, effect, x, y)
 
 
 ADD: dict[type, Add] = {LowRank: add_low_rank, Update: add_update, Branch: add_branch}
@@ -173,6 +176,8 @@ Step = tuple[Method, Effect]  # (method, its effect)
 class Plan:
     """Base of the plans. steps: the innermost first."""
 
+    above = False  # `add` needs no more than input and output of the base layer
+
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
 
@@ -185,6 +190,23 @@ class Plan:
             f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output: call the "
             "original forward in its place."
         )
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+        """Return y, the output of the base layer for x, with the steps on it. fuse: a kernel may write to y."""
+        raise NotImplementedError
+
+    def gated(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the parts of all steps, weighed by the gates of the call. All are parts of y itself."""
+        if not all([effect.weighable for _, effect in self.steps]):
+            refuse_gates(self.layer)
+        out, gates = y, self.layer.call.weights()
+        for m, effect in self.steps:
+            out = out + gates.apply(self.layer, m.name, self.part(m, effect, x, y))
+        return out.to(y.dtype)
+
+    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        """Return the part that a step adds to y, the output for x."""
+        return part_of(self.layer, m, effect, x, y)
 
     def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that acts as base and (first n) adapters together."""
@@ -206,9 +228,13 @@ class Plan:
     def bias(self, n: int | None = None) -> Tensor | None:
         """Return the bias of the layer with the (first n) steps on it."""
         b = self.layer.bias_now
-        if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in self.steps[:n]):
-            return self.fold(self.layer.weight_now, b, n)[1]
-        for _, effect in self.steps[:n]:
+        steps = [step for step in self.steps[:n] if step[1].fixed is None or not isinstance(step[1], Rewrite)]
+        if any(isinstance(e, Rewrite) and not (e.pre and not e.post) for _, e in steps):
+            W = self.layer.weight_now
+            for m, effect in steps:
+                W, b = fold_step(self.layer, m, effect, W, b)
+            return b
+        for _, effect in steps:
             shift = shift_of(effect)
             if shift is not None:
                 b = shift if b is None else b + shift
@@ -217,6 +243,8 @@ class Plan:
 
 class Sum(Plan):
     """Adapters that only add to the output."""
+
+    above = True
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -246,17 +274,6 @@ class Sum(Plan):
     def over(self, x: Tensor, y: Tensor) -> Tensor:
         return self.add(x, y, False)
 
-    def gated(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y with the parts of all steps, weighed by the gates of the call."""
-        dtype, gates = y.dtype, self.layer.call.weights()
-        for m, effect in self.steps:
-            y = y + gates.apply(self.layer, m.name, self.part(m, effect, x))
-        return y.to(dtype)
-
-    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
-        """Return the part that a step adds to the output."""
-        return part_of(self.layer, m, effect, x)
-
 
 class Chain(Plan):
     """Adapters each of which acts on the layer that those before it made."""
@@ -264,11 +281,28 @@ class Chain(Plan):
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         self.ways = [WAYS[way(effect)] for _, effect in self.steps]
+        self.overs = [_over_rewrite if isinstance(effect, Rewrite) else _over_add for _, effect in self.steps]
+        self.above = all([effect.above for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.call.open:
-            refuse_gates(self.layer)
+        if self.layer.call.open and self.layer.call.weights() is not None:
+            return self.gated(x, self.through(0, x, args, kwargs))
         return self.through(len(self.steps), x, args, kwargs)
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+        for n, (m, effect) in enumerate(self.steps):
+            y = self.overs[n](self, n, m, effect, x, y)
+        return y
+
+    def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
+        """Return what `post` makes of y, the output with n steps."""
+        if effect.post is None:
+            return y
+        b = self.bias(n) if effect.apart else None
+        if b is None:
+            return effect.post(x, y).to(y.dtype)
+        b = self.channels(b)
+        return (effect.post(x, y - b) + b).to(y.dtype)
 
     def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """Return the output of the layer with the first n steps on it."""
@@ -284,10 +318,6 @@ class Chain(Plan):
         return _gained(self, 0, m, effect.factors(), x, y, lambda inner: self.through(0, inner, (), {}), False)
 
     # what a layer of which a process computes a piece does in another way
-
-    def part(self, m: Method, effect: Effect, x: Tensor) -> Tensor:
-        """Return the part that an additive step adds to the output."""
-        return part_of(self.layer, m, effect, x)
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
         return low_rank_part(self.layer, m, f, x)
@@ -314,13 +344,15 @@ def way(effect: Effect) -> str:
 def _rewrite(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
     y = plan.through(n, inner, args, kwargs)
-    if effect.post is None:
-        return y
-    b = plan.bias(n) if effect.apart else None
-    if b is None:
-        return effect.post(x, y).to(y.dtype)
-    b = plan.layer.op.channels(b)
-    return (effect.post(x, y - b) + b).to(y.dtype)
+    return _over_rewrite(plan, n, m, effect, x, y)
+
+
+def _over_rewrite(plan: Chain, n: int, m: Method, effect: Any, x: Tensor, y: Tensor) -> Tensor:
+    return plan.after(n, m, effect, seen(plan.layer, m, effect, x), y)
+
+
+def _over_add(plan: Chain, n: int, m: Method, effect: Any, x: Tensor, y: Tensor) -> Tensor:
+    return (y + plan.part(m, effect, x, y)).to(y.dtype)
 
 
 def _fold(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -341,8 +373,7 @@ def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
 
 
 def _add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-    y = plan.through(n, x, args, kwargs)
-    return (y + plan.part(m, effect, x)).to(y.dtype)
+    return _over_add(plan, n, m, effect, x, plan.through(n, x, args, kwargs))
 
 
 def _gain(plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -387,6 +418,14 @@ def _gained(
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "add": _add, "gain": _gain}
+
+
+def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
+    """Return what a step gets as the input of its layer."""
+    if not effect.tapped:
+        return x
+    kept: Tensor = layer.call.tapped(m.name, layer.site.key)
+    return kept
 
 
 def refuse_gates(layer: Layer) -> None:
@@ -435,28 +474,35 @@ class Folded(Plan):
 
 
 class Whole(Plan):
-    """A module with several inputs that returns a tuple, to whose first item adapters add."""
+    """A module with several inputs, to whose output adapters add."""
+
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        y, *others = self.layer.base_layer(*args, **kwargs)
-        return self.add(self.input(args, kwargs), y), *others
+        output = self.layer.base_layer(*args, **kwargs)
+        x, gates = self.input(args, kwargs), self.layer.call.open and self.layer.call.weights() is not None
+        return with_first(output, lambda y: self.gated(x, y) if gates else self.add(x, y))
 
     def input(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        names = self.layer.argument_names
+        names = self.names
         effect: Any = self.steps[0][1]
         x: Tensor = effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})
         return x
 
-    def add(self, x: Tensor, y: Tensor, fuse: bool = False, first: int = 0) -> Tensor:
-        gates = self.layer.call.weights() if self.layer.call.open else None
-        for m, effect in self.steps[first:]:
-            part = part_of(self.layer, m, effect, x)
-            y = y + (part if gates is None else gates.apply(self.layer, m.name, part))
+    def add(self, x: Tensor, y: Tensor, fuse: bool = False) -> Tensor:
+        for m, effect in self.steps:
+            y = y + self.part(m, effect, x, y)
         return y
 
 
 class Block(Plan):
     """A module with several inputs, before and after which adapters act."""
+
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         x, call = self.input(args, kwargs)
@@ -465,25 +511,69 @@ class Block(Plan):
 
     def input(self, args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """Return the first input, and the module as a function of it."""
-        layer = self.layer
+        layer, x = self.layer, first_of(self.names, args, kwargs)
         if args:
-            return args[0], lambda x: layer.base_layer(x, *args[1:], **kwargs)
-        name = layer.argument_names[0]
-        return kwargs[name], lambda x: layer.base_layer(**{**kwargs, name: x})
+            return x, lambda x: layer.base_layer(x, *args[1:], **kwargs)
+        name = self.names[0]
+        return x, lambda x: layer.base_layer(**{**kwargs, name: x})
 
     def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the input that the module gets, and what each step got."""
         given = []
         for _, effect in reversed(self.steps):
             given.append(x)
-            x = effect.pre(x).to(x.dtype)  # type: ignore[attr-defined]
+            if effect.pre is not None:  # type: ignore[attr-defined]
+                x = effect.pre(x).to(x.dtype)  # type: ignore[attr-defined]
         return x, given[::-1]
 
     def after(self, given: list[Tensor], y: Tensor) -> Tensor:
         """Return the output, from the module's."""
-        for (_, effect), x in zip(self.steps, given):
-            y = effect.post(x, y).to(y.dtype)  # type: ignore[attr-defined]
+        if self.layer.call.open and self.layer.call.weights() is not None:
+            return self.gated(given[0], y)  # nothing has changed the input, or it is refused
+        for (m, effect), x in zip(self.steps, given):
+            if effect.post is not None:  # type: ignore[attr-defined]
+                y = effect.post(seen(self.layer, m, effect, x), y).to(y.dtype)  # type: ignore[attr-defined, arg-type]
         return y
+
+
+class Tapped(Plan):
+    """A plan of adapters that keep the layer's input for a later one of its block, or get that of an earlier one.
+
+    Attributes:
+        plan: of what they do to the layer; None for nothing.
+    """
+
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
+        self.taps = [(m.name, reader) for m, effect in steps if isinstance(effect, Tap) for reader in effect.readers]
+        super().__init__(layer, [step for step in steps if not isinstance(step[1], Tap)])
+        self.plan = made(layer, self.steps) if self.steps else None
+        self.names = layer.argument_names  # before a compiler asks
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.taps:
+            keep_input(self.layer, self.taps, first_of(self.names, args, kwargs))
+        try:
+            return (self.layer.base_layer if self.plan is None else self.plan.run)(*args, **kwargs)
+        finally:
+            drop_inputs(self.layer)
+
+
+def keep_input(layer: Layer, taps: Iterable[tuple[str, str]], x: Tensor) -> None:
+    """Keep x, the input of all rows, for pairs of an adapter and the path of a layer."""
+    for tap in taps:
+        layer.call.here.tapped[tap] = x
+
+
+def drop_inputs(layer: Layer) -> None:
+    """Drop the inputs that have been kept for this layer, which has run."""
+    kept, key = layer.call.here.tapped, layer.site.key
+    for tap in [tap for tap in kept if tap[1] == key]:
+        del kept[tap]
+
+
+def first_of(names: Sequence[str], args: Any, kwargs: Any) -> Any:
+    """Return the first input of a module that has arguments of these names."""
+    return args[0] if args else kwargs[names[0]]
 
 
 def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -535,6 +625,13 @@ def plan_of(layer: Layer, names: Sequence[str]) -> Plan | None:
     if not methods:
         return None
     steps = ordered(layer, methods)
+    if any([isinstance(e, Tap) or (isinstance(e, Rewrite) and e.tapped) for _, e in steps]):
+        return Tapped(layer, steps)
+    return made(layer, steps)
+
+
+def made(layer: Layer, steps: Sequence[Step]) -> Plan:
+    """Return the plan of steps that act on the layer alone."""
     effects = [effect for _, effect in steps]
     kind: type[Plan]
     if layer.op.opaque:

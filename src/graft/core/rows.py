@@ -133,6 +133,7 @@ class Given(NamedTuple):
     gates: Gates | None = None
     facts: Mapping[Any, PerRow] = NO_FACTS
     draws: Draws | None = None
+    some: Tensor | None = None  # indices of those rows that a layer sees now; None: all
 
     def __bool__(self) -> bool:
         return self.rows is not None or self.gates is not None or bool(self.facts)
@@ -145,7 +146,8 @@ class Given(NamedTuple):
     def only(self, index: Tensor) -> Given:
         """Return gates and facts of some rows of the batch."""
         gates = None if self.gates is None else self.gates.rows(index)
-        return Given(self.rows, gates, {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS, self.draws)
+        facts = {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS
+        return Given(self.rows, gates, facts, self.draws, index if self.some is None else self.some[index])
 
     def repeated(self, copies: int) -> Given:
         """Return the same for a batch with `copies` of each row. Whoever makes gates makes them for that batch."""

@@ -70,7 +70,7 @@ class Shadow(Method):
 
     def describe(self) -> Effect:
         why = "SHADOW adapts whole blocks by a state that changes from token to token, which no weight does"
-        return Rewrite(self.refuse, pre=self.pre, post=self.post, block=True, fixed=why)
+        return Rewrite(pre=self.pre, post=self.post, block=True, fixed=why)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         cfg, d = self.cfg, self.cfg.hidden_size
@@ -87,9 +87,6 @@ class Shadow(Method):
     def init(self) -> None:
         if self.cfg.init_weights:
             nn.init.zeros_(self.shadow_up.weight)
-
-    def refuse(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
 
     def state(self) -> Any:
         """Return the states of the call."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial, wraps
 from importlib import import_module
 from operator import attrgetter
@@ -24,7 +24,6 @@ from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.checkpoints import cast_adapter_dtype, fill
 from graft.model.layer_registry import LayerRegistry
-from graft.model.registry import parameters_of
 from graft.model.tuner_type import INTERNALS, TunerType, not_here, replaced, step
 from graft.model.watch import tell_once
 
@@ -99,10 +98,6 @@ class Tuner(nn.Module, metaclass=TunerType):
         own = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
         with registry.calling("forward"), registry.acting(Run(args, kwargs, own)) as finish:
             return finish(self.model(*args, **kwargs))
-
-    def adapter_parameters(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Do as PeftModel's method of this name, with the names that they have here."""
-        return parameters_of(self, registry_of(self), adapter_name)
 
     # steps of an injection: their originals, which `inject/steps.py` describes
 

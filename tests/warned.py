@@ -134,6 +134,11 @@ WARNED = [
         "train/test_train_helpers.py trust/test_sequences.py",
     ),
     Warned(
+        "As LoRA of rank",
+        "updates of any rank are compared in ranks that PEFT is asked for",
+        "combine/test_convert.py",
+    ),
+    Warned(
         "Converting a PEFT adapter to LoRA that is already",
         "LoRA is the plainest method to convert",
         "combine/test_convert.py",

@@ -75,8 +75,8 @@ def updates(tensors):
     "converting to LoRA: which adapters",
     peft="methods and layer types with a flag: not AdaLoRA, HiRA, convolutions, embeddings",
     graft=(
-        "whatever adds to a weight (`LowRank`, `Update`) or computes a new one, on every layer type that LoRA knows; "
-        "IA3, OFT, HRA, RoAd, aLoRA, KaSA and prompts are a TypeError, as in PEFT"
+        "whatever has a merged form, OFT, BOFT, HRA, IA3 and RoAd too, on every layer type that LoRA knows; aLoRA, KaSA "
+        "and prompts are a TypeError, as in PEFT"
     ),
     why="follows from the effect",
 )
@@ -96,6 +96,35 @@ def test_what_can_be_converted_acts_as_before(cell):
         assert_close(new(cell.inputs()), expected, rtol=1e-3, atol=1e-4 * max(1.0, expected.abs().max().item()))
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[k], t) for k, t in before.items())
+
+
+MULTIPLY = {
+    "OFTConfig": dict(oft_block_size=4),
+    "BOFTConfig": dict(boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=1),
+    "HRAConfig": dict(r=4),
+    "IA3Config": dict(feedforward_modules=["fc2"]),
+    "RoadConfig": dict(group_size=4),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLY)
+def test_what_multiplies_the_weight_is_the_lora_that_is_merged(name):
+    """Of the rank that the merged weights show: they, and not the method, are asked for ΔW."""
+    model = made(graft, (name, MULTIPLY[name]))
+    config, tensors = graft.convert_to_lora(model, 1.0)
+    found = updates(tensors)
+    before = {key: model.base_model.model.get_submodule(key).get_base_weight().clone() for key in found}
+    merged = model.merge_and_unload()
+    for key, W in before.items():
+        delta = merged.get_submodule(key).weight - W
+        close(found[key].view_as(delta), delta, 1e-5, key)
+        assert config.at(key).r == max(1, torch.linalg.matrix_rank(delta, rtol=1e-5)), key
+
+
+def test_what_a_low_rank_leaves_out_of_a_rotation_is_said():
+    model = made(graft, ("OFTConfig", dict(oft_block_size=4)))
+    with pytest.warns(UserWarning, match=r"rank 1.*loses up to \d+ %|rank 1.*loses up to \d+%"):
+        graft.convert_to_lora(model, 1)
 
 
 # the same as PEFT
@@ -210,14 +239,6 @@ FAILURES = {
         ),
         "Could not detect any layer that supports LoRA conversion.",
     ),
-    "IA3": (
-        dict(make=lambda lib: made(lib, ("IA3Config", dict(feedforward_modules=["fc2"])))),
-        "Some module types on this model do not support LoRA conversion",
-    ),
-    "OFT": (
-        dict(make=lambda lib: made(lib, ("OFTConfig", dict(oft_block_size=2, target_modules=["fc2"])))),
-        "Some module types on this model do not support LoRA conversion",
-    ),
     "KaSA": (
         dict(make=lambda lib: made(lib, ("LoraConfig", dict(r=2, kasa_config=kasa(lib))))),
         "Some module types on this model do not support LoRA conversion",
@@ -275,8 +296,8 @@ def test_what_says_that_it_can_be_converted():
         assert model.supports_lora_conversion() and model.base_model.supports_lora_conversion()
         assert model.base_model.model.lin0.supports_lora_conversion()
         assert not FAILURES["a prompt"][0]["make"](lib).supports_lora_conversion()
-        ia3 = FAILURES["IA3"][0]["make"](lib)
-        assert not ia3.supports_lora_conversion() and not ia3.base_model.supports_lora_conversion()
+        other = FAILURES["KaSA"][0]["make"](lib)
+        assert not other.supports_lora_conversion() and not other.base_model.supports_lora_conversion()
 
 
 # beyond PEFT
@@ -520,11 +541,11 @@ def test_token_rows_come_along():
 
 def test_in_a_mixed_model():
     model = graft.get_peft_model(models.make("mlp"), graft.HiraConfig(r=2, target_modules=T), "a", mixed=True)
-    model.add_adapter("b", graft.IA3Config(target_modules=["lin0"], feedforward_modules=[]))
+    model.add_adapter("b", graft.LilyConfig(r=2, num_B=2, stride_A=1, target_modules=["lin0"]))
     moved(model)
     config, tensors = graft.convert_to_lora(model, 1.0, "a")
     close(put(config, tensors, models.make("mlp"))(**models.inputs("mlp")), model(**models.inputs("mlp")), 1e-3)
-    with pytest.raises(TypeError, match="IA3"):
+    with pytest.raises(TypeError, match="Lily"):
         graft.convert_to_lora(model, 1.0, "b")
 
 

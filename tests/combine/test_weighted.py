@@ -274,9 +274,9 @@ def test_ia3_in_a_mixed_model_adds_its_vectors():
     assert_close(l["new"], 0.7 * l["x"] + 0.3 * l["y"])
 
 
-@pytest.mark.parametrize("kind, text", [("svd", "IA3 does not add to the weight"), ("linear", "means nothing for")])
+@pytest.mark.parametrize("kind, text", [("svd", "Lily does not add to the weight"), ("linear", "means nothing for")])
 def test_what_has_no_sum_in_a_mixed_model_changes_nothing(kind, text):
-    model = mixture(["lin"], "via", i=("IA3Config", dict(feedforward_modules=[])), a=("VeraConfig", dict(r=5)))
+    model = mixture(["lin"], "via", i=("LilyConfig", dict(r=2, num_B=2, stride_A=1)), a=("VeraConfig", dict(r=5)))
     before = snapshot(model)
     names = ["v", "i"] if kind == "svd" else ["v", "a"]
     with pytest.raises(NotImplementedError, match=text):

@@ -22,6 +22,9 @@ from graft.inject.survey import survey
 from graft.methods import method_of
 from graft.methods.lora.config import LoraConfig
 
+SMALLEST = 1e-30
+TELL_FROM = 0.1  # of ‖ΔW‖
+
 Layers = dict[str, AdapterLayer]  # by path
 Spectrum = tuple[Tensor, Tensor, Tensor]  # Vh (groups, k, n), U S (groups, m, k), S (groups, k)
 
@@ -50,9 +53,12 @@ def convert(
         )
     decompose = spectrum if compile_kwargs is None else torch.compile(spectrum, **compile_kwargs)
     held: dict[str, Change] = {}
+    lost: dict[str, float] = {}
     for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
         change = change_of(layer.methods[adapter])
-        held[key] = Change(*of_rank(change, rank, decompose), change.shift)
+        A, B, lost[key] = of_rank(change, rank, decompose)
+        held[key] = Change(A, B, change.shift)
+    report(adapter, rank, lost)
     made = adding.plain_lora([cfg])
     configure(made, base, {key: A.shape[0] * A.shape[1] for key, (A, _, _) in held.items()}, rank)
     made.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
@@ -115,8 +121,9 @@ def spectrum(A: Tensor, B: Tensor | None) -> Spectrum:
     return rules.truncate_product(A, B, min(*A.shape[-2:], B.shape[-2]))
 
 
-def of_rank(change: Change, rank: int | float, decompose: Callable[..., Spectrum]) -> tuple[Tensor, Tensor]:
+def of_rank(change: Change, rank: int | float, decompose: Callable[..., Spectrum]) -> tuple[Tensor, Tensor, float]:
     """Return A (groups, k, n) and B (groups, m, k) whose product comes closest to ΔW; its own, if they have the rank.
+    And the part of ‖ΔW‖ that is left out of an update without factors.
 
     A float asks for the smallest k, at least 1, with that part of ‖ΔW‖².
     """
@@ -124,13 +131,25 @@ def of_rank(change: Change, rank: int | float, decompose: Callable[..., Spectrum
     if isinstance(rank, int):
         k = rank // len(A)
         if B is not None and A.shape[1] <= k:
-            return (A, B) if A.shape[1] == k else rules.truncate_product(A, B, k)[:2]  # with rows that can learn
-        Vh, US, _ = decompose(A, B)
-        return Vh[:, :k], US[..., :k]
+            return (*((A, B) if A.shape[1] == k else rules.truncate_product(A, B, k)[:2]), 0.0)  # rows that can learn
+        Vh, US, S = decompose(A, B)
+        lost = float(S[:, k:].norm() / S.norm().clamp_min(SMALLEST)) if B is None else 0.0
+        return Vh[:, :k], US[..., :k], lost
     Vh, US, S = decompose(A, B)
     energy = S.square().sum(0).cumsum(0)  # of the first 1, 2, … triples
     k = min(int((energy < rank * energy[-1]).sum()) + 1, len(energy))
-    return (A, B) if B is not None and A.shape[1] == k else (Vh[:, :k], US[..., :k])
+    return (*((A, B) if B is not None and A.shape[1] == k else (Vh[:, :k], US[..., :k])), 0.0)
+
+
+def report(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
+    """Warn if LoRA of this rank leaves much of an update of full rank out."""
+    worst = max(lost, key=lambda key: lost[key])
+    if lost[worst] > TELL_FROM:
+        warn(
+            f"As LoRA of rank {rank}, adapter '{adapter}' loses up to {lost[worst]:.0%} of ‖ΔW‖ (layer '{worst}'): "
+            "its updates have a higher rank. rank=0.99 takes the lowest that keeps 99 % of ‖ΔW‖² in each layer.",
+            PeftWarning,
+        )
 
 
 def shown(items: Iterable[Any], total: int) -> Iterable[Any]:

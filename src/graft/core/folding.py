@@ -132,8 +132,7 @@ class Change(NamedTuple):
 def why_none(m: Any) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
-    A `Rewrite` that gives nothing but a new weight f(W) has one, f(W₀) - W₀; one that acts on inputs and outputs has a
-    merged form at most.
+    A `Rewrite` has f(W₀) - W₀, where f makes the merged weight.
     """
     site, effect = m.site, m.effect
     if site.op.opaque or not site.op.known:
@@ -141,7 +140,7 @@ def why_none(m: Any) -> str | None:
     why = m.excludes(PLAIN)
     if why is not None:
         return str(why)
-    if isinstance(effect, (LowRank, Update)) or (isinstance(effect, Rewrite) and effect.folds):
+    if isinstance(effect, (LowRank, Update)) or (isinstance(effect, Rewrite) and effect.fixed is None):
         return None
     return f"{type(m).__name__} does not add to the weight"
 

@@ -33,8 +33,9 @@ def convert_to_lora(
         model = graft.get_peft_model(base, config)
         graft.set_peft_model_state_dict(model, tensors)
 
-    An adapter can be converted if it adds to weights, or computes new ones from them; not if it acts on inputs and
-    outputs (IA3, OFT, HRA, RoAd), at some positions only (aLoRA), or is a prompt.
+    An adapter can be converted if it can be merged; not if it acts at some positions only (aLoRA), or is a prompt. What
+    multiplies the weight (OFT, BOFT, HRA, IA3, RoAd) fits the weight that it was converted beside. Of an update of full
+    rank (OFT, BOFT) a low rank leaves much out: a warning says how much.
 
     Args:
         rank: that of every layer. A float, above 0 and up to 1: the part of ‖ΔW‖² that each layer keeps, in the lowest

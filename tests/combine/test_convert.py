@@ -75,8 +75,8 @@ def updates(tensors):
     "converting to LoRA: which adapters",
     peft="methods and layer types with a flag: not AdaLoRA, HiRA, convolutions, embeddings",
     graft=(
-        "whatever has a merged form, OFT, BOFT, HRA, IA3 and RoAd too, on every layer type that LoRA knows; aLoRA, KaSA "
-        "and prompts are a TypeError, as in PEFT"
+        "whatever has a merged form, OFT, BOFT, HRA, IA3 and RoAd too, on every layer type that LoRA knows; aLoRA, "
+        "KaSA and prompts are a TypeError, as in PEFT"
     ),
     why="follows from the effect",
 )

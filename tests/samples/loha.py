@@ -7,6 +7,8 @@ from tests.samples.parity import CHOICE, DEFAULT_TARGETS, EXCLUDE, LAYERS, row
 LAWS = [
     Sample("LOHA", config=dict(r=3, alpha=5)),
     Sample("LOHA", "effective", dict(r=3, alpha=5, use_effective_conv2d=True)),
+    Sample("LOHA", "khatri_rao", dict(r=3, alpha=5, use_khatri_rao=True)),
+    Sample("LOHA", "abba", dict(r=3, alpha=5, init_weights="abba")),
 ]
 PARITY = [
     *row("plain", "mlp conv1d conv2d llama t5 bert-qa", r=3, alpha=4),

@@ -63,6 +63,7 @@ class PeftConfig:
     is_adaption_prompt: ClassVar[bool] = False
     patterns: ClassVar[dict[str, str]] = {}  # field with overrides by layer path → field that they override
     runtime_fields: ClassVar[tuple[str, ...]] = ()  # fields that no file holds
+    beyond: ClassVar[frozenset[str]] = frozenset()  # fields that PEFT's config lacks: files hold them if they are set
     taken_on_loading: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take` knows
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
     counters: ClassVar[tuple[str, ...]] = ()  # numbers that are no sizes: seeds, and steps of training
@@ -120,7 +121,8 @@ class PeftConfig:
 
     def saved_dict(self) -> dict[str, Any]:
         """Return the same as JSON can hold it: sets as lists, enums as their values."""
-        return {k: plain(v) for k, v in self.to_dict().items()}
+        own = type(self).__dataclass_fields__
+        return {k: plain(v) for k, v in self.to_dict().items() if k not in self.beyond or v != own[k].default}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: Any

@@ -1,26 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoHa: low-rank Hadamard product. FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859."""
+"""LoHa: low-rank Hadamard product. FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859.
+
+ABBA: Highly Expressive Hadamard Product Adaptation for Large Language Models, arXiv 2505.14238: LoHa whose first
+product begins as the weight's own best of rank r.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.errors import ConfigError, PeftWarning, warn_of
+from graft.core.method import Use
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
+from graft.methods.loraxs import largest
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 
 @dataclass(kw_only=True)
 class LoHaConfig(LycorisConfig):
-    """LoHa: ΔW = alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r²."""
+    """LoHa: ΔW = alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r².
+
+    Raises:
+        ConfigError: `use_khatri_rao` beside another start than the default.
+    """
 
     peft_type: Any = "LOHA"
-    init_weights: bool = True
+    init_weights: bool | Literal["abba"] = True  # w2_b of zeros; False: random; "abba": w1 of the weight, w2_a of zeros
+    use_khatri_rao: bool = False  # begin with w2_a w2_b = 1 and w1_a = 0, so that learning begins as LoRA's does
+    beyond: ClassVar[frozenset[str]] = frozenset({"use_khatri_rao"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_khatri_rao and self.init_weights is not True:
+            raise ConfigError(f"use_khatri_rao is a start of its own: leave init_weights={self.init_weights!r} out.")
 
 
 class LoHa(Lycoris):
@@ -35,6 +54,29 @@ class LoHa(Lycoris):
     hada_w2_b: nn.Parameter
     hada_t1: nn.Parameter  # (r, r, *kernel), padded to two kernel dims
     hada_t2: nn.Parameter
+
+    @classmethod
+    def split_budget(cls, methods: Sequence[Any]) -> None:
+        if methods and methods[0].cfg.use_khatri_rao and all(m.cp for m in methods):
+            raise ConfigError(
+                f"use_khatri_rao has no effect: all layers of adapter '{methods[0].name}' are convolutions whose "
+                "kernels have factors of their own. Leave it out, or use_effective_conv2d."
+            )
+
+    def check(self) -> str | None:
+        site, r = self.site, self.cfg.r
+        if self.cfg.init_weights == "abba" and site.op.known:
+            if self.cp:
+                return "ABBA's start has no factors of kernels: leave use_effective_conv2d out"
+            if r > min(site.out_features, site.fan_in):
+                raise ConfigError(
+                    f"ABBA begins with r singular vectors of the weight, and that of layer '{site.key}' has the shape "
+                    f"{tuple(site.shape)}: choose a smaller r than {r}."
+                )
+        return super().check()
+
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.init_weights == "abba" else Use.NOT
 
     def describe(self) -> Effect:
         if not self.cp and is_narrow(self.cfg.r, self.site.out_features, self.site.fan_in):
@@ -52,14 +94,42 @@ class LoHa(Lycoris):
         return self.facts() | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
     def init(self) -> None:
-        names = ["w1_a", "w1_b", "w2_a", "w2_b"]
-        if self.cp:
-            names += ["t1", "t2"]
-        for name in names:
-            if name == "w2_b" and self.cfg.init_weights:
-                nn.init.zeros_(self.hada_w2_b)
-            else:
-                nn.init.kaiming_uniform_(getattr(self, f"hada_{name}"), a=math.sqrt(5))
+        if self.cfg.init_weights == "abba":
+            self.init_abba()
+        elif self.cfg.use_khatri_rao and not self.cp:
+            self.init_ones()
+        else:
+            names = ["w1_a", "w1_b", "w2_a", "w2_b"] + ["t1", "t2"] * self.cp
+            for name in names:
+                if name == "w2_b" and self.cfg.init_weights:
+                    nn.init.zeros_(self.hada_w2_b)
+                else:
+                    nn.init.kaiming_uniform_(getattr(self, f"hada_{name}"), a=math.sqrt(5))
+
+    @torch.no_grad()
+    def init_ones(self) -> None:
+        """Begin with a second product of ones, of which only the first row of d takes part."""
+        warn_of(
+            self.site.key,
+            "With use_khatri_rao, the factors w2 of {} begin with ones that weight decay would shrink: let it be 0 "
+            "for them.",
+            PeftWarning,
+        )
+        nn.init.zeros_(self.hada_w1_a)
+        nn.init.kaiming_uniform_(self.hada_w1_b, a=math.sqrt(5))
+        nn.init.normal_(self.hada_w2_b, std=self.hada_w2_b.shape[1] ** -0.5)
+        self.hada_w2_b[0] = 1
+        nn.init.zeros_(self.hada_w2_a)
+        self.hada_w2_a[:, 0] = 1
+
+    @torch.no_grad()
+    def init_abba(self) -> None:
+        """Begin with the best product of rank r for W₀, times zero."""
+        U, S, V = largest(self.layer.W0.flatten(1), self.cfg.r)
+        self.hada_w1_a.copy_(U * S.sqrt())
+        self.hada_w1_b.copy_(S.sqrt()[:, None] * V)
+        nn.init.kaiming_uniform_(self.hada_w2_b)
+        nn.init.zeros_(self.hada_w2_a)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return a, b, c, d of ΔW = scaling · (a b) ⊙ (c d), as matrices; in training with dropout."""

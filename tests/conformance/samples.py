@@ -25,7 +25,9 @@ ADAPTERS = ("default", "other")
 
 
 SAMPLES = samples.LAWS
-CALLED = samples.CALLED  # aLoRA, Poly: for the laws of forward, gradients, files and copies; nothing merges them
+CALLED = (
+    samples.CALLED
+)  # aLoRA, Poly, T-LoRA: for the laws of forward, gradients, files and copies; nothing merges them
 # on whole attentions or blocks, with experts: their laws have tests of their own
 ELSEWHERE = {
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",

@@ -223,6 +223,19 @@ class Around(nn.Module):
         return F.linear(self.reader(x), last.weight) @ self.reader.called.weight
 
 
+class HandsOn(Reader):
+    def forward(self, x):
+        return self.processor(self, x)
+
+    def fuse(self):
+        return torch.cat([self.direct.weight, self.called.weight])
+
+
+def test_what_gets_the_module_may_call_all_within():
+    """As diffusers' attentions: `direct` is read by a method, and called by their processors."""
+    assert uses_of(HandsOn)["direct",] == uses_of(HandsOn)["called",] == Use(True, True)
+
+
 def test_uses_of_a_class():
     assert uses_of(Reader) == uses_of(Inherits)
     reads = {path: use for path, use in uses_of(Reader).items() if use.reads}

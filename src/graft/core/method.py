@@ -119,7 +119,7 @@ class Method:
     # containers → their names in files: {0} the container, {1} what is below; "": older files have it, nobody needs it
     files: ClassVar[dict[str, str]] = {}
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
-    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that are the method's, and not the base model's
+    arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
     alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each

@@ -4,6 +4,7 @@ and a run of the model that is about to begin, as methods see it that surround i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -199,10 +200,22 @@ class Run:
     copies: int = 1  # of each row, which `generate` makes
     adapters: Sequence[str] = ()  # those that act and are of the class whose `around` is called
 
+    def said(self, name: str, model: nn.Module) -> Any:
+        """Return what the call says under a name: to graft, or to the model, by its signature; None if nothing."""
+        if name in self.own or name in self.kwargs:
+            return self.own.get(name, self.kwargs.get(name))
+        place = parameters_of(model).index(name) if name in parameters_of(model) else len(self.inputs)
+        return self.inputs[place] if place < len(self.inputs) else None
+
     def argument(self, name: str) -> Any:
         """Return an argument of the model; the caller need not name the first."""
         value = self.kwargs.get(name)
         return self.inputs[0] if value is None and name == "input_ids" and self.inputs else value
+
+
+def parameters_of(model: nn.Module) -> list[str]:
+    """Return the names of the arguments that a model's forward lists."""
+    return list(inspect.signature(model.forward).parameters)
 
 
 def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:

@@ -51,6 +51,7 @@ class Source(ast.NodeVisitor):
         self.known: dict[str, Path] = {me: ()}  # by the name of a variable
         self.reads: set[Path] = set()
         self.calls: set[Path] = set()
+        self.hands_on = False  # `self`, to what may call whatever is within
 
     def path(self, node: ast.AST) -> Path | None:
         if isinstance(node, ast.Name):
@@ -94,6 +95,7 @@ class Source(ast.NodeVisitor):
             self.use(path)
             self.calls.add(path[:-1])
         for value in given:
+            self.hands_on |= self.path(value) == () and name not in TAKES_FACTS
             if not (name in TAKES_FACTS and self.path(value)):
                 self.visit(value)
 
@@ -160,7 +162,8 @@ def uses_of(kind: type) -> dict[Path, Use]:
     if any(TENSORS & set(names(f.__code__)) for f in functions.values()):  # few do
         found = [seen for f in functions.values() if (seen := look(f)) is not None]
         reads, calls = {p for s in found for p in s.reads}, {p for s in found for p in s.calls}
-        uses = {path: Use(path in reads, path in calls) for path in reads | calls} if reads else {}
+        handed = any(s.hands_on for s in found)
+        uses = {path: Use(path in reads, handed or path in calls) for path in reads | calls} if reads else {}
     SOURCES[kind] = uses
     return uses
 

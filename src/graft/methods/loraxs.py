@@ -108,10 +108,13 @@ class LoraXS(Method):
         return Factors(self.loraxs_A, self.loraxs_B @ self.loraxs_R, self.scaling, self.loraxs_dropout)
 
 
-def largest(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, r), S (r,) and V (r, in) of the r largest singular values of W; the largest entry of each column
-    of U is positive, so that every decomposition gives the same."""
+def largest(W: Tensor, r: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (out, r), S (r,) and V (r, in) of the r largest singular values of W, but for the `first` ones.
+
+    The largest entry of each column of U is positive, so that every decomposition gives the same.
+    """
     U, S, V = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
-    U, S, V = U[:, :r], S[:r], V[:r]
+    some = slice(first, first + r)
+    U, S, V = U[:, some], S[some], V[some]
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # (1, r)
     return U * sign, S, V * sign.T

@@ -64,9 +64,9 @@ def generate(tuner: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any
         return finish(tuner.model.generate(*args, **kwargs))
 
 
-def checked(run: Run, known: int) -> Tensor:
+def checked(run: Run, model: nn.Module, known: int) -> Tensor:
     """Return the tasks of the rows, (batch,), checked."""
-    tasks = run.own.get(TASKS)
+    tasks = run.said(TASKS, model)
     if tasks is None:
         raise RoutingError("task_ids should not be None. Pass the task of each row: model(…, task_ids=…).")
     tasks = torch.as_tensor(tasks)
@@ -183,7 +183,7 @@ class Poly(Method):
                 return
             names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
             configs = [c for c in (tuner.peft_config[name] for name in names) if isinstance(c, PolyConfig)]
-            tasks = checked(run, min(c.n_tasks for c in configs))
+            tasks = checked(run, tuner.model, min(c.n_tasks for c in configs))
             with call.giving(facts={TASKS: tasks}):
                 yield finish
 

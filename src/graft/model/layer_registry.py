@@ -14,7 +14,7 @@ from graft.core.carrier import Carrier
 from graft.core.errors import AdapterNameError, ConfigError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
-from graft.core.rows import Run
+from graft.core.rows import Run, parameters_of
 from graft.core.shared import Shared
 from graft.inject.inject import Options, check_bias, inject
 from graft.inject.parts import Parts
@@ -113,7 +113,7 @@ class LayerRegistry(MergingRegistry):
         self.surrounding.pop(adapter_name, None)
         if method.surrounds:
             self.surrounding[adapter_name] = method
-        self.arguments |= set(method.arguments)
+        self.arguments |= set(method.arguments).difference(parameters_of(self.model))  # it gets its own
 
     @prepares
     def inject_adapter(

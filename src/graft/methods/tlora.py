@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T-LoRA: Single Image Diffusion Model Customization Without Overfitting, arXiv 2507.05964.
+
+The noisier the input, the fewer ranks act. The factors begin orthogonal, and their start is taken out again, so that a
+fresh adapter changes nothing at any timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Branch, Effect
+from graft.core.errors import ConfigError, RoutingError
+from graft.core.method import Method, Use
+from graft.core.rows import Run
+from graft.kernels.waits import demand
+from graft.methods.loraxs import largest
+
+TIMESTEP = "timestep"
+
+
+@dataclass(kw_only=True)
+class TLoraConfig(Targeted, LayerRange, RankPatterns):
+    """T-LoRA: LoRA for diffusion models that uses the fewer ranks the noisier the input is.
+
+    Raises:
+        ConfigError: min_rank is not between 1 and r, or another number is not positive.
+    """
+
+    peft_type: Any = "TLORA"
+    r: int = 4
+    lora_alpha: float = 1  # the update counts alpha / r times
+    sig_type: Literal["principal", "last", "middle"] = "principal"  # which singular triples it begins with
+    use_data_init: bool = True  # those of the weight; else of a random matrix
+    min_rank: int = 1  # ranks that act at max_timestep
+    alpha_rank_scale: float = 1.0  # exponent of the share of ranks; above 1, fewer act
+    max_timestep: float = 1000  # of pure noise, in the units of the model's own argument: Flux counts up to 1
+    init_weights: bool = True  # False: singular values that differ from their start, for tests
+
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if not 1 <= self.min_rank <= self.r:
+            raise ConfigError(f"`min_rank` must be between 1 and r={self.r}, got {self.min_rank}.")
+        for name in ("alpha_rank_scale", "max_timestep"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
+
+
+@contextmanager
+def timestep(tuner: Any, t: float | Tensor) -> Iterator[None]:
+    """Have calls within the block be at this timestep: one for all rows, or (batch,)."""
+    with tuner.call.giving(facts={TIMESTEP: per_row(t)}):
+        yield
+
+
+class TLoRA(Method):
+    """ΔW = s · (P diag(λ ⊙ m) Q - P₀ diag(λ₀ ⊙ m) Q₀), m (r,) with ones for the ranks that act at a row's timestep."""
+
+    config = TLoraConfig
+    prefix = "tlora_"
+    targets = LORA
+    arguments = (TIMESTEP,)
+    tuner_methods: ClassVar[dict[str, Any]] = {TIMESTEP: timestep}
+
+    tlora_P: nn.Parameter  # (out, r)
+    tlora_lambda: nn.Parameter  # (r,)
+    tlora_Q: nn.Parameter  # (r, fan_in)
+    tlora_P0: Tensor  # their start
+    tlora_lambda0: Tensor
+    tlora_Q0: Tensor
+    scaling: float
+
+    def check(self) -> str | None:
+        site, cfg = self.site, self.cfg
+        if not site.op.known:
+            return super().check()
+        if not site.op.factorable(site.module):
+            return "T-LoRA has no factors for a convolution with groups"
+        if cfg.r > min(site.out_features, site.fan_in):
+            raise ConfigError(
+                f"T-LoRA begins with r singular vectors of a matrix like the weight of layer '{site.key}', whose shape "
+                f"is {tuple(site.shape)}: choose a smaller r than {cfg.r}."
+            )
+        if cfg.min_rank > cfg.r:
+            raise ConfigError(
+                f"`min_rank` is {cfg.min_rank}, and layer '{site.key}' has r={cfg.r}: choose a smaller one."
+            )
+        return super().check()
+
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.use_data_init else Use.NOT
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        site, r = self.site, self.cfg.r
+        shapes = dict(P=(site.out_features, r), Q=(r, site.fan_in)) | {"lambda": (r,)}
+        return dict(
+            **{f"tlora_{name}": nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()},
+            **{f"tlora_{name}0": torch.zeros(shape) for name, shape in shapes.items()},
+            r=r,
+            scaling=self.cfg.lora_alpha / r,
+        )
+
+    @torch.no_grad()
+    def init(self) -> None:
+        cfg, P = self.cfg, self.tlora_P
+        if cfg.use_data_init:
+            W = self.layer.W0.flatten(1)
+        else:
+            W = torch.randn(self.site.out_features, self.site.fan_in, device="cpu").to(P.device) / cfg.r
+        n = min(W.shape) - cfg.r
+        U, S, V = largest(W, cfg.r, {"principal": 0, "last": n, "middle": n // 2}[cfg.sig_type])
+        for value, *tensors in (
+            (U, P, self.tlora_P0),
+            (S, self.tlora_lambda, self.tlora_lambda0),
+            (V, self.tlora_Q, self.tlora_Q0),
+        ):
+            for t in tensors:
+                t.copy_(value)
+        if not cfg.init_weights:
+            self.tlora_lambda.add_(torch.randn(cfg.r, device="cpu").to(P.device))
+
+    def describe(self) -> Effect:
+        return Branch(self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them")
+
+    def branch(self, x: Tensor) -> Tensor:
+        m = self.acting(x)
+        now = self.product(x, self.tlora_Q, self.tlora_lambda * m, self.tlora_P)
+        return (now - self.product(x, self.tlora_Q0, self.tlora_lambda0 * m, self.tlora_P0)) * self.scaling
+
+    def product(self, x: Tensor, Q: Tensor, weights: Tensor, P: Tensor) -> Tensor:
+        """Return P (weights ⊙ Q x), with weights for each row, (batch, r), or for all, (1, r)."""
+        op, base = self.layer.op, self.layer.base_layer
+        z = op.down(base, x, Q)
+        spatial = len(self.site.shape) - 2
+        between = [1] * (z.dim() - 2 - spatial)
+        return op.up(base, z * weights.view(len(weights), *between, -1, *[1] * spatial), P)  # type: ignore[no-any-return]
+
+    def acting(self, x: Tensor) -> Tensor:
+        """Return m of each row, (batch, r), or of all, (1, r)."""
+        t = self.layer.call.fact(TIMESTEP)
+        if t is None:
+            raise RoutingError(MISSING)
+        if isinstance(t, Same):
+            t = t.value[None]
+        elif len(t) != len(x):
+            raise RoutingError(
+                f"layer '{self.site.key}' received {len(x)} rows for {len(t)} timesteps: its input is not one row per "
+                "sample. Give one timestep for all rows (model.timestep(t)), or leave this layer out: exclude_modules."
+            )
+        k = ranks(t.to(x.device), self.cfg)
+        return (torch.arange(self.cfg.r, device=x.device) < k[:, None]).to(self.tlora_P.dtype)
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Give the timestep of each row to the layers: that of the block around the call, or of its arguments.
+
+        Raises:
+            RoutingError: there is none, or one above `max_timestep`, or not one for each row.
+        """
+        with super().around(tuner, call, run) as finish:
+            if tuner.disabled:
+                yield finish
+                return
+            fact = call.fact(TIMESTEP)
+            if fact is None:
+                fact = per_row(run.said(TIMESTEP, tuner.model))
+            most = min(tuner.peft_config[name].max_timestep for name in run.adapters)
+            t = fact.value if isinstance(fact, Same) else fact
+            text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
+            demand(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
+            with call.giving(facts={TIMESTEP: fact}):
+                yield finish
+
+
+MISSING = (
+    "T-LoRA has to know the timestep, and neither an argument `timestep` of the model's call nor a block "
+    "`with model.timestep(t):` gives it. A model that adapters were injected into has no such block, nor sees its "
+    "arguments: call the one that graft.get_peft_model returns."
+)
+
+
+class Same:
+    """One timestep, (), for all rows, whichever they are."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> Same:
+        return self
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Same:
+        return self
+
+
+def per_row(t: Any) -> Same | Tensor:
+    """Return a timestep, a number, (), (1,) or (batch,), as a fact about each row."""
+    if t is None:
+        raise RoutingError(MISSING)
+    t = torch.as_tensor(t)
+    if t.dim() > 1 or t.is_complex() or t.dtype == torch.bool:
+        raise RoutingError(f"timestep must be a number, or one per row, got {t.dtype} of shape {tuple(t.shape)}.")
+    return Same(t.reshape(())) if t.numel() == 1 else t
+
+
+def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:
+    """Return how many ranks act at each timestep: ⌊((T - t) / T)ᵃ (r - min_rank)⌋ + min_rank, for T - t above 0."""
+    T, a, more = cfg.max_timestep, cfg.alpha_rank_scale, cfg.r - cfg.min_rank
+    left = (T - t.float()).clamp(0, T)
+    share = left * more / T if a == 1 else (left / T) ** a * more  # a whole number is not rounded
+    return share.floor() + cfg.min_rank

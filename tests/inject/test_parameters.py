@@ -484,10 +484,9 @@ def test_exclusions_and_layers_apply_to_parameters():
     assert model.base_model.targeted_parameter_names == ["model.layers.1.mlp.experts.gate_up_proj"]
 
 
-@FUSED_EXPERTS
 @pytest.mark.filterwarnings("ignore")
-def test_rows_with_different_adapters_are_refused():
-    model = adapted(graft, "mixtral")
+def test_rows_with_different_adapters_are_refused_where_the_module_does_not_say_whose_tokens_it_gets():
+    model = adapted(graft, "llama4")
     expected = logits(model)
     with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
         model(IDS, adapter_names=["default", "__base__"])

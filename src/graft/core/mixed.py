@@ -27,6 +27,7 @@ from graft.core.plan import (
     with_first,
 )
 from graft.core.protocols import Layer
+from graft.core.routing import Groups, route
 from graft.core.rows import Given, Rows
 from graft.kernels.mixed import add_groups, fits
 
@@ -49,6 +50,8 @@ class Mixed:
         self.adds = all(plan.above for plan in plans)
         self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
         self.folded = any(isinstance(plan, Folded) for plan in plans)
+        self.carrying: list[Any] = [(i, self.plans[n]) for i, n in enumerate(names) if self.plans[n] is not None]
+        self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
         self.idle = not plans
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,9 @@ class Mixed:
         if self.idle:
             return layer.base_layer(*args, **kwargs)
         if self.folded:
+            if self.routes and len(rows.segments) > 1:
+                own = [part for i, plan in self.carrying for part in plan.parts(i)]
+                return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
             one = self.only(rows)
             return layer.base_layer(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole:

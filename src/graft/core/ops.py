@@ -307,8 +307,9 @@ class Opaque(Op):
 
     opaque = True
 
-    def __init__(self, parameter: str, transposed: bool = False):
+    def __init__(self, parameter: str, transposed: bool = False, packed: tuple[int, ...] | None = None):
         self.parameter, self.transposed = parameter, transposed
+        self.packed = packed  # the canonical shape, where the module has codes
 
     def canon(self, W: Tensor) -> Tensor:
         return W.mT if self.transposed else W
@@ -316,6 +317,8 @@ class Opaque(Op):
     uncanon = canon
 
     def shape(self, m: Any) -> tuple[int, ...]:
+        if self.packed is not None:
+            return self.packed
         shape = tuple(getattr(m, self.parameter).shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 

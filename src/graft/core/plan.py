@@ -6,6 +6,7 @@ An adapter's part is what it adds to the output; a plan sums parts, or chains wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from graft.core.folding import dense, fold_step, formed, same_inputs, shift_of
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
+from graft.core.routing import Own, route
 from graft.kernels.eager import eager, watched
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
@@ -442,7 +444,7 @@ class Folded(Plan):
     """A weight that only its module knows how to use: fold, then call the module with the folded weight.
 
     A sum of products is not formed: the module gets a tensor that stands for it, so that of a stack only the matrices
-    in use cost anything.
+    in use cost anything. Of experts whose stack is packed, or that count less than others, graft runs the module.
     """
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
@@ -450,13 +452,27 @@ class Folded(Plan):
         assert isinstance(layer.op, Opaque)
         self.op = layer.op
         self.products = [effect for _, effect in self.steps if isinstance(effect, LowRank) and effect.additive]
+        self.routes = layer.site.experts is not None and len(self.products) == len(self.steps)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        if layer.call.open:
+        gated = layer.call.open and layer.call.weights() is not None
+        if self.routes and (gated or self.op.packed is not None):
+            return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
+        if gated:
             refuse_gates(layer)
         W = self.stand_in()
         return self.op.apply(layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
+
+    def parts(self, group: int | None = None) -> list[Own]:
+        """Return what each step adds to the stack; for one group of the rows of a batch."""
+        layer, parts = self.layer, []
+        gates = layer.call.weights() if layer.call.open else None
+        for m, effect in self.steps:
+            A, B = same_inputs(effect.factors()).matrices()  # type: ignore[attr-defined]
+            gate = None if gates is None else partial(gates.of_tokens, layer, m.name)
+            parts.append(Own(*self.op.each(A, B, self.op.stack(layer.site.module)), group, gate))
+        return parts
 
     def stand_in(self) -> Any:
         """Return a tensor that stands for the sum; None where operations do not run as written."""

@@ -112,6 +112,10 @@ class Gates(Protocol):
         """Weigh the part that `adapter` adds to the output of `layer`."""
         ...
 
+    def of_tokens(self, layer: Any, adapter: str, tokens: int) -> Tensor:
+        """Return the weight of `adapter` for each token of a batch, row by row: (tokens,)."""
+        ...
+
     def rows(self, index: Tensor) -> Gates:
         """Return the gates of some rows of the batch."""
         ...

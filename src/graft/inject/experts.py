@@ -22,7 +22,7 @@ from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree
 from graft.inject.targets import ALL_LINEAR, all_linear
-from graft.storage import DENSE, find_store, innermost
+from graft.storage import DENSE, find_store, innermost, packed_names, packed_shape
 
 OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.lora_[AB]\.weight")
 PREFIX = "base_model.model."  # of a file's keys
@@ -136,9 +136,14 @@ class Stack(NamedTuple):
 def stacks(tree: Tree, conversions: Conversions | None = None) -> Iterator[Stack]:
     """Yield the stacks of a model."""
     for path, module in tree.modules.items():
-        for name, p in innermost(module)._parameters.items():
-            if p is not None and p.dim() == 3 and name != "weight" and path.rpartition(".")[2].endswith("experts"):
-                yield Stack(path, name, len(p), () if conversions is None else conversions.parts(path, name))
+        if not path.rpartition(".")[2].endswith("experts"):
+            continue
+        base = innermost(module)
+        packed = {name: shape[0] for name in packed_names(base) if (shape := packed_shape(base, name)) is not None}
+        dense = {} if packed else {n: len(p) for n, p in base._parameters.items() if p is not None and p.dim() == 3}
+        for name, size in (packed | dense).items():
+            if name != "weight":
+                yield Stack(path, name, size, () if conversions is None else conversions.parts(path, name))
 
 
 def has_stacks(tree: Tree) -> bool:

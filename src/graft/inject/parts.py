@@ -15,6 +15,7 @@ from graft.core.shared import Shared
 from graft.core.wrappers import inside
 from graft.inject.survey import Wrapper, survey
 from graft.prompts.base import Prompt
+from graft.storage import parameter_names
 
 
 class Nests:
@@ -49,7 +50,7 @@ class Nests:
 def inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
     """Sort layers of parameters of one module as they stand around it: the module's first parameter innermost."""
     layers = list(layers)
-    order = list(layers[0].site.module._parameters)
+    order = parameter_names(layers[0].site.module)
     return sorted(layers, key=lambda layer: order.index(layer.site.parameter))
 
 

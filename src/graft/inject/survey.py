@@ -23,7 +23,17 @@ from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.core.wrappers import inside, place_inside
 from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
-from graft.storage import find_store, find_tensor_store, innermost, numel, of_tensor, piece_of
+from graft.storage import (
+    experts_of,
+    find_store,
+    find_tensor_store,
+    innermost,
+    is_transposed,
+    numel,
+    of_tensor,
+    packed_shape,
+    piece_of,
+)
 
 Path = tuple[str, ...]  # of attributes, from a module on; ITEM for one of a list
 
@@ -397,10 +407,15 @@ def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str
 
     A stack of matrices is taken as (n, out, in), or as (n, in, out) where the module says `is_transposed`.
     """
-    weight: Any = module._parameters[name]
+    weight: Any = module._parameters.get(name)
     shared = weight is not None and tree.owners.get(weight, 0) > 1
-    op = Opaque(name, weight.dim() > 2 and bool(getattr(module, "is_transposed", False)))
-    return Site(key or f"{path}.{name}", module, op, find_tensor_store(module, name), name, shared, path)
+    packed = packed_shape(module, name)
+    flat = packed is None and weight.dim() < 3
+    op = Opaque(name, not flat and is_transposed(module), packed)
+    experts = None if flat else experts_of(module)
+    return Site(
+        key or f"{path}.{name}", module, op, find_tensor_store(module, name), name, shared, path, experts=experts
+    )
 
 
 def kind_of(module: nn.Module) -> str:

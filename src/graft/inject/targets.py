@@ -19,7 +19,7 @@ from graft.inject.beside import matches
 from graft.inject.match import Matcher, Names, minimal_names, unmatched
 from graft.inject.report import Skipped
 from graft.inject.survey import COMPOSED, Tree, kind_of, parameter_site, site_of, uncovered
-from graft.storage import DENSE, find_store, innermost
+from graft.storage import DENSE, experts_of, find_store, innermost, packed_names
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
@@ -210,7 +210,7 @@ def search_parameters(job: Any, cfg: Any) -> tuple[Found, Idle]:
     paths: list[str] = []
     for key, module in job.tree.modules.items():
         base = innermost(module)
-        names = [*base._parameters, *getattr(base, "parametrizations", ())]
+        names = dict.fromkeys([*base._parameters, *getattr(base, "parametrizations", ()), *packed_names(base)])
         for name in names:
             path = f"{key}.{name}"
             verdict = matcher(path)
@@ -257,6 +257,12 @@ def check_parameter(job: Any, path: str, key: str, module: nn.Module, name: str)
             "module itself is adapted or trained whole. Take it out of target_modules, or its parameter out of "
             "target_parameters"
         )
+    elif name in packed_names(base):
+        if experts_of(base) is None:
+            why = (
+                f"The stack '{path}' is packed, and graft does not know how a {kind_of(module)} uses it: load the base "
+                "model dequantized"
+            )
     elif name not in base._parameters:
         why = (
             f"Parameter '{path}' is parametrized, so that it is computed anew in each call: make it one of its own "

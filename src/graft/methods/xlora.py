@@ -117,6 +117,15 @@ class Scalings:
             )
         return part * w[..., None].to(part.device)
 
+    def of_tokens(self, layer: Any, adapter: str, tokens: int) -> Tensor:
+        w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
+        if w.numel() != tokens:
+            raise RoutingError(
+                f"layer '{layer.site.key}' computes {tokens} tokens, and X-LoRA weighs experts at {tuple(w.shape)}: "
+                "leave the layer out of the experts' target_parameters."
+            )
+        return w.flatten()
+
     def rows(self, index: Tensor) -> Scalings:
         return Scalings(self.weights[index.to(self.weights.device)], self.layers, self.experts)
 

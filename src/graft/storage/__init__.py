@@ -3,6 +3,7 @@
 
 from graft.storage.codes import codes_in, hold_bias, holds_codes, loose_bias, numel, ready, release
 from graft.storage.dense import Dense
+from graft.storage.experts import experts_of, is_transposed, packed_names, packed_shape, parameter_names
 from graft.storage.find import (
     DENSE,
     FOREIGN,
@@ -30,15 +31,20 @@ __all__ = [
     "Dense",
     "Quantized",
     "codes_in",
+    "experts_of",
     "find_store",
     "find_tensor_store",
     "group_of",
     "hold_bias",
     "holds_codes",
     "innermost",
+    "is_transposed",
     "loose_bias",
     "numel",
     "of_tensor",
+    "packed_names",
+    "packed_shape",
+    "parameter_names",
     "piece_of",
     "place_of",
     "ready",

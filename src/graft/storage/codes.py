@@ -14,6 +14,7 @@ from graft.core.errors import PeftWarning, warn
 from graft.core.site import Store
 from graft.storage.compressed import Compressed
 from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
+from graft.storage.experts import mend, unmend
 from graft.storage.find import STORES, TENSORS, marked
 from graft.storage.quantized import Quantized
 
@@ -55,6 +56,7 @@ def ready(modules: Iterable[nn.Module]) -> None:
     """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
     said: dict[str | None, None] = {}
     for m in modules:
+        mend(m)
         store = packed_store(m)
         if isinstance(store, (Quantized, Compressed)):
             said[store.ready(m)] = None
@@ -66,6 +68,7 @@ def ready(modules: Iterable[nn.Module]) -> None:
 def release(modules: Iterable[nn.Module]) -> None:
     """Undo for these modules, on which no adapter acts any more, what keeps packages from their own ways."""
     for m in modules:
+        unmend(m)
         store = packed_store(m)
         if isinstance(store, Quantized):
             store.release(m)

@@ -22,10 +22,12 @@ from graft.storage import (
     integers,
     megatron,
     quanto,
+    stacks,
     torchao,
 )
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.engine import Engine
+from graft.storage.experts import PackedStack
 from graft.storage.foreign import Foreign, Packed
 from graft.storage.megatron import Megatron
 from graft.storage.parallel import is_sharded
@@ -73,7 +75,7 @@ class Within:
 
     def where(self, m) -> tuple[torch.device | None, torch.dtype | None]:
         p = innermost(m)._parameters.get(self.parameter)
-        if p is None:
+        if p is None or isinstance(self.store, PackedStack):
             return self.store.where(innermost(m))
         return self.store.where(innermost(m))[0] if p.is_meta else p.device, p.dtype if p.is_floating_point() else None
 
@@ -132,6 +134,8 @@ def marked(module: nn.Module) -> Store | None:
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
+    if stacks.kind_of(module, name) is not None:
+        return Within(PackedStack(name), name)
     own = STORES.find(type(module))
     store = of_tensor(module, name) if own is None else own
     return Within(PACKED if store is FOREIGN or isinstance(own, Quantized) else store, name)

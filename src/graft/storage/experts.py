@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules of experts whose stacks graft can use in the module's place, one matrix after the other: of packed stacks, as
+no package has a backward pass for these without a dense copy; of dense ones, where rows have adapters of their own.
+
+They take tokens, the experts of each, and how much each counts; transformers' decorator notes how they use their
+stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import RoutingError, UnsupportedLayerError
+from graft.core.routing import Handed
+from graft.kernels.experts import Block, Stack, routed
+from graft.storage import stacks
+from graft.storage.dense import PLAIN, Dense
+from graft.storage.offload import computes_on, is_away
+from graft.storage.stacks import Held
+
+GATE = "_apply_gate"
+FLAGS = ("has_gate", "has_bias", GATE, "num_experts")
+HOOKED = "_is_hooked"  # gpt-oss: so marked, the experts are called with routes, and not with those of kernels
+MENDED = "_graft_routes"  # mark on modules that `mend` has changed
+
+
+@dataclass(frozen=True)
+class Dense3:
+    """A dense stack: views of its matrices."""
+
+    W: Tensor  # (experts, out, in)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.W.shape)  # type: ignore[return-value]
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        return self.W.dtype
+
+    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        return [self.W[e].to(dtype) for e in experts]
+
+
+def block_of(m: Any) -> Block | None:
+    """Return how a module uses its stacks; None if graft does not know."""
+    if stacks.MODULES.find(type(m)) is stacks.MXFP4:
+        return Block("gate_up_proj", "down_proj", clamped(m), m.gate_up_proj_bias, m.down_proj_bias)
+    if not all(hasattr(m, flag) for flag in FLAGS):
+        return None
+    up = "gate_up_proj" if m.has_gate else "up_proj"
+    up_bias, down_bias = (getattr(m, f"{up}_bias"), m.down_proj_bias) if m.has_bias else (None, None)
+    norm = m.post_expert_norm if getattr(m, "has_post_expert_norm", False) else None
+    return Block(up, "down_proj", getattr(m, GATE) if m.has_gate else m.act_fn, up_bias, down_bias, norm)
+
+
+def clamped(m: Any) -> Any:
+    """Return the activation of gpt-oss, of gates and inputs in turn."""
+
+    def act(y: Tensor) -> Tensor:
+        gate, up = y[:, ::2].clamp(max=m.limit), y[:, 1::2].clamp(-m.limit, m.limit)
+        out: Tensor = (up + 1) * gate * torch.sigmoid(gate * m.alpha)
+        return out
+
+    return act
+
+
+def codes_of(m: nn.Module, name: str) -> Any:
+    """Return a stack of a module."""
+    held = stacks.held(m, name)
+    if held is not None:
+        if (why := held.unread) is not None:
+            raise UnsupportedLayerError(f"The stack {name} of a {type(m).__name__} cannot be read: {why}.")
+        return held
+    W: Any = m._parameters[name]
+    if type(W) not in PLAIN or (W.requires_grad and torch.is_grad_enabled()):
+        raise RoutingError(
+            f"The stack {name} of a {type(m).__name__} trains itself, is spread over processes, or has an adapter that "
+            "is no product: rows with adapters of their own, and gates, are for frozen ones on this process."
+        )
+    return Dense3(W.mT if getattr(m, "is_transposed", False) else W)
+
+
+class Experts:
+    """How graft runs a module of experts."""
+
+    def run(self, m: Any, handed: Handed, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the module's output, with the parts that layers around it have handed inwards."""
+        block = block_of(m)
+        assert block is not None
+        if handed.groups is not None and getattr(m, "_is_expert_parallel", False):
+            raise RoutingError(
+                f"Layer '{handed.key}' does not support mixed adapter batches under expert parallelism, where tokens "
+                "of other processes come. Give all rows of a batch one adapter."
+            )
+        group = handed.group_of(len(x), x.device)
+        used = {name: Stack(codes_of(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)}
+        count = 1 if handed.groups is None else handed.groups.count
+        return routed(block, x, index, weights, used, group, count)
+
+
+EXPERTS = Experts()
+
+
+def experts_of(m: nn.Module) -> Experts | None:
+    """Return how graft can run a module of experts; None if it cannot."""
+    block = block_of(m)
+    if block is None:
+        return None
+    plain = (type(p := m._parameters.get(name)) in PLAIN and p.dim() == 3 for name in (block.up, block.down))  # type: ignore[union-attr]
+    return EXPERTS if all(stacks.kind_of(m, n) or ok for n, ok in zip((block.up, block.down), plain)) else None
+
+
+class PackedStack(Dense):
+    """The store of a packed stack, whose module graft runs in its place."""
+
+    exact = live = False
+
+    def __init__(self, parameter: str):
+        self.name, self.parameter = "stack", parameter
+
+    def held(self, m: Any) -> Held:
+        held = stacks.held(m, self.parameter)
+        assert held is not None
+        return held
+
+    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+        return why_unread(m, self.held(m))
+
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+        return self.unread(m, name) or self.held(m).fixed
+
+    def read(self, m: nn.Module, name: str = "weight") -> Tensor:
+        return self.kept(m, name, codes_of(m, self.parameter))
+
+    def kept(self, m: nn.Module, name: str, state: Held) -> Tensor:
+        with torch.no_grad():
+            W = state.dense(range(state.shape[0]), state.dtype or torch.float32)
+            return W.mT if is_transposed(m) else W
+
+    def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
+        with torch.no_grad():
+            self.held(m).remade(W.mT if is_transposed(m) else W).put(m, self.parameter)
+
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Held:
+        return self.held(m)
+
+    def restore(self, m: nn.Module, name: str, state: Held) -> None:
+        state.to(self.held(m).device).put(m, self.parameter)
+
+    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        held = self.held(m)
+        return computes_on(m, held.device), held.dtype
+
+
+def why_unread(m: nn.Module, held: Held) -> str | None:
+    return "it is offloaded: it is there only while the module itself is called" if is_away(m) else held.unread
+
+
+def is_transposed(m: Any) -> bool:
+    """Return True if a module of experts has its dense stacks as (experts, in, out)."""
+    return bool(getattr(m, "is_transposed", False)) or stacks.MODULES.find(type(m)) is stacks.MXFP4
+
+
+def packed_names(m: nn.Module) -> list[str]:
+    """Return the names of a module's packed stacks."""
+    return stacks.names_in(m)
+
+
+def parameter_names(m: nn.Module) -> list[str]:
+    """Return the names of a module's parameters, in the order in which a dense module has them."""
+    stacked = stacks.NAMES if stacks.names_in(m) else ()
+    return [*dict.fromkeys([*stacked, *m._parameters])]
+
+
+def packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Return the canonical shape of a packed stack, (experts, out, in); None if this parameter is none."""
+    held = stacks.held(m, name)
+    return None if held is None else held.shape
+
+
+def mend(m: Any) -> None:
+    """Have a module with packed stacks let gradients through, without a dense copy of them."""
+    if MENDED in m.__dict__ or not stacks.names_in(m) or experts_of(m) is None:
+        return
+    place = "_old_forward" if "_old_forward" in m.__dict__ else "forward"  # accelerate's hooks call the first
+    before = m.__dict__.get(place)
+    hooked = stacks.MODULES.find(type(m)) is stacks.MXFP4 and not hasattr(m, HOOKED)
+
+    def forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+        x, index, weights = (*args, *kwargs.values())
+        trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        own = [h for name in stacks.names_in(m) if (h := stacks.held(m, name)) is not None]
+        if all(h.runs(m, x, trains) for h in own):
+            return type(m).forward(m, *args, **kwargs) if before is None else before(*args, **kwargs)
+        return EXPERTS.run(m, Handed(), x, index, weights)
+
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    m.__dict__[place] = made = MethodType(forward, m)
+    m.__dict__[MENDED] = made, before, hooked
+    if hooked:
+        m.__dict__[HOOKED] = True
+
+
+def unmend(m: Any) -> None:
+    """Undo that."""
+    if MENDED not in m.__dict__:
+        return
+    made, before, hooked = m.__dict__.pop(MENDED)
+    for place in ("_old_forward", "forward"):
+        if m.__dict__.get(place) is made:
+            del m.__dict__[place]
+            if before is not None:
+                m.__dict__[place] = before
+    if hooked:
+        m.__dict__.pop(HOOKED)

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed stacks of matrices, such as those of experts: codes and scales, of which graft dequantizes one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.table import TypeTable
+from graft.storage.float8 import FP4, LARGEST, largest, rounded_up
+
+MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of 4-bit floats
+TOP = 7.0  # what rounds to the largest of them and is no nearer to a larger scale
+
+
+@dataclass(frozen=True)
+class Held:
+    """A packed stack, canonical: (experts, out, in)."""
+
+    shape: tuple[int, int, int]
+
+    name: ClassVar[str]
+    fixed: ClassVar[str | None] = None  # why graft cannot write it
+    own_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
+
+    @classmethod
+    def of(cls, m: Any, name: str) -> Held:
+        raise NotImplementedError
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """Return one matrix (out, in)."""
+        raise NotImplementedError
+
+    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return some matrices (n, out, in)."""
+        out = torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
+        for W, expert in zip(out, experts):
+            W.copy_(self.matrix(expert, dtype))
+        return out
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the dense stack; None if nothing tells."""
+        return None
+
+    @property
+    def unread(self) -> str | None:
+        """Why it cannot be read; None if it can."""
+        return "it is on the meta device, not loaded: have the model on real devices first" if self.on_meta else None
+
+    @property
+    def on_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    def remade(self, W: Tensor) -> Held:
+        """Return a new stack that holds W, with the settings of this one, which stays as it is."""
+        raise NotImplementedError
+
+    def put(self, m: Any, name: str) -> None:
+        """Make this the stack of a module."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> Held:
+        raise NotImplementedError
+
+    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+        """Return True if the module's own forward can run, and has a gradient if something `trains`."""
+        raise NotImplementedError
+
+
+@lru_cache(maxsize=32)
+def pairs(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what two codes in a byte stand for, by the byte, as one number of twice the width: (256,)."""
+    table = torch.tensor(values, dtype=dtype, device=device)
+    byte = torch.arange(256, device=device)
+    both = [table[byte & 15], table[byte >> 4]]
+    return torch.stack(both if low_first else both[::-1], 1).view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[
+        :, 0
+    ]
+
+
+def unpacked(codes: Tensor, values: tuple[float, ...], low_first: bool, dtype: torch.dtype) -> Tensor:
+    """Return the values of bytes (…, n), (…, 2n), by one gather for each pair."""
+    with torch.inference_mode(False):
+        table = pairs(values, low_first, dtype, codes.device)
+    return table[codes.view(torch.uint8).int()].view(dtype)
+
+
+def fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes of 4-bit floats (out, in/2) for W (out, in), and the powers of two by which scales must grow.
+
+    Scales that fit stay: new ones would move other numbers of their blocks.
+
+    Args:
+        scale: (out, in/32) or so.
+    """
+    blocks = W.float().unflatten(1, (scale.shape[1], -1))  # (out, blocks, n)
+    top = blocks.abs().amax(2)
+    grow = torch.where(top > 0, top / (TOP * scale), 0).log2().ceil().clamp(min=0)
+    scaled = blocks / (scale * grow.exp2())[..., None]
+    middles = torch.tensor(MIDDLES, device=W.device)
+    codes = torch.bucketize(scaled.abs().contiguous(), middles).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    codes = codes.flatten(1)
+    return codes[:, ::2] | codes[:, 1::2] << 4, grow
+
+
+@dataclass(frozen=True)
+class MXFP4(Held):
+    """transformers' experts of gpt-oss: 4-bit floats, with a power of two for each 32 of a row.
+
+    On a GPU the tensors are Triton's, in an order of its kernels.
+    """
+
+    weight: Any  # codes (experts, out, in/2), low half first; or Triton's
+    scale: Any  # exponents (experts, out, in/32), from -127
+
+    name = "mxfp4"
+
+    @classmethod
+    def of(cls, m: Any, name: str) -> MXFP4:
+        n, inner, width = m.num_experts, m.intermediate_size, m.hidden_size
+        shape = (n, 2 * inner, width) if name == "gate_up_proj" else (n, width, inner)
+        config = getattr(m, f"{name}_precision_config")
+        return cls(shape, getattr(m, name), getattr(config, "weight_scale", None))
+
+    @property
+    def device(self) -> torch.device:
+        t: Tensor = self.weight if isinstance(self.weight, Tensor) else self.weight.storage.data
+        return t.device
+
+    @property
+    def unread(self) -> str | None:
+        return super().unread or ("it has no scales: load the model again" if self.scale is None else None)
+
+    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return MXFP4(self.shape, in_rows(self.weight), in_rows(self.scale))._dense(experts, dtype)
+
+    def _dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return super().dense(experts, dtype)
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        exact = dtype if dtype.itemsize == 4 or dtype == torch.bfloat16 else torch.float32
+        values = unpacked(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
+        return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
+
+    def remade(self, W: Tensor) -> MXFP4:
+        weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
+        for e in range(len(weight)):
+            weight[e], grow = fp4(W[e], (scale[e].float() - 127).exp2())
+            scale[e] += grow.to(torch.uint8)
+        return MXFP4(self.shape, weight, scale)
+
+    def put(self, m: Any, name: str) -> None:
+        config = getattr(m, f"{name}_precision_config")
+        if isinstance(self.weight, Tensor) and not isinstance(getattr(m, name), Tensor):
+            theirs = import_module("transformers.integrations.mxfp4")
+            theirs.swizzle_mxfp4_convertops(
+                self.weight, self.scale, m, name, self.weight.device, theirs.triton_kernels_hub
+            )
+        elif isinstance(self.weight, Tensor):
+            m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
+            config.weight_scale = self.scale
+        else:
+            setattr(m, name, self.weight)
+            config.weight_scale = self.scale
+
+    def to(self, device: torch.device) -> MXFP4:
+        here = in_rows(self.weight).to(device), in_rows(self.scale).to(device)
+        return self if self.device == device else MXFP4(self.shape, *here)
+
+    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+        return x.device.type != "cpu" and not trains
+
+
+def in_rows(t: Any) -> Tensor:
+    """Return Triton's tensor in the order of the file; a tensor as it is."""
+    return t if isinstance(t, Tensor) else t.storage.layout.unswizzle_data(t.storage.data).mT  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class FineFP8(Held):
+    """transformers' FP8Experts: 8-bit floats with a scale for each block, or 4-bit ones with one for 32 of a row."""
+
+    weight: Tensor  # (experts, out, in), or in bytes of two codes (experts, out, in/2)
+    scale: Tensor
+    block: tuple[int, int] | None
+
+    name = "fp8"
+
+    @classmethod
+    def of(cls, m: Any, name: str) -> FineFP8:
+        weight, scale = m._parameters[name], m._parameters[f"{name}_scale_inv"]
+        n, out_features, in_features = weight.shape
+        shape = n, out_features, in_features * (2 if weight.dtype == torch.int8 else 1)
+        return cls(shape, weight.data, scale.data, m.block_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The rows and columns that share a scale."""
+        if self.weight.dtype == torch.int8 or self.block is None:
+            return -(-self.shape[1] // self.scale.shape[1]), -(-self.shape[2] // self.scale.shape[2])
+        return self.block
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        W, scale = self.weight[expert], self.scale[expert].float()
+        values = unpacked(W, FP4, True, torch.float32) if W.dtype == torch.int8 else W.float()
+        return values.mul_(self._spread(scale)).to(dtype)
+
+    def _spread(self, scale: Tensor) -> Tensor:
+        rows, columns = self.sizes
+        spread = scale.repeat_interleave(rows, 0)[: self.shape[1]]
+        return spread.repeat_interleave(columns, 1)[:, : self.shape[2]]
+
+    def remade(self, W: Tensor) -> FineFP8:
+        weight, scale = self.weight.clone(), self.scale.clone()
+        for e in range(len(weight)):
+            if weight.dtype == torch.int8:
+                codes, grow = fp4(W[e], scale[e].float())
+                weight[e], scale[e] = codes.view(torch.int8), (scale[e].float() * grow.exp2()).to(scale.dtype)
+                continue
+            made = rounded_up(largest(W[e].float(), *self.sizes) / LARGEST, scale.dtype)
+            scale[e][: len(made)] = made
+            weight[e] = (W[e].float() / self._spread(scale[e].float())).clamp(-LARGEST, LARGEST).to(weight.dtype)
+        return replace(self, weight=weight, scale=scale)
+
+    def put(self, m: Any, name: str) -> None:
+        m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
+        m._parameters[f"{name}_scale_inv"] = nn.Parameter(self.scale, requires_grad=False)
+
+    def to(self, device: torch.device) -> FineFP8:
+        return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
+
+    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+        how = getattr(m.config, "_experts_implementation", None)
+        has_backward = self.weight.dtype != torch.int8 and how in (None, "eager", "grouped_mm")
+        return x.device.type != "cpu" and (has_backward or not trains)
+
+
+@dataclass(frozen=True)
+class Bnb4(Held):
+    """bitsandbytes' parametrization: 4-bit codes, high half first, with a scale for each block of a stack."""
+
+    codes: Tensor
+    state: Any  # QuantState
+    flipped: bool  # the module stores (experts, in, out)
+
+    name = "bnb 4bit"
+
+    @classmethod
+    def of(cls, m: Any, name: str) -> Bnb4:
+        held = m.parametrizations[name]
+        state, flipped = held[0].quant_state, bool(getattr(m, "is_transposed", False))
+        n, rows, columns = state.shape
+        return cls((n, columns, rows) if flipped else (n, rows, columns), held.original.data, state, flipped)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.state.dtype  # type: ignore[no-any-return]
+
+    @property
+    def unread(self) -> str | None:
+        _, out_features, in_features = self.shape
+        if out_features * in_features % self.state.blocksize:
+            return (
+                f"a matrix of {out_features} × {in_features} is no multiple of the {self.state.blocksize} numbers that "
+                "share a scale, so that blocks reach from one matrix to the next: quantize with another blocksize"
+            )
+        return super().unread
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        _, out_features, in_features = self.shape
+        size, block = out_features * in_features, self.state.blocksize
+        codes = self.codes.view(torch.uint8).flatten()[expert * size // 2 : (expert + 1) * size // 2]
+        table = tuple(self.state.code.tolist()) if self.state.code.device.type == "cpu" else codes_of(self.state)
+        values = unpacked(codes, table, False, torch.float32).view(-1, block)
+        values.mul_(self._scales(expert * size // block, (expert + 1) * size // block)[:, None])
+        W = values.to(self.state.dtype).to(dtype)
+        return W.view(in_features, out_features).T if self.flipped else W.view(out_features, in_features)
+
+    def _scales(self, first: int, last: int) -> Tensor:
+        """Return some of the scales, which may be codes themselves."""
+        state, scales = self.state, self.state.absmax[first:last]
+        if not state.nested:
+            return scales.float()  # type: ignore[no-any-return]
+        outer = state.state2
+        places = torch.arange(first, last, device=scales.device) // outer.blocksize
+        return outer.code[scales.int()] * outer.absmax[places] + state.offset  # type: ignore[no-any-return]
+
+    def remade(self, W: Tensor) -> Bnb4:
+        settings = dict(blocksize=self.state.blocksize, compress_statistics=self.state.nested)
+        W = (W.mT if self.flipped else W).to(self.dtype).contiguous()
+        make = import_module("bitsandbytes.functional").quantize_4bit
+        codes, state = make(W, quant_type=self.state.quant_type, quant_storage=self.codes.dtype, **settings)
+        return replace(self, codes=codes.view(self.codes.shape), state=state)
+
+    def put(self, m: Any, name: str) -> None:
+        held = m.parametrizations[name]
+        held._parameters["original"] = nn.Parameter(self.codes, requires_grad=False)
+        held[0].quant_state = self.state
+
+    def to(self, device: torch.device) -> Bnb4:
+        if self.codes.device != device:
+            self.state.to(device)
+        return replace(self, codes=self.codes.to(device))
+
+    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+        return not trains
+
+
+CODES: dict[str, tuple[float, ...]] = {}
+
+
+def codes_of(state: Any) -> tuple[float, ...]:
+    """Return what the codes of a type stand for, read from the device once."""
+    if state.quant_type not in CODES:
+        CODES[state.quant_type] = tuple(state.code.tolist())
+    return CODES[state.quant_type]
+
+
+@dataclass(frozen=True)
+class TorchAO(Held):
+    """torchao's 4-bit floats, of which a matrix can be selected."""
+
+    weight: Any
+    flipped: bool
+
+    name = "torchao"
+
+    @classmethod
+    def of(cls, m: Any, name: str) -> TorchAO:
+        weight, flipped = m._parameters[name], bool(getattr(m, "is_transposed", False))
+        n, rows, columns = weight.shape
+        return cls((n, columns, rows) if flipped else (n, rows, columns), weight.data, flipped)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.qdata.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype  # type: ignore[no-any-return]
+
+    def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
+        W: Tensor = self.weight[expert].dequantize(dtype)
+        return W.T if self.flipped else W
+
+    def remade(self, W: Tensor) -> TorchAO:
+        old, theirs = self.weight, import_module(type(self.weight).__module__)
+        W = (W.mT if self.flipped else W).contiguous()
+        outer = old.per_tensor_scale
+        if outer is not None:  # one that grows moves all numbers
+            outer = torch.maximum(outer, theirs.per_tensor_amax_to_scale(W.abs().amax()).to(outer))
+        kept = ("block_size", "act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel", "act_quant_kwargs")
+        settings = {name: getattr(old, name) for name in kept}
+        return replace(self, weight=type(old).to_nvfp4(W.to(old.orig_dtype), per_tensor_scale=outer, **settings))
+
+    def put(self, m: Any, name: str) -> None:
+        m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
+
+    def to(self, device: torch.device) -> TorchAO:
+        return replace(self, weight=self.weight.to(device))
+
+    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+        return not trains and getattr(m.config, "_experts_implementation", None) == "eager"
+
+
+MODULES: TypeTable[type[Held]] = TypeTable(  # by the module's type
+    {
+        "transformers.integrations.mxfp4.Mxfp4GptOssExperts": MXFP4,
+        "transformers.integrations.finegrained_fp8.FP8Experts": FineFP8,
+    }
+)
+PARAMETRIZATIONS: TypeTable[type[Held]] = TypeTable({"bitsandbytes.nn.parametrize.Bnb4bitParametrization": Bnb4})
+TENSORS: TypeTable[type[Held]] = TypeTable({"torchao.prototype.mx_formats.nvfp4_tensor.NVFP4Tensor": TorchAO})
+NAMES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def kind_of(m: nn.Module, name: str) -> type[Held] | None:
+    """Return how a module holds one of its packed stacks; None if it is none."""
+    kind = MODULES.find(type(m))
+    if kind is not None:
+        return kind if name in NAMES and getattr(m, name, None) is not None else None
+    if (lists := m._modules.get("parametrizations")) is not None and name in lists:  # type: ignore[operator]
+        chain: Any = lists[name]  # type: ignore[index]
+        found = PARAMETRIZATIONS.find(type(chain[0])) if len(chain) == 1 else None
+        return found if found is None or len(chain[0].quant_state.shape) == 3 else None
+    t = m._parameters.get(name)
+    return None if t is None or t.dim() != 3 else TENSORS.find(type(t))
+
+
+def held(m: nn.Module, name: str) -> Held | None:
+    """Return a packed stack of a module; None if this parameter is none."""
+    kind = kind_of(m, name)
+    return None if kind is None else kind.of(m, name)
+
+
+def names_in(m: nn.Module) -> list[str]:
+    """Return the names of a module's packed stacks."""
+    return [name for name in NAMES if kind_of(m, name) is not None]

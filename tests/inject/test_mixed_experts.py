@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches whose rows use different adapters on stacks of experts, dense and packed, in inference and training."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import RoutingError
+from graft.core.routing import Groups
+from graft.core.rows import Rows
+from tests.inject.test_parameters import SIZES, base
+from tests.leaves_out import FUSED_EXPERTS
+from tests.looks import layers
+from tests.models import checkpoint, seeded
+from tests.storage.packed_experts import KINDS, both
+
+pytestmark = FUSED_EXPERTS
+IDS = torch.arange(70).view(5, 14) % 31
+ROWS = ["both", "__base__", "first", "both", "down"]
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def nemotron():  # without gates
+    import transformers as t
+
+    own = dict(mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=4, n_groups=2, moe_intermediate_size=24, head_dim=8,
+               n_routed_experts=4, moe_shared_expert_intermediate_size=8, layers_block_type=["attention", "moe"],
+               intermediate_size=24)  # fmt: skip
+    return t.NemotronHForCausalLM(t.NemotronHConfig(**SIZES | own))
+
+
+def deepseek():
+    import transformers as t
+
+    own = dict(intermediate_size=24, moe_intermediate_size=8, n_routed_experts=4, n_group=2, topk_group=1,
+               kv_lora_rank=4, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+               first_k_dense_replace=1)  # fmt: skip
+    return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**SIZES | own))
+
+
+def other(make):
+    with seeded(0):
+        model = make()
+        for n, p in model.named_parameters():
+            if "experts" in n:
+                nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+MAKE = {
+    "mixtral": lambda: base("mixtral"), "qwen": lambda: base("qwen"), "gpt_oss": lambda: base("gpt_oss"),
+    "nemotron": lambda: other(nemotron), "deepseek": lambda: other(deepseek),
+    **{kind: lambda kind=kind: both(kind)[0] for kind in KINDS},
+}  # fmt: skip
+
+
+def adapted(model):
+    """Three adapters: of both stacks, of other ranks, of one stack."""
+    stacked = [path for path in BOTH if any(n.endswith(path) for n, _ in model.named_parameters())]
+    targets = stacked if len(stacked) == 2 else ["experts.up_proj", "experts.down_proj"]
+    options = dict(lora_alpha=3, init_lora_weights=False)
+    configs = {
+        "first": dict(r=2, target_modules=["q_proj"], target_parameters=targets),
+        "both": dict(r=3, target_modules=[], target_parameters=targets),
+        "down": dict(r=1, target_modules=["o_proj"], target_parameters=targets[1:]),
+    }
+    for i, (name, config) in enumerate(configs.items()):
+        with seeded(i):
+            if name == "first":
+                model = graft.get_peft_model(model, graft.LoraConfig(**config | options), name)
+            else:
+                model.add_adapter(name, graft.LoraConfig(**config | options))
+    return model
+
+
+def alone(model, row):
+    """Run one row with its adapter, as the only one."""
+    name = ROWS[row]
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(IDS[row : row + 1]).logits
+    model.set_adapter(name)
+    return model(IDS[row : row + 1]).logits
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_each_row_is_as_with_its_adapter_alone(kind):
+    model = adapted(MAKE[kind]())
+    with torch.no_grad():
+        found = model(IDS, adapter_names=ROWS).logits
+        expected = torch.cat([alone(model, row) for row in range(len(ROWS))])
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[1], found[0], atol=1e-3)
+
+
+def gradients(model, run):
+    model.zero_grad()
+    for n, p in model.named_parameters():
+        p.requires_grad = "lora_" in n
+    run()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron", "mxfp4", "fp8"])
+def test_gradients_are_those_of_each_row_alone(kind, checkpointing):
+    model = adapted(MAKE[kind]())
+
+    def one_by_one():
+        for row in range(len(ROWS)):
+            model.set_adapter("first")  # all train, whichever acts
+            if ROWS[row] != "__base__":
+                model.set_adapter(ROWS[row])
+                for n, p in model.named_parameters():
+                    p.requires_grad = "lora_" in n
+                model(IDS[row : row + 1]).logits.sin().sum().backward()
+
+    expected = gradients(model, one_by_one)
+    model.train()
+    if checkpointing:
+        checkpoint(model)
+    found = gradients(model, lambda: model(IDS, adapter_names=ROWS).logits.sin().sum().backward())
+    assert found.keys() == expected.keys() and {n.split(".")[-2] for n in found} == {"first", "both", "down"}
+    for n, grad in expected.items():
+        assert_close(found[n], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+def test_generate_and_all_rows_alike():
+    model = adapted(MAKE["mixtral"]())
+    options = dict(max_new_tokens=4, do_sample=False)
+    found = model.generate(input_ids=IDS, adapter_names=ROWS, **options)
+    for row, name in enumerate(ROWS):
+        if name != "__base__":
+            model.set_adapter(name)
+            assert torch.equal(model.generate(input_ids=IDS[row : row + 1], **options)[0], found[row])
+    model.set_adapter("first")
+    assert torch.equal(model(IDS, adapter_names=["first"] * 5).logits, model(IDS).logits)
+
+
+def test_what_graft_cannot_run_is_refused_and_nothing_is_left_behind():
+    model = adapted(MAKE["mixtral"]())
+    expected = model(IDS).logits
+    inner = layers(model)["model.layers.0.mlp.experts.down_proj"].get_base_layer()
+    inner.down_proj.requires_grad = True
+    with pytest.raises(RoutingError, match="for frozen ones on this process"):
+        model(IDS, adapter_names=ROWS)
+    inner.down_proj.requires_grad = False
+    inner._is_expert_parallel = True
+    with pytest.raises(RoutingError, match="expert parallelism"):
+        model(IDS, adapter_names=ROWS)
+    inner._is_expert_parallel = False
+    assert "forward" not in inner.__dict__ and not any("graft" in key for key in inner.__dict__)
+    assert torch.equal(model(IDS).logits, expected)
+    with pytest.raises(RoutingError, match="70 tokens in a mixed batch of 4 samples"):
+        Groups(Rows.of(ROWS[:4])).of_tokens(70, "x", IDS.device)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block of experts run by groups of rows, against one token after the other."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from graft.kernels import experts
+from graft.kernels.experts import Block, Part, Stack
+
+TOKENS, WIDTH, INNER, EXPERTS, USED = 9, 6, 5, 4, 2
+
+
+class Held:
+    """A dense stack that counts what it hands out, as if that were dequantized."""
+
+    own_dtype = None
+
+    def __init__(self, W):
+        self.W, self.shape, self.counts = W, tuple(W.shape), [0] * len(W)
+
+    def dense(self, some, dtype):
+        for e in some:
+            self.counts[e] += 1
+        self.largest = max(getattr(self, "largest", 0), len(some))
+        return self.W[some].to(dtype)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def problem(biased=True, missing=False):
+    up, down = Held(random(EXPERTS, 2 * INNER, WIDTH, seed=1)), Held(random(EXPERTS, WIDTH, INNER, seed=2))
+    index = random(TOKENS, EXPERTS - 1).argsort()[:, :USED].contiguous()  # nobody uses the last
+    if missing:
+        index[0, 1], index[3, 0] = EXPERTS, EXPERTS + 2
+    biases = (random(EXPERTS, 2 * INNER, seed=3), random(EXPERTS, WIDTH, seed=4)) if biased else (None, None)
+    block = Block("up", "down", lambda y: y[..., ::2].tanh() * y[..., 1::2], *biases, torch.tanh if biased else None)
+    return block, up, down, random(TOKENS, WIDTH, seed=5), index, random(TOKENS, USED, seed=6).softmax(1)
+
+
+def parts(groups, gated):
+    out = {"up": [], "down": []}
+    for i, r in enumerate((2, 3)):
+        for name, (a, b) in {"up": (WIDTH, 2 * INNER), "down": (INNER, WIDTH)}.items():
+            gate = random(TOKENS, seed=20 + i) if gated else None
+            out[name].append(Part(random(EXPERTS, r, a, seed=i), random(EXPERTS, b, r, seed=10 + i),
+                                  i if groups else None, gate))  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2, EXPERTS])
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("groups, gated", [(False, False), (True, False), (True, True), (False, True)])
+def test_groups_of_rows_are_one_token_after_the_other(monkeypatch, size, missing, groups, gated):
+    """Values and all gradients; each matrix in use is dequantized once in either direction, `size` at a time."""
+    monkeypatch.setattr(experts, "BUDGET", size * 8 * 2 * INNER * WIDTH)
+    block, up, down, x, index, weights = problem(missing=missing)
+    group = torch.arange(TOKENS) % 3 if groups else None  # the last has no part
+    held = parts(groups, gated)
+    trained = [x, weights, *(t for some in held.values() for p in some for t in (p.A, p.B, p.gate) if t is not None)]
+    for t in trained:
+        t.requires_grad_()
+    stacks = {"up": Stack(up, held["up"]), "down": Stack(down, held["down"])}
+    found = experts.routed(block, x, index, weights, stacks, group, 3 if groups else 1)
+    used = [int(e in index) for e in range(EXPERTS)]
+    assert up.counts == down.counts == used and up.largest == min(size, sum(used))
+    grads = torch.autograd.grad(found.sin().sum(), trained)
+    assert up.counts == down.counts == [2 * n for n in used]
+    expected = experts.plain(block, x, index, weights, stacks, group)
+    assert_close(found, expected)
+    assert_close(grads, torch.autograd.grad(expected.sin().sum(), trained))
+
+
+def test_without_gradients_nothing_is_dequantized_twice():
+    block, up, down, x, index, weights = problem(biased=False)
+    held = parts(False, False)
+    for p in (*held["up"], *held["down"]):
+        p.B.requires_grad_()
+    stacks = {"up": Stack(up, held["up"]), "down": Stack(down, held["down"])}
+    experts.routed(block, x, index, weights, stacks).sum().backward()  # the input of `up` needs no gradient
+    used = [int(e in index) for e in range(EXPERTS)]
+    assert up.counts == used and down.counts == [2 * n for n in used]
+    assert held["up"][0].B.grad.any() and not held["up"][0].B.grad[EXPERTS - 1].any()
+
+
+def test_half_precision_computes_updates_in_their_own_dtype_and_sums_in_float32():
+    block, up, down, x, index, weights = problem(biased=False)
+    low = {k: [Part(p.A.float(), p.B.float()) for p in some] for k, some in parts(False, False).items()}
+    stacks = {"up": Stack(up, low["up"]), "down": Stack(down, low["down"])}
+    wide = {k: Stack(s.codes, [Part(p.A.double(), p.B.double()) for p in s.parts]) for k, s in stacks.items()}
+    expected = experts.plain(block, x, index, weights, wide)
+    half = experts.routed(block, x.bfloat16(), index, weights.float(), stacks)
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = experts.routed(block, x.float(), index, weights.float(), stacks)
+    assert half.dtype == torch.bfloat16 and auto.dtype == torch.float32
+    for y in (half, auto):
+        assert (y - expected).norm() < 0.03 * expected.norm()

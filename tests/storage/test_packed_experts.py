@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on packed experts: as on the dequantized base, with no more than a chunk of it dense."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graft
+from graft.kernels import experts as kernel
+from graft.storage import stacks
+from tests.leaves_out import FUSED_EXPERTS
+from tests.models import checkpoint, seeded
+from tests.storage.packed_experts import BOTH, IDS, KINDS, blocks, both
+
+pytestmark = FUSED_EXPERTS
+
+
+def adapted(model, adapter="default", **config):
+    values = dict(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=BOTH, init_lora_weights=False)
+    with seeded(1):
+        return graft.get_peft_model(model, graft.LoraConfig(**values | config), adapter)
+
+
+def results(model, **inputs):
+    """Return loss and gradients by name."""
+    model.zero_grad()
+    out = model(IDS, labels=IDS, **inputs)
+    out.loss.backward()
+    return out.loss, out.logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found, expected):
+    assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)
+    assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
+    assert found[2].keys() == expected[2].keys() and found[2]
+    for n, grad in expected[2].items():
+        assert_close(found[2][n], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    for _, m in blocks(both(kind)[0]):
+        for name in ("gate_up_proj", "down_proj"):
+            held = stacks.held(m, name)
+            found = held.dense([3, 1], dtype)
+            if kind == "mxfp4":
+                codes = held.weight.unflatten(2, (-1, 16))
+                expected = convert_moe_packed_tensors(codes, held.scale, dtype=dtype).mT
+            elif kind == "fp4":  # transformers reads none
+                codes = held.weight.view(torch.uint8).unflatten(2, (-1, 16))
+                exponents = held.scale.log2().add(127).to(torch.uint8)
+                expected = convert_moe_packed_tensors(codes, exponents, dtype=dtype).mT
+            else:
+                expected = _dequantize_fp8_weight(held.weight, held.scale, held.block, torch.float32).to(dtype)
+            assert torch.equal(found, expected[[3, 1]]) and found.any()
+
+
+@pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:], []], ids=["both", "up", "down", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_those_of_the_dequantized_base(kind, targets):
+    """With none, too: the layers below get gradients."""
+    packed, dense = both(kind)
+    expected = results(adapted(dense, target_parameters=targets or None))
+    model = adapted(packed, target_parameters=targets or None)
+    found = results(model)
+    same(found, expected)
+    model.train()
+    checkpoint(model)
+    same(results(model), expected)
+    with torch.no_grad():
+        assert_close(model(IDS).logits, expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_each_matrix_in_use_is_dequantized_once_in_either_direction(kind, monkeypatch):
+    model = adapted(both(kind)[0])
+    counts, largest = {}, []
+
+    def dense(self, experts, dtype, before=stacks.Held.dense):
+        for e in experts:
+            counts[self.weight.data_ptr(), e] = counts.get((self.weight.data_ptr(), e), 0) + 1
+        largest.append(len(experts))
+        return before(self, experts, dtype)
+
+    monkeypatch.setattr(stacks.Held, "dense", dense)
+    with torch.no_grad():
+        model(IDS)
+    used = len(counts)
+    assert set(counts.values()) == {1} and used > 8
+    counts.clear()
+    results(model)
+    assert set(counts.values()) == {2} and len(counts) == used
+    monkeypatch.setattr(kernel, "BUDGET", 1)
+    largest.clear()
+    expected = results(model)
+    assert set(largest) == {1}
+    monkeypatch.setattr(kernel, "BUDGET", 2 * 64 * 64 * 4)  # two of gate_up_proj, four of down_proj
+    same(results(model), expected)
+    assert max(largest) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_adapters_switching_saving_and_loading(kind, tmp_path):
+    packed, dense = both(kind)
+    models = [adapted(m) for m in (packed, dense)]
+    for model in models:
+        with seeded(2):
+            model.add_adapter("b", graft.LoraConfig(r=3, target_parameters=BOTH[:1], init_lora_weights=False))
+            model.add_adapter("c", graft.LoraConfig(r=1, target_parameters=BOTH[1:], init_lora_weights=False))
+    for active in ("b", ["c", "default"], ["default", "b", "c"]):
+        for model in models:
+            model.base_model.set_adapter(active)
+        same(*(results(model) for model in models))
+    with torch.no_grad():
+        plain = [model.get_base_model()(IDS).logits for model in models]
+        models[0].save_pretrained(tmp_path)
+        for model in models:
+            with model.disable_adapter():
+                plain.append(model(IDS).logits)
+        assert_close(plain[2], plain[3], rtol=1e-5, atol=1e-6)
+        models[1].set_adapter("default")
+        for base in both(kind):
+            loaded = graft.PeftModel.from_pretrained(base, tmp_path)
+            assert_close(loaded(IDS).logits, models[1](IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_unloading_leaves_the_module_as_it_was():
+    packed, _ = both("mxfp4")
+    before = [dict(m.__dict__) for _, m in blocks(packed)]
+    model = adapted(packed)
+    results(model)
+    other = copy.deepcopy(model)
+    same(results(other), results(model))
+    model.unload()
+    assert [m.__dict__.keys() for _, m in blocks(packed)] == [held.keys() for held in before]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from graft.core import fused
 from graft.core.dropout import share_dropped
 from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update
-from graft.core.errors import RoutingError
+from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import dense, fold_step, formed, same_inputs, shift_of
 from graft.core.method import Method
 from graft.core.ops import Opaque
@@ -461,8 +461,18 @@ class Folded(Plan):
             return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
         if gated:
             refuse_gates(layer)
+        if self.op.packed is not None:
+            self.refuse_packed()
         W = self.stand_in()
         return self.op.apply(layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
+
+    def refuse_packed(self) -> None:
+        """Raise, as nobody can put a folded weight in the place of codes."""
+        names = [m.name for m, _ in self.steps]
+        raise UnsupportedLayerError(
+            f"The stack of layer '{self.layer.site.key}' is packed, and adapters {names} are not products alone: "
+            "deactivate the others, or load the base dequantized."
+        )
 
     def parts(self, group: int | None = None) -> list[Own]:
         """Return what each step adds to the stack; for one group of the rows of a batch."""

@@ -281,9 +281,14 @@ class Tap(Effect):
 
 @dataclass(frozen=True, eq=False)
 class Replace(Effect):
-    """A module that runs in place of the layer."""
+    """A module that runs in place of the layer.
+
+    aside: it came along with an adapter that acts elsewhere (a head). Then gates pass it by, and in a mixed batch its
+    output may be narrower than those of others.
+    """
 
     module: Callable[[], nn.Module]
+    aside: bool = field(default=False, kw_only=True)
 
     whole: ClassVar[bool] = True
 

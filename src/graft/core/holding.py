@@ -124,7 +124,8 @@ class Holding:
             if key not in modules and key not in own:
                 own[key] = container
         self.state.slots[adapter] = slots
-        check_slots(method, self.site.key, slots)
+        if method.moves:
+            check_slots(method, self.site.key, slots)
         if "scaling" in values:
             self.scaling_at_start[adapter] = values["scaling"]
 
@@ -181,7 +182,7 @@ class Holding:
             if slot.trains:
                 size += t.numel()
                 t.requires_grad = False
-            if widens or t.dtype != dtype or (t.device != device and not t.is_meta):
+            if method.moves and (widens or t.dtype != dtype or (t.device != device and not t.is_meta)):
                 place_tensor(slot.owner, slot.attribute, device, dtype, upcast and slot.container not in narrow)
         return size
 

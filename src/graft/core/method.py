@@ -118,6 +118,7 @@ class Method:
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     # containers → their names in files: {0} the container, {1} what is below; "": older files have it, nobody needs it
     files: ClassVar[dict[str, str]] = {}
+    moves: ClassVar[bool] = True  # its tensors go to the device of the base weight, in a dtype to compute in
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core import fused
 from graft.core.effect import LowRank
@@ -16,6 +16,7 @@ from graft.core.errors import RoutingError
 from graft.core.plan import (
     Block,
     Folded,
+    Instead,
     Plan,
     Sum,
     Tapped,
@@ -52,6 +53,7 @@ class Mixed:
         self.folded = any(isinstance(plan, Folded) for plan in plans)
         self.carrying: list[Any] = [(i, self.plans[n]) for i, n in enumerate(names) if self.plans[n] is not None]
         self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
+        self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
@@ -68,16 +70,16 @@ class Mixed:
     def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         if self.idle:
-            return layer.base_layer(*args, **kwargs)
+            return layer.base_module(*args, **kwargs)
         if self.folded:
             if self.routes and len(rows.segments) > 1:
                 own = [part for i, plan in self.carrying for part in plan.parts(i)]
                 return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
             one = self.only(rows)
-            return layer.base_layer(*args, **kwargs) if one is None else one.run(*args, **kwargs)
+            return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole:
             plan: Any = next(plan for plan in self.plans.values() if plan is not None)
-            output = layer.base_layer(*args, **kwargs)
+            output = layer.base_module(*args, **kwargs)
             x = rows.take(plan.input(args, kwargs), layer.site.key)
             return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
         if self.block:
@@ -88,8 +90,8 @@ class Mixed:
         if len(rows.segments) == 1 and given.draws is None:
             return self.one(rows.segments[0][0], x, args, kwargs)
         if self.adds and given.draws is None and not torch.is_grad_enabled():
-            return self.add(rows, x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
-        if not self.adds:
+            return self.add(rows, x, layer.store.protect(layer.base_module(x, *args, **kwargs)))
+        if not (self.adds or self.aside):
             refuse_gates(layer)
         return self.apart(rows, x, given, args, kwargs)
 
@@ -101,7 +103,7 @@ class Mixed:
             own = nullcontext() if draws is None else draws.of(name, ticket, x.device)
             with self.seeing(index), own:
                 parts.append(self.one(name, part, args, kwargs))
-        return rows.put_together(parts)
+        return rows.put_together(widened(parts, self.layer.site.key) if self.aside else parts)
 
     def only(self, rows: Rows) -> Plan | None:
         """Return the plan that all rows use, of a weight that its module uses in ways of its own.
@@ -120,7 +122,7 @@ class Mixed:
 
     def one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Any:
         plan = self.plans[name]
-        return self.layer.base_layer(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
+        return self.layer.base_module(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
     def around(self, rows: Rows, args: Any, kwargs: Any) -> Any:
         """Run a module with several inputs once; before and after it, the adapters of each row."""
@@ -196,3 +198,14 @@ class Mixed:
                 return None
             factors.append((*fused.scaled(found[0], found[1], f), fused.scale_of(f)))
         return add_groups(y, x, factors, order, sizes, in_order) if fits(y, x, factors, sizes) else None
+
+
+def widened(parts: list[Any], key: str) -> list[Tensor]:
+    """Pad rows of narrower heads with -inf: labels that the row's adapter does not have get no probability."""
+    other = next((type(part).__name__ for part in parts if not isinstance(part, Tensor)), None)
+    if other is not None:
+        raise TypeError(
+            f"Mixed batches need a tensor from '{key}', which returns a {other}: run one adapter at a time."
+        )
+    width = max(p.shape[-1] for p in parts)
+    return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in parts]

@@ -610,15 +610,19 @@ def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 class Instead(Plan):
     """A module that runs in place of the layer."""
 
+    def __init__(self, layer: Layer, steps: Sequence[Step]):
+        super().__init__(layer, steps)
+        effect: Any = self.steps[0][1]
+        self.effect, self.aside = effect, effect.aside
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.layer.call.open:
+        if self.layer.call.open and not self.aside:
             refuse_gates(self.layer)
         return self.module(*args, **kwargs)
 
     @property
     def module(self) -> Any:
-        effect: Any = self.steps[0][1]
-        return effect.module()
+        return self.effect.module()
 
     def folded_now(self) -> tuple[Tensor, Tensor | None]:
         module = self.module

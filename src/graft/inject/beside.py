@@ -4,64 +4,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State, carrier_of, layer_in
-from graft.core.containers import Slot, slots_of, tensors_of
+from graft.core.containers import Slot, tensors_of
+from graft.core.effect import Effect, Replace
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
-from graft.core.layer import AdapterLayer
+from graft.core.layer import AdapterLayer, Host
+from graft.core.method import Method
 from graft.core.names import one_or_several
-from graft.core.rows import Rows
-from graft.core.wrappers import HOOK, brought_in
-from graft.storage import codes_in, place_of, standalone
+from graft.core.ops import UNKNOWN
+from graft.core.site import Site
+from graft.storage import codes_in, find_store, place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class ModulesToSaveWrapper(Carrier, nn.Module):
-    """A wrapper that runs the active adapter's own copy of a module; if it has none, the original.
+@dataclass
+class HeadConfig:
+    """The config of a head. module: the caller's, or of a checkpoint's shape; None: a copy of the base's."""
 
-    Copies may differ in shape from the original and from each other: a 5-label head beside one of 2.
-    """
+    module: nn.Module | None = None
+    inference_mode: ClassVar[bool] = True  # a head has the mode of the module that it stands for
+
+
+class Head(Method):
+    """A module that trains whole in the place of the base's, which other heads may differ from in shape."""
+
+    config, prefix, moves = HeadConfig, "modules_to_save", False
+
+    modules_to_save: nn.Module
+
+    def describe(self) -> Effect:
+        return Replace(self.own, aside=True)
+
+    def own(self) -> nn.Module:
+        return self.modules_to_save
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        base, own = self.site.module, self.cfg.module
+        own = standalone(base) if own is None else own.to(*place_of(base))
+        for p in own.parameters():
+            p.requires_grad = p.is_floating_point() or p.is_complex()
+        return dict(modules_to_save=own)
+
+    def tie(self, source: Method) -> None:
+        self.modules_to_save.weight = source.modules_to_save.weight
+
+
+class ModulesToSaveWrapper(Host):
+    """The host of heads: runs that of the active adapter; if it has none, the original."""
 
     how = "already trained whole, through modules_to_save"
-
-    def __init__(self, original: nn.Module, key: str, call: Call):
-        super().__init__()
-        self.original_module = original
-        self.modules_to_save = nn.ModuleDict()
-        self.key, self.call, self.state = key, call, State(call)
-
-    def add(self, adapter: str, module: nn.Module | None = None) -> None:
-        """Give `adapter` its own module: `module` if passed, else a copy of the original."""
-        own = standalone(self.original_module) if module is None else module
-        if module is not None:
-            device, dtype = place_of(self.original_module)
-            own.to(device=device, dtype=dtype)
-            own.train(self.original_module.training)
-        own.requires_grad_(False)
-        self.modules_to_save[adapter] = own
-
     inner_name, claim = "original_module", f"is {how} of"
+    modules_to_save: nn.ModuleDict
 
-    @property
-    def base_module(self) -> nn.Module:  # type: ignore[override]
-        return self.original_module
-
-    def slots(self, adapter: str) -> list[Slot]:
-        return list(slots_of("modules_to_save", self.modules_to_save, adapter, ()))
-
-    def drop(self, adapter: str) -> None:
-        if adapter in self.modules_to_save:
-            del self.modules_to_save[adapter]
+    def __init__(self, module: nn.Module, key: str, call: Call):
+        super().__init__(Site(key, module, UNKNOWN, find_store(module)), call)
 
     def check_active(self, names: Sequence[str]) -> None:
-        own = [n for n in names if n in self.modules_to_save]
+        own = [n for n in names if n in self.methods]
         if len(own) > 1:
             raise ValueError(
                 f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {own}: each has its own copy of "
@@ -81,22 +88,18 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
     quantization_backend = None
 
     @property
-    def adapters(self) -> list[str]:
-        return list(self.modules_to_save)
-
-    @property
     def active_adapters(self) -> list[str]:
-        return [name for name in self.state.active if name in self.modules_to_save]
+        return [name for name in self.state.active if name in self.methods]
 
     @property
     def active(self) -> nn.Module:
         """The module that runs now."""
-        return self.original_module if self.disable_adapters else self.kept
+        return self.base_module if self.disable_adapters else self.kept  # type: ignore[no-any-return]
 
     @property
-    def kept(self) -> nn.Module:
+    def kept(self) -> nn.Module:  # type: ignore[override]
         """The module that unloading leaves, whether adapters are disabled or not."""
-        return next((self.modules_to_save[name] for name in self.active_adapters), self.original_module)
+        return next((self.modules_to_save[name] for name in self.active_adapters), self.base_module)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,39 +108,6 @@ class ModulesToSaveWrapper(Carrier, nn.Module):
             if name.startswith("__") or "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.active, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        back = None
-        if HOOK in self.original_module.__dict__:  # copies may be without it
-            args, kwargs, back = brought_in(self.original_module, args, kwargs)
-        if self.call.open and (rows := self.call.current()) is not None and not self.disable_adapters:
-            y = self._forward_rows(rows, *args, **kwargs)
-        else:
-            y = self.active(*args, **kwargs)
-        return y if back is None else back(y)
-
-    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        x, parts = rows.take(x, self.key), []
-        rows, draws = rows.on(x.device), self.call.now().draws if self.training else None
-        ticket = 0 if draws is None else draws.ticket()
-        for adapter, rows_of_it in zip(rows.names, rows.cut(x)):
-            has_own = adapter is not None and adapter in self.modules_to_save
-            own = self.modules_to_save[adapter] if has_own else self.original_module  # type: ignore[index]
-            with nullcontext() if draws is None else draws.of(adapter, ticket, x.device):
-                part = own(rows_of_it, *args, **kwargs)
-            if not isinstance(part, Tensor):
-                raise TypeError(
-                    f"Mixed batches need a tensor from '{self.key}', which returns a {type(part).__name__}: "
-                    "run one adapter at a time."
-                )
-            parts.append(part)
-        return rows.put_together(widened(parts))
-
-
-def widened(parts: list[Tensor]) -> list[Tensor]:
-    """Pad rows of narrower heads with -inf: labels that the row's adapter does not have get no probability."""
-    width = max(p.shape[-1] for p in parts)
-    return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in parts]
 
 
 def matches(key: str, names: Sequence[str]) -> str | None:

@@ -17,13 +17,13 @@ from graft.core.call import Call
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
-from graft.core.layer import AdapterLayer, layer_for
+from graft.core.layer import AdapterLayer, Host, layer_for
 from graft.core.merging import lifted
 from graft.core.method import Layers, Method, Use, placeholders
 from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.site import Site
-from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
+from graft.inject.beside import Head, HeadConfig, ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.stage import agree, check_alone, draw
@@ -181,7 +181,7 @@ def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
 
 
 def add_adapter(
-    layer: AdapterLayer,
+    layer: Host,
     method: Method,
     shared: dict[str, Any],
     *,
@@ -189,7 +189,7 @@ def add_adapter(
     upcast: bool,
     default: torch.device | None = None,  # as `made_on` has it
 ) -> int:
-    """Put an adapter on a layer, frozen. Return how many of its numbers can train."""
+    """Put an adapter on a host, frozen. Return how many of its numbers can train."""
     method.layer = layer  # which has the weight
     where = layer.where
     try:
@@ -297,17 +297,21 @@ def warn_of_offloaded(job: Any) -> None:
 
 
 def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:
-    """Wrap the modules that train whole."""
+    """Give the adapter its heads."""
     for key in job.saved:
-        module = job.tree.modules[key]
-        wrapper = job.tree.wrappers.get(key) or ModulesToSaveWrapper(module, key, job.call)
-        job.wrappers[key] = wrapper
         own = heads.get(key)
         if own is None and job.values is not None:
-            own = job.values.head(key, module)
-        wrapper.add(job.adapter, own)
-        size = sum(p.numel() for p in wrapper.parameters_of(job.adapter))
-        job.report.modules_to_save.append(Matched(key, type(wrapper.modules_to_save[job.adapter]).__name__, size))
+            own = job.values.head(key, job.tree.modules[key])
+        size = add_head(job, key, own)
+        kind = type(job.wrappers[key].modules_to_save[job.adapter]).__name__
+        job.report.modules_to_save.append(Matched(key, kind, size))
+
+
+def add_head(job: Any, key: str, module: nn.Module | None = None) -> int:
+    """Give the adapter a head: a module, or a copy of the base's. Return how many of its numbers train."""
+    wrapper = job.tree.wrappers.get(key) or ModulesToSaveWrapper(job.tree.modules[key], key, job.call)
+    job.wrappers[key] = wrapper
+    return add_adapter(wrapper, Head(wrapper.site, HeadConfig(module), job.adapter), {}, on_meta=False, upcast=False)
 
 
 def add_tokens(job: Any) -> None:
@@ -348,10 +352,8 @@ def follow(job: Any) -> None:
             job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
             job.ties.append((method, job.layers[source].methods[adapter]))
         if source in job.wrappers:
-            wrapper = tree.wrappers.get(key) or ModulesToSaveWrapper(module, key, job.call)
-            job.wrappers[key] = wrapper
-            wrapper.add(adapter)
-            wrapper.modules_to_save[adapter].weight = job.wrappers[source].modules_to_save[adapter].weight
+            add_head(job, key)
+            job.wrappers[key].methods[adapter].tie(job.wrappers[source].methods[adapter])
 
 
 def orient(cfg: Any, sites: Iterable[Site]) -> None:

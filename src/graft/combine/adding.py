@@ -131,10 +131,7 @@ def heads(tuner: Any, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
 def rows_of(tuner: Any, names: Sequence[str], weights: Sequence[float], cfg: Any) -> Rows:
     """Return who trains rows of a module, by path. `cfg` names all of these rows."""
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
-    rows = {
-        key: [(w.token_adapter.methods[n], x) for n, x in zip(names, weights) if n in w.adapters]
-        for key, w in wrappers.items()
-    }
+    rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}
     given = [v for n in names if (v := getattr(tuner.peft_config[n], "trainable_token_indices", None))]
     if any(v != given[0] for v in given):
         tokens = {key: sorted({t for m, _ in found for t in m.token_indices}) for key, found in rows.items() if found}
@@ -186,10 +183,10 @@ class Combined:
         out = []
         for key, layer in parts.layers.items():
             out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
-        for key, wrapper in parts.wrappers.items():
-            if wrapper.takes_rows:
-                layer, others = wrapper.token_adapter, self.rows[key]
-                if name in wrapper.tied and any(m.name not in wrapper.tied for m, _ in others):
+        for key, layer in parts.wrappers.items():
+            if layer.takes_rows:
+                others = self.rows[key]
+                if layer.methods[name].lenders and not all(m.lenders for m, _ in others):
                     raise ConfigError(
                         f"'{key}' shares its weight with the embedding, and its rows are its own in some of the "
                         f"adapters {[m.name for m, _ in others]}: adapter '{name}', which trains the same tokens in "

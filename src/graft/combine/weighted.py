@@ -47,7 +47,7 @@ def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., Weighte
 
     @wraps(combine)
     def call(tuner: Any, adapters: list[str], *args: Any, **kwargs: Any) -> WeightedReport:
-        layers = [*tuner.layers.values(), *(w.adapter_layer for w in tuner.wrappers.values() if w.takes_rows)]
+        layers = [*tuner.layers.values(), *(w for w in tuner.wrappers.values() if w.takes_rows)]
         named = [(layer, name) for layer in layers for name in adapters if name in layer.methods]
         with whole_at([slot for layer, name in named for slot in layer.slots(name)]):
             return combine(tuner, adapters, *args, **kwargs)

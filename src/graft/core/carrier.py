@@ -49,6 +49,7 @@ class Carrier:
     inner_name: str  # name of the child that leads to the base model's module
     claim: str  # how adapters hold the module, in messages: "it … adapter(s) ['a']"
     takes_rows = False  # single rows of the module train
+    beside = False  # it came along with an adapter that acts elsewhere
     adapter_layer: Any = None  # the layer that does its work
     replaces = True  # it takes the place of a module of the base model
     base_module: Any  # that module
@@ -195,11 +196,21 @@ def check_not_merged(names: Sequence[str], merged: Collection[str]) -> None:
         raise ValueError(f"Cannot delete adapter(s) {wrong} while they are merged. Please unmerge them first.")
 
 
+class Shell(nn.Module):
+    """A module around a carrier for one more name in memory. It carries nothing, and runs as what it shows."""
+
+    inner_name: str  # that name
+    shown: Any  # the carrier
+
+
 def carrier_of(module: Any) -> Any:
-    """Return the module if it is a carrier in the place of another; None for any other."""
-    return module if isinstance(module, Carrier) and module.replaces else None
+    """Return the carrier in the place of another module that this is, or shows; None for any other."""
+    if isinstance(module, Carrier):
+        return module if module.replaces else None
+    return module.shown if isinstance(module, Shell) else None
 
 
 def layer_in(module: Any) -> Any:
-    """Return the adapter layer that a module is or holds; None if it is no carrier, or trains whole."""
-    return module.adapter_layer if isinstance(module, Carrier) else None
+    """Return the adapter layer that a module is or shows; None if it is no carrier, or trains whole."""
+    carrier = carrier_of(module)
+    return None if carrier is None else carrier.adapter_layer

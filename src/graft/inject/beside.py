@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
 from graft.core.call import Call
-from graft.core.carrier import Carrier, State, carrier_of, layer_in
-from graft.core.containers import Slot, tensors_of
+from graft.core.carrier import Carrier, Shell, carrier_of, layer_in
+from graft.core.containers import tensors_of
 from graft.core.effect import Effect, Replace
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
-from graft.core.names import one_or_several
 from graft.core.ops import UNKNOWN
 from graft.core.site import Site
 from graft.storage import codes_in, find_store, place_of, standalone
@@ -61,7 +60,7 @@ class ModulesToSaveWrapper(Host):
     """The host of heads: runs that of the active adapter; if it has none, the original."""
 
     how = "already trained whole, through modules_to_save"
-    inner_name, claim = "original_module", f"is {how} of"
+    inner_name, claim, beside = "original_module", f"is {how} of", True
     modules_to_save: nn.ModuleDict
 
     def __init__(self, module: nn.Module, key: str, call: Call):
@@ -150,97 +149,58 @@ def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> 
         )
 
 
-class TrainableTokensWrapper(Carrier, nn.Module):
-    """A wrapper of an embedding (or a head tied to it) some of whose rows train. `token_adapter` does the work."""
+class RowsLayer(AdapterLayer):
+    """The layer of an embedding (or a head tied to it) some of whose rows train beside an adapter."""
 
     how = "already trained in single rows, through trainable_token_indices"
-
-    def __init__(self, token_adapter: AdapterLayer, key: str):
-        super().__init__()
-        self.token_adapter = token_adapter
-        self.key = key
-        self.tied: set[str] = set()  # adapters that use the embedding's rows here; files do not hold them twice
-        self.call = token_adapter.call
-
-    inner_name, claim, takes_rows = "token_adapter", f"is {how} of", True
-
-    @property
-    def adapter_layer(self) -> AdapterLayer:  # type: ignore[override]
-        return self.token_adapter
-
-    @property
-    def base_module(self) -> nn.Module:  # type: ignore[override]
-        return self.token_adapter.base_layer
-
-    @property
-    def original_module(self) -> nn.Module:
-        return self.token_adapter.base_layer
-
-    @property
-    def kept(self) -> nn.Module:
-        return self.token_adapter.base_layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight with the active rows, for models that use it without calling the embedding."""
-        return self.token_adapter.effective_weight()
-
-    def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
-        """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
-        name = "token_adapter.trainable_tokens_delta"
-        return {} if adapter in self.tied else {name: f"{name}.{adapter}"}
-
-    def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that a file holds of an adapter, from this module's state dict."""
-        return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
-
-    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
-    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
-
-    @property
-    def state(self) -> State:  # type: ignore[override]
-        return self.token_adapter.state
-
-    @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        return self.token_adapter.merged_adapters
-
-    @property
-    def adapters(self) -> list[str]:
-        return list(self.token_adapter.methods)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [name for name in self.state.active if name in self.token_adapter.methods]
-
-    def slots(self, adapter: str) -> list[Slot]:
-        return self.token_adapter.slots(adapter)
+    claim, takes_rows, beside = f"is {how} of", True, True
 
     def check_active(self, names: Sequence[str]) -> None:
-        own = [n for n in names if n in self.token_adapter.methods]
+        own = [n for n in names if n in self.methods]
         if len(own) > 1:
             raise ValueError(
                 f"Only one adapter can be set at a time for TrainableTokensWrapper, got {own}: each trains rows of "
                 f"'{self.key}'. Activate one of them."
             )
 
-    def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = one_or_several(adapters, "set_adapter")
-        self.check_active(names)
-        self.token_adapter.set_adapter(names, inference_mode)
 
-    def activate(self, names: list[str], train: bool) -> None:
-        self.token_adapter.activate(names, train)
+class TrainableTokensWrapper(Shell):
+    """PEFT's module around a `RowsLayer`, which is called `token_adapter` within it."""
 
-    def enable_adapters(self, enabled: bool) -> None:
-        self.token_adapter.enable_adapters(enabled)
+    token_adapter: RowsLayer
+    inner_name = "token_adapter"
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
-    def drop(self, adapter: str) -> None:
-        self.token_adapter.drop(adapter)
-        self.tied.discard(adapter)
+    def __init__(self, token_adapter: RowsLayer):
+        super().__init__()
+        self.token_adapter = token_adapter
 
-    def changed(self) -> None:
-        self.token_adapter.changed()
+    @property
+    def shown(self) -> RowsLayer:  # type: ignore[override]
+        return self._modules["token_adapter"]  # type: ignore[return-value]
+
+    @property
+    def original_module(self) -> nn.Module:
+        return self.shown.base_layer  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the active rows, for models that use it without calling the embedding."""
+        return self.shown.effective_weight()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self.shown.state.active if name in self.shown.methods]
+
+    active_adapter = Carrier.active_adapter  # a name, as in PEFT
+
+    def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
+        """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
+        name = "token_adapter.trainable_tokens_delta"
+        return {} if self.shown.methods[adapter].lenders else {name: f"{name}.{adapter}"}
+
+    adapter_state_dict = ModulesToSaveWrapper.adapter_state_dict
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -248,7 +208,8 @@ class TrainableTokensWrapper(Carrier, nn.Module):
         except AttributeError:
             if name.startswith("__") or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.token_adapter.base_layer, name)
+            of_host = name in vars(Carrier) or name in Carrier.__annotations__
+            return getattr(self.shown if of_host else self.shown.base_layer, name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)

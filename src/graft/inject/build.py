@@ -23,7 +23,7 @@ from graft.core.method import Layers, Method, Use, placeholders
 from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.site import Site
-from graft.inject.beside import Head, HeadConfig, ModulesToSaveWrapper, TrainableTokensWrapper
+from graft.inject.beside import Head, HeadConfig, ModulesToSaveWrapper, RowsLayer
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.stage import agree, check_alone, draw
@@ -122,7 +122,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
             if adapter in carrier.merged_adapters:
-                stack.enter_context(lifted(carrier.adapter_layer))
+                stack.enter_context(lifted(carrier))
         for entry, value in values:
             entry.assign(value)
     for layer in parts.layers.values():
@@ -315,20 +315,18 @@ def add_head(job: Any, key: str, module: nn.Module | None = None) -> int:
 
 
 def add_tokens(job: Any) -> None:
-    """Wrap the embeddings whose single rows train, and the heads tied to them."""
+    """Put layers on the embeddings whose single rows train, and on the heads tied to them."""
     tied_modules, tree, adapter = job.tied_rows, job.tree, job.adapter
     for key in [*(k for k in job.tokens if k not in tied_modules), *tied_modules]:
-        wrapper: Any = tree.wrappers.get(key)
-        if wrapper is None:
-            wrapper = TrainableTokensWrapper(AdapterLayer(site_of(key, tree.modules[key], tree), job.call), key)
-        job.wrappers[key] = wrapper
+        layer = tree.wrappers.get(key) or RowsLayer(site_of(key, tree.modules[key], tree), job.call)
+        job.wrappers[key] = layer
         indices = job.tokens[tied_modules.get(key, key)]
-        method = TrainableTokens(wrapper.token_adapter.site, TrainableTokensConfig(token_indices=indices), adapter)
-        size = add_adapter(wrapper.token_adapter, method, {}, on_meta=False, upcast=job.upcast)
+        method = TrainableTokens(layer.site, TrainableTokensConfig(token_indices=indices), adapter)
+        size = add_adapter(layer, method, {}, on_meta=False, upcast=job.upcast)
         if key in tied_modules:
-            source: Any = job.wrappers[tied_modules[key]]
-            method.tie(source.token_adapter.methods[adapter])
-            wrapper.tied.add(adapter)
+            source = job.wrappers[tied_modules[key]].methods[adapter]
+            method.tie(source)
+            method.lenders = dict.fromkeys(method.layer_names, source)
         else:
             job.report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
 

@@ -19,6 +19,7 @@ from graft.core.method import Method
 from graft.core.shared import Shared
 from graft.core.site import Site
 from graft.inject import build, find
+from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.experts import LeftOut
 from graft.inject.parts import Parts, inside_out
 from graft.inject.report import InjectReport, Matched
@@ -206,8 +207,8 @@ class Injection:
             nest(tree.places[path], layers, innermost(tree.modules[path]))
         for key, wrapper in self.wrappers.items():
             if key not in tree.wrappers:
-                wrapper.train(tree.modules[key].training)
-                attach(tree.places[key], wrapper)
+                module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
+                attach(tree.places[key], module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True
 

@@ -22,7 +22,7 @@ from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
 from graft.core.table import TypeTable
 from graft.core.wrappers import inside, place_inside
-from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
+from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
 from graft.storage import (
     experts_of,
     find_store,
@@ -198,7 +198,7 @@ def use_of(key: str, readers: dict[str, dict[Path, Use]]) -> Use:
     return Use(any(use.reads for use in found), any(use.calls for use in found))
 
 
-Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
+Wrapper = ModulesToSaveWrapper | RowsLayer
 Place = tuple[nn.Module, str]  # (parent, attribute)
 
 
@@ -307,7 +307,7 @@ def survey(model: nn.Module) -> Tree:
             count(base)
             look_into(base, path)
             return
-        (tree.layers if layer is module else tree.wrappers)[path] = module
+        (tree.wrappers if module.beside else tree.layers)[path] = module
         if layer is not None:
             shared(layer)
         else:
@@ -419,6 +419,4 @@ def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str
 
 
 def kind_of(module: nn.Module) -> str:
-    carrier = carrier_of(module)
-    own = carrier is None or carrier.adapter_layer is not carrier
-    return type(module).__name__ if own else str(carrier.site.type_name)
+    return str(module.site.type_name) if isinstance(module, AdapterLayer) else type(module).__name__

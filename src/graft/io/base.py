@@ -51,8 +51,7 @@ def is_added(base: nn.Module, key: str) -> bool:
     module: Any = base
     parts = key.split(".")
     for i, part in enumerate(parts):
-        carrier = carrier_of(module)
-        if carrier is not None and part != carrier.inner_name:
+        if carrier_of(module) is not None and part != module.inner_name:
             return True
         if i == len(parts) - 1:
             return False

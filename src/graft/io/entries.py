@@ -20,6 +20,7 @@ from graft.core.containers import Slot, held_in
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
+from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.parts import Nests, Parts
 from graft.storage.offload import hooks_of, put
 from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
@@ -98,8 +99,9 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
     in_model = Nests((parts.layers if parts.all_layers is None else parts.all_layers).values())
     in_file = Nests(parts.layers.values())
-    tokens: dict[str, Any] = {f"{k}.{w.inner_name}": w for k, w in parts.wrappers.items() if w.takes_rows}
-    rows = {key: w.adapter_layer for key, w in tokens.items() if adapter not in w.tied}
+    named = TrainableTokensWrapper.inner_name
+    tokens: dict[str, Any] = {f"{key}.{named}": layer for key, layer in parts.wrappers.items() if layer.takes_rows}
+    rows = {key: layer for key, layer in tokens.items() if not layer.methods[adapter].lenders}
     for key, layer in {**parts.layers, **rows}.items():
         method = layer.methods[adapter]
         files = method.files

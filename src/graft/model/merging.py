@@ -18,6 +18,7 @@ from graft.core.gate import changes, everything
 from graft.core.layer import AdapterLayer
 from graft.core.names import several
 from graft.core.ops import find_op
+from graft.inject.beside import RowsLayer
 from graft.inject.parts import registry_of, unwrapped
 from graft.inject.survey import nest_of, survey
 from graft.model.registry import Registry
@@ -42,8 +43,7 @@ class MergingRegistry(Registry):
         return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.state.merged))
 
     def mergeable_layers(self) -> list[AdapterLayer]:
-        rows = [w.adapter_layer for w in self.wrappers.values() if w.adapter_layer is not None]
-        return [*self.layers.values(), *rows]
+        return [*self.layers.values(), *(w for w in self.wrappers.values() if isinstance(w, RowsLayer))]
 
     @changes(everything)
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -71,8 +71,8 @@ def _layers(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
             path = f"{prefix}{paths.path(key)}"
             if not carrier.takes_rows:
                 found[path] = carrier
-            elif not carrier.tied:  # else its rows are another's
-                found[f"{path}.token_adapter"] = carrier.adapter_layer
+            elif not any(m.lenders for m in carrier.methods.values()):  # else its rows are another's
+                found[f"{path}.{module.inner_name}"] = carrier
     return found
 
 

@@ -137,6 +137,7 @@ class Method:
 
     named: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
     along: bool = False  # the config names the module around the site, and the site came with that
+    source: Method | None = None  # the same adapter on the embedding to which the site's module is tied
     layer: Any  # Layer, with the containers of all adapters
     lenders: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are another layer's, and whose
 

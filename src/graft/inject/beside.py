@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from graft.config.targets import TASK_HEADS
-from graft.core.call import Call
 from graft.core.carrier import Carrier, Shell, carrier_of, layer_in
 from graft.core.containers import tensors_of
 from graft.core.effect import Effect, Replace
@@ -19,6 +18,7 @@ from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
 from graft.core.ops import UNKNOWN
 from graft.core.site import Site
+from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage import codes_in, find_store, place_of, standalone
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -63,9 +63,6 @@ class ModulesToSaveWrapper(Host):
     inner_name, claim, beside = "original_module", f"is {how} of", True
     modules_to_save: nn.ModuleDict
 
-    def __init__(self, module: nn.Module, key: str, call: Call):
-        super().__init__(Site(key, module, UNKNOWN, find_store(module)), call)
-
     def check_active(self, names: Sequence[str]) -> None:
         own = [n for n in names if n in self.methods]
         if len(own) > 1:
@@ -107,6 +104,21 @@ class ModulesToSaveWrapper(Host):
             if name.startswith("__") or "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.active, name)
+
+
+def head_site(key: str, module: nn.Module) -> Site:
+    """Return the site of heads for a module: what type it has is nobody's business."""
+    return module.site if isinstance(module, Host) else Site(key, module, UNKNOWN, find_store(module))
+
+
+def shown(method: Head | TrainableTokens) -> tuple[str, int]:
+    """Return what a report says of a head or of rows: what they are, and how many numbers train."""
+    site = method.site
+    if isinstance(method, Head):
+        module = site.module if method.cfg.module is None else method.cfg.module
+        return type(module).__name__, sum(p.numel() for p in module.parameters())
+    rows = len(method.cfg.token_indices)
+    return f"{rows} tokens", rows * (site.out_features if site.op.takes_ids else site.in_features)
 
 
 def matches(key: str, names: Sequence[str]) -> str | None:

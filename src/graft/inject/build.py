@@ -23,29 +23,25 @@ from graft.core.method import Layers, Method, Use, placeholders
 from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.site import Site
-from graft.inject.beside import Head, HeadConfig, ModulesToSaveWrapper, RowsLayer
+from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
+from graft.inject.job import Job
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.stage import agree, check_alone, draw
-from graft.inject.survey import site_of
-from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage import hold_bias, place_of
 from graft.storage.offload import hooks_of, offloaded_in
 
 
-def made_early(job: Any) -> float:
+def made_early(job: Job) -> float:
     """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
-    total = 0.0
-    if job.method.shares and job.sites:
-        layers = Layers(job.model, list(job.sites.values()), job.cfg, job.shared.containers, job.others)
+    total, here = 0.0, job.here.values()
+    if job.method.shares and here:
+        layers = Layers(job.model, [m.site for m in here], job.cfg, job.shared.containers, job.others)
         total += size(lambda: job.method.share(layers).values())
-    early = [job.methods[key] for key in job.sites if Use.READS in job.methods[key].uses_weight()]
-    total += sum(size(lambda m=method: placeholders(m, {}).values()) for method in early)  # type: ignore[misc]
-    for key, indices in job.tokens.items():
-        weight = getattr(job.tree.modules[key], "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2:
-            total += len(indices) * weight.shape[1]
-    return total
+    rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
+    early = [*(m for m in here if Use.READS in m.uses_weight()), *rows]
+    return total + sum(size(lambda m=method: placeholders(m, {}).values()) for method in early)  # type: ignore[misc]
 
 
 class Largest(TorchDispatchMode):
@@ -78,37 +74,38 @@ def numbers(value: Any) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def build(job: Any) -> None:
-    """Build the carriers of an Injection after its `find`; on an error leave nothing behind."""
-    heads = choose_heads(job)
-    if job.values is not None:
-        job.values.check_room(made_early(job))
+def build(job: Job) -> None:
+    """Build the carriers of an injection after its `find`; on an error leave nothing behind."""
+    values = job.options.values
+    if values is not None:
+        values.check_room(made_early(job))
     if job.call is None:
         existing = next(iter((*job.tree.layers.values(), *job.tree.wrappers.values())), None)
         job.call = existing.call if existing is not None else Call()
-    before = list(job.shared.containers)
-    orient(job.cfg, job.sites.values())
+    before = set(job.shared.containers)
+    job.takebacks.append(lambda: job.shared.take_out(set(job.shared.containers) - before))
+    orient(job.cfg, [method.site for method in job.here.values()])
     try:
-        for module in job.loose:
-            bias, release = hold_bias(module)
-            job.biases.append(bias)
-            job.released.append(release)
+        for i, held in enumerate(job.biases):
+            if isinstance(held, nn.Module):
+                job.biases[i], release = hold_bias(held)
+                job.takebacks.append(release)
         share(job)
         check_alone(job)
         add_layers(job)
         warn_of_offloaded(job)
-        add_saved(job, heads)
-        add_tokens(job)
+        add_beside(job)
         follow(job)
-        if job.values is not None:
-            put(job.parts, job.adapter, job.values.of(job.parts, job.adapter))
+        if values is not None:
+            put(job.parts, job.adapter, values.of(job.parts, job.adapter))
         else:
             join(job.layers.values(), job.adapter)
         agree(job)
-        for tied, source in job.ties:
-            tied.tie(source)
+        for method in job.methods.values():
+            if method.source is not None:
+                method.tie(method.source)
     except BaseException:
-        job.undo(before)
+        job.undo()
         raise
 
 
@@ -223,12 +220,12 @@ def check_starts(layers: Iterable[AdapterLayer], adapter: str) -> None:
         )
 
 
-def share(job: Any) -> None:
+def share(job: Job) -> None:
     """Make the tensors that all layers share."""
     if not job.method.shares:
         return
-    sites: list[Site] = [(job.methods.get(key) or job.remote_sites[key]).site for key in job.order]
-    if not sites and job.absent:
+    sites = [method.site for method in job.order.values()]
+    if not sites and job.tree.absent:
         return
     if not sites:
         raise ConfigError(
@@ -246,29 +243,29 @@ def share(job: Any) -> None:
         values = job.method.share(layers)
     method = job.method
     job.report.other_trainable += job.shared.hold(
-        job.adapter, values, where, job.upcast, method.files, method.keeps_base_dtype
+        job.adapter, values, where, job.options.upcast, method.files, method.keeps_base_dtype
     )
 
 
-def add_layers(job: Any) -> None:
-    shared, loads, adapter = job.shared.attached(), job.values is not None, job.adapter
+def add_layers(job: Job) -> None:
+    shared, adapter, call, options = job.shared.attached(), job.adapter, job.call, job.options
+    loads, on_meta = options.values is not None, options.on_meta
+    assert call is not None
     default = torch.get_default_device()
     nothing, started = [], []
-    for key in job.order:
-        if key in job.remote_sites:
-            if not (loads or job.on_meta):
-                draw(job.remote_sites[key], shared, job.call)
+    for key, method in job.order.items():
+        site = method.site
+        if key not in job.methods:
+            if not (loads or on_meta):
+                draw(method, shared, call)
             continue
-        site = job.sites[key]
-        layer = job.tree.layers.get(key) or layer_for(site, job.call)
-        job.layers[key] = layer
-        method = job.methods[key]
+        layer = job.layers[key] = job.tree.layers.get(key) or layer_for(site, call)
         use = method.uses_weight()
         if loads:
             nowhere = Use.AGAIN not in use
         else:
-            nowhere = Use.CHANGES not in use if site.on_meta else job.on_meta and Use.READS not in use
-        size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=job.upcast, default=default)
+            nowhere = Use.CHANGES not in use if site.on_meta else on_meta and Use.READS not in use
+        size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=options.upcast, default=default)
         if not nowhere and Use.TAKES in use:
             started.append(layer)
         size -= trainable_from_others(layer, adapter)
@@ -284,9 +281,9 @@ def add_layers(job: Any) -> None:
         )
 
 
-def warn_of_offloaded(job: Any) -> None:
+def warn_of_offloaded(job: Job) -> None:
     """Warn of biases that are to train, and that accelerate's hooks take from where no optimizer writes to."""
-    away = offloaded_in(job.model) if job.values is None and any(b.is_meta for b in job.biases) else {}
+    away = offloaded_in(job.model) if job.options.values is None and any(b.is_meta for b in job.biases) else {}
     lost = [b for b in job.biases if id(b) in away]
     if lost:
         warn(
@@ -296,62 +293,39 @@ def warn_of_offloaded(job: Any) -> None:
         )
 
 
-def add_saved(job: Any, heads: dict[str, nn.Module]) -> None:
-    """Give the adapter its heads."""
-    for key in job.saved:
-        own = heads.get(key)
-        if own is None and job.values is not None:
-            own = job.values.head(key, job.tree.modules[key])
-        size = add_head(job, key, own)
-        kind = type(job.wrappers[key].modules_to_save[job.adapter]).__name__
-        job.report.modules_to_save.append(Matched(key, kind, size))
+def add_beside(job: Job) -> None:
+    """Give the adapter its heads, and its rows of embeddings."""
+    values = job.options.values
+    for key, method in job.beside.items():
+        head = isinstance(method, Head)
+        kind: Any = ModulesToSaveWrapper if head else RowsLayer
+        host = job.wrappers[key] = job.tree.wrappers.get(key) or kind(method.site, job.call)
+        if head and values is not None and method.source is None and method.cfg.module is None:
+            method.cfg.module = values.head(key, method.site.module)
+        add_adapter(host, method, {}, on_meta=False, upcast=job.options.upcast)
+        if method.source is not None:
+            method.tie(method.source)
+    job.count_beside()
 
 
-def add_head(job: Any, key: str, module: nn.Module | None = None) -> int:
-    """Give the adapter a head: a module, or a copy of the base's. Return how many of its numbers train."""
-    wrapper = job.tree.wrappers.get(key) or ModulesToSaveWrapper(job.tree.modules[key], key, job.call)
-    job.wrappers[key] = wrapper
-    return add_adapter(wrapper, Head(wrapper.site, HeadConfig(module), job.adapter), {}, on_meta=False, upcast=False)
-
-
-def add_tokens(job: Any) -> None:
-    """Put layers on the embeddings whose single rows train, and on the heads tied to them."""
-    tied_modules, tree, adapter = job.tied_rows, job.tree, job.adapter
-    for key in [*(k for k in job.tokens if k not in tied_modules), *tied_modules]:
-        layer = tree.wrappers.get(key) or RowsLayer(site_of(key, tree.modules[key], tree), job.call)
-        job.wrappers[key] = layer
-        indices = job.tokens[tied_modules.get(key, key)]
-        method = TrainableTokens(layer.site, TrainableTokensConfig(token_indices=indices), adapter)
-        size = add_adapter(layer, method, {}, on_meta=False, upcast=job.upcast)
-        if key in tied_modules:
-            source = job.wrappers[tied_modules[key]].methods[adapter]
-            method.tie(source)
-            method.lenders = dict.fromkeys(method.layer_names, source)
-        else:
-            job.report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
-
-
-def follow(job: Any) -> None:
+def follow(job: Job) -> None:
     """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
-    tree, adapter = job.tree, job.adapter
-    for key, source in job.tied_modules.items():
-        module = tree.modules[key]
-        here, there = place_of(module)[0], place_of(tree.modules[source])[0]
+    adapter, call = job.adapter, job.call
+    assert call is not None
+    for key, method in job.methods.items():
+        source = method.source
+        if source is None:
+            continue
+        here, there = place_of(method.site.module)[0], place_of(source.site.module)[0]
         if here != there and not job.method.always_tied:
             raise ConfigError(
-                f"Layer '{key}' is on {here}, and '{source}', to which it is tied, on {there}: adapter '{adapter}' "
-                "cannot share memory between them. Put both on one device, or leave ensure_weight_tying off."
+                f"Layer '{key}' is on {here}, and '{source.site.key}', to which it is tied, on {there}: adapter "
+                f"'{adapter}' cannot share memory between them. Put both on one device, or leave ensure_weight_tying "
+                "off."
             )
-        if source in job.layers:
-            method = job.methods[key]
-            layer = tree.layers.get(key) or AdapterLayer(method.site, job.call)
-            job.layers[key] = layer
-            size = add_adapter(layer, method, job.shared.attached(), on_meta=False, upcast=job.upcast)
-            job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
-            job.ties.append((method, job.layers[source].methods[adapter]))
-        if source in job.wrappers:
-            add_head(job, key)
-            job.wrappers[key].methods[adapter].tie(job.wrappers[source].methods[adapter])
+        layer = job.layers[key] = job.tree.layers.get(key) or AdapterLayer(method.site, call)
+        size = add_adapter(layer, method, job.shared.attached(), on_meta=False, upcast=job.options.upcast)
+        job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
 
 
 def orient(cfg: Any, sites: Iterable[Site]) -> None:
@@ -373,18 +347,3 @@ def orient(cfg: Any, sites: Iterable[Site]) -> None:
             f"Setting fan_in_fan_out to {site.op.transposed}."
         )
         cfg.fan_in_fan_out = site.op.transposed
-
-
-def choose_heads(job: Any) -> dict[str, nn.Module]:
-    """Return the modules that the caller gave for `modules_to_save`, by full path."""
-    chosen: dict[str, nn.Module] = {}
-    for name, module in (job.heads or {}).items():
-        paths = [key for key in job.saved if key == name or key.endswith(f".{name}")]
-        if len(paths) != 1:
-            raise ConfigError(
-                f"heads['{name}'] must name one of the modules in modules_to_save, which are {job.saved or 'none'}."
-            )
-        if not isinstance(module, nn.Module):
-            raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
-        chosen[paths[0]] = module
-    return chosen

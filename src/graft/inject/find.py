@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,9 @@ from graft.core.names import is_bias
 from graft.core.site import Site
 from graft.core.wrappers import MANAGED
 from graft.inject import beside, experts
+from graft.inject.beside import Head, HeadConfig
 from graft.inject.experts import LeftOut
+from graft.inject.job import Job
 from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.stage import absent_in, remote_sites
@@ -45,64 +47,60 @@ from graft.storage import loose_bias, refusal
 MOST_WARNINGS = 100  # about entries of one field
 
 
-def find(job: Any) -> None:
-    """Fill in the fields of an Injection that say what it will do, or raise."""
+def find(job: Job) -> None:
+    """Fill in the fields of an injection that say what it will do, or raise."""
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
+    left, targets = LeftOut(), job.targets
     if job.keys is None:
         if hasattr(cfg, "target_parameters"):
-            job.left = experts.convert(cfg, model, tree, None if job.values is None else job.values.names)
+            left = experts.convert(cfg, model, tree, None if job.options.values is None else job.options.values.names)
         resolve_targets(cfg, method, model, tree.modules)
     method.prepare(cfg, model)
-    job.tied_modules = expand(cfg, method, model, tree) if job.keys is None else {}
+    if job.keys is None:
+        targets.tied = expand(cfg, method, model, tree)
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
-    job.absent = absent_in(tree.modules)
-    match(job)
+    tree.absent = absent_in(tree.modules)
+    match(job, left)
     if job.steps is not None:
         job.steps.tied_modules()
-    followed = {k: site_of(k, tree.modules[k], tree) for k, source in job.tied_modules.items() if source in job.sites}
-    adapted = {**job.sites, **followed}
+    tied = {key: source for key, source in targets.tied.items() if source in targets.sites}
     variant = method.variant(cfg)
-    for key, site in adapted.items():
-        source = key.rpartition(".")[0] if key in job.along else job.tied_modules.get(key, key)
+    for key, site in (targets.sites | {k: site_of(k, tree.modules[k], tree) for k in tied}).items():
+        source = key.rpartition(".")[0] if key in targets.along else targets.tied.get(key, key)
         own, source = (cfg, source) if job.steps is None else job.steps.handed_on(source)
         kind = variant if own is cfg else method.variant(own)
         made = job.methods[key] = kind(site, own.at(source), adapter)  # patterns name what is targeted
         if source != key:
-            made.named, made.along = source, key in job.along
-    everywhere = remote_sites(job) if job.absent else job.sites
-    job.remote_sites = {
-        key: variant(site, cfg.at(key), adapter) for key, site in everywhere.items() if key not in adapted
-    }
-    job.order = list(everywhere)
-    in_order = [job.methods.get(key) or job.remote_sites[key] for key in everywhere]
-    variant.split_budget([*in_order, *(job.methods[key] for key in followed)])
+            made.named, made.along = source, key in targets.along
+        if key in tied:
+            made.source = job.methods[tied[key]]
+    everywhere = remote_sites(job) if tree.absent else targets.sites
+    job.order = {key: job.methods.get(key) or variant(site, cfg.at(key), adapter) for key, site in everywhere.items()}
+    in_order = list(job.order.values())
+    variant.split_budget([*in_order, *(job.methods[key] for key in tied)])
     check_sites(job.methods, tree, job.mixed)
-    if not cfg.inference_mode and (job.values is None or job.values.names):
+    if not cfg.inference_mode and (job.options.values is None or job.options.values.names):
         check_unwrapped([method.site for method in job.methods.values()], adapter)
     lend(in_order)
-    job.saved = modules_to_save_of(cfg, tree, job.report, job.absent)
-    for key in [*job.saved, *(k for k, source in job.tied_modules.items() if source in job.saved)]:
-        inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
-        beside.refuse(key, tree.modules[key], inside, adapter)
-    job.tokens = token_targets(cfg, model, tree, adapter)
-    for key in job.tokens.keys() & job.absent.keys():
-        del job.tokens[key]
-    job.tied_rows = following_tokens(job.tokens, cfg, model, tree)
-    check_tokens(job.tokens, job.tied_rows, adapted, job.saved, tree, adapter)
-    targeted = [tree.modules[key] for key in adapted if key in tree.modules]
-    job.biases, job.loose = biases_of(cfg, model, targeted, job.saved)
-    job.report.other_trainable = sum(b.numel() for b in (*job.biases, *(layer.bias for layer in job.loose)))
+    saved = modules_to_save_of(cfg, tree, job.report)
+    job.beside |= heads_of(saved, job)
+    job.beside |= rows_of(cfg, model, tree, adapter)
+    check_rows(job.beside, job.methods, saved, tree)
+    targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
+    job.biases = biases_of(cfg, model, targeted, saved)
+    held: Iterable[Any] = (b.bias if isinstance(b, nn.Module) else b for b in job.biases)
+    job.report.other_trainable = sum(b.numel() for b in held)
 
 
-def match(job: Any) -> dict[str, Verdict]:
-    """Find the sites; note in the report modules left out and entries without a match. Return each path's verdict."""
-    cfg, report, tree = job.cfg, job.report, job.tree
+def match(job: Job, left: LeftOut) -> None:
+    """Find the sites; note in the report modules left out and entries without a match."""
+    cfg, report, tree, targets = job.cfg, job.report, job.tree, job.targets
     chosen = set(job.keys) if job.keys is not None else None
     matcher = Matcher(cfg) if chosen is None else None
     outcomes: dict[str, Verdict] = {}
     for key, module in tree.modules.items():
-        if key in job.absent:
+        if key in tree.absent:
             continue
         if matcher is not None:
             verdict = matcher(key)
@@ -110,39 +108,38 @@ def match(job: Any) -> dict[str, Verdict]:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
         if job.steps is not None and matcher is not None:
             verdict = job.steps.verdict(key, verdict)
-        if key in job.tied_modules and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
+        if key in targets.tied and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
-            job.sites[key] = site_of(key, module, tree)
+            targets.sites[key] = site_of(key, module, tree)
         elif verdict.entry is not None:
             report.skipped.append(Skipped(key, kind_of(module), verdict.why))
         elif not module._modules:
             report.untargeted[kind_of(module)] += 1
     if job.steps is not None:
         job.steps.modules()
-    for key in [key for key, site in job.sites.items() if site.op.opaque and site.path == key]:
-        site = job.sites.pop(key)
+    for key in [key for key, site in targets.sites.items() if site.op.opaque and site.path == key]:
+        site = targets.sites.pop(key)
         for path in (f"{key}.{child}" for child in children_of(site.module)):
-            job.sites[path] = site_of(path, tree.modules[path], tree)
-            job.along.add(path)
-        job.sites[key] = site
+            targets.sites[path] = site_of(path, tree.modules[path], tree)
+            targets.along.add(path)
+        targets.sites[key] = site
     parameters: dict[str, Site] = {}
     if getattr(cfg, "target_parameters", None):
         parameters, idle = parameters_of(job)
         warn_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
-        job.sites |= parameters
-    if job.absent:
-        if not (job.sites or job.prompt) and chosen is None:
+        targets.sites |= parameters
+    if tree.absent:
+        if not (targets.sites or job.prompt) and chosen is None:
             warn(
                 f"Adapter '{job.adapter}' adapts nothing on this stage of the pipeline: none of the modules that it "
                 "targets is here.",
                 PeftWarning,
             )
     elif matcher is not None:
-        report_on(cfg, matcher, outcomes, report, list(parameters), job.left)
-        warn_left_out(job.left, tree, report)
-    return outcomes
+        report_on(cfg, matcher, outcomes, report, list(parameters), left)
+        warn_left_out(left, tree, report)
 
 
 def warn_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
@@ -221,11 +218,11 @@ def by_itself(method: Method) -> str | None:
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
-def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport, absent: Collection[str]) -> list[str]:
+def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
     """Return the paths of the modules that train whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
     everywhere = [key for key in tree.modules if beside.matches(key, names) is not None] if names else []
-    wanted = [key for key in everywhere if key not in absent]
+    wanted = [key for key in everywhere if key not in tree.absent]
     defaults = getattr(cfg, "_default_heads", ())
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
     warn_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
@@ -252,16 +249,42 @@ def warn_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report:
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
 
-def biases_of(
-    cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]
-) -> tuple[list[nn.Parameter], list[nn.Module]]:
-    """Return the base model's biases that train, and packed layers whose biases are no Parameters and will train.
+def heads_of(saved: list[str], job: Job) -> dict[str, Head]:
+    """Return the heads of an adapter: of the modules that train whole, and of those tied to them."""
+    tree, adapter, tied = job.tree, job.adapter, job.targets.tied
+    chosen, made = choose_heads(job.options.heads or {}, saved), dict[str, Head]()
+    for key in [*saved, *(k for k, source in tied.items() if source in saved)]:
+        inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
+        beside.refuse(key, tree.modules[key], inside, adapter)
+        made[key] = Head(beside.head_site(key, tree.modules[key]), HeadConfig(chosen.get(key)), adapter)
+        if key not in saved:
+            made[key].source = made[tied[key]]
+    return made
+
+
+def choose_heads(heads: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Module]:
+    """Return the modules that the caller gave for `modules_to_save`, by full path."""
+    chosen: dict[str, nn.Module] = {}
+    for name, module in heads.items():
+        paths = [key for key in saved if key == name or key.endswith(f".{name}")]
+        if len(paths) != 1:
+            raise ConfigError(
+                f"heads['{name}'] must name one of the modules in modules_to_save, which are {saved or 'none'}."
+            )
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
+        chosen[paths[0]] = module
+    return chosen
+
+
+def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]) -> list[nn.Parameter | nn.Module]:
+    """Return the base model's biases that train; a packed layer in place of one that is no Parameter yet.
 
     Modules trained whole have their own, in the adapter's copy.
     """
     bias = getattr(cfg, "bias", "none")
     if bias == "none":
-        return [], []
+        return []
     if bias == "all":
         inside = tuple(f"{key}." for key in whole)
         held = [p for name, p in model.named_parameters() if is_bias(name) and not name.startswith(inside)]
@@ -269,22 +292,18 @@ def biases_of(
     else:  # "<method>_only": those of the adapted layers
         layers = [getattr(module, "base_layer", module) for module in adapted]
         held = [b for m in layers if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
-    return held, list(dict.fromkeys(m for m in layers if loose_bias(m)))
+    return [*held, *dict.fromkeys(m for m in layers if loose_bias(m))]
 
 
-def check_tokens(
-    tokens: dict[str, list[int]],
-    tied_modules: dict[str, str],
-    adapted: dict[str, Site],
-    saved_paths: list[str],
-    tree: Tree,
-    adapter: str,
+def check_rows(
+    beside: dict[str, Head | TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: Tree
 ) -> None:
-    """Raise unless single rows of these modules, and of those that follow them, can train."""
-    for key in dict.fromkeys((*tokens, *tied_modules)):
-        module = tree.modules[key]
-        name = f"'{key}'" if key in tokens else f"'{key}', which follows '{tied_modules[key]}' as it shares its weight"
-        if key in saved_paths:
+    """Raise unless the single rows among these can train."""
+    rows = {key: m for key, m in beside.items() if isinstance(m, TrainableTokens)}
+    for key, method in rows.items():
+        module, source, adapter = tree.modules[key], method.source, method.name
+        name = f"'{key}'" + (f", which follows '{source.site.key}' as it shares its weight" if source else "")
+        if key in saved:
             raise ValueError(
                 f"The embedding layer is already marked to be trained fully, either specify `trainable_token_indices` "
                 f"or `modules_to_save` for {name}, not both. Adapter '{adapter}'."
@@ -298,10 +317,8 @@ def check_tokens(
             raise UnsupportedLayerError(
                 f"trainable_token_indices cannot be applied to modules of type {type(module)}, {name}: {why}."
             )
-    for key, indices in tokens.items():
-        cfg = TrainableTokensConfig(token_indices=indices)
-        why = TrainableTokens(site_of(key, tree.modules[key], tree), cfg, adapter).check()
-        if why is not None:
+    for key, method in rows.items():
+        if (why := method.check()) is not None:
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
 
@@ -391,6 +408,19 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
     return text
 
 
+def rows_of(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, TrainableTokens]:
+    """Return what trains single rows beside an adapter, first where the config names a module, then what follows."""
+    tokens = token_targets(cfg, model, tree, adapter)
+    tied, made = following_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()
+    for key in [*(key for key in tokens if key not in tied), *tied]:
+        config = TrainableTokensConfig(token_indices=tokens[tied.get(key, key)])
+        method = made[key] = TrainableTokens(site_of(key, tree.modules[key], tree), config, adapter)
+        if key in tied:
+            method.source = made[tied[key]]
+            method.lenders = dict.fromkeys(method.layer_names, method.source)
+    return made
+
+
 def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, list[int]]:
     """Return the rows that a config trains, by path of their module."""
     wanted = getattr(cfg, "trainable_token_indices", None)
@@ -405,7 +435,7 @@ def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[
                 f"Target modules {{'{name}'}} not found in the base model. Please check the target modules and try "
                 f"again (trainable_token_indices). Adapter '{adapter}'."
             )
-        out |= {path: list(indices) for path in paths}
+        out |= {path: list(indices) for path in paths if path not in tree.absent}
     return out
 
 

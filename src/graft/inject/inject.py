@@ -5,132 +5,28 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from graft.core.call import Call
 from graft.core.errors import gathering
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.shared import Shared
-from graft.core.site import Site
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
-from graft.inject.experts import LeftOut
-from graft.inject.parts import Parts, inside_out
-from graft.inject.report import InjectReport, Matched
+from graft.inject.job import Job
+from graft.inject.job import Options as Options
+from graft.inject.parts import inside_out
 from graft.inject.stage import draw_alike
-from graft.inject.survey import Place, Tree, Wrapper, survey
+from graft.inject.survey import Place, Tree, survey
 from graft.methods import ROWS
-from graft.prompts.base import Prompt
 from graft.storage import innermost, ready
 
 
-class Values(Protocol):
-    """A checkpoint's values, which an injection assigns in place of initial ones."""
-
-    @property
-    def names(self) -> Collection[str]:
-        """The checkpoint's keys."""
-        ...
-
-    def head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
-        ...
-
-    def check_room(self, numbers: float) -> None:
-        """Raise if that many numbers, to be made before the values are known, are out of proportion."""
-        ...
-
-    def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
-        """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
-        ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an adapter comes with, beside its name and config."""
-
-    upcast: bool = True  # train half-precision adapters in float32
-    on_meta: bool = False  # leave its tensors on the meta device
-    values: Values | None = None  # a checkpoint's, in place of initial ones
-    heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
-    state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
-
-
-def nobody() -> None:
-    """Do nothing: no calls of the model are under way."""
-
-
-@dataclass(eq=False)
-class Injection:
-    """One adapter on its way onto a model.
-
-    Args:
-        method: the Method class.
-        call: the Call of the model; a new one if it has none yet.
-        shared: the tensors that all layers of the model share; some methods add to it.
-        others: configs of the adapters that the model has, by name.
-        upcast: train half-precision adapters in float32.
-        on_meta: leave the adapter's tensors on the meta device.
-        values: a checkpoint's, in place of initial ones.
-        keys: adapt exactly these paths, whatever the config targets.
-        heads: modules to use (instead of copies of the base's) for `modules_to_save`, by name.
-        tree: a survey of the model, if one was just made.
-        mixed: layers may carry adapters of other methods.
-        close: waits until no call of the model is under way.
-        steps: those of the tuner that were replaced, to be asked.
-    """
-
-    model: nn.Module
-    config: Any
-    method: type[Method]
-    adapter: str
-    call: Call | None = None
-    shared: Shared = field(default_factory=Shared)
-    others: dict[str, Any] = field(default_factory=dict)
-    upcast: bool = True
-    on_meta: bool = False
-    values: Values | None = None
-    keys: Iterable[str] | None = None
-    heads: dict[str, nn.Module] | None = None
-    tree: Tree = None  # type: ignore[assignment]
-    mixed: bool = False
-    prompt: Prompt | None = None  # the adapter itself, if it is a prompt
-    close: Callable[[], None] = nobody  # closes the model's gate, before `commit`
-    steps: Any = None  # Steps
-
-    # found by `plan.find`
-    cfg: Any = None  # copy of the user's config with targets and the like filled in
-    report: InjectReport = field(init=False)
-    sites: dict[str, Site] = field(default_factory=dict)
-    methods: dict[str, Method] = field(default_factory=dict)  # one for each site and each follower, by path
-    along: set[str] = field(default_factory=set)  # paths of sites that came with that of the module around them
-    saved: list[str] = field(default_factory=list)  # paths of modules_to_save
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # path of an embedding → its rows that train
-    tied_modules: dict[str, str] = field(default_factory=dict)  # path of a tied module → path of its embedding
-    tied_rows: dict[str, str] = field(default_factory=dict)  # the same, where the embedding's rows train
-    absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
-    left: LeftOut = field(default_factory=LeftOut)  # experts that the config names by their old names, and their like
-    remote_sites: dict[str, Method] = field(default_factory=dict)  # methods of sites of other stages, by path
-    order: list[str] = field(default_factory=list)  # paths of sites, those of other stages among them
-    biases: list[nn.Parameter] = field(default_factory=list)  # biases of the base model that train
-    loose: list[nn.Module] = field(default_factory=list)  # layers whose bias trains and is no Parameter yet
-    released: list[Callable[[], None]] = field(default_factory=list)  # each undoes that such a bias has become one
-
-    # made by `build.build`
-    layers: dict[str, AdapterLayer] = field(default_factory=dict)
-    wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    ties: list[tuple[Method, Method]] = field(default_factory=list)  # (method of a follower, that of its embedding)
-    frozen_before: set[str] | None = None  # the base's parameters that did not train, by name; None if none did
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(self.layers, self.wrappers, self.shared, self.prompt)
+class Injection(Job):
+    """One adapter on its way onto a model, step by step."""
 
     def run(self) -> Injection:
         """Put the adapter on the model, in place, inactive and frozen.
@@ -142,13 +38,12 @@ class Injection:
             with collector_paused(), gathering() as say:
                 self.find()
                 draw_alike(self.tree.modules.values())
-                before = list(self.shared.containers)
                 build.build(self)
             try:
                 say()
                 self.close()
             except BaseException:
-                self.undo(before)
+                self.undo()
                 raise
             self.commit()
         self.config.__dict__.update(self.cfg.__dict__)
@@ -177,13 +72,6 @@ class Injection:
         if undo is not None and not keep:
             undo()
 
-    def count_saved(self) -> None:
-        """Note in the report the modules that would train whole."""
-        for key in self.saved:
-            module = self.tree.modules[key]
-            size = sum(p.numel() for p in module.parameters())
-            self.report.modules_to_save.append(Matched(key, type(module).__name__, size))
-
     def commit(self) -> None:
         """Attach layers and wrappers; freeze the base under its first adapter. Nothing here can fail."""
         tree = self.tree
@@ -210,19 +98,7 @@ class Injection:
                 module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
                 attach(tree.places[key], module.train(tree.modules[key].training))
         for bias in self.biases:
-            bias.requires_grad = True
-
-    def undo(self, shared_before: Iterable[str]) -> None:
-        """Take back all that `build` made. shared_before: names of the shared containers before it."""
-        for layer in self.layers.values():
-            layer.rollback()
-            layer.forget(self.adapter)
-        for wrapper in self.tree.wrappers.values():
-            wrapper.forget(self.adapter)
-        for release in self.released:
-            release()
-        self.shared.forget(self.adapter)
-        self.shared.take_out(set(self.shared.containers) - set(shared_before))
+            bias.requires_grad = True  # type: ignore[union-attr]  # `build` has made Parameters of them
 
 
 def inject(model: nn.Module, config: Any, method: type[Method], adapter: str, **options: Any) -> Injection:

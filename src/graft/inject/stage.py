@@ -18,6 +18,7 @@ from graft.core.layer import layer_for
 from graft.core.method import Method, Use
 from graft.core.random import made_on, set_states, states
 from graft.core.site import Site
+from graft.inject.job import Job
 from graft.inject.match import Matcher
 from graft.storage import group_of, innermost
 from graft.storage.flat import sendable
@@ -67,20 +68,20 @@ def below(path: str, absent: Iterable[str]) -> bool:
     return any(path == key or path.startswith(f"{key}.") for key in absent)
 
 
-def remote_sites(job: Any) -> dict[str, Site]:
+def remote_sites(job: Job) -> dict[str, Site]:
     """Return the sites of an Injection in the model's order, with those that other stages have.
 
     A site of an absent block looks as that of a block that is here. It draws its initial values as well, which nobody
     keeps: so each stage has those that one process would have drawn.
     """
-    absent, cfg = job.absent, job.cfg
+    absent, cfg = job.tree.absent, job.cfg
     lists = {p for p in absent.values() if isinstance(job.tree.modules.get(p), (nn.ModuleList, nn.ModuleDict))}
     if not lists or job.keys is not None:
-        return dict(job.sites)
+        return dict(job.targets.sites)
     matcher = Matcher(cfg)
     out: dict[str, Site] = {}
     done: set[str] = set()
-    for key, site in job.sites.items():
+    for key, site in job.targets.sites.items():
         parent = next((p for p in lists if key.startswith(f"{p}.")), None)
         if parent is None:
             out[key] = site
@@ -98,17 +99,17 @@ def remote_sites(job: Any) -> dict[str, Site]:
     return out
 
 
-def in_blocks(parent: str, job: Any, matcher: Matcher) -> Iterator[tuple[str, Site]]:
+def in_blocks(parent: str, job: Job, matcher: Matcher) -> Iterator[tuple[str, Site]]:
     """Yield the sites in all blocks of a list, in order, by those of the first block that has some."""
     sites: dict[str, dict[str, Site]] = {}  # by block, by path below it
-    for key, site in job.sites.items():
+    for key, site in job.targets.sites.items():
         if key.startswith(f"{parent}."):
             name, _, rest = key.removeprefix(f"{parent}.").partition(".")
             sites.setdefault(name, {})[rest] = site
     model = next(iter(sites.values()))
     for name in job.tree.modules[parent]._modules:
         path = f"{parent}.{name}"
-        if path not in job.absent:
+        if path not in job.tree.absent:
             yield from ((f"{path}.{rest}", site) for rest, site in sites.get(name, {}).items())
             continue
         for rest, site in model.items():
@@ -128,25 +129,26 @@ def draw(method: Method, shared: dict[str, Any], call: Call) -> None:
             method.init()
 
 
-def check_alone(job: Any) -> None:
+def check_alone(job: Job) -> None:
     """Raise UnsupportedLayerError if an adapter of a stage needs what other stages have.
 
     Call it after `lend` and `share`.
     """
-    if not job.absent:
+    if not job.tree.absent:
         return
     why = job.method.over_layers
     trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
     if why is None and trains:
         why = f"trains '{trains[0]}', which all layers share"
+    remote = {id(method) for key, method in job.order.items() if key not in job.methods}
     for method in job.methods.values():
-        other = next((s for s in method.lenders.values() if s.site.key in job.remote_sites), None)
+        other = next((s for s in method.lenders.values() if id(s) in remote), None)
         if why is None and other is not None:
             why = f"uses tensors of layer '{other.site.key}' in layer '{method.site.key}'"
     if why is not None:
         raise UnsupportedLayerError(
-            f"{job.method.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(job.absent)} "
-            f"modules, such as '{next(iter(job.absent))}'. Adapter '{job.adapter}': use a method whose layers are "
+            f"{job.method.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(job.tree.absent)} "
+            f"modules, such as '{next(iter(job.tree.absent))}'. Adapter '{job.adapter}': use a method whose layers are "
             "independent, such as LORA, or tensor parallelism."
         )
 
@@ -172,7 +174,7 @@ def draw_alike(modules: Iterable[nn.Module]) -> None:
     set_states(alike)
 
 
-def agree(job: Any) -> None:
+def agree(job: Job) -> None:
     """Give an Injection's new tensors the values of the group's first process, whatever each has drawn.
 
     Raises:
@@ -183,7 +185,7 @@ def agree(job: Any) -> None:
     for device in dict.fromkeys(t.device for t in tensors):
         here = [t for t in tensors if t.device == device]
         data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in here])
-        if job.values is not None:
+        if job.options.values is not None:
             check_equal(data, job.adapter, group)
             continue
         dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
@@ -192,7 +194,7 @@ def agree(job: Any) -> None:
             t.data.copy_(part.clone().view(t.dtype).view(t.shape))
 
 
-def tensors_of(job: Any) -> Iterator[Tensor]:
+def tensors_of(job: Job) -> Iterator[Tensor]:
     """Yield the tensors of an Injection's adapter, each once, in the same order on all processes."""
     seen: set[int] = set()
     shared = [slot.tensor for slot in job.shared.slots(job.adapter)]

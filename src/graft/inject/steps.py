@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError
 from graft.core.site import Site
+from graft.inject.job import Job
 from graft.inject.match import Verdict, unmatched
 from graft.inject.parts import registry_of
 from graft.inject.report import Skipped
@@ -39,7 +41,7 @@ class Noted(NamedTuple):
 class Steps:
     """The replaced steps of one injection. replaced: their names."""
 
-    job: Any  # the Injection
+    job: Job
 
     def __init__(self, tuner: Any, replaced: list[str]):
         self.tuner, self.replaced = tuner, replaced
@@ -50,7 +52,7 @@ class Steps:
         self.cast = False
 
     @contextmanager
-    def asking(self, job: Any) -> Iterator[None]:
+    def asking(self, job: Job) -> Iterator[None]:
         """Let the block ask; put back modules that a replacement has changed if it raises."""
         self.job, self.paths = job, paths_of(job.tree)
         held = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
@@ -60,8 +62,8 @@ class Steps:
         try:
             yield
             if CAST in self.replaced:
-                self._ask(CAST, adapter_name=job.adapter, autocast_adapter_dtype=job.upcast)
-                job.upcast = self.cast
+                self._ask(CAST, adapter_name=job.adapter, autocast_adapter_dtype=job.options.upcast)
+                job.options = replace(job.options, upcast=self.cast)
             self._check_intact(held)
         except BaseException:
             for parent, name, module in held:
@@ -117,7 +119,7 @@ class Steps:
         self.before = copy.copy(self.job.cfg)
         if CREATE not in self.replaced:
             return
-        targets, self.job.sites = self.job.sites, {}
+        targets, self.job.targets.sites = self.job.targets.sites, {}
         for path in targets:
             self._create(path)
 
@@ -126,17 +128,17 @@ class Steps:
         if CREATE not in self.replaced:
             return
         job = self.job
-        for path in [k for k, source in job.tied_modules.items() if source in job.sites]:
+        for path in [k for k, source in job.targets.tied.items() if source in job.targets.sites]:
             before = dict(self.noted)
             self._create(path)
             new = self.noted.keys() - before.keys()
             if new - {path}:
                 raise UnsupportedLayerError(
                     f"{self.of(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to "
-                    f"'{job.tied_modules[path]}' and has its tensors: leave ensure_weight_tying off in the config "
+                    f"'{job.targets.tied[path]}' and has its tensors: leave ensure_weight_tying off in the config "
                     f"of adapter '{job.adapter}'."
                 )
-            del (job.sites if new else job.tied_modules)[path]
+            del (job.targets.sites if new else job.targets.tied)[path]
         if self.asked and not self.noted:
             raise NoMatchingPeftModuleError(
                 f"Adapter '{job.adapter}' adapts nothing: {self.of(CREATE)}, left out all {len(self.asked)} targets, "
@@ -158,16 +160,16 @@ class Steps:
 
     # parameters
 
-    def parameters(self, job: Any) -> tuple[dict[str, Site], Idle]:
+    def parameters(self, job: Job) -> tuple[dict[str, Site], Idle]:
         """Return what `parameters_of` does, as the steps have it."""
         before = set(self.noted)
         if PARAMETERS in self.replaced:
             names = {"peft_config": job.cfg, "model": job.model, "adapter_name": job.adapter}
-            self._ask(PARAMETERS, **names, low_cpu_mem_usage=job.on_meta)
+            self._ask(PARAMETERS, **names, low_cpu_mem_usage=job.options.on_meta)
             idle = {} if len(self.noted) > len(before) else unmatched(job.cfg.target_parameters, set(), ())
         else:
             idle = self.search(job.cfg)[1]
-        return {key: job.sites[key] for key in self.noted if key not in before}, idle
+        return {key: job.targets.sites[key] for key in self.noted if key not in before}, idle
 
     def search(self, cfg: Any) -> tuple[list[str], Idle]:
         """Adapt the parameters that a config names; return their paths, and the entries that name none."""
@@ -220,7 +222,7 @@ class Steps:
                 "another module of the model with its parent and its name there, each once; or nothing, to leave the "
                 "target out."
             )
-        job.sites[site_key] = site
+        job.targets.sites[site_key] = site
         self.noted[site_key] = Noted(key, None if cfg == self.before else copy.copy(cfg))
 
     def handed_on(self, key: str) -> tuple[Any, str]:

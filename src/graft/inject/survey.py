@@ -218,6 +218,7 @@ class Tree:
     )  # layers of parameters of one module, by its path
     ops: dict[type, Op] = field(default_factory=dict)  # of types of modules that only this injection knows
     parameters: int = 0
+    absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
     checkpointing: bool = False  # some module has gradient checkpointing switched on
 
     @cached_property

@@ -16,6 +16,7 @@ from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.core.site import Site
 from graft.inject.beside import matches
+from graft.inject.job import Job
 from graft.inject.match import Matcher, Names, minimal_names, unmatched
 from graft.inject.report import Skipped
 from graft.inject.survey import COMPOSED, Tree, kind_of, parameter_site, site_of, uncovered
@@ -183,7 +184,7 @@ Found = list[tuple[str, str, str]]  # path of a parameter, path of its module, i
 Idle = dict[str, list[tuple[str, int]]]  # entries of a config that name nothing, each with similar names
 
 
-def parameters_of(job: Any) -> tuple[dict[str, Site], Idle]:
+def parameters_of(job: Job) -> tuple[dict[str, Site], Idle]:
     """Return the sites of the parameters that `target_parameters` names, by path; and the entries that name none."""
     if job.steps is not None:
         return job.steps.parameters(job)  # type: ignore[no-any-return]
@@ -191,7 +192,7 @@ def parameters_of(job: Any) -> tuple[dict[str, Site], Idle]:
     return dict(parameter_target(job, path, name) for _, path, name in found), idle
 
 
-def search_parameters(job: Any, cfg: Any) -> tuple[Found, Idle]:
+def search_parameters(job: Job, cfg: Any) -> tuple[Found, Idle]:
     """Return the parameters that a config names, in the model's order; and the entries that name none."""
     if job.keys is not None:
         raise ConfigError(
@@ -226,7 +227,7 @@ def search_parameters(job: Any, cfg: Any) -> tuple[Found, Idle]:
     return found, unmatched(cfg.target_parameters, used, paths)
 
 
-def parameter_target(job: Any, key: str, name: str) -> tuple[str, Site]:
+def parameter_target(job: Job, key: str, name: str) -> tuple[str, Site]:
     """Return the site of a parameter of the module at path `key`, and the path that it stands under.
 
     Raises:
@@ -246,11 +247,11 @@ def is_packed_layer(base: nn.Module, name: str) -> bool:
     return name == "weight" and find_op(base).linear and find_store(base) is not DENSE
 
 
-def check_parameter(job: Any, path: str, key: str, module: nn.Module, name: str) -> None:
+def check_parameter(job: Job, path: str, key: str, module: nn.Module, name: str) -> None:
     """Raise UnsupportedLayerError unless the parameter can be adapted by itself."""
     base: Any = innermost(module)
     why = None
-    if (carrier_of(module) is not None and key not in job.tree.nests) or key in job.sites:
+    if (carrier_of(module) is not None and key not in job.tree.nests) or key in job.targets.sites:
         kind = kind_of(module)
         why = (
             f"Trying to wrap an `nn.Parameter` of layer '{key}' of type {kind}, which is not a valid target: the "

@@ -20,9 +20,8 @@ from graft.core.shared import Shared
 from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
 from graft.inject.report import InjectReport, Matched
-from graft.inject.survey import kind_of, site_of, survey
+from graft.inject.survey import survey
 from graft.methods import ROWS, PeftType, config_of, method_of
-from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
 from graft.model.registry import unless_it_fails
@@ -143,26 +142,20 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
 
 
 def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectReport:
-    report, modules = made.report, made.tree.modules
+    report = made.report
     with torch.device("meta"):
         shared = Shared()
         if method.shares:
-            values = method.share(Layers(made.model, list(made.sites.values()), made.cfg))
+            values = method.share(Layers(made.model, [m.site for m in made.here.values()], made.cfg))
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
-        for key in made.sites:
-            report.matched.append(matched(made.methods[key], shared.attached()))
+        for m in made.here.values():
+            report.matched.append(matched(m, shared.attached()))
     sizes = {m.name: m.parameters for m in report.matched}
-    for key, source in made.tied_modules.items():
-        if source in sizes:
-            size = 0 if method.always_tied else sizes[source]
-            report.matched.append(Matched(key, kind_of(modules[key]), size))
-    made.count_saved()
-    for key, indices in made.tokens.items():
-        if key not in made.tied_rows:
-            site = site_of(key, modules[key], made.tree)
-            rows = TrainableTokens(site, TrainableTokensConfig(token_indices=indices), adapter_name)
-            size = matched(rows, {}).parameters
-            report.modules_to_save.append(Matched(key, f"{len(indices)} tokens", size))
+    for key, m in made.methods.items():
+        if m.source is not None:
+            size = 0 if m.always_tied else sizes[m.source.site.key]
+            report.matched.append(Matched(key, m.site.type_name, size))
+    made.count_beside()
     return report
 
 

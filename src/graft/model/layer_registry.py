@@ -91,10 +91,7 @@ class LayerRegistry(MergingRegistry):
             mixed=self.mixed,
             close=self.close,
             steps=Steps(self.holder, theirs) if theirs else None,
-            upcast=options.upcast,
-            on_meta=options.on_meta,
-            values=options.values,
-            heads=options.heads,
+            options=options,
             keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
         )
         for name, container in self.shared.modules().items():

@@ -80,7 +80,7 @@ class Prompts(Registry):
         prompts._begin(model, config)
         cfg = copy.copy(config)
         made = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
-        made.count_saved()
+        made.count_beside()
         prompts._fit(cfg)
         with torch.random.fork_rng(devices=()):
             made.report.matched.append(matched(prompts._made(cfg)))
@@ -110,7 +110,7 @@ class Prompts(Registry):
         prompt.to(self.stacks["main"].device)
         done = inject(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            values=options.values, keys=(), heads=options.heads, prompt=prompt, close=self.close,
+            options=options, keys=(), prompt=prompt, close=self.close,
         )  # fmt: skip
         own = matched(prompt)
         prompt.train(self.model.training)

@@ -121,7 +121,7 @@ def parameters_of(module: nn.Module, registry: Registry, adapter: str) -> Iterat
     slots = {name: list(registry.slots_of(name)) for name in registry.peft_config}
     own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
     adapted = [layer.base_module for layer in registry.parts_of(adapter).layers.values()]
-    biases, _ = biases_of(registry.peft_config[adapter], registry.model, adapted, list(registry.wrappers))
+    biases = biases_of(registry.peft_config[adapter], registry.model, adapted, list(registry.wrappers))
     own |= {id(bias) for bias in biases} - {id(slot.tensor) for held in slots.values() for slot in held}
     return ((name, p) for name, p in module.named_parameters() if id(p) in own)
 

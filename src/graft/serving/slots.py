@@ -99,20 +99,21 @@ class AdapterSlots:
             raise AlreadyInjectedError(
                 f"The model carries adapters already, on {some(carrying, 2)}: unload() them, or pass the base model."
             )
-        for key, site in found.sites.items():
+        sites = {key: method.site for key, method in found.methods.items()}
+        for key, site in sites.items():
             if not site.op.linear:
                 raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
-        refuse_pieces(found.sites.items(), "Slots serve outputs")
+        refuse_pieces(sites.items(), "Slots serve outputs")
         self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
-        first = next(iter(found.sites.values()))
+        first = next(iter(sites.values()))
         with torch.inference_mode(False):
             self._fills = [0]
             self._choice = Choice(first.store.where(first.module)[0], self._fills)
             self.layers = {
                 key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype)
-                for key, site in found.sites.items()
+                for key, site in sites.items()
             }
-        self._places = {key: found.tree.places[key] for key in found.sites}
+        self._places = {key: found.tree.places[key] for key in sites}
         for key, layer in self.layers.items():
             attach(self._places[key], layer)
         self._known: dict[str, Known] = {}

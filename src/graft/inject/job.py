@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adapter on its way onto a model: what it is asked for, what `find` has found, and what `build` has made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from graft.core.call import Call
+from graft.core.layer import AdapterLayer
+from graft.core.method import Method
+from graft.core.shared import Shared
+from graft.core.site import Site
+from graft.inject.beside import Head, shown
+from graft.inject.parts import Parts
+from graft.inject.report import InjectReport, Matched
+from graft.inject.survey import Tree, Wrapper
+from graft.methods.trainable_tokens import TrainableTokens
+from graft.prompts.base import Prompt
+
+
+class Values(Protocol):
+    """A checkpoint's values, which an injection assigns in place of initial ones."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The checkpoint's keys."""
+        ...
+
+    def head(self, key: str, module: nn.Module) -> nn.Module | None:
+        """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
+        ...
+
+    def check_room(self, numbers: float) -> None:
+        """Raise if that many numbers, to be made before the values are known, are out of proportion."""
+        ...
+
+    def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
+        """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an adapter comes with, beside its name and config."""
+
+    upcast: bool = True  # train half-precision adapters in float32
+    on_meta: bool = False  # leave its tensors on the meta device
+    values: Values | None = None  # a checkpoint's, in place of initial ones
+    heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
+    state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
+
+
+def nobody() -> None:
+    """Do nothing: no calls of the model are under way."""
+
+
+@dataclass
+class Targets:
+    """The modules and parameters that a config targets, as `find` goes on. Methods take their place."""
+
+    sites: dict[str, Site] = field(default_factory=dict)  # by path
+    along: set[str] = field(default_factory=set)  # paths of sites that came with that of the module around them
+    tied: dict[str, str] = field(default_factory=dict)  # path of a module tied to the embedding → path of that
+
+
+@dataclass(eq=False)
+class Job:
+    """An injection's question and answers.
+
+    Args:
+        method: the Method class.
+        call: the Call of the model; a new one if it has none yet.
+        shared: the tensors that all layers of the model share; some methods add to it.
+        others: configs of the adapters that the model has, by name.
+        keys: adapt exactly these paths, whatever the config targets.
+        tree: a survey of the model, if one was just made.
+        mixed: layers may carry adapters of other methods.
+        prompt: the adapter itself, if it is a prompt.
+        close: waits until no call of the model is under way.
+        steps: those of the tuner that were replaced, to be asked.
+    """
+
+    model: nn.Module
+    config: Any
+    method: type[Method]
+    adapter: str
+    call: Call | None = None
+    shared: Shared = field(default_factory=Shared)
+    others: dict[str, Any] = field(default_factory=dict)
+    options: Options = Options()
+    keys: Iterable[str] | None = None
+    tree: Tree = None  # type: ignore[assignment]
+    mixed: bool = False
+    prompt: Prompt | None = None
+    close: Callable[[], None] = nobody
+    steps: Any = None  # Steps
+
+    # found by `find.find`
+    cfg: Any = None  # copy of the user's config with targets and the like filled in
+    report: InjectReport = field(init=False)
+    targets: Targets = field(default_factory=Targets)
+    methods: dict[str, Method] = field(default_factory=dict)  # by path: of the targets, and of modules tied to them
+    beside: dict[str, Head | TrainableTokens] = field(default_factory=dict)  # of modules and rows that train along
+    order: dict[str, Method] = field(default_factory=dict)  # what draws, in the model's order, also on other stages
+    biases: list[nn.Parameter | nn.Module] = field(default_factory=list)  # that train; the layer of one that is packed
+
+    # made by `build.build`
+    layers: dict[str, AdapterLayer] = field(default_factory=dict)
+    wrappers: dict[str, Wrapper] = field(default_factory=dict)
+    takebacks: list[Callable[[], None]] = field(default_factory=list)  # what `undo` does beside forgetting the adapter
+    frozen_before: set[str] | None = None  # the base's parameters that did not train, by name; None if none did
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.layers, self.wrappers, self.shared, self.prompt)
+
+    @property
+    def here(self) -> dict[str, Method]:
+        """The methods in `order` whose layers this process has."""
+        return {key: method for key, method in self.order.items() if key in self.methods}
+
+    def count_beside(self) -> None:
+        """Note in the report what trains beside the layers."""
+        own = {key: method for key, method in self.beside.items() if method.source is None}
+        self.report.modules_to_save += [Matched(key, *shown(method)) for key, method in own.items()]
+
+    def undo(self) -> None:
+        """Take back all that `build` made."""
+        for layer in self.layers.values():
+            layer.rollback()
+            layer.forget(self.adapter)
+        for wrapper in self.tree.wrappers.values():
+            wrapper.forget(self.adapter)
+        self.shared.forget(self.adapter)
+        for takeback in self.takebacks:
+            takeback()

@@ -56,6 +56,16 @@ class Head(Method):
         self.modules_to_save.weight = source.modules_to_save.weight
 
 
+def check_one(host: Host, names: Sequence[str], shown_as: str, does: str) -> None:
+    """Raise ValueError if a host has several of these adapters, only one of which can act there."""
+    own = [n for n in names if n in host.methods]
+    if len(own) > 1:
+        raise ValueError(
+            f"Only one adapter can be set at a time for {shown_as}, got {own}: each {does} '{host.key}'. Activate one "
+            "of them."
+        )
+
+
 class ModulesToSaveWrapper(Host):
     """The host of heads: runs that of the active adapter; if it has none, the original."""
 
@@ -64,12 +74,7 @@ class ModulesToSaveWrapper(Host):
     modules_to_save: nn.ModuleDict
 
     def check_active(self, names: Sequence[str]) -> None:
-        own = [n for n in names if n in self.methods]
-        if len(own) > 1:
-            raise ValueError(
-                f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {own}: each has its own copy of "
-                f"'{self.key}'. Activate one of them."
-            )
+        check_one(self, names, "ModulesToSaveWrapper", "has its own copy of")
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
@@ -168,12 +173,7 @@ class RowsLayer(AdapterLayer):
     claim, takes_rows, beside = f"is {how} of", True, True
 
     def check_active(self, names: Sequence[str]) -> None:
-        own = [n for n in names if n in self.methods]
-        if len(own) > 1:
-            raise ValueError(
-                f"Only one adapter can be set at a time for TrainableTokensWrapper, got {own}: each trains rows of "
-                f"'{self.key}'. Activate one of them."
-            )
+        check_one(self, names, "TrainableTokensWrapper", "trains rows of")
 
 
 class TrainableTokensWrapper(Shell):

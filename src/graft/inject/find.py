@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import nn
@@ -89,7 +89,7 @@ def find(job: Job) -> None:
     check_rows(job.beside, job.methods, saved, tree)
     targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
     job.biases = biases_of(cfg, model, targeted, saved)
-    held: Iterable[Any] = (b.bias if isinstance(b, nn.Module) else b for b in job.biases)
+    held: list[Any] = [getattr(b, "bias", b) for b in job.biases]
     job.report.other_trainable = sum(b.numel() for b in held)
 
 

@@ -277,10 +277,7 @@ def survey(model: nn.Module) -> Tree:
         elif module._modules:
             visit(module, path)
 
-    def shared(layer: AdapterLayer) -> None:
-        base = layer.base_layer
-        for part in base.modules() if base._modules else (base,):
-            count(part)
+    def undone(layer: Any) -> None:
         if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
@@ -293,13 +290,12 @@ def survey(model: nn.Module) -> Tree:
         seen.add(base)
         count(base)
         for layer in live:
-            if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
-                owners[tied] = owners.get(tied, 0) + 1
+            undone(layer)
         visit(base, path)
 
-    def wrapped(module: Any, path: str) -> None:
-        base, layer = module.base_module, module.adapter_layer
-        if not module.adapters:
+    def wrapped(host: Any, path: str) -> None:
+        base = host.base_module
+        if not host.adapters:
             if not path:  # the model itself
                 return
             tree.vacant.append((places[path], base))
@@ -308,12 +304,10 @@ def survey(model: nn.Module) -> Tree:
             count(base)
             look_into(base, path)
             return
-        (tree.wrappers if module.beside else tree.layers)[path] = module
-        if layer is not None:
-            shared(layer)
-        else:
-            for part in base.modules():
-                count(part)
+        (tree.wrappers if host.beside else tree.layers)[path] = host
+        for part in base.modules() if base._modules else (base,):
+            count(part)
+        undone(host)
 
     count(model)
     look_into(model, "")

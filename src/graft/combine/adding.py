@@ -217,7 +217,7 @@ class Target(NamedTuple):
 
     def assign(self, value: Tensor) -> None:
         shape, dtype = self.slot.tensor.shape, self.slot.tensor.dtype
-        device = self.layer.store.where(self.layer.base_layer)[0]
+        device = self.layer.where[0]
         self.slot.assign(value.detach().reshape(shape).to(device=device, dtype=dtype).contiguous(), device)
 
 

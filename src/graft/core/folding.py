@@ -150,7 +150,7 @@ def change_of(m: Any) -> Change:
     """Return the change that a method makes to its layer without other adapters, which `why_none` has allowed."""
     layer, effect, op = m.layer, m.effect, m.site.op
     groups = op.groups(m.site.module)
-    with layer.store.at_hand(layer, None), evaluating(layer):
+    with layer.held.at_hand(layer), evaluating(layer):
         if isinstance(effect, LowRank) and not effect.gains:
             f = effect.factors()
             A, B = (wide(t) for t in f.unscaled())

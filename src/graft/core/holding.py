@@ -165,7 +165,7 @@ class Holding:
     @property
     def where(self) -> Where:
         """Device and dtype of the base weight."""
-        return self.store.where(self._modules[self.inner_name])
+        return self.store.where(self._modules[self.inner_name], self.site.parameter)
 
     def place(self, adapter: str, where: Where, upcast: bool = True) -> int:
         """Move a new adapter to a device and dtype, those of the base weight; half precision to float32 if `upcast`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +27,7 @@ from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Plan, plan_of, refuse_gates
 from graft.core.rows import OFF
-from graft.core.site import Site, Store
+from graft.core.site import Site, Store, Weight
 from graft.core.wrappers import HOOK, brought_in
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
@@ -62,9 +63,7 @@ SWAPS = Lock()
 class Host(Holding, Carrier, nn.Module):
     """A module of the base model and the methods on it: runs what those that are active make of the module."""
 
-    site: Site
     op: Op
-    store: Store
     call: Call
     state: LayerState
 
@@ -88,6 +87,14 @@ class Host(Holding, Carrier, nn.Module):
         return self._modules[self.inner_name]
 
     kept = base_module  # the module that unloading leaves
+
+    @property
+    def held(self) -> Weight:
+        """The base weight, as it is held now."""
+        module, site = self.base_module, self.site
+        while isinstance(module, Host):  # of another parameter
+            module = module.base_module
+        return Weight(module, site.parameter, self.op, self.store, site.shared)
 
     @property
     def key(self) -> str:  # type: ignore[override]
@@ -243,7 +250,7 @@ class AdapterLayer(PeftNames, Host):
     @property
     def weight_now(self) -> Tensor:
         """The canonical weight, with all that is merged into it."""
-        return self.op.canon(self.store.read(self.base_layer, self.site.parameter))
+        return self.held.canon()
 
     @property
     def bias_now(self) -> Tensor | None:
@@ -308,7 +315,7 @@ class AdapterLayer(PeftNames, Host):
         """Return the weight with the plan folded in, as the base layer stores it; gradients flow."""
         plan = None if self.call.off else self.state.plan
         if plan is None:
-            return self.store.read(self.base_layer, self.site.parameter)
+            return self.held.read()
         return self.op.uncanon(plan.fold(self.weight_now, self.bias_now)[0])
 
     def rewrite_base(self, W: Tensor) -> None:
@@ -324,8 +331,8 @@ class AdapterLayer(PeftNames, Host):
                 PeftWarning,
             )
             return
-        base, name = self.base_layer, self.site.parameter
-        why = self.store.unread(base, name) or self.store.fixed(base, name)
+        held = replace(self.held, shared=False)
+        why = held.unread() or held.fixed()
         if why is not None:
             raise UnsupportedLayerError(
                 f"An adapter cannot be initialised from the weight of layer '{self.site.key}', which it would change: "
@@ -333,14 +340,14 @@ class AdapterLayer(PeftNames, Host):
             )
 
         def restore() -> None:
-            with self.store.at_hand(self, base):
-                self.store.restore(base, name, before)
+            with held.at_hand(self, writes=True):
+                held.restore(before)
 
         rewriting = self.call.gate.change(f"rewriting the weight of layer '{self.key}'")
-        with rewriting, merging.lifted(self), self.store.at_hand(self, base):
-            before = self.store.snapshot(base, name, False)
+        with rewriting, merging.lifted(self), held.at_hand(self, writes=True):
+            before = held.snapshot()
             self.on_rollback(restore)
-            self.store.write(base, name, self.op.uncanon(W), False)
+            held.write(W)
 
     def move(self, module: nn.Module, op: Op, store: Store) -> None:
         """Have another module hold the base layer's values. Nothing may be merged."""
@@ -437,6 +444,8 @@ class ParameterLayer(AdapterLayer):
             return super()._own_forward(*args, **kwargs)
 
     _own_forward = forward
+
+    where = property(lambda self: self.held.where())  # the parameter's
 
     def get_param(self) -> nn.Parameter:
         """Return the parameter itself, without what adapters do."""

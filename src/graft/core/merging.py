@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if replaces(layer, names):  # one stands in for another
         check_together(layer, methods)
         modules = [m.effect.module() for m in methods if isinstance(m.effect, Replace)]
-        with layer.store.at_hand(layer, None) if safe else nullcontext():
+        with layer.held.at_hand(layer) if safe else nullcontext():
             if safe and not all(p.isfinite().all() for module in modules for p in module.parameters()):
                 raise ValueError(_broken(layer, names))
         return
@@ -117,7 +118,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if getattr(layer.base_layer, "bias", None) is None and any([shifts_bias(layer, m, asked) for m in methods]):
         raise NotImplementedError(_no_bias(layer, names))
     if safe:
-        with layer.store.at_hand(layer, None):
+        with layer.held.at_hand(layer):
             everything, start = in_order(layer, names)
             W, b = folded(layer, everything if start is None else start, from_w0=start is None)
         if not (W.isfinite().all() and (b is None or b.isfinite().all())):
@@ -132,11 +133,11 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
             return effect.fixed
     if any([effect.whole for effect in effects]):
         return None
-    base, store = layer.base_layer, layer.store
+    held = layer.held
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
         return why
-    why = store.fixed(base, layer.site.parameter)
-    bias = None if why is not None or getattr(base, "bias", None) is None else store.fixed(base, "bias")
+    why = held.fixed()
+    bias = None if why is not None or getattr(held.module, "bias", None) is None else replace(held, name="bias").fixed()
     if bias is not None:
         with evaluating(layer):
             shifted = any([effect.additive and shift_of(effect) is not None for effect in effects])
@@ -157,7 +158,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
     if kind in asked or not isinstance(m.effect, (LowRank, Update, Rewrite)):
         return False
     asked.add(kind)
-    with layer.store.at_hand(layer, None), evaluating(layer), torch.no_grad():
+    with layer.held.at_hand(layer), evaluating(layer), torch.no_grad():
         if not isinstance(m.effect, Rewrite):
             return shift_of(m.effect) is not None
         W = layer.weight_now
@@ -166,7 +167,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
 
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if what stands against merging is that the weight is packed, and can be read."""
-    packed = not layer.store.exact and layer.store.unread(layer.base_layer, layer.site.parameter) is None
+    packed = not layer.store.exact and layer.held.unread() is None
     packed = packed and layer.op.fixed(layer.get_base_layer()) is None
     return packed and all(m.effect.fixed is None for m in methods)
 
@@ -250,7 +251,7 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
         names = [*layer.state.merged, *names]
         unmerge(layer)
         new = steps
-    with layer.store.at_hand(layer, layer.base_layer), evaluating(layer):
+    with layer.held.at_hand(layer, writes=True), evaluating(layer):
         _write(layer, names, new, undoable)
 
 
@@ -280,7 +281,7 @@ def in_place(layer: Layer) -> Tensor | None:
     """Return the base weight if merging can add products to it in place: a matrix (out, fan_in), or a stack."""
     if not layer.store.live or layer.site.shared:
         return None
-    W = layer.op.canon(layer.store.read(layer.base_layer, layer.site.parameter).data)
+    W = layer.weight_now.data
     if type(W) is not Tensor or W.dtype not in (*FULL, *HALF) or W.dim() < 2:  # another type: one shard of it, say
         return None
     return W if W.dim() == 2 or layer.op.opaque else W.flatten(1) if W.is_contiguous() else None
@@ -313,12 +314,12 @@ def _snapshot(layer: Layer) -> Any:
     """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
-    return layer.store.snapshot(layer.base_layer, layer.site.parameter, layer.site.shared)
+    return layer.held.snapshot()
 
 
 @torch.no_grad()
 def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    base, name, shared, state = layer.base_layer, layer.site.parameter, layer.site.shared, layer.state
+    state = layer.state
     products = _products(steps)
     W = None if products is None else in_place(layer)
     if products is not None and W is not None:
@@ -350,7 +351,7 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
         state.survived.append(survival(before, wide))  # now, as writing may change what was read
-    replaced = layer.store.write(base, name, layer.op.uncanon(rounded), shared)
+    replaced = layer.held.write(rounded)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
     if not layer.store.exact:
@@ -379,12 +380,12 @@ def unmerge(layer: Layer) -> None:
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
         _change_places(layer, state.merged[0])
-    with layer.store.at_hand(layer, layer.base_layer) if state.undo else nullcontext():
+    with layer.held.at_hand(layer, writes=True) if state.undo else nullcontext():
         for kind, kept, bias in reversed(state.undo):
             if kind == "subtract":
                 _subtract(layer, kept)
             elif kept is not None:
-                layer.store.restore(layer.base_layer, layer.site.parameter, kept)
+                layer.held.restore(kept)
             if bias is not None:
                 layer.write_bias(bias)
     state.undo.clear()
@@ -449,12 +450,12 @@ def lifted(layer: Layer) -> Iterator[None]:
 @torch.no_grad()
 def unmerged(layer: Layer) -> Tensor:
     """Return the weight, as stored, without merged adapters."""
-    W: Tensor = layer.store.read(layer.base_layer, layer.site.parameter)
+    W = layer.held.read()
     for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
             W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
         elif state is not None:
-            W = layer.store.kept(layer.base_layer, layer.site.parameter, state).to(W.device)  # the model may have moved
+            W = layer.held.kept(state).to(W.device)  # the model may have moved
     return W
 
 
@@ -486,6 +487,5 @@ def _subtract(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
         if wide is not matrix:
             matrix.copy_(wide)
         return
-    name = layer.site.parameter  # the model was sharded since, say
-    W = _without(layer, layer.op.canon(layer.store.read(layer.base_layer, name)), factors)
-    layer.store.write(layer.base_layer, name, layer.op.uncanon(W), False)
+    held = replace(layer.held, shared=False)  # the model was sharded since, say
+    held.write(_without(layer, held.canon(), factors))

@@ -101,7 +101,7 @@ class PeftNames:
 
     def get_base_weight(self: Layer) -> Tensor:
         """Return the weight as the base layer stores it, dense."""
-        return self.store.read(self.get_base_layer(), self.site.parameter)
+        return self.held.read()
 
     def get_delta_weight(self: Layer, adapter: str) -> Tensor:
         """Return ΔW of `adapter` in the orientation that the base layer stores.

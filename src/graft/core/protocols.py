@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.core.containers import Slot
 from graft.core.method import Method
 from graft.core.ops import Op
-from graft.core.site import Site, Store
+from graft.core.site import Site, Store, Weight
 
 
 class Layer(Protocol):
@@ -33,6 +33,8 @@ class Layer(Protocol):
     def base_layer(self) -> Any: ...
     @property
     def base_module(self) -> Any: ...
+    @property
+    def held(self) -> Weight: ...
     @property
     def weight_now(self) -> Tensor: ...
     @property

@@ -29,8 +29,51 @@ class Store(Protocol):
     def kept(self, m: nn.Module, name: str, state: Any) -> Tensor: ...  # the values of a snapshot
     def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any: ...
     def restore(self, m: nn.Module, name: str, state: Any) -> None: ...
-    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]: ...
+    def where(self, m: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]: ...
     def protect(self, y: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Weight:
+    """A tensor of a module, bound as it is now: who keeps one misses that another module comes in the place of this."""
+
+    module: nn.Module
+    name: str
+    op: Op
+    store: Store
+    shared: bool = False  # tied to another module
+
+    def unread(self) -> str | None:
+        return self.store.unread(self.module, self.name)
+
+    def fixed(self) -> str | None:
+        return self.store.fixed(self.module, self.name)
+
+    def at_hand(self, layer: Any, writes: bool = False) -> AbstractContextManager[None]:
+        return self.store.at_hand(layer, self.module if writes else None)
+
+    def read(self) -> Tensor:
+        """Return the tensor as the module stores it."""
+        return self.store.read(self.module, self.name)
+
+    def canon(self) -> Tensor:
+        return self.op.canon(self.read())
+
+    def write(self, W: Tensor) -> nn.Module | None:
+        """Write a canonical weight; return a module that has to take the place of this one, if so."""
+        return self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
+
+    def kept(self, state: Any) -> Tensor:
+        return self.store.kept(self.module, self.name, state)
+
+    def snapshot(self) -> Any:
+        return self.store.snapshot(self.module, self.name, self.shared)
+
+    def restore(self, state: Any) -> None:
+        self.store.restore(self.module, self.name, state)
+
+    def where(self) -> tuple[torch.device | None, torch.dtype | None]:
+        return self.store.where(self.module, self.name)
 
 
 @dataclass
@@ -66,6 +109,10 @@ class Site:
         self.measure()
 
     @property
+    def weight(self) -> Weight:
+        return Weight(self.module, self.parameter, self.op, self.store, self.shared)
+
+    @property
     def fan_in(self) -> int:
         return prod(self.shape[1:])
 
@@ -82,7 +129,7 @@ class Site:
     @property
     def on_meta(self) -> bool:
         """Return True if there is no weight yet, so that values for it would be lost."""
-        device = self.store.where(self.module)[0]
+        device = self.weight.where()[0]
         return device is not None and device.type == "meta"
 
     @property

@@ -133,7 +133,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
         add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
         made = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
         for slot in empty:
-            slot.assign(made[slot.container, slot.path], layer.store.where(layer.base_layer)[0])
+            slot.assign(made[slot.container, slot.path], layer.where[0])
         spare.rollback()  # the base weight changes by what the layer itself holds
     for layer in parts.layers.values():
         layer.methods[adapter].loaded()
@@ -238,7 +238,7 @@ def share(job: Job) -> None:
         for layer in job.tree.layers.values() if reads else ():
             if layer.merged_adapters:
                 stack.enter_context(lifted(layer))
-        where = sites[0].store.where(sites[0].module)
+        where = sites[0].weight.where()
         stack.enter_context(made_on(where[0]))
         values = job.method.share(layers)
     method = job.method

@@ -214,7 +214,7 @@ def by_itself(method: Method) -> str | None:
         return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
     if (reason := unfolded(method)) is not None:
         return reason
-    why = site.store.unread(site.module, site.parameter)
+    why = site.weight.unread()
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
@@ -317,7 +317,6 @@ def check_rows(
             raise UnsupportedLayerError(
                 f"trainable_token_indices cannot be applied to modules of type {type(module)}, {name}: {why}."
             )
-    for key, method in rows.items():
         if (why := method.check()) is not None:
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 

@@ -72,7 +72,7 @@ class Entry:
             put(self.owner, self.attribute, value)
             return
         value = spread(value, self.tensor)
-        device = None if self.layer is None else self.layer.store.where(self.layer.base_layer)[0]
+        device = None if self.layer is None else self.layer.where[0]
         if value.device != device or value.dtype != self.tensor.dtype:
             value = value.to(device=device, dtype=self.tensor.dtype)
         where = self.where

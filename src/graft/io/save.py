@@ -234,7 +234,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
         if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in tensors_below(module.base_layer).items()}
-                if module.store.unread(module.base_layer, module.site.parameter) is None:
+                if module.held.unread() is None:
                     out[f"{key}.base_layer.weight"] = unmerged(module)
         elif not targeted and any(module is m for m in layers):
             out |= {f"{key}.{n}": p for n, p in tensors_below(module).items()}

@@ -88,7 +88,7 @@ class AdaptionPrompt(Method):
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, cfg = self.site, self.cfg
         projection: Any = site.module._modules["c_attn" if fused(site.module) else "q_proj"]
-        hidden, dtype = find_op(projection).dims(projection)[1], site.store.where(site.module)[1]
+        hidden, dtype = find_op(projection).dims(projection)[1], site.weight.where()[1]
         return dict(
             adaption_prompt=nn.Parameter(torch.empty(1, cfg.adapter_len or 0, hidden, dtype=dtype)),
             adaption_gate=nn.Parameter(torch.empty(1, dtype=dtype)),

@@ -86,7 +86,7 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     if V.is_meta or any(site.on_meta for site in sites):
         return V.to("meta")
     last = {order(site.key): site for site in sites}  # of an encoder and a decoder PEFT takes the decoder's alone
-    weights = [site.op.canon(site.store.read(site.module, site.parameter)) for _, site in sorted(last.items())]
+    weights = [site.weight.canon() for _, site in sorted(last.items())]
     stack = torch.cat([W.detach().flatten(1).to("cpu", torch.float32) for W in weights])
     if len(stack) < n:
         Vh: Tensor = torch.linalg.svd(stack, full_matrices=True).Vh

@@ -388,7 +388,7 @@ def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     base = layer.base_layer
     if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):
         return ()  # processes would have to read it together
-    if layer.store.unread(base, layer.site.parameter):
+    if layer.held.unread():
         return ()
     with evaluating(layer):
         W = layer.W0

@@ -143,7 +143,7 @@ class XLoraRegistry(LayerRegistry):
         self.places = {key: i for i, key in enumerate(order)}
         self.expert_places = {name: i for i, name in enumerate(names)}
         first = self.layers[order[0]]
-        where = dict(device=first.store.where(first.base_layer)[0], dtype=next(self.model.parameters()).dtype)
+        where = dict(device=first.where[0], dtype=next(self.model.parameters()).dtype)
         if on_meta:
             where["device"] = META
         made = XLoraClassifier(config, len(names), len(order), where)

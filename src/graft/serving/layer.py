@@ -94,7 +94,7 @@ class SlotLayer(nn.Module):
         self.base_layer = site.module
         self.site, self.choice, self.keep = site, choice, keep
         self.output_is_new = site.op.output_is_new and site.store.exact and is_stock(site.module)
-        device, base = site.store.where(site.module)
+        device, base = site.weight.where()
         like = torch.empty(0, device=device, dtype=dtype) if dtype else moved(torch.empty(0), device, base, True)
         self.register_buffer("A", like.new_zeros(slots + 1, rank, site.in_features), persistent=False)
         self.register_buffer("B", like.new_zeros(slots + 1, rank, site.out_features), persistent=False)

@@ -108,7 +108,7 @@ class AdapterSlots:
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
             self._fills = [0]
-            self._choice = Choice(first.store.where(first.module)[0], self._fills)
+            self._choice = Choice(first.weight.where()[0], self._fills)
             self.layers = {
                 key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype)
                 for key, site in sites.items()

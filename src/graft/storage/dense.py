@@ -157,10 +157,10 @@ class Dense:
         else:
             getattr(m, name).data.copy_(state)
 
-    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        p, owner = m._parameters.get("weight"), m
+    def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
+        p, owner = m._parameters.get(name), m
         if p is None:
-            p = getattr(m, "weight", None)
+            p = getattr(m, name, None)
         if p is None:  # a block: hooks bring in what each module in it has
             owner, p = next(((o, p) for o in m.modules() for p in o._parameters.values() if p is not None), (m, None))
         if p is None:

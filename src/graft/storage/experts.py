@@ -154,7 +154,7 @@ class PackedStack(Dense):
     def restore(self, m: nn.Module, name: str, state: Held) -> None:
         state.to(self.held(m).device).put(m, self.parameter)
 
-    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         held = self.held(m)
         return computes_on(m, held.device), held.dtype
 

@@ -42,47 +42,6 @@ def innermost(module: Any) -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-class Within:
-    """Does as another store, on the innermost module. `where` says where the one parameter is."""
-
-    def __init__(self, store: Store, parameter: str):
-        self.store, self.parameter = store, parameter
-        self.name, self.live, self.exact = store.name, store.live, store.exact
-
-    def unread(self, m, name):
-        return self.store.unread(innermost(m), name)
-
-    def fixed(self, m, name):
-        return self.store.fixed(innermost(m), name)
-
-    def at_hand(self, layer, written):
-        return self.store.at_hand(layer, written)
-
-    def read(self, m, name):
-        return self.store.read(innermost(m), name)
-
-    def write(self, m, name, W, shared):
-        return self.store.write(innermost(m), name, W, shared)
-
-    def kept(self, m, name, state):
-        return self.store.kept(innermost(m), name, state)
-
-    def snapshot(self, m, name, shared):
-        return self.store.snapshot(innermost(m), name, shared)
-
-    def restore(self, m, name, state):
-        self.store.restore(innermost(m), name, state)
-
-    def where(self, m) -> tuple[torch.device | None, torch.dtype | None]:
-        p = innermost(m)._parameters.get(self.parameter)
-        if p is None or isinstance(self.store, PackedStack):
-            return self.store.where(innermost(m))
-        return self.store.where(innermost(m))[0] if p.is_meta else p.device, p.dtype if p.is_floating_point() else None
-
-    def protect(self, y):
-        return self.store.protect(y)
-
-
 DENSE: Store = Dense()
 FOREIGN: Store = Foreign()
 PACKED: Store = Packed()
@@ -135,10 +94,10 @@ def marked(module: nn.Module) -> Store | None:
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
     if stacks.kind_of(module, name) is not None:
-        return Within(PackedStack(name), name)
+        return PackedStack(name)
     own = STORES.find(type(module))
     store = of_tensor(module, name) if own is None else own
-    return Within(PACKED if store is FOREIGN or isinstance(own, Quantized) else store, name)
+    return PACKED if store is FOREIGN or isinstance(own, Quantized) else store
 
 
 def of_tensor(module: nn.Module, name: str) -> Store:
@@ -154,4 +113,4 @@ def of_tensor(module: nn.Module, name: str) -> Store:
 def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Return device and dtype of the first weight in a module; if offloaded, the device on which it computes."""
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
-    return find_store(first).where(first)
+    return find_store(first).where(first, "weight")

@@ -193,7 +193,7 @@ class ByIdentity(OwnModule):
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return dtype_of(m)
 
-    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         return computes_on(m, next((t.device for t in tensors_of(m)), None)), self.compute_dtype(m)
 
     def strange(self, m: nn.Module) -> str | None:

@@ -98,7 +98,7 @@ class Quantized(Dense):
         device = self.where(m)[0]
         self.put(m, {part: moved(value, device) for part, value in state.items()})
 
-    def where(self, m: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
         found = (getattr(m, part) for part in self.parts)
         device = next((t.device for t in found if isinstance(t, Tensor)), None)
         return computes_on(m, device), self.compute_dtype(m)

@@ -147,7 +147,7 @@ def preprocess_corda(
             items = tqdm(items, desc="Collecting eigens")
         made = {}
         for key, m in items:
-            W = m.site.op.canon(m.site.store.read(m.site.module, m.site.parameter)).detach()
+            W = m.site.weight.canon().detach()
             made[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
         store(cfg.cache_file, {f"{key}.{EIGENS}.{n}": getattr(e, n) for key, e in made.items() for n in NAMES})
     for key, m in methods.items():
@@ -235,7 +235,7 @@ def preprocess_loraga(
         made = gradients_of(model, methods, train_step)
         store(cache_file, {f"{key}.{GRADIENT}": G for key, G in made.items()})
     for key, m in methods.items():
-        setattr(m.site.module, GRADIENT, made[key].to(m.site.store.where(m.site.module)[0]))
+        setattr(m.site.module, GRADIENT, made[key].to(m.site.weight.where()[0]))
 
 
 def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], Any], step: float) -> None:

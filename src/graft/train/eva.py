@@ -301,7 +301,7 @@ def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tenso
     if A is None or r != method.cfg.r or now.is_meta:
         cfg = copy.copy(method.cfg)
         cfg.r, cfg.lora_alpha = r, alpha
-        names, upcast = list(layer.methods), now.dtype != layer.store.where(layer.base_layer)[1]
+        names, upcast = list(layer.methods), now.dtype != layer.where[1]
         layer.drop(adapter)
         made = type(method)(layer.site, cfg, adapter)
         layer.add(made, made.build({}))

@@ -40,7 +40,7 @@ class MiCA(LoRA):
         layer, site = self.layer, self.site
         if site.on_meta:
             return
-        why = site.store.unread(site.module, site.parameter)
+        why = site.weight.unread()
         if why is not None:
             raise UnsupportedLayerError(
                 f"Target module {site.key} ({site.type_name}) is not supported. MiCA needs its weight, and {why}."

@@ -78,6 +78,7 @@ WARNED = [
         MATRICES + "core/test_sparing.py methods/test_shadow.py",
     ),
     Warned("Found missing adapter keys", "files lack keys, to be reported", "compat/test_reports.py"),
+    Warned("Nearly all gates of", "FineGates that begin as the identity", MATRICES),
     Warned("With use_khatri_rao", "LoHa's other start", MATRICES),
     Warned("The invocation tokens of aLoRA", "random tokens may be without them", MATRICES),
     Warned(

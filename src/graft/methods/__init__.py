@@ -63,6 +63,7 @@ METHODS: dict[str, Row] = {
     "XLORA": Row("methods.xlora:XLora", "XLoraConfig", "XLoraModel", "model.experts:XLoraTuner"),
     "ADAPTION_PROMPT": Row("methods.adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
     "LORAXS": Row("methods.loraxs:LoraXS", "LoraXsConfig", "LoraXsModel", in_peft=False),
+    "FINEGATES": Row("methods.finegates:FineGates", "FineGatesConfig", "FineGatesModel", in_peft=False),
     "TLORA": Row("methods.tlora:TLoRA", "TLoraConfig", "TLoraModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers for training scripts."""
 
-from graft.train.callbacks import MontecloraTrainerMixin, Watch, adalora_callback, allocate_on_step
+from graft.train.callbacks import (
+    FineGatesTrainerMixin,
+    MontecloraTrainerMixin,
+    Watch,
+    adalora_callback,
+    allocate_on_step,
+)
 
-__all__ = ["MontecloraTrainerMixin", "Watch", "adalora_callback", "allocate_on_step"]
+__all__ = ["FineGatesTrainerMixin", "MontecloraTrainerMixin", "Watch", "adalora_callback", "allocate_on_step"]

@@ -72,6 +72,18 @@ class MontecloraTrainerMixin:
         return (found[0] + own, found[1]) if return_outputs else found + own
 
 
+class FineGatesTrainerMixin:
+    """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Return the Trainer's loss, in training with that of FineGates added; or (loss, outputs)."""
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        if not model.training:
+            return found
+        own = sum((m._get_finegates_loss() for m in model.modules() if isinstance(m, tuner_of("FINEGATES"))), 0.0)
+        return (found[0] + own, found[1]) if return_outputs else found + own
+
+
 # an audit
 
 

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FineGates: Train Less, Infer Faster, arXiv 2602.09169. A gate for each input and each output of a layer; a gate at 0
+leaves its row or column of the weight out, and a loss asks for such gates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted
+from graft.config.targets import LORA
+from graft.core.effect import Effect, Rewrite
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn_of
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class FineGatesConfig(Targeted, LayerRange):
+    """FineGates: factors between 0 and 1 for the inputs and outputs of a layer, many of which become 0.
+
+    Raises:
+        ConfigError: target_sparsity is not between 0 and 1, or a spread or weight is negative.
+    """
+
+    peft_type: Any = "FINEGATES"
+    target_sparsity: float = 0.2  # share of gates that the loss wants closed
+    sparsity_loss_weight: float = 1e-2  # of `_get_finegates_loss()`, which the training loop adds to its loss
+    gate_init_mean: float = 0.9  # of z; the gate is tanh z + 1/2, cut to [0, 1]: open from 0.55 on
+    gate_init_std: float = 0.1
+    gate_noise_std: float = 0.0  # added to gates in training; without noise few that begin open ever learn
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, finegates_only
+    init_weights: bool | None = None  # False: z of N(0, 1), for tests
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.target_sparsity <= 1:
+            raise ConfigError(f"`target_sparsity` must be between 0 and 1, got {self.target_sparsity}.")
+        for name in ("sparsity_loss_weight", "gate_init_std", "gate_noise_std"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+
+def found(tuner: Any, adapter_names: str | list[str] | None) -> list[FineGates]:
+    """Return the adapters of these names on all layers; the active ones if None."""
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    names = [names] if isinstance(names, str) else names
+    unknown = [name for name in names if name not in tuner.peft_config]
+    if unknown:
+        raise AdapterNotFoundError(f"No adapter {unknown}; there are {list(tuner.peft_config)}.")
+    held = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
+    return [m for m in held if isinstance(m, FineGates)]
+
+
+def sparsity_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+    """Return the mean of `FineGates.loss` over layers and adapters, (); 0.0 without any.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+    """
+    methods = found(tuner, adapter_names)
+    return sum((m.loss() for m in methods), 0.0) / max(1, len(methods))
+
+
+@torch.no_grad()
+def compression(tuner: Any, adapter_names: str | list[str] | None = None) -> dict[str, float]:
+    """Return the shares of rows, columns and entries of the adapted weights that closed gates leave out."""
+    sizes = torch.zeros(3, 2)  # of all; of those that are left
+    for m in found(tuner, adapter_names):
+        rows, columns = (torch.tensor([len(g), float((g > 0).sum())]) for g in m.gates())
+        sizes += torch.stack([rows, columns, rows * columns])
+    shares = 1 - sizes[:, 1] / sizes[:, 0].clamp_min(1)
+    return dict(zip(("rows", "columns", "entries"), shares.tolist()))
+
+
+class FineGates(Method):
+    """y = r ⊙ base(c ⊙ x), with gates r (out,) and c (in,) in [0, 1]."""
+
+    config = FineGatesConfig
+    prefix = "finegates_"
+    targets = LORA
+    tuner_methods: ClassVar[dict[str, Any]] = {
+        "_get_finegates_loss": sparsity_loss,
+        "get_finegates_compression_stats": compression,
+    }
+
+    finegates_rows: nn.Parameter  # (out,): z of the outputs
+    finegates_columns: nn.Parameter  # (in,): z of the inputs
+
+    def check(self) -> str | None:
+        if self.site.op.takes_ids:
+            return "FineGates scales inputs, and those of an embedding are ids"
+        return super().check()
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        rows, columns = torch.empty(self.site.out_features), torch.empty(self.site.in_features)
+        return dict(finegates_rows=nn.Parameter(rows), finegates_columns=nn.Parameter(columns))
+
+    def init(self) -> None:
+        cfg = self.cfg
+        mean, std = (0.0, 1.0) if cfg.init_weights is False else (cfg.gate_init_mean, cfg.gate_init_std)
+        for z in (self.finegates_rows, self.finegates_columns):
+            nn.init.normal_(z, mean, std)
+        if math.tanh(mean) > 0.5 + std and not cfg.gate_noise_std:
+            warn_of(
+                self.site.key,
+                "Nearly all gates of {} are open, where they get no gradient but by noise: set gate_noise_std (the "
+                "paper has 0.1), or gate_init_mean below 0.5.",
+                PeftWarning,
+            )
+
+    def describe(self) -> Effect:
+        return Rewrite(self.fold, pre=self.pre, post=self.post)
+
+    def gate(self, z: Tensor) -> Tensor:
+        """Return the gates of z (n,), in [0, 1]; with noise in training."""
+        open_by = z.tanh() + 0.5
+        if self.layer.training and self.cfg.gate_noise_std:
+            open_by = open_by + torch.randn_like(z) * self.cfg.gate_noise_std
+        return open_by.clamp(0, 1)
+
+    def gates(self) -> tuple[Tensor, Tensor]:
+        """Return the gates of the outputs, (out,), and of the inputs, (in,)."""
+        return self.gate(self.finegates_rows), self.gate(self.finegates_columns)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * self.site.op.channels(self.gate(self.finegates_columns))
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.site.op.channels(self.gate(self.finegates_rows))
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        rows, columns = (g.to(W.dtype) for g in self.gates())
+        groups = self.site.op.groups(self.site.module)
+        columns = columns.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
+        W = W * (rows[:, None] * columns).view(*columns.shape, *[1] * (W.dim() - 2))
+        return W, None if b is None else b * rows.to(b.dtype)
+
+    def loss(self) -> Tensor:
+        """Return weight · ½ Σ |share of open gates - (1 - target_sparsity)| over outputs and inputs, (), in float32."""
+        cfg = self.cfg
+        off: Any = 0.0
+        for z in (self.finegates_rows, self.finegates_columns):
+            likely = torch.special.ndtr((z.float().tanh() + 0.5) / 0.5)
+            off = off + (likely.mean() - (1 - cfg.target_sparsity)).abs()
+        loss: Tensor = cfg.sparsity_loss_weight * off / 2
+        return loss

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.call import Call
 from graft.core.rows import BASE, NO_FACTS, Given, Rows
-from graft.methods.poly import TASKS
+from graft.methods.tasks import TASKS
 from tests.looks import layers, registry_of
 from tests.models import seeded
 from tests.threads import at_once

@@ -64,6 +64,8 @@ METHODS: dict[str, Row] = {
     "ADAPTION_PROMPT": Row("methods.adaption_prompt:AdaptionPrompt", "AdaptionPromptConfig", "AdaptionPromptModel"),
     "LORAXS": Row("methods.loraxs:LoraXS", "LoraXsConfig", "LoraXsModel", in_peft=False),
     "FINEGATES": Row("methods.finegates:FineGates", "FineGatesConfig", "FineGatesModel", in_peft=False),
+    "SVFT": Row("methods.svft:SVFT", "SvftConfig", "SvftModel", in_peft=False),
+    "MTLLORA": Row("methods.mtllora:MtlLoRA", "MtlLoraConfig", "MtlLoraModel", in_peft=False),
     "TLORA": Row("methods.tlora:TLoRA", "TLoraConfig", "TLoraModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {

@@ -7,10 +7,8 @@ and B' = Σ α B, and x A' B' / r is added. With splits, each part of the inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +17,9 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 from graft.config.fields import Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect
-from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method
+from graft.core.errors import ConfigError
 from graft.core.random import kaiming_bound
-from graft.core.rows import Run
-from graft.kernels.waits import demand
+from graft.methods.tasks import ByTask
 
 
 @dataclass(kw_only=True)
@@ -54,38 +50,6 @@ class PolyConfig(Targeted):
                 raise ConfigError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
 
 
-TASKS = "task_ids"
-
-
-def generate(tuner: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-    """Run the base model's generate for these tasks, one for each row."""
-    run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
-    with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
-        return finish(tuner.model.generate(*args, **kwargs))
-
-
-def checked(run: Run, model: nn.Module, known: int) -> Tensor:
-    """Return the tasks of the rows, (batch,), checked."""
-    tasks = run.said(TASKS, model)
-    if tasks is None:
-        raise RoutingError("task_ids should not be None. Pass the task of each row: model(…, task_ids=…).")
-    tasks = torch.as_tensor(tasks)
-    if tasks.dim() != 1 or tasks.is_floating_point() or tasks.is_complex() or tasks.dtype == torch.bool:
-        raise RoutingError(f"task_ids must be one integer per row, got {tasks.dtype} of shape {tuple(tasks.shape)}.")
-    if not torch.compiler.is_compiling() and len(tasks):
-        low, high = tasks.aminmax()
-
-        def unknown() -> RoutingError:
-            return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
-
-        available = f"Only {known} tasks available"
-        demand((low >= 0) & (high < known), unknown, available)
-    rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-    if rows and len(tasks) not in {len(t) for t in rows}:
-        raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")
-    return tasks.to(rows[0].device) if rows else tasks
-
-
 EPS = 1e-12
 
 
@@ -97,12 +61,10 @@ class Router(nn.Module):
         self.module_logits = nn.Parameter(torch.empty(tasks, splits * skills))
 
 
-class Poly(Method):
+class Poly(ByTask):
     config = PolyConfig
     prefix = "poly_"
     targets = LORA
-    arguments = (TASKS,)
-    tuner_methods: ClassVar[dict[str, Any]] = {"generate": generate}
 
     poly_lora_A: nn.Parameter  # (splits, skills, in / splits, r)
     poly_lora_B: nn.Parameter  # (splits, skills, r, out / splits)
@@ -144,15 +106,7 @@ class Poly(Method):
         return Branch(self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks")
 
     def branch(self, x: Tensor) -> Tensor:
-        tasks = self.layer.call.fact(TASKS)
-        if tasks is None:
-            raise RoutingError("task_ids should not be None.")
-        if len(tasks) != len(x):
-            raise RoutingError(
-                f"layer '{self.site.key}' received {len(x)} rows for {len(tasks)} task_ids: its input is not one row "
-                "per sample. Exclude this layer with exclude_modules."
-            )
-        mixing = self.mixing(tasks).to(self.poly_lora_A.dtype)
+        mixing = self.mixing(self.tasks_of(x)).to(self.poly_lora_A.dtype)
         A = torch.einsum("bqk,qkir->bqir", mixing, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)
         B = torch.einsum("bqk,qkro->brqo", mixing, self.poly_lora_B).flatten(2)  # (batch, r, out)
         y: Tensor = x.reshape(len(x), -1, self.site.in_features) @ A @ B / self.cfg.r
@@ -168,24 +122,6 @@ class Poly(Method):
             z = z.sigmoid()
         shares: Tensor = z / (z.sum(-1, keepdim=True) + EPS)
         return shares
-
-    @classmethod
-    @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
-        """Give the task of each row to the layers.
-
-        Raises:
-            RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
-        """
-        with super().around(tuner, call, run) as finish:
-            if tuner.disabled:
-                yield finish
-                return
-            names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
-            configs = [c for c in (tuner.peft_config[name] for name in names) if isinstance(c, PolyConfig)]
-            tasks = checked(run, tuner.model, min(c.n_tasks for c in configs))
-            with call.giving(facts={TASKS: tasks}):
-                yield finish
 
 
 def relaxed(logits: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTL-LoRA: Low-Rank Adaptation for Multi-Task Learning, arXiv 2410.09437.
+
+All tasks share A and some up-projections B; each task has weights λ of the ranks between, and mixes the projections.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Branch, Effect
+from graft.core.errors import ConfigError
+from graft.methods.tasks import ByTask
+
+
+@dataclass(kw_only=True)
+class MtlLoraConfig(Targeted, LayerRange):
+    """MTL-LoRA: LoRA whose tasks have weights of their own for its ranks, and mix its up-projections.
+
+    Raises:
+        ConfigError: a number that is not positive.
+    """
+
+    peft_type: Any = "MTLLORA"
+    n_tasks: int = 1
+    r: int = 8
+    lora_alpha: float = 8  # the update counts alpha / r times
+    n_up_projection: int = 1  # matrices B, which a task mixes
+    weights_sharpness: float = 0.05  # temperature of the mixture
+    init_weights: bool = True  # B of zeros; False: random, for tests
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for name in ("n_tasks", "n_up_projection", "weights_sharpness"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
+
+
+class MtlLoRA(ByTask):
+    """Δy = s · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x, for a row of task t."""
+
+    config = MtlLoraConfig
+    prefix = "mtllora_"
+    targets = LORA
+
+    mtllora_A: nn.Parameter  # (r, in)
+    mtllora_B: nn.Parameter  # (projections, out, r)
+    mtllora_lambda: nn.Parameter  # (tasks, r)
+    mtllora_w: nn.Parameter  # (tasks, projections)
+
+    def check(self) -> str | None:
+        if self.site.op.known and not self.site.op.linear:
+            return "MTL-LoRA adapts linear layers only"
+        return super().check()
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg, site = self.cfg, self.site
+        tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
+        shapes = dict(A=(r, site.in_features), B=(n, site.out_features, r)) | {"lambda": (tasks, r)}
+        made = {f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+        return made | dict(mtllora_w=nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1))  # else nothing to mix
+
+    def init(self) -> None:
+        nn.init.kaiming_uniform_(self.mtllora_A, a=math.sqrt(5))
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.mtllora_B)
+        else:
+            nn.init.normal_(self.mtllora_B, std=self.cfg.r**-0.5)
+
+    def describe(self) -> Effect:
+        return Branch(self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks")
+
+    def branch(self, x: Tensor) -> Tensor:
+        tasks = self.tasks_of(x)
+        mixing = (self.mtllora_w[tasks] / self.cfg.weights_sharpness).softmax(-1)  # (batch, projections)
+        between = [1] * (x.dim() - 2)
+        z = self.site.op.down(self.layer.base_layer, x, self.mtllora_A)
+        z = z * self.mtllora_lambda[tasks].view(len(tasks), *between, -1)  # (batch, …, r)
+        z = z.unsqueeze(-2) * mixing.view(len(tasks), *between, -1, 1)  # (batch, …, projections, r)
+        B = self.mtllora_B.transpose(0, 1).flatten(1)  # (out, projections · r)
+        scaled: Tensor = z.flatten(-2) * (self.cfg.lora_alpha / self.cfg.r)
+        return self.site.op.up(self.layer.base_layer, scaled, B)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors, arXiv 2405.19597."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.effect import Factors
+from graft.core.errors import ConfigError
+from graft.core.method import Method, Use
+from graft.methods.loraxs import largest
+from graft.methods.projections import kept
+
+
+@dataclass(kw_only=True)
+class SvftConfig(Targeted, LayerRange):
+    """SVFT: few numbers between the singular vectors of the weight, which do not train.
+
+    Raises:
+        ConfigError: r or off_diag is negative, or r is 0.
+    """
+
+    peft_type: Any = "SVFT"
+    r: int | None = None  # singular vectors on each side; None: all
+    off_diag: int = 0  # diagonals on each side of the main one; it says how many numbers train
+    pattern: Literal["banded", "random", "top_k"] = "banded"  # where they stand; top_k: where the vectors are alike
+    seed: int = 0  # of random places
+    save_projection: bool = False  # put the vectors into files, which then weigh as much as the model's layers
+    init_weights: bool = True  # zeros; False: N(0, 1) / √n, for tests
+
+    counters: ClassVar[tuple[str, ...]] = ("seed",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is not None:
+            require_positive_rank(self.r)
+        if self.off_diag < 0:
+            raise ConfigError(f"`off_diag` must not be negative, got {self.off_diag}.")
+
+
+class SVFT(Method):
+    """ΔW = σ(γ) U M V, with U and V of W₀ = U diag(S) V, and M (n, n) of few numbers that are not 0."""
+
+    config = SvftConfig
+    prefix = "svft_"
+    targets = LORA
+
+    svft_M: nn.Parameter  # (numbers,)
+    svft_gate: nn.Parameter  # (1,): γ
+    svft_places: Tensor  # (numbers,): i · n + j
+    svft_U: Tensor  # (out, n)
+    svft_V: Tensor  # (n, fan_in)
+
+    @property
+    def n(self) -> int:
+        most = min(self.site.out_features, self.site.fan_in)
+        return most if self.cfg.r is None else self.cfg.r
+
+    def check(self) -> str | None:
+        site, cfg = self.site, self.cfg
+        if not site.op.known:
+            return super().check()
+        if self.n > min(site.out_features, site.fan_in):
+            raise ConfigError(
+                f"SVFT has at most as many singular vectors as the weight of layer '{site.key}', whose shape is "
+                f"{tuple(site.shape)}: choose a smaller r than {cfg.r}."
+            )
+        if cfg.pattern == "top_k" and site.out_features != site.fan_in:
+            return "pattern='top_k' compares outputs with inputs: the weight has to be square"
+        return super().check()
+
+    def uses_weight(self) -> Use:
+        return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        site, n = self.site, self.n
+        d = min(self.cfg.off_diag, n - 1)
+        numbers = n * (2 * d + 1) - d * (d + 1)
+        return dict(
+            svft_M=nn.Parameter(torch.zeros(numbers)),
+            svft_gate=nn.Parameter(torch.zeros(1)),
+            svft_places=torch.zeros(numbers, dtype=torch.long),
+            svft_U=kept(torch.zeros(site.out_features, n), self.cfg.save_projection),
+            svft_V=kept(torch.zeros(n, site.fan_in), self.cfg.save_projection),
+        )
+
+    @torch.no_grad()
+    def init(self) -> None:
+        U, _, V = largest(self.layer.W0.flatten(1), self.n)
+        self.svft_U.copy_(U)
+        self.svft_V.copy_(V)
+        self.svft_places.copy_(self.places(U, V))
+        if not self.cfg.init_weights:
+            nn.init.normal_(self.svft_M, std=self.n**-0.5)
+
+    def places(self, U: Tensor, V: Tensor) -> Tensor:
+        """Return where the numbers of M stand, (numbers,), in order."""
+        n, numbers = self.n, len(self.svft_M)
+        if self.cfg.pattern == "banded":
+            row = torch.arange(n, device="cpu")
+            return ((row[:, None] - row).abs() <= self.cfg.off_diag).flatten().nonzero()[:, 0]
+        if self.cfg.pattern == "random":
+            generator = torch.Generator("cpu").manual_seed(self.cfg.seed)
+            places = torch.randperm(n * n, generator=generator, device="cpu")[:numbers]
+        else:
+            places = (V @ U).T.flatten().topk(numbers)[1]
+        return places.sort()[0]
+
+    def factors(self) -> Factors:
+        n, M = self.n, self.svft_M * self.svft_gate.sigmoid()
+        dense = M.new_zeros(n * n).index_put((self.svft_places,), M).view(n, n)
+        return Factors(dense @ self.svft_V, self.svft_U)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that do another thing for each task: the rows of a call say theirs by `task_ids`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import RoutingError
+from graft.core.method import Method
+from graft.core.rows import Run
+from graft.kernels.waits import demand
+
+TASKS = "task_ids"
+
+
+def generate(tuner: Any, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    """Run the base model's generate for these tasks, one for each row."""
+    run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
+    with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
+        return finish(tuner.model.generate(*args, **kwargs))
+
+
+def checked(run: Run, model: nn.Module, known: int) -> Tensor:
+    """Return the tasks of the rows, (batch,), checked."""
+    tasks = run.said(TASKS, model)
+    if tasks is None:
+        raise RoutingError("task_ids should not be None. Pass the task of each row: model(…, task_ids=…).")
+    tasks = torch.as_tensor(tasks)
+    if tasks.dim() != 1 or tasks.is_floating_point() or tasks.is_complex() or tasks.dtype == torch.bool:
+        raise RoutingError(f"task_ids must be one integer per row, got {tasks.dtype} of shape {tuple(tasks.shape)}.")
+    if not torch.compiler.is_compiling() and len(tasks):
+        low, high = tasks.aminmax()
+
+        def unknown() -> RoutingError:
+            return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
+
+        available = f"Only {known} tasks available"
+        demand((low >= 0) & (high < known), unknown, available)
+    rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    if rows and len(tasks) not in {len(t) for t in rows}:
+        raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")
+    return tasks.to(rows[0].device) if rows else tasks
+
+
+class ByTask(Method):
+    """A method whose config has `n_tasks`."""
+
+    arguments = (TASKS,)
+    tuner_methods: ClassVar[dict[str, Any]] = {"generate": generate}
+
+    def tasks_of(self, x: Tensor) -> Tensor:
+        """Return the task of each row of a layer's input, (batch,)."""
+        tasks: Tensor | None = self.layer.call.fact(TASKS)
+        if tasks is None:
+            raise RoutingError("task_ids should not be None.")
+        if len(tasks) != len(x):
+            raise RoutingError(
+                f"layer '{self.site.key}' received {len(x)} rows for {len(tasks)} task_ids: its input is not one row "
+                "per sample. Exclude this layer with exclude_modules."
+            )
+        return tasks.to(x.device)
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Give the task of each row to the layers.
+
+        Raises:
+            RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
+        """
+        with super().around(tuner, call, run) as finish:
+            if tuner.disabled:
+                yield finish
+                return
+            names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
+            configs = [c for c in (tuner.peft_config[name] for name in names) if isinstance(c, cls.config)]
+            tasks = checked(run, tuner.model, min(c.n_tasks for c in configs))
+            with call.giving(facts={TASKS: tasks}):
+                yield finish

@@ -78,8 +78,12 @@ WARNED = [
         MATRICES + "core/test_sparing.py methods/test_shadow.py",
     ),
     Warned("Found missing adapter keys", "files lack keys, to be reported", "compat/test_reports.py"),
-    Warned("Nearly all gates of", "FineGates that begin as the identity", MATRICES),
-    Warned("With use_khatri_rao", "LoHa's other start", MATRICES),
+    Warned(
+        "Nearly all gates of",
+        "FineGates that begin as the identity",
+        MATRICES + "core/ inject/ io/test_entries.py model/ trust/",
+    ),
+    Warned("With use_khatri_rao", "LoHa's other start", MATRICES + "core/ inject/ io/test_entries.py model/ trust/"),
     Warned("The invocation tokens of aLoRA", "random tokens may be without them", MATRICES),
     Warned(
         "Adapter name '.*' should not be contained in the prefix",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graft.inject.parts import registry_of, unwrapped
+from graft.methods.finegates import sparsity_loss
 from graft.methods.lora.lora import monteclora_loss
 from graft.model.audit import SECTIONS, AuditReport, audit, parts_of_active
 from graft.model.tuner import tuner_of
@@ -80,7 +81,8 @@ class FineGatesTrainerMixin:
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
             return found
-        own = sum((m._get_finegates_loss() for m in model.modules() if isinstance(m, tuner_of("FINEGATES"))), 0.0)
+        gates = [registry_of(m) for m in model.modules() if isinstance(m, tuner_of("FINEGATES"))]
+        own = sum((sparsity_loss(registry) for registry in gates), 0.0)
         return (found[0] + own, found[1]) if return_outputs else found + own
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -176,6 +177,10 @@ class Update(Effect):
         return self.delta is None
 
 
+def with_part(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return y + part(x, y)
+
+
 NO_WEIGHT = "it changes activations, in a way that no weight does"
 
 
@@ -210,11 +215,10 @@ class Rewrite(Effect):
     tapped: bool = False
 
     def __post_init__(self) -> None:
-        part = self.part
-        if part is not None:
+        if (part := self.part) is not None:
             if self.post is not None or self.apart:
                 raise TypeError("a Rewrite with `part` has no `post` of its own, and nothing apart")
-            object.__setattr__(self, "post", lambda x, y: y + part(x, y))
+            object.__setattr__(self, "post", partial(with_part, part))
         if self.merged is not_merged and self.fixed is None:
             object.__setattr__(self, "fixed", NO_WEIGHT)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA and (IA)³ of it."""
+"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA, (IA)³, bottlenecks of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graft.config.atomic import replace, write_text
 from graft.config.reading import read_object
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import LossError
-from graft.files.formats import Base
+from graft.files.formats import Base, adapterhub_places
 from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.pickles import read_torch, tensors_of, to_torch
@@ -46,19 +46,23 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder.
 
     Raises:
-        CheckpointError: a file is not there or damaged, or the adapter is neither LoRA nor (IA)³.
+        CheckpointError: a file is not there or damaged, or the adapter is none of these.
+        BaseNeededError: a bottleneck, whose places the base's names tell.
     """
     fields = read_object(os.path.join(path, CONFIG))
     config = fields["config"]
-    if config.get("architecture") != "lora":
+    bottleneck = config.get("architecture") is None and "reduction_factor" in config
+    if config.get("architecture") != "lora" and not bottleneck:
         raise CheckpointError(
-            f"{path} is an adapter of architecture {config.get('architecture')!r}: graft reads LoRA and (IA)³ of "
-            "AdapterHub."
+            f"{path} is an adapter of architecture {config.get('architecture')!r}: graft reads LoRA, (IA)³ and "
+            "bottlenecks of AdapterHub."
         )
     file = next((where for name in FILES if os.path.exists(where := os.path.join(path, name))), None)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}.")
     held = read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
+    if bottleneck:
+        return adapterhub_places.read(path, fields, held, base)
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bottleneck adapters: Parameter-Efficient Transfer Learning for NLP, arXiv 1902.00751 (Houlsby).
+
+Others are presets: AdapterFusion, 2005.00247 (Pfeiffer); Towards a Unified View of PETL, 2110.04366 (parallel);
+Adapters Strike Back, 2406.06820 (AdapterPlus); Compacter, 2106.04647; MAD-X, 2005.00052 (invertible).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graft.config.fields import Targeted
+from graft.core.base_config import model_type
+from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
+from graft.core.effect import Effect, Rewrite, Tap
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError
+from graft.core.method import Layers, Method
+from graft.methods.places import Block, blocks_of, hidden_size, named, walk
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "leakyrelu": F.leaky_relu, "relu6": F.relu6, "elu": F.elu, "mish": F.mish, "linear": lambda x: x,
+}  # fmt: skip
+ENDS = ("embedding", "head")
+PLACES = "places"  # target_modules of a config that names none: they are found from the model's structure
+
+
+@dataclass(kw_only=True)
+class BottleneckConfig(Targeted):
+    """Bottlenecks: h + s · Up σ(Down h), at places that are found from the model's structure.
+
+    `target_modules` in place of the structure: the adapter acts on the outputs of these modules.
+
+    Raises:
+        ConfigError: a number out of range, or fields that exclude each other.
+    """
+
+    peft_type: Any = "BOTTLENECK"
+    reduction_factor: float | dict[str, float] = 16  # hidden size / width of the bottleneck; by block: {"default": 16}
+    non_linearity: str = "relu"  # σ
+    mh_adapter: bool = False  # after attention
+    cross_adapter: bool = False  # after attention to an encoder
+    output_adapter: bool = True  # after the MLP
+    original_ln_before: bool = True  # after the residual is added, too (and the norm, where that stands after it)
+    original_ln_after: bool = True  # such a norm acts on the result
+    is_parallel: bool = False  # beside the MLP, on its residual
+    scaling: float | Literal["learned", "channel"] = 1.0  # s; "channel": one for each feature
+    use_gating: bool = False  # weigh by a gate for each row
+    ln_before: bool = False  # a norm of its own before Down
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0  # share of rows that it leaves as they are, in training
+    leave_out: list[int] = field(default_factory=list)  # numbers of blocks, encoder first
+    init_weights: Literal["bert", "mam_adapter", "houlsby"] = "mam_adapter"  # this one starts as nothing
+    phm_layer: bool = False  # Compacter: Down and Up are sums of Kronecker products
+    phm_dim: int = 4  # n, how many
+    inv_adapter: Literal["nice"] | None = None  # an invertible adapter after the embedding
+    inv_adapter_reduction_factor: float = 2
+    inverse_before_head: bool = True  # its inverse acts before the output embedding
+    attention_modules: list[str] | str | None = None  # in place of those found: whose outputs `mh_adapter` adapts
+    mlp_modules: list[str] | str | None = None  # whose outputs `output_adapter` adapts
+    block_modules: list[str] | str | None = None  # with `original_ln_before`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for r in (*self.factors, self.inv_adapter_reduction_factor):
+            if not r > 0:
+                raise ConfigError(f"`reduction_factor` must be positive, got {r}.")
+        if self.non_linearity.lower() not in ACTIVATIONS:
+            raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
+        if self.phm_dim < 1:
+            raise ConfigError(f"`phm_dim` must be positive, got {self.phm_dim}.")
+        if self.is_parallel and (self.mh_adapter or self.cross_adapter or not self.output_adapter):
+            raise ConfigError("Parallel bottlenecks stand beside the MLP only: leave mh_adapter and cross_adapter off.")
+        if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):
+            raise ConfigError(
+                "After an attention the bottleneck acts before the residual: set original_ln_before=False."
+            )
+
+    @property
+    def factors(self) -> list[float]:
+        r = self.reduction_factor
+        return list(r.values()) if isinstance(r, dict) else [r]
+
+    def factor(self, block: int) -> float:
+        """Return the reduction factor of a block.
+
+        Raises:
+            ConfigError: it has none, and there is no default.
+        """
+        r = self.reduction_factor
+        if not isinstance(r, dict):
+            return r
+        if str(block) not in r and "default" not in r:
+            raise ConfigError(f"reduction_factor={r} has no entry for block {block}, and no 'default'.")
+        return r.get(str(block), r.get("default", 0))
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> BottleneckConfig:
+        """Return the config of a paper, by AdapterHub's name for it, with some fields changed.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})
+
+
+PFEIFFER: dict[str, Any] = dict(init_weights="bert")
+HOULSBY: dict[str, Any] = dict(mh_adapter=True, original_ln_before=False, non_linearity="swish", init_weights="bert")
+COMPACTER: dict[str, Any] = dict(phm_layer=True, reduction_factor=32, non_linearity="gelu", init_weights="bert")
+PRESETS: dict[str, dict[str, Any]] = {
+    "seq_bn": PFEIFFER,
+    "double_seq_bn": HOULSBY,
+    "par_bn": dict(
+        is_parallel=True, original_ln_before=False, reduction_factor=2, scaling=4.0, init_weights="mam_adapter"
+    ),
+    "adapter_plus": dict(
+        original_ln_after=False, reduction_factor=96, non_linearity="gelu", scaling="channel", stochastic_depth=0.1,
+        init_weights="houlsby",
+    ),
+    "compacter": HOULSBY | COMPACTER,
+    "compacter++": COMPACTER,
+    "seq_bn_inv": PFEIFFER | dict(inv_adapter="nice"),
+    "double_seq_bn_inv": HOULSBY | dict(inv_adapter="nice"),
+}  # fmt: skip
+
+
+class Place(NamedTuple):
+    """What an adapter does at a module."""
+
+    role: Literal["after", "norm", "tap", "beside", "embedding", "head"]
+    width: int | None = None  # of what it acts on; None: as the layer says
+    block: int = 0
+    readers: tuple[str, ...] = ()  # of a tap
+
+
+def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
+    """Return the places of an adapter in a model, by path.
+
+    Raises:
+        NoMatchingPeftModuleError: the model has no such places.
+        ConfigError: a block has no reduction factor.
+    """
+    places: dict[str, Place] = {}
+    paths = [path for path, _ in walk(model) if path]
+    overridden = {
+        name: getattr(cfg, name) for name in ("attention_modules", "mlp_modules", "block_modules")
+        if getattr(cfg, name) is not None
+    }  # fmt: skip
+    blocks = [] if overridden and not cfg.is_parallel else blocks_of(model)
+    for i, block in enumerate(blocks):
+        if i not in cfg.leave_out:
+            places |= of_block(cfg, i, block, block.norm_after_mlp(model_type(model)))
+    for name, wanted in overridden.items():
+        for path in named(paths, wanted, name):
+            number = next((int(part) for part in path.split(".") if part.isdecimal()), 0)
+            if number not in cfg.leave_out:
+                places[path] = Place("after", hidden_size(model), number)
+    if cfg.inv_adapter:
+        places |= around_model(cfg, model)
+    if not places:
+        raise NoMatchingPeftModuleError("leave_out, mh_adapter and output_adapter leave no place for a bottleneck.")
+    return places
+
+
+def of_block(cfg: BottleneckConfig, i: int, block: Block, norm: str | None) -> dict[str, Place]:
+    """Return the places in one block. norm: the one after the MLP's residual, where norms stand there."""
+    places: dict[str, Place] = {}
+    after = Place("after", block.width, i)
+    if cfg.is_parallel:
+        tap = block.first if norm else block.norm_before_mlp()
+        if tap is None:
+            raise NoMatchingPeftModuleError(f"Block '{block.path}' has no norm before its MLP, whose input is needed.")
+        return {tap: Place("tap", block.width, i, (block.mlp,)), block.mlp: Place("beside", block.width, i)}
+    ends = (*(block.attentions if cfg.mh_adapter else ()), *(block.crosses if cfg.cross_adapter else ()))
+    places.update(dict.fromkeys(ends, after))
+    if cfg.output_adapter and not cfg.original_ln_before:
+        places[block.mlp] = after
+    elif cfg.output_adapter and norm is not None and cfg.original_ln_after:
+        places[norm] = Place("norm", block.width, i)
+    elif cfg.output_adapter:
+        places[block.path] = after
+    return places
+
+
+def around_model(cfg: BottleneckConfig, model: Any) -> dict[str, Place]:
+    """Return the places of an invertible adapter: after the embedding (of the encoder), and before the head.
+
+    Raises:
+        NoMatchingPeftModuleError: there is no embedding.
+    """
+    modules = dict(walk(model))
+    paths = {id(module): path for path, module in modules.items()}
+    embedding: Any = bare(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+    path = embedded([path for path, module in modules.items() if module is embedding], modules)
+    if path is None:
+        raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings for an invertible adapter.")
+    places = {path: Place("embedding", embedding.weight.shape[1])}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = paths.get(id(bare(get_head()))) if get_head is not None and "decoder" not in modules else None
+    if head and cfg.inverse_before_head:
+        places[head] = Place("head", embedding.weight.shape[1])
+    return places
+
+
+def embedded(paths: list[str], modules: Collection[str]) -> str | None:
+    """Return the module whose output is what enters the first block, of `paths` of the embedding of words."""
+    if "encoder.embed_tokens" in modules:
+        return "encoder.embed_tokens"
+    for path in paths:
+        around, _, _ = path.rpartition(".")
+        if around.rpartition(".")[2] == "embeddings":  # with positions and their norm
+            return around
+        drop = f"{around}.drop".lstrip(".")  # of the sum with positions
+        return drop if f"{around}.wpe".lstrip(".") in modules and drop in modules else path
+    return None
+
+
+def bare(module: Any) -> Any:
+    """Return a module as it is without adapters."""
+    return None if module is None else next(walk(module))[1]
+
+
+class Kronecker(nn.Module):
+    """A matrix (in, out) as Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ), with A of the whole model."""
+
+    def __init__(self, n: int, fan_in: int, out: int):
+        super().__init__()
+        self.W_left = nn.Parameter(torch.empty(n, fan_in // n, 1))
+        self.W_right = nn.Parameter(torch.empty(n, 1, out // n))
+        self.b = nn.Parameter(torch.zeros(out))
+
+    def matrix(self, A: Tensor) -> Tensor:
+        """Return the matrix, (in, out). A (n, n, n)."""
+        product = torch.einsum("iab,icd->acbd", A.to(self.W_left), self.W_left @ self.W_right)
+        return product.flatten(2).flatten(0, 1)
+
+
+def two_layers(fan_in: int, out: int, factor: float) -> nn.ModuleList:
+    width = max(1, int(fan_in // factor))
+    return nn.ModuleList([nn.Linear(fan_in, width), nn.Linear(width, out)])
+
+
+class Coupling(nn.Module):
+    """An invertible function of x = (x₁, x₂): y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁)."""
+
+    def __init__(self, width: int, factor: float, activation: str):
+        super().__init__()
+        first, second = width // 2, width - width // 2
+        self.F, self.G = two_layers(second, first, factor), two_layers(first, second, factor)
+        self.first, self.activation = first, activation
+
+    def step(self, net: Any, x: Tensor) -> Tensor:
+        out: Tensor = net[1](ACTIVATIONS[self.activation](net[0](x)))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x[..., : self.first], x[..., self.first :]
+        a = a + self.step(self.F, b)
+        return torch.cat([a, b + self.step(self.G, a)], -1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        a, b = y[..., : self.first], y[..., self.first :]
+        b = b - self.step(self.G, a)
+        return torch.cat([a - self.step(self.F, b), b], -1)
+
+
+class Bottleneck(Method):
+    """u(x) = g(x) · s · (Up σ(Down x)), added to the output of a layer, at places found from the model's structure."""
+
+    config = BottleneckConfig
+    prefix = "bottleneck_"
+    compresses_targets = False
+
+    bottleneck_norm: nn.LayerNorm
+    bottleneck_down: nn.Module  # (d, H)
+    bottleneck_up: nn.Module  # (H, d)
+    bottleneck_scale: nn.Parameter  # (1,) or (H,)
+    bottleneck_gate: nn.Linear  # (1, H)
+    bottleneck_dropout: nn.Module
+    bottleneck_rule: nn.Parameter  # Compacter's A, (n, n, n), shared
+    bottleneck_inv: nn.Module  # Coupling
+    scaling: float
+
+    common: ClassVar[dict[str, Any]] = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
+
+    @classmethod
+    def default_targets(cls, model: Any) -> str:
+        return PLACES
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        found = cfg.target_modules == PLACES
+        cfg.places = places_in(cfg, model) if found else {}  # no fields: they hold for this model only
+        cfg.target_paths = set(cfg.places) or None
+        cfg.width = hidden_size(model)
+
+    @classmethod
+    def share(cls, layers: Layers) -> dict[str, Any]:
+        cfg = layers.cfg
+        if not cfg.phm_layer:
+            return {}
+        rule = torch.empty(cfg.phm_dim, cfg.phm_dim, cfg.phm_dim)
+        return dict(bottleneck_rule=nn.Parameter(rule.normal_(std=1e-4)))
+
+    @property
+    def place(self) -> Place:
+        site = self.site
+        found = self.cfg.places.get(site.key)
+        return found or Place("after", site.out_features if site.op.known else self.cfg.width)
+
+    @property
+    def width(self) -> int:
+        return self.place.width or 0
+
+    def check(self) -> str | None:
+        site, place = self.site, self.place
+        if place.role in ("tap", *ENDS):
+            return None
+        if place.width is None or (site.op.known and len(site.shape) != 2):
+            return (
+                "A bottleneck acts on vectors: on outputs of linear layers, embeddings, and blocks whose width is known"
+            )
+        d, n = self.narrow, self.cfg.phm_dim
+        if self.cfg.phm_layer and (place.width % n or d % n):
+            raise ConfigError(
+                f"phm_dim={n} must divide the width {place.width} of layer '{site.key}' and that of its bottleneck, "
+                f"{d}: choose another phm_dim or reduction_factor."
+            )
+        return super().check()
+
+    @property
+    def narrow(self) -> int:
+        """The width of the bottleneck."""
+        return max(1, int(self.width // self.cfg.factor(self.place.block)))
+
+    def describe(self) -> Effect:
+        place, block = self.place, not self.site.op.known
+        if place.role == "tap":
+            return Tap(place.readers)
+        if place.role == "norm":
+            return Rewrite(pre=self.before_norm, block=True)
+        if place.role == "head":
+            return Rewrite(pre=self.before_head)
+        if place.role == "embedding":
+            return Rewrite(post=self.after_embedding, block=block)
+        if place.role == "beside":
+            return Rewrite(part=self.beside, tapped=True, block=block)
+        return Rewrite(part=self.after, block=block)
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg, place = self.cfg, self.place
+        if place.role == "tap":
+            return dict(bottleneck_tap=Transient(torch.empty(0)))
+        if place.role in ENDS:
+            factor = cfg.inv_adapter_reduction_factor
+            return dict(bottleneck_inv=Coupling(self.width, factor, cfg.non_linearity.lower()))
+        H, d = self.width, self.narrow
+        made: dict[str, Any] = {}
+        if cfg.phm_layer:
+            made |= dict(bottleneck_down=Kronecker(cfg.phm_dim, H, d), bottleneck_up=Kronecker(cfg.phm_dim, d, H))
+        else:
+            made |= dict(bottleneck_down=nn.Linear(H, d), bottleneck_up=nn.Linear(d, H))
+        if cfg.ln_before:
+            made["bottleneck_norm"] = nn.LayerNorm(H)
+        if isinstance(cfg.scaling, str):
+            made["bottleneck_scale"] = nn.Parameter(torch.ones(H if cfg.scaling == "channel" else 1))
+        if cfg.use_gating:
+            made["bottleneck_gate"] = nn.Linear(H, 1)
+        return (
+            made
+            | shared
+            | dict(
+                bottleneck_dropout=dropout_for(cfg.dropout),
+                scaling=1.0 if isinstance(cfg.scaling, str) else float(cfg.scaling),
+            )
+        )
+
+    def init(self) -> None:
+        role, how = self.place.role, self.cfg.init_weights
+        if role == "tap":
+            return
+        if role in ENDS:
+            coupling: Any = self.bottleneck_inv
+            for net in (coupling.F, coupling.G):
+                started(net[0], "bert")
+                started(net[1], how if how == "mam_adapter" else "bert", last=True)
+            return
+        started(self.bottleneck_down, how)
+        started(self.bottleneck_up, how, last=True)
+        if self.cfg.use_gating:
+            started(self.bottleneck_gate, "bert")
+
+    def u(self, x: Tensor) -> Tensor:
+        """Return what the bottleneck adds, for x (rows, …, H)."""
+        cfg, x = self.cfg, x.to(self.dtype)
+        z = self.bottleneck_norm(x) if cfg.ln_before else x
+        z = self.product(self.bottleneck_down, z)
+        z = self.product(self.bottleneck_up, ACTIVATIONS[cfg.non_linearity.lower()](z))
+        if cfg.stochastic_depth and self.layer.training:
+            z = z * F.dropout(z.new_ones(len(z), *[1] * (z.dim() - 1)), cfg.stochastic_depth)
+        z = z * (self.bottleneck_scale if isinstance(cfg.scaling, str) else self.scaling)
+        z = self.bottleneck_dropout(z)
+        if cfg.use_gating:
+            gate = self.bottleneck_gate(x).sigmoid()
+            z = z * (gate.mean(tuple(range(1, x.dim() - 1)), keepdim=True) if x.dim() > 2 else gate)
+        out: Tensor = z
+        return out
+
+    def product(self, module: Any, x: Tensor) -> Tensor:
+        """Return what Down or Up makes of x."""
+        out: Tensor = x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
+        return out
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.u(y)
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.u(x)
+
+    def after_embedding(self, ids: Any, y: Tensor) -> Tensor:
+        out: Tensor = self.bottleneck_inv(y.to(self.dtype))
+        return out
+
+    def before_head(self, h: Tensor) -> Tensor:
+        coupling: Any = self.bottleneck_inv
+        out: Tensor = coupling.inverse(h.to(self.dtype))
+        return out
+
+    def before_norm(self, s: Tensor) -> Tensor:
+        """Return s + u(LN s), which the norm then gets in place of s."""
+        return s + self.u(self.layer.base_layer(s))
+
+
+@torch.no_grad()
+def started(module: Any, how: str, last: bool = False) -> None:
+    """Give Down or Up (`last`) its first values, as `init_weights` says."""
+    if isinstance(module, Kronecker):
+        for half in (module.W_left, module.W_right):
+            for matrix in half:
+                nn.init.xavier_normal_(matrix)
+        nn.init.zeros_(module.b)
+        if last and how == "mam_adapter":
+            nn.init.zeros_(module.W_right)
+        return
+    nn.init.zeros_(module.bias)
+    if how == "bert":
+        nn.init.normal_(module.weight, std=0.02)
+    elif how == "houlsby":
+        nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)
+    elif last:
+        nn.init.zeros_(module.weight)
+    else:
+        nn.init.kaiming_uniform_(module.weight, a=5**0.5)

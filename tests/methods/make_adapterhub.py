@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make `fixtures/adapterhub`: adapters of AdapterHub's library on tiny models, and what it computes with them.
+
+`python -m tests.methods.make_adapterhub` in an environment with adapters==1.3.0 and transformers==4.57.6. For each
+model a folder with the base. `adapters.safetensors` has the tensors of all adapters and their configs, as the library
+saves them (three of them in folders of their own), `outputs.safetensors` inputs and the library's outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent / "fixtures" / "adapterhub"
+WHOLE = {("bert", "houlsby"), ("bert", "compacter"), ("llama", "loreft")}
+SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+
+
+def models():
+    import transformers as t
+
+    bert = dict(vocab_size=17, max_position_embeddings=16, type_vocab_size=2, pad_token_id=0, **SIZES)
+    llama = dict(vocab_size=17, max_position_embeddings=16, num_key_value_heads=1, tie_word_embeddings=False, **SIZES)
+    gpt2 = dict(
+        vocab_size=17, n_embd=8, n_layer=2, n_head=2, n_positions=16, n_inner=12, bos_token_id=0, eos_token_id=0
+    )
+    t5 = dict(vocab_size=17, d_model=8, d_ff=12, d_kv=4, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    return {
+        "bert": t.BertModel(t.BertConfig(**bert)),
+        "roberta": t.RobertaModel(t.RobertaConfig(**bert)),
+        "llama": t.LlamaModel(t.LlamaConfig(**llama)),
+        "gpt2": t.GPT2Model(t.GPT2Config(**gpt2)),
+        "t5": t.T5ForConditionalGeneration(t.T5Config(**t5)),
+        "vit": t.ViTModel(t.ViTConfig(image_size=8, patch_size=4, num_channels=1, **SIZES)),
+    }
+
+
+def configs(name: str):
+    import adapters as a
+
+    same = dict(reduction_factor=2)
+    made = {
+        "houlsby": a.DoubleSeqBnConfig(**same),
+        "pfeiffer": a.SeqBnConfig(reduction_factor={"0": 4, "default": 2}),
+        "parallel": a.ParBnConfig(**same),
+        "plus": a.AdapterPlusConfig(stochastic_depth=0.0, **same),
+        "gated": a.DoubleSeqBnConfig(use_gating=True, ln_before=True, scaling="learned", leave_out=[1], **same),
+        "compacter": a.CompacterConfig(**same),
+        "compacterpp": a.CompacterPlusPlusConfig(**same),
+        "loreft": a.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+        "noreft": a.NoReftConfig(r=2, prefix_positions=1, suffix_positions=1, tied_weights=True),
+        "direft": a.DiReftConfig(r=2, prefix_positions=3, non_linearity="gelu"),
+    }
+    if name != "vit":
+        made["invertible"] = a.SeqBnInvConfig(**same)
+    if name == "t5":  # whose decoder ReFT gives the positions of the encoder
+        made = {label: config for label, config in made.items() if not label.endswith("reft")}
+        made["cross"] = a.DoubleSeqBnConfig(cross_adapter=True, **same)
+    return made
+
+
+@torch.no_grad()
+def fill(model, seed: int, scale: float = 0.4) -> None:
+    torch.manual_seed(seed)
+    for name, p in sorted(model.items()):
+        if "original" in name and "parametrizations" in name:
+            continue  # has to stay orthonormal
+        p.add_(torch.randn(p.shape) * scale)
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    if name == "vit":
+        return dict(pixel_values=torch.randn(2, 1, 8, 8))
+    ids = torch.randint(1, 17, (2, 6))
+    mask = torch.ones_like(ids)
+    if name not in ("llama", "gpt2"):
+        mask[1, 4:] = 0
+    out = dict(input_ids=ids, attention_mask=mask)
+    if name == "t5":
+        out["decoder_input_ids"] = torch.randint(1, 17, (2, 5))
+    return out
+
+
+def main() -> None:
+    import adapters
+    import transformers
+
+    assert adapters.__version__ == "1.3.0", adapters.__version__
+    shutil.rmtree(HERE, ignore_errors=True)
+    for name, model in models().items():
+        fill(dict(model.named_parameters()), 1, 0.2)
+        model.eval()
+        folder = HERE / name
+        model.save_pretrained(folder, safe_serialization=True)
+        given = inputs(name)
+        held = {f"in.{k}": v for k, v in given.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        said = {}
+        adapters.init(model)
+        for label, config in configs(name).items():
+            model.add_adapter(label, config=config)
+            fill({k: p for k, p in model.named_parameters() if f".{label}." in k}, 2)  # A of Compacter too
+            model.set_active_adapters(label)
+            with torch.no_grad():
+                y = model(**given)
+            held[label] = y.logits if "logits" in y else y.last_hidden_state
+            saved = folder / label
+            model.save_adapter(str(saved), label, with_head=False)
+            written = torch.load(saved / "pytorch_adapter.bin")
+            written |= {
+                k: p.detach() for k, p in model.named_parameters() if k.endswith("phm_rule")
+            }  # which it leaves out
+            tensors |= {f"{label}/{key}": t.clone() for key, t in written.items()}
+            said[label] = json.loads((saved / "adapter_config.json").read_text())
+            if (name, label) not in WHOLE:
+                shutil.rmtree(saved)
+            model.set_active_adapters(None)
+            model.delete_adapter(label)
+        save_file(tensors, folder / "adapters.safetensors", {"configs": json.dumps(said)})
+        save_file({k: v.contiguous() for k, v in held.items()}, folder / "outputs.safetensors")
+    print(transformers.__version__, *sorted(p.name for p in HERE.iterdir()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of AdapterHub's library compute what they compute there: files and outputs of its own, on six models."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import graft
+
+HERE = Path(__file__).parent / "fixtures" / "adapterhub"
+MODELS = ["bert", "roberta", "llama", "gpt2", "t5", "vit"]
+
+
+@cache
+def said(name):
+    with safe_open(HERE / name / "adapters.safetensors", "pt") as f:
+        return json.loads(f.metadata()["configs"])
+
+
+CASES = [(name, label) for name in MODELS for label in said(name)]
+BOTTLENECKS = [case for case in CASES if not case[1].endswith("reft")]
+
+
+def base(name):
+    import transformers as t
+
+    kind = t.AutoModelForSeq2SeqLM if name == "t5" else t.AutoModel
+    return kind.from_pretrained(HERE / name, attn_implementation="eager").eval()
+
+
+def folder(name, label, where):
+    """The adapter as the library saves it."""
+    held = load_file(HERE / name / "adapters.safetensors")
+    own = {k.partition("/")[2]: v for k, v in held.items() if k.startswith(f"{label}/")}
+    where.mkdir(exist_ok=True)
+    torch.save(own, where / "pytorch_adapter.bin")
+    (where / "adapter_config.json").write_text(json.dumps(said(name)[label]))
+    return where
+
+
+def output(model, given):
+    y = model(**given)
+    return y.logits if "logits" in y else y.last_hidden_state
+
+
+@pytest.mark.parametrize("name, label", BOTTLENECKS, ids=lambda v: v)
+@torch.no_grad()
+def test_a_bottleneck_computes_what_it_computes_there(name, label, tmp_path):
+    held = load_file(HERE / name / "outputs.safetensors")
+    given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
+    plain = output(base(name), given)
+    model = graft.load_adapter(base(name), folder(name, label, tmp_path / label)).eval()
+    y = output(model, given)
+    assert (y - plain).abs().max() > 1e-2
+    assert_close(y, held[label], rtol=2e-5, atol=2e-5)
+
+
+def test_a_compacters_file_lacks_what_its_layers_share():
+    with pytest.raises(graft.CheckpointError, match=r"phm_rule.*does not save"):
+        graft.load_adapter(base("bert"), HERE / "bert" / "compacter")
+
+
+@torch.no_grad()
+def test_a_folder_of_the_library_loads_as_it_is():
+    held = load_file(HERE / "bert" / "outputs.safetensors")
+    given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
+    model = graft.load_adapter(base("bert"), HERE / "bert" / "houlsby").eval()
+    assert_close(output(model, given), held["houlsby"], rtol=2e-5, atol=2e-5)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bottlenecks on whole models: places, files, rows, checkpointing. AdapterHub's numbers are in test_adapterhub.py."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError
+from tests.conformance.samples import disturb
+from tests.looks import layers, registry_of
+from tests.models import checkpoint, inputs, make, output, seeded
+
+SMALL = dict(reduction_factor=3)
+PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv"]
+
+
+def adapted(name, preset, base=None, **changes):
+    with seeded(1):
+        config = graft.BottleneckConfig.preset(preset, **SMALL, **changes)
+        model = graft.get_peft_model(make(name) if base is None else base, config)
+        model.add_adapter("other", graft.BottleneckConfig.preset(preset, **SMALL, **changes))
+    return disturb(model, 0.2).eval()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@torch.no_grad()
+def test_rows_of_a_mixed_batch_and_files(preset, tmp_path):
+    model, batch = adapted("llama", preset), inputs("llama")
+    plain, alone = output(make("llama"), batch), {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = output(model, batch)
+        assert (alone[name] - plain).abs().max() > 1e-3
+    mixed = model(**batch, adapter_names=["other", "__base__", "default"]).logits
+    for row, expected in enumerate((alone["other"], plain, alone["default"])):
+        assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(make("llama"), tmp_path)
+    loaded.load_adapter(tmp_path / "other", "other")
+    assert_close(output(loaded.eval(), batch), alone["default"])
+    loaded.set_adapter("other")
+    assert_close(output(loaded, batch), alone["other"])
+    assert torch.equal(output(model.unload(), batch), plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("preset", ["par_bn", "seq_bn"])
+def test_gradients_under_checkpointing(name, preset, reentrant):
+    grads = []
+    for again in (False, True):
+        model = adapted(name, preset)
+        model.set_adapter("default")
+        if again:
+            checkpoint(model, reentrant)
+            model.enable_input_require_grads()
+        output(model.train(), inputs(name)).square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert not registry_of(model).call.here.tapped
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) >= 8
+    assert_close(grads[0], grads[1])
+
+
+@torch.no_grad()
+def test_generate_is_that_of_one_row_after_another():
+    model, ids = adapted("llama", "par_bn"), inputs("llama")["input_ids"]
+    model.set_adapter("default")
+    ours = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for _ in range(4):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ours, ids)
+
+
+def test_places_by_name_and_blocks_left_out():
+    model = graft.get_peft_model(make("llama"), graft.BottleneckConfig(mlp_modules=["mlp"], **SMALL))
+    assert sorted(layers(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    config = graft.BottleneckConfig.preset("double_seq_bn", leave_out=[0], reduction_factor={"1": 2})
+    model = graft.get_peft_model(make("llama"), config)
+    assert sorted(layers(model)) == ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    with pytest.raises(NoMatchingPeftModuleError, match=r"mlp_modules=\['mpl'\] matched nothing.*down_proj"):
+        graft.get_peft_model(make("llama"), graft.BottleneckConfig(mlp_modules=["mpl"]))
+
+
+@pytest.mark.parametrize(
+    "changes, error, text",
+    [
+        (dict(reduction_factor=0), ConfigError, "must be positive"),
+        (dict(reduction_factor={"0": 2}), ConfigError, "no entry for block 1, and no 'default'"),
+        (dict(non_linearity="glue"), ConfigError, "Unknown non_linearity 'glue'. Known: relu"),
+        (dict(stochastic_depth=1.0), ConfigError, "below 1"),
+        (dict(mh_adapter=True), ConfigError, "original_ln_before=False"),
+        (dict(is_parallel=True, mh_adapter=True), ConfigError, "beside the MLP only"),
+        (dict(phm_layer=True, phm_dim=5), ConfigError, "phm_dim=5 must divide the width"),
+        (dict(leave_out=[0, 1]), NoMatchingPeftModuleError, "leave no place"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_bad_configs_change_nothing(changes, error, text):
+    base = make("llama")
+    before = copy.deepcopy(base)
+    with pytest.raises(error, match=text):
+        graft.get_peft_model(base, graft.BottleneckConfig(**changes))
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in before.named_modules()]
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_model_without_blocks_is_told_what_it_has():
+    with pytest.raises(NoMatchingPeftModuleError, match=r"no blocks with an attention and an MLP.*linear layers"):
+        graft.get_peft_model(make("mlp"), graft.BottleneckConfig())
+
+
+@torch.no_grad()
+def test_beside_lora_on_the_same_layer():
+    with seeded(1):
+        model = graft.get_peft_model(
+            make("llama"), graft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False), "low", mixed=True
+        )
+        model.add_adapter("bn", graft.BottleneckConfig.preset("double_seq_bn", **SMALL))
+    disturb(model, 0.2).eval()
+    model.base_model.set_adapter(["low", "bn"])
+    layer = layers(model)["model.layers.0.mlp.down_proj"]
+    x = torch.randn(2, 3, layer.in_features)
+    y = layer.base_layer(x) + layer.scaling["low"] * layer.lora_B["low"](layer.lora_A["low"](x))
+    assert_close(layer(x), y + layer.methods["bn"].u(y))
+
+
+def test_bfloat16_keeps_the_dtype_of_the_model():
+    model = adapted("llama", "par_bn", base=make("llama").bfloat16())
+    y = output(model, inputs("llama"))
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "bottleneck_" in n)

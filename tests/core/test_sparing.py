@@ -39,7 +39,18 @@ OPS.add(row, Linear())
 LEAN = Kind("lean", Lean)
 
 # what the adapter's own tensors are as large as: theirs are the values that train, or indices of them
-LARGE = {"SHIRA", "SUPERTUNING", "OSF", "FROD", "LILY", "RANDLORA", "FOURIERFT", "WAVEFT", "SVFT", "BOTTLENECK-compacter"}
+LARGE = {
+    "SHIRA",
+    "SUPERTUNING",
+    "OSF",
+    "FROD",
+    "LILY",
+    "RANDLORA",
+    "FOURIERFT",
+    "WAVEFT",
+    "SVFT",
+    "BOTTLENECK-compacter",
+}
 
 
 def kept(model, x) -> int:

@@ -12,7 +12,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.storage.packed_experts import BOTH, IDS, blocks, gpt_oss, made, mixtral
-from tests.storage.test_packed_experts import adapted, results, same
+from tests.storage.test_packed_experts import adapted, merges_and_unmerges, results, same
 
 NAMES = ("gate_up_proj", "down_proj")
 WIDTH = 128  # on a CPU, the package reads stacks wrong of which a row is no multiple of a block
@@ -78,3 +78,8 @@ def test_blocks_that_reach_over_matrices_are_refused():
         adapted(base, target_parameters=BOTH[1:])
     assert not any(p.requires_grad for n, p in base.named_parameters() if "original" in n)
     assert all("forward" not in m.__dict__ for _, m in blocks(base))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested"])
+def test_merging_keeps_what_it_says_and_gives_the_bits_back(kind):
+    merges_and_unmerges(packed(mixtral, **KINDS[kind]))

@@ -2,6 +2,7 @@
 """LoRA on packed experts: as on the dequantized base, with no more than a chunk of it dense."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import graft
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.leaves_out import FUSED_EXPERTS
+from tests.looks import layers
 from tests.models import checkpoint, seeded
 from tests.storage.packed_experts import BOTH, IDS, KINDS, blocks, both
 
@@ -139,3 +141,66 @@ def test_unloading_leaves_the_module_as_it_was():
     same(results(other), results(model))
     model.unload()
     assert [m.__dict__.keys() for _, m in blocks(packed)] == [held.keys() for held in before]
+
+
+NAMES = ("gate_up_proj", "down_proj")
+
+
+def dense_of(inner):
+    """Return the dense stacks, by the key of their layer."""
+    held = {f"{path}.{name}": stacks.held(m, name) for path, m in inner for name in NAMES}
+    return {key: h.dense(range(h.shape[0]), torch.float32) for key, h in held.items()}
+
+
+@torch.no_grad()
+def merges_and_unmerges(packed):
+    """Merge a small and a large update: see what is kept and said, and that unmerging gives the bits back."""
+    inner = blocks(packed)
+    model = adapted(packed, target_modules=[])
+    before, shares = dense_of(inner), []
+    for factor in (0.01, 400):
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p *= factor
+        unmerged = model(IDS).logits
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model.merge_adapter()
+        far, after, report = 0.0, dense_of(inner), graft.merge_report(model)
+        for key, layer in layers(model).items():
+            A, B = layer.methods["default"].effect.factors().matrices()
+            delta = layer.op.product(A, B, layer.site.shape)
+            share = ((after[key] - before[key]) * delta).sum() / (delta * delta).sum()
+            assert abs(float(share) - report[key]) < 1e-3
+            far = max(far, float((after[key] - before[key] - delta).norm() / delta.norm()))
+        shares.append(min(report.values()))
+        lost = [text for w in said if "lost a part of the update" in (text := str(w.message))]
+        assert len(lost) == (shares[-1] < 0.9) and all("into the base loaded dequantized" in text for text in lost)
+        model.unmerge_adapter()
+        assert torch.equal(model(IDS).logits, unmerged) and graft.merge_report(model) == {}
+        assert all(torch.equal(W, before[key]) for key, W in dense_of(inner).items())
+    assert shares[0] < 0.9 < shares[1] and far < 0.5, (shares, far)
+    with pytest.raises(NotImplementedError, match=r"understands nothing but codes.*base dequantized"):
+        model.merge_and_unload(dequantize=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_keeps_what_it_says_and_gives_the_bits_back(kind):
+    merges_and_unmerges(both(kind)[0])
+
+
+@torch.no_grad()
+def test_mxfp4_keeps_the_scales_of_the_base():
+    """New ones would move numbers that the update does not touch."""
+    packed, _ = both("mxfp4")
+    (_, m), *_ = blocks(packed)
+    before = stacks.held(m, "down_proj")
+    W = before.dense(range(5), torch.float32)
+    assert torch.equal(before.remade(W).dense(range(5), torch.float32), W)
+    unit = 2.0 ** (float(before.scale[2, 3, 0]) - 127)
+    W[2, 3, 4] = 7.5 * unit
+    after = before.remade(W)
+    moved = (after.dense(range(5), torch.float32) != before.dense(range(5), torch.float32)).nonzero()
+    assert after.scale[2, 3, 0] == before.scale[2, 3, 0] + 1 and (after.scale != before.scale).sum() == 1
+    assert {(int(e), int(row)) for e, row, _ in moved} == {(2, 3)}
+    assert after.dense([2], torch.float32)[0, 3, 4] == 8 * unit

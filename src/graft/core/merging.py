@@ -168,8 +168,13 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.held.unread() is None
-    packed = packed and layer.op.fixed(layer.get_base_layer()) is None
+    packed = packed and layer.op.fixed(layer.get_base_layer()) is None and not is_packed_stack(layer)
     return packed and all(m.effect.fixed is None for m in methods)
+
+
+def is_packed_stack(layer: Layer) -> bool:
+    """Return True for a stack of matrices in codes, of which the module understands nothing else."""
+    return getattr(layer.op, "packed", None) is not None
 
 
 def _no_bias(layer: Layer, names: Sequence[str]) -> str:
@@ -422,7 +427,10 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
             f"Merging has lost a part of the update to rounding on {len(lost)} of {len(merged)} layers, most on "
             f"'{worst}', where {max(shares[worst], 0):.1%} of it survived. Keep the adapter unmerged, or "
             + (
-                "merge_and_unload(dequantize=True)"
+                "merge it into the base loaded dequantized (in transformers: dequantize=True in its "
+                "quantization_config)"
+                if any(is_packed_stack(layer) for layer in lost)
+                else "merge_and_unload(dequantize=True)"
                 if packed
                 else "merge it into the base in float32 (model.float(), or load it with dtype=torch.float32)"
             )

@@ -152,6 +152,12 @@ class MergingRegistry(Registry):
         for layer, store in packed:
             if (why := store.unread(layer.base_layer)) is not None:
                 raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
+        for layer in layers:
+            if merging.is_packed_stack(layer):
+                raise NotImplementedError(
+                    f"Cannot dequantize layer '{layer.site.key}': its module understands nothing but codes. Load the "
+                    "base dequantized (in transformers: dequantize=True in its quantization_config) and merge there."
+                )
         if done:
             self.unmerge_adapter()
         before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]

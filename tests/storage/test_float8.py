@@ -159,17 +159,20 @@ def test_a_stack_of_groups_is_refused():
         graft.get_peft_model(base, graft.LoraConfig(target_modules=["0"]))
 
 
-@pytest.mark.differs(
-    "packed experts (mxfp4, GGUF, float8) in `target_parameters`",
-    peft="adapters over packed bytes, or a shape error",
-    graft="`UnsupportedLayerError` with the remedy (`dequantize=True`)",
-)
-def test_packed_experts_are_no_targets():
+def test_packed_experts_that_graft_cannot_run_are_refused():
+    """Those of a module that it does not know, or that are not loaded."""
     from transformers import GptOssConfig
     from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
     config = GptOssConfig(hidden_size=64, intermediate_size=64, num_local_experts=2)
-    base = nn.ModuleDict({"experts": Mxfp4GptOssExperts(config)})
-    adapter = graft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
-    with pytest.raises(UnsupportedLayerError, match=r"gate_up_proj holds uint8.*load the base model dequantized"):
-        graft.get_peft_model(base, adapter)
+    unknown = nn.Module()
+    unknown.gate_up_proj = nn.Parameter(torch.zeros(2, 128, 32, dtype=torch.uint8), requires_grad=False)
+    for experts, text in (
+        (Mxfp4GptOssExperts(config), r"it has no scales"),
+        (unknown, r"gate_up_proj holds uint8.*load the base model dequantized"),
+    ):
+        base = nn.ModuleDict({"experts": experts})
+        adapter = graft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
+        with pytest.raises(UnsupportedLayerError, match=text):
+            graft.get_peft_model(base, adapter)
+        assert type(base["experts"]) is type(experts) and "forward" not in experts.__dict__

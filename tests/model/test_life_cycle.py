@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.io.files import read_safetensors
 from tests.looks import registry_of
 from tests.models import seeded

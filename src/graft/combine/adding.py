@@ -16,7 +16,7 @@ from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.methods import config_of, method_of
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)

@@ -26,7 +26,7 @@ from graft.core.names import one_or_several
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Plan, plan_of, refuse_gates
-from graft.core.rows import OFF
+from graft.core.rows import OFF, Rows
 from graft.core.site import Site, Store, Weight
 from graft.core.wrappers import HOOK, brought_in
 from graft.kernels.cuts import Cut
@@ -164,7 +164,7 @@ class Host(Holding, Carrier, nn.Module):
             y = plan.run(*args, **kwargs)
         return y if back is None else back(y)
 
-    def mix_of(self, rows: Any) -> Mixed:
+    def mix_of(self, rows: Rows) -> Mixed:
         """Return the layer's plans for a batch with these rows."""
         state = self.state
         names = () if state.disabled else rows.names

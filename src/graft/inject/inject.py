@@ -17,7 +17,6 @@ from graft.core.method import Method
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import Job
-from graft.inject.job import Options as Options
 from graft.inject.parts import inside_out
 from graft.inject.stage import draw_alike
 from graft.inject.survey import Place, Tree, survey

@@ -18,7 +18,7 @@ from graft.core.method import Method
 from graft.core.ops import META
 from graft.core.shared import OnTuner
 from graft.inject.build import put
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, survey

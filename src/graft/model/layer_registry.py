@@ -16,7 +16,8 @@ from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Run, parameters_of
 from graft.core.shared import Shared
-from graft.inject.inject import Options, check_bias, inject
+from graft.inject.inject import check_bias, inject
+from graft.inject.job import Options
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
 from graft.inject.steps import Steps

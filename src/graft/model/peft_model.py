@@ -18,7 +18,7 @@ from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import AdapterNotFoundError
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import Given, Run, copies_of
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values

@@ -24,7 +24,8 @@ from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Run
 from graft.inject.build import size
-from graft.inject.inject import Injection, Options, inject
+from graft.inject.inject import Injection, inject
+from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike

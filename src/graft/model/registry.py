@@ -29,7 +29,7 @@ from graft.core.method import Method
 from graft.core.names import one_or_several
 from graft.core.rows import BASE, Run
 from graft.inject.find import biases_of
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey

@@ -16,7 +16,7 @@ from graft.core.base_config import model_config
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
 from graft.core.rows import Run
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.inject.match import Matcher
 from graft.inject.parts import HOLDER, registry_of, unwrapped
 from graft.inject.steps import Steps

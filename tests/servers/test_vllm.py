@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,17 +22,19 @@ from graft.files.base import base_files
 from graft.files.errors import ServerError
 from graft.files.export import export
 from graft.files.serving import check
-from graft.files.tensors import read_header, write_safetensors
 from graft.serving.ask import Connection
 from graft.serving.start import started
 from graft.serving.verify import verify
 from tests.files import adapters
 from tests.models import seeded
+from tests.servers.common import broken, model
 
 PYTHON = os.environ.get("GRAFT_VLLM")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs an environment with vLLM: make test-serving")
-OPTIONS = adapters.LORA | {
-    "qalora": dict(use_qalora=True, qalora_group_size=16), "high": dict(r=4, rank_pattern={"up_proj": 65}),
+ENVIRONMENT = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3000",
 }  # fmt: skip
 APPLIED = ["scaled", "patterns", "rslora", "regex", "paths", "one layer"]  # as they stand
 EXPORTED = [*APPLIED, "pissa", "olora", "velora", "monteclora", "qalora", "bdlora"]
@@ -51,61 +54,15 @@ REFUSED = [
 ]
 
 
-def model():
-    """A base that vLLM's kernels for CPUs take: heads of 32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = dict(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    with seeded(0):
-        return LlamaForCausalLM(
-            LlamaConfig(vocab_size=512, max_position_embeddings=256, initializer_range=0.08, **sizes)
-        ).eval()
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """The folder of the base, with a tokenizer, which vLLM wants."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("base")
-    model().save_pretrained(path)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
-        path
-    )
-    return str(path)
-
-
 @pytest.fixture(scope="session")
 def url(base):
     given = os.environ.get("GRAFT_VLLM_URL")  # of one that serves the same base already
     if given:
         yield given
         return
-    os.environ |= {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3000",
-    }  # fmt: skip
+    os.environ |= ENVIRONMENT
     with started("vllm", base, "base", {}, max_rank=64, python=str(PYTHON)) as at:
         yield at
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    made = {}
-
-    def of(name):
-        if name not in made:
-            made[name] = str(tmp_path_factory.mktemp("adapter"))
-            config = graft.LoraConfig(**dict(r=4, lora_alpha=8, target_modules=adapters.LISTED) | OPTIONS[name])
-            adapters.quietly(adapters.quietly(adapters.moved, model(), config).save_pretrained, made[name])
-        return made[name]
-
-    return of
 
 
 def load(url, path):
@@ -172,18 +129,6 @@ def test_another_method_as_lora(url, tmp_path):
 # adapters broken on purpose
 
 
-def broken(tmp_path, path, change_config=None, change_name=None, change=None):
-    """Return a copy of an adapter with another config, names or tensors."""
-    out = tmp_path / "broken"
-    shutil.copytree(path, out)
-    config = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(config | (change_config or {})))
-    tensors, _ = read_header(out / "adapter_model.safetensors")
-    tensors = {(change_name or str)(name): t for name, t in tensors.items() if change is None or change(name)}
-    write_safetensors(str(out / "adapter_model.safetensors"), tensors, {"format": "pt"})
-    return out
-
-
 def test_a_scale_that_is_off(url, folder, tmp_path):
     path = broken(tmp_path, folder("scaled"), {"lora_alpha": 24})
     found = verdict(url, load(url, path), folder("scaled"))
@@ -229,6 +174,19 @@ def test_another_adapter(url, folder, tmp_path):
 def test_a_name_that_is_unknown(url, folder):
     with pytest.raises(PeftError, match=re.escape("no model 'nobody'")):
         verdict(url, "nobody", folder("scaled"))
+
+
+def test_in_process(base, folder, tmp_path):
+    """The command starts vLLM where it is installed beside graft, and says what that does with the adapter."""
+    source = Path(graft.__file__).parents[1]
+    words = ["verify", "--in-process", "vllm", "--adapter", folder("scaled"), "--base", base, "--timeout", "600", "--json"]
+    run = subprocess.run(
+        [PYTHON, "-m", "graft.command", *words], env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["verdict"] == "applied" and found["deviations"]["applied"] < 1e-4 < 0.1 < found["effect"]
 
 
 # last, as they leave something behind in the server

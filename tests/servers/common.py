@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 
-
 from graft.files.tensors import read_header, write_safetensors
 from tests.files import adapters
 from tests.models import seeded

@@ -179,7 +179,18 @@ def test_a_name_that_is_unknown(url, folder):
 def test_in_process(base, folder, tmp_path):
     """The command starts vLLM where it is installed beside graft, and says what that does with the adapter."""
     source = Path(graft.__file__).parents[1]
-    words = ["verify", "--in-process", "vllm", "--adapter", folder("scaled"), "--base", base, "--timeout", "600", "--json"]
+    words = [
+        "verify",
+        "--in-process",
+        "vllm",
+        "--adapter",
+        folder("scaled"),
+        "--base",
+        base,
+        "--timeout",
+        "600",
+        "--json",
+    ]
     run = subprocess.run(
         [PYTHON, "-m", "graft.command", *words], env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
         capture_output=True, text=True, check=False,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
 from graft.core.folding import change_of
+from graft.files.convert import ENDS
 from graft.files.export import Exported, server_named
 from graft.files.export import export as export_file
 from graft.files.formats import peft
@@ -33,6 +34,8 @@ class BaseInMemory:
         config, tensors = getattr(base, "config", None), get_base_model_state_dict(model)
         self.path = str(base.__dict__.get("name_or_path") or type(base).__name__)
         self.config: dict[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        if not self.config.get("architectures"):  # as a save writes it
+            self.config["architectures"] = [type(base).__name__]
         self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
 
     @property
@@ -41,12 +44,19 @@ class BaseInMemory:
 
 
 def export_adapters(model: Any, directory: str, selected: list[str] | None, server: str, writes: bool = True) -> None:
-    """Write adapters for a server, "default" into the folder and others into sub-folders."""
-    server_named(server)
+    """Write adapters for a server, "default" into the folder and others into sub-folders.
+
+    A format that is one file is adapter.gguf there, or what its end is.
+    """
+    end = ENDS.get(server_named(server).formats[0])
     check(directory, "sampled", True)
     for name in names_to_save(model, selected, directory):
         if writes:
-            report = export(model, name, server, folder_of(name, directory))
+            path = folder_of(name, directory)
+            if end is not None:
+                os.makedirs(path, exist_ok=True)
+                path = os.path.join(path, f"adapter{end}")
+            report = export(model, name, server, path)
             if report.error is not None and report.error > 1e-3:
                 warn(
                     f"Adapter '{name}' is no LoRA: what was written differs from its ΔW by {report.error:.1%}.",

@@ -25,9 +25,9 @@ OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft d
 ANOTHER_BASE = 10  # tolerances
 GRID = [2.0**n for n in range(-6, 7)]  # multiples of the scale, where the search for k begins
 APPLIED, UNDECIDED = "applied", "too small to tell"
-NOT_APPLIED, OFF, MISSING, PATTERNS, ROOTS, ANOTHER, LEAKED = FAULTS = (
-    "not applied", "scale off", "missing", "patterns not read", "use_rslora not read", "another adapter",
-    "in the base too",
+NOT_APPLIED, OFF, MISSING, PATTERNS, ALPHAS, ROOTS, ANOTHER, LEAKED = FAULTS = (
+    "not applied", "scale off", "missing", "patterns not read", "alpha_pattern not read", "use_rslora not read",
+    "another adapter", "in the base too",
 )  # fmt: skip
 
 Factor = Callable[[str], float]  # path of a layer → what its scaling is multiplied by
@@ -38,6 +38,7 @@ class Scale(NamedTuple):
 
     own: float
     plain: float  # lora_alpha / r for all layers
+    one_alpha: float  # lora_alpha / each layer's own rank
     rootless: float  # each layer's own alpha / rank
 
 
@@ -46,8 +47,8 @@ class Verdict:
     """What a server does with an adapter.
 
     Attributes:
-        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "use_rslora not read", "another
-            adapter", "too small to tell", or "in the base too".
+        verdict: "applied", "not applied", "scale off", "missing", "patterns not read", "alpha_pattern not read",
+            "use_rslora not read", "another adapter", "too small to tell", or "in the base too".
         text: the same in a sentence.
         tolerance: the root mean square of differences of log-probabilities that counts as equal.
         effect: what the adapter changes log-probabilities by.
@@ -173,12 +174,15 @@ def judge(
         near[f"{part} {MISSING}"] = rms(now - own(lambda path, part=part: float(last(path) != part)))
         if near[f"{part} {MISSING}"] <= tolerance:
             return verdict(MISSING, f"{part} {MISSING}: the server applies all of the adapter but that.")
-    for which, taken in (PATTERNS, "plain"), (ROOTS, "rootless"):
+    for which, taken, each in (
+        (PATTERNS, "plain", "lora_alpha / r for all modules"),
+        (ALPHAS, "one_alpha", "lora_alpha / rank of each module"),
+        (ROOTS, "rootless", "each module's alpha / rank"),
+    ):
         factors = {path: getattr(s, taken) / s.own if s.own else 1.0 for path, s in scales.items()}
         if len({round(f, 6) for f in factors.values()}) > 1:  # else it is a scale that is off
             near[which] = rms(now - own(factors.__getitem__))
             if near[which] <= tolerance:
-                each = "each module's alpha / rank" if which == ROOTS else "lora_alpha / r for all modules"
                 return verdict(which, f"{which}: the server takes {each} as the scale.")
     if scales:
         k = fitted(lambda k: own(lambda path: k) - now)
@@ -265,7 +269,7 @@ def scalings(model: nn.Module) -> dict[str, Scale]:
         cfg: Any = model.peft_config[name]  # type: ignore[index]
         here = layer.methods[name].cfg
         known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
-        rates = (cfg.lora_alpha / cfg.r, here.lora_alpha / here.r) if known else (own, own)
+        rates = (cfg.lora_alpha / cfg.r, cfg.lora_alpha / here.r, here.lora_alpha / here.r) if known else (own,) * 3
         found[path] = Scale(float(own), *map(float, rates))
     return found
 

@@ -176,8 +176,8 @@ def judge(
             return verdict(MISSING, f"{part} {MISSING}: the server applies all of the adapter but that.")
     for which, taken, each in (
         (PATTERNS, "plain", "lora_alpha / r for all modules"),
-        (ALPHAS, "one_alpha", "lora_alpha / rank of each module"),
         (ROOTS, "rootless", "each module's alpha / rank"),
+        (ALPHAS, "one_alpha", "lora_alpha / rank of each module"),
     ):
         factors = {path: getattr(s, taken) / s.own if s.own else 1.0 for path, s in scales.items()}
         if len({round(f, 6) for f in factors.values()}) > 1:  # else it is a scale that is off

@@ -40,6 +40,7 @@ _NAMES: dict[str, str] = {
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
         "graft.model.experts": "create_arrow_model",
+        "graft.model.adapter_tensors": "AdapterTensors adapter_tensors",
         "graft.model.merging": "merge_report",
         "graft.model.convert": "convert_to_lora save_as_lora",
         "graft.model.foreign": "load_adapter",

@@ -34,8 +34,9 @@ from graft.io.fingerprint import (
     weights_of,
     within,
 )
-from graft.io.layouts import fused, put_right
+from graft.io.layouts import TODAY, fused, put_right
 from graft.io.save import changes_base, config_of, parts_of
+from graft.io.servers import arranged
 from graft.io.tensors import resized, torn_apart
 from graft.storage.offload import is_tied, offloaded_in
 from graft.storage.offload import put as put_away
@@ -105,11 +106,13 @@ class Values:
         stored = cleaned(loaded.tensors, loaded.path)
         mapping = own if key_mapping is None else key_mapping
         self.tensors = renamed(stored, mapping, key_mapping is not None)
-        self.path, self.strict = loaded.path, strict
+        served = arranged(self.tensors, config, model)
+        self.layout = loaded.layout if served is self.tensors else TODAY
+        self.tensors, self.path, self.strict = served, loaded.path, strict
         self.fingerprint, self.called_otherwise = loaded.fingerprint, None
         if self.fingerprint and self.tensors.keys() != stored.keys():  # the base's modules may have new names as well
             self.called_otherwise = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
-        self.layout, self.told = loaded.layout, copy.copy(config)  # which injection rewrites to today's names
+        self.told = copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None

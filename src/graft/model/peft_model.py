@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
-from graft.core.errors import AdapterNotFoundError
+from graft.core.errors import AdapterNotFoundError, ConfigError
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import Given, Run, copies_of
 from graft.inject.job import Options
@@ -418,6 +418,7 @@ class PeftModel(nn.Module):
         path_initial_model_for_weight_conversion: str | None = None,
         fingerprint: str = "sampled",
         for_server: str | None = None,
+        layout: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
@@ -439,13 +440,23 @@ class PeftModel(nn.Module):
             for_server: "vllm", "llama.cpp" or another that `graft check` knows: write each adapter in the one form of
                 LoRA that servers read right. A method that is not LoRA is truncated to one that keeps 99.99 % of ‖ΔW‖²,
                 with a warning that says the error; `graft.save_as_lora` takes another rank.
+            layout: "vllm", "sglang" or another of `graft.adapter_tensors`: write what that returns, experts as the
+                server holds them. Such files load here as others do.
 
         Raises:
-            LossError: no LoRA does what the adapter does, and `for_server` asks for one.
+            LossError: no LoRA does what the adapter does, and `for_server` asks for one; or the server of `layout`
+                cannot do it.
             ValueError: the path is a file, or a selected adapter is not loaded.
             CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
         warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
+        if layout is not None and for_server is not None:
+            raise ConfigError(f"layout={layout!r} and for_server={for_server!r}: give one of the two.")
+        if layout is not None:
+            from graft.model.adapter_tensors import save_in
+
+            save_in(self, save_directory, selected_adapters, layout, is_main_process)
+            return
         if for_server is not None:
             from graft.model.export import export_adapters
 

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factors of stacks of experts as servers hold them, and back.
+
+Here a stack is canonical: A (E, r, in), B (E, out, r), its outputs in the order of the model's parameter. Read in
+vLLM 0.32 and SGLang 0.5.23, November 2026.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.base_config import model_type
+from graft.core.ops import Opaque
+from graft.inject.experts import Conversions, Stack, shortest, stacks
+from graft.inject.survey import Tree, survey
+from graft.storage import innermost
+
+IN, OUT = "in", "out"  # the two stacks of a block: what acts on its input, and what makes its output
+PARAMETERS = {"gate_up_proj": IN, "up_proj": IN, "down_proj": OUT}
+PARTS = {IN: ("gate_proj", "up_proj"), OUT: ("down_proj",)}  # of experts that hubs hold as stacks
+ONE_AFTER_THE_OTHER = {"Llama4TextExperts"}  # gate above up, in classes whose flags and conversions do not say it
+STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe", "interns1_pro")  # beginnings of types
+LAYOUTS = ("peft", "vllm", "vllm-2d", "vllm-3d", "vllm-shared", "sglang", "sglang-shared")
+
+
+class Pair(NamedTuple):
+    """The factors of one stack: A (E, r, in), B (E, out, r). Where all experts share one, its E is 1."""
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """The stacks of one module of experts, and what a hub calls the parts of an expert.
+
+    Attributes:
+        path: of the module in the model; `there`: in checkpoints on the hub.
+        shapes: (E, out, in) of each stack.
+        parts: of each stack, from above.
+        interleaved: rows of gate and up in turn.
+        exchanged: graft takes inputs for outputs, as PEFT does where the module does not say `is_transposed`.
+        numbered: checkpoints on the hub have a module for each expert.
+    """
+
+    path: str
+    there: str
+    parameters: dict[str, str]  # IN or OUT → parameter
+    shapes: dict[str, tuple[int, ...]]
+    parts: dict[str, tuple[str, ...]]
+    interleaved: bool
+    exchanged: bool
+    numbered: bool
+
+    @property
+    def gated(self) -> bool:
+        return len(self.parts[IN]) == 2
+
+    def split(self, B: Tensor) -> list[Tensor]:
+        """Return the rows of B of each part of the input's stack."""
+        if not self.gated:
+            return [B]
+        return [B[:, ::2], B[:, 1::2]] if self.interleaved else [*B.chunk(2, 1)]
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Return the inverse of `split`."""
+        if self.interleaved:
+            return torch.stack(parts, 2).flatten(1, 2)
+        return torch.cat(parts, 1)
+
+    def by_part(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+        """Return the factors of each part: gate and up have the same A."""
+        out = dict(zip(self.parts[IN], (Pair(pairs[IN].A, B) for B in self.split(pairs[IN].B))))
+        return out | {self.parts[OUT][0]: pairs[OUT]}
+
+    def zeros(self, which: str, like: Pair) -> Pair:
+        """Return factors that add nothing, of the rank of the other stack's."""
+        n, out, fan_in = self.shapes[which]
+        r = like.A.shape[1]
+        return Pair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))
+
+
+class Blocks:
+    """The modules of experts of a model, by path.
+
+    Attributes:
+        unknown: path of a module → why nobody can say which of its rows are what.
+    """
+
+    def __init__(self, model: nn.Module, tree: Tree | None = None):
+        self.tree = survey(model) if tree is None else tree
+        self.conversions, self.found, self.unknown = Conversions(model), dict[str, Block](), dict[str, str]()
+        self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""
+        self.stacks = [*stacks(self.tree, self.conversions)]
+        by_module: dict[str, list[Stack]] = {}
+        for stack in self.stacks:
+            by_module.setdefault(stack.module, []).append(stack)
+        for path, held in by_module.items():
+            made = self.block(path, held)
+            if isinstance(made, Block):
+                self.found[path] = made
+            else:
+                self.unknown[path] = made
+
+    def block(self, path: str, held: list[Stack]) -> Block | str:
+        """Return a module of experts; the reason where its stacks cannot be told apart."""
+        named = {PARAMETERS[s.parameter]: s for s in held if s.parameter in PARAMETERS}
+        if len(named) < len(held) or len(named) < 2:
+            return f"{path} has the stacks {', '.join(s.parameter for s in held)}, which no server knows"
+        module = innermost(self.tree.modules[path])
+        raw = {which: tuple(module._parameters[s.parameter].shape) for which, s in named.items()}  # type: ignore[union-attr]
+        gated = named[IN].parameter == "gate_up_proj"
+        parts = {which: s.parts or PARTS[which][not gated and which == IN :] for which, s in named.items()}
+        assumed = bool(getattr(module, "is_transposed", False))
+        transposed = raw[IN][1] == raw[OUT][2] and raw[IN][2] == 2 * raw[OUT][1] if gated else assumed
+        shapes: dict[str, tuple[int, ...]] = {
+            which: (n, b, a) if transposed else (n, a, b) for which, (n, a, b) in raw.items()
+        }
+        if len(parts[IN]) != 1 + gated or len(parts[OUT]) != 1 or shapes[IN][1] != (1 + gated) * shapes[OUT][2]:
+            return f"{path} has stacks of shapes {[*raw.values()]}, which are not gate, up and down"
+        told = hasattr(module, "is_concatenated") or named[IN].parts or type(module).__name__ in ONE_AFTER_THE_OTHER
+        if gated and not told:
+            return f"{type(module).__name__} does not say in which order gate and up stand"
+        parameters = {which: s.parameter for which, s in named.items()}
+        interleaved = gated and not getattr(module, "is_concatenated", True)
+        there = self.conversions.before(path)
+        numbered = bool(named[IN].parts)
+        return Block(path, there, parameters, shapes, parts, interleaved, transposed != assumed, numbered)
+
+    @property
+    def stacked_in_vllm(self) -> bool:
+        return self.type.startswith(STACKED_IN_VLLM)
+
+
+# writers: the keys and values of one block, by the name of a layout
+
+
+def flat(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+    for which, inner in ((IN, ".base_layer"), (OUT, "")):
+        A, B = Opaque.joined(*pairs[which])
+        yield from keyed(f"{block.there}{inner}", A, B)
+
+
+def by_expert(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+    for part, (A, B) in block.by_part(pairs).items():
+        for e in range(len(A)):
+            yield from keyed(f"{block.there}.{e}.{part}", A[e], B[e])
+
+
+def shared_w(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+    names = dict(zip([*block.parts[IN], *block.parts[OUT]], ("w1", "w3", "w2") if block.gated else ("w1", "w2")))
+    for part, pair in block.by_part(collapsed(pairs)).items():
+        yield from keyed(f"{block.there}.{names[part]}", *pair)
+
+
+def stacked(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+    """SGLang's: gate above up, whatever the model has."""
+    for which, pair in pairs.items():
+        B = torch.cat(block.split(pair.B), 1) if which == IN else pair.B
+        yield from keyed(f"{block.there}.{block.parameters[which]}", pair.A, B)
+
+
+def shared_parts(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+    names = dict(zip(block.parts[IN], PARTS[IN][not block.gated :])) | {block.parts[OUT][0]: "down_proj"}
+    for part, pair in block.by_part(collapsed(pairs)).items():
+        yield from keyed(f"{block.there}.{names[part]}", *pair)
+
+
+Writer = Callable[[Block, Mapping[str, Pair]], Iterator[tuple[str, Tensor]]]
+WRITERS: dict[str, Writer] = {
+    "vllm-2d": by_expert, "vllm-3d": flat, "vllm-shared": shared_w, "sglang": stacked, "sglang-shared": shared_parts,
+}  # fmt: skip
+
+
+def keyed(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield f"{stem}.lora_A.weight", A.contiguous()
+    yield f"{stem}.lora_B.weight", B.contiguous()
+
+
+def collapsed(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Return the factors with A of the input's stack and B of the output's once for all experts."""
+    return {IN: Pair(pairs[IN].A[:1], pairs[IN].B), OUT: Pair(pairs[OUT].A, pairs[OUT].B[:1])}
+
+
+def differs(pairs: Mapping[str, Pair]) -> str | None:
+    """Return which factors experts do not share that a shared layout holds once; None if they share them."""
+    for which, t in ((IN, pairs[IN].A), (OUT, pairs[OUT].B)):
+        if bool((t != t[:1]).any()):
+            return f"the experts' {'A of the input' if which == IN else 'B of the output'} differ"
+    return None
+
+
+# back
+
+
+KEY = re.compile(
+    r"(?P<prefix>base_model\.model\.)?(?P<experts>.*\bexperts)(?:\.(?P<number>\d+))?(?:\.(?P<part>\w+))?"
+    r"\.lora_(?P<side>[AB])\.weight"
+)
+INNER = "base_layer"  # the part that PEFT calls the first of two stacks by
+W = {IN: ("w1", "w3"), OUT: ("w2",)}
+Values = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B → expert, None: all → values
+
+
+class Read(NamedTuple):
+    """A stack as a file has it."""
+
+    pair: Pair
+    scaling: float
+
+
+def arranged(tensors: dict[str, Tensor], config: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Return a file's tensors with experts as PEFT has them, where a server's layout holds them otherwise.
+
+    Its `config`, which names modules that are there in servers only, gets the stacks as `target_parameters`. A file in
+    PEFT's layout comes back as it is, and one by expert that was trained so, with another A for gate than for up.
+    """
+    matches = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
+    if not matches or config.peft_type != "LORA":
+        return tensors
+    blocks = Blocks(model)
+    by_name = {name: block for block in blocks.found.values() for name in (block.path, block.there)}
+    held: dict[str, Values] = {}
+    used: dict[str, list[str]] = {}
+    for key, match in matches.items():
+        if (block := by_name.get(match["experts"])) is not None:
+            number = None if match["number"] is None else int(match["number"])
+            of_part = held.setdefault(block.path, {}).setdefault(match["part"] or "", {})
+            of_part.setdefault(match["side"], {})[number] = tensors[key]
+            used.setdefault(block.path, []).append(key)
+    if all(as_peft(path, values, used[path], matches) for path, values in held.items()):
+        return tensors
+    read = {path: read_block(blocks.found[path], values, config) for path, values in held.items()}
+    read = {path: found for path, found in read.items() if found}
+    if not read:
+        return tensors
+    prefix = next(iter(matches.values()))["prefix"] or ""
+    here = {blocks.conversions.before(path): path for path in blocks.tree.modules}
+    gone = {key for path in read for key in used[path]}
+    out = {there(key, prefix, here): t for key, t in tensors.items() if key not in gone}
+    for path, found in read.items():
+        for which, (pair, _) in found.items():
+            A, B = (pair.B.mT, pair.A.mT) if blocks.found[path].exchanged else pair
+            inner = f".{INNER}" if which == IN and OUT in found else ""
+            out |= dict(keyed(f"{prefix}{path}{inner}", *Opaque.joined(A, B)))
+    configure(config, [key.removeprefix(prefix) for key in out], read, blocks)
+    return out
+
+
+def as_peft(path: str, values: Values, keys: list[str], matches: Mapping[str, re.Match[str]]) -> bool:
+    """Return True if a file has the stacks of a module as PEFT does, and none of zeros, which a server wanted."""
+    here = all(matches[key]["experts"] == path for key in keys) and not set(values) - {"", INNER}
+    return here and all(bool(t.any()) for sides in values.values() for t in sides.get("A", {}).values())
+
+
+def there(key: str, prefix: str, here: Mapping[str, str]) -> str:
+    """Return a key of a module, whose name on the hub may be another, as it is in the model."""
+    path, dot, leaf = key.removeprefix(prefix).partition(".lora_")
+    return f"{prefix}{here.get(path, path)}{dot}{leaf}"
+
+
+def read_block(block: Block, values: Values, config: Any) -> dict[str, Read]:
+    """Return the stacks of a block; none if the layout is none of servers, or lacks some expert."""
+    n = block.shapes[IN][0]
+    parts = {part: pair for part, sides in values.items() if (pair := whole(sides, n)) is not None}
+    if len(parts) < len(values):
+        return {}
+    out: dict[str, Read] = {}
+    for which in (IN, OUT):
+        names = [block.parts[which], PARTS[which][-len(block.parts[which]) :], W[which][: len(block.parts[which])]]
+        found = next((names for names in names if set(names) <= set(parts)), None)
+        flat_name = INNER if which == IN else ""
+        at = f"{block.there}.{block.parameters[which]}"
+        if flat_name in parts:
+            pair = parts[flat_name]
+        elif which == IN and block.gated and block.parameters[IN] in parts:
+            A, B = parts[block.parameters[IN]]
+            pair = Pair(A, block.joined([*B.chunk(2, 1)]))
+        elif found is not None:
+            given, at = [parts[name] for name in found], f"{block.there}.0.{found[0]}"
+            if len(given) == 2 and not torch.equal(given[0].A, given[1].A):
+                if block.numbered and None not in values[found[0]]["A"]:
+                    return {}  # `fused` knows it, with the alpha of each part
+                given = apart(given)
+            pair = Pair(given[0].A, block.joined([p.B for p in given]) if block.gated and which == IN else given[0].B)
+        else:
+            continue
+        if not (pair.A.any() or pair.B.any()):
+            continue  # a server wanted it
+        out[which] = Read(Pair(*(t.expand(n, -1, -1) for t in pair)), scaling_at(config, at))
+    return out
+
+
+def whole(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> Pair | None:
+    """Return the factors of all experts, (E or 1, …); None if some are missing, or of another shape."""
+    held = []
+    for side in "AB":
+        values = sides.get(side, {})
+        if set(values) == {None}:
+            held.append(values[None])
+        elif set(values) == {*range(n)} and len({t.shape for t in values.values()}) == 1:
+            held.append(torch.stack([values[e] for e in range(n)]))
+        else:
+            return None
+    A, B = held
+    if A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % n == 0:
+        return Pair(*Opaque.each(A, B.contiguous(), n))
+    return Pair(A, B) if A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n} else None
+
+
+def apart(pairs: list[Pair]) -> list[Pair]:
+    """Return factors of gate and up that have one A, of the ranks of both."""
+    n = max(len(t) for pair in pairs for t in pair)
+    A = torch.cat([pair.A.expand(n, -1, -1) for pair in pairs], 1)
+    first, second = (pair.B.expand(n, -1, -1) for pair in pairs)
+    zeros = first.new_zeros(n, first.shape[1], second.shape[2]), second.new_zeros(n, second.shape[1], first.shape[2])
+    return [Pair(A, torch.cat([first, zeros[0]], 2)), Pair(A, torch.cat([zeros[1], second], 2))]
+
+
+def scaling_at(config: Any, path: str) -> float:
+    own = config.at(path)
+    return float(own.lora_alpha / (own.r**0.5 if config.use_rslora else own.r))
+
+
+def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read]], blocks: Blocks) -> None:
+    """Have a config name the stacks, their ranks and scalings, and the other modules of a file by today's names."""
+    every = [stack.path for stack in blocks.stacks]
+    held = {
+        f"{path}.{blocks.found[path].parameters[which]}": of
+        for path, found in read.items()
+        for which, of in found.items()
+    }
+    modules = {key.partition(".lora_")[0] for key in keys} & {*blocks.tree.modules} - {*read}
+    ranks, alphas = (kept(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
+    for path, (pair, scaling) in held.items():
+        r = pair.A.shape[1]
+        ranks[re.escape(path)], alphas[re.escape(path)] = r, scaling * (r**0.5 if config.use_rslora else r)
+    config.target_modules = shortest(sorted(modules), [*blocks.tree.modules])
+    config.target_parameters = shortest(sorted(held), every)
+    config.rank_pattern, config.alpha_pattern = ranks, alphas
+
+
+def kept(config: Any, name: str, modules: Collection[str]) -> dict[str, Any]:
+    """Return the patterns that reach one of these modules."""
+    given = getattr(config, name) or {}
+    return {p: value for p, value in given.items() if any(config.reaches(p, path, name) for path in modules)}

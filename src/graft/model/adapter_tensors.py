@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter as the tensors that a server, or a trainer with a server beside it, takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from graft.config.base import FORMAT_VERSION
+from graft.core.effect import LowRank
+from graft.core.errors import ConfigError, some
+from graft.core.layer import AdapterLayer
+from graft.core.method import Use
+from graft.core.ops import Opaque
+from graft.core.wrappers import clean
+from graft.files.errors import LossError
+from graft.files.export import known_extra
+from graft.inject.parts import Nests, Parts, unwrapped
+from graft.io import files, save
+from graft.io.fingerprint import fingerprint, weights_of
+from graft.io.rendezvous import hashed
+from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Blocks, Pair, differs
+from graft.io.tensors import digest_of
+from graft.methods.lora.config import LoraConfig
+from graft.model.checkpoints import check, folder_of, names_to_save
+from graft.storage.parallel import layout_of
+
+PREFIX = "base_model.model."
+FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_shift"}
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of which vLLM 0.32 takes one as --max-lora-rank
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """An adapter in the layout of a server.
+
+    Attributes:
+        tensors: by name, sorted; new ones, detached and contiguous, with the scaling in B. None of them in processes
+            other than the first of those that hold the adapter together.
+        config: the fields of adapter_config.json.
+        needs: of the server: "max_lora_rank"; "flags", options to start it with; "is_3d_lora_weight", a field of a
+            request that loads it into vLLM.
+        digest: of tensors and config.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    needs: dict[str, Any]
+    digest: str
+    made: Any = field(repr=False, compare=False)  # the config itself
+    base: dict[str, Any] = field(repr=False, compare=False)  # the fingerprint of the base model
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write adapter_model.safetensors and adapter_config.json into a folder; nothing where there are no tensors."""
+        if self.tensors:
+            files.save_adapter(os.fspath(folder), self.tensors, self.made, True, self.base)
+
+
+def adapter_tensors(
+    model: nn.Module,
+    adapter_name: str = "default",
+    layout: str = "peft",
+    dtype: torch.dtype | None = None,
+    gather: bool = True,
+) -> AdapterTensors:
+    """Return an adapter as tensors in the layout of a server; change nothing.
+
+    Of PiSSA and its like the tensors are for the base as it was: twice the rank.
+
+    Args:
+        layout: "peft"; "vllm", which is "vllm-3d" for families whose experts vLLM holds as stacks and "vllm-2d" for
+            others; "vllm-shared", "sglang" or "sglang-shared". They differ in experts only, in their names and shapes.
+        dtype: of the tensors; that of A if None.
+        gather: collect what several processes hold together, for which all of them call this; False: they have done so.
+
+    Raises:
+        ConfigError: there is no such layout.
+        AdapterNotFoundError: there is no such adapter.
+        LossError: the server cannot do what the adapter does: all reasons. Nothing has been collected yet, unless it is
+            that experts do not share a factor.
+        CheckpointError: a tensor is a part of one, or a process is alone.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout={layout!r}: one of {', '.join(LAYOUTS)}.")
+    parts, prefix, base = save.parts_of(model, adapter_name)
+    config = save.config_of(unwrapped(model), adapter_name)
+    blocks = Blocks(base)
+    if layout == "vllm":
+        layout = "vllm-3d" if blocks.stacked_in_vllm else "vllm-2d"
+    view = View(adapter_name, parts, prefix, blocks, layout)
+    if why := [*reasons(view, config, gather)]:
+        raise LossError(f"Adapter '{adapter_name}' cannot be given to a server as '{layout}': {'; '.join(why)}.")
+    first = is_first(model, adapter_name)
+    values = save.get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
+    tensors, ranks = laid_out(view, values, dtype)
+    made = config_for(view, config, ranks, base)
+    fields = made.saved_dict()
+    held = tensors if first else {}
+    digest = hashed(digest_of(held) + json.dumps(fields, sort_keys=True)) if held else ""
+    return AdapterTensors(held, fields, needs(view, ranks), digest, made, note_of(view, base))
+
+
+def note_of(view: View, base: nn.Module) -> dict[str, Any]:
+    """Return the base's fingerprint; none where what acts on a parameter is for the module that has it."""
+    if view.hub and any(layer.op.opaque and not is_stack(layer) for _, layer in view.layers):
+        return {}
+    return fingerprint(weights_of(view.parts, base), with_values=not save.changes_base(view.parts, view.adapter))
+
+
+def save_in(model: Any, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
+    """Write adapters in a layout, "default" into the folder and others into sub-folders."""
+    check(directory, "sampled", True)
+    made = {name: adapter_tensors(model, name, layout) for name in names_to_save(model, selected, directory)}
+    for name, tensors in made.items():
+        if writes:
+            tensors.save(folder_of(name, directory))
+
+
+@dataclass
+class View:
+    """An adapter, and the layout that it gets."""
+
+    adapter: str
+    parts: Parts
+    prefix: str  # of its keys in files
+    blocks: Blocks
+    layout: str
+
+    @property
+    def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """Yield the layers with the beginning of their keys."""
+        own = Nests(self.parts.layers.values())
+        for key, layer in self.parts.layers.items():
+            yield f"{self.prefix}{own.path(key, layer)}", layer
+
+    @property
+    def hub(self) -> bool:
+        """Whether modules have the names of checkpoints on the hub."""
+        return self.layout != "peft"
+
+    def block(self, layer: AdapterLayer) -> Block | None:
+        return self.blocks.found.get(clean(layer.site.path)) if is_stack(layer) else None
+
+    def path(self, layer: AdapterLayer) -> str:
+        path = clean(layer.site.path)
+        return self.blocks.conversions.before(path) if self.hub else path
+
+
+def is_stack(layer: AdapterLayer) -> bool:
+    return layer.op.opaque and len(layer.site.shape) == 3
+
+
+def is_first(model: nn.Module, adapter: str) -> bool:
+    """Return True for the first of the processes that hold an adapter together, and for one that is alone."""
+    ranks = save.ranks_of_adapters(model, [adapter])
+    return not ranks or dist.get_rank() == ranks[0]
+
+
+# what no server does
+
+
+def reasons(view: View, config: Any, gather: bool) -> Iterator[str]:
+    """Yield why an adapter cannot be given to a server in a layout."""
+    if config is not None and config.peft_type != "LORA":
+        yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
+        return
+    found: dict[str, list[str]] = {}
+    for stem, layer in view.layers:
+        for why in of_layer(view, layer):
+            found.setdefault(why, []).append(stem.removeprefix(view.prefix))
+    for why, layers in found.items():
+        yield f"{why} ({some(layers, 2)})"
+    if view.parts.wrappers:
+        yield f"it trains {some([*view.parts.wrappers], 2)} whole, or rows of it: merge it, and serve the model"
+    if getattr(config, "bias", "none") != "none":
+        yield f"it trains biases of the base (bias={config.bias!r}): merge it, and serve the model"
+    if getattr(config, "layer_replication", None):
+        yield "it repeats layers of the base: serve the model with these"
+    tensors = [slot.tensor for carrier in view.parts.carriers() for slot in carrier.slots(view.adapter)]
+    if not gather and any(layout_of(t) is not None for t in tensors):
+        yield "its tensors are spread over processes, and gather=False"
+
+
+def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
+    m: Any = layer.methods[view.adapter]
+    held = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
+    strange = sorted(name for name in held - FACTORS if not known_extra(f"{name}."))
+    biased = any(slot.container == "lora_B" and slot.path == "bias" for slot in layer.slots(view.adapter))
+    if not isinstance(m.effect, LowRank) or m.effect.gains:
+        yield f"{type(m).__name__} does more than to add B A"
+    elif strange or biased:
+        yield f"servers know no {', '.join(strange or ['bias of B'])}"
+    elif "lora_A" in held and not fits(layer, m):
+        yield f"the factors of {type(m).__name__} are no whole matrices: export it (graft export)"
+    if Use.CHANGES in m.uses_weight() and "lora_shift" not in held:
+        yield f"the start of {type(m).__name__} changed the base, and nothing says how"
+    if view.layout == "peft":
+        return
+    if is_stack(layer):
+        path = clean(layer.site.path)
+        block = view.block(layer)
+        if block is None:
+            yield view.blocks.unknown.get(path, f"{path} is no module of experts")
+        elif view.layout == "vllm-3d" and block.exchanged:
+            yield f"{type(layer.site.module).__name__} holds its stacks the other way round: take 'vllm-2d'"
+    elif layer.op.opaque and layer.site.parameter != "weight":
+        yield f"no server adapts a parameter '{layer.site.parameter}'"
+    elif not (layer.op.linear or layer.op.takes_ids or layer.op.opaque):
+        yield f"no server of language models adapts a {layer.site.type_name}"
+
+
+def fits(layer: AdapterLayer, m: Any) -> bool:
+    """Return True if the factors have the shapes of whole matrices, as far as this process sees."""
+    A, B = (t for t in m.pair)
+    out, fan_in = layer.op.dims(layer.site.module)
+    if layout_of(A) is not None or not A.numel():
+        return True
+    return A.flatten(1).shape[1] == fan_in and len(B) == out and len(A) == B.shape[1] if not is_stack(layer) else True
+
+
+# tensors
+
+
+def laid_out(
+    view: View, values: dict[str, Tensor], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return the tensors, sorted, and the rank of each module or stack by its path."""
+    out: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    experts: dict[str, dict[str, Pair]] = {}
+    for stem, layer in view.layers:
+        A, B, ends = factors(values, stem, layer, layer.scaling[view.adapter], dtype)
+        block = view.block(layer) if view.hub else None
+        if block is None:
+            at = f"{PREFIX}{view.path(layer)}" if view.hub else f"{PREFIX}{stem.removeprefix(view.prefix)}"
+            out |= {f"{at}.{ends[0]}": A, f"{at}.{ends[1]}": B}
+            named = (
+                f"{view.path(layer)}.{layer.site.parameter}" if layer.op.opaque and not view.hub else view.path(layer)
+            )
+            ranks[named] = len(A) // (layer.site.shape[0] if is_stack(layer) else 1)
+            continue
+        pair = Pair(*Opaque.each(A, B, layer.site.shape[0]))
+        pair = Pair(pair.B.mT, pair.A.mT) if block.exchanged else pair
+        experts.setdefault(block.path, {})[PARAMETERS[layer.site.parameter]] = pair
+    for path, pairs in experts.items():
+        block = view.blocks.found[path]
+        only = next(iter(pairs.values()))
+        pairs = {which: pairs[which] if which in pairs else block.zeros(which, only) for which in (IN, OUT)}
+        if view.layout.endswith("-shared") and (why := differs(pairs)) is not None:
+            raise LossError(f"Adapter '{view.adapter}' cannot be given to a server as '{view.layout}': {why} ({path}).")
+        made = dict(WRITERS[view.layout](block, pairs))
+        out |= {f"{PREFIX}{key}": t for key, t in made.items()}
+        if view.layout == "vllm-3d":
+            ranks |= {f"{block.there}.{block.parameters[which]}": pair.A.shape[1] for which, pair in pairs.items()}
+        else:
+            ranks |= {key.partition(".lora_")[0]: t.shape[-2] for key, t in made.items() if ".lora_A" in key}
+    if view.layout.startswith("sglang"):
+        out, ranks = padded(out, max(ranks.values())), dict.fromkeys(ranks, max(ranks.values()))
+    return {key: out[key].contiguous() for key in sorted(out)}, ranks
+
+
+def factors(
+    values: dict[str, Tensor], stem: str, layer: AdapterLayer, scaling: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, tuple[str, str]]:
+    """Return A and B of a layer, with the scaling in B, and the ends of their names."""
+    ends = ("lora_embedding_A", "lora_embedding_B") if layer.op.takes_ids else ("lora_A.weight", "lora_B.weight")
+    A, B = (values[f"{stem}.{end}"].detach() for end in ends)
+    dtype = A.dtype if dtype is None else dtype
+    A, B = A.clone(), B.float() * scaling
+    if (gone := values.get(f"{stem}.lora_shift.A")) is not None:
+        B_gone = values[f"{stem}.lora_shift.B"].detach().float().to(B.device)
+        A = torch.cat([A.float(), gone.detach().float().to(A.device)])
+        B = torch.cat([B, -B_gone], 1)
+    return A.to(dtype), B.to(dtype), ends
+
+
+def padded(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return factors of one rank, with zeros."""
+    out = {}
+    for key, t in tensors.items():
+        if key.rpartition(".lora_")[2] in ("A.weight", "embedding_A"):
+            out[key] = nn.functional.pad(t, (0, 0, 0, rank - t.shape[-2]))
+        else:
+            out[key] = nn.functional.pad(t, (0, rank - t.shape[-1]))
+    return out
+
+
+# config
+
+
+def config_for(view: View, config: Any, ranks: dict[str, int], base: nn.Module) -> Any:
+    """Return the config of plain LoRA with the scaling 1.
+
+    Args:
+        ranks: of each module, by path, and of each stack that is named by its parameter.
+    """
+    r = max(ranks.values())
+    every = {view.blocks.conversions.before(path) if view.hub else path for path in view.blocks.tree.modules}
+    parameters = {path for path in ranks if path not in every} if view.layout in ("peft", "vllm-3d") else set()
+    made = LoraConfig(r=r, lora_alpha=r, task_type=getattr(config, "task_type", None))
+    made.base_model_name_or_path = getattr(config, "base_model_name_or_path", None)
+    save.describe_base(made, base)
+    made.target_modules = suffixes({*ranks} - parameters, every)
+    others = {stack.path for stack in view.blocks.stacks} | {f"{path}.weight" for path in every}
+    made.target_parameters = suffixes(parameters, others, 2) or None
+    made.rank_pattern = patterns(ranks, r)
+    made.alpha_pattern = dict(made.rank_pattern)
+    made.inference_mode, made.peft_version = True, FORMAT_VERSION
+    return made
+
+
+def suffixes(names: set[str], every: set[str], least: int = 1) -> list[str]:
+    """Return the shortest ends of names, of `least` parts or more, that no other name has."""
+    taken = {end for name in every - names for end in ends(name, least)}
+    return sorted({next((end for end in ends(name, least) if end not in taken), name) for name in names})
+
+
+def ends(path: str, least: int) -> Iterator[str]:
+    parts = path.split(".")
+    yield from (".".join(parts[n:]) for n in range(max(0, len(parts) - least), -1, -1))
+
+
+def patterns(ranks: dict[str, int], r: int) -> dict[str, int]:
+    """Return `rank_pattern`: by the last name where all of that name have one rank."""
+    by_name: dict[str, set[int]] = {}
+    for path, n in ranks.items():
+        by_name.setdefault(path.rpartition(".")[2], set()).add(n)
+    out = {name: min(of) for name, of in by_name.items() if len(of) == 1}
+    out |= {re.escape(path): n for path, n in ranks.items() if path.rpartition(".")[2] not in out}
+    return {name: n for name, n in sorted(out.items()) if n != r}
+
+
+def needs(view: View, ranks: dict[str, int]) -> dict[str, Any]:
+    """Return what a server has to be, or to be told, to load the tensors."""
+    r = max(ranks.values())
+    experts = any(view.block(layer) is not None for _, layer in view.layers)
+    if view.layout.startswith("sglang"):
+        return {"max_lora_rank": r, "flags": ["--enable-lora", "--max-lora-rank", str(r)], "is_3d_lora_weight": False}
+    limit = next((n for n in RANKS if n >= r), r)
+    flags = ["--enable-lora", "--max-lora-rank", str(limit)]
+    stacked = view.layout in ("peft", "vllm-3d")
+    if experts and view.layout == "vllm-shared":
+        flags.append("--enable-moe-shared-loras")
+    elif experts and stacked != view.blocks.stacked_in_vllm:
+        flags.append("--enable-mixed-moe-lora-format")
+    return {"max_lora_rank": limit, "flags": flags, "is_3d_lora_weight": experts and stacked}

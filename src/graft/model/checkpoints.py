@@ -242,7 +242,8 @@ def check(directory: str, fingerprint: str, safetensors: bool) -> None:
 def names_to_save(model: Any, selected: list[str] | None, directory: str) -> list[str]:
     """Return the names of the adapters to save, all if none are selected."""
     known = list(model.peft_config)
-    names = known if selected is None else several(selected, "selected_adapters")
+    frozen = registry_of(model).frozen
+    names = [n for n in known if n not in frozen] if selected is None else several(selected, "selected_adapters")
     unknown = [n for n in names if n not in known]
     if unknown:
         raise ValueError(

@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_sta
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
 from graft.storage import numel
+
+if TYPE_CHECKING:
+    from graft.model.reference import Reference
 
 OF_TASKS: dict[Any, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
@@ -279,6 +282,23 @@ class PeftModel(nn.Module):
             ValueError: it is not loaded, or it is merged.
         """
         self._registry.delete_adapter(adapter_name)
+
+    def reference(self, adapter_name: str = "default", name: str | None = None) -> Reference:
+        """Return a frozen copy of an adapter as it is now, such as the reference policy of a training.
+
+        Call it in place of the model. It is an adapter of its own, inactive; it never trains, and no save takes it
+        unless it is selected.
+
+        Args:
+            name: of the copy; "<adapter_name>-reference" if None.
+
+        Raises:
+            AdapterNotFoundError: the adapter is not loaded.
+            AdapterNameError: the name is taken, or cannot be one.
+        """
+        from graft.model.reference import refer
+
+        return refer(self, adapter_name, name, self._add)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self._registry.set_requires_grad(adapter_names, requires_grad)

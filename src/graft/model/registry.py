@@ -149,6 +149,7 @@ class Registry:
     trained: set[str]  # adapters that were active in a backward pass
     averaged = False  # the gradients of what trains now will be averaged over processes
     in_ddp = False  # it ran within a DDP, the last time that somebody looked
+    frozen: set[str]  # adapters that never train, and that no save takes unless it is told to
     starts: dict[str, Note]  # notes of the values with which adapters began, by adapter
     arguments: set[str]  # of a call of the model that are the methods' own
     several: str  # for errors: how to activate several adapters
@@ -166,7 +167,7 @@ class Registry:
         self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
         self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self.states = Configs(), {}, [], {}
-        self.watched, self.trained, self.starts = set(), set(), {}
+        self.watched, self.trained, self.frozen, self.starts = set(), set(), set(), {}
         return found
 
     @property
@@ -310,6 +311,7 @@ class Registry:
             self.unmerge_adapter()
         for part in self.carriers():
             part.activate(names, not inference_mode)
+        self._freeze(names)
         self.active_adapters = names
         if not self.watched.issuperset(names):
             self.watched.update(names)
@@ -345,6 +347,7 @@ class Registry:
         self.states.pop(adapter_name, None)
         self.watched.discard(adapter_name)
         self.trained.discard(adapter_name)
+        self.frozen.discard(adapter_name)
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:
@@ -357,7 +360,14 @@ class Registry:
         self.check_known(names)
         for part in self.carriers():
             part.set_requires_grad(names, requires_grad)
+        self._freeze(names)
         self.changed_training()
+
+    def _freeze(self, names: Sequence[str]) -> None:
+        """Take back what let frozen adapters train."""
+        held = [name for name in names if name in self.frozen]
+        for part in self.carriers() if held else ():
+            part.set_requires_grad(held, False)
 
     # on and off
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen copy of an adapter: the reference policy of a training that has the policy on the same base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.combine.adding import changes_base
+from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
+from graft.inject.inject import Options
+from graft.inject.parts import registry_of
+from graft.io.files import Loaded
+from graft.io.load import Values
+from graft.io.save import get_peft_model_state_dict
+
+
+class Reference:
+    """A frozen copy of an adapter, and calls of the model with it in place of the active ones.
+
+        reference = model.reference("default")
+        before = reference(input_ids=ids).logits
+
+    It is an adapter of `name`, inactive, which rows of a batch may name beside others (`adapter_names`). It never
+    trains, whatever is called, and `save_pretrained` leaves it out unless it is selected by name.
+    """
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with the copy, without gradients.
+
+        Raises:
+            ConfigError: no argument is a tensor that tells the number of rows.
+        """
+        rows = next((len(t) for t in tensors((*args, *kwargs.values())) if t.dim()), None)
+        if rows is None:
+            raise ConfigError(f"Reference '{self.name}' is called without a tensor that tells the number of rows.")
+        with torch.no_grad():
+            return self.model(*args, adapter_names=[self.name] * rows, **kwargs)
+
+    def remove(self) -> None:
+        """Delete the copy."""
+        self.model.delete_adapter(self.name)
+
+
+def tensors(given: Iterable[Any]) -> Iterable[Tensor]:
+    return (t for t in given if isinstance(t, Tensor))
+
+
+def refer(
+    model: Any, adapter_name: str, name: str | None, add: Callable[[str, PeftConfig, Options], None]
+) -> Reference:
+    """Do what `PeftModel.reference` says.
+
+    Args:
+        add: puts an adapter onto the model.
+    """
+    registry = registry_of(model)
+    registry.check_known([adapter_name])
+    name = f"{adapter_name}-reference" if name is None else name
+    config = copy.deepcopy(registry.peft_config[adapter_name])
+    config.inference_mode = True
+    held = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
+    if changes_base(config):  # and has done so: beside it a copy is plain
+        config.init_lora_weights = True
+        held = {key: t for key, t in held.items() if ".lora_shift." not in key}
+    loaded = Loaded({key: t.detach().clone() for key, t in held.items()}, f"adapter '{adapter_name}'", finite=True)
+    with registry.call.gate.preparing(f"reference({adapter_name!r})", ()):
+        values = Values(model.get_base_model(), config, name, loaded)
+        add(name, config, Options(values=values))
+        registry.frozen.add(name)
+        registry.set_requires_grad(name, False)
+    return Reference(model, name)

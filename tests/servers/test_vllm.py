@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import graft
 from graft.core.errors import PeftError
@@ -22,10 +23,14 @@ from graft.files.base import base_files
 from graft.files.errors import ServerError
 from graft.files.export import export
 from graft.files.serving import check
+from graft.io.servers import Blocks
+from graft.serving import Versions
 from graft.serving.ask import Connection
 from graft.serving.start import started
 from graft.serving.verify import verify
+from tests.docs.blocks import ROOT, blocks
 from tests.files import adapters
+from tests.model import test_adapter_tensors as experts
 from tests.models import seeded
 from tests.servers.common import broken, model
 
@@ -198,6 +203,102 @@ def test_in_process(base, folder, tmp_path):
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["verdict"] == "applied" and found["deviations"]["applied"] < 1e-4 < 0.1 < found["effect"]
+
+
+# experts: vLLM's kernels for their adapters need a GPU, its loaders do not
+
+
+CASES = [
+    *((family, "vllm-2d") for family in ("qwen2_moe", "qwen3_moe", "mixtral", "phimoe", "lfm2_moe", "olmoe", "jamba",
+                                         "granitemoe", "minimax_m2", "ernie", "glm4_moe", "qwen3_next", "nemotron_h")),
+    *((family, "vllm-3d") for family in ("gpt_oss", "qwen3_5_moe", "qwen3_moe", "mixtral")),
+    *((family, "vllm-shared") for family in ("qwen3_moe", "mixtral")),
+]  # fmt: skip
+
+
+def test_what_vllm_makes_of_experts(tmp_path):
+    """Each expert's products are what merging adds to its weights."""
+    jobs, wanted = [], {}
+    for n, (family, layout) in enumerate(CASES):
+        policy = experts.adapted(family)
+        if layout == "vllm-shared":
+            experts.shared(policy)
+        made = graft.adapter_tensors(policy, layout=layout)
+        made.save(tmp_path / f"{n}")
+        block = next(iter(Blocks(policy.get_base_model()).found.values()))
+        gate_up, down = changes(policy, block.path)
+        wanted[n] = rows_of(policy, gate_up, layout), down
+        names = [block.parts["in"][0], block.parts["out"][0], *block.parts["in"][1:]]
+        jobs.append(dict(folder=str(tmp_path / f"{n}"), block=block.there, layout=layout, names=names, experts=4,
+                         out=str(tmp_path / f"{n}.safetensors")))  # fmt: skip
+    here = str(Path(__file__).with_name("in_vllm.py"))
+    run = subprocess.run([PYTHON, here], input=json.dumps(jobs), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for n, (family, layout) in enumerate(CASES):
+        held = load_file(tmp_path / f"{n}.safetensors")
+        products = [held[f"{i}.B"] @ held[f"{i}.A"] for i in range(len(held) // 2)]
+        ins, down = wanted[n]
+        if layout == "vllm-3d":
+            got = products
+        else:
+            got = [products[0] if len(ins) == 1 else torch.cat([products[0], products[2]], 1), products[1]]
+        for a, b in zip(got, [torch.cat(ins, 1), down], strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, at=(family, layout): f"{at}: {text}")
+
+
+def changes(policy, path):
+    """What merging adds to the two stacks of a block, (E, out, in)."""
+    block = policy.get_base_model().get_submodule(path)
+    stacks = {name: p for name, p in block.named_parameters() if name.endswith("proj") and p.dim() == 3}
+    before = {name: p.detach().clone() for name, p in stacks.items()}
+    policy.merge_adapter()
+    after = [p.detach() - before[name] for name, p in stacks.items()]
+    policy.unmerge_adapter()
+    return [t.mT if getattr(base_of(block), "is_transposed", False) else t for t in after]
+
+
+def base_of(block):
+    while hasattr(block, "base_layer"):
+        block = block.base_layer
+    return block
+
+
+def rows_of(policy, gate_up, layout):
+    """Gate and up of a stack as it is in the model; all of it for vLLM's stacks, which are as the model's."""
+    if layout == "vllm-3d" or gate_up.shape[1] == policy.config.to_dict().get("moe_intermediate_size"):
+        return [gate_up]
+    return [*gate_up.chunk(2, 1)]
+
+
+# versions of a policy
+
+
+def test_versions_of_a_policy(url, base, tmp_path):
+    """The class of the page on reinforcement learning: three versions, each of which answers as the policy did."""
+    held = {}
+    text = next(b.text for b in blocks(ROOT / "docs" / "reinforcement_learning.md") if "class Vllm" in b.text)
+    exec(text, held)
+    server = held["Vllm"]([url], str(tmp_path))
+    policy = adapters.quietly(adapters.moved, model(), graft.LoraConfig(**dict(r=4, target_modules=adapters.LISTED)))
+    versions = Versions(f"policy{os.getpid()}", server.load, server.unload, keep=2)
+    names = []
+    for n in range(3):
+        policy.save_pretrained(tmp_path / f"as-it-was-{n}")
+        names.append(versions.publish(graft.adapter_tensors(policy, layout="vllm")))
+        found = verdict(url, names[-1], tmp_path / f"as-it-was-{n}")
+        assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
+        with seeded(n):
+            for p in policy.parameters():
+                if p.requires_grad:
+                    p.data.add_(torch.randn(p.shape), alpha=0.1)
+    assert verdict(url, names[1], tmp_path / "as-it-was-1").ok  # still there
+    assert verdict(url, names[2], tmp_path / "as-it-was-1").verdict == "another adapter"
+    with pytest.raises(PeftError, match="no model"):
+        verdict(url, names[0], tmp_path / "as-it-was-0")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("policy")) == sorted(names[1:])
+    with pytest.raises(OSError):  # no such folder
+        Versions("broken", lambda name, made: server.post(f"{url}/v1/load_lora_adapter", {"lora_name": name,
+                 "lora_path": "/nowhere"}), server.unload).publish(graft.adapter_tensors(policy))  # fmt: skip
 
 
 # last, as they leave something behind in the server

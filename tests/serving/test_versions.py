@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions of an adapter on a server: a new name each time, no gap, and failures that change nothing."""
+
+import threading
+
+import pytest
+import torch
+
+import graft
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning
+from graft.model.adapter_tensors import AdapterTensors
+from graft.serving import Versions
+
+
+class Server:
+    """A server with so many places, which refuses names that it has had."""
+
+    def __init__(self, places):
+        self.places, self.held, self.ever = places, {}, set()
+        self.fails = lambda what, name: False
+
+    def load(self, name, tensors):
+        if self.fails("load", name):
+            raise TimeoutError(name)
+        assert name not in self.ever, "a name comes again"
+        assert len(self.held) < self.places, "no place"
+        self.held[name] = tensors
+        self.ever.add(name)
+
+    def unload(self, name):
+        if self.fails("unload", name):
+            raise OSError(name)
+        del self.held[name]
+
+
+def tensors(n):
+    return AdapterTensors({"a": torch.full((1,), float(n))}, {}, {}, f"{n:04d}beef", None, {})
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_each_has_a_name_of_its_own_and_the_newest_stay(keep):
+    server = Server(keep + 1)
+    versions = Versions("policy", server.load, server.unload, keep)
+    assert versions.current is None
+    names = []
+    for n in range(1, 7):
+        names.append(versions.publish(tensors(n)))
+        assert versions.current == names[-1] == f"policy-v{n}-{n:04d}"
+        assert list(server.held) == versions.names == names[-keep:]
+        assert server.held[names[-1]].tensors["a"] == n
+
+
+def test_a_load_that_fails():
+    server = Server(3)
+    versions = Versions("policy", server.load, server.unload, 2)
+    first = versions.publish(tensors(1))
+    server.fails = lambda what, name: what == "load"
+    with pytest.raises(TimeoutError):
+        versions.publish(tensors(2))
+    assert versions.current == first and list(server.held) == versions.names == [first]
+    server.fails = lambda what, name: False
+    assert versions.publish(tensors(2)) == "policy-v3-0002"  # the name that failed may have been seen
+
+
+def test_half_of_the_replicas():
+    """What was loaded before the failure goes again."""
+    server = Server(3)
+
+    def load(name, made):
+        server.load(name, made)
+        raise ConnectionError("the second replica")
+
+    versions = Versions("policy", load, server.unload)
+    with pytest.raises(ConnectionError):
+        versions.publish(tensors(1))
+    assert not server.held and versions.current is None
+
+
+def test_one_in_use_stays():
+    server = Server(4)
+    versions = Versions("policy", server.load, server.unload)
+    first = versions.publish(tensors(1))
+    with versions.using() as name, versions.using(first):
+        assert name == first
+        second = versions.publish(tensors(2))
+        assert list(server.held) == [first, second]
+        with versions.using() as now:
+            assert now == second
+    assert list(server.held) == [second]
+    with pytest.raises(AdapterNotFoundError, match="no version 'policy-v1-0001' of 'policy'"), versions.using(first):
+        raise AssertionError
+
+
+def test_an_unload_that_fails_is_tried_again():
+    server = Server(3)
+    versions = Versions("policy", server.load, server.unload)
+    first = versions.publish(tensors(1))
+    server.fails = lambda what, name: what == "unload"
+    with pytest.warns(PeftWarning, match=f"'{first}' could not be unloaded"):
+        second = versions.publish(tensors(2))
+    assert versions.names == [first, second] and versions.current == second
+    server.fails = lambda what, name: False
+    third = versions.publish(tensors(3))
+    assert list(server.held) == versions.names == [third]
+
+
+def test_numbers_go_on_after_a_resume():
+    server = Server(2)
+    versions = Versions("policy", server.load, server.unload)
+    versions.publish(tensors(1))
+    state = versions.state_dict()
+    again = Versions("policy", server.load, server.unload)
+    again.load_state_dict(state)
+    assert again.publish(tensors(1)) == "policy-v2-0001"
+    with pytest.raises(ConfigError, match="at version 2 already"):
+        again.load_state_dict(state)
+
+
+def test_bad_calls():
+    with pytest.raises(ConfigError, match="keep=0"):
+        Versions("policy", print, print, keep=0)
+    versions = Versions("policy", print, print)
+    with pytest.raises(ConfigError, match="no tensors to publish"):
+        versions.publish(AdapterTensors({}, {}, {}, "", None, {}))
+    with pytest.raises(AdapterNotFoundError, match="no version None"), versions.using():
+        raise AssertionError
+
+
+def test_threads_never_see_a_name_that_is_gone():
+    server, stop = Server(20), threading.Event()
+    versions = Versions("policy", server.load, server.unload, 2)
+    versions.publish(tensors(0))
+    seen, wrong = set(), []
+
+    def ask():
+        while not stop.is_set():
+            with versions.using() as name:
+                if name not in server.held:
+                    wrong.append(name)
+                seen.add(name)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for n in range(1, 200):
+        versions.publish(tensors(n))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(seen) > 1 and len(server.held) == 2
+    assert graft.serving.Versions is Versions

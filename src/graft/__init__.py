@@ -42,7 +42,7 @@ _NAMES: dict[str, str] = {
         "graft.model.experts": "create_arrow_model",
         "graft.model.adapter_tensors": "AdapterTensors adapter_tensors",
         "graft.model.merging": "merge_report",
-        "graft.model.convert": "convert_to_lora save_as_lora",
+        "graft.model.convert": "convert_to_lora save_as_lora truncate_lora",
         "graft.model.foreign": "load_adapter",
         "graft.model.merge_files": "merge_files",
         "graft.model.audit": "AuditReport audit",

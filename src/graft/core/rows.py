@@ -128,6 +128,19 @@ class PerRow(Protocol):
     def repeat_interleave(self, repeats: int, dim: int) -> Any: ...
 
 
+class Same:
+    """One value for all rows, whichever they are."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> Same:
+        return self
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Same:
+        return self
+
+
 NO_FACTS: Mapping[Any, Any] = {}  # one object: identity tells calls without facts
 
 

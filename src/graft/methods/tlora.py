@@ -20,7 +20,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Use
-from graft.core.rows import Run
+from graft.core.rows import Run, Same
 from graft.kernels.waits import demand
 from graft.methods.loraxs import largest
 
@@ -189,19 +189,6 @@ MISSING = (
     "`with model.timestep(t):` gives it. A model that adapters were injected into has no such block, nor sees its "
     "arguments: call the one that graft.get_peft_model returns."
 )
-
-
-class Same:
-    """One timestep, (), for all rows, whichever they are."""
-
-    def __init__(self, value: Tensor):
-        self.value = value
-
-    def __getitem__(self, index: Any) -> Same:
-        return self
-
-    def repeat_interleave(self, repeats: int, dim: int) -> Same:
-        return self
 
 
 def per_row(t: Any) -> Same | Tensor:

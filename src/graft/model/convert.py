@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""convert_to_lora, save_as_lora: an adapter of any method that has a ΔW, as plain LoRA."""
+"""convert_to_lora, save_as_lora: an adapter of any method that has a ΔW, as plain LoRA; truncate_lora: fewer ranks."""
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from graft.combine.convert import convert
 from graft.config.base import PeftConfig
-from graft.core.errors import ConfigTypeError
+from graft.core.errors import ConfigError, ConfigTypeError
 from graft.inject.parts import Parts, unwrapped
 from graft.io import files, save
 from graft.io.entries import entries
 from graft.io.fingerprint import fingerprint, weights_of
+from graft.methods.lora.config import LoraConfig
 
 
 def convert_to_lora(
@@ -55,6 +57,43 @@ def convert_to_lora(
     }
     for entry in entries(Parts({}, parts.wrappers), adapter_name, prefix):
         tensors[entry.file] = entry.tensor.detach().clone()
+    return made, tensors
+
+
+def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Return config and tensors of the first ranks of a LoRA adapter, with its alpha; change nothing.
+
+    So a DyLoRA adapter (arXiv 2210.07558) has every rank up to its own. Use the result as that of `convert_to_lora`,
+    which gives the best product of a rank where ranks are not in order.
+
+    Args:
+        rank: at most that of each layer.
+
+    Raises:
+        TypeError: the model has no adapter on layers.
+        ConfigError: it is another method's, or a variant whose first ranks are none; or the rank is not in its range.
+    """
+    parts, prefix, _, config = found(model, adapter_name)
+    made = copy.deepcopy(config)
+    if not isinstance(made, LoraConfig) or made.lora_bias or set(made.variants) - {"use_dylora"}:
+        raise ConfigError(f"Adapter '{adapter_name}' is not plain LoRA or DyLoRA, so that its first ranks are none.")
+    for key, layer in parts.layers.items():
+        r = config.at(key).r
+        if layer.op.opaque or layer.op.groups(layer.base_layer) > 1:
+            raise ConfigError(
+                f"Layer '{key}' has several matrices, whose first ranks are no adapter: use convert_to_lora."
+            )
+        if not 1 <= rank <= r:
+            raise ConfigError(f"The rank must be between 1 and {r}, that of layer '{key}', got {rank}.")
+    made.r, made.rank_pattern, made.init_lora_weights, made.use_dylora = rank, {}, True, False
+    tensors = {}
+    for entry in entries(parts, adapter_name, prefix):
+        t = entry.tensor.detach()
+        if ".lora_A." in entry.file or ".lora_embedding_A" in entry.file:
+            t = t[:rank]
+        elif ".lora_B." in entry.file or ".lora_embedding_B" in entry.file:
+            t = t[:, :rank]
+        tensors[entry.file] = t.clone()
     return made, tensors
 
 

@@ -150,10 +150,11 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     arrow_config: ArrowConfig | dict[str, Any] | None = None  # a router over other adapters: see `create_arrow_model`
     kasa_config: KasaConfig | dict[str, Any] | None = None  # KaSA (arXiv 2412.06071): singular values, a truncated base
     ensure_weight_tying: bool = False  # adapt tied embeddings together
+    use_dylora: bool = False  # DyLoRA (arXiv 2210.07558): steps train the first ranks; no file holds this choice
 
     _custom_modules: ClassVar[Any] = None  # an instance may have its own
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config",)
+    runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config", "use_dylora")
 
     def __post_init__(self) -> None:
         if isinstance(self.target_parameters, str):

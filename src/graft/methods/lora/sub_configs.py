@@ -218,6 +218,7 @@ VARIANTS = {  # field, or value of init_lora_weights, that selects it → "modul
     "monteclora_config": "monteclora:MonteCLoRA",
     "mica": "mica:MiCA",
     "use_qalora": "qalora:QALoRA",
+    "use_dylora": "dylora:DyLoRA",
 }
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation, 2210.07558.
+
+A training step uses the first b ranks, with b at random, and only the last of them learns. So the first b ranks of what
+comes out are an adapter of rank b: see `graft.truncate_lora`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.core.effect import Factors
+from graft.core.errors import RoutingError
+from graft.core.rows import Run, Same
+from graft.methods.lora.lora import LoRA
+
+DRAWN = "dylora"  # the part of the ranks that a run uses, in [0, 1)
+
+
+class DyLoRA(LoRA):
+    """LoRA; in training ΔW = alpha / b · B[:, :b] A[:b]."""
+
+    def check(self) -> str | None:
+        site = self.site
+        if site.op.known and (site.op.opaque or site.op.groups(site.module) > 1):
+            return "DyLoRA uses the first ranks of one matrix, and this weight is several"
+        if self.cfg.lora_bias:
+            return "DyLoRA has no ranks of a bias: leave lora_bias off"
+        return super().check()
+
+    def factors(self) -> Factors:
+        if not self.layer.training:
+            return super().factors()
+        share = self.layer.call.fact(DRAWN)
+        if share is None:
+            raise RoutingError(
+                f"DyLoRA draws its ranks when a training step calls the model that get_peft_model returns, and layer "
+                f"'{self.site.key}' was called in another way: call that one, or eval() first."
+            )
+        r = self.cfg.r
+        b = 1 + int(share.value * r)
+        A, B = (p.flatten(1) for p in self.pair)
+        scale = self.scaling * (math.sqrt(r / b) if self.cfg.use_rslora else r / b)
+        dropout = None if self.site.op.takes_ids else self.lora_dropout
+        return Factors(last_alone(A[:b], 0), last_alone(B[:, :b], 1), scale, dropout)
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Draw the ranks of this run."""
+        with super().around(tuner, call, run) as finish:
+            share = torch.rand((), dtype=torch.float64, device="cpu").item()
+            with call.giving(facts={DRAWN: Same(share)}):
+                yield finish
+
+
+def last_alone(factor: Tensor, dim: int) -> Tensor:
+    """Return a factor of which only the last rank gets a gradient."""
+    *before, last = factor.split(1, dim)
+    return torch.cat([t.detach() for t in before] + [last], dim)

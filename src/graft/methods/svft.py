@@ -111,7 +111,8 @@ class SVFT(Method):
             places = torch.randperm(n * n, generator=generator, device="cpu")[:numbers]
         else:
             places = (V @ U).T.flatten().topk(numbers)[1]
-        return places.sort()[0]
+        in_order: Tensor = places.sort()[0]
+        return in_order
 
     def factors(self) -> Factors:
         n, M = self.n, self.svft_M * self.svft_gate.sigmoid()

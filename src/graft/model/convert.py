@@ -78,7 +78,7 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
     if not isinstance(made, LoraConfig) or made.lora_bias or set(made.variants) - {"use_dylora"}:
         raise ConfigError(f"Adapter '{adapter_name}' is not plain LoRA or DyLoRA, so that its first ranks are none.")
     for key, layer in parts.layers.items():
-        r = config.at(key).r
+        r = made.at(key).r
         if layer.op.opaque or layer.op.groups(layer.base_layer) > 1:
             raise ConfigError(
                 f"Layer '{key}' has several matrices, whose first ranks are no adapter: use convert_to_lora."

@@ -265,3 +265,43 @@ def test_the_form_for_devices_is_that_of_the_cpu(r, n, rank, damping):
         torch.testing.assert_close(by_cholesky(factor, damping), gram(factor, damping), rtol=1e-3, atol=1e-3)
     ours, theirs = (gradient @ form(factor, damping) @ factor for form in (by_cholesky, gram))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def small():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Conv2d(1, 3, 2))
+    config = graft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    return graft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_muon_takes_torchs_steps_on_b_and_adamw_on_a(decay):
+    torch.manual_seed(0)
+    model = small()
+    A, B = (getattr(model.base_model.model[0], f"lora_{x}")["default"].weight for x in "AB")
+    made = optimizers.create_muon_optimizer(model, lr=0.01, muon_lr=0.05, weight_decay=decay)
+    likeness = [torch.nn.Parameter(p.detach().clone()) for p in (A, B)]
+    theirs = [
+        torch.optim.AdamW(likeness[:1], lr=0.01, weight_decay=decay),
+        torch.optim.Muon(likeness[1:], lr=0.05, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        for p, q in zip((A, B), likeness):
+            q.grad = p.grad.clone()
+        before = B.detach().clone()
+        made.step()
+        for optimizer in theirs:
+            optimizer.step()
+        torch.testing.assert_close(A, likeness[0])
+        torch.testing.assert_close(B - before, likeness[1] - before, rtol=0.05, atol=3e-3)  # torch's is in bfloat16
+        likeness[1].data.copy_(B)
+    assert B.shape == (9, 4) and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_muon_refusals():
+    with pytest.raises(graft.ConfigError, match="did not find any trainable lora_B"):
+        optimizers.create_muon_optimizer(models.make("mlp"), lr=0.1)
+    with pytest.raises(graft.ConfigError, match="momentum"):
+        optimizers.create_muon_optimizer(small(), lr=0.1, momentum=1.0)

@@ -8,5 +8,13 @@ from graft.train.callbacks import (
     adalora_callback,
     allocate_on_step,
 )
+from graft.train.restart import restart
 
-__all__ = ["FineGatesTrainerMixin", "MontecloraTrainerMixin", "Watch", "adalora_callback", "allocate_on_step"]
+__all__ = [
+    "FineGatesTrainerMixin",
+    "MontecloraTrainerMixin",
+    "Watch",
+    "adalora_callback",
+    "allocate_on_step",
+    "restart",
+]

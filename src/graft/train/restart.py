@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv 2307.05695: merge for good, and begin again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft.core.folding import delta_of, evaluating
+from graft.core.layer import AdapterLayer
+from graft.core.random import kaiming_bound
+from graft.inject.parts import registry_of, unwrapped
+from graft.methods.lora.config import LoraConfig
+from graft.methods.lora.lora import LoRA
+from graft.storage.parallel import layout_of
+
+
+@torch.no_grad()
+def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
+    """Add the LoRA adapter to the base weights for good, and let it begin again, as ReLoRA does between rounds.
+
+    A is drawn anew and B is 0, so that the model computes what it did. Let the learning rate warm up again: the paper
+    has 100 of 5,000 steps. Afterwards the adapter alone is not what was learned: save the model itself, by
+    `merge_and_unload().save_pretrained(…)`. A load of the adapter onto the first base warns that its weights differ.
+
+    Args:
+        optimizer: its moments of A and B go to 0.
+        keep: the part of each moment that stays, its largest entries: the paper has 0.1.
+
+    Raises:
+        ConfigError: there is no LoRA adapter, or several; it is a variant, has a start that changes the base, or is
+            merged; keep is not between 0 and 1; or the optimizer holds moments as anything but floats.
+        UnsupportedLayerError: a base weight is packed, tied or sharded. In any case nothing has changed.
+    """
+    if not 0 <= keep <= 1:
+        raise ConfigError(f"`keep` must be between 0 and 1, got {keep}.")
+    registry = registry_of(unwrapped(model))
+    name = adapter_of(registry)
+    layers = [layer for layer in registry.layers.values() if name in layer.methods]
+    for layer in layers:
+        check(layer, name, optimizer)
+    for layer in layers:
+        m: Any = layer.methods[name]
+        with layer.store.at_hand(layer, None), evaluating(layer):
+            W = layer.W0
+            W = W + delta_of(layer, m.effect).to(W.dtype)
+        layer.rewrite_base(W)
+        layer.keep()
+        begin(m)
+        for p in m.pair:
+            for moment in moments(optimizer, p):
+                prune(moment, keep)
+
+
+def adapter_of(registry: Any) -> str:
+    """Return the name of the one adapter of a model."""
+    names = [] if registry is None else list(registry.peft_config)
+    if len(names) != 1:
+        raise ConfigError(
+            f"A restart changes the base under all adapters, so that there has to be one, and not {names}."
+        )
+    cfg = registry.peft_config[names[0]]
+    if not isinstance(cfg, LoraConfig) or set(cfg.variants) - {"use_dylora"} or cfg.lora_bias:
+        raise ConfigError(f"Adapter '{names[0]}' is not plain LoRA: a restart could not let it begin again.")
+    if LoRA.variant(cfg).changes_base(cfg):
+        raise ConfigError(
+            f"init_lora_weights={cfg.init_lora_weights!r} of adapter '{names[0]}' changed the base: begin with True."
+        )
+    return names[0]
+
+
+def check(layer: AdapterLayer, name: str, optimizer: Optimizer) -> None:
+    """Raise if a layer cannot begin again."""
+    base, parameter = layer.base_layer, layer.site.parameter
+    m: Any = layer.methods[name]
+    why = m.effect.fixed or layer.store.unread(base, parameter) or layer.store.fixed(base, parameter)
+    if why is None and not layer.store.exact:
+        why = "its weight is packed, and would round the update away: begin with merge_and_unload(dequantize=True)"
+    if why is None and layer.site.shared:
+        why = "its weight is tied to another module's"
+    if why is None and (layer.site.piece is not None or any(layout_of(p) is not None for p in m.pair)):
+        why = "it is spread over processes"
+    if why is not None:
+        raise UnsupportedLayerError(f"Layer '{layer.key}' cannot take adapter '{name}' in for good: {why}.")
+    if layer.state.merged:
+        raise ConfigError(f"Adapter '{name}' is merged: call unmerge_adapter() before a restart.")
+    for p in m.pair:
+        for moment in moments(optimizer, p):
+            if not moment.is_floating_point():
+                raise ConfigError(
+                    f"The optimizer holds {moment.dtype} for layer '{layer.key}': use one of full precision."
+                )
+
+
+def moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
+    """Return what an optimizer keeps for each entry of a parameter."""
+    held = optimizer.state.get(p, {}).values()
+    return [t for t in held if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
+
+
+def begin(m: Any) -> None:
+    """Give A and B the values of a new adapter."""
+    (A, B), ids = m.pair, m.site.op.takes_ids
+    drawn, zeros = (B, A) if ids else (A, B)
+    values = torch.empty(drawn.shape, device="cpu")
+    bound = kaiming_bound(drawn[0].numel())
+    drawn.copy_(values.normal_() if ids else values.uniform_(-bound, bound))
+    zeros.zero_()
+
+
+def prune(moment: Tensor, keep: float) -> None:
+    """Set all but the largest entries of a moment to 0, in place."""
+    n = round(keep * moment.numel())
+    flat = moment.flatten()
+    places = flat.abs().topk(n)[1]
+    moment.copy_(torch.zeros_like(flat).index_put((places,), flat[places]).view_as(moment))

@@ -53,7 +53,8 @@ def lost(rows: list[Row]) -> list[str]:
         least, most = (goal.faster, goal.over_floor) if isinstance(reached, str) else (None, reached)
         slow = least is not None and row.faster is not None and row.faster * slack < least
         far = most is not None and row.over_floor is not None and row.over_floor > most * slack
-        if slow or far:
+        off = goal.within is not None and goal.met(row) is False
+        if slow or far or off:
             ratios = f"PEFT / graft {row.faster or 0:.2f}, graft / floor {row.over_floor or 0:.2f}"
             was = f"goal {goal}" if isinstance(reached, str) else f"once {reached} × floor"
             out.append(f"{row.what}: {ratios}, {was}, beyond {100 * (slack - 1):.0f} % of noise")

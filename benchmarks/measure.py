@@ -40,7 +40,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Goal:
-    """`faster`: PEFT / graft at least; `over_floor`: graft / floor at most.
+    """`faster`: PEFT / graft at least; `over_floor`: graft / floor at most; `within`: of an estimate, how far from the
+    floor, which is what was measured.
 
     The second says how near graft is to what can be had: what a good implementation does beside the floor, estimated
     from its parts, whatever graft takes today.
@@ -48,6 +49,7 @@ class Goal:
 
     faster: float | None = None
     over_floor: float | None = None
+    within: float | None = None
 
     def met(self, row: Row) -> bool | None:
         """None if the row lacks a value that the goal is about, or there is no goal."""
@@ -56,6 +58,8 @@ class Goal:
             tests.append(None if row.faster is None else row.faster >= self.faster)
         if self.over_floor is not None:
             tests.append(None if row.over_floor is None else row.over_floor <= self.over_floor)
+        if self.within is not None:
+            tests.append(None if row.over_floor is None else abs(row.over_floor - 1) <= self.within)
         return all(tests) if tests and None not in tests else None
 
     def __str__(self) -> str:
@@ -64,6 +68,8 @@ class Goal:
             parts.append(f"≥ {self.faster:g} ×")
         if self.over_floor is not None:
             parts.append(f"≤ {self.over_floor:g} × floor")
+        if self.within is not None:
+            parts.append(f"floor ± {100 * self.within:g} %")
         return ", ".join(parts)
 
 

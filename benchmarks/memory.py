@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -45,10 +46,11 @@ class Peak:
         return Row(self.what, {who: [peak(code)] for who, code in codes.items()}, self.goal, unit="B")
 
 
-def peak(code: str) -> float:
+def peak(code: str, **environment: str) -> float:
     """Bytes."""
     command = [sys.executable, "-W", "ignore", "-c", CODE.format(code)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    return float(found.stdout.split()[-1])
 
 
 BENCHES = [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
 from typer.testing import CliRunner
 
 import graft
@@ -128,6 +128,21 @@ def test_plan_shows_layers_memory_and_what_fits(adapter, tmp_path):
     assert found["layers"] == 4 and found["trainable"] == 2 * (4 * 64 + 4 * 48)
     assert found["memory"]["total"] > found["memory"]["weights"] > 0
     ways = {(w["checkpointing"], w["bits"]): w for w in found["gpu"]["fits"]}
-    assert ways[True, None]["total"] < ways[False, None]["total"] and ways[False, None]["largest_batch"] > 2
-    text = run(*args, "--gpu", "2GB").stdout
-    assert "batches up to" in text and "activations" in text
+    assert ways[True, None]["least"] < ways[False, None]["least"] and ways[False, None]["largest_batch"] > 2
+    assert found["gpu"]["largest_rank"] == 1024
+    small = json.loads(run(*args, "--gpu", "600MB", "--json").stdout)["gpu"]  # less than a context takes
+    assert small["largest_rank"] == 0 and not any(w["largest_batch"] for w in small["fits"])
+    text = run(*args, "--gpu", "2GB", "--trial").stdout
+    assert "batches up to" in text and "activations" in text and "Time on cpu" in text
+
+
+def test_plan_of_a_model_whose_language_part_has_its_own_config(tmp_path):
+    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                                    vocab_size=64)  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                           num_attention_heads=4, image_size=16, patch_size=8)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    found = json.loads(run("plan", tmp_path, "--seq", "16", "--json").stdout)
+    assert found["blocks"]["LlamaDecoderLayer"] == {"all": 4, "adapted": 4} and found["memory"]["kept"] > 0

@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from graft.command.app import app, print_json
 from graft.files.errors import OptionError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from graft.config.base import PeftConfig
+    from graft.inject.report import InjectReport
+    from graft.model.budget import Training
+
 DTYPES = ("float32", "float16", "bfloat16")
 WAYS = ((False, None), (True, None), (False, 4), (True, 4))  # checkpointing, bits of the base
+RANKS = tuple(2**n for n in range(2, 11))
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -33,6 +43,8 @@ def plan(
         bool, typer.Option("--checkpointing", help="Blocks run again in the backward pass.")
     ] = False,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, sgd.")] = "adamw",
+    trial: Annotated[bool, typer.Option("--trial", help="Time a step, by running one block and two.")] = False,
+    device: Annotated[str, typer.Option(help="On which --trial runs.")] = "cpu",
     gpu: Annotated[str | None, typer.Option(help="Memory of a GPU, 24GB: say what fits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
 ) -> None:
@@ -45,20 +57,28 @@ def plan(
     from graft.command.merge import size
     from graft.files.merging.skeleton import skeleton
     from graft.model.api import plan as planned
+    from graft.model.budget import budget, seconds
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
-    whole = skeleton(str(model))
-    if whole is None:
+    made = skeleton(str(model))
+    if made is None:
         raise OptionError(f"{model} has no config.json of a model that the installed transformers knows.")
+    whole = cast("PreTrainedModel", made)
     adapter = adapter_config(config, method, rank, targets)
     report = planned(whole, adapter)
-    found = account(whole, adapter, report)
-    budgets = memory(whole, adapter, batch, length, dtype, optimizer, gpu is not None)
-    held = budgets(checkpointing, None)
-    found["memory"] = held.as_dict() | {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing}
+    found = account(whole, report)
+    training = of_model(whole, adapter, length, dtype, gpu is not None)
+    held = budget(training, batch, checkpointing, optimizer)
+    how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing}
+    found["memory"] = held.as_dict() | how
     if gpu is not None:
-        found["gpu"] = {"bytes": size(gpu), "fits": fits(budgets, batch, size(gpu))}
+        found["gpu"] = {
+            "bytes": size(gpu), "fits": fits(training, optimizer, size(gpu)),
+            "largest_rank": largest_rank(training, batch, checkpointing, optimizer, size(gpu)),
+        }  # fmt: skip
+    if trial:
+        found["time"] = {"seconds": seconds(training, batch, checkpointing, device), "device": device}
     if as_json:
         print_json(found)
     else:
@@ -80,7 +100,7 @@ def adapter_config(path: Path | None, method: str, rank: int, targets: str) -> A
     return kind(**{n: v for n, v in {**names, "r": rank}.items() if n in fields})
 
 
-def account(model: Any, adapter: Any, report: Any) -> dict[str, Any]:
+def account(model: PreTrainedModel, report: InjectReport) -> dict[str, Any]:
     """Return what the report says, for programs: how many blocks of each kind have an adapter."""
     from graft.model.budget import block_kinds, coverage
 
@@ -93,51 +113,66 @@ def account(model: Any, adapter: Any, report: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory(
-    model: Any, adapter: Any, batch: int, length: int, dtype: str, optimizer: str, on_gpu: bool
-) -> Callable[[bool, int | None], Any]:
-    """Return what gives the budget of a step: (checkpointing, bits of the base) → Budget."""
-    import copy
-
+def of_model(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: str, on_gpu: bool) -> Training:
+    """Return what trains: the adapter, on the model with as many blocks as one asks for."""
     import torch
 
-    from graft.model.budget import budget
+    from graft.model.budget import Training
 
-    held = model.config
-    name = next((n for n in LAYERS if isinstance(getattr(held, n, None), int)), None)
+    text = model.config.get_text_config()
+    name = next((n for n in LAYERS if isinstance(getattr(text, n, None), int)), None)
     if name is None:
         raise OptionError(f"The config of {type(model).__name__} does not say how many blocks it has ({LAYERS[0]}).")
+    kinds = list(getattr(text, "layer_types", None) or [])
 
-    def make(n: int) -> Any:
-        config = copy.deepcopy(held)
-        setattr(config, name, n)
-        if isinstance(getattr(config, "layer_types", None), list):
-            config.layer_types = config.layer_types[:n]
-        with torch.device("meta"):
-            return type(model)(config)
+    def make(blocks: int) -> PreTrainedModel:
+        config = copy.deepcopy(model.config)
+        part = config.get_text_config()
+        setattr(part, name, blocks)
+        if kinds:
+            part.layer_types = kinds[:blocks]
+        return type(model)(config)
 
-    def of(checkpointing: bool, bits: int | None) -> Any:
-        layers = int(getattr(held, name))
-        return budget(
-            make, layers, adapter, batch, length, getattr(torch, dtype), checkpointing, optimizer, on_gpu, bits
-        )
-
-    return of
+    return Training(make, getattr(text, name), adapter, length, getattr(torch, dtype), on_gpu, period(kinds))
 
 
-def fits(budgets: Callable[[bool, int | None], Any], batch: int, gpu: int) -> list[dict[str, Any]]:
-    """Return the largest batch for each way of training."""
-    from graft.model.budget import largest_batch
+def period(kinds: list[str]) -> int:
+    """Return after how many blocks the same kinds come again."""
+    return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
+
+
+def fits(training: Training, optimizer: str, gpu: int) -> list[dict[str, Any]]:
+    """Return the largest batch for each way of training, and what a step with one row takes."""
+    from graft.model.budget import budget, largest_batch
 
     found = []
     for checkpointing, bits in WAYS:
-        held = budgets(checkpointing, bits)
-        most = largest_batch(held, batch, gpu)
-        found.append({"checkpointing": checkpointing, "bits": bits, "total": held.total, "largest_batch": most})
+
+        def total(rows: int, checkpointing: bool = checkpointing, bits: int | None = bits) -> float:
+            return budget(training, rows, checkpointing, optimizer, bits).total
+
+        most = largest_batch(total, gpu)
+        found.append({"checkpointing": checkpointing, "bits": bits, "least": total(1), "largest_batch": most})
     return found
 
 
-def show(report: Any, found: dict[str, Any]) -> None:
+def largest_rank(training: Training, batch: int, checkpointing: bool, optimizer: str, gpu: int) -> int | None:
+    """Return the largest rank of a few that fits a step; 0 if none does, None if the method has none."""
+    from graft.model.budget import SPARE, budget
+
+    if not hasattr(training.config, "r"):
+        return None
+
+    def total(rank: int) -> float:
+        size: Any = {"r": rank}  # which not every config has
+        other = replace(training, config=replace(training.config, **size), steps={})
+        return budget(other, batch, checkpointing, optimizer).total
+
+    n = bisect_right(RANKS, gpu * (1 - SPARE), key=total)
+    return RANKS[n - 1] if n else 0
+
+
+def show(report: InjectReport, found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -148,11 +183,13 @@ def show(report: Any, found: dict[str, Any]) -> None:
         if without:
             console.print(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
     held = found["memory"]
-    table = Table(title=f"A step of {held['batch']} × {held['seq']} tokens, {held['dtype']}", title_justify="left")
+    how = ", checkpointing" if held["checkpointing"] else ""
+    console.print(f"A step of {held['batch']} × {held['seq']} tokens, {held['dtype']}{how}:")
+    table = Table()
     table.add_column("part")
     table.add_column("GB", justify="right")
     names = {"weights": "base's weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
-             "kept": "activations", "logits": "gradient of the logits",
+             "kept": "activations", "working": "backward pass",
              "context": "CUDA context", "total": "all"}  # fmt: skip
     for name, title in names.items():
         if held[name]:
@@ -166,3 +203,8 @@ def show(report: Any, found: dict[str, Any]) -> None:
             )
             most = way["largest_batch"]
             console.print(f"  {how}: " + (f"batches up to {most}" if most else "does not fit"))
+        most = found["gpu"]["largest_rank"]
+        if most is not None:
+            console.print("  the step above: " + (f"ranks up to {most}" if most else "does not fit with any rank"))
+    if "time" in found:
+        console.print(f"Time on {found['time']['device']}: {found['time']['seconds']:.3g} s, by one block and two.")

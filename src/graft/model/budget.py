@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that training an adapter takes, measured on the meta device: no weight is made, no formula assumed.
+"""The memory and time that training an adapter takes, measured: no formula is assumed.
 
-What a forward pass keeps for the backward pass is counted where autograd saves it, on the model with one block and with
-two; what a block adds, is added for all the others.
+For memory a training step runs on the meta device, where tensors have no values, and all that lives in it is counted.
+What a block takes is the difference between the model with one block and with two; so it is for time, on a real device.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.model.api import get_peft_model
+from graft.model.peft_model import PeftModel
 
 CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
 SPARE = 0.03  # share of a GPU's memory that fragments cannot use
@@ -28,111 +35,206 @@ OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # bytes of state for a num
 
 @dataclass
 class Budget:
-    """Bytes of each part while an adapter trains.
+    """Bytes of each part at the moment of a training step at which memory is fullest.
 
     Attributes:
-        kept: activations that the forward pass keeps.
-        logits: the gradient of the logits, in float32, beside what is kept of them.
-        block: what one block keeps, which with checkpointing comes back for one block at a time.
+        kept: activations that the forward pass leaves for the backward pass.
+        gradients: of what trains.
+        working: what else lives for a moment, as the logits' gradient, or a block that runs again for checkpointing.
     """
 
     weights: float
     adapter: float
-    gradients: float
     optimizer: float
     kept: float
-    logits: float
-    block: float
+    gradients: float
+    working: float
     context: float = 0.0
 
     @property
-    def fixed(self) -> float:
-        """What does not depend on the batch."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.context
-
-    @property
     def total(self) -> float:
-        return self.fixed + self.kept + self.logits
+        return sum(vars(self).values())
 
     def as_dict(self) -> dict[str, float]:
         return {**vars(self), "total": self.total}
 
 
+@dataclass
+class Training:
+    """What trains, and how: an adapter on a model of which only the config is at hand.
+
+    Attributes:
+        make: number of blocks → the model with so many, on the default device.
+        layers: how many blocks there are.
+        config: of the adapter.
+        length: tokens of a row.
+        dtype: of the base's weights.
+        on_gpu: attention is a GPU's, and there is a context.
+        period: after how many blocks the same kinds of blocks come again.
+    """
+
+    make: Callable[[int], nn.Module]
+    layers: int
+    config: PeftConfig
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+    on_gpu: bool = False
+    period: int = 1
+    steps: dict[tuple[int, bool], Step] = field(default_factory=dict)
+
+    def model(self, blocks: int, device: str = "meta", checkpointing: bool = False) -> PeftModel:
+        """Return the model with so many blocks and an adapter, ready to train."""
+        with warnings.catch_warnings(), torch.device(device), default_dtype(self.dtype):
+            warnings.simplefilter("ignore")
+            base: Any = self.make(blocks)
+            base.config.use_cache = False
+            model = get_peft_model(base.to(self.dtype), copy.deepcopy(self.config))
+            if checkpointing:  # transformers 5 has the first name, 4 the second
+                enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+                again = (nullcontext(), FusedAttention(self.on_gpu) if device == "meta" else nullcontext())
+                enable({"use_reentrant": False, "context_fn": lambda: again})
+                model.enable_input_require_grads()
+        return model.train()
+
+    @cached_property
+    def whole(self) -> PeftModel:
+        return self.model(self.layers)
+
+    def extrapolated(self, measure: Callable[[int], float]) -> float:
+        """Return what `measure` would give for all blocks, from what it gives for one period of them and for two."""
+        if self.layers <= 2 * self.period:
+            return measure(self.layers)
+        one, two = measure(self.period), measure(2 * self.period)
+        return one + (self.layers / self.period - 1) * (two - one)
+
+    def step(self, batch: int, checkpointing: bool) -> Step:
+        """Return what a step of so many rows takes, blocks running again in the backward pass or not."""
+        if (batch, checkpointing) not in self.steps:
+            of = cache(lambda n: measured(self.model(n, "meta", checkpointing), batch, self.length, self.on_gpu))
+            self.steps[batch, checkpointing] = Step(
+                self.extrapolated(lambda n: of(n).kept), self.extrapolated(lambda n: of(n).peak)
+            )
+        return self.steps[batch, checkpointing]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have models made in a dtype at once, where one made in float32 would take twice the memory for a moment."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass
+class Step:
+    kept: float  # bytes that live from the forward to the backward pass, without parameters and buffers
+    peak: float  # bytes of the fullest moment, gradients of parameters with them
+
+
 def budget(
-    make: Callable[[int], nn.Module],
-    layers: int,
-    config: Any,
+    training: Training,
     batch: int,
-    length: int,
-    dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
     optimizer: str = "adamw",
-    on_gpu: bool = False,
     bits: int | None = None,
 ) -> Budget:
     """Return the memory of a training step.
 
     Args:
-        make: number of blocks → the model with so many, on the meta device.
-        layers: how many blocks there are.
-        config: of the adapter.
-        batch, length: rows and tokens of a row.
-        dtype: of the base's weights.
+        batch: rows.
         checkpointing: blocks keep their inputs only, and run again in the backward pass.
-        bits: 4 or 8: of each weight in a block, with a scale for 64 of them where they have 4; None: as `dtype` says.
+        bits: 4 or 8: of each matrix in a block, with a scale for 64 of them where they have 4; None: as the dtype says.
 
     Raises:
-        ConfigError: for an optimizer that is not known, or a model without blocks.
+        ConfigError: for an optimizer that is not known, a model without blocks, one that does not take token ids, or
+            that cannot run on tensors without values.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {optimizer!r}.")
-    if layers < 1:
+    if training.layers < 1:
         raise ConfigError("The model's config does not say how many blocks it has.")
-    one, two = (measured(make(n), config, batch, length, dtype, on_gpu) for n in (1, 2))
-    block = two.kept - one.kept
-    kept = one.kept + (layers - 1) * block
-    if checkpointing:
-        kept = one.kept + layers * batch * length * hidden(make(1)) * dtype.itemsize
-    each = two.weights - one.weights
-    packed = 1.0 if bits is None else (bits / 8 + 0.0625 * (bits == 4)) / dtype.itemsize  # with a scale for 64 codes
-    adapter = one.trained + (layers - 1) * (two.trained - one.trained)
+    step = training.step(batch, checkpointing)
+    trained = [p for p in training.whole.parameters() if p.requires_grad]
+    adapter = float(sum(p.nbytes for p in trained))
+    weights, unpacked = frozen(training.whole, bits)
+    gradients = min(adapter, step.peak - step.kept)
     return Budget(
-        weights=one.weights - each + layers * each * packed,
-        adapter=4 * adapter,
-        gradients=4 * adapter,
-        optimizer=OPTIMIZERS[optimizer] * adapter,
-        kept=kept,
-        logits=one.logits,
-        block=block,
-        context=CONTEXT if on_gpu else 0.0,
+        weights=weights,
+        adapter=adapter,
+        optimizer=OPTIMIZERS[optimizer] * sum(p.numel() for p in trained),
+        kept=step.kept,
+        gradients=gradients,
+        working=step.peak - step.kept - gradients + unpacked,
+        context=CONTEXT if training.on_gpu else 0.0,
     )
 
 
-@dataclass
-class Measured:
-    weights: float  # bytes
-    trained: int  # numbers
-    kept: float  # bytes that autograd keeps, but for parameters
-    logits: float  # bytes of their gradient in float32
+def frozen(model: nn.Module, bits: int | None) -> tuple[float, float]:
+    """Return the bytes of what does not train, buffers with it, and of the largest matrix that a step unpacks."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    whole = float(sum(t.nbytes for t in held.values()))
+    if bits is None:
+        return whole, 0.0
+    blocks = [model.get_submodule(path) for path in block_kinds(model)]
+    packed = {id(p): p for block in blocks for p in block.parameters() if p.ndim > 1 and id(p) in held}.values()
+    each = bits / 8 + 0.0625 * (bits == 4)  # bytes of a number, with a scale for 64 of them
+    return whole + sum(p.numel() * each - p.nbytes for p in packed), float(max(p.nbytes for p in packed))
 
 
-def measured(model: Any, config: Any, batch: int, length: int, dtype: torch.dtype, on_gpu: bool) -> Measured:
-    """Run the forward pass of a model on the meta device, with an adapter; return what it holds and keeps."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(model.to(dtype), copy.deepcopy(config)).train()
-    counted = Counter(model)
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    with FusedAttention(on_gpu), torch.autograd.graph.saved_tensors_hooks(counted, lambda held: held):
-        out = model(**arguments(model, ids))  # which lives on, as in a training step
-    logits = getattr(out, "logits", None)
-    parameters = {id(p): p for p in model.parameters()}.values()
-    return Measured(
-        weights=sum(p.nbytes for p in parameters if not p.requires_grad),
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
-        kept=counted.bytes,
-        logits=0.0 if logits is None else 4.0 * logits.numel(),
-    )
+def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
+    """Run a training step on the meta device, and count the memory that lives in it."""
+    live = Live(model)
+    try:
+        with FusedAttention(on_gpu), live:
+            loss = loss_of(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
+            kept = live.bytes
+            torch.autograd.backward(loss)  # unlike `loss.backward`, within both modes: blocks may run again
+    except NotImplementedError as e:
+        raise ConfigError(f"{type(model.get_base_model()).__name__} computes what depends on values: {e}") from None
+    return Step(kept, live.peak)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, but for those of a model.
+
+    Attributes:
+        bytes, peak: now, and at the fullest moment.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.own = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.known = {storage._cdata for storage in self.own}
+        self.watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.bytes = self.peak = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True  # what models ask: is nothing padded, is nothing packed?
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.add(t.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        number = storage._cdata
+        if number in self.known:
+            return
+        self.known.add(number)
+        size = storage.nbytes()
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+        def gone(_: Any) -> None:
+            self.bytes -= size
+            self.known.discard(number)
+            del self.watches[number]
+
+        self.watches[number] = weakref.ref(storage, gone)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -168,44 +270,63 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def arguments(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    base = model.get_base_model()
-    if getattr(base.config, "is_encoder_decoder", False):
-        return {"input_ids": ids, "labels": ids}
-    task = type(base).__name__
+def loss_of(model: PeftModel, ids: Tensor) -> Tensor:
+    """Return what a Trainer would go back from; of a model without a loss, the mean of its outputs."""
+    base: Any = model.get_base_model()
+    task, takes = type(base).__name__, getattr(base, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise ConfigError(f"{task} takes {takes}: what a step takes is measured for models of token ids only.")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
-    return {"input_ids": ids, "labels": ids} if takes_tokens else {"input_ids": ids}
+    if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
+        loss: Tensor = model(**inputs, labels=ids).loss
+        return loss
+    return model(**inputs)[0].float().mean()  # type: ignore[no-any-return]
 
 
-class Counter:
-    """Counts the bytes that autograd keeps: each memory once, and no parameter's."""
+def seconds(training: Training, batch: int, checkpointing: bool, device: str, steps: int = 3) -> float:
+    """Return the time of a training step on a device: the shortest of `steps`, by one block and by two."""
 
-    def __init__(self, model: nn.Module):
-        self.seen = {key(t) for t in (*model.parameters(), *model.buffers())}
-        self.alive: list[Any] = []  # or the next storage might get the number of one that is gone
-        self.bytes = 0.0
+    def measure(blocks: int) -> float:
+        model = training.model(blocks, device, checkpointing)
+        ids = torch.zeros(batch, training.length, dtype=torch.long, device=device)
+        took = []
+        for _ in range(steps + 1):  # the first finds caches cold
+            model.zero_grad()
+            start = time.perf_counter()
+            loss_of(model, ids).backward()
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        return min(took[1:])
 
-    def __call__(self, t: Tensor) -> Tensor:
-        if key(t) not in self.seen:
-            self.seen.add(key(t))
-            storage = t.untyped_storage()
-            self.alive.append(storage)
-            self.bytes += storage.nbytes()
-        return t
-
-
-def key(t: Tensor) -> int:
-    return int(StorageWeakRef(t.untyped_storage()).cdata)
+    return training.extrapolated(measure)
 
 
-def hidden(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[1])
+def largest_batch(total: Callable[[int], float], memory: float) -> int:
+    """Return the largest batch that fits; 0 if none does. Memory is nearly a line, which bends where another moment
+    becomes the fullest.
 
+    Args:
+        total: rows → bytes that a step with so many takes.
+    """
+    free = memory * (1 - SPARE)
+    if total(1) > free:
+        return 0
 
-def largest_batch(held: Budget, batch: int, memory: float) -> int:
-    """Return the largest batch that fits, from what one of `batch` rows takes; 0 if none does."""
-    free = memory * (1 - SPARE) - held.fixed
-    return max(0, int(free // ((held.kept + held.logits) / batch)))
+    def last(a: int, b: int) -> int:
+        """Return the last number of rows at which the line through two is not above what is free."""
+        return a + int((free - total(a)) * (b - a) // (total(b) - total(a)))
+
+    fits, fails = 1, last(1, 2) + 1
+    while total(fails) <= free:
+        fits, fails = fails, 2 * fails
+    while fails - fits > 1:
+        guess = last(fits, fails)
+        for rows in (guess, guess + 1, (fits + fails) // 2):  # the first two end it where memory is a line
+            if fits < rows < fails:
+                fits, fails = (rows, fails) if total(rows) <= free else (fits, rows)
+    return fits
 
 
 def coverage(matched: list[str], kinds: dict[str, str]) -> dict[str, tuple[int, int]]:

@@ -119,3 +119,13 @@ def test_verify(served, code, says, run):
         assert (found, says in out) == (code, True), out + err
         assert json.loads(run(*words, "--url", url, "--json")[1])["ok"] == (code == 0)
         assert run(*words[:2], "nobody", *words[3:], "--url", url)[0] == 2
+
+
+def test_verify_an_adapter_of_another_format(run, tmp_path):
+    """MLX keeps factors transposed: what it says of the folder would be wrong if it were read as PEFT's."""
+    other = tmp_path / "mlx"
+    assert run("convert", adapters.folder("plain"), "--to", "mlx", "--base", adapters.base(), "-o", other)[0] == 0
+    models = {"base": answers(make("llama")), "tuned": answers(adapters.model("plain"))}
+    with serving(models) as url:
+        code, out, err = run("verify", "--url", url, "--model", "tuned", "--adapter", other, "--base", adapters.base())
+    assert code == 0 and "applies the adapter" in out, out + err

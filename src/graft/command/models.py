@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import CheckpointError, ConfigError
 from graft.files.base import base_files
+from graft.files.formats import recognise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from graft.model.peft_model import PeftModel
 
 
-def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu") -> Any:
+def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """Load a model from its folder, as the class that its config names, in eval mode.
 
     Raises:
@@ -25,7 +31,7 @@ def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str 
         text = "A model can be run with transformers only: pip install 'graft-adapters[transformers]'."
         raise ConfigError(text) from None
     name = (held.config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    cls = getattr(transformers, name, None)
+    cls: Any = getattr(transformers, name, None)
     if cls is None:
         raise ConfigError(
             f"The model in {path} is a {name}, which transformers {transformers.__version__} does not have."
@@ -35,11 +41,15 @@ def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str 
         model = cls.from_pretrained(path, torch_dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
-    return model.to(device).eval()
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
-def on(base: Any, adapter: str | os.PathLike[str]) -> Any:
+def on(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
     """Put an adapter of any format onto a model, in eval mode."""
-    from graft import PeftModel
+    from graft.model.foreign import load_adapter
+    from graft.model.peft_model import PeftModel
 
-    return PeftModel.from_pretrained(base, adapter).eval()
+    if recognise(os.fspath(adapter)) == "peft":  # whose own reader knows methods that are in no other format, too
+        return PeftModel.from_pretrained(base, adapter).eval()
+    return load_adapter(base, adapter).eval()

@@ -15,7 +15,7 @@ from graft.core.errors import ConfigError
 
 @app.command()
 def verify(
-    adapter: Annotated[Path, typer.Option(help="The adapter's folder, as it was trained or exported.")],
+    adapter: Annotated[Path, typer.Option(help="The adapter, of any format, as it was trained or exported.")],
     base: Annotated[Path, typer.Option(help="Folder of the model that the server runs.")],
     url: Annotated[str | None, typer.Option(help="Of the server: http://host:port")] = None,
     model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",

@@ -21,18 +21,22 @@ UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table, unless it has no rows; the first column is text, the others are numbers."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    """Print a table, unless it has no rows; the first column is text, the others are numbers.
 
-    made = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
-    for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*map(text, row))
-    if made.row_count:
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(made)
+    By hand: importing rich would take a fifth of the time of `graft inspect`.
+    """
+    cells = [[text(value) for value in row] for row in rows]
+    if not cells:
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [value.rjust(width) if i else value.ljust(width) for i, (value, width) in enumerate(zip(row, widths))]
+        return " " + "   ".join(padded)
+
+    head = [title] if title else []
+    rule = " " + "─" * (len(line(columns)) - 1)
+    print("\n".join([*head, "", line(columns), rule, *map(line, cells), ""]))
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import re
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,7 +66,7 @@ class Scratch:
         self.made = [path for path in self.made if not os.path.basename(path).startswith(f".{of}")]
 
     def _name(self, of: str) -> str:
-        path = os.path.join(self.folder, f".{of}.{machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        path = os.path.join(self.folder, f".{of}.{machine()}-{os.getpid()}-{os.urandom(8).hex()}.tmp")
         self.made.append(path)
         return path
 

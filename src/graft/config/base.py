@@ -6,12 +6,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
-from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -242,6 +240,8 @@ def files_of(config: PeftConfig) -> dict[str, bytes]:
     if getattr(config.save_pretrained, "__func__", None) is SAVE:
         return {CONFIG_NAME: config.to_json().encode()}
     name = f"{type(config).__qualname__}.save_pretrained()"
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         try:
             config.save_pretrained(folder, auto_mapping_dict=config.auto_mapping)
@@ -280,6 +280,8 @@ def config_in(fields: dict[str, Any], path: str, where: str, subfolder: str | No
 
 def close_to(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Return the known names that unknown ones look like, as text; "" if there are none."""
+    from difflib import get_close_matches
+
     found = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
     return ", ".join(f"'{close[0]}' for '{name}'" for name, close in found if close)
 

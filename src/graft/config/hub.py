@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,9 +24,12 @@ def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def warn_unknown(function: Callable[..., Any], kwargs: Iterable[str], known: set[str]) -> None:
     """Warn of keyword arguments of `function` that have no effect: one may be a typing error."""
+    import inspect
+    from difflib import get_close_matches
+
     for name in kwargs:
         if name not in known:
-            close = difflib.get_close_matches(name, known | set(inspect.signature(function).parameters), n=1)
+            close = get_close_matches(name, known | set(inspect.signature(function).parameters), n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             warn(f"{function.__name__}() knows no argument '{name}': it has no effect.{hint}", PeftWarning)
 
@@ -127,6 +127,8 @@ def looks_like_repository(name: str) -> bool:
 
 def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> Any:
     """Save to a temporary folder and upload it to `repo_id`."""
+    import tempfile
+
     from huggingface_hub import HfApi
 
     create = {k: kwargs.pop(k) for k in ("private",) if k in kwargs}

@@ -8,7 +8,6 @@ import json
 import os
 from dataclasses import dataclass
 from typing import IO, Any
-from zipfile import BadZipFile, ZipFile, ZipInfo
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
@@ -61,11 +60,15 @@ def in_safetensors(f: IO[bytes]) -> dict[str, str]:
 
 def add(f: IO[bytes], notes: dict[str, str]) -> None:
     """Add notes to a torch file, open for reading and writing. Its readers pass by what they do not know."""
+    from zipfile import ZipFile, ZipInfo
+
     with ZipFile(f, "a") as archive:
         archive.writestr(ZipInfo(f"archive/{RECORD}"), json.dumps(notes, sort_keys=True))
 
 
 def in_torch(f: IO[bytes]) -> dict[str, str]:
+    from zipfile import BadZipFile, ZipFile
+
     try:
         with ZipFile(f) as archive:
             name = next((n for n in archive.namelist() if n.endswith(f"/{RECORD}")), None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from graft.combine.adding import changes_base
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
-from graft.inject.inject import Options
+from graft.inject.job import Options
 from graft.inject.parts import registry_of
 from graft.io.files import Loaded
 from graft.io.load import Values

@@ -414,4 +414,10 @@ def held(m: nn.Module, name: str) -> Held | None:
 
 def names_in(m: nn.Module) -> list[str]:
     """Return the names of a module's packed stacks."""
+    if (
+        MODULES.find(type(m)) is None
+        and "parametrizations" not in m._modules
+        and m._parameters.keys().isdisjoint(NAMES)
+    ):
+        return []  # as nearly all modules
     return [name for name in NAMES if kind_of(m, name) is not None]

@@ -66,7 +66,7 @@ def adapter_of(registry: Any) -> str:
     cfg = registry.peft_config[names[0]]
     if not isinstance(cfg, LoraConfig) or set(cfg.variants) - {"use_dylora"} or cfg.lora_bias:
         raise ConfigError(f"Adapter '{names[0]}' is not plain LoRA: a restart could not let it begin again.")
-    if LoRA.variant(cfg).changes_base(cfg):
+    if LoRA.variant(cfg).changes_base(cfg):  # type: ignore[attr-defined]
         raise ConfigError(
             f"init_lora_weights={cfg.init_lora_weights!r} of adapter '{names[0]}' changed the base: begin with True."
         )

@@ -76,7 +76,7 @@ class RoundedStore:
     def restore(self, m, name, state):
         m.weight.data, m.step = state
 
-    def where(self, m):
+    def where(self, m, name):
         return m.weight.device, None
 
     def protect(self, y):

@@ -24,6 +24,7 @@ SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermed
 def models():
     import transformers as t
 
+    torch.manual_seed(0)
     bert = dict(vocab_size=17, max_position_embeddings=16, type_vocab_size=2, pad_token_id=0, **SIZES)
     llama = dict(vocab_size=17, max_position_embeddings=16, num_key_value_heads=1, tie_word_embeddings=False, **SIZES)
     gpt2 = dict(
@@ -105,6 +106,7 @@ def main() -> None:
         adapters.init(model)
         for label, config in configs(name).items():
             model.add_adapter(label, config=config)
+            model.eval()  # it makes layers that drop
             fill({k: p for k, p in model.named_parameters() if f".{label}." in k}, 2)  # A of Compacter too
             model.set_active_adapters(label)
             with torch.no_grad():
@@ -118,6 +120,8 @@ def main() -> None:
             }  # which it leaves out
             tensors |= {f"{label}/{key}": t.clone() for key, t in written.items()}
             said[label] = json.loads((saved / "adapter_config.json").read_text())
+            if label == "direft":  # which it does not say
+                said[label]["config"]["subtract_projection"] = False
             if (name, label) not in WHOLE:
                 shutil.rmtree(saved)
             model.set_active_adapters(None)

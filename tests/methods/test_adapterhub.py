@@ -24,7 +24,6 @@ def said(name):
 
 
 CASES = [(name, label) for name in MODELS for label in said(name)]
-BOTTLENECKS = [case for case in CASES if not case[1].endswith("reft")]
 
 
 def base(name):
@@ -49,9 +48,9 @@ def output(model, given):
     return y.logits if "logits" in y else y.last_hidden_state
 
 
-@pytest.mark.parametrize("name, label", BOTTLENECKS, ids=lambda v: v)
+@pytest.mark.parametrize("name, label", CASES, ids=lambda v: v)
 @torch.no_grad()
-def test_a_bottleneck_computes_what_it_computes_there(name, label, tmp_path):
+def test_an_adapter_computes_what_it_computes_there(name, label, tmp_path):
     held = load_file(HERE / name / "outputs.safetensors")
     given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
     plain = output(base(name), given)

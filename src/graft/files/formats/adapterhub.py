@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA, (IA)³, bottlenecks of it."""
+"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA, bottlenecks, ReFT…"""
 
 from __future__ import annotations
 
@@ -47,21 +47,22 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
     Raises:
         CheckpointError: a file is not there or damaged, or the adapter is none of these.
-        BaseNeededError: a bottleneck, whose places the base's names tell.
+        BaseNeededError: a bottleneck or ReFT, whose places the base's names tell.
     """
     fields = read_object(os.path.join(path, CONFIG))
     config = fields["config"]
-    bottleneck = config.get("architecture") is None and "reduction_factor" in config
-    if config.get("architecture") != "lora" and not bottleneck:
+    architecture = config.get("architecture")
+    at_places = architecture == "reft" or (architecture is None and "reduction_factor" in config)
+    if architecture != "lora" and not at_places:
         raise CheckpointError(
-            f"{path} is an adapter of architecture {config.get('architecture')!r}: graft reads LoRA, (IA)³ and "
-            "bottlenecks of AdapterHub."
+            f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT of "
+            "AdapterHub."
         )
     file = next((where for name in FILES if os.path.exists(where := os.path.join(path, name))), None)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}.")
     held = read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
-    if bottleneck:
+    if at_places:
         return adapterhub_places.read(path, fields, held, base)
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)

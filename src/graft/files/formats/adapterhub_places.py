@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottlenecks of AdapterHub's adapters: their keys name modules of their own, which stand at places of the base."""
+"""Bottlenecks and ReFT of AdapterHub's adapters: their keys name modules of their own, at places of the base."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, Other
+from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
 from graft.methods.bottleneck import PLACES, BottleneckConfig, embedded, of_block
 from graft.methods.places import Block, blocks_in
+from graft.methods.reft import ReftConfig
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
 INVERTIBLE = re.compile(
     r"(?:(?P<place>.+)\.)?invertible_adapters\.(?P<name>[^.]+)\.(?P<net>[FG])\.(?P<i>[02])\.(?P<leaf>.+)"
 )
+REFT = re.compile(r"(?P<place>.+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>[01])\.(?P<leaf>.+)")
 RULE = re.compile(r"(?:.+\.)?shared_parameters\.(?P<name>[^.]+)\.phm_rule")
 SUBLAYER = re.compile(r"\.block\.\d+\.layer\.(\d)$")  # T5's
 # their fields that graft's config lacks, and the values that it stands for
@@ -33,22 +36,17 @@ KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeif
 
 
 def read(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
-    """Read a bottleneck.
+    """Read a bottleneck, or ReFT.
 
     Raises:
         BaseNeededError: the base is not there, whose names tell where it stands.
         CheckpointError: the config says what graft has not, or the base has no such places.
     """
-    if base is None:
-        raise BaseNeededError(f"{path} names places, and not modules: give the base model (--base).")
+    blocks, base = blocks_of(path, base)
+    if fields["config"].get("architecture") == "reft":
+        return read_reft(path, fields, held, blocks)
     cfg = config_of(path, fields["config"])
     out = AdapterFile("adapterhub", path, "BOTTLENECK", base=fields.get("model_name") or None)
-    linears = {
-        key.removesuffix(".weight"): (shape[0], shape[1])
-        for key, shape in base.shapes.items()
-        if key.endswith(".weight") and len(shape) == 2
-    }
-    blocks = blocks_in(linears, list(base.modules))
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in held.items():
         where = placed(key, cfg, blocks, base)
@@ -68,6 +66,64 @@ def read(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], base: Ba
     own = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
     out.config = {"peft_type": "BOTTLENECK", "target_modules": PLACES, "inference_mode": True, **own}
     return out
+
+
+def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
+    if base is None:
+        raise BaseNeededError(f"{path} names places, and not modules: give the base model (--base).")
+    linears = {
+        key.removesuffix(".weight"): (shape[0], shape[1])
+        for key, shape in base.shapes.items()
+        if key.endswith(".weight") and len(shape) == 2
+    }
+    return blocks_in(linears, list(base.modules)), base
+
+
+def read_reft(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
+    out = AdapterFile("adapterhub", path, "REFT", base=fields.get("model_name") or None)
+    known = {f.name for f in fields_of(ReftConfig)} - {"peft_type", "task_type"}
+    given = {name: value for name, value in fields["config"].items() if name in known and value is not None}
+    cfg = ReftConfig(**given)
+    units: dict[tuple[str, str], dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in held.items():
+        match = REFT.fullmatch(key)
+        block = None if match is None else block_of(match["place"], blocks)
+        if match is None or block is None:
+            out.unread.append(key)
+        else:
+            units.setdefault((block.path, match["unit"]), {})[match["leaf"]] = values
+    for (module, unit), leaves in units.items():
+        if (unit == "1" and not cfg.suffix_positions) or (
+            unit == "0" and not (cfg.prefix_positions or cfg.tied_weights)
+        ):
+            continue  # which does nothing
+        end = "_suffix" if unit == "1" else ""
+        named = {f"reft_A{end}.{leaf}": leaves[f"learned_source.{leaf}"] for leaf in ("weight", "bias")}
+        named[f"reft_R{end}"] = leaves["projection.weight"] if "projection.weight" in leaves else orthogonal(leaves)
+        modules.setdefault(module, {}).update(named)
+    out.modules = {module: Other("REFT", tensors) for module, tensors in modules.items()}
+    out.selected = frozenset(out.modules)
+    out.config = {"peft_type": "REFT", "target_modules": PLACES, "inference_mode": True, **given}
+    return out
+
+
+def orthogonal(leaves: Mapping[str, Tensor]) -> Tensor:
+    """Return R (r, H) of torch's parametrization."""
+    import torch
+
+    parts = {name: to_torch(leaves[f"projection.parametrizations.weight.{name}"]) for name in ("original", "0.base")}
+    r, width = parts["original"].shape
+    layer: Any = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(width, r, bias=False))
+    layer.load_state_dict({f"parametrizations.weight.{name}": t for name, t in parts.items()})
+    return from_torch(layer.weight.detach().contiguous(), "reft_R")
+
+
+def block_of(place: str, blocks: list[Block]) -> Block | None:
+    """Return the block that the path of a module of theirs begins with."""
+    number = re.search(r"\d+", place)
+    parts = [b for b in blocks if ("decoder" in b.path) == ("decoder" in place)] or blocks
+    return None if number is None or int(number[0]) >= len(parts) else parts[int(number[0])]
 
 
 def config_of(path: str, theirs: dict[str, Any]) -> BottleneckConfig:
@@ -92,16 +148,11 @@ def placed(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> 
     if match := INVERTIBLE.fullmatch(key):
         return embedding(base), f"bottleneck_inv.{match['net']}.{int(match['i']) // 2}.{match['leaf']}"
     match = KEY.fullmatch(key)
-    number = None if match is None else re.search(r"\d+", match["place"])
-    if match is None or number is None:
+    block = None if match is None else block_of(match["place"], blocks)
+    leaf = None if match is None else leaf_of(match["leaf"], cfg)
+    if match is None or block is None or leaf is None:
         return None
-    leaf = leaf_of(match["leaf"], cfg)
-    place = match["place"]
-    parts = [b for b in blocks if ("decoder" in b.path) == ("decoder" in place)] or blocks
-    if leaf is None or int(number[0]) >= len(parts):
-        return None
-    block = parts[int(number[0])]
-    return site_of(place, block, cfg, base), leaf
+    return site_of(match["place"], block, cfg, base), leaf
 
 
 def site_of(place: str, block: Block, cfg: BottleneckConfig, base: Base) -> str:

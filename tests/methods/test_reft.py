@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ReFT on whole models: positions, files, rows, generation. AdapterHub's numbers are in test_adapterhub.py."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import ConfigError
+from graft.methods.reft import orthonormal
+from tests.conformance.samples import disturb
+from tests.looks import layers
+from tests.models import checkpoint, inputs, make, output, seeded
+
+ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)
+
+
+def adapted(name="llama", base=None, **changes):
+    with seeded(1):
+        model = graft.get_peft_model(make(name) if base is None else base, graft.ReftConfig(**{**ENDS, **changes}))
+        model.add_adapter("other", graft.ReftConfig(**{**ENDS, **changes}))
+    return disturb(model, 0.3).eval()
+
+
+def padded(ids, mask, left):
+    """The same rows with two tokens of padding."""
+    more = torch.zeros(len(ids), 2, dtype=ids.dtype)
+    parts = (more, ids) if left else (ids, more)
+    masks = (more, mask) if left else (mask, more)
+    return torch.cat(parts, 1), torch.cat(masks, 1)
+
+
+def test_only_the_ends_of_the_prompt_change():
+    model, ids = adapted(layers=[1]), inputs("llama")["input_ids"]
+    plain, y = make("llama").model(input_ids=ids)[0], model.get_base_model().model(input_ids=ids)[0]
+    changed = (y - plain).abs().amax((0, 2)) > 1e-4
+    assert changed.tolist() == [True, True, *[False] * (ids.shape[1] - 3), True]
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@torch.no_grad()
+def test_padding_changes_nothing(left):
+    model, ids = adapted(), inputs("llama")["input_ids"]
+    mask = torch.ones_like(ids)
+    wide, masks = padded(ids, mask, left)
+    places = masks.cumsum(1).sub(1).clamp(min=0)
+    y = model(input_ids=wide, attention_mask=masks, position_ids=places).logits
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    assert_close(y[:, 2:] if left else y[:, :-2], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "anew"])
+@pytest.mark.parametrize("rows", [None, ["other", "__base__", "default"]], ids=["", "mixed"])
+@torch.no_grad()
+def test_generate_changes_the_prompt_alone(cached, rows):
+    model, ids = adapted(), inputs("llama")["input_ids"]
+    options = {} if rows is None else dict(adapter_names=rows)
+    mask = torch.ones_like(ids)
+    ids, mask = padded(ids, mask, True)
+    ours = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0,
+        use_cache=cached, **options,
+    )  # fmt: skip
+    cache, new, n = None, ids, ids.shape[1]
+    for _ in range(4):  # with a cache of our own: the first call has the prompt
+        out = model(
+            input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True,
+            position_ids=mask.cumsum(1).sub(1).clamp(min=0)[:, -new.shape[1] :], **options,
+        )  # fmt: skip
+        cache, new = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    assert ours.shape[1] == n + 4 and torch.equal(ours, ids)
+
+
+@torch.no_grad()
+def test_rows_of_a_mixed_batch_and_files(tmp_path):
+    model, batch, alone = adapted(), inputs("llama"), {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = output(model, batch)
+    plain = output(make("llama"), batch)
+    mixed = model(**batch, adapter_names=["other", "__base__", "default"]).logits
+    for row, expected in enumerate((alone["other"], plain, alone["default"])):
+        assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(make("llama"), tmp_path).eval()
+    assert torch.equal(output(loaded, batch), alone["default"])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("rows", [None, ["other", "__base__", "default"]], ids=["", "mixed"])
+def test_gradients_under_checkpointing(name, rows):
+    options = {} if rows is None else dict(adapter_names=rows)
+    grads = []
+    for again in (False, True):
+        model = adapted(name)
+        model.set_adapter("default")
+        model.set_requires_grad("other")
+        if again:
+            checkpoint(model)
+        batch = dict(inputs(name), attention_mask=torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 7]))
+        output(model.train(), batch | options).square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) >= 8
+    assert_close(grads[0], grads[1])
+
+
+def test_orthonormal_rows_are_themselves():
+    with seeded(3):
+        R = orthonormal(torch.randn(3, 8))
+    assert_close(R @ R.T, torch.eye(3))
+    assert_close(orthonormal(R), R)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        (dict(prefix_positions=0), "nor both 0"),
+        (dict(r=0), "positive integer"),
+        (dict(r=99), "choose a smaller r than 99"),
+        (dict(layers=[2]), "the model has blocks 0 to 1"),
+        (dict(non_linearity="glue"), "Unknown non_linearity"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_bad_configs_change_nothing(changes, text):
+    base = make("llama")
+    with pytest.raises(ConfigError, match=text):
+        graft.get_peft_model(base, graft.ReftConfig(**changes))
+    assert not layers_in(base) and all(p.requires_grad for p in base.parameters())
+
+
+def layers_in(base):
+    return [m for m in base.modules() if isinstance(m, graft.AdapterLayer)]
+
+
+def test_beside_another_adapter_of_its_blocks():
+    model = adapted(base=make("llama"))
+    model.base_model.set_adapter(["default", "other"])
+    y = output(model, inputs("llama"))
+    assert y.isfinite().all() and len(layers(model)) == 2

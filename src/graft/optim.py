@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that treat LoRA's A and B in different ways: LoRA+, LoRA-FA, Riemannian preconditioning, Muon on B."""
+"""Optimizers for A and B of LoRA: LoRA+, LoRA-FA, Riemannian preconditioning, LoRA-Pro, Muon."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ __all__ = [
     "LoraMuonOptimizer",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "create_lorapro_optimizer",
     "create_muon_optimizer",
     "create_riemannian_optimizer",
 ]
@@ -253,26 +254,95 @@ def create_riemannian_optimizer(
         TypeError: the class is no optimizer's.
         ConfigError: no pair of A and B trains, or a step needs or gets a closure.
     """
+
+    def change(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+        return gram(B.T, reg) @ a, b @ gram(A, reg)
+
+    names = "create_riemannian_optimizer", "Riemannian preconditioning"
+    return preconditioned(model, optimizer_cls, change, names, lr=lr, **kwargs)
+
+
+def create_lorapro_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, **kwargs: Any
+) -> Optimizer:
+    """Make an optimizer for LoRA-Pro (arXiv 2407.18242): a step of A and B changes the weight as nearly as it can as a
+    step of all of it would.
+
+    Of AdamW, the moments are those of A and B; the paper keeps them of the whole weight.
+
+    Raises:
+        TypeError, ConfigError: as `create_riemannian_optimizer`.
+    """
+    names = "create_lorapro_optimizer", "LoRA-Pro"
+    return preconditioned(model, optimizer_cls, pro_gradients, names, lr=lr, **kwargs)
+
+
+def pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of A (r, n) and B (m, r) with which s (B a' + b' A) comes closest to that of the weight.
+
+    a and b are the usual gradients; the results are in float32.
+    """
+    wide = torch.float32 if A.device.type == "mps" else torch.float64
+    A, B, a, b = (t.to(wide) for t in (A, B, a, b))
+    P, Q = damped(B.T @ B), damped(A @ A.T)
+    p, q = inverse(P), inverse(Q)
+    to_a, to_b = p @ a / s**2, b @ q / s**2
+    X = sylvester(P, Q, -(to_a @ A.T))
+    return (to_a + X @ A).float(), (to_b - B @ (p @ (B.T @ to_b)) - B @ X).float()
+
+
+def damped(G: Tensor) -> Tensor:
+    """Return a Gram matrix that can be inverted."""
+    eps = torch.finfo(G.dtype).eps
+    return G + (100 * eps * G.diagonal().amax() + eps) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+
+def inverse(G: Tensor) -> Tensor:
+    """Return G⁻¹; the host does not wait to see whether there is one."""
+    inverted: Tensor = torch.linalg.inv_ex(G)[0]
+    return inverted
+
+
+SIGN_STEPS = 40  # of Newton's iteration, which doubles small eigenvalues and halves large ones, then converges
+
+
+def sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
+    """Return X with P X + X Q = C for positive definite P and Q, (r, r), by the matrix sign."""
+    size = torch.maximum(P.norm(), Q.norm())
+    P, Q, C = P / size, Q / size, C / size
+    for _ in range(SIGN_STEPS):
+        p, q = inverse(P), inverse(Q)
+        P, Q, C = (P + p) / 2, (Q + q) / 2, (C + p @ C @ q) / 2
+    return C / 2
+
+
+Change = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of A, B, their gradients, s
+
+
+def preconditioned(
+    model: nn.Module, optimizer_cls: type[Optimizer], change: Change, names: tuple[str, str], **kwargs: Any
+) -> Optimizer:
+    """Make an optimizer with other gradients of A and B, by a hook before its steps. names: of function and method."""
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ConfigError(
             f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
-            "those before it would be in the metric of B A: choose an optimizer whose step() takes none."
+            "those before it would be changed: choose an optimizer whose step() takes none."
         )
-    both = [(A, B) for A, B, _ in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
+    both = [(A, B, s) for A, B, s in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
     if not both:
-        raise ConfigError("create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs.")
-    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # type: ignore[call-arg]
+        raise ConfigError(f"{names[0]} did not find any trainable lora_A/lora_B parameter pairs.")
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)  # type: ignore[call-arg]
 
     @torch.no_grad()
     def precondition(_: Any, inputs: tuple, options: dict[str, Any]) -> None:
         if len(inputs) > 1 or options.get("closure") is not None:  # a closure would compute other gradients
-            raise ConfigError("An optimizer with Riemannian preconditioning does not support closures.")
-        for A, B in both:
+            raise ConfigError(f"An optimizer with {names[1]} does not support closures.")
+        for A, B, s in both:
             if A.grad is not None and B.grad is not None:
-                a, b = gram(B.T, reg) @ A.grad.float(), B.grad.float() @ gram(A, reg)
+                a, b = change(A, B, A.grad.float(), B.grad.float(), s)
                 A.grad.copy_(a)
                 B.grad.copy_(b)
 

@@ -249,6 +249,7 @@ def trained(config):
 
 OPTIMIZERS = {
     "loraplus": lambda model: optim.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4),
+    "lorapro": lambda model: optim.create_lorapro_optimizer(model, torch.optim.SGD, lr=1e-3),
     "muon": lambda model: optim.create_muon_optimizer(model, lr=1e-3),
     "lorafa": lambda model: optim.create_lorafa_optimizer(model, lr=1e-3),
     "riemannian": lambda model: optim.create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-3),

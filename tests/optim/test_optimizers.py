@@ -11,7 +11,7 @@ import torch
 
 import graft
 from graft import optim as optimizers
-from graft.optim import by_cholesky, gram
+from graft.optim import by_cholesky, gram, pro_gradients
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
 from tests.samples import each, first
@@ -305,3 +305,32 @@ def test_muon_refusals():
         optimizers.create_muon_optimizer(models.make("mlp"), lr=0.1)
     with pytest.raises(graft.ConfigError, match="momentum"):
         optimizers.create_muon_optimizer(small(), lr=0.1, momentum=1.0)
+
+
+@pytest.mark.parametrize("B_scale", [1.0, 1e-3, 0.0])
+def test_lorapro_changes_the_weight_as_nearly_as_it_can(B_scale):
+    """P_B G + (1 - P_B) G P_A, by projections and no Sylvester equation."""
+    torch.manual_seed(0)
+    A, B, G, s = torch.randn(3, 8), torch.randn(7, 3) * B_scale, torch.randn(7, 8), 1.5
+    a, b = pro_gradients(A, B, s * B.T @ G, s * G @ A.T, s)
+    P_A, P_B = (torch.linalg.pinv(t.double()) @ t.double() for t in (A, B.T))
+    G, one = G.double(), torch.eye(7, dtype=torch.double)
+    found = s * (B.double() @ a.double() + b.double() @ A.double())
+    torch.testing.assert_close(found, P_B @ G + (one - P_B) @ G @ P_A, rtol=1e-4, atol=1e-4)
+
+
+def test_lorapro_steps():
+    torch.manual_seed(0)
+    model = small()
+    A, B = (getattr(model.base_model.model[0], f"lora_{x}")["default"].weight for x in "AB")
+    made = optimizers.create_lorapro_optimizer(model, torch.optim.SGD, lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    a, b = pro_gradients(A.detach(), B.detach(), A.grad, B.grad, 2.0)  # alpha / r
+    wanted = A.detach() - 0.1 * a, B.detach() - 0.1 * b
+    made.step()
+    torch.testing.assert_close((A, B), wanted)
+    with pytest.raises(graft.ConfigError, match="create_lorapro_optimizer did not find"):
+        optimizers.create_lorapro_optimizer(models.make("mlp"), torch.optim.SGD, lr=0.1)
+    with pytest.raises(graft.ConfigError, match="LoRA-Pro does not support closures"):
+        made.step(lambda: 0.0)

@@ -231,8 +231,8 @@ class Run:
 
 
 def parameters_of(model: nn.Module) -> list[str]:
-    """Return the names of the arguments that a model's forward lists."""
-    return list(inspect.signature(model.forward).parameters)
+    """Return the names of the arguments that a model's forward lists, compiled or not."""
+    return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
 
 
 def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,7 @@ from graft.model.peft_model import PeftModel
 
 CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
 SPARE = 0.03  # share of a GPU's memory that fragments cannot use
+ITEM = "aten::_local_scalar_dense"  # what asks a tensor for a number, or for True or False
 OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # bytes of state for a number that trains
 
 
@@ -207,12 +209,12 @@ class Live(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.own = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-        self.known = {storage._cdata for storage in self.own}
+        self.known = set(map(number, self.own))
         self.watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.bytes = self.peak = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+        if func.name() == ITEM and args[0].is_meta:
             return True  # what models ask: is nothing padded, is nothing packed?
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
@@ -221,20 +223,25 @@ class Live(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        number = storage._cdata
-        if number in self.known:
+        one = number(storage)
+        if one in self.known:
             return
-        self.known.add(number)
+        self.known.add(one)
         size = storage.nbytes()
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
         def gone(_: Any) -> None:
             self.bytes -= size
-            self.known.discard(number)
-            del self.watches[number]
+            self.known.discard(one)
+            del self.watches[one]
 
-        self.watches[number] = weakref.ref(storage, gone)
+        self.watches[one] = weakref.ref(storage, gone)
+
+
+def number(storage: torch.UntypedStorage) -> int:
+    """Return what tells a memory from others while it lives."""
+    return int(StorageWeakRef(storage).cdata)
 
 
 class FusedAttention(TorchFunctionMode):

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +221,30 @@ def test_half_precision_is_rounded_once_and_says_so(tmp_path):
     found, wanted = (changes(formats.read(p, base_of(NET)), None) for p in (tmp_path / "out", folder))
     for path, d in wanted.items():
         assert np.abs(found[path] - d).max() < 2e-3 * np.abs(d).max(), path
+
+
+def test_nobody_is_told_to_run_a_pickle(tmp_path):
+    """torch's own error tells how to load the file all the same."""
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / "torchtune_lora", folder)
+    for path in [*folder.glob("*.safetensors"), folder / "adapter_model.pt"]:
+        path.unlink()
+    weights = folder / "adapter_model.bin"
+    torch.save({"base_model.model.a.lora_A.weight": Code()}, weights, pickle_module=pickle)
+    with pytest.raises(CheckpointError, match=r"nothing of it has been run .*getattr") as raised:
+        formats.read(folder)
+    assert RAN == [] and "weights_only" not in str(raised.value)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    """In a process whose files may have a kilobyte."""
+    resource = pytest.importorskip("resource")
+    code = "from graft.command import main; main()"
+    out = tmp_path / "out"
+    words = ["resize", str(FIXTURES / "mlx_lora"), "-o", str(out), "--rank", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)),
+    )  # fmt: skip
+    assert done.returncode == 3 and "adapter_model.safetensors" in done.stderr, done.stderr
+    assert os.listdir(tmp_path) == []

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graft.command.app import app, print_json
 from graft.files.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from graft.files.neutral import AdapterFile
 
 OWN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
@@ -55,8 +58,9 @@ def pull(
 
     Example: graft pull me/my-adapter@main -o adapters/mine
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
+    from graft.config import hub
     from graft.core.errors import HubError
     from graft.files import formats
 
@@ -65,8 +69,9 @@ def pull(
     name, _, revision = repo.partition("@")
     try:
         there = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*OWN, "*.safetensors", "*.md"]))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as e:
-        raise HubError(f"{repo} cannot be fetched from the hub: {type(e).__name__}: {e}") from e
+    except Exception as e:  # of the network or the hub, of types that differ between versions
+        login = hub.login(e.__cause__ or e)
+        raise HubError(f"'{repo}' cannot be fetched from the hub: {type(e).__name__}: {e}{login}") from e
     held = formats.read(there)  # whatever is no adapter never gets to the output
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -108,7 +113,7 @@ def card(
         print(f"Wrote {adapter / 'README.md'}.")
 
 
-def card_of(held: Any, path: Path, base: str | None, licence: str | None) -> str:
+def card_of(held: AdapterFile, path: Path, base: str | None, licence: str | None) -> str:
     """Return the text of a model card for an adapter that was read."""
     from huggingface_hub import ModelCard
 

@@ -8,8 +8,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,20 @@ def replace(path: str, write: Write) -> None:
     with Scratch(os.path.dirname(path) or ".") as scratch:
         os.replace(scratch.write(os.path.basename(path), write), path)
         sync(scratch.folder)
+
+
+@contextmanager
+def folder_for(path: str) -> Iterator[None]:
+    """Have a folder to write into; one that was not there goes again if writing fails."""
+    new = not os.path.isdir(path)
+    os.makedirs(path, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # another process has written into it
+                os.rmdir(path)
+        raise
 
 
 class Scratch:
@@ -48,8 +62,13 @@ class Scratch:
     def write(self, of: str, write: Write) -> str:
         """Make a file, and have the disk confirm what `write` writes to it; return its path."""
         path = self.create(of)
-        write(path)
-        sync(path)
+        try:
+            write(path)
+            sync(path)
+        except OSError as e:
+            if e.filename is None:  # a disk that is full does not say whose
+                e.filename = os.path.join(self.folder, of)
+            raise
         return path
 
     def keep(self, path: str) -> str | None:

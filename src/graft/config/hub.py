@@ -126,14 +126,27 @@ def looks_like_repository(name: str) -> bool:
 
 
 def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> Any:
-    """Save to a temporary folder and upload it to `repo_id`."""
+    """Save to a temporary folder and upload it to `repo_id`.
+
+    Raises:
+        HubError: the hub cannot be reached, or refuses.
+    """
     import tempfile
 
     from huggingface_hub import HfApi
 
     create = {k: kwargs.pop(k) for k in ("private",) if k in kwargs}
     api = HfApi(token=kwargs.pop("token", None))
-    repo = api.create_repo(repo_id, exist_ok=True, **create).repo_id
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
-        return api.upload_folder(folder_path=folder, repo_id=repo, **kwargs)
+        try:
+            repo = api.create_repo(repo_id, exist_ok=True, **create).repo_id
+            return api.upload_folder(folder_path=folder, repo_id=repo, **kwargs)
+        except Exception as e:  # of the network or the hub, of types that differ between versions
+            raise HubError(f"'{repo_id}' cannot be pushed to the hub: {type(e).__name__}: {e}{login(e)}") from e
+
+
+def login(e: BaseException) -> str:
+    """Return what to do if the hub refuses a token; else ''."""
+    status = getattr(getattr(e, "response", None), "status_code", None)
+    return " Log in (`hf auth login`), or pass another token." if status in (401, 403) else ""

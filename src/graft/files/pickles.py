@@ -22,12 +22,12 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     """
     import torch
 
+    from graft.io.files import not_run
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        raise CheckpointError(
-            f"{path} holds more than tensors, and nothing of it has been run: {str(e).splitlines()[0]}"
-        ) from None
+        raise CheckpointError(f"{path} holds other objects than tensors, {not_run(e)}.") from None
     except Exception as e:
         raise CheckpointError(f"{path} is damaged, or no file of torch.save: {e}") from None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -121,6 +123,12 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
     )
 
 
+def not_run(e: UnpicklingError) -> str:
+    """Return that nothing in a pickle was run, and at what it was refused. torch's own text says how to run it."""
+    found = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
+    return "and nothing of it has been run" + (f" ({found[1].strip()})" if found and found[1].strip() else "")
+
+
 def read_torch(path: str, check_digest: bool = True) -> Loaded:
     with open(path, "rb") as f:
         stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
@@ -128,6 +136,8 @@ def read_torch(path: str, check_digest: bool = True) -> Loaded:
             check_archive(f)
             f.seek(0)
             tensors = torch.load(f, map_location="cpu", weights_only=True)
+        except UnpicklingError as e:
+            raise CheckpointError(f"{path} holds other objects than tensors, {not_run(e)}.") from e
         except Exception as e:
             raise CheckpointError(
                 f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects."

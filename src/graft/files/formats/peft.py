@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graft.config import notes, pair
+from graft.config.atomic import folder_for
 from graft.config.reading import ending, pattern, read_object
 from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, some
@@ -340,8 +341,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     noted = {"graft_base": adapter.metadata["graft_base"]} if unchanged and "graft_base" in adapter.metadata else {}
     digest = seal.digest((name, t.dtype, t.shape, t.load()) for name, t in tensors.items())
     noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest}
-    os.makedirs(path, exist_ok=True)
-    pair.save(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
+    with folder_for(path):
+        pair.save(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
     return lost
 
 

@@ -18,8 +18,9 @@ from graft.core.effect import Compact, Factors, Product, Unformed
 from graft.core.lean import Linear
 from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
-from graft.kernels.eager import has_no_hooks
+from graft.kernels.eager import has_no_hooks, once
 from graft.kernels.low_rank import (
+    FUSED_FROM,
     add_low_rank,
     add_product,
     add_scaled,
@@ -30,6 +31,7 @@ from graft.kernels.low_rank import (
     one_product_pays,
     worth_it,
 )
+from graft.kernels.segments import Segment
 
 LINEARS = frozenset({Linear, nn.Linear})
 PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards
@@ -85,6 +87,7 @@ def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     """Return the layer's output with these factors, both from one kernel; None if there is no such kernel."""
     found = plain(f)
     if found is None:
+        x = once(x)
         return called(f, x, partial(layer.base_layer, x))
     A, B, p = found
     base, op = layer.base_layer, layer.op
@@ -101,14 +104,37 @@ def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
     if not torch.is_grad_enabled():
         return add_low_rank(base(x), x, A, B, scale_of(f), p)
     if B.requires_grad and not A.requires_grad:
+        x = once(x)
         return _with_fixed_down(A, B, f, x, base(x), p)
     W, scale = layer.weight_now, scale_of(f)
-    if p == 0 and worth_it(x) and W.dtype == x.dtype == A.dtype:
-        rows, needs = x.numel() // x.shape[-1], (A.requires_grad, B.requires_grad)
-        if one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), *needs):
-            delta = one_product.Factored(A, B, scale)
-            return one_product.linear_with(W, base.bias, x, delta, partial(op.call, base), op.input_gradient)
+    if p == 0 and worth_it(x) and one_product_beats(W, x, x.numel() // x.shape[-1], A, B):
+        delta = one_product.Factored(A, B, scale)
+        return one_product.linear_with(W, base.bias, x, delta, partial(op.call, base), op.input_gradient)
     return low_rank_linear(base, op.input_gradient, W, x, A, B, scale, p)
+
+
+def one_product_beats(W: Tensor, x: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
+    """Return True if `rows` rows like those of x cost less by W + s · B A than by factors."""
+    if not W.dtype == x.dtype == A.dtype:
+        return False
+    return one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), A.requires_grad, B.requires_grad)
+
+
+def segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
+    """Return what these factors add to `rows` rows like those of x, without a seed, if `joined` would run
+    `low_rank_linear` for these rows alone, with gradients. Then other adapters' rows can share the call of the base."""
+    if f.gain is not None or f.inner is not None or f.outer is not None:
+        return None
+    found = plain(f)
+    if found is None or (found[1].requires_grad and not found[0].requires_grad):
+        return None
+    A, B, p = found
+    scale, few = scale_of(f), rows < FUSED_FROM
+    if isinstance(scale, Tensor) or (few and (p or not x.dtype == W.dtype == A.dtype == B.dtype)):
+        return None
+    if not few and p == 0 and one_product_beats(W, x, rows, A, B):
+        return None
+    return Segment(rows, A, B, scale, p)
 
 
 def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
@@ -155,6 +181,7 @@ def _around_fixed(layer: Layer, A: Tensor, B: Tensor, f: Factors, x: Tensor, p: 
     ):
         d, b = f.inner, _outer(f)
         return linear_with(W, base.bias, x, A, B, d, b, partial(op.call, base), op.input_gradient)  # type: ignore[arg-type]
+    x = once(x)
     return _add_around_fixed(A, B, f, x, base(x), p)
 
 

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core import fused
-from graft.core.effect import LowRank
+from graft.core.effect import Factors, LowRank, matrix
 from graft.core.errors import RoutingError
 from graft.core.plan import (
     Block,
@@ -30,7 +30,21 @@ from graft.core.plan import (
 from graft.core.protocols import Layer
 from graft.core.routing import Groups, route
 from graft.core.rows import Given, Rows
+from graft.kernels.eager import autocast_dtype
+from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, fits
+from graft.kernels.segments import LINE, Segment, aligned, at_line, linear
+
+
+def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
+    """Return the segments that run together: those side by side that can, and each other by itself."""
+    runs: list[slice] = []
+    for i, own in enumerate(alike):
+        if own is not None and runs and runs[-1].stop == i and alike[i - 1] is not None:
+            runs[-1] = slice(runs[-1].start, i + 1)
+        else:
+            runs.append(slice(i, i + 1))
+    return runs
 
 
 class Mixed:
@@ -55,6 +69,8 @@ class Mixed:
         self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
+        self.sums = any(type(p) is Sum and isinstance(p.steps[0][1], LowRank) for p in plans)
+        self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         if not self.tapped:
@@ -96,14 +112,73 @@ class Mixed:
         return self.apart(rows, x, given, args, kwargs)
 
     def apart(self, rows: Rows, x: Tensor, given: Given, args: Any, kwargs: Any) -> Tensor:
-        """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well."""
-        draws, parts = given.draws if self.layer.training else None, []
+        """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well.
+
+        Side by side, adapters that alone would add to the base's output share its call.
+        """
+        layer, draws = self.layer, given.draws if self.layer.training else None
         ticket = 0 if draws is None else draws.ticket()
-        for (name, index), part in zip(rows.segments, rows.cut(x)):
-            own = nullcontext() if draws is None else draws.of(name, ticket, x.device)
-            with self.seeing(index), own:
-                parts.append(self.one(name, part, args, kwargs))
-        return rows.put_together(widened(parts, self.layer.site.key) if self.aside else parts)
+
+        def drawing(name: str | None) -> AbstractContextManager[None]:
+            return nullcontext() if draws is None else draws.of(name, ticket, x.device)
+
+        x = rows.by_adapter(x)
+        alike = self.segments(rows, x, drawing) if given.gates is None and not (args or kwargs) else None
+        if alike is not None and None not in alike:
+            return rows.as_they_came(self.shared(x, alike))  # type: ignore[arg-type]
+        runs = runs_of(alike or [None] * len(rows.sizes))
+        parts = x.split([sum(rows.sizes[run]) for run in runs])
+        outputs = []
+        for run, part in zip(runs, parts):
+            if alike is not None and alike[run.start] is not None:
+                outputs.append(self.shared(part, alike[run]))  # type: ignore[arg-type]
+                continue
+            name, index = rows.segments[run.start]
+            with self.seeing(index), drawing(name):
+                outputs.append(self.one(name, aligned(part), args, kwargs))
+        outputs = widened(outputs, layer.site.key) if self.aside else outputs
+        return rows.as_they_came(torch.cat([aligned(y) for y in outputs]))
+
+    def segments(self, rows: Rows, x: Tensor, drawing: Any) -> list[Segment | None] | None:
+        """Return what the adapters add to their rows of x, if they can share the call of the base; None for those that
+        cannot, and for all where no kernel may run."""
+        layer = self.layer
+        if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
+            return None
+        if autocast_dtype(x.device) is not None or not at_line(x) or layer.site.out_features * x.element_size() % LINE:
+            return None
+        W, tokens, found = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
+        for name, size in zip(rows.names, rows.sizes):
+            plan, own = self.plans[name], None
+            if plan is None:
+                own = Segment(size * tokens, None, None)
+            elif self.joins.get(name, True) and type(plan) is Sum and isinstance(plan.steps[0][1], LowRank):
+                f = self.factors_of(name, plan.steps[0][1])
+                own = None if f is None else fused.segment(W, f, x, size * tokens)
+                if own is not None and own.p:
+                    with drawing(name):
+                        own = own._replace(seed=new_seed())
+            found.append(own)
+        return found
+
+    def factors_of(self, name: str | None, effect: LowRank) -> Factors | None:
+        """Return an adapter's factors, if they are tensors of its own.
+
+        The first time leave torch's generator as it is: factors that are computed may be random, and the adapter will
+        compute them again when it runs by itself.
+        """
+        if name in self.joins:
+            return effect.factors()
+        before = torch.get_rng_state()
+        f = effect.factors()
+        torch.set_rng_state(before)
+        self.joins[name] = f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
+        return f if self.joins[name] else None
+
+    def shared(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Run the base once for adapters that add to its output."""
+        layer = self.layer
+        return linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, segments)
 
     def only(self, rows: Rows) -> Plan | None:
         """Return the plan that all rows use, of a weight that its module uses in ways of its own.

@@ -22,7 +22,7 @@ from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
 from graft.core.routing import Own, route
-from graft.kernels.eager import eager, watched
+from graft.kernels.eager import eager, once, watched
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
 
@@ -141,26 +141,32 @@ def join_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor) -> Tensor
     out = fused.joined(layer, f, x)
     if out is not None:
         return out
+    x = once(x)
     y: Tensor = layer.base_layer(x)
     return (y + low_rank_part(layer, m, f, x)).to(y.dtype)
 
 
 def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
+    if effect.beside is not None:
+        x = once(x)
     if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
         delta = formed(layer, effect)
         bias = None if effect.bias is None else effect.bias()
         out = fused.updated(layer, delta, bias, x, m.dtype)
         if out is None:
+            x = once(x)
             y: Tensor = layer.base_layer(x)
             out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
         if effect.beside is not None:
             out = add_factors(layer, m, effect.beside(), x, out, True).to(out.dtype)
         return out
+    x = once(x)
     y = layer.base_layer(x)
     return (y + update_part(layer, m, effect, x)).to(y.dtype)
 
 
 def join_branch(layer: Layer, m: Method, effect: Branch, x: Tensor) -> Tensor:
+    x = once(x)
     y: Tensor = layer.base_layer(x)
     return (y + effect.branch(m.cast(x))).to(y.dtype)
 
@@ -258,12 +264,15 @@ class Sum(Plan):
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
         if layer.call.open and layer.call.weights() is not None:
+            x = once(x)
             return self.gated(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
         fuse = layer.may_fuse
         if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
             m, effect = self.steps[0]
+            x = x if self.single else once(x)
             y = self.join(layer, m, effect, x)
             return y if self.single else self.add(x, y, True, 1)
+        x = once(x)
         return self.add(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), fuse)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
@@ -344,6 +353,7 @@ def way(effect: Effect) -> str:
 
 
 def _rewrite(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    x = once(x)
     inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
     y = plan.through(n, inner, args, kwargs)
     return _over_rewrite(plan, n, m, effect, x, y)
@@ -375,6 +385,7 @@ def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
 
 
 def _add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    x = once(x)
     return _over_add(plan, n, m, effect, x, plan.through(n, x, args, kwargs))
 
 
@@ -385,6 +396,7 @@ def _gain(plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: Any,
         joined = fused.joined(layer, f, x)
         if joined is not None:
             return joined
+    x = once(x)
     y = plan.through(n, x, args, kwargs)
     return _gained(plan, n, m, f, x, y, lambda inner: plan.through(n, inner, args, kwargs), fuse)
 

@@ -63,14 +63,13 @@ class Rows:
         """How many rows each segment has."""
         return [len(rows) for rows in self.groups.values()]
 
-    def cut(self, x: Tensor) -> list[Tensor]:
-        """Return the rows of each segment: views, if the batch is in order. x (batch, …), on the device of the rows."""
-        return list((x if self.in_order else x.index_select(0, self.order)).split(self.sizes))
+    def by_adapter(self, x: Tensor) -> Tensor:
+        """Return x (batch, …) with the rows of the first adapter, then those of the second, …: x itself if it is so."""
+        return x if self.in_order else x.index_select(0, self.order)
 
-    def put_together(self, parts: list[Tensor]) -> Tensor:
-        """Undo `cut`: return (batch, …)."""
-        whole = torch.cat(parts)
-        return whole if self.in_order else whole.index_select(0, self.inverse)
+    def as_they_came(self, x: Tensor) -> Tensor:
+        """Undo `by_adapter`."""
+        return x if self.in_order else x.index_select(0, self.inverse)
 
     @cached_property
     def names(self) -> tuple[str | None, ...]:

@@ -45,6 +45,12 @@ def only_backward() -> bool:
     return is_dynamo_compiling() or not (_is_tracing() or forward_ad._current_level >= 0)
 
 
+def once(x: Tensor) -> Tensor:
+    """Return x for several uses whose gradients are summed before x gets any: so that the order of a sum with those of
+    other modules is the same for an adapter alone and for its rows of a mixed batch."""
+    return x.view_as(x) if x.requires_grad and torch.is_grad_enabled() else x
+
+
 def functional() -> bool:
     """Return True if a functional transform runs; code within it must not write to tensors."""
     return not is_dynamo_compiling() and _are_functorch_transforms_active()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.eager import Function, autocast_dtype, eager
+from graft.kernels.eager import Function, autocast_dtype, eager, once
 from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.sparse import gathers
 
@@ -129,7 +129,12 @@ FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it sav
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
     """The reference. y (…, out), x (…, in), A (r, in), B (out, r); computes in the dtype of A."""
     x = nn.functional.dropout(x.to(A.dtype), p) if p else x.to(A.dtype)
-    return (y + (x @ A.T @ B.T) * scale).to(y.dtype)
+    return plus(y, x @ A.T @ B.T, scale).to(y.dtype)
+
+
+def plus(y: Tensor, z: Tensor, scale: Any) -> Tensor:
+    """Return y + scale · z, by one operation unless the scale is a tensor."""
+    return y + z * scale if isinstance(scale, Tensor) else torch.add(y, z, alpha=scale)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
@@ -154,7 +159,7 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     (B,) = autocast(h, B)
     h = h.to(B.dtype)
     if not fuses(h, 0.0):
-        return (y + h @ B.T * scale).to(y.dtype)
+        return plus(y, h @ B.T, scale).to(y.dtype)
     return _AddProduct.apply(y, h, B, scale)  # type: ignore[no-any-return]
 
 
@@ -176,6 +181,7 @@ def low_rank_linear(
         W: its weight, as `input_gradient` takes it.
     """
     if not fuses(x, p) or not torch.is_grad_enabled():
+        x = once(x)
         return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)
     return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))  # type: ignore[no-any-return]

@@ -343,7 +343,7 @@ class _Product(Function):
         x, values, rows, cols = ctx.saved_tensors
         G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
         if ctx.needs_input_grad[0]:
-            dx = through(values, rows, G, cols, ctx.T).reshape(x.shape)
+            dx = through(values, rows, G, cols, ctx.T).reshape(x.shape).contiguous()  # as one of several rows' is
         if ctx.needs_input_grad[1]:
             dvalues = sampled(G, rows, ctx.T.analysis(x.reshape(-1, x.shape[-1])), cols)
         return dx, dvalues, None, None, None, None

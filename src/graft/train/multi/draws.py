@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The random numbers of one run: a generator of its own, and its own state of those that its loader holds.
+
+What a run draws stands in the global generator's place meanwhile, so that a loader, an initialisation or a loss draws
+what it would draw in a program of its own that began with `torch.manual_seed(seed)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+States = list[Tensor]
+
+
+class Draws:
+    """Within the block, the global generator and those of the loader are in this run's states.
+
+    Attributes:
+        own: the run's generator, in the global one's place.
+    """
+
+    def __init__(self, seed: int, data: Any = None):
+        self.own = Generator(device="cpu").manual_seed(seed)
+        self.lent = generators_in(data)
+        self.kept = [g.get_state() for g in self.lent]
+        self._others: list[States] = []
+
+    @property
+    def states(self) -> States:
+        return [self.own.get_state(), *self.kept]
+
+    @states.setter
+    def states(self, states: States) -> None:
+        self.own.set_state(states[0])
+        self.kept = states[1:]
+
+    def __enter__(self) -> None:
+        self._others.append([torch.get_rng_state(), *(g.get_state() for g in self.lent)])
+        torch.set_rng_state(self.own.get_state())
+        for generator, state in zip(self.lent, self.kept):
+            generator.set_state(state)
+
+    def __exit__(self, *_: object) -> None:
+        self.states = [torch.get_rng_state(), *(g.get_state() for g in self.lent)]
+        before = self._others.pop()
+        torch.set_rng_state(before[0])
+        for generator, state in zip(self.lent, before[1:]):
+            generator.set_state(state)
+
+
+def generators_in(data: Any) -> list[Generator]:
+    """Return the generators that a loader and its samplers hold, each once."""
+    sampler = getattr(data, "batch_sampler", None)
+    holders = [data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None)]
+    found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), Generator)}
+    return list(found.values())

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass of the model for the batches of several adapters: which share it, how it joins them, what each gets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import ConfigError
+
+MASK = "attention_mask"
+TARGETS = ("start_positions", "end_positions")  # and all that has "label" in its name: no arguments of the pass
+BY_TOKEN = ("start_logits", "end_logits")  # outputs (rows, tokens)
+
+
+class Part(NamedTuple):
+    """The batch of one adapter."""
+
+    name: str
+    batch: dict[str, Any]
+
+
+@dataclass
+class Arguments:
+    """The names of the arguments of a model's forward."""
+
+    names: frozenset[str]
+    others: bool  # it takes any
+    masks: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.masks = MASK in self.names
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Arguments:
+        found = inspect.signature(model.forward).parameters.values()
+        named = frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found))
+
+    def among(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a batch goes to the model: all that it names, but targets."""
+        return {k: v for k, v in batch.items() if (self.others or k in self.names) and not is_target(k)}
+
+
+def is_target(name: str) -> bool:
+    return "label" in name or name in TARGETS
+
+
+class Shape(NamedTuple):
+    """What decides whether batches can share a pass."""
+
+    rows: int
+    tokens: int  # of a row; 1 if rows have none
+    alike: tuple[Any, ...]  # must be equal
+
+
+def shape_of(part: Part, arguments: Arguments) -> Shape:
+    """Return the shape of a part's arguments.
+
+    Raises:
+        ConfigError: they have other numbers of rows, or are none.
+    """
+    given = arguments.among(part.batch)
+    tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim()}
+    rows = {len(v) for v in tensors.values()}
+    if len(rows) != 1:
+        found = {k: tuple(v.shape) for k, v in tensors.items()} or f"only {sorted(part.batch)}"
+        raise ConfigError(
+            f"Run '{part.name}': the model takes {sorted(arguments.names)}, and a batch has {found}: its arguments "
+            "must be tensors with one row per sample."
+        )
+    lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
+    alike: list[tuple[Any, ...]] = []
+    for key, value in sorted(given.items()):
+        if key not in tensors:
+            alike.append((key, value.item() if isinstance(value, Tensor) else repr(value)))
+        elif value.dim() > 1 and arguments.masks and not (key == MASK and value.dim() > 2):
+            alike.append((key, value.dtype, value.shape[2:]))
+        elif key != MASK:
+            alike.append((key, value.dtype, value.shape[1:]))
+    return Shape(rows.pop(), max(lengths, default=1), tuple(alike))
+
+
+def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[list[Part]]:
+    """Divide parts into passes of batches that can share one, of up to `at_once` tokens with their padding."""
+    found: dict[tuple[Any, ...], list[list[Part]]] = {}
+    sizes: dict[int, tuple[int, int]] = {}  # rows and longest row, by group
+    for part in parts:
+        rows, tokens, alike = shape_of(part, arguments)
+        passes = found.setdefault(alike, [[]])
+        n, longest = sizes.get(id(passes[-1]), (0, 0))
+        if passes[-1] and (n + rows) * max(longest, tokens) > at_once:
+            passes.append([])
+            n, longest = 0, 0
+        passes[-1].append(part)
+        sizes[id(passes[-1])] = n + rows, max(longest, tokens)
+    return [group for passes in found.values() for group in passes]
+
+
+def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[dict[str, Any], Cut]:
+    """Return the arguments of one pass for all parts, padded on the right with zeros, and the way back."""
+    given = [arguments.among(part.batch) for part in parts]
+    mains = [main_of(g) for g in given]
+    lengths = [m.shape[1] if m.dim() > 1 else 1 for m in mains]
+    if arguments.masks and (len({*lengths}) > 1 or any(MASK in g for g in given)):
+        for g, main in zip(given, mains):
+            if MASK not in g:
+                g[MASK] = torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
+    out = {}
+    for key, first in given[0].items():
+        values = [g[key] for g in given]
+        if not (isinstance(first, Tensor) and first.dim()):
+            out[key] = first
+            continue
+        if first.dim() > 1 and len({v.shape[1] for v in values}) > 1:
+            values = widened(values)
+        out[key] = values[0] if len(values) == 1 else torch.cat(values)
+    follows = [next((g[k] for k in DECODER if k in g), main) for g, main in zip(given, mains)]
+    return out, Cut([len(m) for m in mains], [f.shape[1] if f.dim() > 1 else 1 for f in follows])
+
+
+DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the output has, if they are there
+
+
+def main_of(given: Mapping[str, Any]) -> Tensor:
+    """Return the argument that has the tokens: the first tensor that is no mask."""
+    tensors = [v for k, v in given.items() if isinstance(v, Tensor) and v.dim() and k != MASK]
+    return max(tensors, key=lambda t: t.dim() > 1) if tensors else given[MASK]
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Pad (rows, tokens, …) to one number of tokens with zeros, on the right."""
+    longest = max(t.shape[1] for t in tensors)
+    return [nn.functional.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - t.shape[1]]) for t in tensors]
+
+
+@dataclass
+class Cut:
+    """The way back from the output of a pass to what each part gets of it."""
+
+    rows: list[int]
+    lengths: list[int]  # tokens of each part's rows
+
+    def of(self, output: Any) -> list[Any]:
+        """Return for each part an output of the same kind, with its rows and without their padding.
+
+        One split for all parts: its backward pass is one concatenation.
+        """
+        if isinstance(output, Tensor):
+            return self._tensor("", output)
+        if isinstance(output, Mapping):
+            columns = {k: self._column(k, v) for k, v in output.items()}
+            return [make(output, {k: c[i] for k, c in columns.items()}) for i in range(len(self.rows))]
+        if isinstance(output, (tuple, list)):
+            several = [self._column("", v) for v in output]
+            return [type(output)([c[i] for c in several]) for i in range(len(self.rows))]
+        return [output] * len(self.rows)
+
+    def _column(self, name: str, value: Any) -> list[Any]:
+        return self._tensor(name, value) if isinstance(value, Tensor) else self.of(value)
+
+    def _tensor(self, name: str, t: Tensor) -> list[Tensor]:
+        if not t.dim() or len(t) != sum(self.rows):
+            return [t] * len(self.rows)
+        parts, longest = t.split(self.rows) if len(self.rows) > 1 else (t,), max(self.lengths)
+        if min(self.lengths) == longest or t.dim() < (2 if name in BY_TOKEN else 3) or t.shape[1] != longest:
+            return list(parts)
+        return [p if n == longest else p[:, :n].contiguous() for p, n in zip(parts, self.lengths)]
+
+
+def make(like: Mapping[str, Any], values: dict[str, Any]) -> Any:
+    """Return values as an output of the same class."""
+    return type(like)(**values) if hasattr(like, "to_tuple") else dict(values)

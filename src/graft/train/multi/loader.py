@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batches of one run, epoch after epoch, and the position at which it stands, which can be taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from graft.core.errors import ConfigError
+from graft.train.multi.draws import Draws, States
+
+Batch = dict[str, Any]
+
+
+class Loader:
+    """Yields batches of `data`, which begins anew when it ends; an iterator ends for good.
+
+    Args:
+        name: of the run, for errors.
+        data: an iterable of batches, which are mappings of names to tensors.
+        draws: the run's, which it draws from.
+        once: end with the data.
+    """
+
+    def __init__(self, name: str, data: Iterable[Any], draws: Draws, once: bool):
+        if not hasattr(data, "__iter__"):
+            raise TypeError(f"Run '{name}': data must be an iterable of batches, such as a DataLoader, got {data!r}.")
+        self.name, self.data, self.draws = name, data, draws
+        self.once = once or isinstance(data, Iterator)
+        self.epoch, self.taken = 0, 0  # epochs begun before this one; batches of it
+        self.began: States = draws.states  # when this epoch began
+        self._batches: Iterator[Any] | None = None
+
+    def next(self) -> Batch | None:
+        """Return the next batch; None if the data has ended.
+
+        Raises:
+            ConfigError: there is no batch in it, or a batch is no mapping.
+        """
+        with self.draws:
+            found = next(self._here(), None)
+        if found is None and not self.taken:
+            raise ConfigError(f"Run '{self.name}': its data holds no batch (epoch {self.epoch + 1}).")
+        if found is None and not self.once:
+            self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
+            self.began = self.draws.states
+            return self.next()
+        if found is None:
+            return None
+        if not isinstance(found, Mapping):
+            raise ConfigError(
+                f"Run '{self.name}': a batch must be a mapping of the model's arguments to tensors, got a "
+                f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
+            )
+        self.taken += 1
+        return dict(found)
+
+    def _here(self) -> Iterator[Any]:
+        """Return the iterator of this epoch, which draws at its first batch: that follows at once."""
+        if self._batches is None:
+            holder: Any
+            for holder in (self.data, getattr(self.data, "sampler", None)):
+                if hasattr(holder, "set_epoch"):
+                    holder.set_epoch(self.epoch)
+            self._batches = iter(self.data)
+        return self._batches
+
+    def move(self, epoch: int, taken: int, began: States, now: States) -> None:
+        """Go to a position: begin that epoch as it began then, and pass over what was taken of it.
+
+        Raises:
+            ConfigError: the data holds fewer batches.
+        """
+        self.epoch, self.taken, self.began, self._batches = epoch, taken, began, None
+        self.draws.states = began
+        for i in range(taken):
+            with self.draws:
+                missing = next(self._here(), None) is None
+            if missing:
+                raise ConfigError(
+                    f"Run '{self.name}' was saved after {taken} batches of an epoch, and its data holds {i}: continue "
+                    "it with the data that it had."
+                )
+        self.draws.states = now

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of one adapter's rows: the model's own, as its forward would compute it of these rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from graft.config.targets import TASK_HEADS
+from graft.core.errors import ConfigError
+from graft.inject.parts import Parts
+
+Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()
+HEADS = {head for heads in TASK_HEADS.values() for head in heads}
+
+
+def own_loss(model: nn.Module, parts: Parts, name: str) -> Loss:
+    """Return the loss that a model of transformers has for its task.
+
+    Args:
+        parts: the carriers of the run's adapter, `name`; its head may have labels of its own.
+
+    Raises:
+        ConfigError: the model has none, or one that needs more than its output.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels") and config.is_encoder_decoder:
+        return of_decoder
+    kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
+    made = LOSSES.get(str(kind))
+    if made is None or not hasattr(model, "loss_function"):
+        raise ConfigError(
+            f"Run '{name}': {type(model).__name__} has no loss that can be taken of a part of its rows. Give add() a "
+            "loss(output, batch), which returns the mean over the run's own rows."
+        )
+    return made(model, labels_of(parts, name))
+
+
+def labels_of(parts: Parts, adapter: str) -> int | None:
+    """Return how many labels an adapter's own head has; None if it has none."""
+    for key, wrapper in parts.wrappers.items():
+        weights = [p for p in wrapper.parameters_of(adapter) if p.dim() == 2]
+        if weights and HEADS & {*key.split(".")}:
+            return len(weights[-1])
+    return None
+
+
+def of_decoder(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
+    logits = output["logits"]
+    return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
+
+
+def of_tokens(model: Any, _: int | None) -> Loss:
+    def loss(output: Any, batch: dict[str, Any], **items: Any) -> Tensor:
+        logits = output["logits"]
+        return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1], **items)
+
+    return loss
+
+
+def of_labels(model: Any, labels: int | None) -> Loss:
+    """Return the loss of a classifier of samples or of tokens. Logits of labels that other heads have are left out."""
+    tokens = model.loss_type == "ForTokenClassification"
+
+    def loss(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
+        logits = output["logits"]
+        if labels is not None and logits.shape[-1] > labels:
+            logits = logits[..., :labels].contiguous()
+        config = SimpleNamespace(num_labels=logits.shape[-1], problem_type=model.config.problem_type)
+        if tokens:
+            return model.loss_function(logits, batch["labels"], config)
+        return model.loss_function(labels=batch["labels"], pooled_logits=logits, logits=logits, config=config)
+
+    return loss
+
+
+def of_spans(model: Any, _: int | None) -> Loss:
+    def loss(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
+        logits, places = (output["start_logits"], output["end_logits"]), ("start_positions", "end_positions")
+        return model.loss_function(*logits, *(batch[p] for p in places))
+
+    return loss
+
+
+LOSSES: dict[str, Callable[[Any, int | None], Loss]] = {
+    "ForCausalLM": of_tokens,
+    "ForConditionalGeneration": of_tokens,
+    "ForMaskedLM": of_tokens,
+    "ForSequenceClassification": of_labels,
+    "ForImageClassification": of_labels,
+    "ForAudioClassification": of_labels,
+    "ForTokenClassification": of_labels,
+    "ForQuestionAnswering": of_spans,
+}

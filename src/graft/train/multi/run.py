@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: an adapter, and what trains it. It knows nothing of the others."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from graft.core.errors import ConfigError
+from graft.train.multi.draws import Draws
+from graft.train.multi.joint import Part
+from graft.train.multi.loader import Loader
+from graft.train.multi.losses import Loss
+
+RUNNING, ENDED, STOPPED, FAILED = "running", "ended", "stopped", "failed"
+
+
+ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")  # of a config: not of the adapter
+
+
+class Owner(Protocol):
+    def save_adapter(self, name: str, folder: str | os.PathLike) -> None: ...
+
+
+class Point(NamedTuple):
+    """One optimizer step of a run."""
+
+    step: int
+    loss: float  # before the step; the mean of its batches
+    lr: float
+    norm: float  # of the gradient, before it is clipped
+
+
+class Valid(NamedTuple):
+    """One look at the loss of validation data."""
+
+    step: int
+    loss: float
+
+
+class Run:
+    """A run of a MultiTrain. `MultiTrain.add` makes it, and says what its arguments are.
+
+    Attributes:
+        step: optimizer steps that it has made.
+        curve: its steps.
+        valid: its losses on validation data.
+        state: "running", "ended", "stopped" (by its `stop`) or "failed".
+        why: in words, why it does not run any more; else None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Any,
+        parameters: list[nn.Parameter],
+        draws: Draws,
+        loader: Loader,
+        optimizer: Optimizer,
+        schedule: Any,
+        loss: Loss,
+        *,
+        owner: Owner,
+        seed: int,
+        draws_in_loss: bool,
+        clip: float | None,
+        steps: int | None,
+        accumulate: int,
+        stop: Callable[[Run], bool] | None,
+        validation: Iterable[Any] | None,
+        every: int | None,
+    ):
+        self.name, self.config, self.parameters = name, config, parameters
+        self.draws, self.loader, self.optimizer, self.schedule, self.loss = draws, loader, optimizer, schedule, loss
+        self.clip, self.steps, self.accumulate, self.seed = clip, steps, accumulate, seed
+        self.owner, self.draws_in_loss = owner, draws_in_loss
+        self.stop, self.validation, self.every = stop, validation, every
+        self.draws_in_steps = not type(optimizer).__module__.startswith("torch.optim.")
+        self.told = {k: v for k, v in config.saved_dict().items() if k not in ELSEWHERE}
+        self.begun = settings_of(optimizer)
+        self.step, self.state = 0, RUNNING
+        self.why: str | None = None
+        self.curve: list[Point] = []
+        self.valid: list[Valid] = []
+        self.tokens, self.seconds = 0, 0.0  # that it has seen in this process, and since when
+        self.losses: list[Tensor] = []  # of the batches of the step under way
+        self._sums: list[Tensor | None] | None = None  # of the gradients of these but the last
+        self._norm: Tensor | None = None
+        self._since = time.perf_counter()
+
+    @property
+    def runs(self) -> bool:
+        return self.state == RUNNING
+
+    @property
+    def may_go_on(self) -> bool:
+        """Return True if more steps are asked for than the run was to make when it ended."""
+        return self.state == ENDED and self.steps is not None and self.step < self.steps and not self.loader.once
+
+    @property
+    def ended_early(self) -> bool:
+        """Return True if its data ended before its steps."""
+        return self.state == ENDED and self.steps is not None and self.step < self.steps
+
+    @property
+    def looks_now(self) -> bool:
+        """Return True if it is time to look at validation data."""
+        if self.validation is None or (self.valid and self.valid[-1].step == self.step):
+            return False
+        return not self.runs or (self.every is not None and self.step % self.every == 0)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the adapter to a folder, as it is now."""
+        self.owner.save_adapter(self.name, folder)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step, of the first group of parameters."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # a step, in the order in which these are called
+
+    def batch(self) -> Part | None:
+        """Return the next batch; None, and the run has ended, if there is none."""
+        batch = self.loader.next()
+        if batch is None:
+            early = f", before {self.steps} steps" if self.steps is not None else ""
+            self.end(ENDED, f"its data ended at step {self.step}{early}")
+            return None
+        return Part(self.name, batch)
+
+    def loss_of(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """Return what is to be differentiated: the loss of a batch, over the number of batches of a step."""
+        if self.draws_in_loss:
+            with self.draws:
+                loss = self.loss(output, batch)
+        else:
+            loss = self.loss(output, batch)
+        if loss.dim():
+            raise ConfigError(f"Run '{self.name}': its loss has the shape {tuple(loss.shape)}; return a mean, ().")
+        return loss / self.accumulate if self.accumulate > 1 else loss
+
+    def put_aside(self) -> None:
+        """Lay the gradients of earlier batches aside, so that a pass that fails leaves them as they are."""
+        if self.losses and self._sums is None:
+            self._sums = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+
+    def took(self, loss: Tensor) -> None:
+        """Note that the gradients of a batch are there."""
+        self.losses.append(loss.detach())
+        if self._sums is not None:
+            for p, total in zip(self.parameters, self._sums):
+                if total is not None:
+                    p.grad = total if p.grad is None else total.add_(p.grad)
+            self._sums = None
+
+    @property
+    def due(self) -> bool:
+        """Return True if the batches of a step are there."""
+        return len(self.losses) == self.accumulate
+
+    def measure(self) -> Tensor:
+        """Return loss and norm of the gradient, (2,)."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        self._norm = get_total_norm(grads)
+        loss = self.losses[0] if self.accumulate == 1 else torch.stack(self.losses).sum()
+        return torch.stack([loss.float(), self._norm.float().to(loss.device)])
+
+    def take(self, loss: float, norm: float) -> None:
+        """Make the step, with numbers that are finite."""
+        lr = self.lr
+        if self.clip is not None and self._norm is not None:
+            clip_grads_with_norm_(self.parameters, self.clip, self._norm)
+        if self.draws_in_steps:
+            with self.draws:
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.let_go()
+        self.step += 1
+        self.curve.append(Point(self.step, loss, lr, norm))
+        if self.steps is not None and self.step >= self.steps:
+            self.end(ENDED, f"{self.step} steps")
+
+    def gradients(self) -> list[Tensor | None] | None:
+        """Return the gradients of the batches of the step under way; None if there is none."""
+        return [p.grad for p in self.parameters] if self.losses else None
+
+    def take_up(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
+        """Put back what `losses` and `gradients` were."""
+        self.losses = [loss.to(self.parameters[0].device) for loss in losses]
+        for p, grad in zip(self.parameters, gradients or ()):
+            p.grad = None if grad is None else grad.to(p.device)
+
+    def let_go(self) -> None:
+        """Drop gradients and losses of the step under way."""
+        self.losses, self._sums, self._norm = [], None, None
+        for p in self.parameters:
+            p.grad = None
+
+    def end(self, state: str, why: str) -> None:
+        self.let_go()
+        self.state, self.why = state, why
+        self.seconds = time.perf_counter() - self._since
+
+    def refused(self, loss: float, norm: float) -> str | None:
+        """Fail if loss or norm is not finite; return the text of the error."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return None
+        return self.fail(f"its {'gradient' if math.isfinite(loss) else 'loss'} is not finite", loss)
+
+    def fail(self, why: str, loss: float) -> str:
+        """End before the step, with the values of the last one; return the text of the error."""
+        text = f"Run '{self.name}' failed at step {self.step + 1}: {why} (loss {loss:g}, lr {self.lr:g})."
+        self.end(FAILED, text)
+        return text
+
+    @property
+    def tokens_per_second(self) -> float:
+        seconds = self.seconds or time.perf_counter() - self._since
+        return self.tokens / seconds if seconds else 0.0
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of an optimizer's groups of parameters, and how many each has."""
+    return [
+        {"parameters": len(group["params"]), **{k: v for k, v in group.items() if k != "params"}}
+        for group in optimizer.param_groups
+    ]

@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MultiTrain: many adapters trained at once on one base, each as it would be trained alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graft.config.base import PeftConfig
+from graft.core.errors import AdapterNameError, AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, warn
+from graft.inject.beside import add_task_heads
+from graft.inject.parts import registry_of
+from graft.io import files
+from graft.io.save import base_fingerprint
+from graft.model.api import get_peft_model
+from graft.model.checkpoints import contents
+from graft.model.peft_model import PeftModel
+from graft.model.registry import check_adapter_name
+from graft.train.multi import stored
+from graft.train.multi.draws import Draws
+from graft.train.multi.joint import Arguments, Part, groups, joined
+from graft.train.multi.loader import Loader
+from graft.train.multi.losses import Loss, own_loss
+from graft.train.multi.run import ENDED, RUNNING, STOPPED, Run, Valid
+
+AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
+
+
+@dataclass
+class Step:
+    """One round: a batch of each run that goes on."""
+
+    number: int
+    losses: dict[str, float] = field(default_factory=dict)  # by run, of those that made an optimizer step
+    ended: dict[str, str] = field(default_factory=dict)  # why, by run, of those that go on no more
+    valid: dict[str, float] = field(default_factory=dict)  # by run, of those that looked at their validation data
+
+
+class MultiTrain:
+    """Many adapters trained at once on one base. What a run gives does not depend on the others.
+
+    Iterate over it for one `Step` at a time, or call `run`.
+
+    Args:
+        model: the base model, in which adapters will stand; or a PeftModel, whose adapters may be runs.
+        at_once: tokens (with padding) of a joint pass. No result depends on it; memory and speed do.
+        base_in_eval: run the base in eval mode, without its own dropout, and only adapters and heads in training mode.
+
+    Attributes:
+        model: the PeftModel; None before the first run.
+
+    Raises:
+        ConfigError: the base drops inputs by itself, from a generator that all runs would share.
+    """
+
+    def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, base_in_eval: bool = False):
+        is_peft = isinstance(model, PeftModel)
+        self.model: PeftModel | None = model if is_peft else None  # type: ignore[assignment]
+        self.base: Any = model.get_base_model() if is_peft else model  # type: ignore[operator]
+        self.at_once, self.base_in_eval = at_once, base_in_eval
+        self.arguments = Arguments.of(self.base)
+        self.folder: str | None = None  # of runs to go on with
+        self._runs: dict[str, Run] = {}
+        self._number = 0
+        if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
+            raise ConfigError(
+                f"The base drops inputs by itself ({drops[0]}, and {len(drops) - 1} more): all runs would draw from "
+                "one generator. Set its dropout to 0, or pass base_in_eval=True, which trains adapters over a base in "
+                "eval mode."
+            )
+
+    @classmethod
+    def resume(cls, model: nn.Module, folder: str | os.PathLike, **options: Any) -> MultiTrain:
+        """Return a MultiTrain whose `add` goes on with the runs that `save` has written to a folder.
+
+        Add each run as it was added first; those that are not added stay in the folder as they are.
+
+        Args:
+            options: as of MultiTrain.
+
+        Raises:
+            CheckpointError: the folder holds no run.
+        """
+        made = cls(model, **options)
+        made.folder = os.fspath(folder)
+        if not stored.folders_in(made.folder):
+            raise CheckpointError(f"{made.folder} holds no run: MultiTrain.save() writes them.")
+        return made
+
+    # runs
+
+    def __getitem__(self, name: str) -> Run:
+        if name not in self._runs:
+            raise AdapterNotFoundError(f"There is no run '{name}'. Runs: {', '.join(self._runs) or 'none'}.")
+        return self._runs[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._runs
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._runs)
+
+    def add(
+        self,
+        name: str,
+        config: PeftConfig | None = None,
+        *,
+        data: Iterable[Any],
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
+        schedule: Callable[[Optimizer], Any] | None = None,
+        loss: Loss | None = None,
+        clip: float | None = None,
+        steps: int | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
+        stop: Callable[[Run], bool] | None = None,
+        valid: Iterable[Any] | None = None,
+        every: int | None = None,
+        heads: dict[str, nn.Module] | None = None,
+    ) -> Run:
+        """Add a run. It gets what a program of its own would that began with `torch.manual_seed(seed)`, made the
+        adapter and then the optimizer, and went through `data`.
+
+        Args:
+            name: of the run and its adapter.
+            config: of the adapter, of which a copy is used; None: the model has an adapter of this name.
+            data: batches, mappings of the model's arguments and labels to tensors; begun anew as long as there are
+                steps to make.
+            optimizer: of the adapter's parameters, such as `partial(AdamW, lr=1e-3)`.
+            schedule: of the optimizer; it steps after each step of that.
+            loss: of (the output of the run's rows, its batch), a mean; None: the model's own.
+            clip: the largest norm of the gradient.
+            steps: optimizer steps; None: one pass over the data.
+            accumulate: batches of a step.
+            seed: of initial values, dropout, and the order of a loader that has no generator of its own.
+            stop: asked after each step, and after each look at validation data; True ends the run.
+            valid: validation data, at whose mean loss the run looks every `every` steps and at its end.
+            heads: as of `get_peft_model`.
+
+        Raises:
+            AdapterNameError: another run, or an adapter, has this name.
+            ConfigError: a setting is none, the model has no loss, or the run was saved with other settings.
+            BaseModelMismatchError: the run was saved with another base.
+            And what `add_adapter` raises. The model is then as it was.
+        """
+        if name in self._runs:
+            raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
+        check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
+        draws = Draws(seed, data)
+        held = None if self.folder is None else stored.load(name, self.folder)
+        with draws:
+            new = self._inject(name, config, heads)
+        try:
+            model, registry = self.model, registry_of(self.model)
+            own_config = model.peft_config[name]  # type: ignore[union-attr]
+            registry.set_requires_grad(name, True)
+            parameters = parameters_of(model, name)
+            given = loss is not None
+            if loss is None:
+                loss = own_loss(self.base, registry.parts_of(name), name)
+            with draws:
+                made = optimizer(parameters)
+                timed = None if schedule is None else schedule(made)
+            check_made(name, made, timed)
+            loader = Loader(name, data, draws, once=steps is None)
+            run = Run(
+                name,
+                own_config,
+                parameters,
+                draws,
+                loader,
+                made,
+                timed,
+                loss,
+                seed=seed,
+                clip=clip,
+                steps=steps,
+                accumulate=accumulate,
+                stop=stop,
+                validation=valid,
+                every=every,
+                owner=self,
+                draws_in_loss=given,
+            )
+            if held is not None:
+                stored.restore(run, model, held, self.folder or "")
+        except BaseException:
+            if new:
+                self._take_out(name)
+            raise
+        self._runs[name] = run
+        return run
+
+    def _inject(self, name: str, config: PeftConfig | None, heads: Any) -> bool:
+        """Put the adapter of a run on the model, if it is not there; return True if it was not."""
+        here = self.model is not None and name in self.model.peft_config
+        if config is None:
+            if not here:
+                raise AdapterNotFoundError(f"Run '{name}' has no config, and the model has no adapter of that name.")
+            return False
+        if here:
+            raise AdapterNameError(f"The model has an adapter '{name}' already: leave its config out to train it.")
+        check_adapter_name(name)
+        config = copy.deepcopy(config)
+        config.inference_mode = False
+        add_task_heads(config)
+        if self.model is None:
+            self.model = get_peft_model(self.base, config, name, mixed=True, heads=heads)
+        else:
+            self.model.add_adapter(name, config, heads=heads)
+        return True
+
+    def _take_out(self, name: str) -> None:
+        """Take an adapter off the model; the model's last one with all that graft has put there."""
+        model = self.model
+        assert model is not None
+        if list(model.peft_config) == [name]:
+            model.unload()
+            self.model = None
+            return
+        if name in model.active_adapters:
+            model.set_adapter(next(other for other in model.peft_config if other != name))
+            registry_of(model).set_requires_grad([n for n in self._runs if n in model.peft_config], True)
+        model.delete_adapter(name)
+
+    def remove(self, name: str) -> Run:
+        """Take a run and its adapter out, and return the run, with its curve."""
+        run = self[name]
+        self._take_out(name)
+        del self._runs[name]
+        return run
+
+    def unload(self) -> nn.Module:
+        """Return the base without adapters, as it was."""
+        if self.model is not None:
+            self.model.unload()
+        self.model, self._runs = None, {}
+        base: nn.Module = self.base
+        return base
+
+    def _carried(self) -> set[int]:
+        """Return the modules of adapters, by id."""
+        if self.model is None:
+            return set()
+        return {id(m) for c in registry_of(self.model).carriers() if isinstance(c, nn.Module) for m in own_modules(c)}
+
+    # steps
+
+    def __iter__(self) -> Iterator[Step]:
+        while any(run.runs for run in self._runs.values()):
+            yield self.step()
+
+    def step(self) -> Step:
+        """Take a batch of each run that goes on, and make the optimizer steps that are due."""
+        self._number += 1
+        step = Step(self._number)
+        going = [run for run in self._runs.values() if run.runs]
+        self._mode(True)
+        parts = [part for run in going if (part := run.batch()) is not None]
+        for group in groups([self._complete(part) for part in parts], self.arguments, self.at_once):
+            self._pass(group)
+        due = [run for run in going if run.runs and run.due]
+        if due:
+            for run, (loss, norm) in zip(due, torch.stack([run.measure() for run in due]).tolist()):
+                bad = run.refused(loss, norm)
+                if bad is not None:
+                    warn(bad, PeftWarning)
+                    continue
+                run.take(loss, norm)
+                step.losses[run.name] = loss
+        self._look(step, [run for run in due if run.state in (RUNNING, ENDED)])
+        step.ended = {run.name: run.why or "" for run in going if not run.runs}
+        for run in going:
+            if run.state == ENDED and run.ended_early:
+                warn(f"Run '{run.name}': {run.why}.", PeftWarning)
+        return step
+
+    def _look(self, step: Step, runs: Sequence[Run]) -> None:
+        """Look at validation data where it is time, and ask who wants to stop."""
+        by_data: dict[int, list[Run]] = {}
+        for run in runs:
+            if run.looks_now:
+                by_data.setdefault(id(run.validation), []).append(run)
+        for some in by_data.values():
+            found = self.evaluate([run.name for run in some], some[0].validation or ())
+            for run in some:
+                run.valid.append(Valid(run.step, found[run.name]))
+                step.valid[run.name] = found[run.name]
+        for run in runs:
+            if run.runs and run.stop is not None and run.stop(run):
+                run.end(STOPPED, f"its stop said so at step {run.step}")
+
+    def _complete(self, part: Part) -> Part:
+        """Add the decoder's inputs that a model makes of labels."""
+        batch = part.batch
+        make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
+        if make is None or "labels" not in batch or "decoder_input_ids" in batch:
+            return part
+        return Part(part.name, batch | {"decoder_input_ids": make(labels=batch["labels"])})
+
+    def _pass(self, group: list[Part]) -> None:
+        """Run model and backward pass for these batches; if memory ends, for half of them at a time."""
+        runs = [self._runs[part.name] for part in group]
+        for run in runs:
+            run.put_aside()
+        before = [run.draws.states for run in runs]
+        try:
+            outputs, tokens = self._outputs(group)
+            losses = [run.loss_of(output, part.batch) for run, output, part in zip(runs, outputs, group)]
+            torch.autograd.backward(losses)
+        except torch.OutOfMemoryError as error:
+            full = str(error)
+        else:
+            for run, loss, count in zip(runs, losses, tokens):
+                run.took(loss)
+                run.tokens += count
+            return
+        for run, states in zip(runs, before):  # the error, and with it what the pass had kept, is gone by now
+            run.draws.states = states
+            run.put_aside()
+        self._halve(group, full)
+
+    def _halve(self, group: list[Part], why: str) -> None:
+        """Run two halves of a group whose pass had no memory; end the run whose batch alone has none."""
+        if len(group) == 1:
+            run = self._runs[group[0].name]
+            text = run.fail(f"its batch alone takes more memory than there is ({why})", float("nan"))
+            warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
+            return
+        half = len(group) // 2
+        _, counts = joined(group[:half], self.arguments)
+        self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
+        self._pass(group[:half])
+        self._pass(group[half:])
+
+    def _outputs(self, group: Sequence[Part]) -> tuple[list[Any], list[int]]:
+        """Return the output for each part, and how many tokens it has."""
+        arguments, cut = joined(group, self.arguments)
+        names = [part.name for part, n in zip(group, cut.rows) for _ in range(n)]
+        model: Any = self.model
+        if torch.is_grad_enabled() and hasattr(model, "adapter_parameters"):
+            arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
+        output = model(**arguments, adapter_names=names)
+        return cut.of(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
+
+    @torch.no_grad()
+    def evaluate(self, names: Sequence[str], data: Iterable[Any]) -> dict[str, float]:
+        """Return the mean loss of several runs on data, weighted by rows, in eval mode."""
+        self._mode(False)
+        sums: dict[str, list[Tensor]] = {name: [] for name in names}
+        rows: list[int] = []
+        for batch in data:
+            parts = [self._complete(Part(name, dict(batch))) for name in names]
+            for group in groups(parts, self.arguments, self.at_once):
+                outputs, _ = self._outputs(group)
+                for part, output in zip(group, outputs):
+                    sums[part.name].append(self._runs[part.name].loss(output, part.batch))
+            rows.append(next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()))
+        if not rows:
+            raise ConfigError(f"The validation data of runs {list(names)} holds no batch.")
+        weights = torch.tensor(rows, dtype=torch.float64)
+        found = torch.stack([torch.stack(sums[name]) for name in names]).double().cpu() @ weights / weights.sum()
+        return dict(zip(names, found.tolist()))
+
+    def _mode(self, training: bool) -> None:
+        """Set the mode of the model: of adapters and heads alone if the base stays in eval mode."""
+        model: Any = self.model
+        if not (training and self.base_in_eval):
+            if model.training != training or self.base_in_eval:
+                model.train(training)
+            return
+        model.eval()
+        for carrier in registry_of(model).carriers():
+            if isinstance(carrier, nn.Module):
+                for module in own_modules(carrier):
+                    module.training = True
+
+    def run(self, progress: bool = False, save: str | os.PathLike | None = None, every: int = 100) -> MultiTrain:
+        """Go on until no run does. Return self.
+
+        Args:
+            progress: show a table of the runs.
+            save: a folder to `save` to, every `every` rounds and at the end.
+        """
+        shown: AbstractContextManager[Any] = nullcontext()
+        if progress:
+            from graft.train.multi.table import Progress
+
+            shown = Progress(self._runs.values)
+        with shown as table:
+            for step in self:
+                if table is not None:
+                    table.update()
+                if save is not None and step.number % every == 0:
+                    self.save(save)
+        if save is not None:
+            self.save(save)
+        return self
+
+    # files
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write each run to a file, `folder`/<name>/run.safetensors, with all that `resume` needs.
+
+        A file holds the state before or after the call, whole, whatever happens meanwhile.
+
+        Raises:
+            ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
+        """
+        for run in self._runs.values():
+            stored.save(run, self.model, os.fspath(folder))
+
+    def save_adapter(self, name: str, folder: str | os.PathLike) -> None:
+        """Write the adapter of a run to a folder, as `save_pretrained` writes "default"."""
+        model = self.model
+        tensors, config = contents(model, name, None, "auto", None)
+        files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))  # type: ignore[arg-type]
+
+
+def parameters_of(model: Any, name: str) -> list[nn.Parameter]:
+    """Return the parameters of an adapter that train, in the order of the model."""
+    if hasattr(model, "adapter_parameters"):
+        return [p for _, p in model.adapter_parameters(name)]
+    own = {id(p) for c in registry_of(model).parts_of(name).carriers() for p in c.parameters_of(name)}
+    return [p for p in model.parameters() if id(p) in own and p.requires_grad]
+
+
+def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a carrier but those of the base."""
+    base: Any = carrier.base_module
+    inner = {id(m) for m in base.modules()}
+    yield from (m for m in carrier.modules() if id(m) not in inner)
+
+
+def dropout_in(base: nn.Module, without: set[int]) -> list[str]:
+    """Return where a model drops inputs or layers by itself in training mode: modules, and rates that modules hold."""
+    found = []
+    for key, m in base.named_modules():
+        if id(m) in without:
+            continue
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0:
+            found.append(f"'{key}'")
+        found += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
+    return found
+
+
+def check_settings(name: str, **settings: Any) -> None:
+    """Raise ConfigError for a setting that is not a positive number; counts are integers."""
+    for key, value in settings.items():
+        kinds = (int, float) if key == "clip" else (int,)
+        if value is not None and (type(value) not in kinds or not value > 0):
+            raise ConfigError(f"Run '{name}': {key} must be a positive {kinds[-1].__name__}, got {value!r}.")
+
+
+def check_made(name: str, optimizer: Any, schedule: Any) -> None:
+    """Raise ConfigError unless optimizer and schedule are such that step without arguments."""
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"Run '{name}': optimizer must make one of its parameters, as partial(torch.optim.AdamW, lr=1e-3) does; "
+            f"got {optimizer!r}."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        wrong = optimizer if schedule is None else schedule
+        raise ConfigError(f"Run '{name}': {type(wrong).__name__} steps by more than gradients; choose another.")

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of runs: live on a terminal; elsewhere printed now and then, and at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from graft.train.multi.run import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("run", "step", "loss", "validation", "lr", "gradient", "tokens/s", "state")
+LIVE, PRINTED = 0.25, 30.0  # seconds between two looks
+
+
+def table_of(runs: Iterable[Run]) -> Table:
+    """Return a table of runs, as they are now."""
+    from rich.table import Table
+
+    table = Table(*COLUMNS)
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for run in runs:
+        table.add_row(*cells(run), style={"failed": "red", "running": None}.get(run.state, "dim"))
+    return table
+
+
+def cells(run: Run) -> list[str]:
+    last = run.curve[-1] if run.curve else None
+    return [
+        run.name,
+        f"{run.step}" if run.steps is None else f"{run.step}/{run.steps}",
+        "" if last is None else f"{last.loss:.4f}",
+        f"{run.valid[-1].loss:.4f}" if run.valid else "",
+        f"{run.lr:.2g}",
+        "" if last is None else f"{last.norm:.3g}",
+        f"{run.tokens_per_second:,.0f}",
+        run.state,
+    ]
+
+
+class Progress:
+    """Shows the table of runs within the block.
+
+    Args:
+        runs: returns them.
+        console: of rich; None: standard output.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, runs: Callable[[], Iterable[Run]], console: Any = None, clock: Callable[[], float] = time.monotonic
+    ):
+        from rich.console import Console
+        from rich.live import Live
+
+        self.runs, self.clock = runs, clock
+        self.console = console or Console()
+        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self._shown = clock()
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def update(self) -> None:
+        """Show the runs, if it is time."""
+        if self.clock() - self._shown >= (PRINTED if self._live is None else LIVE):
+            self.show()
+
+    def show(self) -> None:
+        self._shown = self.clock()
+        if self._live is None:
+            self.console.print(table_of(self.runs()))
+        else:
+            self._live.update(table_of(self.runs()), refresh=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.show()
+        if self._live is not None:
+            self._live.stop()

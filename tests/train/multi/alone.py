@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle of these tests: a run in a program of its own, in plain torch, with one adapter on a fresh base."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+
+import graft
+from tests import models
+
+
+class Spec(NamedTuple):
+    """What a run is told."""
+
+    config: Any
+    lr: float = 1e-2
+    seed: int = 0
+    accumulate: int = 1
+    clip: float | None = None
+    tokens: int = 7
+    batch: int = 4
+    schedule: Any = None
+    dropout: float = 0.0
+
+    @property
+    def optimizer(self):
+        return partial(AdamW, lr=self.lr)
+
+    def data(self, generator: bool = False) -> DataLoader:
+        own = torch.Generator().manual_seed(self.seed) if generator else None
+        return DataLoader(rows(self.seed, self.tokens), self.batch, shuffle=True, generator=own)
+
+    def options(self, steps: int) -> dict[str, Any]:
+        names = ("optimizer", "schedule", "seed", "accumulate", "clip")
+        return {"data": self.data(), "steps": steps, **{name: getattr(self, name) for name in names}}
+
+
+def rows(seed: int, tokens: int = 7, n: int = 22) -> list[dict[str, torch.Tensor]]:
+    """Samples of random tokens; 22: the last batch of four of an epoch is smaller."""
+    with models.seeded(100 + seed):
+        ids = torch.randint(3, models.VOCAB, (n, tokens))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def lora(**options: Any) -> Any:
+    return graft.LoraConfig(target_modules=options.pop("target_modules", ["q_proj", "v_proj"]), **options)
+
+
+def alone(spec: Spec, steps: int, base: str = "llama", data: Any = None, before_step: Any = None):
+    """Train one adapter; return (its parameters, its losses)."""
+    model, loader = models.make(base), data or spec.data()
+    with models.seeded(spec.seed):
+        model = graft.get_peft_model(model, copy.deepcopy(spec.config)).train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = spec.optimizer(parameters)
+        schedule = spec.schedule(optimizer) if spec.schedule else None
+        losses, batches = [], iter(())
+        for _ in range(steps):
+            total = 0.0
+            for _ in range(spec.accumulate):
+                batch = next(batches, None)
+                if batch is None:
+                    batches = iter(loader)
+                    batch = next(batches)
+                loss = model(**batch).loss / spec.accumulate
+                loss.backward()
+                total += loss.item()
+            if spec.clip:
+                torch.nn.utils.clip_grad_norm_(parameters, spec.clip)
+            optimizer.step()
+            if schedule:
+                schedule.step()
+            optimizer.zero_grad()
+            losses.append(total)
+    return parameters, losses
+
+
+def same(found: Any, wanted: Any) -> bool:
+    """Return True if two lists of tensors have the same bits."""
+    return len(found) == len(wanted) > 0 and all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def batches(n: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Batches of four rows each, in a list."""
+    found = rows(0, n=4 * n)
+    return [{k: torch.stack([row[k] for row in found[i : i + 4]]) for k in found[0]} for i in range(0, 4 * n, 4)]
+
+
+SPECS = {
+    "plain": Spec(lora(r=4), seed=1),
+    "wide": Spec(lora(r=8, lora_alpha=20, target_modules=["q_proj", "down_proj"]), 3e-3, seed=2, clip=0.5),
+    "long": Spec(lora(r=2), seed=3, tokens=12),
+    "gathers": Spec(lora(r=4), seed=4, accumulate=3, clip=1.0),
+    "timed": Spec(lora(r=4), seed=5, schedule=partial(CosineAnnealingLR, T_max=12)),
+}

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are saved, killed and resumed, alone or in other company: the bits of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import graft
+from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
+from graft.train.multi import MultiTrain, stored
+from tests import models
+from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same
+from tests.train.multi.killed import STEPS
+
+ROOT = Path(__file__).parents[3]
+
+
+def undisturbed(name, steps=STEPS):
+    runs = MultiTrain(models.make("llama"))
+    run = runs.add(name, SPECS[name].config, **SPECS[name].options(steps))
+    runs.run()
+    return run
+
+
+def child(folder, at, *names):
+    command = [sys.executable, "-m", "tests.train.multi.killed", str(folder), str(at), *names]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_killed_and_resumed_in_other_company(tmp_path):
+    """Killed in the middle of a save; then resumed by another process with others, and finished here alone."""
+    folder = tmp_path / "runs"
+    assert child(folder, 5, "plain", "gathers", "timed").returncode == -9
+    steps = {name: stored.load(name, str(folder))["step"] for name in ("plain", "gathers", "timed")}
+    assert steps == {"plain": 5, "gathers": 1, "timed": 4}  # the last file was not renamed
+    assert child(folder, 3, "gathers", "wide").returncode == -9
+    for name in ("plain", "gathers", "timed", "wide"):
+        runs = MultiTrain.resume(models.make("llama"), folder)
+        run = runs.add(name, SPECS[name].config, **SPECS[name].options(STEPS))
+        assert 0 < run.step < STEPS
+        runs.run()
+        whole = undisturbed(name)
+        assert run.curve == whole.curve and same(run.parameters, whole.parameters), name
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Draws when a sample is read."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        ids = torch.randint(3, models.VOCAB, (7,))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("make", [
+    lambda: DataLoader(rows(1), 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
+    lambda: DataLoader(Augmented(), 3, shuffle=True),
+    lambda: iter(batches(9)),
+    lambda: batches(3),
+], ids=["own generator", "drawn samples", "an iterator", "a list"])  # fmt: skip
+@pytest.mark.parametrize("at", [2, 5])
+def test_the_position_of_a_loader(tmp_path, make, at):
+    """Two runs may share one loader, with its generator."""
+    found = []
+    for resumed in (False, True):
+        runs, data = MultiTrain(models.make("llama")), make()
+        one_only = hasattr(data, "__next__")
+        for step_at in [at, None] if resumed else [None]:
+            for name in ("first",) if one_only else ("first", "second"):
+                runs.add(name, lora(), data=data, steps=8, seed=len(name), optimizer=partial(torch.optim.SGD, lr=0.5))
+            for step in runs:
+                if step.number == step_at:
+                    break
+            if step_at is not None:
+                runs.save(tmp_path)
+                runs, data = MultiTrain.resume(models.make("llama"), tmp_path), make()
+        found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs._runs.values()])
+    for (curve, values), (again, theirs) in zip(*found):
+        assert curve == again and len(curve) == 8 and same(values, theirs)
+
+
+def test_more_steps_than_before(tmp_path):
+    runs = MultiTrain(models.make("llama"))
+    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    runs.run(save=tmp_path)
+    again = MultiTrain.resume(models.make("llama"), tmp_path)
+    ended = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    assert (ended.state, ended.step, list(again)) == ("ended", 4, [])
+    again = MultiTrain.resume(models.make("llama"), tmp_path)
+    run = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(STEPS))
+    again.run()
+    assert same(run.parameters, undisturbed("plain").parameters)
+
+
+def test_a_failed_run_stays_failed(tmp_path):
+    runs = MultiTrain(models.make("llama"))
+    options = {"data": batches(2), "loss": lambda output, _: output["logits"].mean() / 0.0}
+    runs.add("x", lora(), **options)
+    with pytest.warns(graft.PeftWarning, match="not finite"):
+        runs.run(save=tmp_path)
+    run = MultiTrain.resume(models.make("llama"), tmp_path).add("x", lora(), **options)
+    assert run.state == "failed" and "Run 'x' failed at step 1" in run.why
+
+
+# what cannot be resumed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    runs = MultiTrain(models.make("llama"))
+    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    next(iter(runs))
+    runs.save(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"lr": 0.5}, r"'lr': 0.01.*now .*'lr': 0.5"),
+    ({"clip": 2.0}, "clip = None, now 2.0"),
+    ({"accumulate": 2}, "accumulate = 1, now 2"),
+    ({"seed": 7}, "seed = 1, now 7"),
+    ({"config": lora(r=5)}, "r = 4, now 5"),
+])  # fmt: skip
+def test_other_settings(saved, change, text):
+    spec = SPECS["plain"]._replace(**change)
+    runs = MultiTrain.resume(models.make("llama"), saved)
+    with pytest.raises(ConfigError, match=f"Run 'plain' in .* was begun with .*{text}"):
+        runs.add("plain", spec.config, **spec.options(4))
+    assert runs.model is None and runs.names == []
+    runs.add("other", spec.config, **spec.options(4))  # a new one
+
+
+def test_another_base(saved):
+    base = models.make("llama")
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    with pytest.raises(BaseModelMismatchError, match=r"Run 'plain'.*its weights have other values"):
+        MultiTrain.resume(base, saved).add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2],
+    lambda data: data.replace(json.dumps("seed").encode(), b'"sead"'),
+    lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+], ids=["cut", "note", "bit"])  # fmt: skip
+def test_damaged_files(saved, damage):
+    path = saved / "plain" / stored.FILE
+    path.write_bytes(damage(path.read_bytes()))
+    runs = MultiTrain.resume(models.make("llama"), saved)
+    with pytest.raises(CheckpointError, match=str(path)):
+        runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    assert runs.model is None
+
+
+def test_a_folder_without_runs(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no run"):
+        MultiTrain.resume(models.make("llama"), tmp_path)
+
+
+def test_less_data_than_before(saved):
+    options = SPECS["plain"].options(4) | {"data": []}
+    with pytest.raises(ConfigError, match="saved after 1 batches of an epoch, and its data holds 0"):
+        MultiTrain.resume(models.make("llama"), saved).add("plain", SPECS["plain"].config, **options)
+
+
+def test_state_that_is_no_data(tmp_path):
+    class Odd(torch.optim.SGD):
+        def state_dict(self):
+            return {**super().state_dict(), "odd": object()}
+
+    runs = MultiTrain(models.make("llama"))
+    runs.add("x", lora(), data=batches(2), optimizer=partial(Odd, lr=0.1))
+    with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': a object cannot be written"):
+        runs.save(tmp_path)
+    assert stored.folders_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [
+    {"a": 1, 2: (3.5, None)}, [float("inf"), -0.0, True], {(1, 2): {"x": torch.arange(3)}}, "text", (), {},
+], ids=str)  # fmt: skip
+def test_values_as_json_and_back(value):
+    tensors = {}
+    found = stored.unpack(json.loads(json.dumps(stored.pack(value, tensors, ""))), tensors)
+    assert repr(found) == repr(value)
+
+
+def test_specs_differ_in_all_that_a_run_depends_on():
+    fields = [f for f in Spec._fields if f not in ("config", "batch", "dropout")]
+    assert all(len({str(getattr(spec, f)) for spec in SPECS.values()}) > 1 for f in fields)

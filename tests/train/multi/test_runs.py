@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs together: each as alone, what ends them, what is refused, what failures leave."""
+
+from __future__ import annotations
+
+from functools import partial
+from io import StringIO
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import graft
+from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError, NoMatchingPeftModuleError
+from graft.train.multi import MultiTrain
+from tests import models
+from tests.train.multi.alone import SPECS, Spec, alone, batches, lora, same
+
+
+def together(specs, steps=12, **options):
+    runs = MultiTrain(models.make("llama"), **options)
+    for name, spec in specs.items():
+        runs.add(name, spec.config, **spec.options(steps))
+    return runs.run()
+
+
+@pytest.mark.parametrize("at_once", [4096, 40], ids=["one pass", "several"])
+def test_each_is_as_alone(at_once):
+    """Ranks, targets, rates, lengths of rows, accumulation, clipping and schedules beside each other."""
+    runs = together(SPECS, at_once=at_once)
+    for name, spec in SPECS.items():
+        parameters, losses = alone(spec, 12)
+        assert same(runs[name].parameters, parameters), name
+        if spec.accumulate == 1:
+            assert [point.loss for point in runs[name].curve] == losses, name
+
+
+def test_a_diverging_run_is_evicted_and_the_others_do_not_see_it():
+    def diverge(output, batch):
+        loss = output["logits"].square().mean()
+        return loss / 0.0 if len(runs["bad"].curve) == 3 else loss
+
+    runs = MultiTrain(models.make("llama"))
+    spec = SPECS["plain"]
+    runs.add("good", spec.config, **spec.options(8))
+    bad = runs.add("bad", lora(r=4), **Spec(None, 1e-2, seed=9).options(8), loss=diverge)
+    ended, values = {}, []
+    with pytest.warns(
+        graft.PeftWarning, match=r"Run 'bad' failed at step 4: its loss is not finite \(loss inf, lr 0.01\)"
+    ):
+        for step in runs:
+            ended |= {name: step.number for name in step.ended}
+            values.append([p.detach().clone() for p in bad.parameters])
+    assert ended == {"bad": 4, "good": 8}
+    assert (bad.state, bad.step, runs["good"].state) == ("failed", 3, "ended")
+    assert same(bad.parameters, values[2]) and not same(values[1], values[2])
+    assert same(runs["good"].parameters, alone(spec, 8)[0])
+
+
+def test_a_gradient_that_is_not_finite_evicts():
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.mean()
+
+        @staticmethod
+        def backward(ctx, g):
+            return torch.full((4, 7, models.VOCAB), float("nan"))
+
+    runs = MultiTrain(models.make("llama"))
+    run = runs.add("x", lora(), data=batches(), loss=lambda output, _: Infinite.apply(output.logits), steps=3)
+    before = [p.detach().clone() for p in run.parameters]
+    with pytest.warns(graft.PeftWarning, match="its gradient is not finite"):
+        runs.run()
+    assert run.step == 0 and same(run.parameters, before)
+
+
+def test_how_runs_end():
+    runs = MultiTrain(models.make("llama"))
+    data = batches(3)
+    once = runs.add("once", lora(), data=data)
+    early = runs.add("early", lora(), data=iter(data), steps=5)
+    told = runs.add("told", lora(), data=data, steps=50, stop=lambda run: run.step == 4)
+    anew = runs.add("anew", lora(), data=data, steps=7)
+    with pytest.warns(graft.PeftWarning, match="Run 'early': its data ended at step 3, before 5 steps"):
+        runs.run()
+    states = {run.name: (run.step, run.state) for run in (once, early, told, anew)}
+    assert states == {"once": (3, "ended"), "early": (3, "ended"), "told": (4, "stopped"), "anew": (7, "ended")}
+    assert same(once.parameters, early.parameters)
+
+
+def test_memory_that_ends_halves_the_batch_and_changes_nothing():
+    base, passes = models.make("llama"), []
+    real = base.model.layers[1].forward
+
+    def forward(x, *args, **kwargs):
+        passes.append(len(x))
+        if len(x) > 9:
+            raise torch.OutOfMemoryError("there is none")
+        return real(x, *args, **kwargs)
+
+    base.model.layers[1].forward = forward
+    runs = MultiTrain(base)
+    for name, spec in SPECS.items():
+        runs.add(name, spec.config, **spec.options(4))
+    runs.run()
+    for name, spec in SPECS.items():
+        assert same(runs[name].parameters, alone(spec, 4)[0]), name
+    assert passes[0] == 20 and max(passes[10:]) <= 10  # it has learnt
+
+
+def test_a_batch_that_alone_takes_too_much_ends_its_run():
+    base = models.make("llama")
+    real = base.model.layers[0].forward
+
+    def forward(x, *args, **kwargs):
+        if x.shape[1] > 10:
+            raise torch.OutOfMemoryError("there is none")
+        return real(x, *args, **kwargs)
+
+    base.model.layers[0].forward = forward
+    runs = MultiTrain(base)
+    for name in ("plain", "long"):
+        runs.add(name, SPECS[name].config, **SPECS[name].options(3))
+    with pytest.warns(graft.PeftWarning, match=r"Run 'long' failed.*alone takes more memory.*accumulate"):
+        runs.run()
+    assert runs["long"].state == "failed" and same(runs["plain"].parameters, alone(SPECS["plain"], 3)[0])
+
+
+def test_adapters_are_ordinary_folders(tmp_path):
+    spec = SPECS["wide"]
+    runs = together({"wide": spec, "plain": SPECS["plain"]}, 3)
+    runs["wide"].save_pretrained(tmp_path / "out")
+    batch = models.inputs("llama")
+    wanted = models.output(runs.model.eval(), batch | {"adapter_names": ["wide"] * 3})
+    assert runs.unload() is runs.base and not any("lora" in name for name, _ in runs.base.named_modules())
+    model = graft.PeftModel.from_pretrained(models.make("llama"), str(tmp_path / "out"))
+    torch.testing.assert_close(models.output(model, batch), wanted)
+
+
+def test_a_run_that_is_removed_leaves_the_others_as_they_train():
+    runs = MultiTrain(models.make("llama"))
+    for name in ("plain", "wide"):
+        runs.add(name, SPECS[name].config, **SPECS[name].options(6))
+    for step in runs:
+        if step.number == 3:
+            assert runs.remove("plain").step == 3
+    assert runs.names == ["wide"] == list(runs.model.peft_config)
+    assert same(runs["wide"].parameters, alone(SPECS["wide"], 6)[0])
+
+
+def test_adapters_of_a_peft_model():
+    with models.seeded(1):
+        model = graft.get_peft_model(models.make("llama"), lora(r=4))
+        model.add_adapter("other", lora(r=4))
+    runs = MultiTrain(model)
+    run = runs.add("other", data=batches(2))
+    runs.add("third", lora(r=2), data=batches(2))
+    before = [p.detach().clone() for p in run.parameters]
+    runs.run()
+    assert runs.model is model and run.step == 2 and not same(run.parameters, before)
+    with pytest.raises(AdapterNameError, match="leave its config out"):
+        runs.add("default", lora(), data=[])
+    with pytest.raises(AdapterNotFoundError, match="no config"):
+        runs.add("fourth", data=[])
+
+
+def test_several_methods_on_one_model():
+    runs = MultiTrain(models.make("llama"))
+    runs.add("low", lora(), data=batches(3))
+    runs.add("ia3", graft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), data=batches(3))
+    first = {name: [p.detach().clone() for p in runs[name].parameters] for name in runs.names}
+    runs.run()
+    assert all(not same(runs[name].parameters, first[name]) for name in first)
+
+
+# heads and losses
+
+
+@pytest.mark.parametrize("base, labels", [("bert-seq", 3), ("bert-tok", 4)])
+def test_heads_of_other_sizes(base, labels):
+    """A classifier's own loss, of its own labels, beside wider ones."""
+    batch = dict(models.inputs(base, 4))
+    shape = (4,) if base == "bert-seq" else batch["input_ids"].shape
+    with models.seeded(0):
+        data = [batch | {"labels": torch.randint(0, 2, shape)} for _ in range(3)]
+    task = "SEQ_CLS" if base == "bert-seq" else "TOKEN_CLS"
+    runs = MultiTrain(models.make(base))
+    make = lambda: graft.LoraConfig(task_type=task, target_modules=["query"])
+    for name, n in ("own", labels), ("wide", 9):
+        with models.seeded(2):
+            head = nn.Linear(24, n)
+        runs.add(name, make(), data=data, heads={"classifier": head}, optimizer=partial(torch.optim.SGD, lr=0.1))
+    runs.run()
+    with models.seeded(2):
+        head = nn.Linear(24, labels)
+    with models.seeded(0):
+        model = graft.get_peft_model(models.make(base), make(), heads={"classifier": head}).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for batch in data:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found, wanted in zip(runs["own"].parameters, parameters):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("base, more", [
+    ("bert-qa", {"start_positions": [1, 2, 0, 3], "end_positions": [2, 3, 1, 3]}),
+    ("t5", {"labels": [[5, 6, 7, 1, -100]] * 4}), ("gpt2", {"labels": [[3, 4, 5, 6, 7, 8, 9]] * 4}),
+])  # fmt: skip
+def test_the_loss_is_the_models_own(base, more):
+    batch = {k: v for k, v in models.inputs(base, 4).items() if k != "decoder_input_ids"}
+    batch |= {k: torch.tensor(v) for k, v in more.items()}
+    long = {k: torch.cat([v, v], 1) if v.dim() == 2 else v for k, v in batch.items()}
+    targets = {"bert-qa": ["query"], "t5": ["q"], "gpt2": ["c_attn"]}[base]
+    make = lambda: graft.LoraConfig(target_modules=targets, fan_in_fan_out=base == "gpt2")
+    runs = MultiTrain(models.make(base))
+    runs.add("short", make(), data=[batch])
+    runs.add("longer", make(), data=[long])
+    step = runs.step()
+    wanted = {"short": models.make(base)(**batch).loss.item(), "longer": models.make(base)(**long).loss.item()}
+    assert step.losses == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_plain_module_needs_a_loss():
+    data = [{"x": torch.randn(4, 4, 10), "y": torch.randn(4, 4, 5)}] * 3
+    config = graft.LoraConfig(target_modules=["lin0"])
+    runs = MultiTrain(models.make("mlp"))
+    with pytest.raises(ConfigError, match=r"Run 'a1': MLP has no loss.*loss\(output, batch\)"):
+        runs.add("a1", config, data=data)
+    assert runs.model is None and not any("lora" in name for name, _ in runs.base.named_modules())
+    runs.add("a1", config, data=data, loss=lambda output, batch: (output - batch["y"]).square().mean())
+    losses = [step.losses for step in runs]
+    assert losses == [*({"a1": point.loss} for point in runs["a1"].curve), {}]
+    assert len(runs["a1"].curve) == 3
+
+
+# validation
+
+
+def test_validation_does_not_disturb_training():
+    runs = MultiTrain(models.make("llama"))
+    spec = SPECS["plain"]
+    valid = batches(2)
+    run = runs.add("plain", spec.config, **spec.options(6), valid=valid, every=2)
+    runs.run()
+    assert [look.step for look in run.valid] == [2, 4, 6]
+    assert same(run.parameters, alone(spec, 6)[0])
+    model = runs.model.eval()
+    with torch.no_grad():
+        wanted = [model(**batch).loss.item() for batch in valid]
+    assert run.valid[-1].loss == pytest.approx(sum(wanted) / 2)
+
+
+# refused
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"data": 3}, "data must be an iterable"),
+    ({"steps": 0}, "steps must be a positive int"),
+    ({"accumulate": 1.5}, "accumulate must be a positive int"),
+    ({"clip": -1.0}, "clip must be a positive"),
+    ({"optimizer": lambda p: None}, "optimizer must make one of its parameters"),
+    ({"optimizer": partial(torch.optim.LBFGS, lr=1)}, "LBFGS steps by more than gradients"),
+    ({"schedule": ReduceLROnPlateau}, "ReduceLROnPlateau steps by more"),
+    ({"config": lora(target_modules=["nothing"])}, "nothing"),
+    ({"config": graft.PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING"),
+])  # fmt: skip
+def test_bad_settings_change_nothing(options, text):
+    runs = MultiTrain(models.make("llama"))
+    for first in (True, False):
+        given = {"config": lora(), "data": batches(1)} | options
+        names = [n for n, _ in runs.base.named_modules()]
+        with pytest.raises((ConfigError, TypeError, NoMatchingPeftModuleError), match=text):
+            runs.add("x", given.pop("config"), **given)
+        assert [n for n, _ in runs.base.named_modules()] == names and "x" not in runs
+        if first:
+            runs.add("there", lora(), data=batches(1))
+
+
+def test_two_runs_of_one_name():
+    runs = MultiTrain(models.make("llama"))
+    runs.add("a1", lora(), data=batches(1))
+    with pytest.raises(AdapterNameError, match="There is a run 'a1' already"):
+        runs.add("a1", lora(), data=batches(1))
+    with pytest.raises(AdapterNotFoundError, match=r"no run 'b1'\. Runs: a1"):
+        runs["b1"]
+
+
+@pytest.mark.parametrize("data, text", [
+    ([], "its data holds no batch"),
+    ([torch.ones(2)], "a batch must be a mapping"),
+    ([{"other": torch.ones(2)}], "the model takes"),
+    ([{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(3, 3)}], "one row per sample"),
+])  # fmt: skip
+def test_bad_batches(data, text):
+    runs = MultiTrain(models.make("llama"))
+    runs.add("x", lora(), data=data)
+    with pytest.raises(ConfigError, match=f"Run 'x': .*{text}"):
+        runs.run()
+
+
+def test_a_base_with_dropout_of_its_own():
+    base = models.make("bert-seq")
+    base.config.hidden_dropout_prob = base.dropout.p = 0.5
+    with pytest.raises(ConfigError, match=r"'dropout'.*base_in_eval=True"):
+        MultiTrain(base)
+    batch = dict(models.inputs("bert-seq", 4), labels=torch.tensor([0, 1, 2, 0]))
+    config = graft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_dropout=0.5)
+    runs = MultiTrain(base, base_in_eval=True)
+    runs.add("x", config, data=[batch] * 2, optimizer=partial(torch.optim.SGD, lr=0.0))
+    runs.step()
+    dropping = [m for m in base.modules() if isinstance(m, nn.Dropout) and m.training]
+    assert {m.p for m in dropping} == {0.5} and base.dropout not in dropping and len(dropping) == 2
+
+
+def test_the_table_says_how_runs_stand():
+    from rich.console import Console
+
+    from graft.train.multi.table import Progress
+
+    runs = together({"plain": SPECS["plain"]}, 3)
+    console, now = Console(record=True, width=120, file=StringIO()), [0.0]
+    with Progress(runs._runs.values, console, lambda: now[0]) as shown:
+        shown.update()
+        assert console.export_text(clear=False) == ""
+        now[0] = 31.0
+        shown.update()
+        said = console.export_text(clear=False)
+    assert "plain" in said and "3/3" in said and f"{runs['plain'].curve[-1].loss:.4f}" in said and "ended" in said

@@ -8,11 +8,13 @@ from graft.train.callbacks import (
     adalora_callback,
     allocate_on_step,
 )
+from graft.train.multi.patience import Patience
 from graft.train.restart import restart
 
 __all__ = [
     "FineGatesTrainerMixin",
     "MontecloraTrainerMixin",
+    "Patience",
     "Watch",
     "adalora_callback",
     "allocate_on_step",

@@ -86,7 +86,7 @@ def test_the_position_of_a_loader(tmp_path, make, at):
             if step_at is not None:
                 runs.save(tmp_path)
                 runs, data = MultiTrain.resume(models.make("llama"), tmp_path), make()
-        found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs._runs.values()])
+        found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs.all()])
     for (curve, values), (again, theirs) in zip(*found):
         assert curve == again and len(curve) == 8 and same(values, theirs)
 

@@ -324,7 +324,7 @@ def test_the_table_says_how_runs_stand():
 
     runs = together({"plain": SPECS["plain"]}, 3)
     console, now = Console(record=True, width=120, file=StringIO()), [0.0]
-    with Progress(runs._runs.values, console, lambda: now[0]) as shown:
+    with Progress(runs.all, console, lambda: now[0]) as shown:
         shown.update()
         assert console.export_text(clear=False) == ""
         now[0] = 31.0

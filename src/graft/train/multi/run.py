@@ -55,6 +55,7 @@ class Run:
         valid: its losses on validation data.
         state: "running", "ended", "stopped" (by its `stop`) or "failed".
         why: in words, why it does not run any more; else None.
+        until: a step at which it waits; None: it goes on to its end. It may be set at any time.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Run:
         self.begun = settings_of(optimizer)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None
+        self.until: int | None = None
         self.curve: list[Point] = []
         self.valid: list[Valid] = []
         self.tokens, self.seconds = 0, 0.0  # that it has seen in this process, and since when
@@ -97,8 +99,9 @@ class Run:
         self._since = time.perf_counter()
 
     @property
-    def runs(self) -> bool:
-        return self.state == RUNNING
+    def goes_on(self) -> bool:
+        """Return True if it takes part in the next round: it is running, and not told to wait at its step."""
+        return self.state == RUNNING and (self.until is None or self.step < self.until)
 
     @property
     def may_go_on(self) -> bool:
@@ -115,7 +118,7 @@ class Run:
         """Return True if it is time to look at validation data."""
         if self.validation is None or (self.valid and self.valid[-1].step == self.step):
             return False
-        return not self.runs or (self.every is not None and self.step % self.every == 0)
+        return self.state != RUNNING or (self.every is not None and self.step % self.every == 0)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the adapter to a folder, as it is now."""

@@ -108,6 +108,10 @@ class MultiTrain:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def all(self) -> list[Run]:
+        """Return all runs."""
+        return list(self._runs.values())
+
     @property
     def names(self) -> list[str]:
         return list(self._runs)
@@ -128,7 +132,7 @@ class MultiTrain:
         stop: Callable[[Run], bool] | None = None,
         valid: Iterable[Any] | None = None,
         every: int | None = None,
-        heads: dict[str, nn.Module] | None = None,
+        heads: dict[str, nn.Module] | Callable[[], dict[str, nn.Module]] | None = None,
     ) -> Run:
         """Add a run. It gets what a program of its own would that began with `torch.manual_seed(seed)`, made the
         adapter and then the optimizer, and went through `data`.
@@ -147,7 +151,7 @@ class MultiTrain:
             seed: of initial values, dropout, and the order of a loader that has no generator of its own.
             stop: asked after each step, and after each look at validation data; True ends the run.
             valid: validation data, at whose mean loss the run looks every `every` steps and at its end.
-            heads: as of `get_peft_model`.
+            heads: as of `get_peft_model`, or what makes them.
 
         Raises:
             AdapterNameError: another run, or an adapter, has this name.
@@ -161,7 +165,7 @@ class MultiTrain:
         draws = Draws(seed, data)
         held = None if self.folder is None else stored.load(name, self.folder)
         with draws:
-            new = self._inject(name, config, heads)
+            new = self._inject(name, config, heads() if callable(heads) else heads)
         try:
             model, registry = self.model, registry_of(self.model)
             own_config = model.peft_config[name]  # type: ignore[union-attr]
@@ -259,19 +263,19 @@ class MultiTrain:
     # steps
 
     def __iter__(self) -> Iterator[Step]:
-        while any(run.runs for run in self._runs.values()):
+        while any(run.goes_on for run in self._runs.values()):
             yield self.step()
 
     def step(self) -> Step:
         """Take a batch of each run that goes on, and make the optimizer steps that are due."""
         self._number += 1
         step = Step(self._number)
-        going = [run for run in self._runs.values() if run.runs]
+        going = [run for run in self._runs.values() if run.goes_on]
         self._mode(True)
         parts = [part for run in going if (part := run.batch()) is not None]
         for group in groups([self._complete(part) for part in parts], self.arguments, self.at_once):
             self._pass(group)
-        due = [run for run in going if run.runs and run.due]
+        due = [run for run in going if run.state == RUNNING and run.due]
         if due:
             for run, (loss, norm) in zip(due, torch.stack([run.measure() for run in due]).tolist()):
                 bad = run.refused(loss, norm)
@@ -281,7 +285,7 @@ class MultiTrain:
                 run.take(loss, norm)
                 step.losses[run.name] = loss
         self._look(step, [run for run in due if run.state in (RUNNING, ENDED)])
-        step.ended = {run.name: run.why or "" for run in going if not run.runs}
+        step.ended = {run.name: run.why or "" for run in going if run.state != RUNNING}
         for run in going:
             if run.state == ENDED and run.ended_early:
                 warn(f"Run '{run.name}': {run.why}.", PeftWarning)
@@ -299,7 +303,7 @@ class MultiTrain:
                 run.valid.append(Valid(run.step, found[run.name]))
                 step.valid[run.name] = found[run.name]
         for run in runs:
-            if run.runs and run.stop is not None and run.stop(run):
+            if run.state == RUNNING and run.stop is not None and run.stop(run):
                 run.end(STOPPED, f"its stop said so at step {run.step}")
 
     def _complete(self, part: Part) -> Part:
@@ -398,7 +402,7 @@ class MultiTrain:
         if progress:
             from graft.train.multi.table import Progress
 
-            shown = Progress(self._runs.values)
+            shown = Progress(self.all)
         with shown as table:
             for step in self:
                 if table is not None:

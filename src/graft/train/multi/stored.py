@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ def folders_in(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     return sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name, FILE)))
+
+
+def delete(name: str, folder: str) -> None:
+    """Delete the file of a run, if there is one."""
+    where = os.path.join(folder, name)
+    with suppress(FileNotFoundError):
+        os.remove(os.path.join(where, FILE))
+    with suppress(OSError):  # it holds other files
+        os.rmdir(where)
 
 
 def save(run: Run, model: Any, folder: str) -> None:
@@ -112,15 +122,15 @@ def restore(run: Run, model: Any, held: dict[str, Any], where: str) -> None:
     run.curve, run.valid = [Point(*p) for p in held["curve"]], [Valid(*v) for v in held["valid"]]
     if run.may_go_on:
         run.state, run.why = "running", None
-    if run.runs:
+    if run.goes_on:
         run.loader.move(**held["position"], now=held["draws"])
 
 
 def slots(model: Any, adapter: str) -> Iterator[tuple[str, Slot]]:
-    """Yield all tensors of an adapter, parameters and buffers, by a key of their own."""
-    for i, carrier in enumerate(registry_of(model).parts_of(adapter).carriers()):
+    """Yield all tensors of an adapter, parameters and buffers, by place."""
+    for carrier in registry_of(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
-            yield f"{i}.{slot.container}.{slot.path}", slot
+            yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
 def check_base(then: dict[str, Any], now: dict[str, Any], name: str, where: str) -> None:

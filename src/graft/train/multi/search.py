@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which settings a sweep tries, and how long: grids, random draws, rungs of halving. Numbers only, no model."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from itertools import pairwise, product
+from typing import Any
+
+from graft.core.errors import ConfigError
+
+Setting = dict[str, Any]
+
+
+def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int) -> list[Setting]:
+    """Return the settings of a sweep.
+
+    Args:
+        space: name → list of values; for a random search also a range (low, high), of which logarithms are drawn.
+        search: "grid", all combinations; "random", `n` different ones.
+
+    Raises:
+        ConfigError: the space or the search is none.
+    """
+    for name, values in space.items():
+        is_range = isinstance(values, tuple) and len(values) == 2 and search == "random"
+        if not is_range and not (isinstance(values, list) and values):
+            raise ConfigError(
+                f"sweep: '{name}' must be a list of values (for search='random' also a range (low, high)), got {values!r}."
+            )
+        if is_range and not 0 < values[0] < values[1]:
+            raise ConfigError(f"sweep: '{name}' must be a range of positive numbers, got {values}.")
+    if search == "grid":
+        return [dict(zip(space, values)) for values in product(*space.values())]
+    if search != "random" or type(n) is not int or n < 1:
+        raise ConfigError(f"sweep: search must be 'grid', or 'random' with a number n, got {search!r} with n={n!r}.")
+    drawn, found = random.Random(seed), list[Setting]()
+    for _ in range(100 * n):
+        setting = {name: draw(values, drawn) for name, values in space.items()}
+        if setting not in found:
+            found.append(setting)
+        if len(found) == n:
+            return found
+    raise ConfigError(f"sweep: the space has only {len(found)} settings, and n is {n}.")
+
+
+def draw(values: Any, drawn: random.Random) -> Any:
+    if isinstance(values, tuple):
+        return math.exp(drawn.uniform(math.log(values[0]), math.log(values[1])))
+    return drawn.choice(values)
+
+
+def budgets(steps: int, keep: float, rungs: int) -> list[int]:
+    """Return the steps after which a run stands on each rung; the last are all of them.
+
+    Raises:
+        ConfigError: a rung would have no step more than the one before.
+    """
+    if not 0 < keep <= 1 or type(rungs) is not int or rungs < 1:
+        raise ConfigError(f"sweep: keep must be in (0, 1] and rungs a positive int, got {keep!r} and {rungs!r}.")
+    found = [round(steps * keep ** (rungs - 1 - rung)) for rung in range(rungs)] if keep < 1 else [steps]
+    if found[0] < 1 or any(a >= b for a, b in pairwise(found)):
+        raise ConfigError(
+            f"sweep: {steps} steps are too few for {rungs} rungs of which each has {1 / keep:g} times more."
+        )
+    return found
+
+
+def best_of(losses: Mapping[int, float], n: int) -> list[int]:
+    """Return the `n` numbers with the lowest losses; of equal ones the lowest number; a NaN is the worst."""
+    return sorted(losses, key=lambda i: (math.isnan(losses[i]), losses[i], i))[:n]
+
+
+def kept_of(n: int, keep: float) -> int:
+    """Return how many of `n` go on to the next rung."""
+    return max(1, math.ceil(n * keep))
+
+
+class Asha:
+    """Asynchronous successive halving (arXiv 1810.05934): whoever is among the best of a rung as far as that is known
+    goes on at once, and nobody waits for the others.
+
+    Args:
+        n: number of settings.
+    """
+
+    def __init__(self, n: int, rungs: int, keep: float):
+        self.keep, self.top = keep, rungs - 1
+        self.losses: list[dict[int, float]] = [{} for _ in range(rungs)]
+        self.promoted: list[set[int]] = [set() for _ in range(rungs)]
+        self.fresh = list(range(n))
+
+    def next(self) -> tuple[int, int] | None:
+        """Return (setting, rung) of what to train next: the highest promotion, else a new setting; None if none is."""
+        for rung in range(self.top - 1, -1, -1):
+            losses = self.losses[rung]
+            ready = best_of(losses, math.floor(len(losses) * self.keep + 1e-9))
+            for i in ready:
+                if i not in self.promoted[rung] and math.isfinite(losses[i]):
+                    self.promoted[rung].add(i)
+                    return i, rung + 1
+        return (self.fresh.pop(0), 0) if self.fresh else None
+
+    def tell(self, i: int, rung: int, loss: float) -> None:
+        self.losses[rung][i] = loss

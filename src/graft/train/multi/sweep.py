@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sweep: many settings of one adapter, trained together, of which the better ones train on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from graft.config.atomic import replace, write_text
+from graft.config.base import PeftConfig
+from graft.core.errors import ConfigError
+from graft.train.multi import stored
+from graft.train.multi.run import FAILED, Run, Valid
+from graft.train.multi.runs import AT_ONCE, MultiTrain
+from graft.train.multi.search import Asha, Setting, best_of, budgets, kept_of, settings_in
+from graft.train.multi.table import Progress
+
+TABLE = "sweep.json"
+Rows = list[dict[str, Any]]
+Exchange = Callable[[Rows], Sequence[Rows]]  # of a process's rows: those of all processes
+
+
+@dataclass
+class Trial:
+    """One setting of a sweep, and what became of it."""
+
+    name: str  # of its run, its adapter and its folder
+    setting: Setting
+    state: str = "waiting"  # then "dropped", "failed", or "kept" to the end
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)  # of validation data, on each rung that it reached; NaN: failed
+    curve: list[list[float]] = field(default_factory=list)  # [step, loss, lr, norm of the gradient]
+
+    @property
+    def loss(self) -> float:
+        """The last validation loss."""
+        return self.losses[-1] if self.losses else math.nan
+
+
+class Sweep:
+    """What a sweep has found.
+
+    Attributes:
+        trials: all settings, in the order of the search.
+        runs: the MultiTrain with the adapters that this process has kept; `runs.unload()` gives the base back.
+        folder: where the files are; None: nowhere.
+    """
+
+    def __init__(self, trials: list[Trial], runs: MultiTrain, folder: str | None = None):
+        self.trials, self.runs, self.folder = trials, runs, folder
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """All settings: the longest trained first, of these the best."""
+        order = best_of({i: t.loss for i, t in enumerate(self.trials)}, len(self.trials))
+        return sorted((self.trials[i] for i in order), key=lambda t: -len(t.losses))
+
+    @property
+    def best(self) -> Trial:
+        """The setting with the lowest validation loss of those that trained to the end."""
+        return self.ranked[0]
+
+    @property
+    def rows(self) -> Rows:
+        """The table: name, setting, steps, validation loss and state, best first."""
+        return [{"name": t.name, **t.setting, "steps": t.steps, "loss": t.loss, "state": t.state} for t in self.ranked]
+
+    def table(self) -> Any:
+        """Return `rows` as a table of rich, to print."""
+        from rich.table import Table
+
+        rows = self.rows
+        table = Table(*rows[0])
+        for row in rows:
+            cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+            table.add_row(*cells, style="bold" if row is rows[0] else None)
+        return table
+
+    def picture(self, path: str | os.PathLike) -> None:
+        """Draw all curves into one picture. This needs matplotlib."""
+        from graft.train.multi.picture import draw
+
+        draw(self.ranked, os.fspath(path))
+
+
+def sweep(
+    model: nn.Module,
+    config: PeftConfig,
+    space: Mapping[str, Any],
+    *,
+    data: Any,
+    valid: Iterable[Any],
+    steps: int,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    search: str = "grid",
+    n: int | None = None,
+    keep: float = 1 / 4,
+    rungs: int = 3,
+    asha: int | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+    save_every: int = 100,
+    share: tuple[int, int] | None = None,
+    exchange: Exchange | None = None,
+    progress: bool = False,
+    at_once: int = AT_ONCE,
+    base_in_eval: bool = False,
+    **options: Any,
+) -> Sweep:
+    """Train many settings of an adapter together, and drop the worse ones on the way (successive halving, arXiv
+    1502.07943): each rung has 1 / `keep` times the steps of the one before and `keep` of its settings.
+
+    No result depends on what trains beside it. So the processes of a `torch.distributed` group divide the settings
+    among them, compare losses on each rung, and return the table that one process would, to the bit.
+
+    Args:
+        model: the base.
+        space: name → list of values. A name is a field of the config, or an option of `MultiTrain.add`, or an argument
+            of the optimizer, as "lr" is.
+        data: a loader, or what returns one for a setting.
+        valid: validation data, whose mean loss decides.
+        steps: of a run that goes to the end.
+        optimizer: a class, or a partial of one.
+        search: "grid"; or "random", for `n` settings, where a range (low, high) stands for values of any size in it.
+        keep, rungs: with one rung all settings train to the end.
+        asha: so many settings train at a time, and each goes on as soon as it is among the best that its rung has seen
+            (arXiv 1810.05934); processes then decide by themselves.
+        seed: of the random search, and of each run unless `space` says it.
+        folder: for the table with all curves, and the adapters that were kept; a sweep that was killed goes on there.
+        save_every: rounds between two saves.
+        share: (number of this process, of all); None: those of the process group.
+        exchange: gathers rows from all processes; None: the process group does.
+        progress: show a table meanwhile.
+        at_once, base_in_eval: as of `MultiTrain`.
+        options: as of `MultiTrain.add`.
+
+    Raises:
+        ConfigError: space, search or rungs are none, the folder has another sweep, or every setting has failed.
+    """
+    ladder = budgets(steps, keep, rungs)
+    settings = settings_in(space, search, n, seed)
+    rank, world = share or ((dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1))
+    if exchange is None:
+        exchange = gathered if share is None and in_group() else lambda rows: [rows]
+    trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
+    job = Job(
+        MultiTrain(model, at_once=at_once, base_in_eval=base_in_eval),
+        trials,
+        begin=partial(
+            begin, config=config, data=data, optimizer=optimizer, steps=steps, options={"seed": seed, **options}
+        ),
+        valid=valid,
+        folder=None if folder is None else os.fspath(folder),
+        save_every=save_every,
+        exchange=exchange,
+        first=rank == 0,
+        progress=progress,
+    )
+    job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep})
+    mine = range(rank, len(trials), world)
+    if asha is None:
+        job.halve(mine, ladder, keep)
+    else:
+        job.climb(mine, ladder, keep, asha)
+    job.finish(len(ladder))
+    return Sweep(trials, job.runs, job.folder)
+
+
+def begin(
+    runs: MultiTrain,
+    trial: Trial,
+    *,
+    config: PeftConfig,
+    data: Any,
+    optimizer: Any,
+    steps: int,
+    options: dict[str, Any],
+) -> Run:
+    """Add the run of a setting."""
+    setting, known = trial.setting, {f.name for f in fields(config)}  # type: ignore[arg-type]
+    own = {k: v for k, v in setting.items() if k in known}
+    options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
+    rest = {k: v for k, v in setting.items() if k not in OPTIONS | known}
+    config = dataclasses.replace(copy.deepcopy(config), **own)  # type: ignore[type-var]
+    loader = data(trial.setting) if callable(data) else data
+    return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **rest), steps=steps, **options)
+
+
+OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "optimizer", "steps"}
+
+
+def looked(run: Run, step: int) -> float | None:
+    """Return a run's validation loss at a step, or where it ended before; None if it has not looked."""
+    return next((look.loss for look in run.valid if look.step == min(step, run.step)), None)
+
+
+def in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def gathered(rows: Rows) -> list[Rows]:
+    """Return the rows of all processes of the group."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, rows)
+    return found
+
+
+class Job:
+    """A sweep under way, in one process, which trains some of the trials and knows what became of all."""
+
+    def __init__(
+        self,
+        runs: MultiTrain,
+        trials: list[Trial],
+        *,
+        begin: Callable[[MultiTrain, Trial], Run],
+        valid: Iterable[Any],
+        folder: str | None,
+        save_every: int,
+        exchange: Exchange,
+        first: bool,
+        progress: bool,
+    ):
+        self.runs, self.trials, self.begin, self.valid = runs, trials, begin, valid
+        self.folder, self.save_every, self.exchange, self.first, self.progress = (
+            folder,
+            save_every,
+            exchange,
+            first,
+            progress,
+        )
+        self.note: dict[str, Any] = {}
+        self.runs.folder = folder
+
+    # the rungs
+
+    def halve(self, mine: Iterable[int], ladder: list[int], keep: float) -> None:
+        """Take all settings to the first rung, the best of them to the next, and so on."""
+        own, alive = set(mine), list(range(len(self.trials)))
+        for rung, until in enumerate(ladder):
+            self.train([i for i in alive if i in own and len(self.trials[i].losses) <= rung], until)
+            self.share()
+            found = {i: self.trials[i].losses[rung] for i in alive}
+            alive = self.best(found, len(alive) if until == ladder[-1] else kept_of(len(alive), keep))
+            for i in found.keys() - set(alive):
+                self.drop(self.trials[i])
+            self.write()
+
+    def climb(self, mine: Iterable[int], ladder: list[int], keep: float, slots: int) -> None:
+        """Train `slots` settings at a time; which next, Asha says."""
+        own = list(mine)
+        asha, busy = Asha(len(own), len(ladder), keep), dict[int, int]()
+        while True:
+            while len(busy) < slots and (job := asha.next()) is not None:
+                busy[job[0]] = job[1]
+                self.let_go_on(self.trials[own[job[0]]], ladder[job[1]])
+            if not busy:
+                break
+            self.rounds(lambda: all(self.runs[self.trials[own[i]].name].goes_on for i in busy))
+            there = [i for i in busy if not self.runs[self.trials[own[i]].name].goes_on]
+            self.measure([own[i] for i in there], [ladder[busy[i]] for i in there])
+            for i in there:
+                asha.tell(i, busy.pop(i), self.trials[own[i]].loss)
+        for i in own:
+            if len(self.trials[i].losses) < len(ladder) or math.isnan(self.trials[i].loss):
+                self.drop(self.trials[i])
+        self.share()
+
+    def best(self, losses: dict[int, float], n: int) -> list[int]:
+        finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
+        if not finite:
+            why = {self.runs[t.name].why for t in self.trials if t.name in self.runs}
+            raise ConfigError(f"sweep: every setting has failed. {' '.join(sorted(w for w in why if w))}")
+        return sorted(best_of(finite, n))
+
+    # training
+
+    def train(self, trials: Sequence[int], until: int) -> None:
+        """Take trials to a step, and measure them there."""
+        for i in trials:
+            self.let_go_on(self.trials[i], until)
+        self.rounds(lambda: True)
+        self.measure(trials, [until] * len(trials))
+
+    def let_go_on(self, trial: Trial, until: int) -> None:
+        run = self.runs[trial.name] if trial.name in self.runs else self.begin(self.runs, trial)
+        run.until = until
+
+    def rounds(self, more: Callable[[], bool]) -> None:
+        """Train as long as there is more to do, and save now and then."""
+        shown = Progress(self.runs.all) if self.progress and self.first else None
+        with shown or nullcontext():
+            while more() and any(run.goes_on for run in self.runs.all()):
+                step = self.runs.step()
+                if shown is not None:
+                    shown.update()
+                if step.number % self.save_every == 0:
+                    self.save()
+
+    def measure(self, trials: Sequence[int], steps: Sequence[int]) -> None:
+        """Note where trials stand, with their loss on validation data at these steps."""
+        runs = [self.runs[self.trials[i].name] for i in trials]
+        new = [run.name for run, step in zip(runs, steps) if run.state != FAILED and looked(run, step) is None]
+        for name, loss in (self.runs.evaluate(new, self.valid) if new else {}).items():
+            self.runs[name].valid.append(Valid(self.runs[name].step, loss))
+        for i, run, step in zip(trials, runs, steps):
+            trial, seen = self.trials[i], looked(run, step)
+            trial.losses.append(math.nan if seen is None else seen)
+            trial.steps, trial.curve, trial.state = run.step, [list(point) for point in run.curve], run.state
+        self.save()
+
+    def drop(self, trial: Trial) -> None:
+        """Take a trial out; its curve stays."""
+        trial.state = "failed" if math.isnan(trial.loss) else "dropped"
+        if trial.name in self.runs:
+            self.runs.remove(trial.name)
+
+    def share(self) -> None:
+        """Learn from the other processes what became of their trials."""
+        known = [asdict(trial) for trial in self.trials]
+        for rows in self.exchange(known):
+            for trial, row in zip(self.trials, rows):
+                if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
+                    trial.__dict__.update(row)
+
+    # files
+
+    def go_on(self, note: dict[str, Any]) -> None:
+        """Take up what the folder has of this sweep.
+
+        Raises:
+            ConfigError: it has another sweep.
+        """
+        self.note = json.loads(json.dumps(note | {"settings": [t.setting for t in self.trials]}, default=str))
+        path = None if self.folder is None else os.path.join(self.folder, TABLE)
+        if path is None or not os.path.exists(path):
+            return
+        with open(path) as f:
+            held = json.load(f)
+        differ = [key for key, value in self.note.items() if held.get("sweep", {}).get(key) != value]
+        if differ:
+            raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")
+        for trial, row in zip(self.trials, held["trials"]):
+            trial.__dict__.update(row)
+
+    def save(self) -> None:
+        if self.folder is not None and self.runs.names:
+            self.runs.save(self.folder)
+
+    def write(self) -> None:
+        """Write the table, and delete the files of runs that are over."""
+        if self.folder is None or not self.first:
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        text = json.dumps({"sweep": self.note, "trials": [asdict(t) for t in self.trials]}, indent=1)
+        replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
+        for trial in self.trials:
+            if trial.state in ("dropped", "failed"):
+                stored.delete(trial.name, self.folder)
+
+    def finish(self, rungs: int) -> None:
+        """Write the adapters that were kept, and the table."""
+        for trial in self.trials:
+            if len(trial.losses) == rungs and trial.state != "failed":
+                trial.state = "kept"
+                if self.folder is not None and trial.name in self.runs:
+                    self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))
+        self.write()

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: which settings go on, what is left of them, and the same table in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import graft
+from graft.core.errors import ConfigError
+from graft.train.multi import MultiTrain, search, stored
+from graft.train.multi.sweep import TABLE, Job
+from tests import models
+from tests.train.multi.alone import Spec, alone, batches, lora, same
+
+ROOT = Path(__file__).parents[3]
+SPACE = {"r": [2, 4], "lr": [1e-3, 1e-2, 3e-2], "accumulate": [1]}
+OPTIONS = dict(steps=8, keep=1 / 2, rungs=3, seed=3)
+
+
+def swept(folder=None, space=SPACE, **options):
+    given = {"data": Spec(None, seed=3).data(), "valid": batches(2)} | OPTIONS | options
+    return graft.sweep(models.make("llama"), lora(), space, folder=folder, **given)
+
+
+# numbers
+
+
+def test_settings():
+    assert search.settings_in({"r": [2, 4], "lr": [1.0]}, "grid", None, 0) == [{"r": 2, "lr": 1.0}, {"r": 4, "lr": 1.0}]
+    found = search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 0)
+    assert len(found) == 200 and {s["r"] for s in found} == {2, 4, 8}
+    logs = [math.log10(s["lr"]) for s in found]
+    assert min(logs) > -5 and max(logs) < -1 and abs(sum(logs) / 200 + 3) < 0.3
+    assert found == search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 0)
+    assert found != search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 1)
+
+
+@pytest.mark.parametrize("given, text", [
+    (({"r": 4}, "grid", None, 0), "'r' must be a list"),
+    (({"r": (2, 4)}, "grid", None, 0), "'r' must be a list"),
+    (({"r": []}, "grid", None, 0), "'r' must be a list"),
+    (({"lr": (-1.0, 1.0)}, "random", 3, 0), "a range of positive numbers"),
+    (({"r": [1]}, "random", None, 0), "with a number n"),
+    (({"r": [1]}, "other", 3, 0), "must be 'grid'"),
+    (({"r": [1, 2]}, "random", 3, 0), "has only 2 settings, and n is 3"),
+])  # fmt: skip
+def test_no_settings(given, text):
+    with pytest.raises(ConfigError, match=text):
+        search.settings_in(*given)
+
+
+def test_budgets():
+    assert search.budgets(96, 1 / 4, 3) == [6, 24, 96] and search.budgets(10, 1.0, 5) == [10]
+    for wrong in ((3, 1 / 4, 3), (10, 0.0, 2), (10, 0.5, 0)):
+        with pytest.raises(ConfigError, match="sweep: "):
+            search.budgets(*wrong)
+
+
+def test_the_best_come_first():
+    losses = {0: math.nan, 1: 2.0, 2: 1.0, 3: 1.0, 4: math.inf}
+    assert search.best_of(losses, 9) == [2, 3, 1, 4, 0]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_asha_tries_everything_and_takes_the_best_up(slots):
+    n, drawn = 32, random.Random(slots)
+    quality = [drawn.random() for _ in range(n)]
+    asha, busy, done = search.Asha(n, 3, 1 / 4), [], []
+    while True:
+        while len(busy) < slots and (job := asha.next()):
+            busy.append(job)
+        if not busy:
+            break
+        i, rung = busy.pop(drawn.randrange(len(busy)))
+        done.append((i, rung))
+        asha.tell(i, rung, quality[i])
+    assert len(done) == len({*done}) and {i for i, rung in done if rung == 0} == {*range(n)}
+    assert all((i, rung - 1) in done for i, rung in done if rung)
+    top = [i for i, rung in done if rung == 2]
+    assert min(range(n), key=quality.__getitem__) in top and len(top) <= n // 4
+
+
+# with a model
+
+
+def test_halving_takes_the_best_to_the_end(tmp_path):
+    found = swept(tmp_path)
+    assert [len(t.losses) for t in found.ranked] == [3, 3, 2, 1, 1, 1]
+    assert [t.steps for t in found.ranked] == [8, 8, 4, 2, 2, 2]
+    for rung in range(2):
+        there = sorted((t for t in found.trials if len(t.losses) > rung), key=lambda t: t.losses[rung])
+        assert {t.name for t in there[: math.ceil(len(there) / 2)]} == {
+            t.name for t in found.trials if len(t.losses) > rung + 1
+        }
+    assert found.best.loss == min(t.loss for t in found.trials if t.state == "kept")
+    assert {t.state for t in found.trials} == {"kept", "dropped"}
+    assert json.loads((tmp_path / TABLE).read_text())["trials"][0]["curve"][0] == found.trials[0].curve[0]
+    folders = {path.parent.name for path in tmp_path.glob("*/adapter_config.json")}
+    assert folders == {t.name for t in found.trials if t.state == "kept"} == {*stored.folders_in(tmp_path)}
+
+
+def test_the_winner_is_the_run_alone(tmp_path):
+    found = swept(tmp_path)
+    best = found.best
+    spec = Spec(lora(r=best.setting["r"]), best.setting["lr"], seed=3)
+    parameters, losses = alone(spec, 8)
+    assert same(found.runs[best.name].parameters, parameters) and [p[1] for p in best.curve] == losses
+    assert found.runs.unload() is found.runs.base
+    model = graft.PeftModel.from_pretrained(models.make("llama"), str(tmp_path / best.name))
+    with torch.no_grad():
+        loss = sum(model(**batch).loss.item() for batch in batches(2)) / 2
+    assert loss == pytest.approx(best.loss)
+
+
+def test_a_sweep_that_was_killed_goes_on(tmp_path, monkeypatch):
+    whole = swept()
+    step, calls = MultiTrain.step, []
+
+    def dying(self):
+        calls.append(None)
+        if len(calls) in (2, 5, 9):
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(MultiTrain, "step", dying)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            swept(tmp_path, save_every=1)
+    found = swept(tmp_path, save_every=1)
+    assert found.rows == whole.rows and [t.curve for t in found.trials] == [t.curve for t in whole.trials]
+    again = swept(tmp_path)
+    assert again.rows == whole.rows
+    with pytest.raises(ConfigError, match="is of another sweep, with other settings"):
+        swept(tmp_path, space={"r": [2], "lr": [1e-3]})
+
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    """By torch's launcher, as the example says."""
+    script = ROOT / "examples" / "sweep.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    outputs = []
+    for at, start in ("two", command), ("one", [sys.executable, str(script)]):
+        done = subprocess.run(
+            [*start, "--quick", "--out", str(tmp_path / at)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs.append(done.stdout)
+    one, two = ((tmp_path / at / TABLE).read_text() for at in ("one", "two"))
+    assert one == two and outputs[0] == outputs[1] and "kept" in outputs[0]
+
+
+def test_shares_that_meet_by_other_means():
+    """Two shares in two threads, with an exchange of their own: any scheduler may be in between."""
+    whole, met, found = swept(), threading.Barrier(2), {}
+    rows = {}
+
+    def exchange(rank, own):
+        rows[rank] = own
+        met.wait()
+        both = [rows[0], rows[1]]
+        met.wait()
+        return both
+
+    def work(rank):
+        found[rank] = swept(share=(rank, 2), exchange=partial(exchange, rank))
+
+    # runs share the global generator of a process, and so take turns there
+    turn = threading.Lock()
+    step = Job.train
+
+    def alone_in_process(self, trials, until):
+        with turn:
+            step(self, trials, until)
+
+    Job.train, threads = alone_in_process, [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        Job.train = step
+    assert found[0].rows == found[1].rows == whole.rows
+    assert {*found[0].runs.names} | {*found[1].runs.names} == {*whole.runs.names}
+
+
+def test_asha_on_a_model():
+    found = swept(asha=2)
+    assert sorted({len(t.losses) for t in found.trials}) in ([1, 2, 3], [1, 2], [1, 3]) and found.best.state == "kept"
+    alike = {t.name: t.losses[0] for t in swept().trials}
+    assert {t.name: t.losses[0] for t in found.trials} == alike
+
+
+def test_settings_that_fail():
+    with pytest.warns(graft.PeftWarning, match="not finite"):
+        found = swept(space={"lr": [1e-3, math.nan, 1e-2]}, optimizer=torch.optim.SGD, rungs=2)
+    assert (found.trials[1].state, found.trials[1].steps, found.best.state) == ("failed", 1, "kept")
+    with pytest.warns(graft.PeftWarning), pytest.raises(ConfigError, match="every setting has failed"):
+        swept(space={"lr": [math.nan, math.inf]}, optimizer=torch.optim.SGD, steps=20, rungs=1)
+
+
+def test_names_of_a_space():
+    with pytest.raises(TypeError, match="nothing_of_that_name"):
+        swept(space={"nothing_of_that_name": [1]})
+    data = []
+    swept(space={"lora_alpha": [4, 8], "clip": [0.5]}, data=lambda setting: data.append(setting) or batches(8), rungs=1)
+    assert data == [{"lora_alpha": 4, "clip": 0.5}, {"lora_alpha": 8, "clip": 0.5}]
+
+
+def test_the_picture_shows_every_curve(tmp_path):
+    found = swept()
+    found.picture(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len(found.table().rows) == len(SPACE["r"]) * len(SPACE["lr"])
+
+
+def test_patience():
+    runs = MultiTrain(models.make("llama"))
+    run = runs.add(
+        "x", lora(), data=batches(4), steps=60, valid=batches(1), every=2, stop=graft.train.Patience(3),
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+    )  # fmt: skip
+    runs.run()
+    assert (run.state, run.step) == ("stopped", 8)
+    other = MultiTrain(models.make("llama"))
+    other.add("x", lora(), data=batches(1), stop=graft.train.Patience(3))
+    with pytest.raises(ConfigError, match=r"give add\(\) valid= and every="):
+        other.run()

@@ -23,6 +23,7 @@ from graft.train.multi.losses import Loss
 RUNNING, ENDED, STOPPED, FAILED = "running", "ended", "stopped", "failed"
 
 
+WINDOW = "batches_of_this_step"  # a batch may say it, where the end of an epoch leaves fewer
 ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")  # of a config: not of the adapter
 
 
@@ -69,9 +70,11 @@ class Run:
         schedule: Any,
         loss: Loss,
         *,
+        judge: Loss,
         owner: Owner,
         seed: int,
         draws_in_loss: bool,
+        scaled: bool,
         clip: float | None,
         steps: int | None,
         accumulate: int,
@@ -82,7 +85,9 @@ class Run:
         self.name, self.config, self.parameters = name, config, parameters
         self.draws, self.loader, self.optimizer, self.schedule, self.loss = draws, loader, optimizer, schedule, loss
         self.clip, self.steps, self.accumulate, self.seed = clip, steps, accumulate, seed
-        self.owner, self.draws_in_loss = owner, draws_in_loss
+        self.judge = judge  # the loss of validation data
+        self.owner, self.draws_in_loss, self.scaled = owner, draws_in_loss, scaled
+        self._window = accumulate  # batches of the step under way
         self.stop, self.validation, self.every = stop, validation, every
         self.draws_in_steps = not type(optimizer).__module__.startswith("torch.optim.")
         self.told = {k: v for k, v in config.saved_dict().items() if k not in ELSEWHERE}
@@ -138,6 +143,7 @@ class Run:
             early = f", before {self.steps} steps" if self.steps is not None else ""
             self.end(ENDED, f"its data ended at step {self.step}{early}")
             return None
+        self._window = batch.get(WINDOW, self.accumulate)
         return Part(self.name, batch)
 
     def loss_of(self, output: Any, batch: dict[str, Any]) -> Tensor:
@@ -149,7 +155,7 @@ class Run:
             loss = self.loss(output, batch)
         if loss.dim():
             raise ConfigError(f"Run '{self.name}': its loss has the shape {tuple(loss.shape)}; return a mean, ().")
-        return loss / self.accumulate if self.accumulate > 1 else loss
+        return loss if self.scaled or self._window == 1 else loss / self._window
 
     def put_aside(self) -> None:
         """Lay the gradients of earlier batches aside, so that a pass that fails leaves them as they are."""
@@ -170,13 +176,13 @@ class Run:
     @property
     def due(self) -> bool:
         """Return True if the batches of a step are there."""
-        return len(self.losses) == self.accumulate
+        return len(self.losses) == self._window
 
     def measure(self) -> Tensor:
         """Return loss and norm of the gradient, (2,)."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         self._norm = get_total_norm(grads)
-        loss = self.losses[0] if self.accumulate == 1 else torch.stack(self.losses).sum()
+        loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
         return torch.stack([loss.float(), self._norm.float().to(loss.device)])
 
     def take(self, loss: float, norm: float) -> None:

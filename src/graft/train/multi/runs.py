@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from graft.train.multi.joint import Arguments, Part, groups, joined
 from graft.train.multi.loader import Loader
 from graft.train.multi.losses import Loss, own_loss
 from graft.train.multi.run import ENDED, RUNNING, STOPPED, Run, Valid
+from graft.train.multi.trainer import Description
 
 AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
 
@@ -121,7 +124,7 @@ class MultiTrain:
         name: str,
         config: PeftConfig | None = None,
         *,
-        data: Iterable[Any],
+        data: Iterable[Any] | None = None,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
         schedule: Callable[[Optimizer], Any] | None = None,
         loss: Loss | None = None,
@@ -133,6 +136,7 @@ class MultiTrain:
         valid: Iterable[Any] | None = None,
         every: int | None = None,
         heads: dict[str, nn.Module] | Callable[[], dict[str, nn.Module]] | None = None,
+        trainer: Any = None,
     ) -> Run:
         """Add a run. It gets what a program of its own would that began with `torch.manual_seed(seed)`, made the
         adapter and then the optimizer, and went through `data`.
@@ -152,6 +156,8 @@ class MultiTrain:
             stop: asked after each step, and after each look at validation data; True ends the run.
             valid: validation data, at whose mean loss the run looks every `every` steps and at its end.
             heads: as of `get_peft_model`, or what makes them.
+            trainer: a Trainer of transformers, made of the base or a copy, in place of `data` to `seed`: its loader,
+                optimizer, schedule and `compute_loss` count, its loop does not run.
 
         Raises:
             AdapterNameError: another run, or an adapter, has this name.
@@ -161,19 +167,35 @@ class MultiTrain:
         """
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
+        told = None
+        if trainer is not None:
+            given = dict(
+                data=data, schedule=schedule, loss=loss, clip=clip, steps=steps, accumulate=accumulate, seed=seed
+            )
+            refuse_beside_trainer(name, given | {"optimizer": optimizer})
+            told = Description(name, trainer)
+            seed, accumulate, clip = told.seed, told.accumulate, told.clip
+        elif data is None:
+            raise ConfigError(f"Run '{name}' needs data, an iterable of batches, or a trainer.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
         draws = Draws(seed, data)
         held = None if self.folder is None else stored.load(name, self.folder)
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
         try:
-            model, registry = self.model, registry_of(self.model)
-            own_config = model.peft_config[name]  # type: ignore[union-attr]
+            model: Any = self.model
+            registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
             parameters = parameters_of(model, name)
-            given = loss is not None
-            if loss is None:
-                loss = own_loss(self.base, registry.parts_of(name), name)
+            drawn = loss is not None or told is not None
+            if told is not None:
+                windows = data = told.data(draws)
+                steps = told.steps(windows)
+                optimizer, schedule = partial(told.optimizer, model), partial(told.schedule, steps=steps)
+                judge = self._own_loss(name, needed=valid is not None)
+                loss = told.loss(self.base, judge)
+            else:
+                loss = judge = self._own_loss(name) if loss is None else loss
             with draws:
                 made = optimizer(parameters)
                 timed = None if schedule is None else schedule(made)
@@ -188,6 +210,7 @@ class MultiTrain:
                 made,
                 timed,
                 loss,
+                judge=judge,
                 seed=seed,
                 clip=clip,
                 steps=steps,
@@ -196,7 +219,8 @@ class MultiTrain:
                 validation=valid,
                 every=every,
                 owner=self,
-                draws_in_loss=given,
+                draws_in_loss=drawn,
+                scaled=told is not None,
             )
             if held is not None:
                 stored.restore(run, model, held, self.folder or "")
@@ -206,6 +230,14 @@ class MultiTrain:
             raise
         self._runs[name] = run
         return run
+
+    def _own_loss(self, name: str, needed: bool = True) -> Any:
+        try:
+            return own_loss(self.base, registry_of(self.model).parts_of(name), name)
+        except ConfigError:
+            if needed:
+                raise
+            return None
 
     def _inject(self, name: str, config: PeftConfig | None, heads: Any) -> bool:
         """Put the adapter of a run on the model, if it is not there; return True if it was not."""
@@ -370,7 +402,7 @@ class MultiTrain:
             for group in groups(parts, self.arguments, self.at_once):
                 outputs, _ = self._outputs(group)
                 for part, output in zip(group, outputs):
-                    sums[part.name].append(self._runs[part.name].loss(output, part.batch))
+                    sums[part.name].append(self._runs[part.name].judge(output, part.batch))
             rows.append(next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()))
         if not rows:
             raise ConfigError(f"The validation data of runs {list(names)} holds no batch.")
@@ -466,6 +498,14 @@ def check_settings(name: str, **settings: Any) -> None:
         kinds = (int, float) if key == "clip" else (int,)
         if value is not None and (type(value) not in kinds or not value > 0):
             raise ConfigError(f"Run '{name}': {key} must be a positive {kinds[-1].__name__}, got {value!r}.")
+
+
+def refuse_beside_trainer(name: str, given: dict[str, Any]) -> None:
+    """Raise ConfigError for settings that a Trainer makes."""
+    defaults = inspect.signature(MultiTrain.add).parameters
+    both = [key for key, value in given.items() if value is not defaults[key].default]
+    if both:
+        raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
 
 
 def check_made(name: str, optimizer: Any, schedule: Any) -> None:

@@ -28,7 +28,7 @@ def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int)
         is_range = isinstance(values, tuple) and len(values) == 2 and search == "random"
         if not is_range and not (isinstance(values, list) and values):
             raise ConfigError(
-                f"sweep: '{name}' must be a list of values (for search='random' also a range (low, high)), got {values!r}."
+                f"sweep: '{name}' must be a list (for a random search also a range (low, high)), got {values!r}."
             )
         if is_range and not 0 < values[0] < values[1]:
             raise ConfigError(f"sweep: '{name}' must be a range of positive numbers, got {values}.")

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Trainer as the description of a run: its loader, optimizer, schedule and loss, not its loop.
+
+What its loop does beside steps (logging, evaluation, checkpoints, callbacks) does not happen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from graft.core.errors import ConfigError
+from graft.train.multi.draws import Draws
+from graft.train.multi.losses import Loss
+from graft.train.multi.run import WINDOW
+
+ITEMS = "num_items_in_batch"  # of all batches of a step, which Trainer counts
+
+
+class Description:
+    """What a Trainer says of a run.
+
+    Args:
+        name: of the run, for errors.
+
+    Raises:
+        ConfigError: it has an optimizer already, which holds the parameters of its own model.
+    """
+
+    def __init__(self, name: str, trainer: Any):
+        if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+            raise ConfigError(
+                f"Run '{name}': the Trainer has an optimizer already, of its own model's parameters. Make another "
+                "Trainer without `optimizers`, whose arguments say which it is; it must not have trained."
+            )
+        self.name, self.trainer, self.args = name, trainer, trainer.args
+        self.seed, self.accumulate = int(self.args.seed), int(self.args.gradient_accumulation_steps)
+        self.clip = self.args.max_grad_norm or None
+
+    def data(self, draws: Draws) -> Windows:
+        """Return the batches."""
+        draws.own.manual_seed(self.seed)  # a Trainer does so when it is made, which is after its model
+        with draws:
+            return Windows(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
+
+    def steps(self, data: Windows) -> int:
+        """Return how many steps it would make."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        return math.ceil(self.args.num_train_epochs * max(1, math.ceil(len(data.loader) / self.accumulate)))
+
+    def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Any:
+        """Make the optimizer of these parameters of a model."""
+        trainer = self.trainer
+        with only(model, parameters), standing_for(trainer, model):
+            return trainer.create_optimizer()
+
+    def schedule(self, optimizer: Any, steps: int) -> Any:
+        return self.trainer.create_scheduler(steps, optimizer)
+
+    def loss(self, model: Any, own: Loss | None) -> Loss:
+        """Return its `compute_loss`, with a stand-in for the model that gives the run's rows of a joint pass.
+
+        own: the model's own loss, of the rows of one run; None: it has none.
+        """
+        trainer = self.trainer
+
+        def loss(output: Any, batch: dict[str, Any]) -> Tensor:
+            given = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
+            items = batch[ITEMS]
+            stands = StandIn(model, self.name, type(trainer).__name__, output, given, own)
+            found: Tensor = trainer.compute_loss(stands, dict(given), num_items_in_batch=items)
+            if not stands.called:
+                raise ConfigError(f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model.")
+            whole = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+            said = getattr(trainer, "loss_is_scaled_for_ga", None)
+            return found if (whole if said is None else said) else found / batch[WINDOW]
+
+        return loss
+
+
+class Windows:
+    """The batches of a Trainer's loader, each with the number of those of its step and of their items."""
+
+    def __init__(self, trainer: Any, loader: Any, accumulate: int):
+        self.trainer, self.loader, self.accumulate = trainer, loader, accumulate
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self.loader)
+        while True:
+            window, items = self.trainer.get_batch_samples(batches, self.accumulate, self.trainer.args.device)
+            if not window:
+                return
+            for batch in window:
+                yield {**self.trainer._prepare_inputs(batch), ITEMS: items, WINDOW: len(window)}
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+
+
+class StandIn:
+    """Stands for the model in `compute_loss`: gives what a joint pass has computed for the run's batch, once."""
+
+    def __init__(self, model: Any, run: str, trainer: str, output: Any, batch: dict[str, Any], own: Loss | None):
+        self._model, self._who, self._output, self._batch, self._own = model, (run, trainer), output, batch, own
+        self.called = False
+
+    def __call__(self, **inputs: Any) -> Any:
+        run, trainer = self._who
+        other = [k for k, v in inputs.items() if k not in (ITEMS, "return_dict") and v is not self._batch.get(k)]
+        if self.called or other:
+            what = f"with other inputs ({', '.join(other)})" if other else "twice"
+            raise ConfigError(
+                f"Run '{run}': {trainer}.compute_loss calls the model {what} for a batch, and a joint pass has run it "
+                "once, on the batch: train this adapter by its Trainer alone."
+            )
+        self.called = True
+        if "labels" not in inputs or self._own is None:
+            return self._output
+        items = {ITEMS: inputs[ITEMS]} if ITEMS in inputs else {}
+        loss = self._own(self._output, self._batch, **items)
+        return type(self._output)(**{"loss": loss, **{k: v for k, v in self._output.items() if k != "loss"}})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+@contextmanager
+def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Have only these parameters of a model train within the block."""
+    own = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def standing_for(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Have a Trainer's model be this one within the block."""
+    before, trainer.model = trainer.model, model
+    try:
+        yield
+    finally:
+        trainer.model = before

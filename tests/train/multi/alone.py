@@ -15,6 +15,18 @@ from torch.utils.data import DataLoader
 import graft
 from tests import models
 
+llama = models.transformer(  # widths of whole vectors of the CPU: the last numbers of other batches round otherwise
+    "LlamaConfig", "LlamaForCausalLM", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=models.STD, vocab_size=models.VOCAB,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+def tiny():
+    """The same tiny language model each time."""
+    with models.seeded(0):
+        return llama().eval()
+
 
 class Spec(NamedTuple):
     """What a run is told."""
@@ -27,35 +39,39 @@ class Spec(NamedTuple):
     tokens: int = 7
     batch: int = 4
     schedule: Any = None
-    dropout: float = 0.0
+    padding: int = 0
 
     @property
     def optimizer(self):
         return partial(AdamW, lr=self.lr)
 
-    def data(self, generator: bool = False) -> DataLoader:
-        own = torch.Generator().manual_seed(self.seed) if generator else None
-        return DataLoader(rows(self.seed, self.tokens), self.batch, shuffle=True, generator=own)
+    def data(self) -> DataLoader:
+        return DataLoader(rows(self.seed, self.tokens, padding=self.padding), self.batch, shuffle=True)
 
     def options(self, steps: int) -> dict[str, Any]:
         names = ("optimizer", "schedule", "seed", "accumulate", "clip")
         return {"data": self.data(), "steps": steps, **{name: getattr(self, name) for name in names}}
 
 
-def rows(seed: int, tokens: int = 7, n: int = 22) -> list[dict[str, torch.Tensor]]:
-    """Samples of random tokens; 22: the last batch of four of an epoch is smaller."""
+def rows(seed: int, tokens: int = 7, n: int = 22, padding: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Samples of random tokens, all with as much padding; 22: the last batch of four of an epoch is smaller."""
     with models.seeded(100 + seed):
         ids = torch.randint(3, models.VOCAB, (n, tokens))
-    return [{"input_ids": row, "labels": row} for row in ids]
+    if not padding:
+        return [{"input_ids": row, "labels": row} for row in ids]
+    mask = (torch.arange(tokens) < tokens - padding).long()
+    return [
+        {"input_ids": row * mask, "attention_mask": mask, "labels": torch.where(mask > 0, row, -100)} for row in ids
+    ]
 
 
 def lora(**options: Any) -> Any:
     return graft.LoraConfig(target_modules=options.pop("target_modules", ["q_proj", "v_proj"]), **options)
 
 
-def alone(spec: Spec, steps: int, base: str = "llama", data: Any = None, before_step: Any = None):
+def alone(spec: Spec, steps: int):
     """Train one adapter; return (its parameters, its losses)."""
-    model, loader = models.make(base), data or spec.data()
+    model, loader = tiny(), spec.data()
     with models.seeded(spec.seed):
         model = graft.get_peft_model(model, copy.deepcopy(spec.config)).train()
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -97,6 +113,9 @@ SPECS = {
     "plain": Spec(lora(r=4), seed=1),
     "wide": Spec(lora(r=8, lora_alpha=20, target_modules=["q_proj", "down_proj"]), 3e-3, seed=2, clip=0.5),
     "long": Spec(lora(r=2), seed=3, tokens=12),
+    "masked": Spec(lora(r=4), seed=6, tokens=12, padding=5),
+    "too": Spec(lora(r=4, lora_dropout=0.2), seed=7, tokens=12, padding=2),
+    "drops": Spec(lora(r=4, lora_dropout=0.3), seed=8),
     "gathers": Spec(lora(r=4), seed=4, accumulate=3, clip=1.0),
     "timed": Spec(lora(r=4), seed=5, schedule=partial(CosineAnnealingLR, T_max=12)),
 }

@@ -12,8 +12,7 @@ import torch
 
 from graft.config import atomic
 from graft.train.multi import MultiTrain, stored
-from tests import models
-from tests.train.multi.alone import SPECS
+from tests.train.multi.alone import SPECS, tiny
 
 STEPS = 10
 
@@ -32,7 +31,7 @@ def kill_in_the_last_save(runs: int) -> None:
 
 def main(folder: str, at: int, names: list[str]) -> None:
     torch.set_num_threads(1)
-    base = models.make("llama")
+    base = tiny()
     runs = MultiTrain.resume(base, folder) if stored.folders_in(folder) else MultiTrain(base)
     for name in names:
         runs.add(name, SPECS[name].config, **SPECS[name].options(STEPS))

@@ -18,14 +18,14 @@ import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.train.multi import MultiTrain, stored
 from tests import models
-from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same
+from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
 from tests.train.multi.killed import STEPS
 
 ROOT = Path(__file__).parents[3]
 
 
 def undisturbed(name, steps=STEPS):
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     run = runs.add(name, SPECS[name].config, **SPECS[name].options(steps))
     runs.run()
     return run
@@ -45,7 +45,7 @@ def test_killed_and_resumed_in_other_company(tmp_path):
     assert steps == {"plain": 5, "gathers": 1, "timed": 4}  # the last file was not renamed
     assert child(folder, 3, "gathers", "wide").returncode == -9
     for name in ("plain", "gathers", "timed", "wide"):
-        runs = MultiTrain.resume(models.make("llama"), folder)
+        runs = MultiTrain.resume(tiny(), folder)
         run = runs.add(name, SPECS[name].config, **SPECS[name].options(STEPS))
         assert 0 < run.step < STEPS
         runs.run()
@@ -75,7 +75,7 @@ def test_the_position_of_a_loader(tmp_path, make, at):
     """Two runs may share one loader, with its generator."""
     found = []
     for resumed in (False, True):
-        runs, data = MultiTrain(models.make("llama")), make()
+        runs, data = MultiTrain(tiny()), make()
         one_only = hasattr(data, "__next__")
         for step_at in [at, None] if resumed else [None]:
             for name in ("first",) if one_only else ("first", "second"):
@@ -85,32 +85,32 @@ def test_the_position_of_a_loader(tmp_path, make, at):
                     break
             if step_at is not None:
                 runs.save(tmp_path)
-                runs, data = MultiTrain.resume(models.make("llama"), tmp_path), make()
+                runs, data = MultiTrain.resume(tiny(), tmp_path), make()
         found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs.all()])
     for (curve, values), (again, theirs) in zip(*found):
         assert curve == again and len(curve) == 8 and same(values, theirs)
 
 
 def test_more_steps_than_before(tmp_path):
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     runs.run(save=tmp_path)
-    again = MultiTrain.resume(models.make("llama"), tmp_path)
+    again = MultiTrain.resume(tiny(), tmp_path)
     ended = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     assert (ended.state, ended.step, list(again)) == ("ended", 4, [])
-    again = MultiTrain.resume(models.make("llama"), tmp_path)
+    again = MultiTrain.resume(tiny(), tmp_path)
     run = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(STEPS))
     again.run()
     assert same(run.parameters, undisturbed("plain").parameters)
 
 
 def test_a_failed_run_stays_failed(tmp_path):
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     options = {"data": batches(2), "loss": lambda output, _: output["logits"].mean() / 0.0}
     runs.add("x", lora(), **options)
     with pytest.warns(graft.PeftWarning, match="not finite"):
         runs.run(save=tmp_path)
-    run = MultiTrain.resume(models.make("llama"), tmp_path).add("x", lora(), **options)
+    run = MultiTrain.resume(tiny(), tmp_path).add("x", lora(), **options)
     assert run.state == "failed" and "Run 'x' failed at step 1" in run.why
 
 
@@ -119,7 +119,7 @@ def test_a_failed_run_stays_failed(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     next(iter(runs))
     runs.save(tmp_path)
@@ -135,7 +135,7 @@ def saved(tmp_path):
 ])  # fmt: skip
 def test_other_settings(saved, change, text):
     spec = SPECS["plain"]._replace(**change)
-    runs = MultiTrain.resume(models.make("llama"), saved)
+    runs = MultiTrain.resume(tiny(), saved)
     with pytest.raises(ConfigError, match=f"Run 'plain' in .* was begun with .*{text}"):
         runs.add("plain", spec.config, **spec.options(4))
     assert runs.model is None and runs.names == []
@@ -143,7 +143,7 @@ def test_other_settings(saved, change, text):
 
 
 def test_another_base(saved):
-    base = models.make("llama")
+    base = tiny()
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
     with pytest.raises(BaseModelMismatchError, match=r"Run 'plain'.*its weights have other values"):
@@ -158,7 +158,7 @@ def test_another_base(saved):
 def test_damaged_files(saved, damage):
     path = saved / "plain" / stored.FILE
     path.write_bytes(damage(path.read_bytes()))
-    runs = MultiTrain.resume(models.make("llama"), saved)
+    runs = MultiTrain.resume(tiny(), saved)
     with pytest.raises(CheckpointError, match=str(path)):
         runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     assert runs.model is None
@@ -166,13 +166,13 @@ def test_damaged_files(saved, damage):
 
 def test_a_folder_without_runs(tmp_path):
     with pytest.raises(CheckpointError, match="holds no run"):
-        MultiTrain.resume(models.make("llama"), tmp_path)
+        MultiTrain.resume(tiny(), tmp_path)
 
 
 def test_less_data_than_before(saved):
     options = SPECS["plain"].options(4) | {"data": []}
     with pytest.raises(ConfigError, match="saved after 1 batches of an epoch, and its data holds 0"):
-        MultiTrain.resume(models.make("llama"), saved).add("plain", SPECS["plain"].config, **options)
+        MultiTrain.resume(tiny(), saved).add("plain", SPECS["plain"].config, **options)
 
 
 def test_state_that_is_no_data(tmp_path):
@@ -180,7 +180,7 @@ def test_state_that_is_no_data(tmp_path):
         def state_dict(self):
             return {**super().state_dict(), "odd": object()}
 
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     runs.add("x", lora(), data=batches(2), optimizer=partial(Odd, lr=0.1))
     with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': a object cannot be written"):
         runs.save(tmp_path)

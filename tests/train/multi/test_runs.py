@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import graft
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError, NoMatchingPeftModuleError
 from graft.train.multi import MultiTrain
+from graft.train.multi.joint import Arguments, Part, groups
 from tests import models
-from tests.train.multi.alone import SPECS, Spec, alone, batches, lora, same
+from tests.train.multi.alone import SPECS, Spec, alone, batches, lora, same, tiny
 
 
 def together(specs, steps=12, **options):
-    runs = MultiTrain(models.make("llama"), **options)
+    runs = MultiTrain(tiny(), **options)
     for name, spec in specs.items():
         runs.add(name, spec.config, **spec.options(steps))
     return runs.run()
@@ -36,12 +37,29 @@ def test_each_is_as_alone(at_once):
             assert [point.loss for point in runs[name].curve] == losses, name
 
 
+def test_which_batches_share_a_pass():
+    arguments = {exact: Arguments.of(tiny(), exact) for exact in (True, False)}
+    parts = [Part(name, next(iter(spec.data()))) for name, spec in SPECS.items()]
+    found = {exact: [{p.name for p in group} for group in groups(parts, a, 4096)] for exact, a in arguments.items()}
+    assert found[True] == [{"plain", "wide", "gathers", "timed", "drops"}, {"long"}, {"masked", "too"}]
+    assert found[False] == [{*SPECS}]
+    assert [len(group) for group in groups(parts, arguments[False], 4 * 12 * 3)] == [3, 3, 2]
+
+
+def test_padded_to_any_length_it_is_close():
+    specs = {name: spec for name, spec in SPECS.items() if not spec.config.lora_dropout}
+    runs = together(specs, exact=False)
+    for name, spec in specs.items():
+        for found, wanted in zip(runs[name].parameters, alone(spec, 12)[0]):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_diverging_run_is_evicted_and_the_others_do_not_see_it():
     def diverge(output, batch):
         loss = output["logits"].square().mean()
         return loss / 0.0 if len(runs["bad"].curve) == 3 else loss
 
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     spec = SPECS["plain"]
     runs.add("good", spec.config, **spec.options(8))
     bad = runs.add("bad", lora(r=4), **Spec(None, 1e-2, seed=9).options(8), loss=diverge)
@@ -68,7 +86,7 @@ def test_a_gradient_that_is_not_finite_evicts():
         def backward(ctx, g):
             return torch.full((4, 7, models.VOCAB), float("nan"))
 
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     run = runs.add("x", lora(), data=batches(), loss=lambda output, _: Infinite.apply(output.logits), steps=3)
     before = [p.detach().clone() for p in run.parameters]
     with pytest.warns(graft.PeftWarning, match="its gradient is not finite"):
@@ -77,7 +95,7 @@ def test_a_gradient_that_is_not_finite_evicts():
 
 
 def test_how_runs_end():
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     data = batches(3)
     once = runs.add("once", lora(), data=data)
     early = runs.add("early", lora(), data=iter(data), steps=5)
@@ -91,7 +109,7 @@ def test_how_runs_end():
 
 
 def test_memory_that_ends_halves_the_batch_and_changes_nothing():
-    base, passes = models.make("llama"), []
+    base, passes = tiny(), []
     real = base.model.layers[1].forward
 
     def forward(x, *args, **kwargs):
@@ -107,11 +125,11 @@ def test_memory_that_ends_halves_the_batch_and_changes_nothing():
     runs.run()
     for name, spec in SPECS.items():
         assert same(runs[name].parameters, alone(spec, 4)[0]), name
-    assert passes[0] == 20 and max(passes[10:]) <= 10  # it has learnt
+    assert max(passes[:8]) > 9 >= max(passes[8:])  # it has learnt
 
 
 def test_a_batch_that_alone_takes_too_much_ends_its_run():
-    base = models.make("llama")
+    base = tiny()
     real = base.model.layers[0].forward
 
     def forward(x, *args, **kwargs):
@@ -135,12 +153,12 @@ def test_adapters_are_ordinary_folders(tmp_path):
     batch = models.inputs("llama")
     wanted = models.output(runs.model.eval(), batch | {"adapter_names": ["wide"] * 3})
     assert runs.unload() is runs.base and not any("lora" in name for name, _ in runs.base.named_modules())
-    model = graft.PeftModel.from_pretrained(models.make("llama"), str(tmp_path / "out"))
+    model = graft.PeftModel.from_pretrained(tiny(), str(tmp_path / "out"))
     torch.testing.assert_close(models.output(model, batch), wanted)
 
 
 def test_a_run_that_is_removed_leaves_the_others_as_they_train():
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     for name in ("plain", "wide"):
         runs.add(name, SPECS[name].config, **SPECS[name].options(6))
     for step in runs:
@@ -152,7 +170,7 @@ def test_a_run_that_is_removed_leaves_the_others_as_they_train():
 
 def test_adapters_of_a_peft_model():
     with models.seeded(1):
-        model = graft.get_peft_model(models.make("llama"), lora(r=4))
+        model = graft.get_peft_model(tiny(), lora(r=4))
         model.add_adapter("other", lora(r=4))
     runs = MultiTrain(model)
     run = runs.add("other", data=batches(2))
@@ -167,7 +185,7 @@ def test_adapters_of_a_peft_model():
 
 
 def test_several_methods_on_one_model():
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     runs.add("low", lora(), data=batches(3))
     runs.add("ia3", graft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), data=batches(3))
     first = {name: [p.detach().clone() for p in runs[name].parameters] for name in runs.names}
@@ -242,7 +260,7 @@ def test_a_plain_module_needs_a_loss():
 
 
 def test_validation_does_not_disturb_training():
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     spec = SPECS["plain"]
     valid = batches(2)
     run = runs.add("plain", spec.config, **spec.options(6), valid=valid, every=2)
@@ -270,7 +288,7 @@ def test_validation_does_not_disturb_training():
     ({"config": graft.PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING"),
 ])  # fmt: skip
 def test_bad_settings_change_nothing(options, text):
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     for first in (True, False):
         given = {"config": lora(), "data": batches(1)} | options
         names = [n for n, _ in runs.base.named_modules()]
@@ -282,7 +300,7 @@ def test_bad_settings_change_nothing(options, text):
 
 
 def test_two_runs_of_one_name():
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     runs.add("a1", lora(), data=batches(1))
     with pytest.raises(AdapterNameError, match="There is a run 'a1' already"):
         runs.add("a1", lora(), data=batches(1))
@@ -297,7 +315,7 @@ def test_two_runs_of_one_name():
     ([{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(3, 3)}], "one row per sample"),
 ])  # fmt: skip
 def test_bad_batches(data, text):
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     runs.add("x", lora(), data=data)
     with pytest.raises(ConfigError, match=f"Run 'x': .*{text}"):
         runs.run()

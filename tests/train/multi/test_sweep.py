@@ -8,7 +8,7 @@ import math
 import random
 import subprocess
 import sys
-import threading
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,18 +18,18 @@ import torch
 import graft
 from graft.core.errors import ConfigError
 from graft.train.multi import MultiTrain, search, stored
-from graft.train.multi.sweep import TABLE, Job
-from tests import models
-from tests.train.multi.alone import Spec, alone, batches, lora, same
+from graft.train.multi.sweep import TABLE
+from tests.train.multi.alone import Spec, alone, batches, lora, same, tiny
 
 ROOT = Path(__file__).parents[3]
 SPACE = {"r": [2, 4], "lr": [1e-3, 1e-2, 3e-2], "accumulate": [1]}
+VALID = batches(2)
 OPTIONS = dict(steps=8, keep=1 / 2, rungs=3, seed=3)
 
 
-def swept(folder=None, space=SPACE, **options):
-    given = {"data": Spec(None, seed=3).data(), "valid": batches(2)} | OPTIONS | options
-    return graft.sweep(models.make("llama"), lora(), space, folder=folder, **given)
+def swept(folder=None, space=SPACE, model=None, **options):
+    given = {"data": Spec(None, seed=3).data(), "valid": VALID} | OPTIONS | options
+    return graft.sweep(model or tiny(), lora(), space, folder=folder, **given)
 
 
 # numbers
@@ -116,9 +116,9 @@ def test_the_winner_is_the_run_alone(tmp_path):
     parameters, losses = alone(spec, 8)
     assert same(found.runs[best.name].parameters, parameters) and [p[1] for p in best.curve] == losses
     assert found.runs.unload() is found.runs.base
-    model = graft.PeftModel.from_pretrained(models.make("llama"), str(tmp_path / best.name))
+    model = graft.PeftModel.from_pretrained(tiny(), str(tmp_path / best.name))
     with torch.no_grad():
-        loss = sum(model(**batch).loss.item() for batch in batches(2)) / 2
+        loss = sum(model(**batch).loss.item() for batch in VALID) / 2
     assert loss == pytest.approx(best.loss)
 
 
@@ -159,39 +159,21 @@ def test_two_processes_give_the_table_of_one(tmp_path):
     assert one == two and outputs[0] == outputs[1] and "kept" in outputs[0]
 
 
-def test_shares_that_meet_by_other_means():
-    """Two shares in two threads, with an exchange of their own: any scheduler may be in between."""
-    whole, met, found = swept(), threading.Barrier(2), {}
-    rows = {}
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_share_that_meets_the_others_by_other_means(rank):
+    """Any scheduler may be in between. Here the other share is played from a sweep in one process."""
+    whole, calls = swept(), []
 
-    def exchange(rank, own):
-        rows[rank] = own
-        met.wait()
-        both = [rows[0], rows[1]]
-        met.wait()
-        return both
+    def exchange(own):
+        calls.append(None)
+        theirs = [asdict(t) | {"losses": t.losses[: len(calls)], "state": "running"} for t in whole.trials]
+        for i in range(rank, len(theirs), 2):
+            theirs[i]["losses"] = []
+        return [own, theirs]
 
-    def work(rank):
-        found[rank] = swept(share=(rank, 2), exchange=partial(exchange, rank))
-
-    # runs share the global generator of a process, and so take turns there
-    turn = threading.Lock()
-    step = Job.train
-
-    def alone_in_process(self, trials, until):
-        with turn:
-            step(self, trials, until)
-
-    Job.train, threads = alone_in_process, [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        Job.train = step
-    assert found[0].rows == found[1].rows == whole.rows
-    assert {*found[0].runs.names} | {*found[1].runs.names} == {*whole.runs.names}
+    found = swept(share=(rank, 2), exchange=exchange)
+    assert len(calls) == 3 and [t.losses for t in found.trials] == [t.losses for t in whole.trials]
+    assert {*found.runs.names} == {t.name for t in whole.trials[rank::2] if t.state == "kept"}
 
 
 def test_asha_on_a_model():
@@ -225,14 +207,14 @@ def test_the_picture_shows_every_curve(tmp_path):
 
 
 def test_patience():
-    runs = MultiTrain(models.make("llama"))
+    runs = MultiTrain(tiny())
     run = runs.add(
         "x", lora(), data=batches(4), steps=60, valid=batches(1), every=2, stop=graft.train.Patience(3),
         optimizer=partial(torch.optim.SGD, lr=0.0),
     )  # fmt: skip
     runs.run()
     assert (run.state, run.step) == ("stopped", 8)
-    other = MultiTrain(models.make("llama"))
+    other = MultiTrain(tiny())
     other.add("x", lora(), data=batches(1), stop=graft.train.Patience(3))
     with pytest.raises(ConfigError, match=r"give add\(\) valid= and every="):
         other.run()

@@ -10,8 +10,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 import graft
 from graft.core.errors import ConfigError
 from graft.train.multi import MultiTrain
-from tests import models
-from tests.train.multi.alone import SPECS, alone, batches, lora, rows, same
+from tests.train.multi.alone import SPECS, alone, batches, lora, rows, same, tiny
 
 
 def trainer_of(tmp_path, model, kind=Trainer, options=None, **more):
@@ -40,9 +39,9 @@ def squares(outputs, labels, num_items_in_batch):
 def test_it_trains_what_the_trainer_would(tmp_path, case):
     options, more = CASES[case], {"compute_loss_func": squares} if case == "own loss" else {}
     set_seed(5)
-    model = graft.get_peft_model(models.make("llama"), lora(r=4))
+    model = graft.get_peft_model(tiny(), lora(r=4))
     trainer_of(tmp_path, model, options=options, **more).train()
-    base = models.make("llama")
+    base = tiny()
     runs = MultiTrain(base)
     run = runs.add("described", lora(r=4), trainer=trainer_of(tmp_path, base, options=options, **more))
     other = runs.add("other", SPECS["plain"].config, **SPECS["plain"].options(9))
@@ -72,7 +71,7 @@ class Never(Trainer):
     (Never, "Never.compute_loss did not call the model"),
 ])  # fmt: skip
 def test_what_a_joint_pass_cannot_give_is_refused(tmp_path, kind, text):
-    base = models.make("llama")
+    base = tiny()
     runs = MultiTrain(base)
     runs.add("x", lora(), trainer=trainer_of(tmp_path, base, kind))
     with pytest.raises(ConfigError, match=f"Run 'x': {text}"):
@@ -80,7 +79,7 @@ def test_what_a_joint_pass_cannot_give_is_refused(tmp_path, kind, text):
 
 
 def test_what_a_trainer_says_is_not_said_twice(tmp_path):
-    base = models.make("llama")
+    base = tiny()
     runs, trainer = MultiTrain(base), trainer_of(tmp_path, base)
     with pytest.raises(ConfigError, match="its trainer says what data, clip is"):
         runs.add("x", lora(), trainer=trainer, data=batches(1), clip=1.0)

@@ -31,16 +31,17 @@ class Arguments:
 
     names: frozenset[str]
     others: bool  # it takes any
+    exact: bool = True  # rows of other lengths, or padded, do not share a pass with these: they would round otherwise
     masks: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.masks = MASK in self.names
 
     @classmethod
-    def of(cls, model: nn.Module) -> Arguments:
+    def of(cls, model: nn.Module, exact: bool = True) -> Arguments:
         found = inspect.signature(model.forward).parameters.values()
         named = frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found))
+        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found), exact)
 
     def among(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of a batch goes to the model: all that it names, but targets."""
@@ -75,15 +76,23 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
             "must be tensors with one row per sample."
         )
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
-    alike: list[tuple[Any, ...]] = []
+    masked = arguments.exact and is_masked(given.get(MASK))
+    alike: list[tuple[Any, ...]] = [("masked", masked)]
     for key, value in sorted(given.items()):
         if key not in tensors:
             alike.append((key, value.item() if isinstance(value, Tensor) else repr(value)))
-        elif value.dim() > 1 and arguments.masks and not (key == MASK and value.dim() > 2):
-            alike.append((key, value.dtype, value.shape[2:]))
-        elif key != MASK:
+        elif key == MASK and value.dim() == 2:
+            continue  # who has none gets ones
+        elif value.dim() > 1 and arguments.masks and key != MASK:
+            alike.append((key, value.dtype, value.shape[2:], value.shape[1] if arguments.exact else None))
+        else:
             alike.append((key, value.dtype, value.shape[1:]))
     return Shape(rows.pop(), max(lengths, default=1), tuple(alike))
+
+
+def is_masked(mask: Tensor | None) -> bool:
+    """Return True if a mask leaves tokens out. Models run without one where it does not."""
+    return mask is not None and not bool(mask.all())
 
 
 def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[list[Part]]:

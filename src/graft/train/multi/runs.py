@@ -55,6 +55,9 @@ class MultiTrain:
     Args:
         model: the base model, in which adapters will stand; or a PeftModel, whose adapters may be runs.
         at_once: tokens (with padding) of a joint pass. No result depends on it; memory and speed do.
+        exact: batches of other lengths take passes of their own, and so do those with padding: with more of it they
+            would round otherwise, and drop other inputs. A collator that pads all to one length has them share a pass.
+            False: they share one, padded here.
         base_in_eval: run the base in eval mode, without its own dropout, and only adapters and heads in training mode.
 
     Attributes:
@@ -64,12 +67,12 @@ class MultiTrain:
         ConfigError: the base drops inputs by itself, from a generator that all runs would share.
     """
 
-    def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, base_in_eval: bool = False):
+    def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
         is_peft = isinstance(model, PeftModel)
         self.model: PeftModel | None = model if is_peft else None  # type: ignore[assignment]
         self.base: Any = model.get_base_model() if is_peft else model  # type: ignore[operator]
         self.at_once, self.base_in_eval = at_once, base_in_eval
-        self.arguments = Arguments.of(self.base)
+        self.arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
         self._runs: dict[str, Run] = {}
         self._number = 0

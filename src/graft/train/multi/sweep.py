@@ -117,6 +117,7 @@ def sweep(
     exchange: Exchange | None = None,
     progress: bool = False,
     at_once: int = AT_ONCE,
+    exact: bool = True,
     base_in_eval: bool = False,
     **options: Any,
 ) -> Sweep:
@@ -144,7 +145,7 @@ def sweep(
         share: (number of this process, of all); None: those of the process group.
         exchange: gathers rows from all processes; None: the process group does.
         progress: show a table meanwhile.
-        at_once, base_in_eval: as of `MultiTrain`.
+        at_once, exact, base_in_eval: as of `MultiTrain`.
         options: as of `MultiTrain.add`.
 
     Raises:
@@ -157,7 +158,7 @@ def sweep(
         exchange = gathered if share is None and in_group() else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
     job = Job(
-        MultiTrain(model, at_once=at_once, base_in_eval=base_in_eval),
+        MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),
         trials,
         begin=partial(
             begin, config=config, data=data, optimizer=optimizer, steps=steps, options={"seed": seed, **options}

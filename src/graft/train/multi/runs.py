@@ -483,13 +483,16 @@ def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:
     yield from (m for m in carrier.modules() if id(m) not in inner)
 
 
+DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 def dropout_in(base: nn.Module, without: set[int]) -> list[str]:
     """Return where a model drops inputs or layers by itself in training mode: modules, and rates that modules hold."""
     found = []
     for key, m in base.named_modules():
         if id(m) in without:
             continue
-        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0:
+        if isinstance(m, DROPS) and m.p > 0:
             found.append(f"'{key}'")
         found += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
     return found

@@ -96,7 +96,7 @@ class Windows:
             if not window:
                 return
             for batch in window:
-                yield {**self.trainer._prepare_inputs(batch), ITEMS: items, WINDOW: len(window)}
+                yield {**batch, ITEMS: items, WINDOW: len(window)}
 
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.loader, "set_epoch"):

@@ -9,7 +9,7 @@ TRAINERS = $(patsubst tests/trainers/%.txt,%,$(wildcard tests/trainers/*.txt))
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
-	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-lm demo-4bit compare \
+	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
 	examples docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -195,6 +195,10 @@ release: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(DEMO)
+
+# sixteen settings for each of the demo's tasks, trained together, in about three times the time of one
+demo-sweep: $(VENV)/.demo
+	$(BIN)/python -m examples.demo.sweep $(DEMO)
 
 $(VENV)/.compare: $(VENV)/.demo-lm
 	$(BIN)/pip install -q -e '.[demo-lm,methods]'

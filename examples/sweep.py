@@ -9,6 +9,8 @@ machines start torchrun on each, with its --rdzv-endpoint and a folder that all 
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ import graft
 VOCABULARY, LENGTH = 32, 8
 
 
-def model() -> LlamaForCausalLM:
+def load() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
@@ -32,26 +34,29 @@ def rows(n: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids} for ids in (starts + torch.arange(LENGTH)) % VOCABULARY]
 
 
-def main() -> None:
+def settings(quick: bool, out: str) -> dict[str, Any]:
+    """Return what to try, on what."""
+    return dict(
+        config=graft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"]),
+        space={"r": [2, 8], "lr": [1e-3, 3e-3, 1e-2, 3e-2]},
+        data=DataLoader(rows(512, 1), batch_size=16, shuffle=True),
+        valid=DataLoader(rows(64, 2), batch_size=32),
+        steps=16 if quick else 160,
+        folder=out,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default="out/sweep", help="folder for table, picture and adapters")
-    parser.add_argument("--quick", action="store_true", help="a few steps")
-    args = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="a few steps, and no picture")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)  # another number of threads may round otherwise
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
-    found = graft.sweep(
-        model(),
-        graft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"]),
-        {"r": [2, 8], "lr": [1e-3, 3e-3, 1e-2, 3e-2]},
-        data=DataLoader(rows(512, 1), batch_size=16, shuffle=True),
-        valid=DataLoader(rows(64, 2), batch_size=32),
-        steps=16 if args.quick else 160,
-        folder=args.out,
-    )
+    found = graft.sweep(load(), **settings(args.quick, args.out))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        console = Console(width=100)
-        console.print(found.table())
+        Console(width=100).print(found.table())
         if not args.quick:
             found.picture(f"{args.out}/sweep.png")
     if dist.is_initialized():

@@ -16,7 +16,7 @@ from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigErro
 from graft.train.multi import MultiTrain
 from graft.train.multi.joint import Arguments, Part, groups
 from tests import models
-from tests.train.multi.alone import SPECS, Spec, alone, batches, lora, same, tiny
+from tests.train.multi.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, same, tiny
 
 
 def together(specs, steps=12, **options):
@@ -32,9 +32,9 @@ def test_each_is_as_alone(at_once):
     runs = together(SPECS, at_once=at_once)
     for name, spec in SPECS.items():
         parameters, losses = alone(spec, 12)
-        assert same(runs[name].parameters, parameters), name
+        assert as_alone(runs[name].parameters, parameters), name
         if spec.accumulate == 1:
-            assert [point.loss for point in runs[name].curve] == losses, name
+            assert [point.loss for point in runs[name].curve] == pytest.approx(losses, rel=0.0 if BITS else 1e-4), name
 
 
 def test_which_batches_share_a_pass():
@@ -73,7 +73,7 @@ def test_a_diverging_run_is_evicted_and_the_others_do_not_see_it():
     assert ended == {"bad": 4, "good": 8}
     assert (bad.state, bad.step, runs["good"].state) == ("failed", 3, "ended")
     assert same(bad.parameters, values[2]) and not same(values[1], values[2])
-    assert same(runs["good"].parameters, alone(spec, 8)[0])
+    assert as_alone(runs["good"].parameters, alone(spec, 8)[0])
 
 
 def test_a_gradient_that_is_not_finite_evicts():
@@ -124,7 +124,7 @@ def test_memory_that_ends_halves_the_batch_and_changes_nothing():
         runs.add(name, spec.config, **spec.options(4))
     runs.run()
     for name, spec in SPECS.items():
-        assert same(runs[name].parameters, alone(spec, 4)[0]), name
+        assert as_alone(runs[name].parameters, alone(spec, 4)[0]), name
     assert max(passes[:8]) > 9 >= max(passes[8:])  # it has learnt
 
 
@@ -143,7 +143,7 @@ def test_a_batch_that_alone_takes_too_much_ends_its_run():
         runs.add(name, SPECS[name].config, **SPECS[name].options(3))
     with pytest.warns(graft.PeftWarning, match=r"Run 'long' failed.*alone takes more memory.*accumulate"):
         runs.run()
-    assert runs["long"].state == "failed" and same(runs["plain"].parameters, alone(SPECS["plain"], 3)[0])
+    assert runs["long"].state == "failed" and as_alone(runs["plain"].parameters, alone(SPECS["plain"], 3)[0])
 
 
 def test_adapters_are_ordinary_folders(tmp_path):
@@ -165,7 +165,7 @@ def test_a_run_that_is_removed_leaves_the_others_as_they_train():
         if step.number == 3:
             assert runs.remove("plain").step == 3
     assert runs.names == ["wide"] == list(runs.model.peft_config)
-    assert same(runs["wide"].parameters, alone(SPECS["wide"], 6)[0])
+    assert as_alone(runs["wide"].parameters, alone(SPECS["wide"], 6)[0])
 
 
 def test_adapters_of_a_peft_model():
@@ -266,7 +266,7 @@ def test_validation_does_not_disturb_training():
     run = runs.add("plain", spec.config, **spec.options(6), valid=valid, every=2)
     runs.run()
     assert [look.step for look in run.valid] == [2, 4, 6]
-    assert same(run.parameters, alone(spec, 6)[0])
+    assert as_alone(run.parameters, alone(spec, 6)[0])
     model = runs.model.eval()
     with torch.no_grad():
         wanted = [model(**batch).loss.item() for batch in valid]

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 import graft
 from graft.core.errors import ConfigError
 from graft.train.multi import MultiTrain
-from tests.train.multi.alone import SPECS, alone, batches, lora, rows, same, tiny
+from tests.train.multi.alone import SPECS, alone, as_alone, batches, lora, rows, tiny
 
 
 def trainer_of(tmp_path, model, kind=Trainer, options=None, **more):
@@ -46,8 +46,8 @@ def test_it_trains_what_the_trainer_would(tmp_path, case):
     run = runs.add("described", lora(r=4), trainer=trainer_of(tmp_path, base, options=options, **more))
     other = runs.add("other", SPECS["plain"].config, **SPECS["plain"].options(9))
     runs.run()
-    assert same(run.parameters, [p for p in model.parameters() if p.requires_grad])
-    assert same(other.parameters, alone(SPECS["plain"], 9)[0])
+    assert as_alone(run.parameters, [p for p in model.parameters() if p.requires_grad])
+    assert as_alone(other.parameters, alone(SPECS["plain"], 9)[0])
 
 
 class Twice(Trainer):

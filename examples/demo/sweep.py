@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options = dict(steps=steps, schedule=schedule, seed=args.seed)
         start = time.perf_counter()
         found = graft.sweep(
-            base, config, space, data=train, valid=valid, base_in_eval=True, progress=True, keep=1 / (3 if args.quick else 4),
-            folder=args.out / task.name, **options,
+            base, config, space, data=train, valid=valid, base_in_eval=True, progress=True,
+            keep=1 / (3 if args.quick else 4), folder=args.out / task.name, **options,
         )  # fmt: skip
         took, best = time.perf_counter() - start, found.best
         console.print(found.table())

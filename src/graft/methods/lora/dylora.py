@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from graft.core.errors import RoutingError
 from graft.core.rows import Run, Same
 from graft.methods.lora.lora import LoRA
 
-DRAWN = "dylora"  # the part of the ranks that a run uses, in [0, 1)
+DRAWN = "dylora"  # the part of an adapter's ranks that a run uses, in [0, 1)
+CPU = torch.device("cpu")
 
 
 class DyLoRA(LoRA):
@@ -37,7 +38,7 @@ class DyLoRA(LoRA):
     def factors(self) -> Factors:
         if not self.layer.training:
             return super().factors()
-        share = self.layer.call.fact(DRAWN)
+        share = self.layer.call.fact((DRAWN, self.name))
         if share is None:
             raise RoutingError(
                 f"DyLoRA draws its ranks when a training step calls the model that get_peft_model returns, and layer "
@@ -53,10 +54,13 @@ class DyLoRA(LoRA):
     @classmethod
     @contextmanager
     def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
-        """Draw the ranks of this run."""
+        """Draw the ranks of this run, for each adapter."""
         with super().around(tuner, call, run) as finish:
-            share = torch.rand((), dtype=torch.float64, device="cpu").item()
-            with call.giving(facts={DRAWN: Same(share)}):
+            draws, shares = call.given.draws, {}
+            for name in run.adapters:
+                with nullcontext() if draws is None else draws.of(name, draws.ticket(), CPU):
+                    shares[DRAWN, name] = Same(torch.rand((), dtype=torch.float64, device=CPU).item())
+            with call.giving(facts=shares):
                 yield finish
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.errors import NoMatchingPeftModuleError, some
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, some
 from graft.core.ops import find_op
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -103,6 +103,21 @@ def blocks_of(model: nn.Module) -> list[Block]:
             f"target_modules. Its linear layers: {some(sorted(linears)) or 'none'}."
         )
     return found
+
+
+def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block]:
+    """Return the blocks of these numbers, encoder first; all for "all".
+
+    Raises:
+        ConfigError: the model has no block of such a number.
+        NoMatchingPeftModuleError: it has none that can be told.
+    """
+    blocks = blocks_of(model)
+    if isinstance(layers, str):
+        return blocks
+    if any(not 0 <= i < len(blocks) for i in layers):
+        raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}.")
+    return [blocks[i] for i in layers]
 
 
 def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str]) -> list[Block]:

@@ -19,7 +19,7 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
 from graft.core.rows import Run
 from graft.methods.bottleneck import ACTIVATIONS, PLACES
-from graft.methods.places import blocks_of, hidden_size
+from graft.methods.places import chosen_blocks, hidden_size
 
 
 @dataclass(kw_only=True)
@@ -145,12 +145,7 @@ class Reft(Method):
     def prepare(cls, cfg: Any, model: nn.Module) -> None:
         cfg.widths = {}  # no fields, this and the next: they hold for this model only
         if cfg.target_modules == PLACES:
-            blocks = blocks_of(model)
-            strange = [] if cfg.layers == "all" else [i for i in cfg.layers if not 0 <= i < len(blocks)]
-            if strange:
-                raise ConfigError(f"layers={cfg.layers}: the model has blocks 0 to {len(blocks) - 1}.")
-            chosen = blocks if cfg.layers == "all" else [blocks[i] for i in cfg.layers]
-            cfg.widths = {block.path: block.width for block in chosen}
+            cfg.widths = {block.path: block.width for block in chosen_blocks(model, cfg.layers)}
         cfg.target_paths = set(cfg.widths) or None
         cfg.width = hidden_size(model)
 

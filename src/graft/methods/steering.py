@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering vectors: Steering Llama 2 via Contrastive Activation Addition, arXiv 2312.06681.
+
+Representation Engineering, 2310.01405, scales the result back to the norm that it had (`normalize`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targeted
+from graft.core.effect import Effect, Rewrite
+from graft.core.errors import ConfigError, RoutingError
+from graft.core.method import Method
+from graft.core.rows import Run
+from graft.methods.bottleneck import PLACES
+from graft.methods.places import chosen_blocks, hidden_size
+from graft.methods.reft import FACT, OF_DECODER, facts_of, following
+
+COEFFICIENT = "steering_coefficient"
+
+
+@dataclass(kw_only=True)
+class SteeringConfig(Targeted):
+    """Steering vectors: h + c · v after blocks, with one v for each.
+
+    `target_modules` in place of `layers`: the vectors are added to the outputs of these modules.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    peft_type: Any = "STEERING"
+    layers: Literal["all"] | list[int] = "all"  # numbers of blocks, encoder first
+    coefficient: float = 1.0  # c, unless a call says another by `steering_coefficient`
+    normalize: bool = False  # scale back to the norm of h
+    min_token_index: int = 0  # the first token of each row that changes, padding left out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.coefficient):
+            raise ConfigError(f"`coefficient` must be finite, got {self.coefficient}.")
+        if self.min_token_index < 0:
+            raise ConfigError(f"`min_token_index` must not be negative, got {self.min_token_index}.")
+
+
+class Steering(Method):
+    """h + c · v. A fresh v is zero; `graft.steering_from` finds it from pairs of inputs, or it trains."""
+
+    config = SteeringConfig
+    prefix = "steering_"
+    compresses_targets = False
+    arguments = (COEFFICIENT,)
+
+    steering_vector: nn.Parameter  # (H,)
+
+    @classmethod
+    def default_targets(cls, model: Any) -> str:
+        return PLACES
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        found = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
+        cfg.widths = {block.path: block.width for block in found}  # no fields: they hold for this model only
+        cfg.target_paths = set(cfg.widths) or None
+        cfg.width = hidden_size(model)
+
+    @property
+    def width(self) -> int | None:
+        site = self.site
+        found: int | None = self.cfg.widths.get(site.key)
+        return found or (site.out_features if site.op.known else self.cfg.width)
+
+    def check(self) -> str | None:
+        if self.width is None or (self.site.op.known and len(self.site.shape) != 2):
+            return "A steering vector is added to vectors: outputs of linear layers, embeddings, and blocks"
+        return super().check()
+
+    def describe(self) -> Effect:
+        return Rewrite(part=self.part, block=not self.site.op.known)
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
+
+    def part(self, x: Any, y: Tensor) -> Tensor:
+        """Return what is added to y, (rows, …, H)."""
+        h, call = y.to(self.dtype), self.layer.call
+        c = call.fact(COEFFICIENT)
+        if c is None:
+            c = self.cfg.coefficient
+        elif len(c) != len(y):
+            raise RoutingError(f"Layer '{self.site.key}' got {len(y)} rows for {len(c)} numbers of {COEFFICIENT}.")
+        else:
+            c = c.to(h).view(-1, *[1] * (h.dim() - 1))
+        delta: Tensor = (c * self.steering_vector).expand(h.shape)
+        if self.cfg.normalize:
+            moved = h + delta
+            norms = [t.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny) for t in (h, moved)]
+            return self.from_first(moved * (norms[0] / norms[1]) - h)
+        return self.from_first(delta)
+
+    def from_first(self, delta: Tensor) -> Tensor:
+        """Return what is added, (rows, …, H), at the tokens from `min_token_index` on."""
+        first = self.cfg.min_token_index
+        positions = self.layer.call.fact(OF_DECODER if "decoder." in f"{self.site.key}." else FACT)
+        if not first or delta.dim() != 3 or (positions is not None and not positions.acts):
+            return delta
+        at = torch.arange(delta.shape[1], device=delta.device)[None]
+        start = 0 if positions is None or positions.start is None else positions.start.to(delta.device)[:, None]
+        acts: Tensor = at >= start + first
+        return delta * acts[..., None]
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Give the layers the coefficient of each row, and where its tokens begin.
+
+        Raises:
+            RoutingError: the coefficients are no numbers, or not one for each row.
+        """
+        with super().around(tuner, call, run) as finish:
+            if tuner.disabled:
+                yield finish
+                return
+            facts = facts_of(run.kwargs, tuner.model)
+            if (given := run.own.get(COEFFICIENT)) is not None:
+                facts[COEFFICIENT] = coefficients(given, run)
+            with call.giving(facts=facts), following(tuner.model, call, run):
+                yield finish
+
+
+def coefficients(given: Any, run: Run) -> Tensor:
+    """Return a number for each row, (batch,)."""
+    try:
+        c = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise RoutingError(f"{COEFFICIENT} takes a number, or one for each row, got {given!r}.") from e
+    rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    batch = len(rows[0]) if rows else 1
+    if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
+        raise RoutingError(f"{COEFFICIENT} has shape {tuple(c.shape)} for a batch of {batch} rows.")
+    return c.expand(batch)

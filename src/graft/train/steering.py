@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering vectors from pairs of inputs, by what a model makes of them: arXiv 2312.06681, 2310.01405."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.errors import CalibrationError, ConfigError
+from graft.inject.parts import registry_of
+from graft.methods.reft import Positions
+from graft.methods.steering import Steering
+
+Inputs = Mapping[str, Any]  # arguments of the model's forward
+
+
+def direction(differences: Tensor, how: Literal["mean", "pca"] = "mean") -> Tensor:
+    """Return the direction of differences (pairs, H), (H,): their mean, or their first principal component, of length 1
+    and on the side of the mean."""
+    mean = differences.mean(0)
+    if how == "mean":
+        return mean
+    centered = differences - mean
+    first = torch.linalg.svd(centered, full_matrices=False)[2][0]
+    return torch.where(first @ mean < 0, -first, first)
+
+
+@torch.no_grad()
+def steering_from(
+    model: nn.Module,
+    pairs: Iterable[tuple[Inputs, Inputs]],
+    adapter_name: str = "default",
+    how: Literal["mean", "pca"] = "mean",
+) -> None:
+    """Give a steering adapter its vectors: of each layer, the direction from the second input of a pair to the first.
+
+    Args:
+        model: a PeftModel with the adapter. The base model runs, without adapters, twice for each pair of batches.
+        pairs: batches (wanted, unwanted) of as many rows, as arguments of the model; what counts is the state at the
+            last token of each row, padding left out.
+        how: the mean of the differences, or their first principal component.
+
+    Raises:
+        ConfigError: the adapter is none of steering vectors, or `how` is unknown.
+        CalibrationError: there are no pairs, or one whose batches have not as many rows, or values are not finite.
+    """
+    if how not in ("mean", "pca"):
+        raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
+    layers = {key: layer for key, layer in registry_of(model).layers.items() if adapter_name in layer.methods}
+    if not layers or not all(isinstance(layer.methods[adapter_name], Steering) for layer in layers.values()):
+        raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors: add one with a SteeringConfig before.")
+    found: dict[str, list[Tensor]] = {key: [] for key in layers}
+    for wanted, unwanted in pairs:
+        states = [last_states(model, layers, inputs) for inputs in (wanted, unwanted)]
+        for key in layers:
+            first, second = (of[key] for of in states)
+            if first.shape != second.shape:
+                raise CalibrationError(f"A pair has batches of {len(first)} and {len(second)} rows.")
+            found[key].append(first - second)
+    if how == "pca" and any(sum(len(part) for part in parts) < 2 for parts in found.values() if parts):
+        raise CalibrationError("A principal component needs two pairs at least.")
+    vectors = {key: direction(torch.cat(parts), how) for key, parts in found.items() if parts}
+    if not vectors:
+        raise CalibrationError("There are no pairs, of which a steering vector could be made.")
+    broken = [key for key, v in vectors.items() if not v.isfinite().all()]
+    if broken:
+        raise CalibrationError(f"States of the model are not finite: {broken[0]}.")
+    for key, layer in layers.items():
+        layer.steering_vector[adapter_name].copy_(vectors[key])
+
+
+def last_states(model: Any, layers: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
+    """Return what the layers give out at the last token of each row, (rows, H) in float32."""
+    out: dict[str, Tensor] = {}
+    positions = Positions.of(inputs.get("attention_mask"))
+
+    def note(key: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, y: Any) -> None:
+            y = (y if isinstance(y, Tensor) else y[0]).float()
+            if y.dim() > 2:
+                last = y.new_full((len(y),), y.shape[1] - 1, dtype=torch.long)
+                if positions.start is not None and positions.length is not None:
+                    last = (positions.start + positions.length - 1).to(y.device)
+                y = y[torch.arange(len(y), device=y.device), last]
+            out[key] = y
+
+        return hook
+
+    handles = [layer.base_layer.register_forward_hook(note(key)) for key, layer in layers.items()]
+    training = model.training
+    try:
+        model.eval()
+        with model.disable_adapter():
+            model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return out

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steering vectors on whole models: the formula, coefficients of a call, vectors from pairs."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import CalibrationError, ConfigError, RoutingError
+from tests.looks import layers
+from tests.models import inputs, make, output, seeded
+
+
+def adapted(layers_of=(1,), **changes):
+    model = graft.get_peft_model(make("llama"), graft.SteeringConfig(layers=list(layers_of), **changes))
+    with seeded(1), torch.no_grad():
+        for layer in layers(model).values():
+            layer.steering_vector["default"].normal_()
+    return model.eval()
+
+
+def states(model, **options):
+    """What the last block gives out."""
+    seen = []
+    layer = layers(model)["model.layers.1"]
+    handle = layer.register_forward_hook(lambda _m, _a, y: seen.append(y if torch.is_tensor(y) else y[0]))
+    with torch.no_grad():
+        model(**inputs("llama"), **options)
+    handle.remove()
+    return seen[0]
+
+
+def test_the_formula():
+    model = adapted(coefficient=2.0)
+    v = layers(model)["model.layers.1"].steering_vector["default"].detach()
+    with model.disable_adapter():
+        h = states(model)
+    assert_close(states(model), h + 2 * v)
+    each = torch.tensor([0.0, -1.0, 0.5])
+    assert_close(states(model, steering_coefficient=each), h + each[:, None, None] * v)
+    moved = h + 2 * v
+    expected = moved / moved.norm(dim=-1, keepdim=True) * h.norm(dim=-1, keepdim=True)
+    assert_close(states(adapted(coefficient=2.0, normalize=True)), expected)
+    late = states(adapted(coefficient=2.0, min_token_index=3))
+    assert_close(late, torch.cat([h[:, :3], moved[:, 3:]], 1))
+    mixed = states(model, adapter_names=["default", "__base__", "default"], steering_coefficient=[1, 5, 3])
+    assert_close(mixed, h + torch.tensor([1.0, 0, 3])[:, None, None] * v)
+    with pytest.raises(RoutingError, match=r"shape \(2,\) for a batch of 3 rows"):
+        model(**inputs("llama"), steering_coefficient=[1, 2])
+
+
+@torch.no_grad()
+def test_generate_with_a_cache_is_that_without():
+    model, ids = adapted(min_token_index=2), inputs("llama")["input_ids"]
+    options = dict(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
+
+
+def pairs():
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2] * 2)
+    with seeded(5):
+        drawn = torch.randint(1, 40, (2, 2, 4, 6))
+    return [tuple(dict(input_ids=ids, attention_mask=mask) for ids in pair) for pair in drawn]
+
+
+@pytest.mark.parametrize("how", ["mean", "pca"])
+@torch.no_grad()
+def test_vectors_from_pairs(how):
+    model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
+    graft.steering_from(model, pairs(), how=how)
+    base, last = make("llama"), torch.tensor([5, 3, 5, 3])
+    for block, key in ((0, "model.layers.0"), (1, "model.layers.1")):
+        found = []
+        for pair in pairs():
+            both = []
+            for given in pair:
+                seen = []
+                handle = base.model.layers[block].register_forward_hook(lambda _m, _a, y, seen=seen: seen.append(y))
+                base(**given)
+                handle.remove()
+                y = seen[0] if torch.is_tensor(seen[0]) else seen[0][0]
+                both.append(y[torch.arange(4), last])
+            found.append(both[0] - both[1])
+        differences = torch.cat(found)
+        v = layers(model)[key].steering_vector["default"]
+        mean = differences.mean(0)
+        if how == "mean":
+            assert_close(v.detach(), mean)
+        else:
+            spread = (differences - mean).T @ (differences - mean)
+            assert_close(spread @ v, torch.linalg.eigvalsh(spread)[-1] * v, rtol=1e-3, atol=1e-3)
+            assert v @ mean >= 0
+    assert (output(model, inputs("llama")) - output(base, inputs("llama"))).abs().max() > 1e-3
+
+
+def test_bad_input():
+    model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
+    with pytest.raises(CalibrationError, match="no pairs"):
+        graft.steering_from(model, [])
+    with pytest.raises(ConfigError, match="'other' is no adapter of steering vectors"):
+        graft.steering_from(model, pairs(), "other")
+    with pytest.raises(ConfigError, match="'mean' or 'pca'"):
+        graft.steering_from(model, pairs(), how="median")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="blocks 0 to 1"):
+        graft.get_peft_model(make("llama"), graft.SteeringConfig(layers=[7]))

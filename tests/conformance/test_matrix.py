@@ -391,7 +391,7 @@ def test_adapters_of_a_half_precision_base(cell):
     for autocast in (True, False):
         model = disturb(cell.fresh(base=cell.base().bfloat16(), autocast_adapter_dtype=autocast))
         layer = layers(model)["layer"]
-        floats = layer.store.where(layer.base_layer)[1] is not None  # else there is no dtype to follow
+        floats = layer.store.where(layer.base_layer, "weight")[1] is not None  # else there is no dtype to follow
         wanted = torch.bfloat16 if floats and not (autocast and upcast) else torch.float32
         assert {p.dtype for p in trainable(layer, "default")} == {wanted}
         assert model(x).dtype == torch.bfloat16

@@ -57,5 +57,11 @@ def follow(name: str, layout: str, folder: str) -> None:
     dist.barrier()
     graft.PeftModel.from_pretrained(base(), folder)
     whole = graft.get_peft_model_state_dict(model)
+    served = graft.adapter_tensors(model, layout="vllm")
+    alone = layout.startswith("ddp") or dist.get_rank() == 0  # others hold parts
+    assert len(served.tensors) == (len(whole) if alone else 0) and bool(served.digest) == alone
+    for key, t in served.tensors.items():
+        scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
+        torch.testing.assert_close(t, whole[key] * (scaling if "lora_B" in key else 1))
     if name == "fsdp2":
         assert any(v.any() for k, v in whole.items() if "lora_B" in k), "the optimizer took a step"

@@ -24,8 +24,8 @@ from graft.core.wrappers import clean
 from graft.files.errors import LossError
 from graft.files.export import known_extra
 from graft.inject.parts import Nests, Parts, unwrapped
+from graft.inject.stage import group_in
 from graft.io import files, save
-from graft.io.fingerprint import fingerprint, weights_of
 from graft.io.rendezvous import hashed
 from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Blocks, Pair, differs
 from graft.io.tensors import digest_of
@@ -96,23 +96,20 @@ def adapter_tensors(
     if layout == "vllm":
         layout = "vllm-3d" if blocks.stacked_in_vllm else "vllm-2d"
     view = View(adapter_name, parts, prefix, blocks, layout)
-    if why := [*reasons(view, config, gather)]:
+    if why := [*reasons(view, config, model, gather)]:
         raise LossError(f"Adapter '{adapter_name}' cannot be given to a server as '{layout}': {'; '.join(why)}.")
-    first = is_first(model, adapter_name)
+    ranks_here = save.ranks_of_adapters(model, [adapter_name])
+    first = not ranks_here or dist.get_rank() == ranks_here[0]
     values = save.get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
     tensors, ranks = laid_out(view, values, dtype)
     made = config_for(view, config, ranks, base)
     fields = made.saved_dict()
     held = tensors if first else {}
     digest = hashed(digest_of(held) + json.dumps(fields, sort_keys=True)) if held else ""
-    return AdapterTensors(held, fields, needs(view, ranks), digest, made, note_of(view, base))
-
-
-def note_of(view: View, base: nn.Module) -> dict[str, Any]:
-    """Return the base's fingerprint; none where what acts on a parameter is for the module that has it."""
+    note = save.base_fingerprint(model, adapter_name, False, together=bool(ranks_here))
     if view.hub and any(layer.op.opaque and not is_stack(layer) for _, layer in view.layers):
-        return {}
-    return fingerprint(weights_of(view.parts, base), with_values=not save.changes_base(view.parts, view.adapter))
+        note = {}  # what acts on a parameter is for the module that has it
+    return AdapterTensors(held, fields, needs(view, ranks), digest, made, note)
 
 
 def save_in(model: Any, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
@@ -158,16 +155,10 @@ def is_stack(layer: AdapterLayer) -> bool:
     return layer.op.opaque and len(layer.site.shape) == 3
 
 
-def is_first(model: nn.Module, adapter: str) -> bool:
-    """Return True for the first of the processes that hold an adapter together, and for one that is alone."""
-    ranks = save.ranks_of_adapters(model, [adapter])
-    return not ranks or dist.get_rank() == ranks[0]
-
-
 # what no server does
 
 
-def reasons(view: View, config: Any, gather: bool) -> Iterator[str]:
+def reasons(view: View, config: Any, model: nn.Module, gather: bool) -> Iterator[str]:
     """Yield why an adapter cannot be given to a server in a layout."""
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
@@ -184,6 +175,8 @@ def reasons(view: View, config: Any, gather: bool) -> Iterator[str]:
         yield f"it trains biases of the base (bias={config.bias!r}): merge it, and serve the model"
     if getattr(config, "layer_replication", None):
         yield "it repeats layers of the base: serve the model with these"
+    if group_in(model.modules()) is not None:
+        yield "its layers are stages of a pipeline: save it, join them (graft.join_stages), and load that"
     tensors = [slot.tensor for carrier in view.parts.carriers() for slot in carrier.slots(view.adapter)]
     if not gather and any(layout_of(t) is not None for t in tensors):
         yield "its tensors are spread over processes, and gather=False"

@@ -80,7 +80,7 @@ class Routes(NamedTuple):
             key = key * groups + group.repeat_interleave(index.shape[1])
         key, order = key.sort(stable=True)
         ends = torch.searchsorted(key, torch.arange(experts * groups, device=key.device), right=True)
-        sizes = differences(ends)
+        sizes = differences(ends, len(key))
         return cls(order, order // index.shape[1], (key // groups).clamp(max=experts - 1), sizes, groups)
 
     def spans(self, group: int | None = None) -> Iterator[Span]:

@@ -149,7 +149,7 @@ def _grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any
     if not M.flipped:
         M = Summed(M.W.mT, [(B.mT, A.mT, s) for A, B, s in M.parts], True)
     y = function(x, M.W.mT, *args, **kwargs)
-    sizes = differences(offs)
+    sizes = differences(offs, len(x))
     sizes = [*sizes, len(x) - sum(sizes)]  # the last: rows of no expert
     rows = x.split(sizes)
     used = [e for e, n in enumerate(sizes[:-1]) if n]

@@ -39,10 +39,15 @@ def vector(numbers: Sequence[Any], like: Tensor) -> Tensor:
     return constant(tuple(numbers), like.dtype, like.device)
 
 
-def differences(ends: Tensor) -> list[int]:
-    """Return the sizes of groups of rows that end at `ends`. Waits for the device: once for all products of one layer,
-    which hand over the same tensor, or once for each in inference mode."""
+def differences(ends: Tensor, rows: int) -> list[int]:
+    """Return the sizes of groups of rows that end at `ends`; on the meta device, of groups of `rows` that are even.
+
+    Waits for the device: once for all products of one layer, which hand over the same tensor, or once for each in
+    inference mode.
+    """
     global _read
+    if ends.is_meta:
+        return [rows // len(ends) + (i < rows % len(ends)) for i in range(len(ends))]
     held, version, sizes = _read
     now = None if ends.is_inference() else ends._version  # None: nobody would see that it has changed
     if held() is not ends or version != now or now is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -145,12 +146,15 @@ class Mixed:
         layer = self.layer
         if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
             return None
-        if autocast_dtype(x.device) is not None or not at_line(x) or layer.site.out_features * x.element_size() % LINE:
+        if autocast_dtype(x.device) is not None or not at_line(x):
             return None
         W, tokens, found = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
-        for name, size in zip(rows.names, rows.sizes):
+        starts = accumulate(rows.sizes, initial=0)
+        for name, size, start in zip(rows.names, rows.sizes, starts):
             plan, own = self.plans[name], None
-            if plan is None:
+            if not all(start * tokens * n * x.element_size() % LINE == 0 for n in W.shape):
+                pass
+            elif plan is None:
                 own = Segment(size * tokens, None, None)
             elif self.joins.get(name, True) and type(plan) is Sum and isinstance(plan.steps[0][1], LowRank):
                 f = self.factors_of(name, plan.steps[0][1])

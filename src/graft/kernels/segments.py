@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from graft.kernels.eager import Function
 from graft.kernels.low_rank import FUSED_FROM, add_up, down, dropped, gradients
 
-LINE = 64  # bytes: products of rows that begin elsewhere than at a multiple have other bits
+LINE = 64  # bytes: products of tensors that begin elsewhere than at a multiple have other bits
 
 
 def at_line(x: Tensor) -> bool:
-    """Return True if the rows of x (…, n) all begin at such a multiple."""
-    return x.shape[-1] * x.element_size() % LINE == 0 and x.data_ptr() % LINE == 0
+    """Return True if x begins at such a multiple."""
+    return x.data_ptr() % LINE == 0
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % LINE == 0 else x.clone()
+    return x if at_line(x) else x.clone()
 
 
 class _Aligned(Function):

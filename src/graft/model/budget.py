@@ -30,6 +30,7 @@ from graft.model.api import get_peft_model
 from graft.model.peft_model import PeftModel
 
 CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
+MANY = 16  # rows, from which on what a step takes is a line
 SPARE = 0.03  # share of a GPU's memory that fragments cannot use
 ITEM = "aten::_local_scalar_dense"  # what asks a tensor for a number, or for True or False
 OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # bytes of state for a number that trains
@@ -110,7 +111,14 @@ class Training:
         return one + (self.layers / self.period - 1) * (two - one)
 
     def step(self, batch: int, checkpointing: bool) -> Step:
-        """Return what a step of so many rows takes, blocks running again in the backward pass or not."""
+        """Return what a step of so many rows takes, blocks running again in the backward pass or not.
+
+        Kernels go through rows a few at a time, so that it would take long to run a step of very many.
+        """
+        if batch > MANY:
+            a, b = self.step(MANY // 2, checkpointing), self.step(MANY, checkpointing)
+            more = (batch - MANY) / (MANY - MANY // 2)
+            return Step(b.kept + more * (b.kept - a.kept), b.peak + more * (b.peak - a.peak))
         if (batch, checkpointing) not in self.steps:
             of = cache(lambda n: measured(self.model(n, "meta", checkpointing), batch, self.length, self.on_gpu))
             self.steps[batch, checkpointing] = Step(

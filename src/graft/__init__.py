@@ -39,6 +39,7 @@ _NAMES: dict[str, str] = {
         "get_peft_config get_peft_model plan",
         "graft.model.tuner": "Tuner inject_adapter_in_model",
         "graft.model.mixed": "PeftMixedModel",
+        "graft.model.compose": "Average Parallel Stack split",
         "graft.model.experts": "create_arrow_model",
         "graft.model.adapter_tensors": "AdapterTensors adapter_tensors",
         "graft.model.merging": "merge_report",

@@ -18,11 +18,13 @@ class State:
     """The state of a carrier that changes as adapters are switched. A plain object: setting an attribute of a module
     takes ten times as long."""
 
-    __slots__ = ("active", "call", "disabled", "slots", "trainable")
+    __slots__ = ("active", "apart", "call", "disabled", "slots", "trainable", "weights")
 
     def __init__(self, call: Any = None) -> None:
         self.call = call  # the Call, which may disable adapters
         self.active: list[str] = []
+        self.weights: tuple[float, ...] | None = None  # of the active ones, if they act as an average
+        self.apart = False  # each active one acts on rows of its own, which a call names
         self.disabled = False
         self.trainable: Sequence[str] = ()  # adapters that require gradients
         self.slots: dict[str, list[Slot]] = {}  # of layers: by adapter, as last seen
@@ -131,8 +133,10 @@ class Carrier:
             self.check_active(names)
         self.activate(names, not inference_mode)
 
-    def activate(self, names: list[str], train: bool) -> None:
-        """Do as `set_adapter`, without its check."""
+    def activate(
+        self, names: list[str], train: bool, weights: tuple[float, ...] | None = None, apart: bool = False
+    ) -> None:
+        """Do as `set_adapter`, without its check. weights, apart: see `State`."""
         state, on = self.state, names if train else ()
         for name in state.trainable:
             if name not in on and not state.let_train(name, False):
@@ -140,7 +144,7 @@ class Carrier:
         for name in on:
             if not state.let_train(name, True):
                 self.require_grad(name, True)
-        state.active, state.trainable = names, on
+        state.active, state.trainable, state.weights, state.apart = names, on, weights, apart
         self.changed()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -155,7 +159,7 @@ class Carrier:
         if adapter in state.trainable:
             state.trainable = [a for a in state.trainable if a != adapter]
         if adapter in state.active:
-            state.active = [a for a in state.active if a != adapter]
+            state.active, state.weights = [a for a in state.active if a != adapter], None
             self.changed()
 
     @changes(everything)

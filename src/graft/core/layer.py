@@ -25,7 +25,7 @@ from graft.core.mixed import Mixed
 from graft.core.names import one_or_several
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import Plan, plan_of, refuse_gates
+from graft.core.plan import Apart, Plan, plan_of, refuse_gates
 from graft.core.rows import OFF, Rows
 from graft.core.site import Site, Store, Weight
 from graft.core.wrappers import HOOK, brought_in
@@ -45,7 +45,7 @@ class LayerState(State):
         self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
-        self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run
+        self.plans: dict[tuple[Any, ...], Plan | None] = {}  # by the names of the adapters that run, and weights
         self.mix: Mixed | None = None  # that of the last mixed batch
 
     def forget(self, adapter: str) -> None:
@@ -143,14 +143,23 @@ class Host(Holding, Carrier, nn.Module):
             state.plan = None
             return
         names = tuple(state.active)
-        state.plan = state.plans[names] if names in state.plans else self.plan_for(names)
+        if state.apart and any(name in self.methods for name in names):
+            state.plan = Apart(self, ())  # type: ignore[arg-type]
+        elif state.weights is None and names in state.plans:
+            state.plan = state.plans[names]
+        else:
+            state.plan = self.plan_for(names, state.weights)
 
-    def plan_for(self, names: tuple[str, ...]) -> Plan | None:
-        """Return the plan for these adapters; None if the layer carries none of them."""
+    def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> Plan | None:
+        """Return the plan for these adapters; None if the layer carries none of them.
+
+        weights: of an average of them; None: each acts on what those before it made.
+        """
         plans = self.state.plans
-        if names not in plans:
-            plans[names] = plan_of(self, names)  # type: ignore[arg-type]  # a head has what its plan asks for
-        return plans[names]
+        key = names if weights is None else (*names, weights)
+        if key not in plans:
+            plans[key] = plan_of(self, names, weights)  # type: ignore[arg-type]  # a head has what its plan asks for
+        return plans[key]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base, plan, back = self.base_module, self.state.plan, None
@@ -167,10 +176,10 @@ class Host(Holding, Carrier, nn.Module):
     def mix_of(self, rows: Rows) -> Mixed:
         """Return the layer's plans for a batch with these rows."""
         state = self.state
-        names = () if state.disabled else rows.names
+        keys = () if state.disabled else rows.keys
         mix = state.mix
-        if mix is None or mix.names != names:
-            mix = state.mix = Mixed(self, names)  # type: ignore[arg-type]
+        if mix is None or mix.keys != keys:
+            mix = state.mix = Mixed(self, keys)  # type: ignore[arg-type]
         return mix
 
 

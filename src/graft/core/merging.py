@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.averaging import averaged
 from graft.core.containers import slots_of
 from graft.core.effect import HALF, LowRank, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, warn
@@ -94,6 +95,11 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return
+    if layer.state.apart:
+        raise NotImplementedError(
+            f"Cannot merge adapter(s) {list(names)} into layer '{key}': they are active in parallel, each for copies "
+            "of the batch. Activate one of them, a Stack or an Average first: set_adapter()."
+        )
     if undoable and (layer.state.disabled or layer.call.blocks):
         raise ValueError(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}' while adapters are disabled: it would act with "
@@ -239,6 +245,8 @@ def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step]
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
     steps = ordered(layer, [layer.methods[n] for n in together if n in layer.methods])
+    if layer.state.weights is not None:
+        steps = averaged(layer, steps, dict(zip(active, layer.state.weights)))
     if not done:
         return steps, steps
     new = [step for step in steps if step[0].name not in done]

@@ -30,7 +30,7 @@ from graft.core.plan import (
 )
 from graft.core.protocols import Layer
 from graft.core.routing import Groups, route
-from graft.core.rows import Given, Rows
+from graft.core.rows import Given, Key, Rows, Together, members
 from graft.kernels.eager import autocast_dtype
 from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, fits
@@ -49,11 +49,14 @@ def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
 
 
 class Mixed:
-    """The plans of a layer for the rows of a batch. names: the adapters in the batch; None for rows without one."""
+    """The plans of a layer for the rows of a batch. keys: what groups of rows use; None for rows without an adapter."""
 
-    def __init__(self, layer: Layer, names: tuple[str | None, ...]):
-        self.layer, self.names = layer, names
-        self.plans: dict[str | None, Plan | None] = {n: None if n is None else layer.plan_for((n,)) for n in names}
+    def __init__(self, layer: Layer, keys: tuple[Key, ...]):
+        self.layer, self.keys = layer, keys
+        self.plans: dict[Key, Plan | None] = {}
+        for key in keys:
+            weights = key.weights if isinstance(key, Together) else None
+            self.plans[key] = None if key is None else layer.plan_for(members(key), weights)
         self.taps: list[tuple[str, str]] = []  # of inputs to keep
         self.tapped = False
         for n, plan in self.plans.items():
@@ -64,9 +67,9 @@ class Mixed:
         self.whole = any(isinstance(plan, Whole) for plan in plans)
         self.block = any(isinstance(plan, Block) for plan in plans)
         self.adds = all(plan.above for plan in plans)
-        self.products = all(isinstance(p, Sum) and type(p.steps[0][1]) is LowRank for p in plans)
+        self.products = all(isinstance(p, Sum) and p.single and type(p.steps[0][1]) is LowRank for p in plans)
         self.folded = any(isinstance(plan, Folded) for plan in plans)
-        self.carrying: list[Any] = [(i, self.plans[n]) for i, n in enumerate(names) if self.plans[n] is not None]
+        self.carrying: list[Any] = [(i, self.plans[n]) for i, n in enumerate(keys) if self.plans[n] is not None]
         self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
@@ -120,8 +123,8 @@ class Mixed:
         layer, draws = self.layer, given.draws if self.layer.training else None
         ticket = 0 if draws is None else draws.ticket()
 
-        def drawing(name: str | None) -> AbstractContextManager[None]:
-            return nullcontext() if draws is None else draws.of(name, ticket, x.device)
+        def drawing(key: Key) -> AbstractContextManager[None]:
+            return nullcontext() if draws is None or isinstance(key, Together) else draws.of(key, ticket, x.device)
 
         x = rows.by_adapter(x)
         alike = self.segments(rows, x, drawing) if given.gates is None and not (args or kwargs) else None
@@ -134,9 +137,9 @@ class Mixed:
             if alike is not None and alike[run.start] is not None:
                 outputs.append(self.shared(part, alike[run]))  # type: ignore[arg-type]
                 continue
-            name, index = rows.segments[run.start]
-            with self.seeing(index), drawing(name):
-                outputs.append(self.one(name, aligned(part), args, kwargs))
+            key, index = rows.segments[run.start]
+            with self.seeing(index), drawing(key):
+                outputs.append(self.one(key, aligned(part), args, kwargs))
         outputs = widened(outputs, layer.site.key) if self.aside else outputs
         return rows.as_they_came(torch.cat([aligned(y) for y in outputs]))
 
@@ -150,9 +153,11 @@ class Mixed:
             return None
         W, tokens, found = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
         starts = accumulate(rows.sizes, initial=0)
-        for name, size, start in zip(rows.names, rows.sizes, starts):
+        for name, size, start in zip(rows.keys, rows.sizes, starts):
             plan, own = self.plans[name], None
-            if not all(start * tokens * n * x.element_size() % LINE == 0 for n in W.shape):
+            if isinstance(name, Together) or not all(
+                start * tokens * n * x.element_size() % LINE == 0 for n in W.shape
+            ):
                 pass
             elif plan is None:
                 own = Segment(size * tokens, None, None)
@@ -199,7 +204,7 @@ class Mixed:
             )
         return self.plans[rows.segments[0][0]]
 
-    def one(self, name: str | None, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def one(self, name: Key, x: Tensor, args: Any, kwargs: Any) -> Any:
         plan = self.plans[name]
         return self.layer.base_module(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
@@ -208,7 +213,7 @@ class Mixed:
         first: Any = next(plan for plan in self.plans.values() if plan is not None)
         x, call = first.input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
-        plans: dict[str | None, Any] = self.plans
+        plans: dict[Key, Any] = self.plans
         some = [(plans[name], index) for name, index in rows.on(x.device).segments if plans[name] is not None]
         inner, given = x, []
         for plan, index in some:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
+from graft.core.averaging import averaged
 from graft.core.dropout import share_dropped
 from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update
 from graft.core.errors import RoutingError, UnsupportedLayerError
@@ -574,6 +575,55 @@ class Block(Plan):
         return y
 
 
+class Level(Chain):
+    """Adapters whose parts all come from one output: those of an average."""
+
+    above = True
+
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = self.through(0, x, args, kwargs)
+        return self.gated(x, y) if self.layer.call.open and self.layer.call.weights() is not None else self.over(x, y)
+
+    def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+        return self.over(x, y)
+
+    def over(self, x: Tensor, y: Tensor) -> Tensor:
+        return level(self, x, y)
+
+
+class LevelBlock(Block):
+    """The same, of a module with several inputs."""
+
+    def after(self, given: list[Tensor], y: Tensor) -> Tensor:
+        if self.layer.call.open and self.layer.call.weights() is not None:
+            return self.gated(given[0], y)
+        return level(self, given[0], y)
+
+
+def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
+    """Return y with the parts of all steps, each of y itself."""
+    out = y
+    for m, effect in plan.steps:
+        out = out + plan.part(m, effect, x, y)
+    return out.to(y.dtype)
+
+
+class Apart(Plan):
+    """Adapters each of which acts on rows of its own, in a call that does not say which."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise RoutingError(
+            f"Adapters {self.layer.state.active} are active in parallel, and layer '{self.layer.site.key}' runs in a "
+            "call that gives them no rows: call the PeftModel itself, or set_adapter() to one of them."
+        )
+
+    def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.run()  # type: ignore[no-any-return]
+
+    def folded_now(self) -> tuple[Tensor, Tensor | None]:
+        return self.run()  # type: ignore[no-any-return]
+
+
 class Tapped(Plan):
     """A plan of adapters that keep the layer's input for a later one of its block, or get that of an earlier one.
 
@@ -581,10 +631,10 @@ class Tapped(Plan):
         plan: of what they do to the layer; None for nothing.
     """
 
-    def __init__(self, layer: Layer, steps: Sequence[Step]):
+    def __init__(self, layer: Layer, steps: Sequence[Step], one_output: bool = False):
         self.taps = [(m.name, reader) for m, effect in steps if isinstance(effect, Tap) for reader in effect.readers]
         super().__init__(layer, [step for step in steps if not isinstance(step[1], Tap)])
-        self.plan = made(layer, self.steps) if self.steps else None
+        self.plan = made(layer, self.steps, one_output) if self.steps else None
         self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -661,19 +711,24 @@ def ordered(layer: Layer, methods: Iterable[Method]) -> list[Step]:
     return [step for i in sorted(groups) for step in groups[i]]
 
 
-def plan_of(layer: Layer, names: Sequence[str]) -> Plan | None:
-    """Return the plan for those of `names` that the layer carries; None if it carries none."""
+def plan_of(layer: Layer, names: Sequence[str], weights: Sequence[float] | None = None) -> Plan | None:
+    """Return the plan for those of `names` that the layer carries; None if it carries none.
+
+    weights: of an average of them.
+    """
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return None
     steps = ordered(layer, methods)
+    if weights is not None:
+        steps = averaged(layer, steps, dict(zip(names, weights)))
     if any([isinstance(e, Tap) or (isinstance(e, Rewrite) and e.tapped) for _, e in steps]):
-        return Tapped(layer, steps)
-    return made(layer, steps)
+        return Tapped(layer, steps, weights is not None)
+    return made(layer, steps, weights is not None)
 
 
-def made(layer: Layer, steps: Sequence[Step]) -> Plan:
-    """Return the plan of steps that act on the layer alone."""
+def made(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> Plan:
+    """Return the plan of steps that act on the layer alone. one_output: all parts come from one."""
     effects = [effect for _, effect in steps]
     kind: type[Plan]
     if layer.op.opaque:
@@ -683,9 +738,9 @@ def made(layer: Layer, steps: Sequence[Step]) -> Plan:
     elif any(isinstance(e, Branch) and e.input_of for e in effects):
         kind = Whole
     elif any(isinstance(e, Rewrite) and e.block for e in effects):
-        kind = Block
+        kind = LevelBlock if one_output else Block
     else:
-        kind = Sum if all(e.additive for e in effects) else Chain
+        kind = Sum if all(e.additive for e in effects) else Level if one_output else Chain
     if layer.site.piece is not None:
         kind = layer.site.piece.plans.get(kind, kind)
     return kind(layer, steps)

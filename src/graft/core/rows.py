@@ -22,27 +22,42 @@ BASE = "__base__"  # the row uses no adapter
 EMPTY = torch.empty(0, dtype=torch.long, device="cpu")
 
 
+class Together(NamedTuple):
+    """Adapters that act on the same rows: each on what those before it made, or by weights, all on one output."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+
+
+Key = str | Together | None  # of a group of rows: an adapter, several, or None for the base model
+
+
+def members(key: Key) -> tuple[str, ...]:
+    """Return the adapters of a group of rows."""
+    return () if key is None else key.names if isinstance(key, Together) else (key,)
+
+
 @dataclass(eq=False)
 class Rows:
     """A batch grouped by adapter. Layers read tensors, on the device of the batch; the host has the same in lists."""
 
     batch: int
-    groups: dict[str | None, list[int]]  # rows by adapter, None for the base model
+    groups: dict[Key, list[int]]  # rows by adapter, None for the base model
     in_order: bool  # the groups, one after the other, are the batch as it stands
-    segments: tuple[tuple[str | None, Tensor], ...]  # (adapter or None for the base model, row indices)
+    segments: tuple[tuple[Key, Tensor], ...]  # (adapter or None for the base model, row indices)
     order: Tensor  # the segments, one after the other
     inverse: Tensor  # the index that puts them back into the order of the batch
     elsewhere: dict[torch.device, Rows] = field(default_factory=dict)  # the same on other devices
 
     @classmethod
-    def of(cls, names: Sequence[str], device: torch.device | None = None) -> Rows:
-        groups: dict[str | None, list[int]] = {}
+    def of(cls, names: Sequence[str | Together], device: torch.device | None = None) -> Rows:
+        groups: dict[Key, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(None if name == BASE else name, []).append(row)
         return cls.placed(len(names), groups, device)
 
     @classmethod
-    def placed(cls, batch: int, groups: dict[str | None, list[int]], device: torch.device | None) -> Rows:
+    def placed(cls, batch: int, groups: dict[Key, list[int]], device: torch.device | None) -> Rows:
         """Make the indices, by one copy to the device; by none if the last batches had these groups, too."""
         listed = [row for rows in groups.values() for row in rows]
         places = sorted(range(batch), key=listed.__getitem__)
@@ -72,12 +87,25 @@ class Rows:
         return x if self.in_order else x.index_select(0, self.inverse)
 
     @cached_property
-    def names(self) -> tuple[str | None, ...]:
-        """The adapters in the batch, None for the base model."""
-        return tuple(name for name, _ in self.segments)
+    def keys(self) -> tuple[Key, ...]:
+        """What the groups use, None for the base model."""
+        return tuple(self.groups)
 
     @cached_property
-    def grouped(self) -> tuple[list[str], Tensor, list[int], bool] | None:
+    def names(self) -> tuple[str | None, ...]:
+        """The adapters in the batch, None for the base model."""
+        return tuple(dict.fromkeys(name for key in self.groups for name in (members(key) or (None,))))
+
+    def rows_of(self, adapter: str) -> list[int]:
+        """Return the rows that use an adapter, alone or among others."""
+        return [row for key, rows in self.groups.items() if adapter in members(key) for row in rows]
+
+    def index_of(self, adapter: str) -> Tensor:
+        """Return the same as a tensor on the device of the rows, in the order of their segments."""
+        return torch.cat([index for key, index in self.segments if adapter in members(key)])
+
+    @cached_property
+    def grouped(self) -> tuple[list[Key], Tensor, list[int], bool] | None:
         """The adapters, their rows, adapter by adapter, how many each has, and whether this is the batch as it stands;
         None unless there are several adapters."""
         own = [(name, index) for name, index in self.segments if name is not None]

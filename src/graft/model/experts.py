@@ -12,7 +12,7 @@ from torch import nn
 
 from graft.config.base import CONFIG_NAME, PeftConfig
 from graft.core.carrier import Carrier
-from graft.core.errors import CheckpointError, ConfigError, UnsupportedLayerError
+from graft.core.errors import CheckpointError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.gate import changes, everything, prepares
 from graft.core.method import Method
 from graft.core.ops import META
@@ -28,6 +28,7 @@ from graft.methods import method_of
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
+from graft.model.compose import Composition
 from graft.model.layer_registry import LayerRegistry
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Configs, check_adapter_name
@@ -173,8 +174,14 @@ class XLoraRegistry(LayerRegistry):
             )
 
     @changes(everything)
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active: X-LoRA with its experts, or experts by themselves, as plain LoRA."""
+    def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
+        """Make these adapters active: X-LoRA with its experts, or experts by themselves, as plain LoRA.
+
+        Raises:
+            RoutingError: a composition, beside gates that X-LoRA makes itself.
+        """
+        if isinstance(adapter_name, Composition):
+            raise RoutingError(f"X-LoRA mixes its adapters itself: {adapter_name!r} cannot be active in its model.")
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         together = self.owner in names
         if together:

@@ -13,6 +13,7 @@ from graft.core.carrier import check_not_merged
 from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of
 from graft.methods import METHODS
+from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.tuner_type import step
@@ -72,7 +73,9 @@ class PeftMixedModel(PeftModel):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return cls
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:  # type: ignore[override]
+    def set_adapter(  # type: ignore[override]
+        self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False
+    ) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.
 
         Raises:

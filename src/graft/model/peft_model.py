@@ -17,14 +17,15 @@ from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import AdapterNotFoundError, ConfigError
 from graft.core.gate import PATIENCE, Names
-from graft.core.rows import Given, Run, copies_of
+from graft.core.rows import BASE, Given, Run, copies_of
 from graft.inject.job import Options
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import checkpoints
+from graft.model.compose import Composition, names_in
 from graft.model.registry import Registry, check_adapter_name, parameters_of, unless_it_fails
-from graft.model.rows import draws_of, names_of_rows, rows_of, spread, untouched
+from graft.model.rows import RowNames, composed, composition_for, draws_of, names_of_rows, rows_of, spread, untouched
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
@@ -262,15 +263,17 @@ class PeftModel(nn.Module):
             if options.values is None:
                 note_start(self._registry, adapter_name)
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the active and (unless for inference) trainable one.
+    def set_adapter(self, adapter_name: str | Composition, inference_mode: bool = False) -> None:
+        """Make one adapter the active and (unless for inference) trainable one; or those of a `Stack`, `Average` or
+        `Parallel`.
 
-        Several at once: `model.base_model.set_adapter([...])`.
+        Several at once: `model.base_model.set_adapter([...])`, which is a `Stack`.
 
         Raises:
             ValueError: it is not loaded.
+            RoutingError: one of a composition is not loaded, or an average cannot weigh it.
         """
-        if not isinstance(adapter_name, str):
+        if not isinstance(adapter_name, (str, Composition)):
             several = self._registry.several
             raise TypeError(f"set_adapter takes one name, got {adapter_name!r} (a list is unhashable here): {several}.")
         self._registry.set_adapter(adapter_name, inference_mode=inference_mode)
@@ -357,7 +360,12 @@ class PeftModel(nn.Module):
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
         registry = self._registry
-        with self._calling("generate" if generates else "forward", names):
+        value = composition_for(registry, kwargs.pop("compose", None), names)
+        if value is not None:
+            own = {*self.special_peft_forward_args, *registry.arguments}
+            inputs, kwargs, names = composed(value, inputs, kwargs, own)
+        used = None if names is None else [n for name in names for n in names_in(name)]
+        with self._calling("generate" if generates else "forward", used):
             output, given = self._run(function, names, inputs, kwargs, generates)
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, given)
@@ -366,7 +374,12 @@ class PeftModel(nn.Module):
         return output
 
     def _run(
-        self, function: Any, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any], generates: bool
+        self,
+        function: Any,
+        names: RowNames,
+        inputs: tuple,
+        kwargs: dict[str, Any],
+        generates: bool,
     ) -> tuple[Any, Given]:
         """Do as `_call`, within a call; return the output, and what the call said of its rows."""
         registry = self._registry
@@ -382,9 +395,10 @@ class PeftModel(nn.Module):
         if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_averaged(registry)
             registry.averaged = True
+        used = None if rows is None else [BASE if n is None else n for n in rows.names]
         run = Run(inputs, kwargs, own, rows, generates)
         run.copies = copies_of(registry.model, kwargs) if generates else 1
-        with untouched(draws), call.using(rows, draws), self._heads_of(names), registry.acting(run) as finish:
+        with untouched(draws), call.using(rows, draws), self._heads_of(used), registry.acting(run) as finish:
             if run.copies > 1 and call.given:
                 with spread(call, run.copies, self.get_base_model()):
                     return finish(function(*inputs, **kwargs)), call.given
@@ -399,7 +413,10 @@ class PeftModel(nn.Module):
         return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter.
+        """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter; a
+        `Stack` or an `Average` of adapters is an entry, too.
+
+        `compose`: a `Stack`, `Average` or `Parallel` for this call, in place of the active adapters.
 
         `adapter_generators`: a generator of the CPU for each adapter of the batch, from which it draws in training (its
         dropout) as it would alone from torch's own: see "Many adapters".
@@ -412,7 +429,7 @@ class PeftModel(nn.Module):
         return self._call(self.get_base_model(), args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model's generate, with `adapter_names` as in `forward`."""
+        """Run the base model's generate, with `adapter_names` and `compose` as in `forward`."""
         return self._call(self.get_base_model().generate, args, kwargs, generates=True)
 
     @staticmethod

@@ -24,16 +24,17 @@ from graft.core.errors import (
     warn,
 )
 from graft.core.gate import ACTIVE, Names, changes, deletion, everything
-from graft.core.layer import AdapterLayer
+from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
 from graft.core.names import one_or_several
-from graft.core.rows import BASE, Run
+from graft.core.rows import BASE, Run, Together
 from graft.inject.find import biases_of
 from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
 from graft.io.rendezvous import Note
+from graft.model.compose import Average, Composition, Parallel, Stack, check_known, keys_of
 from graft.model.watch import Watch
 from graft.prompts.base import Prompt
 
@@ -41,6 +42,16 @@ _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict
 
 
 LONGEST_NAME = 255  # bytes
+
+
+def names_for(given: str | Sequence[str] | Composition) -> list[str]:
+    """Return the adapters that `set_adapter` is to make active."""
+    return given.names if isinstance(given, Composition) else one_or_several(given, "set_adapter")
+
+
+def how(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
+    """Return the weights of the active adapters, and whether each has rows of its own."""
+    return value.weights if isinstance(value, Average) else None, isinstance(value, Parallel)
 
 
 def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
@@ -141,6 +152,8 @@ class Registry:
     peft_config: dict[str, PeftConfig]
     reports: dict[str, InjectReport]
     active_adapters: list[str]
+    composition: Composition | None  # the Average or Parallel that they form
+    checked: set[Together]  # adapters that can act together so
     on_change: Callable[[], None] | None = None  # called when other adapters run
     merged_adapters: Sequence[str] = ()
     states: dict[str, Any]  # state of methods during training, by adapter
@@ -168,6 +181,7 @@ class Registry:
         self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self.states = Configs(), {}, [], {}
         self.watched, self.trained, self.frozen, self.starts = set(), set(), set(), {}
+        self.composition, self.checked = None, set()
         return found
 
     @property
@@ -232,7 +246,10 @@ class Registry:
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
         for part in parts.carriers():
             if id(part) not in known:
-                part.state.active = list(self.active_adapters)  # which it does not carry
+                state = part.state
+                state.active = list(self.active_adapters)  # which it does not carry
+                if self.composition is not None:
+                    state.weights, state.apart = how(self.composition)
             if disabled:
                 part.enable_adapters(False)
 
@@ -291,33 +308,61 @@ class Registry:
         layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
-    @changes(lambda self, adapter_name, *_, **__: self._switched(one_or_several(adapter_name, "set_adapter")))
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters active, in this order, and trainable unless for inference.
+    @changes(lambda self, adapter_name, *_, **__: self._switched(names_for(adapter_name)))
+    def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
+        """Make these adapters active, in this order or as a composition says, and trainable unless for inference.
 
         Raises:
             AdapterNotFoundError: one of them is not loaded.
             ValueError: two of them cannot be active together.
+            RoutingError: a composition names one that is not loaded, or averages one that does more than add.
         """
-        names = one_or_several(adapter_name, "set_adapter")
-        self.check_known(names)
-        if len(names) > 1:
-            for part in self.carriers():
-                part.check_active(names)
+        names, composition = names_for(adapter_name), None
+        if isinstance(adapter_name, Composition):
+            self.check_composition(adapter_name)
+            composition = None if isinstance(adapter_name, Stack) else adapter_name
+        else:
+            self.check_known(names)
+            self.check_together(names)
         if self.merged_adapters and not (
-            names == self.active_adapters and all(layer.is_merged(names) for layer in self.mergeable_layers())
+            composition == self.composition
+            and names == self.active_adapters
+            and all(layer.is_merged(names) for layer in self.mergeable_layers())
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
+        weights, apart = how(composition)
         for part in self.carriers():
-            part.activate(names, not inference_mode)
+            part.activate(names, not inference_mode, weights, apart)
         self._freeze(names)
-        self.active_adapters = names
+        self.active_adapters, self.composition = names, composition
         if not self.watched.issuperset(names):
             self.watched.update(names)
             self.watch = Watch(self)
         self.changed_training()
         self._changed()
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raise ValueError if two of these adapters cannot be active together."""
+        if len(names) > 1:
+            for part in self.carriers():
+                part.check_active(names)
+
+    def check_composition(self, value: Composition) -> None:
+        """Raise unless its adapters are loaded and can act together so.
+
+        Raises:
+            RoutingError: one is not loaded, or is averaged and does more than add.
+            ValueError: two of them cannot be active together.
+        """
+        check_known(value.names, self.peft_config, value)
+        for key in keys_of(value):
+            if isinstance(key, Together) and key not in self.checked:
+                self.check_together(key.names)
+                for part in self.carriers() if key.weights is not None else ():
+                    if isinstance(part, Host):
+                        part.plan_for(key.names, key.weights)
+                self.checked.add(key)
 
     def mergeable_layers(self) -> list[AdapterLayer]:
         return []
@@ -342,6 +387,7 @@ class Registry:
                 f"Adapter {adapter_name} does not exist. Loaded adapters: {', '.join(self.peft_config)}."
             )
         check_not_merged([adapter_name], self.merged_adapters)
+        composition, self.checked = self.composition, set()
         del self.peft_config[adapter_name]
         self.reports.pop(adapter_name, None)
         self.states.pop(adapter_name, None)
@@ -351,6 +397,8 @@ class Registry:
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:
+            if composition is not None:
+                warn(f"Adapter '{adapter_name}' was a part of {composition!r}, which ends: set_adapter() anew.")
             self.set_adapter(active_without(adapter_name, self.active_adapters, self.peft_config))
 
     @changes(lambda _, adapter_names, *__, **___: one_or_several(adapter_names, "set_requires_grad"))

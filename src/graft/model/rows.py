@@ -14,12 +14,15 @@ from torch import Generator, Tensor
 from graft.core.call import Call
 from graft.core.draws import Draws, Untouched
 from graft.core.errors import RoutingError
-from graft.core.rows import BASE, Given, Rows
+from graft.core.rows import BASE, Given, Rows, Together
+from graft.model.compose import Composition, Parallel, batch_of, copied, keys_of
 from graft.model.registry import Registry
 
+RowNames = list[str | Composition] | None  # what acts on each row
 
-def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
-    """Return `adapter_names` as a list; raise TypeError for anything but names."""
+
+def names_of_rows(names: Iterable[str | Composition] | None) -> RowNames:
+    """Return `adapter_names` as a list; raise TypeError for anything but names and compositions."""
     if names is None:
         return None
     if isinstance(names, str):
@@ -28,19 +31,23 @@ def names_of_rows(names: Iterable[str] | None) -> list[str] | None:
             f"set_adapter('{names}') for all rows."
         )
     names = list(names)
-    wrong = {row: name for row, name in enumerate(names) if not isinstance(name, str)}
+    wrong = {row: name for row, name in enumerate(names) if not isinstance(name, (str, Composition))}
     if wrong:
         raise TypeError(
             f"adapter_names takes names, got {wrong} (by row): '{BASE}' stands for a row without an adapter."
         )
+    if any(isinstance(name, Parallel) for name in names):
+        raise RoutingError("adapter_names has a Parallel, which copies rows: pass it as compose=.")
     return names
 
 
-def rows_of(registry: Registry, names: list[str] | None, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
+def rows_of(registry: Registry, names: RowNames, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
     """Return the rows of a mixed batch, checked; None without names."""
     if names is None:
         return None
-    unknown = sorted({n for n in names if n != BASE and n not in registry.peft_config})
+    for value in {name for name in names if isinstance(name, Composition)}:
+        registry.check_composition(value)
+    unknown = sorted({n for n in names if isinstance(n, str) and n != BASE and n not in registry.peft_config})
     if unknown:
         loaded = ", ".join(registry.peft_config)
         raise RoutingError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded: {loaded}.")
@@ -57,7 +64,35 @@ def rows_of(registry: Registry, names: list[str] | None, inputs: tuple, kwargs: 
             "Length of `adapter_names` should be the same as the number of inputs, "
             f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
         )
-    return Rows.of(names, tensors[0].device if tensors else None)
+    keys = {name: keys_of(name)[0] for name in set(names)}
+    return Rows.of([keys[name] for name in names], tensors[0].device if tensors else None)
+
+
+def composition_for(registry: Registry, value: Composition | None, names: object) -> Composition | None:
+    """Return the composition that gives rows of a call their adapters: its `compose`, or an active Parallel.
+
+    Raises:
+        TypeError: it is no composition.
+        RoutingError: the call has names of rows as well, or an adapter cannot be a part of it.
+    """
+    if value is None:
+        active = registry.composition
+        return active if isinstance(active, Parallel) and names is None and not registry.disabled else None
+    if not isinstance(value, Composition):
+        raise TypeError(f"compose takes a Stack, an Average or a Parallel, got {value!r}.")
+    if names is not None:
+        raise RoutingError("compose is for all rows of a call, adapter_names for each: pass one of them.")
+    registry.check_composition(value)
+    return value
+
+
+def composed(
+    value: Composition, inputs: tuple, kwargs: dict[str, Any], own: set[str]
+) -> tuple[tuple, dict[str, Any], list[str | Composition]]:
+    """Return the arguments of a call, with copies of its rows for a Parallel, and what acts on each row."""
+    batch, children = batch_of(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
+    inputs, kwargs = copied(inputs, kwargs, len(children), own)
+    return inputs, kwargs, [child for child in children for _ in range(batch)]
 
 
 def draws_of(generators: Any, rows: Rows | None) -> Draws | None:
@@ -74,6 +109,8 @@ def draws_of(generators: Any, rows: Rows | None) -> Draws | None:
     wrong = {n: g for n, g in generators.items() if not isinstance(g, Generator) or g.device.type != "cpu"}
     if wrong:
         raise TypeError(f"adapter_generators takes generators of the CPU (torch.Generator()), got {wrong}.")
+    if any(isinstance(key, Together) for key in rows.keys):
+        raise RoutingError("adapter_generators are for rows of one adapter each, not for a Stack or an Average.")
     names = {name for name in rows.names if name is not None}
     if names - set(generators):
         raise RoutingError(

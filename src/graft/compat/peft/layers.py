@@ -18,11 +18,11 @@ from torch import nn
 
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
-from graft.core.errors import PeftWarning, warn
+from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.layer import AdapterLayer, ParameterLayer
 from graft.core.method import Method
 from graft.core.ops import OPS
-from graft.core.rows import BASE
+from graft.core.rows import BASE, Together
 from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 from graft.storage import STORES
@@ -153,7 +153,11 @@ def names_of_rows(call: Call) -> list[str] | None:
     """Return the adapter of each row of the mixed batch that runs, as PEFT hands it to layers; None in none."""
     rows = call.current()
     groups = {} if rows is None else rows.groups
-    named = {row: BASE if name is None else name for name, group in groups.items() for row in group}
+    named: dict[int, str] = {}
+    for key, group in groups.items():
+        if isinstance(key, Together):
+            raise RoutingError("A replaced layer takes one adapter for each row, not a Stack or an Average.")
+        named |= dict.fromkeys(group, BASE if key is None else key)
     return [named[row] for row in sorted(named)] or None
 
 

@@ -164,7 +164,7 @@ def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
     """Warn of rows that use an adapter and do not invoke it."""
     own: Sequence[int] = range(len(counts))
     if rows is not None:
-        own = rows.groups[name]
+        own = rows.rows_of(name)
     absent = [row for row in own if row < len(counts) and not counts[row]]
     if absent:
         shown = f"rows {absent}" if len(absent) < len(counts) else "any row"

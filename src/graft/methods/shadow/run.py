@@ -129,7 +129,7 @@ class Pass:
             self.starts[name] = start
             return start
         rows = self.call.rows
-        index = None if rows is None else dict(rows.on(start.device).segments)[name]
+        index = None if rows is None else rows.on(start.device).index_of(name)
         return start if index is None else start.index_select(0, index)
 
     def finish(self, output: Any) -> Any:

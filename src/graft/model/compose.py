@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composition: adapters that act on each other's output, as an average, or each on a copy of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from graft.core.errors import RoutingError
+from graft.core.rows import BASE, Together, tensors_in
+
+SHARED = ("cache_position",)  # arguments of models that no row has for itself
+
+
+class Composition:
+    """Base of the values that `set_adapter` and `compose=` take."""
+
+    children: tuple[Any, ...]
+
+    def __init__(self, *children: Any):
+        self.children = children
+        if not children:
+            raise RoutingError(f"{self._name} of no adapters: name one at least.")
+        for child in children:
+            self._check(child)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check(self, child: Any) -> None:
+        if not isinstance(child, str):
+            raise RoutingError(f"{self._name} takes names of adapters, got {child!r}.")
+        if child == BASE:
+            raise RoutingError(f"{self._name} takes adapters, and '{BASE}' stands for a row without one.")
+        if self.children.count(child) > 1:
+            raise RoutingError(f"{self._name} names adapter '{child}' twice: it acts once.")
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, each once."""
+        return list(dict.fromkeys(self.children))
+
+    def __repr__(self) -> str:
+        return f"{self._name}({', '.join(map(repr, self.children))})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.children))
+
+
+class Stack(Composition):
+    """Adapters each of which acts on the layer that those before it made: `set_adapter([...])` as a value.
+
+    Raises:
+        RoutingError: no adapters, one twice, or what is no name.
+    """
+
+
+class Average(Composition):
+    """Adapters whose parts count by their weights: y + Σ wᵢ uᵢ(y), all from one output y.
+
+    Args:
+        weights: one for each adapter; 1/n each if None.
+
+    Raises:
+        RoutingError: no adapters, one twice, what is no name, or other than one finite weight for each.
+    """
+
+    def __init__(self, *children: str, weights: Sequence[float] | None = None):
+        super().__init__(*children)
+        given = [1 / len(children)] * len(children) if weights is None else list(weights)
+        if len(given) != len(children):
+            raise RoutingError(f"Average of {len(children)} adapters got {len(given)} weights: give one for each.")
+        wrong = [w for w in given if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
+        if wrong:
+            raise RoutingError(f"Average takes finite numbers as weights, got {wrong[0]!r}.")
+        self.weights = tuple(float(w) for w in given)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, weights={list(self.weights)})"
+
+
+class Parallel(Composition):
+    """Adapters, Stacks and Averages, each of which gets a copy of the batch: rows of the first come first.
+
+    `graft.split` cuts the output. A loss is the mean over the copies. It cannot merge.
+
+    Raises:
+        RoutingError: no children, or one that is none of these.
+    """
+
+    def _check(self, child: Any) -> None:
+        if not isinstance(child, (Stack, Average)):
+            super()._check(child)
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for child in self.children for name in names_in(child)))
+
+
+def names_in(value: str | Composition) -> list[str]:
+    return [value] if isinstance(value, str) else value.names
+
+
+def keys_of(value: str | Composition) -> list[str | Together]:
+    """Return what each copy of a row uses: one key, or of a Parallel one for each child."""
+    if isinstance(value, Parallel):
+        return [key for child in value.children for key in keys_of(child)]
+    if isinstance(value, Average):
+        return [Together(value.children, value.weights)]
+    if isinstance(value, Stack) and len(value.children) > 1:
+        return [Together(value.children)]
+    return names_in(value)  # type: ignore[return-value]
+
+
+def check_known(names: Sequence[str], configs: Mapping[str, Any], value: Composition) -> None:
+    """Raise RoutingError unless there are such adapters, on layers."""
+    unknown = sorted({name for name in names if name not in configs})
+    if unknown:
+        raise RoutingError(f"{value!r} names {unknown}, which are not loaded. Loaded: {', '.join(configs) or 'none'}.")
+    prompts = [name for name in names if configs[name].is_prompt_learning]
+    if prompts:
+        raise RoutingError(f"{value!r} names prompts {prompts}, of which one acts at a time: set_adapter(name).")
+
+
+def batch_of(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return the number of rows: those of the first tensor argument."""
+    for value in (*inputs, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    raise RoutingError("A composition for one call needs a tensor among the arguments, which tells the rows.")
+
+
+def copied(
+    inputs: tuple[Any, ...], kwargs: Mapping[str, Any], copies: int, own: Collection[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments for a batch of `copies` batches, one after the other.
+
+    own: arguments of graft, whose lists have an item for each row.
+
+    Raises:
+        RoutingError: an argument holds tensors of the rows in an object of another kind, such as a filled cache.
+    """
+    if copies == 1:
+        return inputs, dict(kwargs)
+    batch = batch_of(inputs, kwargs)
+
+    def of(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            mine = value.dim() and len(value) == batch and name not in SHARED
+            return value.repeat(copies, *[1] * (value.dim() - 1)) if mine else value
+        if name in own and isinstance(value, list) and len(value) == batch:
+            return value * copies
+        if type(value) in (list, tuple):
+            return type(value)(of(item, name) for item in value)
+        if type(value) is dict:
+            return {key: of(item, name) for key, item in value.items()}
+        if any(t.dim() for t in tensors_in(value)):
+            raise RoutingError(
+                f"Parallel copies the rows of tensors, and argument '{name}' is a {type(value).__name__} that holds "
+                "tensors: leave it out, or run the adapters one by one."
+            )
+        return value
+
+    return (
+        tuple(of(value, f"number {i}") for i, value in enumerate(inputs)),
+        {name: of(value, name) for name, value in kwargs.items()},
+    )
+
+
+def split(output: Any, n: int) -> list[Any]:
+    """Cut the output of a call with `Parallel` into those of its n children.
+
+    A loss and other tensors without rows are in each part as they are. Caches are in none: None stands there.
+
+    Args:
+        output: a tensor, or tensors in tuples, lists, dicts and transformers' outputs; rows come first.
+
+    Raises:
+        RoutingError: the rows of a tensor are not n copies.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise RoutingError(f"split takes the number of parts, got {n!r}.")
+    return [_part(output, n, i) for i in range(n)]
+
+
+def _part(value: Any, n: int, i: int) -> Any:
+    if isinstance(value, Tensor):
+        if not value.dim():
+            return value
+        if len(value) % n:
+            raise RoutingError(f"split cannot cut {len(value)} rows into {n} equal parts.")
+        size = len(value) // n
+        return value[i * size : (i + 1) * size]
+    if isinstance(value, Mapping):
+        items = {key: _part(item, n, i) for key, item in value.items()}
+        kept = items if type(value) is dict else {key: item for key, item in items.items() if item is not None}
+        return kept if type(value) is dict else type(value)(**kept)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_part(item, n, i) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_part(item, n, i) for item in value)
+    return None if any(True for _ in tensors_in(value)) else value

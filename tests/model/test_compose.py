@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compositions: what a Stack, an Average and a Parallel compute, alone, by row and merged; and bad ones."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graft
+from graft.core.errors import RoutingError
+
+NAMES = ("one", "two", "three")
+
+
+def adapters(config, n=3, seed=0):
+    """A model with adapters a, b, c that act, and inputs."""
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double().eval()
+    x = torch.randn(3, 6, dtype=torch.double)
+    model = graft.get_peft_model(base, config(), "one", autocast_adapter_dtype=False)
+    for name in NAMES[1:n]:
+        model.add_adapter(name, config())
+    for name, p in model.named_parameters():
+        if "base_layer" not in name and p.dim():
+            nn.init.normal_(p, std=0.3)
+    return model.eval(), x
+
+
+def lora():
+    return graft.LoraConfig(target_modules=["0", "2"], r=2)
+
+
+def last():
+    return graft.LoraConfig(target_modules=["2"], r=2)
+
+
+def loha():
+    return graft.LoHaConfig(target_modules=["0", "2"], r=2)
+
+
+def alone(model, x, names):
+    model.base_model.set_adapter(names)
+    return model(x).detach()
+
+
+@pytest.mark.parametrize("config", [last, lora, loha])
+def test_an_average_of_additive_adapters_is_the_weighted_sum_of_their_updates(config):
+    model, x = adapters(config)
+    plain = copy.deepcopy(model).unload()
+    for key, layer in ((m.key, m) for m in model.modules() if isinstance(m, graft.AdapterLayer)):
+        for name, weight in (("one", 0.7), ("two", -0.4)):
+            plain.get_submodule(key).weight.data += weight * layer.get_delta_weight(name)
+    model.set_adapter(graft.Average("one", "two", weights=[0.7, -0.4]))
+    torch.testing.assert_close(model(x), plain(x))
+    assert model.active_adapters == ["one", "two"]
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), plain(x))
+
+
+def test_a_stack_is_a_list_of_names():
+    model, x = adapters(loha)
+    want = alone(model, x, ["two", "one"])
+    model.set_adapter("three")
+    assert torch.equal(model(x, compose=graft.Stack("two", "one")), want)
+    assert model.active_adapters == ["three"]
+    model.set_adapter(graft.Stack("two", "one"))
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("config", [lora, loha])
+@pytest.mark.parametrize("grad", [True, False])
+def test_rows_take_compositions(config, grad):
+    model, x = adapters(config)
+    stack, average = graft.Stack("one", "two"), graft.Average("one", "three", weights=[0.2, 2])
+    want = [model(x, compose=value)[i] for i, value in enumerate((stack, average))]
+    with torch.set_grad_enabled(grad):
+        out = model(x, adapter_names=[stack, average, "__base__"])
+    torch.testing.assert_close(out[0], want[0])
+    torch.testing.assert_close(out[1], want[1])
+    with model.disable_adapter():
+        torch.testing.assert_close(out[2], model(x)[2])
+
+
+def test_parallel_is_each_child_alone():
+    model, x = adapters(lora)
+    value = graft.Parallel("one", graft.Stack("one", "two"), graft.Average("two", "three"))
+    want = [model(x, compose=child) for child in (graft.Stack("one"), *value.children[1:])]
+    for part, own in zip(graft.split(model(x, compose=value), 3), want):
+        torch.testing.assert_close(part, own)
+    model.set_adapter(value)
+    assert model.active_adapters == ["one", "two", "three"]
+    torch.testing.assert_close(model(x), torch.cat(want))
+    with model.disable_adapter():
+        assert len(model(x)) == len(x)
+    with pytest.raises(NotImplementedError, match="in parallel"):
+        model.merge_adapter()
+    with pytest.raises(RoutingError, match="call the PeftModel itself"):
+        model.get_base_model()(x)
+    model.set_adapter("one")
+    torch.testing.assert_close(model(x), want[0])
+
+
+def test_under_parallel_each_adapter_learns_as_alone():
+    model, x = adapters(lora, 2)
+    y, own = torch.randn(3, 4, dtype=torch.double), {}
+    for name in NAMES[:2]:
+        model.set_adapter(name)
+        (model(x) - y).square().mean().backward()
+        own |= {n: p.grad / 2 for n, p in model.named_parameters() if f".{name}." in n}
+        model.zero_grad()
+    model.set_adapter(graft.Parallel("one", "two"))
+    (model(x) - y.repeat(2, 1)).square().mean().backward()
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == own.keys()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, own[name])
+
+
+def test_parallel_copies_masks_and_generates(tiny):
+    model, ids = tiny
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    value = graft.Parallel("one", "two")
+    out = model(input_ids=ids, attention_mask=mask, labels=ids, compose=value)
+    losses = []
+    for part, name in zip(graft.split(out, 2), NAMES[:2]):
+        model.set_adapter(name)
+        own = model(input_ids=ids, attention_mask=mask, labels=ids)
+        torch.testing.assert_close(part.logits, own.logits)
+        losses.append(own.loss)
+    torch.testing.assert_close(out.loss, sum(losses) / 2)
+    tokens = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    both = model.generate(input_ids=ids, attention_mask=mask, compose=value, **tokens)
+    for part, name in zip(graft.split(both, 2), NAMES[:2]):
+        model.set_adapter(name)
+        assert torch.equal(part, model.generate(input_ids=ids, attention_mask=mask, **tokens))
+    with pytest.raises(RoutingError, match="past_key_values"):
+        model(input_ids=ids, past_key_values=out.past_key_values, compose=value)
+
+
+@pytest.fixture
+def tiny():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=40)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    config = graft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = graft.get_peft_model(base, config, "one")
+    model.add_adapter("two", config)
+    return model.eval(), torch.randint(1, 40, (2, 5))
+
+
+def test_parts_of_rewrites_in_an_average_come_from_one_output():
+    """Bottlenecks on the MLP's output: y + Σ w u(y), by each adapter's own u, found when it runs alone."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
+    config = graft.BottleneckConfig(mh_adapter=False, output_adapter=True, init_weights="bert")
+    model = graft.get_peft_model(LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2)).eval(), config, "one")
+    model.add_adapter("two", config)
+    for name, p in model.named_parameters():
+        if "bottleneck" in name:
+            nn.init.normal_(p, std=0.5)
+    model.eval()
+    ids, seen = torch.randint(1, 40, (2, 5)), {}
+    layer = next(m for m in model.modules() if isinstance(m, graft.AdapterLayer))
+
+    def look(_module, _args, output):
+        seen["y"] = output if isinstance(output, torch.Tensor) else output[0]
+
+    layer.register_forward_hook(look)
+    with model.disable_adapter():
+        model(ids)
+    base, parts = seen["y"], {}
+    for name in NAMES[:2]:
+        model.set_adapter(name)
+        model(ids)
+        parts[name] = seen["y"] - base
+    value = graft.Average("one", "two", weights=[0.7, 0.5])
+    model.set_adapter(value)
+    model(ids)
+    torch.testing.assert_close(seen["y"], base + 0.7 * parts["one"] + 0.5 * parts["two"])
+    model(ids, adapter_names=[value, "one"])
+    torch.testing.assert_close(seen["y"][0], (base + 0.7 * parts["one"] + 0.5 * parts["two"])[0])
+    torch.testing.assert_close(seen["y"][1], (base + parts["one"])[1])
+
+
+def test_bad_compositions_change_nothing():
+    model, x = adapters(lora)
+    before = model(x)
+    for make, text in (
+        (lambda: graft.Stack(), "no adapters"),
+        (lambda: graft.Average("one", "two", weights=[1.0]), "2 adapters got 1 weights"),
+        (lambda: graft.Average("one", weights=[float("nan")]), "finite numbers"),
+        (lambda: graft.Stack("one", "one"), "twice"),
+        (lambda: graft.Stack("one", graft.Parallel("two")), "names of adapters"),
+        (lambda: graft.Parallel(graft.Parallel("one")), "names of adapters"),
+        (lambda: model.set_adapter(graft.Average("one", "no")), r"names \['no'\], which are not loaded"),
+        (lambda: model(x, compose=graft.Parallel("one", graft.Stack("no"))), "not loaded"),
+        (lambda: model(x, compose=graft.Stack("one"), adapter_names=["one"] * 3), "pass one of them"),
+        (lambda: model(x, adapter_names=[graft.Parallel("one")] * 3), "compose="),
+        (lambda: graft.split(before, 2), "3 rows into 2"),
+    ):
+        with pytest.raises(RoutingError, match=text):
+            make()
+    with pytest.raises(TypeError, match="compose takes"):
+        model(x, compose=["one"])
+    assert model.active_adapters == ["one"] and torch.equal(model(x), before)
+
+
+def test_what_does_more_than_add_is_not_averaged():
+    model, x = adapters(lambda: graft.IA3Config(target_modules=["0", "2"], feedforward_modules=[]), 2)
+    before = model(x)
+    with pytest.raises(RoutingError, match=r"Adapter 'one' of layer '0' \(IA3\) does more than add"):
+        model.set_adapter(graft.Average("one", "two"))
+    assert torch.equal(model(x), before) and model.active_adapters == ["one"]
+
+
+def test_a_composition_ends_with_a_member():
+    model, x = adapters(lora)
+    want = alone(model, x, "two")
+    model.set_adapter(graft.Average("one", "two"))
+    with pytest.warns(UserWarning, match=r"'one' was a part of Average\('one', 'two'"):
+        model.delete_adapter("one")
+    torch.testing.assert_close(model(x), want)

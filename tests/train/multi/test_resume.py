@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
+from graft.train import state_file
 from graft.train.multi import MultiTrain, stored
 from tests import models
 from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
@@ -188,11 +189,11 @@ def test_state_that_is_no_data(tmp_path):
 
 
 @pytest.mark.parametrize("value", [
-    {"a": 1, 2: (3.5, None)}, [float("inf"), -0.0, True], {(1, 2): {"x": torch.arange(3)}}, "text", (), {},
+    {"a": 1, 2: (3.5, None)}, [float("inf"), -0.0, True], {(1, 2): {"x": torch.arange(3)}}, "text", (), {}, {"__tuple__": [1]},
 ], ids=str)  # fmt: skip
 def test_values_as_json_and_back(value):
     tensors = {}
-    found = stored.unpack(json.loads(json.dumps(stored.pack(value, tensors, ""))), tensors)
+    found = state_file.unpack(json.loads(json.dumps(state_file.pack(value, tensors, ""))), tensors)
     assert repr(found) == repr(value)
 
 

@@ -5,26 +5,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from graft.config.atomic import replace
-from graft.core.containers import Slot
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
-from graft.inject.parts import registry_of
-from graft.io.files import read_safetensors
+from graft.core.errors import BaseModelMismatchError, ConfigError
 from graft.io.fingerprint import difference, same_values
 from graft.io.save import base_fingerprint
-from graft.io.seal import KEY
-from graft.io.tensors import digest_of, write_safetensors
 from graft.train.multi.run import Point, Run, Valid
+from graft.train.state_file import pack, read, slots, unpack, write
 
 FILE, NOTE = "run.safetensors", "run.json"
-TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
 
 
 def folders_in(folder: str) -> list[str]:
@@ -47,11 +39,9 @@ def save(run: Run, model: Any, folder: str) -> None:
     """Write `folder`/<name of the run>/run.safetensors."""
     tensors: dict[str, Tensor] = {}
     note = pack(state_of(run, model), tensors, f"Run '{run.name}'")
-    tensors[NOTE] = torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
-    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     path = os.path.join(folder, run.name, FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    replace(path, lambda to: write_safetensors(to, held, {"format": "pt", KEY: digest_of(held)}))
+    write(path, NOTE, note, tensors)
 
 
 def load(name: str, folder: str) -> dict[str, Any] | None:
@@ -63,11 +53,7 @@ def load(name: str, folder: str) -> dict[str, Any] | None:
     path = os.path.join(folder, name, FILE)
     if not os.path.exists(path):
         return None
-    tensors = read_safetensors(path).tensors
-    if NOTE not in tensors:
-        raise CheckpointError(f"{path} is not the file of a run: MultiTrain.save() writes these.")
-    held: dict[str, Any] = unpack(json.loads(tensors[NOTE].numpy().tobytes()), tensors)
-    return held
+    return read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
 
 
 def state_of(run: Run, model: Any) -> dict[str, Any]:
@@ -126,13 +112,6 @@ def restore(run: Run, model: Any, held: dict[str, Any], where: str) -> None:
         run.loader.move(**held["position"], now=held["draws"])
 
 
-def slots(model: Any, adapter: str) -> Iterator[tuple[str, Slot]]:
-    """Yield all tensors of an adapter, parameters and buffers, by place."""
-    for carrier in registry_of(model).parts_of(adapter).carriers():
-        for slot in carrier.slots(adapter):
-            yield f"{carrier.key}.{slot.container}.{slot.path}", slot
-
-
 def check_base(then: dict[str, Any], now: dict[str, Any], name: str, where: str) -> None:
     """Raise BaseModelMismatchError unless two fingerprints are of one base."""
     why = difference(then, now)
@@ -142,41 +121,3 @@ def check_base(then: dict[str, Any], now: dict[str, Any], name: str, where: str)
         raise BaseModelMismatchError(
             f"Run '{name}' in {where} was trained on another base: {why}. Resume it on the base that it had."
         )
-
-
-def pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """Return a value as JSON takes it; tensors go to `tensors`.
-
-    Raises:
-        ConfigError: it holds an object that is neither a number, a text, a tensor nor made of these.
-    """
-    if isinstance(value, Tensor):
-        key = f"t{len(tensors)}"
-        tensors[key] = value
-        return {TENSOR: key}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, tuple):
-        return {TUPLE: [pack(v, tensors, where) for v in value]}
-    if isinstance(value, list):
-        return [pack(v, tensors, where) for v in value]
-    if isinstance(value, dict):
-        return {PAIRS: [[pack(k, tensors, where), pack(v, tensors, f"{where}, '{k}'")] for k, v in value.items()]}
-    if isinstance(value, (bool, int, float, str)):  # subclasses: enums, numpy's numbers
-        return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
-    if hasattr(value, "item") and not getattr(value, "shape", ()):
-        return value.item()
-    raise ConfigError(f"{where}: a {type(value).__name__} cannot be written to a file without pickle.")
-
-
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return what `pack` took."""
-    if isinstance(value, list):
-        return [unpack(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if TENSOR in value:
-        return tensors[value[TENSOR]]
-    if TUPLE in value:
-        return tuple(unpack(v, tensors) for v in value[TUPLE])
-    return {unpack(k, tensors): unpack(v, tensors) for k, v in value[PAIRS]}

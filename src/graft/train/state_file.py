@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a training in one file: safetensors, with a note in JSON of all that is no tensor. It is written whole
+or not at all, and nothing in it is a pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.config.atomic import replace
+from graft.core.containers import Slot
+from graft.core.errors import CheckpointError, ConfigError
+from graft.inject.parts import registry_of
+from graft.io.files import read_safetensors
+from graft.io.seal import KEY
+from graft.io.tensors import digest_of, write_safetensors
+
+TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
+
+
+def write(path: str, note_name: str, note: Any, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, and a note as `pack` makes it, with a digest of both."""
+    text = json.dumps(note).encode()
+    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    held[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    replace(path, lambda to: write_safetensors(to, held, {"format": "pt", KEY: digest_of(held)}))
+
+
+def read(path: str, note_name: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the note of a file, unpacked, and its tensors.
+
+    Args:
+        what: what the file should be, and who writes it, for the error.
+
+    Raises:
+        CheckpointError: it is damaged, or no such file.
+    """
+    tensors = read_safetensors(path).tensors
+    if note_name not in tensors:
+        raise CheckpointError(f"{path} is not {what}.")
+    note: dict[str, Any] = unpack(json.loads(tensors.pop(note_name).numpy().tobytes()), tensors)
+    return note, tensors
+
+
+def slots(model: Any, adapter: str) -> Iterator[tuple[str, Slot]]:
+    """Yield all tensors of an adapter, parameters and buffers, by place."""
+    for carrier in registry_of(model).parts_of(adapter).carriers():
+        for slot in carrier.slots(adapter):
+            yield f"{carrier.key}.{slot.container}.{slot.path}", slot
+
+
+def pack(value: Any, tensors: dict[str, Tensor], where: str, key: str | None = None) -> Any:
+    """Return a value as JSON takes it; tensors go to `tensors`.
+
+    Args:
+        key: the name for the value, if it is a tensor.
+
+    Raises:
+        ConfigError: it holds an object that is neither a number, a text, a tensor nor made of these.
+    """
+    if isinstance(value, Tensor):
+        if key is None or key in tensors:
+            key = f"t{len(tensors)}"
+        tensors[key] = value
+        return {TENSOR: key}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, tuple):
+        return {TUPLE: [pack(v, tensors, where) for v in value]}
+    if isinstance(value, list):
+        return [pack(v, tensors, where) for v in value]
+    if isinstance(value, dict):
+        pairs = [(pack(k, tensors, where), pack(v, tensors, f"{where}, '{k}'")) for k, v in value.items()]
+        if value.keys() & {TENSOR, PAIRS, TUPLE} or not all(type(k) is str for k in value):
+            return {PAIRS: [list(pair) for pair in pairs]}
+        return dict(pairs)
+    if isinstance(value, (bool, int, float, str)):  # subclasses: enums, numpy's numbers
+        return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
+    if hasattr(value, "item") and not getattr(value, "shape", ()):
+        return value.item()
+    raise ConfigError(f"{where}: a {type(value).__name__} cannot be written to a file without pickle.")
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return what `pack` took."""
+    if isinstance(value, list):
+        return [unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    if TUPLE in value:
+        return tuple(unpack(v, tensors) for v in value[TUPLE])
+    if PAIRS in value:
+        return {unpack(k, tensors): unpack(v, tensors) for k, v in value[PAIRS]}
+    return {k: unpack(v, tensors) for k, v in value.items()}

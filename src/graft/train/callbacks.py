@@ -128,7 +128,16 @@ def ignore(*_: Any, **__: Any) -> None:
     """Leave an event alone."""
 
 
-class Watch:
+class Listener:
+    """A callback of Trainer's, without its base class, which would need transformers: other events do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):
+            return ignore
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+
+class Watch(Listener):
     """Audits the adapters after the first steps and at the end, and prints one line each:
     `Trainer(…, callbacks=[graft.train.Watch()])`. No step waits for it but the one at which it looks.
 
@@ -142,12 +151,6 @@ class Watch:
     def __init__(self, first: int = FIRST):
         self.first, self.steps = first, 0
         self.report: AuditReport | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what does nothing, for the other events; their base class would need transformers."""
-        if name.startswith("on_"):
-            return ignore
-        raise AttributeError(f"'Watch' object has no attribute '{name}'")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps = 0

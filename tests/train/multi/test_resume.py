@@ -189,7 +189,8 @@ def test_state_that_is_no_data(tmp_path):
 
 
 @pytest.mark.parametrize("value", [
-    {"a": 1, 2: (3.5, None)}, [float("inf"), -0.0, True], {(1, 2): {"x": torch.arange(3)}}, "text", (), {}, {"__tuple__": [1]},
+    {"a": 1, 2: (3.5, None)}, [float("inf"), -0.0, True], {(1, 2): {"x": torch.arange(3)}}, "text", (), {},
+    {"__tuple__": [1]},
 ], ids=str)  # fmt: skip
 def test_values_as_json_and_back(value):
     tensors = {}

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A callback by which transformers' Trainer resumes by parameter name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from graft.core.errors import CheckpointError, ConfigError, warn
+from graft.train.callbacks import Listener
+from graft.train.resuming import Resume, load, state_of, write_state
+
+
+class Resumable(Listener):
+    """Saves with each checkpoint of a Trainer what `graft.save_training` saves, and resumes from it, by name:
+
+    `Trainer(…, TrainingArguments(…, save_only_model=True), callbacks=[graft.train.Resumable()])`, then
+    `trainer.train(resume_from_checkpoint=…)`. A training so resumed has the bits of one that was not interrupted. Let
+    `save_total_limit` be 2 or more: Trainer deletes older checkpoints before a new one is whole.
+
+    Args:
+        folder: the checkpoint to resume from; None: that of Trainer's arguments, or checkpoint-STEP in its folder.
+        strict: as of `graft.resume`.
+
+    Attributes:
+        resumed: what `graft.resume` returns; None before.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, strict: bool = True):
+        self.folder, self.strict = folder, strict
+        self.resumed: Any = None
+        self._job: Resume | None = None  # whose generators are to come
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a Trainer that would load the optimizer's state by index first.
+
+        Raises:
+            ConfigError: `save_only_model` is not set, or processes share the training.
+        """
+        if not args.save_only_model:
+            raise ConfigError(
+                "graft.train.Resumable needs TrainingArguments(save_only_model=True): else Trainer saves the optimizer "
+                "as well, and loads it by index before anyone can look at names."
+            )
+
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        extra = {"epoch": state.epoch}
+        write_state(folder, *state_of(model, optimizer, lr_scheduler, None, state.global_step, extra))
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if args.fp16:
+            warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
+        if not state.global_step:
+            return
+        folder = self._folder(args, state)
+        job = Resume(*load(folder), folder, model, optimizer, lr_scheduler, None, self.strict)
+        if job.report.step != state.global_step:
+            raise CheckpointError(
+                f"{folder} was saved at step {job.report.step}, and Trainer resumes at step {state.global_step}: give "
+                "both the same checkpoint."
+            )
+        self.resumed, self._job = job.run(), job
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._job is not None and float(self.resumed.extra["epoch"]).is_integer():
+            self._draw()  # the loader, which begins now, draws first
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._draw()  # Trainer has passed over the batches of before, which drew
+
+    def _draw(self) -> None:
+        if self._job is not None:
+            self._job.put_generators()
+            self._job = None
+
+    def _folder(self, args: Any, state: Any) -> str:
+        told = self.folder or args.resume_from_checkpoint
+        if told and os.path.isdir(told):
+            return os.fspath(told)
+        return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")

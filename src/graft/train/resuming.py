@@ -1,0 +1,499 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training to a file and back: adapters, the optimizer's state by parameter name, scheduler, generators, loader.
+
+What is told by name finds its parameter whatever the order of the parameters, and what does not fit is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graft.config.atomic import folder_for, replace, write_text
+from graft.core.containers import Slot
+from graft.core.errors import (
+    AdapterKeyError,
+    BaseModelMismatchError,
+    CheckpointError,
+    ConfigError,
+    DistributedError,
+    PeftError,
+    some,
+)
+from graft.core.random import accelerator
+from graft.core.wrappers import clean
+from graft.inject.build import put
+from graft.inject.parts import gate_of, registry_of, unwrapped
+from graft.io.fingerprint import difference, in_common, same_values
+from graft.io.save import base_fingerprint
+from graft.storage.parallel import layout_of, mastered
+from graft.train.multi.draws import generators_in
+from graft.train.state_file import pack, read, slots, write
+
+FILE, NOTE = "training.safetensors", "training.json"
+FORMAT = 1
+VALUE, GENERATOR = "value", "generator"
+OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable")  # options of a group that stay
+
+
+@dataclass
+class Resumed:
+    """What `resume` has found.
+
+    Attributes:
+        step: as `save_training` was told it.
+        extra: the same.
+        fresh: parameters that the file does not hold, or in another shape, and "optimizer" or "scheduler": they begin
+            anew, with the values that they have. Empty if `strict`.
+        missing: what the file holds and nothing here takes. Empty if `strict`.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    fresh: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+class Value(NamedTuple):
+    """A tensor that training changes: of an adapter, or a parameter of the base in the optimizer."""
+
+    tensor: Tensor
+    adapter: str | None
+    slot: Slot | None
+
+
+def save_training(
+    folder: str | os.PathLike[str],
+    model: Any,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    loader: Any = None,
+    *,
+    step: int,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write all that the next step of a training depends on; `resume` goes on from it. Call it between two steps.
+
+    The adapters are in files as `save_pretrained` writes them. training.safetensors holds the same values as they are
+    in memory, the optimizer's tensors as `<state>/<parameter>`, the generators, and the text of training.json, which
+    stands beside for people to read. It is renamed last, so that a process that is killed leaves the old state or the
+    new one. Nothing is a pickle. Gradients and float16's scaler are not in it.
+
+    Args:
+        model: a PeftModel, or one in a wrapper.
+        scheduler: of learning rates; None if there is none.
+        loader: the loader of batches, if it has `state_dict()`, as torchdata's StatefulDataLoader has.
+        extra: numbers, texts and tensors, in lists and dicts.
+
+    Raises:
+        ConfigError: an object is kept nowhere but in memory: the optimizer has a parameter that is not the model's, or
+            the loader no state, or a value is neither a number, a text nor a tensor. The text names it.
+        DistributedError: processes share the tensors, or there are several. Nothing is written.
+    """
+    note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
+    inner = unwrapped(model)
+    if not hasattr(inner, "save_pretrained"):
+        raise ConfigError(f"save_training needs a PeftModel, which get_peft_model makes, got {type(inner).__name__}.")
+    where = os.fspath(folder)
+    with folder_for(where):
+        inner.save_pretrained(where)
+        write_state(where, note, tensors)
+
+
+def write_state(folder: str, note: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write training.json and training.safetensors, which holds the same text and counts."""
+    replace(os.path.join(folder, NOTE), write_text(json.dumps(note, indent=1)))
+    write(os.path.join(folder, FILE), NOTE, note, tensors)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    model: Any,
+    optimizer: Optimizer,
+    scheduler: Any = None,
+    loader: Any = None,
+    strict: bool = True,
+) -> Resumed:
+    """Put a training into the state that `save_training` wrote: model, optimizer, scheduler, loader and generators.
+
+    All are made as they were made then: the model by `PeftModel.from_pretrained(base, folder, is_trainable=True)`, for
+    example. Everything is checked before anything changes.
+
+    Args:
+        strict: raise an error for any difference. If False, what is new here begins at step 0 with the values that it
+            has, and the report lists it; options of groups go to those with parameters of the same names.
+
+    Raises:
+        AdapterKeyError: a tensor has another shape or dtype, is not in the file, or has no place here.
+        BaseModelMismatchError: the base is another one, whatever `strict`.
+        CheckpointError: there is no such file, or it is damaged.
+        ConfigError: another optimizer, other groups, another scheduler, or a loader that the file has no state for.
+        DistributedError: processes share the tensors, or there are several. In any case nothing has changed.
+    """
+    note, tensors = load(os.fspath(folder))
+    return Resume(note, tensors, os.fspath(folder), model, optimizer, scheduler, loader, strict).run()
+
+
+def load(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what the file of a training says, and its tensors."""
+    path = os.path.join(folder, FILE)
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"{folder} holds no {FILE}, so that there is no whole state of a training in it: save_training or "
+            "graft.train.Resumable writes one. Take an earlier folder."
+        )
+    note, tensors = read(path, NOTE, "the file of a training: save_training writes these")
+    if note.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {note.get('format')!r}: a later version of graft wrote it.")
+    return note, tensors
+
+
+# what there is
+
+
+def state_of(
+    model: Any, optimizer: Optimizer, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the note and the tensors of a training."""
+    optimizer = inside(optimizer)
+    values = values_of(model, optimizer)
+    names = {id(v.tensor): name for name, v in values.items()}
+    check_whole(values)
+    tensors = {f"{VALUE}/{name}": v.tensor for name, v in values.items()}
+    what = type(optimizer).__name__
+    if kept := sorted(optimizer.state_dict().keys() - {"state", "param_groups"}):
+        raise ConfigError(f"{what} keeps {kept} beside its state, which has no place in the file of a training.")
+    states: dict[str, Any] = {}
+    others: dict[Any, Any] = {}
+    for p, state in optimizer.state.items():
+        if isinstance(p, Tensor):
+            name = names[id(p)]
+            states[name] = {k: pack(v, tensors, f"{what}, '{k}' of '{name}'", f"{k}/{name}") for k, v in state.items()}
+        else:
+            others[p] = state
+    note = {
+        "format": FORMAT,
+        "step": step,
+        "extra": pack(extra, tensors, "extra"),
+        "bases": {name: base_fingerprint(unwrapped(model), name) for name in adapters_of(model)},
+        "optimizer": called(optimizer),
+        "groups": [
+            {
+                "params": [names[id(p)] for p in group["params"]],
+                **{
+                    k: pack(v, tensors, f"{what}, option '{k}'")
+                    for k, v in group.items()
+                    if k not in ("params", "param_names")
+                },
+            }
+            for group in optimizer.param_groups
+        ],
+        "states": states,
+        "others": pack(others, tensors, what),
+        "scheduler": None if scheduler is None else called(inside(scheduler)),
+        "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
+        "loader": pack(loader_state(loader), tensors, "The loader"),
+        "random": pack({"python": random.getstate(), "numpy": numpy_state()}, tensors, "random"),
+    }
+    tensors |= {f"{GENERATOR}/{name}": state for name, state in generators(loader).items()}
+    return note, tensors
+
+
+def adapters_of(model: Any) -> list[str]:
+    """Return the names of the adapters that a save takes."""
+    registry = registry_of(unwrapped(model))
+    if registry is None or not registry.peft_config:
+        raise ConfigError(f"The model ({type(model).__name__}) has no adapter: there is no training of one to save.")
+    return [name for name in registry.peft_config if name not in registry.frozen]
+
+
+def values_of(model: Any, optimizer: Optimizer) -> dict[str, Value]:
+    """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
+
+    Raises:
+        ConfigError: a parameter is not the model's; or a method has state that is not in tensors.
+    """
+    inner, adapters = unwrapped(model), adapters_of(model)
+    names: dict[int, str] = {}
+    for name, t in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(t), clean(name))
+    found: dict[str, Value] = {}
+    for adapter in adapters:
+        state = registry_of(inner).states.get(adapter)
+        if state is not None and not isinstance(state, bool):
+            raise ConfigError(
+                f"Adapter '{adapter}' ({registry_of(inner).peft_config[adapter].peft_type}) allocates while it trains, "
+                "and what it has measured is not in its tensors: such a training cannot be resumed."
+            )
+        for place, slot in slots(inner, adapter):
+            name = names.get(id(slot.tensor), f"{place}.{adapter}")
+            found.setdefault(name, Value(slot.tensor, adapter, slot))
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in names:
+                raise ConfigError(
+                    f"Group {i} of the optimizer has a parameter of shape {tuple(p.shape)} that is not the model's "
+                    "(any more): make the optimizer from model.parameters()."
+                )
+            found.setdefault(names[id(p)], Value(p, None, None))
+    return found
+
+
+def check_whole(values: dict[str, Value]) -> None:
+    """Raise DistributedError unless this process has all there is."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise DistributedError(
+            f"save_training and resume are for one process, and there are {dist.get_world_size()}: their generators "
+            "and parts would be lost. Use the checkpoints of your trainer."
+        )
+    kept = mastered(v.tensor for v in values.values())
+    for name, v in values.items():
+        if layout_of(v.tensor) is not None or id(v.tensor) in kept:
+            raise DistributedError(
+                f"'{name}' is sharded, or DeepSpeed keeps the values that train: use the checkpoints of your trainer."
+            )
+
+
+def inside(wrapper: Any) -> Any:
+    """Return the optimizer or scheduler in a wrapper of accelerate."""
+    while type(wrapper).__module__.startswith("accelerate."):
+        wrapper = wrapper.optimizer if hasattr(wrapper, "optimizer") else wrapper.scheduler
+    return wrapper
+
+
+def called(thing: Any) -> str:
+    """Return the name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def loader_state(loader: Any) -> Any:
+    if loader is None:
+        return None
+    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        raise ConfigError(
+            f"The loader ({type(loader).__name__}) has no state_dict() that says where it stands: pass torchdata's "
+            "StatefulDataLoader; or loader=None, and pass over the batches of the steps before yourself."
+        )
+    return loader.state_dict()
+
+
+def numpy_state() -> tuple[Any, ...]:
+    kind, keys, *rest = np.random.get_state()
+    return (kind, np.asarray(keys).tolist(), *rest)
+
+
+def generators(loader: Any) -> dict[str, Tensor]:
+    """Return the states of torch's generators, and of those in a loader."""
+    found = {"cpu": torch.get_rng_state()}
+    device = accelerator()
+    if device is not None:
+        module = torch.get_device_module(device)
+        for i in range(module.device_count()):
+            at = torch.device(device.type, i)
+            found[str(at)] = module.get_rng_state(at) if device.type != "mps" else module.get_rng_state()
+    return found | {f"loader:{i}": g.get_state() for i, g in enumerate(generators_in(loader))}
+
+
+# back
+
+
+class Resume:
+    """One call of `resume`: what fits, then what does not, then the writing."""
+
+    def __init__(
+        self,
+        note: dict[str, Any],
+        tensors: dict[str, Tensor],
+        folder: str,
+        model: Any,
+        optimizer: Optimizer,
+        scheduler: Any,
+        loader: Any,
+        strict: bool,
+    ) -> None:
+        self.note, self.folder, self.strict, self.model = note, folder, strict, model
+        self.optimizer, self.scheduler, self.loader = inside(optimizer), inside(scheduler), loader
+        self.values = values_of(model, self.optimizer)
+        self.names = {id(v.tensor): name for name, v in self.values.items()}
+        self.held = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
+        self.drawn = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{GENERATOR}/")}
+        self.report = Resumed(note["step"], note["extra"])
+
+    def run(self) -> Resumed:
+        check_whole(self.values)
+        self.check_base()
+        self.check_values()
+        self.check_optimizer()
+        self.check_scheduler()
+        self.check_loader()
+        with gate_of(self.model).change("resume", None):
+            if self.note["loader"] is not None and self.loader is not None:
+                self.loader.load_state_dict(self.note["loader"])  # another's code, which may refuse
+            self.put_values()
+            self.put_optimizer()
+            if self.scheduler is not None and "scheduler" not in self.report.fresh:
+                self.scheduler.load_state_dict(self.note["schedule"])
+        self.put_generators()
+        return self.report
+
+    def differs(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
+        """Raise an error if `strict`; else remember what begins anew, and what is left over."""
+        if self.strict:
+            raise error(
+                f"The training in {self.folder} cannot go on: {text}. Nothing has changed; strict=False goes on with "
+                "what fits, and begins anew with the rest."
+            )
+        self.report.fresh += fresh
+        self.report.missing += missing
+
+    def check_base(self) -> None:
+        for adapter, then in self.note["bases"].items():
+            if adapter not in registry_of(unwrapped(self.model)).peft_config:
+                continue  # its tensors are missing
+            now = base_fingerprint(unwrapped(self.model), adapter)
+            both = in_common(then, now) or (then, now)  # other targets are told by names of parameters
+            why = difference(*both)
+            if why is None and not same_values(*both):
+                why = "its weights have other values"
+            if why is not None:
+                raise BaseModelMismatchError(
+                    f"The training of adapter '{adapter}' in {self.folder} was on another base: {why}. Resume it on "
+                    "the base that it had. Nothing has changed."
+                )
+
+    def check_values(self) -> None:
+        here = {name: v.tensor for name, v in self.values.items()}
+        both = [name for name in here if name in self.held]
+        shapes = [n for n in both if here[n].shape != self.held[n].shape]
+        if shapes:
+            text = [
+                f"'{n}' has shape {tuple(self.held[n].shape)} there and {tuple(here[n].shape)} here" for n in shapes
+            ]
+            self.differs(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
+        dtypes = [n for n in both if n not in shapes and here[n].dtype != self.held[n].dtype]
+        if dtypes:
+            text = [f"'{n}' is {self.held[n].dtype} there and {here[n].dtype} here" for n in dtypes]
+            self.differs(AdapterKeyError, f"{some(text, 3)}", [], [])
+        fresh, missing = [n for n in here if n not in self.held], [n for n in self.held if n not in here]
+        if fresh or missing:
+            parts = [
+                f"{what} {some(sorted(names), 3)}"
+                for what, names in (("it does not hold", fresh), ("here is no", missing))
+                if names
+            ]
+            self.differs(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
+
+    def check_optimizer(self) -> None:
+        then, now = self.note["optimizer"], called(self.optimizer)
+        if then != now:
+            self.differs(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
+            return
+        groups = [set(group["params"]) for group in self.note["groups"]]
+        own = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
+        if groups != own:
+            one = sorted(set().union(*groups) ^ set().union(*own))
+            text = (
+                f"parameters of only one of the two are {some(one, 3)}" if one else "they hold others of the parameters"
+            )
+            self.differs(
+                ConfigError,
+                f"its optimizer has {len(groups)} groups of {[*map(len, groups)]} parameters, and here are {len(own)} "
+                f"of {[*map(len, own)]}; {text}",
+                [n for n in sorted(set().union(*own) - set().union(*groups)) if n not in self.report.fresh],
+                [n for n in sorted(set().union(*groups) - set().union(*own)) if n not in self.report.missing],
+            )
+
+    def check_scheduler(self) -> None:
+        then, now = self.note["scheduler"], None if self.scheduler is None else called(self.scheduler)
+        if then != now:
+            text = f"its scheduler is {then}, and here is {now}"
+            self.differs(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])
+        elif now and (other := self.note["schedule"].keys() ^ self.scheduler.state_dict().keys()):
+            self.differs(ConfigError, f"its scheduler's state differs in {sorted(other)}", ["scheduler"], [])
+        elif now and "optimizer" not in self.report.fresh:
+            rates = len(self.note["schedule"].get("base_lrs", ())), len(getattr(self.scheduler, "base_lrs", ()))
+            if rates[0] != rates[1]:
+                self.differs(ConfigError, f"its scheduler has {rates[0]} rates, here {rates[1]}", ["scheduler"], [])
+
+    def check_loader(self) -> None:
+        then, now = self.note["loader"], loader_state(self.loader)
+        if (then is None) != (now is None):
+            text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
+            self.differs(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
+
+    def put_values(self) -> None:
+        fits = {n: v for n, v in self.values.items() if n in self.held and n not in self.report.fresh}
+        registry = registry_of(unwrapped(self.model))
+        for adapter in registry.peft_config:
+            own = [(v.slot, self.held[n]) for n, v in fits.items() if v.adapter == adapter]
+            if own:
+                put(registry.parts_of(adapter), adapter, own)
+                registry.states.pop(adapter, None)
+        with torch.no_grad():
+            for n, v in fits.items():
+                if v.slot is None:
+                    v.tensor.copy_(self.held[n])
+
+    def put_optimizer(self) -> None:
+        if "optimizer" in self.report.fresh:
+            return
+        optimizer, states = self.optimizer, self.note["states"]
+        optimizer.state.clear()
+        optimizer.state.update(self.note["others"])
+        for group in optimizer.param_groups:
+            names = {self.names[id(p)] for p in group["params"]}
+            then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])))
+            if names & set(then["params"]):
+                for k, value in then.items():
+                    if k not in OF_THIS_MACHINE:
+                        group[k] = placed(value, group.get(k))
+            for p in group["params"]:
+                name = self.names[id(p)]
+                if name in states and name not in self.report.fresh:
+                    optimizer.state[p] = {k: beside(v, p, group) for k, v in states[name].items()}
+
+    def put_generators(self) -> None:
+        state = self.note["random"]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(self.drawn["cpu"])
+        here = generators(self.loader)
+        for i, g in enumerate(generators_in(self.loader)):
+            if f"loader:{i}" in self.drawn:
+                g.set_state(self.drawn[f"loader:{i}"])
+        for name, held in self.drawn.items():
+            device = torch.device(name) if name != "cpu" and not name.startswith("loader:") else None
+            if device is not None and name in here:
+                module = torch.get_device_module(device)
+                module.set_rng_state(held) if device.type == "mps" else module.set_rng_state(held, device)
+
+
+def placed(value: Any, now: Any) -> Any:
+    """Return a group's option; a tensor that is there already takes the value, as a compiled step holds it."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(now, Tensor) and now.shape == value.shape:
+        return now.copy_(value)
+    return value.clone()
+
+
+def beside(value: Any, p: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """Return a value of a parameter's state, its tensors where the optimizer wants them; dtypes stay."""
+    if isinstance(value, Tensor):
+        waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU
+        return value.clone() if waits else value.to(p.device, copy=True)
+    if isinstance(value, dict):
+        return {k: beside(v, p, group) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(beside(v, p, group) for v in value)
+    return value

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft.train.Resumable` in transformers' Trainer: a training that is resumed has the bits of one that was not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import graft
+from graft.core.errors import AdapterKeyError, CheckpointError, ConfigError
+from graft.train import Resumable
+from tests.train.test_trainer import Net
+
+
+def trainer(folder, callback=None, seed=0, r=2, **options):
+    torch.manual_seed(3)
+    base = Net()
+    torch.manual_seed(seed)
+    model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["fc"], r=r, lora_dropout=0.4))
+    rows = [{"x": torch.linspace(-1, i, 4), "labels": torch.tensor(i % 2)} for i in range(20)]
+    arguments = TrainingArguments(
+        str(folder), report_to="none", use_cpu=True, remove_unused_columns=False, disable_tqdm=True, learning_rate=1e-2,
+        per_device_train_batch_size=4, warmup_steps=2,
+        **{"max_steps": 12, "save_steps": 3, "save_only_model": True, "logging_steps": 1} | options,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=rows, callbacks=[callback or Resumable()])
+
+
+def outcome(t):
+    logs = [(log["step"], log["loss"], log["learning_rate"]) for log in t.state.log_history if "loss" in log]
+    return logs, [p.detach().clone() for p in t.model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training of 12 steps, 5 in an epoch, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = trainer(folder, save_steps=1)
+    made.train()
+    return folder, outcome(made)
+
+
+@pytest.mark.parametrize("step", [3, 5, 9])
+@pytest.mark.parametrize("told", [False, True])
+def test_bits_of_an_uninterrupted_training(step, told, whole, tmp_path):
+    """Within the first epoch, between two, and in the second."""
+    folder, (logs, values) = whole
+    name = f"checkpoint-{step}"
+    shutil.copytree(folder / name, tmp_path / name)
+    watch = Resumable(tmp_path / name) if told else Resumable()
+    again = trainer(tmp_path / "new" if told else tmp_path, watch, seed=8)
+    again.train(resume_from_checkpoint=str(tmp_path / name))
+    found, theirs = outcome(again)
+    assert watch.resumed.step == step and found[step:] == logs[step:]
+    assert all(torch.equal(a, b) for a, b in zip(theirs, values, strict=True))
+
+
+def test_no_checkpoint_holds_a_pickle(whole):
+    folder, _ = whole
+    names = {path.name for path in (folder / "checkpoint-3").iterdir()}
+    assert {"training.safetensors", "training.json"} <= names and not names & {"optimizer.pt", "scheduler.pt"}
+
+
+def test_trainer_would_load_by_index(tmp_path):
+    with pytest.raises(ConfigError, match="save_only_model=True"):
+        trainer(tmp_path, save_only_model=False)
+
+
+def test_what_does_not_fit_is_told(whole, tmp_path):
+    folder, _ = whole
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    with pytest.raises(CheckpointError, match="was saved at step 6, and Trainer resumes at step 3"):
+        trainer(tmp_path, Resumable(folder / "checkpoint-6")).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+        )
+    (tmp_path / "checkpoint-3" / "training.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no whole state of a training"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_another_rank_is_told(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    again = trainer(tmp_path, r=4)
+    monkeypatch.setattr(again, "_load_from_checkpoint", lambda *_: None)  # which says so too, in its own words
+    with pytest.raises(AdapterKeyError, match="another rank"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

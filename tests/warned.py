@@ -81,9 +81,13 @@ WARNED = [
     Warned(
         "Nearly all gates of",
         "FineGates that begin as the identity",
-        MATRICES + "core/ inject/ io/test_entries.py model/ trust/",
+        MATRICES + "core/ device/ inject/ io/test_entries.py model/ trust/",
     ),
-    Warned("With use_khatri_rao", "LoHa's other start", MATRICES + "core/ inject/ io/test_entries.py model/ trust/"),
+    Warned(
+        "With use_khatri_rao",
+        "LoHa's other start",
+        MATRICES + "core/ device/ inject/ io/test_entries.py model/ trust/",
+    ),
     Warned("The invocation tokens of aLoRA", "random tokens may be without them", MATRICES),
     Warned(
         "Adapter name '.*' should not be contained in the prefix",

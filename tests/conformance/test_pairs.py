@@ -11,10 +11,11 @@ import graft
 from graft.core.call import Call
 from graft.core.layer import AdapterLayer
 from graft.core.method import Layers
-from graft.core.rows import Rows
+from graft.core.rows import Rows, Same
 from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey
+from graft.methods.lora.dylora import DRAWN
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find, trainable
 from tests.covering import Case, Sometimes, law
 from tests.models import seeded
@@ -145,7 +146,7 @@ def test_gradients_reach_both(a, b, on):
     layer, x = carried(on, a, b).train(), inputs(on)
     for carrier in (layer, layer.shared):
         carrier.set_adapter(["a", "b"])
-    with seeded(5):
+    with seeded(5), layer.call.giving(facts={(DRAWN, name): Same(0.9) for name in "ab"}):  # as a model's call draws
         y = layer(x)
         (y * torch.randn_like(y)).sum().backward()
     for name in "ab":

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.random import DrawnOnCPU
-from graft.kernels import decomposed, low_rank, narrow, one_product
+from graft.kernels import decomposed, low_rank, narrow, one_product, segments
 from graft.kernels.eager import Function
 from graft.serving import AdapterSlots
 from tests import models
@@ -570,6 +570,13 @@ def of_a_projection():
     return narrow.onto(Z, W.detach().bfloat16()), (Z,)
 
 
+def of_segments():
+    x, A, B = drawn((160, 12), (3, 12), (20, 3))
+    W = torch.randn(20, 12, device=DEVICE)
+    rows = [segments.Segment(80, A, B), segments.Segment(80, None, None)]
+    return segments.linear(lambda x: x @ W.T, lambda g, W: g @ W, W, x, rows), (x, A, B)
+
+
 def of_layers():
     """Every method on a linear layer, and VeLoRA, which has a Function more."""
     kinds = {(c.sample.method, c.sample.label == "velora"): c for c in reversed(CELLS) if c.layer.name == "linear"}
@@ -592,6 +599,7 @@ ALONE = [
     of_scaled,
     of_one_product,
     of_a_projection,
+    of_segments,
 ]
 
 
@@ -605,4 +613,6 @@ def test_backward_passes_stay_on_the_device(monkeypatch):
             for t, g in zip(tensors, torch.autograd.grad(y.square().sum(), tensors, allow_unused=True)):
                 assert g is None or (g.shape == t.shape and g.device == t.device)
     all_of_them = {f for f in Function.__subclasses__() if f.__module__.startswith("graft.kernels.")}
-    assert {f.__module__ for f in all_of_them - ran} == {"graft.kernels.cuts"}  # between processes
+    # between processes; reads how many rows each expert has; looks where memory begins, in one of two
+    apart = {"graft.kernels.cuts", "graft.kernels.experts", "graft.kernels.segments"}
+    assert {f.__module__ for f in all_of_them - ran} == apart

@@ -20,7 +20,9 @@ LAWS = [
     Sample(
         "BOTTLENECK",
         "compacter",
-        dict(reduction_factor=1, phm_layer=True, phm_dim=2, scaling="learned", init_weights="bert"),
+        dict(
+            reduction_factor=1, phm_layer=True, phm_dim=2, scaling="learned", init_weights="bert", non_linearity="gelu"
+        ),  # fmt: skip
         identity=1e-2,
     ),
 ]

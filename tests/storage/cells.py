@@ -119,6 +119,10 @@ def run(model: Any, x: Tensor) -> dict[str, Tensor]:
     return {"x": x.grad, "change": change(model, x.detach()).detach(), **found}
 
 
+# methods that transform outputs, by how much they may amplify what a packed layer rounds there
+OF_OUTPUTS = dict.fromkeys(["BOTTLENECK", "REFT", "STEERING"], 3)
+
+
 def near(ours: Tensor, theirs: Tensor, tolerance: float, scale: float = 0.0) -> None:
     scale = scale or theirs.abs().max().item()
     assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance * max(scale, 1e-3))
@@ -181,7 +185,12 @@ def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[.
         assert ours.keys() == theirs.keys() and ours["change"].abs().max() > 1e-3
         size = model(inputs(kind)).abs().max().item() if kind.rounds_inputs else 0.0
         for key in ours:
-            near(ours[key], theirs[key], kind.tolerance, size if key == "change" else 0.0)
+            near(
+                ours[key],
+                theirs[key],
+                kind.tolerance * OF_OUTPUTS.get(sample.method, 1),
+                size if key == "change" else 0.0,
+            )
 
     @pytest.mark.differs(
         "merging on quanto",

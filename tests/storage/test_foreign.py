@@ -427,5 +427,5 @@ def test_the_rule(make, store):
 
 
 def test_a_parameter_that_its_module_computes_with_is_dense_whatever_the_forward():
-    assert find_tensor_store(Shifted(6, 4), "weight").store is DENSE
-    assert find_tensor_store(with_unknown(), "weight").store is PACKED
+    assert find_tensor_store(Shifted(6, 4), "weight") is DENSE
+    assert find_tensor_store(with_unknown(), "weight") is PACKED

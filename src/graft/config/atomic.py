@@ -66,7 +66,7 @@ class Scratch:
             write(path)
             sync(path)
         except OSError as e:
-            if e.filename is None:  # a disk that is full does not say whose
+            if e.filename is None and e.errno is not None:  # a disk that is full does not say whose
                 e.filename = os.path.join(self.folder, of)
             raise
         return path

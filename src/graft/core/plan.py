@@ -612,7 +612,10 @@ class Apart(Plan):
     """Adapters each of which acts on rows of its own, in a call that does not say which."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        raise RoutingError(
+        raise self.no_rows()
+
+    def no_rows(self) -> RoutingError:
+        return RoutingError(
             f"Adapters {self.layer.state.active} are active in parallel, and layer '{self.layer.site.key}' runs in a "
             "call that gives them no rows: call the PeftModel itself, or set_adapter() to one of them."
         )

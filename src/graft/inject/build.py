@@ -302,27 +302,35 @@ def add_beside(job: Job) -> None:
         host = job.wrappers[key] = job.tree.wrappers.get(key) or kind(method.site, job.call)
         if head and values is not None and method.source is None and method.cfg.module is None:
             method.cfg.module = values.head(key, method.site.module)
+        if head and method.source is not None:
+            check_one_device(method, method.source)
         add_adapter(host, method, {}, on_meta=False, upcast=job.options.upcast)
         if method.source is not None:
             method.tie(method.source)
     job.count_beside()
 
 
+def check_one_device(method: Method, source: Method) -> None:
+    """Raise ConfigError unless a module and the embedding that it is tied to can share an adapter's memory."""
+    here, there = place_of(method.site.module)[0], place_of(source.site.module)[0]
+    if here != there:
+        raise ConfigError(
+            f"Layer '{method.site.key}' is on {here}, and '{source.site.key}', to which it is tied, on {there}: "
+            f"adapter '{method.name}' cannot share memory between them. Put both on one device, or leave "
+            "ensure_weight_tying off."
+        )
+
+
 def follow(job: Job) -> None:
     """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
-    adapter, call = job.adapter, job.call
+    call = job.call
     assert call is not None
     for key, method in job.methods.items():
         source = method.source
         if source is None:
             continue
-        here, there = place_of(method.site.module)[0], place_of(source.site.module)[0]
-        if here != there and not job.method.always_tied:
-            raise ConfigError(
-                f"Layer '{key}' is on {here}, and '{source.site.key}', to which it is tied, on {there}: adapter "
-                f"'{adapter}' cannot share memory between them. Put both on one device, or leave ensure_weight_tying "
-                "off."
-            )
+        if not job.method.always_tied:
+            check_one_device(method, source)
         layer = job.layers[key] = job.tree.layers.get(key) or AdapterLayer(method.site, call)
         size = add_adapter(layer, method, job.shared.attached(), on_meta=False, upcast=job.options.upcast)
         job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))

@@ -48,7 +48,9 @@ def only_backward() -> bool:
 def once(x: Tensor) -> Tensor:
     """Return x for several uses whose gradients are summed before x gets any: so that the order of a sum with those of
     other modules is the same for an adapter alone and for its rows of a mixed batch."""
-    return x.view_as(x) if x.requires_grad and torch.is_grad_enabled() else x
+    if not (x.requires_grad and torch.is_grad_enabled()) or (not is_dynamo_compiling() and _is_tracing()):
+        return x
+    return x.view_as(x)
 
 
 def functional() -> bool:

@@ -22,7 +22,7 @@ LAWS = [
         "compacter",
         dict(
             reduction_factor=1, phm_layer=True, phm_dim=2, scaling="learned", init_weights="bert", non_linearity="gelu"
-        ),  # fmt: skip
+        ),
         identity=1e-2,
     ),
 ]

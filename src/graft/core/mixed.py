@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from graft.core import fused
 from graft.core.effect import Factors, LowRank, matrix
 from graft.core.errors import RoutingError
+from graft.core.method import as_it_is
 from graft.core.plan import (
     Block,
     Folded,
@@ -179,9 +181,10 @@ class Mixed:
         if name in self.joins:
             return effect.factors()
         before = torch.get_rng_state()
-        f = effect.factors()
+        with saved_tensors_hooks(as_it_is, as_it_is):  # a checkpointed block counts what is saved without them
+            f = effect.factors()
+            self.joins[name] = f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
         torch.set_rng_state(before)
-        self.joins[name] = f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
         return f if self.joins[name] else None
 
     def shared(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:

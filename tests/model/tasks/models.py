@@ -289,6 +289,8 @@ class Cell:
         values: dict[str, Any] = {**copy.deepcopy(METHODS[self.method]), "task_type": self.task}
         elsewhere = {} if self.method in IN_PEFT or graft.method_of(self.method).targets else LORA
         explicit = EXPLICIT.get(self.method, elsewhere).get(_original(self.model).config.model_type)
+        if self.method == "REFT" and _original(self.model).config.model_type == "deberta-v2":
+            explicit = ["intermediate.dense"]  # its projections also run on relative positions, which are no tokens
         if explicit is not None:
             values["target_modules"] = list(explicit)
         return lib.PEFT_TYPE_TO_CONFIG_MAPPING[self.method](**values)

@@ -58,7 +58,7 @@ def follow(name: str, layout: str, folder: str) -> None:
     graft.PeftModel.from_pretrained(base(), folder)
     whole = graft.get_peft_model_state_dict(model)
     served = graft.adapter_tensors(model, layout="vllm")
-    alone = layout.startswith("ddp") or dist.get_rank() == 0  # others hold parts
+    alone = layout.startswith(("ddp", "zero2")) or dist.get_rank() == 0  # others hold parts
     assert len(served.tensors) == (len(whole) if alone else 0) and bool(served.digest) == alone
     for key, t in served.tensors.items():
         scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r

@@ -117,7 +117,7 @@ def test_adalora(folder):
     return {"logged": logged, "files": tiny.held(folder), "trains": tiny.adapter(made.model), "at the end": at_end}
 
 
-@scenario
+@scenario(tolerance=1e-2)  # Adam's steps make much of the rounding of gradients that are nearly 0
 def test_seq2seq(folder):
     """Seq2SeqTrainer, which generates in evaluation, on a T5 with noise on its embeddings."""
     import torch

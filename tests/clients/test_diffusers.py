@@ -335,7 +335,7 @@ def test_other_files(folder):
     return found
 
 
-@scenario(tolerance=5e-2)  # Adam's steps make much of the rounding of gradients that are nearly 0
+@scenario(tolerance=1e-4)
 def test_resumed_as_scripts_do(folder):
     """Hooks of accelerate's `save_state` write LoRA files of a UNet in half precision, and read them back."""
     import torch
@@ -353,7 +353,8 @@ def test_resumed_as_scripts_do(folder):
     found = {"dtypes": sorted({str(p.dtype) for p in unet.parameters() if p.requires_grad})}
     trains = [p for p in unet.parameters() if p.requires_grad]
     ema = EMAModel(trains)
-    unet, optimizer = accelerator.prepare(tiny.randomized(unet), torch.optim.AdamW(trains, 1e-2))
+    # no Adam, which makes much of the rounding of gradients that are nearly 0
+    unet, optimizer = accelerator.prepare(tiny.randomized(unet), torch.optim.SGD(trains, 0.1))
 
     def write(models, weights, output):
         for model in models:

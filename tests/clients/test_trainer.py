@@ -117,7 +117,7 @@ def test_adalora(folder):
     return {"logged": logged, "files": tiny.held(folder), "trains": tiny.adapter(made.model), "at the end": at_end}
 
 
-@scenario(tolerance=1e-2)  # Adam's steps make much of the rounding of gradients that are nearly 0
+@scenario
 def test_seq2seq(folder):
     """Seq2SeqTrainer, which generates in evaluation, on a T5 with noise on its embeddings."""
     import torch
@@ -129,7 +129,7 @@ def test_seq2seq(folder):
     sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=tiny.SIZES["vocab_size"], **sizes, initializer_factor=2.0)
-    )
+    ).double()  # Adam makes much of the rounding of gradients that are nearly 0
     model = get_peft_model(t5, LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=4, target_modules=["q", "v"]))
     rows = tiny.tokenizer()(tiny.sentences(24))["input_ids"]
     data = Dataset.from_dict({"input_ids": rows, "labels": [row[::-1] for row in rows]})

@@ -207,7 +207,7 @@ class Tree:
     """The result of one walk of a model."""
 
     root: nn.Module = field(default_factory=nn.Module)  # the model, without wrappers around it
-    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers and wrappers are leaves
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers but blocks, and wrappers, are leaves
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
@@ -233,7 +233,8 @@ class Tree:
 
 
 def survey(model: nn.Module) -> Tree:
-    """Walk `model` once, but not into layers and wrappers. One without adapters counts as the module beneath it."""
+    """Walk `model` once, but not into layers, unless they are blocks, and wrappers. One without adapters counts as the
+    module beneath it."""
     tree = Tree(root=model)
     seen: set[nn.Module] = set()
 
@@ -305,6 +306,11 @@ def survey(model: nn.Module) -> Tree:
             look_into(base, path)
             return
         (tree.wrappers if host.beside else tree.layers)[path] = host
+        if is_block(host):
+            seen.add(base)
+            count(base)
+            visit(base, path)
+            return
         for part in base.modules() if base._modules else (base,):
             count(part)
         undone(host)
@@ -328,6 +334,11 @@ def uncovered(module: nn.Module | None) -> nn.Module | None:
     while (carrier := carrier_of(module)) is not None and not carrier.adapters:
         module = carrier.base_module
     return module
+
+
+def is_block(carrier: Any) -> bool:
+    """Return True for a layer around a module that gives no weight: those within it take adapters as well."""
+    return isinstance(carrier, AdapterLayer) and not (carrier.beside or carrier.op.known)
 
 
 def nest_of(carrier: Any) -> list[AdapterLayer]:

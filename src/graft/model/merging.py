@@ -20,7 +20,7 @@ from graft.core.names import several
 from graft.core.ops import find_op
 from graft.inject.beside import RowsLayer
 from graft.inject.parts import registry_of, unwrapped
-from graft.inject.survey import nest_of, survey
+from graft.inject.survey import is_block, nest_of, survey
 from graft.model.registry import Registry
 from graft.storage import DENSE, Quantized, holds_codes, innermost, release
 from graft.storage.codes import dtype_beside, unmark
@@ -230,7 +230,7 @@ def restore(parent: nn.Module, name: str, child: nn.Module) -> None:
 def survey_places(model: nn.Module, act: Any) -> None:
     """Call `act(parent, name, child)` once for every module that is not inside a layer or wrapper.
 
-    Modules inside one whose parameters are adapted are not inside a layer.
+    Modules inside a block, or one whose parameters are adapted, are not inside a layer.
     """
     seen: set[int] = set()
 
@@ -239,7 +239,7 @@ def survey_places(model: nn.Module, act: Any) -> None:
             if child is None:
                 continue
             act(module, name, child)
-            if nest_of(child):
+            if nest_of(child) or is_block(carrier_of(child)):
                 child = innermost(child)
             if id(child) in seen or carrier_of(child) is not None:
                 continue

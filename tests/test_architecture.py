@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str | None]] = {}
 for floor in [*FLOORS, "serving optim train"]:
     MAY_IMPORT |= {name: {*MAY_IMPORT} for name in floor.split()}
 MAY_IMPORT["command"] = {*MAY_IMPORT, None}
+MAY_IMPORT["__main__"] = {"command"}
 MAY_IMPORT["compat"] = {*MAY_IMPORT, None}  # None: the public names
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 

@@ -150,7 +150,7 @@ def agree(what: str, a: Tensor, b: Tensor) -> dict[str, float]:
 def command(*arguments: str | Path) -> None:
     """Run `graft` with these arguments, as a shell would; exit code 1 says that it found something."""
     console.print(f"$ graft {' '.join(map(str, arguments))}", style="bold")
-    done = subprocess.run([sys.executable, "-m", "graft.command", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "graft", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise DemoError(f"graft {arguments[0]} ended with {done.returncode}: {done.stderr}")
     console.print(done.stdout, markup=False, highlight=False)

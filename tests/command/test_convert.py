@@ -13,7 +13,7 @@ FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
 
 def graft(*words, check=0):
     done = subprocess.run(
-        [sys.executable, "-m", "graft.command", *map(str, words)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "graft", *map(str, words)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == check, done.stderr
     return done

@@ -15,7 +15,7 @@ from graft.files.errors import OptionError
 
 
 def run(*args):
-    command = [sys.executable, "-m", "graft.command", *map(str, args)]
+    command = [sys.executable, "-m", "graft", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

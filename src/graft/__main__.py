@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m graft.command`."""
+"""`python -m graft`, which is the command `graft`."""
 
 from graft.command import main
 

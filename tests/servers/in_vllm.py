@@ -5,8 +5,11 @@ Its kernels for them need a GPU, its loaders do not. Of each job it writes the f
 would get: (E, r, in) and (E, out, r).
 """
 
+import ast
 import json
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -15,14 +18,27 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import PackedLoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.models import ModelRegistry
 
 
-def run(folder: str, block: str, layout: str, names: list[str], experts: int, out: str) -> None:
-    """Load a folder, and pack the factors of one block.
+def names_of(architecture: str) -> list[str]:
+    """Return what vLLM calls gate, down and up of an expert, by its source; up is missing where there is no gate."""
+    spec = find_spec(ModelRegistry.models[architecture].module_name)
+    given: dict[str, ast.expr] = {}
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
+        if isinstance(node, ast.Call):
+            given |= {k.arg: k.value for k in node.keywords if k.arg and k.arg.startswith("ckpt_")}
+    if "ckpt_names" in given:
+        names = ast.literal_eval(given["ckpt_names"])
+    else:
+        kinds = ("gate", "down", "up")
+        names = [ast.literal_eval(given.get(f"ckpt_{k}_proj_name", ast.Constant(f"{k}_proj"))) for k in kinds]
+    return [name for name in names if name is not None]
 
-    Args:
-        names: what vLLM calls gate, down and up; up is missing where there is no gate.
-    """
+
+def run(folder: str, block: str, layout: str, architecture: str, experts: int, out: str) -> None:
+    """Load a folder, and pack the factors of one block."""
+    names = names_of(architecture)
     parts = [f"{block}.{e}.{name}" for e in range(experts) for name in names]
     if layout == "vllm-shared":
         parts = [f"{block}.w{n}" for n in (1, 2, 3)[: len(names)]]

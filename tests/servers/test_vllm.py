@@ -210,10 +210,14 @@ def test_in_process(base, folder, tmp_path):
 
 CASES = [
     *((family, "vllm-2d") for family in ("qwen2_moe", "qwen3_moe", "mixtral", "phimoe", "lfm2_moe", "olmoe", "jamba",
-                                         "granitemoe", "minimax_m2", "ernie", "glm4_moe", "qwen3_next", "nemotron_h")),
+                                         "granitemoe", "minimax_m2", "ernie", "glm4_moe", "qwen3_next", "nemotron_h",
+                                         "gpt_oss", "qwen3_5_moe")),
     *((family, "vllm-3d") for family in ("gpt_oss", "qwen3_5_moe", "qwen3_moe", "mixtral")),
     *((family, "vllm-shared") for family in ("qwen3_moe", "mixtral")),
 ]  # fmt: skip
+
+
+ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}  # where transformers writes them otherwise
 
 
 def test_what_vllm_makes_of_experts(tmp_path):
@@ -228,8 +232,8 @@ def test_what_vllm_makes_of_experts(tmp_path):
         block = next(iter(Blocks(policy.get_base_model()).found.values()))
         gate_up, down = changes(policy, block.path)
         wanted[n] = rows_of(policy, gate_up, layout), down
-        names = [block.parts["in"][0], block.parts["out"][0], *block.parts["in"][1:]]
-        jobs.append(dict(folder=str(tmp_path / f"{n}"), block=block.there, layout=layout, names=names, experts=4,
+        jobs.append(dict(folder=str(tmp_path / f"{n}"), block=block.there, layout=layout, experts=4,
+                         architecture=ARCHITECTURES.get(family, type(policy.get_base_model()).__name__),
                          out=str(tmp_path / f"{n}.safetensors")))  # fmt: skip
     here = str(Path(__file__).with_name("in_vllm.py"))
     run = subprocess.run([PYTHON, here], input=json.dumps(jobs), capture_output=True, text=True, check=False)
@@ -267,6 +271,8 @@ def rows_of(policy, gate_up, layout):
     """Gate and up of a stack as it is in the model; all of it for vLLM's stacks, which are as the model's."""
     if layout == "vllm-3d" or gate_up.shape[1] == policy.config.to_dict().get("moe_intermediate_size"):
         return [gate_up]
+    if policy.config.model_type == "gpt_oss":
+        return [gate_up[:, ::2], gate_up[:, 1::2]]
     return [*gate_up.chunk(2, 1)]
 
 

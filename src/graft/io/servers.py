@@ -24,7 +24,9 @@ from graft.storage import innermost
 IN, OUT = "in", "out"  # the two stacks of a block: what acts on its input, and what makes its output
 PARAMETERS = {"gate_up_proj": IN, "up_proj": IN, "down_proj": OUT}
 PARTS = {IN: ("gate_proj", "up_proj"), OUT: ("down_proj",)}  # of experts that hubs hold as stacks
+W = {IN: ("w1", "w3"), OUT: ("w2",)}
 ONE_AFTER_THE_OTHER = {"Llama4TextExperts"}  # gate above up, in classes whose flags and conversions do not say it
+BY_W_IN_VLLM = ("gpt_oss",)  # types with stacks on the hub, of which vLLM names an expert's parts w1, w3 and w2
 STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe", "interns1_pro")  # beginnings of types
 LAYOUTS = ("peft", "vllm", "vllm-2d", "vllm-3d", "vllm-shared", "sglang", "sglang-shared")
 
@@ -47,6 +49,7 @@ class Block:
         interleaved: rows of gate and up in turn.
         exchanged: graft takes inputs for outputs, as PEFT does where the module does not say `is_transposed`.
         numbered: checkpoints on the hub have a module for each expert.
+        in_vllm: of each part, its name in an adapter of vLLM with a module for each expert.
     """
 
     path: str
@@ -57,6 +60,7 @@ class Block:
     interleaved: bool
     exchanged: bool
     numbered: bool
+    in_vllm: dict[str, str]
 
     @property
     def gated(self) -> bool:
@@ -130,8 +134,9 @@ class Blocks:
         parameters = {which: s.parameter for which, s in named.items()}
         interleaved = gated and not getattr(module, "is_concatenated", True)
         there = self.conversions.before(path)
+        in_vllm = by_w(parts) if self.type in BY_W_IN_VLLM else {part: part for of in parts.values() for part in of}
         numbered = bool(named[IN].parts)
-        return Block(path, there, parameters, shapes, parts, interleaved, transposed != assumed, numbered)
+        return Block(path, there, parameters, shapes, parts, interleaved, transposed != assumed, numbered, in_vllm)
 
     @property
     def stacked_in_vllm(self) -> bool:
@@ -150,13 +155,18 @@ def flat(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]
 def by_expert(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
     for part, (A, B) in block.by_part(pairs).items():
         for e in range(len(A)):
-            yield from keyed(f"{block.there}.{e}.{part}", A[e], B[e])
+            yield from keyed(f"{block.there}.{e}.{block.in_vllm[part]}", A[e], B[e])
 
 
 def shared_w(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
-    names = dict(zip([*block.parts[IN], *block.parts[OUT]], ("w1", "w3", "w2") if block.gated else ("w1", "w2")))
+    names = by_w(block.parts)
     for part, pair in block.by_part(collapsed(pairs)).items():
         yield from keyed(f"{block.there}.{names[part]}", *pair)
+
+
+def by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return what vLLM calls the parts of an expert by itself."""
+    return {part: name for which in (IN, OUT) for part, name in zip(parts[which], W[which])}
 
 
 def stacked(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
@@ -204,7 +214,6 @@ KEY = re.compile(
     r"\.lora_(?P<side>[AB])\.weight"
 )
 INNER = "base_layer"  # the part that PEFT calls the first of two stacks by
-W = {IN: ("w1", "w3"), OUT: ("w2",)}
 Values = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B → expert, None: all → values
 
 

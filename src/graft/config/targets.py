@@ -40,6 +40,8 @@ MIXERS = _table(
     ("qwen3_next", ["q_proj", "v_proj", "in_proj_qkvz", "out_proj"]),
 )
 
+SDT = _table(("mamba falcon_mamba jamba", ["x_proj", "out_proj"]))  # A_log of their mixers as well
+
 IA3 = _table(
     ("t5", ["k", "v", "wo"]),
     ("mt5", ["k", "v", "wi_1"]),

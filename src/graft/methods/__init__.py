@@ -69,6 +69,7 @@ METHODS: dict[str, Row] = {
     "TLORA": Row("methods.tlora:TLoRA", "TLoraConfig", "TLoraModel", in_peft=False),
     "BOTTLENECK": Row("methods.bottleneck:Bottleneck", "BottleneckConfig", "BottleneckModel", in_peft=False),
     "REFT": Row("methods.reft:Reft", "ReftConfig", "ReftModel", in_peft=False),
+    "SDT": Row("methods.sdt:SDT", "SdtConfig", "SdtModel", in_peft=False),
     "STEERING": Row("methods.steering:Steering", "SteeringConfig", "SteeringModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {

@@ -16,6 +16,7 @@ from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
 from graft.core.method import Method, Tensors, Use
+from graft.core.site import Site
 from graft.kernels.sparse import Scattered
 
 
@@ -139,10 +140,19 @@ class SHiRA(Method):
 
     def restored(self, stored: Tensors, cfg: ShiraConfig) -> Tensors:
         """Return the places as int32, which some files hold as floating-point numbers."""
-        at = "shira_indices", ""
-        if at not in stored:
-            return stored
-        indices, most = stored[at].to(torch.int32), torch.tensor([self.site.out_features, self.site.fan_in])
-        if indices.dim() == 2 and len(indices) == 2 and not ((indices >= 0) & (indices < most[:, None])).all():
-            raise CheckpointError(f"shira_indices of layer '{self.site.key}' are outside of its weight.")
-        return stored | {at: indices}
+        return with_places(stored, "shira_indices", self.site)
+
+
+def with_places(stored: Tensors, name: str, site: Site) -> Tensors:
+    """Return a file's tensors, with the output and the input of each entry, (2, k), as int32.
+
+    Raises:
+        CheckpointError: places are outside of the weight.
+    """
+    at = name, ""
+    if at not in stored:
+        return stored
+    indices, most = stored[at].to(torch.int32), torch.tensor([site.out_features, site.fan_in])
+    if indices.dim() == 2 and len(indices) == 2 and not ((indices >= 0) & (indices < most[:, None])).all():
+        raise CheckpointError(f"{name} of layer '{site.key}' are outside of its weight.")
+    return stored | {at: indices}

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SDT: Parameter-Efficient Fine-Tuning of State Space Models, arXiv 2410.09016 (SDLoRA in its first version).
+
+Of each mixer of a Mamba some channels train, and of these some states: entries of A_log, and the columns of x_proj that
+make B and C of such a channel. Layers beside the state space have LoRA. The paper trains 130M parameters at 4e-3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.targets import SDT as TARGETS
+from graft.core.containers import Filed
+from graft.core.dropout import dropout_for
+from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.errors import CalibrationError, ConfigError
+from graft.core.method import Method, Tensors
+from graft.kernels.sparse import Scattered
+from graft.methods.places import walk
+from graft.methods.shira import with_places
+
+A_LOG, X_PROJ = "A_log", "x_proj"
+CHANGE = "_graft_sdt_change"  # of A_log in the warm-up: an attribute of the mixer and of its x_proj, until `init`
+
+
+@dataclass(kw_only=True)
+class SdtConfig(Targeted, LayerRange):
+    """SDT: some channels and states of a Mamba's state space train, and LoRA on the layers around it.
+
+    `graft.preprocess_sdt` finds which, by a short training. Targets of mixers are `A_log` (in `target_parameters`) and
+    `x_proj`; every other target has LoRA.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    peft_type: Any = "SDT"
+    channels: float = 0.01  # share of the channels of a mixer that train, one at least
+    states: float = 0.25  # share of the states of such a channel, one at least; the paper has 0.05 to 0.25
+    r: int = 8  # of LoRA beside
+    lora_alpha: float = 8  # LoRA's update counts alpha / r times
+    lora_dropout: float = 0.0  # of LoRA
+    target_parameters: list[str] | None = None  # None: A_log of each mixer
+    init_weights: bool = True  # zeros; False: random ones at random places, for tests
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        for name in ("channels", "states"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"`{name}` must be above 0 and at most 1, got {getattr(self, name)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+
+
+class Mixer(NamedTuple):
+    """The sizes of a mixer's state space."""
+
+    channels: int
+    states: int
+
+    def some(self, cfg: SdtConfig) -> tuple[int, int]:
+        """Return how many channels train, and how many states of each."""
+        return max(1, round(cfg.channels * self.channels)), max(1, round(cfg.states * self.states))
+
+
+def mixers_of(model: nn.Module) -> dict[str, Mixer]:
+    """Return, by path, the modules whose A_log (channels, states) and x_proj are those of a Mamba."""
+    found, linears = {}, {}
+    for path, module in walk(model):
+        A = module._parameters.get(A_LOG)
+        if A is not None and A.dim() == 2:
+            found[path] = Mixer(*A.shape)
+        linears[path] = getattr(module, "in_features", None)
+    return {path: m for path, m in found.items() if linears.get(f"{path}.{X_PROJ}") == m.channels}
+
+
+def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tensor]:
+    """Return the channels (c,) whose squared change (channels, states) is largest, and the states (c, s) of each."""
+    squared = change.float().square()
+    some = squared.sum(1).topk(channels).indices.sort().values
+    return some, squared[some].topk(states, 1).indices.sort(1).values
+
+
+class SDT(Method):
+    """ΔW = v at some entries of A_log and x_proj; ΔW = s · B A on layers that are not of a state space."""
+
+    config = SdtConfig
+    prefix = "sdt_"
+    targets = TARGETS
+
+    sdt_weight: nn.Parameter  # v (k,)
+    sdt_indices: Tensor  # (2, k) int32: row and column of each
+    sdt_A: nn.Parameter  # (r, fan_in)
+    sdt_B: nn.Parameter  # (out, r)
+    sdt_dropout: nn.Module
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        cfg.mixers = mixers_of(model)  # no field: they are those of this model
+        if cfg.target_parameters is None:
+            cfg.target_parameters = [A_LOG] if cfg.mixers else None
+
+    @property
+    def mixer(self) -> Mixer | None:
+        """The mixer of whose state space the site is a part."""
+        path, _, name = self.site.key.rpartition(".")
+        found: Mixer | None = self.cfg.mixers.get(path) if name in (A_LOG, X_PROJ) else None
+        return found
+
+    @property
+    def size(self) -> int:
+        """The number of entries that train."""
+        assert self.mixer is not None
+        channels, states = self.mixer.some(self.cfg)
+        return channels * (states if self.site.op.opaque else 2 * self.mixer.states)
+
+    def check(self) -> str | None:
+        site = self.site
+        if self.mixer is None and site.op.opaque:
+            return f"SDT trains {A_LOG} of a Mamba's mixer, (channels, states), and LoRA on modules"
+        if self.mixer is None and site.op.known and not site.op.factorable(site.module):
+            return "SDT has no factors for a convolution with groups"
+        return super().check()
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg, site = self.cfg, self.site
+        if self.mixer is not None:
+            indices = Filed(torch.zeros(2, self.size, dtype=torch.int32))
+            return dict(sdt_weight=nn.Parameter(torch.zeros(self.size)), sdt_indices=indices)
+        return dict(
+            sdt_A=nn.Parameter(torch.empty(cfg.r, site.fan_in)),
+            sdt_B=nn.Parameter(torch.zeros(site.out_features, cfg.r)),
+            sdt_dropout=dropout_for(cfg.lora_dropout),
+        )
+
+    @torch.no_grad()
+    def init(self) -> None:
+        drawn = not self.cfg.init_weights
+        if self.mixer is None:
+            nn.init.kaiming_uniform_(self.sdt_A, a=math.sqrt(5))
+            if drawn:
+                nn.init.normal_(self.sdt_B, std=self.cfg.r**-0.5)
+            return
+        change = torch.randn(self.mixer, device="cpu") if drawn else self.change()
+        self.sdt_indices.copy_(self.places(*strongest(change, *self.mixer.some(self.cfg))))
+        if drawn:
+            nn.init.normal_(self.sdt_weight)
+
+    def places(self, channels: Tensor, states: Tensor) -> Tensor:
+        """Return the row and the column of each entry that trains, (2, k)."""
+        assert self.mixer is not None
+        if self.site.op.opaque:
+            return torch.stack([channels[:, None].expand_as(states).flatten(), states.flatten()])
+        rows = torch.arange(self.site.out_features - 2 * self.mixer.states, self.site.out_features)  # of B, then of C
+        return torch.stack([rows.repeat_interleave(len(channels)), channels.cpu().repeat(len(rows))])
+
+    def change(self) -> Tensor:
+        """Take from the base what `preprocess_sdt` has left there; give it back if the injection is undone."""
+        module = self.site.module
+        if CHANGE not in module.__dict__:
+            raise CalibrationError(
+                f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains: call "
+                "preprocess_sdt with this model and config before."
+            )
+        change: Tensor = module.__dict__.pop(CHANGE)
+        self.layer.on_rollback(lambda: setattr(module, CHANGE, change))
+        return change
+
+    def describe(self) -> Effect:
+        return LowRank(self.factors) if self.mixer is None else Update(self.delta)
+
+    def factors(self) -> Factors:
+        return Factors(self.sdt_A, self.sdt_B, self.cfg.lora_alpha / self.cfg.r, self.sdt_dropout)
+
+    def delta(self) -> Scattered:
+        rows, columns = self.sdt_indices.long()
+        return Scattered(self.sdt_weight, rows * self.site.fan_in + columns, self.site.shape)
+
+    def restored(self, stored: Tensors, cfg: SdtConfig) -> Tensors:
+        """Return the places as int32, checked."""
+        return with_places(stored, "sdt_indices", self.site)

@@ -46,6 +46,19 @@ def test_which_batches_share_a_pass():
     assert [len(group) for group in groups(parts, arguments[False], 4 * 12 * 3)] == [3, 3, 2]
 
 
+def test_batches_are_grouped_without_a_look_at_values_on_a_device():
+    def part(name, masked):
+        batch = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "logits_to_keep": torch.tensor(3)}
+        batch |= {"attention_mask": torch.ones(2, 6)} if masked else {}
+        return Part(name, {k: v.to("meta") for k, v in batch.items()})  # whose values nobody can read
+
+    own = [part("u", True), part("v", True), part("w", False)]
+    for other in own:
+        del other.batch["logits_to_keep"]
+    own.append(part("x", True))
+    assert [[p.name for p in group] for group in groups(own, Arguments.of(tiny()), 4096)] == [["u", "v"], ["w"], ["x"]]
+
+
 def test_padded_to_any_length_it_is_close():
     specs = {name: spec for name, spec in SPECS.items() if not spec.config.lora_dropout}
     runs = together(specs, exact=False)

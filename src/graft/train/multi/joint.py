@@ -80,7 +80,7 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
     alike: list[tuple[Any, ...]] = [("masked", masked)]
     for key, value in sorted(given.items()):
         if key not in tensors:
-            alike.append((key, value.item() if isinstance(value, Tensor) else repr(value)))
+            alike.append((key, number_of(value) if isinstance(value, Tensor) else repr(value)))
         elif key == MASK and value.dim() == 2:
             continue  # who has none gets ones
         elif value.dim() > 1 and arguments.masks and key != MASK:
@@ -90,9 +90,17 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
     return Shape(rows.pop(), max(lengths, default=1), tuple(alike))
 
 
-def is_masked(mask: Tensor | None) -> bool:
-    """Return True if a mask leaves tokens out. Models run without one where it does not."""
-    return mask is not None and not bool(mask.all())
+def is_masked(mask: Tensor | None) -> bool | None:
+    """Return True if a mask leaves tokens out: models run without one where it does not. None if nobody knows without
+    waiting for a device; there bits depend on more than masks."""
+    if mask is None:
+        return False
+    return not bool(mask.all()) if mask.is_cpu else None
+
+
+def number_of(value: Tensor) -> Any:
+    """Return what tells numbers () apart: the number; on a device, for which nothing here waits, which tensor it is."""
+    return value.item() if value.is_cpu else id(value)
 
 
 def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[list[Part]]:

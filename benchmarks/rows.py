@@ -19,6 +19,7 @@ from benchmarks import (
     plans,
     serving,
     switching,
+    together,
     training,
     weighted,
 )
@@ -34,6 +35,7 @@ GROUPS = (
     checkpoints,
     plans,
     training,
+    together,
     methods,
     packed,
     packed_experts,

@@ -71,6 +71,7 @@ METHODS: dict[str, Row] = {
     "REFT": Row("methods.reft:Reft", "ReftConfig", "ReftModel", in_peft=False),
     "SDT": Row("methods.sdt:SDT", "SdtConfig", "SdtModel", in_peft=False),
     "STEERING": Row("methods.steering:Steering", "SteeringConfig", "SteeringModel", in_peft=False),
+    "EWORA": Row("methods.ewora:Ewora", "EworaConfig", "EworaModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {
     "PROMPT_TUNING": Row("prompts.prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EWoRA: Expert Weighted Low-Rank Adaptation for Heterogeneous Data, Findings of IJCNLP 2025, 108.
+
+Rates: the paper's were not read; begin with LoRA's, 1e-4 to 5e-4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
+from graft.core.effect import Branch, Effect
+from graft.core.errors import ConfigError
+from graft.core.method import Method
+
+
+@dataclass(kw_only=True)
+class EworaConfig(Targeted, LayerRange, RankPattern):
+    """EWoRA: products of two matrices, experts, each weighed anew for each token.
+
+    Raises:
+        ConfigError: a number out of range, or a field that EWoRA has no use for is set.
+    """
+
+    peft_type: Any = "EWORA"
+    r: int = 256  # of each expert; the paper divides its rank by the number of experts
+    num_experts: int = 8  # of each layer
+    ewora_dropout: float = 0.0  # of the input of each expert, drawn for each
+    init_weights: bool = True  # B of zeros; False: random, for tests
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+    bias: str = "none"  # which base biases train: none, all, ewora_only
+    use_dora: bool = False  # only False
+    megatron_config: dict[str, Any] | None = None  # only None
+    layer_replication: list[tuple[int, int]] | None = None  # only None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        if self.num_experts < 1:
+            raise ConfigError(f"`num_experts` must be positive, got {self.num_experts}.")
+        if not 0 <= self.ewora_dropout < 1:
+            raise ConfigError(f"`ewora_dropout` must be at least 0 and below 1, got {self.ewora_dropout}.")
+        for name in ("use_dora", "megatron_config", "layer_replication"):
+            if getattr(self, name):
+                raise ConfigError(f"`{name}` means nothing to EWoRA: leave it out.")
+
+
+class Ewora(Method):
+    """Δy = Σₑ gₑ Bₑᵀ Aₑᵀ x, g = W relu(all Aₑᵀ x) + b: weights of any sign, which sum to anything."""
+
+    config = EworaConfig
+    prefix = "ewora_"
+    targets = LORA
+
+    ewora_As: nn.Parameter  # (experts, in, r)
+    ewora_Bs: nn.Parameter  # (experts, r, out)
+    ewora_weighting: nn.Linear  # weight (experts, experts · r)
+    ewora_dropout: nn.Module
+
+    def check(self) -> str | None:
+        if self.site.op.known and not self.site.op.linear:
+            return "EWoRA adapts linear layers only"
+        return super().check()
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg, site = self.cfg, self.site
+        E, r = cfg.num_experts, cfg.r
+        A, B = torch.empty(E, site.in_features, r), torch.empty(E, r, site.out_features)
+        return dict(
+            r=r,
+            ewora_As=nn.Parameter(A),
+            ewora_Bs=nn.Parameter(B),
+            ewora_weighting=nn.Linear(E * r, E),
+            ewora_dropout=dropout_for(cfg.ewora_dropout),
+        )
+
+    def init(self) -> None:
+        nn.init.kaiming_uniform_(self.ewora_As, a=math.sqrt(5))  # of all three dimensions: ±1 / √(in · r)
+        nn.init.uniform_(self.ewora_weighting.weight, -0.01, 0.01)
+        nn.init.uniform_(self.ewora_weighting.bias, *(s * (self.cfg.num_experts * self.cfg.r) ** -0.5 for s in (-1, 1)))
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.ewora_Bs)
+        else:
+            nn.init.kaiming_uniform_(self.ewora_Bs, a=math.sqrt(5))
+
+    def describe(self) -> Effect:
+        return Branch(self.branch, fixed="EWoRA's experts are dynamically weighted, by each token, which no weight is")
+
+    def branch(self, x: Tensor) -> Tensor:
+        op, base, E = self.site.op, self.layer.base_layer, self.cfg.num_experts
+        A = self.ewora_As.mT  # (experts, r, in)
+        if isinstance(self.ewora_dropout, nn.Identity):
+            z = op.down(base, x, A.flatten(0, 1))
+        else:
+            z = torch.cat([op.down(base, self.ewora_dropout(x), own) for own in A], -1)
+        g = self.ewora_weighting(z.relu())  # (…, experts)
+        z = z.unflatten(-1, (E, -1)) * g.unsqueeze(-1)
+        return op.up(base, z.flatten(-2), self.ewora_Bs.flatten(0, 1).T)

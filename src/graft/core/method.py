@@ -19,6 +19,7 @@ from graft.core.base_config import model_type
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError
 from graft.core.ops import META, OPS
+from graft.core.published import Published
 from graft.core.site import Site
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class Method:
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
+    published_lr: ClassVar[Published | None] = None  # of its source; None: not known
     alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
     common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}

@@ -19,6 +19,7 @@ from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.core.merging import unmerged_bias
 from graft.core.method import Method, Tensors, Use
+from graft.core.published import COMPARISON, Published
 from graft.core.random import seeded
 from graft.methods.adalora.allocator import Importance
 
@@ -248,6 +249,7 @@ class AdaMSS(Method):
 
     config = AdamssConfig
     prefix = "adamss_"
+    published_lr = Published(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
     tuner_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
 

@@ -16,6 +16,7 @@ from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import find_op
+from graft.core.published import COMPARISON, Published
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,7 @@ class AdaptionPrompt(Method):
 
     config = AdaptionPromptConfig
     prefix = "adaption_"
+    published_lr = Published(5e-4, 5e-3, COMPARISON)
     targets = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
     keeps_base_dtype = frozenset({"adaption_prompt", "adaption_gate"})  # they pass through the attention's own layers
 

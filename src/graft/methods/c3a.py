@@ -15,6 +15,7 @@ from graft.config.targets import FOURIER
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.published import COMPARISON, Published
 from graft.kernels.transforms import Circulant, product
 
 
@@ -47,6 +48,7 @@ class C3A(Method):
 
     config = C3AConfig
     prefix = "c3a_"
+    published_lr = Published(0.3, 0.3, COMPARISON)
     targets = FOURIER
 
     c3a_kernel: nn.Parameter  # (out / b, in / b, b)

@@ -16,6 +16,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn_of
 from graft.core.method import Method
+from graft.core.published import COMPARISON, Published
 
 
 @dataclass(kw_only=True)
@@ -82,6 +83,7 @@ class FineGates(Method):
 
     config = FineGatesConfig
     prefix = "finegates_"
+    published_lr = Published(5e-4, 1e-3, COMPARISON)
     targets = LORA
     tuner_methods: ClassVar[dict[str, Any]] = {
         "_get_finegates_loss": sparsity_loss,

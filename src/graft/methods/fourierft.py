@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.targets import FOURIER
 from graft.core.errors import ConfigError
+from graft.core.published import Published
 from graft.kernels.transforms import Spectrum
 from graft.methods.spectral import Spectral, SpectralConfig
 
@@ -41,6 +42,7 @@ class FourierFT(Spectral):
 
     config = FourierFTConfig
     prefix = "fourierft_"
+    published_lr = Published(4.3e-2, 0.12, "arXiv 2405.03003, its code, GLUE")
     targets = FOURIER
 
     fourierft_spectrum: nn.Parameter  # (n,)

@@ -18,6 +18,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Layers, Method, Use
+from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.kernels.waits import near
@@ -123,6 +124,7 @@ class FRoD(Method):
 
     config = FrodConfig
     prefix = "frod_"
+    published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = FROD
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
     alike = ("projection_prng_key", "save_projection")

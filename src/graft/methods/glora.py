@@ -14,6 +14,7 @@ from graft.config.fields import Targets, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
+from graft.core.published import COMPARISON, Published
 from graft.kernels.narrow import product
 from graft.kernels.one_product import Modulated, Rescaled
 
@@ -72,6 +73,7 @@ class GLoRA(Method):
 
     config = GloraConfig
     prefix = "glora_"
+    published_lr = Published(5e-4, 5e-4, COMPARISON)
     targets = LORA
 
     glora_A: Support  # (out, in · kernel)

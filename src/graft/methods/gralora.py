@@ -17,6 +17,7 @@ from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import linear
+from graft.core.published import COMPARISON, Published
 from graft.kernels.structured import Inputs, Outputs
 
 
@@ -56,6 +57,7 @@ class GraLoRA(Method):
 
     config = GraloraConfig
     prefix = "gralora_"
+    published_lr = Published(2e-4, 2e-4, COMPARISON)
     targets = LORA
     empty: ClassVar[dict[str, Any]] = {f"gralora_{x}_general": nn.ModuleDict() for x in "AB"}
 

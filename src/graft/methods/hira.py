@@ -15,6 +15,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
+from graft.core.published import COMPARISON, Published
 from graft.kernels.one_product import Modulated
 
 
@@ -38,6 +39,7 @@ class HiRA(Method):
 
     config = HiraConfig
     prefix = "hira_"
+    published_lr = Published(4.5e-3, 4.5e-3, COMPARISON)
     targets = LORA
     empty: ClassVar[dict[str, Any]] = {
         f"hira_{x}": nn.ParameterDict() for x in ("A", "B", "embedding_A", "embedding_B")

@@ -15,6 +15,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method
+from graft.core.published import Published
 from graft.kernels.orthogonal import compact, gram_schmidt, reflect
 
 
@@ -38,6 +39,7 @@ class HRA(Method):
 
     config = HRAConfig
     prefix = "hra_"
+    published_lr = Published(1e-5, 1e-2, "arXiv 2405.17484, its code, MetaMathQA and GLUE")
     targets = LORA
 
     hra_u: nn.Parameter  # (fan_in, r)

@@ -18,6 +18,7 @@ from graft.core.containers import Attached
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.published import Published
 
 
 @dataclass(kw_only=True)
@@ -44,6 +45,7 @@ class IA3(Method):
 
     config = IA3Config
     prefix = "ia3_"
+    published_lr = Published(3e-3, 3e-3, "arXiv 2205.05638, T-Few, with Adafactor")
     targets = TARGETS
     compresses_targets = False  # or feedforward_modules would no longer be among them
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Update
+from graft.core.published import COMPARISON, Published
 from graft.kernels.structured import Kronecker, factorization, product
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
@@ -31,6 +32,7 @@ class LoKr(Lycoris):
 
     config = LoKrConfig
     prefix = "lokr_"
+    published_lr = Published(3e-3, 3e-3, COMPARISON)
 
     lokr_w1: nn.Parameter  # (l, m)
     lokr_w1_a: nn.Parameter  # (l, r)

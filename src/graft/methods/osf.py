@@ -17,6 +17,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Use
+from graft.core.published import COMPARISON, Published
 from graft.kernels.narrow import inside, outside
 from graft.kernels.one_product import Difference
 
@@ -48,6 +49,7 @@ class OSF(Method):
 
     config = OSFConfig
     prefix = "osf_"
+    published_lr = Published(5e-5, 5e-5, COMPARISON)
     targets = TARGETS
 
     osf_svd_params: nn.ParameterDict  # U_low (out, r), S_low (r,), V_low (r, fan_in)

@@ -13,6 +13,7 @@ from graft.config.targets import PVERA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.method import Layers, Method
+from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.eager import eager
 from graft.kernels.waits import near
@@ -41,6 +42,7 @@ class PVeRA(Method):
 
     config = PveraConfig
     prefix = "pvera_lambda_"
+    published_lr = Published(3e-3, 3e-3, COMPARISON)
     targets = PVERA
     alike = DRAWN
 

@@ -13,6 +13,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method
+from graft.core.published import Published
 from graft.core.random import kaiming_bound
 from graft.kernels.structured import between_diagonals
 from graft.kernels.waits import near
@@ -40,6 +41,7 @@ class RandLoRA(Method):
 
     config = RandLoraConfig
     prefix = "randlora_"
+    published_lr = Published(1e-4, 1e-4, "arXiv 2502.00987, its code, commonsense reasoning")
     targets = LORA
     alike = (*DRAWN, "sparse", "very_sparse")
 

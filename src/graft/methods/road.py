@@ -15,6 +15,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.published import COMPARISON, Published
 from graft.kernels.orthogonal import turn
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
@@ -50,6 +51,7 @@ class Road(Method):
 
     config = RoadConfig
     prefix = "road_"
+    published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = LORA
 
     road_theta: nn.Parameter  # (n / 2), (n) or (2 n), n = out

@@ -16,6 +16,7 @@ from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
 from graft.core.method import Method, Tensors, Use
+from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.sparse import Scattered
 
@@ -69,6 +70,7 @@ class SHiRA(Method):
 
     config = ShiraConfig
     prefix = "shira_"
+    published_lr = Published(3e-4, 3e-4, COMPARISON)
     targets = PHI_ATTENTION
 
     shira_weight: nn.Parameter  # v (k,), in the order of the places

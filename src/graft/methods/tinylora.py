@@ -15,6 +15,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method, Use
+from graft.core.published import COMPARISON, Published
 from graft.methods.projections import kept
 
 
@@ -51,6 +52,7 @@ class TinyLoRA(Method):
 
     config = TinyLoraConfig
     prefix = "tinylora_"
+    published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = LORA
     alike = ("save_projection",)
 

@@ -15,6 +15,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
+from graft.core.published import COMPARISON, Published
 from graft.kernels.waits import near
 
 
@@ -33,6 +34,7 @@ class TrainableTokens(Method):
 
     config = TrainableTokensConfig
     prefix = "trainable_tokens_"
+    published_lr = Published(0.2, 0.2, COMPARISON)
     always_tied = True
 
     trainable_tokens_delta: nn.Parameter  # (k, d): the rows themselves, not a difference

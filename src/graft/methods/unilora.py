@@ -16,6 +16,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method
+from graft.core.published import COMPARISON, Published
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.methods.projections import kept
@@ -81,6 +82,7 @@ class UniLoRA(Method):
 
     config = UniLoraConfig
     prefix = "unilora_"
+    published_lr = Published(2e-3, 2e-3, COMPARISON)
     targets = LORA
     alike = ("save_indices",)
 

@@ -17,6 +17,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import Layers, Method, Tensors
+from graft.core.published import COMPARISON, Published
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
@@ -112,6 +113,7 @@ class VBLoRA(Method):
 
     config = VBLoRAConfig
     prefix = "vblora_"
+    published_lr = Published(5e-4, 5e-4, COMPARISON)
     targets = VBLORA
     tuner_methods: ClassVar[dict[str, Any]] = {
         "get_nb_savable_parameters": savable_parameters,

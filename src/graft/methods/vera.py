@@ -13,6 +13,7 @@ from graft.config.targets import PHI_ATTENTION
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method
+from graft.core.published import COMPARISON, Published
 from graft.kernels.waits import near
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
@@ -36,6 +37,7 @@ class VeRA(Method):
 
     config = VeraConfig
     prefix = "vera_lambda_"
+    published_lr = Published(1e-3, 1e-2, COMPARISON + "; RandLoRA's code, commonsense reasoning")
     targets = PHI_ATTENTION
     alike = DRAWN
 

@@ -16,6 +16,7 @@ from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import CheckpointError, ConfigError
+from graft.core.published import Published
 from graft.storage import place_of
 from graft.storage.parallel import fill, layout_of, shape_of
 
@@ -42,6 +43,7 @@ class Prompt(nn.Module):
     # attributes that every Method has, too
     prefix: ClassVar[str] = "prompt_encoder"
     shares: ClassVar[bool] = False
+    published_lr: ClassVar[Published | None] = None
 
     embedding: Any
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
+from graft.core.published import COMPARISON, Published
 from graft.prompts.base import Prompt, pick
 
 
@@ -28,6 +29,7 @@ class PrefixEncoder(Prompt):
     """The prompt of prefix tuning, (tokens, 2 · layers · token_dim): key and value of each layer in turn."""
 
     config = PrefixTuningConfig
+    published_lr = Published(1e-3, 5e-3, COMPARISON)
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
         super().__init__(cfg, words)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.published import Published
 from graft.prompts.base import Prompt, words_of
 from graft.storage.parallel import shape_of
 
@@ -54,6 +55,7 @@ class PromptEmbedding(Prompt):
     """The prompt of prompt tuning: (tokens, dim), without a network."""
 
     config = PromptTuningConfig
+    published_lr = Published(0.3, 0.3, "arXiv 2104.08691, its code, with Adafactor")
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
         super().__init__(cfg, words)

@@ -19,6 +19,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method, Tensors
+from graft.core.published import Published
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import (
     all_trainable,
@@ -140,6 +141,7 @@ class AdaLoRA(Method):
 
     config = AdaLoraConfig
     prefix = "lora_"
+    published_lr = Published(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Any]] = {

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.effect import Effect, Factors, LowRank
 from graft.core.method import Use
+from graft.core.published import Published
 from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import eager
 from graft.methods.lora.lora import LoRA
@@ -88,6 +89,7 @@ class Magnitude(nn.Module):
 class DoRA(LoRA):
     """LoRA with magnitudes m (out,) that train; the norm counts as a constant."""
 
+    published_lr = Published(1e-4, 2e-4, "arXiv 2402.09353, its code, commonsense reasoning")
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
     kept: Kept | None = None
 

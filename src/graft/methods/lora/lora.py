@@ -16,6 +16,7 @@ from graft.core.effect import Effect, Factors, LowRank
 from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
+from graft.core.published import Published
 from graft.methods.lora import checks, shift
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
@@ -61,6 +62,7 @@ def beside(where: str) -> Any:
 class LoRA(Started):
     config = LoraConfig
     prefix = "lora_"
+    published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
     tuner_methods: ClassVar[dict[str, Any]] = {

@@ -13,6 +13,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Layers, Method
+from graft.core.published import COMPARISON, Published
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
 from graft.methods.shadow.network import ShadowConfig
@@ -27,6 +28,7 @@ class Shadow(Method):
 
     config = ShadowConfig
     prefix = "shadow_"
+    published_lr = Published(1e-3, 1e-3, COMPARISON)
     compresses_targets = False
     keeps_base_dtype = frozenset(BESIDE)
     files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name

@@ -47,6 +47,7 @@ _NAMES: dict[str, str] = {
         "graft.model.foreign": "load_adapter",
         "graft.model.merge_files": "merge_files",
         "graft.model.audit": "AuditReport audit",
+        "graft.model.rates": "suggest_lr",
         "graft.model.tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM "
         "PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

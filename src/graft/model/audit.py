@@ -27,6 +27,7 @@ from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import base_tensors, config_of, parts_of
+from graft.model.rates import adapter_of, usual
 from graft.storage.parallel import layout_of
 
 NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part
@@ -51,6 +52,7 @@ class AuditReport:
     not_trained: list[str] = field(default_factory=list)  # of active adapters: would be saved, and are frozen
     not_saved: list[str] = field(default_factory=list)
     not_optimized: list[str] = field(default_factory=list)
+    far_rates: list[str] = field(default_factory=list)  # learning rates, by adapter; known for Adam and its like
     after: str = ""  # which backward passes left the gradients; empty: there was none
     updates: dict[str, float] = field(default_factory=dict)  # norm of each update, as a share of its weight's
     stepped: bool = False  # an optimizer has changed the adapters, as far as one can tell
@@ -83,6 +85,7 @@ class AuditReport:
 
 TINY = 1e-5  # share of its weight below which an update changes nothing that one could see
 HUGE = 10.0  # share above which nothing is left of the weight
+FAR = 10.0  # times below or above the range of good learning rates
 
 SECTIONS = {  # {field: (what is wrong, what helps)}
     "never_called": (
@@ -131,6 +134,10 @@ SECTIONS = {  # {field: (what is wrong, what helps)}
     "not_optimized": (
         "train, but are not in the optimizer",
         "Make the optimizer after the adapters were added and activated, or add_param_group() them.",
+    ),
+    "far_rates": (
+        f"learning rates more than {FAR:.0f} times outside what is known to be good",
+        "print(graft.suggest_lr(config, model)) says what was tested, and what the method's source has.",
     ),
 }
 
@@ -199,6 +206,7 @@ def audit(
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+        report.far_rates = far_rates(parts_of_active(carriers), {n: config_of(model, n) for n in names}, optimizer)
     return report
 
 
@@ -328,6 +336,24 @@ def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, Pe
             warnings.simplefilter("ignore")  # saving will say it
             saved |= {own[name] for name in base_tensors(base, parts, config, "auto") if name in own}
     return [name for name, p in training.items() if id(p) not in saved]
+
+
+def far_rates(parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Name the adapters whose learning rate is far from what is good for their methods, as far as that is known.
+
+    Heads have rates of their own. Optimizers without `betas` have other rates than Adam, and are left alone.
+    """
+    owners = {
+        id(p): part.adapter for part in parts if not isinstance(part.carrier, ModulesToSaveWrapper) for p in part[2]
+    }
+    found = []
+    for group in optimizer.param_groups:
+        rate = float(group.get("initial_lr", group["lr"]))  # of the schedule, before it begins
+        for name in dict.fromkeys(owners[id(p)] for p in group["params"] if id(p) in owners):
+            known = usual(configs[name])
+            if "betas" in group and rate > 0 and known and not known[0] / FAR <= rate <= known[1] * FAR:
+                found.append(f"{rate:g} for '{name}' ({adapter_of(configs[name])}: {known[0]:g} to {known[1]:g})")
+    return found
 
 
 # how large updates are

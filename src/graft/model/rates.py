@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rates as data: what a search has found for a method, and what the method's source says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypedDict
+
+from torch import nn
+
+from graft.config.base import PeftConfig
+from graft.core.base_config import model_type
+from graft.core.published import Published
+from graft.methods import method_of
+
+FILE = Path(__file__).with_name("rates.json")  # a row for each search, of `make rates`
+# fields that do not tell what an adapter is
+COMMON = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
+
+
+class Row(TypedDict):
+    """What a search found: one method with one config, on one task of one model."""
+
+    method: str
+    adapter: str  # as of `adapter_of`
+    config: dict[str, Any]  # as of `told`
+    task: str
+    model: str
+    model_type: str
+    steps: int
+    batch: int
+    seeds: int
+    date: str
+    rates: list[float]
+    means: list[float | None]  # of the validation loss over the seeds, at each rate; None: some seed diverged
+    spreads: list[float | None]  # its standard deviation
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Learning rates for an adapter, for Adam and its like. `str` says all of it.
+
+    Attributes:
+        adapter: the class that the config selects, as "LoRA".
+        lr: the best one that was tested; or the source's, where it has only one. None: there is no such rate.
+        low, high: between these the loss was within a standard deviation of the best; or the source's range.
+        tested: the least and the largest rate that were tested; None: none was.
+        found_on: on what, a line for each search.
+        by_size: the best rate for each other size that was tested, as {"r 16, lora_alpha 64": 1e-3}.
+        published: the range of the method's source.
+    """
+
+    adapter: str
+    lr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    tested: tuple[float, float] | None = None
+    found_on: tuple[str, ...] = ()
+    by_size: dict[str, float] = field(default_factory=dict)
+    published: Published | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Return True if a search of graft's found it; False if it is the source's, or there is none."""
+        return self.tested is not None
+
+    def __str__(self) -> str:
+        lines = []
+        if self.tested is not None:
+            lines.append(
+                f"{self.adapter}: {self.lr:g}; as good within noise: {self.low:g} to {self.high:g}; "
+                f"tested: {self.tested[0]:g} to {self.tested[1]:g}."
+            )
+            lines += [f"- found on {line}" for line in self.found_on]
+            lines += [f"- {size}: {rate:g}" for size, rate in self.by_size.items()]
+        if self.published is not None:
+            low, high, source = self.published
+            own = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            lines.append(f"{'- ' if lines else f'{self.adapter}, not measured here; '}its source: {own} ({source}).")
+        return "\n".join(lines) or f"{self.adapter}: no rate is known; sweep over 1e-4 to 0.3 (graft.sweep)."
+
+
+def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion:
+    """Suggest a learning rate for an adapter: what `make rates` has found, or else what the method's source says.
+
+    Args:
+        config: of the adapter.
+        model: the base; searches on models of its type come first.
+    """
+    adapter, published = adapter_of(config), published_lr(config)
+    like = alike(config)
+    if not like:
+        if published is None:
+            return Suggestion(adapter)
+        low, high, _ = published
+        return Suggestion(adapter, low if low == high else None, low, high, published=published)
+    kind = None if model is None else model_type(model)
+    near = [row for row in like if row["model_type"] == kind] or like
+    own = closest(near, told(config))
+    low, high = good(own)
+    sizes = {size_of(row): [r for r in near if size_of(r) == size_of(row)] for row in near}
+    return Suggestion(
+        adapter,
+        best(own),
+        low,
+        high,
+        (min(min(row["rates"]) for row in own), max(max(row["rates"]) for row in own)),
+        tuple(map(about, own)),
+        {size: best(rows) for size, rows in sizes.items() if size != size_of(own[0])},
+        published,
+    )
+
+
+def usual(config: PeftConfig) -> tuple[float, float] | None:
+    """Return the range of all rates that a search has found good or the method's source has; None: none is known."""
+    ends = [*published_lr(config)[:2]] if published_lr(config) else []  # type: ignore[index]
+    for row in alike(config):
+        ends += good([row])
+    return (min(ends), max(ends)) if ends else None
+
+
+# what is known of an adapter
+
+
+@cache
+def rows() -> tuple[Row, ...]:
+    """Return all rows of the package's file."""
+    return tuple(json.loads(FILE.read_text()))
+
+
+def class_of(config: PeftConfig) -> Any:
+    method = method_of(config.peft_type)
+    return method.variant(config) if hasattr(method, "variant") else method
+
+
+def adapter_of(config: PeftConfig) -> str:
+    """Return the name of the class that a config selects: "LoRA", "DoRA"."""
+    name: str = class_of(config).__name__
+    return name
+
+
+def published_lr(config: PeftConfig) -> Published | None:
+    """Return the range of the source of a config's method; None if it is not known."""
+    found: Published | None = class_of(config).published_lr
+    return found
+
+
+def told(config: PeftConfig) -> dict[str, Any]:
+    """Return the numbers, words and flags of a config that are no defaults."""
+    kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
+    values = config.saved_dict().items()
+    return {k: v for k, v in values if k not in COMMON and isinstance(v, kinds) and v != defaults[k].default}
+
+
+def alike(config: PeftConfig) -> list[Row]:
+    """Return the rows of adapters of the same class, those with the same words and flags if there are any."""
+    same = [row for row in rows() if row["adapter"] == adapter_of(config) and best([row])]
+    own = marks(told(config))
+    return [row for row in same if marks(row["config"]) == own] or same
+
+
+def marks(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the words and flags among the values of a config."""
+    return {k: v for k, v in values.items() if isinstance(v, (bool, str))}
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
+
+
+def closest(found: Sequence[Row], values: dict[str, Any]) -> list[Row]:
+    """Return the rows of the size that is closest to that of a config."""
+    own = numbers(values)
+
+    def distance(row: Row) -> float:
+        theirs = numbers(row["config"])
+        return sum(abs(math.log(own[k] / theirs[k])) for k in own.keys() & theirs if own[k] > 0 and theirs[k] > 0)
+
+    size = size_of(min(found, key=distance))
+    return [row for row in found if size_of(row) == size]
+
+
+# what rows say
+
+
+def size_of(row: Row) -> str:
+    """Return the numbers of a row's config as text: "r 4, lora_alpha 16"."""
+    return ", ".join(f"{k} {v:g}" for k, v in numbers(row["config"]).items()) or "default size"
+
+
+def about(row: Row) -> str:
+    """Return on what a row was found, and what, as text."""
+    return (
+        f"{row['task']} ({row['model']}), {size_of(row)}: {best([row]):g}, of {len(row['rates'])} rates and "
+        f"{row['seeds']} seeds, {row['steps']} steps of {row['batch']}, {row['date']}"
+    )
+
+
+def best(found: Sequence[Row]) -> float:
+    """Return the rate with the least loss, as a share of each row's least, on average; 0 if each diverged somewhere."""
+    shares: dict[float, list[float]] = {}
+    for row in found:
+        least = min((mean for mean in row["means"] if mean is not None), default=0.0)
+        for rate, mean in zip(row["rates"], row["means"]):
+            shares.setdefault(rate, []).append(math.inf if mean is None else mean / least if least else mean)
+    ranked = {rate: sum(values) / len(values) for rate, values in shares.items() if len(values) == len(found)}
+    ranked = {rate: share for rate, share in ranked.items() if math.isfinite(share)}
+    return min(ranked, key=ranked.__getitem__) if ranked else 0.0
+
+
+def good(found: Iterable[Row]) -> tuple[float, float]:
+    """Return the least and the largest rate whose loss is within a standard deviation of some row's best."""
+    rates = []
+    for row in found:
+        known = [(r, m, s or 0.0) for r, m, s in zip(row["rates"], row["means"], row["spreads"]) if m is not None]
+        _, least, spread = min(known, key=lambda item: item[1])
+        rates += [rate for rate, mean, _ in known if mean <= least + spread]
+    return min(rates), max(rates)

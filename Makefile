@@ -10,7 +10,7 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
 	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
-	examples docs docs-look clean
+	examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -146,6 +146,10 @@ LLAMA = $(abspath $(VENV))/servers/llama.cpp
 test-serving: $(VENV)/.test $(SERVERS:%=%/.installed)
 	GRAFT_VLLM=$(abspath $(VENV))/servers/vllm/bin/python GRAFT_LLAMA=$(LLAMA) PYTHONPATH=$(LLAMA)/packages \
 		$(BIN)/python -m pytest tests/servers $(SERVING)
+
+# TRL's GRPO trains a tiny mixture, and a vLLM on this CPU answers with its versions
+guide-serving: $(VENV)-clients/.installed $(VENV)/servers/vllm/.installed
+	GRAFT_VLLM=$(abspath $(VENV))/servers/vllm/bin/python $(VENV)-clients/bin/python -m examples.guides.reinforcement $(GUIDE)
 
 $(VENV)/servers/%/.installed: tests/servers/%.txt
 	rm -rf $(@D)

@@ -30,6 +30,7 @@ SAYS = {  # what each shows when all went well
     "instruction_tuning": "exactly right, of 10 held-out dates",
     "merging": "as LoRA of rank 64: accuracy",
     "quantized_base": "merged into Linear ",
+    "reinforcement": "policy-v3-",
     "serving": "of 10 adapters say their word",
     "two_tasks": "topics: accuracy",
     "vision": "merged: logits differ by at most",

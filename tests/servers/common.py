@@ -28,6 +28,15 @@ def model():
         ).eval()
 
 
+def words(n):
+    """A tokenizer of n words, which servers want to see."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(n)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", bos_token="w1", eos_token="w2")
+
+
 def broken(tmp_path, path, change_config=None, change_name=None, change=None):
     """Return a copy of an adapter with another config, names or tensors."""
     out = tmp_path / "broken"

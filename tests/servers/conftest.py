@@ -7,21 +7,15 @@ import pytest
 
 import graft
 from tests.files import adapters
-from tests.servers.common import OPTIONS, model
+from tests.servers.common import OPTIONS, model, words
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The folder of the base, with a tokenizer, which vLLM wants."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     path = tmp_path_factory.mktemp("base")
     model().save_pretrained(path)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2").save_pretrained(
-        path
-    )
+    words(512).save_pretrained(path)
     return str(path)
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import graft
+from examples import servers
 from graft.core.errors import PeftError
 from graft.files import formats
 from graft.files.base import base_files
@@ -28,11 +29,10 @@ from graft.serving import Versions
 from graft.serving.ask import Connection
 from graft.serving.start import started
 from graft.serving.verify import verify
-from tests.docs.blocks import ROOT, blocks
 from tests.files import adapters
 from tests.model import test_adapter_tensors as experts
 from tests.models import seeded
-from tests.servers.common import broken, model
+from tests.servers.common import broken, model, words
 
 PYTHON = os.environ.get("GRAFT_VLLM")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs an environment with vLLM: make test-serving")
@@ -281,10 +281,7 @@ def rows_of(policy, gate_up, layout):
 
 def test_versions_of_a_policy(url, base, tmp_path):
     """The class of the page on reinforcement learning: three versions, each of which answers as the policy did."""
-    held = {}
-    text = next(b.text for b in blocks(ROOT / "docs" / "reinforcement_learning.md") if "class Vllm" in b.text)
-    exec(text, held)
-    server = held["Vllm"]([url], str(tmp_path))
+    server = servers.Vllm([url], str(tmp_path))
     policy = adapters.quietly(adapters.moved, model(), graft.LoraConfig(**dict(r=4, target_modules=adapters.LISTED)))
     versions = Versions(f"policy{os.getpid()}", server.load, server.unload, keep=2)
     names = []
@@ -305,6 +302,44 @@ def test_versions_of_a_policy(url, base, tmp_path):
     with pytest.raises(OSError):  # no such folder
         Versions("broken", lambda name, made: server.post(f"{url}/v1/load_lora_adapter", {"lora_name": name,
                  "lora_path": "/nowhere"}), server.unload).publish(graft.adapter_tensors(policy))  # fmt: skip
+
+
+def test_versions_of_a_policy_with_experts(tmp_path):
+    """Experts' LoRA through vLLM's own loader, slots and router; a plugin of plain torch stands in for the kernels."""
+    base = qwen3_moe()
+    base.save_pretrained(tmp_path / "base")
+    words(64).save_pretrained(tmp_path / "base")
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    both = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with seeded(1):
+        policy = graft.get_peft_model(base, graft.LoraConfig(**both, target_parameters=stacks)).eval()
+        policy.add_adapter("down", graft.LoraConfig(r=2, target_parameters=stacks[1:], init_lora_weights=False))
+    with servers.vllm_on_a_cpu(PYTHON, tmp_path / "base", 8, str(tmp_path)) as server:
+        versions, names = Versions("policy", server.load, server.unload, keep=3), []
+        for n, (adapter, layout) in enumerate([("default", "vllm"), ("default", "vllm"), ("down", "vllm-2d")]):
+            policy.save_pretrained(tmp_path / f"{n}", selected_adapters=[adapter])
+            names.append(versions.publish(graft.adapter_tensors(policy, adapter, layout)))
+            with seeded(n):
+                for p in policy.parameters():
+                    if p.requires_grad:
+                        p.data.add_(torch.randn(p.shape), alpha=0.1)
+        for n, name in enumerate(names):
+            path = tmp_path / f"{n}" / ("down" if n == 2 else "")
+            own = lambda base, path=path: graft.PeftModel.from_pretrained(base, path).eval()
+            found = verify(Connection(server.urls[0], 600), qwen3_moe(), own, name, "base")
+            assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
+    of_experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=2)
+    with seeded(0):
+        config = Qwen3MoeConfig(
+            vocab_size=64, initializer_range=0.2, max_position_embeddings=128, **sizes, **of_experts
+        )
+        return Qwen3MoeForCausalLM(config).eval()
 
 
 # last, as they leave something behind in the server

@@ -336,7 +336,9 @@ def needs(view: View, ranks: dict[str, int]) -> dict[str, Any]:
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)
     if view.layout.startswith("sglang"):
-        return {"max_lora_rank": r, "flags": ["--enable-lora", "--max-lora-rank", str(r)], "is_3d_lora_weight": False}
+        modules = sorted({path.rpartition(".")[2] for path in ranks})
+        flags = ["--enable-lora", "--max-lora-rank", str(r), "--lora-target-modules", *modules]
+        return {"max_lora_rank": r, "flags": flags, "is_3d_lora_weight": False}
     limit = next((n for n in RANKS if n >= r), r)
     flags = ["--enable-lora", "--max-lora-rank", str(limit)]
     stacked = view.layout in ("peft", "vllm-3d")

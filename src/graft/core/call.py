@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from threading import enumerate as enumerate_threads
 from threading import get_ident, local
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
 from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows, tensors_in
+
+
+class Noted(NamedTuple):
+    """A value that a layer noted in a run, for the loss of an adapter (`Method.auxiliary`)."""
+
+    layer: str
+    value: Tensor  # (rows, …)
+    rows: Tensor | None  # which of the batch; None: all
 
 
 class Here(local):
@@ -33,6 +41,8 @@ class Here(local):
         self.narrow: Given | None = None  # the part of it that a layer sees while it runs some of the rows
         self.off: list[None] = []  # blocks of `disabled` around it
         self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by adapter and the layer that reads them
+        self.noted: dict[str, list[Noted]] | None = None  # by adapter; None: nobody asks
+        self.losses: dict[str, Tensor] = {}  # by adapter: of the last run, that no loss of its output has taken in
 
 
 @dataclass
@@ -91,6 +101,8 @@ class Call:
         """Show `rows`, and the generators from which adapters draw, to the layers within the block."""
         self._drop_stale()
         self._tell(NOTHING)
+        if self.here.losses:
+            self.here.losses = {}
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
         before = self.put(self.here.given._replace(rows=rows, draws=draws))
@@ -111,6 +123,35 @@ class Call:
             yield
         finally:
             self.put(before)
+
+    @contextmanager
+    def noting(self) -> Iterator[dict[str, list[Noted]]]:
+        """Collect what layers note within the block, by adapter."""
+        noted: dict[str, list[Noted]] = {}
+        before, self.here.noted = self.here.noted, noted
+        try:
+            yield noted
+        finally:
+            self.here.noted = before
+
+    def note(self, adapter: str, layer: str, value: Tensor) -> None:
+        """Have a value of a layer's rows reach `Method.auxiliary` at the end of the run, with its graph.
+
+        A layer that a backward pass runs again notes nothing, nor one that is called past the model.
+
+        Raises:
+            NotImplementedError: the value has no graph, in a run that has gradients.
+        """
+        noted = self.here.noted
+        if noted is None or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
+            return
+        if not torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"Adapter '{adapter}' has a loss of what layer '{layer}' does, which ran without gradients in a step "
+                "that has them: pass use_reentrant=False to gradient checkpointing, or turn the loss off in the "
+                "adapter's config."
+            )
+        noted.setdefault(adapter, []).append(Noted(layer, value, self.now().some))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -148,7 +189,7 @@ class Call:
         told, thread = False, self.here.thread
         if self.here.off:
             given = ALL_OFF
-        for t in tensors_in(output):
+        for t in (*tensors_in(output), *self.here.losses.values()):
             if t.grad_fn is not None:
                 t.register_hook(lambda _grad: self._restore(given, thread))
                 told = True

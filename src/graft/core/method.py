@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,14 @@ class Use(Flag):
     CHANGES = auto()  # `init` changes it
     AGAIN = auto()  # `init` runs before a load, too: files lack what it finds, and `loaded` does not make up for it
     STARTS = TAKES | READS  # what most methods do whose `init` looks at it
+
+
+class Tokens(NamedTuple):
+    """What a layer noted of the tokens of an adapter's rows."""
+
+    layer: str
+    values: Tensor  # (tokens, …)
+    real: Tensor | None  # (tokens,), 0 for padding and 1 for others; None: there is none, as far as the call tells
 
 
 @dataclass
@@ -133,6 +141,7 @@ class Method:
     empty: ClassVar[dict[str, Any]] = {}  # these containers, as a layer shows those that it does not need
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
+    has_loss: ClassVar[bool] = False  # `auxiliary` does something
     takes_device: ClassVar[bool] = False  # `build` has that argument
     computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
     chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
@@ -156,6 +165,7 @@ class Method:
                 cls.empty = {**cls.empty, name: nn.ParameterDict() if kind.endswith("Parameter") else nn.ModuleDict()}
         cls.layer_names = tuple(cls.empty)
         cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
+        cls.has_loss = cls.auxiliary.__func__ is not Method.auxiliary.__func__  # type: ignore[attr-defined]
         cls.takes_device = "device" in inspect.signature(cls.build).parameters
         cls.chooses = cls.excludes is not Method.excludes
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
@@ -205,6 +215,11 @@ class Method:
     def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
         """Surround one run of the model in which adapters of this class act; yield the function for its output."""
         yield as_it_is
+
+    @classmethod
+    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+        """Return the loss of an adapter, (), of what its layers noted in a run (`call.note`): of its own rows."""
+        raise NotImplementedError
 
     @classmethod
     def check_together(cls, methods: Sequence[Any]) -> None:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.core.call import Noted
 from graft.core.carrier import Carrier
 from graft.core.errors import AdapterNameError, ConfigError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
+from graft.core.names import one_or_several
 from graft.core.rows import Run, parameters_of
 from graft.core.shared import Shared
 from graft.inject.inject import check_bias, inject
@@ -24,6 +27,7 @@ from graft.inject.steps import Steps
 from graft.inject.survey import Tree
 from graft.io.base import original
 from graft.methods import ROWS, method_of
+from graft.model.auxiliary import losses_of, with_loss
 from graft.model.merging import MergingRegistry
 from graft.model.registry import configs_of
 from graft.model.tuner_type import replaced
@@ -47,6 +51,7 @@ class LayerRegistry(MergingRegistry):
         self.shared = Shared()
         self.shared.state.call = self.call
         self.surrounding: dict[str, type[Method]] = {}  # classes that surround runs of the model, by adapter
+        self.losing: dict[str, type[Method]] = {}  # classes that have a loss of their own, by adapter
         self.arguments: set[str] = set()
         self.peft_config |= configs_of(model)
         for name, config in self.peft_config.items():
@@ -108,9 +113,10 @@ class LayerRegistry(MergingRegistry):
 
     def _note(self, adapter_name: str, config: PeftConfig) -> None:
         method = method_of(config.peft_type).variant(config)
-        self.surrounding.pop(adapter_name, None)
-        if method.surrounds:
-            self.surrounding[adapter_name] = method
+        for known, has in ((self.surrounding, method.surrounds), (self.losing, method.has_loss)):
+            known.pop(adapter_name, None)
+            if has:
+                known[adapter_name] = method
         self.arguments |= set(method.arguments).difference(parameters_of(self.model))  # it gets its own
 
     @prepares
@@ -144,13 +150,17 @@ class LayerRegistry(MergingRegistry):
         for name in names if self.surrounding else ():
             if name is not None and name in self.surrounding:
                 found.setdefault(self.surrounding[name], []).append(name)
-        if not found:
+        losing = torch.is_grad_enabled() and not run.generates and any(name in self.losing for name in names)
+        if not (found or losing):
             yield as_it_is
             return
         with ExitStack() as stack:
             steps = []
             for method, run.adapters in found.items():
                 steps.append(stack.enter_context(method.around(self, self.call, run)))
+            if losing:
+                noted = stack.enter_context(self.call.noting())
+                steps.append(lambda output: self._with_losses(output, noted, run))
 
             def finish(output: Any) -> Any:
                 for step in steps:
@@ -158,6 +168,31 @@ class LayerRegistry(MergingRegistry):
                 return output
 
             yield finish
+
+    def _with_losses(self, output: Any, noted: Mapping[str, Sequence[Noted]], run: Run) -> Any:
+        """Return the output with the adapters' losses in its own; keep them if it has none."""
+        losses = losses_of(noted, self.losing, self.peft_config, run, self.model)
+        both = with_loss(output, sum(losses.values())) if losses else output
+        if both is None:
+            self.call.here.losses = losses
+        return output if both is None else both
+
+    def auxiliary_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """Return what adapters add to the loss of this thread's last call, (), where its output had no loss to add to.
+
+        It is for loops that compute the loss themselves. 0.0 for calls in eval mode, without gradients, or of adapters
+        that have no loss of their own; and if the model's output has a `loss`, which holds it already.
+
+        Args:
+            adapter_names: those of which to return the sum; None: all.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        losses = self.call.here.losses
+        names = list(losses) if adapter_names is None else one_or_several(adapter_names, "auxiliary_loss")
+        self.check_known(names)
+        return sum((losses[name] for name in names if name in losses), 0.0)
 
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         if not self.mixed:

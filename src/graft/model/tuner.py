@@ -161,6 +161,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     unmerge_adapter = of_registry("unmerge_adapter")
     merge_and_unload = of_registry("merge_and_unload")
     unload = of_registry("unload")
+    auxiliary_loss = of_registry("auxiliary_loss")
     supports_lora_conversion = of_registry("supports_lora_conversion")
 
     # facts

@@ -146,8 +146,11 @@ class Run:
         self._window = batch.get(WINDOW, self.accumulate)
         return Part(self.name, batch)
 
-    def loss_of(self, output: Any, batch: dict[str, Any]) -> Tensor:
-        """Return what is to be differentiated: the loss of a batch, over the number of batches of a step."""
+    def loss_of(self, output: Any, batch: dict[str, Any], auxiliary: Tensor | float = 0.0) -> Tensor:
+        """Return what is to be differentiated: the loss of a batch, over the number of batches of a step.
+
+        auxiliary: what the adapter itself adds.
+        """
         if self.draws_in_loss:
             with self.draws:
                 loss = self.loss(output, batch)
@@ -155,7 +158,7 @@ class Run:
             loss = self.loss(output, batch)
         if loss.dim():
             raise ConfigError(f"Run '{self.name}': its loss has the shape {tuple(loss.shape)}; return a mean, ().")
-        return loss if self.scaled or self._window == 1 else loss / self._window
+        return (loss if self.scaled else loss / self._window) + auxiliary / self._window
 
     def put_aside(self) -> None:
         """Lay the gradients of earlier batches aside, so that a pass that fails leaves them as they are."""

@@ -357,7 +357,9 @@ class MultiTrain:
         before = [run.draws.states for run in runs]
         try:
             outputs, tokens = self._outputs(group)
-            losses = [run.loss_of(output, part.batch) for run, output, part in zip(runs, outputs, group)]
+            own = registry_of(self.model).call.here.losses
+            added = [own.get(part.name, 0.0) for part in group]
+            losses = [run.loss_of(y, part.batch, extra) for run, y, part, extra in zip(runs, outputs, group, added)]
             torch.autograd.backward(losses)
         except torch.OutOfMemoryError as error:
             full = str(error)

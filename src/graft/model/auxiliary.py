@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses that adapters add to the model's: of what their layers noted in a run, such as the balance of routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.call import Noted
+from graft.core.method import Method, Tokens
+from graft.core.rows import Run
+
+SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that leave the first label of each row out
+
+
+def losses_of(
+    noted: Mapping[str, Sequence[Noted]],
+    methods: Mapping[str, type[Method]],
+    configs: Mapping[str, Any],
+    run: Run,
+    model: nn.Module,
+) -> dict[str, Tensor]:
+    """Return the losses of a run, (), by adapter."""
+    share = share_of_step(run, model)
+    return {
+        name: methods[name].auxiliary(configs[name], [tokens(one, run, model) for one in own]) * share
+        for name, own in noted.items()
+    }
+
+
+def with_loss(output: Any, more: Any) -> Any:
+    """Return an output with more in its loss: `loss`, the first number of a tuple, or itself; None if it has none."""
+    if is_loss(output):
+        return output + more.to(output.device)
+    if type(output) is tuple:
+        found = bool(output) and is_loss(output[0])
+        return (output[0] + more.to(output[0].device), *output[1:]) if found else None
+    loss: Any = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
+    if not is_loss(loss):
+        return None
+    loss = loss + more.to(loss.device)
+    if type(output) is dict:
+        return output | {"loss": loss}
+    output.loss = loss
+    return output
+
+
+def is_loss(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.dim() and value.requires_grad
+
+
+def tokens(noted: Noted, run: Run, model: nn.Module) -> Tokens:
+    """Return the tokens of a value (rows, tokens, …), and which of them are no padding, as the call's mask says."""
+    value, real = noted.value, mask_of(noted.layer, run, model)
+    if real is not None and noted.rows is not None:
+        real = real.to(noted.rows.device)[noted.rows]
+    if real is not None and value.shape[: value.dim() - 1] in (real.shape, (real.numel(),)):
+        return Tokens(noted.layer, value.flatten(0, -2), real.to(value.device, value.dtype).flatten())
+    return Tokens(noted.layer, value.flatten(0, -2), None)
+
+
+def mask_of(layer: str, run: Run, model: nn.Module) -> Tensor | None:
+    """Return the mask of padding of the tokens that a layer sees, (rows, tokens); None if the call has none."""
+    of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder." in layer
+    mask = run.said("decoder_attention_mask" if of_decoder else "attention_mask", model)
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def share_of_step(run: Run, model: nn.Module) -> Tensor | float:
+    """Return what share of an optimizer step's tokens a call has: 1, unless it is told how many the step has.
+
+    Of such calls Trainer sums the losses, each of which is the mean over the step's tokens.
+    """
+    items, labels, shifted = (run.said(n, model) for n in ("num_items_in_batch", "labels", "shift_labels"))
+    if items is None or not isinstance(labels if shifted is None else shifted, Tensor):
+        return 1.0
+    if shifted is None:
+        twofold = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        shifted = labels[..., 1:] if getattr(model, "loss_type", None) in SHIFTED and not twofold else labels
+    share: Tensor = (shifted != -100).sum() / torch.as_tensor(items, device=shifted.device)
+    return share

@@ -72,6 +72,7 @@ METHODS: dict[str, Row] = {
     "SDT": Row("methods.sdt:SDT", "SdtConfig", "SdtModel", in_peft=False),
     "STEERING": Row("methods.steering:Steering", "SteeringConfig", "SteeringModel", in_peft=False),
     "EWORA": Row("methods.ewora:Ewora", "EworaConfig", "EworaModel", in_peft=False),
+    "MOELORA": Row("methods.moelora:MoeLoRA", "MoeLoraConfig", "MoeLoraModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {
     "PROMPT_TUNING": Row("prompts.prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),

@@ -37,7 +37,7 @@ PREFIXES = {  # of the names of a method's tensors on a module
     "DEFT": "deft_", "BOFT": "boft_", "PSOFT": "psoft_", "OSF": "osf_", "LN_TUNING": "ln_tuning_", "POLY": "poly_",
     "XLORA": "xlora_", "ADAPTION_PROMPT": "adaption_", "LORAXS": "loraxs_", "TLORA": "tlora_",
     "FINEGATES": "finegates_", "SVFT": "svft_", "MTLLORA": "mtllora_", "BOTTLENECK": "bottleneck_", "REFT": "reft_",
-    "STEERING": "steering_", "EWORA": "ewora_",
+    "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_",
 }  # fmt: skip
 ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")

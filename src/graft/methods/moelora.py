@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of LoRA experts with a router for each layer: Higher Layers Need More LoRA Experts (MoLA), arXiv 2402.08562.
+
+LoRAMoE (2312.09979) lets all experts act on each token (`top_k=None`); HydraLoRA (2404.19245), too, and its experts
+have one A (`shared_A`). Rates: HydraLoRA's is 2e-4 with r 4 and alpha 32; for the others begin with LoRA's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.targets import LORA
+from graft.core.dropout import dropout_for
+from graft.core.effect import Branch, Effect
+from graft.core.errors import ConfigError
+from graft.core.method import Method, Tokens
+
+
+@dataclass(kw_only=True)
+class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
+    """MoE-LoRA: several LoRA experts in each layer, of which a router chooses or weighs some for each token.
+
+    Raises:
+        ConfigError: a number out of range; more choices than experts; a loss of balance where all experts act.
+    """
+
+    peft_type: Any = "MOELORA"
+    r: int = 8  # of each expert
+    lora_alpha: float = 8  # an expert counts alpha / r times
+    lora_dropout: float = 0.0  # of the experts' input
+    num_experts: int = 8  # of each layer
+    experts_pattern: dict[str, int] | None = field(default_factory=dict)  # number by layer name or regex, as in MoLA
+    top_k: int | None = 2  # experts that act on a token; None: all
+    shared_A: bool = False  # the experts of a layer have one A
+    router_loss: bool = False  # training adds a loss by which all experts get tokens
+    router_aux_loss_coef: float = 1e-3  # its weight
+    init_weights: bool = True  # B of zeros; False: random, for tests
+
+    patterns: ClassVar[dict[str, str]] = {
+        "rank_pattern": "r",
+        "alpha_pattern": "lora_alpha",
+        "experts_pattern": "num_experts",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        check_experts(self.top_k, self.num_experts, self.experts_pattern)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ConfigError(f"`router_aux_loss_coef` must not be negative, got {self.router_aux_loss_coef}.")
+        if self.router_loss and self.top_k is None:
+            raise ConfigError("`router_loss` is of routers that choose: with top_k=None all experts act on each token.")
+
+
+def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | None = None) -> None:
+    """Raise ConfigError if a layer has no expert, or fewer than a router chooses."""
+    places = {"": experts} | {f" in experts_pattern['{key}']": n for key, n in (pattern or {}).items()}
+    for place, n in places.items():
+        if n < 1:
+            raise ConfigError(f"`num_experts` must be positive, got {n}{place}.")
+        if top_k is not None and not 1 <= top_k <= n:
+            raise ConfigError(f"`top_k` is {top_k}, and a router chooses between 1 and all of its experts: {n}{place}.")
+
+
+def weights_of(p: Tensor, top_k: int | None) -> Tensor:
+    """Return how much experts count, of their probabilities (…, experts): the k largest over their sum, and 0."""
+    if top_k is None:
+        return p
+    top = p.topk(top_k, -1)
+    return torch.zeros_like(p).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
+
+
+def balance(noted: Sequence[Tokens], top_k: int) -> Tensor:
+    """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert, P the mean of its probability (tokens, E).
+
+    Routers count together: all tokens of all of them. If numbers of experts differ, each counts by itself, and the mean
+    is returned.
+    """
+    alone = len({one.values.shape[-1] for one in noted}) > 1
+    device = noted[0].values.device
+    sums: dict[str, Tensor] = {}  # (3, E) by router: choices of each expert, probabilities of each, tokens
+    for one in noted:
+        p = one.values
+        real = p.new_ones(len(p)) if one.real is None else one.real
+        chosen = torch.zeros_like(p).scatter(-1, p.topk(top_k, -1).indices, 1.0)
+        found = torch.stack([real @ chosen, real @ p, real.sum().expand(p.shape[-1])]).to(device)
+        router = one.layer if alone else ""
+        sums[router] = sums[router] + found if router in sums else found
+    means = [(chosen / n.clamp_min(1), p / n.clamp_min(1)) for chosen, p, n in sums.values()]
+    return torch.stack([len(f) * (f * P).sum() for f, P in means]).mean()
+
+
+class MoeLoRA(Method):
+    """Δy = s · Σₑ gₑ Bₑ Aₑ x, g from p = softmax(G x): p itself, or its k largest divided by their sum."""
+
+    config = MoeLoraConfig
+    prefix = "moelora_"
+    targets = LORA
+
+    moelora_A: nn.Parameter  # (experts, r, in), (1, r, in) if they share it
+    moelora_B: nn.Parameter  # (experts, out, r)
+    moelora_router: nn.Linear  # weight (experts, in)
+    moelora_dropout: nn.Module
+
+    def check(self) -> str | None:
+        if self.site.op.known and not self.site.op.linear:
+            return "MoE-LoRA adapts linear layers only"
+        return super().check()
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg, site = self.cfg, self.site
+        E, r = cfg.num_experts, cfg.r
+        A, B = torch.empty(1 if cfg.shared_A else E, r, site.in_features), torch.empty(E, site.out_features, r)
+        return dict(
+            r=r,
+            moelora_A=nn.Parameter(A),
+            moelora_B=nn.Parameter(B),
+            moelora_router=nn.Linear(site.in_features, E, bias=False),
+            moelora_dropout=dropout_for(cfg.lora_dropout),
+        )
+
+    def init(self) -> None:
+        for matrix in (*self.moelora_A, self.moelora_router.weight):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.moelora_B)
+        else:
+            nn.init.normal_(self.moelora_B, std=self.cfg.r**-0.5)
+
+    def describe(self) -> Effect:
+        return Branch(self.branch, fixed="MoE-LoRA's routers weigh experts by each token, which no weight does")
+
+    def branch(self, x: Tensor) -> Tensor:
+        cfg, op, base = self.cfg, self.site.op, self.layer.base_layer
+        p = self.moelora_router(x).softmax(-1, dtype=torch.float32)  # (…, experts)
+        if cfg.router_loss and self.layer.training and self.moelora_router.weight.requires_grad:
+            self.layer.call.note(self.name, self.site.key, p)
+        g = weights_of(p, cfg.top_k).to(x.dtype) * (cfg.lora_alpha / cfg.r)
+        z = op.down(base, self.moelora_dropout(x), self.moelora_A.flatten(0, 1))
+        z = z.unflatten(-1, (-1, cfg.r)) * g.unsqueeze(-1)  # (…, experts, r)
+        return op.up(base, z.flatten(-2), self.moelora_B.transpose(0, 1).flatten(1))
+
+    @classmethod
+    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+        return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)  # type: ignore[no-any-return]

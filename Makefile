@@ -10,7 +10,7 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 .PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
 	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
-	examples guide-serving docs docs-look clean
+	rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -210,6 +210,10 @@ $(VENV)/.compare: $(VENV)/.demo-lm
 
 compare: $(VENV)/.compare
 	$(BIN)/python -m examples.compare $(COMPARE)
+
+# the learning rate of each method, into the package: hours; a search that was stopped goes on
+rates: $(VENV)/.compare
+	$(BIN)/python -m examples.compare.rates $(RATES)
 
 demo-lm: $(VENV)/.demo-lm
 	$(BIN)/python -m examples.demo_lm $(DEMO)

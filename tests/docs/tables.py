@@ -17,6 +17,7 @@ from typing import Any
 from graft.core.folding import why_none
 from graft.methods import METHODS, PROMPTS, ROWS, config_of, method_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
+from tests.docs import rates
 from tests.docs.marks import put
 from tests.looks import layers
 from tests.samples.laws import Sample
@@ -120,7 +121,7 @@ def listed(text: str) -> str:
 def pages() -> dict[Path, str]:
     """The pages as the code has them now."""
     return {
-        PAGE: listed(put(PAGE.read_text(), MARK, table())),
+        PAGE: listed(put(put(PAGE.read_text(), MARK, table()), "rates", rates.table())),
         CONFIGS: put(CONFIGS.read_text(), MARK, f"\n{entries()}\n"),
     }
 

@@ -20,7 +20,15 @@ from graft.methods import method_of
 
 FILE = Path(__file__).with_name("rates.json")  # a row for each search, of `make rates`
 # fields that do not tell what an adapter is
-COMMON = {"task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
+COMMON = {
+    "task_type",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "progressbar",
+}
 
 
 class Row(TypedDict):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of learning rates in docs/methods.md, from the package's rows and what methods say of their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from graft.core.published import COMPARISON, Published
+from graft.methods import ROWS, method_of
+from graft.methods.lora.lora import VARIANTS, beside
+from graft.model.rates import Row, best, good, rows
+
+HEAD = ("method", "best", "as good", "found on", "its source")
+SHORT = {COMPARISON: "PEFT's comparison"}
+
+
+def table() -> str:
+    lines = [HEAD, ["---"] * len(HEAD), *cells()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells() -> Iterator[list[str]]:
+    classes = {c.__name__: c for name in ROWS for c in kinds(name)}
+    shown = set()
+    for method, found in groupby(sorted(rows(), key=lambda row: row["method"].lower()), lambda row: row["method"]):
+        for row in found:
+            low, high = good([row])
+            where = f"{row['task']}, {row['steps']} steps of {row['batch']}, {size(row)}"
+            ends = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            yield [method, f"{best([row]):g}", ends, where, source(classes[row["adapter"]].published_lr)]
+            shown.add(row["adapter"])
+    for name, cls in sorted(classes.items(), key=lambda item: item[0].lower()):
+        if name not in shown and "published_lr" in vars(cls):
+            yield [name, "", "", "", source(cls.published_lr)]
+
+
+def kinds(name: str) -> list[type]:
+    """Return the class of a method, and of its variants."""
+    return [method_of(name), *(map(beside, VARIANTS.values()) if name == "LORA" else ())]
+
+
+def size(row: Row) -> str:
+    return ", ".join(f"{k} {v}" for k, v in row["config"].items()) or "defaults"
+
+
+def source(published: Published | None) -> str:
+    if published is None:
+        return ""
+    low, high, where = published
+    for long, short in SHORT.items():
+        where = where.replace(long, short)
+    return f"{low:g} ({where})" if low == high else f"{low:g} to {high:g} ({where})"

@@ -18,7 +18,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError
 from graft.files import formats
 from graft.files.bases import Skeleton, base_of
 from graft.files.convert import convert
-from graft.files.errors import BaseNeededError, LossError, OutputExistsError
+from graft.files.errors import BaseNeededError, LossError, OptionError, OutputExistsError
 from tests.files.dense import changes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -174,8 +174,13 @@ def test_an_output_that_exists(tmp_path, locon):
     (out / "mine.txt").write_text("x")
     convert(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() != before
-    with pytest.raises(OutputExistsError, match="the source"):
+    with pytest.raises(OptionError, match="the source"):
         convert(locon, "kohya", locon, NET, force=True)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "letter.txt").write_text("x")
+    with pytest.raises(OutputExistsError, match="something else than an adapter"):
+        convert(locon, "peft", tmp_path / "others", NET, force=True)
+    assert os.listdir(tmp_path / "others") == ["letter.txt"]
 
 
 def test_an_error_while_writing_leaves_what_was_there(tmp_path, locon, monkeypatch):

@@ -391,7 +391,10 @@ def test_an_output_that_exists_stays_without_force(tmp_path):
     (tmp_path / "out/mine").write_text("precious")
     with pytest.raises(OutputExistsError, match="--force"):
         merge(base, [adapter], tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="neither a model nor an adapter"):
+        merge(base, [adapter], tmp_path / "out", force=True)
     assert (tmp_path / "out/mine").read_text() == "precious"
+    (tmp_path / "out/config.json").write_text("{}")
     merge(base, [adapter], tmp_path / "out", force=True)
     assert not (tmp_path / "out/mine").exists()
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))

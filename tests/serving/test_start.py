@@ -9,8 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from graft.core.errors import ConfigError
-from graft.files.errors import ServerError
+from graft.files.errors import OptionError, PackageNeededError, ServerError
 from graft.serving.ask import Connection
 from graft.serving.start import started
 
@@ -57,7 +56,7 @@ def test_a_server_that_ends(tmp_path):
 
 
 def test_servers_that_cannot_be_started():
-    with pytest.raises(ConfigError, match="vllm only"), started("tgi", "base", "base", {}):
+    with pytest.raises(OptionError, match="vllm only"), started("tgi", "base", "base", {}):
         raise AssertionError
-    with pytest.raises(ConfigError, match="not installed beside graft"), started("vllm", "base", "base", {}):
+    with pytest.raises(PackageNeededError, match="not installed beside graft"), started("vllm", "base", "base", {}):
         raise AssertionError

@@ -14,7 +14,7 @@ import torch
 
 import graft
 from graft.core.errors import BaseModelMismatchError
-from graft.files.errors import ServerError, UnknownModelError
+from graft.files.errors import OptionError, ServerError, UnknownModelError
 from graft.serving.ask import Connection, server_of
 from graft.serving.verify import verify
 from tests.models import make, nudged, seeded
@@ -333,7 +333,7 @@ def test_no_server():
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000", "", "ftp://host"])
 def test_an_address_that_is_none(url):
-    with pytest.raises(ServerError, match="no address of a server"):
+    with pytest.raises(OptionError, match="no address of a server"):
         Connection(url)
 
 

@@ -20,6 +20,7 @@ from graft.files.errors import (
     LossError,
     OptionError,
     OutputExistsError,
+    PackageNeededError,
     ServerError,
     UnknownModelError,
 )
@@ -27,8 +28,9 @@ from graft.files.errors import (
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
     (OptionError, USAGE), (OutputExistsError, USAGE), (UnknownModelError, USAGE), (BaseNeededError, USAGE),
-    (LossError, LOSS), (BaseModelMismatchError, MISFIT), (ServerError, UNREADABLE), (CheckpointError, UNREADABLE),
-    (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND), (OSError, UNREADABLE),
+    (PackageNeededError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT), (ServerError, UNREADABLE),
+    (CheckpointError, UNREADABLE), (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND),
+    (OSError, UNREADABLE),
 )  # fmt: skip
 VERBS = (  # modules of this package, in the order of `graft --help`
     "inspect", "diff", "lint", "resize", "extract", "merge", "convert", "check", "export", "verify", "plan", "hub",

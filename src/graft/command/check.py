@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from graft.command import show
 from graft.command.app import FOUND, app, print_json
+from graft.files.errors import OptionError
 from graft.files.serving import Finding, Options, servers
 
 COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
@@ -17,18 +18,17 @@ COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 
 @app.command()
 def check(
-    adapter: Annotated[Path, typer.Argument(help="A folder or file with an adapter.")],
+    adapter: show.Adapter,
     servers_: Annotated[
         str, typer.Option("--for", help="Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…")
     ],
-    base: Annotated[
-        Path | None, typer.Option(help="Folder of the model that they serve: compare names with it.")
-    ] = None,
+    base: show.Base = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="--max-lora-rank of the server.")] = None,
     targets: Annotated[
         str | None, typer.Option("--lora-target-modules", help="The server's option of that name, by commas.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
 ) -> None:
     """Say what servers would do with an adapter: refuse it, compute something else, ignore it.
 
@@ -37,22 +37,25 @@ def check(
 
     Example: graft check out/adapter --for vllm,sglang --base models/llama
     """
-    from graft.files import formats, serving
-    from graft.files.base import base_files
+    from graft.files import serving
+    from graft.files.bases import base_of
+    from graft.files.sources import adapter_at
 
-    model = None if base is None else base_files(base)
     listed = None if targets is None else tuple(part.strip() for part in targets.split(","))
     names = [part.strip() for part in servers_.split(",") if part.strip()]
-    found = serving.check(formats.read(adapter, model), names, model, Options(max_rank, listed))
+    if not names:
+        raise OptionError(f"--for names no server; there are {', '.join(servers())}.")
+    model = None if base is None else base_of(base)
+    found = serving.check(adapter_at(adapter, model), names, model, Options(max_rank, listed))
     if as_json:
         print_json({"adapter": str(adapter), "servers": names, "findings": [f.as_dict() for f in found]})
-    else:
-        show(names, found, model is not None)
+    elif not quiet:
+        report(names, found, model is not None)
     if not all(f.ok for f in found):
         sys.exit(FOUND)
 
 
-def show(names: list[str], found: list[Finding], compared: bool) -> None:
+def report(names: list[str], found: list[Finding], compared: bool) -> None:
     """Print the findings by server."""
     from rich.console import Console
     from rich.text import Text

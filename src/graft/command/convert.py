@@ -3,33 +3,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from graft.command import show
 from graft.command.app import app, print_json
+from graft.files.errors import OptionError
 
 
 @app.command()
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="A file or folder with an adapter, of any format.")],
+    adapter: show.Adapter,
     to: Annotated[
         str, typer.Option("--to", help="gguf, torchtune, litgpt, peft, mlx, adapterhub, kohya or diffusers.")
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A file or folder; next to the adapter if not given.")
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="A file or folder; next to the adapter if not given.", show_default=False),
     ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Folder of the base model: its names and sizes; a config.json is enough.")
-    ] = None,
+    base: show.Base = None,
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Leave out what the format cannot hold, and say what.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but leave a result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    force: show.Force = False,
+    dry_run: show.DryRun = False,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
 ) -> None:
     """Write an adapter in the format of another library. What that cannot hold is an error that lists it.
 
@@ -37,8 +37,12 @@ def convert(
     Or: graft convert style.safetensors --to peft --base models/sd -o out/style
     """
     from graft.files.convert import convert as run
+    from graft.files.sources import local
 
-    done = run(adapter, to, out, base, lossy, force, dry_run)
+    source = local(adapter)
+    if source != adapter and output is None:
+        raise OptionError(f"{adapter} is of the hub: say where the result goes (--output).")
+    done = run(source, to, output, base, lossy, force, dry_run)
     if as_json:
         print_json(done.as_dict())
     elif not quiet:

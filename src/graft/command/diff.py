@@ -15,6 +15,7 @@ from graft.command.app import FOUND, app, print_json
 def diff(
     a: show.Adapter,
     b: show.Adapter,
+    base: show.Base = None,
     tol: Annotated[float, typer.Option("--tol", help="Relative ‖ΔW_a - ΔW_b‖ that counts as equal.")] = 1e-6,
     as_json: show.Json = False,
     quiet: show.Quiet = False,
@@ -23,10 +24,12 @@ def diff(
 
     Example: graft diff before after --tol 1e-3
     """
+    from graft.files.bases import base_of
     from graft.files.diff import difference
     from graft.files.sources import adapter_at
 
-    found = difference(adapter_at(a), adapter_at(b), tol)
+    known = None if base is None else base_of(base)
+    found = difference(adapter_at(a, known), adapter_at(b, known), tol)
     if as_json:
         print_json(found)
     elif not quiet:

@@ -47,10 +47,9 @@ def extract(
     from graft.files.base import base_files
     from graft.files.extract import extract as extracted
     from graft.files.formats import peft
-    from graft.files.sources import check_output
+    from graft.files.output import check_output
 
-    if not dry_run:
-        check_output(output, [tuned, base], force)
+    check_output(output, [tuned, base], force)
     models = base_files(tuned), base_files(base)
     made = extracted(
         *models, rank, energy, max_mb, include, exclude, embed, lambda name: show.log(name, quiet or as_json)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graft.command.app import app, print_json
-from graft.files.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from graft.files.neutral import AdapterFile
@@ -63,9 +62,9 @@ def pull(
     from graft.config import hub
     from graft.core.errors import HubError
     from graft.files import formats
+    from graft.files.output import appearing, check_output
 
-    if output.exists() and not force:
-        raise OutputExistsError(f"{output} exists: --force replaces it.")
+    check_output(str(output), [], force)
     name, _, revision = repo.partition("@")
     try:
         there = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*OWN, "*.safetensors", "*.md"]))
@@ -73,12 +72,8 @@ def pull(
         login = hub.login(e.__cause__ or e)
         raise HubError(f"'{repo}' cannot be fetched from the hub: {type(e).__name__}: {e}{login}") from e
     held = formats.read(there)  # whatever is no adapter never gets to the output
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    copied(there, part, pickles=not any(there.glob("*.safetensors")))
-    if output.exists():
-        shutil.rmtree(output)
-    part.rename(output)
+    with appearing(str(output)) as part:
+        copied(there, Path(part), pickles=not any(there.glob("*.safetensors")))
     found = {
         "repo": repo,
         "output": str(output),

@@ -26,12 +26,12 @@ def inspect(
 
     Example: graft inspect my-adapter --spectrum
     """
-    from graft.files.base import base_files
+    from graft.files.bases import base_of
     from graft.files.inspect import inspect as report_of
     from graft.files.inspect import plot as draw
     from graft.files.sources import adapter_at
 
-    held = None if base is None else base_files(base)
+    held = None if base is None else base_of(base)
     report = report_of(adapter_at(adapter, held), held, spectrum or plot is not None)
     if plot is not None:
         draw(report, plot)

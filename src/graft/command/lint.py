@@ -24,11 +24,11 @@ def lint(
 
     Example: graft lint my-adapter --base my-model --strict
     """
-    from graft.files.base import base_files
+    from graft.files.bases import base_of
     from graft.files.lint import lint as findings_of
     from graft.files.sources import adapter_at
 
-    held = None if base is None else base_files(base)
+    held = None if base is None else base_of(base)
     found = findings_of(adapter_at(adapter, held), held)
     bad = [f for f in found if f.severity == "error" or (strict and f.severity == "warning")]
     if as_json:

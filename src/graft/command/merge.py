@@ -18,7 +18,9 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base model: config.json and safetensors files.")],
-    adapters: Annotated[list[Path], typer.Argument(help="Adapters, merged in this order.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapters, merged in this order: folders, files, hub ids.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     weights: Annotated[str | None, typer.Option(help="A weight for each adapter, by commas: 0.7,0.3")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 for all; else each its own.")] = None,
@@ -38,11 +40,13 @@ def merge(
 
     Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
     """
+    from graft.files.sources import local
     from graft.model.merge_files import merge_files
     from graft.model.probing import probed
 
+    sources = [local(adapter) for adapter in adapters]
     account = merge_files(
-        base, list(adapters), output, weights=None if weights is None else numbers(weights), dtype=dtype,
+        base, sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,
         shard_size=None if shard_size is None else size(shard_size), certificate=certificate or probe > 0,
         keep_quantized=keep_quantized, force=force, dry_run=dry_run,
     )  # fmt: skip
@@ -51,7 +55,7 @@ def merge(
         "notes": account.notes, "resumed": account.resumed,
     }  # fmt: skip
     if probe and not dry_run:
-        found["probe"] = probed(base, list(adapters), output, probe, None if weights is None else numbers(weights))
+        found["probe"] = probed(base, sources, output, probe, None if weights is None else numbers(weights))
     if as_json:
         print_json(found)
     elif not quiet:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from graft.command.app import app, print_json
+from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def plan(
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
     made = skeleton(str(model))
     if made is None:
-        raise OptionError(f"{model} has no config.json of a model that the installed transformers knows.")
+        raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
     whole = cast("PreTrainedModel", made)
     adapter = adapter_config(config, method, rank, targets)
     report = planned(whole, adapter)

@@ -16,6 +16,7 @@ from graft.command.app import app, print_json
 def resize(
     adapter: show.Adapter,
     output: show.Output,
+    base: show.Base = None,
     rank: Annotated[int | None, typer.Option("--rank", help="The rank of all modules.", show_default=False)] = None,
     energy: Annotated[
         float | None, typer.Option("--energy", help="Part of Σσ² that each module keeps, of 1.", show_default=False)
@@ -39,16 +40,18 @@ def resize(
 
     Example: graft resize my-adapter -o smaller --energy 0.95
     """
+    from graft.files.bases import base_of
     from graft.files.formats import peft
+    from graft.files.output import check_output
     from graft.files.resize import resize as resized
-    from graft.files.sources import adapter_at, check_output, local
+    from graft.files.sources import adapter_at, local
 
     source = local(adapter)
+    check_output(output, [source, *([] if base is None else [base])], force)
+    known = None if base is None else base_of(base)
+    made, rows = resized(adapter_at(source, known), rank, energy, ratio, max_mb, max_rank, uniform)
     if not dry_run:
-        check_output(output, [source], force)
-    made, rows = resized(adapter_at(source), rank, energy, ratio, max_mb, max_rank, uniform)
-    if not dry_run:
-        peft.write(made, output)
+        peft.write(made, output, known)
     whole = sum(r.size**2 for r in rows)
     kept = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
     if as_json:

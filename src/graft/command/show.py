@@ -15,7 +15,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Output = Annotated[str, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and report, and write nothing.")]
-Base = Annotated[str | None, typer.Option("--base", help="Folder of the base model.", show_default=False)]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Folder of the base model; often config.json is enough.", show_default=False),
+]
 
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from graft.command import show
 from graft.command.app import FOUND, app, print_json
-from graft.core.errors import ConfigError
+from graft.files.errors import OptionError
 
 
 @app.command()
 def verify(
-    adapter: Annotated[Path, typer.Option(help="The adapter, of any format, as it was trained or exported.")],
-    base: Annotated[Path, typer.Option(help="Folder of the model that the server runs.")],
+    adapter: Annotated[
+        str, typer.Option(help="The adapter, of any format, as it was trained or exported.", show_default=False)
+    ],
+    base: Annotated[str, typer.Option(help="Folder of the model that the server runs.", show_default=False)],
     url: Annotated[str | None, typer.Option(help="Of the server: http://host:port")] = None,
     model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",
     base_name: Annotated[str, typer.Option(help="The base's name there.")] = "base",
@@ -29,7 +31,8 @@ def verify(
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for each answer.")] = 60,
     api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY", help="Sent as a bearer token.")] = None,
     device: Annotated[str, typer.Option(help="On which graft computes.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
 ) -> None:
     """Ask a running server for log-probabilities, and compare them with graft's own on the same weights.
 
@@ -40,21 +43,22 @@ def verify(
     Example: graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
     """
     from graft.command.models import load_base, on
+    from graft.files.sources import local
     from graft.serving.ask import Connection
     from graft.serving.start import started
     from graft.serving.verify import verify as compare
 
     if (url is None) == (in_process is None):
-        raise ConfigError("Give one of the two: --url of a running server, or --in-process vllm.")
-    own = load_base(base, device=device)
+        raise OptionError("Give one of the two: --url of a running server, or --in-process vllm.")
+    source, own = local(adapter), load_base(base, device=device)
     options = dict(dtype=dtype, tolerance=tolerance, server=server)
 
     def ask(at: str) -> None:
         connection = Connection(at, timeout, api_key)
-        found = compare(connection, own, lambda m: on(m, adapter), model, base_name, **options)  # type: ignore[arg-type]
+        found = compare(connection, own, lambda m: on(m, source), model, base_name, **options)  # type: ignore[arg-type]
         if as_json:
             print_json(found.as_dict())
-        else:
+        elif not quiet:
             print(found.text)
             print(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
             print(f"  {found.noise:.2g}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
@@ -66,5 +70,5 @@ def verify(
     if url is not None:
         ask(url)
         return
-    with started(str(in_process), str(base), base_name, {model: str(adapter)}, dtype) as at:
+    with started(str(in_process), base, base_name, {model: source}, dtype) as at:
         ask(at)

@@ -63,6 +63,9 @@ class Skeleton:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
 
 
+Known = BaseFiles | Skeleton
+
+
 def skeleton(model: Any, path: str) -> Skeleton:
     """Return the names and shapes of a model, an `nn.Module` on any device.
 

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from graft.core.errors import BaseModelMismatchError, CheckpointError
+from graft.core.errors import BaseModelMismatchError
 from graft.files import names
 from graft.files.bases import base_of, wider
 from graft.files.components import parts_of, split
-from graft.files.errors import OutputExistsError
-from graft.files.formats import Base, module_of, read, recognise
+from graft.files.formats import Base, is_model, module_of, read, recognise
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
 from graft.files.neutral import AdapterFile
+from graft.files.output import appearing, check_output
 
 ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
 
@@ -72,16 +70,15 @@ def convert(
         BaseModelMismatchError: the adapter does not fit the base.
         CheckpointError: the source is damaged, or no adapter.
         OutputExistsError: there is something at `out`.
+        OptionError: `out` is the source or the base, or lies in one of them.
     """
     source = os.fspath(source)
     form, of = module_of(to), recognise(source)
     target = os.path.abspath(beside(source, to) if out is None else os.fspath(out))
-    if to in ENDS and out is not None and os.path.isdir(target) and not force:
+    if to in ENDS and out is not None and os.path.isdir(target) and not force and not is_model(target):
         target = os.path.join(target, f"adapter{ENDS[to]}")
-    if os.path.lexists(target) and not force and not (os.path.isdir(target) and not os.listdir(target)):
-        raise OutputExistsError(f"{target} exists: pass force=True (--force) to replace it.")
-    if force and os.path.exists(target) and os.path.samefile(target, source):
-        raise OutputExistsError(f"{target} is the source, which stays as it is: give another output.")
+    known_base = [base] if isinstance(base, (str, os.PathLike)) else []
+    check_output(target, [source, *known_base], force)
     known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
     try:
         adapter = checked(source, known, to)
@@ -131,38 +128,11 @@ def read_for(source: str, base: Base | None, to: str) -> AdapterFile:
 
 def written(adapter: AdapterFile, form: Any, target: str, base: Base | None, lossy: bool, dry_run: bool) -> list[str]:
     """Write an adapter, whole or not at all; return what was lost."""
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        if dry_run:
-            folder = tempfile.gettempdir()
-        else:
-            os.makedirs(folder)
-    room = tempfile.mkdtemp(prefix=".graft-", dir=folder)
-    try:
-        made = os.path.join(room, os.path.basename(target))
+    with appearing(target, not dry_run) as made:
         if form.NAME == "peft" and (parts := split(adapter)):
             lost = []
             for part, of_part in parts.items():
                 lost += [f"{part}: {line}" for line in form.write(of_part, os.path.join(made, part), None, lossy)]
         else:
             lost = form.write(adapter, made, base, lossy)
-        if not dry_run:
-            put(made, target, room)
-        return lost
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
-
-
-def put(made: str, target: str, room: str) -> None:
-    """Give a result its name; what is there goes only when the result has come."""
-    if not os.path.exists(made):
-        raise CheckpointError(f"Nothing was written for {target}.")
-    old = os.path.join(room, "old")
-    if os.path.lexists(target):
-        os.rename(target, old)
-    try:
-        os.rename(made, target)
-    except BaseException:
-        if os.path.lexists(old):
-            os.rename(old, target)
-        raise
+    return lost

@@ -20,6 +20,10 @@ class BaseNeededError(PeftError, ValueError):
     """A format says less than another needs: the base model has the rest, its names or its heads."""
 
 
+class PackageNeededError(PeftError, ImportError):
+    """A format, or a server, needs a package that is not installed."""
+
+
 class OptionError(PeftError, ValueError):
     """Options of a verb contradict each other, or have values that cannot be."""
 

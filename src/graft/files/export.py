@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.errors import LossError, UnknownServerError
 from graft.files.formats import Base, module_of
+from graft.files.names import shapes_that_differ
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, servers
 from graft.files.tensors import tensor
@@ -78,6 +79,7 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     if len({*names.values()}) < len(names):
         raise BaseModelMismatchError(f"Two modules of {adapter.path} are one of the base's: {some(sorted(names))}.")
     by_name = {names[path]: of for path, of in held.items()}
+    check_shapes(by_name, adapter, base)
     rank = max(of.A.shape[0] for of in by_name.values())
     targets, added = covered(by_name, base, server)
     shapes = {kind_of(path): of for path, of in by_name.items()}
@@ -137,6 +139,14 @@ def check_beside(adapter: AdapterFile, base: Base) -> None:
                 f"{adapter.path} holds a '{name}' of other rows or values than the base's: merge it (graft merge), and "
                 "serve the model."
             )
+
+
+def check_shapes(held: dict[str, LowRank], adapter: AdapterFile, base: Base) -> None:
+    """Raise BaseModelMismatchError for factors that make no update of the base's weight."""
+    if wrong := shapes_that_differ(held, base):
+        raise BaseModelMismatchError(
+            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
+        )
 
 
 def known_extra(name: str) -> bool:

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from graft.core.errors import CheckpointError, some
-from graft.files.errors import BaseNeededError, LossError
-from graft.files.formats.peft import PREFIXES, VARIANTS
+from graft.files.errors import LossError
+from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor, tensor
 
@@ -77,10 +77,7 @@ def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> Fit
         BaseNeededError: the adapter's names are no paths of modules.
     """
     if adapter.flat:
-        raise BaseNeededError(
-            f"{adapter.path} names modules as its format does ({some([*adapter.modules], 2)}): give the base model "
-            "whose names they come from (--base)."
-        )
+        raise named_as_there(adapter)
     lost = [f"the key '{key}', which no reader knows" for key in adapter.unread]
     out = replace(adapter, modules={}, unread=[])
     for name, held in (("full", adapter.full), ("rows", adapter.rows), ("shared", adapter.shared)):

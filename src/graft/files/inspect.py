@@ -10,18 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from graft.config.atomic import replace as put_in_place
 from graft.config.notes import CONFIG
 from graft.core.errors import BaseModelMismatchError
 from graft.files import algebra
-from graft.files.base import BaseFiles
+from graft.files.bases import Known
+from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.sources import licence_in, names_in
 from graft.files.tensors import Tensor
 
+PICTURES = (".png", ".svg", ".pdf")
 TOP = 16  # singular values that a report lists
 
 
-def inspect(adapter: AdapterFile, base: BaseFiles | None = None, spectrum: bool = False) -> dict[str, Any]:
+def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = False) -> dict[str, Any]:
     """Return what an adapter is, as plain values for a table or JSON.
 
     Args:
@@ -30,6 +33,7 @@ def inspect(adapter: AdapterFile, base: BaseFiles | None = None, spectrum: bool 
 
     Raises:
         BaseModelMismatchError: the base lacks a module, or has it in another shape.
+        BaseNeededError: of the base only names are known.
     """
     tensors = [t for held in adapter.modules.values() for t in tensors_of(held)]
     beside = [*adapter.full.values(), *adapter.shared.values(), *(values for _, values in adapter.rows.values())]
@@ -97,7 +101,7 @@ def of_module(path: str, held: LowRank | Other, spectrum: bool) -> dict[str, Any
     return out
 
 
-def compared(modules: list[dict[str, Any]], adapter: AdapterFile, base: BaseFiles) -> None:
+def compared(modules: list[dict[str, Any]], adapter: AdapterFile, base: Known) -> None:
     """Add to each module what its change is beside the base's weight."""
     found = names_in((m["module"] for m in modules), base.shapes)
     for m in modules:
@@ -111,11 +115,12 @@ def compared(modules: list[dict[str, Any]], adapter: AdapterFile, base: BaseFile
         m["relative"] = m["norm"] / m["weight_norm"] if m["weight_norm"] else None
 
 
-def weight(path: str, found: dict[str, str], base: BaseFiles, low: LowRank) -> np.ndarray:
+def weight(path: str, found: dict[str, str], base: Known, low: LowRank) -> np.ndarray:
     """Return the weight that a module changes, turned as its change is: (out, in), of an embedding (vocabulary, dim).
 
     Raises:
         BaseModelMismatchError: the base has none, or one of another shape.
+        BaseNeededError: of the base only names are known.
     """
     rows, columns = algebra.sizes(low)
     if path not in found:
@@ -126,6 +131,8 @@ def weight(path: str, found: dict[str, str], base: BaseFiles, low: LowRank) -> n
     flat = (shape[-2], shape[-1]) if stack else (shape[0], prod(shape[1:]))
     if flat not in (own, own[::-1]) or (stack and shape[0] != low.A.shape[0]):
         raise BaseModelMismatchError(f"'{path}' is {shape} in {base.path}, and the adapter is made for {own}.")
+    if found[path] not in base.tensors:
+        raise BaseNeededError(f"{base.path} has no weights, only their names: give the base model with its files.")
     W = base.tensors[found[path]].read()
     W = W if stack else W.reshape(flat)
     return W if flat == own else W.swapaxes(-1, -2)
@@ -150,8 +157,19 @@ def groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(report: dict[str, Any], path: str) -> None:
-    """Draw the spectra of all modules, and the sizes of their changes by layer, into a picture."""
-    import matplotlib
+    """Draw the spectra of all modules, and the sizes of their changes by layer, into a picture.
+
+    Raises:
+        OptionError: `path` is no picture.
+        PackageNeededError: matplotlib is not installed.
+    """
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in PICTURES:
+        raise OptionError(f"{path} is no picture: give a name that ends in {', '.join(PICTURES)}.")
+    try:
+        import matplotlib
+    except ImportError:
+        raise PackageNeededError("Pictures need matplotlib: pip install matplotlib.") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -173,5 +191,5 @@ def plot(report: dict[str, Any], path: str) -> None:
     left.legend(fontsize="small")
     fig.suptitle(os.path.basename(os.path.normpath(report["path"])))
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    put_in_place(path, lambda temporary: fig.savefig(temporary, dpi=110, format=kind[1:]))
     pyplot.close(fig)

@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from graft.config.reading import ending, parsed
-from graft.core.errors import BaseModelMismatchError, some
+from graft.config.reading import ending, parsed, pattern
+from graft.core.errors import BaseModelMismatchError, ConfigError, some
 from graft.files import algebra
-from graft.files.base import BaseFiles
+from graft.files.bases import Known
+from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import PROMPTS, SCALED
 from graft.files.inspect import tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
@@ -49,7 +50,7 @@ class Look:
     """An adapter, and what several rules ask of it."""
 
     adapter: AdapterFile
-    base: BaseFiles | None = None
+    base: Known | None = None
     names: dict[str, str] = field(default_factory=dict)  # module → its weight's name in the base
 
     @cached_property
@@ -76,7 +77,7 @@ class Look:
         return {path: size for path, size in self.norms.items() if size > 0}
 
 
-def lint(adapter: AdapterFile, base: BaseFiles | None = None) -> list[Finding]:
+def lint(adapter: AdapterFile, base: Known | None = None) -> list[Finding]:
     """Return what looks wrong in an adapter, the worst first.
 
     Args:
@@ -139,7 +140,7 @@ def relative(look: Look) -> Iterator[tuple[str, float, float]]:
     for path, size in look.norms.items():
         try:
             W = weight(path, look.names, look.base, look.low[path])  # type: ignore[arg-type]
-        except BaseModelMismatchError:  # of which another rule tells
+        except (BaseModelMismatchError, BaseNeededError):  # of the first another rule tells
             continue
         yield path, size, float(np.linalg.norm(W))
 
@@ -183,10 +184,20 @@ def unused_target(look: Look) -> Found:
     config, paths = look.adapter.config, [*look.adapter.modules, *(n.rpartition(".")[0] for n in look.adapter.rows)]
     for name in ("target_modules", "target_parameters"):
         targets = config.get(name)
-        if isinstance(targets, list) and paths:
+        if targets is None or not paths or targets == "all-linear":
+            continue
+        if isinstance(targets, str):
+            try:
+                used = any(pattern(targets, name).fullmatch(p) for p in paths)
+            except ConfigError:
+                used = False
+            unused = [] if used else [targets]
+        elif isinstance(targets, list) and all(isinstance(t, str) for t in targets):
             unused = [t for t in targets if not any(f".{p}".endswith(f".{t}".removesuffix(".weight")) for p in paths)]
-            if unused:
-                yield f"{name} names what the file has no tensor for: {some(sorted(unused), 5)}", unused
+        else:
+            unused = [repr(targets)]
+        if unused:
+            yield f"{name} names what the file has no tensor for: {some(sorted(unused), 5)}", unused
 
 
 def orphan_key(look: Look) -> Found:
@@ -221,6 +232,8 @@ def base_mismatch(look: Look) -> Found:
     for path, held in look.low.items():
         try:
             weight(path, look.names, look.base, held)
+        except BaseNeededError:
+            continue
         except BaseModelMismatchError as e:
             wrong.append(path)
             texts.append(str(e))
@@ -302,7 +315,7 @@ def intruder(look: Look) -> Found:
             continue
         try:
             W = weight(path, look.names, look.base, held).astype("f8")  # type: ignore[arg-type]
-        except BaseModelMismatchError:
+        except (BaseModelMismatchError, BaseNeededError):
             continue
         new = with_change(held, W)
         U = np.linalg.svd(new, full_matrices=False)[0][:, :TOP]

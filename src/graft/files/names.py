@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
@@ -83,17 +83,27 @@ def check(adapter: AdapterFile, base: Base) -> None:
         if found is None:
             absent.append(path)
             continue
-        shape = base.shapes.get(f"{found}.weight")
-        if shape is None or not isinstance(held, LowRank) or "quantization_config" in base.config:
-            continue
-        if not fits(held, shape, base.config.get("model_type") in CONV1D):
-            wrong.append(f"{path}: A {held.A.shape} and B {held.B.shape} for a weight {shape}")
+        if isinstance(held, LowRank):
+            wrong += shapes_that_differ({found: held}, base)
     if absent:
         raise missing(adapter, absent, base)
     if wrong:
         raise BaseModelMismatchError(
             f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
         )
+
+
+def shapes_that_differ(held: Mapping[str, LowRank], base: Base) -> list[str]:
+    """Return which modules, by the base's paths, have factors that make no update of the base's weight."""
+    if "quantization_config" in base.config:
+        return []
+    turned = base.config.get("model_type") in CONV1D
+    shapes = {path: base.shapes.get(f"{path}.weight") for path, module in held.items() if module.kind != "experts"}
+    return [
+        f"{path}: A {held[path].A.shape} and B {held[path].B.shape} for a weight {shape}"
+        for path, shape in shapes.items()
+        if shape is not None and not fits(held[path], shape, turned)
+    ]
 
 
 def inside(path: str, modules: set[str], tails: dict[str, str | None]) -> str | None:

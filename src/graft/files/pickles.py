@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import zipfile
 from typing import Any
 
+from graft.config.atomic import replace
 from graft.core.errors import CheckpointError
 from graft.files.tensors import NUMPY, Tensor
 
@@ -30,6 +32,23 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} holds other objects than tensors, {not_run(e)}.") from None
     except Exception as e:
         raise CheckpointError(f"{path} is damaged, or no file of torch.save: {e}") from None
+
+
+def write_torch(path: str, held: Any) -> None:
+    """Write a file of torch.save, which appears whole.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    import torch
+
+    def save(temporary: str) -> None:
+        try:
+            torch.save(held, temporary)
+        except RuntimeError as e:  # its writer of archives knows no other
+            raise OSError(errno.EIO, f"it could not be written, perhaps because the disk is full ({e})", path) from None
+
+    replace(path, save)
 
 
 def tensors_of(held: Any, path: str) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ from functools import cache
 from typing import Any
 
 from graft.config import pair
-from graft.core.errors import some
-from graft.files.base import BaseFiles
+from graft.core.errors import BaseModelMismatchError, some
+from graft.files.bases import Known
 from graft.files.errors import UnknownServerError
+from graft.files.names import shapes_that_differ
 from graft.files.neutral import AdapterFile, LowRank, Other
 
 DATA = os.path.join(os.path.dirname(__file__), "servers.json")
@@ -95,7 +96,7 @@ class Subject:
     adapter: AdapterFile
     server: Server
     options: Options = field(default_factory=Options)
-    base: BaseFiles | None = None
+    base: Known | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def servers() -> dict[str, Server]:
 
 
 def check(
-    adapter: AdapterFile, names: Sequence[str], base: BaseFiles | None = None, options: Options | None = None
+    adapter: AdapterFile, names: Sequence[str], base: Known | None = None, options: Options | None = None
 ) -> list[Finding]:
     """Return what these servers do with an adapter as its file stands, other than apply it.
 
@@ -142,11 +143,14 @@ def check(
         base: the model that they serve; without it, names of modules cannot be compared.
 
     Raises:
-        ConfigError: there is nothing known of a server.
+        UnknownServerError: there is nothing known of a server.
+        BaseModelMismatchError: factors make no update of the base's weight, by their shapes.
     """
     known = servers()
     if unknown := [name for name in names if name not in known]:
         raise UnknownServerError(f"Nothing is known of {some(unknown)}; there are {', '.join(known)}.")
+    if base is not None:
+        check_shapes(adapter, base)
     found = []
     for name in dict.fromkeys(names):
         server = known[name]
@@ -159,6 +163,15 @@ def check(
                 facts = name, server.version, server.date, row["when"], row["verdict"], some(what, 3), row["does"]
                 found.append(Finding(*facts, remedy, row.get("evidence", "run")))
     return found
+
+
+def check_shapes(adapter: AdapterFile, base: Known) -> None:
+    """Raise BaseModelMismatchError for factors of other sizes than the base's weight, unless the file has that, too."""
+    own = {name.rpartition(".")[0] for name in beside(adapter)}
+    if wrong := shapes_that_differ({path: of for path, of in adapter.low_rank.items() if path not in own}, base):
+        raise BaseModelMismatchError(
+            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
+        )
 
 
 # conditions: of the file
@@ -478,7 +491,7 @@ def prefixes_differ(s: Subject) -> Iterable[str]:
     return [path for path in strangers(s) if path not in apart]
 
 
-def names_of_class(base: BaseFiles) -> set[str]:
+def names_of_class(base: Known) -> set[str]:
     """Return the modules of the class that the base's config names, as transformers builds it; none without it.
 
     Checkpoints of multimodal models have other names in part: `language_model.model.layers` in the file,

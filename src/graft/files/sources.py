@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.core.errors import CheckpointError
-from graft.files.errors import OptionError, OutputExistsError
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile
 
@@ -42,22 +41,6 @@ def local(source: str) -> str:
         raise CheckpointError(f"There is no adapter at '{source}'{not_asked(named['repo'])}.")
     fetch(named["repo"], CARD, **hub)
     return os.path.dirname(config)
-
-
-def check_output(path: str, sources: Iterable[str], force: bool) -> None:
-    """Raise an error if something stands where a result would be written.
-
-    Raises:
-        OutputExistsError: there is, and `force` is False.
-        OptionError: it is one of the sources, which nothing ever changes.
-    """
-    if not os.path.lexists(path):
-        return
-    for source in sources:
-        if os.path.exists(source) and os.path.realpath(source) == os.path.realpath(path):
-            raise OptionError(f"{path} is a source: give another place for the result.")
-    if not force and not (os.path.isdir(path) and not os.listdir(path)):
-        raise OutputExistsError(f"{path} exists: --force replaces it.")
 
 
 def licence_in(folder: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from graft.core.errors import BaseModelMismatchError
-from graft.files.errors import ServerError, UnknownModelError
+from graft.files.errors import OptionError, ServerError, UnknownModelError
 
 LARGEST = 64_000_000  # bytes of an answer
 PROBABILITIES = 512  # of one position, where a server tells of one only
@@ -27,7 +27,7 @@ class Connection:
 
     def __init__(self, url: str, timeout: float = 60.0, key: str | None = None):
         if urlsplit(url).scheme not in ("http", "https"):
-            raise ServerError(f"{url!r} is no address of a server: http://host:port.")
+            raise OptionError(f"{url!r} is no address of a server: http://host:port.")
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 

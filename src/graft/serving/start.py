@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from graft.core.errors import ConfigError
-from graft.files.errors import ServerError
+from graft.files.errors import OptionError, PackageNeededError, ServerError
 from graft.serving.ask import Connection
 
 LONGEST = 600  # seconds until it must be ready
@@ -32,13 +31,14 @@ def started(
         adapters: name → folder.
 
     Raises:
-        ConfigError: it is another server, or not installed.
+        OptionError: it is another server.
+        PackageNeededError: it is not installed.
         ServerError: it ended, or was not ready in time; the text has the end of its log.
     """
     if server != "vllm":
-        raise ConfigError(f"--in-process {server}: graft starts vllm only; start others yourself, and give --url.")
+        raise OptionError(f"--in-process {server}: graft starts vllm only; start others yourself, and give --url.")
     if python == sys.executable and find_spec("vllm") is None:
-        raise ConfigError(f"vllm is not installed beside graft, in {sys.prefix}.")
+        raise PackageNeededError(f"vllm is not installed beside graft, in {sys.prefix}.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

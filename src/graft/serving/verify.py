@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import BaseModelMismatchError, ConfigError
+from graft.core.errors import BaseModelMismatchError
+from graft.files.errors import OptionError
 from graft.inject.survey import survey
 from graft.serving.ask import Connection, Seen, ask, server_of
 
@@ -105,9 +106,10 @@ def verify(
     Raises:
         BaseModelMismatchError: the server's base has other weights, or another vocabulary.
         ServerError: it cannot be asked.
+        OptionError: `dtype` is none of TOLERANCES.
     """
     if dtype not in TOLERANCES:
-        raise ConfigError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
+        raise OptionError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
     vocabulary = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     asked = prompts(vocabulary)
     server = server or server_of(connection)

@@ -12,6 +12,7 @@ from graft.config.pair import CONFIG_NAME
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
+from graft.files.tensors import read_header
 
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "kohya", "diffusers")
@@ -62,9 +63,16 @@ def recognise(path: str) -> str:
     for name in FORMATS:
         if module_of(name).recognises(path):
             return name
-    model = os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, CONFIG_NAME))
-    what = "holds a model, and no adapter" if model else "is no adapter"
+    what = "holds a model, and no adapter" if is_model(path) else "is no adapter"
     raise CheckpointError(f"{path} {what} of a format that graft reads: {', '.join(FORMATS)}.")
+
+
+def is_model(path: str) -> bool:
+    """Return True if a folder, or a file of safetensors, looks like a model: names of weights, and none of factors."""
+    if os.path.isdir(path):
+        return os.path.isfile(os.path.join(path, "config.json")) and not os.path.isfile(os.path.join(path, CONFIG_NAME))
+    names = read_header(path)[0] if path.endswith(".safetensors") else {}
+    return any(name.endswith((".weight", ".bias")) for name in names)
 
 
 def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:

@@ -17,7 +17,7 @@ from graft.files.errors import LossError
 from graft.files.formats import Base, adapterhub_places
 from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.pickles import read_torch, tensors_of, to_torch
+from graft.files.pickles import read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor, read_header, tensor
 
 NAME = "adapterhub"
@@ -112,8 +112,6 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
             all blocks.
     """
-    import torch
-
     held = fit(adapter, HOLDS, NAME, lossy)
     modules = held.adapter.modules
     lost = held.lost
@@ -150,7 +148,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         "model_type": base.config.get("model_type") if base else None,
     }  # fmt: skip
     os.makedirs(path, exist_ok=True)
-    replace(os.path.join(path, FILES[1]), lambda temporary: torch.save(tensors, temporary))
+    write_torch(os.path.join(path, FILES[1]), tensors)
     replace(os.path.join(path, CONFIG), write_text(json.dumps(text, indent=2, sort_keys=True) + "\n"))
     return lost
 

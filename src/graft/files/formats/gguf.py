@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import replace as with_
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from graft.config.atomic import replace
-from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError, some
-from graft.files.errors import BaseNeededError, LossError
-from graft.files.formats import Base
+from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.files.errors import BaseNeededError, LossError, PackageNeededError
+from graft.files.formats import Base, one_file
 from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.rope import interleaved, two_halves
@@ -54,14 +55,15 @@ def package() -> ModuleType:
     try:
         import gguf
     except ImportError as e:
-        raise PeftError("GGUF files need the package gguf: pip install 'graft-adapters[gguf]'.") from e
+        raise PackageNeededError("GGUF files need the package gguf: pip install 'graft-adapters[gguf]'.") from e
     return gguf
 
 
 def recognises(path: str) -> bool:
-    if not os.path.isfile(path):
+    file = one_file(path, ".gguf") or path
+    if not os.path.isfile(file):
         return False
-    with open(path, "rb") as f:
+    with open(file, "rb") as f:
         return f.read(4) == MAGIC
 
 
@@ -72,6 +74,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         CheckpointError: it is a model, or damaged.
         BaseModelMismatchError: the base is of another architecture, or lacks a module.
     """
+    path = one_file(path, ".gguf") or path
     fields, tensors = contents(path)
     kind = fields.get("general.type")
     if kind != "adapter":
@@ -228,6 +231,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        try:
+            contents(temporary)
+        except CheckpointError as e:  # the package does not notice a disk that is full
+            raise OSError(errno.EIO, "it was not written whole, perhaps because the disk is full", path) from e
 
     replace(path, save)
     return lost

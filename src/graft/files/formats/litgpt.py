@@ -16,7 +16,7 @@ from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
 from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_torch, tensors_of, to_torch
+from graft.files.pickles import mentions, read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor, tensor
 
 NAME = "litgpt"
@@ -152,7 +152,6 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         BaseNeededError: there is no base: its heads are in litgpt's config.
         LossError: the base is of another family, or litgpt has no name for a module.
     """
-    import torch
     import yaml
 
     if base is None:
@@ -193,7 +192,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         **flags,
     }
     os.makedirs(path, exist_ok=True)
-    replace(os.path.join(path, FILE), lambda temporary: torch.save({"model": tensors}, temporary))
+    write_torch(os.path.join(path, FILE), {"model": tensors})
     replace(os.path.join(path, OF_RUN), write_text(yaml.safe_dump(run)))
     replace(os.path.join(path, OF_MODEL), write_text(yaml.safe_dump(model)))
     return lost

@@ -17,7 +17,7 @@ from graft.config.atomic import folder_for
 from graft.config.reading import ending, pattern, read_object
 from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, some
-from graft.files.errors import LossError
+from graft.files.errors import BaseNeededError, LossError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
@@ -328,8 +328,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
     Raises:
         LossError: PEFT's files have no place for something, and `lossy` is False.
+        BaseNeededError: the adapter's names are no paths of modules.
         CheckpointError: there is nothing to write.
     """
+    if adapter.flat:
+        raise named_as_there(adapter)
     lost = [f"{key} (unread)" for key in adapter.unread]
     tensors = tensors_of(adapter, lost)
     config = config_of(adapter, base)
@@ -345,6 +348,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     with folder_for(path):
         pair.save(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
     return lost
+
+
+def named_as_there(adapter: AdapterFile) -> BaseNeededError:
+    """Return the error for modules that have a format's own names."""
+    return BaseNeededError(
+        f"{adapter.path} names modules as its format does ({some([*adapter.modules], 2)}): give the base model whose "
+        "names they come from (--base)."
+    )
 
 
 def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from graft.files.formats import Base, one_file
 from graft.files.formats.peft import numbers_at
 from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_torch, tensors_of, to_torch
+from graft.files.pickles import mentions, read_torch, tensors_of, to_torch, write_torch
 from graft.files.rope import interleaved, two_halves
 from graft.files.tensors import Tensor
 
@@ -139,8 +139,6 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         LossError: torchtune has no name for a module.
     """
-    import torch
-
     held = fit(adapter, HOLDS, NAME, lossy)
     names = {module: named(module) for module in held.adapter.modules}
     lost = held.lost
@@ -166,7 +164,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         "base_model_name_or_path": adapter.base, "use_dora": any(m.magnitude is not None for m in modules.values()),
     }  # fmt: skip
     os.makedirs(path, exist_ok=True)
-    replace(os.path.join(path, FILE), lambda temporary: torch.save(tensors, temporary))
+    write_torch(os.path.join(path, FILE), tensors)
     replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
     return lost
 

@@ -126,12 +126,12 @@ def locals_of(*options: Any) -> list[Any]:
 
 
 def check_apart(base: str, output: str, adapters: Sequence[str]) -> None:
-    """Raise OptionError if the output would stand on, in or around the base, or around an adapter."""
+    """Raise OptionError if the output would stand on, in or around the base or an adapter."""
     o = os.path.realpath(output)
     for path in (base, *adapters):
         there = os.path.realpath(path)
         both = os.path.commonpath([there, o])
-        if both == o or (both == there and path == base):
+        if both in (o, there):
             raise OptionError(f"The output {output} and {path} are one folder, or one is in the other.")
 
 

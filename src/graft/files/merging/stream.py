@@ -16,6 +16,7 @@ from typing import Any
 
 from graft.config.atomic import replace, sync, write_text
 from graft.files.errors import OutputExistsError
+from graft.files.output import is_adapter
 from graft.files.tensors import BITS
 
 STATE = ".graft-merge"
@@ -91,6 +92,11 @@ class Workplace:
             raise OutputExistsError(f"{self.output} exists: --force replaces it.")
         if os.path.lexists(self.output) and (os.path.islink(self.output) or not os.path.isdir(self.output)):
             raise OutputExistsError(f"{self.output} is a link or no folder, and stays as it is.")
+        known = os.path.isfile(os.path.join(self.output, "config.json"))
+        if os.path.isdir(self.output) and os.listdir(self.output) and not known and not is_adapter(self.output):
+            raise OutputExistsError(
+                f"{self.output} holds neither a model nor an adapter, and stays as it is: remove it yourself."
+            )
 
     @contextmanager
     def held(self) -> Iterator[Workplace]:

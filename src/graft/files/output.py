@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of verbs: where they may go, and how they come there, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from graft.core.errors import CheckpointError
+from graft.files.errors import OptionError, OutputExistsError
+from graft.files.formats import recognise
+
+
+def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bool) -> None:
+    """Raise an error if a result may not go to a path.
+
+    Raises:
+        OptionError: it is one of the sources, which nothing ever changes, or lies in one, or one lies in it.
+        OutputExistsError: there is something, and `force` is False; or it is a folder that is no adapter.
+    """
+    here = os.path.realpath(path)
+    for source in filter(os.path.exists, sources):
+        there = os.path.realpath(source)
+        both = os.path.commonpath([here, there])
+        if both == there or (both == here and os.path.exists(here)):
+            raise OptionError(
+                f"{path} is the source {os.fspath(source)}, or one lies in the other: sources stay as they are. Give "
+                "another place for the result."
+            )
+    if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+        return
+    if not force:
+        raise OutputExistsError(f"{path} exists: pass force=True (--force) to replace it.")
+    if os.path.isdir(path) and not os.path.islink(path) and not is_adapter(path):
+        raise OutputExistsError(f"{path} holds something else than an adapter, and stays as it is: remove it yourself.")
+
+
+def is_adapter(folder: str) -> bool:
+    """Return True if a folder is an adapter, whole or damaged, or has one for each part of a pipeline."""
+    from graft.files.components import parts_of
+
+    if parts_of(os.listdir(folder)):
+        return True
+    try:
+        return bool(recognise(folder))
+    except CheckpointError as e:
+        return "damaged" in str(e) or "cut off" in str(e)
+
+
+@contextmanager
+def appearing(path: str, stays: bool = True) -> Iterator[str]:
+    """Yield another path to write a file or folder to; afterwards it gets its name.
+
+    What stands there leaves only when the new one has come, and an error leaves it as it was.
+
+    Args:
+        stays: False: nothing stays; whatever can fail has been tried.
+
+    Raises:
+        OSError: the disk is full, say; it names `path`.
+    """
+    path = os.path.abspath(path)
+    folder = os.path.dirname(path)
+    made = [] if os.path.isdir(folder) or not stays else missing(folder)
+    room = None
+    try:
+        if stays:
+            os.makedirs(folder, exist_ok=True)
+        room = tempfile.mkdtemp(prefix=".graft-", dir=folder if stays else None)
+        new = os.path.join(room, os.path.basename(path))
+        yield new
+        if stays:
+            put(new, path, room)
+        made = []
+    except OSError as e:
+        if room is not None and str(e.filename or room).startswith(room):  # a full disk does not say whose
+            raise OSError(e.errno or errno.EIO, e.strerror or str(e), path) from e
+        raise
+    finally:
+        if room is not None:
+            shutil.rmtree(room, ignore_errors=True)
+        for parent in made:
+            if os.path.isdir(parent) and not os.listdir(parent):
+                os.rmdir(parent)
+
+
+def missing(folder: str) -> list[str]:
+    """Return a folder and those around it that are not there, the innermost first."""
+    out = []
+    while not os.path.lexists(folder):
+        out.append(folder)
+        folder = os.path.dirname(folder)
+    return out
+
+
+def put(made: str, target: str, room: str) -> None:
+    """Give a result its name; what is there goes only when the result has come."""
+    if not os.path.exists(made):
+        raise CheckpointError(f"Nothing was written for {target}.")
+    old = os.path.join(room, "old")
+    if os.path.lexists(target):
+        os.rename(target, old)
+    try:
+        os.rename(made, target)
+    except BaseException:
+        if os.path.lexists(old):
+            os.rename(old, target)
+        raise

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs that are none, damaged, or of something else: exit code and message of each verb, and sources as they were."""
+
+import hashlib
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.command import app
+
+FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
+LLAMA, BERT, KOHYA, MLX = (FIXTURES / name for name in ("base_llama", "base_bert", "kohya_sd", "mlx_lora"))
+RAN = []
+
+
+class Code:
+    def __reduce__(self):
+        return RAN.append, ("it ran",)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["graft", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            app.main()
+        return left.value.code or 0, "".join(capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders and files by the names that the words below have for them."""
+    made = tmp_path_factory.mktemp("bad")
+    shutil.copytree(LLAMA, made / "BASE")
+    shutil.copytree(MLX, made / "MLX")
+    run_main("convert", made / "MLX", "--to", "peft", "-o", made / "GOOD", "-q")
+    for name in ("CUT", "CODE", "REGEX"):
+        shutil.copytree(made / "GOOD", made / name)
+    weights = made / "CUT" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    (made / "CODE" / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.a.lora_A.weight": Code()}, made / "CODE" / "adapter_model.bin", pickle_module=pickle)
+    torch.save({"lora_unet_a.lora_down.weight": Code()}, made / "CODE.pt", pickle_module=pickle)
+    (made / "OTHERS").mkdir()
+    (made / "OTHERS" / "letter.txt").write_text("Dear")
+    return made
+
+
+def run_main(*words):
+    sys.argv = ["graft", *map(str, words)]
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert not left.value.code
+
+
+def contents(folder):
+    return {p: hashlib.sha256(p.read_bytes()).digest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+READERS = (
+    "inspect {}", "lint {}", "diff GOOD {}", "resize {} -o OUT --rank 1", "convert {} --to kohya -o OUT",
+    "merge BASE {} -o OUT", "check {} --for vllm", "export {} --for vllm --base BASE -o OUT", "card {}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("BASE", "holds a model, and no adapter"), ("BASE/model.safetensors", "holds a model, and no adapter"),
+        ("CUT", "damaged or cut off"), ("CODE", "nothing of it has been run"), ("NOWHERE", "does not exist"),
+        ("CODE.pt", "nothing of it has been run"), ("OTHERS", "is no adapter"),
+    ],
+)  # fmt: skip
+def test_no_verb_takes_what_is_no_adapter(source, says, places, run, tmp_path):
+    before = contents(places)
+    for verb in READERS:
+        code, said = run(*words(verb.format(source), places, tmp_path))
+        assert (code, says in said, said.count("\n")) == (3, True, 1), (verb, said)
+    assert contents(places) == before and not [*tmp_path.iterdir()] and RAN == []
+
+
+def words(line, places, tmp_path):
+    for word in line.split():
+        first = word.partition("/")[0].partition(".")[0]
+        named = (first.isupper() and (places / first).exists()) or first in ("NOWHERE", "CODE")
+        yield tmp_path / "out" if word == "OUT" else places / word if named else word
+
+
+@pytest.mark.parametrize(
+    "line, code, says",
+    [
+        # a base of another architecture, or of other sizes
+        ("inspect GOOD --base BERT", 4, "no weight for"),
+        ("lint GOOD --base BERT", 1, "base-mismatch"),
+        ("convert GOOD --to mlx --base BERT -o OUT", 4, "another model than the adapter was trained on"),
+        ("merge BERT GOOD -o OUT", 4, "checkpoint does not hold"),
+        ("export GOOD --for vllm --base BERT -o OUT", 4, "has no module"),
+        ("extract BERT BASE -o OUT", 4, "is no fine-tuned"),
+        ("check GOOD --for vllm --base BERT", 1, "refused"),
+        ("export GOOD --for vllm --base WIDE -o OUT", 4, "of other shapes"),
+        ("check GOOD --for vllm --base WIDE", 4, "of other shapes"),
+        # names that only a base explains
+        ("convert KOHYA --to peft -o OUT", 2, "--base"),
+        ("resize KOHYA --rank 1 -o OUT", 2, "--base"),
+        ("merge BASE KOHYA -o OUT", 4, "has no modules for"),
+        # no base
+        ("inspect GOOD --base NOWHERE", 3, "no folder with a model"),
+        ("merge OTHERS GOOD -o OUT", 3, "no safetensors files of a model"),
+        ("plan NOWHERE", 3, "no config.json"),
+        # outputs
+        ("resize GOOD --rank 1 -o GOOD --force", 2, "the source"),
+        ("convert GOOD --to kohya -o GOOD", 2, "the source"),
+        ("convert GOOD --to mlx --base BASE -o BASE --force", 2, "the source"),
+        ("merge BASE GOOD -o GOOD/inner", 2, "one is in the other"),
+        ("export GOOD --for vllm --base BASE -o BASE --force", 2, "the source"),
+        ("extract BASE BASE -o BASE/inner", 2, "the source"),
+        ("resize GOOD --rank 1 -o MLX", 2, "--force"),
+        ("resize GOOD --rank 1 -o OTHERS --force", 2, "something else than an adapter"),
+        ("merge BASE GOOD -o OTHERS --force", 2, "neither a model nor an adapter"),
+        ("inspect GOOD --plot OTHERS/letter.txt", 2, "is no picture"),
+        # words
+        ("resize GOOD -o OUT", 2, "Give one of rank"),
+        ("convert GOOD --to word -o OUT", 2, "no format 'word'"),
+        ("check GOOD --for ollama", 2, "ollama"),
+        ("plan BASE --gpu much", 2, "much"),
+        ("verify --url ftp://x --adapter GOOD --base BASE", 2, "no address"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_is_said(line, code, says, places, run, tmp_path):
+    if not (places / "WIDE").exists():
+        for name, source in (("BERT", BERT), ("KOHYA", KOHYA), ("WIDE", LLAMA)):
+            shutil.copytree(source, places / name)
+        widen(places / "WIDE" / "model.safetensors")
+    before = contents(places)
+    found, said = run(*words(line, places, tmp_path))
+    assert (found, says in said) == (code, True), said
+    assert contents(places) == before and not [*tmp_path.iterdir()]
+
+
+def widen(path):
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in load_file(path).items()}, path)
+
+
+@pytest.mark.filterwarnings("ignore")  # which says that it was edited
+def test_a_config_that_selects_nothing_is_found(places, run):
+    config = places / "REGEX" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"target_modules": [', '"target_modules": "((", "_": ['))
+    code, said = run("lint", places / "REGEX", "--strict")
+    assert code == 1 and "unused-target" in said
+
+
+@pytest.mark.parametrize("to", ["mlx", "kohya", "litgpt", "torchtune", "gguf"])
+def test_a_full_disk_leaves_nothing(to, places, run, tmp_path):
+    """In a process whose files may have a kilobyte: what writes them does not always say so."""
+    resource = pytest.importorskip("resource")
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    before, limits = contents(places), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        code, said = run("convert", places / "GOOD", "--to", to, "--base", places / "BASE", "-o", tmp_path / "a" / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 3 and str(tmp_path / "a" / "b") in said, said
+    assert contents(places) == before and not [*tmp_path.iterdir()]

@@ -279,10 +279,10 @@ def run(code):
 
 
 @pytest.mark.differs(
-    "making a `RankAllocator`, calling `dispatch_default` and its like",
+    "making a `RankAllocator` or `DoraLinearLayer`, calling `dispatch_default`, `lora_ga_init` and their like",
     peft="works",
     graft="NotImplementedError",
-    why="instead: `update_and_allocate`; an injection",
+    why="instead: `update_and_allocate`; an injection. The names are there for those who ask for them",
 )
 def test_names_that_clients_import_mark_and_replace():
     run(
@@ -294,7 +294,9 @@ from peft.tuners.adalora import RankAllocator
 from peft.tuners.adalora.layer import RankAllocator as same
 from peft.tuners.adaption_prompt.layer import AdaptedAttention
 from peft.tuners.adaption_prompt.utils import llama_apply_rotary_pos_emb, llama_rotate_half
-from peft.tuners.lora import Linear, layer, model
+from peft.tuners.lora import Linear, LoraLayer, layer, model
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import MiCALinearVariant
 from peft.tuners.lora.bnb import dispatch_bnb_4bit, dispatch_bnb_8bit
 from peft.tuners.lora.layer import ParamWrapper, dispatch_default
 from peft.tuners.lora.te import TeLinear, dispatch_transformer_engine
@@ -316,13 +318,18 @@ base = nn.Linear(3, 2)
 for dispatch in dispatch_default, dispatch_torchao, dispatch_bnb_4bit, dispatch_transformer_engine, dispatch_megatron:
     fails(NotImplementedError, dispatch.__name__ + "()", lambda: dispatch(base, "default"))
 fails(NotImplementedError, "update_and_allocate", lambda: RankAllocator(base, None, "default"))
+fails(NotImplementedError, "storage", lambda: DoraLinearLayer(False))
+fails(NotImplementedError, "init_lora_weights", MiCALinearVariant)
+fails(NotImplementedError, "injection", lambda: LoraLayer.lora_ga_init("default", None))
+assert not hasattr(Linear, "_other")
 fails(TypeError, "config=", lambda: TeLinear(base, "default"))
 assert not isinstance(base, TeLinear)
 
 ParamWrapper._marked, Linear._marked = True, 3  # a client's own names
 assert ParamWrapper._marked and getattr(Linear, "_marked") == 3 and not getattr(Linear, "_other", False)
 fails(AttributeError, "change nothing", lambda: setattr(Linear, "update_layer", lambda self: None))
-for cls, name in (RankAllocator, "mask_to_budget"), (ParamWrapper, "__init__"):
+replaced = (RankAllocator, "mask_to_budget"), (ParamWrapper, "__init__"), (DoraLinearLayer, "update_layer")
+for cls, name in replaced:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         setattr(cls, name, lambda self, *args: None)
@@ -330,6 +337,15 @@ for cls, name in (RankAllocator, "mask_to_budget"), (ParamWrapper, "__init__"):
     assert name in vars(cls)
 """
     )
+
+
+def test_the_class_that_clients_write_into_configs():
+    for lib in LIBS:
+        layers = lib.get_peft_model(models.make("llama"), lib.LoraConfig(target_modules=["q_proj"]))
+        prompt = lib.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        prompts = lib.get_peft_model(models.make("llama"), prompt)
+        assert layers._get_base_model_class() is prompts._get_base_model_class(is_prompt_tuning=True)
+        assert layers._get_base_model_class() is type(models.make("llama"))
 
 
 def test_marks_of_a_layer():

@@ -184,6 +184,10 @@ class PeftModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         return self._registry.model
 
+    def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type[nn.Module]:
+        """Return the class that files name where there is no task type: clients write it into configs themselves."""
+        return type(self.get_base_model())
+
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
         """The base model's own method, which graft does not replace."""

@@ -97,6 +97,17 @@ class RankAllocator(metaclass=_Unused):
         raise NotImplementedError(type(self).__doc__)
 
 
+class DoraLinearLayer(metaclass=_Unused):
+    """graft's DoRA is a method of its layers, and reads weights of every storage without a layer of this class."""
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(type(self).__doc__)
+
+
+class MiCALinearVariant(metaclass=_Unused):
+    """graft's MiCA is a method of its layers: make a LoraConfig with init_lora_weights="mica"."""
+
+
 @cache
 def dispatcher(name: str) -> Callable[..., Any]:
     """Return a function in the place of one that chooses PEFT's layer class for a module."""

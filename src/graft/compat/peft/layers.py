@@ -37,6 +37,7 @@ SPECIAL: dict[str, dict[str, str | None]] = {  # class names that do not follow 
     "LORA": {**OF_STORES, **OF_LORA},
     "ADAPTION_PROMPT": {"AdaptedAttention": None, "AdaptedAttentionGPT": "GPT2Attention"},
 }
+ASKED = {"LORA": ("lora_ga_init",)}  # methods that clients ask a class for, to know what PEFT can do
 PARAM = "get_param"  # nothing in graft calls it, so that who replaces it decides what other clients get
 KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
@@ -115,6 +116,15 @@ class _LayerType(ABCMeta):
         super().__delattr__(name)
         if name in REPLACEABLE and not cls.derived:
             substitute(cls, name, OWN[name])
+
+
+def elsewhere(name: str) -> Any:
+    """Return a method in the place of one that makes PEFT's layers: it is there to be asked for."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"{name}() is done by graft's injection, of what a config says: {INSTEAD}.")
+
+    return refuse
 
 
 def substitute(cls: type, name: str, value: Any) -> None:
@@ -271,7 +281,10 @@ def layer_class(peft_type: str, name: str) -> type | None:
             return None
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
     method = method_of(peft_type)
-    facts = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names, "__module__": __name__}
+    facts: dict[str, Any] = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names}
+    facts["__module__"] = __name__
+    if kind is None:
+        facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:
         facts[PARAM] = getattr(ParameterLayer, PARAM)
     return _LayerType(name, bases, facts)

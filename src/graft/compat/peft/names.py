@@ -41,7 +41,8 @@ HELD: dict[str, str] = {
     "_get_no_split_modules=no_split_modules",
     "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
-    "graft.compat.peft.clients": "RankAllocator TRANSFORMERS_MODEL_CONFIG VARIANT_KWARG_KEYS _ExcludedModule "
+    "graft.compat.peft.clients": "DoraLinearLayer MiCALinearVariant RankAllocator TRANSFORMERS_MODEL_CONFIG "
+    "VARIANT_KWARG_KEYS _ExcludedModule "
     "llama_apply_rotary_pos_emb llama_rotate_half "
     "convert_peft_config_for_transformers get_bnb_param_type get_model_conversion_mapping get_quantization_config "
     "onload_layer register_peft_method",
@@ -137,9 +138,9 @@ MODULES: dict[str, str] = {
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "tuners.lokr.layer": "factorization",
     "tuners.lora.arrow": "create_arrow_model",
-    "tuners.lora.dora": "dequantize_module_weight transpose",
+    "tuners.lora.dora": "DoraLinearLayer dequantize_module_weight transpose",
     "tuners.lora.layer": "ALLOWED_COMPUTE_DTYPES VARIANT_KWARG_KEYS check_adapters_to_merge transpose",
-    "tuners.lora.variants": "calculate_alora_offsets",
+    "tuners.lora.variants": "MiCALinearVariant calculate_alora_offsets",
     # beside those that follow from the table of methods
     "tuners.lora": f"{_EVA} convert_to_lora create_arrow_model preprocess_loraga save_as_lora",
     "tuners.lora.corda": "CordaEigens LoraConfig preprocess_corda",

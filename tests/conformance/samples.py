@@ -33,6 +33,7 @@ ELSEWHERE = {
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
     "SHADOW": "methods/test_shadow.py",
     "XLORA": "conformance/test_called.py",
+    "ADAPTER_FUSION": "methods/test_fusion.py",
 }
 # a variant of LoRA: Arrow chooses among the other adapters of its layer for each token
 VARIANTS_ELSEWHERE = {"arrow": "conformance/test_called.py"}

@@ -61,6 +61,7 @@ class Skeleton:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
+    adapters: Mapping[str, Any] = field(default_factory=dict)  # configs of those that it carries, by name
 
 
 Known = BaseFiles | Skeleton

@@ -68,6 +68,7 @@ METHODS: dict[str, Row] = {
     "MTLLORA": Row("methods.mtllora:MtlLoRA", "MtlLoraConfig", "MtlLoraModel", in_peft=False),
     "TLORA": Row("methods.tlora:TLoRA", "TLoraConfig", "TLoraModel", in_peft=False),
     "BOTTLENECK": Row("methods.bottleneck:Bottleneck", "BottleneckConfig", "BottleneckModel", in_peft=False),
+    "ADAPTER_FUSION": Row("methods.fusion:AdapterFusion", "AdapterFusionConfig", "AdapterFusionModel", in_peft=False),
     "REFT": Row("methods.reft:Reft", "ReftConfig", "ReftModel", in_peft=False),
     "SDT": Row("methods.sdt:SDT", "SdtConfig", "SdtModel", in_peft=False),
     "STEERING": Row("methods.steering:Steering", "SteeringConfig", "SteeringModel", in_peft=False),

@@ -404,19 +404,22 @@ class Bottleneck(Method):
 
     def u(self, x: Tensor) -> Tensor:
         """Return what the bottleneck adds, for x (rows, …, H)."""
+        z = self.bottleneck_dropout(self.up(x))
+        if self.cfg.use_gating:
+            gate = self.bottleneck_gate(x.to(self.dtype)).sigmoid()
+            z = z * (gate.mean(tuple(range(1, x.dim() - 1)), keepdim=True) if x.dim() > 2 else gate)
+        out: Tensor = z
+        return out
+
+    def up(self, x: Tensor) -> Tensor:
+        """Return s · Up σ(Down x), without dropout and gate: what AdapterFusion weighs."""
         cfg, x = self.cfg, x.to(self.dtype)
         z = self.bottleneck_norm(x) if cfg.ln_before else x
         z = self.product(self.bottleneck_down, z)
         z = self.product(self.bottleneck_up, ACTIVATIONS[cfg.non_linearity.lower()](z))
         if cfg.stochastic_depth and self.layer.training:
             z = z * F.dropout(z.new_ones(len(z), *[1] * (z.dim() - 1)), cfg.stochastic_depth)
-        z = z * (self.bottleneck_scale if isinstance(cfg.scaling, str) else self.scaling)
-        z = self.bottleneck_dropout(z)
-        if cfg.use_gating:
-            gate = self.bottleneck_gate(x).sigmoid()
-            z = z * (gate.mean(tuple(range(1, x.dim() - 1)), keepdim=True) if x.dim() > 2 else gate)
-        out: Tensor = z
-        return out
+        return z * (self.bottleneck_scale if isinstance(cfg.scaling, str) else self.scaling)
 
     def product(self, module: Any, x: Tensor) -> Tensor:
         """Return what Down or Up makes of x."""

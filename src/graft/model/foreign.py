@@ -27,18 +27,26 @@ from graft.inject.survey import survey
 from graft.io.files import Loaded
 from graft.io.tensors import name_of
 from graft.model.checkpoints import Held
+from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", lossy: bool = False, **options: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    lossy: bool = False,
+    mixed: bool = False,
+    **options: Any,
 ) -> PeftModel:
     """Load an adapter of any format that graft reads onto a model: PEFT, kohya, LyCORIS, diffusers, MLX, GGUF, …
 
     Args:
         model: a PeftModel, which gets one adapter more, or a model without adapters, which becomes one. Its modules'
             names tell what the file means.
-        path: a file or folder. Of a pipeline's file the part is taken that the model has the names of.
+        path: a file or folder. Of a pipeline's file the part is taken that the model has the names of. AdapterFusion
+            goes to a PeftMixedModel that has the bottlenecks by the names that the file gives them.
+        mixed: a model without adapters becomes a PeftMixedModel, for adapters of several methods.
         lossy: leave out what graft has no method for.
         options: of `PeftModel.from_pretrained` or of its `load_adapter`: `is_trainable`.
 
@@ -69,7 +77,7 @@ def load_adapter(
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
     held: Any = Held(config, Loaded(tensors, os.fspath(path)))
     if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, held, adapter_name, **options)
+        return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, held, adapter_name, **options)
     model.load_adapter(held, adapter_name, **options)
     return model
 
@@ -80,6 +88,7 @@ def names_in(model: nn.Module) -> Skeleton:
     out = skeleton(base, f"the model ({type(base).__name__})")
     layers = survey(base).layers
     inside = tuple(f"{path}." for path in layers)
+    out.adapters = model.peft_config if isinstance(model, PeftModel) else {}
     out.modules = [name for name in out.modules if not name.startswith(inside)] if inside else out.modules
     for name, p in [*base.named_parameters(remove_duplicate=False)]:
         of_layer = next((path for path in inside if name.startswith(path)), None)

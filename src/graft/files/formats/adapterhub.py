@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA, bottlenecks, ReFT…"""
+"""AdapterHub's adapters: a folder with adapter_config.json and pytorch_adapter.bin; LoRA, bottlenecks, ReFT, fusion."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ from graft.files.tensors import Tensor, read_header, tensor
 NAME = "adapterhub"
 CONFIG = "adapter_config.json"
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
+FUSION, FUSION_FILES = (
+    "adapter_fusion_config.json",
+    ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"),
+)
 HOLDS = Holds("alpha", False, methods=frozenset({"IA3"}))
 KEY = re.compile(r"(?P<path>.+)\.loras\.(?P<name>[^.]+)\.(?P<leaf>lora_A|lora_B|m|gate\..+|lora_C|.+)")
 PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
@@ -36,6 +41,8 @@ PLACES = {  # ends of the paths that a config of theirs can name → its field, 
 
 def recognises(path: str) -> bool:
     config = os.path.join(path, CONFIG)
+    if os.path.isfile(os.path.join(path, FUSION)):
+        return True
     if not os.path.isdir(path) or not os.path.exists(config):
         return False
     fields = read_object(config)
@@ -47,8 +54,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
     Raises:
         CheckpointError: a file is not there or damaged, or the adapter is none of these.
-        BaseNeededError: a bottleneck or ReFT, whose places the base's names tell.
+        BaseNeededError: a bottleneck or ReFT, whose places the base's names tell; or a fusion without the model that
+            has its bottlenecks.
     """
+    if os.path.isfile(os.path.join(path, FUSION)):
+        return adapterhub_places.read_fusion(
+            path, read_object(os.path.join(path, FUSION)), held_in(path, FUSION_FILES), base
+        )
     fields = read_object(os.path.join(path, CONFIG))
     config = fields["config"]
     architecture = config.get("architecture")
@@ -58,10 +70,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT of "
             "AdapterHub."
         )
-    file = next((where for name in FILES if os.path.exists(where := os.path.join(path, name))), None)
-    if file is None:
-        raise CheckpointError(f"{path} holds neither {' nor '.join(FILES)}.")
-    held = read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
+    held = held_in(path, FILES)
     if at_places:
         return adapterhub_places.read(path, fields, held, base)
     scales = config.get("composition_mode") == "scale"
@@ -89,6 +98,14 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if scales:  # which scale outputs everywhere, where PEFT would scale the inputs of some
         out.config = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": sorted(modules)}
     return out
+
+
+def held_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
+    """Return the tensors of the first of these files that a folder has."""
+    file = next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
+    if file is None:
+        raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
+    return read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
 
 
 def low_rank(path: str, module: str, held: dict[str, Tensor], r: int, alpha: float) -> LowRank:

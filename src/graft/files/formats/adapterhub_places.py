@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottlenecks and ReFT of AdapterHub's adapters: their keys name modules of their own, at places of the base."""
+"""Bottlenecks, ReFT and fusion of AdapterHub's adapters: their keys name modules of their own, at places of a base."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ INVERTIBLE = re.compile(
     r"(?:(?P<place>.+)\.)?invertible_adapters\.(?P<name>[^.]+)\.(?P<net>[FG])\.(?P<i>[02])\.(?P<leaf>.+)"
 )
 REFT = re.compile(r"(?P<place>.+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>[01])\.(?P<leaf>.+)")
+FUSED = re.compile(r"(?P<place>.+?)\.adapter_fusion_layer\.[^.]+\.(?P<leaf>(query|key|value)\.(weight|bias))")
 RULE = re.compile(r"(?:.+\.)?shared_parameters\.(?P<name>[^.]+)\.phm_rule")
 SUBLAYER = re.compile(r"\.block\.\d+\.layer\.(\d)$")  # T5's
 # their fields that graft's config lacks, and the values that it stands for
@@ -30,6 +31,9 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "ln_after": (False,), "adapter_residual_before_ln": (False,), "factorized_phm_W": (True, None),
     "shared_W_phm": (False, None), "shared_phm_rule": (True, None), "factorized_phm_rule": (False, None),
     "phm_rank": (1, None), "phm_bias": (True, None),
+}  # fmt: skip
+FUSION: dict[str, tuple[Any, ...]] = {
+    "query": (True,), "key": (True,), "query_before_ln": (False,), "residual_before": (False,), "temperature": (False,),
 }  # fmt: skip
 NORMS = {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True}  # and their defaults
 KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeiffer, Houlsby, AdapterPlus
@@ -105,6 +109,43 @@ def read_reft(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], blo
     out.modules = {module: Other("REFT", tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
     out.config = {"peft_type": "REFT", "target_modules": PLACES, "inference_mode": True, **given}
+    return out
+
+
+def read_fusion(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+    """Read a fusion of bottlenecks that the model has.
+
+    Raises:
+        BaseNeededError: the model is not there, or lacks one of them.
+        CheckpointError: the config says what graft has not.
+    """
+    theirs, names = fields["config"], list(fields.get("adapter_names") or str(fields.get("name")).split(","))
+    strange = [f"{name}={theirs[name]!r}" for name, good in FUSION.items() if theirs.get(name, good[0]) not in good]
+    if strange:
+        raise CheckpointError(f"{path} is a fusion of a kind that graft has not: {some(strange)}.")
+    blocks, base = blocks_of(path, base)
+    known: Mapping[str, Any] = getattr(base, "adapters", {})
+    missing = [name for name in names if not isinstance(known.get(name), BottleneckConfig)]
+    if missing:
+        raise BaseNeededError(
+            f"{path} fuses adapters {names}, which say where it stands, and the model lacks {missing}: load them by "
+            "these names before, into a PeftMixedModel."
+        )
+    out = AdapterFile("adapterhub", path, "ADAPTER_FUSION", base=fields.get("model_name") or None)
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, values in held.items():
+        match = FUSED.fullmatch(key)
+        block = None if match is None else block_of(match["place"], blocks)
+        if match is None or block is None:
+            out.unread.append(key)
+        elif not all(blocks.index(block) in known[name].leave_out for name in names):  # there it does nothing
+            site = site_of(match["place"], block, known[names[0]], base)
+            modules.setdefault(site, {})[f"fusion_{match['leaf']}"] = values
+    out.modules = {module: Other("ADAPTER_FUSION", tensors) for module, tensors in modules.items()}
+    out.selected = frozenset(out.modules)
+    own = dict(adapters=names, value=bool(theirs.get("value", True)), regularization=bool(theirs.get("regularization")))
+    own["dropout"] = theirs.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
+    out.config = {"peft_type": "ADAPTER_FUSION", "target_modules": PLACES, "inference_mode": True, **own}
     return out
 
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdapterFusion: Non-Destructive Task Composition for Transfer Learning, arXiv 2005.00247.
+
+An adapter over bottlenecks of other tasks: at each token it attends to what each of them would add. These stay as they
+are. The paper's rate is 5e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import Targeted
+from graft.core.carrier import layer_in
+from graft.core.containers import Transient
+from graft.core.dropout import dropout_for
+from graft.core.effect import Effect, Rewrite, Tap
+from graft.core.errors import ConfigError, RoutingError
+from graft.core.method import Method
+from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
+
+STRENGTH = 0.01  # of the regularisation
+
+
+@dataclass(kw_only=True)
+class AdapterFusionConfig(Targeted):
+    """AdapterFusion: at each token, attention over what several bottlenecks would add.
+
+    The bottlenecks are adapters of the same model, a PeftMixedModel, and have to be there before. A file holds the
+    fusion alone, and names them.
+
+    Raises:
+        ConfigError: an adapter twice, or a share of dropout out of range.
+    """
+
+    peft_type: Any = "ADAPTER_FUSION"
+    adapters: list[str] = field(default_factory=list)  # names of the bottlenecks
+    value: bool = True  # what they add goes through a matrix, which starts as the identity
+    regularization: bool = True  # add 0.01 · ‖W_value - I‖² of each place to the loss
+    dropout: float = 0.0  # of the scores, before the softmax
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.adapters = list(self.adapters or ())
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ConfigError(f"AdapterFusion takes the names of adapters, each once, got adapters={self.adapters}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
+
+
+class Fused(NamedTuple):
+    """What the bottlenecks do at a layer, and which of them act there."""
+
+    place: Place
+    adapters: tuple[str, ...]
+
+
+def fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
+    """Return what bottlenecks of these names do at their layers in a model, by path.
+
+    Raises:
+        ConfigError: there are none, or one is not there, is no bottleneck, is invertible, or acts in another way than
+            the others.
+    """
+    if not names:
+        raise ConfigError("AdapterFusion needs bottlenecks: name them in AdapterFusionConfig(adapters=[…]).")
+    found: dict[str, Fused] = {}
+    layers = {layer.site.key: layer for layer in filter(None, map(layer_in, model.modules()))}
+    for key, layer in layers.items():
+        for m in (layer.methods[name] for name in names if name in layer.methods):
+            if not isinstance(m, Bottleneck):
+                raise ConfigError(f"AdapterFusion takes bottlenecks, and adapter '{m.name}' is {type(m).__name__}.")
+            if m.place.role in ENDS:
+                raise ConfigError(f"Adapter '{m.name}' is invertible at '{key}', which AdapterFusion has no form for.")
+            before = found.get(key, Fused(m.place, ()))
+            if before.place != m.place:
+                raise ConfigError(f"Adapters {names} act in different ways at '{key}': fuse bottlenecks of one kind.")
+            found[key] = Fused(m.place, (*before.adapters, m.name))
+    missing = [name for name in names if not any(name in fused.adapters for fused in found.values())]
+    if missing:
+        raise ConfigError(
+            f"AdapterFusion needs adapters {missing}, which the model does not have: load them before, into a "
+            "PeftMixedModel."
+        )
+    return found
+
+
+class AdapterFusion(Method):
+    """y + Σᵢ pᵢ W_v uᵢ(h), p = softmax over the bottlenecks of (W_q h + b) · (W_k uᵢ(h) + b'), h what they act on."""
+
+    config = AdapterFusionConfig
+    prefix = "fusion_"
+    compresses_targets = False
+
+    fusion_query: nn.Linear  # (H, H)
+    fusion_key: nn.Linear
+    fusion_value: nn.Linear  # without bias
+    fusion_dropout: nn.Module
+
+    @classmethod
+    def default_targets(cls, model: Any) -> str:
+        return PLACES
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        cfg.places = fused_places(model, cfg.adapters)  # no field: they hold for this model only
+        if cfg.target_modules == PLACES:
+            cfg.target_paths = set(cfg.places)
+
+    @property
+    def place(self) -> Place | None:
+        found: Fused | None = self.cfg.places.get(self.site.key)
+        return None if found is None else found.place
+
+    def check(self) -> str | None:
+        if self.place is None:
+            return f"None of the adapters {self.cfg.adapters} acts on it"
+        return None if self.place.role == "tap" else super().check()
+
+    def describe(self) -> Effect:
+        place, block = self.place, not self.site.op.known
+        if place is None:  # which `check` refuses
+            return Rewrite(part=self.after)
+        if place.role == "tap":
+            return Tap(place.readers)
+        if place.role == "norm":
+            return Rewrite(pre=self.before_norm, block=True)
+        beside = place.role == "beside"
+        return Rewrite(part=self.beside if beside else self.after, tapped=beside, block=block)
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        place = self.place
+        assert place is not None
+        if place.role == "tap":
+            return dict(fusion_tap=Transient(torch.empty(0)))
+        H = place.width or 0
+        made: dict[str, Any] = dict(fusion_query=nn.Linear(H, H), fusion_key=nn.Linear(H, H))
+        if self.cfg.value:
+            made["fusion_value"] = nn.Linear(H, H, bias=False)
+        return made | dict(fusion_dropout=dropout_for(self.cfg.dropout))
+
+    def init(self) -> None:
+        assert self.place is not None
+        if self.place.role == "tap":
+            return
+        for linear in (self.fusion_query, self.fusion_key):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if self.cfg.value:
+            nn.init.constant_(self.fusion_value.weight, 1e-6)
+            with torch.no_grad():
+                self.fusion_value.weight.fill_diagonal_(1)
+
+    def fused(self, h: Tensor) -> Tensor:
+        """Return what the fusion adds, for h (…, H) on which the bottlenecks act."""
+        methods, names = self.layer.methods, self.cfg.places[self.site.key].adapters
+        if gone := [name for name in names if name not in methods]:
+            raise RoutingError(
+                f"AdapterFusion '{self.name}' needs adapters {gone} on layer '{self.site.key}', which are gone: "
+                "load them again, and then the fusion."
+            )
+        u = torch.stack([methods[name].up(h).to(self.dtype) for name in names], -2)  # (…, adapters, H)
+        q, k = self.fusion_query(h.to(self.dtype)), self.fusion_key(u)
+        scores = self.fusion_dropout((k @ q[..., None]).squeeze(-1))  # (…, adapters)
+        v = self.fusion_value(u) if self.cfg.value else u
+        out: Tensor = (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
+        return out
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fused(y)
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fused(x)
+
+    def before_norm(self, s: Tensor) -> Tensor:
+        """Return s + fused(LN s), which the norm then gets in place of s."""
+        return s + self.fused(self.layer.base_layer(s))
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+        """Add the regularisation to the loss of a training step."""
+        with super().around(tuner, call, run) as finish:
+
+            def with_loss(output: Any) -> Any:
+                output = finish(output)
+                loss = getattr(output, "loss", None)
+                if isinstance(loss, Tensor) and tuner.training and torch.is_grad_enabled() and not tuner.disabled:
+                    output.loss = loss + regularization(tuner, run.adapters)
+                return output
+
+            yield with_loss
+
+
+def regularization(tuner: Any, names: Sequence[str]) -> Tensor | float:
+    """Return 0.01 · Σ ‖W_value - I‖² over the places of these adapters whose W_value trains, ()."""
+    held = [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
+    values = [m.fusion_value.weight for m in held if m.cfg.regularization and m.cfg.value and m.place.role != "tap"]
+    each = [(W - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() for W in values if W.requires_grad]
+    return STRENGTH * sum(each, 0.0)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdapterFusion by its formula, and as AdapterHub's library computes it: files and outputs of its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import graft
+from graft.core.errors import ConfigError, RoutingError
+from graft.files.errors import BaseNeededError
+from graft.methods.fusion import regularization
+from tests.looks import layers, registry_of
+from tests.methods.test_adapterhub import base as hub_base
+from tests.models import inputs, make, output, seeded
+
+HERE = Path(__file__).parent / "fixtures"
+CASES = sorted(folder.name for folder in (HERE / "fusion").iterdir())
+
+
+def fused(name="llama", preset="seq_bn", fill=True, **options):
+    with seeded(3):
+        config = graft.BottleneckConfig.preset(preset, reduction_factor=2)
+        model = graft.get_peft_model(make(name), config, "a", mixed=True)
+        model.add_adapter("b", graft.BottleneckConfig.preset(preset, reduction_factor=2))
+        model.add_adapter("both", graft.AdapterFusionConfig(adapters=["a", "b"], **options))
+        for path, p in model.named_parameters() if fill else ():
+            if "bottleneck_" in path or "fusion_" in path:
+                p.data.add_(torch.randn_like(p) * 0.2)
+    model.set_adapter("both")
+    return model.eval()
+
+
+@pytest.mark.parametrize("label", CASES)
+@torch.no_grad()
+def test_a_fusion_computes_what_it_computes_there(label):
+    name, folder = label.partition("-")[0], HERE / "fusion" / label
+    given = {k[3:]: v for k, v in load_file(HERE / "adapterhub" / name / "outputs.safetensors").items() if "in." in k}
+    model = graft.load_adapter(hub_base(name), folder / "a", "a", mixed=True)
+    graft.load_adapter(model, folder / "b", "b")
+    graft.load_adapter(model, folder / "fused", "fused")
+    outputs = load_file(folder / "outputs.safetensors")
+    alone = model.eval()(**given).last_hidden_state
+    model.set_adapter("fused")
+    y = model.eval()(**given).last_hidden_state
+    assert (y - alone).abs().max() > 1e-2
+    assert_close(y, outputs["y"], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("label", ["bert-pfeiffer", "llama-plus"])
+def test_the_regularization_is_theirs(label):
+    name, folder = label.partition("-")[0], HERE / "fusion" / label
+    model = graft.load_adapter(hub_base(name), folder / "a", "a", mixed=True)
+    graft.load_adapter(model, folder / "b", "b")
+    graft.load_adapter(model, folder / "fused", "fused", is_trainable=True)
+    model.set_adapter("fused")
+    assert_close(regularization(registry_of(model), ["fused"]), load_file(folder / "outputs.safetensors")["loss"])
+
+
+@torch.no_grad()
+def test_the_formula():
+    model, seen = fused(), {}
+    layer = layers(model)["model.layers.0"]
+    handles = [
+        layer.base_layer.register_forward_hook(lambda _m, _a, y: seen.update(h=y if torch.is_tensor(y) else y[0])),
+        layer.register_forward_hook(lambda _m, _a, y: seen.update(y=y if torch.is_tensor(y) else y[0])),
+    ]
+    output(model, inputs("llama"))
+    for handle in handles:
+        handle.remove()
+    h, own = seen["h"], layer.methods
+    u = [own[name].u(h) for name in ("a", "b")]
+    q, k, v = (getattr(layer, f"fusion_{part}")["both"] for part in ("query", "key", "value"))
+    scores = torch.stack([(q(h) * k(of)).sum(-1) for of in u])
+    expected = h + sum(p[..., None] * v(of) for p, of in zip(scores.softmax(0), u))
+    assert_close(seen["y"], expected)
+
+
+def test_only_the_fusion_trains_and_its_loss_has_the_regularization():
+    model = fused().train()
+    given = dict(inputs("llama"))
+    given["labels"] = given["input_ids"]
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {
+        f"fusion_{part}" for part in ("query", "key", "value")
+    }
+    loss = model(**given).loss
+    plain = model.eval()(**given).loss
+    values = [layer.fusion_value["both"].weight for layer in layers(model).values()]
+    assert_close(loss - plain, 0.01 * sum((W - torch.eye(len(W))).square().sum() for W in values))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    without = fused(regularization=False).train()
+    assert_close(without(**given).loss, without.eval()(**given).loss)
+
+
+@pytest.mark.parametrize(
+    "name, preset", [("llama", "seq_bn"), ("bert", "seq_bn"), ("bert", "double_seq_bn"), ("llama", "par_bn")]
+)
+@torch.no_grad()
+def test_files_rows_and_a_stack(name, preset, tmp_path):
+    model, given = fused(name, preset), inputs(name)
+    y = output(model, given)
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftMixedModel.from_pretrained(make(name), tmp_path / "a", "a")
+    loaded.load_adapter(tmp_path / "b", "b")
+    loaded.load_adapter(tmp_path / "both", "both")
+    loaded.set_adapter("both")
+    assert_close(output(loaded.eval(), given), y, rtol=0, atol=0)
+    rows = ["both", "a", "__base__"]
+    mixed = output(model, given | dict(adapter_names=rows))
+    with model.disable_adapter():
+        plain = output(model, given)
+    model.set_adapter("a")
+    a = output(model, given)
+    assert_close(mixed, torch.stack([y[0], a[1], plain[2]]))
+    model.set_adapter(["a", "both"])
+    assert (output(model, given) - y).abs().max() > 1e-3
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ConfigError, match="each once, got adapters="):
+        graft.AdapterFusionConfig(adapters=["a", "a"])
+    with pytest.raises(ConfigError, match="needs bottlenecks: name them"):
+        graft.get_peft_model(make("llama"), graft.AdapterFusionConfig())
+    with pytest.raises(ConfigError, match=r"needs adapters \['a'\], which the model does not have"):
+        graft.get_peft_model(make("llama"), graft.AdapterFusionConfig(adapters=["a"]))
+    model = fused()
+    before = {name for name, _ in model.named_parameters() if ".both" in name}
+    with pytest.raises(ConfigError, match=r"needs adapters \['c'\]"):
+        model.add_adapter("other", graft.AdapterFusionConfig(adapters=["a", "c"]))
+    model.add_adapter("lora", graft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="takes bottlenecks, and adapter 'lora' is LoRA"):
+        model.add_adapter("other", graft.AdapterFusionConfig(adapters=["a", "lora"]))
+    model.add_adapter("inv", graft.BottleneckConfig.preset("seq_bn_inv"))
+    with pytest.raises(ConfigError, match="'inv' is invertible"):
+        model.add_adapter("other", graft.AdapterFusionConfig(adapters=["inv"]))
+    model.delete_adapter(["inv", "lora"])
+    assert {name for name, _ in model.named_parameters() if "fusion_" in name} == before
+    with pytest.raises(NotImplementedError, match="changes activations"):
+        model.merge_and_unload()
+    model.delete_adapter("b")
+    with pytest.raises(RoutingError, match=r"needs adapters \['b'\] on layer 'model.layers.0', which are gone"):
+        output(model, inputs("llama"))
+    with pytest.raises(BaseNeededError, match=r"lacks \['a', 'b'\]"):
+        graft.load_adapter(hub_base("llama"), HERE / "fusion" / "llama-plus" / "fused")

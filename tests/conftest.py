@@ -8,6 +8,7 @@ luck.
 import gc
 import os
 import random
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,12 +50,18 @@ def pytest_configure(config):
     )
 
 
+@cache
+def expected(says):
+    """One filter for all: pytest sets those of a test three times."""
+    return pytest.mark.filterwarnings(f"ignore:({'|'.join(says)})")
+
+
 def pytest_collection_modifyitems(config, items):
+    places = [(tuple(known.where.split()), known.says) for known in WARNED]
     for item in items:
         place = item.nodeid.removeprefix("tests/")
-        for known in WARNED:
-            if place.startswith(tuple(known.where.split())):
-                item.add_marker(pytest.mark.filterwarnings(f"ignore:{known.says}"))
+        if says := tuple(said for where, said in places if place.startswith(where)):
+            item.add_marker(expected(says))
     if SUBJECT != "graft":
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,18 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
-def imports(path: Path, nested: bool) -> Iterator[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree_of(path)))
+
+
+@cache
+def imports(path: Path, nested: bool) -> tuple[str, ...]:
     """Modules that a file imports: at its top level; or anywhere if `nested`, for type checkers too."""
 
     def visit(node: ast.AST) -> Iterator[str]:
@@ -55,7 +67,7 @@ def imports(path: Path, nested: bool) -> Iterator[str]:
             for child in ast.iter_child_nodes(node):
                 yield from visit(child)
 
-    yield from visit(ast.parse(path.read_text()))
+    return tuple(visit(tree_of(path)))
 
 
 def own(path: Path, nested: bool = False) -> set[str]:
@@ -215,7 +227,7 @@ def test_storage_is_a_matter_of_storage(module):
 
 def calls(path: Path) -> Iterator[str]:
     """Dotted names of what a file calls."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func)
 
@@ -236,8 +248,11 @@ def test_the_forward_pass_decides_nothing():
         "mixed": {"run", "one", "add"},
     }
     for module, names in hot.items():
-        tree = ast.parse(MODULES[f"graft.core.{module}"].read_text())
-        found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names]
+        found = [
+            node
+            for node in nodes(MODULES[f"graft.core.{module}"])
+            if isinstance(node, ast.FunctionDef) and node.name in names
+        ]
         assert {node.name for node in found} == names
         for function in found:
             calls = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
@@ -270,9 +285,9 @@ _from_config
 TORCHS = frozenset(NAMES_OF_TORCH.split())
 
 
-def defined(tree: ast.AST) -> Iterator[str]:
+def defined(path: Path) -> Iterator[str]:
     """Names that a file defines: functions, classes, attributes that are set or declared, keywords."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -285,9 +300,8 @@ def defined(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_private_state_stays_in_its_file(module):
-    tree = ast.parse(MODULES[module].read_text())
-    own = {*defined(tree), *TORCHS}
-    for node in ast.walk(tree):
+    own = {*defined(MODULES[module]), *TORCHS}
+    for node in nodes(MODULES[module]):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             of_parent = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
@@ -298,6 +312,6 @@ def test_only_storage_looks_into_a_module_for_its_tensors():
     """`find_store` and its rows decide how a weight is held; elsewhere nobody asks for its type."""
     for module, path in MODULES.items():
         if package(module) in ("core", "methods", "inject", "combine", "io", "model", "serving"):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in nodes(path):
                 if isinstance(node, ast.Attribute) and node.attr in ("qweight", "quant_state", "SCB", "tensor_impl"):
                     raise AssertionError(f"{module}:{node.lineno} {ast.unparse(node)}")

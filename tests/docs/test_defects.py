@@ -2,6 +2,7 @@
 """docs/peft_defects.md is what the tests' marks say, and each marked test is one that runs."""
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import peft
@@ -9,8 +10,12 @@ import pytest
 
 from tests.docs import defects
 
-ROWS = list(defects.rows())
 CHECKS = ("distributed/checks.py", "distributed/pipeline.py", "distributed/tensor_parallel.py")  # of several processes
+
+
+@cache
+def rows() -> list[defects.Row]:
+    return list(defects.rows())
 
 
 def test_the_page_is_printed_from_the_tests():
@@ -22,12 +27,12 @@ def test_the_page_names_the_version_that_the_tests_run_beside():
 
 
 def test_each_row_is_said_once():
-    assert {case: n for case, n in Counter(row.case for row in ROWS).items() if n > 1} == {}
+    assert {case: n for case, n in Counter(row.case for row in rows()).items() if n > 1} == {}
 
 
 def test_each_mark_is_on_what_runs():
-    assert [row for row in ROWS if not row.test.startswith("test_") and row.file not in CHECKS] == []
-    assert all(row.case and row.peft and row.graft and "\n" not in row.line for row in ROWS)
+    assert [row for row in rows() if not row.test.startswith("test_") and row.file not in CHECKS] == []
+    assert all(row.case and row.peft and row.graft and "\n" not in row.line for row in rows())
 
 
 FILES = {

@@ -2,19 +2,17 @@
 """`graft convert` as people call it: what it prints, and the exit code of each kind of refusal."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import fresh
 
 FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
 
 
 def graft(*words, check=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "graft", *map(str, words)], capture_output=True, text=True, timeout=120
-    )
+    done = fresh.run("-m", "graft", *words)
     assert done.returncode == check, done.stderr
     return done
 

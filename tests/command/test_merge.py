@@ -2,8 +2,6 @@
 """`graft merge` as people run it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,11 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import graft
 from graft.command.merge import numbers, size
 from graft.files.errors import OptionError
+from tests import fresh
 
 
 def run(*args):
-    command = [sys.executable, "-m", "graft", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return fresh.run("-m", "graft", *args)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from torch import nn
 import graft
 from graft.compat.peft import clients, shims
 from graft.compat.peft.layers import layer_class
-from tests import models
+from tests import fresh, models
 from tests.pair import LIBS, adapt, randomize
 from tests.samples import first
 
@@ -274,7 +272,7 @@ def test_adapted_attentions(model):
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    done = fresh.run("-W", "error::UserWarning", "-c", code)
     assert done.returncode == 0, done.stderr
 
 

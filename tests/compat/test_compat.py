@@ -23,6 +23,7 @@ from graft.compat.peft.layers import BNB, AuxiliaryTrainingWrapper, layer_class
 from graft.compat.peft.modules import names_in, resolve
 from graft.compat.peft.names import BESIDE, LAYER_FILES, MAPPINGS, MODULES, OF_METHODS, WHERE, WITH_BNB, folder
 from graft.methods import METHODS, method_of
+from tests import fresh
 from tests.leaves_out import CONVERSIONS
 from tests.pair import both
 from tests.samples import each
@@ -33,17 +34,14 @@ METHOD_FOLDERS = {  # of methods that PEFT has
 NOT_IN_LAYERS = ("MultiheadAttention",)  # layer classes of PEFT's that graft has no counterpart of yet
 
 
-def run(code: str, *arguments: str, module: str | None = None) -> str:
-    """What a fresh process prints; it must end well."""
-    command = [sys.executable, "-W", "ignore"]
-    command += ["-m", module] if module else ["-c", textwrap.dedent(code)]
-    done = subprocess.run(
-        [*command, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
-    )
+def run(code: str, *arguments: str, module: str | None = None, forked: bool = True) -> str:
+    """What a process of its own prints, which has transformers loaded if it is forked; it must end well."""
+    words = ["-W", "ignore", *(["-m", module] if module else ["-c", textwrap.dedent(code)]), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    if forked:
+        done = fresh.run(*words, env=env)
+    else:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

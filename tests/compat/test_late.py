@@ -3,10 +3,13 @@
 
 import importlib.util
 import textwrap
+from functools import partial
 
 import pytest
 
-from tests.compat.test_compat import run
+from tests.compat import test_compat
+
+run = partial(test_compat.run, forked=False)  # what is loaded already is the matter of these tests
 
 HIDDEN = "from tests.compat.hiding import hide; hide()"
 CLIENTS = [

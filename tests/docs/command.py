@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import torch
 
 import graft
-from tests import models
+from tests import fresh, models
 from tests.docs.blocks import ROOT
 
 PAGE = ROOT / "docs" / "command.md"
@@ -46,11 +44,8 @@ def run(command: str, folder: Path) -> str:
     """Return what a command prints, errors too, and its exit code if that is not 0."""
     code = "from graft.command import main; main()"
     env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command.split()[1:]], cwd=folder, env=env, text=True, stderr=subprocess.STDOUT,
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    done = fresh.run("-c", code, *command.split()[1:], cwd=folder, env=env)
+    lines = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
     while lines and not lines[-1]:
         del lines[-1]
     lines += [f"(exit code {done.returncode})"] if done.returncode else []

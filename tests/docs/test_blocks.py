@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
+from tests import fresh
 from tests.docs.blocks import PAGES, ROOT, blocks
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -29,8 +28,7 @@ ELSEWHERE = Counter(  # blocks that do not run here by themselves: a page that a
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page):
     """In a process of its own: pages install aliases and process groups."""
-    command = [sys.executable, "-m", "tests.docs.run", str(page)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = fresh.run("-m", "tests.docs.run", page, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith(f"{sum(block.runs for block in blocks(page))} blocks ran\n")
 

@@ -3,9 +3,9 @@
 
 import os
 import re
-import subprocess
 import sys
 
+from tests import fresh
 from tests.docs import readme
 
 LONGEST = 760  # words, code and tables among them, as `wc -w` counts
@@ -29,6 +29,6 @@ def test_the_example_prints_what_stands_below_it(tmp_path):
     (code,), (printed,) = blocks("python"), blocks("text")
     (tmp_path / "example.py").write_text(code)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = fresh.run("example.py", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed

@@ -216,7 +216,8 @@ def test_install_and_uninstall():
         alias.uninstall()
         import peft
         assert peft is real and sys.modules["peft.tuners"] is real.tuners
-        """
+        """,
+        forked=False,
     )
 
 

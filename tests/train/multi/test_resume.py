@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.train import state_file
 from graft.train.multi import MultiTrain, stored
-from tests import models
+from tests import fresh, models
 from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
 from tests.train.multi.killed import STEPS
 
@@ -33,9 +30,7 @@ def undisturbed(name, steps=STEPS):
 
 
 def child(folder, at, *names):
-    command = [sys.executable, "-m", "tests.train.multi.killed", str(folder), str(at), *names]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return fresh.run("-m", "tests.train.multi.killed", folder, at, *names, cwd=ROOT)
 
 
 def test_killed_and_resumed_in_other_company(tmp_path):

@@ -8,6 +8,8 @@ TESTS ?=
 TRAINERS = $(patsubst tests/trainers/%.txt,%,$(wildcard tests/trainers/*.txt))
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
+unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
+
 .PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
 	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
 	rates examples guide-serving docs docs-look clean
@@ -40,11 +42,11 @@ bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(VENV)/.test $(if $(TESTS),,test-device)
-	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed --ignore=tests/device $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/distributed --ignore=tests/device $(TESTS)
 
 # on a CUDA device, simulated where torch is a CPU build; GRAFT_TESTS_DEVICE=cuda: on the real one
 test-device: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(GRAFT_TESTS_DEVICE),,-p tests.device.simulated) tests/device $(DEVICE)
 
 # these tests and a short benchmark on a GPU of this machine, in out/device-report.json, to send in (docs/devices.md)
 device-report: $(VENV)/.test
@@ -52,7 +54,7 @@ device-report: $(VENV)/.test
 
 # what the tests run of the package, their processes included; fails below the share that pyproject.toml sets
 coverage: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/distributed --ignore=tests/device --cov --cov-report=term \
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/distributed --ignore=tests/device --cov --cov-report=term \
 		--cov-report=html:out/coverage $(TESTS)
 
 # the lower bounds of pyproject.toml, on the oldest Python; torch of that age brings its CUDA libraries, 5 GB in all
@@ -65,7 +67,7 @@ test-oldest:
 		TESTS="$(OLDEST_TESTS)"
 
 test-all: $(VENV)/.test
-	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --ignore=tests/device
+	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/device
 	GRAFT_TESTS=all $(MAKE) test-device
 
 test-storages: $(PACKAGES:%=test-storages-%)

@@ -7,28 +7,21 @@ Representation Engineering, 2310.01405, scales the result back to the norm that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import Targeted
-from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method
 from graft.core.rows import Run
-from graft.methods.bottleneck import PLACES
-from graft.methods.places import chosen_blocks, hidden_size
-from graft.methods.reft import FACT, OF_DECODER, facts_of, following
+from graft.methods.states import OnStates, StatesConfig
 
 COEFFICIENT = "steering_coefficient"
 
 
 @dataclass(kw_only=True)
-class SteeringConfig(Targeted):
+class SteeringConfig(StatesConfig):
     """Steering vectors: h + c · v after blocks, with one v for each.
 
     `target_modules` in place of `layers`: the vectors are added to the outputs of these modules.
@@ -38,7 +31,6 @@ class SteeringConfig(Targeted):
     """
 
     peft_type: Any = "STEERING"
-    layers: Literal["all"] | list[int] = "all"  # numbers of blocks, encoder first
     coefficient: float = 1.0  # c, unless a call says another by `steering_coefficient`
     normalize: bool = False  # scale back to the norm of h
     min_token_index: int = 0  # the first token of each row that changes, padding left out
@@ -51,40 +43,15 @@ class SteeringConfig(Targeted):
             raise ConfigError(f"`min_token_index` must not be negative, got {self.min_token_index}.")
 
 
-class Steering(Method):
+class Steering(OnStates):
     """h + c · v. A fresh v is zero; `graft.steering_from` finds it from pairs of inputs, or it trains."""
 
     config = SteeringConfig
     prefix = "steering_"
-    compresses_targets = False
+    acts = "A steering vector is added to vectors"
     arguments = (COEFFICIENT,)
 
     steering_vector: nn.Parameter  # (H,)
-
-    @classmethod
-    def default_targets(cls, model: Any) -> str:
-        return PLACES
-
-    @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
-        found = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
-        cfg.widths = {block.path: block.width for block in found}  # no fields: they hold for this model only
-        cfg.target_paths = set(cfg.widths) or None
-        cfg.width = hidden_size(model)
-
-    @property
-    def width(self) -> int | None:
-        site = self.site
-        found: int | None = self.cfg.widths.get(site.key)
-        return found or (site.out_features if site.op.known else self.cfg.width)
-
-    def check(self) -> str | None:
-        if self.width is None or (self.site.op.known and len(self.site.shape) != 2):
-            return "A steering vector is added to vectors: outputs of linear layers, embeddings, and blocks"
-        return super().check()
-
-    def describe(self) -> Effect:
-        return Rewrite(part=self.part, block=not self.site.op.known)
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
@@ -109,7 +76,7 @@ class Steering(Method):
     def from_first(self, delta: Tensor) -> Tensor:
         """Return what is added, (rows, …, H), at the tokens from `min_token_index` on."""
         first = self.cfg.min_token_index
-        positions = self.layer.call.fact(OF_DECODER if "decoder." in f"{self.site.key}." else FACT)
+        positions = self.positions
         if not first or delta.dim() != 3 or (positions is not None and not positions.acts):
             return delta
         at = torch.arange(delta.shape[1], device=delta.device)[None]
@@ -118,22 +85,14 @@ class Steering(Method):
         return delta * acts[..., None]
 
     @classmethod
-    @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
-        """Give the layers the coefficient of each row, and where its tokens begin.
+    def facts(cls, run: Run) -> dict[Any, Any]:
+        """Return the coefficient of each row, if the call says any.
 
         Raises:
-            RoutingError: the coefficients are no numbers, or not one for each row.
+            RoutingError: they are no numbers, or not one for each row.
         """
-        with super().around(tuner, call, run) as finish:
-            if tuner.disabled:
-                yield finish
-                return
-            facts = facts_of(run.kwargs, tuner.model)
-            if (given := run.own.get(COEFFICIENT)) is not None:
-                facts[COEFFICIENT] = coefficients(given, run)
-            with call.giving(facts=facts), following(tuner.model, call, run):
-                yield finish
+        given = run.own.get(COEFFICIENT)
+        return {} if given is None else {COEFFICIENT: coefficients(given, run)}
 
 
 def coefficients(given: Any, run: Run) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import CalibrationError, ConfigError
 from graft.inject.parts import registry_of
-from graft.methods.reft import Positions
+from graft.methods.states import Positions
 from graft.methods.steering import Steering
 
 Inputs = Mapping[str, Any]  # arguments of the model's forward

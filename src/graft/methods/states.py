@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ReFT and steering vectors share: they add to hidden states after blocks, at tokens of each row's prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import get_ident
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from graft.config.fields import Targeted
+from graft.core.effect import Effect, Rewrite
+from graft.core.method import Method
+from graft.core.rows import Run
+from graft.methods.bottleneck import PLACES
+from graft.methods.places import chosen_blocks, hidden_size
+
+
+@dataclass(kw_only=True)
+class StatesConfig(Targeted):
+    layers: Literal["all"] | list[int] = "all"  # numbers of blocks, encoder first
+
+
+@dataclass
+class Positions:
+    """Where the prompt of each row begins, and how many tokens it has; None for both: everywhere."""
+
+    start: Tensor | None  # (batch,)
+    length: Tensor | None  # (batch,)
+    acts: bool = True  # False: the prompt has passed
+
+    @classmethod
+    def of(cls, mask: Any) -> Positions:
+        """Return those of an attention mask, (batch, tokens)."""
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return cls(None, None)
+        real = mask != 0
+        return cls(real.int().argmax(1), real.sum(1))
+
+    def __getitem__(self, index: Any) -> Positions:
+        if self.start is None or self.length is None:
+            return self
+        index = index.to(self.start.device)
+        return replace(self, start=self.start[index], length=self.length[index])
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Positions:
+        if self.start is None or self.length is None:
+            return self
+        start, length = (t.repeat_interleave(repeats, dim) for t in (self.start, self.length))
+        return replace(self, start=start, length=length)
+
+
+FACT, OF_DECODER = "reft", "reft of a decoder"
+CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECODER: "decoder_attention_mask"}}
+
+
+def facts_of(arguments: Mapping[str, Any], model: Any) -> dict[Any, Any]:
+    """Return the positions that the arguments of a forward pass tell."""
+    twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in MASKS[twofold].items()}
+    cache: Any = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+    if hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
+        last = OF_DECODER if twofold else FACT
+        facts[last] = replace(facts[last], acts=False)
+    return facts
+
+
+class OnStates(Method):
+    """A method that adds `part(x, y)` to the outputs of blocks, or of the modules that `target_modules` names."""
+
+    compresses_targets = False
+    acts: str  # for errors: what it does to vectors
+
+    @classmethod
+    def default_targets(cls, model: Any) -> str:
+        return PLACES
+
+    @classmethod
+    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+        found = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
+        cfg.widths = {block.path: block.width for block in found}  # no fields: they hold for this model only
+        cfg.target_paths = set(cfg.widths) or None
+        cfg.width = hidden_size(model)
+
+    @property
+    def width(self) -> int | None:
+        site = self.site
+        found: int | None = self.cfg.widths.get(site.key)
+        return found or (site.out_features if site.op.known else self.cfg.width)
+
+    def check(self) -> str | None:
+        if self.width is None or (self.site.op.known and len(self.site.shape) != 2):
+            return f"{self.acts}: of outputs of linear layers, embeddings, and blocks whose width is known"
+        return super().check()
+
+    def describe(self) -> Effect:
+        return Rewrite(part=self.part, block=not self.site.op.known)
+
+    def part(self, x: Any, y: Tensor) -> Tensor:
+        """Return what is added to y, (rows, …, H)."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> Positions | None:
+        """Where the prompt of each row stands: of the encoder's text or the decoder's; None outside of a call."""
+        own = self.layer.call.fact(OF_DECODER) if "decoder." in f"{self.site.key}." else None
+        found: Positions | None = self.layer.call.fact(FACT) if own is None else own
+        return found
+
+    @classmethod
+    def facts(cls, run: Run) -> dict[Any, Any]:
+        """Return further facts about each row of a run."""
+        return {}
+
+    @classmethod
+    @contextmanager
+    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+        """Tell the layers where the prompt of each row stands: padding does not count, nor what `generate` adds."""
+        with super().around(tuner, call, run) as finish:
+            if tuner.disabled:
+                yield finish
+                return
+            facts = {**facts_of(run.kwargs, tuner.model), **cls.facts(run)}
+            with call.giving(facts=facts), following(tuner.model, call, run):
+                yield finish
+
+
+@contextmanager
+def following(model: nn.Module, call: Any, run: Run) -> Iterator[None]:
+    """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache do nothing."""
+    if not run.generates:
+        yield
+        return
+    thread = get_ident()
+    first: dict[Any, Any] = {}
+
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != thread:  # others may run the model as well
+            return
+        now = facts_of(kwargs, model)
+        if not first:
+            first.update(now)
+        steps = {name: fact if not fact.acts else first[name] for name, fact in now.items()}
+        call.put(call.given._replace(facts={**call.given.facts, **steps}))
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with call.giving():
+            yield
+    finally:
+        handle.remove()

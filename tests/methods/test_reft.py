@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ReFT on whole models: positions, files, rows, generation. AdapterHub's numbers are in test_adapterhub.py."""
+"""ReFT on whole models: positions, files, rows, generation, pyreft's numbers; AdapterHub's are in test_adapterhub."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoModel
 
 import graft
 from graft.core.errors import ConfigError
 from graft.methods.reft import orthonormal
 from tests.conformance.samples import disturb
 from tests.looks import layers
+from tests.methods.make_reft_steering import IDS
 from tests.models import checkpoint, inputs, make, output, seeded
 
+FIXTURES = Path(__file__).parent / "fixtures"
 ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)
 
 
@@ -139,3 +145,26 @@ def test_beside_another_adapter_of_its_blocks():
     model.base_model.set_adapter(["default", "other"])
     y = output(model, inputs("llama"))
     assert y.isfinite().all() and len(layers(model)) == 2
+
+
+@pytest.mark.parametrize("kind", ["loreft", "noreft", "nodireft", "direft"])
+@torch.no_grad()
+def test_pyreft_computes_the_same(kind):
+    held = load_file(FIXTURES / "pyreft" / f"{kind}.safetensors")
+    config = graft.ReftConfig(
+        r=2,
+        prefix_positions=2,
+        suffix_positions=1,
+        tied_weights=True,
+        orthogonality=kind in ("loreft", "direft"),
+        subtract_projection=kind in ("loreft", "noreft"),
+        non_linearity="gelu" if kind == "nodireft" else None,
+    )
+    base = AutoModel.from_pretrained(FIXTURES / "adapterhub" / "llama", attn_implementation="eager")
+    model = graft.get_peft_model(base, config).eval()
+    for i in range(2):
+        layer = layers(model)[f"layers.{i}"]
+        layer.reft_R["default"].copy_(held[f"{i}.R"])
+        for name in ("weight", "bias"):
+            getattr(layer.reft_A["default"], name).copy_(held[f"{i}.A.{name}"])
+    assert_close(model(IDS).last_hidden_state, held["y"], rtol=2e-5, atol=2e-5)

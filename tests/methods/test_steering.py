@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steering vectors on whole models: the formula, coefficients of a call, vectors from pairs."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoModel
 
 import graft
 from graft.core.errors import CalibrationError, ConfigError, RoutingError
 from tests.looks import layers
+from tests.methods.make_reft_steering import IDS, PAIRS, Letters
 from tests.models import inputs, make, output, seeded
+
+HERE = Path(__file__).parent / "fixtures"
 
 
 def adapted(layers_of=(1,), **changes):
@@ -103,3 +110,25 @@ def test_bad_input():
         graft.steering_from(model, pairs(), how="median")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="blocks 0 to 1"):
         graft.get_peft_model(make("llama"), graft.SteeringConfig(layers=[7]))
+
+
+@torch.no_grad()
+def test_repeng_computes_the_same():
+    held = load_file(HERE / "repeng" / "outputs.safetensors")
+    for label in ("plain", "normalized"):
+        base = AutoModel.from_pretrained(HERE / "adapterhub" / "llama", attn_implementation="eager")
+        config = graft.SteeringConfig(layers=[1], coefficient=1.5, normalize=label == "normalized")
+        model = graft.get_peft_model(base, config).eval()
+        layers(model)["layers.1"].steering_vector["default"].copy_(held["direction.1"])
+        assert_close(model(IDS).last_hidden_state, held[label], rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_repeng_finds_the_same_directions():
+    base = AutoModel.from_pretrained(HERE / "adapterhub" / "llama", attn_implementation="eager")
+    model = graft.get_peft_model(base, graft.SteeringConfig(layers=[0]))
+    texts = Letters()
+    graft.steering_from(model, [(texts([a]), texts([b])) for a, b in PAIRS], how="pca")
+    found = layers(model)["layers.0"].steering_vector["default"]
+    theirs = load_file(HERE / "repeng" / "outputs.safetensors")["found.0"]
+    assert_close(found * (found @ theirs).sign(), theirs, rtol=1e-4, atol=1e-4)  # its signs are by majority

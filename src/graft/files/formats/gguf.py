@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF, llama.cpp's: names by the package gguf, one alpha for all, rows of q and k in the order of llama.cpp's RoPE."""
+"""GGUF, llama.cpp's: names by the package gguf, one alpha for all, rows of q and k in the order of llama.cpp's RoPE.
+
+Steering vectors are its control vectors: `gguf_control.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import numpy as np
 from graft.config.atomic import replace
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
-from graft.files.formats import Base, one_file
+from graft.files.formats import Base, gguf_control, one_file
 from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.rope import interleaved, two_halves
@@ -76,6 +78,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """
     path = one_file(path, ".gguf") or path
     fields, tensors = contents(path)
+    if fields.get("general.architecture") == gguf_control.ARCHITECTURE:
+        return gguf_control.read(path, fields, tensors, base)
     kind = fields.get("general.type")
     if kind != "adapter":
         raise CheckpointError(f"{path} is a model (general.type = {kind!r}), not an adapter.")
@@ -200,6 +204,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: llama.cpp has no name for a module; or what `fit` raises.
     """
     gguf = package()
+    if adapter.method == "STEERING":
+        return gguf_control.write(adapter, path, base, lossy, gguf, add)
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
     arch, _ = arch_of(base)

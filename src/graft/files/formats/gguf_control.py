@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control vectors of llama.cpp and repeng in GGUF: steering vectors, one for each block but the first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from graft.config.atomic import replace
+from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.files.errors import BaseNeededError, LossError
+from graft.files.formats import Base
+from graft.files.formats.adapterhub_places import blocks_of
+from graft.files.neutral import AdapterFile, Other
+from graft.files.tensors import Tensor, tensor
+
+ARCHITECTURE = "controlvector"
+DIRECTION = re.compile(r"direction\.(\d+)")
+VECTOR = "steering_vector"
+
+
+def read(path: str, fields: dict[str, Any], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+    """Read control vectors: `direction.N` is added to the output of block N.
+
+    Raises:
+        BaseNeededError: there is no base, whose blocks they count.
+        BaseModelMismatchError: the base has no such block, or other widths.
+        CheckpointError: it has no directions.
+    """
+    blocks, base = blocks_of(path, base)
+    out = AdapterFile("gguf", path, "STEERING", config={"peft_type": "STEERING", "inference_mode": True})
+    for name, values in tensors.items():
+        match = DIRECTION.fullmatch(name)
+        if match is None:
+            out.unread.append(name)
+            continue
+        number = int(match[1])
+        if number >= len(blocks) or values.shape != (blocks[number].width,):
+            held = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
+            raise BaseModelMismatchError(f"{path} has {name} of shape {values.shape}, and {base.path} has {held}.")
+        out.modules[blocks[number].path] = Other("STEERING", {VECTOR: values})
+    if not out.modules:
+        raise CheckpointError(f"{path} is a control vector without a direction.")
+    numbers = [i for i, block in enumerate(blocks) if block.path in out.modules]
+    out.config |= {"target_modules": "places", "layers": numbers}
+    out.selected = frozenset(out.modules)
+    return out
+
+
+def write(
+    adapter: AdapterFile, path: str, base: Base | None, lossy: bool, gguf: Any, add: Callable[..., None]
+) -> list[str]:
+    """Write steering vectors times their coefficient, each under the number of its block.
+
+    Raises:
+        BaseNeededError: there is no base, whose blocks count.
+        LossError: a vector acts elsewhere than after a block or after the first one, or in another way than by adding.
+    """
+    if base is None:
+        raise BaseNeededError("A control vector counts the blocks of its base: give the base model (--base).")
+    numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
+    cfg, held, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
+    lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
+    for module, m in adapter.modules.items():
+        number = numbers.get(module, 0)
+        vector = m.tensors[VECTOR] if isinstance(m, Other) else None
+        if number and vector is not None:
+            held[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
+        elif vector is None or vector.read().any():
+            lost.append(f"{module}, which is {'the first block' if module in numbers else 'no block'}")
+    if (lost and not lossy) or not held:
+        raise LossError(f"A control vector of GGUF cannot hold all of {adapter.path}: {some(lost)}.")
+
+    def save(temporary: str) -> None:
+        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", str(base.config.get("model_type", "")))
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(held))
+        for number, values in sorted(held.items()):
+            add(gguf, writer, f"direction.{number}", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    replace(path, save)
+    return lost

@@ -10,10 +10,12 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import graft
 from graft.core.errors import CheckpointError
+from graft.files.bases import Skeleton
 from graft.files.errors import LossError
 from graft.files.formats import peft as form
 from graft.files.formats import read, recognise
@@ -112,6 +114,53 @@ def test_experts(lib, names, tmp_path):
         delta = held.scale * held.B.read() @ held.A.read()
         was = next(t for n, t in before.items() if n.endswith(name))
         close(torch.from_numpy(delta), getattr(merged.experts, name) - was, 1e-5)
+
+
+OLD = [  # version of PEFT, model type, stacks that it wrote exchanged
+    ("0.18.0", "mixtral", True), ("0.18.1", "gpt_oss", False), ("0.19.0", "mixtral", True), ("0.19.0", "gpt_oss", True),
+    ("0.19.1", "mixtral", False), (None, "mixtral", True), (None, "gpt_oss", False),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of files that do not tell
+@pytest.mark.parametrize("sizes", [(8, 3), (6, 3), (4, 4)], ids=["none-square", "gate-square", "down-square"])
+@pytest.mark.parametrize("names", [["gate_up_proj", "down_proj"], ["down_proj"]], ids=["both", "one"])
+@pytest.mark.parametrize("version, kind, exchanged", OLD)
+def test_experts_of_older_versions(version, kind, exchanged, names, sizes, tmp_path):
+    """Files by construction, as PEFT before 0.19.1 has them; what they mean is what today's file does."""
+    (hidden, inner), n, r = sizes, 3, 2
+    shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    rng = np.random.default_rng(0)
+    wanted = {name: [rng.normal(size=s).astype("f4") for s in ((n, r, shapes[name][1]), (n, shapes[name][0], r))]
+              for name in names}  # fmt: skip
+    tensors = {}
+    for depth, name in enumerate(reversed(names)):
+        A, B = wanted[name]
+        A, B = (B.swapaxes(1, 2), A.swapaxes(1, 2)) if exchanged else (A, B)
+        stem = "base_model.model.experts" + ".base_layer" * depth
+        tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(A.reshape(n * r, -1))
+        tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(B.transpose(1, 2, 0).reshape(-1, r * n))
+    config = dict(peft_type="LORA", r=r, lora_alpha=r, target_modules=[],
+                  target_parameters=[f"experts.{name}" for name in names]) | ({"peft_version": version} if version else {})  # fmt: skip # noqa: E501
+    write_folder(tmp_path / "a", tensors, config)
+    turned = kind == "gpt_oss"
+    stored = {f"experts.{name}": (n, *shapes[name][:: -1 if turned else 1]) for name in names}
+    base = Skeleton("base", {"model_type": kind}, stored, ["experts"])
+    bases = [base] if len(names) == 1 or version is None else [base, None]
+    for known in bases:
+        adapter = read(tmp_path / "a", known)
+        for name, (A, B) in wanted.items():
+            held = adapter.modules[f"experts.{name}"]
+            assert np.array_equal(held.A.read(), A) and np.array_equal(held.B.read(), B), (known, name)
+        form.write(adapter, tmp_path / "b")
+        again = read(tmp_path / "b", base)
+        assert all(np.array_equal(again.modules[f"experts.{name}"].A.read(), A) for name, (A, _) in wanted.items())
+
+
+def write_folder(path, tensors, config):
+    path.mkdir()
+    save_arrays(tensors, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(config))
 
 
 def test_attention_whose_projections_are_one_parameter(tmp_path):

@@ -29,9 +29,9 @@ from graft.io import seal
 from graft.io.check import check_archive, fault, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY, read_note
-from graft.io.layouts import TODAY, Layout
 from graft.io.rendezvous import GATHER
 from graft.io.tensors import digest_of, write_safetensors
+from graft.io.written import TODAY, Layout
 from graft.storage.parallel import is_sharded
 
 LOOKS = 5  # times to look for the weights again that another process has replaced by some of the other format

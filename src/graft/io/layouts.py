@@ -9,20 +9,18 @@ other where they took the stack otherwise. Unsloth before September 2026 held th
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import FORMAT_VERSION
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
 from graft.inject.experts import OF_EXPERT, Conversions
 from graft.inject.parts import Nests, Parts
+from graft.io.written import Layout, exchanged_by, say
 
 
 def fused(
@@ -106,48 +104,6 @@ def stacked(side: str, parts: list[list[Tensor]]) -> Tensor:
     if side == "A":
         return torch.cat([torch.cat(of_expert) for of_expert in zip(*parts, strict=True)])
     return torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)], -1).flatten(1)
-
-
-MARK = "lora_B_layout"  # what Unsloth notes in configs: one of the last two names below
-NAMES: dict[str, dict[str, Any]] = {
-    "peft": dict(exchanged=False, by_expert=False),
-    "exchanged": dict(exchanged=True),
-    "rank_major": dict(by_expert=False),
-    "grouped_by_expert": dict(by_expert=True),
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is known of how a file holds the factors of stacks, before its shapes are seen. None: nothing."""
-
-    version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
-    exchanged: bool | None = None  # A and B of square stacks stand for each other
-    by_expert: bool | None = False  # columns of B: those of an expert are next to each other
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> Layout:
-        """Return what the fields of a file's config tell."""
-        version, mark = fields.get("peft_version"), fields.get(MARK)
-        unsloth = (fields.get("auto_mapping") or {}).get("unsloth_fixed", False)
-        by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
-        return cls(version, by_expert=by_expert)
-
-    def told(self, names: str | Collection[str] | None) -> Layout:
-        """Return this with what the caller says by `expert_layout`.
-
-        Raises:
-            ConfigError: there is no layout of such a name.
-        """
-        out = self
-        for name in [names] if isinstance(names, str) else names or ():
-            if name not in NAMES:
-                raise ConfigError(f"expert_layout={names!r}: '{name}' is none of {', '.join(NAMES)}.")
-            out = replace(out, **NAMES[name])
-        return out
-
-
-TODAY = Layout()
 
 
 class Stack(NamedTuple):
@@ -243,30 +199,4 @@ def is_exchanged(stack: Stack, seen: set[bool], layout: Layout) -> tuple[bool, b
         return layout.exchanged, True
     if len(seen) == 1:
         return next(iter(seen)), True
-    if layout.version is None:  # PEFT notes its version since 0.18
-        return not stack.transposed, stack.transposed
-    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", layout.version)
-    if numbers is None:
-        return False, False
-    release = int(numbers[1]), int(numbers[2]), int(numbers[3] or 0)
-    if ".dev" in layout.version and (0, 18, 0) < release <= (0, 19, 1):  # the changes came between releases
-        return False, False
-    return release < (0, 19, 1) and (release >= (0, 19, 0) or not stack.transposed), True
-
-
-def say(doubts: set[str], layout: Layout, what: str) -> None:
-    """Warn of what nothing tells, and name the option that does."""
-    if "exchanged" in doubts:
-        read = "exchanged, as PEFT before 0.18 wrote them" if layout.version is None else "as PEFT 0.19.1 writes them"
-        warn(
-            f"{what} has square stacks of experts, and does not tell whether A and B stand for each other: they were "
-            f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one did.",
-            PeftWarning,
-        )
-    if "by_expert" in doubts:
-        warn(
-            f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: they "
-            "were read as PEFT writes them. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 "
-            "trained it, 'rank_major' if a later one did.",
-            PeftWarning,
-        )
+    return exchanged_by(layout.version, stack.transposed)

@@ -34,10 +34,11 @@ from graft.io.fingerprint import (
     weights_of,
     within,
 )
-from graft.io.layouts import TODAY, fused, put_right
+from graft.io.layouts import fused, put_right
 from graft.io.save import changes_base, config_of, parts_of
 from graft.io.servers import arranged
 from graft.io.tensors import resized, torn_apart
+from graft.io.written import TODAY
 from graft.storage.offload import is_tied, offloaded_in
 from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of

@@ -25,9 +25,9 @@ from graft.inject.parts import registry_of
 from graft.inject.survey import survey
 from graft.io import files, save
 from graft.io.fingerprint import tensor_digest
-from graft.io.layouts import Layout
 from graft.io.load import Values
 from graft.io.rendezvous import CALL, Meeting, hashed, once
+from graft.io.written import Layout
 from graft.model.watch import has_copies
 
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later

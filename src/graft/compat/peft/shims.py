@@ -24,7 +24,8 @@ from graft.inject.experts import merges, part_of
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, all_linear, tied_to_embedding
-from graft.io.layouts import Layout, Stack, as_here, fits, say, scaled, stacked
+from graft.io.layouts import Stack, as_here, fits, scaled, stacked
+from graft.io.written import Layout, say
 from graft.methods import METHODS, method_of
 from graft.methods.lora.alora import last
 from graft.methods.trainable_tokens import input_embedding

@@ -9,18 +9,21 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace as replaced
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graft.config import notes, pair
 from graft.config.atomic import folder_for
+from graft.config.base import FORMAT_VERSION
 from graft.config.reading import ending, pattern, read_object
 from graft.config.stored import Stored, whole_model
-from graft.core.errors import CheckpointError, some
+from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
+from graft.io.written import MARK, Layout, exchanged_by, say
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -49,6 +52,8 @@ VARIANTS = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
 SCALED = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # methods of the scale alpha / r → its field
 FIRST = ("gate_up_proj", "w1", "w13", "up_proj", "down_proj", "w2", "w3")  # parameters of experts as modules hold them
+TRANSPOSED = ("gpt_oss",)  # types of models whose experts say that their matrices are stored (in, out)
+UNMARKED = ("llama4", "llama4_text")  # and of those that store them so, and do not say it
 RANK = 8  # where a config does not say r or alpha
 
 
@@ -89,7 +94,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     folder = folder_of(path) or path
     stored = Stored(folder, None, read_object)
     tensors, metadata, noted = weights_in(folder)
-    config = stored.of(noted)
+    config = dict(stored.of(noted))
+    layout = Layout.of(config)
+    config.pop(MARK, None)  # B is held as PEFT has it
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
         raise CheckpointError(f"{stored.path} has peft_type {method!r}, which graft does not know.")
@@ -98,12 +105,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     held = split(out, tensors)
     for raw, of_module in held.items():
         if method == "LORA":
-            take_lora(out, raw, of_module, held, base)
+            take_lora(out, raw, of_module, held, base, layout)
         else:
             take_other(out, clean(raw), method, of_module)
     if method in PREFIXES:
         for path in dict.fromkeys(around(tensors)):  # modules of which the file has nothing but their bias
             out.modules.setdefault(path, Other(method, {}))
+    as_today(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
         out.changed_base = changes_base(config)
     out.selected = frozenset(out.modules)
@@ -199,7 +207,9 @@ def take_other(out: AdapterFile, path: str, method: str, held: dict[str, Tensor]
     out.modules[path] = Other(method, held, scale)
 
 
-def take_lora(out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mapping[str, Any], base: Base | None) -> None:
+def take_lora(
+    out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mapping[str, Any], base: Base | None, layout: Layout
+) -> None:
     config, path = out.config, clean(raw)
     A, B = held.pop("lora_A.weight", None), held.pop("lora_B.weight", None)
     embedded = A is None and B is None
@@ -229,7 +239,7 @@ def take_lora(out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mappin
         )
     kind = "embedding" if embedded else "conv" if len(A.shape) > 2 else "linear"
     if n > 1 or (stack is not None and stack != "weight"):
-        kind, A, B = "experts", *by_expert(A, B, n, config)
+        kind, A, B = "experts", *by_expert(A, B, n, bool(layout.by_expert))
     made = LowRank(A, B, scale, kind)  # type: ignore[arg-type]
     if (m := held.pop("lora_magnitude_vector", None)) is not None:
         made.magnitude = reshaped(m, math.prod(m.shape))
@@ -276,9 +286,9 @@ def parameter_at(
     names = list(dict.fromkeys(names))
     if not names or (any("." not in t for t in targets) and is_target(config, path)):
         return None
-    if base is not None:
-        names = [n for n in names if fits(base.shapes.get(f"{path}.{n}"), A, B)] or names
     nest = sorted((e for e in every if clean(e) == path), key=len, reverse=True)  # the innermost first
+    if base is not None and len(names) != len(nest):
+        names = [n for n in names if fits(base.shapes.get(f"{path}.{n}"), A, B)] or names
     if len(names) == 1 and len(nest) == 1:
         return names[0]
     if len(names) != len(nest):
@@ -307,15 +317,73 @@ def fits(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
     return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
 
 
-def by_expert(A: Tensor, B: Tensor, n: int, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the factors (n, r, in) and (n, out, r) of a stack."""
+def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tensor]:
+    """Return the factors (n, r, in) and (n, out, r) of a stack.
+
+    Args:
+        grouped: the columns of B that are an expert's are next to each other, as Unsloth had them.
+    """
     (rows, fan_in), out = A.shape, B.shape[0]
     r = rows // n
-    if config.get("lora_B_layout") == "grouped_by_expert":  # Unsloth's mark
+    if grouped:
         B = rearranged(B, lambda v: v.reshape(out, n, r).transpose(1, 0, 2), n, out, r)
     else:
         B = rearranged(B, lambda v: v.reshape(out, r, n).transpose(2, 0, 1), n, out, r)
     return reshaped(A, n, r, fan_in), B
+
+
+def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
+    """Give A and B of stacks each other's place where a PEFT before 0.19.1 wrote them so."""
+    stacks = {path: held for path, held in out.low_rank.items() if held.kind == "experts"}
+    if not stacks:
+        return
+    doubts, guessed = set(), list[str]()
+    if layout.by_expert is None and any(min(held.A.shape[:2]) > 1 for held in stacks.values()):
+        doubts.add("by_expert")
+    kind = "" if base is None else str(base.config.get("model_type"))
+    others = {seen for path in stacks if (seen := exchanged_by_shape(path, stacks, base, kind)) is not None}
+    for path, held in stacks.items():
+        exchanged = exchanged_by_shape(path, stacks, base, kind)
+        if exchanged is None and len(others) == 1:
+            exchanged = next(iter(others))
+        if exchanged is None:
+            exchanged, sure = exchanged_by(layout.version, kind in TRANSPOSED)
+            if not sure:
+                doubts.add("exchanged")
+            elif exchanged and base is None:
+                guessed.append(path)
+        if exchanged:
+            (n, r, fan_in), outs = held.A.shape, held.B.shape[1]
+            out.modules[path] = replaced(
+                held, A=rearranged(held.B, lambda v: v.swapaxes(1, 2), n, r, outs),
+                B=rearranged(held.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
+            )  # fmt: skip
+            out.config["peft_version"] = FORMAT_VERSION
+    say(doubts, layout, out.path)
+    if guessed:
+        warn(
+            f"{out.path} is of PEFT {layout.version}, which had A and B of most stacks of experts in each other's "
+            f"place: {some(guessed)} were read so. Give the base model, whose shapes tell (--base).",
+            PeftWarning,
+        )
+
+
+def exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
+    """Return whether A and B of a stack stand for each other; None if their sizes do not tell.
+
+    The input of gate and up is the output of down, and the output of both twice the input of down.
+    """
+    module = path.rpartition(".")[0]
+    first, last = stacks.get(f"{module}.gate_up_proj"), stacks.get(f"{module}.down_proj")
+    shape = None if base is None else base.shapes.get(path)
+    if shape is not None and len(shape) == 3 and shape[1] != shape[2]:
+        fan_in = shape[1 if kind in TRANSPOSED else 2]
+        return stacks[path].A.shape[2] != fan_in
+    if first is None or last is None:
+        return None
+    (a, b), (c, d) = (first.A.shape[2], first.B.shape[1]), (last.A.shape[2], last.B.shape[1])
+    straight, turned = (a, b) == (d, 2 * c), (b, a) == (c, 2 * d)
+    return None if straight == turned else turned != (kind in UNMARKED)
 
 
 # writing

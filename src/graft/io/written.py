@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config tells of how its file holds the factors of stacks of matrices (experts)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graft.config.base import FORMAT_VERSION
+from graft.core.errors import ConfigError, PeftWarning, warn
+
+MARK = "lora_B_layout"  # what Unsloth notes in configs: one of the last two names below
+NAMES: dict[str, dict[str, Any]] = {
+    "peft": dict(exchanged=False, by_expert=False),
+    "exchanged": dict(exchanged=True),
+    "rank_major": dict(by_expert=False),
+    "grouped_by_expert": dict(by_expert=True),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of how a file holds the factors of stacks, before its shapes are seen. None: nothing."""
+
+    version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
+    exchanged: bool | None = None  # A and B of square stacks stand for each other
+    by_expert: bool | None = False  # columns of B: those of an expert are next to each other
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Layout:
+        """Return what the fields of a file's config tell."""
+        version, mark = fields.get("peft_version"), fields.get(MARK)
+        unsloth = (fields.get("auto_mapping") or {}).get("unsloth_fixed", False)
+        by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
+        return cls(version, by_expert=by_expert)
+
+    def told(self, names: str | Collection[str] | None) -> Layout:
+        """Return this with what the caller says by `expert_layout`.
+
+        Raises:
+            ConfigError: there is no layout of such a name.
+        """
+        out = self
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in NAMES:
+                raise ConfigError(f"expert_layout={names!r}: '{name}' is none of {', '.join(NAMES)}.")
+            out = replace(out, **NAMES[name])
+        return out
+
+
+TODAY = Layout()
+
+
+def exchanged_by(version: str | None, transposed: bool) -> tuple[bool, bool]:
+    """Return whether a PEFT of this version wrote A and B of a stack for each other, and whether that is sure.
+
+    Args:
+        version: None: it noted none, as before 0.18.
+        transposed: the module says that it holds its matrices as (in, out).
+    """
+    if version is None:
+        return not transposed, transposed
+    numbers = re.match(r"(\d+)\.(\d+)\.?(\d*)", version)
+    if numbers is None:
+        return False, False
+    release = int(numbers[1]), int(numbers[2]), int(numbers[3] or 0)
+    if ".dev" in version and (0, 18, 0) < release <= (0, 19, 1):  # the changes came between releases
+        return False, False
+    return release < (0, 19, 1) and (release >= (0, 19, 0) or not transposed), True
+
+
+def say(doubts: set[str], layout: Layout, what: str) -> None:
+    """Warn of what nothing tells, and name the option that does."""
+    if "exchanged" in doubts:
+        read = "exchanged, as PEFT before 0.18 wrote them" if layout.version is None else "as PEFT 0.19.1 writes them"
+        warn(
+            f"{what} has square stacks of experts, and does not tell whether A and B stand for each other: they were "
+            f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one did.",
+            PeftWarning,
+        )
+    if "by_expert" in doubts:
+        warn(
+            f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: they "
+            "were read as PEFT writes them. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 "
+            "trained it, 'rank_major' if a later one did.",
+            PeftWarning,
+        )

@@ -62,6 +62,7 @@ class Skeleton:
     modules: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
     adapters: Mapping[str, Any] = field(default_factory=dict)  # configs of those that it carries, by name
+    model: Any = None  # itself, if it is there
 
 
 Known = BaseFiles | Skeleton
@@ -76,7 +77,7 @@ def skeleton(model: Any, path: str) -> Skeleton:
     config = getattr(model, "config", None) or {}
     fields = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name])
+    return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
 
 
 def wider(base: Any) -> Skeleton | None:

@@ -75,6 +75,7 @@ class AdapterFile:
         changed_base: an initialisation that changed the base, by PEFT's name, where the file does not say how: ΔW is
             that of a base which only this initialisation makes.
         selected: the modules that the targets in `config` select; None where it is no config of PEFT.
+        served: stacks of experts stand in the file as servers have them.
         flat: `modules` has the file's own names, which are no paths: only a base model's names make paths of them.
     """
 
@@ -88,6 +89,7 @@ class AdapterFile:
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    served: bool = False
     flat: bool = False
     base: str | None = None  # its name or path, where the file says it
     changed_base: str | None = None

@@ -324,7 +324,7 @@ def output_head(s: Subject) -> Iterable[str]:
 
 @condition
 def experts(s: Subject) -> Iterable[str]:
-    return (path for path, held in s.low_rank.items() if held.kind == "experts")
+    return (path for path, held in s.low_rank.items() if held.kind == "experts" and not s.adapter.served)
 
 
 @condition

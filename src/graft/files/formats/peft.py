@@ -21,6 +21,7 @@ from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.served import as_trained, is_served
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
 from graft.io.written import MARK, Layout, exchanged_by, say
@@ -90,6 +91,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
     Raises:
         CheckpointError: a file is not there or damaged, or config and tensors contradict each other.
+        BaseNeededError: experts stand there as servers have them.
     """
     folder = folder_of(path) or path
     stored = Stored(folder, None, read_object)
@@ -100,7 +102,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
         raise CheckpointError(f"{stored.path} has peft_type {method!r}, which graft does not know.")
-    out = AdapterFile(NAME, folder, method, config=config, metadata=metadata)
+    served = method == "LORA" and is_served(tensors)
+    if served:
+        tensors, config = as_trained(tensors, config, base, folder)
+    out = AdapterFile(NAME, folder, method, config=config, metadata=metadata, served=served)
     out.base = config.get("base_model_name_or_path")
     held = split(out, tensors)
     for raw, of_module in held.items():

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stacks of experts in files for servers: 3-D factors under names of parameters or of parts of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from graft.core.errors import CheckpointError
+from graft.files.errors import BaseNeededError
+from graft.files.tensors import Tensor
+
+if TYPE_CHECKING:
+    from graft.files.formats import Base
+
+KEY = re.compile(r".*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])\.lora_[AB]\.weight")
+
+
+def is_served(tensors: Mapping[str, Tensor]) -> bool:
+    """Return True if a file has a stack of experts as servers do."""
+    return any(len(t.shape) == 3 and KEY.fullmatch(key) for key, t in tensors.items())
+
+
+def as_trained(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Base | None, what: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and config of a file as PEFT has them.
+
+    Args:
+        what: the file, for errors.
+
+    Raises:
+        BaseNeededError: there is no base, whose class says which rows are gate's and which are up's.
+        CheckpointError: transformers does not know the base.
+    """
+    if base is None:
+        raise BaseNeededError(
+            f"{what} has experts as servers hold them, and only the base model says which of its rows are whose: give "
+            "it (--base)."
+        )
+    from graft.config.base import PeftConfig
+    from graft.files.merging.skeleton import skeleton
+    from graft.files.pickles import from_torch, to_torch
+    from graft.io.servers import arranged
+
+    model = getattr(base, "model", None) or skeleton(base.path)
+    if model is None:
+        raise CheckpointError(
+            f"{what} has experts as servers hold them, and {base.path} is no model that is known here."
+        )
+    made: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
+    held = arranged({key: to_torch(t) for key, t in tensors.items()}, made, model)
+    return {key: from_torch(t, f"'{key}' in {what}") for key, t in held.items()}, made.saved_dict()

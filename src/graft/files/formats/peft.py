@@ -43,6 +43,7 @@ PREFIXES = {  # of the names of a method's tensors on a module
     "FINEGATES": "finegates_", "SVFT": "svft_", "MTLLORA": "mtllora_", "BOTTLENECK": "bottleneck_", "REFT": "reft_",
     "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_",
     "SDT": "sdt_", "ADAPTER_FUSION": "fusion_",
+    "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_", "SDT": "sdt_", "ADAPTER_FUSION": "fusion_",
 }  # fmt: skip
 ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files with experts as servers have them, in the verbs on files: merged and converted they do what the adapter did."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch.testing import assert_close
 
 import graft
@@ -51,3 +55,54 @@ def test_a_file_of_sglang_needs_its_base(tmp_path):
     model.save_pretrained(tmp_path / "plain")
     assert "experts" in {f.condition for f in check(read(tmp_path / "plain"), ["sglang"])}
     assert torch.isfinite(torch.tensor([held.scale for held in adapter.low_rank.values()])).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_file_of_tinker(family, tmp_path):
+    """By construction, as its cookbook reads them: gate and up have a factor each that all experts share, down one."""
+    model = base(family)
+    model.save_pretrained(tmp_path / "base")
+    n, r, alpha = 4, 3, 6
+    block = model.model.layers[1].mlp.experts
+    hidden, inner = model.config.hidden_size, block.down_proj.shape[1 if family == "gpt_oss" else 2]
+    vocabulary, rng = model.config.vocab_size, np.random.default_rng(0)
+
+    def some(*shape):
+        return (0.1 * rng.normal(size=shape)).astype("f4")
+
+    experts = {"w1": (some(1, r, hidden), some(n, inner, r)), "w3": (some(1, r, hidden), some(n, inner, r)),
+               "w2": (some(n, r, inner), some(1, hidden, r))}  # fmt: skip
+    head = some(r, hidden), some(vocabulary, r)
+    o = model.model.layers[1].self_attn.o_proj
+    out = some(r, o.in_features), some(o.out_features, r)
+    start, attention = "base_model.model.model", "attn" if family == "gpt_oss" else "self_attn"
+    tensors = {f"{start}.layers.1.mlp.experts.{name}.lora_{side}.weight": t
+               for name, pair in experts.items() for side, t in zip("AB", pair, strict=True)}  # fmt: skip
+    for stem, pair in (("unembed_tokens", head), (f"layers.1.{attention}.o_proj", out)):
+        tensors |= {f"{start}.{stem}.lora_{side}.weight": t for side, t in zip("AB", pair, strict=True)}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": "all-linear"}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+
+    def change(pair):
+        return torch.from_numpy(alpha / r * pair[1] @ pair[0])
+
+    changed = base(family)
+    own = changed.model.layers[1].mlp.experts
+    gate, up, down = (change(experts[name]) for name in ("w1", "w3", "w2"))
+    with torch.no_grad():
+        if family == "gpt_oss":  # rows of gate and up in turn, and (in, out)
+            own.gate_up_proj += torch.stack([gate, up], 2).flatten(1, 2).mT
+            own.down_proj += down.mT
+        else:
+            own.gate_up_proj += torch.cat([gate, up], 1)
+            own.down_proj += down
+        changed.model.layers[1].self_attn.o_proj.weight += change(out)
+        if changed.config.tie_word_embeddings:
+            changed.lm_head.weight = torch.nn.Parameter(changed.lm_head.weight.clone())
+        changed.lm_head.weight += change(head)
+    expected = logits(changed.eval())
+    assert_close(logits(graft.load_adapter(base(family), tmp_path / "a").eval()), expected, rtol=1e-4, atol=1e-5)
+    graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
+    assert_close(logits(type(model).from_pretrained(tmp_path / "merged").eval()), expected, rtol=1e-4, atol=1e-5)

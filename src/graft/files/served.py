@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stacks of experts in files for servers: 3-D factors under names of parameters or of parts of them."""
+"""Stacks of experts in files of servers, and of tinker: 3-D factors under names of parameters or of parts of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ if TYPE_CHECKING:
     from graft.files.formats import Base
 
 KEY = re.compile(r".*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])\.lora_[AB]\.weight")
+
+
+UNEMBED = re.compile(r"(?:model\.)?unembed_tokens(?=\.lora_)")  # tinker's name of the head
+
+
+def with_todays_names(tensors: Mapping[str, Tensor], base: Base | None) -> dict[str, Tensor]:
+    """Return tensors with the model's names for what tinker calls otherwise: the head, and gpt-oss's attention."""
+    own = base is not None and any(m.rpartition(".")[2] == "unembed_tokens" for m in base.modules)
+    if own or not any(UNEMBED.search(key) or KEY.fullmatch(key) for key in tensors):
+        return dict(tensors)
+    known = set() if base is None else {m.rpartition(".")[0].rpartition(".")[2] for m in base.modules}
+    out = {}
+    for key, t in tensors.items():
+        name = UNEMBED.sub("lm_head", key)
+        if "self_attn" in known and "attn" not in known:
+            name = name.replace(".attn.", ".self_attn.")
+        out[name] = t
+    return out
 
 
 def is_served(tensors: Mapping[str, Tensor]) -> bool:

@@ -21,7 +21,7 @@ from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.served import as_trained, is_served
+from graft.files.served import as_trained, is_served, with_todays_names
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
 from graft.io.written import MARK, Layout, exchanged_by, say
@@ -103,7 +103,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
         raise CheckpointError(f"{stored.path} has peft_type {method!r}, which graft does not know.")
+    told = set(tensors)
     served = method == "LORA" and is_served(tensors)
+    if method == "LORA":
+        tensors = with_todays_names(tensors, base)
     if served:
         tensors, config = as_trained(tensors, config, base, folder)
     out = AdapterFile(NAME, folder, method, config=config, metadata=metadata, served=served)
@@ -120,7 +123,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     as_today(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
         out.changed_base = changes_base(config)
-    out.selected = frozenset(out.modules)
+    out.selected = frozenset(out.modules) if served or told == set(tensors) else None
     return out
 
 

@@ -128,6 +128,12 @@ def lycoris(folder: str, **options) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             after[f"{name}.weight"] = weight_in_forward(module)
+    if options["algo"] == "dylora":  # whose forward pass takes ranks at random
+        for lora in network.loras:
+            name = next(n for n, m in model.named_modules() if n.replace(".", "_") == lora.lora_name[len("lycoris_") :])
+            after[f"{name}.weight"] = (
+                before[f"{name}.weight"] + lora.get_diff_weight(rank=lora.lora_dim - 1)[0].detach()
+            )
     differences(folder, before, after)
 
 
@@ -164,6 +170,11 @@ def lycoris_loha(folder: str) -> None:
 
 def lycoris_lokr(folder: str) -> None:
     lycoris(folder, algo="lokr", factor=4)
+
+
+def lycoris_dylora(folder: str) -> None:
+    """With blocks of one rank: alpha / r is the scale that training uses at the full rank."""
+    lycoris(folder, algo="dylora", block_size=1)
 
 
 def lycoris_full(folder: str) -> None:

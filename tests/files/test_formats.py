@@ -23,8 +23,9 @@ WRITTEN = {  # format → what stands in it on the way there and back
 }  # fmt: skip
 CANNOT = {  # by design: what the page of formats says
     ("lycoris_loha", "mlx"), ("lycoris_lokr", "mlx"), ("lycoris_locon", "mlx"), ("lycoris_tucker", "mlx"),
-    ("lycoris_full", "mlx"), ("lycoris_dora", "mlx"), ("diffusers_new", "mlx"), ("diffusers_old", "mlx"),
-    ("kohya_sd", "mlx"), ("mlx_dora", "litgpt"), ("torchtune_dora", "litgpt"), ("lycoris_full", "kohya"),
+    ("lycoris_full", "mlx"), ("lycoris_dora", "mlx"), ("lycoris_dylora", "mlx"), ("diffusers_new", "mlx"),
+    ("diffusers_old", "mlx"), ("kohya_sd", "mlx"), ("mlx_dora", "litgpt"), ("torchtune_dora", "litgpt"),
+    ("lycoris_full", "kohya"),
     ("adapterhub_ia3", "kohya"), ("adapterhub_ia3", "mlx"),
 }  # fmt: skip
 NAMES = sorted(p.name.removesuffix(".delta.safetensors") for p in FIXTURES.glob("*.delta.safetensors"))

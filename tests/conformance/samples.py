@@ -31,6 +31,7 @@ CALLED = (
 # on whole attentions or blocks, with experts: their laws have tests of their own
 ELSEWHERE = {
     "ADAPTION_PROMPT": "methods/test_adaption_prompt.py",
+    "MIXLORA": "methods/test_mixlora.py",
     "SHADOW": "methods/test_shadow.py",
     "XLORA": "conformance/test_called.py",
     "ADAPTER_FUSION": "methods/test_fusion.py",

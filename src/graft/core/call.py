@@ -41,6 +41,7 @@ class Here(local):
         self.narrow: Given | None = None  # the part of it that a layer sees while it runs some of the rows
         self.off: list[None] = []  # blocks of `disabled` around it
         self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by adapter and the layer that reads them
+        self.handed: dict[str, Tensor] = {}  # by adapter: from a block that runs to its layers within
         self.noted: dict[str, list[Noted]] | None = None  # by adapter; None: nobody asks
         self.losses: dict[str, Tensor] = {}  # by adapter: of the last run, that no loss of its output has taken in
 
@@ -123,6 +124,24 @@ class Call:
             yield
         finally:
             self.put(before)
+
+    @contextmanager
+    def handing(self, adapter: str, value: Tensor) -> Iterator[None]:
+        """Have layers of an adapter see a value (`handed`) while a block runs that is around them."""
+        handed = self.here.handed
+        before = handed.get(adapter)
+        handed[adapter] = value
+        try:
+            yield
+        finally:
+            if before is None:
+                del handed[adapter]
+            else:
+                handed[adapter] = before
+
+    def handed(self, adapter: str) -> Tensor | None:
+        """Return the value that a block around the layer that asks has for the adapter; None if none runs."""
+        return self.here.handed.get(adapter)
 
     @contextmanager
     def noting(self) -> Iterator[dict[str, list[Noted]]]:

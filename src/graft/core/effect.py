@@ -285,13 +285,13 @@ class Tap(Effect):
 
 @dataclass(frozen=True, eq=False)
 class Replace(Effect):
-    """A module that runs in place of the layer.
+    """A module that runs in place of the layer, or a function that may call it.
 
     aside: it came along with an adapter that acts elsewhere (a head). Then gates pass it by, and in a mixed batch its
     output may be narrower than those of others.
     """
 
-    module: Callable[[], nn.Module]
+    module: Callable[[], Any]
     aside: bool = field(default=False, kw_only=True)
 
     whole: ClassVar[bool] = True

@@ -197,6 +197,11 @@ class Method:
         """Complete the config for this model, or raise. Its `target_modules` are set by now."""
 
     @classmethod
+    def accompany(cls, cfg: Any, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+        """Return the paths of modules that the adapter is put on beside `paths`, which the config targets; or raise."""
+        return ()
+
+    @classmethod
     def split_budget(cls, methods: Sequence[Any]) -> None:
         """Complete the configs of one adapter's methods, which may depend on all its sites. No tensors yet."""
 

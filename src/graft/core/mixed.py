@@ -106,7 +106,8 @@ class Mixed:
             return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
         if self.block:
             return self.around(rows, args, kwargs)
-        x, args = rows.take(args[0], layer.site.key, layer.op.takes_ids), args[1:]
+        x = rows.take(first_of(layer.argument_names, args, kwargs), layer.site.key, layer.op.takes_ids)
+        args, kwargs = args[1:], kwargs if args else {k: v for k, v in kwargs.items() if k != layer.argument_names[0]}
         rows = rows.on(x.device)
         given = layer.call.now()
         if len(rows.segments) == 1 and given.draws is None:
@@ -140,7 +141,7 @@ class Mixed:
                 outputs.append(self.shared(part, alike[run]))  # type: ignore[arg-type]
                 continue
             key, index = rows.segments[run.start]
-            with self.seeing(index), drawing(key):
+            with self.seeing(index) if layer.op.known else self.alone(index, key), drawing(key):
                 outputs.append(self.one(key, aligned(part), args, kwargs))
         outputs = widened(outputs, layer.site.key) if self.aside else outputs
         return rows.as_they_came(torch.cat([aligned(y) for y in outputs]))
@@ -240,6 +241,17 @@ class Mixed:
         """Have the layer see what the call says of these rows alone."""
         call = self.layer.call
         before = call.narrowed(call.now().only(index))
+        try:
+            yield
+        finally:
+            call.narrowed(before)
+
+    @contextmanager
+    def alone(self, index: Tensor, key: Key) -> Iterator[None]:
+        """Have layers within the module see a batch of these rows, which all use the same."""
+        call, n = self.layer.call, len(index)
+        rows = Rows.placed(n, {key: list(range(n))}, index.device)
+        before = call.narrowed(call.now().only(index)._replace(rows=rows, draws=None))
         try:
             yield
         finally:

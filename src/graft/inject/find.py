@@ -62,6 +62,8 @@ def find(job: Job) -> None:
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
     tree.absent = absent_in(tree.modules)
     match(job, left)
+    for key in method.accompany(cfg, model, list(targets.sites)):
+        targets.sites.setdefault(key, site_of(key, tree.modules[key], tree))
     if job.steps is not None:
         job.steps.tied_modules()
     tied = {key: source for key, source in targets.tied.items() if source in targets.sites}

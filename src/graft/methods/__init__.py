@@ -74,6 +74,7 @@ METHODS: dict[str, Row] = {
     "STEERING": Row("methods.steering:Steering", "SteeringConfig", "SteeringModel", in_peft=False),
     "EWORA": Row("methods.ewora:Ewora", "EworaConfig", "EworaModel", in_peft=False),
     "MOELORA": Row("methods.moelora:MoeLoRA", "MoeLoraConfig", "MoeLoraModel", in_peft=False),
+    "MIXLORA": Row("methods.mixlora:MixLoRA", "MixLoraConfig", "MixLoraModel", in_peft=False),
 }
 PROMPTS: dict[str, Row] = {
     "PROMPT_TUNING": Row("prompts.prompt_tuning:PromptEmbedding", "PromptTuningConfig", "PromptEmbedding"),

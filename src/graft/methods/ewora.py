@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EWoRA: Expert Weighted Low-Rank Adaptation for Heterogeneous Data, Findings of IJCNLP 2025, 108.
-
-Rates: the paper's were not read; begin with LoRA's, 1e-4 to 5e-4.
-"""
+"""EWoRA: Expert Weighted Low-Rank Adaptation for Heterogeneous Data, Findings of IJCNLP 2025, 108."""
 
 from __future__ import annotations
 

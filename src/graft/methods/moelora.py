@@ -2,7 +2,7 @@
 """Mixtures of LoRA experts with a router for each layer: Higher Layers Need More LoRA Experts (MoLA), arXiv 2402.08562.
 
 LoRAMoE (2312.09979) lets all experts act on each token (`top_k=None`); HydraLoRA (2404.19245), too, and its experts
-have one A (`shared_A`). Rates: HydraLoRA's is 2e-4 with r 4 and alpha 32; for the others begin with LoRA's.
+have one A (`shared_A`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Tokens
+from graft.core.ops import Op
+from graft.core.published import Published
 
 
 @dataclass(kw_only=True)
@@ -79,6 +81,12 @@ def weights_of(p: Tensor, top_k: int | None) -> Tensor:
     return torch.zeros_like(p).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
 
 
+def weighed(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
+    """Return Σₑ gₑ Bₑ Aₑ x for g (…, experts), A (experts or 1, r, in), B (experts, out, r)."""
+    z = op.down(base, x, A.flatten(0, 1)).unflatten(-1, A.shape[:2])
+    return op.up(base, (z * g.unsqueeze(-1)).flatten(-2), B.transpose(0, 1).flatten(1))
+
+
 def balance(noted: Sequence[Tokens], top_k: int) -> Tensor:
     """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert, P the mean of its probability (tokens, E).
 
@@ -104,6 +112,7 @@ class MoeLoRA(Method):
 
     config = MoeLoraConfig
     prefix = "moelora_"
+    published_lr = Published(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
     targets = LORA
 
     moelora_A: nn.Parameter  # (experts, r, in), (1, r, in) if they share it
@@ -145,9 +154,7 @@ class MoeLoRA(Method):
         if cfg.router_loss and self.layer.training and self.moelora_router.weight.requires_grad:
             self.layer.call.note(self.name, self.site.key, p)
         g = weights_of(p, cfg.top_k).to(x.dtype) * (cfg.lora_alpha / cfg.r)
-        z = op.down(base, self.moelora_dropout(x), self.moelora_A.flatten(0, 1))
-        z = z.unflatten(-1, (-1, cfg.r)) * g.unsqueeze(-1)  # (…, experts, r)
-        return op.up(base, z.flatten(-2), self.moelora_B.transpose(0, 1).flatten(1))
+        return weighed(op, base, self.moelora_dropout(x), self.moelora_A, self.moelora_B, g)
 
     @classmethod
     def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from graft.config.reading import pattern
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, some
 from graft.core.ops import find_op
@@ -189,10 +190,12 @@ def named(paths: Iterable[str], names: Collection[str] | str, field: str) -> lis
 
     Raises:
         NoMatchingPeftModuleError: there is no such path.
+        ConfigError: it is no regular expression.
     """
     paths = list(paths)
     if isinstance(names, str):
-        found = [path for path in paths if re.fullmatch(names, path)]
+        regex = pattern(names, field)
+        found = [path for path in paths if regex.fullmatch(path)]
     else:
         found = [path for path in paths if any(path == n or path.endswith(f".{n}") for n in names)]
     if not found:

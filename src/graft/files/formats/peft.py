@@ -44,6 +44,8 @@ PREFIXES = {  # of the names of a method's tensors on a module
     "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_",
     "SDT": "sdt_", "ADAPTER_FUSION": "fusion_",
     "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_", "SDT": "sdt_", "ADAPTER_FUSION": "fusion_",
+    "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_", "MIXLORA": "mixlora_", "SDT": "sdt_",
+    "ADAPTER_FUSION": "fusion_",
 }  # fmt: skip
 ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")

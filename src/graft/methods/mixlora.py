@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MixLoRA: Enhancing Large Language Models Fine-Tuning with LoRA-based Mixture of Experts, arXiv 2404.15159.
+
+Each MLP runs for each token with the LoRA of a few experts, chosen by a router, and the outputs are summed; attention
+has plain LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.core.dropout import dropout_for
+from graft.core.effect import Branch, Effect, Factors, LowRank, Replace
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
+from graft.core.method import Method, Tokens
+from graft.core.ops import find_op
+from graft.methods.moelora import balance, check_experts, weighed
+from graft.methods.places import ATTENTION, MLP, named, walk
+
+FIXED = "MixLoRA's router chooses experts for each token, which no weight does"
+
+
+@dataclass(kw_only=True)
+class MixLoraConfig(Targeted, LayerRange, RankPatterns):
+    """MixLoRA: MLPs of which each token runs a few, that differ by their LoRA; attention with plain LoRA.
+
+    Raises:
+        ConfigError: a number out of range; more choices than experts.
+    """
+
+    peft_type: Any = "MIXLORA"
+    r: int = 8  # of each expert
+    lora_alpha: float = 8  # an expert's LoRA counts alpha / r times
+    lora_dropout: float = 0.0
+    num_experts: int = 8  # of each MLP
+    top_k: int = 2  # experts that each token runs
+    mlp_modules: list[str] | str | None = None  # names of MLPs, or one regex; None: by their names and what they hold
+    router_init_range: float = 0.02  # standard deviation of a router's start
+    router_loss: bool = True  # training adds a loss by which all experts get tokens
+    router_aux_loss_coef: float = 1e-3  # its weight
+    init_weights: bool = True  # B of zeros; False: random, for tests
+
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_rank(self.r)
+        check_experts(self.top_k, self.num_experts)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+        for name in ("router_init_range", "router_aux_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+
+def mlp_of(path: str) -> str | None:
+    """Return the path of the MLP around a layer, by its name; None if there is none."""
+    parts = path.split(".")
+    if any(ATTENTION.search(part) for part in parts):
+        return None
+    ends = [i for i, part in enumerate(parts[:-1]) if MLP.search(part)]
+    return ".".join(parts[: ends[-1] + 1]) if ends else None
+
+
+def of_these(path: str, mlps: Sequence[str]) -> str | None:
+    """Return the innermost of these MLPs that a layer is in."""
+    return max((mlp for mlp in mlps if path.startswith(f"{mlp}.")), key=len, default=None)
+
+
+class MixLoRA(Method):
+    """y = Σₑ gₑ MLPₑ(h), g the k largest of softmax(G h) divided by their sum: 1 in all, so it begins as the MLP."""
+
+    config = MixLoraConfig
+    prefix = "mixlora_"
+    compresses_targets = False
+
+    mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
+    mixlora_A: nn.Parameter  # (experts, r, in) in an MLP, (r, in) elsewhere
+    mixlora_B: nn.Parameter  # (experts, out, r), (out, r)
+    mixlora_dropout: nn.Module
+
+    @classmethod
+    def default_targets(cls, model: Any) -> str:
+        return "all-linear"
+
+    @classmethod
+    def accompany(cls, cfg: Any, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+        """Return the MLPs of the layers that the config targets.
+
+        Raises:
+            NoMatchingPeftModuleError: there are none.
+        """
+        modules = dict(walk(model))
+        linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}
+        chosen = None if cfg.mlp_modules is None else named(modules, cfg.mlp_modules, "mlp_modules")
+        cfg.within, cfg.routers = {}, {}  # no fields: layer → MLP, MLP → width, of this model
+        for path in paths:
+            within = mlp_of(path) if chosen is None else of_these(path, chosen)
+            if within is not None:
+                cfg.within[path] = within
+                cfg.routers[within] = next(width for p, width in linears.items() if p.startswith(f"{within}."))
+        if paths and not cfg.routers:
+            raise NoMatchingPeftModuleError(
+                f"No layer that target_modules names is in an MLP, by its name or mlp_modules={cfg.mlp_modules}: "
+                f"{some(sorted(paths))}."
+            )
+        return list(cfg.routers)
+
+    @property
+    def routes(self) -> bool:
+        """Return True if the site is an MLP."""
+        return self.site.key in self.cfg.routers
+
+    @property
+    def chosen(self) -> bool:
+        """Return True if the site is a layer of an MLP, with a LoRA for each expert."""
+        return self.site.key in self.cfg.within
+
+    def check(self) -> str | None:
+        if not (self.routes or self.site.op.linear):
+            return "MixLoRA adapts linear layers only, and MLPs of them"
+        if self.routes and self.site.op.known:
+            return "MixLoRA takes it for an MLP, and it is a layer: set mlp_modules"
+        return super().check()
+
+    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+        cfg, site, E = self.cfg, self.site, self.cfg.num_experts
+        if self.routes:
+            return dict(mixlora_router=nn.Linear(cfg.routers[site.key], E, bias=False))
+        each = [E] if self.chosen else []
+        A, B = torch.empty(*each, cfg.r, site.in_features), torch.empty(*each, site.out_features, cfg.r)
+        return dict(
+            r=cfg.r,
+            mixlora_A=nn.Parameter(A),
+            mixlora_B=nn.Parameter(B),
+            mixlora_dropout=dropout_for(cfg.lora_dropout),
+        )
+
+    def init(self) -> None:
+        if self.routes:
+            nn.init.normal_(self.mixlora_router.weight, std=self.cfg.router_init_range)
+            return
+        for A in self.mixlora_A if self.chosen else (self.mixlora_A,):
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if self.cfg.init_weights:
+            nn.init.zeros_(self.mixlora_B)
+        else:
+            nn.init.normal_(self.mixlora_B, std=self.cfg.r**-0.5)
+
+    def describe(self) -> Effect:
+        if self.routes:
+            return Replace(self.module, fixed=FIXED)
+        return Branch(self.expert, fixed=FIXED) if self.chosen else LowRank(self.factors)
+
+    def factors(self) -> Factors:
+        return Factors(self.mixlora_A, self.mixlora_B, self.cfg.lora_alpha / self.cfg.r, self.mixlora_dropout)
+
+    def module(self) -> Any:
+        return self.mixture
+
+    def mixture(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the MLP once, for the pairs of a token and an expert of its own; return the sums by token."""
+        layer, k = self.layer, self.cfg.top_k
+        x: Tensor = args[0] if args else kwargs.pop(layer.argument_names[0])
+        p = self.mixlora_router(self.cast(x)).softmax(-1, dtype=torch.float32)  # (…, tokens, experts)
+        if self.cfg.router_loss and layer.training and self.mixlora_router.weight.requires_grad:
+            layer.call.note(self.name, self.site.key, p)
+        top = p.topk(k, -1)
+        with layer.call.handing(self.name, top.indices.flatten(-2)):
+            y = layer.base_layer(x.repeat_interleave(k, -2), *args[1:], **kwargs)
+        if not isinstance(y, Tensor):
+            raise UnsupportedLayerError(
+                f"MLP '{self.site.key}' returns a {type(y).__name__}: MixLoRA adapter '{self.name}' mixes tensors."
+            )
+        g = top.values / top.values.sum(-1, keepdim=True)
+        out: Tensor = (y.unflatten(-2, (-1, k)) * g.unsqueeze(-1)).sum(-2)
+        return out.to(y.dtype)
+
+    def expert(self, x: Tensor) -> Tensor:
+        """Return the update of each token by the LoRA of the expert that it is paired with."""
+        cfg, chosen = self.cfg, self.layer.call.handed(self.name)
+        if chosen is None or chosen.shape != x.shape[:-1]:
+            raise RoutingError(
+                f"Layer '{self.site.key}' has an expert of adapter '{self.name}' for each token of the MLP "
+                f"'{cfg.within[self.site.key]}', and got an input {tuple(x.shape)} that is not of these: call the MLP."
+            )
+        own = chosen.to(x.device).unsqueeze(-1) == torch.arange(cfg.num_experts, device=x.device)
+        g = own.to(x.dtype) * (cfg.lora_alpha / cfg.r)
+        x = self.mixlora_dropout(x)
+        return weighed(self.site.op, self.layer.base_layer, x, self.mixlora_A, self.mixlora_B, g)
+
+    @classmethod
+    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+        return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)  # type: ignore[no-any-return]

@@ -41,9 +41,6 @@ PREFIXES = {  # of the names of a method's tensors on a module
     "DEFT": "deft_", "BOFT": "boft_", "PSOFT": "psoft_", "OSF": "osf_", "LN_TUNING": "ln_tuning_", "POLY": "poly_",
     "XLORA": "xlora_", "ADAPTION_PROMPT": "adaption_", "LORAXS": "loraxs_", "TLORA": "tlora_",
     "FINEGATES": "finegates_", "SVFT": "svft_", "MTLLORA": "mtllora_", "BOTTLENECK": "bottleneck_", "REFT": "reft_",
-    "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_",
-    "SDT": "sdt_", "ADAPTER_FUSION": "fusion_",
-    "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_", "SDT": "sdt_", "ADAPTER_FUSION": "fusion_",
     "STEERING": "steering_", "EWORA": "ewora_", "MOELORA": "moelora_", "MIXLORA": "mixlora_", "SDT": "sdt_",
     "ADAPTER_FUSION": "fusion_",
 }  # fmt: skip

@@ -536,6 +536,8 @@ def config_of(adapter: AdapterFile, base: Base | None) -> dict[str, Any]:
         set_numbers(config, adapter)
     if changes_base(config) and adapter.changed_base is None and not any(h.shift for h in adapter.low_rank.values()):
         config["init_lora_weights"] = True
+    if any(held.kind == "experts" for held in adapter.low_rank.values()):
+        config["peft_version"] = FORMAT_VERSION  # by which readers know the order of A and B
     return config
 
 

@@ -412,7 +412,7 @@ def refused(slots, error, match, *args, **options):
     [
         (dict(r=6), r"'x' does not fit: rank 6 on 'model\.layers\.0.*' is above max_rank=5"),
         (dict(rank_pattern={"layers.1.mlp.down_proj": 9}), r"rank 9 on 'model\.layers\.1\.mlp\.down_proj' is above"),
-        (dict(use_dora=True), "'x' does not fit: its config says use_dora=True"),
+        (dict(use_dora=True), r"'x' does not fit: DoRA \(use_dora=True\) needs vectors beside A and B.*gains=True"),
         (dict(lora_bias=True), "lora_bias=True"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
         (dict(trainable_token_indices=[1, 2]), "trainable_token_indices"),
@@ -448,7 +448,7 @@ def test_other_methods_are_refused_by_name(folders, tmp_path):
     )
     prompt.save_pretrained(tmp_path / "prompt")
     slots = slotted(folders)
-    refused(slots, ConfigError, "'x' does not fit: slots hold LoRA adapters, and .*IA3", "x", tmp_path / "ia3")
+    refused(slots, ConfigError, "'x' does not fit: IA3 needs vectors .*gains=True", "x", tmp_path / "ia3")
     refused(slots, ConfigError, "PROMPT_TUNING", "x", tmp_path / "prompt")
     refused(slots, ConfigError, "PROMPT_TUNING", "x", prompt)
 
@@ -479,7 +479,8 @@ def test_tensors_must_be_those_of_the_config(folders):
     refused(slots, AdapterKeyError, "lacks .*layers.1.mlp.down_proj", "x", less, config=config)
     refused(slots, AdapterKeyError, "lacks ", "x", {}, config=graft.LoraConfig(target_modules=["other"]))
     other = tensors | {key: tensors[key][:-1]}
-    refused(slots, AdapterKeyError, r"A is \(3, 24\) and B \(23, 3\), which should be", "x", other, config=config)
+    wrong = r"q_proj\.lora_B\.weight' is \(23, 3\), which should be \(24, 3\)"
+    refused(slots, AdapterKeyError, wrong, "x", other, config=config)
     rank = graft.LoraConfig(**ADAPTERS["a"] | {"r": 2})
     refused(slots, AdapterKeyError, r"'x' does not fit: .* which should be \(2, \d+\)", "x", tensors, config=rank)
     refused(slots, ConfigError, "comes without its config", "x", tensors)

@@ -70,7 +70,7 @@ class IA3(Method):
     @property
     def inner(self) -> bool:
         """Return True if the config scales this layer's input."""
-        return _is_feedforward(self.site.key, self.cfg)
+        return is_feedforward(self.site.key, self.cfg)
 
     def describe(self) -> Effect:
         inner = self.inner
@@ -105,7 +105,8 @@ class IA3(Method):
         return W * per_group.view(*per_group.shape, *[1] * (W.dim() - 2)), b
 
 
-def _is_feedforward(key: str, cfg: IA3Config) -> bool:
+def is_feedforward(key: str, cfg: IA3Config) -> bool:
+    """Return True if the config scales the input of a layer, and not its output."""
     if isinstance(cfg.feedforward_modules, str):
         return pattern(cfg.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
     return any(key.endswith(name) for name in cfg.feedforward_modules or ())

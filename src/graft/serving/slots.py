@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdapterSlots: a model that serves many LoRA adapters, any mix of them in one batch."""
+"""AdapterSlots: a model that serves many LoRA, DoRA and IA3 adapters, any mix of them in one batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.config.hub import HUB_KEYWORDS
-from graft.core.errors import AlreadyInjectedError, ConfigError, InUseError, RoutingError, UnsupportedLayerError, some
+from graft.core.errors import (
+    AdapterNotFoundError,
+    AlreadyInjectedError,
+    CheckpointError,
+    ConfigError,
+    InUseError,
+    RoutingError,
+    UnsupportedLayerError,
+    some,
+)
 from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
@@ -24,7 +34,8 @@ from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.registry import check_adapter_name
-from graft.serving.layer import NONE, Choice, Known, SlotFactors, SlotLayer, fitted
+from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, fitted
+from graft.serving.layer import NONE, Choice, SlotLayer
 
 
 @dataclass
@@ -53,7 +64,7 @@ class SlotReport:
 
 
 class AdapterSlots:
-    """A model with slots for LoRA adapters on its linear layers. For inference.
+    """A model with slots for LoRA adapters on its linear layers, with gains for DoRA and IA3, too. For inference.
 
     `load` puts an adapter into host memory. Adapters that a batch needs move into slots, in place of the least recently
     used ones. Buffers never change their shape or place: torch compiles a model once, whatever adapters come, go and
@@ -66,6 +77,7 @@ class AdapterSlots:
         max_rank: the highest rank of an adapter; zeros fill up smaller ones.
         targets: as `target_modules`: names, one regex, "all-linear", or None for the architecture's default.
         exclude: as `exclude_modules`.
+        gains: room for vectors of inputs and outputs beside A and B, which DoRA and IA3 need.
         dtype: of the slots; None: as in `PeftModel.from_pretrained`, float32 for a half-precision base.
         keep_gathered: without compiler, keep the factors of a mixed batch's rows from its second forward on, until
             the mix changes. That takes rows × bytes_per_slot of memory in each thread, and saves a copy for every
@@ -86,6 +98,7 @@ class AdapterSlots:
         *,
         exclude: Any = None,
         dtype: torch.dtype | None = None,
+        gains: bool = False,
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
@@ -110,7 +123,7 @@ class AdapterSlots:
             self._fills = [0]
             self._choice = Choice(first.weight.where()[0], self._fills)
             self.layers = {
-                key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype)
+                key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype, gains)
                 for key, site in sites.items()
             }
         self._places = {key: found.tree.places[key] for key in sites}
@@ -124,6 +137,54 @@ class AdapterSlots:
         self._line: list[object] = []  # requests that wait for slots, the first one first
         self._free = list(range(max_adapters, NONE, -1))
 
+    @classmethod
+    def of(
+        cls,
+        source: Any,
+        names: Sequence[str] | None = None,
+        *,
+        max_adapters: int | None = None,
+        max_rank: int | None = None,
+        **options: Any,
+    ) -> AdapterSlots:
+        """Serve adapters that are on a model: its base gets slots in their place, without a file or a second base.
+
+        Args:
+            source: a PeftModel, or a MultiTrain, as `found.runs` of a sweep; its adapters are taken off, all of them.
+            names: which to load; None: all.
+            max_adapters, max_rank: None: what these need.
+            options: as of AdapterSlots, but `targets`.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+            ConfigError, AdapterKeyError, CheckpointError: slots cannot hold one of them. All are where they were.
+        """
+        model: Any = source if isinstance(source, nn.Module) else source.model
+        configs = {} if model is None else model.peft_config
+        names = list(configs) if names is None else list(names)
+        absent = [name for name in names if name not in configs]
+        if absent or not names:
+            there = some(list(configs)) if configs else "none"
+            raise AdapterNotFoundError(f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}.")
+        held = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
+        ranks, targets = [1], dict[str, None]()
+        for name, (config, tensors) in held.items():
+            check_config(name, config, options.get("gains", False))
+            found = by_layer(name, tensors, config)
+            if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
+                raise ConfigError(f"Adapter '{name}' does not fit: {some(wrong)} are not linear: no slots for them.")
+            if broken := [key for key, t in tensors.items() if not t.isfinite().all()]:
+                raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
+            ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
+            targets |= dict.fromkeys(found)
+        rank, n = max(ranks) if max_rank is None else max_rank, len(names) if max_adapters is None else max_adapters
+        if rank < max(ranks) or n < 1:
+            raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
+        made = cls(source.unload(), n, rank, list(targets), **options)
+        for name, (config, tensors) in held.items():
+            made.load(name, tensors, config=config)
+        return made
+
     # adapters
 
     def load(
@@ -131,7 +192,7 @@ class AdapterSlots:
         name: str,
         source: Any,
         *,
-        config: LoraConfig | None = None,
+        config: PeftConfig | None = None,
         adapter: str = "default",
         keep: bool = True,
         allow_nonfinite: bool = False,
@@ -168,8 +229,8 @@ class AdapterSlots:
             self._known[name] = Known(factors, None) if keep else Known(None, read)
 
     def _source(
-        self, name: str, source: Any, config: LoraConfig | None, adapter: str, hub: dict[str, Any]
-    ) -> tuple[LoraConfig, Loaded]:
+        self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
+    ) -> tuple[PeftConfig, Loaded]:
         """Return config and tensors of an adapter."""
         if isinstance(source, nn.Module):
             source = getattr(source, "_orig_mod", source)
@@ -188,7 +249,7 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded
 
-    def _fit(self, name: str, config: LoraConfig, loaded: Loaded, allow_nonfinite: bool) -> dict[str, SlotFactors]:
+    def _fit(self, name: str, config: PeftConfig, loaded: Loaded, allow_nonfinite: bool) -> dict[str, SlotFactors]:
         with torch.inference_mode(False), torch.no_grad():
             return fitted(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
@@ -336,6 +397,16 @@ class AdapterSlots:
                 scalings.append(f.scaling)
             if r < self.max_rank:
                 empty += [A[r:], B[r:]]
+            if layer.has_gains:
+                layer.gained.discard(slot)
+                for name, rest in (("gain", 1.0), ("shift", 0.0), ("inner", 1.0)):
+                    value, to = getattr(f, name, None), getattr(layer, name)[slot]
+                    if value is None:
+                        to.fill_(rest)
+                    else:
+                        targets.append(to)
+                        values.append(value)
+                        layer.gained.add(slot)
         with torch.inference_mode(False), torch.no_grad():
             torch._foreach_copy_(targets, carried(values, [t.device for t in targets]))
             torch._foreach_mul_(scaled, scalings)
@@ -432,7 +503,7 @@ class AdapterSlots:
     # facts
 
     def report(self) -> SlotReport:
-        buffers = [t for layer in self.layers.values() for t in (layer.A, layer.B)]
+        buffers = [t for layer in self.layers.values() for t in layer.held]
         total = sum(t.nbytes for t in buffers)
         return SlotReport(
             max_adapters=self.max_adapters,

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA and IA3 in slots, beside LoRA, and adapters that go from a model or a training to slots without a file."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+import graft
+from graft.core.errors import AdapterKeyError, AdapterNotFoundError, ConfigError
+from graft.serving import AdapterSlots
+from tests import models
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+BASE = "__base__"
+
+
+def ia3(**fields):
+    return graft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"], **fields)
+
+
+CONFIGS = {
+    "plain": graft.LoraConfig(r=3, lora_alpha=4.1, target_modules=TARGETS),
+    "dora": graft.LoraConfig(r=2, lora_alpha=3.3, target_modules=["q_proj", "down_proj"], use_dora=True),
+    "rsdora": graft.LoraConfig(r=4, lora_alpha=2.2, target_modules=TARGETS, use_dora=True, use_rslora=True),
+    "scales": ia3(),
+}
+NAMES = [*CONFIGS, BASE]
+
+
+def base(dtype=torch.float32):
+    """A Llama, with biases on the layers that get slots: DoRA leaves them alone, IA3 does not."""
+    model, g = models.make("llama"), torch.Generator().manual_seed(3)
+    for name, layer in model.named_modules():
+        if name.endswith(tuple(TARGETS)):
+            layer.bias = torch.nn.Parameter(torch.randn(layer.out_features, generator=g) * 0.3)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def carrying(dtype=torch.float32):
+    """A model with all of the adapters, with random values: what slots must agree with."""
+    model = graft.get_peft_model(base(dtype), copy.deepcopy(CONFIGS["plain"]), "plain", mixed=True)
+    for name, config in CONFIGS.items():
+        if name != "plain":
+            model.add_adapter(name, copy.deepcopy(config))
+    g = torch.Generator().manual_seed(1)
+    for name in CONFIGS:
+        for _, p in model.adapter_parameters(name):
+            p.copy_(p + torch.randn(p.shape, generator=g) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return carrying()
+
+
+def filled(model, n=4, dtype=torch.float32, **options):
+    slots = AdapterSlots(base(dtype), n, 4, TARGETS, gains=True, **options)
+    for name in CONFIGS:
+        slots.load(name, model, adapter=name)
+    return slots
+
+
+@torch.no_grad()
+def out(model, names):
+    return models.output(lambda **k: model(adapter_names=names, **k), models.inputs("llama", 5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_adapter_for_all_rows(model, name):
+    y = out(model, [name] * 5)
+    assert_close(out(filled(model), [name] * 5), y)
+    assert torch.allclose(y, out(model, [BASE] * 5), atol=1e-3) == (name == BASE)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "gathered anew"])
+def test_rows_of_all_kinds_in_one_batch(model, keep):
+    slots = filled(model, keep_gathered=keep)
+    for names in (NAMES, ["scales", "scales", "plain", "dora", BASE], ["plain", BASE, "plain", BASE, "plain"]):
+        for _ in range(3):
+            assert_close(out(slots, names), out(model, names))
+
+
+def test_a_slot_forgets_the_vectors_that_it_had(model):
+    slots = filled(model, n=1)
+    for name in ("scales", "plain", "dora", "plain", "scales", "rsdora", BASE):
+        assert_close(out(slots, [name] * 5), out(model, [name] * 5))
+    assert_close(out(slots, ["plain", BASE] * 2 + ["plain"]), out(model, ["plain", BASE] * 2 + ["plain"]))
+
+
+def test_files(model, tmp_path):
+    slots = AdapterSlots(base(), 4, 4, TARGETS, gains=True)
+    model.save_pretrained(tmp_path)
+    for name in CONFIGS:
+        slots.load(name, tmp_path / name, keep=name != "dora")
+    assert_close(out(slots, NAMES), out(model, NAMES))
+
+
+def test_half_precision():
+    model = carrying(torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    ours, theirs, y = out(filled(model, dtype=torch.bfloat16), NAMES), out(model, NAMES), out(exact, NAMES)
+    assert (ours.double() - y).norm() <= 1.2 * (theirs.double() - y).norm()
+
+
+def test_compiled_code_takes_any_mix(model):
+    torch._dynamo.reset()
+    slots = filled(model, n=2)
+    layer = next(iter(slots.layers.values()))
+    compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(4, 3, layer.in_features)
+    for names in (["dora", "plain"] * 2, ["scales", BASE] * 2, ["plain"] * 4, [BASE] * 4):
+        with slots.using(names), torch.no_grad():
+            assert_close(compiled(x), layer(x))
+
+
+def test_memory_is_that_of_all_buffers(model):
+    report = filled(model).report()
+    plain = AdapterSlots(base(), 4, 4, TARGETS).report()
+    layers = filled(model).layers.values()
+    vectors = sum(2 * layer.out_features + layer.in_features for layer in layers)  # of outputs, and of inputs
+    assert report.slot_bytes == plain.slot_bytes + 5 * 4 * vectors  # slots with that of the base, bytes
+
+
+# from a model or a training, without a file
+
+
+def test_adapters_of_a_model_move_into_slots(model):
+    slots = AdapterSlots.of(carrying(), ["dora", "scales"], gains=True)
+    names = ["dora", BASE, "scales", "scales", BASE]
+    assert_close(out(slots, names), out(model, names))
+    assert slots.max_rank == 2 and slots.max_adapters == 2 and slots.names == ["dora", "scales"]
+
+
+def test_winners_of_a_training_move_into_slots():
+    torch.manual_seed(0)
+    data = DataLoader([{"input_ids": ids, "labels": ids} for ids in torch.randint(20, (8, 6))], 4)
+    runs = graft.MultiTrain(base())
+    for name, config in (("plain", CONFIGS["plain"]), ("dora", CONFIGS["dora"])):
+        runs.add(name, copy.deepcopy(config), data=data, steps=2)
+    runs.run()
+    rows = ["plain", "dora", BASE, "dora", "plain"]
+    y = out(runs.model.eval(), rows)
+    slots = AdapterSlots.of(runs, gains=True)
+    assert_close(out(slots, rows), y)
+    assert len(runs) == 0 and slots.model is runs.base
+
+
+def test_what_slots_cannot_hold_stays_where_it_was():
+    model = graft.get_peft_model(models.make("llama"), graft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("heads", graft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    y = out(model.eval(), ["default", "heads", BASE, BASE, "heads"])
+    for names, error, text in (
+        (None, ConfigError, "'heads' does not fit: its config says modules_to_save"),
+        (["other"], AdapterNotFoundError, r"no adapter \[other\]\. Known: \[default, heads\]"),
+        ([], AdapterNotFoundError, "to serve"),
+    ):
+        with pytest.raises(error, match=text):
+            AdapterSlots.of(model, names)
+    with pytest.raises(ConfigError, match="need max_rank=2"):
+        AdapterSlots.of(model, ["default"], max_rank=1)
+    assert torch.equal(out(model, ["default", "heads", BASE, BASE, "heads"]), y)
+    embedding = graft.get_peft_model(models.make("llama"), graft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(AdapterKeyError, match=r"no slots for .*embed_tokens"):
+        AdapterSlots.of(embedding)
+    assert list(embedding.peft_config) == ["default"]
+
+
+def test_vectors_of_other_shapes_are_refused(model):
+    slots = filled(model)
+    tensors = {k: v.clone() for k, v in graft.get_peft_model_state_dict(model, None, "scales").items()}
+    key = next(k for k in tensors if "v_proj" in k)
+    with pytest.raises(AdapterKeyError, match=r"'x' does not fit: .*ia3_l' is .*, which should be"):
+        slots.load("x", tensors | {key: tensors[key].mT.contiguous()}, config=model.peft_config["scales"])
+    lacking = {k: v for k, v in tensors.items() if k != key}
+    with pytest.raises(AdapterKeyError, match="'x' does not fit: the given state dict lacks"):
+        slots.load("x", lacking, config=model.peft_config["scales"])
+    assert "x" not in slots

@@ -55,3 +55,18 @@ def test_bad_input():
         model(x, task_ids=torch.tensor([0, 3, 1]))
     with pytest.raises(graft.ConfigError, match="n_up_projection"):
         made(n_up_projection=0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_for_a_task_it_is_lora(n, tmp_path):
+    model, x = made(n_up_projection=n, weights_sharpness=0.5), torch.linspace(-1, 1, 12).view(3, 4)
+    for task in range(3):
+        graft.save_as_lora(tmp_path / str(task), model, rank=3, at={"task_ids": task})
+        with seeded(0):
+            base = nn.Sequential(nn.Linear(4, 5))
+        lora = graft.PeftModel.from_pretrained(base, tmp_path / str(task)).eval()
+        assert_close(lora(x), model(x, task_ids=torch.tensor([task] * 3)))
+    with pytest.raises(graft.ConfigError, match="Only 3 tasks available: task_ids=3"):
+        graft.convert_to_lora(model, rank=3, at={"task_ids": 3})
+    with pytest.raises(TypeError, match="follows `task_ids` of a call"):
+        graft.convert_to_lora(model, rank=3)

@@ -143,3 +143,30 @@ def test_gradients_through_a_checkpointed_block():
         model(x, 400).square().sum().backward()
         grads.append(tensors(model)["Q"].grad.clone())
     assert grads[0].any() and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("t", [0, 430.0, 1000])
+def test_at_a_timestep_it_is_lora(t):
+    for target in ("inner", "conv"):
+        model = made(target_modules=[target])
+        with seeded(4), torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p))
+        config, tensors = graft.convert_to_lora(model, rank=6, at={"timestep": t})  # the most of these layers
+        lora = graft.get_peft_model(base(), config).eval()
+        graft.set_peft_model_state_dict(lora, tensors)
+        x = torch.linspace(-1, 1, 21).view(3, 7) if target == "inner" else torch.linspace(-1, 1, 75).view(3, 1, 5, 5)
+        with model.timestep(t):
+            y = getattr(model.base_model.model, target)(x)
+        assert_close(getattr(lora.base_model.model, target)(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_as_lora_it_has_to_know_the_timestep():
+    model = made()
+    with pytest.raises(TypeError, match=r"follows `timestep` of a call: say which, at="):
+        graft.convert_to_lora(model, rank=2)
+    with pytest.raises(graft.ConfigError, match="between 0 and max_timestep=1000, got 1001"):
+        graft.convert_to_lora(model, rank=2, at={"timestep": 1001})
+    with pytest.raises(graft.ConfigError, match=r"names \['task_ids'\], and adapter 'default' follows \['timestep'\]"):
+        graft.convert_to_lora(model, rank=2, at={"task_ids": 1})

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.combine import adding, rules
 from graft.combine.adding import Tensors, changes_base
 from graft.combine.forms import of_all_groups
+from graft.core.effect import Effect
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 from graft.core.folding import Change, change_of, why_none
 from graft.core.layer import AdapterLayer
@@ -37,9 +38,11 @@ def convert(
     rank: int | float,
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
+    at: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Tensors]]:
     """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
-    check(layers, adapter, cfg, rank)
+    effects = effects_at(layers, adapter, at or {})
+    check(layers, adapter, cfg, rank, effects)
     if isinstance(cfg, LoraConfig):
         warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that, "
@@ -55,7 +58,7 @@ def convert(
     held: dict[str, Change] = {}
     lost: dict[str, float] = {}
     for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
-        change = change_of(layer.methods[adapter])
+        change = change_of(layer.methods[adapter], effects.get(key))
         A, B, lost[key] = of_rank(change, rank, decompose)
         held[key] = Change(A, B, change.shift)
     report(adapter, rank, lost)
@@ -69,12 +72,31 @@ def convert(
 # checks
 
 
-def check(layers: Layers, adapter: str, cfg: Any, rank: Any) -> None:
+def effects_at(layers: Layers, adapter: str, at: Mapping[str, Any]) -> dict[str, Effect]:
+    """Return the effects of an adapter, by layer, whose update follows an argument of calls that `at` fixes.
+
+    Raises:
+        ConfigError: `at` names something else, or a value that the argument cannot have.
+    """
+    methods = {key: layer.methods[adapter] for key, layer in layers.items()}
+    follows = {m.depends_on for m in methods.values() if m.depends_on is not None}
+    if unknown := sorted(set(at) - follows):
+        says = f"follows {sorted(follows)}" if follows else "follows no argument of a call"
+        raise ConfigError(f"at={dict(at)!r} names {unknown}, and adapter '{adapter}' {says}.")
+    return {key: m.at(at[name]) for key, m in methods.items() if (name := m.depends_on) is not None and name in at}
+
+
+def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:
     """Raise unless LoRA of this rank can hold what the adapter does to each layer."""
     check_rank(rank)
     if not layers:
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion.")
-    wrong = [key for key, layer in layers.items() if not layer.supports_lora_conversion(adapter)]
+    wrong = [
+        key
+        for key, layer in layers.items()
+        if (why_none(layer.methods[adapter], effects[key]) if key in effects else None) is not None
+        or not (key in effects or layer.supports_lora_conversion(adapter))
+    ]
     if wrong:
         kinds = sorted({type(layers[key].methods[adapter]).__name__ for key in wrong})
         why = why_none(layers[wrong[0]].methods[adapter]) or "its layer says so"

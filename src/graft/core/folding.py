@@ -129,12 +129,14 @@ class Change(NamedTuple):
     shift: Tensor | None  # Δb, (out,)
 
 
-def why_none(m: Any) -> str | None:
+def why_none(m: Any, effect: Effect | None = None) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
+
+    effect: in place of its own (`Method.at`).
 
     A `Rewrite` has f(W₀) - W₀, where f makes the merged weight.
     """
-    site, effect = m.site, m.effect
+    site, effect = m.site, effect or m.effect
     if site.op.opaque or not site.op.known:
         return f"no LoRA layer stands for '{site.type_name}'"
     why = m.excludes(PLAIN)
@@ -142,13 +144,15 @@ def why_none(m: Any) -> str | None:
         return str(why)
     if isinstance(effect, (LowRank, Update)) or (isinstance(effect, Rewrite) and effect.fixed is None):
         return None
+    if m.depends_on is not None:
+        return f"its update follows `{m.depends_on}` of a call: say which, at={{'{m.depends_on}': …}}"
     return f"{type(m).__name__} does not add to the weight"
 
 
 @torch.no_grad()
-def change_of(m: Any) -> Change:
+def change_of(m: Any, effect: Effect | None = None) -> Change:
     """Return the change that a method makes to its layer without other adapters, which `why_none` has allowed."""
-    layer, effect, op = m.layer, m.effect, m.site.op
+    layer, effect, op = m.layer, effect or m.effect, m.site.op
     groups = op.groups(m.site.module)
     with layer.held.at_hand(layer), evaluating(layer):
         if isinstance(effect, LowRank) and not effect.gains:

@@ -130,6 +130,7 @@ class Method:
     moves: ClassVar[bool] = True  # its tensors go to the device of the base weight, in a dtype to compute in
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
+    depends_on: ClassVar[str | None] = None  # the argument of a call that its update follows, and which `at` fixes
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
     published_lr: ClassVar[Published | None] = None  # of its source; None: not known
     alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
@@ -302,6 +303,14 @@ class Method:
         It may depend on the site and the config, and on nothing else.
         """
         return LowRank(self.factors) if _last(type(self), "factors", "delta") == "factors" else Update(self.delta)
+
+    def at(self, value: Any) -> Effect:
+        """Return the effect on rows whose argument `depends_on` has this value.
+
+        Raises:
+            ConfigError: it cannot have it.
+        """
+        raise NotImplementedError
 
     @cached_property
     def effect(self) -> Effect:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Branch, Effect, Factors, LowRank
 from graft.core.errors import ConfigError
-from graft.methods.tasks import ByTask
+from graft.methods.tasks import TASKS, ByTask
 
 
 @dataclass(kw_only=True)
@@ -50,6 +50,7 @@ class MtlLoRA(ByTask):
     config = MtlLoraConfig
     prefix = "mtllora_"
     targets = LORA
+    depends_on = TASKS
 
     mtllora_A: nn.Parameter  # (r, in)
     mtllora_B: nn.Parameter  # (projections, out, r)
@@ -77,6 +78,18 @@ class MtlLoRA(ByTask):
 
     def describe(self) -> Effect:
         return Branch(self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks")
+
+    def at(self, value: Any) -> Effect:
+        tasks = self.cfg.n_tasks
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tasks:
+            raise ConfigError(f"Only {tasks} tasks available: task_ids={value!r} is none of 0 to {tasks - 1}.")
+        return LowRank(lambda: self.of_task(value))
+
+    def of_task(self, task: int) -> Factors:
+        """Return the factors for one task."""
+        mixing = (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1)  # (projections,)
+        B = torch.einsum("k,kor->or", mixing, self.mtllora_B)
+        return Factors(self.mtllora_A, B, self.cfg.lora_alpha / self.cfg.r, inner=self.mtllora_lambda[task])
 
     def branch(self, x: Tensor) -> Tensor:
         tasks = self.tasks_of(x)

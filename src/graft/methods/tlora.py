@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Branch, Effect, Factors, LowRank
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Use
 from graft.core.rows import Run, Same
@@ -71,6 +71,7 @@ class TLoRA(Method):
     prefix = "tlora_"
     targets = LORA
     arguments = (TIMESTEP,)
+    depends_on = TIMESTEP
     tuner_methods: ClassVar[dict[str, Any]] = {TIMESTEP: timestep}
 
     tlora_P: nn.Parameter  # (out, r)
@@ -132,6 +133,20 @@ class TLoRA(Method):
 
     def describe(self) -> Effect:
         return Branch(self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them")
+
+    def at(self, value: Any) -> Effect:
+        most = self.cfg.max_timestep
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise ConfigError(f"timestep must be a number between 0 and max_timestep={most:g}, got {value!r}.")
+        return LowRank(lambda: self.of_timestep(value))
+
+    def of_timestep(self, t: float) -> Factors:
+        """Return the factors for one timestep, of twice the ranks that act."""
+        k = int(ranks(torch.tensor(t, device="cpu"), self.cfg))
+        now = self.tlora_P[:, :k] * self.tlora_lambda[:k]
+        start = self.tlora_P0[:, :k] * self.tlora_lambda0[:k]
+        A = torch.cat([self.tlora_Q[:k], self.tlora_Q0[:k]])
+        return Factors(A, torch.cat([now, -start], 1), self.scaling)
 
     def branch(self, x: Tensor) -> Tensor:
         m = self.acting(x)

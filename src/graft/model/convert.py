@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ def convert_to_lora(
     adapter_name: str = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
+    at: Mapping[str, Any] | None = None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return the LoraConfig and the tensors of a LoRA adapter that does what another one does; change nothing.
 
@@ -39,17 +41,23 @@ def convert_to_lora(
     multiplies the weight (OFT, BOFT, HRA, IA3, RoAd) fits the weight that it was converted beside. Of an update of full
     rank (OFT, BOFT) a low rank leaves much out: a warning says how much.
 
+    What T-LoRA and MTL-LoRA do follows an argument of calls. For one value of it they are a product as well:
+
+        graft.convert_to_lora(model, rank=8, at={"timestep": 500})
+        graft.convert_to_lora(model, rank=8, at={"task_ids": 2})
+
     Args:
         rank: that of every layer. A float, above 0 and up to 1: the part of ‖ΔW‖² that each layer keeps, in the lowest
             rank that has it.
         compile_kwargs: arguments of torch.compile, to compile the decomposition.
+        at: the value of the argument that the adapter's update follows, by its name.
 
     Raises:
         TypeError: the model has no adapter on layers, or this one has no ΔW on some layer.
         ValueError: a layer cannot have that rank; the adapter trains biases of the base, or is not loaded.
     """
     parts, prefix, base, config = found(model, adapter_name)
-    made, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs)
+    made, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
     tensors = {
         f"{prefix}{key}.{container}" + (f".{path}" if path else ""): t
         for key, held in values.items()
@@ -104,13 +112,14 @@ def save_as_lora(
     adapter_name: str = "default",
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
+    at: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what `convert_to_lora` returns: adapter_model.safetensors and adapter_config.json, in the folder `path`.
 
     Raises:
         TypeError, ValueError: as `convert_to_lora`; nothing is written.
     """
-    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, at)
     parts, _, base, _ = found(model, adapter_name)
     save.describe_base(config, base)
     files.save_adapter(os.fspath(path), tensors, config, True, fingerprint(weights_of(parts, base)))

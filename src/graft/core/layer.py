@@ -86,6 +86,11 @@ class Host(Holding, Carrier, nn.Module):
     def base_module(self) -> Any:
         return self._modules[self.inner_name]
 
+    @cached_property
+    def argument_names(self) -> tuple[str, ...]:
+        """Names of the base module's positional arguments."""
+        return tuple(inspect.signature(self.base_module.forward).parameters)
+
     kept = base_module  # the module that unloading leaves
 
     @property
@@ -387,11 +392,6 @@ class AdapterLayer(PeftNames, Host):
     def may_fuse(self) -> bool:
         """Return True if a kernel may now write to the base layer's output, and use its weight without calling it."""
         return self.output_is_new and eager() and has_no_hooks(self._modules["base_layer"])
-
-    @cached_property
-    def argument_names(self) -> tuple[str, ...]:
-        """Names of the base layer's positional arguments."""
-        return tuple(inspect.signature(self.base_layer.forward).parameters)
 
     # merging
 

@@ -106,8 +106,12 @@ class Mixed:
             return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
         if self.block:
             return self.around(rows, args, kwargs)
-        x = rows.take(first_of(layer.argument_names, args, kwargs), layer.site.key, layer.op.takes_ids)
-        args, kwargs = args[1:], kwargs if args else {k: v for k, v in kwargs.items() if k != layer.argument_names[0]}
+        if args:
+            x, args = args[0], args[1:]
+        else:
+            name = layer.argument_names[0]
+            x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
+        x = rows.take(x, layer.site.key, layer.op.takes_ids)
         rows = rows.on(x.device)
         given = layer.call.now()
         if len(rows.segments) == 1 and given.draws is None:

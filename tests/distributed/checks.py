@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import warnings
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import graft
+from graft.core.errors import CheckpointError, ConfigError, DistributedError
+from graft.train import resuming
+from graft.train.state_file import write
 from tests.distributed import recipes
 from tests.distributed.layouts import LAYOUTS, Wrapped, mean
 from tests.distributed.methods import CONFIGS, STEPS, adapted, base, batch
@@ -428,6 +432,87 @@ def is_refused(layout: str, method: str, folder: str) -> None:
     assert any("use_orig_params=True" in str(w.message) for w in seen)
 
 
+def values_of(peft: Any) -> dict[str, torch.Tensor]:
+    return {key: t.clone() for key, t in graft.get_peft_model_state_dict(peft).items()}
+
+
+def goes_on(layout: str, folder: str) -> None:
+    """A training that was interrupted has the bits of one that was not; in another layout it has its values."""
+    place, adamw = f"{folder}/{layout}/training", partial(torch.optim.AdamW, lr=0.01)
+
+    def begun(seed: int, layout: str = layout) -> tuple[Any, Wrapped, Any]:
+        torch.manual_seed(seed)
+        peft = graft.get_peft_model(
+            base(), graft.LoraConfig(r=3, lora_dropout=0.3, target_modules=["q_proj", "up_proj"])
+        )
+        zero = layout.startswith("zero")
+        wrapped = LAYOUTS[layout](peft.train(), **dict(make=adamw) if zero else {})
+        if not zero:
+            wrapped.optimizer = adamw([p for p in wrapped.outer.parameters() if p.requires_grad])
+        optimizer = wrapped.outer.optimizer if zero else wrapped.optimizer
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(getattr(optimizer, "optimizer", optimizer), 0.8)
+        torch.manual_seed(100 * seed + dist.get_rank())  # each draws its own dropout
+        return peft, wrapped, (optimizer, scheduler)
+
+    def run(wrapped: Wrapped, scheduler: Any, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            losses.append(wrapped.step(batch(dist.get_rank(), dist.get_world_size())))
+            scheduler.step()
+        return losses
+
+    peft, wrapped, parts = begun(1)
+    first = run(wrapped, parts[1], 3)
+    graft.save_training(place, peft, *parts, step=3, extra={"seen": 12})
+    at_saving = values_of(peft)
+    rest = run(wrapped, parts[1], 3)
+    whole = values_of(peft)
+    assert len({*first, *rest}) == 6, "each step changes something"
+
+    peft, wrapped, parts = begun(2)
+    done = graft.resume(place, peft, *parts)
+    assert (done.step, done.extra, done.fresh, done.missing) == (3, {"seen": 12}, [], [])
+    assert run(wrapped, parts[1], 3) == rest
+    for key, t in graft.get_peft_model_state_dict(peft).items():
+        assert torch.equal(t, whole[key]), key
+
+    other = "ddp" if layout == "fsdp2" else "fsdp2"
+    if layout in ("ddp", "fsdp2"):
+        peft, wrapped, parts = begun(3, other)
+        graft.resume(place, peft, *parts)
+        for key, t in graft.get_peft_model_state_dict(peft).items():
+            assert torch.equal(t, at_saving[key]), key
+        for a, b in zip(run(wrapped, parts[1], 3), rest):
+            assert abs(a - b) < 1e-5
+
+    peft, wrapped, parts = begun(4)
+    before = values_of(peft)
+    more, none = f"{folder}/{layout}/more", f"{folder}/{layout}/none"
+    if dist.get_rank() == 0:
+        os.makedirs(more)
+        tensors = load_file(f"{place}/{resuming.FILE}")
+        note = json.loads(tensors.pop(resuming.NOTE).numpy().tobytes())
+        write(f"{more}/{resuming.FILE}", resuming.NOTE, note | {"processes": 3}, tensors)
+    dist.barrier()
+    with pytest.raises(ConfigError, match="3 processes trained it, and here are 2"):
+        graft.resume(more, peft, *parts)
+    with pytest.raises(CheckpointError, match="no whole state"):
+        graft.resume(none, peft, *parts)
+    for key, t in graft.get_peft_model_state_dict(peft).items():
+        assert torch.equal(t, before[key]), key
+    assert graft.resume(more, peft, *parts, strict=False).fresh == ["generators"]
+
+
+def cannot_go_on(layout: str, folder: str) -> None:
+    """What cannot be put together by name is told, and nothing is written."""
+    peft = adapted("LORA")
+    wrapped = LAYOUTS[layout](peft)
+    optimizer = wrapped.outer.optimizer if layout.startswith("zero") else wrapped.optimizer
+    with pytest.raises(DistributedError, match=r"FSDP2|ZeRO-3's"):
+        graft.save_training(f"{folder}/{layout}/refused", peft, optimizer, step=1)
+    assert not os.path.exists(f"{folder}/{layout}/refused")
+
+
 def checks_of(layout: str) -> Iterator[tuple[str, Check]]:
     for method in CONFIGS:
         if (layout, method) in REFUSED:
@@ -443,6 +528,7 @@ def checks_of(layout: str) -> Iterator[tuple[str, Check]]:
     checks += [] if layout.startswith("zero") or layout == "fsdp1-flat" else [allocates]
     checks += [is_apart] if layout == "fsdp2" else []
     checks += [trains_two] if layout == "ddp" else []
+    checks += [goes_on] if layout in ("ddp", "fsdp2", "zero3") else [cannot_go_on]
     checks += [] if layout.startswith("zero") else [gathers]
     for check in checks:
         yield f"{layout} {check.__name__}", partial(check, layout)

@@ -104,7 +104,7 @@ LAYOUTS["fsdp1"] = functools.partial(_fsdp1, use_orig_params=True)
 LAYOUTS["fsdp1-flat"] = functools.partial(_fsdp1, use_orig_params=False)
 
 
-def _zero(peft: Any, stage: int) -> Engine:
+def _zero(peft: Any, stage: int, make: Any = None) -> Engine:
     import deepspeed
 
     config = dict(
@@ -113,7 +113,8 @@ def _zero(peft: Any, stage: int) -> Engine:
         zero_force_ds_cpu_optimizer=False,
     )  # fmt: skip
     trained = [p for p in peft.parameters() if p.requires_grad]
-    engine = deepspeed.initialize(model=peft, config=config, optimizer=torch.optim.SGD(trained, lr=RATE))[0]
+    optimizer = torch.optim.SGD(trained, lr=RATE) if make is None else make(trained)
+    engine = deepspeed.initialize(model=peft, config=config, optimizer=optimizer)[0]
     return Engine(peft, engine)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +27,7 @@ from graft.io.entries import Entry
 from graft.io.fingerprint import digest
 from graft.storage.parallel import is_plain, is_whole, layout_of, shape_of, whole
 
+T = TypeVar("T")
 CALL = "save_pretrained()"
 GATHER = (
     "Gather the whole tensors on all processes (as torch.distributed.checkpoint.state_dict.get_model_state_dict does, "
@@ -189,6 +190,45 @@ class Meeting:
             self.store.set(done, packed(e))  # type: ignore[arg-type]  # bytes do, too
             raise
         self.store.set(done, packed(None))  # type: ignore[arg-type]
+
+
+def rank() -> int:
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def exchanged(thing: T) -> list[T]:
+    """Return what each process has, by rank. Every process must call this."""
+    if processes() == 1:
+        return [thing]
+    found: list[Any] = [None] * processes()
+    dist.all_gather_object(found, thing)
+    return found
+
+
+def agreed(act: Callable[[], T], call: str) -> T:
+    """Do something that changes nothing; if it fails on one process, fail on all. Every process must call this.
+
+    Args:
+        call: the user's call, for errors.
+
+    Raises:
+        CheckpointError: a process does not come.
+        Whatever `act` raises, here or on another process.
+    """
+    if processes() == 1:
+        return act()
+    error, made = None, None
+    try:
+        made = act()
+    except Exception as e:
+        error = e
+    Meeting(call, "", range(processes()))
+    errors = [pickle.loads(e) for e in exchanged(packed(error))]
+    if error is not None:
+        raise error
+    if (other := next((e for e in errors if e is not None), None)) is not None:
+        raise other
+    return made  # type: ignore[return-value]
 
 
 def once(folder: str, values: str, act: Callable[[], Any]) -> None:

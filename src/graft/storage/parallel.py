@@ -130,6 +130,14 @@ def mastered(parameters: Iterable[Any]) -> set[int]:
     return found | {id(p) for o in optimizers.values() for group in o.fp16_groups for p in group}
 
 
+def master(t: Tensor) -> Tensor:
+    """Return the whole values, in float32, that an optimizer of DeepSpeed trains. Every process must call this."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: Tensor = safe_get_full_fp32_param(t)
+    return found.detach().reshape(shape_of(t)).clone()
+
+
 def is_whole(t: Tensor) -> bool:
     """Return True if a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
     if not t.numel() and t.is_floating_point():

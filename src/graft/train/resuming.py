@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from graft.config.atomic import folder_for, replace, write_text
@@ -26,7 +24,6 @@ from graft.core.errors import (
     BaseModelMismatchError,
     CheckpointError,
     ConfigError,
-    DistributedError,
     PeftError,
     some,
 )
@@ -35,14 +32,17 @@ from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import gate_of, registry_of, unwrapped
 from graft.io.fingerprint import difference, in_common, same_values
+from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, processes, rank
 from graft.io.save import base_fingerprint
-from graft.storage.parallel import layout_of, mastered
+from graft.storage.parallel import fill, master, mastered, shape_of
+from graft.train.kept import Kept, check_spread, kept_by
 from graft.train.multi.draws import generators_in
 from graft.train.state_file import pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
 VALUE, GENERATOR = "value", "generator"
+SAVE = "save_training()"
 OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable")  # options of a group that stay
 
 
@@ -62,6 +62,19 @@ class Resumed:
     extra: dict[str, Any]
     fresh: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+
+
+class Filled(NamedTuple):
+    """A tensor of an adapter, which takes a whole value however processes hold it."""
+
+    tensor: Tensor
+    slot: Slot
+
+    def assign(self, value: Tensor) -> None:
+        if self.slot.tensor.is_meta:
+            self.slot.assign(value)
+        else:
+            fill(self.slot.tensor, value)
 
 
 class Value(NamedTuple):
@@ -90,7 +103,10 @@ def save_training(
     new one. Nothing is a pickle. Gradients and float16's scaler are not in it.
 
     Args:
-        model: a PeftModel, or one in a wrapper.
+        model: a PeftModel, or one in a wrapper. If several processes train it, all of them call this, with their own
+            generators and loaders; the first writes. Under DDP the others have its values; of FSDP2 and ZeRO-3 whole
+            tensors are gathered, one after the other.
+        optimizer: of ZeRO-3 engine.optimizer.
         scheduler: of learning rates; None if there is none.
         loader: the loader of batches, if it has `state_dict()`, as torchdata's StatefulDataLoader has.
         extra: numbers, texts and tensors, in lists and dicts.
@@ -98,22 +114,35 @@ def save_training(
     Raises:
         ConfigError: an object is kept nowhere but in memory: the optimizer has a parameter that is not the model's, or
             the loader no state, or a value is neither a number, a text nor a tensor. The text names it.
-        DistributedError: processes share the tensors, or there are several. Nothing is written.
+        DistributedError: processes hold the tensors together in a way that cannot be resumed by name: FSDP1, ZeRO-1,
+            ZeRO-2. Nothing is written.
+        CheckpointError: a process does not call this.
     """
-    note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
     inner = unwrapped(model)
     if not hasattr(inner, "save_pretrained"):
         raise ConfigError(f"save_training needs a PeftModel, which get_peft_model makes, got {type(inner).__name__}.")
+    note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
+    if processes() > 1:
+        inner.save_pretrained(where)
+        write_state(where, note, tensors)
+        return
     with folder_for(where):
         inner.save_pretrained(where)
         write_state(where, note, tensors)
 
 
 def write_state(folder: str, note: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write training.json and training.safetensors, which holds the same text and counts."""
-    replace(os.path.join(folder, NOTE), write_text(json.dumps(note, indent=1)))
-    write(os.path.join(folder, FILE), NOTE, note, tensors)
+    """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
+
+    def act() -> None:
+        replace(os.path.join(folder, NOTE), write_text(json.dumps(note, indent=1)))
+        write(os.path.join(folder, FILE), NOTE, note, tensors)
+
+    if processes() > 1:
+        Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).by_the_first(act)
+    else:
+        act()
 
 
 def resume(
@@ -137,11 +166,13 @@ def resume(
         AdapterKeyError: a tensor has another shape or dtype, is not in the file, or has no place here.
         BaseModelMismatchError: the base is another one, whatever `strict`.
         CheckpointError: there is no such file, or it is damaged.
-        ConfigError: another optimizer, other groups, another scheduler, or a loader that the file has no state for.
-        DistributedError: processes share the tensors, or there are several. In any case nothing has changed.
+        ConfigError: another optimizer, other groups, another scheduler, another number of processes, or a loader that
+            the file has no state for.
+        DistributedError: as of `save_training`. In any case nothing has changed.
     """
-    note, tensors = load(os.fspath(folder))
-    return Resume(note, tensors, os.fspath(folder), model, optimizer, scheduler, loader, strict).run()
+    where = os.fspath(folder)
+    note, tensors = agreed(lambda: load(where), f"resume('{where}')")
+    return Resume(note, tensors, where, model, optimizer, scheduler, loader, strict).run()
 
 
 def load(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -165,48 +196,75 @@ def state_of(
     model: Any, optimizer: Optimizer, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the note and the tensors of a training."""
-    optimizer = inside(optimizer)
-    values = values_of(model, optimizer)
-    names = {id(v.tensor): name for name, v in values.items()}
-    check_whole(values)
-    tensors = {f"{VALUE}/{name}": v.tensor for name, v in values.items()}
-    what = type(optimizer).__name__
-    if kept := sorted(optimizer.state_dict().keys() - {"state", "param_groups"}):
-        raise ConfigError(f"{what} keeps {kept} beside its state, which has no place in the file of a training.")
-    states: dict[str, Any] = {}
-    others: dict[Any, Any] = {}
-    for p, state in optimizer.state.items():
-        if isinstance(p, Tensor):
-            name = names[id(p)]
-            states[name] = {k: pack(v, tensors, f"{what}, '{k}' of '{name}'", f"{k}/{name}") for k, v in state.items()}
-        else:
-            others[p] = state
-    note = {
-        "format": FORMAT,
-        "step": step,
-        "extra": pack(extra, tensors, "extra"),
-        "bases": {name: base_fingerprint(unwrapped(model), name) for name in adapters_of(model)},
-        "optimizer": called(optimizer),
-        "groups": [
-            {
-                "params": [names[id(p)] for p in group["params"]],
-                **{
-                    k: pack(v, tensors, f"{what}, option '{k}'")
-                    for k, v in group.items()
-                    if k not in ("params", "param_names")
-                },
-            }
-            for group in optimizer.param_groups
-        ],
-        "states": states,
-        "others": pack(others, tensors, what),
-        "scheduler": None if scheduler is None else called(inside(scheduler)),
-        "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
-        "loader": pack(loader_state(loader), tensors, "The loader"),
-        "random": pack({"python": random.getstate(), "numpy": numpy_state()}, tensors, "random"),
-    }
-    tensors |= {f"{GENERATOR}/{name}": state for name, state in generators(loader).items()}
-    return note, tensors
+    return agreed(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE).whole()
+
+
+class Taken:
+    """The state of a training as this process has it, which is checked; `whole` puts it together with the others'."""
+
+    def __init__(
+        self, model: Any, optimizer: Any, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
+    ) -> None:  # fmt: skip
+        self.model, self.loader = model, loader
+        self.kept = kept = kept_by(inside(optimizer))
+        self.values = values_of(model, kept)
+        check_spread({name: v.tensor for name, v in self.values.items()}, kept)
+        kept.check()
+        names = {id(v.tensor): name for name, v in self.values.items()}
+        self.names, self.what = names, type(kept.inner).__name__
+        self.tensors: dict[str, Tensor] = {}
+        tensors = self.tensors
+        options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in kept.groups]
+        self.note: dict[str, Any] = {
+            "format": FORMAT,
+            "step": step,
+            "extra": pack(extra, tensors, "extra"),
+            "processes": processes(),
+            "optimizer": called(kept.inner),
+            "groups": [
+                {
+                    "params": [names[id(p)] for p in kept.parameters(i)],
+                    **{k: pack(v, tensors, f"{self.what}, option '{k}'") for k, v in held.items()},
+                }
+                for i, held in enumerate(options)
+            ],
+            "others": pack(kept.others(), tensors, self.what),
+            "scheduler": None if scheduler is None else called(inside(scheduler)),
+            "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
+        }
+        self.own: dict[str, Tensor] = {}  # of this process alone
+        at = of_rank(rank())
+        self.mine = {
+            "loader": pack(loader_state(loader), self.own, "The loader", stem=f"{at}own/t"),
+            "random": pack({"python": random.getstate(), "numpy": numpy_state()}, self.own, "random"),
+        }
+        self.own |= {f"{at}{GENERATOR}/{name}": state for name, state in generators(loader).items()}
+
+    def whole(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the note and all tensors, whole. Every process of the training must call this."""
+        masters = mastered(v.tensor for v in self.values.values())
+        values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
+        self.tensors |= {key: master(t) if id(t) in masters else t for key, t in values.items()}
+        states: dict[str, Any] = {}
+        for p, state in self.kept.states():
+            name = self.names[id(p)]
+            where = {k: (f"{self.what}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
+            states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
+        self.tensors |= gathered(self.tensors)
+        together = processes() > 1
+        bases = {
+            name: base_fingerprint(unwrapped(self.model), name, together=together) for name in adapters_of(self.model)
+        }
+        everyone = exchanged((self.mine, self.own))
+        for _, own in everyone:
+            self.tensors |= own
+        mine = [mine for mine, _ in everyone]
+        return self.note | mine[0] | {"bases": bases, "states": states, "of_ranks": mine[1:]}, self.tensors
+
+
+def of_rank(number: int) -> str:
+    """Return what names of tensors begin with that are one process's alone; the first's have nothing."""
+    return f"rank{number}/" if number else ""
 
 
 def adapters_of(model: Any) -> list[str]:
@@ -217,7 +275,7 @@ def adapters_of(model: Any) -> list[str]:
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
-def values_of(model: Any, optimizer: Optimizer) -> dict[str, Value]:
+def values_of(model: Any, kept: Kept) -> dict[str, Value]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Raises:
@@ -238,8 +296,8 @@ def values_of(model: Any, optimizer: Optimizer) -> dict[str, Value]:
         for place, slot in slots(inner, adapter):
             name = names.get(id(slot.tensor), f"{place}.{adapter}")
             found.setdefault(name, Value(slot.tensor, adapter, slot))
-    for i, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
+    for i in range(len(kept.groups)):
+        for p in kept.parameters(i):
             if id(p) not in names:
                 raise ConfigError(
                     f"Group {i} of the optimizer has a parameter of shape {tuple(p.shape)} that is not the model's "
@@ -247,21 +305,6 @@ def values_of(model: Any, optimizer: Optimizer) -> dict[str, Value]:
                 )
             found.setdefault(names[id(p)], Value(p, None, None))
     return found
-
-
-def check_whole(values: dict[str, Value]) -> None:
-    """Raise DistributedError unless this process has all there is."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise DistributedError(
-            f"save_training and resume are for one process, and there are {dist.get_world_size()}: their generators "
-            "and parts would be lost. Use the checkpoints of your trainer."
-        )
-    kept = mastered(v.tensor for v in values.values())
-    for name, v in values.items():
-        if layout_of(v.tensor) is not None or id(v.tensor) in kept:
-            raise DistributedError(
-                f"'{name}' is sharded, or DeepSpeed keeps the values that train: use the checkpoints of your trainer."
-            )
 
 
 def inside(wrapper: Any) -> Any:
@@ -322,29 +365,44 @@ class Resume:
         strict: bool,
     ) -> None:
         self.note, self.folder, self.strict, self.model = note, folder, strict, model
-        self.optimizer, self.scheduler, self.loader = inside(optimizer), inside(scheduler), loader
-        self.values = values_of(model, self.optimizer)
-        self.names = {id(v.tensor): name for name, v in self.values.items()}
+        self.outer, self.scheduler, self.loader = inside(optimizer), inside(scheduler), loader
         self.held = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
-        self.drawn = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{GENERATOR}/")}
+        everyone = [note, *note.get("of_ranks", ())]
+        self.mine = everyone[rank()] if rank() < len(everyone) else None
+        stem = f"{of_rank(rank())}{GENERATOR}/"
+        self.drawn = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
         self.report = Resumed(note["step"], note["extra"])
 
     def run(self) -> Resumed:
-        check_whole(self.values)
-        self.check_base()
-        self.check_values()
-        self.check_optimizer()
-        self.check_scheduler()
-        self.check_loader()
+        agreed(self.look, self.call)
+        agreed(self.check_base, self.call)
+        agreed(self.check, self.call)
         with gate_of(self.model).change("resume", None):
-            if self.note["loader"] is not None and self.loader is not None:
-                self.loader.load_state_dict(self.note["loader"])  # another's code, which may refuse
+            if self.mine is not None and self.mine["loader"] is not None and self.loader is not None:
+                self.loader.load_state_dict(self.mine["loader"])  # another's code, which may refuse
             self.put_values()
             self.put_optimizer()
             if self.scheduler is not None and "scheduler" not in self.report.fresh:
                 self.scheduler.load_state_dict(self.note["schedule"])
         self.put_generators()
         return self.report
+
+    @property
+    def call(self) -> str:
+        return f"resume('{self.folder}')"
+
+    def look(self) -> None:
+        self.kept = kept_by(self.outer)
+        self.values = values_of(self.model, self.kept)
+        self.names = {id(v.tensor): name for name, v in self.values.items()}
+        check_spread({name: v.tensor for name, v in self.values.items()}, self.kept)
+
+    def check(self) -> None:
+        self.check_values()
+        self.check_optimizer()
+        self.check_scheduler()
+        self.check_processes()
+        self.check_loader()
 
     def differs(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
         """Raise an error if `strict`; else remember what begins anew, and what is left over."""
@@ -360,7 +418,7 @@ class Resume:
         for adapter, then in self.note["bases"].items():
             if adapter not in registry_of(unwrapped(self.model)).peft_config:
                 continue  # its tensors are missing
-            now = base_fingerprint(unwrapped(self.model), adapter)
+            now = base_fingerprint(unwrapped(self.model), adapter, together=processes() > 1)
             both = in_common(then, now) or (then, now)  # other targets are told by names of parameters
             why = difference(*both)
             if why is None and not same_values(*both):
@@ -374,15 +432,16 @@ class Resume:
     def check_values(self) -> None:
         here = {name: v.tensor for name, v in self.values.items()}
         both = [name for name in here if name in self.held]
-        shapes = [n for n in both if here[n].shape != self.held[n].shape]
+        shape = {n: tuple(shape_of(here[n])) for n in both}
+        shapes = [n for n in both if shape[n] != self.held[n].shape]
         if shapes:
-            text = [
-                f"'{n}' has shape {tuple(self.held[n].shape)} there and {tuple(here[n].shape)} here" for n in shapes
-            ]
+            text = [f"'{n}' has shape {tuple(self.held[n].shape)} there and {shape[n]} here" for n in shapes]
             self.differs(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
-        dtypes = [n for n in both if n not in shapes and here[n].dtype != self.held[n].dtype]
+        masters = mastered(here.values())
+        dtype = {n: torch.float32 if id(here[n]) in masters else here[n].dtype for n in both}
+        dtypes = [n for n in both if n not in shapes and dtype[n] != self.held[n].dtype]
         if dtypes:
-            text = [f"'{n}' is {self.held[n].dtype} there and {here[n].dtype} here" for n in dtypes]
+            text = [f"'{n}' is {self.held[n].dtype} there and {dtype[n]} here" for n in dtypes]
             self.differs(AdapterKeyError, f"{some(text, 3)}", [], [])
         fresh, missing = [n for n in here if n not in self.held], [n for n in self.held if n not in here]
         if fresh or missing:
@@ -394,12 +453,12 @@ class Resume:
             self.differs(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
 
     def check_optimizer(self) -> None:
-        then, now = self.note["optimizer"], called(self.optimizer)
+        then, now = self.note["optimizer"], called(self.kept.inner)
         if then != now:
             self.differs(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
             return
         groups = [set(group["params"]) for group in self.note["groups"]]
-        own = [{self.names[id(p)] for p in group["params"]} for group in self.optimizer.param_groups]
+        own = self.names_of_groups()
         if groups != own:
             one = sorted(set().union(*groups) ^ set().union(*own))
             text = (
@@ -412,6 +471,15 @@ class Resume:
                 [n for n in sorted(set().union(*own) - set().union(*groups)) if n not in self.report.fresh],
                 [n for n in sorted(set().union(*groups) - set().union(*own)) if n not in self.report.missing],
             )
+
+    def names_of_groups(self) -> list[set[str]]:
+        return [{self.names[id(p)] for p in self.kept.parameters(i)} for i in range(len(self.kept.groups))]
+
+    def check_processes(self) -> None:
+        then, now = self.note.get("processes", 1), processes()
+        if then != now:
+            text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
+            self.differs(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
         then, now = self.note["scheduler"], None if self.scheduler is None else called(self.scheduler)
@@ -426,7 +494,7 @@ class Resume:
                 self.differs(ConfigError, f"its scheduler has {rates[0]} rates, here {rates[1]}", ["scheduler"], [])
 
     def check_loader(self) -> None:
-        then, now = self.note["loader"], loader_state(self.loader)
+        then, now = (self.mine or {}).get("loader"), loader_state(self.loader)
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
             self.differs(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
@@ -435,35 +503,37 @@ class Resume:
         fits = {n: v for n, v in self.values.items() if n in self.held and n not in self.report.fresh}
         registry = registry_of(unwrapped(self.model))
         for adapter in registry.peft_config:
-            own = [(v.slot, self.held[n]) for n, v in fits.items() if v.adapter == adapter]
+            own = [(Filled(v.tensor, v.slot), self.held[n]) for n, v in fits.items() if v.adapter == adapter and v.slot]
             if own:
                 put(registry.parts_of(adapter), adapter, own)
                 registry.states.pop(adapter, None)
         with torch.no_grad():
             for n, v in fits.items():
                 if v.slot is None:
-                    v.tensor.copy_(self.held[n])
+                    fill(v.tensor, self.held[n])
 
     def put_optimizer(self) -> None:
         if "optimizer" in self.report.fresh:
             return
-        optimizer, states = self.optimizer, self.note["states"]
-        optimizer.state.clear()
-        optimizer.state.update(self.note["others"])
-        for group in optimizer.param_groups:
-            names = {self.names[id(p)] for p in group["params"]}
+        kept, states, own = self.kept, self.note["states"], self.names_of_groups()
+        for group, names in zip(kept.groups, own):
             then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])))
             if names & set(then["params"]):
                 for k, value in then.items():
                     if k not in OF_THIS_MACHINE:
                         group[k] = placed(value, group.get(k))
-            for p in group["params"]:
-                name = self.names[id(p)]
-                if name in states and name not in self.report.fresh:
-                    optimizer.state[p] = {k: beside(v, p, group) for k, v in states[name].items()}
+        taken = [
+            (p, i, states[name])
+            for i in range(len(kept.groups))
+            for p in kept.parameters(i)
+            if (name := self.names[id(p)]) in states and name not in self.report.fresh
+        ]
+        kept.put(taken, self.note["others"])
 
     def put_generators(self) -> None:
-        state = self.note["random"]
+        if self.mine is None or "generators" in self.report.fresh:
+            return
+        state = self.mine["random"]
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(self.drawn["cpu"])
@@ -485,15 +555,3 @@ def placed(value: Any, now: Any) -> Any:
     if isinstance(now, Tensor) and now.shape == value.shape:
         return now.copy_(value)
     return value.clone()
-
-
-def beside(value: Any, p: nn.Parameter, group: Mapping[str, Any]) -> Any:
-    """Return a value of a parameter's state, its tensors where the optimizer wants them; dtypes stay."""
-    if isinstance(value, Tensor):
-        waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU
-        return value.clone() if waits else value.to(p.device, copy=True)
-    if isinstance(value, dict):
-        return {k: beside(v, p, group) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(beside(v, p, group) for v in value)
-    return value

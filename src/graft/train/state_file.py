@@ -53,28 +53,32 @@ def slots(model: Any, adapter: str) -> Iterator[tuple[str, Slot]]:
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
-def pack(value: Any, tensors: dict[str, Tensor], where: str, key: str | None = None) -> Any:
+def pack(value: Any, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> Any:
     """Return a value as JSON takes it; tensors go to `tensors`.
 
     Args:
         key: the name for the value, if it is a tensor.
+        stem: what names of other tensors begin with.
 
     Raises:
         ConfigError: it holds an object that is neither a number, a text, a tensor nor made of these.
     """
     if isinstance(value, Tensor):
         if key is None or key in tensors:
-            key = f"t{len(tensors)}"
+            key = f"{stem}{len(tensors)}"
         tensors[key] = value
         return {TENSOR: key}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple):
-        return {TUPLE: [pack(v, tensors, where) for v in value]}
+        return {TUPLE: [pack(v, tensors, where, stem=stem) for v in value]}
     if isinstance(value, list):
-        return [pack(v, tensors, where) for v in value]
+        return [pack(v, tensors, where, stem=stem) for v in value]
     if isinstance(value, dict):
-        pairs = [(pack(k, tensors, where), pack(v, tensors, f"{where}, '{k}'")) for k, v in value.items()]
+        pairs = [
+            (pack(k, tensors, where, stem=stem), pack(v, tensors, f"{where}, '{k}'", stem=stem))
+            for k, v in value.items()
+        ]
         if value.keys() & {TENSOR, PAIRS, TUPLE} or not all(type(k) is str for k in value):
             return {PAIRS: [list(pair) for pair in pairs]}
         return dict(pairs)

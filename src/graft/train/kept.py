@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer keeps for each parameter, as whole tensors: torch's own, and the one of DeepSpeed's ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graft.core.errors import ConfigError, DistributedError
+from graft.storage.parallel import DISTRIBUTED, layout_of, mastered, spread
+
+State = dict[str, Any]
+
+
+class Kept:
+    """The groups and states of an optimizer. With DTensors, tensors of a state are as their parameter is.
+
+    Attributes:
+        inner: the optimizer of torch's that computes.
+        groups: its parameter groups, whose options may be set.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.inner, self.groups = optimizer, optimizer.param_groups
+
+    def parameters(self, group: int) -> list[nn.Parameter]:
+        """Return the parameters of a group."""
+        held: list[nn.Parameter] = self.groups[group]["params"]
+        return held
+
+    def check(self) -> None:
+        """Check that its state can be kept by name.
+
+        Raises:
+            ConfigError: it keeps something beside its state.
+            DistributedError: parts of a state, or of masters, cannot be put together.
+        """
+        if odd := sorted(self.inner.state_dict().keys() - {"state", "param_groups"}):
+            what = type(self.inner).__name__
+            raise ConfigError(f"{what} keeps {odd} beside its state, which has no place in the file of a training.")
+        for p, state in self.inner.state.items():
+            for key, value in state.items() if isinstance(p, Tensor) else ():
+                if isinstance(value, Tensor) and layout_of(value) is not None and value.shape != p.shape:
+                    raise DistributedError(
+                        f"{type(self.inner).__name__} keeps '{key}' of shape {tuple(value.shape)} for a parameter of "
+                        f"shape {tuple(p.shape)}, spread over processes: nobody knows how to spread it again."
+                    )
+
+    def states(self) -> Iterator[tuple[nn.Parameter, State]]:
+        """Yield each parameter with its state, of which tensors may be spread as the parameter is."""
+        yield from ((p, state) for p, state in self.inner.state.items() if isinstance(p, Tensor))  # type: ignore[misc]
+
+    def others(self) -> dict[Any, Any]:
+        """Return the states that belong to no parameter."""
+        return {key: state for key, state in self.inner.state.items() if not isinstance(key, Tensor)}
+
+    def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
+        """Take (parameter, group, whole state) in place of all that it has."""
+        self.inner.state.clear()
+        self.inner.state.update(others)
+        for p, group, state in states:
+            made = {key: beside(value, p, self.groups[group]) for key, value in state.items()}
+            self.inner.state[p] = {key: parted(value, p) for key, value in made.items()}
+
+
+class OfZero3(Kept):
+    """The optimizer of ZeRO-3: it trains flat float32 parts of parameters, a row of them for each subgroup."""
+
+    def __init__(self, outer: Any):
+        super().__init__(outer.optimizer)
+        self.outer = outer
+
+    def check(self) -> None:
+        if self.outer.dtype is torch.float16:
+            raise DistributedError("DeepSpeed trains in float16, whose scale has no place in the file: prefer bf16.")
+        if self.outer.swap_optimizer:
+            raise DistributedError("DeepSpeed swaps the optimizer's state to a disk: use its own checkpoints.")
+
+    def parameters(self, group: int) -> list[nn.Parameter]:
+        of = self.outer.sub_group_to_group_id
+        return [p for sub, held in enumerate(self.outer.fp16_groups) if of[sub] == group for p in held]
+
+    def states(self) -> Iterator[tuple[nn.Parameter, State]]:
+        from deepspeed.utils import safe_get_full_optimizer_state as whole
+
+        for flat, held in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
+            state = self.inner.state.get(flat, {})
+            for p in held if state else ():
+                yield p, {key: whole(p, key).clone() if is_like(v, flat) else v for key, v in state.items()}
+
+    def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
+        given = {id(p): state for p, _, state in states}
+        self.inner.state.clear()
+        self.inner.state.update(others)
+        for flat, held in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
+            if not (here := [p for p in held if id(p) in given]):
+                continue
+            first = given[id(here[0])]
+            self.inner.state[flat] = {
+                key: torch.zeros_like(flat)
+                if is_like(value, here[0], numbers=here[0].ds_numel)
+                else beside(value, flat, {})
+                for key, value in first.items()
+            }
+            for p in here:
+                for key, value in given[id(p)].items():
+                    if is_like(value, p, numbers=p.ds_numel):
+                        put_part(p, key, value)
+
+
+def kept_by(optimizer: Any) -> Kept:
+    """Return the view of an optimizer: DeepSpeed's, or torch's."""
+    if type(optimizer).__module__.startswith("deepspeed."):
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            return OfZero3(optimizer)
+        if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "single_partition_of_fp32_groups"):
+            raise DistributedError(
+                f"{type(optimizer).__name__} is DeepSpeed's, and keeps the values that train in parts of its own. Of "
+                "these only ZeRO-3's can be resumed by name: use stage 3, or DeepSpeed's own checkpoints."
+            )
+    return Kept(optimizer)
+
+
+def check_spread(values: Mapping[str, Tensor], kept: Kept) -> None:
+    """Raise DistributedError unless all values can be put together, and the optimizer is the one that trains them."""
+    masters = mastered(values.values())
+    for name, t in values.items():
+        layout = layout_of(t)
+        if layout is not None and layout.name == "FSDP1":
+            raise DistributedError(
+                f"'{name}' is a slice of a flat parameter of FSDP1, whose optimizer's state belongs to no parameter: "
+                "use FSDP2 (fully_shard), or the checkpoints of your trainer."
+            )
+        if id(t) in masters and not isinstance(kept, OfZero3):
+            raise DistributedError(
+                f"DeepSpeed keeps the values of '{name}' that train. If this is ZeRO-3, pass engine.optimizer; ZeRO-1 "
+                "and ZeRO-2 cannot be resumed by name: use DeepSpeed's own checkpoints."
+            )
+
+
+def is_like(value: Any, flat: Tensor, numbers: int | None = None) -> bool:
+    """Return True if a value of a state has a number for each of a tensor's."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() > 0
+        and value.numel() == (flat.numel() if numbers is None else numbers)
+    )
+
+
+def put_part(p: Any, key: str, value: Tensor) -> None:
+    """Put this process's part of a whole value into ZeRO-3's state; the last part is filled up with zeros."""
+    from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
+
+    n = safe_get_local_optimizer_state(p, key).numel()
+    rank = dist.get_rank(group=p.ds_process_group)
+    part = torch.zeros(n, dtype=value.dtype)
+    own = value.flatten()[rank * n : (rank + 1) * n]
+    part[: own.numel()] = own
+    safe_set_local_optimizer_state(p, part.to(p.ds_tensor.device), key)
+
+
+def parted(value: Any, p: nn.Parameter) -> Any:
+    """Return a value of a state, spread over processes as its parameter is."""
+    if layout_of(p) is DISTRIBUTED and isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
+        return spread(value, p)
+    return value
+
+
+def beside(value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
+    """Return a value of a parameter's state, its tensors where the optimizer wants them; dtypes stay."""
+    if isinstance(value, Tensor):
+        waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU
+        return value.clone() if waits else value.to(p.device, copy=True)
+    if isinstance(value, dict):
+        return {k: beside(v, p, group) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(beside(v, p, group) for v in value)
+    return value

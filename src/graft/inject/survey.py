@@ -207,7 +207,7 @@ class Tree:
     """The result of one walk of a model."""
 
     root: nn.Module = field(default_factory=nn.Module)  # the model, without wrappers around it
-    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; adapter layers but blocks, and wrappers, are leaves
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; layers and wrappers are leaves, blocks not
     places: dict[str, Place] = field(default_factory=dict)
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)

@@ -13,18 +13,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table
 
 from examples.compare.choices import CHOICES, FAMILY
-from examples.compare.picture import draw
+from examples.compare.picture import deviation, draw
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
 from examples.demo.display import Steps, console, waiting
 from examples.demo_lm.model import model_source
 
-STEPS, HELD_OUT = 60, 100
+STEPS, HELD_OUT, SEEDS = 60, 100, 3
+AVERAGED = ("exact", "lenient", "loss", "cpu_seconds", "prepare_seconds", "peak_memory")
 COLUMNS = ("method", "", "exact match", "lenient", "loss", "step", "prepare", "peak memory", "file", "parameters", "lr")
 
 
@@ -43,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.rates:
         return search(args.methods, args.rates, source, settings)
     results = {} if args.again else earlier(file, settings)
-    names = args.methods or list(FAMILY if args.lora else CHOICES)
+    runs = {name: m.get("runs", {str(args.seed): m}) for name, m in results.items()}
+    names = list(dict.fromkeys(args.methods or (FAMILY if args.lora else CHOICES)))
     failed: list[str] = []
-    wanted = [(name, None) for name in dict.fromkeys(names) if name not in results]
-    for (name, _), result in outcomes(wanted, failed, source, settings):
-        results[name] = result
-        file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
+    for seed in range(args.seed, args.seed + args.seeds):  # all methods with one seed, then with the next
+        wanted = [(name, None) for name in names if str(seed) not in runs.get(name, {})]
+        for (name, _), result in outcomes(wanted, failed, source, settings | {"seed": seed}):
+            runs.setdefault(name, {})[str(seed)] = result
+            results[name] = averaged(runs[name])
+            file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
     if failed and not results:
         raise DemoError("; ".join(failed))
     results = {name: results[name] for name in CHOICES if name in results}
@@ -59,6 +64,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if failed:
         raise DemoError("; ".join(failed))
     return {"settings": settings, "methods": results}
+
+
+def averaged(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of a method from those of its seeds: means, with the standard deviation of the exact match."""
+    first, *others = runs.values()
+    if not others:
+        return first
+    means = {key: mean([run[key] for run in runs.values()]) for key in AVERAGED}
+    return first | means | {"spread": stdev([run["exact"] for run in runs.values()]), "runs": runs}
 
 
 def search(names: Sequence[str], rates: Sequence[float], source: str, settings: dict[str, int]) -> dict[str, Any]:
@@ -100,6 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rates", type=float, nargs="+", help="learning rates to try, judged on validation dates; for methods by name"
     )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from --seed on (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="forget the results of earlier runs")
     add_common(parser, Path("out"), {"dates": STEPS})
     args = parse_common(parser, argv)
@@ -110,6 +125,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--rates wants methods by name, before it")
     if args.rates and min(args.rates) <= 0:
         parser.error("--rates must be above 0")
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
+    if args.quick:
+        args.seeds = 1
     make_out(parser, args.out)
     return args
 
@@ -144,11 +163,10 @@ def compare(name: str, source: str, steps: int, seed: int, held_out: int, rate: 
 
 
 def cells(name: str, m: dict[str, Any], n: int) -> list[str]:
-    p = m["exact"]
     return [
         name,
         m["note"],
-        f"{p:.2f} ± {(p * (1 - p) / n) ** 0.5:.2f}",
+        f"{m['exact']:.2f} ± {deviation(m, n):.2f}",
         f"{m['lenient']:.2f}",
         f"{m['loss']:.3f}",
         f"{m['cpu_seconds'] / m['steps']:.2f} s",

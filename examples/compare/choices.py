@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from examples.demo_lm import methods as demo
 from examples.demo_lm.chat import training_batch
 from examples.demo_lm.data import Task
 from examples.demo_lm.training import BATCH, batches
+from graft.model.rates import best, rows, told
 
 CALIBRATION = 8  # batches, where an initialisation looks at data
 LR = 3e-3  # chosen for LoRA on validation dates; its relatives train with the same
@@ -165,4 +166,13 @@ OTHERS: dict[str, Choice] = {
     "prefix tuning": Choice(demo.prefix_tuning, 1e-1, "20 tokens"),
     "prompt tuning": Choice(demo.prompt_tuning, 1e-1, "20 tokens"),
 }
-CHOICES = FAMILY | OTHERS
+
+
+def searched(name: str, choice: Choice) -> Choice:
+    """Return a choice with the rate that `make rates` found for it on the dates, if it has been there."""
+    found = [row for row in rows() if (row["method"], row["task"]) == (name, "dates")]
+    own = [row for row in found if row["config"] == told(choice.config(row["steps"]))]
+    return replace(choice, lr=best(own)) if own else choice
+
+
+CHOICES = {name: searched(name, choice) for name, choice in (FAMILY | OTHERS).items()}

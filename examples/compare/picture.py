@@ -23,6 +23,12 @@ class Panel(NamedTuple):
     scale: str = "linear"
 
 
+def deviation(m: dict[str, Any], n: int) -> float:
+    """Return the standard deviation of the exact match over seeds; of one seed, its standard error over n dates."""
+    p = float(m["exact"])
+    return float(m["spread"]) if "spread" in m else (p * (1 - p) / n) ** 0.5  # type: ignore[no-any-return]
+
+
 def cost(m: dict[str, Any]) -> float:
     return float(m["cpu_seconds"] / m["steps"])
 
@@ -35,7 +41,7 @@ PANELS = (
 
 
 def draw(results: dict[str, Any], n: int, path: Path, source: str = "") -> None:
-    """Draw exact match of n dates, with standard errors, beside the CPU time of a step and the size of the file.
+    """Draw exact match of n dates, with its deviation, beside the CPU time of a step and the size of the file.
 
     Lines show LoRA's values. Methods that no other beats in both quality and time have a colour of their own.
 
@@ -51,7 +57,8 @@ def draw(results: dict[str, Any], n: int, path: Path, source: str = "") -> None:
         values = [panel.value(results[name]) for name in names]
         ax.scatter(values, places, color=colors, zorder=3)
         if panel is PANELS[0]:
-            ax.errorbar(values, places, xerr=[(p * (1 - p) / n) ** 0.5 for p in values], fmt="none", ecolor="0.6")
+            errors = [deviation(results[name], n) for name in names]
+            ax.errorbar(values, places, xerr=errors, fmt="none", ecolor="0.6")
         if "LoRA" in results:
             ax.axvline(panel.value(results["LoRA"]), color="0.6", linestyle="--", linewidth=1)
         ax.set(xlabel=panel.label, xscale=panel.scale)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from examples.compare.__main__ import HELD_OUT, STEPS, markdown
 from examples.compare.choices import CHOICES
-from examples.compare.picture import draw, front
+from examples.compare.picture import deviation, draw, front
 from tests.docs.marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -51,11 +52,17 @@ def beside_lora(results: dict[str, Any]) -> str:
     apart = {True: [], False: []}
     for name, m in results.items():
         q = m["exact"]
-        error = ((p * (1 - p) + q * (1 - q)) / HELD_OUT) ** 0.5
+        error = math.hypot(
+            *(deviation(one, HELD_OUT) / len(one.get("runs", "1")) ** 0.5 for one in (results["LoRA"], m))
+        )
         if abs(q - p) > 2 * error:
             apart[q > p].append(name)
     said = [f"{'above' if up else 'below'}: {', '.join(names) or 'none'}" for up, names in apart.items()]
     return f"More than two standard errors of the difference from LoRA's {p:.2f}, {'; '.join(said)}."
+
+
+def standard_error(m: dict[str, Any]) -> float:
+    return deviation(m, HELD_OUT) / len(m.get("runs", "1")) ** 0.5
 
 
 def unbeaten(results: dict[str, Any]) -> str:

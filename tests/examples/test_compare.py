@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.compare import __main__ as compare
-from examples.compare import one
+from examples.compare import choices, one
 from examples.compare.choices import CHOICES, FAMILY
 from examples.demo_lm import data
 from graft.methods import IN_PEFT
@@ -73,6 +73,33 @@ def test_table_picture_and_going_on(tmp_path, monkeypatch):
     assert calls[-1] == "LoRA"
     with pytest.raises(SystemExit):
         compare.main([*arguments, "Lora"])
+
+
+def test_three_seeds_have_a_mean_and_a_spread(tmp_path, monkeypatch):
+    seen = []
+
+    def run(name, source, seed, **settings):
+        seen.append((name, seed))
+        return MADE | {"exact": (0.2, 0.5, 0.8)[seed], "loss": float(seed)}
+
+    monkeypatch.setattr(compare, "model_source", lambda source: source)
+    monkeypatch.setattr(compare, "compare", run)
+    arguments = ["--model", "x", "--out", str(tmp_path), "LoRA"]
+    compare.main([*arguments, "--seeds", "1"])
+    assert "| LoRA | r 4 | 0.20 ± 0.04 |" in (tmp_path / "compare.md").read_text()  # of one seed: over dates
+    found = compare.main([*arguments, "DoRA"])["methods"]["LoRA"]
+    assert "| LoRA | r 4 | 0.50 ± 0.30 |" in (tmp_path / "compare.md").read_text() and found["loss"] == 1.0
+    assert seen == [("LoRA", 0), ("DoRA", 0), ("LoRA", 1), ("DoRA", 1), ("LoRA", 2), ("DoRA", 2)], "none twice"
+    compare.main(arguments)
+    assert len(seen) == 6
+
+
+def test_a_rate_that_was_searched_on_the_dates_is_taken(monkeypatch):
+    row = dict(method="LoRA", task="dates", steps=9, config={"r": 4, "lora_alpha": 16}, rates=[0.1, 0.2], means=[2, 1])
+    other = row | dict(config={"r": 8, "lora_alpha": 16}, means=[1, 2])
+    monkeypatch.setattr(choices, "rows", lambda: [row, other, row | dict(task="spam", means=[1, 2])])
+    assert choices.searched("LoRA", FAMILY["LoRA"]).lr == 0.2
+    assert choices.searched("DoRA", FAMILY["DoRA"]) is FAMILY["DoRA"]
 
 
 def test_learning_rates_are_tried_on_validation_dates(tmp_path, monkeypatch, capsys):

@@ -8,13 +8,16 @@ What computes only with whole tensors needs nothing else, and its parameters get
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.kernels.eager import Function
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 
 class Cut(NamedTuple):
@@ -64,44 +67,44 @@ def total(t: Tensor, cut: Cut) -> Tensor:
 
 class _Piece(Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, cut: Cut, dim: int) -> Tensor:
+    def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
         ctx.cut, ctx.dim = cut, dim
         return piece_of(t, cut, dim).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> object:
         return whole_of(g, ctx.cut, ctx.dim), None, None
 
 
 class _Whole(Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, cut: Cut, dim: int) -> Tensor:
+    def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
         ctx.cut, ctx.dim = cut, dim
         return whole_of(t, cut, dim)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> object:
         return piece_of(g, ctx.cut, ctx.dim).contiguous(), None, None
 
 
 class _Sum(Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, cut: Cut) -> Tensor:
+    def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
         return total(t, cut)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> object:
         return g, None
 
 
 class _Given(Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, cut: Cut) -> Tensor:
+    def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
         ctx.cut = cut
         return t.view_as(t)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Context, g: Tensor) -> object:
         return total(g, ctx.cut), None
 
 

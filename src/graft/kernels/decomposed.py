@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.kernels import low_rank, sparse
 from graft.kernels.cuts import Cut, piece_of, total, whole_of
@@ -75,8 +75,8 @@ class _Linear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: Any, input_gradient: Any,
-        scale: float, p: float, seed: int,
+        ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: nn.Module,
+        input_gradient: Any, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])

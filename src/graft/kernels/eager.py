@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, compiler, nn
@@ -14,6 +14,9 @@ from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled,
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as modules
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 # ruff: noqa: RUF019 - a membership test takes half of the time of `get`
 
@@ -89,14 +92,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 class Function(torch.autograd.Function):
     """A Function with one output. Its `backward` does all casts itself; autocast around backward() changes nothing."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[assignment]
 
 
-def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+def _without_autocast(backward: Callable[[object, Tensor], object]) -> Callable[[Any, Tensor], Any]:
     @wraps(backward)
-    def run(ctx: Any, g: Tensor) -> Any:
+    def run(ctx: Context, g: Tensor) -> object:
         if autocast_dtype(g.device) is None:
             return backward(ctx, g)
         with torch.autocast(g.device.type, enabled=False):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from graft.kernels.eager import Function, autocast_dtype, eager, once
 from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.sparse import gathers
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 BLOCK = 256  # rows in a cast
 
@@ -219,7 +222,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 class _Dropout(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, p: float, seed: int) -> Tensor:
         ctx.options = p, seed
         return dropped(x, p, seed)
 
@@ -232,14 +235,14 @@ class _AddLowRank(Function):
     """`add_low_rank`, which keeps x as it came (others often keep it anyway) and h = x Aᵀ, r numbers per row."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
+    def forward(ctx: Context, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
         ctx.save_for_backward(x, A, B, h)
         ctx.options = scale, p, seed
         return add_up(y.data, h, B, scale)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
         rows = g.reshape(-1, g.shape[-1])
         return (
             g,
@@ -252,7 +255,7 @@ class _AddLowRank(Function):
 
 class _AddProduct(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
         ctx.options = h.shape, scale
         return add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
@@ -273,8 +276,8 @@ class _LowRankLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Any, input_gradient: Any, scale: float, p: float,
-        seed: int,
+        ctx: Context, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: nn.Module, input_gradient: object, scale: float,
+        p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
@@ -283,7 +286,7 @@ class _LowRankLinear(Function):
         return add_up(y, h, B, scale)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
         W, *saved = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad[:4]
         rows = g.reshape(-1, g.shape[-1])
@@ -373,13 +376,13 @@ def vector_gradients(
 
 class _AddScaled(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Context, y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
         flat = h.reshape(-1, h.shape[-1])
         ctx.save_for_backward(h, B, d, b)
         return add_up(y.data, flat * d, b[:, None] * B, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         h, B, d, b = ctx.saved_tensors
         flat = h.reshape(-1, h.shape[-1])
         rows = g.reshape(-1, g.shape[-1]).to(h.dtype)
@@ -394,15 +397,15 @@ class _OneProduct(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, h: Tensor, W: Tensor, bias: Any, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
-        call: Any, input_gradient: Any,
+        ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
+        call: Any, input_gradient: object,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(h, W, A, B, d, b)
         ctx.input_gradient = input_gradient
         return call(x, _sum(W, A, B, d, b), bias)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
         h, W, A, B, d, b = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         dx = None
@@ -455,14 +458,14 @@ def sketched_product(x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float 
 
 class _Sketched(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
         c = grouped(x.reshape(-1, x.shape[-1]), groups) @ v  # (rows, groups)
         ctx.save_for_backward(c, A, v)
         ctx.scale = scale
         return nn.functional.linear(x, A)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
         c, A, v = ctx.saved_tensors
         dx = g @ A if ctx.needs_input_grad[0] else None
         dA = None

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graft.kernels.eager import Function, only_backward
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 PART = 1 << 20  # numbers of the weight that are wide at a time
 
@@ -33,11 +36,11 @@ class _Product(Function):
         return torch.cat([plain(A, part) for part in parts(W)], 1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         some = parts(ctx.saved_tensors[0])
         widths = [part.shape[1] for part in some]
         return sum(h @ part.to(g.dtype).T for h, part in zip(g.split(widths, 1), some)), None
@@ -68,11 +71,11 @@ class _Onto(Function):
         return Z.T @ W.to(Z.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
         (W,) = ctx.saved_tensors
         return W.to(g.dtype) @ g.T, None
 

@@ -7,13 +7,16 @@ number for each row; the difference B A - B₀ A₀ of two products of high rank
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from graft.kernels.eager import Function, only_backward
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 Call = Callable[..., Tensor]  # (x, weight, bias) → the output of a linear layer
 InputGradient = Callable[..., Tensor]  # (gradient of that output (rows, out), weight) → gradient of its input (rows, n)
@@ -22,8 +25,8 @@ InputGradient = Callable[..., Tensor]  # (gradient of that output (rows, out), w
 class Addend(Protocol):
     """ΔW (out, n): a NamedTuple of tensors, and of facts."""
 
-    def __iter__(self) -> Iterator[Any]: ...
-    def added(self, W: Any) -> Tensor: ...  # W + ΔW, in the dtype in which to compute
+    def __iter__(self) -> Iterator[object]: ...
+    def added(self, W: Tensor) -> Tensor: ...  # W + ΔW, in the dtype in which to compute
 
     # of all fields, from the gradient of the output (rows, out) and x (rows, n). need: which fields get one
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> Sequence[Tensor | None]: ...
@@ -52,7 +55,7 @@ def holds(numbers: Tensor, W: Tensor) -> bool:
 class _OneProduct(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Any, bias: Any, kind: Any, call: Any, input_gradient: Any, *fields: Any
+        ctx: Context, x: Tensor, W: Tensor, bias: Tensor, kind: Any, call: Any, input_gradient: object, *fields: Any
     ) -> Tensor:
         ctx.save_for_backward(x, W, *[f if isinstance(f, Tensor) else None for f in fields])
         ctx.facts = [None if isinstance(f, Tensor) else f for f in fields]
@@ -185,11 +188,11 @@ class _Product(Function):
         return (a @ b) * (c @ d)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
         return factor_gradients(grad, *ctx.saved_tensors)
 
 

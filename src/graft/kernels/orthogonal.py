@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from graft.kernels.eager import Function, autocast_dtype, eager, functional
 from graft.kernels.low_rank import FUSED_FROM, worth_it
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 
 def skew(v: Tensor, size: int) -> Tensor:
@@ -67,7 +70,7 @@ def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
 
 class _Orthogonal(Function):
     @staticmethod
-    def forward(ctx: Any, Q: Tensor, terms: int | None) -> Tensor:
+    def forward(ctx: Context, Q: Tensor, terms: int | None) -> Tensor:
         ctx.terms = terms
         if terms is None:
             R = cayley(Q, None)
@@ -77,7 +80,7 @@ class _Orthogonal(Function):
         return torch.baddbmm(_eye(Q), Q, _inner(Q, terms)[-1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
         (saved,) = ctx.saved_tensors
         if ctx.terms is None:  # dR (I + Q) = -(I + R) dQ, and (I + Q)⁻¹ = (I + R) / 2
             J = (saved + _eye(saved)).mT
@@ -120,12 +123,12 @@ def _rotated(x: Tensor, R: Tensor) -> Tensor:
 
 class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)
         return _rotated(x, R)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, Any]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, object]:
         x, R = ctx.saved_tensors
         g = g.to(R.dtype)
         dx = _rotated(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -195,14 +198,14 @@ def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
 
 class _Reflect(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, T: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, U: Tensor, T: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
         h = flat @ U
         ctx.save_for_backward(x, U, T, h)
         return torch.addmm(flat, h @ T.T, U.T, alpha=-1).to(x.dtype).view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         x, U, T, h = ctx.saved_tensors
         need_x, need_U, need_T = ctx.needs_input_grad
         flat = x.reshape(-1, x.shape[-1]).to(U.dtype)
@@ -243,12 +246,12 @@ def _turned(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
 
 class _Turn(Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    def forward(ctx: Context, z: Tensor, c: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(z, c, s)
         return _turned(z, c, s)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         z, c, s = ctx.saved_tensors
         need_z, need_c, need_s = ctx.needs_input_grad
         pairs, out = (t.to(c.dtype).unflatten(-1, c.shape) for t in (z, g))

@@ -5,7 +5,7 @@ product."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,7 +84,7 @@ class Middle(NamedTuple):
     places: Tensor  # (k,)
     n: int
 
-    def added(self, W: Any) -> Tensor:
+    def added(self, W: Tensor) -> Tensor:
         return Scattered(self.values, self.places, (self.n, self.n)).dense()
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -99,7 +99,7 @@ class Whole(NamedTuple):
     values: Tensor  # (k,)
     places: Tensor  # (k,)
 
-    def added(self, W: Any) -> Tensor:
+    def added(self, W: Tensor) -> Tensor:
         return self.U @ (Middle(self.values, self.places, len(self.V)).added(W) @ self.V.T)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:

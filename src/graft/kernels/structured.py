@@ -7,13 +7,16 @@ numbers, of which chunk j goes to part j of the output; there B_j (r, out / k) t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from graft.kernels.eager import Function, autocast_dtype, eager, only_backward
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 
 def plain_blocks(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -156,11 +159,11 @@ class _Product(Function):
         return multiplied(x, a, b)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         X, G = x.reshape(-1, a.shape[1], b.shape[1]), g.reshape(-1, a.shape[0], b.shape[0])
         dx = da = db = None
@@ -215,12 +218,12 @@ def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
 
 class _Between(Function):
     @staticmethod
-    def forward(ctx: Any, left: Tensor, A: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx: Context, left: Tensor, A: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, A, right)
         return plain_diagonals(left, A, right)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, Tensor]:
         left, A, right = ctx.saved_tensors
         inner = g.view(*left.shape, A.shape[1]) * A[:, None]
         return torch.einsum("rnd,nd->rn", inner, right), None, torch.einsum("rnd,rn->nd", inner, left)

@@ -92,25 +92,25 @@ def form(value: Any) -> Any:
     return value
 
 
-def _select(function: Any, W: Summed, index: Any) -> Any:
+def _select(function: object, W: Summed, index: Any) -> Any:
     one = isinstance(index, int) or (isinstance(index, Tensor) and not index.is_floating_point() and index.dim() < 2)
     if not one or W.W.dim() != 3 or (isinstance(index, Tensor) and index.dtype == torch.bool):
         return NotImplemented
     return Summed(W.W[index], [(A[index], B[index], s) for A, B, s in W.parts], W.flipped)
 
 
-def _transpose(function: Any, W: Summed, a: int, b: int) -> Any:
+def _transpose(function: object, W: Summed, a: int, b: int) -> Any:
     last = {W.dim() - 1, W.dim() - 2}
     if {a % W.dim(), b % W.dim()} != last:
         return NotImplemented
     return Summed(W.W, W.parts, not W.flipped)
 
 
-def _t(function: Any, W: Summed) -> Any:
+def _t(function: object, W: Summed) -> Any:
     return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
 
 
-def _same(function: Any, W: Summed, *args: Any, **kwargs: Any) -> Any:
+def _same(function: object, W: Summed, *args: Any, **kwargs: Any) -> Any:
     return W
 
 

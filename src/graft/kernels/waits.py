@@ -18,7 +18,7 @@ from graft.kernels.eager import eager, watched
 KEPT = 256  # constants
 
 
-def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+def constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Return numbers as a tensor, which nobody may write to. Copied to the device once, while it is among the `KEPT`
     used last."""
     if device is None or not eager() or watched():  # a compiler cannot trace the last
@@ -27,12 +27,12 @@ def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device |
 
 
 @lru_cache(maxsize=KEPT)
-def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # training may save it for a backward pass
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def vector(numbers: Sequence[Any], like: Tensor) -> Tensor:
+def vector(numbers: Sequence[object], like: Tensor) -> Tensor:
     """Return numbers, or tensors () of one each, as a vector of the dtype of `like`, on its device."""
     if any(isinstance(n, Tensor) for n in numbers):  # scalings that a hot-swap changes
         return torch.stack([torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in numbers])

@@ -35,7 +35,7 @@ class Weighed:
         y: Tensor | None = self.delta.product(x)
         return None if y is None else y * self.weight
 
-    def linear_with(self, *_: Any) -> None:
+    def linear_with(self, *_: object) -> None:
         return None
 
 
@@ -47,10 +47,10 @@ def weighed_factors(factors: Callable[[], Factors], weight: float) -> Callable[[
     return run
 
 
-def times(function: Callable[..., Any], weight: float) -> Callable[..., Any]:
+def times(function: Callable[..., object], weight: float) -> Callable[..., Any]:
     """Return the function, whose tensor (or ΔW not formed yet) counts `weight` times."""
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> Any:
         value = function(*args)
         return value * weight if isinstance(value, Tensor) else Weighed(value, weight)
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, is_dataclass
-from typing import Any
 
 from torch import nn
 
 
-def model_config(model: nn.Module) -> dict[str, Any]:
+def model_config(model: nn.Module) -> dict[str, object]:
     """Return the model's own config as a dict; `{"model_type": "custom"}` if it has none."""
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):

@@ -66,11 +66,11 @@ class Call:
         self._restored: dict[int, Restored] = {}  # by backward pass
         self._untold: dict[int, Given] = {}  # by thread: of its last call, if nothing will put it back
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave calls under way out: a copy is in none."""
         return {"gate": self.gate}
 
-    def __setstate__(self, kept: dict[str, Any]) -> None:
+    def __setstate__(self, kept: dict[str, object]) -> None:
         Call.__init__(self)
         self.__dict__.update(kept)
 
@@ -115,7 +115,7 @@ class Call:
                 self.here.tapped.clear()
 
     @contextmanager
-    def giving(self, gates: Gates | None = None, facts: Mapping[Any, PerRow] = NO_FACTS) -> Iterator[None]:
+    def giving(self, gates: Gates | None = None, facts: Mapping[object, PerRow] = NO_FACTS) -> Iterator[None]:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
         given = self.here.given
         gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS
@@ -200,7 +200,7 @@ class Call:
         """True within a call for which all adapters are disabled."""
         return bool(self.open) and self.current() is OFF
 
-    def keep_for_backward(self, output: Any, given: Given) -> None:
+    def keep_for_backward(self, output: object, given: Given) -> None:
         """Show all this again in the backward pass, in which gradient checkpointing runs layers again.
 
         If nothing in the output tells when that pass begins, layers refuse to run again.
@@ -264,7 +264,7 @@ class Call:
         """Return the gates of the call that a layer is in."""
         return self.now().gates
 
-    def fact(self, name: Any) -> Any:
+    def fact(self, name: object) -> Any:
         """Return a fact about each row that a layer sees now; None if nobody gave it."""
         return self.now().facts.get(name)
 

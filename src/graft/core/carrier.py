@@ -207,14 +207,14 @@ class Shell(nn.Module):
     shown: Any  # the carrier
 
 
-def carrier_of(module: Any) -> Any:
+def carrier_of(module: object) -> Any:
     """Return the carrier in the place of another module that this is, or shows; None for any other."""
     if isinstance(module, Carrier):
         return module if module.replaces else None
     return module.shown if isinstance(module, Shell) else None
 
 
-def layer_in(module: Any) -> Any:
+def layer_in(module: nn.Module) -> Any:
     """Return the adapter layer that a module is or shows; None if it is no carrier, or trains whole."""
     carrier = carrier_of(module)
     return None if carrier is None else carrier.adapter_layer

@@ -184,7 +184,7 @@ class Told(dict[str, Any]):
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return told, (self.key, dict(self))
 
 
@@ -194,7 +194,7 @@ def told_by(key: str) -> type[Told]:
     return type("Told", (Told,), {"key": key, "__slots__": ()})
 
 
-def told(key: str, values: dict[str, Any]) -> Told:
+def told(key: str, values: dict[str, object]) -> Told:
     return told_by(key)(values)
 
 
@@ -223,7 +223,7 @@ class Slot:
         """Return True if FSDP keeps the tensor in a flat parameter, which trains as a whole."""
         return self.is_parameter and self.where is self.owner.__dict__
 
-    def assign(self, value: Tensor, device: Any = None) -> None:
+    def assign(self, value: Tensor, device: torch.device | None = None) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
         here = self.tensor
         if not here.is_meta:
@@ -256,7 +256,7 @@ def held_in(owner: nn.Module, name: str) -> dict[str, Any]:
     return owner._parameters if name in owner._parameters else owner.__dict__
 
 
-def container_for(value: Any) -> Any:
+def container_for(value: object) -> Any:
     """Make an empty container of the kind that holds `value` for each adapter."""
     if isinstance(value, nn.Module):
         return bare(ModuleDict)
@@ -271,7 +271,7 @@ def container_for(value: Any) -> Any:
     return BufferDict(persistent=True)
 
 
-def takes(container: Any, value: Any) -> bool:
+def takes(container: object, value: object) -> bool:
     """Return True if a container holds values of this kind."""
     kind = type(container)
     if isinstance(value, nn.Module):
@@ -294,7 +294,7 @@ def put(container: Any, adapter: str, value: Any) -> None:
         container[adapter] = value
 
 
-def module_of(container: Any, adapter: str) -> nn.Module | None:
+def module_of(container: object, adapter: str) -> nn.Module | None:
     """Return the module that a container holds for `adapter`; None if it holds none."""
     if isinstance(container, (nn.ModuleDict, AnyDict, dict)) and adapter in container:
         value = container[adapter]
@@ -302,7 +302,9 @@ def module_of(container: Any, adapter: str) -> nn.Module | None:
     return None
 
 
-def tensors_of(container: Any, adapter: str, transient: bool = False) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def tensors_of(
+    container: object, adapter: str, transient: bool = False
+) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield (path below its name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
     root = module_of(container, adapter)
     if root is not None:
@@ -380,7 +382,9 @@ def place_parameter(
         owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
 
 
-def place(container: Any, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
+def place(
+    container: object, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
+) -> None:
     """Move and cast the tensors of `adapter` in `container`. Integer tensors keep their dtype."""
     if isinstance(container, nn.ModuleDict):
         place_module(container[adapter], device, dtype, upcast)

@@ -24,7 +24,7 @@ class evaluating:
         self.before = self.own["training"]
         self.own["training"] = False
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.own["training"] = self.before
 
 

@@ -40,7 +40,7 @@ def tears(touches: Names, uses: Names) -> bool:
     return bool(touches) if uses is None else any(name in uses for name in touches)
 
 
-def everything(*_: Any, **__: Any) -> Names:
+def everything(*_: object, **__: object) -> Names:
     """Return what stands for all adapters, and the base."""
     return None
 
@@ -333,7 +333,7 @@ def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         @wraps(function)
-        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(self: Any, *args: object, **kwargs: object) -> Any:
             if self.call is None:  # a carrier that is in no model yet
                 return function(self, *args, **kwargs)
             with self.call.gate.change(told(function, args, kwargs), touches(self, *args, **kwargs)):
@@ -348,14 +348,14 @@ def prepares(function: F) -> F:
     """Decorate a method that prepares a change of its model, such as an adapter that comes, and then makes it."""
 
     @wraps(function)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Any, *args: object, **kwargs: object) -> Any:
         with self.call.gate.preparing(told(function, args, kwargs)):
             return function(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
 
 
-def told(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def told(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     """Return a call of a function for an error: with its first argument, if that is a name or names."""
     first = next(iter((*args, *kwargs.values())), None)
     return f"{function.__name__}({first!r})" if isinstance(first, (str, list)) else f"{function.__name__}()"

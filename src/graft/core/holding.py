@@ -50,7 +50,7 @@ class Holding:
     def begin_holding(self) -> None:
         self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
 
-    def hold(self, method: Method, values: dict[str, Any]) -> None:
+    def hold(self, method: Method, values: dict[str, object]) -> None:
         """Put the values that `Method.build` returned into containers.
 
         Raises:
@@ -129,7 +129,7 @@ class Holding:
         if "scaling" in values:
             self.scaling_at_start[adapter] = values["scaling"]
 
-    def tell(self, adapter: str, **facts: Any) -> None:
+    def tell(self, adapter: str, **facts: object) -> None:
         """Set facts of an adapter, those too that tell how it was made."""
         for key, value in facts.items():
             dict.__setitem__(self.__dict__[key], adapter, value)
@@ -142,7 +142,7 @@ class Holding:
             "name. Let build() return it under another."
         )
 
-    def _open(self, key: str, value: Any, training: bool) -> None:
+    def _open(self, key: str, value: object, training: bool) -> None:
         """Make a container for values like this one."""
         container = container_for(value)
         self.containers.append(key)
@@ -154,7 +154,7 @@ class Holding:
         else:
             self.__dict__[key] = container
 
-    def _widen(self, key: str, container: Any) -> AnyDict:
+    def _widen(self, key: str, container: object) -> AnyDict:
         """Make a container hold anything: methods of two kinds call different things by its name."""
         wider = self._modules[key] = AnyDict(container)
         for name, slots in self.state.slots.items():

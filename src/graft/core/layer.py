@@ -41,11 +41,11 @@ class LayerState(State):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.merged: list[str] = []
-        self.undo: list[tuple[str, Any, Any]] = []  # (kind, state of the weight, of the bias) of each merge
+        self.undo: list[tuple[str, object, object]] = []  # (kind, state of the weight, of the bias) of each merge
         self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
-        self.plans: dict[tuple[Any, ...], Plan | None] = {}  # by the names of the adapters that run, and weights
+        self.plans: dict[tuple[object, ...], Plan | None] = {}  # by the names of the adapters that run, and weights
         self.mix: Mixed | None = None  # that of the last mixed batch
 
     def forget(self, adapter: str) -> None:
@@ -109,7 +109,7 @@ class Host(Holding, Carrier, nn.Module):
     def adapters(self) -> list[str]:
         return list(self.methods)
 
-    def add(self, method: Method, values: dict[str, Any]) -> None:
+    def add(self, method: Method, values: dict[str, object]) -> None:
         """Take in an adapter: a method, and the values that its `build` returned.
 
         Raises:

@@ -26,7 +26,7 @@ class _Later:
     def __init__(self, name: str, kind: type):
         self.name, self.kind = name, kind
 
-    def __get__(self, module: nn.Module | None, owner: Any = None) -> Any:
+    def __get__(self, module: nn.Module | None, owner: object = None) -> Any:
         if module is None:
             return self
         if is_dynamo_compiling():  # before torch 2.7 it cannot write there; hooks that come later it ignores anyway
@@ -41,7 +41,7 @@ def lean(cls: type[M]) -> type[M]:
     return cls
 
 
-def begin(module: nn.Module, **facts: Any) -> None:
+def begin(module: nn.Module, **facts: object) -> None:
     """Do for an instance of a lean class as `nn.Module.__init__` does. Set facts, which are no modules or tensors, past
     `nn.Module.__setattr__`, which takes 1 µs for each."""
     held = module.__dict__

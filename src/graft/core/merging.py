@@ -227,7 +227,7 @@ def check_finite(chosen: Mapping[Any, Sequence[str]]) -> None:
         check(layer, chosen[layer], safe=True, undoable=False)
 
 
-def theirs(layer: Any, name: str) -> Callable[..., Any] | None:
+def theirs(layer: Layer, name: str) -> Callable[..., object] | None:
     """Return what has replaced a method of a layer: on itself, or on PEFT's class of its kind; None if nothing has."""
     own, now = getattr(type(layer), name), getattr(layer, name)
     if getattr(now, "__func__", None) is not own:
@@ -323,7 +323,7 @@ def _added(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: 
     return wide
 
 
-def _snapshot(layer: Layer) -> Any:
+def _snapshot(layer: Layer) -> object:
     """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None

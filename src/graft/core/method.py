@@ -48,7 +48,7 @@ def _reader(name: str) -> property:
     return property(read)
 
 
-def _not_built(method: Any, name: str) -> TypeError:  # after an AttributeError Python would ask `__getattr__`
+def _not_built(method: Method, name: str) -> TypeError:  # after an AttributeError Python would ask `__getattr__`
     return TypeError(
         f"{type(method).__name__} declares '{name}', and has none for adapter '{method.name}' on layer "
         f"'{method.site.key}': let build() return it there, or ask first whether there is one."
@@ -153,7 +153,7 @@ class Method:
     layer: Any  # Layer, with the containers of all adapters
     lenders: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are another layer's, and whose
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         for name, annotation in inspect.get_annotations(cls).items():
             if name in vars(cls):
@@ -189,7 +189,7 @@ class Method:
         return cls
 
     @classmethod
-    def default_targets(cls, model: Any) -> list[str] | str | None:
+    def default_targets(cls, model: nn.Module) -> list[str] | str | None:
         """Return `target_modules` for a config that names none; None if the method knows none for this model."""
         return cls.targets.get(model_type(model))
 
@@ -212,13 +212,13 @@ class Method:
         return None
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, nn.Parameter | nn.Module | Tensor | Any]:
+    def share(cls, layers: Layers) -> dict[str, nn.Parameter | nn.Module | Tensor | object]:
         """Make the tensors that all layers of the model share, by name. Parameters and modules train."""
         return {}
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[object], object]]:
         """Surround one run of the model in which adapters of this class act; yield the function for its output."""
         yield as_it_is
 
@@ -249,7 +249,7 @@ class Method:
             return f"{name} needs its weight, and {why}"
         return None
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Make all that the adapter adds to its layer, by name: parameters, modules, tensors (buffers), plain facts.
 
         A parameter that does not require gradients never trains. A method that takes a second argument,
@@ -336,7 +336,7 @@ class Method:
         return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
 
 
-def placeholders(method: Method, shared: dict[str, Any]) -> dict[str, Any]:
+def placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]:
     """Return what `build` gives where values come later, mostly on the meta device."""
     if method.takes_device:
         return method.build(shared, META)  # type: ignore[call-arg]

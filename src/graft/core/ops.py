@@ -58,7 +58,7 @@ class Op:
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
     opaque = False  # the layer gives nothing but its output with another weight
 
-    def variant(self, m: Any) -> Op:
+    def variant(self, m: nn.Module) -> Op:
         """Return the Op for this module: another one if an attribute changes the module's function."""
         return self
 
@@ -66,7 +66,7 @@ class Op:
         """Return (out, in): features or channels."""
         return m.out_features, m.in_features
 
-    def shape(self, m: Any) -> tuple[int, ...]:
+    def shape(self, m: nn.Module) -> tuple[int, ...]:
         """Return the shape of the canonical weight, also if the weight itself is packed or on meta."""
         return self.dims(m)
 
@@ -76,7 +76,7 @@ class Op:
     def uncanon(self, W: Tensor) -> Tensor:
         return W
 
-    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Run the layer's own function with another (canonical) weight and bias."""
         return F.linear(x, W, b)
 
@@ -101,15 +101,15 @@ class Op:
         """Return the gradient of a linear layer's input (rows, in) from that of its output (rows, out)."""
         return g @ W
 
-    def factorable(self, m: Any) -> bool:
+    def factorable(self, m: nn.Module) -> bool:
         """Return True if `down` and `up` together can do the work of a low-rank weight."""
         return True
 
-    def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Map the input to r channels. A (r, in·kernel)."""
         return F.linear(x, A)
 
-    def up(self, m: Any, z: Tensor, B: Tensor) -> Tensor:
+    def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
         """Map r channels to the output. B (out, r)."""
         return F.linear(z, B)
 
@@ -117,24 +117,24 @@ class Op:
         """Shape a vector over features or channels so that it broadcasts over this layer's activations."""
         return v
 
-    def scaled(self, m: Any, rows: Tensor) -> Tensor:
+    def scaled(self, m: nn.Module, rows: Tensor) -> Tensor:
         """Return rows of another table as the module, which takes ids, would output them."""
         return rows
 
-    def fixed(self, m: Any) -> str | None:
+    def fixed(self, m: nn.Module) -> str | None:
         """Return why the module with another weight cannot do what it and an adapter beside it do; None if it can."""
         return None
 
-    def groups(self, m: Any) -> int:
+    def groups(self, m: nn.Module) -> int:
         """Return the number of groups of channels that do not mix."""
         return 1
 
-    def stack(self, m: Any) -> int:
+    def stack(self, m: nn.Module) -> int:
         """Return the number of matrices that the weight is a stack of."""
         return 1
 
     def factor_modules(
-        self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
+        self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module] | None:
         """Make two modules whose composition is a rank-r update of this layer; None where there are none.
 
@@ -153,7 +153,7 @@ class Unknown(Op):
     def dims(self, m: Any) -> tuple[int, int]:
         return 0, 0
 
-    def shape(self, m: Any) -> tuple[int, ...]:
+    def shape(self, m: nn.Module) -> tuple[int, ...]:
         return ()
 
 
@@ -193,7 +193,7 @@ class Embedding(Op):
     transposed = True
     takes_ids = True
 
-    def variant(self, m: Any) -> Op:
+    def variant(self, m: nn.Module) -> Op:
         scale = getattr(m, "embed_scale", None)
         is_one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
         return SCALED_EMBEDDING if is_one else self
@@ -214,10 +214,10 @@ class Embedding(Op):
         """Look rows of A up. `max_norm` is for the weight: torch would shrink the rows of any table, in place."""
         return self.scaled(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
 
-    def factor_modules(self, *args: Any, **kwargs: Any) -> None:
+    def factor_modules(self, *args: object, **kwargs: object) -> None:
         return None
 
-    def fixed(self, m: Any) -> str | None:
+    def fixed(self, m: nn.Module) -> str | None:
         if getattr(m, "max_norm", None) is None:
             return None
         return f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
@@ -265,13 +265,13 @@ class Conv(Op):
     def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self._convolve(m, x, W, b, m.groups)
 
-    def factorable(self, m: Any) -> bool:
+    def factorable(self, m: nn.Module) -> bool:
         return bool(m.groups == 1)
 
     def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
         return self._convolve(m, x, A.view(A.shape[0], m.in_channels, *m.kernel_size), None, 1)
 
-    def up(self, m: Any, z: Tensor, B: Tensor) -> Tensor:
+    def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
         return self.conv(z, B.view(*B.shape, *[1] * self.spatial))
 
     def channels(self, v: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ class Conv(Op):
         return int(m.groups)
 
     def factor_modules(
-        self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
+        self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:
         down = self.module(
             m.in_channels,
@@ -316,7 +316,7 @@ class Opaque(Op):
 
     uncanon = canon
 
-    def shape(self, m: Any) -> tuple[int, ...]:
+    def shape(self, m: nn.Module) -> tuple[int, ...]:
         if self.packed is not None:
             return self.packed
         shape = tuple(getattr(m, self.parameter).shape)
@@ -326,7 +326,7 @@ class Opaque(Op):
         shape = self.shape(m)
         return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
 
-    def stack(self, m: Any) -> int:
+    def stack(self, m: nn.Module) -> int:
         shape = self.shape(m)
         return shape[0] if len(shape) > 2 else 1
 
@@ -353,13 +353,13 @@ class Opaque(Op):
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
     def factor_modules(
-        self, m: Any, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
+        self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:
         out_features, in_features = self.dims(m)
         r *= self.stack(m)
         return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
 
-    def apply(self, layer: Any, args: Any, kwargs: Any, W: Tensor) -> Any:
+    def apply(self, layer: Any, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> Any:
         """Return the output of a layer's base with W in place of the parameter."""
         base, name, path = layer.base_layer, self.parameter, self.parameter
         owner = base

@@ -61,7 +61,7 @@ class Piece:
         """The plans for layers of this kind, by those of other layers."""
         return {Sum: SumOfPieces, Chain: ChainOfPieces}
 
-    def check(self, x: Tensor, y: Any, key: str) -> None:
+    def check(self, x: Tensor, y: Tensor, key: str) -> None:
         """Raise UnsupportedLayerError unless the module gives the piece that its style says."""
         features = None if self.outputs is None else self.outputs.length(self.outputs.rank) * self.outputs.stripes
         right = type(y) is Tensor and y.dim() and (features is None or y.shape[-1] == features)
@@ -79,7 +79,7 @@ class Piece:
     def check_draws(self, key: str) -> None:
         """Raise RuntimeError if the processes would draw different random numbers for tensors that are equal."""
         own = [zlib.crc32(bytes(state.tolist())) for state in states()]
-        found: list[Any] = [None] * dist.get_world_size(self.group)
+        found: list[object] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, own, group=self.group)
         if any(other != own for other in found):
             raise RuntimeError(
@@ -99,7 +99,7 @@ def refuse_pieces(sites: Iterable[tuple[str, Any]], what: str) -> None:
         )
 
 
-def described(t: Any) -> str:
+def described(t: Tensor) -> str:
     return f"a {type(t).__name__}{tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 
@@ -176,7 +176,7 @@ class OfPieces:
     steps: list[Step]
     checked = False  # draws of a training pass
 
-    def base(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the base layer's output, a piece of it if that is what the module returns."""
         layer = self.layer
         out = layer.base_layer(x, *args, **kwargs)
@@ -202,7 +202,7 @@ def draws(m: Method) -> bool:
 
 
 class SumOfPieces(OfPieces, Sum):
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         y = self.base(x, args, kwargs)
         if self.layer.call.open and self.layer.call.weights() is not None:
             return self.given_out(self.gated(x, y))
@@ -229,7 +229,7 @@ class ChainOfPieces(OfPieces, Chain):
     def bias(self, n: int | None = None) -> Tensor | None:
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
-    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         if n == 0:
             return self.base(x, args, kwargs)
         m, effect = self.steps[n - 1]
@@ -237,7 +237,9 @@ class ChainOfPieces(OfPieces, Chain):
             return self.rewritten(n - 1, m, effect, x, args, kwargs)
         return super().through(n, x, args, kwargs)
 
-    def rewritten(self, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def rewritten(
+        self, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor:
         piece = self.layer.site.piece
         whole = joined(x, piece.inputs)
         inner = x if effect.pre is None else cut_up(effect.pre(whole).to(x.dtype), piece.inputs)
@@ -264,5 +266,5 @@ class ChainOfPieces(OfPieces, Chain):
     def channels(self, v: Tensor) -> Tensor:
         return cut_up(v, self.layer.site.piece.outputs, 0)
 
-    def dropped(self, module: Any, x: Tensor) -> Tensor:
+    def dropped(self, module: object, x: Tensor) -> Tensor:
         return dropped(self.layer, module, x)

@@ -190,7 +190,7 @@ class Plan:
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
 
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         raise NotImplementedError
 
     def over(self, x: Tensor, y: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class Sum(Plan):
         self.join = JOIN[type(self.steps[0][1])]
         self.single = len(self.steps) == 1
 
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         layer = self.layer
         if layer.call.open and layer.call.weights() is not None:
             x = once(x)
@@ -296,7 +296,7 @@ class Chain(Plan):
         self.overs = [_over_rewrite if isinstance(effect, Rewrite) else _over_add for _, effect in self.steps]
         self.above = all([effect.above for _, effect in self.steps])
 
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         if self.layer.call.open and self.layer.call.weights() is not None:
             return self.gated(x, self.through(0, x, args, kwargs))
         return self.through(len(self.steps), x, args, kwargs)
@@ -316,7 +316,7 @@ class Chain(Plan):
         b = self.channels(b)
         return (effect.post(x, y - b) + b).to(y.dtype)
 
-    def through(self, n: int, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the layer with the first n steps on it."""
         if n == 0:
             return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
@@ -353,7 +353,9 @@ def way(effect: Effect) -> str:
     return "gain" if isinstance(effect, LowRank) and effect.gains else "add"
 
 
-def _rewrite(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _rewrite(
+    plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
     x = once(x)
     inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
     y = plan.through(n, inner, args, kwargs)
@@ -364,11 +366,13 @@ def _over_rewrite(plan: Chain, n: int, m: Method, effect: Any, x: Tensor, y: Ten
     return plan.after(n, m, effect, seen(plan.layer, m, effect, x), y)
 
 
-def _over_add(plan: Chain, n: int, m: Method, effect: Any, x: Tensor, y: Tensor) -> Tensor:
+def _over_add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
     return (y + plan.part(m, effect, x, y)).to(y.dtype)
 
 
-def _fold(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _fold(
+    plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
     """Run the layer's own function with the folded weight: nothing else sees the patches that a kernel sees."""
     if not plan.layer.store.exact:
         return again(plan.layer, _with_folded, plan, n, x)
@@ -385,12 +389,16 @@ def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
     return y.to(out) if y.dtype == W.dtype else y  # autocast chose another
 
 
-def _add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _add(
+    plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
     x = once(x)
     return _over_add(plan, n, m, effect, x, plan.through(n, x, args, kwargs))
 
 
-def _gain(plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _gain(
+    plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Tensor:
     layer, f = plan.layer, effect.factors()
     fuse = n == 0 and layer.may_fuse
     if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
@@ -467,7 +475,7 @@ class Folded(Plan):
         self.products = [effect for _, effect in self.steps if isinstance(effect, LowRank) and effect.additive]
         self.routes = layer.site.experts is not None and len(self.products) == len(self.steps)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> Any:
         layer = self.layer
         gated = layer.call.open and layer.call.weights() is not None
         if self.routes and (gated or self.op.packed is not None):
@@ -519,12 +527,12 @@ class Whole(Plan):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> Any:
         output = self.layer.base_layer(*args, **kwargs)
         x, gates = self.input(args, kwargs), self.layer.call.open and self.layer.call.weights() is not None
         return with_first(output, lambda y: self.gated(x, y) if gates else self.add(x, y))
 
-    def input(self, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         names = self.names
         effect: Any = self.steps[0][1]
         x: Tensor = effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})
@@ -543,12 +551,12 @@ class Block(Plan):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> Any:
         x, call = self.input(args, kwargs)
         inner, given = self.before(x)
         return with_first(call(inner), lambda y: self.after(given, y))
 
-    def input(self, args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def input(self, args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Return the first input, and the module as a function of it."""
         layer, x = self.layer, first_of(self.names, args, kwargs)
         if args:
@@ -580,7 +588,7 @@ class Level(Chain):
 
     above = True
 
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         y = self.through(0, x, args, kwargs)
         return self.gated(x, y) if self.layer.call.open and self.layer.call.weights() is not None else self.over(x, y)
 
@@ -611,7 +619,7 @@ def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
 class Apart(Plan):
     """Adapters each of which acts on rows of its own, in a call that does not say which."""
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> Any:
         raise self.no_rows()
 
     def no_rows(self) -> RoutingError:
@@ -662,7 +670,7 @@ def drop_inputs(layer: Layer) -> None:
         del kept[tap]
 
 
-def first_of(names: Sequence[str], args: Any, kwargs: Any) -> Any:
+def first_of(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """Return the first input of a module that has arguments of these names."""
     return args[0] if args else kwargs[names[0]]
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import RoutingError
 from graft.core.rows import Rows
 from graft.kernels.experts import Part
 from graft.kernels.waits import constant
+
+if TYPE_CHECKING:
+    from graft.core.protocols import Layer
 
 HANDED = "_graft_handed"  # mark on the innermost module, while layers around it run
 
@@ -72,7 +75,7 @@ class Handed:
 
 
 def route(
-    experts: Any, layer: Any, owner: Any, args: Any, kwargs: Any, parts: Sequence[Own], groups: Groups | None
+    experts: Any, layer: Layer, owner: nn.Module, args: Any, kwargs: Any, parts: Sequence[Own], groups: Groups | None
 ) -> Any:
     """Return the output of a layer's base with these parts on its stack.
 

@@ -262,7 +262,7 @@ def parameters_of(model: nn.Module) -> list[str]:
     return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
 
 
-def copies_of(model: Any, kwargs: Mapping[str, Any]) -> int:
+def copies_of(model: object, kwargs: Mapping[str, Any]) -> int:
     """Return how often the `generate` of a model repeats each row: for beams, or for several samples."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     settings = ("num_beams", "num_return_sequences")

@@ -32,7 +32,7 @@ def bare(name: str) -> str:
     return PARTS.sub("", name)
 
 
-def place_inside(module: Any) -> str | None:
+def place_inside(module: nn.Module) -> str | None:
     """Return the attribute under which a wrapper has the module within; None for any other module."""
     modules = module._modules
     if len(modules) != 1:
@@ -41,7 +41,7 @@ def place_inside(module: Any) -> str | None:
     return name if name in INNER or (name == "module" and type(module).__name__ in AROUND) else None
 
 
-def inside(module: Any) -> Any:
+def inside(module: nn.Module) -> Any:
     """Return the module within a wrapper; None for any other module."""
     name = place_inside(module)
     return None if name is None else module._modules[name]
@@ -69,7 +69,9 @@ def parameters_in(module: nn.Module) -> dict[str, Tensor]:
 HOOK = "_hf_hook"  # accelerate's mark on a module
 
 
-def brought_in(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, Callable[[Any], Any] | None]:
+def brought_in(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Any, Any, Callable[[Any], Any] | None]:
     """Return the arguments of a call on the device to which the module's hook would move them, and the function for the
     output that moves it to where the hook would; None if it stays."""
     hook = module.__dict__[HOOK]

@@ -55,7 +55,7 @@ class AdaptionPrompt(Method):
     adaption_gate: nn.Parameter  # (1,)
 
     @classmethod
-    def default_targets(cls, model: Any) -> str:
+    def default_targets(cls, model: nn.Module) -> str:
         kind = model_type(model)
         if kind not in cls.targets:
             raise ConfigError(
@@ -87,7 +87,7 @@ class AdaptionPrompt(Method):
     def describe(self) -> Effect:
         return Branch(self.branch, input_of=self.input_of)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
         projection: Any = site.module._modules["c_attn" if fused(site.module) else "q_proj"]
         hidden, dtype = find_op(projection).dims(projection)[1], site.weight.where()[1]

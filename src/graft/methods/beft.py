@@ -39,7 +39,7 @@ class BEFT(Method):
         has_bias = getattr(self.site.module, "bias", None) is not None
         return Update(None, bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         if self.effect.fixed is not None:
             text = "Layer {} has no bias. Note you cannot merge the BEFT adapter into the base layer."
             warn_of(self.site.key, text, PeftWarning)

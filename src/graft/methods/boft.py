@@ -79,7 +79,7 @@ class BOFT(Method):
             raise ConfigError(f"{wrong} (layer '{self.site.key}'). Choose other blocks, or do not target this layer.")
         return why
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, n, blocks = self.cfg, self.width, self.blocks
         F, b, out = cfg.boft_n_butterfly_factor, n // blocks, self.site.out_features
         values = dict(

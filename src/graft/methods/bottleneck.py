@@ -105,7 +105,7 @@ class BottleneckConfig(Targeted):
         return r.get(str(block), r.get("default", 0))
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> BottleneckConfig:
+    def preset(cls, name: str, **changes: object) -> BottleneckConfig:
         """Return the config of a paper, by AdapterHub's name for it, with some fields changed.
 
         Raises:
@@ -227,7 +227,7 @@ def embedded(paths: list[str], modules: Collection[str]) -> str | None:
     return None
 
 
-def bare(module: Any) -> Any:
+def bare(module: nn.Module) -> Any:
     """Return a module as it is without adapters."""
     return None if module is None else next(walk(module))[1]
 
@@ -296,7 +296,7 @@ class Bottleneck(Method):
     common: ClassVar[dict[str, Any]] = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
 
     @classmethod
-    def default_targets(cls, model: Any) -> str:
+    def default_targets(cls, model: nn.Module) -> str:
         return PLACES
 
     @classmethod
@@ -307,7 +307,7 @@ class Bottleneck(Method):
         cfg.width = hidden_size(model)
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         cfg = layers.cfg
         if not cfg.phm_layer:
             return {}
@@ -359,7 +359,7 @@ class Bottleneck(Method):
             return Rewrite(part=self.beside, tapped=True, block=block)
         return Rewrite(part=self.after, block=block)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, place = self.cfg, self.place
         if place.role == "tap":
             return dict(bottleneck_tap=Transient(torch.empty(0)))
@@ -367,7 +367,7 @@ class Bottleneck(Method):
             factor = cfg.inv_adapter_reduction_factor
             return dict(bottleneck_inv=Coupling(self.width, factor, cfg.non_linearity.lower()))
         H, d = self.width, self.narrow
-        made: dict[str, Any] = {}
+        made: dict[str, object] = {}
         if cfg.phm_layer:
             made |= dict(bottleneck_down=Kronecker(cfg.phm_dim, H, d), bottleneck_up=Kronecker(cfg.phm_dim, d, H))
         else:
@@ -432,7 +432,7 @@ class Bottleneck(Method):
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
         return self.u(x)
 
-    def after_embedding(self, ids: Any, y: Tensor) -> Tensor:
+    def after_embedding(self, ids: object, y: Tensor) -> Tensor:
         out: Tensor = self.bottleneck_inv(y.to(self.dtype))
         return out
 

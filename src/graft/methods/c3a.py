@@ -66,7 +66,7 @@ class C3A(Method):
                 )
         return why
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         b = self.cfg.block_size
         return dict(
             c3a_kernel=nn.Parameter(torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)),

@@ -56,7 +56,7 @@ class DEFT(Method):
     def uses_weight(self) -> Use:
         return Use.STARTS if self.cfg.init_weights and not self.cfg.para else Use.NOT
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)
         values = dict(

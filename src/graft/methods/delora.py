@@ -50,7 +50,7 @@ class DeLoRA(Method):
     delora_lambda: nn.Parameter  # (1,)
     delora_dropout: nn.Module
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         return dict(
             delora_A=nn.Parameter(torch.empty(cfg.r, site.fan_in)),

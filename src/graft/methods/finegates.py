@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn_of
 from graft.core.method import Method
 from graft.core.published import COMPARISON, Published
+
+if TYPE_CHECKING:
+    from graft.core.tuner import Tuner
 
 
 @dataclass(kw_only=True)
@@ -46,7 +49,7 @@ class FineGatesConfig(Targeted, LayerRange):
                 raise ConfigError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
 
-def found(tuner: Any, adapter_names: str | list[str] | None) -> list[FineGates]:
+def found(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:
     """Return the adapters of these names on all layers; the active ones if None."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
@@ -57,7 +60,7 @@ def found(tuner: Any, adapter_names: str | list[str] | None) -> list[FineGates]:
     return [m for m in held if isinstance(m, FineGates)]
 
 
-def sparsity_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the mean of `FineGates.loss` over layers and adapters, (); 0.0 without any.
 
     Raises:
@@ -68,7 +71,7 @@ def sparsity_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> T
 
 
 @torch.no_grad()
-def compression(tuner: Any, adapter_names: str | list[str] | None = None) -> dict[str, float]:
+def compression(tuner: Tuner, adapter_names: str | list[str] | None = None) -> dict[str, float]:
     """Return the shares of rows, columns and entries of the adapted weights that closed gates leave out."""
     sizes = torch.zeros(3, 2)  # of all; of those that are left
     for m in found(tuner, adapter_names):
@@ -98,7 +101,7 @@ class FineGates(Method):
             return "FineGates scales inputs, and those of an embedding are ids"
         return super().check()
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         rows, columns = torch.empty(self.site.out_features), torch.empty(self.site.in_features)
         return dict(finegates_rows=nn.Parameter(rows), finegates_columns=nn.Parameter(columns))
 

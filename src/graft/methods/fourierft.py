@@ -48,7 +48,7 @@ class FourierFT(Spectral):
     fourierft_spectrum: nn.Parameter  # (n,)
     indices: Tensor  # (2, n), the places in F
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg = self.cfg
         return dict(
             fourierft_spectrum=nn.Parameter(torch.randn(cfg.n_frequency)),

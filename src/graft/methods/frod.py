@@ -135,13 +135,13 @@ class FRoD(Method):
     frod_dropout: nn.Module
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         cfg, existing, first = layers.cfg, layers.existing, next(iter(layers.others), None)
         groups: dict[str, list[Site]] = {}
         for site in layers.sites:
             groups.setdefault(category(site.key), []).append(site)
         generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for name in sorted(groups):
             n = width(name, groups[name])
             places = support(n, cfg.sparse_rate, generator)
@@ -156,7 +156,7 @@ class FRoD(Method):
                 values[f"frod_{part}.{name}"] = kept(t, cfg.save_projection)
         return values
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, Any]) -> dict[str, object]:
         cfg, site, mine = self.cfg, self.site, category(self.site.key)
         n = site.fan_in
         common = [shared[f"frod_{part}.{mine}"].container for part in ("V", "s_indices")] if shared else []

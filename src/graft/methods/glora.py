@@ -90,7 +90,7 @@ class GLoRA(Method):
     def describe(self) -> Effect:
         return Update(self.delta, of_weight=True, bias=self.shift if self.shifts else None)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, out, fan_in = self.cfg, self.site.out_features, self.site.fan_in
         C, D_E = (cfg.config_C, cfg.config_D_E) if self.shifts else ("none", "none")
         return dict(

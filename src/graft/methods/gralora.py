@@ -75,7 +75,7 @@ class GraLoRA(Method):
                 why = f"{name} should be divisible by gralora_k, but got {size} and {k}"
         return why
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site, k = self.cfg, self.site, self.cfg.gralora_k
         A, B = self.blocks()
         values = dict(

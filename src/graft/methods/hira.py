@@ -54,7 +54,7 @@ class HiRA(Method):
     def describe(self) -> Effect:
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, r = self.site, self.cfg.r
         kernel = site.shape[2:]
         A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))

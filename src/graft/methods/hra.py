@@ -48,7 +48,7 @@ class HRA(Method):
     def describe(self) -> Effect:
         return Rewrite(self.fold, pre=self.pre if self.site.takes_vectors else None)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))
         return dict(hra_u=u, hra_r=self.cfg.r, hra_apply_GS=self.cfg.apply_GS)
 

@@ -76,7 +76,7 @@ class IA3(Method):
         inner = self.inner
         return Rewrite(self.fold, pre=self.pre if inner else None, post=None if inner else self.post)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2
         shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)

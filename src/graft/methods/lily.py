@@ -49,12 +49,12 @@ def entry_of(targets: Any, key: str) -> str:
     return max((entry for entry in targets or () if key.endswith(entry)), key=len, default=key)
 
 
-def kinds(methods: Sequence[Any]) -> list[Any]:
+def kinds(methods: Sequence[Method]) -> list[object]:
     """Return the kind of each layer: layers of one kind have one B."""
     return [(entry_of(m.cfg.target_modules, m.site.key), m.site.shape) for m in methods]
 
 
-def strides(methods: Sequence[Any]) -> list[Any]:
+def strides(methods: Sequence[Method]) -> list[Any]:
     """Return the stretch of each layer: `stride_A` layers of a kind, one after another, have one A."""
     before = Counter[Any]()
     stretches = []
@@ -88,7 +88,7 @@ class Lily(Method):
     def describe(self) -> Effect:
         return Branch(self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         return dict(
             r=cfg.r,

@@ -40,7 +40,7 @@ class LNTuning(Method):
     def describe(self) -> Effect:
         return Replace(self.copied)
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         """Copy the module where it is, whatever `device`: that draws no random values."""
         made = standalone(self.site.module)
         for p in made.parameters():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from graft.core.method import Use
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
 from graft.methods.loraxs import largest
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
 
 
 @dataclass(kw_only=True)
@@ -56,7 +59,7 @@ class LoHa(Lycoris):
     hada_t2: nn.Parameter
 
     @classmethod
-    def split_budget(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[Method]) -> None:
         if methods and methods[0].cfg.use_khatri_rao and all(m.cp for m in methods):
             raise ConfigError(
                 f"use_khatri_rao has no effect: all layers of adapter '{methods[0].name}' are convolutions whose "
@@ -83,7 +86,7 @@ class LoHa(Lycoris):
             return LowRank(self.factors)
         return Update(self.delta, draws=self.draws)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, r = self.site, self.cfg.r
         if self.cp:
             a, b, t = (r, site.out_features), (r, site.shape[1]), self.kernel_shape

@@ -46,7 +46,7 @@ class LoKr(Lycoris):
     def describe(self) -> Effect:
         return Update(self.delta, branch=self.branch if self.site.takes_vectors else None, draws=self.draws)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         facts = self.facts() | dict(rank_dropout_scale=self.cfg.rank_dropout_scale)
         return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
 
@@ -65,7 +65,7 @@ class LoKr(Lycoris):
         return shapes | dict(w2_a=(k, r), w2_b=(r, n * math.prod(kernel)))
 
     def init(self) -> None:
-        zero: dict[Any, tuple[str, ...]] = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}
+        zero: dict[object, tuple[str, ...]] = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}
         for name in self.shapes():
             p = getattr(self, f"lokr_{name}")
             if name in zero[self.cfg.init_weights]:

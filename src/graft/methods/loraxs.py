@@ -69,7 +69,7 @@ class LoraXS(Method):
     def uses_weight(self) -> Use:
         return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site, r = self.cfg, self.site, self.cfg.r
         return dict(
             loraxs_R=nn.Parameter(torch.zeros(r, r)),

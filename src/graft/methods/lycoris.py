@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class Lycoris(Method):
         require_positive_rank(self.cfg.r)
         return super().check()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the plain facts that `build` adds to the layer."""
         cfg = self.cfg
         return dict(

@@ -59,7 +59,7 @@ class MiSS(Method):
             return f"`r` ({self.cfg.r}) must be less than or equal to in_features ({self.site.fan_in})"
         return why
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg = self.cfg
         return dict(
             miss_r=cfg.r,

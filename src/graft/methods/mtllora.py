@@ -62,7 +62,7 @@ class MtlLoRA(ByTask):
             return "MTL-LoRA adapts linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
         shapes = dict(A=(r, site.in_features), B=(n, site.out_features, r)) | {"lambda": (tasks, r)}

@@ -50,7 +50,7 @@ class OFTConfig(Targeted, LayerRange):
             )
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
         if "oft_block_size" not in kwargs:
             raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
         version = tuple(int(p[:9]) for p in str(kwargs.get("peft_version") or "0").split(".")[:2] if p.isdecimal())
@@ -88,7 +88,7 @@ class OFT(Method):
         kernel = len(self.site.shape) > 2  # overlapping patches: rotate the weight
         return Rewrite(self.fold, pre=None if kernel else self.pre, inward=True)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
         n = site.out_features if site.op.takes_ids else site.fan_in
         what = "r" if cfg.r else "oft_block_size"

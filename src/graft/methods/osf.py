@@ -60,7 +60,7 @@ class OSF(Method):
     osf_V_high: Tensor  # (k, fan_in), if out < fan_in
 
     @classmethod
-    def default_targets(cls, model: Any) -> Any:
+    def default_targets(cls, model: nn.Module) -> Any:
         return cls.targets.get(model_type(model), "all-linear")
 
     @property

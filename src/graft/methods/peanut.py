@@ -65,7 +65,7 @@ class PEANuT(Method):
     def describe(self) -> Effect:
         return LowRank(self.factors, of_weight=True)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
         A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another
         encoders, decoders = (nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(cfg.depth)) for _ in "ED")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -74,7 +73,7 @@ class Block:
         return ranked[0] if ranked else self.norms[-1] if self.norms else None
 
 
-def walk(module: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a model with their paths, as they are without adapters."""
     while (carrier := carrier_of(module)) is not None:
         module = carrier.base_module

@@ -79,7 +79,7 @@ class Poly(ByTask):
                 raise ConfigError(f"{what}={size} of layer '{site.key}' must be divisible by n_splits={q}.")
         return super().check()
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         q, k = cfg.n_splits, cfg.n_skills
         A, B = torch.empty(q, k, site.in_features // q, cfg.r), torch.empty(q, k, cfg.r, site.out_features // q)

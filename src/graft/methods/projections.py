@@ -58,7 +58,7 @@ def check_wide(name: str, size: int, needed: int) -> None:
         )
 
 
-def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, Any]:
+def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, object]:
     """Draw A (rows, widest in), then B (widest out, r), from one generator; or take those of the other adapters."""
     cfg, wide_in, wide_out = layers.cfg, layers.wide_in, layers.wide_out
     if layers.existing and layers.others:

@@ -130,7 +130,7 @@ class PSOFT(Method):
         A, B = self.components() if basis.A.is_meta else (basis.A, basis.B)
         return stored | {(BASIS, "A"): A, (BASIS, "B"): B}
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, r = self.cfg, self.cfg.r
         return dict(
             r=r,

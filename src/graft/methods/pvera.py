@@ -58,7 +58,7 @@ class PVeRA(Method):
         self.before: Tensor | None = None  # the generator's state before the last draw
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         return projections(layers, ("pvera_A", "pvera_B"), 2 * layers.cfg.r)
 
     def check(self) -> str | None:
@@ -66,7 +66,7 @@ class PVeRA(Method):
             return "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
         return super().check()
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg = self.cfg
         return shared | dict(
             r=cfg.r,

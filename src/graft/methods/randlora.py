@@ -53,7 +53,7 @@ class RandLoRA(Method):
     scaling: float
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]
         d, D = max(size[0] for size in sizes), max(size[1] for size in sizes)
@@ -72,7 +72,7 @@ class RandLoRA(Method):
         d, D = sorted((self.site.out_features, self.site.fan_in))
         return -(-d // self.cfg.r), d, D
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, (n, d, _) = self.cfg, self.sizes
         return shared | dict(
             r=cfg.r,

@@ -47,7 +47,7 @@ class ReftConfig(StatesConfig):
             raise ConfigError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> ReftConfig:
+    def preset(cls, name: str, **changes: object) -> ReftConfig:
         """Return the config of a variant ("loreft", "noreft", "direft") with some fields changed.
 
         Raises:
@@ -100,9 +100,9 @@ class Reft(OnStates):
     def of_suffix(self) -> list[str]:
         return ["_suffix"] if self.cfg.suffix_positions and not self.cfg.tied_weights else []
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         H, r = self.width or 0, self.cfg.r
-        made: dict[str, Any] = {}
+        made: dict[str, object] = {}
         for unit in self.units:
             made[f"reft_A{unit}"] = nn.Linear(H, r)
             made[f"reft_R{unit}"] = nn.Parameter(torch.empty(r, H))
@@ -116,7 +116,7 @@ class Reft(OnStates):
             else:
                 nn.init.kaiming_uniform_(R, a=5**0.5)
 
-    def part(self, x: Any, y: Tensor) -> Tensor:
+    def part(self, x: Tensor, y: Tensor) -> Tensor:
         """Return what is added to y, (rows, tokens, H) or (rows, H)."""
         h = y[:, None] if y.dim() == 2 else y
         delta = torch.zeros_like(h, dtype=self.dtype)

@@ -72,7 +72,7 @@ class Road(Method):
         why = "A pair of channels that are in two groups of a convolution has no kernel" if torn else None
         return Rewrite(self.fold, post=self.post, fixed=why)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
         return dict(
             variant=self.cfg.variant,

@@ -49,7 +49,7 @@ class ShiraConfig(Targets):
             )
 
 
-def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: Any) -> Tensor:
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: object) -> Tensor:
     """Return a mask of the weight's shape with r · (in + out) ones at random places, the same for the same seed."""
     weight: Any = base_layer.weight
     places = random_places(weight.shape, r, random_seed).to(weight.device)
@@ -95,7 +95,7 @@ class SHiRA(Method):
     def uses_weight(self) -> Use:
         return Use.STARTS if self.cfg.mask_fn not in (None, random_mask) else Use.NOT  # a mask may look at it
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         return dict(
             r=self.cfg.r,
             scaling=1.0,

@@ -56,7 +56,7 @@ class Steering(OnStates):
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
-    def part(self, x: Any, y: Tensor) -> Tensor:
+    def part(self, x: Tensor, y: Tensor) -> Tensor:
         """Return what is added to y, (rows, …, H)."""
         h, call = y.to(self.dtype), self.layer.call
         c = call.fact(COEFFICIENT)
@@ -95,7 +95,7 @@ class Steering(OnStates):
         return {} if given is None else {COEFFICIENT: coefficients(given, run)}
 
 
-def coefficients(given: Any, run: Run) -> Tensor:
+def coefficients(given: object, run: Run) -> Tensor:
     """Return a number for each row, (batch,)."""
     try:
         c = torch.as_tensor(given, dtype=torch.float32)

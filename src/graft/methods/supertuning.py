@@ -84,7 +84,7 @@ class SuperTuning(Method):
             )
         return super().check()
 
-    def excludes(self, other: Any) -> str | None:
+    def excludes(self, other: object) -> str | None:
         saves = getattr(other, "save_precomputed_indices", self.cfg.save_precomputed_indices)
         return None if saves == self.cfg.save_precomputed_indices else SAVING
 
@@ -94,7 +94,7 @@ class SuperTuning(Method):
     def describe(self) -> Effect:
         return Update(self.delta, beside=None if self.cfg.r is None else self.factors_beside)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         keep = (lambda t: t) if cfg.save_precomputed_indices else Transient
         values = dict(

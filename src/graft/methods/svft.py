@@ -78,7 +78,7 @@ class SVFT(Method):
     def uses_weight(self) -> Use:
         return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, n = self.site, self.n
         d = min(self.cfg.off_diag, n - 1)
         numbers = n * (2 * d + 1) - d * (d + 1)

@@ -64,7 +64,7 @@ class TinyLoRA(Method):
     tinylora_group: int
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         cfg, sites = layers.cfg, layers.sites
         groups = max(1, round(len(sites) * (1 - cfg.weight_tying)))
         vectors = nn.ParameterDict()
@@ -82,7 +82,7 @@ class TinyLoRA(Method):
         """r, as far as the weight has that many singular vectors."""
         return min(int(self.cfg.r), self.site.fan_in, self.site.out_features)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, Any]) -> dict[str, object]:
         cfg, site, r = self.cfg, self.site, self.rank
         places = shared["tinylora_places"].container[self.name] if shared else {}
         place, groups, layers = places.get(site.key, (0, 1, 1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from graft.core.method import Method, Use
 from graft.core.rows import Run, Same
 from graft.kernels.waits import demand
 from graft.methods.loraxs import largest
+
+if TYPE_CHECKING:
+    from graft.core.call import Call
 
 TIMESTEP = "timestep"
 
@@ -102,7 +105,7 @@ class TLoRA(Method):
     def uses_weight(self) -> Use:
         return Use.STARTS if self.cfg.use_data_init else Use.NOT
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, r = self.site, self.cfg.r
         shapes = dict(P=(site.out_features, r), Q=(r, site.fan_in)) | {"lambda": (r,)}
         return dict(
@@ -178,7 +181,7 @@ class TLoRA(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
         """Give the timestep of each row to the layers: that of the block around the call, or of its arguments.
 
         Raises:
@@ -206,7 +209,7 @@ MISSING = (
 )
 
 
-def per_row(t: Any) -> Same | Tensor:
+def per_row(t: object) -> Same | Tensor:
     """Return a timestep, a number, (), (1,) or (batch,), as a fact about each row."""
     if t is None:
         raise RoutingError(MISSING)

@@ -74,7 +74,7 @@ class TrainableTokens(Method):
     def describe(self) -> Effect:
         return Rewrite(self.fold, post=self.post, apart=True, looks_up=True)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)
         tokens, order = torch.tensor(indices).sort()

@@ -94,7 +94,7 @@ class UniLoRA(Method):
     unilora_dropout: nn.Module
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         cfg = layers.cfg
         theta = torch.empty(cfg.theta_d_length)
         if cfg.init_weights:
@@ -103,7 +103,7 @@ class UniLoRA(Method):
             nn.init.normal_(theta)
         return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(layers.sites, cfg))
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, Any]) -> dict[str, object]:
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first

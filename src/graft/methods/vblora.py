@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
 from graft.kernels.waits import demand
+
+if TYPE_CHECKING:
+    from graft.core.tuner import Tuner
 
 
 @dataclass(kw_only=True)
@@ -95,7 +98,7 @@ def savable_parameters(tuner: Any, adapter: str = "default") -> tuple[int, int]:
     return int(bank + size), others
 
 
-def print_savable_parameters(tuner: Any, adapter: str = "default") -> None:
+def print_savable_parameters(tuner: Tuner, adapter: str = "default") -> None:
     """Print how many numbers a file of `adapter` holds."""
     own, others = savable_parameters(tuner, adapter)
     print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
@@ -128,7 +131,7 @@ class VBLoRA(Method):
     looked_at: Tensor | None = None  # the logits, since they were made or loaded
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         cfg = layers.cfg
         bank = torch.empty(cfg.num_vectors, cfg.vector_length)
         with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before the logits, and keeps the last
@@ -145,7 +148,7 @@ class VBLoRA(Method):
                 why = f"`{name}` {size} must be divisible by `vector_length` {L}"
         return why
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
         dropout = dropout_for(self.cfg.vblora_dropout)
         own = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)

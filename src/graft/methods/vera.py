@@ -48,10 +48,10 @@ class VeRA(Method):
     vera_dropout: nn.Module
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         return projections(layers, ("vera_A", "vera_B"), layers.cfg.r)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg = self.cfg
         return shared | dict(
             r=cfg.r,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from graft.config.targets import WAVELET
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.kernels.transforms import Basis, Plain, Sparse, Wavelet
 from graft.methods.spectral import Spectral, SpectralConfig
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
 
 
 @dataclass(kw_only=True)
@@ -149,7 +152,7 @@ class WaveFT(Spectral):
     waveft_indices: Tensor  # (2, n), the places in M
 
     @classmethod
-    def split_budget(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[Method]) -> None:
         cfgs = [m.cfg for m in methods]
         sizes = [m.site.out_features * m.site.fan_in for m in methods]
         for m, cfg, size in zip(methods, cfgs, sizes):
@@ -157,7 +160,7 @@ class WaveFT(Spectral):
                 m.cfg = copy.copy(cfg)
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg = self.cfg
         return dict(
             waveft_spectrum=nn.Parameter(torch.zeros(cfg.n_frequency)),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from graft.config.hub import fetch
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
 from graft.core.rows import BASE, Rows, Run
+
+if TYPE_CHECKING:
+    from graft.core.protocols import Layer
+    from graft.core.tuner import Tuner
 
 
 @dataclass(kw_only=True)
@@ -54,7 +58,7 @@ class XLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         # expert → (where this config was read, sub-folder there, keywords for the hub)
-        self.beside: dict[str, tuple[str, str, dict[str, Any]]] = {}
+        self.beside: dict[str, tuple[str, str, dict[str, object]]] = {}
         if self.hidden_size is None:
             warn(
                 "No value was provided for `hidden_size`. This will be set to 4096 by default, please ensure that "
@@ -78,7 +82,7 @@ class XLoraConfig(PeftConfig):
         if not 0 <= self.xlora_dropout_p <= 1:
             raise ConfigError(f"`xlora_dropout_p` must be between 0 and 1, got {self.xlora_dropout_p}.")
 
-    def to_json(self, auto_mapping_dict: dict[str, Any] | None = None) -> str:
+    def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
         """Return the text of adapter_config.json, with the experts in their order, which means something."""
         values = json.loads(super().to_json(auto_mapping_dict))
         return json.dumps({**values, "adapters": self.adapters}, indent=2)
@@ -88,7 +92,7 @@ class XLoraConfig(PeftConfig):
         if "adapters" in options:
             self.adapters, self.beside = dict(options["adapters"]), {}
 
-    def read_from(self, where: str, subfolder: str | None = None, **hub: Any) -> None:
+    def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
         """Note which experts are saved beside this config, in sub-folders that have their names.
 
         Their order is that of the classifier's outputs. PEFT, which calls them 0, 1, 2, …, sorts them as text.
@@ -108,7 +112,7 @@ class Scalings:
     layers: dict[str, int]  # path → place in `weights`
     experts: dict[str, int]  # adapter → place in `weights`
 
-    def apply(self, layer: Any, adapter: str, part: Tensor) -> Tensor:
+    def apply(self, layer: Layer, adapter: str, part: Tensor) -> Tensor:
         w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
         if part.shape[:2] != w.shape:
             raise RoutingError(
@@ -117,7 +121,7 @@ class Scalings:
             )
         return part * w[..., None].to(part.device)
 
-    def of_tokens(self, layer: Any, adapter: str, tokens: int) -> Tensor:
+    def of_tokens(self, layer: Layer, adapter: str, tokens: int) -> Tensor:
         w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
         if w.numel() != tokens:
             raise RoutingError(
@@ -130,7 +134,7 @@ class Scalings:
         return Scalings(self.weights[index.to(self.weights.device)], self.layers, self.experts)
 
 
-def chosen(scalings: Tensor, cfg: Any) -> Tensor:
+def chosen(scalings: Tensor, cfg: XLoraConfig) -> Tensor:
     """Return the weights that act: the `top_k_lora` largest, through a softmax if wanted, times the global weight."""
     if cfg.top_k_lora is not None:
         kept = scalings.topk(cfg.top_k_lora, dim=-1).indices
@@ -166,7 +170,7 @@ class XLoraClassifier(nn.Module):
             layers.append(nn.Linear(before, after, **where))
         self.layers = nn.Sequential(*layers)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "latest": None}  # a part of a graph, which cannot be copied
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -192,7 +196,7 @@ class XLoraClassifier(nn.Module):
         return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)  # type: ignore[arg-type]
 
 
-def set_topk_lora(tuner: Any, value: int | None) -> None:
+def set_topk_lora(tuner: Tuner, value: int | None) -> None:
     """Let only so many experts act on each token; None: all of them.
 
     Raises:
@@ -202,46 +206,46 @@ def set_topk_lora(tuner: Any, value: int | None) -> None:
     tuner.classifier.config.top_k_lora = value
 
 
-def set_global_scaling_weight(tuner: Any, weight: float) -> None:
+def set_global_scaling_weight(tuner: Tuner, weight: float) -> None:
     """Multiply what all experts add by `weight`."""
     tuner.classifier.config.global_scaling_weight = weight
 
 
-def get_global_scaling_weight(tuner: Any) -> float:
+def get_global_scaling_weight(tuner: Tuner) -> float:
     weight: float = tuner.classifier.config.global_scaling_weight
     return weight
 
 
-def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
+def set_scaling_pass_value(tuner: Tuner, value: float | None) -> None:
     """Set the weight of every expert in the first pass; None: 1 / number of experts."""
     tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
 
 
-def get_latest_scalings(tuner: Any) -> Tensor | None:
+def get_latest_scalings(tuner: Tuner) -> Tensor | None:
     """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
     latest: Tensor | None = tuner.classifier.latest
     return latest
 
 
-def get_scalings_log(tuner: Any) -> list[Tensor]:
+def get_scalings_log(tuner: Tuner) -> list[Tensor]:
     """Return the weights of the calls since logging was turned on, in a list of its own."""
     return list(tuner.classifier.log_scalings)
 
 
-def enable_scalings_logging(tuner: Any) -> None:
+def enable_scalings_logging(tuner: Tuner) -> None:
     tuner.classifier.scalings_logging = True
 
 
-def disable_scalings_logging(tuner: Any) -> None:
+def disable_scalings_logging(tuner: Tuner) -> None:
     """Turn logging off, and keep the log."""
     tuner.classifier.scalings_logging = False
 
 
-def clear_scalings_log(tuner: Any) -> None:
+def clear_scalings_log(tuner: Tuner) -> None:
     tuner.classifier.log_scalings.clear()
 
 
-def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
+def get_bucketed_scalings_log(tuner: Tuner) -> dict[int, tuple[list[int], list[Tensor]]]:
     """Return the log by number of tokens: {tokens: (places in the log, weights)}."""
     buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, scalings in enumerate(tuner.classifier.log_scalings):
@@ -285,7 +289,7 @@ class XLora(Method):
     tuner_methods = API
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: Layers) -> dict[str, object]:
         raise ConfigError("X-LoRA adapts no layers itself: its experts do. Use get_peft_model.")
 
     @classmethod
@@ -325,7 +329,7 @@ class XLora(Method):
                 handle.remove()
 
 
-def weigh(tuner: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
+def weigh(tuner: Tuner, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
     """Return the gates for a forward pass with these arguments."""
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config

@@ -146,7 +146,7 @@ def last(ids: Tensor, invocation: Tensor) -> Tensor:
     return torch.where(start > 0, positions - start + 1, 0)
 
 
-def offsets_from(given: Any, run: Run) -> Offsets:
+def offsets_from(given: object, run: Run) -> Offsets:
     """Return the caller's offsets: a number for each row, or None where the adapter is not to act."""
     values = given.tolist() if isinstance(given, Tensor) else list(given) if isinstance(given, Sequence) else None
     if values is None or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
@@ -222,7 +222,7 @@ class ALoRA(LoRA):
                 yield finish
 
 
-def beams(model: Any, run: Run) -> int:
+def beams(model: nn.Module, run: Run) -> int:
     config = run.kwargs.get("generation_config") or getattr(model, "generation_config", None)
     n: int = run.kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
     return n if run.generates else 1

@@ -7,7 +7,6 @@ Block k of a factor (m, n) has rows k m / nb … and columns k n / nb …; the b
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ class BdLoRA(LoRA):
             raise ConfigError(f"lora_bias=True is not supported for the block-diagonal B of layer '{site.key}'.")
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         values, site, r, n = super().build(shared, device), self.site, self.cfg.r, self.cfg.use_bdlora.nblocks
         if self.side == "A":
             values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)

@@ -44,7 +44,7 @@ def ops_of(mapping: dict[type[nn.Module], Any]) -> dict[type[nn.Module], Op]:
     return found
 
 
-def check_invocation(cfg: Any) -> None:
+def check_invocation(cfg: LoraConfig) -> None:
     """Raise ConfigError for invocation tokens that cannot occur."""
     tokens = cfg.alora_invocation_tokens
     if tokens is None:
@@ -58,7 +58,7 @@ def check_invocation(cfg: Any) -> None:
         warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
 
-def check_loftq(cfg: Any) -> None:
+def check_loftq(cfg: LoraConfig) -> None:
     """Make the settings of LoftQ a dict, as in files."""
     if cfg.init_lora_weights == "loftq":
         if not cfg.loftq_config:
@@ -69,7 +69,7 @@ def check_loftq(cfg: Any) -> None:
         cfg.loftq_config = {}
 
 
-def check_start(cfg: Any) -> None:
+def check_start(cfg: LoraConfig) -> None:
     """Complete the settings of the initialisation; raise ConfigError where options contradict it."""
     if str(cfg.init_lora_weights).lower() == "olora":  # which PEFT takes in any spelling
         cfg.init_lora_weights = "olora"
@@ -177,13 +177,13 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         check_start(self)
 
     @classmethod
-    def tolerant(cls, values: dict[str, Any]) -> PeftConfig:
+    def tolerant(cls, values: dict[str, object]) -> PeftConfig:
         mark = "lora_B_layout"  # Unsloth's, of a file, which `io.layouts` reads
         config = super().tolerant({k: v for k, v in values.items() if k != mark})
         vars(config).update({mark: values[mark]} if mark in values else {})  # no field: no file of graft's has it
         return config
 
-    def _register_custom_module(self, mapping: dict[type[nn.Module], Any]) -> None:
+    def _register_custom_module(self, mapping: dict[type[nn.Module], object]) -> None:
         """Let an injection adapt modules of further types. No file holds this: say it again before a load.
 
         Args:

@@ -47,7 +47,7 @@ class DoraCaching:
         self(self.enabled)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self(self.before.pop())
 
     def __call__(self, enabled: bool = True) -> None:
@@ -66,9 +66,9 @@ class Kept:
         return all(a is b for a, b in zip(of, self.of)) and self.state == state_of(of, scaling)
 
 
-def state_of(tensors: Sequence[Tensor], scaling: float) -> list[Any]:
+def state_of(tensors: Sequence[Tensor], scaling: float) -> list[object]:
     """Return what changes with the values of tensors."""
-    state: list[Any] = [DoraCaching.switched, scaling]
+    state: list[object] = [DoraCaching.switched, scaling]
     for t in tensors:
         if is_traceable_wrapper_subclass(t):  # shards, say, whose versions are not counted here: never the same
             state.append(object())
@@ -98,7 +98,7 @@ class DoRA(LoRA):
             return "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         kernel = [1] * (len(self.site.shape) - 2)
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
         return super().build(shared, device) | dict(lora_magnitude_vector=Magnitude(torch.empty(shape, device=device)))

@@ -45,12 +45,12 @@ class KaSA(LoRA):
     def uses_weight(self) -> Use:
         return super().uses_weight() | Use.AGAIN
 
-    def excludes(self, other: Any) -> str | None:
+    def excludes(self, other: object) -> str | None:
         if getattr(other, "kasa_config", None) is not None:
             return None
         return "KaSA cannot be combined with adapters that don't use KaSA, since it changes the base weights"
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         return super().build(shared, device) | dict(lora_diag=nn.Parameter(torch.empty(self.cfg.r, device=device)))
 
     def init(self) -> None:

@@ -96,7 +96,7 @@ class LoRA(Started):
         checks.check_site(self.site, self.cfg)
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         site, cfg, r = self.site, self.cfg, self.cfg.r
         values = dict(
             r=r,

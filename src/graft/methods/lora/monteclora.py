@@ -107,7 +107,7 @@ class MonteCLoRA(LoRA):
             return "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         sampler = Sampler(self.cfg.r, self.cfg.monteclora_config, device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 

@@ -8,7 +8,6 @@ the zero points of a base are that is quantized by groups.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class QALoRA(LoRA):
         checks.plain_start(site, self.cfg, "use_qalora")
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         size = self.cfg.qalora_group_size
         return super().build(shared, device) | dict(lora_A=Pooled(size, self.site.in_features, self.cfg.r, device))
 

@@ -8,7 +8,7 @@ and so that a base that has been changed so already is known.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from graft.core.method import Tensors
 from graft.methods.lora.loftq import quantized
 from graft.methods.lora.start import start_of
 from graft.methods.lora.sub_configs import TITLES
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
 
 NAME = "lora_shift"  # container
 SAMPLES = 16
@@ -50,7 +53,7 @@ def sample(W: Tensor) -> Tensor:
     return W.detach()[at // W.shape[1], at % W.shape[1]].float()
 
 
-def without(lora: Any, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def without(lora: Method, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return the weight that W (out, in) becomes."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     if len(A):
@@ -60,7 +63,7 @@ def without(lora: Any, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return wide.to(W.dtype)
 
 
-def take_out(lora: Any, A: Tensor, B: Tensor) -> None:
+def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
     """Change the base weight, and note that in the adapter."""
     layer, W = lora.layer, lora.layer.W0
     if len(layer.methods) > 1:
@@ -78,7 +81,7 @@ def take_out(lora: Any, A: Tensor, B: Tensor) -> None:
         shift.sample, shift.done = torch.stack([before, sample(after)]), True
 
 
-def title_of(lora: Any) -> str:
+def title_of(lora: Method) -> str:
     how = lora.cfg.init_lora_weights
     return TITLES["pissa" if how.startswith("pissa") else how]
 
@@ -87,7 +90,7 @@ def near(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
 
 
-def restored(lora: Any, stored: Tensors) -> Tensors:
+def restored(lora: Method, stored: Tensors) -> Tensors:
     """Complete a file's tensors: one of PEFT holds no shift, which is then computed anew where that is possible."""
     shift = lora.lora_shift
     stored_shift = {place[1]: t for place, t in stored.items() if place[0] == NAME}
@@ -109,7 +112,7 @@ def restored(lora: Any, stored: Tensors) -> Tensors:
     return stored if complete else stored | computed(lora)
 
 
-def computed(lora: Any) -> Tensors:
+def computed(lora: Method) -> Tensors:
     """Return the shift of a file that does not hold it, as the initialisation makes it from the weight."""
     site, cfg = lora.site, lora.cfg
     made = Shift(lora.shift_rank, site.shape)
@@ -128,7 +131,7 @@ def computed(lora: Any) -> Tensors:
     return {(NAME, "A"): start.taken_A, (NAME, "B"): start.taken_B, (NAME, "sample"): seen}
 
 
-def loaded(lora: Any) -> None:
+def loaded(lora: Method) -> None:
     """Change the base weight as the file's shift says, unless it has been changed so already."""
     shift, layer = lora.lora_shift, lora.layer
     if shift.done:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graft.core.errors import CalibrationError, ConfigError, shortened
 from graft.methods.lora.sub_configs import TITLES
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STARTS = {  # init → "module:function" beside this, which takes the adapter and W (out, in) in float32
@@ -41,7 +44,7 @@ class Start(NamedTuple):
         return cls(A, B, A, scaling * B)
 
 
-def kind_of(how: Any) -> str | None:
+def kind_of(how: object) -> str | None:
     """Return the init in STARTS that `init_lora_weights` asks for; None for any other."""
     if not isinstance(how, str):
         return None
@@ -49,7 +52,7 @@ def kind_of(how: Any) -> str | None:
 
 
 @torch.no_grad()
-def start_of(lora: Any, W: Tensor) -> Start:
+def start_of(lora: Method, W: Tensor) -> Start:
     """Return the start of an adapter on W (out, in).
 
     Raises:
@@ -68,7 +71,7 @@ def start_of(lora: Any, W: Tensor) -> Start:
     return getattr(import_module(f"graft.methods.lora.{module}"), name)(lora, W.detach().float())  # type: ignore[no-any-return]
 
 
-def check_rank(lora: Any, times: int) -> None:
+def check_rank(lora: Method, times: int) -> None:
     """Raise ConfigError unless the weight has r (or 2 r) singular vectors, and the scaling a root."""
     cfg, most = lora.cfg, min(lora.site.shape) // times
     if lora.scaling <= 0 or cfg.r > most:
@@ -78,7 +81,7 @@ def check_rank(lora: Any, times: int) -> None:
         )
 
 
-def pissa(lora: Any, W: Tensor) -> Start:
+def pissa(lora: Method, W: Tensor) -> Start:
     """Return the r largest singular triples of W, with an even share for A and B."""
     how, r, s = lora.cfg.init_lora_weights, lora.cfg.r, lora.scaling
     if how == "pissa":
@@ -97,7 +100,7 @@ def pissa(lora: Any, W: Tensor) -> Start:
     return Start.of(root[:, None] * Vh, U * root, s)
 
 
-def olora(lora: Any, W: Tensor) -> Start:
+def olora(lora: Method, W: Tensor) -> Start:
     """Return the first r columns and rows of W = Q R."""
     Q, R = torch.linalg.qr(W)
     return Start.of(R[: lora.cfg.r], Q[:, : lora.cfg.r], lora.scaling)
@@ -116,7 +119,7 @@ class CordaEigens:
     V_WC: Tensor  # (in, r)
 
 
-def corda(lora: Any, W: Tensor) -> Start:
+def corda(lora: Method, W: Tensor) -> Start:
     """Return the triples that `preprocess_corda` has chosen, with an even share for A and B."""
     site, r, s = lora.site, lora.cfg.r, lora.scaling
     module = site.module
@@ -168,7 +171,7 @@ def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigen
 GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT
 
 
-def loraga(lora: Any, W: Tensor) -> Start:
+def loraga(lora: Method, W: Tensor) -> Start:
     """Return singular vectors of the gradient: some of the first 2r for A, some for B."""
     site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
     module = site.module

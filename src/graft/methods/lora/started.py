@@ -8,7 +8,7 @@ doubles B on the way: either library computes the same from a file of the other,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
 from graft.methods.lora.start import STARTS, kind_of, start_of
 
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+
 KNOWN = ("True", "False", "gaussian", "orthogonal", "mica", "eva", "pissa_niter_[number]", *STARTS)
 
 
-def initialise(lora: Any, how: bool | str) -> None:
+def initialise(lora: Method, how: bool | str) -> None:
     A, B = (p.data for p in lora.pair)
     site = lora.site
     if lora.lora_bias and how is not False:
@@ -73,7 +76,7 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 
 
 @torch.no_grad()
-def begin(lora: Any, A: Tensor, B: Tensor) -> None:
+def begin(lora: Method, A: Tensor, B: Tensor) -> None:
     """Fill in A and B, and change the base weight."""
     site, how = lora.site, lora.cfg.init_lora_weights
     if not site.op.linear:
@@ -155,7 +158,7 @@ class Started(Method):
     def stores_as_held(self) -> bool:
         return type(self).stored is Started.stored and not self.keeps_shift and not self.along
 
-    def restored(self, stored: Tensors, cfg: Any) -> Tensors:
+    def restored(self, stored: Tensors, cfg: PeftConfig) -> Tensors:
         stored = shift.restored(self, stored) if self.keeps_shift else stored
         return from_file(stored) if self.along else stored
 

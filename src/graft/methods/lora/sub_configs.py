@@ -121,7 +121,7 @@ class MontecloraConfig:
                 raise ConfigError(f"`{name}` must be greater than 0.")
 
 
-def require(name: str, value: Any, known: tuple[Any, ...]) -> None:
+def require(name: str, value: object, known: tuple[object, ...]) -> None:
     """Raise ConfigError unless `value` is one of those known."""
     if value not in known:
         raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")

@@ -6,8 +6,6 @@ LoRA, whose training keeps projections of A's inputs in place of these: the grad
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ class VeLoRA(LoRA):
     def check(self) -> str | None:
         return checks.only_linear(self.site, "VeLoRA projects groups of an input vector") or super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         direction = torch.zeros(width(self.site.in_features, self.cfg.velora_config.num_groups), device=device)
         return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
 

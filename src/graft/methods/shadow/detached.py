@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterNotFoundError
+
+if TYPE_CHECKING:
+    from graft.core.tuner import Tuner
 
 NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 
@@ -47,12 +50,12 @@ def packed_class() -> type:
     return ShadowCache
 
 
-def pack(base: Any, shadows: dict[str, Any]) -> Any:
+def pack(base: nn.Module, shadows: dict[str, object]) -> Any:
     """Return a cache that packs the base model's with those of shadow networks."""
     return packed_class()(base, shadows)
 
 
-def unpack(model: Any, kwargs: dict[str, Any], use_cache: bool | None) -> dict[str, Any] | None:
+def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, object] | None:
     """Return the shadow networks' caches from a call's arguments, and leave the base model's there; None: no cache.
 
     Raises:
@@ -76,11 +79,11 @@ def unpack(model: Any, kwargs: dict[str, Any], use_cache: bool | None) -> dict[s
     return {}
 
 
-def with_cache(output: Any, shadows: dict[str, Any]) -> Any:
+def with_cache(output: Any, shadows: dict[str, object]) -> Any:
     """Return a model's output with its cache packed."""
     from transformers import Cache
 
-    def packed(value: Any) -> Any:
+    def packed(value: Any) -> object:
         plain = isinstance(value, Cache) and not isinstance(value, packed_class())
         return pack(value, shadows) if plain else value
 
@@ -204,7 +207,7 @@ def __getattr__(name: str) -> Any:
     return makes()
 
 
-def unload(tuner: Any, adapter_name: str | None = None, copy: bool = False) -> Any:
+def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) -> Any:
     """Return the shadow network of an adapter (None: the active one) as a model of its own, with the base's head.
 
     Args:

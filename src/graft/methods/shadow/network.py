@@ -154,7 +154,7 @@ def blocks_of(model: nn.Module) -> list[str]:
     )
 
 
-def text_config(model: Any) -> Any:
+def text_config(model: object) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 

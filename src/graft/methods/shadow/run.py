@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from graft.core.method import as_it_is
 from graft.methods.shadow.detached import NAMES, empty, shadow_loss, unpack, with_cache
 from graft.storage import place_of
+
+if TYPE_CHECKING:
+    from graft.core.call import Call
 
 FACT = "shadow"  # its name among the facts of a call
 
@@ -25,7 +28,7 @@ class States:
         self.seed = seed  # (adapter, its rows at the first block) → state before that
         self.now: dict[str, Tensor] = {}  # (rows, tokens, hidden)
 
-    def __getitem__(self, index: Any) -> States:
+    def __getitem__(self, index: object) -> States:
         return self
 
     def repeat_interleave(self, repeats: int, dim: int) -> States:
@@ -42,7 +45,7 @@ TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  
 
 
 @contextmanager
-def surround(tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+def surround(tuner: Any, call: Call, run: Any) -> Iterator[Callable[[object], object]]:
     """Run shadow networks before a forward pass, or before each that `generate` makes; yield what follows it."""
     if tuner.disabled:
         yield as_it_is
@@ -56,7 +59,7 @@ def surround(tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
     thread = get_ident()
     passes: list[Pass] = []
 
-    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         if get_ident() != thread:  # others may run the model as well
             return None
         one = Pass(tuner, call, names, args, kwargs)
@@ -64,7 +67,7 @@ def surround(tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
         call.put(call.given._replace(facts={**call.given.facts, FACT: one.states}))
         return args, kwargs
 
-    def after(_model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
         return passes.pop().finish(output) if get_ident() == thread else None
 
     handles = [

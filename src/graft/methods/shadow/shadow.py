@@ -46,11 +46,11 @@ class Shadow(Method):
     last = False  # no block reads the state after this one
 
     @classmethod
-    def default_targets(cls, model: Any) -> list[str]:
+    def default_targets(cls, model: nn.Module) -> list[str]:
         return network.blocks_of(model)
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+    def prepare(cls, cfg: ShadowConfig, model: nn.Module) -> None:
         cfg.hidden_size = network.hidden_size(model)  # no field: it holds for this model only
 
     @classmethod
@@ -66,7 +66,7 @@ class Shadow(Method):
             method.last = True
 
     @classmethod
-    def check_together(cls, methods: Sequence[Any]) -> None:
+    def check_together(cls, methods: Sequence[Method]) -> None:
         names = [m.name for m in methods]
         raise ValueError(f"SHADOW supports exactly one active adapter at a time, got {names}: each has its own state.")
 
@@ -74,7 +74,7 @@ class Shadow(Method):
         why = "SHADOW adapts whole blocks by a state that changes from token to token, which no weight does"
         return Rewrite(pre=self.pre, post=self.post, block=True, fixed=why)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, d = self.cfg, self.cfg.hidden_size
         u = cfg.update_hidden_size or cfg.r
         return dict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, warn
 from graft.prompts import kv_prefix
@@ -74,7 +74,7 @@ def check_size(stack: Stack, cfg: Any) -> None:
 INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
-def check_caches(kwargs: dict[str, Any], model: Any) -> None:
+def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
     """Raise ValueError for caches that `generate` cannot use with a prompt."""
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
@@ -90,7 +90,7 @@ def check_caches(kwargs: dict[str, Any], model: Any) -> None:
         )
 
 
-def check_assistant(kwargs: dict[str, Any], model: Any, stack: Stack) -> None:
+def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: Stack) -> None:
     """Raise ValueError for assisted decoding that counts a cache's tokens from the front, not from the back."""
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)
@@ -101,7 +101,7 @@ def check_assistant(kwargs: dict[str, Any], model: Any, stack: Stack) -> None:
         )
 
 
-def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
+def drop_encoder_outputs(kwargs: dict[str, object], cfg: Any) -> None:
     """Drop `encoder_outputs`, which lack the prompt, with a warning; raise ValueError if there is no other input."""
     if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
@@ -113,7 +113,7 @@ def drop_encoder_outputs(kwargs: dict[str, Any], cfg: Any) -> None:
         )
 
 
-def check_rows(value: Tensor, kwargs: dict[str, Any]) -> None:
+def check_rows(value: Tensor, kwargs: dict[str, object]) -> None:
     """Raise ValueError unless there is one prompt for all samples, or one for each."""
     first = next((t for n in INPUTS if isinstance(t := kwargs.get(n), Tensor)), None)
     if value.dim() == 3 and first is not None and len(value) not in (1, len(first)):

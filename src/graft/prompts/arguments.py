@@ -18,7 +18,7 @@ from graft.prompts.stack import Stack, first_of
 
 
 def widened(
-    mask: Any, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
+    mask: Tensor, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
 ) -> Any:
     """Return the mask with the prompt's tokens.
 
@@ -73,14 +73,14 @@ PADDED = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token; the prompt'
 
 
 def put_labels(
-    model: Any,
+    model: nn.Module,
     main: Stack,
     cfg: Any,
     prompt: Prompt,
     both: bool,
     kwargs: dict[str, Any],
     arguments: dict[str, Any],
-) -> Callable[[Any], Any]:
+) -> Callable[[object], object]:
     """Give the tokens of a prompt of embeddings labels in `kwargs`; return a function for the output of the call.
 
     Args:
@@ -104,7 +104,7 @@ def put_labels(
     return as_it_is
 
 
-def put_decoder_inputs(model: Any, labels: Tensor, kwargs: dict[str, Any]) -> None:
+def put_decoder_inputs(model: Any, labels: Tensor, kwargs: dict[str, object]) -> None:
     """Make decoder inputs from the labels as the model would, before the prompt's labels join them."""
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
@@ -152,7 +152,7 @@ def _put_per_layer(stack: Stack, given: dict[str, Any], batch: int) -> None:
         given["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding), own], dim=1)
 
 
-def put_keys(stack: Stack, given: dict[str, Any], cache: Any, batch: int) -> None:
+def put_keys(stack: Stack, given: dict[str, object], cache: object, batch: int) -> None:
     """Put the prompt's keys and values into the cache, a new one if none was given."""
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.wanted()
@@ -195,7 +195,7 @@ def widen(stack: Stack, given: dict[str, Any], total: int, before: int, batch: i
                 given[name] = torch.cat([own, given[name]], dim=-1)
 
 
-def _widened(stack: Stack, mask: Any, total: int, before: int, window: int | None, cuts: bool) -> Any:
+def _widened(stack: Stack, mask: Tensor, total: int, before: int, window: int | None, cuts: bool) -> object:
     now = stack.now
     return widened(mask, now.tokens, total, before, window, cuts, stack.causal, now.covered)
 

@@ -7,7 +7,7 @@ And the carrier of a model's prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from graft.core.errors import CheckpointError, ConfigError
 from graft.core.published import Published
 from graft.storage import place_of
 from graft.storage.parallel import fill, layout_of, shape_of
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
 STORED = "prompt_embeddings"  # name of the prompt in a checkpoint
@@ -51,12 +54,12 @@ class Prompt(nn.Module):
         super().__init__()
         self.num_virtual_tokens = cfg.num_virtual_tokens
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.has_own_loss = cls.own_loss is not Prompt.own_loss
 
     @classmethod
-    def check(cls, cfg: Any) -> None:
+    def check(cls, cfg: PeftConfig) -> None:
         """Raise ConfigError if the config asks for what the method cannot do."""
 
     def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:

@@ -26,7 +26,9 @@ def attach(stack: Stack) -> None:
     stack.attached = True
 
 
-def enter(stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def enter(
+    stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]] | None:
     """Put the prompt into the arguments: the hook before `module`."""
     if not stack.now.tokens and not stack.now.encoded:
         return None
@@ -39,7 +41,9 @@ def enter(stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, Any]) 
     return (), given
 
 
-def step(stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def step(
+    stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]] | None:
     """Widen masks and positions before `outer` in later steps: the hook on it."""
     given = _given(stack, stack.outer_names, args, kwargs)
     first, seen = first_of(given), length(given.get(stack.cache_name or ""))
@@ -50,7 +54,7 @@ def step(stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     return (), given
 
 
-def _given(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _given(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
     """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
     given = {**dict(zip(names, args)), **kwargs}
     if stack.cache_name == NEW_CACHE and given.get(NEW_CACHE) is None and given.get(OLD_CACHE) is not None:
@@ -72,7 +76,7 @@ def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> Any:
     return type(output)(**{name: part for name, part in output.items() if part is not lent})
 
 
-def _enter(stack: Stack, given: dict[str, Any]) -> None:
+def _enter(stack: Stack, given: dict[str, object]) -> None:
     first = first_of(given)
     if first is None:
         return  # the module's own error names the missing argument

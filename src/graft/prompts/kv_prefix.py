@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from graft.core.errors import warn
 from graft.core.ops import find_op
 from graft.kernels.cuts import Cut, cut_up
 from graft.storage import innermost, piece_of
+
+if TYPE_CHECKING:
+    from graft.core.layer import AdapterLayer
 
 Shape = tuple[int, int]  # heads, head_dim
 
@@ -112,22 +115,22 @@ def length(cache: Any) -> int:
     return int(next((n for layer in layers if holds_tokens(layer) and (n := layer.get_seq_length())), 0))
 
 
-def holds_tokens(layer: Any) -> bool:
+def holds_tokens(layer: AdapterLayer) -> bool:
     """Return True if a layer of a cache holds keys and values."""
     return hasattr(layer, "get_seq_length")
 
 
-def holds_state(layer: Any) -> bool:
+def holds_state(layer: AdapterLayer) -> bool:
     """Return True if a layer of a cache holds only a state, as for linear attention and convolutions."""
     return hasattr(layer, "conv_states") and not holds_tokens(layer)
 
 
-def is_static(cache: Any) -> bool:
+def is_static(cache: object) -> bool:
     """Return True if a cache has room for a fixed number of tokens only."""
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
 
 
-def slides(cache: Any) -> bool:
+def slides(cache: object) -> bool:
     """Return True if a cache has layers that keep only the tokens of a sliding window."""
     own = getattr(cache, "self_attention_cache", cache)
     return any(getattr(layer, "is_sliding", False) for layer in getattr(own, "layers", ()))
@@ -182,7 +185,7 @@ class _Reading:
     def __init__(self, keys: Any, values: Any):
         self.keys, self.values = keys, values
 
-    def __call__(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if not isinstance(self.keys, Tensor):  # this layer got no prompt
             return keys, values
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)

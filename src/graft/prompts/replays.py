@@ -23,7 +23,7 @@ class Replays:
 
     def __init__(self, stack: Any):
         self.stack, self._in_turn = stack, False
-        self._before: list[tuple[nn.Module, str, Any]] = []
+        self._before: list[tuple[nn.Module, str, object]] = []
         self._handle: Any = None
 
     def layers(self) -> list[nn.Module]:
@@ -44,7 +44,7 @@ class Replays:
             self._set(layer, "gradient_checkpointing", False)
         return False
 
-    def start(self, cache: Any) -> None:
+    def start(self, cache: object) -> None:
         """Pass `cache` to the layers whenever they run, now and in the backward pass.
 
         Raises:
@@ -60,7 +60,7 @@ class Replays:
         for layer, place in places.items():
             self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))
 
-    def _set(self, layer: nn.Module, name: str, value: Any) -> None:
+    def _set(self, layer: nn.Module, name: str, value: object) -> None:
         self._before.append((layer, name, layer.__dict__[name]))
         layer.__dict__[name] = value
 
@@ -86,7 +86,7 @@ class Replays:
             return value
         leaf = value.detach().requires_grad_()
 
-        def hand_over(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        def hand_over(_module: object, _args: object, output: Tensor) -> Tensor:
             return _HandOver.apply(output, value, [leaf])  # type: ignore[no-any-return]
 
         if given.get("inputs_embeds") is not None:
@@ -103,11 +103,11 @@ def cache_place(layer: nn.Module) -> tuple[str, int] | None:
     return None if found is None else (found, names.index(found))
 
 
-def with_cache(run: Callable, cache: Any, name: str, index: int) -> Callable:
+def with_cache(run: Callable, cache: object, name: str, index: int) -> Callable:
     """Return a checkpointing function that passes `cache` to the layer it runs, also in the backward pass."""
 
-    def checkpointed(function: Callable, *args: Any, **options: Any) -> Any:
-        def with_prompt(*inputs: Any) -> Any:
+    def checkpointed(function: Callable, *args: object, **options: object) -> object:
+        def with_prompt(*inputs: object) -> object:
             prompt = kv_prefix.again(cache)
             if len(inputs) > index:
                 return function(*inputs[:index], prompt, *inputs[index + 1 :])
@@ -127,5 +127,5 @@ class _HandOver(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, Any, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[object, object, None]:
         return grad, ctx.leaf.grad, None

@@ -102,7 +102,7 @@ class Stack:
             from the cache, so in later steps it must already see the prompt.
     """
 
-    def __init__(self, module: nn.Module, model: Any, outer: Any = None):
+    def __init__(self, module: nn.Module, model: object, outer: object = None):
         self.module, self.model, self.outer = module, model, outer if isinstance(outer, nn.Module) else module
         self.names, self.outer_names = (list(inspect.signature(m.forward).parameters) for m in (module, self.outer))
         self.cache_name = next((n for n in CACHES if n in self.names), None)
@@ -135,7 +135,7 @@ class Stack:
         """Put embeddings before the input. `value`: (1 or batch, tokens, dim)."""
         self.now.embeddings, self.now.tokens = value, value.shape[1]
 
-    def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], Any]) -> None:
+    def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], object]) -> None:
         """Put keys and values before each layer's own: those that `as_pairs` makes of `value` (tokens, …)."""
         self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graft.storage.quantized import OwnModule
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
 
 
 class Aqlm(OwnModule):
@@ -39,14 +42,14 @@ class Aqlm(OwnModule):
         return y.clone()
 
 
-def is_permuted(m: Any, groups: tuple[int, int]) -> bool:
+def is_permuted(m: Method, groups: tuple[int, int]) -> bool:
     """Return True if a first call on a CPU has put the groups of inputs first."""
     if groups[0] != groups[1]:
         return tuple(m.codes.shape[:2]) != groups
     return has_bytes(m) and m.gemv_op is not None
 
 
-def has_bytes(m: Any) -> bool:
+def has_bytes(m: Method) -> bool:
     """Return True if codes are bytes on a CPU, for which there is a kernel."""
     return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from graft.core.ops import Embedding
 from graft.storage.dense import Dense
 from graft.storage.quantized import Quantized, moved
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
 
 REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
 BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
@@ -106,7 +109,7 @@ class Four(Quantized):
             m.support_avx512bf16_for_cpu = True
 
 
-def state_of(m: Any) -> Any:
+def state_of(m: Method) -> Any:
     """Return the quant_state; of a weight that FSDP has made a plain parameter of, the module keeps it."""
     state = getattr(m.weight, "quant_state", None)
     return getattr(m, "quant_state", None) if state is None else state

@@ -6,10 +6,15 @@ GPTQ and AWQ are among them: what a kernel makes of the codes (repacked, rotated
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from graft.core.ops import UNKNOWN, Linear, Op
 from graft.storage.foreign import ByIdentity
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from graft.core.method import Method
 
 
 class Sized(Linear):
@@ -18,14 +23,14 @@ class Sized(Linear):
     def __init__(self, out_features: str, in_features: str):
         self.out_features, self.in_features = out_features, in_features
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         return getattr(m, self.out_features), getattr(m, self.in_features)
 
 
 class Eetq(Linear):
     """EETQ's layer, whose weight is (in, out)."""
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: Method) -> tuple[int, int]:
         in_features, out_features = m.weight.shape
         return out_features, in_features
 
@@ -34,7 +39,7 @@ class Gptq(ByIdentity):
     def __init__(self) -> None:
         super().__init__("gptq", "GPTQ codes")
 
-    def fixed(self, m: Any, name: str = "weight") -> str | None:
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         why = super().fixed(m, name)
         if name != "weight":
             return why

@@ -42,7 +42,7 @@ def dtype_beside(parameters: Iterable[Tensor]) -> torch.dtype | None:
     return next((p.dtype for p in parameters if type(p) in PLAIN and p.dtype in NUMBERS), None)
 
 
-def unmark(model: Any) -> None:
+def unmark(model: nn.Module) -> None:
     """Take the marks off a model that holds nothing packed any more, so that it is saved as a plain one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

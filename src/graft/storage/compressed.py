@@ -18,7 +18,7 @@ class Compressed(Dense):
     name = "compressed-tensors"
     exact = False  # kernels that pass the layer by would not round its inputs
 
-    def waits(self, m: Any, name: str) -> str | None:
+    def waits(self, m: nn.Module, name: str) -> str | None:
         if name != "weight" or ("weight" in m._parameters and strange_tensor(m, name) is None):
             return None
         return (

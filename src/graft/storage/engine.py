@@ -30,7 +30,7 @@ class Engine(Dense):
         return y.clone()
 
 
-def why_not(m: Any) -> str | None:
+def why_not(m: nn.Module) -> str | None:
     """Return why no adapter can act on a linear layer of Transformer Engine; None if one can."""
     if not any(cls.__module__.startswith("transformer_engine.") for cls in type(m).__mro__):
         return None

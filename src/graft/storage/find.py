@@ -35,7 +35,7 @@ from graft.storage.quantized import Quantized
 from graft.storage.tensor_parallel import TensorParallel, style_of
 
 
-def innermost(module: Any) -> nn.Module:
+def innermost(module: nn.Module) -> nn.Module:
     """Return the base model's module beneath all layers on it."""
     while (carrier := carrier_of(module)) is not None:
         module = carrier.base_module

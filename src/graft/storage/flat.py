@@ -104,7 +104,7 @@ def place_of(p: Tensor) -> tuple[Any, int] | None:
     return found
 
 
-def known(p: Tensor) -> tuple[Any, int] | None:
+def known(p: Tensor) -> tuple[object, int] | None:
     reference, number = _PLACES.get(id(p), (lambda: None, 0))
     flat = reference()
     return (flat, number) if flat is not None and flat._params[number] is p else None

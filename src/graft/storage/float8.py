@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,12 +34,12 @@ class Float8(OwnModule):
             W = torch.tensor(FP4, device=W.device)[fp4_codes(W)]
         return W.float() * self.scales(m, W.shape)  # type: ignore[no-any-return]
 
-    def scales(self, m: Any, shape: Any) -> Tensor:
+    def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
         """Return the scales, so that they broadcast over the weight."""
         scale = getattr(m, self.scale)
         return scale.float().reshape(-1, 1)  # type: ignore[no-any-return]
 
-    def sizes(self, m: Any, shape: Any) -> tuple[int, int]:
+    def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
         """Return the rows and columns that share a scale."""
         one = getattr(m, self.scale).numel() == 1
         return (shape[0], shape[1]) if one else (1, shape[1])
@@ -84,7 +85,7 @@ class Blocks(Float8):
             return -(-shape[0] // scale.shape[0]), -(-shape[1] // scale.shape[1])
         return tuple(m.block_size)  # type: ignore[return-value]
 
-    def fixed(self, m: Any, name: str = "weight") -> str | None:
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         if name == "weight" and m.weight.dtype == torch.int8:
             return "its weight is 4-bit floats, which graft does not know how to write"
         return super().fixed(m, name)

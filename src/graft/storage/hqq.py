@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.storage.quantized import Quantized
 
@@ -27,7 +27,7 @@ class HQQ(Quantized):
     def compute_dtype(self, m: Any) -> torch.dtype:
         return m.compute_dtype  # type: ignore[no-any-return]
 
-    def unreadable(self, m: Any) -> str | None:
+    def unreadable(self, m: nn.Module) -> str | None:
         return None if m.ready else "it is not quantized yet"
 
     def ready(self, m: Any) -> None:

@@ -66,7 +66,7 @@ class Bits(OwnModule):
     parts: tuple[str, ...] = ("weight", "weight_scale")
     calibrated = "its weight is ternary codes that the model was trained with"
 
-    def unreadable(self, m: Any) -> str | None:
+    def unreadable(self, m: nn.Module) -> str | None:
         return None if m.rms_norm is None else "the layer has a norm before its weight, so that it is not linear"
 
     def values(self, m: Any) -> Tensor:
@@ -86,7 +86,7 @@ class AutoBits(Bits):
 
     parts = ("weight",)
 
-    def unreadable(self, m: Any) -> str | None:
+    def unreadable(self, m: nn.Module) -> str | None:
         why = super().unreadable(m)
         if why is None and m.bias is not None and not m.online_quant:
             return "its scale multiplies its bias as well, which graft does not know how to fold"

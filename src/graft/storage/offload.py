@@ -91,7 +91,7 @@ def _stored(m: nn.Module, hook: Any) -> list[str]:
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
 
-def standalone(module: nn.Module, copies: dict[int, Any] | None = None) -> nn.Module:
+def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
     """Return a copy of a module with all tensors in memory and without accelerate's hooks that offload them.
 
     copies: what takes the place of other copies, by the identity of the original.

@@ -49,7 +49,7 @@ class Distributed:
         made: Tensor = (t if t.device.type in (kind, "meta") else t.to(kind)).full_tensor()
         return made.to(t.device)
 
-    def fill(self, t: Any, value: Tensor) -> None:
+    def fill(self, t: Tensor, value: Tensor) -> None:
         t.copy_(spread(value.to(dtype=t.dtype), t))
 
 
@@ -89,7 +89,7 @@ class Zero3(OfAll):
         with deepspeed.zero.GatheredParameters([t]):
             return t.detach().clone()
 
-    def fill(self, t: Any, value: Tensor) -> None:
+    def fill(self, t: Tensor, value: Tensor) -> None:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([t], modifier_rank=0):
@@ -119,7 +119,7 @@ def is_sharded(t: Tensor) -> bool:
     return type(t).__name__ == "DTensor"
 
 
-def mastered(parameters: Iterable[Any]) -> set[int]:
+def mastered(parameters: Iterable[object]) -> set[int]:
     """Return the ids of parameters of which an optimizer of DeepSpeed keeps the values that train, elsewhere."""
     found, optimizers = set(), {}
     for p in parameters:

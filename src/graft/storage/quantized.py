@@ -91,10 +91,10 @@ class Quantized(Dense):
         """Return the packed weight itself: `write` makes a new one."""
         return {part: getattr(m, part) for part in self.parts}
 
-    def kept(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
+    def kept(self, m: nn.Module, name: str, state: dict[str, object]) -> Tensor:
         return self.read(shadow(m, state), name)
 
-    def restore(self, m: nn.Module, name: str, state: dict[str, Any]) -> None:
+    def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
         device = self.where(m)[0]
         self.put(m, {part: moved(value, device) for part, value in state.items()})
 
@@ -161,7 +161,7 @@ class OwnModule(Quantized):
         return super().ready(m)
 
 
-def moved(value: Any, device: torch.device | None) -> Any:
+def moved(value: object, device: torch.device | None) -> Any:
     """Return a value of a snapshot where the model is now."""
     if isinstance(value, dict):
         return {key: moved(inner, device) for key, inner in value.items()}

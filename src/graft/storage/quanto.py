@@ -26,7 +26,7 @@ class Quanto(Quantized):
     def compute_dtype(self, m: Any) -> torch.dtype:
         return m.weight.dtype  # type: ignore[no-any-return]
 
-    def unreadable(self, m: Any) -> str | None:
+    def unreadable(self, m: nn.Module) -> str | None:
         return "it has no quantized weight" if m.weight_qtype is None else None
 
     def protect(self, y: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Held:
     own_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
 
     @classmethod
-    def of(cls, m: Any, name: str) -> Held:
+    def of(cls, m: nn.Module, name: str) -> Held:
         raise NotImplementedError
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
@@ -66,14 +66,14 @@ class Held:
         """Return a new stack that holds W, with the settings of this one, which stays as it is."""
         raise NotImplementedError
 
-    def put(self, m: Any, name: str) -> None:
+    def put(self, m: nn.Module, name: str) -> None:
         """Make this the stack of a module."""
         raise NotImplementedError
 
     def to(self, device: torch.device) -> Held:
         raise NotImplementedError
 
-    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         """Return True if the module's own forward can run, and has a gradient if something `trains`."""
         raise NotImplementedError
 
@@ -160,7 +160,7 @@ class MXFP4(Held):
             scale[e] += grow.to(torch.uint8)
         return MXFP4(self.shape, weight, scale)
 
-    def put(self, m: Any, name: str) -> None:
+    def put(self, m: nn.Module, name: str) -> None:
         config = getattr(m, f"{name}_precision_config")
         if isinstance(self.weight, Tensor) and not isinstance(getattr(m, name), Tensor):
             theirs = import_module("transformers.integrations.mxfp4")
@@ -178,11 +178,11 @@ class MXFP4(Held):
         here = in_rows(self.weight).to(device), in_rows(self.scale).to(device)
         return self if self.device == device else MXFP4(self.shape, *here)
 
-    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         return x.device.type != "cpu" and not trains
 
 
-def in_rows(t: Any) -> Tensor:
+def in_rows(t: Tensor) -> Tensor:
     """Return Triton's tensor in the order of the file; a tensor as it is."""
     return t if isinstance(t, Tensor) else t.storage.layout.unswizzle_data(t.storage.data).mT  # type: ignore[no-any-return]
 
@@ -237,14 +237,14 @@ class FineFP8(Held):
             weight[e] = (W[e].float() / self._spread(scale[e].float())).clamp(-LARGEST, LARGEST).to(weight.dtype)
         return replace(self, weight=weight, scale=scale)
 
-    def put(self, m: Any, name: str) -> None:
+    def put(self, m: nn.Module, name: str) -> None:
         m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
         m._parameters[f"{name}_scale_inv"] = nn.Parameter(self.scale, requires_grad=False)
 
     def to(self, device: torch.device) -> FineFP8:
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
 
-    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         how = getattr(m.config, "_experts_implementation", None)
         has_backward = self.weight.dtype != torch.int8 and how in (None, "eager", "grouped_mm")
         return x.device.type != "cpu" and (has_backward or not trains)
@@ -321,7 +321,7 @@ class Bnb4(Held):
             self.state.to(device)
         return replace(self, codes=self.codes.to(device))
 
-    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         return not trains
 
 
@@ -372,13 +372,13 @@ class TorchAO(Held):
         settings = {name: getattr(old, name) for name in kept}
         return replace(self, weight=type(old).to_nvfp4(W.to(old.orig_dtype), per_tensor_scale=outer, **settings))
 
-    def put(self, m: Any, name: str) -> None:
+    def put(self, m: nn.Module, name: str) -> None:
         m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
 
     def to(self, device: torch.device) -> TorchAO:
         return replace(self, weight=self.weight.to(device))
 
-    def runs(self, m: Any, x: Tensor, trains: bool) -> bool:
+    def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         return not trains and getattr(m.config, "_experts_implementation", None) == "eager"
 
 

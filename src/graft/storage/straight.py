@@ -35,7 +35,7 @@ def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], 
     MENDED.add(kind)
     before = kind.__torch_function__.__func__  # type: ignore[attr-defined]
 
-    def through(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def through(cls: object, func: object, types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():
             x, weight, bias = given(*args, **kwargs)
@@ -97,7 +97,7 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
     return through
 
 
-def given(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+def given(input: object, weight: Tensor, bias: Tensor | None = None) -> tuple[object, object, object]:
     return input, weight, bias
 
 

@@ -54,7 +54,7 @@ def style_of(module: nn.Module) -> Style | None:
     return None if plan is None else Style(str(plan), "", None, module.__dict__.get("_hf_device_mesh"))
 
 
-def _name(kind: str, it: Any) -> str:
+def _name(kind: str, it: object) -> str:
     known = sys.modules[STYLES].ALL_PARALLEL_STYLES
     names = [name for name in known if known[name] is it or (it is None and type(known[name]).__name__ == kind)]
     return names[0] if names else kind

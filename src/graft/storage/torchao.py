@@ -71,7 +71,7 @@ class TorchAO(Quantized):
             go_straight(kind, linear, rounds_inputs, dequantized)
 
 
-def rounds_inputs(weight: Any) -> bool:
+def rounds_inputs(weight: object) -> bool:
     of = ("act_quant_kwargs", "activation_quantization")
     return any(getattr(weight, name, None) is not None for name in of)
 
@@ -83,7 +83,7 @@ def dequantized(weight: Any) -> Tensor:
     return W if scale is None else W * scale
 
 
-def pre_scale(weight: Any) -> Tensor | None:
+def pre_scale(weight: Tensor) -> Tensor | None:
     """Return the scales of the inputs (in,) that AWQ and SmoothQuant have taken out of a weight."""
     return getattr(weight, "act_pre_scale", None)
 

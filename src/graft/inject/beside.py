@@ -45,7 +45,7 @@ class Head(Method):
     def own(self) -> nn.Module:
         return self.modules_to_save
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         base, own = self.site.module, self.cfg.module
         own = standalone(base) if own is None else own.to(*place_of(base))
         for p in own.parameters():

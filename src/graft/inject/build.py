@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage import hold_bias, place_of
 from graft.storage.offload import hooks_of, offloaded_in
 
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+
 
 def made_early(job: Job) -> float:
     """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
@@ -49,14 +52,20 @@ class Largest(TorchDispatchMode):
 
     numbers = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         out = function(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.numbers = max(self.numbers, out.numel())
         return out
 
 
-def size(make: Callable[[], Iterable[Any]]) -> float:
+def size(make: Callable[[], Iterable[object]]) -> float:
     """Count the numbers that `make` needs room for: in what it returns, or in its largest tensor. Run it on meta."""
     try:
         with META, Largest() as largest, warnings.catch_warnings():
@@ -66,7 +75,7 @@ def size(make: Callable[[], Iterable[Any]]) -> float:
         return math.inf
 
 
-def numbers(value: Any) -> int:
+def numbers(value: object) -> int:
     if isinstance(value, Transient):
         value = value.tensor
     if isinstance(value, nn.Module):
@@ -336,7 +345,7 @@ def follow(job: Job) -> None:
         job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
 
 
-def orient(cfg: Any, sites: Iterable[Site]) -> None:
+def orient(cfg: PeftConfig, sites: Iterable[Site]) -> None:
     """Set `fan_in_fan_out` as the layer type has it, with a warning if the config differs."""
     if not hasattr(cfg, "fan_in_fan_out"):
         return

@@ -95,7 +95,7 @@ class Conversions:
         return name.removesuffix(".weight")
 
 
-def is_by_peft(model: Any) -> bool:
+def is_by_peft(model: object) -> bool:
     """Return True if PEFT rewrites configs for a model that name experts by their old names."""
     theirs = sys.modules.get("transformers.conversion_mapping")  # with transformers 5 and later, by each of its models
     kind = getattr(getattr(model, "config", None), "model_type", None)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -43,6 +43,9 @@ from graft.inject.targets import (
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.storage import loose_bias, refusal
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 MOST_WARNINGS = 100  # about entries of one field
 
@@ -220,7 +223,7 @@ def by_itself(method: Method) -> str | None:
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
-def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
+def modules_to_save_of(cfg: PeftConfig, tree: Tree, report: InjectReport) -> list[str]:
     """Return the paths of the modules that train whole."""
     names = getattr(cfg, "modules_to_save", None) or ()
     everywhere = [key for key in tree.modules if beside.matches(key, names) is not None] if names else []
@@ -231,7 +234,9 @@ def modules_to_save_of(cfg: Any, tree: Tree, report: InjectReport) -> list[str]:
     return wanted
 
 
-def warn_unmatched(name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: Any = None) -> None:
+def warn_unmatched(
+    name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: object = None
+) -> None:
     """Warn of entries of a config's field that matched nothing, and note them in the report.
 
     of: the field, if no entry of it matched, though another field did.
@@ -279,7 +284,9 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.
     return chosen
 
 
-def biases_of(cfg: Any, model: nn.Module, adapted: list[nn.Module], whole: list[str]) -> list[nn.Parameter | nn.Module]:
+def biases_of(
+    cfg: PeftConfig, model: nn.Module, adapted: list[nn.Module], whole: list[str]
+) -> list[nn.Parameter | nn.Module]:
     """Return the base model's biases that train; a packed layer in place of one that is no Parameter yet.
 
     Modules trained whole have their own, in the adapter's copy.
@@ -422,7 +429,7 @@ def rows_of(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, T
     return made
 
 
-def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, list[int]]:
+def token_targets(cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str) -> dict[str, list[int]]:
     """Return the rows that a config trains, by path of their module."""
     wanted = getattr(cfg, "trainable_token_indices", None)
     if not wanted:
@@ -440,7 +447,7 @@ def token_targets(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[
     return out
 
 
-def following_tokens(tokens: dict[str, list[int]], cfg: Any, model: nn.Module, tree: Tree) -> dict[str, str]:
+def following_tokens(tokens: dict[str, list[int]], cfg: PeftConfig, model: nn.Module, tree: Tree) -> dict[str, str]:
     """Return the modules tied to the embedding that train the same rows: {path: embedding's path}."""
     embedding, tied = tied_to_embedding(model, tree) if tokens else (None, [])
     own = tokens.get(embedding or "")

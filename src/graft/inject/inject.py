@@ -7,7 +7,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from graft.inject.stage import draw_alike
 from graft.inject.survey import Place, Tree, survey
 from graft.methods import ROWS
 from graft.storage import innermost, ready
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 
 class Injection(Job):
@@ -100,7 +103,7 @@ class Injection(Job):
             bias.requires_grad = True  # type: ignore[union-attr]  # `build` has made Parameters of them
 
 
-def inject(model: nn.Module, config: Any, method: type[Method], adapter: str, **options: Any) -> Injection:
+def inject(model: nn.Module, config: PeftConfig, method: type[Method], adapter: str, **options: Any) -> Injection:
     """Put `adapter` on `model`, in place, inactive and frozen: see `Injection` for the options and errors."""
     return Injection(model, config, method, adapter, **options).run()
 
@@ -154,7 +157,7 @@ def nest(place: Place, layers: list[AdapterLayer], base: nn.Module) -> None:
     attach(place, inner)
 
 
-def check_bias(cfg: Any, method: type[Method], others: Iterator[Any]) -> None:
+def check_bias(cfg: PeftConfig, method: type[Method], others: Iterator[object]) -> None:
     """Raise if the config's `bias` is unknown, or a second adapter wants to train biases."""
     bias = getattr(cfg, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):

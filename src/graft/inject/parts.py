@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.core.carrier import Carrier
 from graft.core.errors import AdapterNotFoundError
@@ -16,6 +16,9 @@ from graft.core.wrappers import inside
 from graft.inject.survey import Wrapper, survey
 from graft.prompts.base import Prompt
 from graft.storage import parameter_names
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class Nests:
@@ -79,12 +82,12 @@ class Parts:
 HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; no base model has one of that name
 
 
-def registry_of(model: Any) -> Any:
+def registry_of(model: object) -> Any:
     """Return the registry of a PeftModel or tuner; None for any other model."""
     return model.__dict__.get(HOLDER)
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: nn.Module) -> Any:
     """Return the model with adapters within wrappers such as DDP's, FSDP's, DeepSpeed's or torch.compile's."""
     while registry_of(model) is None and (inner := inside(model)) is not None:
         model = inner
@@ -101,7 +104,7 @@ def gate_in(model: Any) -> Gate | None:
     return None if registry is None else registry.call.gate
 
 
-def gate_of(model: Any) -> Gate:
+def gate_of(model: nn.Module) -> Gate:
     """Return the gate of a model's calls and changes.
 
     Raises:

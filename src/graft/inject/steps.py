@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -24,6 +24,9 @@ from graft.inject.report import Skipped
 from graft.inject.survey import kind_of, site_of
 from graft.inject.targets import Idle, parameter_target, search_parameters
 from graft.storage import innermost
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 CHECK, CREATE, PARAMETERS, CAST = (
     "_check_target_module_exists",
@@ -76,7 +79,7 @@ class Steps:
             else:
                 del registry.peft_config[job.adapter]
 
-    def _ask(self, step: str, *args: Any, **kwargs: Any) -> Any:
+    def _ask(self, step: str, *args: object, **kwargs: object) -> object:
         answer = getattr(self.tuner, step)(*args, **kwargs)
         if self.refused is not None:  # whatever the replacement has made of the error
             raise self.refused
@@ -171,7 +174,7 @@ class Steps:
             idle = self.search(job.cfg)[1]
         return {key: job.targets.sites[key] for key in self.noted if key not in before}, idle
 
-    def search(self, cfg: Any) -> tuple[list[str], Idle]:
+    def search(self, cfg: PeftConfig) -> tuple[list[str], Idle]:
         """Adapt the parameters that a config names; return their paths, and the entries that name none."""
         found, idle = search_parameters(self.job, cfg)
         for key, path, name in found:
@@ -181,7 +184,14 @@ class Steps:
     # what the originals do
 
     def note(
-        self, cfg: Any, adapter: str, target: Any, name: str, parent: Any, key: str | None, parameter: str | None
+        self,
+        cfg: PeftConfig,
+        adapter: str,
+        target: object,
+        name: str,
+        parent: object,
+        key: str | None,
+        parameter: str | None,
     ) -> None:
         """Note what a call of the original adapts, and with which config.
 
@@ -195,7 +205,7 @@ class Steps:
             raise
 
     def _note(
-        self, cfg: Any, adapter: str, target: Any, place: tuple[Any, str], key: str, parameter: str | None
+        self, cfg: PeftConfig, adapter: str, target: object, place: tuple[Any, str], key: str, parameter: str | None
     ) -> None:
         job = self.job
         tree, path = job.tree, self.paths.get(target, "") if isinstance(target, nn.Module) else ""
@@ -225,7 +235,7 @@ class Steps:
         job.targets.sites[site_key] = site
         self.noted[site_key] = Noted(key, None if cfg == self.before else copy.copy(cfg))
 
-    def handed_on(self, key: str) -> tuple[Any, str]:
+    def handed_on(self, key: str) -> tuple[object, str]:
         """Return the config handed on for a site, and the path by which its patterns name it."""
         noted = self.noted.get(key, Noted(key, None))
         own = self.job.cfg if self.job.cfg == self.before else self.before  # a replacement may have changed it since

@@ -278,7 +278,7 @@ def survey(model: nn.Module) -> Tree:
         elif module._modules:
             visit(module, path)
 
-    def undone(layer: Any) -> None:
+    def undone(layer: AdapterLayer) -> None:
         if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
@@ -358,7 +358,7 @@ class Composed(NamedTuple):
     why_not: Callable[[Any], str | None]  # for some modules of the type
 
 
-def why_not_attention(m: Any) -> str | None:
+def why_not_attention(m: nn.Module) -> str | None:
     """Return why an nn.MultiheadAttention cannot be adapted; None if it can."""
     if m.in_proj_weight is None:
         return "Only same embed for query/key/value is supported as of now for MultiheadAttention"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from graft.inject.match import Matcher, Names, minimal_names, unmatched
 from graft.inject.report import Skipped
 from graft.inject.survey import COMPOSED, Tree, kind_of, parameter_site, site_of, uncovered
 from graft.storage import DENSE, experts_of, find_store, innermost, packed_names
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
@@ -63,7 +66,7 @@ def defaults_of(method: type[Method], model: nn.Module) -> list[str] | str | Non
     return MIXERS.get(model_type(model)) if own is None and adapts_projections else own
 
 
-def all_linear(cfg: Any, model: Any, modules: dict[str, nn.Module]) -> set[str]:
+def all_linear(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:
     """Return the names of all linear layers but the output head."""
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):
@@ -92,7 +95,7 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
-def embedding_path(model: Any, tree: Tree) -> str | None:
+def embedding_path(model: object, tree: Tree) -> str | None:
     """Return the path of a model's input embedding; None if the model does not tell."""
     if not hasattr(model, "get_input_embeddings"):
         return None
@@ -103,7 +106,7 @@ def embedding_path(model: Any, tree: Tree) -> str | None:
     return None if embedding is None else tree.paths.get(embedding)
 
 
-def tied_to_embedding(model: Any, tree: Tree) -> tuple[str | None, list[str]]:
+def tied_to_embedding(model: object, tree: Tree) -> tuple[str | None, list[str]]:
     """Return the path of the input embedding, and those of the other modules that hold its weight."""
     path, modules = embedding_path(model, tree), tree.modules
     embedding = modules.get(path) if path else None

@@ -84,7 +84,7 @@ class PeftConfig:
                 )
             self.task_type = TaskType(self.task_type)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set a field; `peft_type` by its name is the member of the enum, whoever sets it."""
         if name == "peft_type" and isinstance(value, str) and value in [t.value for t in self.peft_types]:
             value = self.peft_types(value)
@@ -123,7 +123,7 @@ class PeftConfig:
         return {k: plain(v) for k, v in self.to_dict().items() if k not in self.beyond or v != own[k].default}
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: Any
+        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: object
     ) -> None:
         """Write adapter_config.json into a folder; make the folder if there is none."""
         if os.path.isfile(save_directory):
@@ -138,14 +138,14 @@ class PeftConfig:
             values["auto_mapping"] = auto_mapping_dict
         return json.dumps(values, indent=2, sort_keys=True)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: object) -> Any:
         from graft.config.hub import push
 
         return push(self.save_pretrained, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: object
     ) -> PeftConfig:
         """Read adapter_config.json from a folder or a hub repository.
 
@@ -173,14 +173,14 @@ class PeftConfig:
         made.read_from(pretrained_model_name_or_path, subfolder, **hub)
         return made
 
-    def take(self, options: dict[str, Any]) -> None:
+    def take(self, options: dict[str, object]) -> None:
         """Take those of the options of a load that `taken_on_loading` names."""
 
-    def read_from(self, where: str, subfolder: str | None = None, **hub: Any) -> None:
+    def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
         """Note where the config was read: a hook for those that have other checkpoints beside them."""
 
     @classmethod
-    def from_file(cls, values: dict[str, Any], path: str) -> PeftConfig:
+    def from_file(cls, values: dict[str, object], path: str) -> PeftConfig:
         """Make a config of the fields in a file. Errors name the file."""
         try:
             target = cls.named_in(values)
@@ -189,12 +189,12 @@ class PeftConfig:
             raise type(e)(f"{e} It stands in {path}.") from e
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+    def from_peft_type(cls, **kwargs: object) -> PeftConfig:
         """Make a config of the class that `peft_type` names, from plain data."""
         return cls.named_in(kwargs).tolerant(kwargs)
 
     @classmethod
-    def named_in(cls, values: dict[str, Any]) -> type[PeftConfig]:
+    def named_in(cls, values: dict[str, object]) -> type[PeftConfig]:
         """Return the class that `peft_type` names; this one if there is none."""
         kind = values.get("peft_type")
         if kind is not None and not isinstance(kind, str):
@@ -202,7 +202,7 @@ class PeftConfig:
         return cls if kind is None else PeftConfig.resolve(kind)
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, **kwargs: object) -> dict[str, Any]:
         """Check or change the values of a file before they become a config: a hook for subclasses."""
         return kwargs
 
@@ -223,7 +223,7 @@ class PeftConfig:
         return cls(**{k: v for k, v in values.items() if k in known and k not in cls.runtime_fields})
 
     @classmethod
-    def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str, **_: object) -> dict[str, Any]:
         """Return the fields in a file, without those that describe a machine."""
         return {k: v for k, v in read_object(path_json_file).items() if k not in MACHINE}
 
@@ -258,7 +258,7 @@ def files_of(config: PeftConfig) -> dict[str, bytes]:
     return found
 
 
-def config_in(fields: dict[str, Any], path: str, where: str, subfolder: str | None, **hub: Any) -> PeftConfig:
+def config_in(fields: dict[str, object], path: str, where: str, subfolder: str | None, **hub: object) -> PeftConfig:
     """Return the config of a saved adapter: of its fields, or what a `from_pretrained` returns that a client replaced.
 
     Args:
@@ -326,7 +326,7 @@ def validate(config: Any) -> None:
     check_numbers(config, hints(type(config)))  # type: ignore[arg-type]
 
 
-def fill_nulls(config: Any) -> None:
+def fill_nulls(config: PeftConfig) -> None:
     """Put the defaults into fields of a dataclass that are None and cannot be."""
     wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):
@@ -336,7 +336,7 @@ def fill_nulls(config: Any) -> None:
                 setattr(config, f.name, default)
 
 
-def check_types(config: Any) -> None:
+def check_types(config: PeftConfig) -> None:
     """Raise ConfigTypeError for the first field of a dataclass whose value its annotation does not allow."""
     wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):

@@ -22,7 +22,7 @@ def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
 
 
-def warn_unknown(function: Callable[..., Any], kwargs: Iterable[str], known: set[str]) -> None:
+def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: set[str]) -> None:
     """Warn of keyword arguments of `function` that have no effect: one may be a typing error."""
     import inspect
     from difflib import get_close_matches
@@ -86,7 +86,7 @@ def unreached(
     token: Any = None,
     repo_type: str | None = None,
     cache_dir: Any = None,
-    **_: Any,
+    **_: object,
 ) -> Exception | None:
     """Return why the hub does not answer, of a file that its cache lacks: a download would try again for 30 seconds."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -104,7 +104,7 @@ def unreached(
     return None
 
 
-def offline(local_files_only: bool = False, **_: Any) -> bool:
+def offline(local_files_only: bool = False, **_: object) -> bool:
     from huggingface_hub import constants
 
     return bool(local_files_only or constants.HF_HUB_OFFLINE)

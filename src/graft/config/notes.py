@@ -7,7 +7,7 @@ import errno
 import json
 import os
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
@@ -79,5 +79,5 @@ def in_torch(f: IO[bytes]) -> dict[str, str]:
         return {}
 
 
-def texts(notes: Any) -> dict[str, str]:
+def texts(notes: object) -> dict[str, str]:
     return {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}

@@ -137,6 +137,6 @@ def mark_of(stamp: notes.Stamp | None, text: str) -> str:
     return f"{MARK}{token(stamp)}-{token(text)}"
 
 
-def token(of: Any) -> str:
+def token(of: object) -> str:
     """Return what stands in a mark for a stamp of weights, or for the text of a config."""
     return hashlib.sha256(of if isinstance(of, bytes) else str(of).encode()).hexdigest()[:16]

@@ -53,7 +53,7 @@ class PromptLearningConfig(PeftConfig):
         """The number of virtual tokens, those of an encoder and of a decoder together."""
         return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
 
-    def fit(self, model_config: Any, width: int | None = None) -> None:
+    def fit(self, model_config: object, width: int | None = None) -> None:
         """Fill in the sizes that are None.
 
         Args:

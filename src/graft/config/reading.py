@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import lru_cache, partial
 from time import perf_counter
@@ -61,7 +61,7 @@ def whole(digits: str) -> float:
     return int(digits) if len(digits) <= DIGITS else math.inf  # `check` names the field
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     """Return pairs as a dict; raise ValueError if a key stands twice."""
     out = dict(pairs)
     if len(out) < len(pairs):
@@ -90,7 +90,7 @@ MOST_NAMES = 100_000  # entries of a list
 MOST_PATTERNS = 10_000  # entries of a dict; each is tried on every layer
 
 
-def check_numbers(config: Any, hints: dict[str, Any]) -> None:
+def check_numbers(config: Any, hints: dict[str, object]) -> None:
     """Raise ConfigError for the first dropout outside [0, 1], number that is too large or not finite, or long list.
 
     Args:
@@ -114,14 +114,14 @@ def check_numbers(config: Any, hints: dict[str, Any]) -> None:
                 raise ConfigError(f"`{f.name}` must be between {-most:,} and {most:,}, got {brief(number)}.")
 
 
-def anything(hint: Any) -> bool:
+def anything(hint: object) -> bool:
     """Return True if a type leaves open what a value contains."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(anything(part) for part in typing.get_args(hint))
     return hint in (Any, dict)
 
 
-def numbers(value: Any) -> Iterator[int | float]:
+def numbers(value: object) -> Iterator[int | float]:
     """Yield the numbers that a value is or contains."""
     if isinstance(value, (int, float)):
         if not isinstance(value, bool):
@@ -177,7 +177,7 @@ class Pattern:
         self.match, self.fullmatch = partial(self._timed, timed.match), partial(self._timed, timed.fullmatch)
         self.subn = partial(self._timed, timed.subn)
 
-    def _timed(self, function: Any, *args: Any) -> Any:
+    def _timed(self, function: Callable[..., object], *args: object) -> Any:
         start = perf_counter()
         try:
             found = function(*args, timeout=max(self.left, SLOW))

@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 import numpy as np  # torch reads no bytes that cannot be written
 import torch
@@ -72,8 +72,8 @@ def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
 
 def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the floating tensors in groups: large ones alone, small ones of one kind together."""
-    groups: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
-    sizes: dict[Any, int] = defaultdict(int)
+    groups: dict[object, list[tuple[str, Tensor]]] = defaultdict(list)
+    sizes: dict[object, int] = defaultdict(int)
     for name, t in tensors.items():
         if not t.is_floating_point() or (type(t) is not Tensor and is_sharded(t)):  # to look takes all processes
             continue

@@ -80,7 +80,7 @@ def check(folder: str, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"'{spread[0]}' is sharded: each process holds a part of it. {GATHER}")
 
 
-def load_pair(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: Any) -> tuple[Any, Loaded]:
+def load_pair(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> tuple[Any, Loaded]:
     """Read an adapter's config and tensors from a folder or hub repository, as one save wrote them.
 
     Args:
@@ -98,7 +98,7 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
     return config_in(fields, stored.path, os.fspath(where), subfolder, **hub), loaded
 
 
-def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: Any) -> Loaded:
+def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> Loaded:
     """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
 
     Args:

@@ -163,10 +163,10 @@ def within(stored: dict, is_here: Callable[[str], bool]) -> dict | None:
     return {**stored, **note_of(here, None, part=True)}
 
 
-def lists_of(*kinds: type) -> Callable[[Any], bool]:
+def lists_of(*kinds: type) -> Callable[[object], bool]:
     """Return a function that says whether a value is a dict of lists of finite numbers of these types."""
 
-    def is_right(value: Any) -> bool:
+    def is_right(value: object) -> bool:
         if not isinstance(value, dict) or not {type(inner) for inner in value.values()} <= {list}:
             return False
         return {type(n) for inner in value.values() for n in inner} <= {*kinds} and (

@@ -24,7 +24,7 @@ from graft.io.written import Layout, exchanged_by, say
 
 
 def fused(
-    tensors: dict[str, Tensor], parts: Parts, prefix: str, model: nn.Module, config: Any, adapter: str
+    tensors: dict[str, Tensor], parts: Parts, prefix: str, model: nn.Module, config: object, adapter: str
 ) -> dict[str, Tensor]:
     """Return a file's tensors with those of experts (`….experts.3.w1.lora_A.weight`) as the stacks' A and B.
 

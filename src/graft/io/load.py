@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -42,6 +42,9 @@ from graft.io.written import TODAY
 from graft.storage.offload import is_tied, offloaded_in
 from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of
+
+if TYPE_CHECKING:
+    from graft.core.layer import AdapterLayer
 
 
 @dataclass(repr=False)
@@ -200,7 +203,7 @@ class Values:
         self._complain(mismatched, unexpected)
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
-        own: list[tuple[Any, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
+        own: list[tuple[object, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
         away = offloaded_in(self.model) if any(t.is_meta for t in base.values()) else {}
         tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
         if tied:
@@ -253,7 +256,7 @@ class Values:
         return [prefix + name for name in sorted(missing)]
 
     def _restored(
-        self, layer: Any, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
+        self, layer: AdapterLayer, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
     ) -> list[tuple[Entry, str | None]]:
         """Put the values that a layer's method restores into `tensors`; return its entries and their names there."""
         method = layer.methods[self.adapter]

@@ -99,7 +99,7 @@ def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: An
     )
 
 
-def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str, str], Any]:
+def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str, str], object]:
     """Return the shapes that an adapter's tensors have on a layer by the config, whatever stands there now."""
     method, spare = layer.methods[adapter], AdapterLayer(layer.site, layer.call)
     shared = {} if parts.shared is None else parts.shared.attached()
@@ -175,7 +175,7 @@ class Meeting:
                 "processes the same adapters, names and arguments."
             )
 
-    def by_the_first(self, act: Callable[[], Any]) -> None:
+    def by_the_first(self, act: Callable[[], object]) -> None:
         """Have the first process act. The others wait for it, and raise what it raises."""
         done = f"{self.room}/done"
         if self.rank != self.ranks[0]:

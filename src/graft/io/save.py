@@ -207,7 +207,7 @@ def added_by(parts: Parts) -> Callable[[str], bool]:
     return lambda name: any(name.startswith(f"{k}.") and not name.startswith(f"{k}.base_layer.") for k in keys)
 
 
-def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tensor]:
+def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, Tensor]:
     targets = getattr(config, "target_modules", None)
     targeted = False
     if isinstance(targets, str) and targets != "all-linear":
@@ -241,7 +241,7 @@ def embeddings(base: nn.Module, config: Any, save: str | bool) -> dict[str, Tens
     return out
 
 
-def resized_vocabulary(base: nn.Module, config: Any) -> bool:
+def resized_vocabulary(base: nn.Module, config: object) -> bool:
     """Return True if the vocabulary's size differs from that of the original, in a local folder or the hub's cache.
 
     Never ask the network.

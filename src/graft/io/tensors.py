@@ -26,7 +26,7 @@ def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str,
     """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     held = dict(sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for key, t in held.items():
         begin, end = end, end + t.nbytes

@@ -7,7 +7,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
 from graft.inject.job import Options
 from graft.methods import config_of, method_of
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+    from graft.core.method import Method
+    from graft.core.tuner import Tuner
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
 Rows = dict[str, list[tuple[Any, float]]]  # (TrainableTokens, weight) of each adapter, by path of the module
@@ -73,7 +78,7 @@ def either(targets: Sequence[Any], mixed: str) -> Any:
     return set().union(*(t or () for t in targets))
 
 
-def name_exactly(cfg: Any, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
+def name_exactly(cfg: PeftConfig, keys: Iterable[str], parameters: Sequence[str] = ()) -> None:
     """Make `cfg` target the layers at these paths and no others, those of `parameters` by their own names."""
     modules = [re.escape(key) for key in keys if key not in parameters]
     cfg.target_modules = "|".join(modules) if modules else []
@@ -119,7 +124,7 @@ def owners(tuner: Any, names: Sequence[str]) -> dict[str, str]:
     return {key: own[0] for key, own in found.items() if own}
 
 
-def heads(tuner: Any, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
+def heads(tuner: Tuner, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
     """Copy the modules trained whole for the new adapter. Tied ones follow by themselves."""
     return {
         key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])
@@ -153,7 +158,7 @@ def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str, cfg: A
         )
 
 
-def changes_base(cfg: Any) -> bool:
+def changes_base(cfg: PeftConfig) -> bool:
     """Return True if the initialisation of adapters with this config changes the base weights."""
     setting = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
     return setting is not None and setting(cfg) is not None
@@ -197,7 +202,7 @@ class Combined:
         return out
 
 
-def moved(method: Any, others: list[tuple[Any, float]]) -> Tensor:
+def moved(method: Method, others: list[tuple[Any, float]]) -> Tensor:
     """Return W + Σ wᵢ (rowᵢ - W) for the rows of a new adapter, which are W's yet."""
     base = wide(method.trainable_tokens_delta)
     out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])

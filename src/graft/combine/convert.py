@@ -121,7 +121,7 @@ def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[st
             raise ConfigError(f"Layer '{key}' has {groups} groups, by which rank {rank} is not divisible.")
 
 
-def check_rank(rank: Any) -> None:
+def check_rank(rank: object) -> None:
     """Raise for what is neither a rank, an int, nor a part of the energy, a float."""
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise ConfigTypeError(f"rank must be an int, or a float for the part of ‖ΔW‖² to keep, got {rank!r}.")
@@ -174,7 +174,7 @@ def report(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
         )
 
 
-def shown(items: Iterable[Any], total: int) -> Iterable[Any]:
+def shown(items: Iterable[object], total: int) -> Iterable[Any]:
     """Show a progress bar."""
     from tqdm import tqdm
 

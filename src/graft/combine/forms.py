@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from graft.core.folding import change_of, evaluating, why_none, wide
 from graft.core.ops import Opaque
 from graft.kernels.one_product import narrow
 from graft.methods import method_of
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+    from graft.core.method import Method
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Form:
 
     apart: ClassVar[bool] = False  # True: rules may act on A and B apart
 
-    def begin(self, configs: Sequence[Any]) -> Any:
+    def begin(self, configs: Sequence[object]) -> Any:
         """Return a config for the layers that any of these selects."""
         return union_of(configs)
 
@@ -79,7 +83,7 @@ class Form:
         raise NotImplementedError
 
 
-def factors_of(m: Any, weight: float) -> Term:
+def factors_of(m: Method, weight: float) -> Term:
     """The factors of a method, with the vectors between and around them counted in."""
     with evaluating(m.layer):
         f = m.factors()
@@ -104,7 +108,7 @@ class LoraForm(Form):
             values["lora_B", "bias"] = torch.stack(shifts).sum(0) if shifts else B.new_zeros(m.site.out_features)
         return values
 
-    def shift(self, m: Any) -> Tensor | None:
+    def shift(self, m: Method) -> Tensor | None:
         """Return what an adapter adds to the layer's bias."""
         return wide(m.lora_B.bias) * m.scaling if m.lora_bias else None
 
@@ -120,7 +124,7 @@ class LoraForm(Form):
         check_base_stays(cfg, ranks, configs)
 
 
-def check_base_stays(cfg: Any, ranks: dict[str, int], configs: Sequence[Any]) -> None:
+def check_base_stays(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[Any]) -> None:
     """Raise if the new adapter's variant would take more out of the base weights than those of the others did."""
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():

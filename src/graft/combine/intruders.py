@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from graft.core.errors import ConfigError
 from graft.core.folding import wide
 from graft.inject.parts import registry_of
 from graft.methods.lora.config import LoraConfig
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+    from graft.core.method import Method
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def reduce_intruder_dimension(
     registry.set_adapter(new_adapter_name)
 
 
-def check(layers: dict[str, Any], adapter: str, cfg: Any) -> None:
+def check(layers: dict[str, Any], adapter: str, cfg: PeftConfig) -> None:
     """Raise ConfigError unless B A is all that the adapter does, and its tensors can hold any other."""
     if cfg.peft_type != "LORA":
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")
@@ -88,14 +92,14 @@ def check(layers: dict[str, Any], adapter: str, cfg: Any) -> None:
             )
 
 
-def product(m: Any) -> tuple[Tensor, Tensor]:
+def product(m: Method) -> tuple[Tensor, Tensor]:
     """Return A (r, n) and B (out, r) with ΔW = B A."""
     term = factors_of(m, 1.0)
     (A,), (B,) = term.product()
     return A, B * term.scaling
 
 
-def intruders(W: Tensor, m: Any, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def intruders(W: Tensor, m: Method, top_k: int, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular triples of W + ΔW that are intruders: U (out, k), S (k,), Vh (k, n)."""
     W, (A, B) = wide(W).flatten(1), product(m)
     U, S, Vh = torch.linalg.svd(W + B @ A, full_matrices=False)
@@ -104,7 +108,7 @@ def intruders(W: Tensor, m: Any, top_k: int, epsilon: float) -> tuple[Tensor, Te
     return U[:, :top_k][:, new], S[:top_k][new], Vh[:top_k][new]
 
 
-def without(m: Any, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
+def without(m: Method, U: Tensor, S: Tensor, Vh: Tensor, part: float) -> tuple[Tensor, Tensor]:
     """Return A and B of the adapter, whose scaling they do not contain, with only `part` of these triples."""
     A, B = product(m)
     rank = len(A)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,7 +172,7 @@ class Recipe:
     @property
     def rule(self) -> Callable[[Sequence[Tensor], Sequence[float]], Tensor]:
         name = self.kind.removesuffix("_svd")
-        options: dict[str, Any] = {} if name == "linear" else {"density": self.density}
+        options: dict[str, object] = {} if name == "linear" else {"density": self.density}
         if name.endswith("ties"):
             options["majority_sign_method"] = self.majority
         return partial(ELEMENTWISE[name], **options)

@@ -248,7 +248,7 @@ def look(parts: list[Part], report: AuditReport, called: set[int] | None = None)
             report.not_finite.append(part.label)
 
 
-def has_stepped(model: nn.Module, registry: Any, optimizer: torch.optim.Optimizer | None) -> bool:
+def has_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optimizer | None) -> bool:
     """Return True if an optimizer has changed a model's adapters, as far as one can tell: its state says so, or
     gradients of a backward pass are gone."""
     training = [p for p in model.parameters() if p.requires_grad]
@@ -290,7 +290,7 @@ def tried(model: nn.Module, carriers: Iterable[Carrier], loss: Callable[[], Tens
     before = [(p, p.grad) for p in model.parameters()]
     called: set[int] = set()
 
-    def note(module: nn.Module, _: Any) -> None:
+    def note(module: nn.Module, _: object) -> None:
         called.add(id(module))
 
     handles = [c.register_forward_pre_hook(note) for c in carriers if isinstance(c, nn.Module)]

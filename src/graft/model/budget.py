@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.model.api import get_peft_model
 from graft.model.peft_model import PeftModel
+
+if TYPE_CHECKING:
+    from graft.kernels.context import Context
 
 CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
 MANY = 16  # rows, from which on what a step takes is a line
@@ -221,7 +224,7 @@ class Live(TorchDispatchMode):
         self.watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.bytes = self.peak = 0.0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func.name() == ITEM and args[0].is_meta:
             return True  # what models ask: is nothing padded, is nothing packed?
         out = func(*args, **(kwargs or {}))
@@ -239,7 +242,7 @@ class Live(TorchDispatchMode):
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
-        def gone(_: Any) -> None:
+        def gone(_: object) -> None:
             self.bytes -= size
             self.known.discard(one)
             del self.watches[one]
@@ -263,7 +266,7 @@ class FusedAttention(TorchFunctionMode):
         super().__init__()
         self.with_dropout = with_dropout
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
@@ -274,13 +277,13 @@ class FusedAttention(TorchFunctionMode):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 

@@ -20,7 +20,7 @@ class Composition:
 
     children: tuple[Any, ...]
 
-    def __init__(self, *children: Any):
+    def __init__(self, *children: object):
         self.children = children
         if not children:
             raise RoutingError(f"{self._name} of no adapters: name one at least.")
@@ -31,7 +31,7 @@ class Composition:
     def _name(self) -> str:
         return type(self).__name__
 
-    def _check(self, child: Any) -> None:
+    def _check(self, child: object) -> None:
         if not isinstance(child, str):
             raise RoutingError(f"{self._name} takes names of adapters, got {child!r}.")
         if child == BASE:
@@ -95,7 +95,7 @@ class Parallel(Composition):
         RoutingError: no children, or one that is none of these.
     """
 
-    def _check(self, child: Any) -> None:
+    def _check(self, child: object) -> None:
         if not isinstance(child, (Stack, Average)):
             super()._check(child)
 
@@ -129,7 +129,7 @@ def check_known(names: Sequence[str], configs: Mapping[str, Any], value: Composi
         raise RoutingError(f"{value!r} names prompts {prompts}, of which one acts at a time: set_adapter(name).")
 
 
-def batch_of(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def batch_of(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
     """Return the number of rows: those of the first tensor argument."""
     for value in (*inputs, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
@@ -138,7 +138,7 @@ def batch_of(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def copied(
-    inputs: tuple[Any, ...], kwargs: Mapping[str, Any], copies: int, own: Collection[str]
+    inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own: Collection[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments for a batch of `copies` batches, one after the other.
 
@@ -151,7 +151,7 @@ def copied(
         return inputs, dict(kwargs)
     batch = batch_of(inputs, kwargs)
 
-    def of(value: Any, name: str) -> Any:
+    def of(value: Any, name: str) -> object:
         if isinstance(value, Tensor):
             mine = value.dim() and len(value) == batch and name not in SHARED
             return value.repeat(copies, *[1] * (value.dim() - 1)) if mine else value
@@ -174,7 +174,7 @@ def copied(
     )
 
 
-def split(output: Any, n: int) -> list[Any]:
+def split(output: object, n: int) -> list[Any]:
     """Cut the output of a call with `Parallel` into those of its n children.
 
     A loss and other tensors without rows are in each part as they are. Caches are in none: None stands there.

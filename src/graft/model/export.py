@@ -33,7 +33,7 @@ class BaseInMemory:
         base = model.get_base_model()  # type: ignore[operator]
         config, tensors = getattr(base, "config", None), get_base_model_state_dict(model)
         self.path = str(base.__dict__.get("name_or_path") or type(base).__name__)
-        self.config: dict[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        self.config: dict[str, object] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
         if not self.config.get("architectures"):  # as a save writes it
             self.config["architectures"] = [type(base).__name__]
         self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -43,7 +43,9 @@ class BaseInMemory:
         return dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
 
 
-def export_adapters(model: Any, directory: str, selected: list[str] | None, server: str, writes: bool = True) -> None:
+def export_adapters(
+    model: nn.Module, directory: str, selected: list[str] | None, server: str, writes: bool = True
+) -> None:
     """Write adapters for a server, "default" into the folder and others into sub-folders.
 
     A format that is one file is adapter.gguf there, or what its end is.
@@ -94,7 +96,7 @@ def export(model: Any, adapter: str, server: str, path: str, rank: int | float |
 
 
 @torch.no_grad()
-def error_of(model: Any, adapter: str, tensors: dict[str, Tensor]) -> float:
+def error_of(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> float:
     """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1."""
     parts, prefix, *_ = found(model, adapter)
     lost = whole = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -224,16 +224,16 @@ def update_generate_signature(model: PeftModel) -> None:
     update_signature(model, "generate")
 
 
-def takes_anything(function: Any) -> bool:
+def takes_anything(function: Callable[..., object]) -> bool:
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]
     return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
-def like(function: Any, example: Any) -> Any:
+def like(function: Callable[..., object], example: Any) -> Any:
     """Return `function` with the signature and help of `example`."""
 
     @functools.wraps(example)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: object, **kwargs: object) -> object:
         return function(*args, **kwargs)
 
     return wrapped

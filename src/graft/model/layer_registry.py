@@ -162,7 +162,7 @@ class LayerRegistry(MergingRegistry):
                 noted = stack.enter_context(self.call.noting())
                 steps.append(lambda output: self._with_losses(output, noted, run))
 
-            def finish(output: Any) -> Any:
+            def finish(output: object) -> object:
                 for step in steps:
                     output = step(output)
                 return output

@@ -51,7 +51,7 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
         raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
     layers = loaded(job, base)
     found: list[Change] = []
-    asked: dict[Any, bool] = {}
+    asked: dict[object, bool] = {}
     for path, held in adapter.modules.items():
         if isinstance(held, LowRank):
             continue
@@ -90,7 +90,7 @@ def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
     return survey(made.get_base_model()).layers
 
 
-def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[Any, bool]) -> list[Change]:
+def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> list[Change]:
     name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
     (spot, *more) = job.places.settle([name], job.name)[name]
     stored = job.places.shapes[spot.key]
@@ -113,7 +113,7 @@ def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[An
     return found
 
 
-def shifts(layer: AdapterLayer, m: Method, asked: dict[Any, bool]) -> bool:
+def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
     """Return True if an adapter changes the bias; one layer of those with the same method, config and kind answers."""
     kind = (type(m), id(m.cfg), type(layer.op), getattr(layer.base_layer, "bias", None) is None)
     if kind not in asked:

@@ -34,7 +34,7 @@ class MixedModel(Tuner):
         tuner_of(peft_config.peft_type)._create_and_replace(self, peft_config, *args, **kwargs)
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> Any:
         """Add an adapter, inactive and frozen, that combines others: those of one method that can hold a sum (LoRA,
         AdaLoRA, LoHa, IA3) into one of their kind, all others with a ΔW into a plain LoRA adapter.
@@ -96,7 +96,7 @@ class PeftMixedModel(PeftModel):
         for name in names:
             self._registry.delete_adapter(name)
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def merge_and_unload(self, *args: object, **kwargs: object) -> nn.Module:
         """Merge the active adapters for good and return the plain model."""
         return registry_of(self).merge_and_unload(*args, **kwargs)  # type: ignore[no-any-return]
 

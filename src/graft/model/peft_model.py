@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -360,7 +360,7 @@ class PeftModel(nn.Module):
 
     # forward
 
-    def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any], generates: bool = False) -> Any:
+    def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any], generates: bool = False) -> object:
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
         registry = self._registry
@@ -379,12 +379,12 @@ class PeftModel(nn.Module):
 
     def _run(
         self,
-        function: Any,
+        function: Callable[..., object],
         names: RowNames,
         inputs: tuple,
-        kwargs: dict[str, Any],
+        kwargs: dict[str, object],
         generates: bool,
-    ) -> tuple[Any, Given]:
+    ) -> tuple[object, Given]:
         """Do as `_call`, within a call; return the output, and what the call said of its rows."""
         registry = self._registry
         if generates:
@@ -416,7 +416,7 @@ class PeftModel(nn.Module):
         """Prepare for the heads of a mixed batch: a hook for task classes."""
         return nullcontext()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter; a
         `Stack` or an `Average` of adapters is an entry, too.
 
@@ -437,7 +437,7 @@ class PeftModel(nn.Module):
         return self._call(self.get_base_model().generate, args, kwargs, generates=True)
 
     @staticmethod
-    def prepare_model_for_gradient_checkpointing(model: Any) -> None:
+    def prepare_model_for_gradient_checkpointing(model: object) -> None:
         """Make the first block's inputs require gradients: reentrant checkpointing drops them otherwise."""
         quantized = any(getattr(model, f, False) for f in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
         if quantized:
@@ -520,7 +520,7 @@ class PeftModel(nn.Module):
 
         write_card(self, output_dir)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: object) -> Any:
         """Save to a temporary folder and upload that to a hub repository."""
         from graft.config.hub import push
 

@@ -50,7 +50,7 @@ class Reference:
         self.model.delete_adapter(self.name)
 
 
-def tensors(given: Iterable[Any]) -> Iterable[Tensor]:
+def tensors(given: Iterable[object]) -> Iterable[Tensor]:
     return (t for t in given if isinstance(t, Tensor))
 
 

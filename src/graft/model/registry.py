@@ -269,7 +269,7 @@ class Registry:
         """Surround a run of the model, whose `kwargs` may change; yield a function for its output."""
         raise NotImplementedError
 
-    def check_generate(self, kwargs: dict[str, Any]) -> None:
+    def check_generate(self, kwargs: dict[str, object]) -> None:
         """Raise for arguments of `generate` that do not work with the adapters."""
 
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:

@@ -41,7 +41,7 @@ def names_of_rows(names: Iterable[str | Composition] | None) -> RowNames:
     return names
 
 
-def rows_of(registry: Registry, names: RowNames, inputs: tuple, kwargs: dict[str, Any]) -> Rows | None:
+def rows_of(registry: Registry, names: RowNames, inputs: tuple, kwargs: dict[str, object]) -> Rows | None:
     """Return the rows of a mixed batch, checked; None without names."""
     if names is None:
         return None
@@ -87,7 +87,7 @@ def composition_for(registry: Registry, value: Composition | None, names: object
 
 
 def composed(
-    value: Composition, inputs: tuple, kwargs: dict[str, Any], own: set[str]
+    value: Composition, inputs: tuple, kwargs: dict[str, object], own: set[str]
 ) -> tuple[tuple, dict[str, Any], list[str | Composition]]:
     """Return the arguments of a call, with copies of its rows for a Parallel, and what acts on each row."""
     batch, children = batch_of(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
@@ -95,7 +95,7 @@ def composed(
     return inputs, kwargs, [child for child in children for _ in range(batch)]
 
 
-def draws_of(generators: Any, rows: Rows | None) -> Draws | None:
+def draws_of(generators: object, rows: Rows | None) -> Draws | None:
     """Return the generators of a call by adapter, checked; None without `adapter_generators`."""
     if generators is None:
         return None

@@ -8,6 +8,7 @@ override is no error, as packages do so on import.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,13 +27,13 @@ INSTEAD = (
 )
 
 
-def step(function: Any) -> Any:
+def step(function: Callable[..., object]) -> Any:
     """Mark a function of a tuner as graft's own form of a step that other packages may replace."""
     STEPS.setdefault(function.__name__, []).append(function)
     return function
 
 
-def replaced(tuner: Any, method: Any) -> list[str]:
+def replaced(tuner: Any, method: object) -> list[str]:
     """Return the names of the steps that were replaced on a tuner, its class, or the class for a method."""
     classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
     return [n for n, own in STEPS.items() if n in tuner.__dict__ or any(getattr(c, n) not in own for c in classes)]
@@ -58,14 +59,14 @@ class TunerType(type):
             raise AttributeError(not_here(name, cls.__name__))
         raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")
 
-    def __setattr__(cls, name: str, value: Any) -> None:
+    def __setattr__(cls, name: str, value: object) -> None:
         if name in INTERNALS:
             raise AttributeError(
                 f"setting {cls.__name__}.{name} would change nothing, as graft never calls it: {INSTEAD}."
             )
         super().__setattr__(name, value)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> Any:
         overridden = sorted({name for c in cls.__mro__ for name in OVERRIDES.get(c, ())})
         if overridden:
             raise TypeError(

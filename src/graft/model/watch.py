@@ -95,7 +95,7 @@ class Watch:
         self.moving = False  # a call had inputs with gradients, for which a backward pass may have run
         self.suspects: list[tuple[Carrier, str]] | None = None  # (carrier, adapter); None: no pass was looked at yet
 
-    def follow(self, output: Any, inputs: Iterable[Any]) -> None:
+    def follow(self, output: object, inputs: Iterable[object]) -> None:
         """Look once the backward pass of this call's output ends."""
         first = True
         for t in tensors_in(output):

@@ -124,7 +124,7 @@ class Swap:
     wrong: list[str] = field(default_factory=list)
 
 
-def swap(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **options: Any) -> None:
+def swap(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **options: object) -> None:
     """Check everything, then write."""
     model = unwrapped(model)
     gate = gate_of(model)
@@ -341,7 +341,7 @@ def described(config: LoraConfig, changes: list[Change]) -> LoraConfig:
     return made
 
 
-def usual(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def usual(values: dict[str, object]) -> tuple[Any, dict[str, Any]]:
     """Return the most frequent value, and a pattern for every layer that has another one."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}

@@ -33,7 +33,7 @@ class Choice(local):
         self.gathered: dict[SlotLayer, tuple[Tensor, ...] | None] = {}  # None: gathered once, not kept
         self._indices = {1: self.index}  # by batch size; rewritten in place, so that compiled code stays valid
 
-    def __reduce__(self) -> tuple[type[Choice], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[Choice], tuple[object, ...]]:
         return Choice, self.made_of
 
     def everywhere(self, slot: int) -> None:

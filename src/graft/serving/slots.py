@@ -190,13 +190,13 @@ class AdapterSlots:
     def load(
         self,
         name: str,
-        source: Any,
+        source: object,
         *,
         config: PeftConfig | None = None,
         adapter: str = "default",
         keep: bool = True,
         allow_nonfinite: bool = False,
-        **hub: Any,
+        **hub: object,
     ) -> None:
         """Make an adapter known. It takes a slot when a batch needs it, or with `pin`.
 
@@ -460,7 +460,7 @@ class AdapterSlots:
                 device = next(iter(self.layers.values())).A.device
                 self._choice.each([self._slots.get(n, NONE) for n in chosen], device)
 
-    def __call__(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
         """Run the model's forward.
 
         Args:
@@ -472,7 +472,7 @@ class AdapterSlots:
         with self.using(self._rows(adapter_names, args, kwargs)):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
         """Run the model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
         model: Any = self.model
         names = self._rows(adapter_names, args, kwargs)
@@ -485,7 +485,7 @@ class AdapterSlots:
         with self.using(names if isinstance(names, str) else [n for n in names for _ in range(copies)]):
             return model.generate(*args, **kwargs)
 
-    def _rows(self, names: str | Sequence[str] | None, args: tuple, kwargs: dict[str, Any]) -> list[str] | str:
+    def _rows(self, names: str | Sequence[str] | None, args: tuple, kwargs: dict[str, object]) -> list[str] | str:
         """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
         change between one adapter, several, and none."""
         if names is None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock, RLock
-from typing import Any
 
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn
 from graft.model.adapter_tensors import AdapterTensors
@@ -40,8 +39,8 @@ class Versions:
     def __init__(
         self,
         name: str,
-        load: Callable[[str, AdapterTensors], Any],
-        unload: Callable[[str], Any],
+        load: Callable[[str, AdapterTensors], object],
+        unload: Callable[[str], object],
         keep: int = 1,
     ):
         if keep < 1:

@@ -109,7 +109,7 @@ NAMES = ("S_WC", "U_WC", "V_WC")
 def preprocess_corda(
     model: nn.Module,
     lora_config: LoraConfig,
-    run_model: Callable[[], Any] | None = None,
+    run_model: Callable[[], object] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
     """Measure what `get_peft_model` with init_lora_weights="corda" begins with; call it with the same model and config.
@@ -158,7 +158,7 @@ def covariances_of(
     model: nn.Module,
     methods: dict[str, Method],
     cfg: Any,
-    run_model: Callable[[], Any] | None,
+    run_model: Callable[[], object] | None,
     hooked_model: nn.Module | None,
 ) -> dict[str, Tensor]:
     """Return C (in, in) of each layer: the mean over calls of xᵀ x, x (tokens, in) divided by its largest value."""
@@ -171,7 +171,7 @@ def covariances_of(
     calls: dict[str, int] = {}
 
     def watch(key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             x = args[0].detach().flatten(0, -2)
             x = x if cfg.use_float16_for_covariance else x.float()
             x = x / x.max().abs()
@@ -205,7 +205,7 @@ def covariances_of(
 
 
 def preprocess_loraga(
-    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | None = None
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], object], cache_file: str | None = None
 ) -> None:
     """Estimate what `get_peft_model` with init_lora_weights="lora_ga" begins with; call it with the same model, config.
 
@@ -238,7 +238,7 @@ def preprocess_loraga(
         setattr(m.site.module, GRADIENT, made[key].to(m.site.weight.where()[0]))
 
 
-def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], Any], step: float) -> None:
+def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], object], step: float) -> None:
     """Estimate what `get_peft_model` with init_weights="sb" begins with; call it with the same model and config.
 
     Each targeted linear layer gets an attribute that the initialisation uses up: -step · sign(G), AdamW's first step of
@@ -270,7 +270,7 @@ def refuse_quantized(methods: dict[str, Method], who: str) -> None:
             )
 
 
-def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Callable[[], Any]) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Callable[[], object]) -> dict[str, Tensor]:
     """Return the mean gradient of each weight, as the layer stores it. Parameters are left as they were."""
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
     trained = {p: (p.requires_grad, p.grad) for p in model.parameters()}
@@ -280,7 +280,7 @@ def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Calla
         def came(_: Tensor) -> None:
             calls[key] += 1
 
-        def ran(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def ran(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             if output.requires_grad:  # not in a first pass under reentrant checkpointing
                 output.register_hook(came)
 

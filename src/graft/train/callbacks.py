@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from graft.inject.parts import registry_of, unwrapped
 from graft.methods.finegates import sparsity_loss
@@ -31,7 +32,7 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: Any, start: int = 
     """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that."""
     step = start
 
-    def allocate(*_: Any) -> None:
+    def allocate(*_: object) -> None:
         nonlocal step
         model.base_model.update_and_allocate(step)
         step += 1
@@ -47,7 +48,7 @@ def callback_class() -> Any:
     class AdamssAsaCallback(TrainerCallback):
         """Chooses the subspaces of AdaMSS adapters that train: `Trainer(…, callbacks=[AdamssAsaCallback()])`."""
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: object = None, **kwargs: Any) -> None:
             tuner: Any = getattr(getattr(model, "module", model), "base_model", None)
             if hasattr(tuner, "update_and_allocate"):
                 tuner.update_and_allocate(state.global_step)
@@ -65,7 +66,9 @@ def __getattr__(name: str) -> Any:
 class MontecloraTrainerMixin:
     """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
+    ) -> Any:
         """Return the Trainer's loss with MonteCLoRA's added, which is 0 in evaluation; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         losses = [monteclora_loss(registry_of(m)) for m in model.modules() if isinstance(m, tuner_of("LORA"))]
@@ -76,7 +79,9 @@ class MontecloraTrainerMixin:
 class FineGatesTrainerMixin:
     """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
+    ) -> Any:
         """Return the Trainer's loss, in training with that of FineGates added; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
@@ -93,7 +98,7 @@ FIRST = 3  # steps before the first look: a schedule may begin at 0
 OF_GRADIENTS = ("no_gradient", "zero_gradient")
 
 
-def look(model: Any, optimizer: Any, half: bool, early: bool) -> AuditReport:
+def look(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: bool) -> AuditReport:
     """Audit a model in Trainer's hands.
 
     Args:
@@ -124,7 +129,7 @@ def line(report: AuditReport, when: str) -> str:
     return f"graft, {when}: {wrong}" + (f"; {sizes}" if sizes else "") + ". print(watch.report) names them."
 
 
-def ignore(*_: Any, **__: Any) -> None:
+def ignore(*_: object, **__: object) -> None:
     """Leave an event alone."""
 
 
@@ -152,15 +157,15 @@ class Watch(Listener):
         self.first, self.steps = first, 0
         self.report: AuditReport | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
         self.steps = 0
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: object, **kwargs: Any) -> None:
         self.steps += 1
         if self.steps == self.first:
             self._look(args, state, f"after {self.steps} steps", early=True, **kwargs)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: object, **kwargs: Any) -> None:
         self._look(args, state, f"at the end, after {self.steps} steps", early=False, **kwargs)
 
     def _look(

@@ -130,7 +130,7 @@ OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing_kwargs: dict[str, object] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze `model`, widen its half-precision weights (norms, head) to float32, and turn on gradient checkpointing.
@@ -164,7 +164,7 @@ def kept_as_they_are(m: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in held.items() if fixed or name != "bias"]
 
 
-def checkpoint(model: Any, options: dict[str, Any]) -> None:
+def checkpoint(model: Any, options: dict[str, object]) -> None:
     """Turn on gradient checkpointing; the reentrant kind needs inputs that require gradients."""
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):

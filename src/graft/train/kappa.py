@@ -114,7 +114,7 @@ def condition(W: Tensor) -> Tensor:
     return S[0] / (S[-1] + FLOOR)
 
 
-def shown(items: Iterable[Any], progressbar: bool) -> Iterator[Any]:
+def shown(items: Iterable[object], progressbar: bool) -> Iterator[Any]:
     if progressbar:
         from tqdm import tqdm
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from graft.inject.parts import registry_of, unwrapped
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.storage.parallel import layout_of
+
+if TYPE_CHECKING:
+    from graft.core.method import Method
+    from graft.model.layer_registry import LayerRegistry
 
 
 @torch.no_grad()
@@ -56,7 +60,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
                 prune(moment, keep)
 
 
-def adapter_of(registry: Any) -> str:
+def adapter_of(registry: LayerRegistry) -> str:
     """Return the name of the one adapter of a model."""
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:
@@ -102,7 +106,7 @@ def moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
     return [t for t in held if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
 
 
-def begin(m: Any) -> None:
+def begin(m: Method) -> None:
     """Give A and B the values of a new adapter."""
     (A, B), ids = m.pair, m.site.op.takes_ids
     drawn, zeros = (B, A) if ids else (A, B)

@@ -31,7 +31,7 @@ class Resumable(Listener):
         self.resumed: Any = None
         self._job: Resume | None = None  # whose generators are to come
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: object, control: object, **kwargs: object) -> None:
         """Refuse a Trainer that would load the optimizer's state by index first.
 
         Raises:
@@ -45,7 +45,7 @@ class Resumable(Listener):
 
     def on_save(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:  # fmt: skip
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         extra = {"epoch": state.epoch}
@@ -53,7 +53,7 @@ class Resumable(Listener):
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:  # fmt: skip
         if args.fp16:
             warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
@@ -68,11 +68,11 @@ class Resumable(Listener):
             )
         self.resumed, self._job = job.run(), job
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
         if self._job is not None and float(self.resumed.extra["epoch"]).is_integer():
             self._draw()  # the loader, which begins now, draws first
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
         self._draw()  # Trainer has passed over the batches of before, which drew
 
     def _draw(self) -> None:

@@ -87,13 +87,13 @@ class Value(NamedTuple):
 
 def save_training(
     folder: str | os.PathLike[str],
-    model: Any,
+    model: nn.Module,
     optimizer: Optimizer,
-    scheduler: Any = None,
-    loader: Any = None,
+    scheduler: object = None,
+    loader: object = None,
     *,
     step: int,
-    extra: dict[str, Any] | None = None,
+    extra: dict[str, object] | None = None,
 ) -> None:
     """Write all that the next step of a training depends on; `resume` goes on from it. Call it between two steps.
 
@@ -147,10 +147,10 @@ def write_state(folder: str, note: dict[str, Any], tensors: dict[str, Tensor]) -
 
 def resume(
     folder: str | os.PathLike[str],
-    model: Any,
+    model: nn.Module,
     optimizer: Optimizer,
-    scheduler: Any = None,
-    loader: Any = None,
+    scheduler: object = None,
+    loader: object = None,
     strict: bool = True,
 ) -> Resumed:
     """Put a training into the state that `save_training` wrote: model, optimizer, scheduler, loader and generators.
@@ -193,7 +193,7 @@ def load(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def state_of(
-    model: Any, optimizer: Optimizer, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
+    model: nn.Module, optimizer: Optimizer, scheduler: object, loader: object, step: int, extra: dict[str, object]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the note and the tensors of a training."""
     return agreed(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE).whole()
@@ -267,7 +267,7 @@ def of_rank(number: int) -> str:
     return f"rank{number}/" if number else ""
 
 
-def adapters_of(model: Any) -> list[str]:
+def adapters_of(model: nn.Module) -> list[str]:
     """Return the names of the adapters that a save takes."""
     registry = registry_of(unwrapped(model))
     if registry is None or not registry.peft_config:
@@ -314,12 +314,12 @@ def inside(wrapper: Any) -> Any:
     return wrapper
 
 
-def called(thing: Any) -> str:
+def called(thing: object) -> str:
     """Return the name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def loader_state(loader: Any) -> Any:
+def loader_state(loader: object) -> Any:
     if loader is None:
         return None
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
@@ -335,7 +335,7 @@ def numpy_state() -> tuple[Any, ...]:
     return (kind, np.asarray(keys).tolist(), *rest)
 
 
-def generators(loader: Any) -> dict[str, Tensor]:
+def generators(loader: object) -> dict[str, Tensor]:
     """Return the states of torch's generators, and of those in a loader."""
     found = {"cpu": torch.get_rng_state()}
     device = accelerator()
@@ -360,7 +360,7 @@ class Resume:
         folder: str,
         model: Any,
         optimizer: Optimizer,
-        scheduler: Any,
+        scheduler: object,
         loader: Any,
         strict: bool,
     ) -> None:
@@ -548,7 +548,7 @@ class Resume:
                 module.set_rng_state(held) if device.type == "mps" else module.set_rng_state(held, device)
 
 
-def placed(value: Any, now: Any) -> Any:
+def placed(value: object, now: object) -> Any:
     """Return a group's option; a tensor that is there already takes the value, as a compiled step holds it."""
     if not isinstance(value, Tensor):
         return value

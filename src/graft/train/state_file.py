@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.config.atomic import replace
 from graft.core.containers import Slot
@@ -22,7 +22,7 @@ from graft.io.tensors import digest_of, write_safetensors
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
 
 
-def write(path: str, note_name: str, note: Any, tensors: dict[str, Tensor]) -> None:
+def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
     """Write tensors, and a note as `pack` makes it, with a digest of both."""
     text = json.dumps(note).encode()
     held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
@@ -46,7 +46,7 @@ def read(path: str, note_name: str, what: str) -> tuple[dict[str, Any], dict[str
     return note, tensors
 
 
-def slots(model: Any, adapter: str) -> Iterator[tuple[str, Slot]]:
+def slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
     """Yield all tensors of an adapter, parameters and buffers, by place."""
     for carrier in registry_of(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
@@ -89,7 +89,7 @@ def pack(value: Any, tensors: dict[str, Tensor], where: str, key: str | None = N
     raise ConfigError(f"{where}: a {type(value).__name__} cannot be written to a file without pickle.")
 
 
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def unpack(value: object, tensors: dict[str, Tensor]) -> Any:
     """Return what `pack` took."""
     if isinstance(value, list):
         return [unpack(v, tensors) for v in value]

@@ -78,7 +78,7 @@ def last_states(model: Any, layers: Mapping[str, Any], inputs: Inputs) -> dict[s
     positions = Positions.of(inputs.get("attention_mask"))
 
     def note(key: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, y: Any) -> None:
+        def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
             y = (y if isinstance(y, Tensor) else y[0]).float()
             if y.dim() > 2:
                 last = y.new_full((len(y),), y.shape[1] - 1, dtype=torch.long)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from graft.inject.survey import survey
 from graft.methods.adaption_prompt import AdaptionPrompt
 from graft.storage import innermost
 from graft.storage.offload import at_hand
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 TRANSFORMERS_MODEL_CONFIG = AdaptionPrompt.targets  # by model_type; callers ask which there are
 VARIANT_KWARG_KEYS = ["alora_offsets"]  # arguments of a layer's forward that are its adapters'
@@ -37,7 +40,7 @@ def get_bnb_param_type(param: Tensor) -> str | bool:
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__, False)
 
 
-def get_quantization_config(model: Any, method: str) -> Any:
+def get_quantization_config(model: nn.Module, method: str) -> Any:
     """Return the quantization config of a model that transformers quantized by `method`; None for any other."""
     if getattr(model, "quantization_method", None) != method:
         return None
@@ -51,7 +54,7 @@ def get_model_conversion_mapping(*args: Any, **kwargs: Any) -> Any:
     return theirs(*args, **kwargs)
 
 
-def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: Any = None) -> None:
+def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Module, conversions: object = None) -> None:
     """Rewrite a config that names experts one by one for a model that holds them as stacks; see `inject.experts`.
 
     Args:
@@ -82,10 +85,10 @@ def llama_apply_rotary_pos_emb(q: Tensor, cos: Tensor, sin: Tensor, position_ids
 class _Unused(type):
     """The metaclass of classes of PEFT's that nothing in graft makes or asks."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> Any:
         raise NotImplementedError(f"{cls.__name__}: {cls.__doc__}")
 
-    def __setattr__(cls, name: str, value: Any) -> None:
+    def __setattr__(cls, name: str, value: object) -> None:
         warn(f"{cls.__name__}.{name} was set, and nothing in graft asks for it: {cls.__doc__}", PeftWarning)
         super().__setattr__(name, value)
 
@@ -112,7 +115,7 @@ class MiCALinearVariant(metaclass=_Unused):
 def dispatcher(name: str) -> Callable[..., Any]:
     """Return a function in the place of one that chooses PEFT's layer class for a module."""
 
-    def dispatch(*args: Any, **kwargs: Any) -> Any:
+    def dispatch(*args: object, **kwargs: object) -> object:
         raise NotImplementedError(
             f"{name}() chooses one of PEFT's layer classes. In graft an injection makes layers, of what a module's Op "
             "and Store say: call get_peft_model(), or Linear(base, adapter, config=…) of peft.tuners.lora for one."
@@ -123,7 +126,7 @@ def dispatcher(name: str) -> Callable[..., Any]:
 
 
 def register_peft_method(
-    *, name: str, config_cls: Any, model_cls: Any, prefix: str | None = None, is_mixed_compatible: bool = False
+    *, name: str, config_cls: object, model_cls: object, prefix: str | None = None, is_mixed_compatible: bool = False
 ) -> None:
     """Refuse: PEFT's tuner classes have nothing in graft that could run them.
 

@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, ModuleType
-from typing import Any
 
 from graft.core.errors import some
 
@@ -30,7 +29,7 @@ class Asked:
     """The answers that loaded clients hold, as long as they may have to be put back."""
 
     def __init__(self) -> None:
-        self.before: list[tuple[dict[str, Any], str, Any]] = []
+        self.before: list[tuple[dict[str, object], str, object]] = []
 
     def again(self) -> None:
         """Run again the lines by which loaded clients ask for peft.
@@ -174,7 +173,7 @@ def holders(real: Mapping[str, ModuleType]) -> list[str]:
     return [*dict.fromkeys(found), *dict.fromkeys(alive(real))]
 
 
-def is_of(value: Any, real: Mapping[str, ModuleType]) -> bool:
+def is_of(value: object, real: Mapping[str, ModuleType]) -> bool:
     """Return True for PEFT's modules, classes and functions, and for classes derived from its own."""
     if isinstance(value, ModuleType):
         return real.get(value.__name__) is value

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
@@ -59,7 +59,7 @@ class _LayerType(ABCMeta):
         bases = tuple(b for b in bases if b is not nn.Module)  # PEFT's are no modules, so that clients add it in front
         return super().__new__(mcs, name, bases, namespace | {"derived": True}, **options)
 
-    def __instancecheck__(cls, obj: Any) -> bool:
+    def __instancecheck__(cls, obj: object) -> bool:
         if cls.derived or not isinstance(obj, AdapterLayer):
             return False
         if cls.method is not None and not any(isinstance(m, cls.method) for m in obj.methods.values()):
@@ -92,7 +92,7 @@ class _LayerType(ABCMeta):
             f"{cls.__name__}.{name} is not in graft, whose layers are made and run in other ways: {INSTEAD}."
         )
 
-    def __setattr__(cls, name: str, value: Any) -> None:
+    def __setattr__(cls, name: str, value: object) -> None:
         if name in REPLACEABLE and not cls.derived:
             super().__setattr__(name, value)
             substitute(cls, name, value)
@@ -140,7 +140,7 @@ def substitute(cls: type, name: str, value: Any) -> None:
 def asking(name: str) -> Any:
     """Return the form of a layer's method that looks for a replacement."""
 
-    def run(self: AdapterLayer, *args: Any, **kwargs: Any) -> Any:
+    def run(self: AdapterLayer, *args: object, **kwargs: object) -> object:
         theirs = run.find(self)  # type: ignore[attr-defined]
         if theirs is None:
             return OWN[name](self, *args, **kwargs)
@@ -171,7 +171,7 @@ def names_of_rows(call: Call) -> list[str] | None:
     return [named[row] for row in sorted(named)] or None
 
 
-def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> AdapterLayer:
+def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> AdapterLayer:
     """Return the layer of a class: `base_layer` with an adapter, whose own parameters train as before.
 
     Args:
@@ -184,7 +184,7 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: Any, **kw
     from graft.model.tuner import inject_adapter_in_model
 
     names = (*(("parameter_name",) if cls.kind == WRAPPER else ()), "config", "r", "lora_alpha")
-    given: dict[str, Any] = dict(zip(names, args)) | kwargs
+    given: dict[str, object] = dict(zip(names, args)) | kwargs
     config: Any = given.get("config")
     if getattr(config, "peft_type", None) != cls.method.config.peft_type:
         raise TypeError(f"{cls.__name__} is made with config=…, a {cls.method.config.__name__}; it is {config!r}.")
@@ -252,10 +252,10 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
 
     # the originals, for those who replace them
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         return self._mixed_batch_forward(x, *args, **kwargs)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, *args: object, **kwargs: object) -> None:
         GRAFTS["merge"][AdapterLayer](self, *args, **kwargs)
 
     def unmerge(self) -> None:

@@ -118,7 +118,7 @@ class AliasModule(ModuleType):
         self.__dict__[name] = value  # past __setattr__, which warns
         return value
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set a name for those who look it up here, and say that graft itself looks nothing up here."""
         plain = name.startswith("__") or isinstance(value, ModuleType)
         if not plain and getattr(self, name, value) is not value:
@@ -172,7 +172,7 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__file__ = os.path.join(os.path.dirname(__file__), "__init__.py")
 
-    def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
+    def find_distributions(self, context: object = None) -> Iterator[importlib.metadata.Distribution]:
         name = getattr(context, "name", None)
         if name is None or name.lower() == ROOT:
             yield _Distribution(self.version)

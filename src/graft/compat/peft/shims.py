@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from graft.methods import METHODS, method_of
 from graft.methods.lora.alora import last
 from graft.methods.trainable_tokens import input_embedding
 from graft.storage import find_store
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 OUTER = "down_proj"  # the stack of experts whose layer stands around those of the others
 
@@ -63,7 +66,7 @@ def build_peft_weight_mapping(
     return changes
 
 
-def of_experts(conversion: Any, adapter_name: str, config: Any, nested: bool) -> list[Any]:
+def of_experts(conversion: Any, adapter_name: str, config: object, nested: bool) -> list[Any]:
     """Return what puts A and B of each expert together, where a conversion does so with the experts' weights.
 
     Args:
@@ -119,7 +122,7 @@ class Stacking:
 
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
-        full_layer_name: str, model: nn.Module, **_: Any,
+        full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
         held = [input_dict.pop(pattern) for pattern in source_patterns]  # each: a tensor for each expert
         layer = layer_at(model, full_layer_name)
@@ -140,7 +143,7 @@ class Arranging:
 
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
-        full_layer_name: str, model: nn.Module, **_: Any,
+        full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
         found = {
             name: held[0] if isinstance(held, list) else held
@@ -173,7 +176,7 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 # targets
 
 
-def check_target_module_exists(config: Any, key: str) -> bool:
+def check_target_module_exists(config: PeftConfig, key: str) -> bool:
     """Return True if a config targets the module at path `key`."""
     return Matcher(config)(key).outcome == "matched"
 
@@ -187,7 +190,7 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     return next((p for p in pattern_keys if matches_end(p, key_to_match, "the patterns")), key_to_match)
 
 
-def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> object:
     """Replace target_modules="all-linear" by the names of the linear layers."""
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -229,7 +232,7 @@ def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
 
 
 def calculate_alora_offsets(
-    peft_config: dict[str, Any], active_adapter: str, input_ids: Tensor, adapter_names: list[str] | None = None
+    peft_config: dict[str, object], active_adapter: str, input_ids: Tensor, adapter_names: list[str] | None = None
 ) -> list[int | None]:
     """Return how far before its end each row invokes its aLoRA adapter; None where it does not, or uses no such one."""
     found: list[int | None] = []

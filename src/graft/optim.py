@@ -77,7 +77,7 @@ EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # of b
 
 
 def create_loraplus_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: object
 ) -> Optimizer:
     """Make an optimizer for LoRA+ (arXiv 2402.12354): B learns `loraplus_lr_ratio` times as fast as A.
 
@@ -148,7 +148,7 @@ class LoraFAOptimizer(Optimizer):
         )
         self.factors = factors or {}  # B → A, scaling
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         foreign = {"names", "scaling_factor", "scaling_factors"} & param_group.keys()
         if foreign:
             raise ConfigError(
@@ -158,7 +158,7 @@ class LoraFAOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> Any:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -244,7 +244,7 @@ def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use
 
 
 def create_riemannian_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 0.01, **kwargs: Any
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 0.01, **kwargs: object
 ) -> Optimizer:
     """Make an optimizer for Riemannian preconditioned LoRA (arXiv 2402.02347), with gradients in the metric of B A.
 
@@ -263,7 +263,7 @@ def create_riemannian_optimizer(
 
 
 def create_lorapro_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, **kwargs: Any
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, **kwargs: object
 ) -> Optimizer:
     """Make an optimizer for LoRA-Pro (arXiv 2407.18242): a step of A and B changes the weight as nearly as it can as a
     step of all of it would.
@@ -337,7 +337,7 @@ def preconditioned(
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)  # type: ignore[call-arg]
 
     @torch.no_grad()
-    def precondition(_: Any, inputs: tuple, options: dict[str, Any]) -> None:
+    def precondition(_: object, inputs: tuple, options: dict[str, object]) -> None:
         if len(inputs) > 1 or options.get("closure") is not None:  # a closure would compute other gradients
             raise ConfigError(f"An optimizer with {names[1]} does not support closures.")
         for A, B, s in both:
@@ -391,7 +391,7 @@ class LoraMuonOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> Any:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -232,7 +232,8 @@ docs-look: docs
 	$(BIN)/python -m pytest tests/docs/look.py $(LOOK)
 
 examples: $(VENV)-clients/.installed
-	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest tests/examples/test_guides.py tests/examples/test_server.py
+	GRAFT_EXAMPLES=all $(VENV)-clients/bin/python -m pytest -n 2 -k "runs_through or server" \
+		tests/examples/test_guides.py tests/examples/test_server.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-clients $(VENV)-peft $(VENV)-formats build dist out

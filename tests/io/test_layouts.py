@@ -3,6 +3,7 @@
 
 import json
 from contextlib import nullcontext
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import graft
+from tests.covering import Case, law
 from tests.inject.test_parameters import SIZES, adapted, gpt_oss, llama4, logits, mixtral, qwen
 from tests.io import old_peft
 from tests.leaves_out import FUSED_EXPERTS
@@ -48,6 +50,8 @@ def resized(make, width):
 
 KINDS = {"mixtral": mixtral, "qwen": qwen, "gpt_oss": gpt_oss, "llama4": llama4}
 BOTH, UP, DOWN = ["experts.gate_up_proj", "experts.down_proj"], ["experts.gate_up_proj"], ["experts.down_proj"]
+STACKS = {"both": BOTH, "up": UP, "down": DOWN}
+WIDTHS = {"down-square": SQUARE, "up-square": SQUARE // 2, "none-square": SQUARE // 4}
 
 
 def written(folder, make, targets, width, version, grouped=False, **fields):
@@ -99,13 +103,14 @@ VERSIONS = ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.2"]
         "`expert_layout` of a load says it"
     ),
 )
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("targets", [BOTH, UP, DOWN], ids=["both", "up", "down"])
-@pytest.mark.parametrize("width", [SQUARE, SQUARE // 2, SQUARE // 4], ids=["down-square", "up-square", "none-square"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_files_of_old_releases(tmp_path, kind, width, targets, version):
+@law(
+    "kind, square, stacks, version",
+    [Case(case) for case in product(KINDS, WIDTHS, STACKS, VERSIONS)],
+    lambda case: [*combinations(enumerate(case), 2), ("layout", *case[1:])],
+)
+def test_files_of_old_releases(tmp_path, kind, square, stacks, version):
     """Shapes tell, or else the version; what is saved then is right for PEFT and for graft."""
-    make = KINDS[kind]
+    make, width, targets = KINDS[kind], WIDTHS[square], STACKS[stacks]
     expected = written(tmp_path / "old", make, targets, width, version)
     model = load(tmp_path / "old", make, width)
     assert_close(logits(model), expected)

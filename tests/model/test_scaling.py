@@ -20,7 +20,7 @@ from torch import nn
 import graft
 from graft import plan  # here, so that no call is counted that imports it
 
-FEW, MANY = 80, 160
+FEW, MANY = 40, 80
 MODULES_ALLOWED = 2.1  # twice as many modules, and what is done once per call
 ADAPTERS_ALLOWED = 1.1
 

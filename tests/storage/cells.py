@@ -21,6 +21,7 @@ import graft
 from graft.storage import find_store
 from tests import samples
 from tests.conformance.samples import disturb
+from tests.covering import Case, Sometimes, law
 from tests.looks import layers
 from tests.models import seeded
 from tests.samples.laws import Sample
@@ -162,12 +163,16 @@ def bits(t: Tensor) -> Tensor:
 
 
 def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[..., None], ...]:
-    """Return the tests: reading, forward and gradients, merging, dequantizing, files."""
-    each_kind = pytest.mark.parametrize("kind", kinds, ids=str)
+    """Return the tests: reading, forward and gradients, merging, dequantizing, files.
 
-    def each(test: Any) -> Any:
-        pairs = [(kind, sample) for kind in kinds for sample in chosen if takes(kind, sample)]
-        return pytest.mark.parametrize("kind, sample", pairs, ids=lambda v: str(v))(test)
+    By default each storage meets each method in every law, and each sample in one of two.
+    """
+    each_kind = pytest.mark.parametrize("kind", kinds, ids=str)
+    each = law(
+        "kind, sample",
+        [Case((kind, sample)) for kind in kinds for sample in chosen if takes(kind, sample)],
+        lambda pair: [(pair[0].name, pair[1].method), Sometimes((pair[0].name, str(pair[1])), 2)],
+    )
 
     @each_kind
     def test_reading(kind):

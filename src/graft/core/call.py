@@ -115,7 +115,7 @@ class Call:
                 self.here.tapped.clear()
 
     @contextmanager
-    def giving(self, gates: Gates | None = None, facts: Mapping[object, PerRow] = NO_FACTS) -> Iterator[None]:
+    def giving(self, gates: Gates | None = None, facts: Mapping[Any, PerRow] = NO_FACTS) -> Iterator[None]:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
         given = self.here.given
         gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS

@@ -21,10 +21,11 @@ from graft.core.errors import ConfigError
 from graft.core.ops import META, OPS
 from graft.core.published import Published
 from graft.core.site import Site
+from graft.core.tuner import Tuner
 
 if TYPE_CHECKING:
     from graft.core.call import Call
-    from graft.core.rows import Run
+    from graft.core.rows import Finish, Run
 
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
@@ -218,7 +219,7 @@ class Method:
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[object], object]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Surround one run of the model in which adapters of this class act; yield the function for its output."""
         yield as_it_is
 

@@ -5,7 +5,7 @@ and a run of the model that is about to begin, as methods see it that surround i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import NoneType
@@ -230,6 +230,9 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         elif isinstance(part, (list, tuple, set, frozenset)):
             found += part
         found += getattr(part, "__dict__", {}).values()
+
+
+Finish = Callable[[Any], Any]  # of the output of a run of the model
 
 
 @dataclass

@@ -1,22 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The face of a tuner: what methods, which are below it, ask of one."""
+"""The face of a tuner and of its registry: what methods, which are below both, ask of one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import nn
+from graft.core.call import Call
+from graft.core.rows import Finish, Run
+from graft.core.shared import Shared
 
 
 class Tuner(Protocol):
-    """A model with adapters of some methods; `model/tuner.py` has the class."""
-
-    model: nn.Module
-    training: bool
+    """A model with adapters. Each attribute is described where `LayerRegistry` defines it."""
 
     @property
-    def peft_config(self) -> Mapping[str, object]: ...  # by adapter
+    def model(self) -> Any: ...  # the user's, of any class
+    @property
+    def training(self) -> bool: ...
+    @property
+    def disabled(self) -> bool: ...
+    @property
+    def mixed(self) -> bool: ...
+    @property
+    def peft_config(self) -> Mapping[str, Any]: ...  # by adapter
     @property
     def active_adapters(self) -> list[str]: ...
-    def __getattr__(self, name: str) -> Any: ...  # what its registry and the user's model have
+    @property
+    def layers(self) -> Mapping[str, Any]: ...  # by path
+    @property
+    def wrappers(self) -> Mapping[str, Any]: ...  # by path
+    @property
+    def states(self) -> dict[str, Any]: ...  # of methods that allocate a budget, by adapter
+    @property
+    def shared(self) -> Shared: ...
+    @property
+    def call(self) -> Call: ...
+    def check_known(self, names: Sequence[str]) -> None: ...
+    def calling(self, what: str) -> AbstractContextManager[object]: ...
+    def acting(self, run: Run) -> AbstractContextManager[Finish]: ...

@@ -21,6 +21,7 @@ from graft.core.merging import unmerged_bias
 from graft.core.method import Method, Tensors, Use
 from graft.core.published import COMPARISON, Published
 from graft.core.random import seeded
+from graft.core.tuner import Tuner
 from graft.methods.adalora.allocator import Importance
 
 SCHEDULE = (
@@ -177,7 +178,7 @@ def budget(step: int, total: int, cfg: AdamssConfig) -> int:
     return int(target + (total - target) * left**cfg.asa_schedule_exponent)
 
 
-def update_and_allocate(tuner: Any, global_step: int) -> None:
+def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     """Measure importance, and choose which subspaces train. Call after backward(), before gradients are zeroed.
 
     Does nothing for adapters without `use_asa`, and outside of the warm-up.
@@ -194,7 +195,7 @@ def update_and_allocate(tuner: Any, global_step: int) -> None:
             allocate(tuner, name, cfg, global_step)
 
 
-def allocate(tuner: Any, name: str, cfg: AdamssConfig, step: int) -> None:
+def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     if not cfg.init_warmup <= step <= cfg.final_warmup:
         return
     methods = {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}

@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.core.call import Call
 from graft.core.errors import RoutingError
 from graft.core.method import Method
-from graft.core.rows import Run
+from graft.core.rows import Finish, Run
+from graft.core.tuner import Tuner
 from graft.kernels.waits import demand
 
 TASKS = "task_ids"
 
 
-def generate(tuner: Any, *args: Any, task_ids: object = None, **kwargs: Any) -> Any:
+def generate(tuner: Tuner, *args: Any, task_ids: object = None, **kwargs: Any) -> Any:
     """Run the base model's generate for these tasks, one for each row."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
     with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
@@ -67,7 +69,7 @@ class ByTask(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Give the task of each row to the layers.
 
         Raises:

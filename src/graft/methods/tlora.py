@@ -7,7 +7,7 @@ fresh adapter changes nothing at any timestep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,12 +20,13 @@ from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect, Factors, LowRank
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Use
-from graft.core.rows import Run, Same
+from graft.core.rows import Finish, Run, Same
 from graft.kernels.waits import demand
 from graft.methods.loraxs import largest
 
 if TYPE_CHECKING:
     from graft.core.call import Call
+    from graft.core.tuner import Tuner
 
 TIMESTEP = "timestep"
 
@@ -61,7 +62,7 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
 
 
 @contextmanager
-def timestep(tuner: Any, t: float | Tensor) -> Iterator[None]:
+def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
     """Have calls within the block be at this timestep: one for all rows, or (batch,)."""
     with tuner.call.giving(facts={TIMESTEP: per_row(t)}):
         yield
@@ -181,7 +182,7 @@ class TLoRA(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Give the timestep of each row to the layers: that of the block around the call, or of its arguments.
 
         Raises:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,8 @@ from graft.kernels.eager import eager, watched
 from graft.kernels.waits import demand
 
 if TYPE_CHECKING:
+    from graft.core.call import Call
+    from graft.core.rows import Finish
     from graft.core.tuner import Tuner
 
 
@@ -85,7 +87,7 @@ def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, wh
     )
 
 
-def savable_parameters(tuner: Any, adapter: str = "default") -> tuple[int, int]:
+def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int]:
     """Return how many numbers a file of `adapter` holds, in units of four bytes: VB-LoRA's, and others that train."""
     tuner.check_known([adapter])
     cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared]
@@ -181,7 +183,7 @@ class VBLoRA(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Any) -> Iterator[Finish]:
         """Refuse to train an adapter from a file that holds only the largest logits."""
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:

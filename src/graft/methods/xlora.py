@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,11 +23,11 @@ from graft.config.base import CONFIG_NAME, PeftConfig
 from graft.config.hub import fetch
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
-from graft.core.rows import BASE, Rows, Run
+from graft.core.rows import BASE, Finish, Rows, Run
 
 if TYPE_CHECKING:
+    from graft.core.call import Call
     from graft.core.protocols import Layer
-    from graft.core.tuner import Tuner
 
 
 @dataclass(kw_only=True)
@@ -196,7 +196,7 @@ class XLoraClassifier(nn.Module):
         return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)  # type: ignore[arg-type]
 
 
-def set_topk_lora(tuner: Tuner, value: int | None) -> None:
+def set_topk_lora(tuner: Any, value: int | None) -> None:
     """Let only so many experts act on each token; None: all of them.
 
     Raises:
@@ -206,46 +206,46 @@ def set_topk_lora(tuner: Tuner, value: int | None) -> None:
     tuner.classifier.config.top_k_lora = value
 
 
-def set_global_scaling_weight(tuner: Tuner, weight: float) -> None:
+def set_global_scaling_weight(tuner: Any, weight: float) -> None:
     """Multiply what all experts add by `weight`."""
     tuner.classifier.config.global_scaling_weight = weight
 
 
-def get_global_scaling_weight(tuner: Tuner) -> float:
+def get_global_scaling_weight(tuner: Any) -> float:
     weight: float = tuner.classifier.config.global_scaling_weight
     return weight
 
 
-def set_scaling_pass_value(tuner: Tuner, value: float | None) -> None:
+def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
     """Set the weight of every expert in the first pass; None: 1 / number of experts."""
     tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
 
 
-def get_latest_scalings(tuner: Tuner) -> Tensor | None:
+def get_latest_scalings(tuner: Any) -> Tensor | None:
     """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
     latest: Tensor | None = tuner.classifier.latest
     return latest
 
 
-def get_scalings_log(tuner: Tuner) -> list[Tensor]:
+def get_scalings_log(tuner: Any) -> list[Tensor]:
     """Return the weights of the calls since logging was turned on, in a list of its own."""
     return list(tuner.classifier.log_scalings)
 
 
-def enable_scalings_logging(tuner: Tuner) -> None:
+def enable_scalings_logging(tuner: Any) -> None:
     tuner.classifier.scalings_logging = True
 
 
-def disable_scalings_logging(tuner: Tuner) -> None:
+def disable_scalings_logging(tuner: Any) -> None:
     """Turn logging off, and keep the log."""
     tuner.classifier.scalings_logging = False
 
 
-def clear_scalings_log(tuner: Tuner) -> None:
+def clear_scalings_log(tuner: Any) -> None:
     tuner.classifier.log_scalings.clear()
 
 
-def get_bucketed_scalings_log(tuner: Tuner) -> dict[int, tuple[list[int], list[Tensor]]]:
+def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
     """Return the log by number of tokens: {tokens: (places in the log, weights)}."""
     buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, scalings in enumerate(tuner.classifier.log_scalings):
@@ -294,7 +294,7 @@ class XLora(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Finish]:
         """Weigh the experts: once before a forward pass, before each step of `generate`, which keeps no cache.
 
         Raises:
@@ -329,7 +329,7 @@ class XLora(Method):
                 handle.remove()
 
 
-def weigh(tuner: Tuner, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
+def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
     """Return the gates for a forward pass with these arguments."""
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config

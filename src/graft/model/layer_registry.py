@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from graft.core.errors import AdapterNameError, ConfigError
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.names import one_or_several
-from graft.core.rows import Run, parameters_of
+from graft.core.rows import Finish, Run, parameters_of
 from graft.core.shared import Shared
 from graft.inject.inject import check_bias, inject
 from graft.inject.job import Options
@@ -144,7 +144,7 @@ class LayerRegistry(MergingRegistry):
         return parts
 
     @contextmanager
-    def acting(self, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def acting(self, run: Run) -> Iterator[Finish]:
         names = self.active_adapters if run.rows is None else run.rows.names
         found: dict[type[Method], list[str]] = {}
         for name in names if self.surrounding else ():

@@ -22,7 +22,7 @@ from graft.core.carrier import Carrier
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
-from graft.core.rows import Run
+from graft.core.rows import Finish, Run
 from graft.inject.build import size
 from graft.inject.inject import Injection, inject
 from graft.inject.job import Options
@@ -200,7 +200,7 @@ class Prompts(Registry):
         return self.peft_config[name], self.prompt_encoder[name]  # type: ignore[return-value]
 
     @contextmanager
-    def acting(self, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def acting(self, run: Run) -> Iterator[Finish]:
         kwargs, arguments = run.kwargs, {name: run.own.get(name) for name in self.method.arguments}
         kwargs.pop("task_ids", None)  # only multitask prompts take it
         if self.call.rows is not None:

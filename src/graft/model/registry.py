@@ -27,7 +27,7 @@ from graft.core.gate import ACTIVE, Names, changes, deletion, everything
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
 from graft.core.names import one_or_several
-from graft.core.rows import BASE, Run, Together
+from graft.core.rows import BASE, Finish, Run, Together
 from graft.inject.find import biases_of
 from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of
@@ -265,7 +265,7 @@ class Registry:
         """Add an adapter, inactive. A call that fails changes nothing."""
         raise NotImplementedError
 
-    def acting(self, run: Run) -> AbstractContextManager[Callable[[Any], Any]]:
+    def acting(self, run: Run) -> AbstractContextManager[Finish]:
         """Surround a run of the model, whose `kwargs` may change; yield a function for its output."""
         raise NotImplementedError
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from graft.config.targets import ADALORA
+from graft.core.call import Call
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Method, Tensors
 from graft.core.published import Published
+from graft.core.rows import Finish
+from graft.core.tuner import Tuner
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import (
     all_trainable,
@@ -104,7 +107,7 @@ class AdaLoraConfig(LoraConfig):
         return None
 
 
-def warn_if_forgotten(tuner: Any) -> None:
+def warn_if_forgotten(tuner: Tuner) -> None:
     """Warn if an optimizer step has changed the adapter and nobody has allocated, whatever the loop."""
     for name in tuner.active_adapters:
         state = tuner.states.get(name)
@@ -233,7 +236,7 @@ class AdaLoRA(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Any) -> Iterator[Finish]:
         """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
 
         trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()

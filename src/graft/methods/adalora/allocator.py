@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
 from graft.storage.parallel import fill, layout_of, shape_of, whole
 
@@ -77,7 +78,7 @@ class Allocator:
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
 
 
-def all_trainable(tuner: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def all_trainable(tuner: Tuner) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each active AdaLoRA adapter that trains, and its methods by layer: several only in a PeftMixedModel."""
     for name in tuner.active_adapters:
         config = tuner.peft_config[name]
@@ -85,19 +86,19 @@ def all_trainable(tuner: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
 
 
-def trainable(tuner: Any) -> tuple[str, dict[str, Any]] | None:
+def trainable(tuner: Tuner) -> tuple[str, dict[str, Any]] | None:
     """Return the first AdaLoRA adapter that trains, and its methods by layer; None if none does."""
     return next(all_trainable(tuner), None)
 
 
-def allocator_of(tuner: Any, name: str) -> Allocator:
+def allocator_of(tuner: Tuner, name: str) -> Allocator:
     if name not in tuner.states:
         tuner.states[name] = Allocator(tuner.peft_config[name])
     allocator: Allocator = tuner.states[name]
     return allocator
 
 
-def update_and_allocate(tuner: Any, global_step: int) -> None:
+def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     """Measure importance and prune. Call after each optimizer step, while the gradients are there.
 
     Args:
@@ -157,7 +158,7 @@ def reapply(methods: dict[str, Any], cfg: Any) -> None:
             fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))
 
 
-def orthogonal_loss(tuner: Any) -> Tensor | float:
+def orthogonal_loss(tuner: Tuner) -> Tensor | float:
     """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains; the sum, of several."""
     loss: Tensor | float = 0.0
     for name, methods in all_trainable(tuner):
@@ -168,7 +169,7 @@ def orthogonal_loss(tuner: Any) -> Tensor | float:
 
 
 def resize_modules_by_rank_pattern(
-    tuner: Any, rank_pattern: dict[str, Sequence[bool] | Tensor], adapter_name: str
+    tuner: Tuner, rank_pattern: dict[str, Sequence[bool] | Tensor], adapter_name: str
 ) -> None:
     """Keep only the singular triples that masks name: their parameters are new ones, so make the optimizer afterwards.
 

@@ -7,7 +7,7 @@ keys and values of what stands before them are the base model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graft.core.call import Call
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
 from graft.core.plan import low_rank_part
-from graft.core.rows import Rows, Run
+from graft.core.rows import Finish, Rows, Run
+from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
 from graft.methods.lora.lora import LoRA
 
@@ -107,7 +109,7 @@ ARGUMENT = "alora_offsets"
 ONLY_EMBEDS = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass"
 
 
-def find(tuner: Any, run: Run) -> dict[str, Offsets]:
+def find(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     """Return the offsets for each aLoRA adapter that acts; none if the input does not tell them.
 
     On a device, `generate` and the first forward of an adapter wait for them, to say where it does not act.
@@ -205,7 +207,7 @@ class ALoRA(LoRA):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Find the invocations in the input.
 
         Raises:

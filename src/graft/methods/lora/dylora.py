@@ -8,16 +8,17 @@ comes out are an adapter of rank b: see `graft.truncate_lora`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from graft.core.call import Call
 from graft.core.effect import Factors
 from graft.core.errors import RoutingError
-from graft.core.rows import Run, Same
+from graft.core.rows import Finish, Run, Same
+from graft.core.tuner import Tuner
 from graft.methods.lora.lora import LoRA
 
 DRAWN = "dylora"  # the part of an adapter's ranks that a run uses, in [0, 1)
@@ -53,7 +54,7 @@ class DyLoRA(LoRA):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Draw the ranks of this run, for each adapter."""
         with super().around(tuner, call, run) as finish:
             draws, shares = call.given.draws, {}

@@ -17,6 +17,7 @@ from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
 from graft.core.published import Published
+from graft.core.tuner import Tuner
 from graft.methods.lora import checks, shift
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
@@ -24,7 +25,7 @@ from graft.methods.lora.started import Started
 from graft.methods.lora.sub_configs import VARIANTS
 
 
-def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the sum of `KaSA.loss` over layers and adapters; 0.0 without any.
 
     Args:
@@ -36,13 +37,13 @@ def kasa_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tenso
     return sum((m.loss() for m in adapters_of(tuner, adapter_names, "kasa_config")), 0.0)
 
 
-def monteclora_loss(tuner: Any, adapter_names: str | list[str] | None = None) -> Tensor | float:
+def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the mean of `MonteCLoRA.loss` over layers and adapters; 0.0 without any. Otherwise as `kasa_loss`."""
     found = adapters_of(tuner, adapter_names, "monteclora_config")
     return sum((m.loss() for m in found), 0.0) / max(1, len(found))
 
 
-def adapters_of(tuner: Any, adapter_names: str | list[str] | None, variant: str) -> list[Any]:
+def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: str) -> list[Any]:
     """Return the adapters of a variant, the active ones if `adapter_names` is None, on all layers."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names

@@ -102,7 +102,7 @@ def empty(network: Any) -> Any:
     return DynamicCache(config=network.config)
 
 
-def shadow_loss(tuner: Any, cfg: Any, name: str, s: Tensor, given: dict[str, Any]) -> Tensor | None:
+def shadow_loss(tuner: Tuner, cfg: Any, name: str, s: Tensor, given: dict[str, Any]) -> Tensor | None:
     """Return the loss of what the model's head makes of s, (rows, tokens, hidden); None for tasks without one."""
     labels, model = given["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
@@ -223,7 +223,7 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
     return detach(tuner, name, copy)
 
 
-def detach(tuner: Any, name: str, separate: bool) -> Any:
+def detach(tuner: Tuner, name: str, separate: bool) -> Any:
     model, held = tuner.model, tuner.shared.containers
     network, projection = held["shadow_backbone"][name], held["shadow_projection"][name]
     classifies = "shadow_head" in held and name in held["shadow_head"]

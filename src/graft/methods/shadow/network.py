@@ -14,6 +14,7 @@ from torch import nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.core.errors import ConfigError
+from graft.core.tuner import Tuner
 from graft.storage.offload import standalone, without_hooks
 
 MIRROR = "mirror"  # the shadow network is of the base model's own class
@@ -212,6 +213,6 @@ def mirror(model: Any, cfg: ShadowConfig) -> Any:
     return network
 
 
-def last_loss(tuner: Any) -> Any:
+def last_loss(tuner: Tuner) -> Any:
     """The shadow network's own loss in the last call with labels, detached; None if there was none."""
     return next((tuner.states[name] for name in tuner.active_adapters if name in tuner.states), None)

@@ -17,6 +17,7 @@ from graft.storage import place_of
 
 if TYPE_CHECKING:
     from graft.core.call import Call
+    from graft.core.tuner import Tuner
 
 FACT = "shadow"  # its name among the facts of a call
 
@@ -45,7 +46,7 @@ TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  
 
 
 @contextmanager
-def surround(tuner: Any, call: Call, run: Any) -> Iterator[Callable[[object], object]]:
+def surround(tuner: Tuner, call: Call, run: Any) -> Iterator[Callable[[object], object]]:
     """Run shadow networks before a forward pass, or before each that `generate` makes; yield what follows it."""
     if tuner.disabled:
         yield as_it_is
@@ -85,7 +86,7 @@ def surround(tuner: Any, call: Call, run: Any) -> Iterator[Callable[[object], ob
 class Pass:
     """One forward pass: its arguments, the states of its blocks, and what its output is completed by."""
 
-    def __init__(self, tuner: Any, call: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, tuner: Tuner, call: Call, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.tuner, self.call, self.names = tuner, call, names
         self.given = {**dict(zip(signature(tuner.model.forward).parameters, args)), **kwargs}
         self.shadows = unpack(tuner.model, kwargs, self.given.get("use_cache"))

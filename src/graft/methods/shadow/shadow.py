@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from graft.core.call import Call
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Layers, Method
 from graft.core.published import COMPARISON, Published
+from graft.core.rows import Finish
+from graft.core.tuner import Tuner
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
 from graft.methods.shadow.network import ShadowConfig
@@ -123,7 +126,7 @@ class Shadow(Method):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Any) -> Iterator[Finish]:
         """Run the shadow network before the model, and add its loss to the model's."""
         with super().around(tuner, call, run) as _, surround(tuner, call, run) as finish:
             yield finish

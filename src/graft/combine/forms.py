@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Term:
     """One adapter's part of a combination on one layer: weight · scaling · B A.
 
-    Each group of a convolution is a product of its own, and so is each matrix of a stack, all of one rank.
+    Each group of a convolution is its own product, and so is each matrix of a stack, all of one rank.
     """
 
     A: Tensor  # (r, …), float32 at least

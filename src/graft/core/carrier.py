@@ -24,7 +24,7 @@ class State:
         self.call = call  # the Call, which may disable adapters
         self.active: list[str] = []
         self.weights: tuple[float, ...] | None = None  # of the active ones, if they act as an average
-        self.apart = False  # each active one acts on rows of its own, which a call names
+        self.apart = False  # each active one acts on its own rows, which a call names
         self.disabled = False
         self.trainable: Sequence[str] = ()  # adapters that require gradients
         self.slots: dict[str, list[Slot]] = {}  # of layers: by adapter, as last seen

@@ -71,7 +71,7 @@ class Compact(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A factor whose product is computed in a way of its own, such as with another backward pass."""
+    """A factor whose product is computed in its own way, such as with another backward pass."""
 
     call: Callable[[Tensor], Tensor]  # casts its input
     weight: Tensor  # what else is said of the factor follows from the plain matrix

@@ -441,7 +441,7 @@ class AdapterLayer(PeftNames, Host):
 
 
 class ParameterLayer(AdapterLayer):
-    """The layer of a parameter that its module uses in ways of its own.
+    """The layer of a parameter that its module uses in its own ways.
 
     While the module runs, another tensor stands in the parameter's place, so that threads run such modules in turn.
     """

@@ -178,7 +178,7 @@ class Mixed:
         return found
 
     def factors_of(self, name: str | None, effect: LowRank) -> Factors | None:
-        """Return an adapter's factors, if they are tensors of its own.
+        """Return an adapter's factors, if they are its own tensors.
 
         The first time leave torch's generator as it is: factors that are computed may be random, and the adapter will
         compute them again when it runs by itself.
@@ -198,7 +198,7 @@ class Mixed:
         return linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, segments)
 
     def only(self, rows: Rows) -> Plan | None:
-        """Return the plan that all rows use, of a weight that its module uses in ways of its own.
+        """Return the plan that all rows use, of a weight that its module uses in its own ways.
 
         Raises:
             RoutingError: rows use different ones.

@@ -299,7 +299,7 @@ class Conv(Op):
 
 
 class Opaque(Op):
-    """A parameter of a module that uses it in ways of its own: a matrix, or a stack of them, such as those of experts.
+    """A parameter of a module that uses it in its own ways: a matrix, or a stack of them, such as those of experts.
 
     Of a stack, canonical (n, out, in), A (n·r, in) holds the rows of one matrix after the other and B (out, r·n) the
     columns of all matrices in turn: PEFT's layout. `transposed`: the module stores (n, in, out).

@@ -224,7 +224,7 @@ class Plan:
         return W, b
 
     def folded_now(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (canonical) and bias with which the module runs, which uses them in ways of its own.
+        """Return weight (canonical) and bias with which the module runs, which uses them in its own ways.
 
         There dropout takes out the same inputs for all rows of a call.
         """
@@ -617,7 +617,7 @@ def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Apart(Plan):
-    """Adapters each of which acts on rows of its own, in a call that does not say which."""
+    """Adapters each of which acts on its own rows, in a call that does not say which."""
 
     def run(self, *args: object, **kwargs: object) -> Any:
         raise self.no_rows()

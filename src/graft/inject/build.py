@@ -150,7 +150,7 @@ def put(parts: Parts, adapter: str, values: Any) -> None:
 
 
 def part(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Give each layer tensors of its own in place of those that it has from others."""
+    """Give each layer its own tensors in place of those that it has from others."""
     for layer in layers:
         for slot in layer.slots(adapter):
             if slot.container in layer.methods[adapter].lenders and not slot.tensor.is_meta:

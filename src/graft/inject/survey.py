@@ -351,7 +351,7 @@ def nest_of(carrier: Any) -> list[AdapterLayer]:
 
 
 class Composed(NamedTuple):
-    """A module whose weights are a parameter of its own and those of children that it reads and does not call."""
+    """A module whose weights are one parameter and those of children that it reads and does not call."""
 
     parameter: str
     children: tuple[str, ...]
@@ -409,7 +409,7 @@ def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
 
 
 def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str | None = None) -> Site:
-    """Return the site of one parameter of a module, which uses it in ways of its own. key: `path.name` if None.
+    """Return the site of one parameter of a module, which uses it in its own ways. key: `path.name` if None.
 
     A stack of matrices is taken as (n, out, in), or as (n, in, out) where the module says `is_transposed`.
     """

@@ -25,7 +25,7 @@ ROOM, TIMES = 2**24, 64  # numbers that a config may ask for: so many, and so ma
 
 
 def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool = False) -> None:
-    """Raise unless each tensor is a plain one with values of its own.
+    """Raise unless each tensor is a plain one with its own values.
 
     Args:
         path: where they come from, for errors.

@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
 
 def piece_of(t: Tensor, cut: Cut, dim: int) -> Tensor:
-    """Return this process's piece of a whole tensor, without a backward pass of its own."""
+    """Return this process's piece of a whole tensor, without its own backward pass."""
     striped = t.movedim(dim, 0).unflatten(0, (cut.stripes, -1))
     piece = striped.narrow(1, min(cut.rank * cut.chunk, striped.shape[1]), cut.length(cut.rank))
     return piece.flatten(0, 1).movedim(0, dim)

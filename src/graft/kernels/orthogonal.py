@@ -145,7 +145,7 @@ def shuffled(n: int, size: int, level: int) -> Tensor:
 
 
 def butterfly(x: Tensor, R: Tensor, orders: Tensor | None, transpose: bool = False) -> Tensor:
-    """Return x R_F … R_1, or x (R_F … R_1)ᵀ; each factor is block-diagonal in an order of its own.
+    """Return x R_F … R_1, or x (R_F … R_1)ᵀ; each factor is block-diagonal in its own order.
 
     x (…, n), R (F, blocks, b, b), orders (F, 2, n): the order of each factor and its inverse; None: as they stand.
     """

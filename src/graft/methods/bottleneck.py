@@ -53,7 +53,7 @@ class BottleneckConfig(Targeted):
     is_parallel: bool = False  # beside the MLP, on its residual
     scaling: float | Literal["learned", "channel"] = 1.0  # s; "channel": one for each feature
     use_gating: bool = False  # weigh by a gate for each row
-    ln_before: bool = False  # a norm of its own before Down
+    ln_before: bool = False  # one more norm, before Down
     dropout: float = 0.0
     stochastic_depth: float = 0.0  # share of rows that it leaves as they are, in training
     leave_out: list[int] = field(default_factory=list)  # numbers of blocks, encoder first

@@ -23,7 +23,7 @@ from graft.kernels.structured import Inputs, Outputs
 
 @dataclass(kw_only=True)
 class GraloraConfig(Targets, LayerRange):
-    """GraLoRA: k × k blocks of the weight, each with factors of its own; together of rank up to k r.
+    """GraLoRA: k × k blocks of the weight, each with its own factors; together of rank up to k r.
 
     Raises:
         ConfigError: k does not divide r, or one of the numbers is too small.

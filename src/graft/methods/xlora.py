@@ -43,7 +43,7 @@ class XLoraConfig(PeftConfig):
     adapters: dict[str, str] | None = None  # name of an expert → folder or hub repository
     enable_softmax: bool = True  # over the experts
     enable_softmax_topk: bool = False  # over those that are kept
-    layerwise_scalings: bool = False  # each layer has weights of its own
+    layerwise_scalings: bool = False  # each layer has its own weights
     xlora_depth: int = 1  # linear layers of the classifier
     xlora_size: int = 2048  # its width, if it has several layers
     xlora_dropout_p: float = 0.2  # in the classifier
@@ -228,7 +228,7 @@ def get_latest_scalings(tuner: Any) -> Tensor | None:
 
 
 def get_scalings_log(tuner: Any) -> list[Tensor]:
-    """Return the weights of the calls since logging was turned on, in a list of its own."""
+    """Return the weights of the calls since logging was turned on, in a new list."""
     return list(tuner.classifier.log_scalings)
 
 
@@ -282,7 +282,7 @@ CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x 
 
 
 class XLora(Method):
-    """It has no site of its own: its one tensor carrier is the classifier, on the tuner (`model/experts.py`)."""
+    """It has no site: its one tensor carrier is the classifier, on the tuner (`model/experts.py`)."""
 
     config = XLoraConfig
     prefix = "xlora_"

@@ -100,7 +100,7 @@ class XLoraRegistry(LayerRegistry):
         return report
 
     def _expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.Loaded]:
-        """Read an expert: from beside the config, where that is a checkpoint of its own, else from where it says."""
+        """Read an expert: from beside the config, where that is a whole checkpoint, else from where it says."""
         check_adapter_name(name, [*self.peft_config, owner])
         where = config.adapters[name]  # type: ignore[index]
         places: list[tuple[str, str | None, dict[str, Any]]] = [(where, None, {})]

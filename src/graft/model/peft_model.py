@@ -293,7 +293,7 @@ class PeftModel(nn.Module):
     def reference(self, adapter_name: str = "default", name: str | None = None) -> Reference:
         """Return a frozen copy of an adapter as it is now, such as the reference policy of a training.
 
-        Call it in place of the model. It is an adapter of its own, inactive; it never trains, and no save takes it
+        Call it in place of the model. It is a separate adapter, inactive; it never trains, and no save takes it
         unless it is selected.
 
         Args:

@@ -50,7 +50,7 @@ def names_for(given: str | Sequence[str] | Composition) -> list[str]:
 
 
 def how(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
-    """Return the weights of the active adapters, and whether each has rows of its own."""
+    """Return the weights of the active adapters, and whether each has its own rows."""
     return value.weights if isinstance(value, Average) else None, isinstance(value, Parallel)
 
 

@@ -13,7 +13,7 @@ from graft.model.adapter_tensors import AdapterTensors
 
 
 class Versions:
-    """The versions of one adapter that a server holds: each under a name of its own, which is never used again.
+    """The versions of one adapter that a server holds: each under its own name, which is never used again.
 
     A server keeps what it computed by name, so that a version which takes the name of another answers with the keys and
     values of that. A new version is loaded before an old one goes, and counts from when the load has returned: requests

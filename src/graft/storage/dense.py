@@ -44,7 +44,7 @@ def strange_tensor(m: nn.Module, name: str) -> str | None:
 
 
 def is_composed(t: Tensor) -> bool:
-    """Return True if a tensor has no memory of its own: it stands for what its type makes of other tensors."""
+    """Return True if a tensor owns no memory: it stands for what its type makes of other tensors."""
     kind = type(t)
     return not (kind in PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or LIKE_PLAIN.find(kind))
 

@@ -73,7 +73,7 @@ for file in FILES:
 def find_store(module: nn.Module) -> Store:
     """Return the store of a module's weight: that of the module's type, else of the weight's type, else DENSE.
 
-    A weight that its module may use in a way of its own, or that is no plain tensor, is never DENSE but FOREIGN; so is
+    A weight that its module may use in its own way, or that is no plain tensor, is never DENSE but FOREIGN; so is
     what a layer that is known to be linear has in place of one.
     """
     store = marked(module) or STORES.find(type(module))

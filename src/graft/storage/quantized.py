@@ -152,7 +152,7 @@ def shadow(m: nn.Module, values: dict[str, Any]) -> nn.Module:
 
 
 class OwnModule(Quantized):
-    """A rounded weight in a module of a type of its own, whose kernel may have no backward pass."""
+    """A rounded weight in a module of another type, whose kernel may have no backward pass."""
 
     def ready(self, m: nn.Module) -> str | None:
         let_gradients_through(m, self)

@@ -50,7 +50,7 @@ def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], 
 def let_gradients_through(m: nn.Module, store: Any) -> None:
     """Give a layer a gradient for its input where its own forward gives none.
 
-    The class changes, once, as above, or the module alone where it has a forward of its own, as accelerate's hooks
+    The class changes, once, as above, or the module alone where it has its own forward, as accelerate's hooks
     and compressed-tensors make one. Layers of which the store says `loses_gradient` never use their own backward pass.
     Nothing changes for a layer that cannot be read.
     """

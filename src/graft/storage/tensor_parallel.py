@@ -2,7 +2,7 @@
 """Layers that transformers' tensor parallelism has cut: each process has a piece of the weight, and computes with it.
 
 The weight is a DTensor, as FSDP2's is; but FSDP2 gathers it before the module runs. What tells the two apart is the
-module: `tp_plan` gives it a forward of its own, which knows its style and its processes. Modules of styles that cut
+module: `tp_plan` gives it its own forward, which knows its style and its processes. Modules of styles that cut
 neither a linear layer's inputs nor its outputs in plain pieces take no adapter.
 """
 

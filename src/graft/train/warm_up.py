@@ -22,7 +22,7 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     an attribute, which the initialisation uses up.
 
     Args:
-        train: trains these parameters, A_log of each mixer (channels, states), with an optimizer of its own; 250 to
+        train: trains these parameters, A_log of each mixer (channels, states), with its own optimizer; 250 to
             500 steps in the paper.
 
     Raises:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrow: Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157.
 
-The router adapter has no update of its own: it sends each token through the other LoRA adapters of the layer, the
+The router adapter makes no update itself: it sends each token through the other LoRA adapters of the layer, the
 experts, by how much the token points in the direction that an expert acts on most. With GenKnowSub
 (aclanthology.org/2025.acl-short.54) experts act without what they share with adapters of general knowledge.
 """
@@ -40,7 +40,7 @@ class Router(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "of": []}  # a copy has tensors of its own
+        return {**self.__dict__, "of": []}  # a copy has other tensors
 
 
 class Arrow(LoRA):

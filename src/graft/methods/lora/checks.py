@@ -42,7 +42,7 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
 
 
 def check_parameter(site: Site, cfg: LoraConfig) -> None:
-    """Raise ConfigError for an option that has no meaning for a parameter which its module uses in ways of its own."""
+    """Raise ConfigError for an option that has no meaning for a parameter which its module uses in its own ways."""
     what = "MultiheadAttention" if site.path == site.key else "ParamWrapper"
     options = {name: getattr(cfg, name) for name in ("lora_bias", "fan_in_fan_out")}
     options |= {name: True for name in cfg.variants if name != "use_dora" or len(site.shape) > 2}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MonteCLoRA: Monte Carlo Low-Rank Adaptation, arXiv 2411.04358.
 
-In training A is random: A + c Σₖ wₖ Nₖ, where each row of a sample Nₖ has a variance of its own. The variances are
+In training A is random: A + c Σₖ wₖ Nₖ, where each row of a sample Nₖ has its own variance. The variances are
 drawn from a Wishart distribution, the weights w from one on the simplex; both have parameters that train.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shadow network as a model of its own, which needs the base model no more."""
+"""The shadow network as a separate model, which needs the base model no more."""
 
 from __future__ import annotations
 
@@ -208,10 +208,10 @@ def __getattr__(name: str) -> Any:
 
 
 def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) -> Any:
-    """Return the shadow network of an adapter (None: the active one) as a model of its own, with the base's head.
+    """Return the shadow network of an adapter (None: the active one) as a separate model, with the base's head.
 
     Args:
-        copy: give it modules of its own, and not those that this model has.
+        copy: give it its own modules, and not those that this model has.
 
     Raises:
         AdapterNotFoundError: there is no such adapter, or none is active.

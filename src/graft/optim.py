@@ -57,7 +57,7 @@ def gram(factor: Tensor, damping: float) -> Tensor:
 
 
 def by_cholesky(factor: Tensor, damping: float) -> Tensor:
-    """Return the same where the host would wait for the device, as an SVD needs it.
+    """Return (factor factorᵀ + damping · 1)⁺ on a device for which the host would wait, as an SVD needs it.
 
     It is R = (G + c)⁻¹ with the damping c. Where that is less than what float32 rounds, c is the latter, and with
     E = c R the result R (1 + E) (1 - E²): G⁻¹ up to (c / λ)², and 0 in directions without any of G.

@@ -123,7 +123,7 @@ def truncate_product(A: Tensor, B: Tensor, rank: int, driver: str | None = None)
 
 
 def truncate_matrix(W: Tensor, rank: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same for a matrix (…, m, n) of any rank. Costs O(m n min(m, n)).
+    """Return the factors and singular values of a matrix (…, m, n) of any rank, cut to `rank`. Costs O(m n min(m, n)).
 
     Take an SVD of full size: the spectrum of a pruned matrix has no gap, so that randomised methods
     (torch.svd_lowrank) would miss the last triples.

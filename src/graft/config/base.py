@@ -118,14 +118,18 @@ class PeftConfig:
         return {k: v for k, v in asdict(self).items() if k not in self.runtime_fields}
 
     def saved_dict(self) -> dict[str, Any]:
-        """Return the same as JSON can hold it: sets as lists, enums as their values."""
+        """Return the fields that files hold, as JSON can: sets as lists, enums as their values."""
         own = type(self).__dataclass_fields__
         return {k: plain(v) for k, v in self.to_dict().items() if k not in self.beyond or v != own[k].default}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: object
     ) -> None:
-        """Write adapter_config.json into a folder; make the folder if there is none."""
+        """Write adapter_config.json into a folder; make the folder if there is none.
+
+        Raises:
+            AssertionError: `save_directory` is a file.
+        """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
@@ -195,7 +199,12 @@ class PeftConfig:
 
     @classmethod
     def named_in(cls, values: dict[str, object]) -> type[PeftConfig]:
-        """Return the class that `peft_type` names; this one if there is none."""
+        """Return the class that `peft_type` names; this one if there is none.
+
+        Raises:
+            ConfigTypeError: `peft_type` is no text.
+            ConfigError: no method has that name.
+        """
         kind = values.get("peft_type")
         if kind is not None and not isinstance(kind, str):
             raise ConfigTypeError(f"peft_type must be the name of a method, got {described(kind)}.")

@@ -37,7 +37,7 @@ class Factors(NamedTuple):
         return A, B if self.scale is None else B * self.scale
 
     def unscaled(self) -> tuple[Tensor, Tensor]:
-        """Return the same without the scale."""
+        """Return A (r, fan_in) and B (out, r) without the scale."""
         A, B = matrix(self.A).flatten(1), matrix(self.B).flatten(1)
         if self.inner is not None:
             A = self.inner[:, None] * A

@@ -51,7 +51,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def spread_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the same of tensors that are spread over processes."""
+    """Return the product of tensors that are spread over processes."""
     total: Any = (a * b).sum()
     whole: Tensor = total.full_tensor()
     return whole

@@ -101,7 +101,7 @@ class Rows:
         return [row for key, rows in self.groups.items() if adapter in members(key) for row in rows]
 
     def index_of(self, adapter: str) -> Tensor:
-        """Return the same as a tensor on the device of the rows, in the order of their segments."""
+        """Return the rows that use an adapter as a tensor on their device, in the order of their segments."""
         return torch.cat([index for key, index in self.segments if adapter in members(key)])
 
     @cached_property
@@ -195,7 +195,7 @@ class Given(NamedTuple):
         return Given(self.rows, gates, facts, self.draws, index if self.some is None else self.some[index])
 
     def repeated(self, copies: int) -> Given:
-        """Return the same for a batch with `copies` of each row. Whoever makes gates makes them for that batch."""
+        """Return what a batch with `copies` of each row is given. Whoever makes gates makes them for that batch."""
         rows = self.rows
         if rows is not None:
             groups = {

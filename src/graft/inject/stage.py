@@ -42,7 +42,7 @@ def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def absent_from(model: nn.Module) -> dict[str, str]:
-    """Return the same for a model with or without adapters, of which none is looked into."""
+    """Return the absent modules of a model with or without adapters, of which none is looked into."""
     return absent_in(dict(_walk("", model)))
 
 

@@ -142,7 +142,7 @@ class Spectrum(NamedTuple):
         return torch.fft.ifft2(F).real.reshape(self.shape) * self.scale
 
     def halved(self) -> Sparse:
-        """Return the same by frequencies f ≤ n / 2: (u, v) and (-u, -v) have one real part."""
+        """Return the sum by frequencies f ≤ n / 2: (u, v) and (-u, -v) have one real part."""
         (out, fan_in), (u, v) = self.size, self.places
         back = 2 * u > out
         u, v = torch.where(back, out - u, u), torch.where(back, -v % fan_in, v)

@@ -51,6 +51,11 @@ class OFTConfig(Targeted, LayerRange):
 
     @classmethod
     def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
+        """Return a file's fields; warn where this release of graft computes otherwise.
+
+        Raises:
+            ConfigError: the file is older than PEFT 0.14, whose OFT was another.
+        """
         if "oft_block_size" not in kwargs:
             raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
         version = tuple(int(p[:9]) for p in str(kwargs.get("peft_version") or "0").split(".")[:2] if p.isdecimal())

@@ -168,6 +168,11 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The config of the first active adapter.
+
+        Raises:
+            AdapterNotFoundError: none is active.
+        """
         if not self.active_adapters:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterNotFoundError(f"No adapter is active: call set_adapter(). Loaded adapters: {loaded}.")

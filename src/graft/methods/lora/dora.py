@@ -140,7 +140,7 @@ class DoRA(LoRA):
         return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)
 
     def kept_norm(self) -> Tensor:
-        """Return the same, computed once for each state of the tensors that it depends on."""
+        """Return the norms, computed once for each state of the tensors that they depend on."""
         of, kept = (self.layer.weight, *self.pair), self.kept
         if kept is None or not kept.holds(of, self.scaling):
             norm = self.norm_now()

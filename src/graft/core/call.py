@@ -22,6 +22,7 @@ from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
 from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows, tensors_in
+from graft.kernels.segments import Stacks
 
 
 class Noted(NamedTuple):
@@ -119,7 +120,16 @@ class Call:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
         given = self.here.given
         gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS
-        before = self.put(Given(given.rows, gates, facts, given.draws))
+        before = self.put(given._replace(gates=gates, facts=facts))
+        try:
+            yield
+        finally:
+            self.put(before)
+
+    @contextmanager
+    def stacking(self, stacks: Stacks | None) -> Iterator[None]:
+        """Have the layers know within the block which tensors of adapters are stacked."""
+        before = self.put(self.here.given._replace(stacks=stacks))
         try:
             yield
         finally:

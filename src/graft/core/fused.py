@@ -137,6 +137,15 @@ def segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
     return Segment(rows, A, B, scale, p)
 
 
+def is_still(f: Factors, was: Factors, segment: Segment) -> bool:
+    """Return True if factors are what they were when a segment was made of them, from which nothing is dropped."""
+    if f.A is not was.A or f.B is not was.B or f.scale != was.scale or f.dropout is not was.dropout:
+        return False
+    if f.dropout is not None and share_dropped(f.dropout) != 0:
+        return False
+    return tensor_of(f.A) is segment.A and tensor_of(f.B) is segment.B
+
+
 def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
     """Add the factors' part to y, in its memory, and return y; None if no kernel does that."""
     found = plain(f)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from graft.core.rows import Given, Key, Rows, Together, members
 from graft.kernels.eager import autocast_dtype
 from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, fits
-from graft.kernels.segments import LINE, Segment, aligned, at_line, linear
+from graft.kernels.segments import LINE, Group, Segment, Stacks, aligned, at_line, groups_of, linear
 
 
 def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
@@ -48,6 +48,17 @@ def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
         else:
             runs.append(slice(i, i + 1))
     return runs
+
+
+class Kept(NamedTuple):
+    """The groups of a batch, and all that they depend on."""
+
+    stacks: Stacks
+    sizes: list[int]
+    shape: torch.Size  # of a row of the input
+    dtype: torch.dtype
+    adding: list[tuple[Callable[[], Factors], Factors, Segment]]
+    groups: Sequence[Group]
 
 
 class Mixed:
@@ -76,6 +87,7 @@ class Mixed:
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
         self.sums = any(type(p) is Sum and isinstance(p.steps[0][1], LowRank) for p in plans)
+        self.kept: Kept | None = None
         self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
     def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
@@ -133,16 +145,22 @@ class Mixed:
         def drawing(key: Key) -> AbstractContextManager[None]:
             return nullcontext() if draws is None or isinstance(key, Together) else draws.of(key, ticket, x.device)
 
-        x = rows.by_adapter(x)
-        alike = self.segments(rows, x, drawing) if given.gates is None and not (args or kwargs) else None
+        x, stacks = rows.by_adapter(x), given.stacks
+        alone = given.gates is None and not (args or kwargs) and self.may_share(x)
+        if alone and stacks is not None and (groups := self.kept_groups(stacks, rows, x)) is not None:
+            return rows.as_they_came(self.shared(x, groups))
+        alike = self.segments(rows, x, drawing) if alone else None
         if alike is not None and None not in alike:
-            return rows.as_they_came(self.shared(x, alike))  # type: ignore[arg-type]
+            groups = groups_of(alike, stacks)  # type: ignore[arg-type]
+            if stacks is not None:
+                self.keep(stacks, rows, x, alike, groups)  # type: ignore[arg-type]
+            return rows.as_they_came(self.shared(x, groups))
         runs = runs_of(alike or [None] * len(rows.sizes))
         parts = x.split([sum(rows.sizes[run]) for run in runs])
         outputs = []
         for run, part in zip(runs, parts):
             if alike is not None and alike[run.start] is not None:
-                outputs.append(self.shared(part, alike[run]))  # type: ignore[arg-type]
+                outputs.append(self.shared(part, groups_of(alike[run], stacks)))  # type: ignore[arg-type]
                 continue
             key, index = rows.segments[run.start]
             with self.seeing(index) if layer.op.known else self.alone(index, key), drawing(key):
@@ -150,14 +168,16 @@ class Mixed:
         outputs = widened(outputs, layer.site.key) if self.aside else outputs
         return rows.as_they_came(torch.cat([aligned(y) for y in outputs]))
 
-    def segments(self, rows: Rows, x: Tensor, drawing: Any) -> list[Segment | None] | None:
-        """Return what the adapters add to their rows of x, if they can share the call of the base; None for those that
-        cannot, and for all where no kernel may run."""
+    def may_share(self, x: Tensor) -> bool:
+        """Return True if adapters may share the call of the base, as far as that depends on the layer and its input."""
         layer = self.layer
         if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
-            return None
-        if autocast_dtype(x.device) is not None or not at_line(x):
-            return None
+            return False
+        return autocast_dtype(x.device) is None and at_line(x)
+
+    def segments(self, rows: Rows, x: Tensor, drawing: Any) -> list[Segment | None]:
+        """Return what the adapters add to their rows of x, which they `may_share`; None for those that cannot."""
+        layer = self.layer
         W, tokens, found = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
         starts = accumulate(rows.sizes, initial=0)
         for name, size, start in zip(rows.keys, rows.sizes, starts):
@@ -192,10 +212,31 @@ class Mixed:
         torch.set_rng_state(before)
         return f if self.joins[name] else None
 
-    def shared(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def keep(self, stacks: Stacks, rows: Rows, x: Tensor, segments: Sequence[Segment], groups: Sequence[Group]) -> None:
+        """Keep groups for the next batch like this one."""
+        self.kept = None
+        if not any(s.p for s in segments):
+            plans: list[Any] = [self.plans[name] for name in rows.keys]
+            effects = [(plan.steps[0][1].factors, s) for plan, s in zip(plans, segments) if plan is not None]
+            adding = [(factors, factors(), own) for factors, own in effects]
+            self.kept = Kept(stacks, rows.sizes, x.shape[1:], x.dtype, adding, groups)
+
+    def kept_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
+        """Return the groups of the last batch, if they are those of this one: nothing about an adapter has changed."""
+        kept = self.kept
+        if kept is None or kept.stacks is not stacks or kept.sizes != rows.sizes:
+            return None
+        if kept.shape != x.shape[1:] or kept.dtype != x.dtype:
+            return None
+        for factors, was, own in kept.adding:
+            if not fused.is_still(factors(), was, own):
+                return None
+        return kept.groups
+
+    def shared(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
         """Run the base once for adapters that add to its output."""
         layer = self.layer
-        return linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, segments)
+        return linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
 
     def only(self, rows: Rows) -> Plan | None:
         """Return the plan that all rows use, of a weight that its module uses in its own ways.

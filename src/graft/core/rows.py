@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graft.core.draws import Draws
 from graft.core.errors import RoutingError
+from graft.kernels.segments import Stacks
 from graft.kernels.waits import constant
 
 BASE = "__base__"  # the row uses no adapter
@@ -179,6 +180,7 @@ class Given(NamedTuple):
     facts: Mapping[Any, PerRow] = NO_FACTS
     draws: Draws | None = None
     some: Tensor | None = None  # indices of those rows that a layer sees now; None: all
+    stacks: Stacks | None = None  # tensors of adapters that can share products
 
     def __bool__(self) -> bool:
         return self.rows is not None or self.gates is not None or bool(self.facts)
@@ -192,7 +194,8 @@ class Given(NamedTuple):
         """Return gates and facts of some rows of the batch."""
         gates = None if self.gates is None else self.gates.rows(index)
         facts = {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS
-        return Given(self.rows, gates, facts, self.draws, index if self.some is None else self.some[index])
+        some = index if self.some is None else self.some[index]
+        return self._replace(gates=gates, facts=facts, some=some)
 
     def repeated(self, copies: int) -> Given:
         """Return what a batch with `copies` of each row is given. Whoever makes gates makes them for that batch."""
@@ -204,7 +207,7 @@ class Given(NamedTuple):
             }
             rows = Rows.placed(rows.batch * copies, groups, rows.order.device)
         facts = {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS
-        return Given(rows, self.gates, facts, self.draws)
+        return self._replace(rows=rows, facts=facts)
 
 
 NOTHING, ALL_OFF, AMBIGUOUS = Given(), Given(OFF), Given(UNCLEAR)

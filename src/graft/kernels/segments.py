@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A linear layer for rows that use different low-rank adapters, each to the bits of `low_rank_linear` on its own rows.
 
-The layer runs once for all. Adapters of one shape whose tensors lie at equal distances in one memory, as those of a
-bank do, share their products; others take turns."""
+The layer runs once for all. Adapters of one shape whose tensors are stacked share their products; others take turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from graft.kernels.eager import Function
 from graft.kernels.low_rank import FUSED_FROM, add_up, down, dropped, gradients
 
+NARROW, SMALL = 2, 400  # vectors, and multiplications: with fewer, products of one and of many are other functions
 LINE = 64  # bytes: products of tensors that begin elsewhere than at a multiple have other bits
 
 
@@ -54,15 +54,26 @@ class Segment(NamedTuple):
     seed: int = 0
 
 
+class Stacks(Protocol):
+    """Tensors of adapters that lie at equal distances in one memory."""
+
+    def follows(self, a: Tensor, b: Tensor) -> bool:
+        """Return True if b comes next after a."""
+        ...
+
+    def stack(self, first: Tensor, n: int) -> Tensor:
+        """Return `first` and those next after it as one leaf (n, …), whose gradient is theirs."""
+        ...
+
+
 class Group(NamedTuple):
     """Segments that share their products."""
 
     start: int  # the first of their rows
     stop: int
-    first: int  # the first of their segments
     width: int  # how many they are
-    A: Tensor  # (r, in), or (count, r, in)
-    B: Tensor  # (out, r), or (count, out, r)
+    A: Tensor  # (r, in), or (width, r, in)
+    B: Tensor  # (out, r), or (width, out, r)
     scale: float
     p: float
     seed: int
@@ -72,15 +83,21 @@ class Group(NamedTuple):
         """Return True if each has so few rows that alone it runs without an autograd.Function."""
         return self.stop - self.start < FUSED_FROM * self.width
 
+    def of(self, x: Tensor) -> Tensor:
+        """Return their rows of x (rows, n)."""
+        return x if self.stop - self.start == len(x) else x[self.start : self.stop]
 
-def plain(y: Tensor, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+
+def plain(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
     """The reference, from y = base(x). y (rows, out), x (rows, in)."""
-    parts, sizes = [], [s.rows for s in segments]
-    for own, part, (_, A, B, scale, p, seed) in zip(y.split(sizes), x.split(sizes), segments):
-        if A is not None and B is not None:
-            own = (own + (dropped(part, p, seed).to(A.dtype) @ A.T @ B.T) * scale).to(own.dtype)
-        parts.append(own)
-    return torch.cat(parts)
+    parts, end = [], 0
+    for start, stop, n, A, B, scale, p, seed in groups:
+        own, part, (A, B) = y[start:stop], x[start:stop], (A, B) if n > 1 else (A[None], B[None])
+        parts.append(y[end:start])
+        for into, given, a, b in zip(own.chunk(n), part.chunk(n), A, B):
+            parts.append((into + (dropped(given, p, seed).to(a.dtype) @ a.T @ b.T) * scale).to(y.dtype))
+        end = stop
+    return torch.cat([*parts, y[end:]])
 
 
 def linear(
@@ -88,72 +105,53 @@ def linear(
     input_gradient: Callable[[Tensor, Tensor], Tensor],
     W: Tensor,
     x: Tensor,
-    segments: Sequence[Segment],
+    groups: Sequence[Group],
 ) -> Tensor:
     """Return base(x) with what the adapters add to their rows. W gets no gradient.
 
     Args:
         base, input_gradient, W: as in `low_rank_linear`.
-        x: (…, in), whose rows, counted over all dimensions but the last, are those of the segments in their order.
+        x: (…, in), whose rows, counted over all dimensions but the last, are those that `groups_of` has counted.
     """
-    factors = [t for s in segments for t in (s.A, s.B)]
-    return _Linear.apply(x, W, base, input_gradient, segments, *factors)  # type: ignore[no-any-return]
+    factors = [t for g in groups for t in (g.A, g.B)]
+    return _Linear.apply(x, W, base, input_gradient, groups, *factors)  # type: ignore[no-any-return]
 
 
-def groups_of(segments: Sequence[Segment]) -> list[Group]:
-    """Return the segments with an adapter, those side by side together that can share products."""
+def groups_of(segments: Sequence[Segment], stacks: Stacks | None = None) -> list[Group]:
+    """Return the segments with an adapter, those side by side together whose factors are stacked."""
     found, start, i = [], 0, 0
     while i < len(segments):
-        s, count = segments[i], 1
-        if s.A is not None and s.B is not None:
-            while not s.p and i + count < len(segments) and _alike(s, segments[i + count]):
+        (rows, A, B, scale, p, seed), count = segments[i], 1
+        if A is not None and B is not None:
+            while stacks and i + count < len(segments) and _joins(segments[i + count - 1], segments[i + count], stacks):
                 count += 1
-            A = B = None
-            if count > 1:
-                alike = segments[i : i + count]
-                A, B = spread([t.A for t in alike]), spread([t.B for t in alike])  # type: ignore[misc]
-            if A is None or B is None:
-                A, B, count = s.A, s.B, 1
-            found.append(Group(start, start + count * s.rows, i, count, A, B, s.scale, s.p, s.seed))
-        start, i = start + count * s.rows, i + count
+            if stacks and count > 1:
+                A, B = stacks.stack(A, count), stacks.stack(B, count)
+            found.append(Group(start, start + count * rows, count, A, B, scale, p, seed))
+        start, i = start + count * rows, i + count
     return found
 
 
-def _alike(a: Segment, b: Segment) -> bool:
-    return (
-        b.A is not None
-        and b.B is not None
-        and (a.rows, a.scale, a.p) == (b.rows, b.scale, b.p)
-        and a.A.shape == b.A.shape  # type: ignore[union-attr]
-        and a.A.dtype == b.A.dtype  # type: ignore[union-attr]
-    )
-
-
-def spread(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return tensors of one shape (…) that lie at equal distances in one memory as a view (n, …) of it; else None."""
-    first, second = tensors[0], tensors[1]
-    start, size = first.data_ptr(), first.element_size()
-    step = second.data_ptr() - start
-    if step <= 0 or step % size or first.untyped_storage().data_ptr() != tensors[-1].untyped_storage().data_ptr():
-        return None
-    if any(t.data_ptr() - start != i * step or t.stride() != first.stride() for i, t in enumerate(tensors)):
-        return None
-    shape, strides = (len(tensors), *first.shape), (step // size, *first.stride())
-    return first.detach().as_strided(shape, strides, first.storage_offset())
+def _joins(a: Segment, b: Segment, stacks: Stacks) -> bool:
+    if a.A is None or a.B is None or b.A is None or b.B is None or a.p or b.p or (a.rows, a.scale) != (b.rows, b.scale):
+        return False
+    (r, n), m = a.A.shape, len(a.B)
+    if min(r, a.rows) < NARROW or a.rows * r * min(n, m) < SMALL:
+        return False
+    return stacks.follows(a.A, b.A) and stacks.follows(a.B, b.B)
 
 
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, base: Any, input_gradient: Any, segments: Sequence[Segment], *factors: Any
+        ctx: Any, x: Tensor, W: Tensor, base: Any, input_gradient: Any, groups: Sequence[Group], *factors: Any
     ) -> Tensor:
-        y = base(x)
-        groups, narrow = groups_of(segments), []
+        y, narrow = base(x), []
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for group in groups:
-            narrow.append(_add(out[group.start : group.stop], flat[group.start : group.stop], group))
+            narrow.append((_add_stacked if group.width > 1 else _add)(group.of(out), group.of(flat), group))
         ctx.save_for_backward(x, W, *narrow, *factors)
-        ctx.groups, ctx.segments, ctx.base, ctx.input_gradient = groups, segments, base, input_gradient
+        ctx.groups, ctx.base, ctx.input_gradient = groups, base, input_gradient
         return y
 
     @staticmethod
@@ -163,26 +161,17 @@ class _Linear(Function):
         rows = g.reshape(-1, g.shape[-1])
         if torch.is_grad_enabled():  # for a second derivative
             return _again(ctx, x, W, saved[len(ctx.groups) :], rows)
-        flat, grads = x.reshape(-1, x.shape[-1]), [None] * len(need)
+        flat, grads = x.reshape(-1, x.shape[-1]), list[Tensor | None]()
         dx = ctx.input_gradient(rows, W.to(g.dtype)) if need_x else None
-        for group, h in zip(ctx.groups, saved):
-            here = slice(group.start, group.stop)
-            places = slice(2 * group.first, 2 * (group.first + group.width))
-            grads[places] = _gradients(rows[here], flat[here], h, group, None if dx is None else dx[here], need[places])
+        for i, (group, h) in enumerate(zip(ctx.groups, saved)):
+            into, run = None if dx is None else group.of(dx), _stacked if group.width > 1 else _gradients
+            grads += run(group.of(rows), group.of(flat), h, group, into, need[2 * i : 2 * i + 2])
         return None if dx is None else dx.to(x.dtype).view(x.shape), None, None, None, None, *grads
 
 
 def _add(y: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Add what the adapters of a group add to their rows to y, in its memory; return h = x Aᵀ. y (rows, out)."""
-    A, B, n = group.A, group.B, group.width
-    if n > 1:
-        y, x = y.view(n, -1, y.shape[-1]), x.view(n, -1, x.shape[-1])
-        h = torch.bmm(x, A.mT)
-        if group.few:
-            y.add_(torch.bmm(h, B.mT), alpha=group.scale)
-        else:
-            y.baddbmm_(h, B.mT, alpha=group.scale)
-        return h
+    """Add what an adapter adds to its rows to y, in its memory; return h = x Aᵀ. y (rows, out)."""
+    A, B = group.A, group.B
     if group.few and y.dtype == A.dtype == x.dtype:
         h = nn.functional.linear(x, A)
         y.add_(nn.functional.linear(h, B), alpha=group.scale)
@@ -192,38 +181,58 @@ def _add(y: Tensor, x: Tensor, group: Group) -> Tensor:
     return h
 
 
-def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> list[Any]:
-    """Return the gradients of A and B of each segment of a group, and add that of x to dx, in its memory."""
-    A, B, n, scale = group.A, group.B, group.width, group.scale
-    if not group.few and n == 1:
+def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
+    """Do the same for several adapters: h (width, rows of each, r)."""
+    B, n = group.B.mT, group.width
+    y, h = y.view(n, -1, y.shape[-1]), torch.bmm(x.view(n, -1, x.shape[-1]), group.A.mT)
+    if group.few:
+        y.add_(torch.bmm(h, B), alpha=group.scale)
+    else:
+        y.baddbmm_(h, B, alpha=group.scale)
+    return h
+
+
+Two = tuple[Tensor | None, Tensor | None]
+
+
+def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
+    """Return the gradients of A and B of an adapter, and add that of x to dx, in its memory."""
+    A, B, scale = group.A, group.B, group.scale
+    if not group.few:
         _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
-        return [dA, dB]
-    if n > 1:
-        g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
-        dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
+        return dA, dB
+    g = g if scale == 1 else g * scale
+    dh, dB = g @ B, g.mT @ h
+    if dx is not None:
+        dx += dh @ A
+    return dh.mT @ x, dB
+
+
+def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
+    """Do the same for several adapters: (width, r, in) and (width, out, r)."""
+    A, B, n, scale = group.A, group.B, group.width, group.scale
+    g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
+    dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
     if group.few:
         g = g if scale == 1 else g * scale
-        dh, dB = g @ B, g.mT @ h
+        dh, dB = torch.bmm(g, B), torch.bmm(g.mT, h)
         if dx is not None:
-            dx += dh @ A
+            dx += torch.bmm(dh, A)
     else:
-        dh = g @ B
+        dh = torch.bmm(g, B)
         dh = dh if scale == 1 else dh * scale
-        dB = ((h.mT @ g) * scale).mT
+        dB = (torch.bmm(h.mT, g) * scale).mT
         if dx is not None:
             dx.baddbmm_(dh, A)
-    dA = dh.mT @ x
-    if n == 1:
-        return [dA, dB]
-    return [t for pair in zip(dA.unbind(), dB.unbind()) for t in pair]
+    return torch.bmm(dh.mT, x), dB
 
 
 def _again(ctx: Any, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
     """Return gradients that have gradients: those of the plain products."""
     given = iter(factors)
-    segments = [s._replace(A=next(given), B=next(given)) for s in ctx.segments]
+    groups = [group._replace(A=next(given), B=next(given)) for group in ctx.groups]
     y = ctx.base(x)
-    y = plain(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), segments)
+    y = plain(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), groups)
     inputs = (x, None, None, None, None, *factors)
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
     found = torch.autograd.grad(y, [inputs[i] for i in wanted], g.view_as(y), create_graph=True)

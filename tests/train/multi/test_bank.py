@@ -1,65 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bank: Parameters keep their names and values, optimizers see one vector, results are those of training alone."""
+"""Banks: Parameters keep their names and values, gradients come to their rows, and who does not fit is left out."""
 
 import pytest
 import torch
+from torch.nn.utils import get_total_norm
 
-from graft.core.errors import ConfigError
-from graft.kernels.segments import spread
-from graft.train.multi.bank import Bank, banks_of
-from tests.model.test_isolation import Run, Training, alone, lora, model_with
+from graft.train.multi.bank import Banks
+from tests.model import test_isolation
+from tests.model.test_isolation import Run, lora
+from tests.models import seeded
 
 RUNS = {name: Run(lora()) for name in "uvw"}
 
 
-def bank_of(model, names):
-    return Bank({name: list(model.adapter_parameters(name)) for name in names})
+def model_with(runs):
+    model = test_isolation.model_with(runs)
+    model.set_requires_grad(list(runs))
+    return model
 
 
-def test_a_bank_trains_its_adapters_to_the_bits_of_each_alone():
+def banks_of(model, names):
+    named = {name: [p for _, p in model.adapter_parameters(name)] for name in names}
+    return Banks({name: (own[::-1], own) for name, own in named.items()}, (*model.parameters(), *model.buffers()))
+
+
+def test_parameters_keep_names_and_values():
     model = model_with(RUNS)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    bank = bank_of(model, RUNS)
+    banks = banks_of(model, RUNS)
+    (bank,) = banks.banks
     assert before.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    model.set_requires_grad(list(RUNS))
-    trainings = {name: Training(model, name, run, sum(map(ord, name))) for name, run in RUNS.items()}
-    optimizers = [torch.optim.AdamW([bank.flat[name]], run.rate) for name, run in RUNS.items()]
-    for parts in zip(*(t.batches for t in trainings.values())):
-        logits = model(input_ids=torch.cat(parts), adapter_names=list(RUNS)).logits
-        sum(t.loss(y, ids) for t, y, ids in zip(trainings.values(), logits.split(1), parts)).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        bank.zero()
-    for name, run in RUNS.items():
-        assert all(map(torch.equal, (p for _, p in model.adapter_parameters(name)), alone(name, run)))
+    inside = {bank.values.untyped_storage().data_ptr()}
+    assert {p.untyped_storage().data_ptr() for row in banks.rows.values() for p in row.parameters} == inside
+    assert all((p.data_ptr() - bank.values.data_ptr()) % 64 == 0 for p in banks.rows["v"].parameters)
+    banks.release()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert {p.untyped_storage().data_ptr() for row in banks.rows.values() for p in row.parameters}.isdisjoint(inside)
 
 
-def test_factors_lie_at_equal_distances():
+def test_what_follows_what():
     model = model_with(RUNS)
-    bank = bank_of(model, RUNS)
-    for tensors in zip(*bank.parameters.values()):
-        view = spread(tensors)
-        assert view.data_ptr() == tensors[0].data_ptr() and all(map(torch.equal, view, tensors))
-        assert all(t.data_ptr() % 64 == bank.values.data_ptr() % 64 for t in tensors)
+    banks = banks_of(model, RUNS)
+    (u, v, w), other = ([row.parameters[k] for row in banks.rows.values()] for k in (0, 1))
+    assert banks.follows(u, v) and banks.follows(v, w)
+    assert not banks.follows(u, w) and not banks.follows(v, u) and not banks.follows(u, other[1])
+    stack = banks.stack(v, 2)
+    assert stack.is_leaf and stack.requires_grad and all(map(torch.equal, stack, (v, w)))
+    assert stack is banks.stack(v, 2)
 
 
-def test_gradients_of_one_adapter_are_zeroed_apart_from_those_of_others():
-    bank = bank_of(model_with(RUNS), RUNS)
-    bank.gradients.fill_(1)
-    bank.zero(["v"])
-    assert [p.grad.unique().tolist() for p in bank.flat.values()] == [[1], [0], [1]]
-    next(iter(bank.parameters["u"])).grad = None
-    bank.attach()
-    assert all((p.grad == 1).all() for p in bank.parameters["u"])
+def test_gradients_come_from_stacks_and_from_parameters():
+    model = model_with(RUNS)
+    banks = banks_of(model, RUNS)
+    banks.begin("uv")
+    first, second = (banks.rows["u"].parameters[k] for k in (0, 1))
+    (banks.stack(first, 2).sum() + 2 * first.sum() + 3 * second.sum()).backward()
+    banks.gather("uv")
+    u, v = banks.rows["u"], banks.rows["v"]
+    assert u.gradients[0].unique().tolist() == [3] and u.gradients[1].unique().tolist() == [3]
+    assert v.gradients[0].unique().tolist() == [1] and (sum(u.got), sum(v.got), u.whole) == (2, 1, False)
+    assert first.grad is None
+    kept = u.take()
+    banks.begin("uv")
+    first.sum().backward()
+    banks.gather("uv")
+    u.add(kept)
+    assert [u.gradients[k].unique().tolist() for k in (0, 1)] == [[4], [3]] and sum(u.got) == 2
 
 
-def test_other_shapes_have_banks_of_their_own():
-    runs = {**RUNS, "x": Run(lora(r=2))}
-    model = model_with(runs)
-    named = {name: list(model.adapter_parameters(name)) for name in runs}
-    assert [list(bank.flat) for bank in banks_of(named)] == [["u", "v", "w"], ["x"]]
-    with pytest.raises(ConfigError, match="'u' and 'x' have tensors of other shapes"):
-        Bank(named)
-    with pytest.raises(ConfigError, match="share tensors"):
-        Bank({"u": named["u"], "again": named["u"]})
+def test_norms_have_the_bits_of_torch():
+    model = model_with({name: Run(lora(r=5)) for name in "uvw"})
+    banks = banks_of(model, "uvw")
+    with seeded(1):
+        for row in banks.rows.values():
+            row.gradient.normal_()
+            row.got = [True] * len(row.got)
+    expected = [get_total_norm([row.gradients[i] for i in row.order]) for row in banks.rows.values()]
+    assert all(map(torch.equal, banks.norms("uvw"), expected))
+
+
+def other_shapes(model):
+    model.add_adapter("x", lora(r=2)())
+    model.set_requires_grad("x")
+    return [["u", "v", "w"], ["x"]]
+
+
+def in_other_dtypes(model):
+    next(p for _, p in model.adapter_parameters("v")).data = torch.zeros(8, 32, dtype=torch.bfloat16)
+    return [["u", "w"]]
+
+
+def on_one_memory(model):
+    u, v = (next(p for _, p in model.adapter_parameters(name)) for name in "uv")
+    v.data = u.data
+    return [["w"]]
+
+
+def hooked(model):
+    next(p for _, p in model.adapter_parameters("u")).register_hook(lambda g: None)
+    return [["v", "w"]]
+
+
+@pytest.mark.parametrize("change", [other_shapes, in_other_dtypes, on_one_memory, hooked])
+def test_which_share_a_bank(change):
+    model = model_with(RUNS)
+    expected = change(model)
+    banks = banks_of(model, model.peft_config)
+    names = {id(row): name for name, row in banks.rows.items()}
+    assert [[names[id(row)] for row in bank.rows] for bank in banks.banks] == expected
+
+
+def freeze(p):
+    p.requires_grad_(False)
+
+
+def move(p):
+    p.data = p.data.clone()
+
+
+def hook(p):
+    p.register_post_accumulate_grad_hook(lambda p: None)
+
+
+@pytest.mark.parametrize("change", [freeze, move, hook])
+def test_changes_from_elsewhere_are_seen(change):
+    banks = banks_of(model_with(RUNS), RUNS)
+    assert banks.stand()
+    change(banks.rows["v"].parameters[3])
+    assert not banks.stand()

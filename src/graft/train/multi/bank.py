@@ -1,20 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bank: all tensors of an adapter, and their gradients, are slices of one flat vector, and adapters of equal shapes
+"""Banks: all tensors of an adapter, and their gradients, are slices of one flat vector, and adapters of equal shapes
 are rows of one matrix. So an optimizer sees one Parameter per adapter, and layers find the factors of side-by-side
-adapters at equal distances in memory, which lets them share products (`kernels/segments.py`)."""
+adapters stacked, which lets them share products (`kernels/segments.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from graft.core.errors import ConfigError
+LINE = 32  # numbers of 16 bits and more: each tensor begins at a line of memory, as tensors by themselves do
 
-LINE = 16  # numbers: each tensor begins at a line of memory, as tensors by themselves do
+Parameters = Sequence[nn.Parameter]
 
-Named = Sequence[tuple[str, nn.Parameter]]
+
+class Row:
+    """The tensors of one adapter, and where their gradients lie.
+
+    Attributes:
+        parameters: in the order of the row.
+        order: their places in there, in the order of the model.
+        gradients: of each; those that the last pass has not given mean nothing.
+        got: which of them it has given.
+        value, gradient: (P,), the row of the bank; None: the adapter is in none.
+        places: where each tensor begins and ends in there.
+    """
+
+    def __init__(self, parameters: Parameters, in_model: Parameters) -> None:
+        self.parameters, where = list(parameters), {id(p): i for i, p in enumerate(parameters)}
+        self.order = tuple(where[id(p)] for p in in_model)
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.got = [False] * len(self.parameters)
+        self.value: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self.places: list[tuple[int, int]] = []
+
+    @property
+    def whole(self) -> bool:
+        """Return True if the last pass has given all gradients."""
+        return all(self.got)
+
+    def take(self) -> list[Tensor | None]:
+        """Return the gradients, in memory that the next pass leaves alone; None for those that are not there."""
+        if self.gradient is None:
+            return [g if got else None for g, got in zip(self.gradients, self.got)]
+        kept = self.gradient.clone()
+        views = (kept[a:b].view(p.shape) for (a, b), p in zip(self.places, self.parameters))
+        return [view if got else None for view, got in zip(views, self.got)]
+
+    def add(self, earlier: Sequence[Tensor | None]) -> None:
+        """Add gradients of earlier batches to those of the last."""
+        both: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for i, (own, other) in enumerate(zip(self.gradients, earlier)):
+            if other is None:
+                continue
+            if self.got[i]:
+                both[0].append(own)  # type: ignore[arg-type]
+                both[1].append(other)
+            elif own is None or self.gradient is None:
+                self.gradients[i] = other
+            else:
+                own.copy_(other)
+            self.got[i] = True
+        if both[0]:
+            torch._foreach_add_(*both)
+
+
+class Leaf(NamedTuple):
+    """One tensor of several adapters side by side, (n, …), as autograd sees it."""
+
+    tensor: Tensor
+    gradient: Tensor  # where its gradient goes
+    rows: list[Row]
+    place: int
 
 
 class Bank:
@@ -22,72 +84,176 @@ class Bank:
 
     Attributes:
         values, gradients: (adapters, P). Places between tensors stay zero in both.
-        flat: by adapter, its row of `values` as one Parameter, with its row of `gradients` as `.grad`.
-
-    Args:
-        adapters: the trainable parameters of each, by its name, as `adapter_parameters` gives them.
-
-    Raises:
-        ConfigError: their shapes or dtypes differ, or a tensor is of two adapters.
     """
 
-    def __init__(self, adapters: Mapping[str, Named]) -> None:
-        held = {name: [p for _, p in named] for name, named in adapters.items()}
-        first = next(iter(held))
-        for name, own in held.items():
-            if layout(own) != layout(held[first]):
-                raise ConfigError(
-                    f"Adapters '{first}' and '{name}' have tensors of other shapes, dtypes or devices, and so no bank "
-                    "in common: give each its own (`banks_of`)."
-                )
-        everything = [id(p) for own in held.values() for p in own]
-        if len(set(everything)) < len(everything):
-            raise ConfigError(f"Adapters {list(held)} share tensors: they cannot train apart from each other.")
-        self.parameters = held
-        self.places, size = places_of(held[first])
-        like = held[first][0]
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows, first = list(rows), rows[0].parameters
+        self.places, size = places_of(first)
         with torch.no_grad():
-            self.values = torch.zeros(len(held), size, dtype=like.dtype, device=like.device)
+            self.values = torch.zeros(len(rows), size, dtype=first[0].dtype, device=first[0].device)
             self.gradients = torch.zeros_like(self.values)
-            self.flat: dict[str, nn.Parameter] = {}
-            for row, (name, own) in enumerate(held.items()):
-                for p, (start, stop) in zip(own, self.places):
-                    place = self.values[row, start:stop].view(p.shape)
-                    p.data = place.copy_(p)
-                self.flat[name] = nn.Parameter(self.values[row])
-        self.attach()
+            for row, value, gradient in zip(rows, self.values, self.gradients):
+                row.value, row.gradient, row.places, row.gradients = value, gradient, self.places, []
+                for p, (start, stop) in zip(row.parameters, self.places):
+                    p.data = value[start:stop].view(p.shape).copy_(p)
+                    row.gradients.append(gradient[start:stop].view(p.shape))
+        self.leaves: dict[tuple[int, int, int], Leaf] = {}
 
-    def attach(self) -> None:
-        """Have gradients go to the bank, also after a `zero_grad` that has dropped them."""
-        for row, (name, own) in enumerate(self.parameters.items()):
-            for p, (start, stop) in zip(own, self.places):
-                p.grad = self.gradients[row, start:stop].view(p.shape)
-            self.flat[name].grad = self.gradients[row]
+    def leaf(self, place: int, first: int, n: int) -> Leaf:
+        """Return the tensors at a place of `n` rows, from the first on."""
+        key = place, first, n
+        if key not in self.leaves:
+            (start, stop), shape = self.places[place], self.rows[0].parameters[place].shape
+            own, gradient = (t[first : first + n, start:stop].view(n, *shape) for t in (self.values, self.gradients))
+            self.leaves[key] = Leaf(own.requires_grad_(), gradient, self.rows[first : first + n], place)
+        return self.leaves[key]
 
-    def zero(self, names: Iterable[str] | None = None) -> None:
-        """Set the gradients of these adapters (None: of all) to zero, in place."""
-        if names is None:
-            self.gradients.zero_()
-            return
-        rows = {name: row for row, name in enumerate(self.parameters)}
+    def norms(self, order: Iterable[int]) -> Tensor:
+        """Return the norm of all gradients of each row, to the bits of `get_total_norm` of its tensors in an order."""
+        each = [torch.linalg.vector_norm(self.gradients[:, a:b], dim=1) for a, b in (self.places[i] for i in order)]
+        return torch.linalg.vector_norm(torch.stack(each, 1), dim=1)
+
+
+class Banks:
+    """The banks of adapters that train together, as `Stacks` for their layers.
+
+    Args:
+        adapters: the parameters of each, by its name, in the order of its row, and in that of the model.
+        tensors: all of the model. Adapters whose tensors share memory with others are left out, as are those of several
+            dtypes or devices, and those whose parameters have hooks.
+    """
+
+    def __init__(self, adapters: Mapping[str, tuple[Parameters, Parameters]], tensors: Iterable[Tensor]) -> None:
+        memories = Counter(t.untyped_storage().data_ptr() for t in tensors)
+        self.rows = {name: Row(*own) for name, own in adapters.items()}
+        alike: dict[tuple[object, ...], list[Row]] = {}
+        for row in self.rows.values():
+            if fits(row.parameters, memories):
+                alike.setdefault(layout(row.parameters), []).append(row)
+        self.banks = [Bank(rows) for rows in alike.values()]
+        self.of_row = {id(row): (bank, i) for bank in self.banks for i, row in enumerate(bank.rows)}
+        self.index: dict[int, tuple[Bank, int, int]] = {}  # (bank, place, row) by Parameter
+        for bank in self.banks:
+            for i, row in enumerate(bank.rows):
+                self.index.update((id(p), (bank, place, i)) for place, p in enumerate(row.parameters))
+        # each, where it lies, and whether that is a bank
+        self._held = [(p, p.data_ptr(), r.value is not None) for r in self.rows.values() for p in r.parameters]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.rows)
+
+    def stand(self) -> bool:
+        """Return True if nobody has given a parameter other memory since, or a hook, or has frozen it."""
+        for p, at, banked in self._held:
+            if p.data_ptr() != at or not p.requires_grad or (banked and has_hooks(p)):
+                return False
+        return True
+
+    def release(self) -> None:
+        """Give each Parameter memory of its own again."""
+        for p, _, banked in self._held:
+            if banked:
+                p.data = p.data.clone()
+
+    def follows(self, a: Tensor, b: Tensor) -> bool:
+        one, two = self.index.get(id(a)), self.index.get(id(b))
+        return one is not None and two is not None and one[:2] == two[:2] and one[2] + 1 == two[2]
+
+    def stack(self, first: Tensor, n: int) -> Tensor:
+        bank, place, row = self.index[id(first)]
+        return bank.leaf(place, row, n).tensor
+
+    def begin(self, names: Iterable[str]) -> None:
+        """Drop gradients, those of a pass that failed, before a pass for these adapters."""
         for name in names:
-            self.gradients[rows[name]].zero_()
+            row = self.rows[name]
+            row.got = [False] * len(row.got)
+            for p in row.parameters:
+                p.grad = None
+        for bank in self.banks:
+            for leaf in bank.leaves.values():
+                leaf.tensor.grad = None
+
+    @torch.no_grad()
+    def gather(self, names: Iterable[str]) -> None:
+        """Take the gradients of a pass for these adapters into their rows."""
+        into, given = list[Tensor](), list[Tensor]()
+        for bank in self.banks:
+            for tensor, gradient, rows, place in bank.leaves.values():
+                if tensor.grad is not None:
+                    into.append(gradient)
+                    given.append(tensor.grad)
+                    tensor.grad = None
+                    for row in rows:
+                        row.got[place] = True
+        later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that some layer has run by themselves
+        for row in (self.rows[name] for name in names):
+            for i, p in enumerate(row.parameters):
+                grad = p.grad
+                if grad is None:
+                    continue
+                p.grad = None
+                if row.gradient is None:
+                    row.gradients[i] = grad
+                elif row.got[i]:
+                    later[0].append(row.gradients[i])  # type: ignore[arg-type]
+                    later[1].append(grad)
+                else:
+                    into.append(row.gradients[i])  # type: ignore[arg-type]
+                    given.append(grad)
+                row.got[i] = True
+        if into:
+            torch._foreach_copy_(into, given)
+        if later[0]:
+            torch._foreach_add_(*later)
+
+    def norms(self, names: Iterable[str]) -> list[Tensor]:
+        """Return the norm of the gradients of each of these, as `get_total_norm` of them in the model's order does."""
+        found, shared = list[Tensor](), dict[tuple[int, tuple[int, ...]], Tensor]()
+        for row in (self.rows[name] for name in names):
+            if row.gradient is None or not row.whole:
+                found.append(get_total_norm([row.gradients[i] for i in row.order if row.got[i]]))  # type: ignore[misc]
+                continue
+            bank, i = self.of_row[id(row)]
+            key = id(bank), row.order
+            if key not in shared:
+                shared[key] = bank.norms(row.order)
+            found.append(shared[key][i])
+        return found
 
 
-def banks_of(adapters: Mapping[str, Named]) -> Iterator[Bank]:
-    """Yield banks for adapters of any shapes: one for all that are alike."""
-    alike: dict[tuple[tuple[torch.Size, torch.dtype, torch.device], ...], dict[str, Named]] = {}
-    for name, named in adapters.items():
-        alike.setdefault(layout([p for _, p in named]), {})[name] = named
-    yield from map(Bank, alike.values())
+def fits(parameters: Parameters, memories: Mapping[int, int]) -> bool:
+    """Return True if these may become slices of a vector. memories: how many tensors begin in a memory."""
+    if not parameters or len({(p.dtype, p.device) for p in parameters}) > 1:
+        return False
+    return all(
+        type(p) is nn.Parameter
+        and p.requires_grad
+        and p.layout == torch.strided
+        and p.is_contiguous()
+        and not p.is_meta
+        and memories.get(p.untyped_storage().data_ptr(), 1) == 1
+        and not has_hooks(p)
+        for p in parameters
+    )
 
 
-def layout(parameters: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype, torch.device], ...]:
+def ends_at_line(p: Tensor) -> bool:
+    """Return True if a tensor that begins at a line of memory ends at one."""
+    return p.numel() % (64 // p.element_size()) == 0
+
+
+def has_hooks(p: Tensor) -> bool:
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
+
+
+def layout(parameters: Parameters) -> tuple[tuple[torch.Size, torch.dtype, torch.device], ...]:
     """Return what adapters of one bank have in common."""
     return tuple((p.shape, p.dtype, p.device) for p in parameters)
 
 
-def places_of(parameters: Sequence[Tensor]) -> tuple[list[tuple[int, int]], int]:
+def places_of(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:
     """Return where each tensor begins and ends in a row, and how long a row is."""
     places, end = [], 0
     for p in parameters:

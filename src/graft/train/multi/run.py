@@ -7,15 +7,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.autograd.graph import increment_version
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from graft.core.errors import ConfigError
+from graft.train.multi.bank import Row
 from graft.train.multi.draws import Draws
+from graft.train.multi.flat import Flat, in_order, may_flatten
 from graft.train.multi.joint import Part
 from graft.train.multi.loader import Loader
 from graft.train.multi.losses import Loss
@@ -99,8 +103,11 @@ class Run:
         self.valid: list[Valid] = []
         self.tokens, self.seconds = 0, 0.0  # that it has seen in this process, and since when
         self.losses: list[Tensor] = []  # of the batches of the step under way
-        self._sums: list[Tensor | None] | None = None  # of the gradients of these but the last
-        self._norm: Tensor | None = None
+        self.order = in_order(optimizer, parameters)  # of the parameters in a bank
+        self._row: Row | None = None  # its place among those that train now
+        self._flat: Flat | None = None  # stands in the optimizer for the parameters
+        self._may_flatten = may_flatten(optimizer, parameters)
+        self._sums: list[Tensor | None] | None = None  # of gradients of the step under way, but for the last batch
         self._since = time.perf_counter()
 
     @property
@@ -160,39 +167,56 @@ class Run:
             raise ConfigError(f"Run '{self.name}': its loss has the shape {tuple(loss.shape)}; return a mean, ().")
         return (loss if self.scaled else loss / self._window) + auxiliary / self._window
 
-    def put_aside(self) -> None:
-        """Lay the gradients of earlier batches aside, so that a pass that fails leaves them as they are."""
-        if self.losses and self._sums is None:
-            self._sums = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
+    def sit(self, row: Row | None) -> None:
+        """Take a place among the runs that train now; None: leave."""
+        self._row, flat = row, self._flat
+        if flat is None:
+            if row is not None and row.value is not None and self._may_flatten:
+                self._flat = Flat.of(self.optimizer, row)
+        elif row is None:
+            flat.detach()
+        elif row.value is None:
+            self._unflatten()
+        else:
+            flat.attach(row)
+
+    def _unflatten(self) -> None:
+        if self._flat is not None:
+            self._flat.split()
+        self._flat, self._may_flatten = None, False
+
+    @property
+    def row(self) -> Row:
+        assert self._row is not None
+        return self._row
 
     def took(self, loss: Tensor) -> None:
         """Note that the gradients of a batch are there."""
         self.losses.append(loss.detach())
         if self._sums is not None:
-            for p, total in zip(self.parameters, self._sums):
-                if total is not None:
-                    p.grad = total if p.grad is None else total.add_(p.grad)
-            self._sums = None
+            self.row.add(self._sums)
+        self._sums = None if self.due else self.row.take()
 
     @property
     def due(self) -> bool:
         """Return True if the batches of a step are there."""
         return len(self.losses) == self._window
 
-    def measure(self) -> Tensor:
-        """Return loss and norm of the gradient, (2,)."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        self._norm = get_total_norm(grads)
-        loss = self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
-        return torch.stack([loss.float(), self._norm.float().to(loss.device)])
+    @property
+    def loss_now(self) -> Tensor:
+        """The loss of the step under way, ()."""
+        return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
-    def take(self, loss: float, norm: float) -> None:
-        """Make the step, with numbers that are finite."""
-        lr = self.lr
-        if self.clip is not None and self._norm is not None:
-            clip_grads_with_norm_(self.parameters, self.clip, self._norm)
+    def take(self, loss: float, norm: float, length: Tensor) -> None:
+        """Make the step, with numbers that are finite. length: the norm of the gradient, (), where it was computed."""
+        lr, row = self.lr, self.row
+        if not row.whole:  # an optimizer leaves those parameters alone that have no gradient
+            self._unflatten()
+        if self._flat is None:
+            for p, grad, got in zip(row.parameters, row.gradients, row.got):
+                p.grad = grad if got else None
+        if self.clip is not None:
+            clip_grads_with_norm_(self.parameters if self._flat is None else self._flat.vectors, self.clip, length)
         if self.draws_in_steps:
             with self.draws:
                 self.optimizer.step()
@@ -200,6 +224,11 @@ class Run:
             self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
+        if self._flat is None:
+            for p in self.parameters:
+                p.grad = None
+        else:
+            increment_version(self.parameters)  # who keeps what follows from them sees that they have changed
         self.let_go()
         self.step += 1
         self.curve.append(Point(self.step, loss, lr, norm))
@@ -207,20 +236,27 @@ class Run:
             self.end(ENDED, f"{self.step} steps")
 
     def gradients(self) -> list[Tensor | None] | None:
-        """Return the gradients of the batches of the step under way; None if there is none."""
-        return [p.grad for p in self.parameters] if self.losses else None
+        """Return the gradients of the batches of the step under way, by parameter; None if there is none."""
+        if self._sums is None:
+            return None
+        held = {id(p): grad for p, grad in zip(self.order, self._sums)}
+        return [held[id(p)] for p in self.parameters]
 
     def take_up(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         """Put back what `losses` and `gradients` were."""
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
-        for p, grad in zip(self.parameters, gradients or ()):
-            p.grad = None if grad is None else grad.to(p.device)
+        if gradients is not None:
+            held = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
+            self._sums = [held[id(p)] for p in self.order]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the `state_dict` of the optimizer, by parameter."""
+        with nullcontext() if self._flat is None else self._flat.apart():
+            return self.optimizer.state_dict()
 
     def let_go(self) -> None:
         """Drop gradients and losses of the step under way."""
-        self.losses, self._sums, self._norm = [], None, None
-        for p in self.parameters:
-            p.grad = None
+        self.losses, self._sums = [], None
 
     def end(self, state: str, why: str) -> None:
         self.let_go()

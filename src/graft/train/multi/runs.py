@@ -27,6 +27,7 @@ from graft.model.checkpoints import contents
 from graft.model.peft_model import PeftModel
 from graft.model.registry import check_adapter_name
 from graft.train.multi import stored
+from graft.train.multi.bank import Banks
 from graft.train.multi.draws import Draws
 from graft.train.multi.joint import Arguments, Part, groups, joined
 from graft.train.multi.loader import Loader
@@ -75,6 +76,7 @@ class MultiTrain:
         self.arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
         self._runs: dict[str, Run] = {}
+        self._banks = Banks({}, ())
         self._number = 0
         if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
             raise ConfigError(
@@ -308,16 +310,20 @@ class MultiTrain:
         going = [run for run in self._runs.values() if run.goes_on]
         self._mode(True)
         parts = [part for run in going if (part := run.batch()) is not None]
+        self._seat([run for run in going if run.state == RUNNING])
         for group in groups([self._complete(part) for part in parts], self.arguments, self.at_once):
             self._pass(group)
         due = [run for run in going if run.state == RUNNING and run.due]
         if due:
-            for run, (loss, norm) in zip(due, torch.stack([run.measure() for run in due]).tolist()):
+            lengths = self._banks.norms([run.name for run in due])
+            losses = [run.loss_now for run in due]
+            numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
+            for run, loss, norm, length in zip(due, numbers, numbers[len(due) :], lengths):
                 bad = run.refused(loss, norm)
                 if bad is not None:
                     warn(bad, PeftWarning)
                     continue
-                run.take(loss, norm)
+                run.take(loss, norm, length)
                 step.losses[run.name] = loss
         self._look(step, [run for run in due if run.state in (RUNNING, ENDED)])
         step.ended = {run.name: run.why or "" for run in going if run.state != RUNNING}
@@ -341,6 +347,21 @@ class MultiTrain:
             if run.state == RUNNING and run.stop is not None and run.stop(run):
                 run.end(STOPPED, f"its stop said so at step {run.step}")
 
+    def _seat(self, runs: list[Run]) -> None:
+        """Have these runs, which train now, share banks."""
+        if self._banks.names == [run.name for run in runs] and self._banks.stand():
+            return
+        model: Any = self.model
+        self._banks.release()
+        for run in self._runs.values():
+            if run not in runs:
+                run.sit(None)
+        self._banks = Banks(
+            {run.name: (run.order, run.parameters) for run in runs}, (*model.parameters(), *model.buffers())
+        )
+        for run in runs:
+            run.sit(self._banks.rows[run.name])
+
     def _complete(self, part: Part) -> Part:
         """Add the decoder's inputs that a model makes of labels."""
         batch = part.batch
@@ -351,9 +372,8 @@ class MultiTrain:
 
     def _pass(self, group: list[Part]) -> None:
         """Run model and backward pass for these batches; if memory ends, for half of them at a time."""
-        runs = [self._runs[part.name] for part in group]
-        for run in runs:
-            run.put_aside()
+        runs, names = [self._runs[part.name] for part in group], [part.name for part in group]
+        self._banks.begin(names)
         before = [run.draws.states for run in runs]
         try:
             outputs, tokens = self._outputs(group)
@@ -364,13 +384,14 @@ class MultiTrain:
         except torch.OutOfMemoryError as error:
             full = str(error)
         else:
+            self._banks.gather(names)
             for run, loss, count in zip(runs, losses, tokens):
                 run.took(loss)
                 run.tokens += count
             return
         for run, states in zip(runs, before):  # the error, and with it what the pass had kept, is gone by now
             run.draws.states = states
-            run.put_aside()
+        self._banks.begin(names)
         self._halve(group, full)
 
     def _halve(self, group: list[Part], why: str) -> None:
@@ -393,7 +414,9 @@ class MultiTrain:
         model: Any = self.model
         if torch.is_grad_enabled() and hasattr(model, "adapter_parameters"):
             arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
-        output = model(**arguments, adapter_names=names)
+        stacks = self._banks if torch.is_grad_enabled() else None
+        with registry_of(model).call.stacking(stacks):
+            output = model(**arguments, adapter_names=names)
         return cut.of(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
 
     @torch.no_grad()

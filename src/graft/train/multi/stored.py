@@ -64,7 +64,7 @@ def state_of(run: Run, model: Any) -> dict[str, Any]:
         "base": base_fingerprint(model, run.name),
         "settings": settings(run),
         "values": {key: slot.tensor for key, slot in slots(model, run.name)},
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": run.optimizer_state(),
         "schedule": None if run.schedule is None else run.schedule.state_dict(),
         "draws": run.draws.states,
         "position": {"epoch": loader.epoch, "taken": loader.taken, "began": loader.began},

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stacked factors of several adapters: the same bits as each on its rows, forward and backward, and a second time."""
+
+import pytest
+import torch
+from torch import nn
+
+from graft.kernels.segments import Segment, groups_of, linear
+from tests.models import seeded
+
+INPUT = 96
+
+
+class Side:
+    """Factors that lie side by side, as those of a bank do."""
+
+    def __init__(self, n, out, r):
+        self.A, self.B = torch.randn(n, r, INPUT).requires_grad_(), torch.randn(n, out, r).requires_grad_()
+        self.rows = [(a.detach().requires_grad_(), b.detach().requires_grad_()) for a, b in zip(self.A, self.B)]
+        self.index = {id(t): (k, i) for i, row in enumerate(self.rows) for k, t in enumerate(row)}
+
+    def follows(self, a, b):
+        (k, i), (m, j) = self.index[id(a)], self.index[id(b)]
+        return k == m and i + 1 == j
+
+    def stack(self, first, n):
+        k, i = self.index[id(first)]
+        assert i == 0 and n == len(self.rows)
+        return (self.A, self.B)[k]
+
+
+def results(base, x, groups, leaves):
+    given = x.clone().requires_grad_()
+    y = linear(base, lambda g, W: g @ W, base.weight.detach(), given, groups)
+    with seeded(1):
+        weights = torch.randn_like(y)
+    return y, torch.autograd.grad((y * weights).sum(), [given, *leaves], create_graph=True)
+
+
+@pytest.mark.parametrize("rows", [4, 5, 16, 24, 63, 64, 100])
+@pytest.mark.parametrize("r", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("out", [32, 96, 160])
+def test_stacked_is_one_by_one(rows, r, out):
+    with seeded(0):
+        base, side, x = nn.Linear(INPUT, out).requires_grad_(False), Side(3, out, r), torch.randn(3 * rows, INPUT)
+    segments = [Segment(rows, A, B, 1.37) for A, B in side.rows]
+    groups = groups_of(segments, side)
+    if len(groups) > 1:
+        assert r == 1 or rows * r * out < 400, "torch takes other products for these"
+        return
+    y, (dx, dA, dB) = results(base, x, groups, (side.A, side.B))
+    apart, (dx_apart, *grads) = results(base, x, groups_of(segments), [t for row in side.rows for t in row])
+    assert torch.equal(y, apart) and torch.equal(dx, dx_apart)
+    assert all(map(torch.equal, dA, grads[::2])) and all(map(torch.equal, dB, grads[1::2]))
+
+
+def test_a_second_derivative():
+    with seeded(0):
+        base, side, x = nn.Linear(INPUT, 32).requires_grad_(False), Side(3, 32, 8), torch.randn(15, INPUT)
+    segments, leaves = [Segment(5, A, B, 1.37) for A, B in side.rows], [t for row in side.rows for t in row]
+    one, other = ([side.A, side.B], groups_of(segments, side)), (leaves, groups_of(segments))
+    assert len(one[1]) == 1 < len(other[1])
+    (dA, dB), found = (
+        torch.autograd.grad(sum(g.square().sum() for g in results(base, x, groups, own)[1]), own)
+        for own, groups in (one, other)
+    )
+    torch.testing.assert_close(dA, torch.stack(found[::2]), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(dB, torch.stack(found[1::2]), rtol=1e-4, atol=1e-2)

@@ -279,7 +279,7 @@ _make_wrapper_subclass _is_view _torchdynamo_disable _cdata _local_scalar_dense
 _base _shapes _shard_param_infos _numels_with_padding _is_padding_mask _params _get_default_store
 _active_ddp_module _z3_optimizer _get_zeros_like_grad_buckets
 _foreach_copy_ _foreach_zero_ _foreach_mul_ _foreach_norm _post_accumulate_grad_hooks _asdict _replace _getframe
-_assert_async _standard_gamma
+_foreach_add_ _backward_hooks _optimizer_step_pre_hooks _optimizer_step_post_hooks _assert_async _standard_gamma
 _from_config
 """
 TORCHS = frozenset(NAMES_OF_TORCH.split())

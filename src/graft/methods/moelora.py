@@ -98,9 +98,9 @@ def balance(noted: Sequence[Tokens], top_k: int) -> Tensor:
     sums: dict[str, Tensor] = {}  # (3, E) by router: choices of each expert, probabilities of each, tokens
     for one in noted:
         p = one.values
-        real = p.new_ones(len(p)) if one.real is None else one.real
+        real = torch.ones_like(p) if one.real is None else one.real.unsqueeze(-1).expand_as(p)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(top_k, -1).indices, 1.0)
-        found = torch.stack([real @ chosen, real @ p, real.sum().expand(p.shape[-1])]).to(device)
+        found = torch.stack([chosen * real, p * real, real]).sum(1).to(device)  # no product, which autocast rounds
         router = one.layer if alone else ""
         sums[router] = sums[router] + found if router in sums else found
     means = [(chosen / n.clamp_min(1), p / n.clamp_min(1)) for chosen, p, n in sums.values()]

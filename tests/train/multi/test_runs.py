@@ -37,6 +37,26 @@ def test_each_is_as_alone(at_once):
             assert [point.loss for point in runs[name].curve] == pytest.approx(losses, rel=0.0 if BITS else 1e-4), name
 
 
+def test_each_has_the_loss_that_its_adapter_adds():
+    def mixture(**options):
+        return graft.MoeLoraConfig(
+            target_modules=["q_proj", "up_proj"], router_loss=True, router_aux_loss_coef=0.5, **options
+        )
+
+    specs = {
+        "few": Spec(mixture(r=2, num_experts=3)),
+        "many": Spec(mixture(r=4, num_experts=8), 3e-3, 1, accumulate=2),
+        "masked": Spec(mixture(r=2, num_experts=4, top_k=1), seed=2, padding=2),
+    }
+    runs = together(specs, 6)
+    for name, spec in specs.items():
+        parameters, losses = alone(spec, 6)
+        for found, wanted in zip(runs[name].parameters, parameters):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        if spec.accumulate == 1:
+            assert [point.loss for point in runs[name].curve] == pytest.approx(losses, rel=1e-4), name
+
+
 def test_which_batches_share_a_pass():
     arguments = {exact: Arguments.of(tiny(), exact) for exact in (True, False)}
     parts = [Part(name, next(iter(spec.data()))) for name, spec in SPECS.items()]

@@ -314,11 +314,13 @@ def test_validation_does_not_disturb_training():
     ({"steps": 0}, "steps must be a positive int"),
     ({"accumulate": 1.5}, "accumulate must be a positive int"),
     ({"clip": -1.0}, "clip must be a positive"),
+    ({"optimizer": "adamw"}, "optimizer must make one of its parameters"),
+    ({"seed": "x"}, "seed must be an int"),
     ({"optimizer": lambda p: None}, "optimizer must make one of its parameters"),
     ({"optimizer": partial(torch.optim.LBFGS, lr=1)}, "LBFGS steps by more than gradients"),
     ({"schedule": ReduceLROnPlateau}, "ReduceLROnPlateau steps by more"),
     ({"config": lora(target_modules=["nothing"])}, "nothing"),
-    ({"config": graft.PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING"),
+    ({"config": graft.PromptTuningConfig(num_virtual_tokens=2)}, "PROMPT_TUNING puts a prompt before the input"),
 ])  # fmt: skip
 def test_bad_settings_change_nothing(options, text):
     runs = MultiTrain(tiny())
@@ -330,6 +332,30 @@ def test_bad_settings_change_nothing(options, text):
         assert [n for n, _ in runs.base.named_modules()] == names and "x" not in runs
         if first:
             runs.add("there", lora(), data=batches(1))
+
+
+def test_two_threads():
+    """The second is told, and does not disturb the first."""
+    runs, told = MultiTrain(tiny()), []
+
+    def loss(output, batch):
+        with pytest.raises(RuntimeError, match="Another thread trains the runs a1"):
+            runs.step()
+        told.append(True)
+        return output.logits.square().mean()
+
+    runs.add("a1", lora(), data=batches(1), loss=loss, steps=2)
+    runs.run()
+    assert told == [True, True] and runs["a1"].step == 2
+
+
+def test_unload_leaves_the_mode_that_was():
+    base = tiny().eval()
+    base.get_input_embeddings().train()
+    runs = MultiTrain(base)
+    runs.add("a1", lora(), data=batches(1), steps=1)
+    runs.run()
+    assert runs.unload() is base and not base.training and base.get_input_embeddings().training
 
 
 def test_two_runs_of_one_name():

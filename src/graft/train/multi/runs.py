@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -78,6 +79,8 @@ class MultiTrain:
         self._runs: dict[str, Run] = {}
         self._banks = Banks({}, ())
         self._number = 0
+        self._alone = threading.Lock()  # held in a step
+        self._modes = [(m, m.training) for m in self.base.modules()]
         if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
             raise ConfigError(
                 f"The base drops inputs by itself ({drops[0]}, and {len(drops) - 1} more): all runs would draw from "
@@ -183,6 +186,15 @@ class MultiTrain:
         elif data is None:
             raise ConfigError(f"Run '{name}' needs data, an iterable of batches, or a trainer.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
+        if type(seed) is not int:
+            raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
+        if not callable(optimizer):
+            check_made(name, optimizer, None)
+        if config is not None and config.is_prompt_learning:
+            raise ConfigError(
+                f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and no adapter on layers, of "
+                "which MultiTrain trains several at once. Train it by itself."
+            )
         draws = Draws(seed, data)
         held = None if self.folder is None else stored.load(name, self.folder)
         with draws:
@@ -288,6 +300,8 @@ class MultiTrain:
         if self.model is not None:
             self.model.unload()
         self.model, self._runs = None, {}
+        for module, training in self._modes:
+            module.training = training
         base: nn.Module = self.base
         return base
 
@@ -304,7 +318,19 @@ class MultiTrain:
             yield self.step()
 
     def step(self) -> Step:
-        """Take a batch of each run that goes on, and make the optimizer steps that are due."""
+        """Take a batch of each run that goes on, and make the optimizer steps that are due.
+
+        Raises:
+            RuntimeError: another thread is in a step.
+        """
+        if not self._alone.acquire(blocking=False):
+            raise RuntimeError(f"Another thread trains the runs {', '.join(self._runs)}: let one thread run them.")
+        try:
+            return self._step()
+        finally:
+            self._alone.release()
+
+    def _step(self) -> Step:
         self._number += 1
         step = Step(self._number)
         going = [run for run in self._runs.values() if run.goes_on]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import local
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ class Choice(local):
         self.mixed = False  # slot is None; a bool, since code is compiled again for each value that it reads
         with torch.inference_mode(False):
             self.index = torch.zeros(1, dtype=torch.long, device=device)  # (batch,); compiled code always reads it
+        self.used: frozenset[int] = frozenset()  # the slots of a mix
         self.rows: tuple[int, ...] = ()  # the slots that `gathered` holds, and the fills until then
         self.gathered: dict[SlotLayer, tuple[Tensor, ...] | None] = {}  # None: gathered once, not kept
         self._indices = {1: self.index}  # by batch size; rewritten in place, so that compiled code stays valid
@@ -50,6 +52,7 @@ class Choice(local):
         self.index.copy_(constant(tuple(rows), torch.long, device))
         self.slot = rows[0] if len(set(rows)) == 1 else None
         self.mixed = self.slot is None
+        self.used = frozenset(rows)
         if self.mixed and (*rows, *self.fills) != self.rows:
             self.rows = (*rows, *self.fills)
             self.gathered.clear()
@@ -70,7 +73,8 @@ class Choice(local):
 class SlotLayer(nn.Module):
     """A base layer with A (r, in) and B (r, out), scaling included, for each slot: y + x Aᵀ B, by row.
 
-    With gains, each slot has three vectors as well, of inputs and outputs: gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift.
+    Slots of one rank are a group, with buffers of its own. With gains, each slot has three vectors as well, of inputs
+    and outputs: gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift.
     """
 
     base_layer: Any
@@ -80,55 +84,82 @@ class SlotLayer(nn.Module):
     output_is_new: bool  # the base layer's output may be overwritten
     methods: ClassVar[dict[str, Any]] = {}
     merged_adapters = ()
-    A: Tensor  # (slots + 1, max_rank, in)
-    B: Tensor  # (slots + 1, max_rank, out): a row of B is contiguous, which makes `bmm` three times as fast
-    gain: Tensor  # (slots + 1, out), with gains
-    shift: Tensor  # (slots + 1, out), with gains
-    inner: Tensor  # (slots + 1, in), with gains
+    A: Tensor  # (slots + 1, rank, in) of the first group; A1, A2, …: of the others; place 0 of each holds zeros
+    B: Tensor  # (slots + 1, rank, out): a row of B is contiguous, which makes `bmm` three times as fast
+    places: Tensor  # (groups, all slots + 1): the place of each slot in a group, 0 in groups that have it not
+    gain: Tensor  # (all slots + 1, out), with gains
+    shift: Tensor  # (all slots + 1, out), with gains
+    inner: Tensor  # (all slots + 1, in), with gains
 
     def __init__(
         self,
         site: Site,
-        slots: int,
-        rank: int,
+        sizes: dict[int, int],
         choice: Choice,
         keep: bool,
         dtype: torch.dtype | None,
         gains: bool = False,
     ):
+        """Args:
+        sizes: rank → slots, numbered in this order from 1 on.
+        """
         super().__init__()
         self.base_layer = site.module
         self.site, self.choice, self.keep, self.has_gains = site, choice, keep, gains
         self.output_is_new = site.op.output_is_new and site.store.exact and is_stock(site.module)
         device, base = site.weight.where()
         like = torch.empty(0, device=device, dtype=dtype) if dtype else moved(torch.empty(0), device, base, True)
-        self.register_buffer("A", like.new_zeros(slots + 1, rank, site.in_features), persistent=False)
-        self.register_buffer("B", like.new_zeros(slots + 1, rank, site.out_features), persistent=False)
+        self.names = [(f"A{i or ''}", f"B{i or ''}") for i in range(len(sizes))]
+        self.place = [(0, 0)]  # group and place in it, by slot
+        for i, ((a, b), (rank, n)) in enumerate(zip(self.names, sizes.items())):
+            self.register_buffer(a, like.new_zeros(n + 1, rank, site.in_features), persistent=False)
+            self.register_buffer(b, like.new_zeros(n + 1, rank, site.out_features), persistent=False)
+            self.place += [(i, j + 1) for j in range(n)]
+        places = torch.zeros(len(sizes), len(self.place), dtype=torch.long)
+        for slot, (i, j) in enumerate(self.place):
+            places[i, slot] = j
+        self.register_buffer("places", places.to(device), persistent=False)
+        n = len(self.place)
         if gains:
-            self.register_buffer("gain", like.new_ones(slots + 1, site.out_features), persistent=False)
-            self.register_buffer("shift", like.new_zeros(slots + 1, site.out_features), persistent=False)
-            self.register_buffer("inner", like.new_ones(slots + 1, site.in_features), persistent=False)
+            self.register_buffer("gain", like.new_ones(n, site.out_features), persistent=False)
+            self.register_buffer("shift", like.new_zeros(n, site.out_features), persistent=False)
+            self.register_buffer("inner", like.new_ones(n, site.in_features), persistent=False)
         self.gained: set[int] = set()  # slots whose vectors are not ones and zeros
         self.training = site.module.training
 
     @property
+    def vectors(self) -> tuple[Tensor, ...]:
+        return (self.gain, self.shift, self.inner) if self.has_gains else ()
+
+    @property
     def held(self) -> tuple[Tensor, ...]:
-        """All tensors of the slots, (slots + 1, …) each."""
-        return (self.A, self.B, self.gain, self.shift, self.inner) if self.has_gains else (self.A, self.B)
+        """All tensors of the slots."""
+        return (*[getattr(self, name) for pair in self.names for name in pair], *self.vectors)
+
+    def of(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (r, out) of a slot."""
+        group, place = self.place[slot]
+        a, b = self.names[group]
+        return getattr(self, a)[place], getattr(self, b)[place]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         compiling = torch.compiler.is_compiling()
         slot = None if compiling else self.choice.slot  # one path for compiled code
         if slot == NONE:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        A, B, *vectors = self.gather(x.shape[0]) if slot is None else [t[slot] for t in self.held]
+        found = self.gather(x.shape[0]) if slot is None else (*self.of(slot), *[t[slot] for t in self.vectors])
+        n = len(found) - len(self.vectors)
+        pairs, vectors = [(found[i], found[i + 1]) for i in range(0, n, 2)], found[n:]
         if vectors and (compiling or (self.gained if slot is None else slot in self.gained)):
-            return self.scaled(x, A, B, *vectors, *args, **kwargs)
-        return self.add(self.base_layer(x, *args, **kwargs), x, A, B)
+            return self.scaled(x, pairs, *vectors, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for A, B in pairs:
+            y = self.add(y, x, A, B)
+        return y
 
     def gather(self, batch: int) -> tuple[Tensor, ...]:
-        """Return A (batch, r, in), B (batch, r, out) and vectors (batch, …) of the rows; keep them from a mix's second
-        forward on."""
+        """Return A (batch, r, in) and B (batch, r, out) of each group in use, and vectors (batch, …), of the rows; keep
+        them from a mix's second forward on."""
         index = self.choice.of(batch, self.site.key)
         if torch.compiler.is_compiling() or not self.keep:
             return self.select(index)
@@ -142,17 +173,35 @@ class SlotLayer(nn.Module):
 
     def select(self, index: Tensor) -> tuple[Tensor, ...]:
         index = index.to(self.A.device)
-        return tuple([t.index_select(0, index) for t in self.held])
+        if len(self.names) == 1:
+            return tuple([t.index_select(0, index) for t in self.held])
+        groups = range(len(self.names))
+        if not torch.compiler.is_compiling():
+            groups = sorted({self.place[slot][0] for slot in self.choice.used if slot != NONE})  # type: ignore[assignment]
+        own = [(getattr(self, name), self.places[i][index]) for i in groups for name in self.names[i]]
+        return (
+            *[t.index_select(0, place) for t, place in own],
+            *[t.index_select(0, index) for t in self.vectors],
+        )
 
     def scaled(
-        self, x: Tensor, A: Tensor, B: Tensor, gain: Tensor, shift: Tensor, inner: Tensor, *args: Any, **kwargs: Any
+        self,
+        x: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        gain: Tensor,
+        shift: Tensor,
+        inner: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Return gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift, with all of one adapter, or of each row."""
-        rows = () if A.dim() == 2 else (x.shape[0],)
+        rows = () if gain.dim() == 1 else (x.shape[0],)
         gain, shift, inner = (v.view(*rows, *[1] * (x.dim() - 1 - len(rows)), -1) for v in (gain, shift, inner))
         y = self.base_layer((x * inner).to(x.dtype), *args, **kwargs)
-        flat = x.to(A.dtype).reshape(*rows, -1, x.shape[-1])
-        return torch.addcmul(shift, y + ((flat @ A.mT) @ B).view(y.shape), gain).to(y.dtype)
+        flat, out = x.to(gain.dtype).reshape(*rows, -1, x.shape[-1]), y
+        for A, B in pairs:
+            out = out + ((flat @ A.mT) @ B).view(y.shape)
+        return torch.addcmul(shift, out, gain).to(y.dtype)
 
     def add(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return y + x Aᵀ B, with A and B of one adapter, or of each row."""
@@ -196,4 +245,5 @@ class SlotLayer(nn.Module):
         return self.base_layer
 
     def extra_repr(self) -> str:
-        return f"slots={self.A.shape[0] - 1}, max_rank={self.A.shape[1]}"
+        ranks = [getattr(self, a).shape[1] for a, _ in self.names]
+        return f"slots={len(self.place) - 1}, max_rank={max(ranks)}" + (f", ranks={ranks}" if len(ranks) > 1 else "")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class AdapterSlots:
     Args:
         model: a model without adapters. It changes in place; `remove` undoes that.
         max_adapters: how many adapters one batch, and the device, can hold.
-        max_rank: the highest rank of an adapter; zeros fill up smaller ones.
+            Or slots by rank, as {8: 90, 64: 10}: an adapter gets one of the smallest rank that is enough.
+        max_rank: the highest rank of an adapter; zeros fill up smaller ones. With slots by rank it is theirs.
         targets: as `target_modules`: names, one regex, "all-linear", or None for the architecture's default.
         exclude: as `exclude_modules`.
         gains: room for vectors of inputs and outputs beside A and B, which DoRA and IA3 need.
@@ -92,8 +94,8 @@ class AdapterSlots:
     def __init__(
         self,
         model: nn.Module,
-        max_adapters: int,
-        max_rank: int,
+        max_adapters: int | Mapping[int, int],
+        max_rank: int | None = None,
         targets: Any = None,
         *,
         exclude: Any = None,
@@ -102,9 +104,16 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
-        for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        by_rank = isinstance(max_adapters, Mapping)
+        if by_rank != (max_rank is None):
+            raise ConfigError("Give max_rank beside a number of slots, and none beside slots by rank, {rank: slots}.")
+        given: Any = max_adapters if by_rank else {max_rank: max_adapters}
+        self.sizes: dict[int, int] = dict(sorted(given.items()))  # slots by rank
+        for max_rank, max_adapters in self.sizes.items() or [(0, 0)]:
+            for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
+                if value < 1:
+                    raise ConfigError(f"{name} must be at least 1, got {value}.")
+        max_adapters, max_rank = sum(self.sizes.values()), max(self.sizes)
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max_rank)
         found = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
         carrying = [*found.tree.layers, *found.tree.wrappers]
@@ -123,7 +132,7 @@ class AdapterSlots:
             self._fills = [0]
             self._choice = Choice(first.weight.where()[0], self._fills)
             self.layers = {
-                key: SlotLayer(site, max_adapters, max_rank, self._choice, keep_gathered, dtype, gains)
+                key: SlotLayer(site, self.sizes, self._choice, keep_gathered, dtype, gains)
                 for key, site in sites.items()
             }
         self._places = {key: found.tree.places[key] for key in sites}
@@ -135,7 +144,11 @@ class AdapterSlots:
         self.gate = Gate(change_timeout)  # its `moved` guards what follows
         self._using: dict[int, list[str | tuple[str, ...]]] = {}  # what open `using` blocks have chosen, by thread
         self._line: list[object] = []  # requests that wait for slots, the first one first
-        self._free = list(range(max_adapters, NONE, -1))
+        self._ranks: dict[str, int] = {}  # of an adapter's slot, in or out of it
+        self._free: dict[int, list[int]] = {}  # slots, by rank
+        self._rank_of = [0, *(rank for rank, n in self.sizes.items() for _ in range(n))]  # by slot
+        for slot in range(max_adapters, NONE, -1):
+            self._free.setdefault(self._rank_of[slot], []).append(slot)
 
     @classmethod
     def of(
@@ -143,7 +156,7 @@ class AdapterSlots:
         source: Any,
         names: Sequence[str] | None = None,
         *,
-        max_adapters: int | None = None,
+        max_adapters: int | Mapping[int, int] | None = None,
         max_rank: int | None = None,
         **options: Any,
     ) -> AdapterSlots:
@@ -177,10 +190,12 @@ class AdapterSlots:
                 raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
             ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
             targets |= dict.fromkeys(found)
-        rank, n = max(ranks) if max_rank is None else max_rank, len(names) if max_adapters is None else max_adapters
-        if rank < max(ranks) or n < 1:
+        n: Any = len(names) if max_adapters is None else max_adapters
+        by_rank = isinstance(n, Mapping)
+        rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
+        if rank < max(ranks) or not (n if by_rank else n >= 1):
             raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
-        made = cls(source.unload(), n, rank, list(targets), **options)
+        made = cls(source.unload(), n, None if by_rank else rank, list(targets), **options)
         for name, (config, tensors) in held.items():
             made.load(name, tensors, config=config)
         return made
@@ -227,6 +242,8 @@ class AdapterSlots:
         with self.gate.moved:
             check_adapter_name(name, list(self._known))
             self._known[name] = Known(factors, None) if keep else Known(None, read)
+            needed = max(f.A.shape[0] for f in factors.values())
+            self._ranks[name] = min(rank for rank in self.sizes if rank >= needed)
 
     def _source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
@@ -273,7 +290,8 @@ class AdapterSlots:
                 raise
             self._pinned.discard(name)
             if name in self._slots:
-                self._free.append(self._slots.pop(name))
+                slot = self._slots.pop(name)
+                self._free[self._rank_of[slot]].append(slot)
             self.gate.moved.notify_all()
 
     def pin(self, *names: str) -> None:
@@ -326,7 +344,7 @@ class AdapterSlots:
             running = "; ".join(map(str, list(self.gate.calls.values()))) or "none"
             raise InUseError(
                 f"{what} waited {self.gate.timeout:g} s for batches of other threads: {running}. Make more slots "
-                f"(max_adapters, now {self.max_adapters}), unpin adapters, or wait longer (change_timeout)."
+                f"(max_adapters, now {self._room}), unpin adapters, or wait longer (change_timeout)."
             )
 
     def _hold(self, names: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:
@@ -340,11 +358,11 @@ class AdapterSlots:
         """
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
         own = self._in_use(get_ident())
-        if len({*wanted, *self._pinned, *own}) > self.max_adapters:
+        if not self._have_room({*wanted, *self._pinned, *own}):
             kept = sorted((self._pinned | own) - set(wanted))
             also = f" beside {some(kept)}, which are pinned or in use" if kept else ""
             raise RoutingError(
-                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self.max_adapters}: split the "
+                f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._room}: split the "
                 f"batch, or make more slots. Needed: {some(wanted)}."
             )
         turn = object()
@@ -365,15 +383,27 @@ class AdapterSlots:
 
     def _fit_beside(self, wanted: Sequence[str]) -> bool:
         """Return True if there are slots for these beside what is pinned or in use."""
-        return len({*wanted, *self._pinned, *self._in_use()}) <= self.max_adapters
+        return self._have_room({*wanted, *self._pinned, *self._in_use()})
+
+    def _have_room(self, names: set[str]) -> bool:
+        """Return True if there are slots for all of these at once."""
+        needed = Counter(self._ranks[name] for name in names if name in self._ranks)
+        return all(n <= self.sizes[rank] for rank, n in needed.items())
+
+    @property
+    def _room(self) -> str:
+        """The number of slots as text; by rank, where there are several."""
+        return str(self.sizes if len(self.sizes) > 1 else self.max_adapters)
 
     def _put(self, wanted: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:
         fixed = self._pinned | self._in_use() | set(wanted)
         missing = [n for n in wanted if n not in self._slots]
         values = {n: read.get(n) or self._known[n].factors or self._known[n].read() for n in missing}  # type: ignore[misc]
-        leaving = (n for n in list(self._slots) if n not in fixed)
         for name in missing:
-            slot = self._free.pop() if self._free else self._slots.pop(next(leaving))
+            rank = self._ranks[name]
+            free = self._free[rank]
+            leaving = (n for n, slot in self._slots.items() if n not in fixed and self._rank_of[slot] == rank)
+            slot = free.pop() if free else self._slots.pop(next(leaving))
             self._fill(slot, values[name])
             self._slots[name] = slot
         for name in wanted:
@@ -388,14 +418,14 @@ class AdapterSlots:
         """Write an adapter's values into a slot."""
         targets, values, scaled, scalings, empty = [], [], [], [], []
         for key, layer in self.layers.items():
-            A, B, f = layer.A[slot], layer.B[slot], factors.get(key)
+            (A, B), f = layer.of(slot), factors.get(key)
             r = 0 if f is None else f.A.shape[0]
             if f is not None:
                 targets += [A[:r], B[:r]]
                 values += [f.A, f.B]
                 scaled.append(B[:r])
                 scalings.append(f.scaling)
-            if r < self.max_rank:
+            if r < A.shape[0]:
                 empty += [A[r:], B[r:]]
             if layer.has_gains:
                 layer.gained.discard(slot)

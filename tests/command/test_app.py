@@ -14,7 +14,7 @@ from graft.files.errors import BaseNeededError, LossError, OutputExistsError
      (PeftError, 1), (FileNotFoundError, 3), (BaseNeededError, 2)],
 )  # fmt: skip
 def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
-    def fail():
+    def fail(**_):
         raise error("what is wrong")
 
     monkeypatch.setattr(app, "app", fail)
@@ -26,7 +26,7 @@ def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
 
 
 def test_other_errors_are_bugs_and_show_their_trace(monkeypatch):
-    monkeypatch.setattr(app, "app", lambda: 1 // 0)
+    monkeypatch.setattr(app, "app", lambda **_: 1 // 0)
     monkeypatch.setattr(app, "VERBS", ())
     with pytest.raises(ZeroDivisionError):
         app.main()

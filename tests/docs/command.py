@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,9 +16,11 @@ import torch
 import graft
 from tests import fresh, models
 from tests.docs.blocks import ROOT
+from tests.serving.server import answers, serving
 
 PAGE = ROOT / "docs" / "command.md"
-PAGES = (PAGE, ROOT / "docs" / "command_merge.md")
+PAGES = (PAGE, ROOT / "docs" / "command_merge.md", ROOT / "docs" / "command_serving.md")
+PORT = "127.0.0.1:8000"  # of a server on a page
 BLOCK = re.compile(r"```console\n\$ (?P<command>graft [^\n]*)\n(?P<output>.*?)```", re.S)
 
 
@@ -40,8 +44,20 @@ def prepare(folder: Path) -> None:
     model.merge_and_unload().save_pretrained(folder / "my-tuned-model")
 
 
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve the base, the adapter as "tuned", and as "other" one that does nothing; yield the server's address."""
+    base = models.make("llama").eval()
+    tuned = graft.PeftModel.from_pretrained(models.make("llama"), folder / "my-adapter").eval()
+    with serving({"base": answers(base), "tuned": answers(tuned), "other": answers(base)}) as url:
+        yield url.removeprefix("http://")
+
+
 def run(command: str, folder: Path) -> str:
     """Return what a command prints, errors too, and its exit code if that is not 0."""
+    if PORT in command:
+        with served(folder) as address:
+            return run(command.replace(PORT, address), folder).replace(address, PORT)
     code = "from graft.command import main; main()"
     env = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
     done = fresh.run("-c", code, *command.split()[1:], cwd=folder, env=env)
@@ -58,9 +74,10 @@ def filled(text: str, answer: Callable[[str], str]) -> str:
 
 
 def main() -> None:
+    """Fill in all pages, or those whose names are given."""
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        for page in PAGES:
+        for page in [p for p in PAGES if p.stem in sys.argv[1:] or len(sys.argv) == 1]:
             page.write_text(filled(page.read_text(), lambda command: run(command, Path(folder))))
 
 

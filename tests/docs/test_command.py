@@ -8,7 +8,9 @@ from tests.docs import command
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page, least", list(zip(command.PAGES, (5, 2))), ids=lambda value: getattr(value, "stem", ""))
+@pytest.mark.parametrize(
+    "page, least", list(zip(command.PAGES, (5, 2, 8))), ids=lambda value: getattr(value, "stem", "")
+)
 def test_the_page_shows_what_is_printed(page, least, tmp_path):
     command.prepare(tmp_path)
     text = page.read_text()

@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import FOUND, app, print_json
+from graft.command.app import FOUND, SERVE, app, print_json
 from graft.files.errors import OptionError
 from graft.files.serving import Finding, Options, servers
 
 COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 
 
-@app.command()
+@app.command(rich_help_panel=SERVE)
 def check(
     adapter: show.Adapter,
     servers_: Annotated[

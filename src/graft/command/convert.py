@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from graft.command import show
-from graft.command.app import app, print_json
+from graft.command.app import CHANGE, app, print_json
 from graft.files.errors import OptionError
 
 
-@app.command()
+@app.command(rich_help_panel=CHANGE)
 def convert(
     adapter: show.Adapter,
     to: Annotated[
@@ -34,6 +35,7 @@ def convert(
     """Write an adapter in the format of another library. What that cannot hold is an error that lists it.
 
     Example: graft convert out/adapter --to gguf --base models/llama
+
     Or: graft convert style.safetensors --to peft --base models/sd -o out/style
     """
     from graft.files.convert import convert as run
@@ -46,8 +48,14 @@ def convert(
     if as_json:
         print_json(done.as_dict())
     elif not quiet:
-        print(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {done.path}")
+        print(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {place(done.path)}")
         if done.rounding:
             print(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
         for line in done.lost:
             print(f"lost: {line}")
+
+
+def place(path: str) -> str:
+    """Return a path as people here would write it."""
+    here = os.path.relpath(path)
+    return path if here.startswith("..") else here

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import FOUND, app, print_json
+from graft.command.app import FOUND, LOOK, app, print_json
 
 
-@app.command("diff")
+@app.command("diff", rich_help_panel=LOOK)
 def diff(
     a: show.Adapter,
     b: show.Adapter,

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import app, print_json
+from graft.command.app import SERVE, app, print_json
 from graft.files.errors import OptionError
 
 
-@app.command()
+@app.command(rich_help_panel=SERVE)
 def export(
     adapter: show.Adapter,
     server: Annotated[str, typer.Option("--for", help="The server: vllm, sglang, llama.cpp, mlx, …")],

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import typer
 
 from graft.command import show
-from graft.command.app import app, print_json
+from graft.command.app import CHANGE, app, print_json
 
 
-@app.command("extract")
+@app.command("extract", rich_help_panel=CHANGE)
 def extract(
     tuned: Annotated[str, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
     base: Annotated[str, typer.Argument(help="Folder of its base.", show_default=False)],

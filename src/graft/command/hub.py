@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graft.command.app import app, print_json
+from graft.command.app import HUB, app, print_json
 
 if TYPE_CHECKING:
     from graft.files.neutral import AdapterFile
@@ -19,7 +19,7 @@ QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 JSON = Annotated[bool, typer.Option("--json", help="One document for programs.")]
 
 
-@app.command()
+@app.command(rich_help_panel=HUB)
 def push(
     adapter: Annotated[Path, typer.Argument(help="Folder with an adapter.")],
     repo: Annotated[str, typer.Argument(help="user/name on the hub.")],
@@ -45,7 +45,7 @@ def push(
     report(found, f"{'Would push' if dry_run else 'Pushed'} {len(found['files'])} files to {repo}.", quiet, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=HUB)
 def pull(
     repo: Annotated[str, typer.Argument(help="user/name on the hub, @revision behind it if wanted.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
@@ -84,13 +84,14 @@ def pull(
     report(found, f"Pulled {len(found['files'])} files of {repo} to {output}.", quiet, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=HUB)
 def card(
     adapter: Annotated[Path, typer.Argument(help="Folder with an adapter.")],
     base: Annotated[str | None, typer.Option(help="Name of the base model; else that of the adapter's config.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="As the hub writes it: apache-2.0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card, write nothing.")] = False,
     quiet: QUIET = False,
+    as_json: JSON = False,
 ) -> None:
     """Write README.md, the adapter's model card; of one that is there the text stays, and its head is renewed.
 
@@ -100,12 +101,10 @@ def card(
     from graft.files import formats
 
     text = card_of(formats.read(adapter), adapter / "README.md", base, licence)
-    if dry_run:
-        print(text)
-        return
-    replace(str(adapter / "README.md"), write_text(text))
-    if not quiet:
-        print(f"Wrote {adapter / 'README.md'}.")
+    path = adapter / "README.md"
+    if not dry_run:
+        replace(str(path), write_text(text))
+    report({"output": str(path), "card": text}, text if dry_run else f"Wrote {path}.", quiet, as_json)
 
 
 def card_of(held: AdapterFile, path: Path, base: str | None, licence: str | None) -> str:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from graft.command import show
-from graft.command.app import app, print_json
+from graft.command.app import LOOK, app, print_json
 
 
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=LOOK)
 def inspect(
     adapter: show.Adapter,
     base: show.Base = None,

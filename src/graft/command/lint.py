@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import FOUND, app, print_json
+from graft.command.app import FOUND, LOOK, app, print_json
 
 
-@app.command("lint")
+@app.command("lint", rich_help_panel=LOOK)
 def lint(
     adapter: show.Adapter,
     base: show.Base = None,

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from graft.command.app import app, print_json
+from graft.command.app import CHANGE, app, print_json
 from graft.files.errors import OptionError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-@app.command()
+@app.command(rich_help_panel=CHANGE)
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base model: config.json and safetensors files.")],
     adapters: Annotated[

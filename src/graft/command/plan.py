@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from graft.command.app import app, print_json
+from graft.command.app import PLAN, app, print_json
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 
@@ -28,7 +28,7 @@ RANKS = tuple(2**n for n in range(2, 11))
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def plan(
     model: Annotated[Path, typer.Argument(help="Folder with config.json; weights are not needed.")],
     config: Annotated[
@@ -48,6 +48,7 @@ def plan(
     device: Annotated[str, typer.Option(help="On which --trial runs.")] = "cpu",
     gpu: Annotated[str | None, typer.Option(help="Memory of a GPU, 24GB: say what fits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Show what an adapter would adapt, and the memory that a training step takes, part by part.
 
@@ -82,7 +83,7 @@ def plan(
         found["time"] = {"seconds": seconds(training, batch, checkpointing, device), "device": device}
     if as_json:
         print_json(found)
-    else:
+    elif not quiet:
         show(report, found)
 
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import app, print_json
+from graft.command.app import CHANGE, app, print_json
 
 
-@app.command("resize")
+@app.command("resize", rich_help_panel=CHANGE)
 def resize(
     adapter: show.Adapter,
     output: show.Output,

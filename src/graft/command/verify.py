@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import FOUND, app, print_json
+from graft.command.app import FOUND, SERVE, app, print_json
 from graft.files.errors import OptionError
 
+LEAST = 1e-6
 
-@app.command()
+
+@app.command(rich_help_panel=SERVE)
 def verify(
     adapter: Annotated[
         str, typer.Option(help="The adapter, of any format, as it was trained or exported.", show_default=False)
@@ -61,9 +63,9 @@ def verify(
         elif not quiet:
             print(found.text)
             print(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
-            print(f"  {found.noise:.2g}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
-            for what, figure in sorted(found.deviations.items(), key=lambda item: item[1]):
-                print(f"    {what:<20} {figure:.3g}")
+            print(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
+            for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
+                print(f"    {what:<20} {figure(by)}")
         if not found.ok:
             sys.exit(FOUND)
 
@@ -72,3 +74,8 @@ def verify(
         return
     with started(str(in_process), base, base_name, {model: source}, dtype) as at:
         ask(at)
+
+
+def figure(value: float) -> str:
+    """Return a difference of log-probabilities; what is below float32's rounding differs between machines."""
+    return f"{value:.3g}" if value >= LEAST else f"below {LEAST:.0e}"

@@ -10,9 +10,12 @@ from safetensors.numpy import save_file
 from torch.testing import assert_close
 
 import graft
+from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.errors import BaseNeededError
 from graft.files.formats import read
+from graft.files.inspect import inspect
+from graft.files.lint import lint
 from graft.files.serving import check
 from tests.families import base
 from tests.leaves_out import FUSED_EXPERTS
@@ -47,8 +50,6 @@ def test_a_file_of_sglang_needs_its_base(tmp_path):
     with pytest.raises(BaseNeededError, match="--base"):
         read(tmp_path)
     base("qwen3_moe").save_pretrained(tmp_path / "base")
-    from graft.files.bases import base_of
-
     known = base_of(tmp_path / "base")
     adapter = read(tmp_path, known)
     assert "experts" not in {f.condition for f in check(adapter, ["sglang"], known)}
@@ -106,3 +107,16 @@ def test_a_file_of_tinker(family, tmp_path):
     assert_close(logits(graft.load_adapter(base(family), tmp_path / "a").eval()), expected, rtol=1e-4, atol=1e-5)
     graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
     assert_close(logits(type(model).from_pretrained(tmp_path / "merged").eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_verbs_that_compare_with_the_base_take_its_stacks(family, tmp_path):
+    """Mixtral's files have a matrix for each expert, gpt-oss's have stacks (in, out)."""
+    model = base(family)
+    model.save_pretrained(tmp_path / "base")
+    adapted(family).save_pretrained(tmp_path / "a")
+    known = base_of(tmp_path / "base")
+    adapter = read(tmp_path / "a", known)
+    assert [f for f in lint(adapter, known) if f.severity == "error"] == []
+    compared = {m["module"]: m.get("relative") for m in inspect(adapter, known)["modules"]}
+    assert all(compared[p] is not None for p in compared if "experts" not in p or family == "gpt_oss")

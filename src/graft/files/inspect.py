@@ -106,13 +106,18 @@ def compared(modules: list[dict[str, Any]], adapter: AdapterFile, base: Known) -
     found = names_in((m["module"] for m in modules), base.shapes)
     for m in modules:
         low = algebra.as_low_rank(adapter.modules[m["module"]])
-        if low is None:
+        if low is None or one_by_one(m["module"], low, found, base):
             continue
         W = weight(m["module"], found, base, low)
         m["weight_norm"] = float(np.linalg.norm(W))
         if low.magnitude is not None:
             m["norm"] = float(np.linalg.norm(algebra.with_magnitude(low, W)))
         m["relative"] = m["norm"] / m["weight_norm"] if m["weight_norm"] else None
+
+
+def one_by_one(path: str, low: LowRank, found: dict[str, str], base: Known) -> bool:
+    """Return True if a base's files have the matrices of a stack one by one, under names of their own."""
+    return low.kind == "experts" and path not in found and any(".experts." in name for name in base.shapes)
 
 
 def weight(path: str, found: dict[str, str], base: Known, low: LowRank) -> np.ndarray:

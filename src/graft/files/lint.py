@@ -18,7 +18,7 @@ from graft.files import algebra
 from graft.files.bases import Known
 from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import PROMPTS, SCALED
-from graft.files.inspect import tensors_of, weight
+from graft.files.inspect import one_by_one, tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.sources import CARD, licence_in, names_in
 from graft.files.tensors import Tensor
@@ -230,6 +230,8 @@ def base_mismatch(look: Look) -> Found:
     assert look.base is not None
     wrong, texts = [], []
     for path, held in look.low.items():
+        if one_by_one(path, held, look.names, look.base):
+            continue
         try:
             weight(path, look.names, look.base, held)
         except BaseNeededError:
@@ -242,9 +244,10 @@ def base_mismatch(look: Look) -> Found:
     note = look.adapter.metadata.get("graft_base")
     shapes = (parsed(note, "the fingerprint") or {}).get("weights", {}) if note else {}
     other = [p for p, s in shapes.items() if p in look.names and tuple(s) != look.base.shapes[look.names[p]]]
-    turned = [p for p in other if tuple(shapes[p]) != look.base.shapes[look.names[p]][::-1]]
-    if turned and not wrong:
-        yield f"the file's fingerprint is of other shapes: {some(turned, 3)}", turned
+    stored = {p: look.base.shapes[look.names[p]] for p in other}
+    other = [p for p, s in stored.items() if tuple(shapes[p]) != (*s[:-2], *s[:-3:-1])]  # stored (in, out)
+    if other and not wrong:
+        yield f"the file's fingerprint is of other shapes: {some(other, 3)}", other
 
 
 def base_name(look: Look) -> Found:

@@ -13,7 +13,6 @@ from graft.config.atomic import replace
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
-from graft.files.formats.adapterhub_places import blocks_of
 from graft.files.neutral import AdapterFile, Other
 from graft.files.tensors import Tensor, tensor
 
@@ -30,6 +29,8 @@ def read(path: str, fields: dict[str, Any], tensors: Mapping[str, Tensor], base:
         BaseModelMismatchError: the base has no such block, or other widths.
         CheckpointError: it has no directions.
     """
+    from graft.files.formats.adapterhub_places import blocks_of  # loads torch, which a look at headers does not need
+
     blocks, base = blocks_of(path, base)
     out = AdapterFile("gguf", path, "STEERING", config={"peft_type": "STEERING", "inference_mode": True})
     for name, values in tensors.items():
@@ -59,6 +60,8 @@ def write(
         BaseNeededError: there is no base, whose blocks count.
         LossError: a vector acts elsewhere than after a block or after the first one, or in another way than by adding.
     """
+    from graft.files.formats.adapterhub_places import blocks_of
+
     if base is None:
         raise BaseNeededError("A control vector counts the blocks of its base: give the base model (--base).")
     numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}

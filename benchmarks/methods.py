@@ -53,16 +53,21 @@ class Case:
     dtype: torch.dtype = torch.float32
     long: bool = False
     flat: float = FLAT  # PEFT's bytes over graft's, at least
+    in_peft: bool = True
+    also: dict[str, Tensor] = field(default_factory=dict)  # arguments of its calls beside the inputs
 
     def models(self) -> dict[str, Callable[[], nn.Module]]:
         def make(lib: Any) -> nn.Module:
             return adapted(lib, getattr(lib, self.config)(**self.options), self.dtype)
 
         made: dict[str, Callable[[], nn.Module]] = {name: partial(make, lib) for name, lib in LIBS.items()}
+        made = made if self.in_peft else {"graft": made["graft"]}
         return made | {"floor": partial(adapted, graft, lora(graft), self.dtype)}
 
     def inputs(self, who: str) -> dict[str, Tensor]:
-        return self.batch() if self.batch is not None and who != "floor" else inputs(self.dtype)
+        if who == "floor":
+            return inputs(self.dtype)
+        return (inputs(self.dtype) if self.batch is None else self.batch()) | self.also
 
     def benches(self) -> list[Any]:
         return [Step(self), Kept(self)]
@@ -95,7 +100,7 @@ class Step(Part):
 
     @property
     def goal(self) -> Goal:
-        return Goal(EVEN, self.case.limit)
+        return Goal(EVEN if self.case.in_peft else None, self.case.limit)
 
     def repeat(self, model: nn.Module, batch: dict[str, Tensor]) -> Turns:
         call = partial(step, model, batch)
@@ -113,7 +118,7 @@ class Kept(Part):
 
     @property
     def goal(self) -> Goal:
-        return Goal(self.case.flat)
+        return Goal(self.case.flat if self.case.in_peft else None)
 
 
 EVERY = dict(target_modules=list(LINEAR))  # the seven layers of a block that the floor has, too
@@ -206,5 +211,30 @@ CASES = [
     Case("PEANuT r 32, bf16 base", "PeanutConfig", EVERY, **HALF),
     Case("Lily r 32, bf16 base", "LilyConfig", EVERY, **HALF),
     Case("AdaLoRA, bf16 base", "AdaLoraConfig", ADALORA, **HALF),
+]
+OWN: dict[str, Any] = dict(in_peft=False, long=True)  # methods that PEFT 0.21.2 lacks
+R16 = EVERY | dict(r=16, lora_alpha=SCALING * 16)
+CASES += [
+    Case("bottlenecks of Pfeiffer", "BottleneckConfig", **OWN),
+    Case("bottlenecks of Houlsby", "BottleneckConfig", dict(mh_adapter=True, original_ln_before=False), **OWN),
+    Case("parallel bottlenecks", "BottleneckConfig", dict(is_parallel=True, original_ln_before=False), **OWN),
+    Case("Compacter++", "BottleneckConfig", dict(phm_layer=True), **OWN),
+    Case("ReFT r 4", "ReftConfig", dict(r=4, prefix_positions=5, suffix_positions=5), **OWN),
+    Case("steering vectors", "SteeringConfig", **OWN),
+    Case("LoRA-XS r 16", "LoraXsConfig", R16, **OWN),
+    Case("T-LoRA r 8", "TLoraConfig", EVERY | dict(r=8), 1.6, also=dict(timestep=torch.tensor(300.0)), **OWN),
+    Case(
+        "MTL-LoRA r 16",
+        "MtlLoraConfig",
+        R16 | dict(n_tasks=3, n_up_projection=2),
+        1.6,  # two up-projections
+        also=dict(task_ids=torch.arange(BATCH) % 3),
+        **OWN,
+    ),
+    Case("DyLoRA r 16", "LoraConfig", R16 | dict(use_dylora=True), **OWN),
+    Case("SVFT, a diagonal", "SvftConfig", EVERY, None, **OWN),  # vectors as large as the weight
+    Case("FineGates", "FineGatesConfig", EVERY | dict(gate_noise_std=0.1), **OWN),
+    Case("LoHa r 8, Khatri-Rao", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8, use_khatri_rao=True), **OWN),
+    Case("LoHa r 8, ABBA", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8, init_weights="abba"), **OWN),
 ]
 BENCHES = [bench for case in CASES for bench in case.benches()]

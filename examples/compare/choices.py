@@ -66,6 +66,11 @@ def of(method: str, **fields: Any) -> Callable[[int], Any]:
     return make
 
 
+def at_places(config: str, **fields: Any) -> Callable[[int], Any]:
+    """Return a function that makes the config of a method that finds its places itself."""
+    return lambda steps: getattr(graft, config)(task_type="CAUSAL_LM", **fields)
+
+
 def calibration(tokenizer: Any, task: Task, seed: int) -> list[dict[str, Tensor]]:
     """Return batches of training pairs for initialisations that look at data."""
     return [training_batch(tokenizer, task.instruction, pairs) for pairs in picked(task, seed)]
@@ -160,6 +165,24 @@ OTHERS: dict[str, Choice] = {
     "BOFT": Choice(of("BOFT", boft_block_size=4), LR, "blocks of 4, q and v"),
     "PSOFT": Choice(of("PSOFT", r=32), LR, "r 32, q and v"),
     "OSF": Choice(of("OSF"), 1e-4, "half of the triples, q and v"),
+    "LoRA-XS": Choice(of("LORAXS", r=16, lora_alpha=16), LR, "r 16, q and v"),
+    "SVFT": Choice(of("SVFT", off_diag=2), 1e-2, "5 diagonals, q and v"),
+    "FineGates": Choice(of("FINEGATES", gate_noise_std=0.1), 1e-2, "noise 0.1, q and v"),
+    "EWoRA": Choice(of("EWORA", r=4, num_experts=4), LR, "4 experts of r 4, q and v"),
+    "DyLoRA": Choice(partial(lora, use_dylora=True)),
+    "LoHa, Khatri-Rao": Choice(of("LOHA", r=4, alpha=16, use_khatri_rao=True), LR, "r 4, q and v"),
+    "LoHa, ABBA": Choice(of("LOHA", r=4, alpha=16, init_weights="abba"), 1e-3, "r 4, q and v"),
+    "bottlenecks": Choice(at_places("BottleneckConfig", reduction_factor=16), 1e-3, "Pfeiffer's, width / 16"),
+    "Houlsby": Choice(
+        at_places("BottleneckConfig", reduction_factor=16, mh_adapter=True, original_ln_before=False),
+        1e-3,
+        "after attention and MLP, width / 16",
+    ),
+    "Compacter": Choice(
+        at_places("BottleneckConfig", reduction_factor=16, phm_layer=True), LR, "Pfeiffer's, width / 16, n 4"
+    ),
+    "ReFT": Choice(at_places("ReftConfig", r=4, prefix_positions=5, suffix_positions=5), 4e-3, "r 4, 5 + 5 tokens"),
+    "steering vectors": Choice(at_places("SteeringConfig"), 1e-2, "one for each block, trained"),
     "SHADOW": Choice(shadow, 1e-3, "one layer beside the model"),
     "LN tuning": Choice(norms, 1e-2, "all norms"),
     "P-tuning": Choice(p_tuning, 3e-2, "20 tokens"),

@@ -22,6 +22,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError
 from graft.core.method import Layers, Method
+from graft.core.published import Published
 from graft.methods.places import Block, blocks_of, hidden_size, named, walk
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -281,6 +282,7 @@ class Bottleneck(Method):
 
     config = BottleneckConfig
     prefix = "bottleneck_"
+    published_lr = Published(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
     compresses_targets = False
 
     bottleneck_norm: nn.LayerNorm

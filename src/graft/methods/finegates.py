@@ -16,7 +16,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn_of
 from graft.core.method import Method
-from graft.core.published import COMPARISON, Published
+from graft.core.published import Published
 
 if TYPE_CHECKING:
     from graft.core.tuner import Tuner
@@ -86,7 +86,7 @@ class FineGates(Method):
 
     config = FineGatesConfig
     prefix = "finegates_"
-    published_lr = Published(5e-4, 1e-3, COMPARISON)
+    published_lr = Published(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
     targets = LORA
     tuner_methods: ClassVar[dict[str, Any]] = {
         "_get_finegates_loss": sparsity_loss,

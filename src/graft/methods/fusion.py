@@ -2,7 +2,7 @@
 """AdapterFusion: Non-Destructive Task Composition for Transfer Learning, arXiv 2005.00247.
 
 An adapter over bottlenecks of other tasks: at each token it attends to what each of them would add. These stay as they
-are. The paper's rate is 5e-5.
+are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method
+from graft.core.published import Published
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
 
 STRENGTH = 0.01  # of the regularisation
@@ -95,6 +96,7 @@ class AdapterFusion(Method):
 
     config = AdapterFusionConfig
     prefix = "fusion_"
+    published_lr = Published(5e-5, 5e-5, "arXiv 2005.00247")
     compresses_targets = False
 
     fusion_query: nn.Linear  # (H, H)

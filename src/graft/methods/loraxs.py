@@ -19,6 +19,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.method import Method, Use
+from graft.core.published import Published
 from graft.methods.projections import kept
 
 STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`
@@ -47,6 +48,7 @@ class LoraXS(Method):
 
     config = LoraXsConfig
     prefix = "loraxs_"
+    published_lr = Published(1e-4, 4e-3, "arXiv 2405.17604, GLUE (to 1e-3) and models of 7B (from 2e-3)")
     targets = LORA
 
     loraxs_R: nn.Parameter  # (r, r)

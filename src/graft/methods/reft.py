@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import require_positive_rank
 from graft.core.dropout import dropout_for
 from graft.core.errors import ConfigError, RoutingError
+from graft.core.published import Published
 from graft.methods.bottleneck import ACTIVATIONS
 from graft.methods.states import OnStates, StatesConfig
 
@@ -77,6 +78,7 @@ class Reft(OnStates):
 
     config = ReftConfig
     prefix = "reft_"
+    published_lr = Published(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
     acts = "ReFT acts on vectors"
 
     reft_A: nn.Linear  # (r, H), of the first tokens; of both ends if tied

@@ -2,7 +2,7 @@
 """SDT: Parameter-Efficient Fine-Tuning of State Space Models, arXiv 2410.09016 (SDLoRA in its first version).
 
 Of each mixer of a Mamba some channels train, and of these some states: entries of A_log, and the columns of x_proj that
-make B and C of such a channel. Layers beside the state space have LoRA. The paper trains 130M parameters at 4e-3.
+make B and C of such a channel. Layers beside the state space have LoRA.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.method import Method, Tensors
+from graft.core.published import Published
 from graft.kernels.sparse import Scattered
 from graft.methods.places import walk
 from graft.methods.shira import with_places
@@ -93,6 +94,7 @@ class SDT(Method):
 
     config = SdtConfig
     prefix = "sdt_"
+    published_lr = Published(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS
 
     sdt_weight: nn.Parameter  # v (k,)

@@ -14,6 +14,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
+from graft.core.published import Published
 from graft.methods.loraxs import largest
 from graft.methods.projections import kept
 
@@ -49,6 +50,7 @@ class SVFT(Method):
 
     config = SvftConfig
     prefix = "svft_"
+    published_lr = Published(5e-2, 5e-2, "arXiv 2405.19597")
     targets = LORA
 
     svft_M: nn.Parameter  # (numbers,)

@@ -20,6 +20,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect, Factors, LowRank
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Use
+from graft.core.published import Published
 from graft.core.rows import Finish, Run, Same
 from graft.kernels.waits import demand
 from graft.methods.loraxs import largest
@@ -73,6 +74,7 @@ class TLoRA(Method):
 
     config = TLoraConfig
     prefix = "tlora_"
+    published_lr = Published(1e-4, 1e-4, "arXiv 2507.05964")
     targets = LORA
     arguments = (TIMESTEP,)
     depends_on = TIMESTEP

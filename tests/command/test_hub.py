@@ -15,7 +15,7 @@ import graft
 from graft.command import hub, plan  # noqa: F401  they register themselves
 from graft.command.app import app
 from graft.core.errors import CheckpointError, HubError
-from graft.files.errors import OutputExistsError
+from graft.files.errors import OptionError, OutputExistsError
 
 
 @pytest.fixture
@@ -134,6 +134,27 @@ def test_plan_shows_layers_memory_and_what_fits(adapter, tmp_path):
     assert small["largest_rank"] == 0 and not any(w["largest_batch"] for w in small["fits"])
     text = run(*args, "--gpu", "2GB", "--trial").stdout
     assert "batches up to" in text and "activations" in text and "Time on cpu" in text
+
+
+def test_plan_of_packed_experts(tmp_path):
+    from tests.storage.packed_experts import gpt_oss
+
+    config = gpt_oss().config
+    config.save_pretrained(tmp_path)
+    options = ["--targets", "q_proj", "--parameters", "experts.down_proj", "-r", "2", "--seq", "8", "--json"]
+    args = ["plan", tmp_path, *options]
+    plain = json.loads(run(*args).stdout)
+    assert plain["memory"]["base"] is None and plain["layers"] == 4
+    named = json.loads(run(*args, "--base", "mxfp4").stdout)
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    found = json.loads(run(*args, "--gpu", "2GB").stdout)
+    assert found["memory"]["base"] == "mxfp4" and found["trainable"] == plain["trainable"]
+    assert found["memory"]["weights"] == named["memory"]["weights"] < plain["memory"]["weights"]
+    assert {w["bits"] for w in found["gpu"]["fits"]} == {"mxfp4"}
+    assert json.loads(run(*args, "--base", "none").stdout)["memory"]["weights"] == plain["memory"]["weights"]
+    with pytest.raises(OptionError, match="--base is one of nf4"):
+        run(*args, "--base", "q4")
 
 
 def test_plan_of_a_model_whose_language_part_has_its_own_config(tmp_path):

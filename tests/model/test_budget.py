@@ -2,6 +2,7 @@
 """The estimate of training memory against what real steps take, as torch's profiler sees it."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import graft
 from graft.core.errors import ConfigError
 from graft.model.budget import Training, block_kinds, budget, coverage, largest_batch, loss_of, seconds
+from graft.storage import stacks
+from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, made
 
 LLAMA = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
 MODELS = {
@@ -114,6 +117,36 @@ def test_checkpointing_takes_less_and_a_packed_base_too():
     saved = (4 - 0.5625) * (blocks - sum(p.numel() for p in of.whole.parameters() if p.requires_grad))
     assert whole.weights - packed.weights == pytest.approx(saved)
     assert packed.working - whole.working == 4 * 64 * 160  # one matrix unpacked
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_a_base_of_packed_experts(kind, monkeypatch):
+    """Codes and scales as transformers' own experts of the format hold them; a step has a chunk of a stack dense."""
+    make, pack = KINDS[kind]
+    pack = partial(pack, block=(128, 128)) if kind == "fp8" else pack
+    r, config = 2, graft.LoraConfig(r=2, target_modules=[], target_parameters=BOTH)
+    of = Training(lambda n: make(), 2, config, 16, torch.float32)
+    plain, packed = budget(of, 1), budget(of, 1, bits=kind)
+    size = lambda model: sum(sizes_of(m) for _, m in blocks(model))
+    dense = sum(p.nbytes for _, m in blocks(make()) for p in m.parameters() if p.ndim == 3)
+    saved = dense - size(pack(made(make)))
+    if kind == "fp8":  # whose other matrices are packed as well
+        others = [p for n, p in make().model.layers.named_parameters() if p.ndim == 2]
+        saved += sum(p.numel() * (4 - 1 - 4 / 128**2) for p in others)
+    assert plain.weights - packed.weights == pytest.approx(saved, rel=0.01)
+    assert plain.adapter == 4 * 2 * EXPERTS * r * (2 * WIDTH + 3 * (WIDTH // 2))
+    stack = 4 * EXPERTS * WIDTH * WIDTH  # gate_up_proj
+    assert packed.working - plain.working == stack  # less than a chunk
+    monkeypatch.setattr("graft.model.budget.CHUNK", 1)
+    assert budget(of, 1, bits=kind).working - plain.working == stack / EXPERTS
+    with pytest.raises(ConfigError, match="bits is one of 4, 8, nf4"):
+        budget(of, 1, bits="q4")
+
+
+def sizes_of(module):
+    """Bytes of the codes and scales of a module of experts."""
+    held = [stacks.held(module, name) for name in ("gate_up_proj", "down_proj")]
+    return sum(h.weight.nbytes + h.scale.nbytes for h in held)
 
 
 def test_what_trains_is_counted_once_and_optimizers_differ():

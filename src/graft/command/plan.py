@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from bisect import bisect_right
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from graft.model.budget import Training
 
 DTYPES = ("float32", "float16", "bfloat16")
-WAYS = ((False, None), (True, None), (False, 4), (True, 4))  # checkpointing, bits of the base
+BASES = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}  # quant_method → format
 RANKS = tuple(2**n for n in range(2, 11))
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -37,6 +39,10 @@ def plan(
     method: Annotated[str, typer.Option(help="peft_type of the method.")] = "LORA",
     rank: Annotated[int, typer.Option("--rank", "-r", min=1)] = 16,
     targets: Annotated[str, typer.Option(help="Names by commas, or all-linear.")] = "all-linear",
+    parameters: Annotated[str, typer.Option(help="Stacks of experts, as experts.gate_up_proj,experts.down_proj.")] = "",
+    base: Annotated[
+        str | None, typer.Option(help="How the base is packed: nf4, mxfp4, nvfp4, fp8, none; as config.json says.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
     length: Annotated[int, typer.Option("--seq", min=1, help="Tokens of a row.")] = 1024,
     dtype: Annotated[str, typer.Option(help="Of the base: float32, float16, bfloat16.")] = "bfloat16",
@@ -67,17 +73,18 @@ def plan(
     if made is None:
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
     whole = cast("PreTrainedModel", made)
-    adapter = adapter_config(config, method, rank, targets)
+    packed = format_of(json.loads((model / "config.json").read_text("utf-8")), base)
+    adapter = adapter_config(config, method, rank, targets, parameters)
     report = planned(whole, adapter)
     found = account(whole, report)
     training = of_model(whole, adapter, length, dtype, gpu is not None)
-    held = budget(training, batch, checkpointing, optimizer)
-    how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing}
+    held = budget(training, batch, checkpointing, optimizer, packed)
+    how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing, "base": packed}
     found["memory"] = held.as_dict() | how
     if gpu is not None:
         found["gpu"] = {
-            "bytes": size(gpu), "fits": fits(training, optimizer, size(gpu)),
-            "largest_rank": largest_rank(training, batch, checkpointing, optimizer, size(gpu)),
+            "bytes": size(gpu), "fits": fits(training, optimizer, size(gpu), packed),
+            "largest_rank": largest_rank(training, batch, checkpointing, optimizer, size(gpu), packed),
         }  # fmt: skip
     if trial:
         found["time"] = {"seconds": seconds(training, batch, checkpointing, device), "device": device}
@@ -87,7 +94,20 @@ def plan(
         show(report, found)
 
 
-def adapter_config(path: Path | None, method: str, rank: int, targets: str) -> Any:
+def format_of(config: dict[str, Any], told: str | None) -> str | None:
+    """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
+    from graft.model.budget import FORMATS
+
+    if told is not None:
+        known = [name for name in FORMATS if isinstance(name, str)] + ["none"]
+        if told not in known:
+            raise OptionError(f"--base is one of {', '.join(known)}, not {told!r}.")
+        return None if told == "none" else told
+    said = config.get("quantization_config") or {}
+    return None if said.get("load_in_8bit") else BASES.get(str(said.get("quant_method")))
+
+
+def adapter_config(path: Path | None, method: str, rank: int, targets: str, parameters: str = "") -> Any:
     """Return the config of the adapter: of a file, or of the options."""
     from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
@@ -97,7 +117,9 @@ def adapter_config(path: Path | None, method: str, rank: int, targets: str) -> A
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
     kind: Any = kinds[method.upper()]
-    names = {"target_modules": targets if targets == "all-linear" else targets.split(",")}
+    names: dict[str, Any] = {"target_modules": targets if targets == "all-linear" else targets.split(",")}
+    if parameters:
+        names["target_parameters"] = parameters.split(",")
     fields = kind.__dataclass_fields__
     return kind(**{n: v for n, v in {**names, "r": rank}.items() if n in fields})
 
@@ -143,14 +165,14 @@ def period(kinds: list[str]) -> int:
     return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
 
 
-def fits(training: Training, optimizer: str, gpu: int) -> list[dict[str, Any]]:
+def fits(training: Training, optimizer: str, gpu: int, packed: str | None = None) -> list[dict[str, Any]]:
     """Return the largest batch for each way of training, and what a step with one row takes."""
     from graft.model.budget import budget, largest_batch
 
     found = []
-    for checkpointing, bits in WAYS:
+    for bits, checkpointing in product((packed,) if packed else (None, 4), (False, True)):
 
-        def total(rows: int, checkpointing: bool = checkpointing, bits: int | None = bits) -> float:
+        def total(rows: int, checkpointing: bool = checkpointing, bits: int | str | None = bits) -> float:
             return budget(training, rows, checkpointing, optimizer, bits).total
 
         most = largest_batch(total, gpu)
@@ -158,7 +180,9 @@ def fits(training: Training, optimizer: str, gpu: int) -> list[dict[str, Any]]:
     return found
 
 
-def largest_rank(training: Training, batch: int, checkpointing: bool, optimizer: str, gpu: int) -> int | None:
+def largest_rank(
+    training: Training, batch: int, checkpointing: bool, optimizer: str, gpu: int, packed: str | None = None
+) -> int | None:
     """Return the largest rank of a few that fits a step; 0 if none does, None if the method has none."""
     from graft.model.budget import SPARE, budget
 
@@ -168,7 +192,7 @@ def largest_rank(training: Training, batch: int, checkpointing: bool, optimizer:
     def total(rank: int) -> float:
         size: Any = {"r": rank}  # which not every config has
         other = replace(training, config=replace(training.config, **size), steps={})
-        return budget(other, batch, checkpointing, optimizer).total
+        return budget(other, batch, checkpointing, optimizer, packed).total
 
     n = bisect_right(RANKS, gpu * (1 - SPARE), key=total)
     return RANKS[n - 1] if n else 0
@@ -186,7 +210,8 @@ def show(report: InjectReport, found: dict[str, Any]) -> None:
             console.print(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
     held = found["memory"]
     how = ", checkpointing" if held["checkpointing"] else ""
-    console.print(f"A step of {held['batch']} × {held['seq']} tokens, {held['dtype']}{how}:")
+    base = f", base in {held['base']}" if held["base"] else ""
+    console.print(f"A step of {held['batch']} × {held['seq']} tokens, {held['dtype']}{base}{how}:")
     table = Table()
     table.add_column("part")
     table.add_column("GB", justify="right")
@@ -201,7 +226,7 @@ def show(report: InjectReport, found: dict[str, Any]) -> None:
         console.print(f"In {found['gpu']['bytes'] / 1e9:g} GB:")
         for way in found["gpu"]["fits"]:
             how = f"{'with' if way['checkpointing'] else 'without'} checkpointing, base in " + (
-                f"{way['bits']} bits" if way["bits"] else held["dtype"]
+                f"{way['bits']} bits" if isinstance(way["bits"], int) else way["bits"] or held["dtype"]
             )
             most = way["largest_batch"]
             console.print(f"  {how}: " + (f"batches up to {most}" if most else "does not fit"))

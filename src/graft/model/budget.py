@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
+from graft.kernels.experts import BUDGET as CHUNK
 from graft.model.api import get_peft_model
 from graft.model.peft_model import PeftModel
 
@@ -36,6 +37,11 @@ CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
 MANY = 16  # rows, from which on what a step takes is a line
 SPARE = 0.03  # share of a GPU's memory that fragments cannot use
 ITEM = "aten::_local_scalar_dense"  # what asks a tensor for a number, or for True or False
+FORMATS: dict[int | str, float] = {  # bits of a number of a packed base, with its share of scales
+    4: 4.5, 8: 8.0, "nf4": 4.5, "nf4-nested": 4.127, "mxfp4": 4.25, "nvfp4": 4.5, "fp8": 8 + 32 / 128**2,
+}  # fmt: skip
+ONLY_STACKS = ("mxfp4",)  # formats of experts, beside which a model stays as its dtype says
+GROUPED = "aten::_grouped_mm"
 OPTIMIZERS = {"adamw": 8, "adamw_8bit": 2, "sgd": 0}  # bytes of state for a number that trains
 
 
@@ -152,27 +158,30 @@ def budget(
     batch: int,
     checkpointing: bool = False,
     optimizer: str = "adamw",
-    bits: int | None = None,
+    bits: int | str | None = None,
 ) -> Budget:
     """Return the memory of a training step.
 
     Args:
         batch: rows.
         checkpointing: blocks keep their inputs only, and run again in the backward pass.
-        bits: 4 or 8: of each matrix in a block, with a scale for 64 of them where they have 4; None: as the dtype says.
+        bits: the format of each matrix in a block, a key of FORMATS: 4 (the same as "nf4"), 8, or the name of one;
+            "mxfp4" of stacks of experts alone. None: as the dtype says. Of a stack a step unpacks a chunk at a time.
 
     Raises:
-        ConfigError: for an optimizer that is not known, a model without blocks, one that does not take token ids, or
-            that cannot run on tensors without values.
+        ConfigError: for an optimizer or a format that is not known, a model without blocks, one that does not take
+            token ids, or that cannot run on tensors without values.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {optimizer!r}.")
+    if bits is not None and bits not in FORMATS:
+        raise ConfigError(f"bits is one of {', '.join(map(str, FORMATS))}, not {bits!r}.")
     if training.layers < 1:
         raise ConfigError("The model's config does not say how many blocks it has.")
     step = training.step(batch, checkpointing)
     trained = [p for p in training.whole.parameters() if p.requires_grad]
     adapter = float(sum(p.nbytes for p in trained))
-    weights, unpacked = frozen(training.whole, bits)
+    weights, dense = frozen(training.whole, bits)
     gradients = min(adapter, step.peak - step.kept)
     return Budget(
         weights=weights,
@@ -180,21 +189,27 @@ def budget(
         optimizer=OPTIMIZERS[optimizer] * sum(p.numel() for p in trained),
         kept=step.kept,
         gradients=gradients,
-        working=step.peak - step.kept - gradients + unpacked,
+        working=step.peak - step.kept - gradients + dense,
         context=CONTEXT if training.on_gpu else 0.0,
     )
 
 
-def frozen(model: nn.Module, bits: int | None) -> tuple[float, float]:
-    """Return the bytes of what does not train, buffers with it, and of the largest matrix that a step unpacks."""
+def frozen(model: nn.Module, bits: int | str | None) -> tuple[float, float]:
+    """Return the bytes of what does not train, buffers with it, and of the most that a step unpacks at a time."""
     held = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
     whole = float(sum(t.nbytes for t in held.values()))
     if bits is None:
         return whole, 0.0
     blocks = [model.get_submodule(path) for path in block_kinds(model)]
-    packed = {id(p): p for block in blocks for p in block.parameters() if p.ndim > 1 and id(p) in held}.values()
-    each = bits / 8 + 0.0625 * (bits == 4)  # bytes of a number, with a scale for 64 of them
-    return whole + sum(p.numel() * each - p.nbytes for p in packed), float(max(p.nbytes for p in packed))
+    least = 3 if bits in ONLY_STACKS else 2
+    packed = {id(p): p for block in blocks for p in block.parameters() if p.ndim >= least and id(p) in held}.values()
+    saved = sum(p.numel() * FORMATS[bits] / 8 - p.nbytes for p in packed)
+    return whole + saved, float(max((unpacked(p) for p in packed), default=0))
+
+
+def unpacked(p: Tensor) -> int:
+    """Return the bytes of a packed weight that are dense at once: of a stack a chunk of its matrices."""
+    return min(p.nbytes, max(CHUNK, p.nbytes // len(p))) if p.ndim == 3 else p.nbytes
 
 
 def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
@@ -227,7 +242,10 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         if func.name() == ITEM and args[0].is_meta:
             return True  # what models ask: is nothing padded, is nothing packed?
-        out = func(*args, **(kwargs or {}))
+        if func.name() == GROUPED and args[0].is_meta:  # which only knows bfloat16 there
+            out = func(*(a.to(torch.bfloat16) for a in args[:2]), *args[2:], **(kwargs or {})).to(args[0].dtype)
+        else:
+            out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self.add(t.untyped_storage())

@@ -697,3 +697,14 @@ def test_types_of_modules_that_a_config_registers():
     model.merge_adapter()
     assert_close(layer(X), expected)
     assert "_custom_modules" not in config.to_dict()
+
+
+def test_methods_that_do_not_adapt_stacks_of_experts():
+    base, stacks = mixtral(), ["experts.down_proj"]
+    before = {n: p.requires_grad for n, p in base.named_parameters()}
+    config = graft.AdaLoraConfig(total_step=10, target_modules=["q_proj"], target_parameters=stacks)
+    with pytest.raises(ConfigError, match=r"AdaLoRA does not adapt stacks of experts \(layer .*down_proj"):
+        graft.get_peft_model(base, config)
+    with pytest.raises(ConfigError, match="does not work with use_dora"):
+        graft.get_peft_model(base, graft.LoraConfig(target_parameters=stacks, use_dora=True))
+    assert before == {n: p.requires_grad for n, p in base.named_parameters()}

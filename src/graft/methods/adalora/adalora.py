@@ -162,6 +162,11 @@ class AdaLoRA(Method):
 
     def build(self, shared: dict[str, Any]) -> dict[str, Any]:
         site, cfg = self.site, self.cfg
+        if site.op.opaque and len(site.shape) > 2:
+            raise ConfigError(
+                f"AdaLoRA does not adapt stacks of experts (layer '{site.key}'), whose matrices would share singular "
+                "values: take LoRA there, or leave it out of target_parameters."
+            )
         kept = cfg.kept(site.key)
         r = cfg.init_r if kept is None else sum(kept)
         A, E, B = torch.randn(r, site.fan_in), torch.randn(r, 1), torch.randn(site.out_features, r)

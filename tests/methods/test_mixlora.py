@@ -188,6 +188,22 @@ def test_files(tmp_path):
     assert not any("mixlora" in n or "base_layer" in n for n in base.state_dict())
 
 
+def test_injected_from_a_state_dict():
+    model = adapted()
+    state = graft.get_peft_model_state_dict(model, adapter_name="one")
+    state = {key.removeprefix("base_model.model."): t for key, t in state.items()}
+    base = graft.inject_adapter_in_model(config(), make("llama"), "one", state_dict=state)
+    graft.set_peft_model_state_dict(base, state, "one")
+    assert torch.equal(logits(base.eval()), logits(model))
+
+
+def test_some_layers_alone():
+    targets = ["q_proj", "up_proj", "down_proj"]
+    model = graft.get_peft_model(make("llama"), config(target_modules=targets, layers_to_transform=[1]))
+    paths = ("self_attn.q_proj", "mlp", "mlp.up_proj", "mlp.down_proj")
+    assert set(layers(model)) == {f"model.layers.1.{path}" for path in paths}
+
+
 def test_generate():
     model = adapted("one", "two")
     kwargs = dict(max_new_tokens=4, do_sample=False)

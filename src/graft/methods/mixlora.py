@@ -79,7 +79,6 @@ class MixLoRA(Method):
 
     config = MixLoraConfig
     prefix = "mixlora_"
-    compresses_targets = False
 
     mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
     mixlora_A: nn.Parameter  # (experts, r, in) in an MLP, (r, in) elsewhere

@@ -305,6 +305,7 @@ def compare_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> None
         return
     targets = targets_of(tuner, config)
     wanted = {k for k in survey(tuner.model).modules if targets(k)}
+    wanted |= set(method_of(config.peft_type).accompany(config, tuner.model, sorted(wanted)))
     have = set(registry_of(tuner).layers)
     if wanted == have:
         return

@@ -32,7 +32,7 @@ from tests.model.tasks.models import (
 )
 from tests.models import output
 
-OWN_LOSS = ("ADALORA", "CPT")  # more, or other, than the cross entropy of the labels
+OWN_LOSS = ("ADALORA", "CPT", "MOELORA")  # more, or other, than the cross entropy of the labels
 CANCELS = "qa_outputs.modules_to_save.default.bias"  # the same for all positions, so a softmax over them ignores it
 WITHOUT_HEADS = ("TRAINABLE_TOKENS",)  # its config, as PEFT's, has no modules_to_save
 

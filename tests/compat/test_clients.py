@@ -18,7 +18,8 @@ import peft
 import pytest
 
 from graft.compat.peft import children
-from graft.compat.peft.modules import AliasModule, known
+from graft.compat.peft.modules import AliasModule, known, names_in, resolve
+from graft.compat.peft.names import MODULES
 from tests.compat.test_compat import run
 
 HERE = Path(__file__).parent
@@ -100,6 +101,18 @@ def test_what_is_absent_says_what_to_do(name, alias):
     with pytest.raises((AttributeError, ImportError), match=r"is not in graft|has no attribute") as error:
         resolved(name)
     assert any(word in str(error.value) for word in ("graft.Method", "docs/differences.md"))
+
+
+def test_constants_are_those_of_peft():
+    compared = 0
+    for module in MODULES:
+        if not in_peft(path := f"peft.{module}".rstrip(".")) or not (theirs := vars(importlib.import_module(path))):
+            continue
+        for name in {*names_in(path)} & {*theirs} - {"__version__"}:
+            if isinstance(value := theirs[name], (str, int, float, list, tuple, set)):
+                assert resolve(path, name) == value, (path, name)
+                compared += 1
+    assert compared > 20
 
 
 def test_the_table_is_of_real_releases():

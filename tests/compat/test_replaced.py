@@ -174,6 +174,14 @@ def test_only_layers_of_the_class_and_wrapping_twice(monkeypatch):
     assert not seen
 
 
+def test_the_originals_stand_in_the_classes_that_have_them_in_peft():
+    """Clients read `Linear.__dict__["forward"]`, and leave a class alone that has none of its own."""
+    for name in ("Linear", "Embedding", "Conv2d", "ParamWrapper"):
+        for method in ("forward", "merge", "unmerge"):
+            ours, theirs = (vars(layer_of(lib, name)).get(method) for lib in (GRAFT, PEFT))
+            assert callable(ours) or not callable(theirs), (name, method)
+
+
 def test_a_param_wrapper_that_goes_its_own_way(monkeypatch):
     """In the form of clients' kernels: the outermost finds all, and runs the module itself."""
     theirs, ours = pair(STACKS)

@@ -282,7 +282,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
     method = method_of(peft_type)
     facts: dict[str, Any] = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names}
-    facts["__module__"] = __name__
+    facts |= OWN | {"__module__": __name__}  # clients look for the originals in a class's own namespace
     if kind is None:
         facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:

@@ -8,22 +8,21 @@ from graft.methods import IN_PEFT, METHODS
 # PEFT's names that are not public in graft, by the module that holds them: "theirs=ours" or the one name
 HELD: dict[str, str] = {
     "graft.kernels.structured": "factorization",
-    "graft.core.containers": "BufferDict UPCAST_DTYPES=UPCAST",
+    "graft.core.containers": "BufferDict",
     "graft.methods.road": "RoadVariant",
     "graft.methods.shadow.detached": "DetachedShadowModel ShadowCache",
     "graft.methods.shira": "random_mask",
     "graft.methods.xlora": "XLoraClassifier",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
-    "graft.config.targets": "EMBEDDING_LAYER_NAMES=EMBEDDING_NAMES "
-    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
+    "graft.config.targets": "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
     "graft.io.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     "graft.serving.hotswap": "check_hotswap_configs_compatible=check_compatible",
     "graft.combine.rules": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "
     "task_arithmetic=linear ties",
     "graft.inject.match": "_find_minimal_target_modules=minimal_names",
     "graft.inject.targets": "DUMMY_TARGET_MODULES=DUMMY INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR "
-    "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM SEQ_CLS_HEAD_NAMES=HEAD_NAMES",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION=COMPRESS_FROM",
     "graft.inject.beside": "TrainableTokensWrapper",
     "graft.model.tasks": "_BaseAutoPeftModel=AutoPeftModel",
     "graft.model.functional": "cast_adapter_dtype check_if_peft_model delete_adapter disable_input_dtype_casting "
@@ -47,7 +46,8 @@ HELD: dict[str, str] = {
     "convert_peft_config_for_transformers get_bnb_param_type get_model_conversion_mapping get_quantization_config "
     "onload_layer register_peft_method",
     "graft.compat.peft.layers": "AuxiliaryTrainingWrapper BaseTunerLayer",
-    "graft.compat.peft.shims": "build_peft_weight_mapping ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG "
+    "graft.compat.peft.shims": "build_peft_weight_mapping ALLOWED_COMPUTE_DTYPES DUMMY_MODEL_CONFIG UPCAST_DTYPES "
+    "EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES "
     "calculate_alora_offsets TOKENIZER_CONFIG_NAME _get_input_embeddings_name "
     "_get_module_names_tied_with_embedding _get_submodules _maybe_include_all_linear_layers _set_adapter "
     "check_adapters_to_merge check_target_module_exists dequantize_module_weight gather_params_ctx get_pattern_key "

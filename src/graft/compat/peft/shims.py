@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from graft.config.base import matches_end
 from graft.config.reading import pattern
+from graft.config.targets import EMBEDDING_NAMES
 from graft.core.layer import AdapterLayer
 from graft.core.merging import not_merged
 from graft.core.names import one_or_several
 from graft.inject.experts import merges, part_of
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
-from graft.inject.targets import ALL_LINEAR, all_linear, tied_to_embedding
+from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, all_linear, tied_to_embedding
 from graft.io.layouts import Stack, as_here, fits, scaled, stacked
 from graft.io.written import Layout, say
 from graft.methods import METHODS, method_of
@@ -170,6 +171,9 @@ def layer_at(model: nn.Module, name: str) -> AdapterLayer | None:
 
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+EMBEDDING_LAYER_NAMES = [*EMBEDDING_NAMES]  # lists, to which callers add
+SEQ_CLS_HEAD_NAMES = [*HEAD_NAMES]
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 

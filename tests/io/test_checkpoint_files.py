@@ -9,6 +9,7 @@ import socket
 import warnings
 from contextlib import nullcontext
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -780,3 +781,23 @@ def test_an_unknown_field_of_a_config_gives_one_warning_with_what_it_may_mean(tm
             getattr(graft, read).from_pretrained(tmp_path)
     (text,) = (str(w.message) for w in record)
     assert text.startswith(f"Unexpected keyword arguments ['{field}']") and hint in text
+
+
+@pytest.mark.parametrize("writer, reader", [(peft, graft), (graft, peft), (graft, graft)])
+def test_embeddings_saved_beside_heads_of_them(writer, reader, tmp_path):
+    """PEFT saves all that is below the embeddings then: a head twice, and the base's; the adapter's name in no key."""
+    made = []
+    for lib in (writer, reader, peft):
+        model = lib.get_peft_model(models.make("llama"), head := lib.LoraConfig(modules_to_save=["lm_head"]), "first")
+        assert head.modules_to_save
+        made.append(model)
+    with seeded(0), torch.no_grad():
+        for p in made[0].parameters():
+            p.normal_() if p.requires_grad else None
+    keys = [{*lib.get_peft_model_state_dict(m, adapter_name="first", save_embedding_layers=True)}
+            for lib, m in zip((writer, reader, peft), made)]  # fmt: skip
+    assert keys[0] == keys[1] == keys[2] and any(k.endswith("lm_head.modules_to_save.weight") for k in keys[0])
+    made[0].save_pretrained(tmp_path, save_embedding_layers=True)
+    read = reader.PeftModel.from_pretrained(models.make("llama"), tmp_path / "first")
+    batch = models.inputs("llama")
+    assert torch.equal(models.output(read, batch), models.output(made[0].eval(), batch))

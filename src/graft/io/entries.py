@@ -125,8 +125,9 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
         for slot in wrapper.slots(adapter):
             if slot.saved:
                 memory = f"{prefix}{in_model.path(key)}.{slot.container}.{adapter}.{slot.path}"
-                file = f"{prefix}{clean(in_file.path(key))}.{slot.path}"
-                yield Entry(memory, file, (), slot.owner, slot.attribute, slot.tensor)
+                stem = f"{prefix}{clean(in_file.path(key))}"
+                also = (f"{stem}.{slot.container}.{slot.path}",)  # files with embeddings hold a head of one twice
+                yield Entry(memory, f"{stem}.{slot.path}", also, slot.owner, slot.attribute, slot.tensor)
     shared = parts.shared
     for slot in () if shared is None else shared.slots(adapter):
         if slot.saved:

@@ -301,7 +301,7 @@ class Values:
             held[prefix + in_file(path)] = held[prefix + path] = p
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
-                held[f"{prefix}{stem}.base_layer.{leaf}"] = p
+                held[f"{prefix}{stem}.base_layer.{leaf}"] = held[f"{prefix}{stem}.original_module.{leaf}"] = p
         out = {n: held[n] for n in sorted(names) if n in held}  # spreading takes all processes, in one order
         wrong = [n for n in out if shape_of(out[n]) != self.tensors[n].shape]
         return out, [(n, self.tensors[n].shape, shape_of(out.pop(n))) for n in wrong]

@@ -93,8 +93,8 @@ def get_peft_model_state_dict(
         copy_twins(held, values, adapter_name)
     out = stored(parts, held, values, adapter_name, config)
     for key, tensor in more.items():
-        out[key] = values[key]
-        check_value(key, out[key], tensor, adapter_name)
+        check_value(key, values[key], tensor, adapter_name)
+        out[key.replace(f".modules_to_save.{adapter_name}.", ".modules_to_save.")] = values[key]  # a head's, as in PEFT
     return out
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from graft.model.budget import Training
 
 DTYPES = ("float32", "float16", "bfloat16")
-BASES = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}  # quant_method → format
 RANKS = tuple(2**n for n in range(2, 11))
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -96,6 +95,7 @@ def plan(
 
 def format_of(config: dict[str, Any], told: str | None) -> str | None:
     """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
+    from graft.files.bases import packing
     from graft.model.budget import FORMATS
 
     if told is not None:
@@ -103,8 +103,7 @@ def format_of(config: dict[str, Any], told: str | None) -> str | None:
         if told not in known:
             raise OptionError(f"--base is one of {', '.join(known)}, not {told!r}.")
         return None if told == "none" else told
-    said = config.get("quantization_config") or {}
-    return None if said.get("load_in_8bit") else BASES.get(str(said.get("quant_method")))
+    return packing(config)
 
 
 def adapter_config(path: Path | None, method: str, rank: int, targets: str, parameters: str = "") -> Any:

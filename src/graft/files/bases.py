@@ -16,6 +16,14 @@ from graft.files.tensors import Tensor
 PIPELINE, CONFIG = "model_index.json", "config.json"
 COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adapters are for; more end in a number
 
+PACKED = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}  # quant_method of a config → format
+
+
+def packing(config: Mapping[str, Any]) -> str | None:
+    """Return the format of weights, as of `budget`, that a model's config.json says; None for none, or another."""
+    said = config.get("quantization_config") or {}
+    return None if said.get("load_in_8bit") else PACKED.get(str(said.get("quant_method")))
+
 
 def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
     """Look at a base model without its weights.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
-from graft.core.errors import AdapterNotFoundError, ConfigError
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, Given, Run, copies_of
 from graft.inject.job import Options
@@ -508,6 +508,13 @@ class PeftModel(nn.Module):
 
             export_adapters(self, save_directory, selected_adapters, for_server, is_main_process)
             return
+        saved = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if part := [name for name in saved if name in self._registry.taken_in]:
+            warn(
+                f"The base weights hold what adapters {part} had learned before their last restart, which no file of "
+                "an adapter has: save the model as well, by merge_and_unload().save_pretrained(…) of a copy.",
+                PeftWarning,
+            )
         checkpoints.save_adapters(
             self,
             save_directory,

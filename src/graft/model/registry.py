@@ -163,6 +163,7 @@ class Registry:
     averaged = False  # the gradients of what trains now will be averaged over processes
     in_ddp = False  # it ran within a DDP, the last time that somebody looked
     frozen: set[str]  # adapters that never train, and that no save takes unless it is told to
+    taken_in: set[str]  # adapters of which the base weights hold a part for good, that no file of theirs has
     starts: dict[str, Note]  # notes of the values with which adapters began, by adapter
     arguments: set[str]  # of a call of the model that are the methods' own
     several: str  # for errors: how to activate several adapters
@@ -181,6 +182,7 @@ class Registry:
         self.call = known[0].call if known else Call()
         self.peft_config, self.reports, self.active_adapters, self.states = Configs(), {}, [], {}
         self.watched, self.trained, self.frozen, self.starts = set(), set(), set(), {}
+        self.taken_in = set()
         self.composition, self.checked = None, set()
         return found
 
@@ -394,6 +396,7 @@ class Registry:
         self.watched.discard(adapter_name)
         self.trained.discard(adapter_name)
         self.frozen.discard(adapter_name)
+        self.taken_in.discard(adapter_name)
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:

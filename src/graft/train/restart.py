@@ -29,7 +29,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
 
     A is drawn anew and B is 0, so that the model computes what it did. Let the learning rate warm up again: the paper
     has 100 of 5,000 steps. Afterwards the adapter alone is not what was learned: save the model itself, by
-    `merge_and_unload().save_pretrained(…)`. A load of the adapter onto the first base warns that its weights differ.
+    `merge_and_unload().save_pretrained(…)`. Saving the adapter warns of that, and so does a load onto the first base.
 
     Args:
         optimizer: its moments of A and B go to 0.
@@ -47,6 +47,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
     layers = [layer for layer in registry.layers.values() if name in layer.methods]
     for layer in layers:
         check(layer, name, optimizer)
+    registry.taken_in.add(name)
     for layer in layers:
         m: Any = layer.methods[name]
         with layer.store.at_hand(layer, None), evaluating(layer):

@@ -38,7 +38,8 @@ SPECIAL: dict[str, dict[str, str | None]] = {  # class names that do not follow 
     "ADAPTION_PROMPT": {"AdaptedAttention": None, "AdaptedAttentionGPT": "GPT2Attention"},
 }
 ASKED = {"LORA": ("lora_ga_init",)}  # methods that clients ask a class for, to know what PEFT can do
-PARAM = "get_param"  # nothing in graft calls it, so that who replaces it decides what other clients get
+DELTA = "get_delta_weight"
+READ = ("get_param", DELTA)  # of a ParamWrapper; nothing in graft calls them: a replacement is what other clients get
 KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
 
@@ -97,7 +98,9 @@ class _LayerType(ABCMeta):
             super().__setattr__(name, value)
             substitute(cls, name, value)
             return
-        if name == PARAM and name in cls.__dict__ and not cls.derived:
+        if name in READ and name in cls.__dict__ and not cls.derived:
+            if name == DELTA and value is not OWN_DELTA:
+                warn(f"{cls.__name__}.{name} was replaced: graft merges and runs without it, as before.", PeftWarning)
             setattr(ParameterLayer, name, value)
             super().__setattr__(name, value)
             return
@@ -262,6 +265,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
         GRAFTS["unmerge"][AdapterLayer](self)
 
 
+OWN_DELTA = ParameterLayer.get_delta_weight
 OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
 GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParameterLayer)} for name in REPLACEABLE}
 REPLACED: dict[str, list[type]] = {}  # classes on which clients have replaced a method, the last first
@@ -286,7 +290,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
     if kind is None:
         facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:
-        facts[PARAM] = getattr(ParameterLayer, PARAM)
+        facts |= {name: getattr(ParameterLayer, name) for name in READ}
     return _LayerType(name, bases, facts)
 
 

@@ -5,5 +5,5 @@
 what only a GPU or a cloud uses. `<name>.py` has its cases: each a list of commands, run in turn in one folder.
 A command's first word is a script of the environment, or a module, which runs in a fork of a process that has imported
 the trainer; or it is `env`, and the rest is what one would type into a shell. `DIFFERS` has the cases that are not
-equal, and why.
+equal, and why. `OWN` are arguments of pytest: which tests of the trainer's source distribution run (`own.py`).
 """

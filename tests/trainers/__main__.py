@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 
 from tests.clients.pair import SHOWN
-from tests.trainers import results
+from tests.trainers import own, results
 from tests.trainers.both import Trainer, differences
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.trainers", description=__doc__)
     parser.add_argument("environment", type=Path)
-    parser.add_argument("--only", nargs="*", metavar="CASE", help="'DoRA' …")
+    parser.add_argument("--only", nargs="*", metavar="CASE", help="'DoRA' …; and not its own tests")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave what the commands write there")
     parser.add_argument("--record", action="store_true", help="keep what the cases gave, for the documentation")
     args = parser.parse_args()
@@ -39,14 +39,19 @@ def main() -> int:
             print("\n  ".join([f"{case}: {head}", *found[:SHOWN]]), flush=True)
         for side in sides:
             side.end()
+        tests = own.compared(trainer, root / "own") if hasattr(trainer.cases, "OWN") and args.only is None else None
     if args.record:
-        results.record(trainer, equal)
+        results.record(trainer, equal, tests)
     differs = getattr(trainer.cases, "DIFFERS", {})
     failed = [case for case, good in equal.items() if good is (case in differs)]
     for case in failed:
         print(f"{case} is {'equal' if equal[case] else 'not equal'}, and was to be other")
     print(f"{trainer.cases.TITLE}: {len(equal) - len(failed)} passed, {len(failed)} failed")
-    return 1 if failed or not equal else 0
+    if tests is not None:
+        failed += [name for name in tests["PEFT alone"] if name not in differs]
+        print(f"its own tests: {len(tests['both'])} pass, {len(tests['neither'])} do not with PEFT either")
+        print(*(f"with PEFT alone passes {name}" for name in tests["PEFT alone"]), sep="\n")
+    return 1 if failed or not (equal or tests) else 0
 
 
 if __name__ == "__main__":

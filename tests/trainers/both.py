@@ -26,6 +26,7 @@ LIBRARIES = ("peft", "graft")
 LOSSES, TENSORS = 1e-5, 2e-6  # relative or absolute
 MORE = ".lora_shift."  # what graft's files hold beside PEFT's: docs/differences.md
 TIMED = ("runtime", "per_sec", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
+VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 QUIET = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "DISABLE_TELEMETRY", "DO_NOT_TRACK"), "1"),
@@ -48,6 +49,7 @@ class Side:
         self.shell = ["bash", "-c", f'eval "$(python {" ".join(under)} --env)" && exec "$@"', "bash"] if under else []
         paths = [self.made, INSIDE, *([ROOT / "src"] if library == "graft" else [])]
         self.env = {**os.environ, **QUIET, "HF_HOME": str(folder / "home")}
+        self.env |= getattr(trainer.cases, "ENVIRONMENT", {})
         self.env |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHONPATH": ":".join(map(str, paths))}
         self.log = folder / f"{library}.log"
         self.forks: subprocess.Popen[str] | None = None
@@ -98,6 +100,12 @@ class Trainer:
     def __init__(self, environment: Path):
         self.name, self.bin = environment.name, environment.resolve() / "bin"
         self.cases: ModuleType = importlib.import_module(f"tests.trainers.{self.name}")
+
+    def versions(self) -> dict[str, str]:
+        """Return the releases in the environment, of the trainer and what it stands on."""
+        names = [self.cases.PACKAGE, "peft", "transformers", "torch"]
+        said = subprocess.run([self.bin / "python", "-c", VERSIONS, *names], check=True, stdout=subprocess.PIPE)
+        return dict(json.loads(said.stdout))
 
     def sides(self, folder: Path) -> list[Side]:
         """Write a model, a tokenizer and data, and empty modules for what the environment cannot import."""

@@ -14,7 +14,12 @@ TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assis
 SFT = {"file_name": "sft.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": TAGS}
 PAIRS = {"messages": "prompt", "chosen": "chosen", "rejected": "rejected"}
 DPO = {"file_name": "dpo.jsonl", "formatting": "sharegpt", "ranking": True, "columns": PAIRS, "tags": TAGS}
-FILES = {"dataset_info.json": json.dumps({"sft": SFT, "dpo": DPO})}
+KTO = {**SFT, "file_name": "kto.jsonl", "columns": {"messages": "messages", "kto_tag": "label"}}
+PT = {"file_name": "pt.jsonl", "columns": {"prompt": "text"}}
+FILES = {
+    "dataset_info.json": json.dumps({"sft": SFT, "dpo": DPO, "kto": KTO, "pt": PT}),
+    "pt.jsonl": "".join(json.dumps({"text": f"{a} + {a} is {a + a}."}) + "\n" for a in range(32)),
+}
 
 MODEL = dict(model_name_or_path="made/model", template="empty", use_cpu=True, trust_remote_code=True)
 TRAIN = dict(
@@ -42,6 +47,10 @@ CASES = {
     "LoRA+": [train(loraplus_lr_ratio=4)],
     "PiSSA": [train(pissa_init=True)],
     "OFT": [train(finetuning_type="oft", oft_target="q_proj,v_proj", module_dropout=0)],
+    "llama-pro": [train(finetuning_type="freeze", use_llama_pro=True, freeze_trainable_layers=1)],
+    "freeze": [train(finetuning_type="freeze", freeze_trainable_layers=1)],
+    "new words": [train(add_tokens="<new>,<newer>", resize_vocab=True)],
+    "pre-training": [train(stage="pt", dataset="pt", cutoff_len=64)],
     "modules to save": [train(additional_target="lm_head")],
     "resume": [train(), train(output_dir="more", resume_from_checkpoint="out/checkpoint-2", max_steps=6)],
     "a second adapter on the first": [
@@ -49,6 +58,17 @@ CASES = {
         train(output_dir="more", adapter_name_or_path="out", create_new_adapter=True),
     ],
     "export": [train(), export(adapter_name_or_path="out")],
+    "two adapters merged": [
+        train(),
+        train(output_dir="more", seed=1, lora_target="k_proj"),
+        export(adapter_name_or_path="out,more"),
+    ],
+    "ORPO": [train(stage="dpo", dataset="dpo", pref_loss="orpo")],
+    "KTO": [train(stage="kto", dataset="kto")],
+    "reward model": [train(stage="rm", dataset="dpo")],
     "DPO": [train(stage="dpo", dataset="dpo", pref_beta=0.1)],
 }
-DIFFERS = {"a second adapter on the first": "loading the first draws random numbers under PEFT alone"}
+DIFFERS = {
+    "a second adapter on the first": "loading the first draws random numbers under PEFT alone",
+    "reward model": "the value head's bias has no gradient but rounding, of which Adam makes steps",
+}

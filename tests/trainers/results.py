@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -14,17 +13,20 @@ from tests.trainers.both import Trainer
 
 KEPT = Path(__file__).parent / "results.json"
 NOTHING = "No run is recorded yet."
-VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 
 
-def record(trainer: Trainer, equal: Mapping[str, bool]) -> None:
-    """Keep what a whole run gave, with the day and the versions."""
-    names = [trainer.cases.PACKAGE, "peft", "transformers", "torch"]
-    asked = [str(trainer.bin / "python"), "-c", VERSIONS, *names]
-    versions = json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    said = dict(title=trainer.cases.TITLE, date=date.today().isoformat(), versions=versions)
+def record(trainer: Trainer, equal: Mapping[str, bool], own: Mapping[str, list[str]] | None = None) -> None:
+    """Keep what a run gave, with the versions and the day, which is that of the oldest case."""
+    versions = trainer.versions()
     runs = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    runs[trainer.name] = said | {"equal": dict(equal)}
+    run = dict(title=trainer.cases.TITLE, date=date.today().isoformat(), versions=versions, equal=dict(equal))
+    if own is not None:
+        run["own"] = {**own, "both": len(own["both"])}
+    before = runs.get(trainer.name, {})
+    if before.get("versions") == versions and (before["equal"].keys() - equal or before.keys() - run):
+        run = before | run | {"date": before["date"], "equal": before["equal"] | run["equal"]}
+    run["equal"] = {case: run["equal"][case] for case in trainer.cases.CASES if case in run["equal"]}
+    runs[trainer.name] = run
     KEPT.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
 
 
@@ -36,13 +38,20 @@ def named(run: dict[str, Any], equal: bool) -> list[str]:
     return [case for case, good in run["equal"].items() if good is equal]
 
 
+def counted(run: dict[str, Any]) -> str:
+    """Return how many commands are equal, and how many of the trainer's tests pass of those that do with PEFT."""
+    own = run.get("own")
+    commands = [f"{len(named(run, True))} of {len(run['equal'])}"] if run["equal"] else []
+    tests = [f"own tests: {own['both']} of {own['both'] + len(own['PEFT alone'])}"] if own else []
+    return "; ".join(commands + tests)
+
+
 def figures() -> str:
     """Return a table of how many cases are equal, under which releases, and when."""
     rows = []
     for run in kept():
         version, peft, transformers, _ = run["versions"].values()
-        counted = f"{len(named(run, True))} of {len(run['equal'])}"
-        rows.append(f"| {run['title']} {version} | {peft} | {transformers} | {counted} | {run['date']} |")
+        rows.append(f"| {run['title']} {version} | {peft} | {transformers} | {counted(run)} | {run['date']} |")
     head = "| trainer | its PEFT | its transformers | commands equal | run on |\n|---|---|---|---|---|"
     return "\n".join([head, *rows]) if rows else NOTHING
 
@@ -52,5 +61,6 @@ def cases() -> str:
     rows = [
         f"| {run['title']} | {', '.join(named(run, True)) or '–'} | {', '.join(named(run, False)) or '–'} |"
         for run in kept()
+        if run["equal"]
     ]
     return "\n".join(["| trainer | equal | not equal |\n|---|---|---|", *rows]) if rows else NOTHING

@@ -2,11 +2,16 @@
 """What compares the runs of a trainer notices what differs, and the pages show what was kept."""
 
 import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 
 from tests.docs import trainers
+from tests.trainers import own, results
 from tests.trainers.both import differences
 
 
@@ -47,6 +52,35 @@ def test_a_file_that_only_one_has(tmp_path):
 
 def test_commands_that_wrote_nothing(tmp_path):
     assert list(differences(tmp_path, tmp_path)) == ["PEFT's commands wrote no tensors"]
+
+
+def test_how_tests_of_a_trainer_ended(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\ndef test_left_out(): pytest.skip()\n"
+    )
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    side = SimpleNamespace(library="peft", bin=Path(sys.executable).parent, env=dict(os.environ))
+    found = own.outcomes(side, tmp_path, ["."], tmp_path)
+    assert {name.rpartition("::")[2]: outcome for name, outcome in found.items()} == {
+        **dict(test_good="passed", test_bad="failure", test_left_out="skipped", test_broken="error"),
+    }
+
+
+def test_cases_run_alone_are_kept_beside_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path / "results.json")
+    cases = SimpleNamespace(TITLE="It", PACKAGE="it", CASES=dict.fromkeys("abc"))
+    trainer = SimpleNamespace(
+        name="it", cases=cases, versions=lambda: dict(it="1", peft="2", transformers="3", torch="4")
+    )
+    tests = {"both": ["one", "two"], "PEFT alone": ["three"], "neither": []}
+    results.record(trainer, {"a": True, "b": False}, tests)
+    results.record(trainer, {"c": True, "b": True})
+    (run,) = results.kept()
+    assert run["equal"] == {"a": True, "b": True, "c": True} and "| 3 of 3; own tests: 2 of 3 |" in results.figures()
+    trainer.versions = lambda: dict(it="2", peft="2", transformers="3", torch="4")
+    results.record(trainer, {"c": False})
+    assert results.kept()[0]["equal"] == {"c": False} and "| 0 of 1 |" in results.figures()
 
 
 def test_the_pages_show_the_runs_that_were_kept():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from graft.files import formats
 from graft.files.bases import base_of
 from graft.files.convert import convert
-from graft.files.errors import LossError
+from graft.files.errors import BaseNeededError, LossError
 from tests.files.dense import changes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -82,3 +82,25 @@ def read_back(path, to, base):
     adapter = read_for(str(path), base, to)
     assert adapter.format == to
     return adapter
+
+
+def test_names_of_a_first_release(tmp_path):
+    """As ComfyUI has them for Wan: `diffusers` itself knows which module is meant, with the folder of the pipeline."""
+    rng, tensors = np.random.default_rng(0), {}
+    for name, theirs in (("self_attn.q", "attn1.to_q"), ("cross_attn.o", "attn2.to_out.0")):
+        A, B = (rng.normal(size=size).astype("f4") for size in ((3, 24), (24, 3)))
+        stem = f"diffusion_model.blocks.0.{name}"
+        tensors |= {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": np.array(6, "f4")}
+        tensors[theirs] = 2 * B @ A
+    wanted = {name: tensors.pop(name) for name in ("attn1.to_q", "attn2.to_out.0")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(BaseNeededError, match="first release"):
+        formats.read(tmp_path / "a.safetensors")
+    diffusers = pytest.importorskip("diffusers")
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, num_layers=1, ffn_dim=16, in_channels=4, out_channels=4,
+                 text_dim=8, freq_dim=8)  # fmt: skip
+    diffusers.WanTransformer3DModel(**sizes).save_pretrained(tmp_path / "pipe" / "transformer")
+    (tmp_path / "pipe" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    adapter = formats.read(tmp_path / "a.safetensors", base_of(tmp_path / "pipe"))
+    found = changes(adapter, base_of(tmp_path / "pipe"))
+    assert_same(found, {f"transformer.blocks.0.{name}": d for name, d in wanted.items()})

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """diffusers: pytorch_lora_weights.safetensors, the parts of a pipeline in front of the names; its three older layouts.
 
+Files in the names of a model's first release (ComfyUI's of Flux, Wan and others) are read by diffusers itself.
+
 Since diffusers 0.34 the header's `lora_adapter_metadata` has a LoraConfig for each part. Without it, and without alpha
 beside the factors, the scale is 1.
 """
@@ -10,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from graft.core.errors import CheckpointError
 from graft.files.bases import COMPONENTS
-from graft.files.errors import BaseNeededError
+from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.kohya import scale_of
 from graft.files.formats.peft import key_of, numbers_at, plain
@@ -32,6 +35,7 @@ LEAVES = {  # ends of names → what they are; the newest layout first
     ".lora_linear_layer.down.weight": "A", ".lora_linear_layer.up.weight": "B", ".alpha": "alpha",
 }  # fmt: skip
 OLDEST = re.compile(r"(?P<path>.+)\.processor\.(?P<which>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight")
+FIRST = re.compile(r"diffusion_model\..+|((double|single|joint)_)?blocks\.\d+\..+\.lora_(A|B|down|up)\.weight")
 PART = re.compile(rf"({'|'.join(COMPONENTS)})(_\d+)?\.")
 
 
@@ -42,13 +46,46 @@ def recognises(path: str) -> bool:
     if not file.endswith(".safetensors"):
         return mentions(file, b"_lora.down.weight", b".lora.down.weight", b"lora_linear_layer")
     held, metadata = read_header(file)
-    if METADATA in metadata:
+    if METADATA in metadata or of_first_release(held):
         return True
     return (
         bool(held)
         and sum(PART.match(key) is not None or OLDEST.fullmatch(key) is not None for key in held) > len(held) / 2
         and any(split(key) is not None for key in held)
     )
+
+
+def of_first_release(keys: Iterable[str]) -> bool:
+    """Return True if tensors have the names of a model's first release."""
+    return any(FIRST.fullmatch(key) is not None and split(key) is not None for key in keys)
+
+
+def renamed(file: str, base: Base | None) -> dict[str, Tensor]:
+    """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline reads them.
+
+    Raises:
+        BaseNeededError: there is no base, or one that does not name its pipeline.
+        PackageNeededError: diffusers is not installed.
+        LossError: the pipeline reads no such files.
+    """
+    name = "" if base is None else str(base.config.get("_class_name", ""))
+    if not name.endswith("Pipeline"):
+        raise BaseNeededError(
+            f"{file} has the names of a model's first release: give the folder of the pipeline that it is for, with "
+            "its model_index.json (--base)."
+        )
+    try:
+        import diffusers
+    except ImportError:
+        raise PackageNeededError(f"{file} is read by diffusers itself: pip install diffusers.") from None
+    kind = getattr(diffusers, name, None)
+    if not hasattr(kind, "lora_state_dict"):
+        raise LossError(f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}.")
+    try:
+        held = kind.lora_state_dict(file, local_files_only=True)
+    except (ValueError, KeyError, RuntimeError, IndexError) as e:
+        raise CheckpointError(f"{name} of diffusers cannot read {file}: {e}") from e
+    return tensors_of(held[0] if isinstance(held, tuple) else held, file)
 
 
 def file_in(path: str) -> str | None:
@@ -70,12 +107,15 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
     Raises:
         CheckpointError: it is damaged, or factors are missing or contradict the metadata.
+        BaseNeededError, PackageNeededError, LossError: it has the names of a first release, see `renamed`.
     """
     file = file_in(path) or path
     if file.endswith(".safetensors"):
         held, metadata = read_header(file)
     else:
         held, metadata = tensors_of(read_torch(file), file), {}
+    if METADATA not in metadata and of_first_release(held):
+        held = renamed(file, base)
     out = AdapterFile(NAME, file, metadata=metadata)
     configs = configs_in(metadata, file)
     modules: dict[str, dict[str, Tensor]] = {}

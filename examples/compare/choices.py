@@ -170,8 +170,8 @@ OTHERS: dict[str, Choice] = {
     "FineGates": Choice(of("FINEGATES", gate_noise_std=0.1), 1e-2, "noise 0.1, q and v"),
     "EWoRA": Choice(of("EWORA", r=4, num_experts=4), LR, "4 experts of r 4, q and v"),
     "DyLoRA": Choice(partial(lora, use_dylora=True)),
-    "LoHa, Khatri-Rao": Choice(of("LOHA", r=4, alpha=16, use_khatri_rao=True), LR, "r 4, q and v"),
-    "LoHa, ABBA": Choice(of("LOHA", r=4, alpha=16, init_weights="abba"), 1e-3, "r 4, q and v"),
+    "LoHa by Khatri-Rao": Choice(of("LOHA", r=4, alpha=16, use_khatri_rao=True), LR, "r 4, q and v"),
+    "LoHa by ABBA": Choice(of("LOHA", r=4, alpha=16, init_weights="abba"), 1e-3, "r 4, q and v"),
     "bottlenecks": Choice(at_places("BottleneckConfig", reduction_factor=16), 1e-3, "Pfeiffer's, width / 16"),
     "Houlsby": Choice(
         at_places("BottleneckConfig", reduction_factor=16, mh_adapter=True, original_ln_before=False),

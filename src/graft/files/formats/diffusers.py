@@ -78,7 +78,7 @@ def renamed(file: str, base: Base | None) -> dict[str, Tensor]:
         import diffusers
     except ImportError:
         raise PackageNeededError(f"{file} is read by diffusers itself: pip install diffusers.") from None
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "lora_state_dict"):
         raise LossError(f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}.")
     try:

@@ -394,6 +394,30 @@ def test_a_base_with_dropout_of_its_own():
     assert {m.p for m in dropping} == {0.5} and base.dropout not in dropping and len(dropping) == 2
 
 
+class Normalized(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8, **options)
+
+    def forward(self, x):
+        return self.norm(self.first(x))
+
+
+def test_a_base_whose_rows_depend_on_each_other():
+    with pytest.raises(ConfigError, match=r"'norm'.*base_in_eval=True"):
+        MultiTrain(Normalized())
+    with pytest.raises(ConfigError, match="'norm'"):
+        MultiTrain(Normalized(track_running_stats=False), base_in_eval=True)
+    runs = MultiTrain(Normalized(), base_in_eval=True)
+    data, config = [{"x": torch.ones(4, 4)}] * 2, graft.LoraConfig(target_modules=["first"])
+    runs.add("u", config, data=data, loss=lambda y, batch: y.square().mean())
+    assert runs.run()["u"].step == 2 and not runs.base.norm.training
+    router = Normalized()
+    router.norm.expert_capacity = 8
+    with pytest.raises(ConfigError, match=r"'norm\.expert_capacity'"):
+        MultiTrain(router, base_in_eval=True)
+
+
 def test_the_table_says_how_runs_stand():
     from rich.console import Console
 

@@ -66,7 +66,8 @@ class MultiTrain:
         model: the PeftModel; None before the first run.
 
     Raises:
-        ConfigError: the base drops inputs by itself, from a generator that all runs would share.
+        ConfigError: the base drops inputs by itself, from a generator that all runs would share; or what it makes of a
+            row depends on the others of its batch.
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
@@ -86,6 +87,13 @@ class MultiTrain:
                 f"The base drops inputs by itself ({drops[0]}, and {len(drops) - 1} more): all runs would draw from "
                 "one generator. Set its dropout to 0, or pass base_in_eval=True, which trains adapters over a base in "
                 "eval mode."
+            )
+
+        if found := mixing_in(self.base, self._carried(), base_in_eval):
+            raise ConfigError(
+                f"What the base makes of a row depends on the others of its batch ({found[0]}, and {len(found) - 1} "
+                "more): runs would not be apart from each other. For batch normalization by statistics that are kept, "
+                "pass base_in_eval=True; else train one adapter at a time."
             )
 
     @classmethod
@@ -546,6 +554,22 @@ def dropout_in(base: nn.Module, without: set[int]) -> list[str]:
         if isinstance(m, DROPS) and m.p > 0:
             found.append(f"'{key}'")
         found += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
+    return found
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def mixing_in(base: nn.Module, without: set[int], base_in_eval: bool) -> list[str]:
+    """Return where rows of a batch meet: normalization by the batch, and routers whose experts take only so many."""
+    found = []
+    for key, m in base.named_modules():
+        if id(m) in without:
+            continue
+        if isinstance(m, NORMS) and not (base_in_eval and m.track_running_stats):
+            found.append(f"'{key}'")
+        if getattr(m, "expert_capacity", None) is not None:
+            found.append(f"'{key}.expert_capacity'")
     return found
 
 

@@ -287,8 +287,9 @@ class Cell:
     def config(self, lib: Any) -> Any:
         """The configuration as an object of `lib` (graft or peft)."""
         values: dict[str, Any] = {**copy.deepcopy(METHODS[self.method]), "task_type": self.task}
-        elsewhere = {} if self.method in IN_PEFT or graft.method_of(self.method).targets else LORA
-        explicit = EXPLICIT.get(self.method, elsewhere).get(_original(self.model).config.model_type)
+        kind = _original(self.model).config.model_type
+        elsewhere = {} if self.method in IN_PEFT or kind in (graft.method_of(self.method).targets or {}) else LORA
+        explicit = EXPLICIT.get(self.method, elsewhere).get(kind)
         if self.method == "REFT" and _original(self.model).config.model_type == "deberta-v2":
             explicit = ["intermediate.dense"]  # its projections also run on relative positions, which are no tokens
         if explicit is not None:

@@ -51,6 +51,17 @@ def test_models_of_the_same_type_come_first(found):
     assert graft.suggest_lr(graft.LoraConfig(r=4), model).lr == 1e-4
 
 
+def test_rates_of_other_models_do_not_stand_for_the_sources(found):
+    """What 9 steps of a small encoder like is too much for a large decoder."""
+    found(row(), row("LNTuning", config={}))
+    model = nn.Linear(2, 2)
+    model.config = {"model_type": "llama"}
+    told = graft.suggest_lr(graft.LoraConfig(r=4), model)
+    assert not told.measured and told.lr is None and (told.low, told.high) == (6e-5, 5e-4)
+    assert "on a model of another type: spam (tiny), r 4: 0.01" in str(told)
+    assert graft.suggest_lr(graft.LNTuningConfig(), model).lr == 1e-2  # its source has none
+
+
 def test_variants_and_flags_have_rates_of_their_own(found):
     found(row(), row(config={"r": 4, "use_rslora": True}, means=(0.1, 0.2, 0.3, 0.4)), row("DoRA", means=(2, 1, 3, 4)))
     assert graft.suggest_lr(graft.LoraConfig(r=4, use_rslora=True)).lr == 1e-4

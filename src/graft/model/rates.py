@@ -58,7 +58,7 @@ class Suggestion:
         lr: the best one that was tested; or the source's, where it has only one. None: there is no such rate.
         low, high: between these the loss was within a standard deviation of the best; or the source's range.
         tested: the least and the largest rate that were tested; None: none was.
-        found_on: on what, a line for each search.
+        found_on: on what, a line for each search; if nothing was tested on models of this type, on others.
         by_size: the best rate for each other size that was tested, as {"r 16, lora_alpha 64": 1e-3}.
         published: the range of the method's source.
     """
@@ -90,6 +90,8 @@ class Suggestion:
             low, high, source = self.published
             own = f"{low:g}" if low == high else f"{low:g} to {high:g}"
             lines.append(f"{'- ' if lines else f'{self.adapter}, not measured here; '}its source: {own} ({source}).")
+            if self.tested is None:
+                lines += [f"- on a model of another type: {line}" for line in self.found_on]
         return "\n".join(lines) or f"{self.adapter}: no rate is known; sweep over 1e-4 to 0.3 (graft.sweep)."
 
 
@@ -98,7 +100,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
 
     Args:
         config: of the adapter.
-        model: the base; searches on models of its type come first.
+        model: the base. Only searches on models of its type count then, if the method's source has rates; None: all.
     """
     adapter, published = adapter_of(config), published_lr(config)
     like = alike(config)
@@ -110,6 +112,10 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
     kind = None if model is None else model_type(model)
     near = [row for row in like if row["model_type"] == kind] or like
     own = closest(near, told(config))
+    if model is not None and published is not None and own[0]["model_type"] != kind:
+        low, high, _ = published
+        found_on = tuple(map(about, own))
+        return Suggestion(adapter, low if low == high else None, low, high, found_on=found_on, published=published)
     low, high = good(own)
     sizes = {size_of(row): [r for r in near if size_of(r) == size_of(row)] for row in near}
     return Suggestion(

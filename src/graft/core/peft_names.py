@@ -272,7 +272,9 @@ class PeftNames:
 
     @property
     def parameter_name(self: Layer) -> str:
-        """The parameter that is adapted, of a layer that stands around its module."""
+        """The parameter that is adapted, of a layer that stands around its module; others have no such attribute."""
+        if self.site.path == self.site.key:
+            raise AttributeError("parameter_name")  # as in PEFT, where clients tell such layers by it
         return self.site.parameter
 
     def _get_name(self: Any) -> str:

@@ -12,7 +12,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.storage.packed_experts import BOTH, IDS, blocks, gpt_oss, made, mixtral
-from tests.storage.test_packed_experts import adapted, merges_and_unmerges, results, same
+from tests.storage.test_packed_experts import adapted, holds_one_matrix, merges_and_unmerges, results, same
 
 NAMES = ("gate_up_proj", "down_proj")
 WIDTH = 128  # on a CPU, the package reads stacks wrong of which a row is no multiple of a block
@@ -83,3 +83,24 @@ def test_blocks_that_reach_over_matrices_are_refused():
 @pytest.mark.parametrize("kind", ["nf4", "nested"])
 def test_merging_keeps_what_it_says_and_gives_the_bits_back(kind):
     merges_and_unmerges(packed(mixtral, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_has_one_matrix_dense_at_a_time(kind):
+    holds_one_matrix(packed(mixtral, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_by_matrix_has_the_bits_of_the_package(kind, make):
+    dense, base = made(make, width=WIDTH), packed(make, **KINDS[kind])
+    (_, m), (_, source) = blocks(base)[0], blocks(dense)[0]
+    for name in NAMES:
+        W, held = getattr(source, name).data, stacks.held(m, name)
+        other = held.remade(lambda e, W=W, flipped=held.flipped: (W[e].T if flipped else W[e]).exp())
+        found = other.remade(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e])
+        assert torch.equal(found.codes, held.codes) and not torch.equal(other.codes, held.codes)
+        before, after = held.state.as_dict(), found.state.as_dict()
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            assert torch.equal(after[key], value) if isinstance(value, torch.Tensor) else after[key] == value, key

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
 from graft.kernels import experts as kernel
+from graft.storage import stacks
 from tests.storage.packed_experts import IDS, blocks, gpt_oss, made, mixtral
-from tests.storage.test_packed_experts import adapted, merges_and_unmerges, results, same
+from tests.storage.test_packed_experts import adapted, holds_one_matrix, merges_and_unmerges, results, same
 
 NAMES = ("gate_up_proj", "down_proj")
 
@@ -45,3 +46,25 @@ def test_values_and_gradients_are_those_of_the_dequantized_base(make, outer, mon
 
 def test_merging_keeps_what_it_says_and_gives_the_bits_back():
     merges_and_unmerges(pair(mixtral, True)[0])
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+@pytest.mark.parametrize("outer", [False, True])
+def test_merging_has_one_matrix_dense_at_a_time(make, outer):
+    holds_one_matrix(pair(make, outer)[0])
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+@pytest.mark.parametrize("outer", ["none", "one", "each"])
+def test_packing_by_matrix_has_the_bits_of_the_package(make, outer):
+    _, m = blocks(made(make))[0]
+    for name in NAMES:
+        W = getattr(m, name).data
+        tops = W.abs().amax((1, 2), keepdim=True)
+        scale = {"none": None, "one": per_tensor_amax_to_scale(tops.amax()), "each": per_tensor_amax_to_scale(tops)}
+        expected = NVFP4Tensor.to_nvfp4(W, per_tensor_scale=scale[outer])
+        setattr(m, name, nn.Parameter(NVFP4Tensor.to_nvfp4(W * 0.7, per_tensor_scale=scale[outer]), False))
+        held = stacks.held(m, name)
+        found = held.remade(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e]).weight
+        assert torch.equal(found.qdata, expected.qdata) and torch.equal(found.scale.float(), expected.scale.float())
+        assert found.dtype == expected.dtype and found.shape == expected.shape

@@ -78,7 +78,7 @@ def fp8(model, block=(16, 24), expert_dtype="fp8", scale_fmt="float"):
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, f"{name}_scale_inv").data.fill_(0.03 if expert_dtype == "fp8" else 0.125)
             W = getattr(dense, name).detach()
-            held = stacks.held(experts, name).remade(W)
+            held = stacks.held(experts, name).remade(W.__getitem__)
             held.put(experts, name)
         model.set_submodule(path, experts)
     return model

@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import graft
 from graft.kernels import experts as kernel
@@ -194,6 +196,54 @@ def test_merging_keeps_what_it_says_and_gives_the_bits_back(kind):
     merges_and_unmerges(both(kind)[0])
 
 
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation makes, but for bytes, which codes are."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(out) if type(t) is torch.Tensor and t.element_size() > 1]
+        self.numbers = max(self.numbers, *made, 0)
+        return out
+
+
+def holds_one_matrix(packed):
+    """Merge, twice and with the check of every weight, and unmerge: no tensor is larger than a matrix.
+
+    But for the blocks of scales that reach over its edge.
+    """
+    sizes = {key: W.numel() // len(W) for key, W in dense_of(blocks(packed)).items()}
+    model = adapted(packed, target_modules=[])
+    with seeded(2):
+        model.add_adapter("b", graft.LoraConfig(r=1, target_parameters=BOTH, init_lora_weights=False))
+    with Largest() as seen, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter(["default"], safe_merge=True)
+        model.merge_adapter(["b"], safe_merge=True)
+        model.unmerge_adapter()
+    assert max(sizes.values()) <= seen.numbers < 1.5 * max(sizes.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_has_one_matrix_dense_at_a_time(kind):
+    holds_one_matrix(both(kind)[0])
+
+
+@torch.no_grad()
+def test_a_merge_that_is_not_finite_is_refused_and_nothing_changes():
+    packed, _ = both("fp8")
+    inner = blocks(packed)
+    model, before = adapted(packed, target_modules=[]), dense_of(inner)
+    for n, p in model.named_parameters():
+        if n.endswith("lora_B.default.weight"):
+            p.fill_(3e38)  # finite, and its product is not
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert all(torch.equal(W, before[key]) for key, W in dense_of(inner).items())
+    assert graft.merge_report(model) == {}
+
+
 @torch.no_grad()
 def test_mxfp4_keeps_the_scales_of_the_base():
     """New ones would move numbers that the update does not touch."""
@@ -201,10 +251,10 @@ def test_mxfp4_keeps_the_scales_of_the_base():
     (_, m), *_ = blocks(packed)
     before = stacks.held(m, "down_proj")
     W = before.dense(range(5), torch.float32)
-    assert torch.equal(before.remade(W).dense(range(5), torch.float32), W)
+    assert torch.equal(before.remade(W.__getitem__).dense(range(5), torch.float32), W)
     unit = 2.0 ** (float(before.scale[2, 3, 0]) - 127)
     W[2, 3, 4] = 7.5 * unit
-    after = before.remade(W)
+    after = before.remade(W.__getitem__)
     moved = (after.dense(range(5), torch.float32) != before.dense(range(5), torch.float32)).nonzero()
     assert after.scale[2, 3, 0] == before.scale[2, 3, 0] + 1 and (after.scale != before.scale).sum() == 1
     assert {(int(e), int(row)) for e, row, _ in moved} == {(2, 3)}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core import stacked
 from graft.core.averaging import averaged
 from graft.core.containers import slots_of
 from graft.core.effect import HALF, LowRank, Replace, Rewrite, Update
@@ -126,8 +127,8 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if safe:
         with layer.held.at_hand(layer):
             everything, start = in_order(layer, names)
-            W, b = folded(layer, everything if start is None else start, from_w0=start is None)
-        if not (W.isfinite().all() and (b is None or b.isfinite().all())):
+            finite = stays_finite(layer, everything if start is None else start, from_w0=start is None)
+        if not finite:
             raise ValueError(_broken(layer, names))
 
 
@@ -269,6 +270,19 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
 
 
 @torch.no_grad()
+def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
+    """Return True if weight and bias with `steps` folded in are finite."""
+    with evaluating(layer):
+        products = _products(steps) if is_packed_stack(layer) else None
+    if products is not None:
+        kept = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
+        stack = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
+        return stacked.stays_finite(stack, _by_matrix(layer, products))
+    W, b = folded(layer, steps, from_w0)
+    return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
+
+
+@torch.no_grad()
 def folded(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return weight (canonical) and bias with `steps` folded in, rounded once, at the end."""
     if from_w0:
@@ -314,6 +328,12 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     return found
 
 
+def _by_matrix(layer: Layer, products: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the factors of each matrix of a stack."""
+    op: Any = layer.op
+    return [op.each(A, B, layer.site.shape[0]) for A, B in products]
+
+
 def _added(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
     """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
@@ -344,6 +364,14 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         wide = _added(layer.op, W, products)
         if wide is not W:
             state.survived.append(survival(W, wide, W))
+        state.merged += names
+        return
+    if products is not None and is_packed_stack(layer):
+        made, survived = stacked.merged(layer.held.snapshot(), _by_matrix(layer, products))
+        if undoable:
+            state.undo.append(("restore", _snapshot(layer), None))
+        layer.held.restore(made)
+        state.survived.append(survived)
         state.merged += names
         return
     before = layer.weight_now

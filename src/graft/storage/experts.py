@@ -146,7 +146,7 @@ class PackedStack(Dense):
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
         with torch.no_grad():
-            self.held(m).remade(W.mT if is_transposed(m) else W).put(m, self.parameter)
+            self.held(m).remade((W.mT if is_transposed(m) else W).__getitem__).put(m, self.parameter)
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Held:
         return self.held(m)

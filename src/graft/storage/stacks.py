@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -39,10 +39,14 @@ class Held:
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return some matrices (n, out, in)."""
-        out = torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
+        held, out = self.in_rows(), torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
         for W, expert in zip(out, experts):
-            W.copy_(self.matrix(expert, dtype))
+            W.copy_(held.matrix(expert, dtype))
         return out
+
+    def in_rows(self) -> Held:
+        """Return it in the order of the file, of which single matrices can be read."""
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +66,12 @@ class Held:
     def on_meta(self) -> bool:
         return self.device.type == "meta"
 
-    def remade(self, W: Tensor) -> Held:
-        """Return a new stack that holds W, with the settings of this one, which stays as it is."""
+    def remade(self, matrix: Callable[[int], Tensor]) -> Held:
+        """Return a new stack with the settings of this one, which stays as it is.
+
+        Args:
+            matrix: expert → what its matrix (out, in) shall be; the call may come twice, and nothing keeps the result.
+        """
         raise NotImplementedError
 
     def put(self, m: nn.Module, name: str) -> None:
@@ -142,21 +150,20 @@ class MXFP4(Held):
     def unread(self) -> str | None:
         return super().unread or ("it has no scales: load the model again" if self.scale is None else None)
 
-    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return MXFP4(self.shape, in_rows(self.weight), in_rows(self.scale))._dense(experts, dtype)
-
-    def _dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return super().dense(experts, dtype)
+    def in_rows(self) -> MXFP4:
+        if isinstance(self.weight, Tensor):
+            return self
+        return MXFP4(self.shape, in_rows(self.weight), in_rows(self.scale))
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         exact = dtype if dtype.itemsize == 4 or dtype == torch.bfloat16 else torch.float32
         values = unpacked(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
         return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
 
-    def remade(self, W: Tensor) -> MXFP4:
+    def remade(self, matrix: Callable[[int], Tensor]) -> MXFP4:
         weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
         for e in range(len(weight)):
-            weight[e], grow = fp4(W[e], (scale[e].float() - 127).exp2())
+            weight[e], grow = fp4(matrix(e), (scale[e].float() - 127).exp2())
             scale[e] += grow.to(torch.uint8)
         return MXFP4(self.shape, weight, scale)
 
@@ -175,8 +182,9 @@ class MXFP4(Held):
             config.weight_scale = self.scale
 
     def to(self, device: torch.device) -> MXFP4:
-        here = in_rows(self.weight).to(device), in_rows(self.scale).to(device)
-        return self if self.device == device else MXFP4(self.shape, *here)
+        if self.device == device:
+            return self
+        return MXFP4(self.shape, in_rows(self.weight).to(device), in_rows(self.scale).to(device))
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
         return x.device.type != "cpu" and not trains
@@ -225,16 +233,17 @@ class FineFP8(Held):
         spread = scale.repeat_interleave(rows, 0)[: self.shape[1]]
         return spread.repeat_interleave(columns, 1)[:, : self.shape[2]]
 
-    def remade(self, W: Tensor) -> FineFP8:
+    def remade(self, matrix: Callable[[int], Tensor]) -> FineFP8:
         weight, scale = self.weight.clone(), self.scale.clone()
         for e in range(len(weight)):
+            W = matrix(e).float()
             if weight.dtype == torch.int8:
-                codes, grow = fp4(W[e], scale[e].float())
+                codes, grow = fp4(W, scale[e].float())
                 weight[e], scale[e] = codes.view(torch.int8), (scale[e].float() * grow.exp2()).to(scale.dtype)
                 continue
-            made = rounded_up(largest(W[e].float(), *self.sizes) / LARGEST, scale.dtype)
+            made = rounded_up(largest(W, *self.sizes) / LARGEST, scale.dtype)
             scale[e][: len(made)] = made
-            weight[e] = (W[e].float() / self._spread(scale[e].float())).clamp(-LARGEST, LARGEST).to(weight.dtype)
+            weight[e] = (W / self._spread(scale[e].float())).clamp(-LARGEST, LARGEST).to(weight.dtype)
         return replace(self, weight=weight, scale=scale)
 
     def put(self, m: nn.Module, name: str) -> None:
@@ -304,12 +313,21 @@ class Bnb4(Held):
         places = torch.arange(first, last, device=scales.device) // outer.blocksize
         return outer.code[scales.int()] * outer.absmax[places] + state.offset  # type: ignore[no-any-return]
 
-    def remade(self, W: Tensor) -> Bnb4:
-        settings = dict(blocksize=self.state.blocksize, compress_statistics=self.state.nested)
-        W = (W.mT if self.flipped else W).to(self.dtype).contiguous()
-        make = import_module("bitsandbytes.functional").quantize_4bit
-        codes, state = make(W, quant_type=self.state.quant_type, quant_storage=self.codes.dtype, **settings)
-        return replace(self, codes=codes.view(self.codes.shape), state=state)
+    def remade(self, matrix: Callable[[int], Tensor]) -> Bnb4:
+        old, theirs = self.state, import_module("bitsandbytes.functional")
+        settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
+        codes, states = zip(*(theirs.quantize_4bit(self._stored(matrix(e)), **settings) for e in range(self.shape[0])))
+        scales, nested = torch.cat([state.absmax for state in states]), {}
+        if old.nested:
+            nested["offset"] = scales.mean()
+            scales, nested["state2"] = theirs.quantize_blockwise(
+                scales - nested["offset"], blocksize=old.state2.blocksize
+            )
+        state = type(old)(scales, old.shape, states[0].code, old.blocksize, old.quant_type, old.dtype, **nested)
+        return replace(self, codes=torch.cat(codes).view(self.codes.shape), state=state)
+
+    def _stored(self, W: Tensor) -> Tensor:
+        return (W.T if self.flipped else W).to(self.dtype).contiguous()
 
     def put(self, m: Any, name: str) -> None:
         held = m.parametrizations[name]
@@ -362,15 +380,25 @@ class TorchAO(Held):
         W: Tensor = self.weight[expert].dequantize(dtype)
         return W.T if self.flipped else W
 
-    def remade(self, W: Tensor) -> TorchAO:
-        old, theirs = self.weight, import_module(type(self.weight).__module__)
-        W = (W.mT if self.flipped else W).contiguous()
-        outer = old.per_tensor_scale
+    def remade(self, matrix: Callable[[int], Tensor]) -> TorchAO:
+        old, theirs, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
+        outer = old.per_tensor_scale  # (), or (experts, 1, 1)
         if outer is not None:  # one that grows moves all numbers
-            outer = torch.maximum(outer, theirs.per_tensor_amax_to_scale(W.abs().amax()).to(outer))
+            tops = torch.stack([matrix(e).abs().amax() for e in experts])
+            tops = tops.view_as(outer) if outer.dim() else tops.amax()
+            outer = torch.maximum(outer, theirs.per_tensor_amax_to_scale(tops).to(outer))
         kept = ("block_size", "act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel", "act_quant_kwargs")
         settings = {name: getattr(old, name) for name in kept}
-        return replace(self, weight=type(old).to_nvfp4(W.to(old.orig_dtype), per_tensor_scale=outer, **settings))
+        parts = []  # codes and scales of each
+        for e in experts:
+            W = matrix(e).to(old.orig_dtype)
+            W = (W.T if self.flipped else W).contiguous()
+            own = outer[e].squeeze() if outer is not None and outer.dim() else outer
+            made = type(old).to_nvfp4(W, per_tensor_scale=own, **settings)
+            parts.append((made.qdata, made.scale))
+        codes, scales = (torch.stack(some) for some in zip(*parts))
+        weight = type(old)(codes, scales, orig_dtype=old.orig_dtype, per_tensor_scale=outer, **settings)
+        return replace(self, weight=weight)
 
     def put(self, m: nn.Module, name: str) -> None:
         m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)

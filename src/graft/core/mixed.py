@@ -106,7 +106,7 @@ class Mixed:
         if self.idle:
             return layer.base_module(*args, **kwargs)
         if self.folded:
-            if self.routes and len(rows.segments) > 1:
+            if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
                 own = [part for i, plan in self.carrying for part in plan.parts(i)]
                 return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
             one = self.only(rows)

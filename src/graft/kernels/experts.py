@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.kernels.eager import Function, autocast_dtype
 from graft.kernels.waits import differences
 
 BUDGET = 2**28  # bytes of matrices that are dense at once; one matrix at least is
+
+FEW = 4  # rows: products of fewer are other functions, so that a row would depend on who else has its expert
 
 Span = tuple[int, int, int]  # an expert, and its rows from here to there
 
@@ -175,6 +177,13 @@ class Job(NamedTuple):
             del W  # before the next chunk is made
 
 
+def product(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
+    """Return x W in `out`, (rows, n), each row with the bits that it has among more of them."""
+    if len(x) >= FEW:
+        return torch.mm(x, W, out=out)
+    return out.copy_((nn.functional.pad(x, (0, 0, 0, FEW - len(x))) @ W)[: len(x)])
+
+
 class _Project(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor | None, job: Job, *tensors: Any) -> Tensor:
@@ -182,13 +191,12 @@ class _Project(Function):
             return x[a:b] if at is None else x[at[a:b]]
 
         y = x.new_zeros(job.rows, job.codes.shape[1], dtype=job.dtype)
-        job.each(lambda W, a, b: torch.mm(rows(a, b).to(W.dtype), W.T, out=y[a:b]))
-        low = []  # (rows, r) of each part
+        job.each(lambda W, a, b: product(rows(a, b).to(W.dtype), W.T, y[a:b]))
+        low = []  # (rows, r) of each part and expert
         for A, B, gate, spans in zip(tensors[::3], tensors[1::3], tensors[2::3], job.of_parts):
-            low.append(x.new_empty(sum(b - a for _, a, b in spans), A.shape[1], dtype=A.dtype))
-            for h, (e, a, b) in zip(low[-1].split([b - a for _, a, b in spans]), spans):
-                torch.mm(rows(a, b).to(A.dtype), A[e].T, out=h)
-                z = h @ B[e].T
+            for e, a, b in spans:  # each h in memory of its own: its place would change its bits
+                low.append(rows(a, b).to(A.dtype) @ A[e].T)
+                z = low[-1] @ B[e].T
                 y[a:b] += (z if gate is None else z * gate[a:b, None]).to(y.dtype)
         ctx.save_for_backward(x, at, *tensors, *low)
         ctx.job = job
@@ -198,7 +206,7 @@ class _Project(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         job, (x, at, *saved) = ctx.job, ctx.saved_tensors
         count = len(job.of_parts)
-        tensors, low = saved[: 3 * count], saved[3 * count :]
+        tensors, low = saved[: 3 * count], iter(saved[3 * count :])
         need_x, _, _, *need = ctx.needs_input_grad
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need_x else None
 
@@ -210,11 +218,11 @@ class _Project(Function):
                 dx.index_add_(0, at[a:b], d.to(dx.dtype))  # tokens of one expert: each once
 
         if need_x:
-            job.each(lambda W, a, b: add(a, b, g[a:b] @ W))
+            job.each(lambda W, a, b: add(a, b, product(g[a:b], W, g.new_empty(b - a, W.shape[1]))))
         grads = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, need)]
         for i, spans in enumerate(job.of_parts):
             (A, B, gate), (dA, dB, dgate) = tensors[3 * i : 3 * i + 3], grads[3 * i : 3 * i + 3]
-            for h, (e, a, b) in zip(low[i].split([b - a for _, a, b in spans]), spans):
+            for (e, a, b), h in zip(spans, low):
                 own = g[a:b].to(A.dtype)
                 z = own @ B[e]
                 if dgate is not None:

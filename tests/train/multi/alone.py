@@ -113,9 +113,9 @@ def same(found: Any, wanted: Any) -> bool:
     return len(found) == len(wanted) > 0 and all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
-def batches(n: int = 8) -> list[dict[str, torch.Tensor]]:
+def batches(n: int = 8, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Batches of four rows each, in a list."""
-    found = rows(0, n=4 * n)
+    found = rows(seed, n=4 * n)
     return [{k: torch.stack([row[k] for row in found[i : i + 4]]) for k in found[0]} for i in range(0, 4 * n, 4)]
 
 

@@ -81,14 +81,16 @@ def test_layers_made_by_hand(name, options):
             assert torch.allclose(torch.as_tensor(x), torch.as_tensor(y), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("shape", [(2, 4, 6), (3, 5, 5), (4, 6)], ids=str)
-def test_layers_of_tensors_made_by_hand(shape):
+def test_layers_of_tensors_made_by_hand(shape, transposed):
     found = []
     for lib, cls in zip(LIBS, pair("ParamWrapper")):
         torch.manual_seed(0)
         module = nn.Module()
-        module.weight = nn.Parameter(torch.randn(shape), requires_grad=False)
+        module.weight, module.is_transposed = nn.Parameter(torch.randn(shape), requires_grad=False), transposed
         layer = cls(module, "a", "weight", lib.LoraConfig(r=2), r=2, lora_alpha=4)
+        assert layer._did_swap_in_out_features is (len(shape) > 2 and not transposed)
         assert isinstance(layer, cls) and layer.parameter_name == "weight"
         assert layer.get_param() is module.weight and not module.weight.requires_grad
         fill(layer, "a")

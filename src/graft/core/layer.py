@@ -23,7 +23,7 @@ from graft.core.lean import begin, lean
 from graft.core.method import Method
 from graft.core.mixed import Mixed
 from graft.core.names import one_or_several
-from graft.core.ops import Op, is_stock
+from graft.core.ops import Op, Opaque, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Apart, Plan, plan_of, refuse_gates
 from graft.core.rows import OFF, Rows
@@ -459,6 +459,12 @@ class ParameterLayer(AdapterLayer):
     def get_param(self) -> nn.Parameter:
         """Return the parameter itself, without what adapters do."""
         return getattr(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
+
+    @property
+    def _did_swap_in_out_features(self) -> bool:
+        """PEFT's word for a stack (n, out, in), not (n, in, out): of square ones clients cannot see it by the shape."""
+        op = self.site.op
+        return isinstance(op, Opaque) and not op.transposed and len(op.shape(self.site.module)) > 2
 
     def __getattr__(self, name: str) -> Any:
         """Return what the adapters make of the parameter, where modules around ask for it."""

@@ -32,6 +32,7 @@ class Choice:
         loss: (model) → what is added to the loss.
         after_step: given the optimizer and the model, registers what is to happen after each step.
         invocation: the text from which on an aLoRA acts.
+        prompt: it goes before the input, and adapts no layers.
     """
 
     config: Callable[..., Any]
@@ -42,6 +43,7 @@ class Choice:
     loss: Callable[[nn.Module], Tensor] | None = None
     after_step: Callable[..., Any] | None = None
     invocation: str | None = None
+    prompt: bool = False
 
     def made(self, steps: int, tokenizer: Any) -> Any:
         """Return the config."""
@@ -185,9 +187,9 @@ OTHERS: dict[str, Choice] = {
     "steering vectors": Choice(at_places("SteeringConfig"), 1e-2, "one for each block, trained"),
     "SHADOW": Choice(shadow, 1e-3, "one layer beside the model"),
     "LN tuning": Choice(norms, 1e-2, "all norms"),
-    "P-tuning": Choice(p_tuning, 3e-2, "20 tokens"),
-    "prefix tuning": Choice(demo.prefix_tuning, 1e-1, "20 tokens"),
-    "prompt tuning": Choice(demo.prompt_tuning, 1e-1, "20 tokens"),
+    "P-tuning": Choice(p_tuning, 3e-2, "20 tokens", prompt=True),
+    "prefix tuning": Choice(demo.prefix_tuning, 1e-1, "20 tokens", prompt=True),
+    "prompt tuning": Choice(demo.prompt_tuning, 1e-1, "20 tokens", prompt=True),
 }
 
 

@@ -3,7 +3,7 @@
 
 Run `make rates`, or `python -m examples.compare.rates --help`. Each method's result is a row of the package's
 `model/rates.json` as soon as it is there, so that a search that was stopped goes on with the next; so does, within a
-method, its sweep. All of it takes hours.
+method, its sweep. All of it takes hours. A start that changes the base has a base of its own for each run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from examples.demo_lm.chat import training_batch
 from examples.demo_lm.data import dates
 from examples.demo_lm.model import load as load_smollm
 from examples.demo_lm.model import model_source
+from graft.combine.adding import changes_base
 from graft.config.atomic import replace, write_text
 from graft.model.rates import FILE, Row, adapter_of, told
+from graft.train.multi.sweep import Trial
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (0, 1, 2)
@@ -129,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse(argv)
     rows = read(args.into)
     failed: list[str] = []
+    if not args.methods:
+        console.print(f"Left out: {', '.join(prompts())}: {NO_PROMPTS}.", markup=False)
     for task in args.tasks:
         field = FIELDS[task](task, args.quick)
         for name in args.methods or searchable():
@@ -146,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                 console.print(failed[-1], style="red", markup=False)
                 continue
             for rate in args.rates:
-                scores = [trial.loss for trial in found.trials if trial.setting["lr"] == rate]
+                scores = [trial.loss for trial in found if trial.setting["lr"] == rate]
                 lost = not all(map(math.isfinite, scores))
                 row["means"].append(None if lost else round(statistics.mean(scores), 4))
                 row["spreads"].append(None if lost else round(statistics.stdev(scores), 4))
@@ -159,8 +163,19 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     return rows
 
 
+NO_PROMPTS = "prompts are no adapters on layers, of which a sweep trains several at once"
+
+
 def searchable() -> list[str]:
-    """Return the methods that need nothing but a config: no look at data, nothing after steps, no loss of theirs."""
+    """Return the methods on layers that need nothing but a config: no look at data, nothing after steps, no loss."""
+    return [name for name in only_configs() if name not in prompts()]
+
+
+def prompts() -> list[str]:
+    return [name for name in only_configs() if CHOICES[name].prompt]
+
+
+def only_configs() -> list[str]:
     return [name for name, c in CHOICES.items() if not (c.before or c.after or c.loss or c.after_step or c.invocation)]
 
 
@@ -188,23 +203,30 @@ def blank(name: str, config: Any, task: str, field: Field, steps: int, rates: Se
     )
 
 
-def search(field: Field, config: Any, rates: Sequence[float], steps: int, folder: Path) -> Any:
+def search(field: Field, config: Any, rates: Sequence[float], steps: int, folder: Path) -> list[Trial]:
+    """Return a trial of each seed and rate, trained together; of a start that changes the base, one after another."""
     schedule = partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.01, total_iters=steps)
-    return graft.sweep(
-        field.load(),
-        config,
-        {"seed": list(SEEDS), "lr": list(rates)},
-        data=field.train,
-        valid=field.valid,
-        steps=steps,
-        optimizer=field.optimizer,
-        schedule=schedule,
-        rungs=1,
-        folder=folder,
-        save_every=16,
-        base_in_eval=True,
-        exact=False,
-    )
+
+    def sweep(seeds: Sequence[int], rates: Sequence[float], folder: Path) -> list[Trial]:
+        return graft.sweep(
+            field.load(),
+            config,
+            {"seed": list(seeds), "lr": list(rates)},
+            data=field.train,
+            valid=field.valid,
+            steps=steps,
+            optimizer=field.optimizer,
+            schedule=schedule,
+            rungs=1,
+            folder=folder,
+            save_every=16,
+            base_in_eval=True,
+            exact=False,
+        ).trials
+
+    if not changes_base(config):
+        return sweep(SEEDS, rates, folder)
+    return [t for seed in SEEDS for rate in rates for t in sweep([seed], [rate], folder / f"{seed}-{rate:g}")]
 
 
 def same(one: Row, other: Row) -> bool:
@@ -236,7 +258,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parse_common(parser, argv)
     unknown = [name for name in args.methods if name not in searchable()]
     if unknown:
-        parser.error(f"cannot search {', '.join(unknown)}; can: {', '.join(searchable())}")
+        why = f" ({NO_PROMPTS})" if {*unknown} & {*prompts()} else ""
+        parser.error(f"cannot search {', '.join(unknown)}{why}; can: {', '.join(searchable())}")
     if min(args.rates) <= 0:
         parser.error("--rates must be above 0")
     make_out(parser, args.out)

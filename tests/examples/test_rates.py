@@ -79,6 +79,21 @@ def test_means_are_those_of_training_alone(search):
     assert row["means"][1] == pytest.approx(sum(losses) / 3, abs=2e-4)
 
 
+def test_a_start_that_changes_the_base_has_a_base_of_its_own(search):
+    run, swept, file = search
+    run("OLoRA")
+    assert swept == ["LORA"] * 2 * len(rates.SEEDS) and len(json.loads(file.read_text())[0]["means"]) == 2
+
+
+def test_prompts_are_those_that_a_sweep_refuses(search, capsys):
+    run, _, _ = search
+    found = {n for n, c in rates.CHOICES.items() if not c.invocation and c.config(8).is_prompt_learning}
+    assert found and {*rates.prompts()} == found and not found & {*rates.searchable()}
+    with pytest.raises(SystemExit):
+        run("prompt tuning")
+    assert rates.NO_PROMPTS in capsys.readouterr().err
+
+
 def test_a_method_that_fails_does_not_keep_the_others(search, monkeypatch):
     run, _, file = search
     monkeypatch.setitem(rates.CHOICES, "IA3", dataclasses.replace(rates.CHOICES["IA3"], config=lambda steps: 1 / 0))

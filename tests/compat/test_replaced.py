@@ -144,6 +144,21 @@ def test_gradients(monkeypatch):
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
 
 
+def test_a_replaced_forward_compiles_without_a_break(monkeypatch):
+    model = nudged(GRAFT.wrap(base(), STACKS)).eval()
+    expected, origin = model(X), layer_of(GRAFT, "ParamWrapper").forward
+    calls = []
+
+    def forward(self, x, *args, **kwargs):
+        calls.append(self.parameter_name)
+        return origin(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(layer_of(GRAFT, "ParamWrapper"), "forward", forward)
+    torch.compiler.reset()
+    close(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
+    assert sorted(set(calls)) == ["down", "up"]
+
+
 def test_only_layers_of_the_class_and_wrapping_twice(monkeypatch):
     """Each wrapper calls what it found; other layers run as before."""
     model = nudged(GRAFT.wrap(base(), STACKS | ALL | {"target_parameters": ["experts.up"]}))

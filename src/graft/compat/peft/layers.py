@@ -133,9 +133,9 @@ def elsewhere(name: str) -> Any:
 def substitute(cls: type, name: str, value: Any) -> None:
     """Have graft's layers ask for a replacement of a method as long as some class has one; `value` is the newest."""
     theirs = REPLACED.setdefault(name, [])
-    theirs[:] = [c for c in theirs if c is not cls]
+    theirs[:] = [(c, f) for c, f in theirs if c is not cls]
     if value is not OWN[name]:
-        theirs.insert(0, cls)
+        theirs.insert(0, (cls, value))
     for kind, own in GRAFTS[name].items():
         setattr(kind, name, asking(name) if theirs else own)
 
@@ -159,7 +159,7 @@ def find(name: str, layer: AdapterLayer) -> Any:
     """Return the function that has replaced a method of layers of this kind; None if none has."""
     if name == "forward" and layer.call.open and layer.call.weights() is not None:  # PEFT's mixtures do not call it
         return None
-    return next((vars(cls)[name] for cls in REPLACED[name] if cls.__instancecheck__(layer)), None)
+    return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
 
 
 def names_of_rows(call: Call) -> list[str] | None:
@@ -268,7 +268,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
 OWN_DELTA = ParameterLayer.get_delta_weight
 OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
 GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParameterLayer)} for name in REPLACEABLE}
-REPLACED: dict[str, list[type]] = {}  # classes on which clients have replaced a method, the last first
+REPLACED: dict[str, list[tuple[Any, Any]]] = {}  # classes with a client's method, and it, the last first: compiles
 
 
 @cache

@@ -707,4 +707,7 @@ def test_methods_that_do_not_adapt_stacks_of_experts():
         graft.get_peft_model(base, config)
     with pytest.raises(ConfigError, match="does not work with use_dora"):
         graft.get_peft_model(base, graft.LoraConfig(target_parameters=stacks, use_dora=True))
+    said = r"down_proj \(MixtralExperts\) .*SDT trains A_log of a Mamba's mixer.*name other target_parameters"
+    with pytest.raises(UnsupportedLayerError, match=said):
+        graft.get_peft_model(base, graft.SdtConfig(target_parameters=stacks))
     assert before == {n: p.requires_grad for n, p in base.named_parameters()}

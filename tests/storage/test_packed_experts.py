@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import graft
+from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.leaves_out import FUSED_EXPERTS
@@ -148,6 +149,16 @@ def test_unloading_leaves_the_module_as_it_was():
     same(results(other), results(model))
     model.unload()
     assert [m.__dict__.keys() for _, m in blocks(packed)] == [held.keys() for held in before]
+
+
+def test_sdt_on_packed_stacks_is_refused():
+    packed, _ = both("mxfp4")
+    before = [dict(m.__dict__) for _, m in blocks(packed)]
+    said = r"down_proj \(Mxfp4GptOssExperts\) .*SDT trains A_log of a Mamba's mixer.*name other target_parameters"
+    with pytest.raises(UnsupportedLayerError, match=said):
+        graft.get_peft_model(packed, graft.SdtConfig(target_modules=["q_proj"], target_parameters=BOTH[1:]))
+    assert [dict(m.__dict__) for _, m in blocks(packed)] == before
+    assert not any("sdt" in n for n, _ in packed.named_parameters())
 
 
 NAMES = ("gate_up_proj", "down_proj")

@@ -181,10 +181,12 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
         if wrapper is not None:
             why = f"It is {wrapper.how} of adapter(s) {wrapper.adapters}"
         if why is not None:
-            what = "Target module" if key in tree.modules else "Target parameter"
+            what, remedy = "Target parameter", "name other target_parameters"
+            if key in tree.modules:
+                what, remedy = "Target module", "take the module out with exclude_modules, or name other target_modules"
             raise UnsupportedLayerError(
                 f"{what} {key} ({site.type_name}) is not supported. {why}. Adapter '{adapter}' "
-                f"({type(method).__name__}): take the module out with exclude_modules, or name other target_modules."
+                f"({type(method).__name__}): {remedy}."
             )
 
 

@@ -131,7 +131,8 @@ class XLoraRegistry(LayerRegistry):
         for key, layer in self.layers.items():
             for m in (layer.methods[name] for name in names if name in layer.methods):
                 op = layer.site.op
-                if not (m.effect.additive and (op.linear or op.takes_ids)):
+                by_token = op.linear or op.takes_ids or layer.site.experts is not None
+                if not (m.effect.additive and by_token):
                     raise ConfigError(
                         f"X-LoRA weighs what experts add at each token, which it cannot on layer '{key}' "
                         f"({layer.site.type_name}, {type(m).__name__}) of expert '{m.name}'."

@@ -215,6 +215,22 @@ def test_ranks_and_scales_that_changed_load_in_peft(rslora, tmp_path):
         close(output(loaded, sample), output(model, sample))
 
 
+@pytest.mark.parametrize("lib", LIBS, ids=["graft", "peft"])
+def test_embeddings_beside_a_head_of_one(lib, tmp_path):
+    """The file holds the head twice, and the base's embeddings, of which an adapter is none."""
+    model = lib.get_peft_model(models.make("llama"), lib.LoraConfig(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1) if p.requires_grad else None
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert sum("lm_head" in key for key in load_file(tmp_path / "a" / WEIGHTS)) == 3
+    adapter = written_again(tmp_path / "a", tmp_path / "b")
+    assert [key for key in adapter.full if "lm_head" in key] == ["lm_head.weight"]
+    loaded = lib.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b").eval()
+    batch = models.inputs("llama")
+    close(models.output(loaded, batch), models.output(model.eval(), batch))
+
+
 def test_fewer_modules_are_what_the_config_says(tmp_path):
     sample = first("LORA", "llama")
     randomize(adapt(graft, sample), sample).save_pretrained(tmp_path / "a")

@@ -48,6 +48,7 @@ ANY = tuple(PREFIXES.values())
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
 OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 NONE = "dummy-target-modules"  # as target_modules: the adapter is what stands beside LoRA
+BESIDE = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # of a head: again, and the base's own, in some files
 TOKENS = "token_adapter"  # a module of PEFT around an embedding whose rows train
 VARIANTS = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}  # whose A and B are not LoRA's
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
@@ -161,6 +162,8 @@ def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
     for key, t in tensors.items():
         if of_prompt and key in OF_PROMPT:
             out.shared[key] = t
+            continue
+        if (stem := BESIDE.sub("", key)) != key and stem in tensors:
             continue
         if key.startswith(PROMPT_WRAPPED) and not key.startswith(WRAPPED) and not of_prompt:
             out.shared[key.removeprefix(PROMPT_WRAPPED)] = t

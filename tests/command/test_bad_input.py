@@ -159,8 +159,9 @@ def test_a_config_that_selects_nothing_is_found(places, run):
 
 
 @pytest.mark.parametrize("to", ["mlx", "kohya", "litgpt", "torchtune", "gguf"])
-def test_a_full_disk_leaves_nothing(to, places, run, tmp_path):
+def test_a_full_disk_leaves_nothing(to, places, run, tmp_path, monkeypatch):
     """In a process whose files may have a kilobyte: what writes them does not always say so."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's would be cut off, and raise at the next import
     resource = pytest.importorskip("resource")
     if to == "gguf":
         pytest.importorskip("gguf")

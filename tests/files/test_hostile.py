@@ -248,7 +248,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     out = tmp_path / "out"
     words = ["resize", str(FIXTURES / "mlx_lora"), "-o", str(out), "--rank", "2"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True,
+        [sys.executable, "-B", "-c", code, *words], capture_output=True, text=True,  # -B: bytecode would be cut off
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)),
     )  # fmt: skip
     assert done.returncode == 3 and "adapter_model.safetensors" in done.stderr, done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.core.base_config import model_type
 from graft.core.effect import Effect, Factors, LowRank, Update
-from graft.core.errors import ConfigError
+from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
 from graft.core.published import Published
 from graft.core.site import Site
@@ -304,6 +304,19 @@ class Method:
         It may depend on the site and the config, and on nothing else.
         """
         return LowRank(self.factors) if _last(type(self), "factors", "delta") == "factors" else Update(self.delta)
+
+    def take_from_base(self, mark: str, missing: str) -> Any:
+        """Take an attribute that a calibration has left at the base's module; an injection that fails gives it back.
+
+        Raises:
+            CalibrationError: it is not there; `missing` says so.
+        """
+        module = self.site.module
+        if mark not in module.__dict__:
+            raise CalibrationError(missing)
+        left = module.__dict__.pop(mark)
+        self.layer.on_rollback(lambda: setattr(module, mark, left))
+        return left
 
     def at(self, value: Any) -> Effect:
         """Return the effect on rows whose argument `depends_on` has this value.

@@ -17,7 +17,7 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.errors import CalibrationError, ConfigError
+from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
 from graft.core.published import Published
 from graft.methods.projections import kept
@@ -95,15 +95,12 @@ class LoraXS(Method):
         self.loraxs_B.copy_(U)
 
     def step(self) -> Tensor:
-        """Take from the base layer what `preprocess_lorasb` has left there; give it back if the injection is undone."""
-        module = self.site.module
-        if STEP not in module.__dict__:
-            raise CalibrationError(
-                f"There is no step for layer '{self.site.key}' (adapter '{self.name}'): call preprocess_lorasb with "
-                "this model and config before."
-            )
-        step: Tensor = module.__dict__.pop(STEP)
-        self.layer.on_rollback(lambda: setattr(module, STEP, step))
+        """Take from the base layer what `preprocess_lorasb` has left there."""
+        step: Tensor = self.take_from_base(
+            STEP,
+            f"There is no step for layer '{self.site.key}' (adapter '{self.name}'): call preprocess_lorasb with this "
+            "model and config before.",
+        )
         return step
 
     def factors(self) -> Factors:

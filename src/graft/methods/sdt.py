@@ -19,7 +19,7 @@ from graft.config.targets import SDT as TARGETS
 from graft.core.containers import Filed
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, LowRank, Update
-from graft.core.errors import CalibrationError, ConfigError
+from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors
 from graft.core.published import Published
 from graft.kernels.sparse import Scattered
@@ -164,15 +164,12 @@ class SDT(Method):
         return torch.stack([rows.repeat_interleave(len(channels)), channels.cpu().repeat(len(rows))])
 
     def change(self) -> Tensor:
-        """Take from the base what `preprocess_sdt` has left there; give it back if the injection is undone."""
-        module = self.site.module
-        if CHANGE not in module.__dict__:
-            raise CalibrationError(
-                f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains: call "
-                "preprocess_sdt with this model and config before."
-            )
-        change: Tensor = module.__dict__.pop(CHANGE)
-        self.layer.on_rollback(lambda: setattr(module, CHANGE, change))
+        """Take from the base what `preprocess_sdt` has left there."""
+        change: Tensor = self.take_from_base(
+            CHANGE,
+            f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains: call "
+            "preprocess_sdt with this model and config before.",
+        )
         return change
 
     def describe(self) -> Effect:

@@ -122,14 +122,11 @@ class CordaEigens:
 def corda(lora: Method, W: Tensor) -> Start:
     """Return the triples that `preprocess_corda` has chosen, with an even share for A and B."""
     site, r, s = lora.site, lora.cfg.r, lora.scaling
-    module = site.module
-    if EIGENS not in module.__dict__:
-        raise CalibrationError(
-            f"`eigens` attribute not found for layer '{site.key}', please run `preprocess_corda` first, with this "
-            f"model and config (adapter '{lora.name}')."
-        )
-    eigens = module.__dict__.pop(EIGENS)
-    lora.layer.on_rollback(lambda: setattr(module, EIGENS, eigens))
+    eigens = lora.take_from_base(
+        EIGENS,
+        f"`eigens` attribute not found for layer '{site.key}', please run `preprocess_corda` first, with this model "
+        f"and config (adapter '{lora.name}').",
+    )
     S, U, V = (t.to(W) for t in (eigens.S_WC, eigens.U_WC, eigens.V_WC))
     wanted = {"S": (r,), "U": (len(W), r), "V": (W.shape[1], r)}
     for name, t in dict(S=S, U=U, V=V).items():
@@ -174,14 +171,11 @@ GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT
 def loraga(lora: Method, W: Tensor) -> Start:
     """Return singular vectors of the gradient: some of the first 2r for A, some for B."""
     site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
-    module = site.module
-    if GRADIENT not in module.__dict__:
-        raise CalibrationError(
-            f"There is no gradient for layer '{site.key}' (adapter '{lora.name}'): call preprocess_loraga with this "
-            "model and config before."
-        )
-    G = module.__dict__.pop(GRADIENT)
-    lora.layer.on_rollback(lambda: setattr(module, GRADIENT, G))
+    G = lora.take_from_base(
+        GRADIENT,
+        f"There is no gradient for layer '{site.key}' (adapter '{lora.name}'): call preprocess_loraga with this model "
+        "and config before.",
+    )
     G = site.op.canon(G).to(W)
     if G.shape != W.shape:
         raise CalibrationError(

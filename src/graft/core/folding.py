@@ -132,7 +132,7 @@ class Change(NamedTuple):
 def why_none(m: Any, effect: Effect | None = None) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
-    effect: in place of its own (`Method.at`).
+    effect: stands for the method's effect, at one value of an argument (`Method.at`).
 
     A `Rewrite` has f(W₀) - W₀, where f makes the merged weight.
     """

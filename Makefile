@@ -10,7 +10,7 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
-.PHONY: test test-device device-report test-all coverage test-oldest test-storages test-distributed test-clients test-peft \
+.PHONY: test test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed test-clients test-peft \
 	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
 	rates examples guide-serving docs docs-look clean
 
@@ -65,6 +65,13 @@ OLDEST_TESTS ?= $(addprefix tests/,core inject io methods model prompts compat p
 test-oldest:
 	$(MAKE) test VENV=$(VENV)/$(OLDEST) PYTHON=$(OLDEST_PYTHON) VERSIONS=tests/versions/$(OLDEST).txt \
 		TESTS="$(OLDEST_TESTS)"
+
+# the newest release of everything, on the newest Python: 3.13.1 or later, since tests of torch.compile fail under 3.13.0
+NEWEST_PYTHON ?= python3.13
+NEWEST_TESTS ?=
+
+test-newest:
+	$(MAKE) test VENV=$(VENV)/newest PYTHON=$(NEWEST_PYTHON) VERSIONS=tests/versions/newest.txt TESTS="$(NEWEST_TESTS)"
 
 test-all: $(VENV)/.test
 	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/device

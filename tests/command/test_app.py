@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frame of the command: every kind of error has its exit code, and one line of text."""
 
-import pytest
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+import graft
 from graft.command import app
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, PeftError
 from graft.files.errors import BaseNeededError, LossError, OutputExistsError
+
+MLX = Path(__file__).parents[1] / "files" / "fixtures" / "mlx_lora"
 
 
 @pytest.mark.parametrize(
@@ -30,3 +41,65 @@ def test_other_errors_are_bugs_and_show_their_trace(monkeypatch):
     monkeypatch.setattr(app, "VERBS", ())
     with pytest.raises(ZeroDivisionError):
         app.main()
+
+
+def documents(*words):
+    """Run the command itself; return its exit code and the document on standard output."""
+    done = subprocess.run([sys.executable, "-m", "graft", *map(str, words)], capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout, parse_constant=lambda name: pytest.fail(name)), done.stderr
+
+
+def test_an_error_is_a_document_with_json(tmp_path):
+    for words, code, says in (
+        (["inspect", tmp_path / "none"], 3, "does not exist"), (["inspect"], 2, "Missing argument"),
+        (["lint", MLX, "--nope"], 2, "No such option"), (["nothing"], 2, "No such command"),
+        (["resize", MLX, "-o", tmp_path / "r"], 2, "Give one of rank"),
+    ):  # fmt: skip
+        found, document, said = documents(*words, "--json")
+        assert (found, document["exit_code"]) == (code, code) and says in document["error"]
+        assert said == f"graft: {document['error']}\n"
+
+
+def test_json_has_no_nan(tmp_path):
+    shutil.copytree(MLX, tmp_path / "a")
+    held = load_file(tmp_path / "a" / "adapters.safetensors")
+    save_file({name: t * float("nan") for name, t in held.items()}, tmp_path / "a" / "adapters.safetensors")
+    code, document, _ = documents("inspect", tmp_path / "a", "--json")
+    assert code == 0 and {m["norm"] for m in document["modules"]} == {None}
+    code, document, _ = documents("lint", tmp_path / "a", "--json")
+    assert code == 1 and "nan" in {f["rule"] for f in document["findings"]}
+
+
+def test_names_that_are_no_text_are_printed_all_the_same(tmp_path):
+    odd = tmp_path / os.fsdecode(b"\xff \xe2\x86\x92")
+    shutil.copytree(MLX, odd)
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "graft", "inspect", odd], capture_output=True, env=ascii_only)
+    assert done.returncode == 0 and rb"\xff" in done.stdout.replace(rb"\udcff", rb"\xff"), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_verbs_options_and_names(tmp_path):
+    """By the script that `--show-completion` prints."""
+    (tmp_path / "graft").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m graft "$@"\n')
+    (tmp_path / "graft").chmod(0o755)
+    asked = [["graft", "ins"], ["graft", "inspect", "--sp"], ["graft", "convert", "--to", "gg"],
+             ["graft", "check", "--for", "vllm,sg"]]  # fmt: skip
+    script = 'eval "$(graft --show-completion bash)"\n' + "".join(
+        f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _graft_completion graft; "
+        'echo "${COMPREPLY[*]}"\n' for words in asked
+    )  # fmt: skip
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["inspect", "--spectrum", "gguf", "vllm,sglang"], done.stderr
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["graft", "--version"])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert not left.value.code and capsys.readouterr().out == f"graft {graft.__version__}\n"

@@ -8,9 +8,11 @@ base; 5 refused, since something would be lost.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from importlib import import_module
-from typing import Any
+from io import TextIOWrapper
+from typing import Annotated, Any
 
 import typer
 
@@ -56,22 +58,57 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+def print_version(asked: bool) -> None:
+    if asked:
+        from graft import __version__
+
+        print(f"graft {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def verbs() -> None:
+def verbs(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print graft's version.")
+    ] = False,
+) -> None:
     """Make one verb alone stay a verb: typer would take it for the command itself."""
 
 
 def main() -> None:
-    """Run the command; leave the process with its exit code."""
+    """Run the command; leave the process with its exit code. With --json an error is a document as well."""
     for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # of several, importing takes the time of a call
         import_module(f"graft.command.{verb}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, TextIOWrapper
+        ):  # a name that is no text, or ΔW where people write ASCII, is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
+    for_programs = "--json" in sys.argv
     try:
-        app(prog_name="graft")
-    except tuple(kind for kind, _ in CODES) as e:
-        print(f"graft: {e}", file=sys.stderr)
-        sys.exit(next(code for kind, code in CODES if isinstance(e, kind)))
+        left = app(prog_name="graft", standalone_mode=not for_programs)
+    except Exception as e:
+        # typer's own, of a wrong usage, have a code; they come through only if they are not printed as a box
+        code = getattr(e, "exit_code", None) or next((code for kind, code in CODES if isinstance(e, kind)), None)
+        if code is None:
+            raise
+        text = e.format_message() if hasattr(e, "format_message") else str(e)
+        if for_programs:
+            print_json({"error": text, "kind": type(e).__name__, "exit_code": code})
+        print(f"graft: {text}", file=sys.stderr)
+        sys.exit(code)
+    sys.exit(left if isinstance(left, int) else 0)
 
 
 def print_json(value: Any) -> None:
     """Print one document for programs, on standard output."""
-    print(json.dumps(value, indent=1, sort_keys=True))
+    print(json.dumps(as_json(value), indent=1, sort_keys=True, allow_nan=False))
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it, which knows no NaN and nothing infinite: null stands for them."""
+    if isinstance(value, dict):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,13 @@ from graft.command.app import FOUND, SERVE, app, print_json
 from graft.files.errors import OptionError
 from graft.files.serving import Finding, Options, servers
 
+
+def by_commas(incomplete: str) -> list[str]:
+    """Return what a list of servers may go on with, for the shell."""
+    before, comma, _ = incomplete.rpartition(",")
+    return [before + comma + name for name in servers() if name not in before.split(",")]
+
+
 COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 
 
@@ -20,7 +27,10 @@ COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 def check(
     adapter: show.Adapter,
     servers_: Annotated[
-        str, typer.Option("--for", help="Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…")
+        str,
+        typer.Option(
+            "--for", help="Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…", autocompletion=by_commas
+        ),
     ],
     base: show.Base = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="--max-lora-rank of the server.")] = None,

@@ -11,13 +11,15 @@ import typer
 from graft.command import show
 from graft.command.app import CHANGE, app, print_json
 from graft.files.errors import OptionError
+from graft.files.formats import FORMATS
 
 
 @app.command(rich_help_panel=CHANGE)
 def convert(
     adapter: show.Adapter,
     to: Annotated[
-        str, typer.Option("--to", help="gguf, torchtune, litgpt, peft, mlx, adapterhub, kohya or diffusers.")
+        str,
+        typer.Option("--to", autocompletion=lambda: [*FORMATS], help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}."),
     ],
     output: Annotated[
         str | None,

@@ -24,6 +24,8 @@ def diff(
 
     Example: graft diff before after --tol 1e-3
     """
+    if base is None:
+        show.one_thread()
     from graft.files.bases import base_of
     from graft.files.diff import difference
     from graft.files.sources import adapter_at

@@ -10,12 +10,16 @@ import typer
 from graft.command import show
 from graft.command.app import SERVE, app, print_json
 from graft.files.errors import OptionError
+from graft.files.serving import servers
 
 
 @app.command(rich_help_panel=SERVE)
 def export(
     adapter: show.Adapter,
-    server: Annotated[str, typer.Option("--for", help="The server: vllm, sglang, llama.cpp, mlx, …")],
+    server: Annotated[
+        str,
+        typer.Option("--for", help="The server: vllm, sglang, llama.cpp, mlx, …", autocompletion=lambda: [*servers()]),
+    ],
     base: Annotated[str, typer.Option("--base", help="Folder of the model that it serves.", show_default=False)],
     output: show.Output,
     rank: Annotated[

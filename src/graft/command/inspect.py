@@ -26,6 +26,8 @@ def inspect(
 
     Example: graft inspect my-adapter --spectrum
     """
+    if base is None:
+        show.one_thread()
     from graft.files.bases import base_of
     from graft.files.inspect import inspect as report_of
     from graft.files.inspect import plot as draw

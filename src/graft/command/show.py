@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ Base = Annotated[
     typer.Option("--base", help="Folder of the base model; often config.json is enough.", show_default=False),
 ]
 
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # of numpy's linear algebra
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
@@ -68,6 +70,12 @@ def amount(n: int) -> str:
 
 def shape_of(ranks: Sequence[int]) -> str:
     return "–" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+
+
+def one_thread() -> None:
+    """Have numpy, if it is not there yet, start no threads: for small factors that takes longer than they save."""
+    if "numpy" not in sys.modules and not any(name in os.environ for name in THREADS):
+        os.environ[THREADS[0]] = "1"
 
 
 def log(line: str, quiet: bool = False) -> None:

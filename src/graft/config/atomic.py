@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +117,9 @@ def alive(pid: int) -> bool:
 @cache
 def machine() -> str:
     """Return a token of this boot of this machine and of this space of process ids, in which a number is a process."""
+    import hashlib  # these two only where something is written
+    import platform
+
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             here = f.read() + os.readlink("/proc/self/ns/pid")

@@ -12,7 +12,6 @@ number of processes may save into one folder: the last to finish sees to it that
 
 from __future__ import annotations
 
-import hashlib
 import os
 from contextlib import suppress
 from typing import Any
@@ -139,4 +138,6 @@ def mark_of(stamp: notes.Stamp | None, text: str) -> str:
 
 def token(of: object) -> str:
     """Return what stands in a mark for a stamp of weights, or for the text of a config."""
+    import hashlib
+
     return hashlib.sha256(of if isinstance(of, bytes) else str(of).encode()).hexdigest()[:16]

@@ -156,9 +156,15 @@ def groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "ranks": sorted({m["rank"] for m in members if "rank" in m}),
             "scales": sorted({round(m["scale"], 9) for m in members if m["scale"] is not None}),
             "parameters": sum(m["parameters"] for m in members),
-            "norms": [norms[0], float(np.median(norms)), norms[-1]] if norms else None,
+            "norms": [norms[0], median(norms), norms[-1]] if norms else None,
         })  # fmt: skip
     return made
+
+
+def median(ordered: list[float]) -> float:
+    """Return the middle of sorted numbers: numpy's brings all of its masked arrays."""
+    n = len(ordered)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 def plot(report: dict[str, Any], path: str) -> None:

@@ -80,10 +80,8 @@ def main() -> None:
     for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # of several, importing takes the time of a call
         import_module(f"graft.command.{verb}")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, TextIOWrapper
-        ):  # a name that is no text, or ΔW where people write ASCII, is no reason to stop
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that is no text, or ΔW where people write ASCII
     for_programs = "--json" in sys.argv
     try:
         left = app(prog_name="graft", standalone_mode=not for_programs)

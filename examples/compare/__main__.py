@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from examples.compare.choices import CHOICES, FAMILY
+from examples.compare.choices import CHOICES, FAMILY, LEFT_OUT
 from examples.compare.picture import deviation, draw
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise DemoError("; ".join(failed))
     results = {name: results[name] for name in CHOICES if name in results}
     console.print(table(rows(results, held_out), f"dates, {held_out} held-out questions"))
+    console.print(left_out())
     (args.out / "compare.md").write_text(markdown(results, held_out))
     draw(results, held_out, args.out / "compare.png")
     console.rule(f"{file} · {args.out / 'compare.md'} · {args.out / 'compare.png'}")
@@ -134,12 +135,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def earlier(file: Path, settings: dict[str, int]) -> dict[str, Any]:
-    """Return the results of an earlier run with the same settings."""
+    """Return the results of an earlier run with the same settings, of choices that are as they were then."""
     try:
         before = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return before["methods"] if before.get("settings") == settings else {}
+    return current(before["methods"]) if before.get("settings") == settings else {}
+
+
+def current(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results whose learning rate and note are those of today's choices."""
+    now = {name: (choice.lr, choice.note) for name, choice in CHOICES.items()}
+    return {name: m for name, m in results.items() if (m["lr"], m["note"]) == now.get(name)}
 
 
 def compare(name: str, source: str, steps: int, seed: int, held_out: int, rate: float | None = None) -> dict[str, Any]:
@@ -191,9 +198,17 @@ def table(rows: list[list[str]], title: str) -> Table:
     return made
 
 
+def left_out() -> str:
+    """Say which methods have no row, and why."""
+    reasons: dict[str, list[str]] = {}
+    for config, reason in LEFT_OUT.items():
+        reasons.setdefault(reason, []).append(config)
+    return "Not for this task: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + "."
+
+
 def markdown(results: dict[str, Any], n: int) -> str:
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(results, n)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{left_out()}\n"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from examples.demo_lm.training import BATCH, batches
 from graft.model.rates import best, rows, told
 
 CALIBRATION = 8  # batches, where an initialisation looks at data
+SB_STEP = 2e-3 / (0.1 * 1000)  # of AdamW at the authors' rate, in the warm-up of a thousand steps
 LR = 3e-3  # chosen for LoRA on validation dates; its relatives train with the same
 
 
@@ -95,11 +96,19 @@ def corda(model: nn.Module, config: Any, data: list[dict[str, Tensor]]) -> None:
 
 
 def loraga(model: nn.Module, config: Any, data: list[dict[str, Tensor]]) -> None:
+    graft.preprocess_loraga(model, config, backward(model, data))
+
+
+def backward(model: nn.Module, data: list[dict[str, Tensor]]) -> Callable[[], None]:
     def step() -> None:
         for batch in data:
             model(**batch).loss.backward()
 
-    graft.preprocess_loraga(model, config, step)
+    return step
+
+
+def lorasb(model: nn.Module, config: Any, data: list[dict[str, Tensor]]) -> None:
+    graft.preprocess_lorasb(model, config, backward(model, data), step=SB_STEP)
 
 
 def kasa_loss(model: nn.Module) -> Tensor:
@@ -168,9 +177,21 @@ OTHERS: dict[str, Choice] = {
     "PSOFT": Choice(of("PSOFT", r=32), LR, "r 32, q and v"),
     "OSF": Choice(of("OSF"), 1e-4, "half of the triples, q and v"),
     "LoRA-XS": Choice(of("LORAXS", r=16, lora_alpha=16), LR, "r 16, q and v"),
+    "LoRA-SB": Choice(of("LORAXS", r=16, lora_alpha=16, init_weights="sb"), 2e-3, "r 16, q and v", before=lorasb),
     "SVFT": Choice(of("SVFT", off_diag=2), 1e-2, "5 diagonals, q and v"),
     "FineGates": Choice(of("FINEGATES", gate_noise_std=0.1), 1e-2, "noise 0.1, q and v"),
     "EWoRA": Choice(of("EWORA", r=4, num_experts=4), LR, "4 experts of r 4, q and v"),
+    "MoE-LoRA": Choice(
+        of("MOELORA", r=4, lora_alpha=16, num_experts=4, router_loss=True), LR, "2 of 4 experts of r 4, q and v"
+    ),
+    "HydraLoRA": Choice(
+        of("MOELORA", r=4, lora_alpha=16, num_experts=4, top_k=None, shared_A=True),
+        LR,
+        "4 experts of one A, r 4, q and v",
+    ),
+    "MixLoRA": Choice(
+        at_places("MixLoraConfig", r=4, lora_alpha=16, num_experts=4), LR, "2 of 4 experts of r 4: MLPs; LoRA beside"
+    ),
     "DyLoRA": Choice(partial(lora, use_dylora=True)),
     "LoHa by Khatri-Rao": Choice(of("LOHA", r=4, alpha=16, use_khatri_rao=True), LR, "r 4, q and v"),
     "LoHa by ABBA": Choice(of("LOHA", r=4, alpha=16, init_weights="abba"), 1e-3, "r 4, q and v"),
@@ -185,6 +206,9 @@ OTHERS: dict[str, Choice] = {
     ),
     "ReFT": Choice(at_places("ReftConfig", r=4, prefix_positions=5, suffix_positions=5), 4e-3, "r 4, 5 + 5 tokens"),
     "steering vectors": Choice(at_places("SteeringConfig"), 1e-2, "one for each block, trained"),
+    "adaption prompts": Choice(
+        at_places("AdaptionPromptConfig", adapter_len=10, adapter_layers=30), 5e-3, "10 tokens, all attentions"
+    ),
     "SHADOW": Choice(shadow, 1e-3, "one layer beside the model"),
     "LN tuning": Choice(norms, 1e-2, "all norms"),
     "P-tuning": Choice(p_tuning, 3e-2, "20 tokens", prompt=True),
@@ -201,3 +225,19 @@ def searched(name: str, choice: Choice) -> Choice:
 
 
 CHOICES = {name: searched(name, choice) for name, choice in (FAMILY | OTHERS).items()}
+
+TASKS = "one task only"
+OVER_OTHERS = "trained over adapters of other tasks"
+# methods that the dates cannot show, by their config
+LEFT_OUT: dict[str, str] = {
+    "TLoraConfig": "needs the timesteps of a diffusion model",
+    "SdtConfig": "needs the state space of a Mamba",
+    "AdapterFusionConfig": OVER_OTHERS,
+    "XLoraConfig": OVER_OTHERS,
+    "MtlLoraConfig": TASKS,
+    "PolyConfig": TASKS,
+    "MultitaskPromptTuningConfig": TASKS,
+    "TrainableTokensConfig": "no new tokens",
+    "CPTConfig": "no examples in the prompt",
+    "CartridgeConfig": "no long text",
+}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,17 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.compare import __main__ as compare
 from examples.compare import choices, one
-from examples.compare.choices import CHOICES, FAMILY
+from examples.compare.choices import CHOICES, FAMILY, LEFT_OUT
 from examples.demo_lm import data
-from graft.methods import IN_PEFT
+from graft.methods import ROWS
 from tests.examples.test_demo_lm import tokenizer, write  # noqa: F401
 
 MADE = dict(exact=0.5, lenient=0.6, loss=0.1, seconds=3.0, steps=3, cpu_seconds=2.0, prepare_seconds=0.0,
             peak_memory=2e9, bytes=40_000, parameters=1000, lr=0.003, note="r 4")  # fmt: skip
+
+
+def made(name, *args, **settings):
+    return MADE | {"lr": CHOICES[name].lr, "note": CHOICES[name].note}
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +30,14 @@ def source(tmp_path_factory, tokenizer):  # noqa: F811
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2)
     tokens = dict(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", [*FAMILY, "LoRA-SB", "MoE-LoRA", "MixLoRA"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_method_trains_saves_and_answers(name, source, capsys):
     task = data.dates(0, held_out=4, train=100, write=write)
@@ -47,27 +52,30 @@ def test_a_method_trains_saves_and_answers(name, source, capsys):
 def test_every_choice_has_a_config():
     configs = {name: choice.config(60) for name, choice in CHOICES.items()}
     assert {c.task_type for c in configs.values()} == {"CAUSAL_LM"}
-    left = set(IN_PEFT) - {c.peft_type.value for c in configs.values()}
-    assert left == {
-        "XLORA",
-        "POLY",
-        "TRAINABLE_TOKENS",
-        "ADAPTION_PROMPT",
-        "MULTITASK_PROMPT_TUNING",
-        "CPT",
-        "CARTRIDGE",
-    }
+    found = {type(config).__name__ for config in configs.values()}
+    assert {row.config for row in ROWS.values()} == found | set(LEFT_OUT) and not found & set(LEFT_OUT)
+
+
+def test_a_result_of_another_choice_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "model_source", lambda source: source)
+    monkeypatch.setattr(compare, "compare", made)
+    arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
+    compare.main([*arguments, "LoRA", "DoRA"])
+    assert list(compare.main([*arguments, "LoRA"])["methods"]) == ["LoRA", "DoRA"]
+    monkeypatch.setitem(CHOICES, "DoRA", replace(CHOICES["DoRA"], lr=0.1))
+    assert list(compare.main([*arguments, "LoRA"])["methods"]) == ["LoRA"]
+    assert "Not for this task: TLoraConfig (needs the timesteps" in (tmp_path / "compare.md").read_text()
 
 
 def test_table_picture_and_going_on(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(compare, "model_source", lambda source: source)
-    monkeypatch.setattr(compare, "compare", lambda name, *a, **b: calls.append(name) or MADE)
+    monkeypatch.setattr(compare, "compare", lambda name, *a, **b: calls.append(name) or made(name))
     arguments = ["--quick", "--model", "x", "--out", str(tmp_path)]
     compare.main([*arguments, "LoRA"])
     results = compare.main([*arguments, "--lora"])
     assert calls == list(FAMILY) and list(results["methods"]) == list(FAMILY), "what is there is not done again"
-    assert "| LoRA | r 4 | 0.50 ± 0.16 |" in (tmp_path / "compare.md").read_text()
+    assert "| LoRA | r 4, q and v | 0.50 ± 0.16 |" in (tmp_path / "compare.md").read_text()
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     compare.main([*arguments, "--again", "LoRA"])
     assert calls[-1] == "LoRA"
@@ -80,15 +88,15 @@ def test_three_seeds_have_a_mean_and_a_spread(tmp_path, monkeypatch):
 
     def run(name, source, seed, **settings):
         seen.append((name, seed))
-        return MADE | {"exact": (0.2, 0.5, 0.8)[seed], "loss": float(seed)}
+        return made(name) | {"exact": (0.2, 0.5, 0.8)[seed], "loss": float(seed)}
 
     monkeypatch.setattr(compare, "model_source", lambda source: source)
     monkeypatch.setattr(compare, "compare", run)
     arguments = ["--model", "x", "--out", str(tmp_path), "LoRA"]
     compare.main([*arguments, "--seeds", "1"])
-    assert "| LoRA | r 4 | 0.20 ± 0.04 |" in (tmp_path / "compare.md").read_text()  # of one seed: over dates
+    assert "| LoRA | r 4, q and v | 0.20 ± 0.04 |" in (tmp_path / "compare.md").read_text()  # of one seed: over dates
     found = compare.main([*arguments, "DoRA"])["methods"]["LoRA"]
-    assert "| LoRA | r 4 | 0.50 ± 0.30 |" in (tmp_path / "compare.md").read_text() and found["loss"] == 1.0
+    assert "| LoRA | r 4, q and v | 0.50 ± 0.30 |" in (tmp_path / "compare.md").read_text() and found["loss"] == 1.0
     assert seen == [("LoRA", 0), ("DoRA", 0), ("LoRA", 1), ("DoRA", 1), ("LoRA", 2), ("DoRA", 2)], "none twice"
     compare.main(arguments)
     assert len(seen) == 6

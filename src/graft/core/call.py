@@ -164,7 +164,7 @@ class Call:
             self.here.noted = before
 
     def note(self, adapter: str, layer: str, value: Tensor) -> None:
-        """Have a value of a layer's rows reach `Method.auxiliary` at the end of the run, with its graph.
+        """Have a value of a layer's rows, or a parameter, reach `Method.auxiliary` at the end of a run, with its graph.
 
         A layer that a backward pass runs again notes nothing, nor one that is called past the model.
 
@@ -174,7 +174,7 @@ class Call:
         noted = self.here.noted
         if noted is None or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
             return
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or value.requires_grad):  # as a parameter does anywhere
             raise NotImplementedError(
                 f"Adapter '{adapter}' has a loss of what layer '{layer}' does, which ran without gradients in a step "
                 "that has them: pass use_reentrant=False to gradient checkpointing, or turn the loss off in the "

@@ -7,8 +7,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method
+from graft.core.method import Method, Tokens
 from graft.core.published import Published
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
 
@@ -170,8 +169,16 @@ class AdapterFusion(Method):
         q, k = self.fusion_query(h.to(self.dtype)), self.fusion_key(u)
         scores = self.fusion_dropout((k @ q[..., None]).squeeze(-1))  # (…, adapters)
         v = self.fusion_value(u) if self.cfg.value else u
+        self.regularized()
         out: Tensor = (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
         return out
+
+    def regularized(self) -> None:
+        """Have the value matrix reach `auxiliary`, where it trains."""
+        if self.cfg.value and self.cfg.regularization and self.layer.training:
+            W = self.fusion_value.weight
+            if W.requires_grad:
+                self.layer.call.note(self.name, self.site.key, W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return self.fused(y)
@@ -184,24 +191,9 @@ class AdapterFusion(Method):
         return s + self.fused(self.layer.base_layer(s))
 
     @classmethod
-    @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Any) -> Iterator[Callable[[Any], Any]]:
-        """Add the regularisation to the loss of a training step."""
-        with super().around(tuner, call, run) as finish:
-
-            def with_loss(output: Any) -> Any:
-                output = finish(output)
-                loss = getattr(output, "loss", None)
-                if isinstance(loss, Tensor) and tuner.training and torch.is_grad_enabled() and not tuner.disabled:
-                    output.loss = loss + regularization(tuner, run.adapters)
-                return output
-
-            yield with_loss
-
-
-def regularization(tuner: Any, names: Sequence[str]) -> Tensor | float:
-    """Return 0.01 · Σ ‖W_value - I‖² over the places of these adapters whose W_value trains, ()."""
-    held = [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
-    values = [m.fusion_value.weight for m in held if m.cfg.regularization and m.cfg.value and m.place.role != "tap"]
-    each = [(W - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum() for W in values if W.requires_grad]
-    return STRENGTH * sum(each, 0.0)
+    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+        """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran."""
+        values = {one.layer: one.values for one in noted}.values()
+        device = noted[0].values.device
+        each = [(W - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum().to(device) for W in values]
+        return STRENGTH * torch.stack(each).sum()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks [--quick] [--only SUBSTRING] [--json FILE] [--plot FILE] [--check]`: which goals are met."""
+"""`python -m benchmarks [--quick] [--only SUBSTRING…] [--json FILE] [--plot FILE] [--check]`: which goals are met."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from benchmarks.rows import BENCHES
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="graft and PEFT side by side.")
-    parser.add_argument("--only", metavar="SUBSTRING", default="", help="rows whose name contains this")
+    parser.add_argument(
+        "--only", metavar="SUBSTRING", nargs="+", default=[""], help="rows whose name contains one of these"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, and not the slowest rows")
     parser.add_argument("--json", metavar="FILE", help="write all values")
     parser.add_argument("--plot", metavar="FILE", help="draw all rows")
@@ -31,11 +33,13 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="note what is met or reached, for --check")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    named = [b for b in BENCHES if options.only.lower() in b.what.lower()]
+    named = [b for b in BENCHES if any(part.lower() in b.what.lower() for part in options.only)]
     chosen = [b for b in named if not (options.quick and b.long)]
     if not chosen:
         why = "only rows that --quick leaves out contain" if named else "no row contains"
-        parser.error("\n  ".join([f"{why} {options.only!r}. Rows:", *(b.what for b in named or BENCHES)]))
+        parser.error(
+            "\n  ".join([f"{why} {' or '.join(map(repr, options.only))}. Rows:", *(b.what for b in named or BENCHES)])
+        )
     if any(isinstance(b, packed.Packed) for b in chosen) and not packed.PACKAGE.is_dir():
         parser.error(f"rows on NF4 need bitsandbytes in {packed.PACKAGE}: `make bench` puts it there")
     console = Console(width=None if Console().is_terminal else 170)

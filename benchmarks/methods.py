@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaModel
 
 import graft
 from benchmarks.measure import LIBS, Effort, Goal, Row, Turns, take_turns
-from benchmarks.models import LINEAR, SCALING, lora, smollm
+from benchmarks.models import LINEAR, SCALING, WIDTH, lora, smollm
 from benchmarks.training import BATCH, TOKENS, inputs, kept, step
 
 LAYERS = 1
@@ -27,9 +28,28 @@ def ids() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(1024, (BATCH, TOKENS))}
 
 
-def adapted(lib: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    base = smollm(LAYERS, dtype=dtype).requires_grad_(False)
-    return moved(lib.get_peft_model(base, config)).train()
+def block(dtype: torch.dtype) -> nn.Module:
+    return smollm(LAYERS, dtype=dtype).requires_grad_(False)
+
+
+def mamba(dtype: torch.dtype) -> nn.Module:
+    """A Mamba as wide as the block."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, vocab_size=1024)
+    return MambaModel(MambaConfig(**sizes)).to(dtype).requires_grad_(False)
+
+
+def adapted(lib: Any, config: Any, dtype: torch.dtype, base: Callable[[torch.dtype], nn.Module] = block) -> nn.Module:
+    return moved(lib.get_peft_model(base(dtype), config)).train()
+
+
+def fused(dtype: torch.dtype) -> nn.Module:
+    """AdapterFusion over two bottlenecks."""
+    model = graft.get_peft_model(block(dtype), graft.BottleneckConfig(), "a", mixed=True)
+    model.add_adapter("b", graft.BottleneckConfig())
+    model.add_adapter("fused", graft.AdapterFusionConfig(adapters=["a", "b"]))
+    model.set_adapter("fused")
+    return moved(model).train()
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -55,19 +75,26 @@ class Case:
     flat: float = FLAT  # PEFT's bytes over graft's, at least
     in_peft: bool = True
     also: dict[str, Tensor] = field(default_factory=dict)  # arguments of its calls beside the inputs
+    base: Callable[[torch.dtype], nn.Module] = block
+    tokens: int = TOKENS  # of each row
+    layers: Sequence[str] = LINEAR  # of the floor
+    make: Callable[[torch.dtype], nn.Module] | None = None  # graft's model, where more than a config makes it
 
     def models(self) -> dict[str, Callable[[], nn.Module]]:
         def make(lib: Any) -> nn.Module:
-            return adapted(lib, getattr(lib, self.config)(**self.options), self.dtype)
+            if self.make is not None:
+                return self.make(self.dtype)
+            return adapted(lib, getattr(lib, self.config)(**self.options), self.dtype, self.base)
 
         made: dict[str, Callable[[], nn.Module]] = {name: partial(make, lib) for name, lib in LIBS.items()}
         made = made if self.in_peft else {"graft": made["graft"]}
-        return made | {"floor": partial(adapted, graft, lora(graft), self.dtype)}
+        return made | {"floor": partial(adapted, graft, lora(graft, targets=self.layers), self.dtype, self.base)}
 
     def inputs(self, who: str) -> dict[str, Tensor]:
+        embeddings = inputs(self.dtype, self.tokens)
         if who == "floor":
-            return inputs(self.dtype)
-        return (inputs(self.dtype) if self.batch is None else self.batch()) | self.also
+            return embeddings
+        return (embeddings if self.batch is None else self.batch()) | self.also
 
     def benches(self) -> list[Any]:
         return [Step(self), Kept(self)]
@@ -214,6 +241,7 @@ CASES = [
 ]
 OWN: dict[str, Any] = dict(in_peft=False, long=True)  # methods that PEFT 0.21.2 lacks
 R16 = EVERY | dict(r=16, lora_alpha=SCALING * 16)
+MIXED = dict(r=4, lora_alpha=SCALING * 4, num_experts=4)
 CASES += [
     Case("bottlenecks of Pfeiffer", "BottleneckConfig", **OWN),
     Case("bottlenecks of Houlsby", "BottleneckConfig", dict(mh_adapter=True, original_ln_before=False), **OWN),
@@ -236,5 +264,13 @@ CASES += [
     Case("FineGates", "FineGatesConfig", EVERY | dict(gate_noise_std=0.1), **OWN),
     Case("LoHa r 8, Khatri-Rao", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8, use_khatri_rao=True), **OWN),
     Case("LoHa r 8, ABBA", "LoHaConfig", EVERY | dict(r=8, alpha=SCALING * 8, init_weights="abba"), **OWN),
+    Case("EWoRA, 4 experts of r 4", "EworaConfig", EVERY | dict(r=4, num_experts=4), 1.6, **OWN),
+    Case("MoE-LoRA, 2 of 4 experts of r 4", "MoeLoraConfig", EVERY | MIXED, 1.6, **OWN),
+    Case("MoE-LoRA, 4 experts, one A", "MoeLoraConfig", EVERY | MIXED | dict(top_k=None, shared_A=True), 1.6, **OWN),
+    Case("MixLoRA, 2 of 4 experts of r 4", "MixLoraConfig", EVERY | MIXED, None, **OWN),  # runs two MLPs for each token
+    Case(
+        "AdapterFusion of two bottlenecks", "AdapterFusionConfig", limit=None, make=fused, **OWN
+    ),  # three dense layers
+    Case("SDT", "SdtConfig", dict(init_weights=False), base=mamba, tokens=16, layers=("in_proj", "out_proj"), **OWN),
 ]
 BENCHES = [bench for case in CASES for bench in case.benches()]

@@ -18,9 +18,9 @@ from benchmarks.models import LINEAR, WIDTH, lora, randomize, smollm
 LAYERS, BATCH, TOKENS = 2, 4, 256
 
 
-def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+def inputs(dtype: torch.dtype, tokens: int = TOKENS) -> dict[str, Tensor]:
     torch.manual_seed(2)
-    return {"inputs_embeds": torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype).requires_grad_()}
+    return {"inputs_embeds": torch.randn(BATCH, tokens, WIDTH, dtype=dtype).requires_grad_()}
 
 
 def step(model: nn.Module, batch: dict[str, Tensor]) -> None:

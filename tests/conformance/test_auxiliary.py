@@ -200,6 +200,20 @@ def test_gradient_checkpointing_counts_once(model):
     assert_close(model(x, labels=labels()).loss, found[0][0])
 
 
+def test_a_gradient_within_the_forward_pass_counts_once(model):
+    """As a model takes forces from its energy: the backward pass runs checkpointed layers again within the call."""
+    base, x = model.get_base_model(), inputs()
+
+    def force(x):
+        x = x.requires_grad_()
+        y = checkpoint(base.body, x, use_reentrant=False)
+        return torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+
+    base.forward = force
+    model(x)
+    assert_close(model.auxiliary_loss(), by_hand(model, "a", x))
+
+
 @pytest.mark.parametrize("again", [None, False], ids=["", "checkpointed"])
 def test_several_adapters_add_theirs(again, model):
     x, names = inputs(), ["a", "b"]

@@ -178,8 +178,10 @@ def test_a_head_takes_the_dtype_and_mode_of_the_original():
     [
         ({"clasifier": head(2)}, r"heads\['clasifier'\] must name one of the modules in modules_to_save.*classifier"),
         ({"classifier": 2}, "must be an nn.Module, got int"),
+        ([head(2)], "heads must be modules by name, .* got list"),
+        ({"classifier": nn.Linear(7, 2)}, r"heads\['classifier'\] takes 7 features, and 'classifier' has 24"),
     ],
-    ids=["unknown", "no module"],
+    ids=["unknown", "no module", "list", "width"],
 )
 def test_heads_that_fit_nothing_are_refused_and_nothing_changes(heads, text):
     base = models.make("bert-seq")
@@ -193,6 +195,16 @@ def test_heads_that_fit_nothing_are_refused_and_nothing_changes(heads, text):
         model.add_adapter("third", config(), heads=heads)
     assert list(model.peft_config) == ["default", "many"] and number_of_labels(model) == (FEW, FEW)
     assert model.state_dict().keys() == before.keys()
+
+
+def test_a_head_is_of_one_adapter():
+    """Else it would train with another, or with the base."""
+    model = adapted()
+    wrapper = model.get_base_model().classifier
+    for held in (wrapper.original_module, wrapper.modules_to_save["many"], nn.Sequential(wrapper.original_module)):
+        with pytest.raises(graft.ConfigError, match=r"heads\['classifier'\] is in the model already.*give a copy"):
+            model.add_adapter("third", config(), heads={"classifier": held})
+    model.add_adapter("third", config(), heads={"classifier": copy.deepcopy(wrapper.modules_to_save["many"])})
 
 
 def test_what_cannot_be_trained_whole_is_refused():

@@ -53,6 +53,25 @@ def test_entries_that_match_nothing(field, value, entry, similar):
     assert len(report.unmatched_targets) == 1 and entry in str(report)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("exclude_modules", ["lm_hed"]), ("rank_pattern", {"k_proj": 4, "q_proj": 2}), ("alpha_pattern", {"k_proj": 4})],
+)
+def test_a_plan_says_what_an_injection_warns_of(field, value):
+    config = lora(target_modules=["q_proj"], **{field: value})
+    with pytest.warns(UserWarning if field == "exclude_modules" else RuntimeWarning) as warned:
+        graft.get_peft_model(models.make("llama"), config)
+    assert len(warned) == 1 and field in str(warned[0].message)
+    (entry,) = graft.plan(models.make("llama"), config).unmatched_targets
+    assert entry.startswith(f"{field}: ") and ("lm_hed" in entry or entry.endswith("k_proj"))
+
+
+def test_a_plan_refuses_what_an_injection_does():
+    for use in (graft.get_peft_model, graft.plan):
+        with pytest.raises(NotImplementedError, match=r"Requested bias: al,.*lora_only"):
+            use(models.make("llama"), lora(target_modules=["q_proj"], bias="al"))
+
+
 def test_heads_that_a_task_has_by_default_may_be_missing(tmp_path):
     config = lora(target_modules=["query"], task_type="SEQ_CLS")
     base = models.make("bert-seq")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -42,7 +42,7 @@ from graft.inject.targets import (
     why_not_composed,
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from graft.storage import loose_bias, refusal
+from graft.storage import innermost, loose_bias, refusal
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -261,7 +261,7 @@ def warn_unmatched(
 def heads_of(saved: list[str], job: Job) -> dict[str, Head]:
     """Return the heads of an adapter: of the modules that train whole, and of those tied to them."""
     tree, adapter, tied = job.tree, job.adapter, job.targets.tied
-    chosen, made = choose_heads(job.options.heads or {}, saved), dict[str, Head]()
+    chosen, made = choose_heads(job.options.heads or {}, saved, job.model, tree), dict[str, Head]()
     for key in [*saved, *(k for k, source in tied.items() if source in saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
         beside.refuse(key, tree.modules[key], inside, adapter)
@@ -271,9 +271,16 @@ def heads_of(saved: list[str], job: Job) -> dict[str, Head]:
     return made
 
 
-def choose_heads(heads: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Module]:
-    """Return the modules that the caller gave for `modules_to_save`, by full path."""
+def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: Tree) -> dict[str, nn.Module]:
+    """Return the modules that the caller gave for `modules_to_save`, by full path.
+
+    Raises:
+        ConfigError: one has no place, is in the model already, or takes inputs of another width.
+    """
+    if not isinstance(heads, Mapping):
+        raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")
     chosen: dict[str, nn.Module] = {}
+    here = {id(m) for m in model.modules()} if heads else set()
     for name, module in heads.items():
         paths = [key for key in saved if key == name or key.endswith(f".{name}")]
         if len(paths) != 1:
@@ -282,6 +289,11 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.
             )
         if not isinstance(module, nn.Module):
             raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
+        if any(id(m) in here for m in module.modules()):
+            raise ConfigError(f"heads['{name}'] is in the model already, and would train there too: give a copy of it.")
+        widths = [getattr(m, "in_features", None) for m in (innermost(tree.modules[paths[0]]), module)]
+        if None not in widths and widths[0] != widths[1]:
+            raise ConfigError(f"heads['{name}'] takes {widths[1]} features, and '{paths[0]}' has {widths[0]}.")
         chosen[paths[0]] = module
     return chosen
 
@@ -292,8 +304,15 @@ def biases_of(
     """Return the base model's biases that train; a packed layer in place of one that is no Parameter yet.
 
     Modules trained whole have their own, in the adapter's copy.
+
+    Raises:
+        NotImplementedError: `bias` has no such value.
     """
     bias = getattr(cfg, "bias", "none")
+    if bias not in ("none", "all") and not bias.endswith("_only"):
+        raise NotImplementedError(
+            f"Requested bias: {bias}, is not implemented. Use none, all, or {cfg.peft_type.value.lower()}_only."
+        )
     if bias == "none":
         return []
     if bias == "all":
@@ -361,6 +380,7 @@ def report_on(
             f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. "
             "Names are whole paths or their last parts."
         )
+        report.unmatched_targets[f"exclude_modules: {cfg.exclude_modules}"] = []
     elif exclude and not isinstance(exclude, str):
         idle = [e for e in exclude if not any(k == e or k.endswith(f".{e}") for k in outcomes)]
         warn_unmatched("exclude_modules", unmatched(idle, set(), outcomes), report)
@@ -380,6 +400,7 @@ def report_on(
         if idle:
             text = f"The following {name} keys did not match any targeted module and were ignored: {idle}."
             warn(text, RuntimeWarning)
+            report.unmatched_targets.update({f"{name}: {pattern}": [] for pattern in idle})
 
 
 def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:

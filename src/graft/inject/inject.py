@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +157,9 @@ def nest(place: Place, layers: list[AdapterLayer], base: nn.Module) -> None:
     attach(place, inner)
 
 
-def check_bias(cfg: PeftConfig, method: type[Method], others: Iterator[object]) -> None:
-    """Raise if the config's `bias` is unknown, or a second adapter wants to train biases."""
-    bias = getattr(cfg, "bias", "none")
-    if bias not in ("none", "all") and not bias.endswith("_only"):
-        raise NotImplementedError(
-            f"Requested bias: {bias}, is not implemented. Use none, all, or {method.__name__.lower()}_only."
-        )
-    kinds = [getattr(other, "bias", "none") for other in others]
-    if kinds and bias != "none":
+def check_bias(cfg: PeftConfig, others: Collection[object]) -> None:
+    """Raise if a second adapter wants to train biases."""
+    if others and getattr(cfg, "bias", "none") != "none":
         raise ValueError(
             f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."

@@ -51,7 +51,7 @@ class InjectReport:
 
         percent = 100 * self.trainable_parameters / max(1, self.trainable_parameters + self.base_parameters)
         title = (
-            f"{self.peft_type} '{self.adapter}': {len(self.matched)} layers, "
+            f"{self.peft_type} '{self.adapter}': {len(self.matched)} layer{'s' * (len(self.matched) != 1)}, "
             f"{self.trainable_parameters:,} trainable parameters ({percent:.2f} %)"
         )
         table = Table(title=title, title_justify="left")

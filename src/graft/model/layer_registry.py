@@ -205,10 +205,9 @@ class LayerRegistry(MergingRegistry):
 
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
         super().check_new(adapter_name, config)
-        method = self.method_for(config)
         if not config.inference_mode:
             self._check_alone(adapter_name, config)
-        check_bias(config, method, iter(self.peft_config.values()))
+        check_bias(config, self.peft_config.values())
 
     def check_trainable(self, adapter_name: str) -> None:
         self._check_alone(adapter_name, self.peft_config[adapter_name])

@@ -285,6 +285,8 @@ def test_what_has_no_sum_in_a_mixed_model_changes_nothing(kind, text):
     assert list(model.peft_config) == ["v", "i", "a"] and after.keys() == before.keys()
     with pytest.raises(graft.AdapterNotFoundError, match="zz"):
         model.add_weighted_adapter(["v", "zz"], [1.0, 1.0], "new")
+    with pytest.raises(TypeError, match=r"weights should be a list, one for each of \['v', 'a'\], got 0.5"):
+        model.add_weighted_adapter(["v", "a"], 0.5, "new")
 
 
 def lohas(targets, **options):

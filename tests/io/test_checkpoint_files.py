@@ -333,6 +333,10 @@ def test_a_folder_that_is_not_there(tmp_path):
     for missing in (tmp_path / "no", tmp_path):
         with pytest.raises(graft.CheckpointError, match=r"Can't find 'adapter_config.json'"):
             load(missing)
+    for name in "ab":
+        adapted().save_pretrained(tmp_path / name)
+    with pytest.raises(graft.CheckpointError, match=r"adapters in the folders \['a', 'b'\], give one of them"):
+        load(tmp_path)
     adapted().peft_config["default"].save_pretrained(tmp_path)
     with pytest.raises(graft.CheckpointError, match=r"Can't find weights for.*adapter_model.safetensors"):
         load(tmp_path)

@@ -233,6 +233,8 @@ def kind_of(tuner: Any, names: list[str]) -> str:
 def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
     if isinstance(adapters, str):
         raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}: write ['{adapters}'].")
+    if isinstance(weights, (int, float)):
+        raise ConfigTypeError(f"weights should be a list, one for each of {list(adapters)}, got {weights!r}.")
     names, numbers = list(adapters), [float(w) for w in weights]
     if not names:
         raise ConfigError("Found no adapter to combine: `adapters` is empty.")

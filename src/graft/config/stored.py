@@ -17,7 +17,7 @@ from graft.config import notes
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
 from graft.config.reading import parsed
-from graft.core.errors import CheckpointError, PeftWarning, warn
+from graft.core.errors import CheckpointError, PeftWarning, some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
 DESCRIBING = {  # fields that say nothing of what an adapter computes
@@ -82,7 +82,7 @@ class Stored:
 
     def _needed(self, fields: Any) -> Any:
         if fields is None:
-            why = whole_model(self.folder) or not_asked(self.where, **self.hub)
+            why = whole_model(self.folder) or adapters_in(self.folder) or not_asked(self.where, **self.hub)
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")
         return fields
 
@@ -137,6 +137,13 @@ def whole_model(folder: str | os.PathLike) -> str:
         "read the file into it by load_state_dict(), and call its save_pretrained(). Before training, call "
         "graft.compat.peft.install(), and checkpoints will hold the adapter alone"
     )
+
+
+def adapters_in(folder: str | os.PathLike) -> str:
+    """Return a note for errors about a missing adapter: which folders in this one hold one; '' if none does."""
+    inner = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = [repr(name) for name in inner if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]
+    return f": it holds adapters in the folders {some(found)}, give one of them, or subfolder=" if found else ""
 
 
 def keys_in(path: str) -> list[str]:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.core.layer import AdapterLayer, ParameterLayer
+from graft.core.layer import AdapterLayer, ParamWrapper
 from tests.compat.test_steps import GRAFT, LINEAR, PEFT, STACKS, TARGETS, X, base
 from tests.models import nudged
 
-BEFORE = {(kind, name): getattr(kind, name) for kind in (AdapterLayer, ParameterLayer) for name in ("forward", "merge")}
+BEFORE = {(kind, name): getattr(kind, name) for kind in (AdapterLayer, ParamWrapper) for name in ("forward", "merge")}
 BOTH = {"theirs": PEFT, "ours": GRAFT}
 close = partial(assert_close, rtol=2e-4, atol=1e-3)  # outputs are in the hundreds
 ALL = {"target_modules": ["linear", "k", "v"], "init_lora_weights": False}

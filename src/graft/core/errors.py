@@ -96,6 +96,15 @@ def some(items: list[str], most: int = 8) -> str:
     return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
 
 
+def who(function: object) -> str:
+    """Return a client's function as texts show it: where it was written, whatever it says that it wraps."""
+    written = getattr(function, "__func__", function)
+    code = getattr(written, "__code__", None)
+    if code is None:
+        return repr(function)
+    return f"{written.__globals__.get('__name__', '')}.{getattr(code, 'co_qualname', code.co_name)}"
+
+
 INSIDE = (  # modules that stand between a caller and a warning
     "graft.", "contextlib", "torch.nn.modules.module", "torch.utils._contextlib", "torch.autograd", "torch._tensor",
 )  # fmt: skip

@@ -440,7 +440,7 @@ class AdapterLayer(PeftNames, Host):
         self.changed()
 
 
-class ParameterLayer(AdapterLayer):
+class ParamWrapper(AdapterLayer):
     """The layer of a parameter that its module uses in its own ways.
 
     While the module runs, another tensor stands in the parameter's place, so that threads run such modules in turn.
@@ -461,6 +461,12 @@ class ParameterLayer(AdapterLayer):
         return getattr(self.get_base_layer(), self.site.parameter)  # type: ignore[no-any-return]
 
     @property
+    def num_experts(self) -> int:
+        """The matrices of the stack; 1 for a parameter that is one."""
+        shape = self.site.op.shape(self.site.module)  # type: ignore[attr-defined]
+        return int(shape[0]) if len(shape) > 2 else 1
+
+    @property
     def _did_swap_in_out_features(self) -> bool:
         """PEFT's word for a stack (n, out, in), not (n, in, out): of square ones clients cannot see it by the shape."""
         op = self.site.op
@@ -476,4 +482,4 @@ class ParameterLayer(AdapterLayer):
 
 def layer_for(site: Site, call: Call) -> AdapterLayer:
     """Make the layer of a site."""
-    return ParameterLayer(site, call) if site.op.opaque else AdapterLayer(site, call)
+    return ParamWrapper(site, call) if site.op.opaque else AdapterLayer(site, call)

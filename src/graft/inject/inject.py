@@ -86,7 +86,8 @@ class Injection(Job):
             attach(where, base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
-            layer.keep()
+            if not self.options.held:
+                layer.keep()
             if key in tree.layers:
                 continue
             if layer.op.opaque:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError
+from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError, who
 from graft.core.site import Site
 from graft.inject.job import Job
 from graft.inject.match import Verdict, unmatched
@@ -87,9 +87,7 @@ class Steps:
 
     def of(self, step: str) -> str:
         """Return a replaced step as texts show it."""
-        now = getattr(self.tuner, step)
-        name = getattr(now, "__qualname__", repr(now))
-        return f"{type(self.tuner).__name__}.{step}, replaced by {getattr(now, '__module__', '')}.{name}"
+        return f"{type(self.tuner).__name__}.{step}, replaced by {who(getattr(self.tuner, step))}"
 
     def all_of(self) -> str:
         return " and ".join(map(self.of, self.replaced))

@@ -159,6 +159,7 @@ def as_here(stack: Stack, seen: set[bool], layout: Layout, doubts: set[str]) -> 
     r = len(A) // n
     if layout.by_expert and r > 1:
         B = B.view(-1, n, r).transpose(1, 2).flatten(1)
+        doubts |= {"twice"} if layout.left_to else set()
     elif layout.by_expert is None and min(r, n) > 1:
         doubts.add("by_expert")
     exchanged, sure = is_exchanged(stack, seen, layout)

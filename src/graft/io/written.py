@@ -27,6 +27,7 @@ class Layout:
     version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
     exchanged: bool | None = None  # A and B of square stacks stand for each other
     by_expert: bool | None = False  # columns of B: those of an expert are next to each other
+    left_to: str | None = None  # who has replaced PeftModel.load_adapter, and may see to the columns of B itself
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Layout:
@@ -35,6 +36,12 @@ class Layout:
         unsloth = (fields.get("auto_mapping") or {}).get("unsloth_fixed", False)
         by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
         return cls(version, by_expert=by_expert)
+
+    def under(self, replacement: str | None) -> Layout:
+        """Return this as PEFT reads it, which knows no order of columns, where a replacement loads, which may."""
+        if replacement is None:
+            return self
+        return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
     def told(self, names: str | Collection[str] | None) -> Layout:
         """Return this with what the caller says by `expert_layout`.
@@ -80,7 +87,20 @@ def say(doubts: set[str], layout: Layout, what: str) -> None:
             f"read {read}. Pass expert_layout='exchanged' if PEFT before 0.19.1 trained it, 'peft' if a later one did.",
             PeftWarning,
         )
-    if "by_expert" in doubts:
+    if "twice" in doubts:
+        warn(
+            f"{what}: expert_layout='grouped_by_expert' has put the columns of B in order. PeftModel.load_adapter was "
+            f"replaced by {layout.left_to}: if that does so as well, leave expert_layout out.",
+            PeftWarning,
+        )
+    if "by_expert" in doubts and layout.left_to is not None:
+        warn(
+            f"{what} was trained by Unsloth: the order of the columns of B of stacks of experts is left to "
+            f"{layout.left_to}, which has replaced PeftModel.load_adapter, as under PEFT. Pass "
+            "expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it and that leaves it alone.",
+            PeftWarning,
+        )
+    elif "by_expert" in doubts:
         warn(
             f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: they "
             "were read as PEFT writes them. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 "

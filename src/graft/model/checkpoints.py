@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -42,8 +42,16 @@ class Held(NamedTuple):
     loaded: files.Loaded
 
 
+def nobody(config: PeftConfig) -> str | None:
+    """Return that nobody has replaced the loading of adapters."""
+    return None
+
+
 def read(
-    where: str | os.PathLike | Held, options: dict[str, Any], config: PeftConfig | None = None
+    where: str | os.PathLike | Held,
+    options: dict[str, Any],
+    config: PeftConfig | None = None,
+    replacement: Callable[[PeftConfig], str | None] = nobody,
 ) -> tuple[PeftConfig, files.Loaded]:
     """Return config and tensors of a saved adapter.
 
@@ -52,6 +60,7 @@ def read(
         options: keyword arguments of the caller; those for the hub, `subfolder`, `check_digest` and `expert_layout`
             count.
         config: use this in place of the stored one.
+        replacement: returns who has replaced the loading of an adapter with such a config, if somebody has.
 
     Raises:
         ConfigError: `expert_layout` is none.
@@ -68,7 +77,7 @@ def read(
         loaded = files.load_weights(**source)
         if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
             loaded.layout = Layout(config.peft_version)
-    loaded.layout = loaded.layout.told(options.get("expert_layout"))
+    loaded.layout = loaded.layout.under(replacement(config)).told(options.get("expert_layout"))
     return config, loaded
 
 

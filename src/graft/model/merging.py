@@ -189,6 +189,21 @@ class MergingRegistry(Registry):
         self.layers, self.wrappers = {}, {}
         return self.model
 
+    @contextmanager
+    def provisional(self, adapter_name: str) -> Iterator[None]:
+        """Take an adapter that was injected with `Options.held` off again if the block raises."""
+        try:
+            yield
+        except BaseException:
+            for layer in self.parts_of(adapter_name).layers.values():
+                layer.rollback()
+            self.delete_adapter(adapter_name)
+            if not self.peft_config:
+                self.unload()
+            raise
+        for layer in self.layers.values():
+            layer.keep()
+
 
 def merge_report(model: nn.Module) -> dict[str, float]:
     """Return the share of the merged update that each layer's weight holds, by the layer's path in the base model.

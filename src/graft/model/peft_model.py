@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn, who
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, Given, Run, copies_of
 from graft.inject.job import Options
@@ -70,10 +70,11 @@ class PeftModel(nn.Module):
         heads: dict[str, nn.Module] | None = None,
         values: Values | None = None,
         tree: Tree | None = None,
+        held: bool = False,
     ):
         super().__init__()
         check_adapter_name(adapter_name)
-        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads)
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, held=held)
         with unless_it_fails(peft_config):
             self._extend_config(peft_config)
             if isinstance(peft_config, PromptLearningConfig):
@@ -579,24 +580,48 @@ class PeftModel(nn.Module):
             NonFiniteError: tensors hold NaN or infinite numbers.
             HubError: the hub cannot be reached, or does not give a file.
         """
-        config, loaded = checkpoints.read(model_id, kwargs, config)
-        warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
+        config, loaded = checkpoints.read(model_id, kwargs, config, lambda read: replacement(cls._class_for(read)))
+        kind = cls._class_for(config)
+        theirs = None if isinstance(model_id, checkpoints.Held) else replacement(kind)
+        if theirs is None:
+            warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
         with unless_it_fails(config):
             config.take({name: kwargs[name] for name in config.taken_on_loading if name in kwargs})
             checkpoints.prepare(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
-            made = cls._class_for(config)(
+            made = kind(
                 model,
                 config,
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 values=values,
                 change_timeout=change_timeout,
+                held=theirs is not None,
             )
-        checkpoints.let_train(made, adapter_name, is_trainable)
-        made._heads_changed()
+            checkpoints.let_train(made, adapter_name, is_trainable)
+            made._heads_changed()
+            if theirs is not None:
+                told = dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping)
+                told["autocast_adapter_dtype"] = autocast_adapter_dtype
+                made._hand_over(theirs, values.report, (model_id, adapter_name, told), low_cpu_mem_usage)
         return made
+
+    def _hand_over(self, theirs: str, report: LoadReport, told: Told, low_cpu_mem_usage: bool) -> None:
+        """Call a replaced `load_adapter`, whose call of the original returns the report of what is loaded already."""
+        model_id, adapter_name, options = told
+        self.__dict__["_done"] = told, report
+        try:
+            with self._registry.provisional(adapter_name):
+                self.load_adapter(model_id, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, **options)
+        finally:
+            done = self.__dict__.pop("_done", None)
+        if done is not None:
+            warn(
+                f"PeftModel.load_adapter was replaced by {theirs}, which has not called the original: adapter "
+                f"'{adapter_name}' holds the values of its file wherever that has set no others.",
+                PeftWarning,
+            )
 
     def load_adapter(
         self,
@@ -628,10 +653,15 @@ class PeftModel(nn.Module):
         Raises:
             as `from_pretrained`; the model is then as it was.
         """
+        told = (model_id, adapter_name, dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping))
+        told[2]["autocast_adapter_dtype"] = autocast_adapter_dtype
+        done = self.__dict__.pop("_done", None)
+        if done is not None and done[0] == told:
+            return done[1]  # type: ignore[no-any-return]
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
-        config, loaded = checkpoints.read(model_id, kwargs)
+        config, loaded = checkpoints.read(model_id, kwargs, replacement=lambda _: replacement(type(self)))
         tears: Names = None if self.training and not is_trainable else ()  # the model goes to eval mode
         with self._registry.call.gate.preparing(f"load_adapter({adapter_name!r})", tears):
             new = adapter_name not in self.peft_config
@@ -651,6 +681,15 @@ class PeftModel(nn.Module):
 
     def __contains__(self, adapter_name: str) -> bool:
         return adapter_name in self.peft_config
+
+
+LOAD_ADAPTER = PeftModel.load_adapter
+Told = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
+
+
+def replacement(kind: type[PeftModel]) -> str | None:
+    """Return who has replaced `load_adapter` of a class, or overridden it; None if nobody has."""
+    return None if kind.load_adapter is LOAD_ADAPTER else who(kind.load_adapter)
 
 
 CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
 from graft.core.errors import PeftWarning, RoutingError, warn
-from graft.core.layer import AdapterLayer, ParameterLayer
+from graft.core.layer import AdapterLayer, ParamWrapper
 from graft.core.method import Method
 from graft.core.ops import OPS
 from graft.core.rows import BASE, Together
@@ -101,7 +101,7 @@ class _LayerType(ABCMeta):
         if name in READ and name in cls.__dict__ and not cls.derived:
             if name == DELTA and value is not OWN_DELTA:
                 warn(f"{cls.__name__}.{name} was replaced: graft merges and runs without it, as before.", PeftWarning)
-            setattr(ParameterLayer, name, value)
+            setattr(ParamWrapper, name, value)
             super().__setattr__(name, value)
             return
         if name == "__init__" and not cls.derived:
@@ -265,9 +265,9 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
         GRAFTS["unmerge"][AdapterLayer](self)
 
 
-OWN_DELTA = ParameterLayer.get_delta_weight
+OWN_DELTA = ParamWrapper.get_delta_weight
 OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
-GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParameterLayer)} for name in REPLACEABLE}
+GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParamWrapper)} for name in REPLACEABLE}
 REPLACED: dict[str, list[tuple[Any, Any]]] = {}  # classes with a client's method, and it, the last first: compiles
 
 
@@ -290,7 +290,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
     if kind is None:
         facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:
-        facts |= {name: getattr(ParameterLayer, name) for name in READ}
+        facts |= {name: getattr(ParamWrapper, name) for name in READ}
     return _LayerType(name, bases, facts)
 
 

@@ -19,7 +19,8 @@ from graft.core.layer import AdapterLayer, ParamWrapper
 from tests.compat.test_steps import GRAFT, LINEAR, PEFT, STACKS, TARGETS, X, base
 from tests.models import nudged
 
-BEFORE = {(kind, name): getattr(kind, name) for kind in (AdapterLayer, ParamWrapper) for name in ("forward", "merge")}
+NAMES = ("forward", "merge", "unmerge", "get_delta_weight")
+BEFORE = {(kind, name): getattr(kind, name) for kind in (AdapterLayer, ParamWrapper) for name in NAMES}
 BOTH = {"theirs": PEFT, "ours": GRAFT}
 close = partial(assert_close, rtol=2e-4, atol=1e-3)  # outputs are in the hundreds
 ALL = {"target_modules": ["linear", "k", "v"], "init_lora_weights": False}
@@ -333,6 +334,102 @@ def test_a_merge_that_raises_leaves_nothing_merged(monkeypatch):
     close(dict(model.named_parameters()), before)
 
 
+# the update
+
+
+def twice(original: Any, seen: list | None = None) -> Any:
+    def get_delta_weight(self, adapter, *args, **kwargs):
+        if seen is not None:
+            seen.append(adapter)
+        return 2 * original(self, adapter, *args, **kwargs)
+
+    return get_delta_weight
+
+
+@pytest.mark.parametrize("config, kind", [(ALL, "Linear"), (STACKS, "ParamWrapper")], ids=["Linear", "ParamWrapper"])
+def test_get_delta_weight_replaced(config, kind, monkeypatch):
+    """Merging writes what it gives; several adapters of a parameter run with it, too, whatever runs around that."""
+    models = dict(zip(BOTH, pair(config)))
+    before = models["ours"](X)
+    for lib in BOTH.values():
+        cls = layer_of(lib, kind)
+        monkeypatch.setattr(cls, "get_delta_weight", twice(cls.get_delta_weight))
+    close(models["ours"](X), models["theirs"](X))
+    assert torch.equal(models["ours"](X), before)
+    for name, model in models.items():
+        model.add_adapter("other", BOTH[name].api.LoraConfig(**config))
+        model.base_model.set_adapter(["default", "other"])
+    models["ours"].load_state_dict(nudged(models["theirs"]).state_dict())
+    close(models["ours"](X), models["theirs"](X))
+    monkeypatch.undo()
+    before = models["ours"](X)
+    for lib in BOTH.values():
+        cls = layer_of(lib, kind)
+        monkeypatch.setattr(cls, "get_delta_weight", twice(cls.get_delta_weight))
+    assert torch.equal(models["ours"](X), before) == (kind == "Linear")
+    for lib in BOTH.values():
+        cls = layer_of(lib, kind)
+        monkeypatch.setattr(cls, "forward", lambda self, *a, _original=cls.forward, **k: _original(self, *a, **k))
+    close(models["ours"](X), models["theirs"](X))
+    for model in models.values():
+        model.merge_adapter(safe_merge=True)
+    close(models["ours"](X), models["theirs"](X))
+    assert not torch.allclose(models["ours"](X), before, rtol=1e-3)
+    models["ours"].unmerge_adapter()
+    monkeypatch.undo()
+    assert torch.equal(models["ours"](X), before)
+    close(copy.deepcopy(models["ours"]).merge_and_unload()(X), before)
+
+
+def test_a_replaced_update_trains(monkeypatch):
+    theirs, ours = pair(STACKS)
+    for model, lib in ((theirs, PEFT), (ours, GRAFT)):
+        model.add_adapter("other", lib.api.LoraConfig(**STACKS))
+        model.base_model.set_adapter(["default", "other"])
+        cls = layer_of(lib, "ParamWrapper")
+        monkeypatch.setattr(cls, "get_delta_weight", twice(cls.get_delta_weight))
+    ours.load_state_dict(nudged(theirs).state_dict())
+    grads = []
+    for model in (theirs.train(), ours.train()):
+        model(X).square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    close(grads[1], grads[0], rtol=1e-3, atol=1e-2)
+    assert any(g.abs().max() > 0 for g in grads[1].values())
+
+
+@pytest.mark.differs(
+    "`get_delta_weight` replaced on a layer class or a layer",
+    peft="merges by it; several adapters of a parameter, and those of one matrix, run by it",
+    graft="the same for adapters that only add it to the weight; `NotImplementedError` on merging others (DoRA) by it",
+)
+@pytest.mark.parametrize("why", ["DoRA", "shape", "raises"])
+def test_an_update_that_cannot_be_taken_leaves_nothing_merged(why, monkeypatch):
+    linear = layer_of(GRAFT, "Linear")
+    model = nudged(GRAFT.wrap(base(), ALL | {"use_dora": why == "DoRA"}))
+    expected, before = model(X), {n: p.clone() for n, p in model.named_parameters()}
+    original = linear.get_delta_weight
+
+    def get_delta_weight(self, adapter):
+        if not self.site.key.startswith("blocks.1") or why == "DoRA":
+            return original(self, adapter)
+        if why == "raises":
+            raise LookupError("mine")
+        return original(self, adapter)[:2]
+
+    monkeypatch.setattr(linear, "get_delta_weight", get_delta_weight)
+    kind, text = {
+        "DoRA": (NotImplementedError, "replaced by tests.compat.test_replaced.*does more than add"),
+        "shape": (graft.UnsupportedLayerError, r"blocks.1.*it returned \(2, "),
+        "raises": (LookupError, "mine"),
+    }[why]
+    for merge in (model.merge_adapter, partial(model.merge_adapter, safe_merge=True)):
+        with pytest.raises(kind, match=text):
+            merge()
+        assert not any(layer.merged for layer in model._registry.layers.values())
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert torch.equal(model(X), expected)
+
+
 @pytest.mark.differs(
     "replacing another method of a layer class, or of a tuner where it makes layers (`_create_new_module`, …); a "
     "class body that overrides any of these",
@@ -340,7 +437,7 @@ def test_a_merge_that_raises_leaves_nothing_merged(monkeypatch):
     graft="AttributeError: it would change nothing; TypeError when an instance is made",
     why="instead: a `graft.Method`, an `Op`",
 )
-@pytest.mark.parametrize("name", ["get_delta_weight", "update_layer", "_activate_lora", "forward_of_mine"])
+@pytest.mark.parametrize("name", ["update_layer", "_activate_lora", "forward_of_mine"])
 def test_other_methods_are_refused(name):
     with pytest.raises(AttributeError, match=rf"setting Linear\.{name} would change nothing"):
         setattr(layer_of(GRAFT, "Linear"), name, lambda self: None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
+from typing import Any
 
 
 class PeftError(Exception):
@@ -98,7 +99,7 @@ def some(items: list[str], most: int = 8) -> str:
 
 def who(function: object) -> str:
     """Return a client's function as texts show it: where it was written, whatever it says that it wraps."""
-    written = getattr(function, "__func__", function)
+    written: Any = getattr(function, "__func__", function)
     code = getattr(written, "__code__", None)
     if code is None:
         return repr(function)

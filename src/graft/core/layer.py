@@ -463,7 +463,7 @@ class ParamWrapper(AdapterLayer):
     @property
     def num_experts(self) -> int:
         """The matrices of the stack; 1 for a parameter that is one."""
-        shape = self.site.op.shape(self.site.module)  # type: ignore[attr-defined]
+        shape = self.site.op.shape(self.site.module)
         return int(shape[0]) if len(shape) > 2 else 1
 
     @property

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 from graft.core import stacked
 from graft.core.averaging import averaged
 from graft.core.containers import slots_of
-from graft.core.effect import HALF, LowRank, Replace, Rewrite, Update
-from graft.core.errors import PeftWarning, warn
+from graft.core.effect import HALF, Effect, LowRank, Replace, Rewrite, Update
+from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
 from graft.core.folding import evaluating, fold_step, shift_of
 from graft.core.method import Method
@@ -140,6 +141,8 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
             return effect.fixed
     if any([effect.whole for effect in effects]):
         return None
+    if (why := why_not_told(layer, methods)) is not None:
+        return why
     held = layer.held
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
         return why
@@ -234,7 +237,47 @@ def theirs(layer: Layer, name: str) -> Callable[..., object] | None:
     if getattr(now, "__func__", None) is not own:
         return now  # type: ignore[no-any-return]
     find = getattr(own, "find", None)
-    return None if find is None or find(layer) is None else now
+    found = None if find is None else find(layer)
+    return None if found is None else MethodType(found, layer)
+
+
+DELTA = "get_delta_weight"
+
+
+def as_told(layer: Layer, steps: Sequence[Step]) -> list[Step]:
+    """Return steps that add what a replaced `get_delta_weight` of the layer gives in the place of their own updates."""
+    told = theirs(layer, DELTA)
+    return [*steps] if told is None else [(m, _told(layer, m, effect, told)) for m, effect in steps]
+
+
+def _told(layer: Layer, m: Method, effect: Effect, told: Callable[..., object]) -> Update:
+    def delta() -> Tensor:
+        given, shape = told(m.name), layer.held.read().shape
+        if not isinstance(given, Tensor) or given.shape != shape:
+            what = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise UnsupportedLayerError(
+                f"get_delta_weight of layer '{layer.site.key}', replaced by {who(told)}, is to return the update of "
+                f"adapter '{m.name}' in the weight's shape, {tuple(shape)}: it returned {what}."
+            )
+        return layer.op.canon(given)
+
+    shift = shift_of(effect)
+    return Update(delta, bias=None if shift is None else lambda: shift)
+
+
+def why_not_told(layer: Layer, methods: Sequence[Method]) -> str | None:
+    """Return why a replaced `get_delta_weight` cannot give adapters' updates; None if it can, or there is none."""
+    told = theirs(layer, DELTA)
+    if told is None:
+        return None
+    more = [m for m in methods if not (m.effect.additive and isinstance(m.effect, (LowRank, Update)))]
+    if more:
+        why = f"adapter '{more[0].name}' ({type(more[0]).__name__}) does more than add that to the weight"
+    elif is_packed_stack(layer):
+        why = "into a packed stack graft merges products alone"
+    else:
+        return None
+    return f"get_delta_weight was replaced by {who(told)}, and {why}"
 
 
 def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
@@ -245,7 +288,7 @@ def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step]
     """
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
-    steps = ordered(layer, [layer.methods[n] for n in together if n in layer.methods])
+    steps = as_told(layer, ordered(layer, [layer.methods[n] for n in together if n in layer.methods]))
     if layer.state.weights is not None:
         steps = averaged(layer, steps, dict(zip(active, layer.state.weights)))
     if not done:

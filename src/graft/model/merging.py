@@ -88,10 +88,13 @@ class MergingRegistry(Registry):
             if undoable:
                 until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
             warn(f"Active adapters {silent} are not merged: {until}.")
-        before = {layer: list(layer.state.merged) for layer in replaced}
-        try:
-            for layer, merge in replaced.items():  # first, as these may raise
+        told = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
+        before = {layer: list(layer.state.merged) for layer in (*replaced, *told)}
+        try:  # first, as what clients have put there may raise
+            for layer, merge in replaced.items():
                 merge(safe_merge=safe_merge, adapter_names=chosen[layer])
+            for layer, here in told.items():
+                layer.merge_checked(here, True)
         except BaseException:
             for layer, merged in before.items():
                 if layer.state.merged != merged:

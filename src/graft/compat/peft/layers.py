@@ -3,25 +3,29 @@
 
 Calling one makes a layer by hand. Other packages derive classes from these when they are imported, whether or not they
 use them later. A derived class can be defined; to make an instance of it is an error that says what to do instead, and
-so is setting a method. Markers may be set, and three methods can be replaced: `forward`, `merge` and `unmerge`. Only
-then do graft's layers look for replacements.
+so is setting a method. Markers may be set, and four methods can be replaced: `forward`, `merge`, `unmerge` and
+`get_delta_weight`. Only then do graft's layers look for replacements.
 """
 
 from __future__ import annotations
 
 from abc import ABC, ABCMeta
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
-from graft.core.errors import PeftWarning, RoutingError, warn
-from graft.core.layer import AdapterLayer, ParamWrapper
+from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, warn
+from graft.core.layer import SWAPS, AdapterLayer, ParamWrapper
+from graft.core.merging import DELTA, as_told, why_not_told
 from graft.core.method import Method
 from graft.core.ops import OPS
+from graft.core.plan import Folded, Plan
 from graft.core.rows import BASE, Together
 from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.methods import METHODS, method_of
@@ -38,12 +42,11 @@ SPECIAL: dict[str, dict[str, str | None]] = {  # class names that do not follow 
     "ADAPTION_PROMPT": {"AdaptedAttention": None, "AdaptedAttentionGPT": "GPT2Attention"},
 }
 ASKED = {"LORA": ("lora_ga_init",)}  # methods that clients ask a class for, to know what PEFT can do
-DELTA = "get_delta_weight"
-READ = ("get_param", DELTA)  # of a ParamWrapper; nothing in graft calls them: a replacement is what other clients get
+READ = "get_param"  # of a ParamWrapper; nothing in graft calls it: a replacement is what other clients get
 KINDS = tuple(dict.fromkeys(SAME.get(kind, kind) for kind in (*PLAIN, *BNB)))
 
 
-REPLACEABLE = ("forward", "merge", "unmerge")
+REPLACEABLE = ("forward", "merge", "unmerge", DELTA)
 INSTEAD = "write a graft.Method for new mathematics, an Op for a new layer type"
 
 
@@ -98,9 +101,7 @@ class _LayerType(ABCMeta):
             super().__setattr__(name, value)
             substitute(cls, name, value)
             return
-        if name in READ and name in cls.__dict__ and not cls.derived:
-            if name == DELTA and value is not OWN_DELTA:
-                warn(f"{cls.__name__}.{name} was replaced: graft merges and runs without it, as before.", PeftWarning)
+        if name == READ and name in cls.__dict__ and not cls.derived:
             setattr(ParamWrapper, name, value)
             super().__setattr__(name, value)
             return
@@ -132,12 +133,14 @@ def elsewhere(name: str) -> Any:
 
 def substitute(cls: type, name: str, value: Any) -> None:
     """Have graft's layers ask for a replacement of a method as long as some class has one; `value` is the newest."""
-    theirs = REPLACED.setdefault(name, [])
+    theirs = REPLACED[name]
     theirs[:] = [(c, f) for c, f in theirs if c is not cls]
     if value is not OWN[name]:
         theirs.insert(0, (cls, value))
-    for kind, own in GRAFTS[name].items():
-        setattr(kind, name, asking(name) if theirs else own)
+    for changed in (name, *(("forward",) if name == DELTA else ())):
+        asked = REPLACED[changed] or (changed == "forward" and REPLACED[DELTA])
+        for kind, own in GRAFTS[changed].items():
+            setattr(kind, changed, asking(changed) if asked else own)
 
 
 def asking(name: str) -> Any:
@@ -160,6 +163,15 @@ def find(name: str, layer: AdapterLayer) -> Any:
     if name == "forward" and layer.call.open and layer.call.weights() is not None:  # PEFT's mixtures do not call it
         return None
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
+
+
+def run_as_told(layer: AdapterLayer, plan: Plan, *args: object, adapter_names: object = None, **kwargs: object) -> Any:
+    """Run a layer of a parameter with the updates that a replaced `get_delta_weight` gives."""
+    if (why := why_not_told(layer, [m for m, _ in plan.steps])) is not None:
+        raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
+    told = Folded(layer, as_told(layer, plan.steps))
+    with nullcontext() if is_dynamo_compiling() else SWAPS.lock:
+        return told.run(*args, **kwargs)
 
 
 def names_of_rows(call: Call) -> list[str] | None:
@@ -256,6 +268,10 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
     # the originals, for those who replace them
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+        if REPLACED[DELTA] and self.op.opaque and find(DELTA, self) is not None:
+            plan = self.plan_of_reader()
+            if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
+                return run_as_told(self, plan, x, *args, **kwargs)
         return self._mixed_batch_forward(x, *args, **kwargs)
 
     def merge(self, *args: object, **kwargs: object) -> None:
@@ -264,11 +280,13 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
     def unmerge(self) -> None:
         GRAFTS["unmerge"][AdapterLayer](self)
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return GRAFTS[DELTA][AdapterLayer](self, adapter)  # type: ignore[no-any-return]
 
-OWN_DELTA = ParamWrapper.get_delta_weight
+
 OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
 GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParamWrapper)} for name in REPLACEABLE}
-REPLACED: dict[str, list[tuple[Any, Any]]] = {}  # classes with a client's method, and it, the last first: compiles
+REPLACED: dict[str, list[tuple[Any, Any]]] = {name: [] for name in REPLACEABLE}  # the last first, in lists: compiles
 
 
 @cache
@@ -290,7 +308,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
     if kind is None:
         facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}
     if kind == WRAPPER:
-        facts |= {name: getattr(ParamWrapper, name) for name in READ}
+        facts[READ] = getattr(ParamWrapper, READ)
     return _LayerType(name, bases, facts)
 
 

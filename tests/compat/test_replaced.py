@@ -443,6 +443,13 @@ def test_other_methods_are_refused(name):
         setattr(layer_of(GRAFT, "Linear"), name, lambda self: None)
 
 
+def test_classes_without_layers_say_so(monkeypatch):
+    with pytest.warns(graft.PeftWarning, match="_LoraParameterProxy.forward was replaced: graft has no such layers"):
+        monkeypatch.setattr(layer_of(GRAFT, "_LoraParameterProxy"), "forward", lambda self, W: W)
+    with pytest.warns(graft.PeftWarning):
+        monkeypatch.undo()
+
+
 def test_adapter_names_for_one_layer():
     model = GRAFT.wrap(base(), LINEAR)
     with pytest.raises(graft.RoutingError, match="pass them to the PeftModel"):

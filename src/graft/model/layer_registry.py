@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.core.call import Noted
 from graft.core.carrier import Carrier
-from graft.core.errors import AdapterNameError, ConfigError
+from graft.core.errors import AdapterNameError, ConfigError, UnsupportedLayerError, who
 from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.names import one_or_several
@@ -30,7 +31,7 @@ from graft.methods import ROWS, method_of
 from graft.model.auxiliary import losses_of, with_loss
 from graft.model.merging import MergingRegistry
 from graft.model.registry import configs_of
-from graft.model.tuner_type import replaced
+from graft.model.tuner_type import INJECT, is_replaced, replaced
 
 
 class LayerRegistry(MergingRegistry):
@@ -41,6 +42,7 @@ class LayerRegistry(MergingRegistry):
 
     method: type[Method]
     steps: Steps | None = None  # of the injection under way, if some were replaced
+    pending: Options | None = None  # of an injection that a replaced `inject_adapter` is asked for
     several = "use model.base_model.set_adapter([...]) to activate several"
 
     def __init__(self, holder: nn.Module, model: nn.Module, method: type[Method] | None, tree: Tree | None = None):
@@ -76,7 +78,31 @@ class LayerRegistry(MergingRegistry):
     ) -> InjectReport:
         """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
         self.check_new(adapter_name, config)
+        if is_replaced(self.holder, self.method_for(config), INJECT):
+            return self._ask_to_inject(adapter_name, config, options)
         return self._inject(adapter_name, config, options)
+
+    def _ask_to_inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
+        """Call a replaced `inject_adapter`, whose call of the original injects.
+
+        Raises:
+            UnsupportedLayerError: it does not call the original. Whatever it raises: nothing has changed.
+        """
+        holder: Any = self.holder
+        told: dict[str, Any] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
+        told |= {} if self.peft_config else dict(state_dict=options.state_dict)
+        self.peft_config[adapter_name], self.pending = config, options
+        try:
+            with self.provisional(adapter_name, not options.held):
+                holder.inject_adapter(self.model, adapter_name, **told)
+                if adapter_name not in self.reports:
+                    raise UnsupportedLayerError(
+                        f"{type(holder).__name__}.inject_adapter was replaced by {who(holder.inject_adapter)}, which "
+                        f"has not called the original for adapter '{adapter_name}': graft injects there alone."
+                    )
+        finally:
+            self.pending = None
+        return self.reports[adapter_name]
 
     def _inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
         """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
@@ -134,9 +160,18 @@ class LayerRegistry(MergingRegistry):
         self.check_known([adapter_name])
         if any(adapter_name in part.adapters for part in self.carriers()):
             raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
-        config = self.peft_config.pop(adapter_name)
-        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, state_dict=state_dict)
-        self.add_adapter(adapter_name, config, options)
+        config, asked = self.peft_config.pop(adapter_name), self.pending
+        if asked is None:
+            options = Options(autocast_adapter_dtype, low_cpu_mem_usage, state_dict=state_dict)
+        else:
+            options = replace(asked, on_meta=low_cpu_mem_usage, state_dict=state_dict, held=True)
+        try:
+            self.check_new(adapter_name, config)
+            self._inject(adapter_name, config, options)
+        except BaseException:
+            if asked is not None:
+                self.peft_config[adapter_name] = config  # which `_ask_to_inject` takes back
+            raise
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)

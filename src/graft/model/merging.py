@@ -193,8 +193,11 @@ class MergingRegistry(Registry):
         return self.model
 
     @contextmanager
-    def provisional(self, adapter_name: str) -> Iterator[None]:
-        """Take an adapter that was injected with `Options.held` off again if the block raises."""
+    def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
+        """Take an adapter that was injected with `Options.held` off again if the block raises.
+
+        then_keep: it may stay afterwards; else who asked for this may still take it off.
+        """
         try:
             yield
         except BaseException:
@@ -204,7 +207,7 @@ class MergingRegistry(Registry):
             if not self.peft_config:
                 self.unload()
             raise
-        for layer in self.layers.values():
+        for layer in self.layers.values() if then_keep else ():
             layer.keep()
 
 

@@ -255,7 +255,7 @@ class Registry:
             if disabled:
                 part.enable_adapters(False)
 
-    def provisional(self, adapter_name: str) -> AbstractContextManager[None]:
+    def provisional(self, adapter_name: str, then_keep: bool = True) -> AbstractContextManager[None]:
         """Return a context: an adapter that has come is taken off again if the block raises."""
         return nullcontext()
 

@@ -33,10 +33,18 @@ def step(function: Callable[..., object]) -> Any:
     return function
 
 
-def replaced(tuner: Any, method: object) -> list[str]:
-    """Return the names of the steps that were replaced on a tuner, its class, or the class for a method."""
+INJECT = "inject_adapter"  # the injection as a whole, around the steps of it
+
+
+def is_replaced(tuner: Any, method: object, name: str) -> bool:
+    """Return True if a step was replaced on a tuner, its class, or the class for a method."""
     classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
-    return [n for n, own in STEPS.items() if n in tuner.__dict__ or any(getattr(c, n) not in own for c in classes)]
+    return name in tuner.__dict__ or any(getattr(c, name) not in STEPS[name] for c in classes)
+
+
+def replaced(tuner: Any, method: object) -> list[str]:
+    """Return the names of the replaced steps that an injection asks for what to adapt."""
+    return [name for name in STEPS if name != INJECT and is_replaced(tuner, method, name)]
 
 
 def not_here(name: str, holder: str) -> str:

@@ -99,7 +99,10 @@ class _LayerType(ABCMeta):
     def __setattr__(cls, name: str, value: object) -> None:
         if name in REPLACEABLE and not cls.derived:
             super().__setattr__(name, value)
-            substitute(cls, name, value)
+            if cls.kind == "":
+                warn(f"{cls.__name__}.{name} was replaced: graft has no such layers, and never calls it.", PeftWarning)
+            else:
+                substitute(cls, name, value)
             return
         if name == READ and name in cls.__dict__ and not cls.derived:
             setattr(ParamWrapper, name, value)
@@ -118,7 +121,7 @@ class _LayerType(ABCMeta):
 
     def __delattr__(cls, name: str) -> None:
         super().__delattr__(name)
-        if name in REPLACEABLE and not cls.derived:
+        if name in REPLACEABLE and not cls.derived and cls.kind != "":
             substitute(cls, name, OWN[name])
 
 

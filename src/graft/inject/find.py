@@ -298,6 +298,20 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module
     return chosen
 
 
+def bias_in(cfg: PeftConfig) -> str:
+    """Return which biases of the base train: "none", "all", or "<method>_only".
+
+    Raises:
+        NotImplementedError: `bias` has no such value.
+    """
+    bias: str = getattr(cfg, "bias", "none")
+    if bias not in ("none", "all") and not bias.endswith("_only"):
+        raise NotImplementedError(
+            f"Requested bias: {bias}, is not implemented. Use none, all, or {cfg.peft_type.value.lower()}_only."
+        )
+    return bias
+
+
 def biases_of(
     cfg: PeftConfig, model: nn.Module, adapted: list[nn.Module], whole: list[str]
 ) -> list[nn.Parameter | nn.Module]:
@@ -308,11 +322,7 @@ def biases_of(
     Raises:
         NotImplementedError: `bias` has no such value.
     """
-    bias = getattr(cfg, "bias", "none")
-    if bias not in ("none", "all") and not bias.endswith("_only"):
-        raise NotImplementedError(
-            f"Requested bias: {bias}, is not implemented. Use none, all, or {cfg.peft_type.value.lower()}_only."
-        )
+    bias = bias_in(cfg)
     if bias == "none":
         return []
     if bias == "all":

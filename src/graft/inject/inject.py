@@ -160,7 +160,7 @@ def nest(place: Place, layers: list[AdapterLayer], base: nn.Module) -> None:
 
 def check_bias(cfg: PeftConfig, others: Collection[object]) -> None:
     """Raise if a second adapter wants to train biases."""
-    if others and getattr(cfg, "bias", "none") != "none":
+    if others and find.bias_in(cfg) != "none":
         raise ValueError(
             f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."

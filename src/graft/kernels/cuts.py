@@ -8,16 +8,13 @@ What computes only with whole tensors needs nothing else, and its parameters get
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.kernels.eager import Function
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
+from graft.kernels.eager import Context, Function
 
 
 class Cut(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.kernels import low_rank, sparse
 from graft.kernels.cuts import Cut, piece_of, total, whole_of
-from graft.kernels.eager import Function
+from graft.kernels.eager import Context, Function
 from graft.kernels.low_rank import gradients, seed_for
 from graft.kernels.sparse import gathers
 
@@ -75,7 +75,7 @@ class _Linear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: nn.Module,
+        ctx: Context, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: nn.Module,
         input_gradient: Any, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
@@ -101,7 +101,7 @@ class _Linear(Function):
         return out.to(y.dtype).view(y.shape)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
         x, W, b, A, B, ratio, h, z = ctx.saved_tensors
         scale, p, seed = ctx.options
         need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
@@ -129,7 +129,7 @@ class _Linear(Function):
         return dx, None, None, dA, dB, d_ratio, None, None, None, None, None
 
 
-def _again(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _again(ctx: Context, g: Tensor) -> tuple[Any, ...]:
     """Return gradients that have gradients: those of the plain products."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options

@@ -6,17 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, compiler, nn
 from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as modules
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
 
 # ruff: noqa: RUF019 - a membership test takes half of the time of `get`
 
@@ -87,6 +85,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+class Context(FunctionCtx):
+    """What `forward` hands to `backward`: torch's object as type checkers should see it; nobody makes one."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def __getattr__(self, name: str) -> Any: ...  # what `forward` has noted
+    def __setattr__(self, name: str, value: object) -> None: ...
 
 
 class Function(torch.autograd.Function):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.eager import Function, autocast_dtype
+from graft.kernels.eager import Context, Function, autocast_dtype
 from graft.kernels.waits import differences
 
 BUDGET = 2**28  # bytes of matrices that are dense at once; one matrix at least is
@@ -186,7 +186,7 @@ def product(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
 
 class _Project(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor | None, job: Job, *tensors: Any) -> Tensor:
+    def forward(ctx: Context, x: Tensor, at: Tensor | None, job: Job, *tensors: Any) -> Tensor:
         def rows(a: int, b: int) -> Tensor:
             return x[a:b] if at is None else x[at[a:b]]
 
@@ -203,7 +203,7 @@ class _Project(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         job, (x, at, *saved) = ctx.job, ctx.saved_tensors
         count = len(job.of_parts)
         tensors, low = saved[: 3 * count], iter(saved[3 * count :])

@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.eager import Function, autocast_dtype, eager, once
+from graft.kernels.eager import Context, Function, autocast_dtype, eager, once
 from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.sparse import gathers
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
 
 BLOCK = 256  # rows in a cast
 
@@ -227,7 +224,7 @@ class _Dropout(Function):
         return dropped(x, p, seed)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, None]:
         return dropped(g, *ctx.options), None, None
 
 
@@ -242,15 +239,10 @@ class _AddLowRank(Function):
         return add_up(y.data, h, B, scale)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
-        rows = g.reshape(-1, g.shape[-1])
-        return (
-            g,
-            *gradients(rows, *ctx.saved_tensors, *ctx.options, need=ctx.needs_input_grad[1:4]),
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        x, A, B, h = ctx.saved_tensors
+        need = ctx.needs_input_grad[1:4]
+        return g, *gradients(g.reshape(-1, g.shape[-1]), x, A, B, h, *ctx.options, need=need), None, None, None
 
 
 class _AddProduct(Function):
@@ -261,7 +253,7 @@ class _AddProduct(Function):
         return add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
         (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
@@ -286,12 +278,12 @@ class _LowRankLinear(Function):
         return add_up(y, h, B, scale)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
-        W, *saved = ctx.saved_tensors
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
+        W, x, A, B, h = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad[:4]
         rows = g.reshape(-1, g.shape[-1])
         dx = ctx.input_gradient(rows, W.to(g.dtype)) if need_x else None
-        dx, dA, dB = gradients(rows, *saved, *ctx.options, need=(need_x, *need), dx=dx)
+        dx, dA, dB = gradients(rows, x, A, B, h, *ctx.options, need=(need_x, *need), dx=dx)
         return dx, None, dA, dB, None, None, None, None, None
 
 
@@ -405,7 +397,7 @@ class _OneProduct(Function):
         return call(x, _sum(W, A, B, d, b), bias)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         h, W, A, B, d, b = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         dx = None
@@ -465,7 +457,7 @@ class _Sketched(Function):
         return nn.functional.linear(x, A)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[object, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         c, A, v = ctx.saved_tensors
         dx = g @ A if ctx.needs_input_grad[0] else None
         dA = None

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graft.kernels.eager import Function, only_backward
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
+from graft.kernels.eager import Context, Function, only_backward
 
 PART = 1 << 20  # numbers of the weight that are wide at a time
 
@@ -111,11 +108,11 @@ class _Projected(Function):
         return p.view_as(p)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.within = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, None]:
         (Q,) = ctx.saved_tensors
         return projected(g, Q, ctx.within), None, None

@@ -7,16 +7,13 @@ number for each row; the difference B A - B₀ A₀ of two products of high rank
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.eager import Function, only_backward
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
+from graft.kernels.eager import Context, Function, only_backward
 
 Call = Callable[..., Tensor]  # (x, weight, bias) → the output of a linear layer
 InputGradient = Callable[..., Tensor]  # (gradient of that output (rows, out), weight) → gradient of its input (rows, n)
@@ -65,7 +62,7 @@ class _OneProduct(Function):
         return call(x.to(total.dtype), total, bias).to(x.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
         x, W, *tensors = ctx.saved_tensors
         kind, input_gradient, dtype, bias_dtype = ctx.options
         delta = kind(*[fact if t is None else t for t, fact in zip(tensors, ctx.facts)])

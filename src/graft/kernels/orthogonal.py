@@ -5,16 +5,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from graft.kernels.eager import Function, autocast_dtype, eager, functional
+from graft.kernels.eager import Context, Function, autocast_dtype, eager, functional
 from graft.kernels.low_rank import FUSED_FROM, worth_it
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
 
 
 def skew(v: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.eager import Function
+from graft.kernels.eager import Context, Function
 from graft.kernels.low_rank import FUSED_FROM, add_up, down, dropped, gradients
 
 NARROW, SMALL = 2, 400  # vectors, and multiplications: with fewer, products of one and of many are other functions
@@ -34,12 +34,12 @@ def _aligned(x: Tensor) -> Tensor:
 
 class _Aligned(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         own = _aligned(x)
         return x.view_as(x) if own is x else own
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Context, g: Tensor) -> Tensor:
         return _aligned(g)
 
 
@@ -144,7 +144,7 @@ def _joins(a: Segment, b: Segment, stacks: Stacks) -> bool:
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, base: Any, input_gradient: Any, groups: Sequence[Group], *factors: Any
+        ctx: Context, x: Tensor, W: Tensor, base: Any, input_gradient: Any, groups: Sequence[Group], *factors: Any
     ) -> Tensor:
         y, narrow = base(x), []
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
@@ -155,7 +155,7 @@ class _Linear(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
         x, W, *saved = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         rows = g.reshape(-1, g.shape[-1])
@@ -227,7 +227,7 @@ def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, n
     return torch.bmm(dh.mT, x), dB
 
 
-def _again(ctx: Any, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
+def _again(ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
     """Return gradients that have gradients: those of the plain products."""
     given = iter(factors)
     groups = [group._replace(A=next(given), B=next(given)) for group in ctx.groups]

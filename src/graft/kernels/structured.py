@@ -7,16 +7,13 @@ numbers, of which chunk j goes to part j of the output; there B_j (r, out / k) t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from graft.kernels.eager import Function, autocast_dtype, eager, only_backward
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
+from graft.kernels.eager import Context, Function, autocast_dtype, eager, only_backward
 
 
 def plain_blocks(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

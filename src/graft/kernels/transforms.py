@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from graft.kernels.eager import Function, eager, only_backward
+from graft.kernels.eager import Context, Function, eager, only_backward
 from graft.kernels.waits import constant
 
 
@@ -79,12 +79,12 @@ class _Circular(Function):
         return correlate(x, w, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.scale = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         m, n, b = w.shape
         G, dx, dw = spectrum(g, m), None, None  # (frequency, rows, m)
@@ -334,12 +334,12 @@ class _Product(Function):
         return plain_transformed(x, values, rows, cols, S, T)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.S, ctx.T = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, values, rows, cols = ctx.saved_tensors
         G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
         if ctx.needs_input_grad[0]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
+from graft.kernels.eager import Context
 from graft.kernels.experts import BUDGET as CHUNK
 from graft.model.api import get_peft_model
 from graft.model.peft_model import PeftModel
-
-if TYPE_CHECKING:
-    from graft.kernels.context import Context
 
 CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
 MANY = 16  # rows, from which on what a step takes is a line

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.gate import Lock
+from graft.kernels.eager import Context
 from graft.prompts import kv_prefix
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
@@ -122,10 +123,10 @@ class _HandOver(torch.autograd.Function):
     """The identity on the embeddings. Its backward pass, the last, also passes on the gradients of the leaf."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, value: Tensor, leaf: list[Tensor]) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, value: Tensor, leaf: list[Tensor]) -> Tensor:
         ctx.leaf = leaf[0]
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[object, object, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[object, object, None]:
         return grad, ctx.leaf.grad, None

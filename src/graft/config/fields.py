@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError, PeftWarning, warn
 
+T = TypeVar("T")
 MOST_LISTS = 100  # entries of layers_pattern; each is tried on every module
 
 
@@ -36,6 +37,15 @@ class Targeted(Targets):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.exclude_modules = as_set(self.exclude_modules)
+
+
+@dataclass(kw_only=True)
+class Chosen(PeftConfig):
+    """`Method.prepare` may choose the modules itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_paths: set[str] | None = None  # no field: they hold for one model only
 
 
 @dataclass(kw_only=True)
@@ -90,6 +100,12 @@ def sub_config(value: Any, cls: type[Any]) -> Any:
     if unknown:
         warn(f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored.")
     return cls(**{k: v for k, v in value.items() if k in known})
+
+
+def settings(value: T | dict[str, Any] | None) -> T:
+    """Return the config inside another where there is one, which is no dict since `sub_config`."""
+    assert value is not None and not isinstance(value, dict)
+    return value
 
 
 def require_positive_rank(r: int, where: str = "") -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,14 @@ from graft.core.site import Site
 from graft.core.tuner import Tuner
 
 if TYPE_CHECKING:
+    import typing_extensions
+
     from graft.core.call import Call
     from graft.core.rows import Finish, Run
+
+    C = typing_extensions.TypeVar("C", default=Any)  # the config of a method; bare `Method` is one of any config
+else:
+    C = TypeVar("C")
 
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
@@ -47,6 +53,12 @@ def _reader(name: str) -> property:
             raise _not_built(self, name) from None
 
     return property(read)
+
+
+def _config_of(cls: type) -> type | None:
+    """Return X of a class that derives from `Method[X]`, or a subclass's `[X]`; None if there is none."""
+    args = (arg for base in vars(cls).get("__orig_bases__", ()) for arg in get_args(base))
+    return next((arg for arg in args if isinstance(arg, type)), None)
 
 
 def _not_built(method: Method, name: str) -> TypeError:  # after an AttributeError Python would ask `__getattr__`
@@ -76,14 +88,14 @@ class Tokens(NamedTuple):
 
 
 @dataclass
-class Layers:
+class Layers(Generic[C]):
     """The layers that an adapter is put on, as `Method.share` sees them."""
 
     model: nn.Module
     sites: Sequence[Site]
-    cfg: Any
+    cfg: C
     existing: dict[str, Any] = field(default_factory=dict)  # containers of what adapters share already, by name
-    others: dict[str, Any] = field(default_factory=dict)  # configs of these adapters, by name
+    others: dict[str, C] = field(default_factory=dict)  # configs of these adapters, by name
 
     @property
     def wide_in(self) -> int:
@@ -105,7 +117,7 @@ class Layers:
                     )
 
 
-class Method:
+class Method(Generic[C]):
     """One adapter on one site. Its tensors stand on the layer: `self.lora_A` reads `layer.lora_A[self.name]`.
 
     A subclass makes tensors in `build` (and `share`, `init`). It gives the first of these that its formula allows:
@@ -120,7 +132,7 @@ class Method:
         layer: the AdapterLayer; None before `build`.
     """
 
-    config: ClassVar[Any]  # its PeftConfig class
+    config: ClassVar[Any]  # its PeftConfig class: C, unless it says another
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
     targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
@@ -156,6 +168,8 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        if "config" not in vars(cls) and (config := _config_of(cls)) is not None:
+            cls.config = config
         for name, annotation in inspect.get_annotations(cls).items():
             if name in vars(cls):
                 continue
@@ -173,7 +187,7 @@ class Method:
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
         _refuse_half_an_override(cls)
 
-    def __init__(self, site: Site, cfg: Any, name: str):
+    def __init__(self, site: Site, cfg: C, name: str):
         self.site, self.cfg, self.name, self.layer = site, cfg, name, None
 
     def __getattr__(self, key: str) -> Any:
@@ -185,7 +199,7 @@ class Method:
     # declare
 
     @classmethod
-    def variant(cls, cfg: Any) -> type[Method]:
+    def variant(cls, cfg: C) -> type[Method]:
         """Return the subclass for a config, some fields of which change the mathematics."""
         return cls
 
@@ -195,25 +209,25 @@ class Method:
         return cls.targets.get(model_type(model))
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+    def prepare(cls, cfg: C, model: nn.Module) -> None:
         """Complete the config for this model, or raise. Its `target_modules` are set by now."""
 
     @classmethod
-    def accompany(cls, cfg: Any, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+    def accompany(cls, cfg: C, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
         """Return the paths of modules that the adapter is put on beside `paths`, which the config targets; or raise."""
         return ()
 
     @classmethod
-    def split_budget(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[typing_extensions.Self]) -> None:
         """Complete the configs of one adapter's methods, which may depend on all its sites. No tensors yet."""
 
     @classmethod
-    def restructure(cls, cfg: Any, model: nn.Module) -> Callable[[], None] | None:
+    def restructure(cls, cfg: C, model: nn.Module) -> Callable[[], None] | None:
         """Change the model itself, before the search for targets; return a function that undoes it."""
         return None
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, nn.Parameter | nn.Module | Tensor | object]:
+    def share(cls, layers: Layers[C]) -> dict[str, nn.Parameter | nn.Module | Tensor | object]:
         """Make the tensors that all layers of the model share, by name. Parameters and modules train."""
         return {}
 
@@ -224,12 +238,12 @@ class Method:
         yield as_it_is
 
     @classmethod
-    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+    def auxiliary(cls, cfg: C, noted: Sequence[Tokens]) -> Tensor:
         """Return the loss of an adapter, (), of what its layers noted in a run (`call.note`): of its own rows."""
         raise NotImplementedError
 
     @classmethod
-    def check_together(cls, methods: Sequence[Any]) -> None:
+    def check_together(cls, methods: Sequence[typing_extensions.Self]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
 
     def excludes(self, other: Any) -> str | None:
@@ -275,7 +289,7 @@ class Method:
             f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.site.key}'."
         )
 
-    def stored(self, values: Tensors, cfg: Any) -> Tensors:
+    def stored(self, values: Tensors, cfg: C) -> Tensors:
         """Return a file's tensors from those in memory. cfg: the adapter's config, for all sites."""
         return values
 
@@ -284,7 +298,7 @@ class Method:
         """Return True if `stored` changes nothing."""
         return type(self).stored is Method.stored
 
-    def restored(self, stored: Tensors, cfg: Any) -> Tensors:
+    def restored(self, stored: Tensors, cfg: C) -> Tensors:
         """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
         return stored
 

@@ -32,10 +32,10 @@ class HeadConfig:
     inference_mode: ClassVar[bool] = True  # a head has the mode of the module that it stands for
 
 
-class Head(Method):
+class Head(Method[HeadConfig]):
     """A module that trains whole in the place of the base's, which other heads may differ from in shape."""
 
-    config, prefix, moves = HeadConfig, "modules_to_save", False
+    prefix, moves = "modules_to_save", False
 
     modules_to_save: nn.Module
 

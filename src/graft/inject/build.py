@@ -306,13 +306,14 @@ def add_beside(job: Job) -> None:
     """Give the adapter its heads, and its rows of embeddings."""
     values = job.options.values
     for key, method in job.beside.items():
-        head = isinstance(method, Head)
-        kind: Any = ModulesToSaveWrapper if head else RowsLayer
+        assert job.call is not None  # `build` has made one
+        kind = ModulesToSaveWrapper if isinstance(method, Head) else RowsLayer
         host = job.wrappers[key] = job.tree.wrappers.get(key) or kind(method.site, job.call)
-        if head and values is not None and method.source is None and method.cfg.module is None:
-            method.cfg.module = values.head(key, method.site.module)
-        if head and method.source is not None:
-            check_one_device(method, method.source)
+        if isinstance(method, Head):
+            if method.source is not None:
+                check_one_device(method, method.source)
+            elif values is not None and method.cfg.module is None:
+                method.cfg.module = values.head(key, method.site.module)
         add_adapter(host, method, {}, on_meta=False, upcast=job.options.upcast)
         if method.source is not None:
             method.tie(method.source)

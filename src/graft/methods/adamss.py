@@ -39,7 +39,7 @@ class AdamssConfig(Targets, LayerRange):
     `pip install graft-adapters[methods]`.
     """
 
-    peft_type: Any = "ADAMSS"
+    peft_type: str = "ADAMSS"
     r: int = 100  # how many singular vectors span the space
     num_subspaces: int = 5  # clusters of rows of each layer
     subspace_rank: int = 1  # of the product of a cluster
@@ -245,10 +245,9 @@ class Shifted(NamedTuple):
         return self.call(z)
 
 
-class AdaMSS(Method):
+class AdaMSS(Method[AdamssConfig]):
     """Rows of Δ[W | b] in cluster j: B_j A_j N, with the right singular vectors N of [W | b], which stay."""
 
-    config = AdamssConfig
     prefix = "adamss_"
     published_lr = Published(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS

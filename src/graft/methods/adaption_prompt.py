@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
+from graft.config.fields import Chosen
 from graft.core.base_config import model_type
 from graft.core.effect import Branch, Effect
 from graft.core.errors import ConfigError
@@ -20,14 +20,14 @@ from graft.core.published import COMPARISON, Published
 
 
 @dataclass(kw_only=True)
-class AdaptionPromptConfig(PeftConfig):
+class AdaptionPromptConfig(Chosen):
     """Adaption prompts: the attentions of the last `adapter_layers` blocks attend to `adapter_len` learned tokens, too.
 
     Raises:
         ConfigError: a number is not positive.
     """
 
-    peft_type: Any = "ADAPTION_PROMPT"
+    peft_type: str = "ADAPTION_PROMPT"
     target_modules: str | None = None  # name of the attentions; None: by architecture
     adapter_len: int | None = None  # tokens per layer
     adapter_layers: int | None = None  # how many blocks, counted from the output
@@ -42,10 +42,9 @@ class AdaptionPromptConfig(PeftConfig):
                 raise ConfigError(f"`{name}` must be positive, got {value}.")
 
 
-class AdaptionPrompt(Method):
+class AdaptionPrompt(Method[AdaptionPromptConfig]):
     """attention(h) + (gate · softmax(q Kᵀ / √d) V) Wₒ with q of the attention itself, K and V of a learned prompt."""
 
-    config = AdaptionPromptConfig
     prefix = "adaption_"
     published_lr = Published(5e-4, 5e-3, COMPARISON)
     targets = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
@@ -64,19 +63,19 @@ class AdaptionPrompt(Method):
         return str(cls.targets[kind])
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+    def prepare(cls, cfg: AdaptionPromptConfig, model: nn.Module) -> None:
         default = cls.default_targets(model)  # raises for other models
         name = cfg.target_modules or default
-        for needed in ("adapter_len", "adapter_layers"):
-            if getattr(cfg, needed) is None:
-                raise ConfigError(f"Please specify `{needed}` in `peft_config`: there is no default.")
+        if cfg.adapter_len is None or cfg.adapter_layers is None:
+            needed = "adapter_len" if cfg.adapter_len is None else "adapter_layers"
+            raise ConfigError(f"Please specify `{needed}` in `peft_config`: there is no default.")
         paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == name]
         if len(paths) < cfg.adapter_layers:
             raise ConfigError(
                 f"Config specifies more adapter layers '{cfg.adapter_layers}' than the model has '{len(paths)}'. "
                 f"Modules called '{name}' are counted."
             )
-        cfg.target_paths = set(paths[-cfg.adapter_layers :])  # no field: it holds for this model only
+        cfg.target_paths = set(paths[-cfg.adapter_layers :])
 
     def check(self) -> str | None:
         have = self.site.module._modules.keys()

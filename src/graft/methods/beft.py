@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,13 @@ from graft.core.method import Method
 class BeftConfig(Targets):
     """BEFT: a shift of each layer's output, y + c; by default of value projections."""
 
-    peft_type: Any = "BEFT"
+    peft_type: str = "BEFT"
     init_weights: bool = True  # zero; else N(0, 1)
 
 
-class BEFT(Method):
+class BEFT(Method[BeftConfig]):
     """y + c. An embedding has no bias: there c is an update of every row, ΔW = c 1ᵀ."""
 
-    config = BeftConfig
     prefix = "beft_"
     targets = TARGETS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from graft.kernels.orthogonal import butterfly, orthogonal, shuffled
 class BOFTConfig(Targeted, LayerRange):
     """BOFT: s ⊙ W (x R), R a product of butterfly factors. Give either the block size or the number of blocks."""
 
-    peft_type: Any = "BOFT"
+    peft_type: str = "BOFT"
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = 1  # 1: R is block-diagonal
@@ -44,11 +44,10 @@ class BOFTConfig(Targeted, LayerRange):
             raise ConfigError(f"`boft_n_butterfly_factor` must be positive, got {self.boft_n_butterfly_factor}.")
 
 
-class BOFT(Method):
+class BOFT(Method[BOFTConfig]):
     """s ⊙ W (x R) + b, R = R_F … R_1, R_i = P_i blockdiag((I - S)(I + S)⁻¹) P_iᵀ. In convolutions R turns the weight,
     of embeddings the output."""
 
-    config = BOFTConfig
     prefix = "boft_"
     targets = LORA
     files: ClassVar[dict[str, str]] = {"boft_P": ""}  # the permutations, in files of PEFT before 0.13

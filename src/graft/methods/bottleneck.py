@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.config.fields import Targeted
+from graft.config.fields import Chosen, Targeted
 from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
@@ -34,7 +34,7 @@ PLACES = "places"  # target_modules of a config that names none: they are found 
 
 
 @dataclass(kw_only=True)
-class BottleneckConfig(Targeted):
+class BottleneckConfig(Targeted, Chosen):
     """Bottlenecks: h + s · Up σ(Down h), at places that are found from the model's structure.
 
     `target_modules` in place of the structure: the adapter acts on the outputs of these modules.
@@ -43,7 +43,7 @@ class BottleneckConfig(Targeted):
         ConfigError: a number out of range, or fields that exclude each other.
     """
 
-    peft_type: Any = "BOTTLENECK"
+    peft_type: str = "BOTTLENECK"
     reduction_factor: float | dict[str, float] = 16  # hidden size / width of the bottleneck; by block: {"default": 16}
     non_linearity: str = "relu"  # σ
     mh_adapter: bool = False  # after attention
@@ -70,6 +70,8 @@ class BottleneckConfig(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.places: dict[str, Place] = {}  # no fields: these hold for one model only
+        self.width: int | None = None
         for r in (*self.factors, self.inv_adapter_reduction_factor):
             if not r > 0:
                 raise ConfigError(f"`reduction_factor` must be positive, got {r}.")
@@ -277,10 +279,9 @@ class Coupling(nn.Module):
         return torch.cat([a - self.step(self.F, b), b], -1)
 
 
-class Bottleneck(Method):
+class Bottleneck(Method[BottleneckConfig]):
     """u(x) = g(x) · s · (Up σ(Down x)), added to the output of a layer, at places found from the model's structure."""
 
-    config = BottleneckConfig
     prefix = "bottleneck_"
     published_lr = Published(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
     compresses_targets = False
@@ -302,9 +303,9 @@ class Bottleneck(Method):
         return PLACES
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+    def prepare(cls, cfg: BottleneckConfig, model: nn.Module) -> None:
         found = cfg.target_modules == PLACES
-        cfg.places = places_in(cfg, model) if found else {}  # no fields: they hold for this model only
+        cfg.places = places_in(cfg, model) if found else {}
         cfg.target_paths = set(cfg.places) or None
         cfg.width = hidden_size(model)
 

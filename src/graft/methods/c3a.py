@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class C3AConfig(Targets, LayerRange):
         ConfigError: a block size that is not positive.
     """
 
-    peft_type: Any = "C3A"
+    peft_type: str = "C3A"
     block_size: int = 256  # b; must divide the widths of all layers
     bias: str = "none"  # which base biases train: none, all, c3a_only
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)  # b by layer name or regex
@@ -43,10 +43,9 @@ class C3AConfig(Targets, LayerRange):
                 raise ConfigError(f"`block_size` should be a positive integer value but the value passed is {b}")
 
 
-class C3A(Method):
+class C3A(Method[C3AConfig]):
     """ΔW[m b + t, n b + s] = w[m, n, (s - t) mod b] / in."""
 
-    config = C3AConfig
     prefix = "c3a_"
     published_lr = Published(0.3, 0.3, COMPARISON)
     targets = FOURIER

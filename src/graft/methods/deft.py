@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from graft.kernels.narrow import onto
 class DeftConfig(Targeted, LayerRange):
     """DEFT: what the weight does in the space of P's columns is replaced by P R."""
 
-    peft_type: Any = "DEFT"
+    peft_type: str = "DEFT"
     r: int = 8
     decomposition_method: Literal["relu", "qr"] = "relu"  # how P becomes the pair of projections
     init_scale: float = 1.0  # of a random R
@@ -38,10 +38,9 @@ class DeftConfig(Targeted, LayerRange):
         require_positive_rank(self.r)
 
 
-class DEFT(Method):
+class DEFT(Method[DeftConfig]):
     """ΔW = Q (s R - Zᵀ W₀); Q = P and Z = relu(P), or both are an orthonormal basis of P's columns."""
 
-    config = DeftConfig
     prefix = "deft_"
     targets = LORA
 

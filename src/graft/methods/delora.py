@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 class DeloraConfig(Targeted, LayerRange, RankPattern):
     """DeLoRA: ΔW of rank r whose terms have the strength λ / r, whatever the lengths of their vectors."""
 
-    peft_type: Any = "DELORA"
+    peft_type: str = "DELORA"
     r: int = 8
     delora_lambda: float = 15  # λ in the beginning; it trains
     module_dropout: float = 0.0  # of the input
@@ -38,10 +38,9 @@ class DeloraConfig(Targeted, LayerRange, RankPattern):
         require_positive_rank(self.r)
 
 
-class DeLoRA(Method):
+class DeLoRA(Method[DeloraConfig]):
     """ΔW = Σ λ / r · b_k (a_k ⊙ w)ᵀ / (‖a_k‖ ‖b_k‖), w the norms of the columns of W₀."""
 
-    config = DeloraConfig
     prefix = "delora_"
     targets = LORA
 

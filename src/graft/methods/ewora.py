@@ -26,7 +26,7 @@ class EworaConfig(Targeted, LayerRange, RankPattern):
         ConfigError: a number out of range, or a field that EWoRA has no use for is set.
     """
 
-    peft_type: Any = "EWORA"
+    peft_type: str = "EWORA"
     r: int = 256  # of each expert; the paper divides its rank by the number of experts
     num_experts: int = 8  # of each layer
     ewora_dropout: float = 0.0  # of the input of each expert, drawn for each
@@ -49,10 +49,9 @@ class EworaConfig(Targeted, LayerRange, RankPattern):
                 raise ConfigError(f"`{name}` means nothing to EWoRA: leave it out.")
 
 
-class Ewora(Method):
+class Ewora(Method[EworaConfig]):
     """Δy = Σₑ gₑ Bₑᵀ Aₑᵀ x, g = W relu(all Aₑᵀ x) + b: weights of any sign, which sum to anything."""
 
-    config = EworaConfig
     prefix = "ewora_"
     targets = LORA
 

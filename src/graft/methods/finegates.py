@@ -30,7 +30,7 @@ class FineGatesConfig(Targeted, LayerRange):
         ConfigError: target_sparsity is not between 0 and 1, or a spread or weight is negative.
     """
 
-    peft_type: Any = "FINEGATES"
+    peft_type: str = "FINEGATES"
     target_sparsity: float = 0.2  # share of gates that the loss wants closed
     sparsity_loss_weight: float = 1e-2  # of `_get_finegates_loss()`, which the training loop adds to its loss
     gate_init_mean: float = 0.9  # of z; the gate is tanh z + 1/2, cut to [0, 1]: open from 0.55 on
@@ -81,10 +81,9 @@ def compression(tuner: Tuner, adapter_names: str | list[str] | None = None) -> d
     return dict(zip(("rows", "columns", "entries"), shares.tolist()))
 
 
-class FineGates(Method):
+class FineGates(Method[FineGatesConfig]):
     """y = r ⊙ base(c ⊙ x), with gates r (out,) and c (in,) in [0, 1]."""
 
-    config = FineGatesConfig
     prefix = "finegates_"
     published_lr = Published(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
     targets = LORA

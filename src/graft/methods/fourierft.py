@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.targets import FOURIER
-from graft.core.errors import ConfigError
 from graft.core.published import Published
 from graft.kernels.transforms import Spectrum
 from graft.methods.spectral import Spectral, SpectralConfig
@@ -24,23 +22,16 @@ class FourierFTConfig(SpectralConfig):
         ConfigError: a number of coefficients that is not positive.
     """
 
-    peft_type: Any = "FOURIERFT"
+    peft_type: str = "FOURIERFT"
     n_frequency: int = 1000  # n; at most the size of the weight
     scaling: float = 150.0
-    random_loc_seed: int | None = 777  # of the places, which no file holds; so there has to be one
     bias: str = "none"  # which base biases train: none, all, fourier_only
     init_weights: bool = False  # True: zeros, the identity; False: normally distributed
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.random_loc_seed is None:
-            raise ConfigError("`random_loc_seed` must be a number: nothing else says where the coefficients stand.")
 
-
-class FourierFT(Spectral):
+class FourierFT(Spectral[FourierFTConfig]):
     """ΔW = scaling · Re ifft2(F), where F is zero but at n places."""
 
-    config = FourierFTConfig
     prefix = "fourierft_"
     published_lr = Published(4.3e-2, 0.12, "arXiv 2405.03003, its code, GLUE")
     targets = FOURIER

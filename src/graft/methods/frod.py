@@ -29,7 +29,7 @@ from graft.methods.projections import kept, warn_unsaved
 class FrodConfig(Targets, LayerRange):
     """FRoD: W = U diag(λ) Vᵀ with one V for all layers of a category. λ trains, and few entries beside the diagonal."""
 
-    peft_type: Any = "FROD"
+    peft_type: str = "FROD"
     projection_prng_key: int = 0  # seed of the places of those entries
     save_projection: bool = True  # put V and the places into files, too: else a load computes and draws them again
     frod_dropout: float = 0.0
@@ -119,10 +119,9 @@ def support(n: int, rate: float, generator: torch.Generator) -> Tensor:
 SMALLEST = 1e-12  # norm of a column that counts
 
 
-class FRoD(Method):
+class FRoD(Method[FrodConfig]):
     """W' = U (diag(λ) + S) Vᵀ, with U diag(λ) Vᵀ = W₀ at the start and S sparse, 0 at the start."""
 
-    config = FrodConfig
     prefix = "frod_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = FROD

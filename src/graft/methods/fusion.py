@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import Targeted
+from graft.config.fields import Chosen, Targeted
 from graft.core.carrier import layer_in
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
@@ -28,7 +28,7 @@ STRENGTH = 0.01  # of the regularisation
 
 
 @dataclass(kw_only=True)
-class AdapterFusionConfig(Targeted):
+class AdapterFusionConfig(Targeted, Chosen):
     """AdapterFusion: at each token, attention over what several bottlenecks would add.
 
     The bottlenecks are adapters of the same model, a PeftMixedModel, and have to be there before. A file holds the
@@ -38,7 +38,7 @@ class AdapterFusionConfig(Targeted):
         ConfigError: an adapter twice, or a share of dropout out of range.
     """
 
-    peft_type: Any = "ADAPTER_FUSION"
+    peft_type: str = "ADAPTER_FUSION"
     adapters: list[str] = field(default_factory=list)  # names of the bottlenecks
     value: bool = True  # what they add goes through a matrix, which starts as the identity
     regularization: bool = True  # add 0.01 · ‖W_value - I‖² of each place to the loss
@@ -46,6 +46,7 @@ class AdapterFusionConfig(Targeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.places: dict[str, Fused] = {}  # no field: they hold for one model only
         self.adapters = list(self.adapters or ())
         if len(set(self.adapters)) < len(self.adapters):
             raise ConfigError(f"AdapterFusion takes the names of adapters, each once, got adapters={self.adapters}.")
@@ -90,10 +91,9 @@ def fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
     return found
 
 
-class AdapterFusion(Method):
+class AdapterFusion(Method[AdapterFusionConfig]):
     """y + Σᵢ pᵢ W_v uᵢ(h), p = softmax over the bottlenecks of (W_q h + b) · (W_k uᵢ(h) + b'), h what they act on."""
 
-    config = AdapterFusionConfig
     prefix = "fusion_"
     published_lr = Published(5e-5, 5e-5, "arXiv 2005.00247")
     compresses_targets = False
@@ -108,14 +108,14 @@ class AdapterFusion(Method):
         return PLACES
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
-        cfg.places = fused_places(model, cfg.adapters)  # no field: they hold for this model only
+    def prepare(cls, cfg: AdapterFusionConfig, model: nn.Module) -> None:
+        cfg.places = fused_places(model, cfg.adapters)
         if cfg.target_modules == PLACES:
             cfg.target_paths = set(cfg.places)
 
     @property
     def place(self) -> Place | None:
-        found: Fused | None = self.cfg.places.get(self.site.key)
+        found = self.cfg.places.get(self.site.key)
         return None if found is None else found.place
 
     def check(self) -> str | None:

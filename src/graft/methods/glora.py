@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class GloraConfig(Targets):
         ConfigError: an unknown kind of tensor, or a rank that is not positive.
     """
 
-    peft_type: Any = "GLORA"
+    peft_type: str = "GLORA"
     r: int = 8
     bias: str = "none"  # which base biases train: none, all, glora_only
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"  # a product of rank r; a number per row; one
@@ -68,10 +68,9 @@ class Support(nn.Module):
                 nn.init.kaiming_uniform_(p if p.dim() > 1 else p[None], a=math.sqrt(5))
 
 
-class GLoRA(Method):
+class GLoRA(Method[GloraConfig]):
     """ΔW = W₀ ⊙ A + B, Δb = b₀ ⊙ D + E + W₀ C."""
 
-    config = GloraConfig
     prefix = "glora_"
     published_lr = Published(5e-4, 5e-4, COMPARISON)
     targets = LORA

@@ -29,7 +29,7 @@ class GraloraConfig(Targets, LayerRange):
         ConfigError: k does not divide r, or one of the numbers is too small.
     """
 
-    peft_type: Any = "GRALORA"
+    peft_type: str = "GRALORA"
     r: int = 32  # rank of each row, and of each column, of blocks
     hybrid_r: int = 0  # rank of a plain low-rank update beside the blocks
     alpha: float = 64  # the scaling is alpha / (r + hybrid_r)
@@ -52,10 +52,9 @@ class GraloraConfig(Targets, LayerRange):
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
-class GraLoRA(Method):
+class GraLoRA(Method[GraloraConfig]):
     """ΔW = s · the blocks (A_n[:, j] B_j[n, :])ᵀ, j = 1 … k of the output, n of the input; and s · B A, if hybrid."""
 
-    config = GraloraConfig
     prefix = "gralora_"
     published_lr = Published(2e-4, 2e-4, COMPARISON)
     targets = LORA

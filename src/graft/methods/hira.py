@@ -23,7 +23,7 @@ from graft.kernels.one_product import Modulated
 class HiraConfig(Targeted, LayerRange, RankPattern):
     """HiRA: ΔW = W ⊙ (B A), of any rank that W has, from factors of rank r."""
 
-    peft_type: Any = "HIRA"
+    peft_type: str = "HIRA"
     r: int = 32
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -34,10 +34,9 @@ class HiraConfig(Targeted, LayerRange, RankPattern):
         require_positive_rank(self.r)
 
 
-class HiRA(Method):
+class HiRA(Method[HiraConfig]):
     """ΔW = W₀ ⊙ (B A). A has the inputs that the weight stores: in / groups for a convolution with groups."""
 
-    config = HiraConfig
     prefix = "hira_"
     published_lr = Published(4.5e-3, 4.5e-3, COMPARISON)
     targets = LORA

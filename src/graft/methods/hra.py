@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from graft.kernels.orthogonal import compact, gram_schmidt, reflect
 class HRAConfig(Targeted, LayerRange):
     """HRA: W H, H = Π (I - 2 û_k û_kᵀ) over r Householder reflections of the input."""
 
-    peft_type: Any = "HRA"
+    peft_type: str = "HRA"
     r: int = 8  # number of reflections; even ones start as pairs that cancel
     apply_GS: bool = False  # make the vectors orthogonal first (Gram-Schmidt)
     init_weights: bool = True
@@ -34,10 +33,9 @@ class HRAConfig(Targeted, LayerRange):
         require_positive_rank(self.r)
 
 
-class HRA(Method):
+class HRA(Method[HRAConfig]):
     """W H, H = Π (I - 2 û_k û_kᵀ), k = 1 … r. H acts on the input; in convolutions and embeddings, on the weight."""
 
-    config = HRAConfig
     prefix = "hra_"
     published_lr = Published(1e-5, 1e-2, "arXiv 2405.17484, its code, MetaMathQA and GLUE")
     targets = LORA

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from graft.core.published import Published
 class IA3Config(Targeted):
     """IA3: a learned factor per output channel, y ⊙ l, or per input channel of feed-forward layers, W (x ⊙ l)."""
 
-    peft_type: Any = "IA3"
+    peft_type: str = "IA3"
     feedforward_modules: list[str] | set[str] | str | None = None  # target_modules with a factor on the input
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_ia3_weights: bool = True  # ones; else N(0, 1)
@@ -40,10 +39,9 @@ class IA3Config(Targeted):
             )
 
 
-class IA3(Method):
+class IA3(Method[IA3Config]):
     """y ⊙ l, l (out,); in feed-forward layers W (x ⊙ l), l (in,)."""
 
-    config = IA3Config
     prefix = "ia3_"
     published_lr = Published(3e-3, 3e-3, "arXiv 2205.05638, T-Few, with Adafactor")
     targets = TARGETS

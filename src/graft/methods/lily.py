@@ -26,7 +26,7 @@ class LilyConfig(Targeted, LayerRange):
         ConfigError: r < 1, stride_A < 1 or num_B < 2.
     """
 
-    peft_type: Any = "LILY"
+    peft_type: str = "LILY"
     r: int = 32
     stride_A: int = 1  # so many consecutive layers of a kind share A
     num_B: int = 2  # up-projections that all layers of a kind share
@@ -64,13 +64,12 @@ def strides(methods: Sequence[Method]) -> list[Any]:
     return stretches
 
 
-class Lily(Method):
+class Lily(Method[LilyConfig]):
     """scaling · B̄ A x, B̄ = Σ p_e B_e, p the mean over all tokens of the call of softmax(router A x).
 
     Layers are of a kind if the same entry of `target_modules` names them and their weights have one shape.
     """
 
-    config = LilyConfig
     prefix = "lily_"
     targets = LORA
     common: ClassVar[dict[str, Any]] = {"lily_A": strides, "lily_B": kinds}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +19,12 @@ from graft.storage import codes_in, standalone
 class LNTuningConfig(Targeted):
     """LN tuning: a trainable copy of each layer (made for norms, works on any module) runs in its place."""
 
-    peft_type: Any = "LN_TUNING"
+    peft_type: str = "LN_TUNING"
 
 
-class LNTuning(Method):
+class LNTuning(Method[LNTuningConfig]):
     """A copy of the module, which runs in its place."""
 
-    config = LNTuningConfig
     prefix = "ln_tuning_"
     targets = LN_TUNING
     keeps_base_dtype = frozenset({"ln_tuning_layers"})  # the copy computes as the layer did

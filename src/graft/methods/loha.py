@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class LoHaConfig(LycorisConfig):
         ConfigError: `use_khatri_rao` beside another start than the default.
     """
 
-    peft_type: Any = "LOHA"
+    peft_type: str = "LOHA"
     init_weights: bool | Literal["abba"] = True  # w2_b of zeros; False: random; "abba": w1 of the weight, w2_a of zeros
     use_khatri_rao: bool = False  # begin with w2_a w2_b = 1 and w1_a = 0, so that learning begins as LoRA's does
     beyond: ClassVar[frozenset[str]] = frozenset({"use_khatri_rao"})
@@ -45,10 +45,9 @@ class LoHaConfig(LycorisConfig):
             raise ConfigError(f"use_khatri_rao is a start of its own: leave init_weights={self.init_weights!r} out.")
 
 
-class LoHa(Lycoris):
+class LoHa(Lycoris[LoHaConfig]):
     """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b); in convolutions, optionally, with a kernel factor t within each product."""
 
-    config = LoHaConfig
     prefix = "hada_"
 
     hada_w1_a: nn.Parameter  # (out, r); with t (r, out)

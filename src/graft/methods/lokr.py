@@ -20,17 +20,16 @@ from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 class LoKrConfig(LycorisConfig):
     """LoKr: ΔW = alpha / r · w1 ⊗ w2, each of which may be a product of rank r."""
 
-    peft_type: Any = "LOKR"
+    peft_type: str = "LOKR"
     decompose_both: bool = False  # w1, the smaller one, may be a product, too
     decompose_factor: int = -1  # the most rows and columns of w1; -1: as many as w2 has, or fewer
     rank_dropout_scale: bool = False  # scale up what rank_dropout leaves
     init_weights: bool | Literal["lycoris"] = True  # w1 is zero; "lycoris": w2 is; False: none
 
 
-class LoKr(Lycoris):
+class LoKr(Lycoris[LoKrConfig]):
     """ΔW = s · w1 ⊗ w2; of a convolution, w2 holds the kernel, optionally with a factor t2 for it."""
 
-    config = LoKrConfig
     prefix = "lokr_"
     published_lr = Published(3e-3, 3e-3, COMPARISON)
 

@@ -8,7 +8,7 @@ arXiv 2411.19557: A and B are singular vectors of AdamW's first step of the weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.p
 class LoraXsConfig(Targeted, LayerRange):
     """LoRA-XS: r × r numbers between the largest singular vectors of the weight, which do not train."""
 
-    peft_type: Any = "LORAXS"
+    peft_type: str = "LORAXS"
     r: int = 8
     lora_alpha: float = 8  # the update counts alpha / r times
     lora_dropout: float = 0.0
@@ -43,10 +43,9 @@ class LoraXsConfig(Targeted, LayerRange):
             raise ConfigError("init_weights='sb' begins with data, which a load lacks: leave save_projection on.")
 
 
-class LoraXS(Method):
+class LoraXS(Method[LoraXsConfig]):
     """ΔW = s · B R A, with B A the best approximation of W₀ of rank r."""
 
-    config = LoraXsConfig
     prefix = "loraxs_"
     published_lr = Published(1e-4, 4e-3, "arXiv 2405.17604, GLUE (to 1e-3) and models of 7B (from 2e-3)")
     targets = LORA

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ class LycorisConfig(Targeted, LayerRange, RankPatterns):
         require_positive_rank(self.r)
 
 
-class Lycoris(Method):
+L = TypeVar("L", bound=LycorisConfig)
+
+
+class Lycoris(Method[L]):
     targets = LORA
 
     scaling: float

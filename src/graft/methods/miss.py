@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from graft.kernels.structured import Repeated, Shards
 class MissConfig(Targeted, LayerRange):
     """MiSS: all shards of r input features share one block D (r, out): ΔW = [Dᵀ Dᵀ …]."""
 
-    peft_type: Any = "MISS"
+    peft_type: str = "MISS"
     r: int = 64  # width of a shard
     miss_dropout: float = 0.0
     mini_r: int = 1  # for "mini": how many outputs a block has
@@ -39,10 +39,9 @@ class MissConfig(Targeted, LayerRange):
             warn("miss_dropout has no effect with init_weights='bat', which has no product of the input by itself.")
 
 
-class MiSS(Method):
+class MiSS(Method[MissConfig]):
     """ΔW[o, i] = D[i mod r, o]: a shard sum of the input, times D."""
 
-    config = MissConfig
     prefix = "miss_"
     targets = LORA
 

@@ -35,7 +35,7 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
         ConfigError: a number out of range; more choices than experts.
     """
 
-    peft_type: Any = "MIXLORA"
+    peft_type: str = "MIXLORA"
     r: int = 8  # of each expert
     lora_alpha: float = 8  # an expert's LoRA counts alpha / r times
     lora_dropout: float = 0.0
@@ -51,6 +51,8 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.within: dict[str, str] = {}  # no fields, but of one model: layer → MLP
+        self.routers: dict[str, int] = {}  # MLP → width
         require_positive_rank(self.r)
         check_experts(self.top_k, self.num_experts)
         if not 0 <= self.lora_dropout < 1:
@@ -74,10 +76,9 @@ def of_these(path: str, mlps: Sequence[str]) -> str | None:
     return max((mlp for mlp in mlps if path.startswith(f"{mlp}.")), key=len, default=None)
 
 
-class MixLoRA(Method):
+class MixLoRA(Method[MixLoraConfig]):
     """y = Σₑ gₑ MLPₑ(h), g the k largest of softmax(G h) divided by their sum: 1 in all, so it begins as the MLP."""
 
-    config = MixLoraConfig
     prefix = "mixlora_"
 
     mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
@@ -90,7 +91,7 @@ class MixLoRA(Method):
         return "all-linear"
 
     @classmethod
-    def accompany(cls, cfg: Any, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
+    def accompany(cls, cfg: MixLoraConfig, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
         """Return the MLPs of the layers that the config targets.
 
         Raises:
@@ -99,7 +100,7 @@ class MixLoRA(Method):
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}
         chosen = None if cfg.mlp_modules is None else named(modules, cfg.mlp_modules, "mlp_modules")
-        cfg.within, cfg.routers = {}, {}  # no fields: layer → MLP, MLP → width, of this model
+        cfg.within, cfg.routers = {}, {}
         for path in paths:
             within = mlp_of(path) if chosen is None else of_these(path, chosen)
             if within is not None:
@@ -196,5 +197,5 @@ class MixLoRA(Method):
         return weighed(self.site.op, self.layer.base_layer, x, self.mixlora_A, self.mixlora_B, g)
 
     @classmethod
-    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
-        return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)  # type: ignore[no-any-return]
+    def auxiliary(cls, cfg: MixLoraConfig, noted: Sequence[Tokens]) -> Tensor:
+        return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)

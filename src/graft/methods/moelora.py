@@ -33,7 +33,7 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
         ConfigError: a number out of range; more choices than experts; a loss of balance where all experts act.
     """
 
-    peft_type: Any = "MOELORA"
+    peft_type: str = "MOELORA"
     r: int = 8  # of each expert
     lora_alpha: float = 8  # an expert counts alpha / r times
     lora_dropout: float = 0.0  # of the experts' input
@@ -107,10 +107,9 @@ def balance(noted: Sequence[Tokens], top_k: int) -> Tensor:
     return torch.stack([len(f) * (f * P).sum() for f, P in means]).mean()
 
 
-class MoeLoRA(Method):
+class MoeLoRA(Method[MoeLoraConfig]):
     """Δy = s · Σₑ gₑ Bₑ Aₑ x, g from p = softmax(G x): p itself, or its k largest divided by their sum."""
 
-    config = MoeLoraConfig
     prefix = "moelora_"
     published_lr = Published(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
     targets = LORA

@@ -28,7 +28,7 @@ class MtlLoraConfig(Targeted, LayerRange):
         ConfigError: a number that is not positive.
     """
 
-    peft_type: Any = "MTLLORA"
+    peft_type: str = "MTLLORA"
     n_tasks: int = 1
     r: int = 8
     lora_alpha: float = 8  # the update counts alpha / r times
@@ -44,10 +44,9 @@ class MtlLoraConfig(Targeted, LayerRange):
                 raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
 
-class MtlLoRA(ByTask):
+class MtlLoRA(ByTask[MtlLoraConfig]):
     """Δy = s · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x, for a row of task t."""
 
-    config = MtlLoraConfig
     prefix = "mtllora_"
     targets = LORA
     depends_on = TASKS

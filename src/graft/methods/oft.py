@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ MOST_TERMS = 1000  # of the Cayley-Neumann series
 class OFTConfig(Targeted, LayerRange):
     """OFT: W (x R), R = blockdiag(R_1, …) of orthogonal blocks. Give either the block size or the number of blocks."""
 
-    peft_type: Any = "OFT"
+    peft_type: str = "OFT"
     r: int = 0  # number of blocks
     oft_block_size: int = 32
     module_dropout: float = 0.0  # replaces blocks by the identity in training
@@ -72,10 +71,9 @@ class Rotation(nn.Module):
         self.weight = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
 
 
-class OFT(Method):
+class OFT(Method[OFTConfig]):
     """W (x R), R per block (I - Q)(I + Q)⁻¹ or the series of its inverse. In convolutions, R rotates the weight."""
 
-    config = OFTConfig
     prefix = "oft_"
     targets = LORA
 

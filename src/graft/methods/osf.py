@@ -26,7 +26,7 @@ from graft.kernels.one_product import Difference
 class OSFConfig(Targets):
     """OSF: the small singular components of each weight train, outside of the space of the large ones."""
 
-    peft_type: Any = "OSF"
+    peft_type: str = "OSF"
     effective_rank: int | float | None = None  # components that stay: a number, a share in (0, 1], or None: half
     rank_pattern: dict[str, int | float] | None = None  # the same by regex, found anywhere in a layer's path
     init_weights: bool | None = True  # the components of the weight; False: random
@@ -43,11 +43,10 @@ class OSFConfig(Targets):
         return pattern(text, field, f".*?(?:{text})").match(key) is not None
 
 
-class OSF(Method):
+class OSF(Method[OSFConfig]):
     """ΔW = U S V - U₀ S₀ V₀, where U₀ S₀ V₀ are the smallest components of W₀. Gradients of U and V lose what lies in
     the space of the largest, in the forward pass's own graph: hooks on parameters would not survive a cast."""
 
-    config = OSFConfig
     prefix = "osf_"
     published_lr = Published(5e-5, 5e-5, COMPARISON)
     targets = TARGETS

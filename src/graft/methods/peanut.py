@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class PeanutConfig(Targeted, LayerRange):
         ConfigError: a rank that is not positive, a negative depth, or an unknown activation.
     """
 
-    peft_type: Any = "PEANUT"
+    peft_type: str = "PEANUT"
     r: int = 32
     depth: int = 0  # number of encoders, and of decoders
     act_fn: str = "relu"  # σ, by its name in transformers
@@ -48,10 +48,9 @@ class PeanutConfig(Targeted, LayerRange):
         activation(self.act_fn)
 
 
-class PEANuT(Method):
+class PEANuT(Method[PeanutConfig]):
     """ΔW = scaling · B z, z = σ(A W₀) (r, in); encoders z ← σ(E z), decoders z ← σ(D z) + input of its encoder."""
 
-    config = PeanutConfig
     prefix = "peanut_"
     targets = LORA
     files: ClassVar[dict[str, str]] = dict.fromkeys(("peanut_encoders", "peanut_decoders"), "{0}{1}")

@@ -30,7 +30,7 @@ class PolyConfig(Targeted):
         ConfigError: a number that is not positive, or another `poly_type`.
     """
 
-    peft_type: Any = "POLY"
+    peft_type: str = "POLY"
     r: int = 8  # rank of each skill
     init_weights: bool = True  # B starts at 0
     poly_type: Literal["poly"] = "poly"
@@ -61,8 +61,7 @@ class Router(nn.Module):
         self.module_logits = nn.Parameter(torch.empty(tasks, splits * skills))
 
 
-class Poly(ByTask):
-    config = PolyConfig
+class Poly(ByTask[PolyConfig]):
     prefix = "poly_"
     targets = LORA
 

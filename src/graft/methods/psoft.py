@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ MOST_TERMS = 1000  # of the Cayley-Neumann series
 class PsoftConfig(Targeted, LayerRange):
     """PSOFT: rotation and scaling within the space of the weight's r largest singular components."""
 
-    peft_type: Any = "PSOFT"
+    peft_type: str = "PSOFT"
     r: int = 32
     psoft_alpha: int = 32  # the update counts alpha / r times
     psoft_dropout: float = 0.0
@@ -94,14 +94,13 @@ class Basis(Exact):
         self.register_buffer("B", torch.empty(site.out_features, r))
 
 
-class PSOFT(Method):
+class PSOFT(Method[PsoftConfig]):
     """ΔW = s · B (R - I) A, where s · B A are the r largest singular components of W₀ and do not train.
 
     Files hold A and B: decomposed anew on another device, or from a rounded weight, they may have other signs and mix
     components of similar size, and R would turn something else. PEFT's files lack them.
     """
 
-    config = PsoftConfig
     prefix = "psoft_"
     targets = LORA
 

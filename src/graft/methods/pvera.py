@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from graft.methods.projections import DRAWN, ProjectionConfig, projections
 class PveraConfig(ProjectionConfig):
     """PVeRA: VeRA whose hidden values are random in training, with a mean and a variance that depend on the input."""
 
-    peft_type: Any = "PVERA"
+    peft_type: str = "PVERA"
     r: int = 256
     pvera_dropout: float = 0.0
     d_initial: float = 0.1
@@ -37,10 +37,9 @@ class PveraConfig(ProjectionConfig):
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key", "generator_seed")
 
 
-class PVeRA(Method):
+class PVeRA(Method[PveraConfig]):
     """(μ, log σ²) = λ_d ⊙ A x; y += λ_b ⊙ B (μ + ε σ), ε ~ N(0, 1). Without ε this is ΔW = diag(λ_b) B diag(λ_d) A."""
 
-    config = PveraConfig
     prefix = "pvera_lambda_"
     published_lr = Published(3e-3, 3e-3, COMPARISON)
     targets = PVERA

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, kept
 class RandLoraConfig(ProjectionConfig):
     """RandLoRA: a sum of random products of rank r, as many as give full rank, with trained diagonals between them."""
 
-    peft_type: Any = "RANDLORA"
+    peft_type: str = "RANDLORA"
     r: int = 32  # of each product: the more, the fewer there are, and the fewer numbers train
     sparse: bool = False  # A and B of -1, 0 and 1, two thirds of them 0
     very_sparse: bool = False  # the same, with more zeros: all but 1/√d, d the smaller width of the widest layer
@@ -36,10 +36,9 @@ class RandLoraConfig(ProjectionConfig):
     matrices: ClassVar[str] = "randlora_A and randlora_B"
 
 
-class RandLoRA(Method):
+class RandLoRA(Method[RandLoraConfig]):
     """ΔW = s Σₙ Bₙ diag(λₙ) A diag(γₙ), transposed where out < in. d is the smaller of in and out, D the other."""
 
-    config = RandLoraConfig
     prefix = "randlora_"
     published_lr = Published(1e-4, 1e-4, "arXiv 2502.00987, its code, commonsense reasoning")
     targets = LORA

@@ -27,7 +27,7 @@ class ReftConfig(StatesConfig):
         ConfigError: a number out of range.
     """
 
-    peft_type: Any = "REFT"
+    peft_type: str = "REFT"
     prefix_positions: int = 3  # how many tokens, from the first
     suffix_positions: int = 0  # how many, up to the last; they win where both meet
     r: int = 1
@@ -73,10 +73,9 @@ def orthonormal(V: Tensor) -> Tensor:
     return R.to(V.dtype)
 
 
-class Reft(OnStates):
+class Reft(OnStates[ReftConfig]):
     """h + Rᵀ(σ(A h + b) - R h) at the first and last tokens of the prompt."""
 
-    config = ReftConfig
     prefix = "reft_"
     published_lr = Published(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
     acts = "ReFT acts on vectors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class RoadConfig(Targets):
         ConfigError: an unknown variant, or a group that has no halves.
     """
 
-    peft_type: Any = "ROAD"
+    peft_type: str = "ROAD"
     variant: str = "road_1"  # an angle and a scale per pair; road_2: per channel; road_4: per entry of the 2 × 2
     group_size: int = 64  # g; must divide the channels of every layer
     init_weights: bool = True  # the identity; else random
@@ -46,10 +46,9 @@ class RoadConfig(Targets):
             )
 
 
-class Road(Method):
+class Road(Method[RoadConfig]):
     """R (W x + b): of each pair, (c₁ z₁ - s₁ z₂, c₂ z₂ + s₂ z₁), c = α cos θ, s = α sin θ."""
 
-    config = RoadConfig
     prefix = "road_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = LORA

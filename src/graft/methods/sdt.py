@@ -41,7 +41,7 @@ class SdtConfig(Targeted, LayerRange):
         ConfigError: a number out of range.
     """
 
-    peft_type: Any = "SDT"
+    peft_type: str = "SDT"
     channels: float = 0.01  # share of the channels of a mixer that train, one at least
     states: float = 0.25  # share of the states of such a channel, one at least; the paper has 0.05 to 0.25
     r: int = 8  # of LoRA beside
@@ -52,6 +52,7 @@ class SdtConfig(Targeted, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.mixers: dict[str, Mixer] = {}  # no field: they are those of one model
         require_positive_rank(self.r)
         for name in ("channels", "states"):
             if not 0 < getattr(self, name) <= 1:
@@ -89,10 +90,9 @@ def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tenso
     return some, squared[some].topk(states, 1).indices.sort(1).values
 
 
-class SDT(Method):
+class SDT(Method[SdtConfig]):
     """ΔW = v at some entries of A_log and x_proj; ΔW = s · B A on layers that are not of a state space."""
 
-    config = SdtConfig
     prefix = "sdt_"
     published_lr = Published(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS
@@ -104,8 +104,8 @@ class SDT(Method):
     sdt_dropout: nn.Module
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
-        cfg.mixers = mixers_of(model)  # no field: they are those of this model
+    def prepare(cls, cfg: SdtConfig, model: nn.Module) -> None:
+        cfg.mixers = mixers_of(model)
         if cfg.target_parameters is None:
             cfg.target_parameters = [A_LOG] if cfg.mixers else None
 
@@ -113,8 +113,7 @@ class SDT(Method):
     def mixer(self) -> Mixer | None:
         """The mixer of whose state space the site is a part."""
         path, _, name = self.site.key.rpartition(".")
-        found: Mixer | None = self.cfg.mixers.get(path) if name in (A_LOG, X_PROJ) else None
-        return found
+        return self.cfg.mixers.get(path) if name in (A_LOG, X_PROJ) else None
 
     @property
     def size(self) -> int:

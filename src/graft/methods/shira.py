@@ -29,7 +29,7 @@ class ShiraConfig(Targets):
     ones. No file holds it: files hold the places. With another `mask_type` than "random", set it before injection.
     """
 
-    peft_type: Any = "SHIRA"
+    peft_type: str = "SHIRA"
     r: int = 32  # as many numbers train as in LoRA of this rank
     mask_type: str = "random"  # or any other name, for a `mask_fn` of your own
     random_seed: int | None = None
@@ -65,10 +65,9 @@ def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
     return torch.randperm(out * n, generator=generator, device="cpu")[: r * (out + n)].sort().values
 
 
-class SHiRA(Method):
+class SHiRA(Method[ShiraConfig]):
     """ΔW = s · v at the places of a mask, 0 elsewhere."""
 
-    config = ShiraConfig
     prefix = "shira_"
     published_lr = Published(3e-4, 3e-4, COMPARISON)
     targets = PHI_ATTENTION

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from graft.core.method import Method
 @dataclass(kw_only=True)
 class SpectralConfig(Targeted, LayerRange):
     n_frequency: int
+    random_loc_seed: int | None = 777  # of the places, which no file holds; so there has to be one
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
 
@@ -28,12 +29,17 @@ class SpectralConfig(Targeted, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.random_loc_seed is None:
+            raise ConfigError("`random_loc_seed` must be a number: nothing else says where the coefficients stand.")
         for n in (self.n_frequency, *(self.n_frequency_pattern or {}).values()):
             if n <= 0:
                 raise ConfigError(f"`n_frequency` should be a positive integer value but the value passed is {n}")
 
 
-class Spectral(Method):
+S = TypeVar("S", bound=SpectralConfig)
+
+
+class Spectral(Method[S]):
     """ΔW is a transform of a matrix that is zero but at n places. A subclass says which."""
 
     def transform(self) -> Any:
@@ -54,6 +60,7 @@ class Spectral(Method):
     def places(self) -> Transient:
         """Draw the places of the coefficients, (2, n)."""
         cfg, site = self.cfg, self.site
+        assert cfg.random_loc_seed is not None
         return Transient(places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
 
     def delta(self) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from graft.config.fields import Targeted
+from graft.config.fields import Chosen, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.method import Method
 from graft.core.rows import Run
@@ -20,8 +20,16 @@ from graft.methods.places import chosen_blocks, hidden_size
 
 
 @dataclass(kw_only=True)
-class StatesConfig(Targeted):
+class StatesConfig(Targeted, Chosen):
     layers: Literal["all"] | list[int] = "all"  # numbers of blocks, encoder first
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.widths: dict[str, int | None] = {}  # no fields: these hold for one model only
+        self.width: int | None = None
+
+
+S = TypeVar("S", bound=StatesConfig)
 
 
 @dataclass
@@ -69,7 +77,7 @@ def facts_of(arguments: Mapping[str, Any], model: Any) -> dict[Any, Any]:
     return facts
 
 
-class OnStates(Method):
+class OnStates(Method[S]):
     """A method that adds `part(x, y)` to the outputs of blocks, or of the modules that `target_modules` names."""
 
     compresses_targets = False
@@ -80,17 +88,16 @@ class OnStates(Method):
         return PLACES
 
     @classmethod
-    def prepare(cls, cfg: Any, model: nn.Module) -> None:
+    def prepare(cls, cfg: S, model: nn.Module) -> None:
         found = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
-        cfg.widths = {block.path: block.width for block in found}  # no fields: they hold for this model only
+        cfg.widths = {block.path: block.width for block in found}
         cfg.target_paths = set(cfg.widths) or None
         cfg.width = hidden_size(model)
 
     @property
     def width(self) -> int | None:
         site = self.site
-        found: int | None = self.cfg.widths.get(site.key)
-        return found or (site.out_features if site.op.known else self.cfg.width)
+        return self.cfg.widths.get(site.key) or (site.out_features if site.op.known else self.cfg.width)
 
     def check(self) -> str | None:
         if self.width is None or (self.site.op.known and len(self.site.shape) != 2):

@@ -30,7 +30,7 @@ class SteeringConfig(StatesConfig):
         ConfigError: a number out of range.
     """
 
-    peft_type: Any = "STEERING"
+    peft_type: str = "STEERING"
     coefficient: float = 1.0  # c, unless a call says another by `steering_coefficient`
     normalize: bool = False  # scale back to the norm of h
     min_token_index: int = 0  # the first token of each row that changes, padding left out
@@ -43,10 +43,9 @@ class SteeringConfig(StatesConfig):
             raise ConfigError(f"`min_token_index` must not be negative, got {self.min_token_index}.")
 
 
-class Steering(OnStates):
+class Steering(OnStates[SteeringConfig]):
     """h + c · v. A fresh v is zero; `graft.steering_from` finds it from pairs of inputs, or it trains."""
 
-    config = SteeringConfig
     prefix = "steering_"
     acts = "A steering vector is added to vectors"
     arguments = (COEFFICIENT,)

@@ -28,7 +28,7 @@ SAVING = "Super-Tuning indices must be saved for all adapters or none (save_prec
 class SupertuningConfig(Targets):
     """Super-Tuning: a share of 1 - sparsity of the entries of each weight train, those of largest magnitude."""
 
-    peft_type: Any = "SUPERTUNING"
+    peft_type: str = "SUPERTUNING"
     sparsity: float = 0.99  # share of the entries that stay; in [0, 1)
     select_top: bool = True  # False: the entries of smallest magnitude
     r: int | None = None  # rank of a LoRA update beside them; None: there is none
@@ -56,10 +56,9 @@ class SupertuningConfig(Targets):
             )
 
 
-class SuperTuning(Method):
+class SuperTuning(Method[SupertuningConfig]):
     """ΔW = v at the places of the largest |W₀|, plus s · B A."""
 
-    config = SupertuningConfig
     prefix = "supertuning_"
     targets = LORA
 
@@ -105,7 +104,7 @@ class SuperTuning(Method):
             return values
         return values | dict(
             r=cfg.r,
-            scaling=cfg.lora_alpha / cfg.r,
+            scaling=(cfg.lora_alpha or 0) / cfg.r,
             supertuning_lora_A=linear(site.fan_in, cfg.r, bias=False),
             supertuning_lora_B=linear(cfg.r, site.out_features, bias=False),
             supertuning_lora_dropout=dropout_for(cfg.lora_dropout),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class SvftConfig(Targeted, LayerRange):
         ConfigError: r or off_diag is negative, or r is 0.
     """
 
-    peft_type: Any = "SVFT"
+    peft_type: str = "SVFT"
     r: int | None = None  # singular vectors on each side; None: all
     off_diag: int = 0  # diagonals on each side of the main one; it says how many numbers train
     pattern: Literal["banded", "random", "top_k"] = "banded"  # where they stand; top_k: where the vectors are alike
@@ -45,10 +45,9 @@ class SvftConfig(Targeted, LayerRange):
             raise ConfigError(f"`off_diag` must not be negative, got {self.off_diag}.")
 
 
-class SVFT(Method):
+class SVFT(Method[SvftConfig]):
     """ΔW = σ(γ) U M V, with U and V of W₀ = U diag(S) V, and M (n, n) of few numbers that are not 0."""
 
-    config = SvftConfig
     prefix = "svft_"
     published_lr = Published(5e-2, 5e-2, "arXiv 2405.19597")
     targets = LORA

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,14 @@ def checked(run: Run, model: nn.Module, known: int) -> Tensor:
     return tasks.to(rows[0].device) if rows else tasks
 
 
-class ByTask(Method):
+class ForTasks(Protocol):
+    n_tasks: int
+
+
+K = TypeVar("K", bound=ForTasks)
+
+
+class ByTask(Method[K]):
     """A method whose config has `n_tasks`."""
 
     arguments = (TASKS,)

@@ -24,7 +24,7 @@ class TinyLoraConfig(Targets, LayerRange):
     """TinyLoRA: a vector of u numbers, for one layer or for many, that mixes random r × r matrices between the singular
     vectors of the weight."""
 
-    peft_type: Any = "TINYLORA"
+    peft_type: str = "TINYLORA"
     r: int = 2  # how many singular vectors
     u: int = 64  # numbers that train, for each group of layers
     weight_tying: float = 0.0  # from 0, a vector for each layer, to 1, one for all
@@ -47,10 +47,9 @@ class TinyLoraConfig(Targets, LayerRange):
             raise ConfigError(f"`weight_tying` should be between 0 and 1 but the value passed is {self.weight_tying}")
 
 
-class TinyLoRA(Method):
+class TinyLoRA(Method[TinyLoraConfig]):
     """ΔW = B (Σ v_k P_k) A, with B diag(s) A the best approximation of W₀ of rank r. Embeddings have Aᵀ (…)ᵀ Bᵀ."""
 
-    config = TinyLoraConfig
     prefix = "tinylora_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = LORA

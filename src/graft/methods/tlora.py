@@ -40,7 +40,7 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
         ConfigError: min_rank is not between 1 and r, or another number is not positive.
     """
 
-    peft_type: Any = "TLORA"
+    peft_type: str = "TLORA"
     r: int = 4
     lora_alpha: float = 1  # the update counts alpha / r times
     sig_type: Literal["principal", "last", "middle"] = "principal"  # which singular triples it begins with
@@ -69,10 +69,9 @@ def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
         yield
 
 
-class TLoRA(Method):
+class TLoRA(Method[TLoraConfig]):
     """ΔW = s · (P diag(λ ⊙ m) Q - P₀ diag(λ₀ ⊙ m) Q₀), m (r,) with ones for the ranks that act at a row's timestep."""
 
-    config = TLoraConfig
     prefix = "tlora_"
     published_lr = Published(1e-4, 1e-4, "arXiv 2507.05964")
     targets = LORA

@@ -23,16 +23,15 @@ from graft.kernels.waits import near
 class TrainableTokensConfig(PeftConfig):
     """Trainable tokens: the embedding rows `token_indices` train; all others stay as they are."""
 
-    peft_type: Any = "TRAINABLE_TOKENS"
+    peft_type: str = "TRAINABLE_TOKENS"
     token_indices: list[int] = field(default_factory=list)
     target_modules: list[str] | set[str] | str | None = None  # None: the model's input embedding
     init_weights: bool = True  # start from the rows there are; else N(0, 1)
 
 
-class TrainableTokens(Method):
+class TrainableTokens(Method[TrainableTokensConfig]):
     """Rows `token_indices` of W are those of a table (tokens, dim) that trains."""
 
-    config = TrainableTokensConfig
     prefix = "trainable_tokens_"
     published_lr = Published(0.2, 0.2, COMPARISON)
     always_tied = True

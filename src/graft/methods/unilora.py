@@ -26,7 +26,7 @@ from graft.methods.projections import kept
 class UniLoraConfig(Targets, LayerRange):
     """UniLoRA: LoRA whose numbers, in all layers, are those of one trained vector θ, each many times over."""
 
-    peft_type: Any = "UNILORA"
+    peft_type: str = "UNILORA"
     r: int = 4
     proj_seed: int = 42  # of the places that each number of θ has
     theta_d_length: int = 256
@@ -77,10 +77,9 @@ class Places:
         ]
 
 
-class UniLoRA(Method):
+class UniLoRA(Method[UniLoraConfig]):
     """ΔW = B A. A place that holds the number k of θ has the value θ[k] / √(how many places hold k)."""
 
-    config = UniLoraConfig
     prefix = "unilora_"
     published_lr = Published(2e-3, 2e-3, COMPARISON)
     targets = LORA

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class VBLoRAConfig(Targeted, LayerRange):
     """VB-LoRA: ΔW = B A, whose numbers are mixtures of a few vectors from a bank that all layers share."""
 
-    peft_type: Any = "VBLORA"
+    peft_type: str = "VBLORA"
     r: int = 4
     num_vectors: int = 256  # in the bank
     vector_length: int = 256  # must divide the widths of all layers
@@ -113,10 +113,9 @@ TRUNCATED = (
 )
 
 
-class VBLoRA(Method):
+class VBLoRA(Method[VBLoRAConfig]):
     """ΔW = B A. Each L numbers of a row of A, or of a column of B, mix the vectors of the k largest logits."""
 
-    config = VBLoRAConfig
     prefix = "vblora_"
     published_lr = Published(5e-4, 5e-4, COMPARISON)
     targets = VBLORA

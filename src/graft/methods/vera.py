@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from graft.methods.projections import DRAWN, ProjectionConfig, projections
 class VeraConfig(ProjectionConfig):
     """VeRA: ΔW = diag(λ_b) B diag(λ_d) A, with random A and B that all layers share and that never train."""
 
-    peft_type: Any = "VERA"
+    peft_type: str = "VERA"
     r: int = 256
     vera_dropout: float = 0.0
     d_initial: float = 0.1
@@ -32,10 +32,9 @@ class VeraConfig(ProjectionConfig):
     matrices: ClassVar[str] = "vera_A and vera_B"
 
 
-class VeRA(Method):
+class VeRA(Method[VeraConfig]):
     """ΔW = diag(λ_b) B diag(λ_d) A. A (r, in) and B (out, r) are parts of matrices that all layers share."""
 
-    config = VeraConfig
     prefix = "vera_lambda_"
     published_lr = Published(1e-3, 1e-2, COMPARISON + "; RandLoRA's code, commonsense reasoning")
     targets = PHI_ATTENTION

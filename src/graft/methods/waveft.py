@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class WaveFTConfig(SpectralConfig):
         ConfigError: an unknown wavelet, or a number of coefficients that is not positive.
     """
 
-    peft_type: Any = "WAVEFT"
+    peft_type: str = "WAVEFT"
     n_frequency: int = 2592  # n; at most the size of the weight
     scaling: float = 25.0
     wavelet_family: str = "db1"  # db1 to db10, sym2 to sym10, or coif1 to coif5
@@ -141,10 +141,9 @@ LOW = _low(_TABLE)
 HIGH = {name: tuple((-1) ** k * c for k, c in enumerate(reversed(low))) for name, low in LOW.items()}
 
 
-class WaveFT(Spectral):
+class WaveFT(Spectral[WaveFTConfig]):
     """ΔW = scaling · S M Tᵀ, where M is zero but at n places. S synthesizes its columns, T its rows, by a wavelet."""
 
-    config = WaveFTConfig
     prefix = "waveft_"
     targets = WAVELET
 

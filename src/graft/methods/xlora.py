@@ -38,7 +38,7 @@ class XLoraConfig(PeftConfig):
         ConfigError: a value out of range.
     """
 
-    peft_type: Any = "XLORA"
+    peft_type: str = "XLORA"
     hidden_size: int | None = None  # of the base model's hidden states; None: 4096
     adapters: dict[str, str] | None = None  # name of an expert → folder or hub repository
     enable_softmax: bool = True  # over the experts
@@ -281,10 +281,9 @@ CLASSIFIER = "internal_xlora_classifier"
 CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 
 
-class XLora(Method):
+class XLora(Method[XLoraConfig]):
     """It has no site: its one tensor carrier is the classifier, on the tuner (`model/experts.py`)."""
 
-    config = XLoraConfig
     prefix = "xlora_"
     tuner_methods = API
 

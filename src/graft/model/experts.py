@@ -89,7 +89,7 @@ class XLoraRegistry(LayerRegistry):
                 self._inject(name, expert, Options(options.upcast, values=own))
             self._check_experts(found)
             self._gather(adapter_name, config, list(found), options.on_meta)
-            report = InjectReport(adapter_name, config.peft_type.value)
+            report = InjectReport(adapter_name, "XLORA")
             report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
             if options.values is not None:
                 parts = self.parts_of(adapter_name)

@@ -19,7 +19,7 @@ from graft.prompts.prefix_tuning import check_shape
 class CartridgeConfig(PromptLearningConfig):
     """Cartridge: num_virtual_tokens keys and values of every layer, made from a text or at random."""
 
-    peft_type: Any = "CARTRIDGE"
+    peft_type: str = "CARTRIDGE"
     num_frozen_tokens: int = 1  # first tokens that never train, which keeps training stable
     holds_keys: ClassVar[bool] = True
 

@@ -23,7 +23,7 @@ NO_RADIUS = 1e-10
 class CPTConfig(PromptLearningConfig):
     """CPT: tokens of examples in front of the input; their embeddings train, each within a radius."""
 
-    peft_type: Any = "CPT"
+    peft_type: str = "CPT"
     cpt_token_ids: list[int] | None = None  # tokens of the examples; None: [0]
     cpt_mask: list[int] | None = None  # attention mask of those tokens
     cpt_tokens_type_mask: list[int] | None = None  # 1 input template, 2 input, 3 output template, 4 label; next 5 …

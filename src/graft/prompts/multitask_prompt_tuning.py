@@ -36,7 +36,7 @@ SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Multitask prompts: P ⊙ (u_t v_tᵀ), a shared prompt P times a factor of rank `num_ranks` per task t."""
 
-    peft_type: Any = "MULTITASK_PROMPT_TUNING"
+    peft_type: str = "MULTITASK_PROMPT_TUNING"
     prompt_tuning_init: Any = MultitaskPromptTuningInit.RANDOM  # a MultitaskPromptTuningInit
     prompt_tuning_init_state_dict_path: str | None = None  # weights file of the trained prompt
     prompt_tuning_init_task: int = 0  # number of its task, for EXACT_SOURCE_TASK

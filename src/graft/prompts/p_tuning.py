@@ -25,7 +25,7 @@ class PromptEncoderReparameterizationType(str, Enum):
 class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning: embeddings in front of the input, computed by an MLP or LSTM in training."""
 
-    peft_type: Any = "P_TUNING"
+    peft_type: str = "P_TUNING"
     encoder_reparameterization_type: Any = PromptEncoderReparameterizationType.MLP  # or "LSTM"
     encoder_hidden_size: int | None = None  # None: token_dim
     encoder_num_layers: int = 2  # layers of the LSTM

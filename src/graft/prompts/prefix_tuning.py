@@ -18,7 +18,7 @@ from graft.prompts.base import Prompt, pick
 class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning: num_virtual_tokens learned keys and values in front of every layer's own."""
 
-    peft_type: Any = "PREFIX_TUNING"
+    peft_type: str = "PREFIX_TUNING"
     encoder_hidden_size: int | None = None  # width of the projection; None: token_dim
     prefix_projection: bool = False  # a small network, which no file holds, computes keys and values
     init_weights: Literal["zero"] | None = None  # "zero": keys and values of zeros

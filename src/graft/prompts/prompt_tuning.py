@@ -29,7 +29,7 @@ class PromptTuningInit(str, Enum):
 class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning: num_virtual_tokens learned embeddings in front of the input."""
 
-    peft_type: Any = "PROMPT_TUNING"
+    peft_type: str = "PROMPT_TUNING"
     prompt_tuning_init: Any = PromptTuningInit.RANDOM  # a PromptTuningInit
     prompt_tuning_init_text: str | None = None  # for TEXT
     tokenizer_name_or_path: str | None = None  # for TEXT: the base model's tokenizer

@@ -44,7 +44,7 @@ class AdaLoraConfig(LoraConfig):
     `graft.train.adalora_callback` (transformers' Trainer) or `graft.train.allocate_on_step` (any optimizer).
     """
 
-    peft_type: Any = "ADALORA"
+    peft_type: str = "ADALORA"
     target_r: int = 8  # average rank at the end
     init_r: int = 12  # rank of every layer at the start
     tinit: int = 0  # steps before pruning begins
@@ -139,10 +139,9 @@ def warn_if_forgotten(tuner: Tuner) -> None:
 TENSORS = ("lora_A", "lora_B", "lora_E")
 
 
-class AdaLoRA(Method):
+class AdaLoRA(Method[AdaLoraConfig]):
     """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r). Training sets the least important of E to 0."""
 
-    config = AdaLoraConfig
     prefix = "lora_"
     published_lr = Published(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from graft.config.fields import settings
 from graft.core.effect import Branch, Effect, Factors
 from graft.core.errors import RoutingError
 from graft.kernels.waits import vector
@@ -65,7 +66,7 @@ class Arrow(LoRA):
     def branch(self, x: Tensor) -> Tensor:
         general, experts = self.others()
         A, B = self.matrices(general, experts)
-        cfg, E, x = self.cfg.arrow_config, len(experts), x.to(A.dtype)  # not the router's dtype
+        cfg, E, x = settings(self.cfg.arrow_config), len(experts), x.to(A.dtype)  # not the router's dtype
         score, which = (x @ self.directions(general, experts, A, B).T).abs().topk(cfg.top_k, dim=-1)  # (…, top_k)
         share = torch.zeros(*x.shape[:-1], E, device=x.device, dtype=x.dtype)
         share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))
@@ -76,7 +77,7 @@ class Arrow(LoRA):
 
     def others(self) -> tuple[list[Any], list[Any]]:
         """Return the adapters of general knowledge on this layer, and the experts: all others but routers."""
-        named = self.cfg.arrow_config.gks_adapter_names or ()
+        named = settings(self.cfg.arrow_config).gks_adapter_names or ()
         general, experts = [], []
         for name, m in self.layer.methods.items():
             if name in named or GENERAL.fullmatch(name):
@@ -89,7 +90,7 @@ class Arrow(LoRA):
         """Return A (experts, r, in) and B (experts, out, r), without general knowledge."""
         try:
             A, B = (torch.stack([m.pair[i] for m in experts]) for i in (0, 1))
-            if self.cfg.arrow_config.use_gks:
+            if settings(self.cfg.arrow_config).use_gks:
                 A, B = (M - torch.stack([m.pair[i] for m in general]).mean(0) for i, M in ((0, A), (1, B)))
         except RuntimeError as e:  # of torch, about sizes
             raise RoutingError(why_not(self, general, experts)) from e
@@ -103,10 +104,10 @@ class Arrow(LoRA):
         tensors = [t for m in (*experts, *general) for t in m.pair]
         if router.current(tensors):
             return router.prototypes  # type: ignore[no-any-return]
-        if self.cfg.arrow_config.top_k > len(experts) or not all(is_plain(m) for m in experts):
+        if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain(m) for m in experts):
             raise RoutingError(why_not(self, general, experts))
         with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
-            seed = self.cfg.arrow_config.rng_seed
+            seed = settings(self.cfg.arrow_config).rng_seed
             found = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
         router.prototypes, router.of = found, [(t, t._version) for t in tensors]
         return found
@@ -131,7 +132,7 @@ def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
 def why_not(router: Arrow, general: list[Any], experts: list[Any]) -> str:
     """Return why a router cannot run on its layer."""
     start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
-    cfg, names = router.cfg.arrow_config, [m.name for m in experts]
+    cfg, names = settings(router.cfg.arrow_config), [m.name for m in experts]
     other = [m.name for m in experts if not is_plain(m)]
     if other:
         return f"{start}experts must be plain LoRA, without bias, and {other} are not. Delete these adapters."

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from graft.config.fields import settings
 from graft.core.effect import Compact, Factors
 from graft.core.errors import ConfigError
 from graft.core.random import skip
@@ -46,12 +47,12 @@ class BdLoRA(LoRA):
 
     @cached_property
     def side(self) -> str:
-        cfg, key = self.cfg.use_bdlora, self.site.key
+        cfg, key = settings(self.cfg.use_bdlora), self.site.key
         patterns = {"A": cfg.target_modules_bd_a or (), "B": cfg.target_modules_bd_b or ()}
         return "".join(side for side, parts in patterns.items() if any(part in key for part in parts))
 
     def check(self) -> str | None:
-        site, side, cfg = self.site, self.side, self.cfg.use_bdlora
+        site, side, cfg = self.site, self.side, settings(self.cfg.use_bdlora)
         if side == "AB":
             raise ConfigError(f"Target {site.key} matches both A and B block-diagonal patterns: take it out of one.")
         if not side and cfg.match_strict:
@@ -74,7 +75,7 @@ class BdLoRA(LoRA):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        values, site, r, n = super().build(shared, device), self.site, self.cfg.r, self.cfg.use_bdlora.nblocks
+        values, site, r, n = super().build(shared, device), self.site, self.cfg.r, settings(self.cfg.use_bdlora).nblocks
         if self.side == "A":
             values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)
         elif self.side == "B":

@@ -120,7 +120,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         NotImplementedError: a variant or initialisation of PEFT that graft does not have yet.
     """
 
-    peft_type: Any = "LORA"
+    peft_type: str = "LORA"
     r: int = 8  # rank
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the input of A

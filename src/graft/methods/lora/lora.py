@@ -61,7 +61,6 @@ def beside(where: str) -> Any:
 
 
 class LoRA(Started):
-    config = LoraConfig
     prefix = "lora_"
     published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
@@ -99,7 +98,7 @@ class LoRA(Started):
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         site, cfg, r = self.site, self.cfg, self.cfg.r
-        values = dict(
+        values: dict[str, Any] = dict(
             r=r,
             lora_alpha=cfg.lora_alpha,
             scaling=cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r),

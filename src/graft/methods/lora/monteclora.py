@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.fields import settings
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -108,7 +109,7 @@ class MonteCLoRA(LoRA):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        sampler = Sampler(self.cfg.r, self.cfg.monteclora_config, device)
+        sampler = Sampler(self.cfg.r, settings(self.cfg.monteclora_config), device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 
     def init(self) -> None:

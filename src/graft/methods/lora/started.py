@@ -8,7 +8,7 @@ doubles B on the way: either library computes the same from a file of the other,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors, Use
 from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
+from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.start import STARTS, kind_of, start_of
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def from_file(stored: Tensors) -> Tensors:
     return {place: t * 2 if place == PLACE else t for place, t in stored.items()}
 
 
-class Started(Method):
+class Started(Method[LoraConfig]):
     """Starts by `init_lora_weights`, and holds a `Shift` on each layer whose base weight that changes."""
 
     def init(self) -> None:
@@ -127,7 +128,7 @@ class Started(Method):
         initialise(self, how)
 
     @classmethod
-    def changes_base(cls, cfg: Any) -> str | None:
+    def changes_base(cls, cfg: LoraConfig) -> str | None:
         """Return the setting by which `init` changes the base weight; None if it does not."""
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if kind_of(how) else None
@@ -144,10 +145,11 @@ class Started(Method):
     @property
     def shift_rank(self) -> int:
         """Return the rank of that: LoftQ takes nothing out before it quantizes for the first time."""
-        cfg = self.cfg
-        return 0 if cfg.init_lora_weights == "loftq" and cfg.loftq_config["loftq_iter"] == 1 else cfg.r
+        cfg, loftq = self.cfg, self.cfg.loftq_config
+        assert isinstance(loftq, dict)  # as `check_start` leaves it
+        return 0 if cfg.init_lora_weights == "loftq" and loftq["loftq_iter"] == 1 else cfg.r
 
-    def stored(self, values: Tensors, cfg: Any) -> Tensors:
+    def stored(self, values: Tensors, cfg: LoraConfig) -> Tensors:
         if self.along:
             values = to_file(values)
         if kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now

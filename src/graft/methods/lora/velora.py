@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graft.config.fields import settings
 from graft.core.effect import Factors, Product
 from graft.kernels.eager import functional
 from graft.kernels.low_rank import mean_direction, sketched_product, unit, width
@@ -25,12 +26,13 @@ class VeLoRA(LoRA):
         return checks.only_linear(self.site, "VeLoRA projects groups of an input vector") or super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        direction = torch.zeros(width(self.site.in_features, self.cfg.velora_config.num_groups), device=device)
+        groups = settings(self.cfg.velora_config).num_groups
+        direction = torch.zeros(width(self.site.in_features, groups), device=device)
         return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
 
     def init(self) -> None:
         super().init()
-        if self.cfg.velora_config.init_type == "random":
+        if settings(self.cfg.velora_config).init_type == "random":
             self.lora_velora_embed.copy_(unit(self.lora_velora_embed.normal_()))
 
     def factors(self) -> Factors:
@@ -40,14 +42,14 @@ class VeLoRA(LoRA):
         return f
 
     def product(self, x: Tensor) -> Tensor:
-        cfg = self.cfg.velora_config
+        cfg = settings(self.cfg.velora_config)
         return sketched_product(x, self.pair[0], self.direction(x), cfg.num_groups, cfg.scale)
 
     @torch.no_grad()
     def direction(self, x: Tensor) -> Tensor:
         """Return v for a batch x (…, in). Where x gives it, it is new: a backward pass may still need the last one."""
         v: Tensor = self.lora_velora_embed
-        cfg = self.cfg.velora_config
+        cfg = settings(self.cfg.velora_config)
         if cfg.init_type == "random" or (cfg.init_type == "batch_average_once" and self.is_ready()):
             return v
         new = mean_direction(x, cfg.num_groups).to(v.dtype)

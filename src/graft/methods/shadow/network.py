@@ -30,7 +30,7 @@ class ShadowConfig(Targeted, LayerRange):
         ConfigError: a number that is not positive, or a size for a network that is loaded.
     """
 
-    peft_type: Any = "SHADOW"
+    peft_type: str = "SHADOW"
     r: int = 8  # width of Down
     shadow_alpha: float = 0.1  # α
     shadow_dropout: float = 0.2  # of Down's output
@@ -46,6 +46,7 @@ class ShadowConfig(Targeted, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.hidden_size = 0  # no field: it is that of one model
         require_positive_rank(self.r)
         for name in ("update_hidden_size", *(f"shadow_{size}" for size in SIZES)):
             value = getattr(self, name)

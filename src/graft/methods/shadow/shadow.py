@@ -26,10 +26,9 @@ OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gat
 BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")
 
 
-class Shadow(Method):
+class Shadow(Method[ShadowConfig]):
     """h' = h + α Up Down (h - s) goes into a block; s' = (1 - g) s + g T(y), g = σ(G(y)), follows from its output y."""
 
-    config = ShadowConfig
     prefix = "shadow_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     compresses_targets = False
@@ -54,7 +53,7 @@ class Shadow(Method):
 
     @classmethod
     def prepare(cls, cfg: ShadowConfig, model: nn.Module) -> None:
-        cfg.hidden_size = network.hidden_size(model)  # no field: it holds for this model only
+        cfg.hidden_size = network.hidden_size(model)
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, Any]:
